@@ -1,0 +1,39 @@
+"""Frozen-feature probing of vision backbones on inspection images, from a feature cache.
+
+The public names are loaded when they are first asked for, so that importing the package is quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BackboneSpec": "featprobe.specs",
+    "Cache": "featprobe.cache",
+    "ExtractOptions": "featprobe.stages.extract",
+    "FeatprobeError": "featprobe.errors",
+    "FeatureLevel": "featprobe.levels",
+    "Features": "featprobe.levels",
+    "HeadRecipe": "featprobe.probes",
+    "ProbeOptions": "featprobe.stages.probe",
+    "TrainRecipe": "featprobe.probes",
+    "Workspace": "featprobe.stages.workspace",
+    "build_head": "featprobe.probes",
+    "extract": "featprobe.stages.extract",
+    "load_head": "featprobe.probes",
+    "open_cache": "featprobe.cache",
+    "probe": "featprobe.stages.probe",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'featprobe' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m featprobe`, for torchrun."""
+
+from featprobe.cli import main
+
+main()

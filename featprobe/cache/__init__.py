@@ -1,0 +1,37 @@
+"""The feature cache, format version 1 (cache/README.md). The only part that imports h5py."""
+
+from featprobe.cache.layout import (
+    MISSING,
+    UNREADABLE,
+    WHOLE,
+    Row,
+    create_file,
+    make_temporary,
+    read_contents,
+    remove_leftovers,
+    replace_file,
+)
+from featprobe.cache.reader import FeatureLoader, RowReader
+from featprobe.cache.store import Cache, Damage, damaged_rows, open_cache, verify
+from featprobe.cache.writer import CacheWriter, RowLocks
+
+__all__ = [
+    "MISSING",
+    "UNREADABLE",
+    "WHOLE",
+    "Cache",
+    "CacheWriter",
+    "Damage",
+    "FeatureLoader",
+    "Row",
+    "RowLocks",
+    "RowReader",
+    "create_file",
+    "damaged_rows",
+    "make_temporary",
+    "open_cache",
+    "read_contents",
+    "remove_leftovers",
+    "replace_file",
+    "verify",
+]

@@ -1,0 +1,157 @@
+"""An open cache: who its rows are, what it holds for each, and whether that is still what was written."""
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from featprobe.cache.layout import MISSING, STORED_AS, UNREADABLE, WHOLE, Contents, read_contents
+from featprobe.errors import CacheError, CacheIncompleteError
+from featprobe.levels import FeatureLevel
+from featprobe.targets import Instance, Labels, decode_instances, decode_semantic
+
+TORCH_DTYPE = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Cache:
+    """A feature cache opened for reading. The file is not kept open through HDF5.
+
+    contents: recipe, data set, rows. levels: what it stores, finest first. handle: of the file itself,
+    so that a newer file under the same name does not change what is read; closed with this object.
+    """
+
+    def __init__(self, path: Path, contents: Contents) -> None:
+        self.path = path
+        self.contents = contents
+        self.handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.handle)
+        if os.fstat(self.handle).st_ino != contents.inode:
+            raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
+        self.recipe, self.data, self.rows = contents.recipe, contents.data, contents.rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.path)!r}, {len(self)} rows, {len(self.levels)} levels)"
+
+    @property
+    def levels(self) -> tuple[FeatureLevel, ...]:
+        """The levels that every row holds, finest first."""
+        return self.recipe.levels
+
+    @property
+    def done(self) -> NDArray[np.uint8]:
+        """State of each row just now: 0 missing, 1 whole, 2 unreadable."""
+        states = self._read_all("done", "u1")[:, 0]
+        return np.where(states > UNREADABLE, np.uint8(MISSING), states)  # what no writer writes is damage
+
+    def reason(self, row: int) -> str:
+        """Why a row is unreadable."""
+        return self._read_all("reason", "u1")[row].tobytes().rstrip(b"\0").decode(errors="replace")
+
+    def usable(self, split: str | None = None) -> NDArray[np.intp]:
+        """Indices of whole rows, of one split or of all.
+
+        Raises CacheIncompleteError when rows are missing.
+        """
+        done = self.done
+        missing = int((done == MISSING).sum())
+        if missing:
+            raise CacheIncompleteError(
+                f"{self.path} is not complete: {missing} of {len(self)} rows are missing.\n"
+                f"Finish it, it goes on from there:  featprobe extract --backbone {self.recipe.label} "
+                f"--data {self.data.name}"
+            )
+        wanted = np.array([split is None or row.split == split for row in self.rows], dtype=bool)
+        return np.flatnonzero((done == WHOLE) & wanted)
+
+    def semantic(self, row: int) -> Labels:
+        """A row's mask at the original image size: (height, width), uint8; raises CacheError without one."""
+        if not self.rows[row].semantic:
+            raise CacheError(f"{self.path} holds no masks, only {', '.join(self.data.tasks)} targets.")
+        return decode_semantic(self.rows[row].semantic)
+
+    def instances(self, row: int) -> tuple[Instance, ...]:
+        """A row's objects in pixels of the original image; raises CacheError without any list."""
+        if not self.rows[row].instances:
+            raise CacheError(f"{self.path} holds no instances, only {', '.join(self.data.tasks)} targets.")
+        return decode_instances(self.rows[row].instances)
+
+    def _read_all(self, name: str, dtype: str) -> NDArray:
+        extent = self.contents.extents[name]
+        data = self._bytes(extent.offset, extent.row_bytes * extent.rows)
+        return np.frombuffer(data, dtype=dtype).reshape(extent.rows, -1)
+
+    def _bytes(self, offset: int, count: int) -> bytes:
+        data = os.pread(self.handle, count, offset)
+        if len(data) < count:
+            raise CacheError(f"{self.path} ended while it was read, at byte {offset + len(data)}. Was it cut short?")
+        return data
+
+    def stored_checksums(self) -> NDArray[np.uint64]:
+        """xxh3_64 of each row's level, as written: (rows, levels)."""
+        return self._read_all("checksum", "<u8")
+
+    def read_row(self, row: int, level: FeatureLevel) -> NDArray:
+        """One row of one level in its stored format: (channels, height, width)."""
+        extent = self.contents.extents[f"features/{level.name}"]
+        data = self._bytes(extent.offset + row * extent.row_bytes, extent.row_bytes)
+        shape = (level.channels, *level.cells(self.recipe.frame))
+        return np.frombuffer(data, dtype=STORED_AS[self.recipe.dtype]).reshape(shape)
+
+
+def open_cache(path: str | os.PathLike[str]) -> Cache:
+    """Open a cache for reading and check its identity and targets; raises CacheError."""
+    path = Path(path)
+    contents = read_contents(path)
+    if not contents.is_intact():
+        raise CacheError(
+            f"{path} is damaged: its rows or targets are not what was written.\n"
+            "Nothing was changed. See what is bad:  featprobe cache verify FILE\n"
+            "and mend it from the images:  featprobe extract "
+            f"--backbone {contents.recipe.label} --data {contents.data.name}"
+        )
+    return Cache(path, contents)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What `verify` found: a row's level or target that does not hash to what was written."""
+
+    row: int
+    id: str
+    part: str
+
+
+def verify(path: Path) -> Iterator[Damage | int]:
+    """Hash every row, level and target again.
+
+    Yields a Damage for each that is not what was written, and after each level's row its bytes.
+    """
+    contents = read_contents(path)
+    targets = contents.damaged_targets()
+    for row in targets:
+        yield Damage(row, contents.rows[row].id, "targets")
+    if not targets and not contents.is_intact():
+        yield Damage(-1, "", "identity (recipe, data set, ids, splits or sizes)")
+    cache = Cache(path, contents)
+    whole = np.flatnonzero(cache.done == WHOLE)
+    stored = cache.stored_checksums()
+    for column, level in enumerate(cache.levels):
+        for row in whole.tolist():
+            data = cache.read_row(row, level)
+            if xxhash.xxh3_64_intdigest(data.tobytes()) != int(stored[row, column]):
+                yield Damage(row, cache.rows[row].id, f"features/{level.name}")
+            yield data.nbytes
+
+
+def damaged_rows(found: Sequence[Damage]) -> list[int]:
+    """Rows whose features must be computed again."""
+    return sorted({damage.row for damage in found if damage.part.startswith("features/")})

@@ -1,0 +1,543 @@
+"""The commands. Each parses, calls one stage, and prints one thing."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featprobe import __version__
+from featprobe.cli.options import as_json, columns, device, feature_options, names, quiet, show_json
+from featprobe.errors import FeatprobeError
+
+if TYPE_CHECKING:
+    from featprobe.stages.extract import ExtractOptions
+    from featprobe.stages.probe import ProbeReport
+    from featprobe.stages.workspace import Workspace
+
+
+class _Cli(click.Group):
+    """Shows our own errors as one paragraph, exit code 1; `--debug` shows where they come from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FeatprobeError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"featprobe: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--workspace",
+    "workspace_root",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=".",
+    envvar="FEATPROBE_WORKSPACE",
+    help="The folder that holds cache/, probes/ and featprobe.toml. Default: where you stand.",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="featprobe")
+@click.pass_context
+def cli(ctx: click.Context, workspace_root: Path, debug: bool) -> None:
+    """Which pretrained backbone suits my inspection images, and is it enough to freeze it?
+
+    \b
+    Example:
+      featprobe extract --backbone embedded --data xray    # images -> cache/
+      featprobe probe --task semseg                        # cache/ -> probes/, and a table
+    """
+    ctx.obj = workspace_root
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with its exit code."""
+    cli.main(args=None if arguments is None else list(arguments), prog_name="featprobe")
+
+
+def _workspace(ctx: click.Context) -> "Workspace":
+    from featprobe.stages.workspace import Workspace
+
+    return Workspace(ctx.obj)
+
+
+@cli.command()
+@feature_options
+@click.option("--shard", metavar="I/N", help="Make the I-th of N parts, 1 <= I <= N; parts may run at once.")
+@as_json
+@click.pass_context
+def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
+    """Compute feature maps once and keep them in cache/.
+
+    Run it again to go on after an interruption, to repair rows that `cache verify` found bad, or after the
+    data set changed. Under torchrun each process makes its share of the same file.
+
+    \b
+    Example:
+      featprobe extract --backbone convnext_dinov3 --data xray
+      featprobe extract --backbone embedded --data path/to/set --size 256x640
+      torchrun --nproc-per-node 4 -m featprobe extract --backbone convnext_in1k --data path/to/set
+    """
+    from featprobe.stages.extract import extract as run
+    from featprobe.stages.extract import speed_text
+
+    workspace = _workspace(ctx)
+    report = run(workspace, _backbone(workspace, options), options["data"], _extract_options(options))
+    if json_:
+        return show_json(asdict(report))
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    for name, reason in report.unreadable:
+        click.echo(f"left out: {name}: {reason}")
+    click.echo(speed_text(report))
+
+
+@cli.command()
+@feature_options
+@as_json
+@click.pass_context
+def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
+    """Say what an extraction would cost, from a few timed batches, before it runs.
+
+    \b
+    Example:
+      featprobe plan --backbone convnext_dinov3 --data xray
+    """
+    from featprobe.machine import human_bytes
+    from featprobe.stages.plan import plan as run
+
+    workspace = _workspace(ctx)
+    cost = run(workspace, _backbone(workspace, options), options["data"], _extract_options(options))
+    if json_:
+        derived = {name: getattr(cost, name) for name in ("fits_disk", "fits_memory", "fits_gpu", "break_even")}
+        return show_json(asdict(cost) | derived)
+
+    def fits(held: bool | None) -> str:
+        return "no GPU" if held is None else "fits" if held else "does not fit"
+
+    gpu = "" if cost.gpu_memory is None else f" ({human_bytes(cost.gpu_memory)} free)"
+    rows = [
+        ("file", f"{cost.path}{' (exists)' if cost.exists else ''}"),
+        ("images", f"{cost.images} at {cost.frame[0]}x{cost.frame[1]}, levels {', '.join(cost.levels)}"),
+        ("features", f"{human_bytes(cost.feature_bytes)}, {human_bytes(cost.feature_bytes / cost.images)} an image"),
+        ("disk", f"{fits(cost.fits_disk)} ({human_bytes(cost.free_disk)} free)"),
+        ("memory", f"{fits(cost.fits_memory)} ({human_bytes(cost.memory)} available)"),
+        ("GPU", f"{fits(cost.fits_gpu)}{gpu}"),
+        ("extract", f"{cost.extract_seconds:.0f} s on {cost.device}"),
+        ("one epoch", f"{cost.epoch_live:.1f} s with the backbone, {cost.epoch_cached:.2f} s from the cache"),
+        ("pays from", f"{cost.break_even:.1f} epochs on, extraction included"),
+    ]
+    click.echo(columns(rows, ("what", "cost")))
+
+
+@cli.command()
+@click.option("--task", default="semseg", show_default=True, help="semseg.")
+@click.option("--data", help="Data sets, separated by commas. Default: every complete cache here.")
+@click.option("--backbone", help="Backbones, separated by commas. Default: every complete cache here.")
+@click.option("--head", default="linear", show_default=True, help="linear.")
+@click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache.")
+@click.option("--iterations", type=click.IntRange(1), help="Training steps.  [default: 1500]")
+@click.option("--batch-size", type=click.IntRange(1), help="Images per step.  [default: 16]")
+@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.001]")
+@click.option("--weight-decay", type=float, help="[default: 0.001]")
+@click.option("--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: none]")
+@click.option("--loss-at", type=click.Choice(["level", "image"]), help="Grid of the loss.  [default: level]")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds, from 0 on.")
+@click.option("--split", type=click.Choice(["own", "group"]), default="own", show_default=True, help="Whose splits.")
+@click.option(
+    "--absent-classes",
+    type=click.Choice(["zero", "ignore"]),
+    default="zero",
+    show_default=True,
+    help="What a class scores that is predicted, but not in the test split.",
+)
+@click.option("--show", type=click.IntRange(0), default=0, metavar="K", help="Write a sheet of K test images.")
+@device
+@quiet
+@as_json
+@click.pass_context
+def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
+    """Train heads on cached features, score them on test once, and print a table.
+
+    \b
+    Example:
+      featprobe probe --task semseg
+      featprobe probe --data xray --backbone embedded --seeds 3 --show 4
+    """
+    from featprobe.probes import TrainRecipe
+    from featprobe.stages.probe import ProbeOptions
+    from featprobe.stages.probe import probe as run
+
+    trained = ("iterations", "batch_size", "lr", "weight_decay", "class_weights", "loss_at")
+    recipe = TrainRecipe(**{name: options[name] for name in trained if options[name] is not None})
+    report = run(
+        _workspace(ctx),
+        options["task"],
+        names(options["data"]),
+        names(options["backbone"]),
+        ProbeOptions(
+            head=options["head"],
+            levels=names(options["levels"]),
+            recipe=recipe,
+            seeds=options["seeds"],
+            split=options["split"],
+            absent=options["absent_classes"],
+            device=options["device"],
+            show=options["show"],
+            quiet=options["quiet"],
+        ),
+    )
+    _show_probe(report, json_)
+
+
+@cli.command()
+@device
+@as_json
+@click.pass_context
+def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
+    """Generate both built-in sets, extract, probe, and show the table: a few minutes on a CPU.
+
+    \b
+    Example:
+      featprobe --workspace /tmp/demo demo
+    """
+    from featprobe.stages.demo import demo as run
+
+    _show_probe(run(_workspace(ctx), lambda line: click.echo(line, err=json_), device), json_)
+
+
+@cli.command()
+@click.argument("pattern", required=False)
+@as_json
+@click.pass_context
+def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
+    """List backbones with the licence of their weights; with PATTERN, timm's pretrained models.
+
+    \b
+    Example:
+      featprobe backbones
+      featprobe backbones "*dinov3*"
+    """
+    from featprobe.backbones import find_backbone, licence_of, matching_models
+
+    workspace = _workspace(ctx)
+    specs = (
+        [find_backbone(n) for n in matching_models(pattern)]
+        if pattern
+        else [workspace.backbone(name) for name in workspace.backbone_names()]
+    )
+    rows = [
+        {"name": s.label, "model": s.model, "weights": s.weights or s.source, "licence": licence_of(s)} for s in specs
+    ]
+    if json_:
+        return show_json(rows)
+    if not rows:
+        raise FeatprobeError(f"No pretrained model of timm matches {pattern!r}. Try a shorter one: '*dinov3*'.")
+    click.echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def data(ctx: click.Context) -> None:
+    """List data sets; describe one; draw a contact sheet.
+
+    \b
+    Example:
+      featprobe data
+      featprobe data info xray
+      featprobe data show xray --out xray.png
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    workspace = _workspace(ctx)
+    entries = workspace.config.get("data", {})
+    rows = [
+        (name, str(workspace.data / name), "built in, there" if (workspace.data / name).is_dir() else "built in")
+        if name not in entries
+        else (name, entries[name]["path"], "featprobe.toml")
+        for name in workspace.data_names()
+    ]
+    click.echo(columns(rows, ("name", "path", "from")))
+    click.echo("A path to a folder of images/ and masks/, or to COCO JSON, serves as well.")
+
+
+@data.command("info")
+@click.argument("name")
+@as_json
+@click.pass_context
+def data_info(ctx: click.Context, name: str, json_: bool) -> None:
+    """Describe a data set: images, groups, classes, sizes, splits.
+
+    \b
+    Example:
+      featprobe data info surface
+    """
+    from featprobe.stages.data import summarise
+
+    summary = summarise(_workspace(ctx).data_set(name))
+    if json_:
+        return show_json(asdict(summary))
+    low, high = summary.sizes
+    click.echo(f"{summary.name}: {summary.root}")
+    click.echo(
+        f"  {sum(summary.images.values())} images, {summary.depth}-bit, {low[0]}x{low[1]} to {high[0]}x{high[1]}"
+    )
+    click.echo(f"  labels for {', '.join(summary.tasks)}")
+    for split, count in summary.images.items():
+        click.echo(f"  {split:<6} {count} images, {summary.groups[split]} groups")
+    header = ["class", *(["pixels"] if summary.pixels else []), *(["instances"] if summary.instances else [])]
+    rows = [
+        [
+            name,
+            *([f"{summary.pixels[name]:.2%}"] if summary.pixels else []),
+            *([summary.instances.get(name, "")] if summary.instances else []),
+        ]
+        for name in summary.classes
+    ]
+    click.echo(columns(rows, header))
+    for note in summary.notes:
+        click.echo(f"note: {note}")
+
+
+@data.command("show")
+@click.argument("name")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
+@click.option("--count", type=click.IntRange(1), default=8, show_default=True, help="How many images.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
+@click.pass_context
+def data_show(ctx: click.Context, name: str, out: Path, count: int, split: str) -> None:
+    """Draw images of a data set beside their labels.
+
+    \b
+    Example:
+      featprobe data show xray --out xray.png
+    """
+    from featprobe.stages.data import contact_sheet
+
+    shown = contact_sheet(_workspace(ctx).data_set(name), out, count, split)
+    click.echo(f"{out}: {len(shown)} images of {split}")
+
+
+@data.command("make")
+@click.argument("name", type=click.Choice(["xray", "surface"]))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: data/NAME of the workspace.")
+@click.option("--images", type=click.IntRange(12), default=240, show_default=True, help="How many.")
+@click.option("--size", default="256x256", show_default=True, metavar="HxW", help="Height x width, pixels.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.pass_context
+def data_make(ctx: click.Context, name: str, out: Path | None, images: int, size: str, seed: int) -> None:
+    """Generate a built-in set, in another size or with another seed than the default.
+
+    \b
+    Example:
+      featprobe data make xray --images 480 --size 384x384 --out big_xray
+    """
+    from featprobe.geometry import parse_size
+    from featprobe.stages.workspace import make_generated
+
+    folder = out or _workspace(ctx).data / name
+    there = (folder / "annotations").is_dir()
+    if there:
+        raise FeatprobeError(f"{folder} holds a data set already. Nothing was changed. Name another folder with --out.")
+    make_generated(name, folder, images=images, size=parse_size(size), seed=seed)
+    click.echo(f"{folder}: {images} images of {size}")
+
+
+@cli.group()
+def cache() -> None:
+    """Look after feature caches: list, describe, verify, remove.
+
+    \b
+    Example:
+      featprobe cache ls
+      featprobe cache verify xray
+    """
+
+
+@cache.command("ls")
+@as_json
+@click.pass_context
+def cache_ls(ctx: click.Context, json_: bool) -> None:
+    """List the caches of the workspace.
+
+    \b
+    Example:
+      featprobe cache ls
+    """
+    from featprobe.machine import human_bytes
+    from featprobe.stages.caches import describe_cache
+
+    workspace = _workspace(ctx)
+    found, broken = [], []
+    for path in workspace.cache_files():
+        try:
+            found.append(describe_cache(path))
+        except FeatprobeError as error:
+            broken.append({"path": str(path), "error": str(error)})
+    if json_:
+        return show_json(found + broken)
+    rows = [
+        (
+            Path(c["path"]).relative_to(workspace.cache).as_posix(),
+            c["recipe"]["label"],
+            "x".join(map(str, c["recipe"]["frame"])),
+            c["recipe"]["dtype"],
+            f"{c['whole']} of {c['rows']}",
+            human_bytes(c["bytes"]),
+        )
+        for c in found
+    ]
+    if rows:
+        click.echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size")))
+    elif not broken:
+        click.echo(f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray")
+    for entry in broken:
+        click.echo(f"can't be opened: {entry['error'].splitlines()[0]}", err=True)
+
+
+@cache.command("info")
+@click.argument("name")
+@as_json
+@click.pass_context
+def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
+    """Describe caches: recipe, levels, data set, provenance. NAME: a path, or part of a file's name.
+
+    \b
+    Example:
+      featprobe cache info xray
+    """
+    from featprobe.machine import human_bytes
+    from featprobe.stages.caches import describe_cache
+
+    found = [describe_cache(path) for path in _workspace(ctx).find_caches(name)]
+    if json_:
+        return show_json(found)
+    for c in found:
+        recipe, origin = c["recipe"], c["data"]
+        levels = ", ".join(f"{v['name']} ({v['channels']} ch)" for v in recipe["levels"])
+        rows: list[tuple[str, object]] = [
+            ("rows", f"{c['whole']} whole, {c['missing']} missing, {len(c['unreadable'])} unreadable of {c['rows']}"),
+            ("size", human_bytes(c["bytes"])),
+            ("backbone", f"{recipe['label']}: {recipe['backbone']}, weights sha256 {recipe['weights_sha256'][:12]}…"),
+            ("levels", levels),
+            ("final norm", recipe["final_norm"]),
+            ("frame", f"{recipe['frame'][0]}x{recipe['frame'][1]} ({recipe['fit']} to {recipe['size']})"),
+            ("dtype", recipe["dtype"]),
+            ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
+            ("data", f"{origin['name']}: {origin['root']}"),
+            ("classes", ", ".join(origin["classes"])),
+            ("tasks", ", ".join(origin["tasks"])),
+            ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
+            ("key", c["key"]),
+            ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}"),
+        ]
+        click.echo(columns(rows, (c["path"], "")))
+        for name_, reason in c["unreadable"].items():
+            click.echo(f"unreadable: {name_}: {reason}")
+
+
+@cache.command("verify")
+@click.argument("name", required=False)
+@quiet
+@as_json
+@click.pass_context
+def cache_verify(ctx: click.Context, name: str | None, quiet: bool, json_: bool) -> None:
+    """Hash every row, level and target again; exit code 3 when something is bad.
+
+    Rows whose features are bad are marked missing, so that `extract` computes exactly those anew.
+
+    \b
+    Example:
+      featprobe cache verify xray
+    """
+    from featprobe.stages.caches import verify_cache
+
+    workspace = _workspace(ctx)
+    paths = workspace.find_caches(name) if name else workspace.cache_files()
+    found = {str(path): verify_cache(path, quiet) for path in paths}
+    if json_:
+        show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
+    else:
+        for path, damages in found.items():
+            click.echo(f"{path}: {'sound' if not damages else f'{len(damages)} bad'}")
+            for damage in damages:
+                click.echo(f"  row {damage.row} {damage.id}: {damage.part}" if damage.row >= 0 else f"  {damage.part}")
+        if any(found.values()):
+            click.echo("Mend them: run the `featprobe extract` command that made the file again.")
+    if any(found.values()):
+        ctx.exit(3)
+
+
+@cache.command("rm")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
+    """Delete caches. NAME: a path, or part of a file's name.
+
+    \b
+    Example:
+      featprobe cache rm xray --yes
+    """
+    from featprobe.machine import human_bytes
+    from featprobe.stages.caches import remove_cache
+
+    paths = _workspace(ctx).find_caches(name)
+    for path in paths:
+        click.echo(f"{path}  {human_bytes(path.stat().st_size)}")
+    if not yes:
+        click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
+    click.echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+
+
+def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
+    if options["weights"] and options["random_init"]:
+        raise click.UsageError("--weights and --random-init exclude each other.")
+    return workspace.backbone(options["backbone"], options["weights"], options["random_init"], options["final_norm"])
+
+
+def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
+    from featprobe.geometry import parse_size
+    from featprobe.stages.extract import ExtractOptions
+
+    same = ("fit", "intensity", "batch_size", "workers", "dtype", "precision", "device", "skip_bad", "quiet")
+    return ExtractOptions(
+        levels=names(options["levels"]),
+        size=parse_size(options["size"]) if options["size"] else None,
+        shard=_parse_shard(options.get("shard")),
+        **{name: options[name] for name in same},
+    )
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        i, n = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}. wanted: I/N, as 3/16", param_hint="--shard") from None
+    return i, n
+
+
+def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:
+    if recipe["window"] is None:
+        return ""
+    low, high = recipe["window"]
+    clipped = "" if origin["clipped"] is None else f", clips {origin['clipped']:.2%} of the annotated pixels"
+    return f", levels {low:g} to {high:g}{clipped}"
+
+
+def _show_probe(report: "ProbeReport", json_: bool) -> None:
+    from featprobe.report.tables import result_table, show_table
+
+    if json_:
+        return show_json(report.rows)
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    click.echo("Test split, percent; IoU over all its pixels.\n")
+    click.echo(show_table(result_table(report.rows)))
+    for sheet in report.sheets:
+        click.echo(f"pictures: {sheet}")

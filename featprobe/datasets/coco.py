@@ -1,0 +1,202 @@
+"""Reader for COCO JSON: polygons, uncompressed and compressed RLE, boxes, crowds, groups."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from featprobe.datasets.samples import DataSet, Sample, tasks_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import Instance, Rle, Target, semantic_from_instances
+
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SLACK = 1.0  # pixels by which a coordinate may pass the image's edge: rounding of common exporters
+
+
+def find_coco(root: Path) -> list[Path]:
+    """COCO JSON files of a folder: at its top, in annotations/, or in one folder per split."""
+    if root.is_file():
+        return [root] if root.suffix == ".json" else []
+    found = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
+    found += sorted(path for path in root.glob("*/*.json") if path.parent.name in SPLIT_WORDS)
+    instances = [path for path in found if path.name.startswith("instances")]
+    return [path for path in instances or found if _looks_like_coco(path)]
+
+
+def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
+    """The data set of one or more COCO files, one per split or one in all.
+
+    A file's split is named by its stem or folder (train, val, test); an image's entry may also carry
+    `split` and `group`. Raises DataError when the files disagree on their categories.
+    """
+    loaded = [(path, _load(path)) for path in files]
+    categories = _categories(loaded)
+    classes, index = _class_index(categories)
+    samples: list[Sample] = []
+    entries: dict[str, tuple[Path, Mapping[str, Any], list[Mapping[str, Any]]]] = {}
+    masks, annotated = True, False
+    for path, data in loaded:
+        by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+        for annotation in data["annotations"]:
+            by_image[annotation["image_id"]].append(annotation)
+            masks &= bool(annotation.get("segmentation"))
+            annotated = True
+        unknown = set(by_image) - {image["id"] for image in data["images"]}
+        if unknown:
+            raise DataError(f"{path} has annotations of images that it does not list: {sorted(unknown)[:5]}.")
+        for image in data["images"]:
+            split = str(image.get("split") or _split_word(path))
+            place = find_image(root if root.is_dir() else root.parent, path, split, str(image["file_name"]))
+            identity = str(image["file_name"])
+            if identity in entries:
+                identity = f"{split}/{identity}"
+            if identity in entries:
+                raise DataError(f"{path} lists the image {image['file_name']} twice.")
+            samples.append(Sample(identity, place, str(image.get("group", identity)), split))
+            entries[identity] = path, image, by_image[image["id"]]
+    if not samples:
+        raise DataError(f"{root} lists no images.")
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        path, image, annotations = entries[sample.id]
+        where = f"{path}, image {image['file_name']}"
+        if (image.get("height"), image.get("width")) not in (size, (None, None)):
+            raise DataError(
+                f"{where}: the annotation is of another size than the image.\n"
+                f"  wanted  {size[0]}x{size[1]} pixels, as the image has (height x width)\n"
+                f"  found   {image.get('height')}x{image.get('width')}"
+            )
+        instances = tuple(_instance(a, index, size, where) for a in annotations)
+        return Target(semantic_from_instances(instances, size) if masks else None, instances)
+
+    return DataSet(
+        name, root, classes, tuple(samples), tasks_of(masks=masks and annotated, instances=True), read_target
+    )
+
+
+def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
+    """Where an image of a COCO file lies; the first place tried when it lies nowhere."""
+    folders = ["images", f"images/{annotations.stem}", ".", "data"]
+    if split:
+        folders[1:1] = [f"images/{split}", split, f"{split}2017"]
+    places = [root / folder / file_name for folder in folders] + [annotations.parent / file_name]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} can't be read as JSON: {error}.") from error
+    wanted = ("images", "annotations", "categories")
+    if not isinstance(data, dict) or any(not isinstance(data.get(key), list) for key in wanted):
+        raise DataError(f"{path} is not COCO JSON. wanted: lists called {', '.join(wanted)}.")
+    return data
+
+
+def _looks_like_coco(path: Path) -> bool:
+    with path.open("rb") as stream:
+        start = stream.read(1 << 20)
+    return b'"images"' in start or b'"annotations"' in start or b'"categories"' in start
+
+
+def _split_word(path: Path) -> str:
+    words = [*path.stem.lower().replace("-", "_").split("_"), path.parent.name.lower()]
+    stripped = [word.rstrip("0123456789") for word in words]
+    return next((SPLIT_WORDS[word] for word in stripped if word in SPLIT_WORDS), "")
+
+
+def _categories(loaded: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[int, str]:
+    first_path, first = loaded[0]
+    categories = {c["id"]: str(c["name"]) for c in first["categories"]}
+    for path, data in loaded[1:]:
+        others = {c["id"]: str(c["name"]) for c in data["categories"]}
+        if others != categories:
+            raise DataError(f"{path} and {first_path} name other categories:\n  {others}\n  {categories}")
+    return categories
+
+
+def _class_index(categories: Mapping[int, str]) -> tuple[tuple[str, ...], dict[int, int]]:
+    """Class names, the background first, and the class index of each category id."""
+    named = {number: name for number, name in sorted(categories.items()) if name.lower() != "background"}
+    index = {number: i for i, number in enumerate(named, start=1)}
+    index |= {number: 0 for number in categories if number not in named}
+    return ("background", *named.values()), index
+
+
+def _instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Size, where: str) -> Instance:
+    where = f"{where}, annotation {annotation.get('id')}"
+    if annotation["category_id"] not in index:
+        raise DataError(f"{where}: category {annotation['category_id']} is not listed. Known: {sorted(index)}.")
+    rle = _rle(annotation.get("segmentation"), size, where)
+    if annotation.get("bbox"):
+        x, y, w, h = (float(v) for v in annotation["bbox"])
+    elif rle is not None:
+        x, y, w, h = (float(v) for v in coco_mask.toBbox(rle))
+    else:
+        raise DataError(f"{where} has neither a box nor a mask.")
+    height, width = size
+    box = (x, y, x + w, y + h)
+    if not (w >= 0 and h >= 0 and -SLACK <= x and x + w <= width + SLACK and -SLACK <= y and y + h <= height + SLACK):
+        raise DataError(
+            f"{where}: the box lies outside of the image.\n"
+            f"  wanted  0 <= x1 <= x2 <= {width}, 0 <= y1 <= y2 <= {height} pixels\n"
+            f"  found   x1, y1, x2, y2 = {', '.join(f'{v:g}' for v in box)}"
+        )
+    x1, x2 = (min(max(v, 0.0), float(width)) for v in (box[0], box[2]))
+    y1, y2 = (min(max(v, 0.0), float(height)) for v in (box[1], box[3]))
+    return Instance(index[annotation["category_id"]], (x1, y1, x2, y2), rle, bool(annotation.get("iscrowd", 0)))
+
+
+def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
+    """Compressed RLE of any of COCO's three forms of a mask; None when there is none."""
+    if not segmentation:
+        return None
+    height, width = size
+    if isinstance(segmentation, list):
+        points = np.concatenate([np.asarray(polygon, dtype=float).reshape(-1, 2) for polygon in segmentation])
+        if points.min() < -SLACK or (points.max(axis=0) > np.array([width, height]) + SLACK).any():
+            raise DataError(f"{where}: the polygon leaves the image of {width}x{height} pixels (width x height).")
+        merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    else:
+        if list(segmentation["size"]) != [height, width]:
+            raise DataError(
+                f"{where}: the RLE mask is of another size than the image.\n"
+                f"  wanted  {[height, width]} (height, width)\n  found   {segmentation['size']}"
+            )
+        counts = segmentation["counts"]
+        if isinstance(counts, list):
+            if sum(counts) != height * width:
+                raise DataError(f"{where}: the RLE covers {sum(counts)} pixels, wanted {height * width}.")
+            merged = coco_mask.frPyObjects(segmentation, height, width)
+        else:
+            _check_compressed(counts, height * width, where)
+            merged = segmentation
+    counts = merged["counts"]
+    return {"size": [height, width], "counts": counts if isinstance(counts, str) else counts.decode("ascii")}
+
+
+def _check_compressed(counts: str, pixels: int, where: str) -> None:
+    """Raise DataError when compressed RLE does not cover exactly the image's pixels.
+
+    pycocotools trusts its input and would write past the end of the mask. Runs are LEB128-like, six
+    bits a character, each from the third on as the difference to the run two before (COCO's maskApi.c).
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode("ascii", "replace"):
+        bits = character - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            if bits & 0x10:
+                value |= -1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift or sum(runs) != pixels or min(runs, default=0) < 0:
+        raise DataError(f"{where}: the RLE covers {sum(runs)} pixels, wanted {pixels}. The string is damaged.")

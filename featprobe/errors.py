@@ -1,0 +1,68 @@
+"""Every error that featprobe raises on purpose.
+
+    FeatprobeError                exit code 1: one paragraph, no traceback
+    ├── DataError                 an image, a mask, an annotation, a split, a data set's name
+    ├── BackboneError             a model name, weights, a level, a device
+    ├── CacheError                a cache file: its place, version, identity, contents
+    │   ├── CacheBusyError        another process is writing the same rows
+    │   ├── CacheIncompleteError  rows are missing
+    │   └── OverflowsDtypeError   a feature does not fit the cache's number format
+    ├── ProbeError                a head, a saved head, a training recipe
+    └── ShapeError                tensors that disagree (a caller's mistake)
+
+A message is a letter: what, where, what was wanted, what was found, what was done about it, what to
+do. Nothing that was written before is lost by any of them.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FeatprobeError(Exception):
+    """Base of all errors of this package; its text is ready to be shown to a person."""
+
+
+class DataError(FeatprobeError):
+    """An image, a mask, an annotation, a split or a data set's name is not usable."""
+
+
+class BackboneError(FeatprobeError):
+    """A model name, its weights, a level or a device is not usable."""
+
+
+class CacheError(FeatprobeError):
+    """A cache file is in the wrong place, of another version or identity, or damaged."""
+
+
+class CacheBusyError(CacheError):
+    """Another process is writing the same rows of the same cache."""
+
+
+class CacheIncompleteError(CacheError):
+    """Rows of a cache are missing, so nothing can be trained from it yet."""
+
+
+class OverflowsDtypeError(CacheError):
+    """A feature value is not finite, or does not fit the cache's number format."""
+
+
+class ProbeError(FeatprobeError):
+    """A head, a saved head or a training recipe is not usable."""
+
+
+class ShapeError(FeatprobeError):
+    """Tensors that belong together disagree in shape."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the known names nearest to `name`, or all of them when few.
+
+    >>> nearest("xrey", ["xray", "surface"])
+    'Did you mean xray? Known: surface, xray.'
+    """
+    names = sorted(known)
+    close = get_close_matches(name, names, n=3, cutoff=0.5)
+    parts = [f"Did you mean {' or '.join(close)}?"] if close else []
+    if len(names) <= 12:
+        parts.append(f"Known: {', '.join(names)}.")
+    return " ".join(parts)

@@ -1,0 +1,110 @@
+"""Saved heads and result rows, format version 1 (probes/README.md)."""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from featprobe.errors import ProbeError
+from featprobe.levels import FeatureLevel
+from featprobe.probes.heads import HeadRecipe, build_head
+from featprobe.specs import FeatureRecipe
+
+HEAD_FORMAT, HEAD_VERSION, ROW_VERSION = "featprobe-head", 1, 1
+FINGERPRINT = ("backbone", "weights_sha256", "levels", "final_norm", "channels", "mean", "std", "intensity")
+
+
+def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
+    """What features must agree in with those that a head was trained on."""
+    values = recipe.to_json()
+    return {name: values[name] for name in FINGERPRINT}
+
+
+def save_head(folder: Path, head: nn.Module, card: Mapping[str, Any], per_image: NDArray[np.int64]) -> None:
+    """Write head.safetensors, card.json and scores.npz, each whole or not at all; the card comes last.
+
+    per_image: (test images, classes, classes), confusion matrices.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "card.json").unlink(missing_ok=True)  # without a card a folder is no saved head
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    save_file(tensors, folder / ".head.tmp", metadata={"format": HEAD_FORMAT})
+    (folder / ".head.tmp").replace(folder / "head.safetensors")
+    with (folder / ".scores.tmp").open("wb") as stream:
+        np.savez_compressed(stream, confusion=per_image)
+    (folder / ".scores.tmp").replace(folder / "scores.npz")
+    (folder / ".card.tmp").write_text(json.dumps(_plain(card), indent=1) + "\n", encoding="utf-8")
+    (folder / ".card.tmp").replace(folder / "card.json")
+
+
+def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """A saved head in eval mode, and its card.
+
+    recipe: of the features that it is to be fed, checked against the card's fingerprint when given.
+    Raises ProbeError when the folder holds no saved head, or one for other features.
+    """
+    try:
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "head.safetensors")
+        if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
+            raise ProbeError(
+                f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
+            )
+        values = card["head"]
+        levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
+        head = build_head(
+            HeadRecipe(values["task"], values["kind"], tuple(values["classes"]), tuple(values["levels"])), levels
+        )
+        head.load_state_dict(tensors, strict=True)
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, RuntimeError) as error:
+        raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
+    if recipe is not None:
+        check_fingerprint(folder, card["fingerprint"], recipe)
+    return head.eval(), card
+
+
+def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRecipe) -> None:
+    """Raise ProbeError, naming what differs, when features are not those that a head was trained on."""
+    found = json.loads(json.dumps(fingerprint(recipe)))
+    differing = [name for name in FINGERPRINT if wanted[name] != found[name]]
+    if differing:
+        lines = [f"  {name}\n    wanted  {wanted[name]}\n    found   {found[name]}" for name in differing]
+        raise ProbeError(f"{folder} was trained on other features. Nothing was computed.\n" + "\n".join(lines))
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one result as a JSON line; several processes may do so at once.
+
+    A torn last line, left by a kill, is closed off first, so that it spoils no other.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"version": ROW_VERSION, **_plain(row)}, separators=(",", ":")).encode() + b"\n"
+    with path.open("a+b") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+        size = stream.seek(0, os.SEEK_END)
+        if size:
+            stream.seek(size - 1)
+            line = line if stream.read(1) == b"\n" else b"\n" + line
+        stream.write(line)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan: a score that does not exist is null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

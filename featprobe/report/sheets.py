@@ -1,0 +1,105 @@
+"""Picture sheets: images beside their labels and predictions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from featprobe.targets import IGNORE, Instance, Labels
+
+COLOURS = np.array(
+    [(0, 0, 0), (230, 60, 50), (60, 150, 255), (255, 200, 0), (60, 200, 90), (200, 90, 230), (255, 140, 40),
+     (0, 200, 210), (250, 130, 180), (150, 110, 60), (160, 220, 60), (110, 110, 220)],
+    dtype=np.uint8,
+)  # fmt: skip
+IGNORED = (150, 150, 150)
+TILE, GAP, LINE = 256, 6, 18  # pixels
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a sheet: a grey or colour image in [0, 1], and what is drawn over it."""
+
+    image: NDArray[np.float32]
+    labels: Labels | None = None
+    instances: tuple[Instance, ...] = ()
+
+
+def save_sheet(
+    path: Path, rows: Sequence[tuple[str, Sequence[Panel]]], columns: Sequence[str], classes: Sequence[str]
+) -> None:
+    """Write a sheet as a PNG: a caption and panels per row, a title per column, the classes' colours below.
+
+    Labels are drawn as translucent colour with a full outline; class 0 is left clear.
+    """
+    font = ImageFont.load_default(13)
+    width = max(len(columns) * (TILE + GAP) + GAP, 480)
+    tiles = [(caption, [_tile(panel) for panel in panels]) for caption, panels in rows]
+    heights = [max(tile.height for tile in row) + LINE + GAP for _, row in tiles]
+    sheet = Image.new("RGB", (width, LINE + GAP + sum(heights) + LINE * (1 + len(classes) // 5)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(columns):
+        draw.text((GAP + column * (TILE + GAP), 2), title, fill="black", font=font)
+    top = LINE + GAP
+    for (caption, row), height in zip(tiles, heights, strict=True):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (GAP + column * (TILE + GAP), top))
+        draw.text((GAP, top + height - LINE - GAP + 1), caption, fill="black", font=font)
+        top += height
+    _legend(draw, top, width, classes, font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    """A class's colour; colours repeat after the eleventh class, the background is never among them."""
+    red, green, blue = COLOURS[index if index < len(COLOURS) else 1 + (index - 1) % (len(COLOURS) - 1)].tolist()
+    return red, green, blue
+
+
+def _legend(
+    draw: ImageDraw.ImageDraw,
+    top: int,
+    width: int,
+    classes: Sequence[str],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    x = GAP
+    for index, name in enumerate(classes):
+        length = int(draw.textlength(name, font=font)) + 28
+        if x + length > width:
+            x, top = GAP, top + LINE
+        draw.rectangle((x, top + 3, x + 12, top + 13), fill=colour_of(index))
+        draw.text((x + 17, top), name, fill="black", font=font)
+        x += length
+
+
+def _tile(panel: Panel) -> Image.Image:
+    image = panel.image if panel.image.ndim == 3 else np.repeat(panel.image[:, :, None], 3, axis=2)
+    scale = TILE / max(image.shape[:2])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    tile = Image.fromarray((image * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    if panel.labels is not None:
+        tile = _overlay(tile, panel.labels)
+    draw = ImageDraw.Draw(tile)
+    for instance in panel.instances:
+        draw.rectangle([v * scale for v in instance.box_xyxy], outline=colour_of(instance.category))
+    return tile
+
+
+def _overlay(tile: Image.Image, labels: Labels) -> Image.Image:
+    small = np.asarray(Image.fromarray(labels).resize(tile.size, Image.Resampling.NEAREST))
+    pixels = np.asarray(tile).astype(np.float32)
+    for index in np.unique(small):
+        if index == 0:
+            continue
+        colour = np.array(IGNORED if index == IGNORE else colour_of(int(index)), dtype=np.float32)
+        inside = small == index
+        padded = np.pad(inside, 1)
+        core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        pixels[inside] = 0.7 * pixels[inside] + 0.3 * colour
+        pixels[inside & ~core] = colour
+    return Image.fromarray(pixels.astype(np.uint8))

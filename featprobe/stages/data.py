@@ -1,0 +1,99 @@
+"""Looking at data sets: what they hold, and how they look."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featprobe.datasets import DataSet, Sample
+from featprobe.datasets.images import image_size, is_16bit, read_levels, to_unit, training_window
+from featprobe.errors import DataError
+from featprobe.report.sheets import Panel, save_sheet
+from featprobe.specs import DEFAULT_16BIT, Intensity
+from featprobe.targets import IGNORE
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """A data set in numbers. pixels: share of each class among labelled pixels, None without masks.
+
+    sizes: smallest and largest (height, width) in pixels.
+    """
+
+    name: str
+    root: str
+    classes: tuple[str, ...]
+    tasks: tuple[str, ...]
+    images: dict[str, int]
+    groups: dict[str, int]
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+    depth: int
+    pixels: dict[str, float] | None
+    instances: dict[str, int] | None
+    notes: tuple[str, ...]
+
+
+def summarise(data: DataSet) -> DataSummary:
+    """Read all the labels of a data set and count; raises DataError for the first that is bad."""
+    sizes = [image_size(sample.image) for sample in data.samples]
+    counts = np.zeros(256, dtype=np.int64)
+    objects: list[int] = []
+    for sample, size in zip(data.samples, sizes, strict=True):
+        target = data.read_target(sample, size)
+        if target.semantic is not None:
+            counts += np.bincount(target.semantic.ravel(), minlength=256)
+        objects += [instance.category for instance in target.instances or ()]
+    labelled = counts[: len(data.classes)]
+    shares = (labelled / max(1, labelled.sum())).tolist()
+    splits = ("train", "val", "test")
+    return DataSummary(
+        name=data.name,
+        root=str(data.root),
+        classes=data.classes,
+        tasks=data.tasks,
+        images={split: len(data.in_split(split)) for split in splits},
+        groups={split: len({s.group for s in data.in_split(split)}) for split in splits},
+        sizes=(min(sizes), max(sizes)),
+        depth=16 if is_16bit(data.samples[0].image) else 8,
+        pixels=dict(zip(data.classes, shares, strict=True)) if "semseg" in data.tasks else None,
+        instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if "detect" in data.tasks else None,
+        notes=data.notes,
+    )
+
+
+def contact_sheet(data: DataSet, out: Path, count: int = 8, split: str = "train") -> list[str]:
+    """Write a PNG of images beside their labels; returns the ids shown, evenly spread over the split.
+
+    Images with labels come before those without. Raises DataError for an empty split.
+    """
+    samples = data.in_split(split)
+    if not samples:
+        raise DataError(f"{data.name} has no {split} split. wanted: one of train, val, test.")
+    labelled = [sample for sample in samples if _is_labelled(data, sample)]
+    chosen = _spread(labelled, count) or _spread(samples, count)
+    deep = is_16bit(chosen[0].image)
+    window = training_window([s.image for s in data.in_split("train")], DEFAULT_16BIT if deep else Intensity("none"))
+    rows = []
+    for sample in chosen:
+        image = to_unit(read_levels(sample.image), window)
+        target = data.read_target(sample, image_size(sample.image))
+        rows.append(
+            (f"{sample.id}  ({sample.group})", [Panel(image), Panel(image, target.semantic, target.instances or ())])
+        )
+    save_sheet(out, rows, ["image", "labels"], data.classes)
+    return [sample.id for sample in chosen]
+
+
+def _is_labelled(data: DataSet, sample: Sample) -> bool:
+    target = data.read_target(sample, image_size(sample.image))
+    if target.semantic is not None:
+        return bool(((target.semantic > 0) & (target.semantic != IGNORE)).any())
+    return bool(target.instances)
+
+
+def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    if not samples:
+        return []
+    picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
+    return [samples[i] for i in picked]

@@ -1,0 +1,26 @@
+"""The whole way on the built-in sets: images, cache, probe, table, pictures."""
+
+from collections.abc import Callable, Sequence
+
+from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.stages.probe import ProbeOptions, ProbeReport, probe
+from featprobe.stages.workspace import Workspace
+
+
+def demo(
+    workspace: Workspace,
+    say: Callable[[str], None],
+    device: str | None = None,
+    data: Sequence[str] = ("xray", "surface"),
+) -> ProbeReport:
+    """Probe both built-in sets with the embedded backbone, and with random weights as the control."""
+    options = ExtractOptions(device=device)
+    labels = []
+    for name in data:
+        for random_init in (False, True):
+            spec = workspace.backbone("embedded", random_init=random_init)
+            report = extract(workspace, spec, name, options)
+            labels.append(spec.label)
+            made = f"{report.computed} images" if report.computed else "there already"
+            say(f"{spec.label} on {name}: {made}, {report.path}")
+    return probe(workspace, "semseg", data, sorted(set(labels)), ProbeOptions(device=device, show=4))

@@ -1,0 +1,119 @@
+"""What an extraction would cost, before it runs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from featprobe.backbones import load_backbone
+from featprobe.datasets.images import frame_image, read_levels
+from featprobe.machine import available_memory, free_disk, pick_device
+from featprobe.specs import BackboneSpec
+from featprobe.stages.extract import ExtractOptions, configured, prepare
+from featprobe.stages.workspace import Workspace
+
+TIMED_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cost of a cache: bytes, and seconds as timed on a few batches of this machine.
+
+    epoch_live: seconds that one pass over all images would take with the backbone run every time;
+    epoch_cached: one pass over the cached features, as this memory copies them. break_even: passes from
+    which on the cache is the quicker way, extraction included.
+    """
+
+    path: str
+    exists: bool
+    images: int
+    frame: tuple[int, int]
+    levels: tuple[str, ...]
+    feature_bytes: int
+    free_disk: int
+    memory: int
+    gpu_memory: int | None
+    extract_seconds: float
+    epoch_live: float
+    epoch_cached: float
+    device: str
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether the disk can hold the features."""
+        return self.exists or self.feature_bytes < self.free_disk
+
+    @property
+    def fits_memory(self) -> bool:
+        """Whether all features fit the available memory."""
+        return self.feature_bytes < self.memory
+
+    @property
+    def fits_gpu(self) -> bool | None:
+        """Whether all features fit the GPU's free memory; None without a GPU."""
+        return None if self.gpu_memory is None else self.feature_bytes < self.gpu_memory
+
+    @property
+    def break_even(self) -> float:
+        """Number of passes from which on the cache pays."""
+        saved = self.epoch_live - self.epoch_cached
+        return self.extract_seconds / saved if saved > 0 else float("inf")
+
+
+def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: ExtractOptions | None = None) -> Plan:
+    """Time a few batches of a data set under a backbone, and say what its cache would cost."""
+    options = configured(options or ExtractOptions(), workspace.data_options(data_name))
+    data = workspace.data_set(data_name)
+    device = pick_device(options.device)
+    backbone = load_backbone(spec, options.levels, device)
+    job = prepare(workspace, backbone, data, options)
+    readable = [i for i, row in enumerate(job.rows) if not row.reason][: options.batch_size]
+    begun = time.perf_counter()
+    images = [
+        frame_image(
+            read_levels(job.images[i]),
+            job.rows[i].placement,
+            job.recipe.window,
+            job.recipe.interpolation,
+            backbone.mean,
+        )
+        for i in readable
+    ]
+    decode = (time.perf_counter() - begun) / len(readable)
+    batch = torch.from_numpy(np.stack(images)).to(device)
+    compute = _median_seconds(lambda: backbone(batch), device) / len(readable)
+    block = np.ones(min(job.feature_bytes, len(readable) * job.recipe.row_bytes), dtype=np.uint8)
+    target = np.empty_like(block)
+    copy = _median_seconds(lambda: np.copyto(target, block), torch.device("cpu")) / len(readable)
+    count = len(job.rows)
+    live = count * max(compute, decode / max(1, options.workers))
+    return Plan(
+        path=str(job.path),
+        exists=job.path.exists(),
+        images=count,
+        frame=job.recipe.frame,
+        levels=tuple(level.name for level in job.recipe.levels),
+        feature_bytes=job.feature_bytes,
+        free_disk=free_disk(job.path.parent),
+        memory=available_memory(),
+        gpu_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        extract_seconds=live + count * copy,
+        epoch_live=live,
+        epoch_cached=count * copy,
+        device=str(device),
+    )
+
+
+@torch.inference_mode()
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median wall time of a call, after one that warms up."""
+    seconds = []
+    for _ in range(TIMED_BATCHES + 1):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return float(np.median(seconds[1:]))

@@ -1,0 +1,202 @@
+"""Looking at a whole data set before anything is computed: hashes, sizes, labels, grey levels."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from featprobe.backbones import Backbone
+from featprobe.cache import Row
+from featprobe.datasets import DataSet, Sample
+from featprobe.datasets.images import hash_image, image_size, is_16bit, read_levels, training_window
+from featprobe.datasets.samples import listed
+from featprobe.errors import DataError
+from featprobe.geometry import Fit, Size, default_size, place
+from featprobe.specs import DEFAULT_16BIT, CacheDtype, DataInfo, FeatureRecipe, Intensity
+from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
+
+CLIPPED_WARNING = 0.01
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one sample's files hold; `reason` tells why it can't be used, "" when it can."""
+
+    sample: Sample
+    image_hash: str = ""
+    size: Size = (1, 1)
+    semantic: bytes = b""
+    instances: bytes = b""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A whole data set, looked at; `found` is in the order of the data set's samples."""
+
+    data: DataSet
+    found: tuple[Found, ...]
+
+    @property
+    def bad(self) -> list[Found]:
+        """What can't be used."""
+        return [found for found in self.found if found.reason]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over classes, ids, groups, splits, image hashes and labels."""
+        running = hashlib.sha256(json.dumps([self.data.classes, self.data.tasks]).encode())
+        for f in self.found:
+            text = [f.sample.id, f.sample.group, f.sample.split, f.image_hash, f.size]
+            running.update(json.dumps(text).encode())
+            running.update(hashlib.sha256(f.semantic).digest() + hashlib.sha256(f.instances).digest())
+        return running.hexdigest()
+
+
+@contextmanager
+def in_threads(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[Iterator[R]]:
+    """Results of `work` for every item, in order; what is not begun is dropped when the block ends."""
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        yield pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Survey:
+    """Hash every image, read its size and encode its labels.
+
+    Raises DataError for the first sample that can't be used, or only keeps why with `skip_bad`.
+    """
+
+    def look(sample: Sample) -> Found:
+        found = Found(sample)
+        try:
+            image_hash = hash_image(sample.image)
+            size = image_size(sample.image)
+            target = data.read_target(sample, size)
+            semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances)
+            found = Found(sample, image_hash, size, semantic, instances)
+            if skip_bad:
+                read_levels(sample.image)  # a truncated one must not spoil the intensity window
+        except DataError as error:
+            if not skip_bad:
+                raise
+            return replace(found, reason=str(error))
+        return found
+
+    with in_threads(look, data.samples, workers) as results:
+        found = tuple(tqdm(results, total=len(data.samples), desc="looking", unit="img", disable=quiet, leave=False))
+    result = Survey(data, found)
+    if len(result.bad) == len(found):
+        raise DataError(f"No image of {data.root} can be used. The first: {found[0].reason}")
+    return result
+
+
+def training_images(surveyed: Survey) -> list[Sample]:
+    """Samples of the training split that can be read."""
+    return [f.sample for f in surveyed.found if f.sample.split == "train" and not f.reason]
+
+
+def choose_intensity(surveyed: Survey, asked: str | None) -> tuple[Intensity, tuple[float, float] | None]:
+    """The intensity policy, and the window of raw levels that it means for this data set.
+
+    Raises DataError when 8-bit and 16-bit images stand in one set, which no single window can serve.
+    """
+    deep = {is_16bit(f.sample.image) for f in surveyed.found if not f.reason}
+    if len(deep) > 1:
+        raise DataError(f"{surveyed.data.root} mixes 8-bit and 16-bit images: no one intensity window serves both.")
+    policy = Intensity.parse(asked) if asked else DEFAULT_16BIT if deep == {True} else Intensity("none")
+    return policy, training_window((s.image for s in training_images(surveyed)), policy)
+
+
+def clipped_share(surveyed: Survey, window: tuple[float, float] | None) -> float | None:
+    """Share of the training images' annotated foreground pixels that lie outside of the window.
+
+    None without a window, without masks, or without foreground.
+    """
+    if window is None:
+        return None
+    clipped = annotated = 0
+    for f in surveyed.found:
+        if f.semantic and f.sample.split == "train" and not f.reason:
+            labels = decode_semantic(f.semantic)
+            levels = read_levels(f.sample.image)[(labels > 0) & (labels != IGNORE)]
+            annotated += levels.size
+            clipped += int(((levels < window[0]) | (levels > window[1])).sum())
+    return clipped / annotated if annotated else None
+
+
+def make_recipe(
+    surveyed: Survey,
+    backbone: Backbone,
+    *,
+    size: Size | None,
+    fit: Fit,
+    intensity: str | None,
+    dtype: CacheDtype,
+    precision: str,
+) -> FeatureRecipe:
+    """All that decides the features of a data set under a backbone."""
+    asked = size or default_size([f.size for f in surveyed.found if not f.reason])
+    policy, window = choose_intensity(surveyed, intensity)
+    return FeatureRecipe(
+        label=backbone.spec.label,
+        backbone=backbone.spec.model,
+        weights_sha256=backbone.sha256,
+        levels=backbone.levels,
+        final_norm=backbone.final_norm,
+        size=asked,
+        frame=place(asked, asked, fit, backbone.multiple).frame,
+        fit=fit,
+        intensity=str(policy),
+        window=window,
+        mean=backbone.mean,
+        std=backbone.std,
+        interpolation=backbone.interpolation,
+        dtype=dtype,
+        precision="amp" if precision == "amp" else "fp32",
+    )
+
+
+def make_rows(surveyed: Survey, recipe: FeatureRecipe, multiple: int) -> list[Row]:
+    """The cache's rows, in the order of the data set's samples."""
+    return [
+        Row(
+            id=f.sample.id,
+            group=f.sample.group,
+            split=f.sample.split,
+            image=_below(f.sample, surveyed.data),
+            image_hash=f.image_hash,
+            placement=place(f.size, recipe.size, recipe.fit, multiple),
+            semantic=f.semantic,
+            instances=f.instances,
+            reason=f.reason,
+        )
+        for f in surveyed.found
+    ]
+
+
+def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
+    """What the cache says of its data set, with what the intensity window clips."""
+    data = surveyed.data
+    clipped = clipped_share(surveyed, recipe.window)
+    notes = list(data.notes)
+    if clipped is not None and clipped > CLIPPED_WARNING:
+        notes.append(f"the intensity window clips {clipped:.1%} of the annotated pixels; see --intensity")
+    if surveyed.bad:
+        notes.append(f"{len(surveyed.bad)} samples can't be used: {listed([f.sample.id for f in surveyed.bad])}")
+    root = str(data.root.resolve())
+    return DataInfo(data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes))
+
+
+def _below(sample: Sample, data: DataSet) -> str:
+    image, root = sample.image.resolve(), data.root.resolve()
+    return image.relative_to(root).as_posix() if image.is_relative_to(root) else str(image)

@@ -1,0 +1,157 @@
+"""The workspace: the folder that holds cache/, probes/, data/ and featprobe.toml."""
+
+import hashlib
+import re
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from featprobe.backbones import ALIASES, find_backbone
+from featprobe.datasets import GENERATED, DataSet, generate, read_data
+from featprobe.errors import CacheError, DataError, FeatprobeError, nearest
+from featprobe.specs import BackboneSpec
+
+CONFIG = "featprobe.toml"
+ALLOWED = {
+    "data": {"path", "size", "fit", "intensity"},
+    "backbones": {"model", "weights", "random_init", "final_norm"},
+}
+
+
+class Workspace:
+    """Where things lie below a folder, and what its featprobe.toml names."""
+
+    def __init__(self, root: str | Path = ".") -> None:
+        self.root = Path(root)
+        self.cache, self.probes, self.data = (self.root / name for name in ("cache", "probes", "data"))
+        self.config = self._read_config()
+
+    def backbone(
+        self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None
+    ) -> BackboneSpec:
+        """The backbone that a name and options mean; raises BackboneError."""
+        table = self.config.get("backbones", {})
+        if name in table:
+            spec = replace(find_backbone(table[name]["model"]), label=name)
+            weights = weights or self._path(table[name].get("weights"))
+            random_init |= bool(table[name].get("random_init", False))
+            final_norm = table[name].get("final_norm") if final_norm is None else final_norm
+        else:
+            spec = find_backbone(name)
+        if weights is not None:
+            label = spec.label if name in table else f"{spec.label}-{Path(weights).stem}"
+            spec = replace(spec, label=label, source="file", weights=weights)
+        elif random_init:
+            spec = replace(spec, label=f"{spec.label}-random", source="random")
+        return replace(spec, final_norm=final_norm)
+
+    def backbone_names(self) -> list[str]:
+        """Short names that can be asked for here."""
+        return [*ALIASES, *self.config.get("backbones", {})]
+
+    def data_set(self, name: str) -> DataSet:
+        """A data set by its name in featprobe.toml, by a built-in set's name, or by a path.
+
+        A built-in set is generated into data/ when it is first asked for. Raises DataError.
+        """
+        table = self.config.get("data", {})
+        if name in table:
+            return read_data(name, Path(self._path(table[name]["path"]) or ""))
+        if name in GENERATED:
+            return read_data(name, self.generated(name))
+        if Path(name).exists():
+            return read_data(re.sub(r"[^\w.-]+", "_", Path(name).resolve().name), Path(name))
+        raise DataError(
+            f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
+            f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
+            "List them:  featprobe data"
+        )
+
+    def data_names(self) -> list[str]:
+        """Names of data sets that can be asked for here."""
+        return [*GENERATED, *self.config.get("data", {})]
+
+    def data_options(self, name: str) -> Mapping[str, Any]:
+        """What featprobe.toml says of a data set beside its path (size, fit, intensity)."""
+        return {k: v for k, v in self.config.get("data", {}).get(name, {}).items() if k != "path"}
+
+    def generated(self, name: str) -> Path:
+        """The folder of a built-in set, made whole or not at all when it is not there yet."""
+        return make_generated(name, self.data / name)
+
+    def cache_folder(self, data: DataSet) -> Path:
+        """cache/<data>: the set's name and 6 hex digits of who it is."""
+        known = data.name in self.config.get("data", {}) or data.root == self.data / data.name
+        identity = data.name if known else str(data.root.resolve())
+        return self.cache / f"{data.name}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
+
+    def cache_files(self) -> list[Path]:
+        """Every cache file here, by data set and name."""
+        return sorted(self.cache.glob("*/*.h5"))
+
+    def find_caches(self, text: str) -> list[Path]:
+        """The caches that a path, a data set's name or a part of a file's name means; raises CacheError."""
+        if Path(text).is_file():
+            return [Path(text)]
+        files = self.cache_files()
+        found = [path for path in files if text in f"{path.parent.name}/{path.name}"]
+        if not found:
+            known = [f"{path.parent.name}/{path.name}" for path in files]
+            raise CacheError(f"No cache in {self.cache} is called {text!r}. {nearest(text, known) if known else ''}")
+        return found
+
+    def _path(self, text: str | None) -> str | None:
+        """A path of featprobe.toml, which is relative to that file."""
+        return None if text is None else str(self.root / Path(text).expanduser())
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.root / CONFIG
+        if not path.is_file():
+            return {}
+        try:
+            config = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
+        for section, entries in config.items():
+            if section not in ALLOWED:
+                raise FeatprobeError(f"{path}: there is no section [{section}]. {nearest(section, ALLOWED)}")
+            for name, entry in entries.items():
+                required = "path" if section == "data" else "model"
+                unknown = set(entry) - ALLOWED[section]
+                if required not in entry or unknown:
+                    found = f"unknown {', '.join(sorted(unknown))}" if unknown else f"{required} is missing"
+                    wanted = ", ".join(sorted(ALLOWED[section]))
+                    raise FeatprobeError(f"{path}, [{section}.{name}]: {found}. wanted: {wanted}.")
+        return config
+
+
+def make_generated(
+    name: str, folder: Path, *, images: int = 240, size: tuple[int, int] = (256, 256), seed: int = 0
+) -> Path:
+    """Generate a built-in set into a folder, whole or not at all; what is there already stays.
+
+    Raises DataError when the folder holds something else or can't be written.
+    """
+    if (folder / "annotations").is_dir():
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty and not a generated set. Nothing was changed. Choose another folder.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    except OSError as error:
+        raise DataError(f"{folder} can't be written: {error.strerror}. Nothing was changed.") from error
+    try:
+        generate(name, temporary, images=images, size=size, seed=seed)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except OSError as error:  # another process was faster, or the disk is full
+        if not (folder / "annotations").is_dir():
+            raise DataError(f"{folder} can't be written: {error.strerror}. Nothing was left behind.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

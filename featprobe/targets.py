@@ -1,0 +1,167 @@
+"""What a sample is labelled with, and how labels are laid on a grid of cells.
+
+Class indices count from 0, the background; 255 is ignored. RLE is COCO's: column-major, run lengths
+from the background, as pycocotools writes it.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from featprobe.errors import DataError, ShapeError
+from featprobe.geometry import Placement, Size
+
+IGNORE = 255
+"""Pixels of this label take part in no loss and no score."""
+
+Labels = NDArray[np.uint8]
+Rle = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One labelled object of an image, in pixels of the original image.
+
+    category: index into the data set's classes, >= 1.
+    box_xyxy: 0 <= x1 <= x2 <= width, 0 <= y1 <= y2 <= height.
+    rle: its mask as compressed COCO RLE, {"size": [height, width], "counts": str}; None for a box.
+    crowd: True for a region of many objects that are not told apart.
+    """
+
+    category: int
+    box_xyxy: tuple[float, float, float, float]
+    rle: Rle | None = None
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """The labels of one image at its original size.
+
+    semantic: (height, width) class indices, or None where the set has no masks.
+    instances: objects, or None where the set has only a semantic mask.
+    """
+
+    semantic: Labels | None
+    instances: tuple[Instance, ...] | None
+
+
+def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
+    """Compressed COCO RLE of a (height, width) mask.
+
+    >>> encode_rle(np.eye(3, dtype=bool))
+    {'size': [3, 3], 'counts': '013000'}
+    """
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def decode_rle(rle: Rle) -> NDArray[np.bool_]:
+    """(height, width) mask of a compressed COCO RLE."""
+    return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"]}), dtype=bool)
+
+
+def semantic_from_instances(instances: Sequence[Instance], size: Size) -> Labels | None:
+    """Paint instances into one (height, width) mask of class indices.
+
+    The smaller lies on top where two overlap; a crowd becomes 255. None when an instance has no mask.
+    """
+    if any(instance.rle is None for instance in instances):
+        return None
+    masks = [decode_rle(instance.rle) for instance in instances if instance.rle is not None]
+    painted = np.zeros(size, dtype=np.uint8)  # (height, width)
+    order = sorted(range(len(masks)), key=lambda i: (-int(masks[i].sum()), i))
+    for i in order:
+        painted[masks[i]] = IGNORE if instances[i].crowd else instances[i].category
+    return painted
+
+
+def encode_semantic(labels: Labels | None) -> bytes:
+    """A (height, width) mask as the bytes of an 8-bit grey PNG; empty for no mask."""
+    if labels is None:
+        return b""
+    stream = io.BytesIO()
+    Image.fromarray(labels).save(stream, format="PNG", compress_level=3)
+    return stream.getvalue()
+
+
+def decode_semantic(data: bytes) -> Labels:
+    """The (height, width) mask that `encode_semantic` wrote."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image, dtype=np.uint8)
+
+
+def encode_instances(instances: Sequence[Instance] | None) -> bytes:
+    """Instances as UTF-8 JSON: a list of {category, box_xyxy, rle, crowd}; empty for no list."""
+    if instances is None:
+        return b""
+    return json.dumps(
+        [{"category": i.category, "box_xyxy": list(i.box_xyxy), "rle": i.rle, "crowd": i.crowd} for i in instances],
+        separators=(",", ":"),
+    ).encode()
+
+
+def decode_instances(data: bytes) -> tuple[Instance, ...]:
+    """The instances that `encode_instances` wrote."""
+    return tuple(
+        Instance(row["category"], tuple(row["box_xyxy"]), row["rle"], row["crowd"]) for row in json.loads(data)
+    )
+
+
+def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
+    """Lay a mask into the frame by nearest pixel: (frame height, frame width); padding is 255."""
+    if labels.shape != placement.original:
+        raise ShapeError(f"A mask of {labels.shape} pixels does not belong to an image of {placement.original}.")
+    rows, columns = (
+        np.minimum(((np.arange(c) + 0.5) * o / c).astype(np.intp), o - 1)
+        for c, o in zip(placement.content, placement.original, strict=True)
+    )
+    framed = np.full(placement.frame, IGNORE, dtype=np.uint8)
+    framed[: len(rows), : len(columns)] = labels[np.ix_(rows, columns)]
+    return framed
+
+
+def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:
+    """Area share of each class in each cell of a level.
+
+    labels: (batch, height, width), uint8, frame pixels; 255 is ignored.
+    Returns (batch, classes, height / stride, width / stride), float32, in [0, 1]. The shares of a
+    cell sum to the share of its pixels that are not ignored: they are not renormalised.
+
+    >>> cell_shares(torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8), 2, 2).flatten().tolist()
+    [0.25, 0.5]
+    """
+    batch, height, width = labels.shape
+    if height % stride or width % stride:
+        raise ShapeError(f"Labels of {height}x{width} pixels do not tile into cells of {stride}.")
+    rows, columns = height // stride, width // stride
+    row = torch.arange(height, device=labels.device) // stride
+    column = torch.arange(width, device=labels.device) // stride
+    cell = row[:, None] * columns + column  # (height, width)
+    image = torch.arange(batch, device=labels.device)[:, None, None] * (classes + 1)
+    label = labels.long().clamp_(max=classes)  # the last slot gathers what is ignored
+    slot = (image + label) * (rows * columns) + cell
+    counts = torch.bincount(slot.flatten(), minlength=batch * (classes + 1) * rows * columns)
+    counts = counts.view(batch, classes + 1, rows, columns)[:, :classes]
+    return counts.to(torch.float32) / (stride * stride)
+
+
+def check_labels(labels: Labels, classes: int, where: str) -> None:
+    """Raise DataError, naming `where`, when a label is neither a class nor 255."""
+    found = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
+    beyond = [int(v) for v in found if classes <= v < IGNORE]
+    if beyond:
+        raise DataError(
+            f"{where} holds labels {beyond}, beyond the classes.\n"
+            f"  wanted  0 to {classes - 1}, or {IGNORE} for what is to be ignored\n"
+            f"  found   {[int(v) for v in found]}\n"
+            "Nothing was written. Add the missing classes, or mend the mask."
+        )

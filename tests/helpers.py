@@ -1,0 +1,145 @@
+"""What several tests of the cache share: a stand-in for a network, tiny sets, tiny caches, their bytes."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from kill9 import CONTEXT, PoolingBackbone, find_file, row_bytes, write_set
+from numpy.typing import NDArray
+
+from featprobe.cache import Cache, CacheWriter, Row, create_file, read_contents
+from featprobe.geometry import Placement
+from featprobe.levels import FeatureLevel
+from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
+from featprobe.stages.extract import ExtractOptions, ExtractReport, extract_with
+from featprobe.stages.workspace import Workspace
+from featprobe.targets import encode_instances, encode_semantic
+
+__all__ = ["CONTEXT", "PoolingBackbone", "find_file", "row_bytes", "write_set"]
+
+CPU = torch.device("cpu")
+LEVELS = (FeatureLevel("stride4", 6, 4), FeatureLevel("stride8", 9, 8))
+UNSIGNED = {2: "<u2", 4: "<u4"}  # bytes per value -> a dtype that takes any bits
+
+
+def options(**changed: object) -> ExtractOptions:
+    """Blocks of two images, one worker, nothing printed."""
+    return ExtractOptions(**({"batch_size": 2, "workers": 1, "quiet": True} | changed))
+
+
+def extract(root: Path, data: Path, backbone: object = None, **changed: object) -> ExtractReport:
+    """Extract the set in a folder into the workspace `root`, with the stand-in where no backbone is given."""
+    workspace = Workspace(root)
+    return extract_with(
+        workspace, backbone or PoolingBackbone(), workspace.data_set(str(data)), options(**changed), CPU
+    )
+
+
+def opened(path: Path) -> Cache:
+    """The cache at a path, whether its identity is intact or not."""
+    return Cache(path, read_contents(path))
+
+
+def stored(path: Path) -> dict[str, bytes]:
+    """All that extraction computes: every level, the checksums, the states."""
+    cache = opened(path)
+    levels = {name: rows.tobytes() for name, rows in row_bytes(cache).items()}
+    return levels | {"checksum": cache.stored_checksums().tobytes(), "done": cache.done.tobytes()}
+
+
+def spy_on_writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that fills with the rows whose features are written."""
+    written: list[int] = []
+    write = CacheWriter.write
+
+    def noting(self: CacheWriter, start: int, maps: dict[str, NDArray]) -> None:
+        written.extend(range(start, start + len(next(iter(maps.values())))))
+        write(self, start, maps)
+
+    monkeypatch.setattr(CacheWriter, "write", noting)
+    return written
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1)[0]
+        stream.seek(offset)
+        stream.write(bytes([byte ^ 1]))
+
+
+def recipe_of(levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16") -> FeatureRecipe:
+    """A recipe of some backbone that has these levels."""
+    return FeatureRecipe(
+        label="some", backbone="some", weights_sha256="0" * 64, levels=tuple(levels), final_norm=False, size=frame,
+        frame=frame, fit="letterbox", intensity="none", window=None, mean=(0.5,) * 3, std=(0.5,) * 3,
+        interpolation="bicubic", dtype=dtype,
+    )  # fmt: skip
+
+
+def rows_of(count: int, frame: tuple[int, int] = (32, 32), content: tuple[int, int] | None = None) -> list[Row]:
+    """Rows with masks and without instances at odd indices, the other way round at even ones."""
+    mask = encode_semantic(np.eye(8, dtype=np.uint8))
+    return [
+        Row(
+            id=f"part{i}.png",
+            group=f"part{i}",
+            split=("train", "val", "test")[i % 3],
+            image=f"images/part{i}.png",
+            image_hash=xxhash.xxh3_128_hexdigest(bytes([i])),
+            placement=Placement((8, 8), content or frame, frame),
+            semantic=mask if i % 2 else b"",
+            instances=b"" if i % 2 else encode_instances(()),
+        )
+        for i in range(count)
+    ]
+
+
+def data_info() -> DataInfo:
+    """A data set of one class."""
+    return DataInfo("parts", "parts", ("background", "defect"), ("semseg",), "f" * 64)
+
+
+def make_cache(path: Path, recipe: FeatureRecipe | None = None, rows: Sequence[Row] | None = None) -> Cache:
+    """A new cache whose features are all missing."""
+    recipe = recipe or recipe_of()
+    assert create_file(path, recipe, data_info(), rows or rows_of(4, recipe.frame), {})
+    return opened(path)
+
+
+def random_maps(recipe: FeatureRecipe, rows: int, seed: int = 0) -> dict[str, NDArray]:
+    """Rows of every level, of any bits: level name -> (rows, channels, height, width)."""
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(UNSIGNED[BYTES_PER_VALUE[recipe.dtype]])
+    return {
+        level.name: rng.integers(0, 1 << 8 * dtype.itemsize, (rows, level.channels, *level.cells(recipe.frame)), dtype)
+        for level in recipe.levels
+    }
+
+
+def filled_cache(path: Path, recipe: FeatureRecipe | None = None, rows: Sequence[Row] | None = None) -> Cache:
+    """A complete cache of random features (`random_maps` of the same recipe and seed 0)."""
+    cache = make_cache(path, recipe, rows)
+    with CacheWriter(path) as writer:
+        writer.write(0, random_maps(cache.recipe, len(cache)))
+    return cache
+
+
+def code_block(page: Path) -> str:
+    """The first Python block of a page."""
+    found = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found, f"{page} has no Python block"
+    return found[1]
+
+
+def become_nobody() -> None:
+    """Give up the rights of root, to whom every folder is writable."""
+    if os.geteuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
