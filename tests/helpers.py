@@ -74,7 +74,9 @@ def flip_byte(path: Path, offset: int) -> None:
         stream.write(bytes([byte ^ 1]))
 
 
-def recipe_of(levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16") -> FeatureRecipe:
+def recipe_of(
+    levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16"
+) -> FeatureRecipe:
     """A recipe of some backbone that has these levels."""
     return FeatureRecipe(
         label="some", backbone="some", weights_sha256="0" * 64, levels=tuple(levels), final_norm=False, size=frame,

@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from featprobe.cache import (
+    Cache,
     CacheWriter,
     FeatureLoader,
     RowReader,
@@ -38,6 +39,7 @@ from featprobe.cache import (
     make_temporary,
     open_cache,
     read_contents,
+    remove_leftovers,
     replace_file,
 )
 from featprobe.cache.reader import _direct_works
@@ -203,8 +205,6 @@ def test_the_place_of_an_image_is_stored_as_an_affine_map(tmp_path):
 
 
 def test_a_temporary_file_of_a_dead_process_is_swept_and_of_a_living_one_kept(tmp_path):
-    from featprobe.cache import remove_leftovers
-
     living = make_temporary(tmp_path / "cache.h5", recipe_of(), data_info(), rows_of(1), {})
     dead = living.with_name(living.name.replace(f"-{os.getpid()}-", f"-{finished_process()}-"))
     shutil.copy(living, dead)
@@ -233,8 +233,6 @@ def test_an_open_reader_keeps_its_file_when_a_newer_one_takes_the_name(tmp_path)
 
 
 def test_contents_of_a_file_that_was_replaced_meanwhile_are_refused(tmp_path):
-    from featprobe.cache import Cache
-
     path = tmp_path / "cache.h5"
     contents = make_cache(path).contents
     keeper = opened(path)  # holds the old file, so that its inode is not given away again
@@ -255,7 +253,8 @@ def edit(path: Path, name: str, value: object) -> None:
 @pytest.mark.parametrize("field", ["classes", "name", "fingerprint"])
 def test_what_is_said_of_the_data_set_is_part_of_the_identity(tmp_path, field):
     path = make_cache(tmp_path / "cache.h5").path
-    data = json.loads(h5py.File(path, "r").attrs["data"])
+    with h5py.File(path, "r") as file:
+        data = json.loads(file.attrs["data"])
     edit(path, "data", json.dumps(data | {field: ["a", "b"] if field == "classes" else "other"}))
     with pytest.raises(CacheError, match=r"is damaged.*featprobe extract"):
         open_cache_in_one_line(path)

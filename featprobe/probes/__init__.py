@@ -2,7 +2,7 @@
 
 from featprobe.probes.heads import HEADS, HeadRecipe, build_head, parameter_count
 from featprobe.probes.linear import LinearHead
-from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss
+from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss, start_at_prior
 from featprobe.probes.predict import logits_at_original, predict_classes
 from featprobe.probes.saved import append_row, fingerprint, load_head, save_head
 from featprobe.probes.train import CurvePoint, TrainRecipe, train
@@ -24,5 +24,6 @@ __all__ = [
     "parameter_count",
     "predict_classes",
     "save_head",
+    "start_at_prior",
     "train",
 ]

@@ -1,7 +1,7 @@
 """Cross-entropy of dense heads, at the finest level's grid or at the image's."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from featprobe.errors import ShapeError
@@ -52,3 +52,18 @@ def inverse_sqrt_weights(pixels: Tensor) -> Tensor:
     weights = share.clamp(min=1e-12).rsqrt()
     weights = weights / (weights * share).sum()
     return torch.where(pixels > 0, weights, torch.ones_like(weights)).float()
+
+
+@torch.no_grad()
+def start_at_prior(head: nn.Module, pixels: Tensor, weights: Tensor | None = None) -> None:
+    """Set a dense head's last bias so that it begins by predicting the classes' frequencies.
+
+    pixels: (classes,), labelled pixels of each class in the training split. weights: of the loss.
+    Defects fill well under a percent of most images: from a bias of 0, thousands of steps go by before
+    the background's bias has grown to where it belongs (RetinaNet, Lin et al., 2017, section 4.1).
+    A class without any pixel starts as if it had one.
+    """
+    share = pixels.double().clamp(min=1) / pixels.sum()
+    if weights is not None:
+        share = share * weights.to(share)
+    head.bias.copy_((share / share.sum()).log())  # type: ignore[operator]

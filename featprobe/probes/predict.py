@@ -23,5 +23,14 @@ def logits_at_original(logits: Tensor, stride: int, placement: Placement) -> Ten
 
 
 def predict_classes(logits: Tensor, stride: int, placement: Placement) -> Tensor:
-    """Class index of every pixel of the original image: (height, width), uint8."""
-    return logits_at_original(logits, stride, placement).argmax(0).to(torch.uint8)
+    """Class index of every pixel of the original image: (height, width), uint8; the lowest of equals.
+
+    Class by class, since torch's argmax over the first axis is ten times slower on CPUs.
+    """
+    at_original = logits_at_original(logits, stride, placement)
+    best = at_original[0]
+    classes = torch.zeros_like(best, dtype=torch.uint8)
+    for index, own in enumerate(at_original[1:], start=1):
+        classes.masked_fill_(own > best, index)
+        best = torch.maximum(best, own)
+    return classes

@@ -37,6 +37,7 @@ from featprobe.probes import (
     parameter_count,
     predict_classes,
     save_head,
+    start_at_prior,
     train,
 )
 from featprobe.report.sheets import Panel, save_sheet
@@ -225,6 +226,7 @@ class _Run:
         weights = None
         if recipe.class_weights == "inverse-sqrt":
             weights = inverse_sqrt_weights(store.pixels).to(self.device)
+        start_at_prior(head, store.pixels, weights)
         function = level_loss if recipe.loss_at == "level" else image_loss
         return (lambda logits, rows: function(logits, store(rows).to(logits.device), weights)), store.pixels
 
