@@ -89,6 +89,11 @@ def create_file(path: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequenc
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        raise CacheError(
+            f"The cache {path} can't be put in place: the file system of its folder makes no hard links "
+            f"({error.strerror}).\nNothing was changed. Choose another disk:  featprobe --workspace DIR extract …"
+        ) from error
     finally:
         temporary.unlink()
     _sync_folder(path.parent)

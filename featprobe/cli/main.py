@@ -146,7 +146,9 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
 @click.option("--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: none]")
 @click.option("--loss-at", type=click.Choice(["level", "image"]), help="Grid of the loss.  [default: level]")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds, from 0 on.")
-@click.option("--split", type=click.Choice(["own", "group"]), default="own", show_default=True, help="Whose splits.")
+@click.option(
+    "--split", type=click.Choice(["own", "group", "image"]), default="own", show_default=True, help="Whose splits."
+)
 @click.option(
     "--absent-classes",
     type=click.Choice(["zero", "ignore"]),

@@ -116,9 +116,7 @@ _DESCRIPTIONS = {
 }
 
 
-def generate(
-    name: str, out: Path, *, images: int = 240, size: tuple[int, int] = (256, 256), seed: int = 0
-) -> None:
+def generate(name: str, out: Path, *, images: int = 240, size: tuple[int, int] = (256, 256), seed: int = 0) -> None:
     """Write the generated data set `name` into the folder `out`.
 
     `images` pictures of `size` (height, width) pixels go to `out/images`, two to a part; COCO files of the

@@ -1,6 +1,7 @@
 """Saved heads and result rows, format version 1 (probes/README.md)."""
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -42,7 +43,8 @@ def save_head(folder: Path, head: nn.Module, card: Mapping[str, Any], per_image:
     with (folder / ".scores.tmp").open("wb") as stream:
         np.savez_compressed(stream, confusion=per_image)
     (folder / ".scores.tmp").replace(folder / "scores.npz")
-    (folder / ".card.tmp").write_text(json.dumps(_plain(card), indent=1) + "\n", encoding="utf-8")
+    sealed = {**card, "head_sha256": _sha256(folder / "head.safetensors")}
+    (folder / ".card.tmp").write_text(json.dumps(_plain(sealed), indent=1) + "\n", encoding="utf-8")
     (folder / ".card.tmp").replace(folder / "card.json")
 
 
@@ -59,6 +61,8 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
             raise ProbeError(
                 f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
             )
+        if card["head_sha256"] != _sha256(folder / "head.safetensors"):
+            raise ProbeError(f"{folder}: head.safetensors is not the file that card.json describes. Train it again.")
         values = card["head"]
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
         head = build_head(
@@ -79,6 +83,11 @@ def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRe
     if differing:
         lines = [f"  {name}\n    wanted  {wanted[name]}\n    found   {found[name]}" for name in differing]
         raise ProbeError(f"{folder} was trained on other features. Nothing was computed.\n" + "\n".join(lines))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

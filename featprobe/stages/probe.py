@@ -54,7 +54,8 @@ LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
 class ProbeOptions:
     """How to probe; see `featprobe probe --help` for each.
 
-    split: "own" as the cache holds it, or "group" for featprobe's own split by group. show: how many test
+    split: "own" as the cache holds it, "group" for featprobe's own split by group, or "image" for one by image,
+    which leaks wherever a group has several images. show: how many test
     images the picture sheet shows.
     """
 
@@ -350,13 +351,13 @@ class _LabelStore:
 
 
 def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
-    """Usable rows of train, val and test: as the cache holds them, or split by group.
+    """Usable rows of train, val and test: as the cache holds them, by group, or by image.
 
     Raises ProbeError when one of them is empty.
     """
     usable = cache.usable()
-    if split == "group":
-        assigned = split_by_group([cache.rows[r].group for r in usable])
+    if split in ("group", "image"):
+        assigned = split_by_group([cache.rows[r].group if split == "group" else cache.rows[r].id for r in usable])
     else:
         assigned = [cache.rows[r].split for r in usable]
     rows = {s: usable[[a == s for a in assigned]] for s in ("train", "val", "test")}
@@ -383,6 +384,9 @@ def _stride(head: nn.Module) -> int:
 def _notes_of(cache: Cache, split: str) -> list[str]:
     """What a cache says of its data, less what the split by group mends, and the rows it can't use."""
     notes = [note for note in cache.data.notes if split == "own" or "split" not in note]
+    groups = len({row.group for row in cache.rows})
+    if split == "image" and groups < len(cache):
+        notes.append(f"split by image: {len(cache)} images of {groups} groups, so test holds parts that training saw")
     unreadable = int((cache.done == UNREADABLE).sum())
     if unreadable:
         notes.append(f"{unreadable} of {len(cache)} images can't be read and take no part")
