@@ -63,6 +63,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     parts = [f"Did you mean {' or '.join(close)}?"] if close else []
-    if len(names) <= 12:
+    if 0 < len(names) <= 12:
         parts.append(f"Known: {', '.join(names)}.")
     return " ".join(parts)

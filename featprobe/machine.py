@@ -1,6 +1,7 @@
 """What this machine has: memory and disk, in bytes, and devices to compute on."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def pick_device(name: str | None) -> torch.device:
     """
     kind = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not present.get(kind.split(":")[0], False):
+    if not re.fullmatch(r"[a-z]+(:\d+)?", kind) or not present.get(kind.split(":")[0], False):
         raise BackboneError(
             f"There is no device {kind!r} here.\n"
             f"  wanted  one of {', '.join(k for k, here in present.items() if here)}\n"

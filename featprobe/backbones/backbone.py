@@ -126,10 +126,11 @@ def _from_hub(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:
         return timm.create_model(spec.model, pretrained=True, **options)
     except Exception as error:  # the hub's client raises many kinds; the cause is kept for --debug
         wanted = f"{config.hf_hub_id}, file {HUB_FILE}" if config and config.hf_hub_id else "no hub file is known"
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
         raise BackboneError(
             f"The weights of {spec.model} could not be had from the hub.\n"
             f"  wanted  {wanted}\n"
-            f"  found   {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}\n"
+            f"  found   {type(error).__name__}: {reason}\n"
             "Nothing was computed. Three ways out:\n"
             "  fetch that file where there is a network, and name it:  --weights model.safetensors\n"
             "  copy a filled hub cache here, and point HF_HOME at it\n"

@@ -3,11 +3,11 @@
 import hashlib
 import importlib.util
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,16 +27,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise BackboneError(f"There is no weights file {path}.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text proposes to run the code
+        if code is None:
+            raise BackboneError(f"{path} can't be read as weights: it is damaged, or no file of torch's.") from error
         raise BackboneError(
             f"{path} holds more than tensors, so reading it would run code from the file. It was not read.\n"
-            f"  found   {str(error).splitlines()[0]}\n"
+            f"  found   {code[1]}\n"
             "Save its state_dict alone, best as .safetensors, and name that file."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise BackboneError(f"{path} can't be read as weights: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file meets torch's reader in many ways
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise BackboneError(f"{path} can't be read as weights: {reason}") from error
     for name in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]

@@ -139,11 +139,13 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
 @click.option("--backbone", help="Backbones, separated by commas. Default: every complete cache here.")
 @click.option("--head", default="linear", show_default=True, help="linear.")
 @click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache.")
-@click.option("--iterations", type=click.IntRange(1), help="Training steps.  [default: 1500]")
+@click.option("--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000]")
 @click.option("--batch-size", type=click.IntRange(1), help="Images per step.  [default: 16]")
-@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.001]")
+@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.005]")
 @click.option("--weight-decay", type=float, help="[default: 0.001]")
-@click.option("--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: none]")
+@click.option(
+    "--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: inverse-sqrt]"
+)
 @click.option("--loss-at", type=click.Choice(["level", "image"]), help="Grid of the loss.  [default: level]")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds, from 0 on.")
 @click.option(
@@ -282,11 +284,10 @@ def data_info(ctx: click.Context, name: str, json_: bool) -> None:
     summary = summarise(_workspace(ctx).data_set(name))
     if json_:
         return show_json(asdict(summary))
-    low, high = summary.sizes
+    low, high = ("x".join(map(str, size)) for size in summary.sizes)
     click.echo(f"{summary.name}: {summary.root}")
-    click.echo(
-        f"  {sum(summary.images.values())} images, {summary.depth}-bit, {low[0]}x{low[1]} to {high[0]}x{high[1]}"
-    )
+    sizes = low if low == high else f"{low} to {high}"
+    click.echo(f"  {sum(summary.images.values())} images, {summary.depth}-bit, {sizes} (height x width)")
     click.echo(f"  labels for {', '.join(summary.tasks)}")
     for split, count in summary.images.items():
         click.echo(f"  {split:<6} {count} images, {summary.groups[split]} groups")
@@ -426,7 +427,10 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("backbone", f"{recipe['label']}: {recipe['backbone']}, weights sha256 {recipe['weights_sha256'][:12]}…"),
             ("levels", levels),
             ("final norm", recipe["final_norm"]),
-            ("frame", f"{recipe['frame'][0]}x{recipe['frame'][1]} ({recipe['fit']} to {recipe['size']})"),
+            (
+                "frame",
+                f"{recipe['frame'][0]}x{recipe['frame'][1]} ({recipe['fit']} to {recipe['size'][0]}x{recipe['size'][1]})",
+            ),
             ("dtype", recipe["dtype"]),
             ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
             ("data", f"{origin['name']}: {origin['root']}"),

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from featprobe.datasets.samples import DataSet, Sample, tasks_of
+from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
-from featprobe.targets import Instance, Rle, Target, semantic_from_instances
+from featprobe.targets import IGNORE, Instance, Rle, Target, semantic_from_instances
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
 SLACK = 1.0  # pixels by which a coordinate may pass the image's edge: rounding of common exporters
 
 
@@ -46,18 +47,22 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             by_image[annotation["image_id"]].append(annotation)
             masks &= bool(annotation.get("segmentation"))
             annotated = True
-        unknown = set(by_image) - {image["id"] for image in data["images"]}
+        numbers = {image["id"] for image in data["images"]}
+        unknown = sorted(str(number) for number in by_image.keys() - numbers)
         if unknown:
-            raise DataError(f"{path} has annotations of images that it does not list: {sorted(unknown)[:5]}.")
+            raise DataError(f"{path} has annotations of images that it does not list: {listed(unknown)}.")
+        if len(numbers) < len(data["images"]):
+            raise DataError(f"{path} gives several images the same id, so that their annotations can't be told apart.")
         for image in data["images"]:
-            split = str(image.get("split") or _split_word(path))
+            split = str(image.get("split") or _split_word(path, root))
             place = find_image(root if root.is_dir() else root.parent, path, split, str(image["file_name"]))
             identity = str(image["file_name"])
             if identity in entries:
                 identity = f"{split}/{identity}"
             if identity in entries:
                 raise DataError(f"{path} lists the image {image['file_name']} twice.")
-            samples.append(Sample(identity, place, str(image.get("group", identity)), split))
+            group = identity if image.get("group") is None else str(image["group"])
+            samples.append(Sample(identity, place, group, split))
             entries[identity] = path, image, by_image[image["id"]]
     if not samples:
         raise DataError(f"{root} lists no images.")
@@ -71,7 +76,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
                 f"  wanted  {size[0]}x{size[1]} pixels, as the image has (height x width)\n"
                 f"  found   {image.get('height')}x{image.get('width')}"
             )
-        instances = tuple(_instance(a, index, size, where) for a in annotations)
+        instances = tuple(_read_instance(a, index, size, where) for a in annotations)
         return Target(semantic_from_instances(instances, size) if masks else None, instances)
 
     return DataSet(
@@ -93,9 +98,15 @@ def _load(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} can't be read as JSON: {error}.") from error
-    wanted = ("images", "annotations", "categories")
-    if not isinstance(data, dict) or any(not isinstance(data.get(key), list) for key in wanted):
-        raise DataError(f"{path} is not COCO JSON. wanted: lists called {', '.join(wanted)}.")
+    if not isinstance(data, dict) or any(not isinstance(data.get(part), list) for part in FIELDS):
+        raise DataError(f"{path} is not COCO JSON. wanted: lists called {', '.join(FIELDS)}.")
+    for part, names in FIELDS.items():
+        for i, entry in enumerate(data[part]):
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(n), int | float | str) for n in names):
+                raise DataError(
+                    f"{path}, {part}[{i}] can't be read.\n"
+                    f"  wanted  {', '.join(names)}, each a number or a text\n  found   {str(entry)[:200]}"
+                )
     return data
 
 
@@ -105,8 +116,11 @@ def _looks_like_coco(path: Path) -> bool:
     return b'"images"' in start or b'"annotations"' in start or b'"categories"' in start
 
 
-def _split_word(path: Path) -> str:
-    words = [*path.stem.lower().replace("-", "_").split("_"), path.parent.name.lower()]
+def _split_word(path: Path, root: Path) -> str:
+    """The split that a file's stem names, or its folder where that lies inside of the data set."""
+    words = path.stem.lower().replace("-", "_").split("_")
+    if root not in (path, path.parent):
+        words.append(path.parent.name.lower())
     stripped = [word.rstrip("0123456789") for word in words]
     return next((SPLIT_WORDS[word] for word in stripped if word in SPLIT_WORDS), "")
 
@@ -126,11 +140,21 @@ def _class_index(categories: Mapping[int, str]) -> tuple[tuple[str, ...], dict[i
     named = {number: name for number, name in sorted(categories.items()) if name.lower() != "background"}
     index = {number: i for i, number in enumerate(named, start=1)}
     index |= {number: 0 for number in categories if number not in named}
+    if len(named) >= IGNORE:
+        raise DataError(f"{len(named)} categories do not fit a mask of 8 bits. wanted: at most {IGNORE - 1}.")
     return ("background", *named.values()), index
 
 
-def _instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Size, where: str) -> Instance:
+def _read_instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Size, where: str) -> Instance:
+    """One annotation, checked; whatever is wrong with it is a DataError."""
     where = f"{where}, annotation {annotation.get('id')}"
+    try:
+        return _instance(annotation, index, size, where)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{where} can't be read: {type(error).__name__}: {error}.") from error
+
+
+def _instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Size, where: str) -> Instance:
     if annotation["category_id"] not in index:
         raise DataError(f"{where}: category {annotation['category_id']} is not listed. Known: {sorted(index)}.")
     rle = _rle(annotation.get("segmentation"), size, where)
@@ -159,8 +183,11 @@ def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
         return None
     height, width = size
     if isinstance(segmentation, list):
+        short = [len(polygon) for polygon in segmentation if len(polygon) < 6 or len(polygon) % 2]
+        if short:  # pycocotools would take four numbers for a box
+            raise DataError(f"{where}: a polygon of {short[0]} numbers. wanted: x y of three points or more.")
         points = np.concatenate([np.asarray(polygon, dtype=float).reshape(-1, 2) for polygon in segmentation])
-        if points.min() < -SLACK or (points.max(axis=0) > np.array([width, height]) + SLACK).any():
+        if not ((points >= -SLACK) & (points <= np.array([width, height]) + SLACK)).all():
             raise DataError(f"{where}: the polygon leaves the image of {width}x{height} pixels (width x height).")
         merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     else:
@@ -171,7 +198,7 @@ def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
             )
         counts = segmentation["counts"]
         if isinstance(counts, list):
-            if sum(counts) != height * width:
+            if sum(counts) != height * width or min(counts) < 0:
                 raise DataError(f"{where}: the RLE covers {sum(counts)} pixels, wanted {height * width}.")
             merged = coco_mask.frPyObjects(segmentation, height, width)
         else:
@@ -185,12 +212,15 @@ def _check_compressed(counts: str, pixels: int, where: str) -> None:
     """Raise DataError when compressed RLE does not cover exactly the image's pixels.
 
     pycocotools trusts its input and would write past the end of the mask. Runs are LEB128-like, six
-    bits a character, each from the third on as the difference to the run two before (COCO's maskApi.c).
+    bits a character from "0" on, each from the fourth on as the difference to the run two before (COCO's
+    maskApi.c).
     """
     runs: list[int] = []
     value = shift = 0
-    for character in counts.encode("ascii", "replace"):
+    for character in counts.encode():
         bits = character - 48
+        if not 0 <= bits < 64:  # pycocotools would stop at a 0, and take what is beyond as something else
+            raise DataError(f"{where}: the RLE holds the byte {character}. The string is damaged.")
         value |= (bits & 0x1F) << shift
         shift += 5
         if not bits & 0x20:

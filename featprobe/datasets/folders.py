@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -104,18 +105,24 @@ def _read_classes(path: Path) -> tuple[str, ...]:
 def _read_table(path: Path) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} can't be read as CSV: {error}.") from error
     if rows and "image" not in rows[0]:
         raise DataError(f"{path} has the columns {', '.join(rows[0])}. wanted: image, and split or group.")
     return {row["image"]: row for row in rows}
 
 
 def _is_binary(paths: Sequence[Path]) -> bool:
-    """Whether masks use 0 and 255 only, all of them: then 255 is the one class and not `ignore`."""
+    """Whether masks use 0 and 255 only, all of them: then 255 is the one class and not `ignore`.
+
+    Masks that can't be read have no say; they are met again, by name, when their labels are wanted.
+    """
     seen: set[int] = set()
     for path in paths:
-        if path.is_file():
+        with suppress(DataError):
             seen |= set(np.flatnonzero(np.bincount(read_mask(path).ravel(), minlength=256)).tolist())
         if not seen <= {0, 255}:
             return False

@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from featprobe.errors import DataError
 from featprobe.geometry import Placement, Size
@@ -20,7 +21,7 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
-PNG_DEPTH, PNG_COLOUR = 24, 25  # byte offsets in a PNG's header
+PNG_DEPTH = 24  # byte offset in a PNG's header
 
 Levels = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -150,13 +151,19 @@ class _opened:
             raise DataError(f"{self.path} can't be read as an image: {error}.") from error
         if self.image.width < 1 or self.image.height < 1:
             raise DataError(f"{self.path} has {self.image.width}x{self.image.height} pixels. wanted: at least one.")
-        if self.image.format == "PNG" and self.image.mode in ("RGB", "RGBA", "LA"):
-            header = self.path.open("rb")
-            with header:
-                if header.read(PNG_COLOUR)[PNG_DEPTH] == 16:
-                    self.image.close()
-                    raise DataError(f"{self.path} is 16-bit colour, which can't be read without losing depth.")
+        if self.image.mode not in ("L", "P", "1") and self._depth() > 8 and not self.image.mode.startswith("I"):
+            self.image.close()
+            raise DataError(f"{self.path} is 16-bit colour, which can't be read without losing depth.")
         return self.image
+
+    def _depth(self) -> int:
+        """Bits per channel, from the header: PIL reads 16-bit colour as 8 and does not say so."""
+        if isinstance(self.image, TiffImageFile):
+            return max(self.image.tag_v2.get(BITSPERSAMPLE, (1,)))
+        if self.image.format == "PNG":
+            with self.path.open("rb") as header:
+                return header.read(PNG_DEPTH + 1)[PNG_DEPTH]
+        return 8
 
     def __exit__(self, *_: object) -> None:
         self.image.close()

@@ -58,6 +58,9 @@ def complete_splits(data: DataSet) -> DataSet:
     lost = [s.id for s in data.samples if not s.split]
     if lost:
         raise DataError(f"{data.root} names the split of some images only; without one: {listed(lost)}.")
+    unknown = sorted(named - set(SPLITS))
+    if unknown:
+        raise DataError(f"{data.root} names splits {listed(unknown)}. wanted: {', '.join(SPLITS)}.")
     if "train" not in named or not named & {"val", "test"}:
         raise DataError(
             f"{data.root} has an empty split.\n  wanted  train, and val or test\n  found   {', '.join(sorted(named))}"

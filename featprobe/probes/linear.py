@@ -45,22 +45,23 @@ class LevelNorm(nn.Module):
 
 
 def weighted_moments(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel, float64, and the number of cells they stand on.
+    """Mean and biased variance per channel, float64 where the device has it, and the number of cells they stand on.
 
     x: (batch, channels, cells), float32. share: (batch, cells), weights in [0, 1], or None for ones.
 
     Sums over cells are taken in x's own format in one pass each, then joined in float64: twice as fast
     as torch.var_mean on CPUs, and exact to far below the rounding of fp16 features.
     """
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     if share is None:
-        count = torch.tensor(x.shape[0] * x.shape[2], dtype=torch.float64, device=x.device)
-        total = x.mean(2).double().sum(0) * x.shape[2]
-        squares = torch.linalg.vector_norm(x, dim=2).double().square().sum(0)
+        count = torch.tensor(x.shape[0] * x.shape[2], dtype=wide, device=x.device)
+        total = x.mean(2).to(wide).sum(0) * x.shape[2]
+        squares = torch.linalg.vector_norm(x, dim=2).to(wide).square().sum(0)
     else:
-        weights = share.unsqueeze(2)  # (batch, cells, 1)
-        count = share.sum(dtype=torch.float64)
-        total = (x @ weights).squeeze(2).double().sum(0)
-        squares = (x.square() @ weights).squeeze(2).double().sum(0)
+        weights = share.to(x.dtype).unsqueeze(2)  # (batch, cells, 1)
+        count = share.sum(dtype=wide)
+        total = (x @ weights).squeeze(2).to(wide).sum(0)
+        squares = (x.square() @ weights).squeeze(2).to(wide).sum(0)
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=0), count
 
@@ -108,7 +109,9 @@ class LinearHead(nn.Module):
         share = features.valid_share(level.stride)
         scale, shift = self.norms[level.name](x, None if share is None else share.flatten(1))
         weight = self.weights[level.name]
-        logits = (weight * scale) @ x + (weight @ shift)[:, None]
+        shift = weight @ shift  # (classes,)
         if level is self.levels[0]:
-            logits = logits + self.bias[:, None]
+            shift = shift + self.bias
+        # bmm, not `@`: the latter copies the whole map to fold its batch into rows
+        logits = torch.bmm((weight * scale).expand(len(x), -1, -1), x) + shift[:, None]
         return logits.unflatten(2, m.shape[2:])

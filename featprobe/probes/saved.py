@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def save_head(folder: Path, head: nn.Module, card: Mapping[str, Any], per_image:
 
     per_image: (test images, classes, classes), confusion matrices.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / "card.json").unlink(missing_ok=True)  # without a card a folder is no saved head
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / ".head.tmp", metadata={"format": HEAD_FORMAT})
@@ -46,6 +47,16 @@ def save_head(folder: Path, head: nn.Module, card: Mapping[str, Any], per_image:
     sealed = {**card, "head_sha256": _sha256(folder / "head.safetensors")}
     (folder / ".card.tmp").write_text(json.dumps(_plain(sealed), indent=1) + "\n", encoding="utf-8")
     (folder / ".card.tmp").replace(folder / "card.json")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for a saved head; raises ProbeError where it can't be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ProbeError(f"{folder} can't be written ({error.strerror}). Nothing was trained.") from error
 
 
 def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -69,7 +80,7 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
             HeadRecipe(values["task"], values["kind"], tuple(values["classes"]), tuple(values["levels"])), levels
         )
         head.load_state_dict(tensors, strict=True)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     if recipe is not None:
         check_fingerprint(folder, card["fingerprint"], recipe)
@@ -79,9 +90,9 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
 def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRecipe) -> None:
     """Raise ProbeError, naming what differs, when features are not those that a head was trained on."""
     found = json.loads(json.dumps(fingerprint(recipe)))
-    differing = [name for name in FINGERPRINT if wanted[name] != found[name]]
+    differing = [name for name in FINGERPRINT if wanted.get(name) != found[name]]
     if differing:
-        lines = [f"  {name}\n    wanted  {wanted[name]}\n    found   {found[name]}" for name in differing]
+        lines = [f"  {name}\n    wanted  {wanted.get(name)}\n    found   {found[name]}" for name in differing]
         raise ProbeError(f"{folder} was trained on other features. Nothing was computed.\n" + "\n".join(lines))
 
 

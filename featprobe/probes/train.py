@@ -26,13 +26,13 @@ class TrainRecipe:
     points the validation curve has. Weights are kept from the end of training.
     """
 
-    iterations: int = 1500
+    iterations: int = 1000
     batch_size: int = 16
-    lr: float = 1e-3
+    lr: float = 5e-3
     weight_decay: float = 1e-3
     warmup: float = 0.05
     loss_at: Literal["level", "image"] = "level"
-    class_weights: Literal["none", "inverse-sqrt"] = "none"
+    class_weights: Literal["none", "inverse-sqrt"] = "inverse-sqrt"
     evaluations: int = 8
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from featprobe.errors import FeatprobeError
 from featprobe.targets import IGNORE, Instance, Labels
 
 COLOURS = np.array(
@@ -50,8 +51,11 @@ def save_sheet(
         draw.text((GAP, top + height - LINE - GAP + 1), caption, fill="black", font=font)
         top += height
     _legend(draw, top, width, classes, font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path, format="PNG")
+    except OSError as error:
+        raise FeatprobeError(f"The picture sheet {path} can't be written: {error.strerror}.") from error
 
 
 def colour_of(index: int) -> tuple[int, int, int]:

@@ -9,8 +9,8 @@ import pandas as pd
 def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One line per backbone, data set, head and recipe: scores in percent, averaged over seeds.
 
-    Columns: backbone, data, n (seeds), mIoU, fg mIoU, the spread over seeds (sd, with two or more), IoU of
-    each class, seconds of training, head parameters.
+    Columns: backbone, data, head, n (seeds), mIoU, fg mIoU and its standard deviation over seeds (with two or
+    more), seconds of training, head parameters, IoU of each class.
     """
     frame = pd.DataFrame(
         {
@@ -20,9 +20,9 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "recipe": row["recipe_key"],
             "mIoU": percent(row["test"]["miou"]),
             "fg mIoU": percent(row["test"]["miou_foreground"]),
-            **{f"IoU {name}": percent(row["test"]["iou"][name]) for name in row["classes"]},
             "seconds": row["seconds"]["train"],
             "head params": row["parameters"],
+            **{f"IoU {name}": percent(row["test"]["iou"][name]) for name in row["classes"]},
         }
         for row in rows
     )
@@ -31,7 +31,7 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     table = grouped.mean()
     table.insert(0, "n", grouped.size())
     if (table["n"] > 1).any():
-        table.insert(3, "fg sd", grouped["fg mIoU"].std())
+        table.insert(table.columns.get_loc("fg mIoU") + 1, "fg sd", grouped["fg mIoU"].std())
     return table.reset_index().drop(columns=["recipe"])
 
 

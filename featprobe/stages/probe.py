@@ -34,6 +34,7 @@ from featprobe.probes import (
     image_loss,
     inverse_sqrt_weights,
     level_loss,
+    make_folder,
     parameter_count,
     predict_classes,
     save_head,
@@ -173,6 +174,7 @@ class _Run:
     def do(self) -> dict[str, Any]:
         """Train on train, follow on val, score on test once; write the head, its card and the result row."""
         begun = time.perf_counter()
+        make_folder(self.folder)  # now, and not after an hour of training
         recipe = self.options.recipe
         torch.manual_seed(self.seed)
         head = build_head(self.head_recipe, self.cache.levels).to(self.device)
@@ -368,11 +370,12 @@ def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
 
 
 def extraction_seconds(cache: Cache) -> float | None:
-    """Seconds that extraction took over all its runs; None where they were not kept."""
+    """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
     log = cache.path.with_suffix(".runs.jsonl")
-    if not log.is_file():
+    try:
+        return sum(json.loads(line)["seconds"]["run"] for line in log.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):  # a kill can tear a line
         return None
-    return sum(json.loads(line)["seconds"]["run"] for line in log.read_text(encoding="utf-8").splitlines())
 
 
 def _stride(head: nn.Module) -> int:

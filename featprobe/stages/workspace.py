@@ -17,8 +17,8 @@ from featprobe.specs import BackboneSpec
 
 CONFIG = "featprobe.toml"
 ALLOWED = {
-    "data": {"path", "size", "fit", "intensity"},
-    "backbones": {"model", "weights", "random_init", "final_norm"},
+    "data": {"path": str, "size": str, "fit": str, "intensity": str},
+    "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
 }
 
 
@@ -114,19 +114,37 @@ class Workspace:
             return {}
         try:
             config = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
         for section, entries in config.items():
             if section not in ALLOWED:
                 raise FeatprobeError(f"{path}: there is no section [{section}]. {nearest(section, ALLOWED)}")
+            if not isinstance(entries, dict):
+                raise FeatprobeError(f"{path}: {section} is no section. wanted: [{section}.NAME] and entries below it.")
             for name, entry in entries.items():
-                required = "path" if section == "data" else "model"
-                unknown = set(entry) - ALLOWED[section]
-                if required not in entry or unknown:
-                    found = f"unknown {', '.join(sorted(unknown))}" if unknown else f"{required} is missing"
-                    wanted = ", ".join(sorted(ALLOWED[section]))
+                found = _fault_of(section, entry)
+                if found:
+                    wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in ALLOWED[section].items())
                     raise FeatprobeError(f"{path}, [{section}.{name}]: {found}. wanted: {wanted}.")
         return config
+
+
+def _fault_of(section: str, entry: Any) -> str:
+    """What is wrong with an entry of featprobe.toml; "" when nothing is."""
+    if not isinstance(entry, dict):
+        return "it is no section"
+    required, known = "path" if section == "data" else "model", ALLOWED[section]
+    unknown = sorted(entry.keys() - known.keys())
+    if unknown:
+        return f"unknown {', '.join(unknown)}"
+    if required not in entry:
+        return f"{required} is missing"
+    wrong = [key for key, value in entry.items() if not isinstance(value, known[key])]
+    if wrong:
+        return f"{wrong[0]} = {entry[wrong[0]]!r}"
+    if entry.get("fit", "resize") not in ("resize", "letterbox"):
+        return f"fit = {entry['fit']!r} (resize and letterbox are known)"
+    return ""
 
 
 def make_generated(
