@@ -26,7 +26,7 @@ from featprobe.targets import IGNORE, cell_shares
 LEVELS = tuple(FeatureLevel(f"stride{stride}", 24 * stride, stride) for stride in (4, 8, 16, 32))  # ConvNeXt-T's
 TARGET = 5.0
 LOSS_TOLERANCE = 1e-5  # relative distance of the losses, in either number format
-GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative L2
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative L2
 SMALL_SIDE = 128  # pixels, where fp64 is compared
 BLOB = 16  # pixels, side of the squares that labels are made of
 IGNORED = 0.02  # share of the pixels

@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise BackboneError(f"There is no weights file {path}.")
+    loaded: Any
     try:
         if path.suffix == ".safetensors":
             loaded = load_file(path)

@@ -238,7 +238,7 @@ class _Slot:
         """Buffers for this many rows: level name -> (rows, row bytes)."""
         for name, width in self.row_bytes.items():
             if name not in self.memory or self.memory[name].shape[0] < rows:
-                self.memory[name] = torch.empty((rows, width), dtype=torch.uint8, pin_memory=self.pinned)
+                self.memory[name] = _memory(rows, width, self.pinned)
         return {name: memory[:rows].numpy() for name, memory in self.memory.items()}
 
     def tensors(self, rows: int, dtype: torch.dtype, cache: Cache) -> dict[str, torch.Tensor]:
@@ -248,6 +248,13 @@ class _Slot:
             level.name: self.memory[level.name][:rows].view(dtype).view(rows, level.channels, *level.cells(frame))
             for level in self.levels
         }
+
+
+def _memory(rows: int, width: int, pinned: bool) -> torch.Tensor:
+    """(rows, width) bytes. Where they need not be pinned numpy makes them: it asks for huge pages, torch does not."""
+    if pinned:
+        return torch.empty((rows, width), dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.empty((rows, width), dtype=np.uint8))
 
 
 def _open_direct(cache: Cache) -> int:

@@ -40,6 +40,8 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     classes, index = _class_index(categories)
     samples: list[Sample] = []
     entries: dict[str, tuple[Path, Mapping[str, Any], list[Mapping[str, Any]]]] = {}
+    named: set[tuple[str, str]] = set()
+    first_of: dict[Path, str] = {}
     masks, annotated = True, False
     for path, data in loaded:
         by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
@@ -57,11 +59,13 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             split = str(image.get("split") or _split_word(path, root))
             place = find_image(root if root.is_dir() else root.parent, path, split, str(image["file_name"]))
             identity = str(image["file_name"])
+            if (split, identity) in named:
+                raise DataError(f"{path} lists the image {identity} twice.")
+            named.add((split, identity))
             if identity in entries:
                 identity = f"{split}/{identity}"
-            if identity in entries:
-                raise DataError(f"{path} lists the image {image['file_name']} twice.")
-            group = identity if image.get("group") is None else str(image["group"])
+            own = first_of.setdefault(place, identity)  # a file that stands in two splits is one group: it leaks
+            group = own if image.get("group") is None else str(image["group"])
             samples.append(Sample(identity, place, group, split))
             entries[identity] = path, image, by_image[image["id"]]
     if not samples:
@@ -150,7 +154,7 @@ def _read_instance(annotation: Mapping[str, Any], index: Mapping[int, int], size
     where = f"{where}, annotation {annotation.get('id')}"
     try:
         return _instance(annotation, index, size, where)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{where} can't be read: {type(error).__name__}: {error}.") from error
 
 

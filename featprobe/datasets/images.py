@@ -22,6 +22,7 @@ RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
 }
 PNG_DEPTH = 24  # byte offset in a PNG's header
+READ_AS_8_BIT = ("RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LA", "La")  # by PIL, whatever depth the file has
 
 Levels = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -151,13 +152,13 @@ class _opened:
             raise DataError(f"{self.path} can't be read as an image: {error}.") from error
         if self.image.width < 1 or self.image.height < 1:
             raise DataError(f"{self.path} has {self.image.width}x{self.image.height} pixels. wanted: at least one.")
-        if self.image.mode not in ("L", "P", "1") and self._depth() > 8 and not self.image.mode.startswith("I"):
+        if self.image.mode in READ_AS_8_BIT and self._depth() > 8:
             self.image.close()
             raise DataError(f"{self.path} is 16-bit colour, which can't be read without losing depth.")
         return self.image
 
     def _depth(self) -> int:
-        """Bits per channel, from the header: PIL reads 16-bit colour as 8 and does not say so."""
+        """Bits per channel, from the header."""
         if isinstance(self.image, TiffImageFile):
             return max(self.image.tag_v2.get(BITSPERSAMPLE, (1,)))
         if self.image.format == "PNG":

@@ -95,23 +95,23 @@ class LinearHead(nn.Module):
         """Logits at the finest level's grid: (batch, classes, height / stride, width / stride)."""
         grid = self.levels[0].cells(features.frame)
         logits: Tensor | None = None
+        total_shift: Tensor = self.bias
         for level in self.levels:
-            own = self._level_logits(level, features)
+            own, shift = self._level_logits(level, features)
             if own.shape[2:] != grid:
                 own = interpolate(own, grid, mode="bilinear", align_corners=False)
             logits = own if logits is None else logits + own
+            total_shift = total_shift + shift  # once for all: upsampling a constant leaves it what it is
         assert logits is not None  # a head has at least one level
-        return logits
+        return logits + total_shift[:, None, None]
 
-    def _level_logits(self, level: FeatureLevel, features: Features) -> Tensor:
+    def _level_logits(self, level: FeatureLevel, features: Features) -> tuple[Tensor, Tensor]:
+        """A level's logits at its own grid but for a shift, and that shift, (classes,)."""
         m = features.maps[level.name]
         x = m.to(self.bias.dtype).flatten(2)  # (batch, channels, cells)
         share = features.valid_share(level.stride)
         scale, shift = self.norms[level.name](x, None if share is None else share.flatten(1))
         weight = self.weights[level.name]
-        shift = weight @ shift  # (classes,)
-        if level is self.levels[0]:
-            shift = shift + self.bias
         # bmm, not `@`: the latter copies the whole map to fold its batch into rows
-        logits = torch.bmm((weight * scale).expand(len(x), -1, -1), x) + shift[:, None]
-        return logits.unflatten(2, m.shape[2:])
+        logits = torch.bmm((weight * scale).expand(len(x), -1, -1), x)
+        return logits.unflatten(2, m.shape[2:]), weight @ shift

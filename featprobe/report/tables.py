@@ -31,7 +31,7 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     table = grouped.mean()
     table.insert(0, "n", grouped.size())
     if (table["n"] > 1).any():
-        table.insert(table.columns.get_loc("fg mIoU") + 1, "fg sd", grouped["fg mIoU"].std())
+        table.insert(list(table.columns).index("fg mIoU") + 1, "fg sd", grouped["fg mIoU"].std())
     return table.reset_index().drop(columns=["recipe"])
 
 

@@ -47,6 +47,12 @@ from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, su
 from featprobe.stages.workspace import Workspace
 
 TORCH_DTYPE = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+EXPONENT = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+"""Number format -> integers of its size, and the bits of its exponent."""
 AHEAD = 3  # blocks that are decoded before they are needed
 BEHIND = 2  # blocks that may wait for the disk
 DISK_RESERVE = 64_000_000  # bytes left free beside the features
@@ -378,8 +384,9 @@ class _Filler:
         with amp:
             features = self.backbone(images)
         dtype = TORCH_DTYPE[self.job.recipe.dtype]
-        maps = {n: m.to(dtype).contiguous() for n, m in features.maps.items()}  # NCHW, on the device
-        finite = torch.stack([m.isfinite().flatten(1).all(1) for m in maps.values()]).all(0)  # (block,)
+        nchw = torch.contiguous_format
+        maps = {n: m.to(dtype, memory_format=nchw).contiguous() for n, m in features.maps.items()}  # on the device
+        finite = torch.stack([finite_rows(m) for m in maps.values()]).all(0)  # (block,)
         if not cuda:
             return {n: m.cpu() for n, m in maps.items()}, finite.cpu(), None
         host = {n: torch.empty(m.shape, dtype=dtype, pin_memory=True) for n, m in maps.items()}
@@ -449,6 +456,16 @@ class _WriteBehind:
         arrays = {name: stored_array(m) for name, m in maps.items()}
         for a, b in runs(wanted):
             self.writer.write(start + a, {name: array[a:b] for name, array in arrays.items()})
+
+
+def finite_rows(m: torch.Tensor) -> torch.Tensor:
+    """Whether each row holds finite values only: (rows,), bool.
+
+    m: (rows, …), fp16, bf16 or fp32. A value is infinite or nan when all bits of its exponent are set;
+    testing them is several times faster on CPUs than torch.isfinite.
+    """
+    integer, exponent = EXPONENT[m.dtype]
+    return ((m.view(integer) & exponent) != exponent).flatten(1).all(1)
 
 
 def stored_array(m: torch.Tensor) -> NDArray:

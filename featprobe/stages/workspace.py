@@ -16,7 +16,7 @@ from featprobe.errors import CacheError, DataError, FeatprobeError, nearest
 from featprobe.specs import BackboneSpec
 
 CONFIG = "featprobe.toml"
-ALLOWED = {
+ALLOWED: Mapping[str, Mapping[str, type]] = {
     "data": {"path": str, "size": str, "fit": str, "intensity": str},
     "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
 }

@@ -1,0 +1,138 @@
+"""Imports point down only, parts of one layer that must not know each other do not, one door per dependency."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "featprobe"
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "levels"),
+    ("specs", "geometry", "targets", "machine"),
+    ("backbones", "datasets", "cache", "probes", "metrics", "report"),
+    ("stages",),
+    ("cli",),
+    ("__main__",),
+)
+APART = 2  # the layer whose parts know nothing of each other
+DOORS = {
+    "h5py": ("cache",),
+    "timm": ("backbones",),
+    "huggingface_hub": ("backbones",),
+    "click": ("cli",),
+    "pandas": ("report", "stages"),
+    "matplotlib": ("report", "stages"),
+    "tqdm": ("stages",),
+    "pycocotools": ("targets", "datasets"),
+}
+FROM_ROOT = {"__version__"}  # all that a module may take from the package itself
+LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
+
+
+def part_of(module: str) -> str:
+    """The part that a module of featprobe belongs to: "" for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imported_by(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import of a file, in functions and behind TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "a relative import"
+            elif node.module == "featprobe":
+                yield from ((node.lineno, f"featprobe.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, str(node.module)
+
+
+def violations(package: Path) -> list[str]:
+    """What the files of a package import against the rules, as `file:line name`."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        relative = path.relative_to(package)
+        own = relative.parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue  # the public names, loaded when asked for: strings, not imports
+        for line, name in imported_by(path):
+            root = name.split(".")[0]
+            if not is_allowed(own, name) or own not in DOORS.get(root, (own,)):
+                found.append(f"{relative.as_posix()}:{line} {name}")
+    return found
+
+
+def is_allowed(own: str, name: str) -> bool:
+    """Whether a module of the part `own` may import a dotted name, as far as layers go."""
+    if own not in LAYER_OF or name == "a relative import":
+        return False
+    if name.split(".")[0] != "featprobe":
+        return True
+    part = part_of(name)
+    if part in FROM_ROOT:
+        return True
+    if part not in LAYER_OF:
+        return False
+    below, level = LAYER_OF[part], LAYER_OF[own]
+    return below < level or part == own or (below == level != APART)
+
+
+def test_imports_point_down_and_each_dependency_has_one_door() -> None:
+    assert violations(PACKAGE) == []
+
+
+def test_every_part_of_the_package_has_its_layer() -> None:
+    parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert parts - {"__init__", "__pycache__"} == set(LAYER_OF)
+
+
+def test_every_door_is_in_use() -> None:
+    """A door that nobody goes through would be a rule that guards nothing."""
+    used = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for _, name in imported_by(path)}
+    assert set(DOORS) - used <= {"matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "culprit"),
+    [
+        ("levels.py", "from featprobe.specs import digest", "featprobe.specs"),
+        ("geometry.py", "import featprobe.cache", "featprobe.cache"),
+        ("probes/linear.py", "from featprobe.cache import Cache", "featprobe.cache"),
+        ("backbones/weights.py", "from featprobe import datasets", "featprobe.datasets"),
+        ("metrics/boxes.py", "def f():\n    from featprobe.report.tables import percent", "featprobe.report.tables"),
+        ("cache/store.py", "from featprobe.stages.plan import plan", "featprobe.stages.plan"),
+        ("stages/probe.py", "from featprobe.cli import main", "featprobe.cli"),
+        ("stages/probe.py", "from featprobe import open_cache", "featprobe.open_cache"),
+        ("stages/probe.py", "from .plan import plan", "a relative import"),
+        ("cli/main.py", "import h5py", "h5py"),
+        ("datasets/images.py", "import timm.data", "timm.data"),
+        ("stages/extract.py", "from click import echo", "click"),
+        ("probes/train.py", "from tqdm.auto import tqdm", "tqdm.auto"),
+        ("cache/layout.py", "import pandas as pd", "pandas"),
+        ("metrics/boxes.py", "from pycocotools import mask", "pycocotools"),
+        ("extra.py", "import os", "os"),
+    ],
+)
+def test_the_check_sees_each_kind_of_violation(tmp_path: Path, file: str, line: str, culprit: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"import os\nimport numpy\nfrom featprobe.errors import FeatprobeError\n{line}\n")
+    found = violations(tmp_path)
+    assert culprit in [entry.split(" ", 1)[1] for entry in found]
+    assert len(found) == 1 or file == "extra.py"
+
+
+def test_the_check_lets_pass_what_is_allowed(tmp_path: Path) -> None:
+    lines = {
+        "targets.py": "from featprobe.geometry import Size\nfrom pycocotools import mask",
+        "cache/reader.py": "import h5py\nfrom featprobe.cache.store import Cache\nimport featprobe.levels",
+        "stages/probe.py": "from featprobe import __version__\nfrom featprobe.cache import Cache\nimport pandas, tqdm",
+        "cli/main.py": "import click\nfrom featprobe.stages.plan import plan\nfrom featprobe.specs import digest",
+    }
+    for file, text in lines.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    assert violations(tmp_path) == []
