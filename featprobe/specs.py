@@ -32,6 +32,7 @@ class BackboneSpec:
     source: "hub" (timm's own download), "embedded" (from the package index), "file" or "random".
     weights: the file's path where source is "file".
     final_norm: whether the last normalisation layer is applied; None: the default of the pretraining.
+    arguments: of the command line, that name this very backbone.
     """
 
     label: str
@@ -40,6 +41,7 @@ class BackboneSpec:
     weights: str | None = None
     seed: int = 0
     final_norm: bool | None = None
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ SOURCES = {"bsdata": "bsdata", "mt_defect": "mt_defect", "deeppcb": "deeppcb", "
 
 def prepare(name, source, out):
     script = ROOT / "examples" / f"prepare_{name}.py"
-    return subprocess.run([sys.executable, script, source, out], check=False, capture_output=True, text=True,
-                          timeout=120)
+    return subprocess.run(
+        [sys.executable, script, source, out], check=False, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,9 @@ def test_bsdata(prepared):
     out, said = prepared("bsdata")
     splits = read_coco(out)
     assert {split: (len(coco.imgs), len(coco.anns)) for split, coco in splits.items()} == {
-        "train": (75, 93), "test": (70, 88)}
+        "train": (75, 93),
+        "test": (70, 88),
+    }
     assert "groups that straddle the official split: 13 of 42" in said
     for coco in splits.values():
         for thing in coco.anns.values():  # the polygon, the box and the area are of one and the same thing
@@ -98,23 +101,38 @@ def test_deeppcb(prepared):
     out, said = prepared("deeppcb")
     splits = read_coco(out)
     assert {split: (len(coco.imgs), len(coco.anns)) for split, coco in splits.items()} == {
-        "train": (550, 4011), "test": (500, 3140)}
+        "train": (550, 4011),
+        "test": (500, 3140),
+    }
     assert "1500 pictures, of which 450 are not in SOURCE" in said
     train, test = ({image["group"] for image in splits[split].imgs.values()} for split in ("train", "test"))
     assert len(train | test) == 11
     assert train & test == {"group00041", "group13000", "group20085"}
     assert [category["name"] for category in splits["test"].dataset["categories"]] == [
-        "open", "short", "mousebite", "spur", "copper", "pin-hole"]
+        "open",
+        "short",
+        "mousebite",
+        "spur",
+        "copper",
+        "pin-hole",
+    ]
 
 
 def test_mt_defect(prepared):
     out, _ = prepared("mt_defect")
     classes, samples, masks = read_mask_folder(out)
     assert len(samples) == 710
-    pictures_of = {name: sum(bool((mask == index).any()) for mask in masks.values())
-                   for index, name in enumerate(classes)}
-    assert pictures_of == {"background": 710, "blowhole": 115, "break": 85, "crack": 57, "fray": 32,
-                           "uneven": 99}  # and four pictures of MT_Uneven with nothing marked
+    pictures_of = {
+        name: sum(bool((mask == index).any()) for mask in masks.values()) for index, name in enumerate(classes)
+    }
+    assert pictures_of == {
+        "background": 710,
+        "blowhole": 115,
+        "break": 85,
+        "crack": 57,
+        "fray": 32,
+        "uneven": 99,
+    }  # and four pictures of MT_Uneven with nothing marked
     group_of = {row["image"]: row["group"] for row in samples}
     assert len(set(group_of.values())) == 168
     six_exposures = ["exp1_num_4727.jpg", "exp2_num_4748.jpg", "exp6_num_4841.jpg"]

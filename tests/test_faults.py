@@ -269,3 +269,17 @@ def test_every_level_is_checked_on_its_own(path):
     sound = FeatureLevel("stride8", 9, 8)
     assert sound in cache.levels
     assert {found.part for found in damages(path)} == {"features/stride4"}
+
+
+def test_a_flipped_address_of_a_level_is_found_and_answered_by_a_new_file(path, data, tmp_path):
+    whole = stored(path)
+    extent = opened(path).contents.extents["features/stride4"]
+    layout = extent.offset.to_bytes(8, "little") + (extent.row_bytes * extent.rows).to_bytes(8, "little")
+    content = path.read_bytes()
+    assert content.count(layout) == 1  # HDF5's message of a contiguous layout: where, and how long
+    flip_byte(path, content.index(layout) + 1)
+    with pytest.raises(CacheError, match="damaged"):
+        open_cache(path)
+    assert extract(tmp_path, data).missing == 0
+    assert stored(path) == whole
+    assert damages(path) == []

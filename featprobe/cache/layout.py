@@ -62,10 +62,14 @@ class Extent:
     rows: int
 
 
-def identity_sha256(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row]) -> str:
-    """sha256 over all that is written once: recipe, data set, rows and their targets."""
+def identity_sha256(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], extents: Mapping[str, Extent]) -> str:
+    """sha256 over all that is written once: recipe, data set, rows, targets, and where the rest has its place.
+
+    The last because HDF5 does not guard its own bookkeeping: a flipped address would serve other rows.
+    """
     running = hashlib.sha256()
-    head = {"recipe": recipe.to_json(), "data": asdict(data)}
+    places = {name: asdict(extent) for name, extent in extents.items()}
+    head = {"recipe": recipe.to_json(), "data": asdict(data), "extents": places}
     running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
     for row in rows:
         text = [getattr(row, name) for name in TEXT_FIELDS]
@@ -153,7 +157,6 @@ def _fill(temporary: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequence
         file.attrs["recipe_key"] = recipe.key
         file.attrs["data"] = json.dumps(asdict(data))
         file.attrs["provenance"] = json.dumps(dict(provenance))
-        file.attrs["identity_sha256"] = identity_sha256(recipe, data, rows)
         for name in TEXT_FIELDS:
             texts = [getattr(row, name) for row in rows]
             file.create_dataset(f"rows/{name}", data=texts, dtype=h5py.string_dtype("utf-8"))
@@ -177,6 +180,7 @@ def _fill(temporary: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequence
         file["done"][...] = np.array([UNREADABLE if row.reason else MISSING for row in rows], dtype="u1")
         file["checksum"][...] = 0
         file["reason"][...] = np.array([encode_reason(row.reason) for row in rows], dtype=f"S{REASON_BYTES}")
+        file.attrs["identity_sha256"] = identity_sha256(recipe, data, rows, _extents(file, recipe))
 
 
 def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -214,6 +218,12 @@ class Contents:
     target_checksum: NDArray[np.uint64]
     inode: int
 
+    @property
+    def command(self) -> str:
+        """The command line that makes this cache, and goes on with it or mends it."""
+        short = f"featprobe extract --backbone {self.recipe.label} --data {self.data.name}"
+        return str(self.provenance.get("command", short))
+
     def damaged_targets(self) -> list[int]:
         """Rows whose targets do not hash to what was written."""
         found = np.array([target_checksums(row) for row in self.rows], dtype=np.uint64).reshape(-1, len(TARGET_KINDS))
@@ -221,7 +231,7 @@ class Contents:
 
     def is_intact(self) -> bool:
         """Whether recipe, data set, rows and targets hash to what was written."""
-        return identity_sha256(self.recipe, self.data, self.rows) == self.identity_sha256
+        return identity_sha256(self.recipe, self.data, self.rows, self.extents) == self.identity_sha256
 
 
 def read_contents(path: Path) -> Contents:
@@ -273,8 +283,7 @@ def _read(file: h5py.File) -> Contents:
             zip(*texts, strict=True), originals, contents, semantic, instances, strict=True
         )
     )
-    names = [*(f"features/{level.name}" for level in recipe.levels), "done", "checksum", "reason"]
-    extents = {name: _extent(file[name]) for name in names}
+    extents = _extents(file, recipe)
     status = os.fstat(file.id.get_vfd_handle())
     if any(extent.offset + extent.row_bytes * extent.rows > status.st_size for extent in extents.values()):
         raise ValueError(f"the file is cut short: {status.st_size} bytes")
@@ -286,6 +295,11 @@ def _read(file: h5py.File) -> Contents:
 
 def _size(pair: Sequence[int]) -> Size:
     return pair[0], pair[1]
+
+
+def _extents(file: h5py.File, recipe: FeatureRecipe) -> dict[str, Extent]:
+    names = [*(f"features/{level.name}" for level in recipe.levels), "done", "checksum", "reason"]
+    return {name: _extent(file[name]) for name in names}
 
 
 def _extent(dataset: h5py.Dataset) -> Extent:

@@ -66,8 +66,7 @@ class Cache:
         if missing:
             raise CacheIncompleteError(
                 f"{self.path} is not complete: {missing} of {len(self)} rows are missing.\n"
-                f"Finish it, it goes on from there:  featprobe extract --backbone {self.recipe.label} "
-                f"--data {self.data.name}"
+                f"Finish it, it goes on from there:  {self.contents.command}"
             )
         wanted = np.array([split is None or row.split == split for row in self.rows], dtype=bool)
         return np.flatnonzero((done == WHOLE) & wanted)
@@ -115,8 +114,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
         raise CacheError(
             f"{path} is damaged: its rows or targets are not what was written.\n"
             "Nothing was changed. See what is bad:  featprobe cache verify FILE\n"
-            "and mend it from the images:  featprobe extract "
-            f"--backbone {contents.recipe.label} --data {contents.data.name}"
+            f"and mend it from the images:  {contents.command}"
         )
     return Cache(path, contents)
 

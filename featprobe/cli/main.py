@@ -438,6 +438,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("tasks", ", ".join(origin["tasks"])),
             ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
             ("key", c["key"]),
+            ("command", c["command"]),
             ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}"),
         ]
         click.echo(columns(rows, (c["path"], "")))

@@ -36,6 +36,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "key": cache.recipe.key,
         "recipe": cache.recipe.to_json(),
         "data": asdict(cache.data),
+        "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
     }
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import queue
+import shlex
 import threading
 import time
 from collections import deque
@@ -106,6 +107,7 @@ class Job:
     rows: tuple[Row, ...]
     images: tuple[Path, ...]
     surveyed: Survey
+    command: str
 
     @property
     def feature_bytes(self) -> int:
@@ -121,6 +123,8 @@ def extract(
     Raises FeatprobeError; whatever was whole before stays whole.
     """
     options = configured(options or ExtractOptions(), workspace.data_options(data_name))
+    if os.environ.get("RANK", "0") != "0":
+        options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
     data = workspace.data_set(data_name)
     device = pick_device(options.device)
@@ -151,7 +155,8 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
     path = workspace.cache_folder(data) / f"{recipe.label}-{recipe.key[:8]}.h5"
     rows = tuple(make_rows(surveyed, recipe, backbone.multiple))
     images = tuple(sample.image for sample in data.samples)
-    return Job(path, recipe, describe(surveyed, recipe), rows, images, surveyed)
+    command = command_of(backbone.spec, workspace.data_argument(data), options)
+    return Job(path, recipe, describe(surveyed, recipe), rows, images, surveyed, command)
 
 
 def extract_with(
@@ -234,7 +239,7 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
     remove_leftovers(job.path)
     if not job.path.exists():
         check_disk(job)
-        create_file(job.path, job.recipe, job.info, job.rows, _provenance())
+        create_file(job.path, job.recipe, job.info, job.rows, _provenance(job.command))
     old = read_contents(job.path)
     if old.recipe.key != job.recipe.key:
         raise CacheError(
@@ -245,7 +250,7 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
         return 0
     locks.claim_all()
     check_disk(job)
-    temporary = make_temporary(job.path, job.recipe, job.info, job.rows, _provenance())
+    temporary = make_temporary(job.path, job.recipe, job.info, job.rows, _provenance(job.command))
     try:
         copied = _copy_rows(Cache(job.path, old), temporary, job.rows)
         replace_file(temporary, job.path)
@@ -505,9 +510,28 @@ def _rank() -> tuple[int, int] | None:
     return int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
 
 
-def _provenance() -> dict[str, Any]:
+def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
+    """The command line that makes the same cache.
+
+    >>> command_of(BackboneSpec("embedded", "m"), "xray", ExtractOptions(size=(64, 96), skip_bad=True))
+    'featprobe extract --backbone embedded --data xray --size 64x96 --skip-bad'
+    """
+    words = ["featprobe", "extract", *(spec.arguments or ("--backbone", spec.label)), "--data", data]
+    if options.levels:
+        words += ["--levels", ",".join(options.levels)]
+    if options.size:
+        words += ["--size", f"{options.size[0]}x{options.size[1]}"]
+    for name in ("fit", "intensity", "batch_size", "dtype", "precision"):
+        value = getattr(options, name)
+        if value != getattr(ExtractOptions, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, *(["--skip-bad"] if options.skip_bad else [])])
+
+
+def _provenance(command: str) -> dict[str, Any]:
     packages = ("torch", "timm", "numpy", "h5py")
     return {
+        "command": command,
         "featprobe": __version__,
         **{name: version(name) for name in packages},
         "python": platform.python_version(),

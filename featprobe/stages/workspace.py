@@ -35,6 +35,10 @@ class Workspace:
     ) -> BackboneSpec:
         """The backbone that a name and options mean; raises BackboneError."""
         table = self.config.get("backbones", {})
+        arguments = ["--backbone", name, *(["--weights", str(Path(weights).resolve())] if weights else [])]
+        arguments += ["--random-init"] if random_init else []
+        if final_norm is not None:
+            arguments.append("--final-norm" if final_norm else "--no-final-norm")
         if name in table:
             spec = replace(find_backbone(table[name]["model"]), label=name)
             weights = weights or self._path(table[name].get("weights"))
@@ -47,7 +51,7 @@ class Workspace:
             spec = replace(spec, label=label, source="file", weights=weights)
         elif random_init:
             spec = replace(spec, label=f"{spec.label}-random", source="random")
-        return replace(spec, final_norm=final_norm)
+        return replace(spec, final_norm=final_norm, arguments=tuple(arguments))
 
     def backbone_names(self) -> list[str]:
         """Short names that can be asked for here."""
@@ -85,9 +89,12 @@ class Workspace:
 
     def cache_folder(self, data: DataSet) -> Path:
         """cache/<data>: the set's name and 6 hex digits of who it is."""
+        return self.cache / f"{data.name}-{hashlib.sha256(self.data_argument(data).encode()).hexdigest()[:6]}"
+
+    def data_argument(self, data: DataSet) -> str:
+        """What names this very set on the command line: its name where it has one here, else its path."""
         known = data.name in self.config.get("data", {}) or data.root == self.data / data.name
-        identity = data.name if known else str(data.root.resolve())
-        return self.cache / f"{data.name}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
+        return data.name if known else str(data.root.resolve())
 
     def cache_files(self) -> list[Path]:
         """Every cache file here, by data set and name."""
