@@ -168,7 +168,7 @@ def test_a_shard_computes_its_own_whole_blocks_only(data, tmp_path, monkeypatch)
     assert (report.computed, report.missing) == (3, 4)
     with pytest.raises(CacheIncompleteError, match="4 of 7 rows are missing") as caught:
         open_cache(report.path).usable()
-    assert "featprobe extract --backbone pooling --data set" in str(caught.value)
+    assert f"featprobe extract --backbone pooling --data {data} --batch-size 2" in str(caught.value)
 
 
 def test_more_shards_than_blocks_leave_some_without_work(data, tmp_path):

@@ -66,7 +66,7 @@ def learning_rate(step: int, recipe: TrainRecipe) -> float:
     """Factor on the learning rate at a step: linear warm-up, then a half cosine down to 0.
 
     >>> recipe = TrainRecipe(iterations=100, warmup=0.1)
-    >>> [round(learning_rate(step, recipe), 2) for step in (0, 9, 55, 99)]
+    >>> [round(learning_rate(step, recipe), 2) for step in (0, 9, 54, 99)]
     [0.1, 1.0, 0.5, 0.0]
     """
     warmup = max(1, round(recipe.warmup * recipe.iterations))
