@@ -15,18 +15,21 @@ from PIL import Image
 def arguments(doc, *wanted):
     """SOURCE and OUT from the command line; `wanted` are the paths that make SOURCE the right data set."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", type=Path,
-                        help=f"the folder that holds {', '.join(wanted)}")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=f"the folder that holds {', '.join(wanted)}")
     parser.add_argument("out", metavar="OUT", type=Path, help="a folder to make; may exist if it is empty")
     args = parser.parse_args()
     missing = [name for name in wanted if not (args.source / name).exists()]
     if missing:
-        sys.exit(f"{args.source} is not the data set that this script reads.\n"
-                 f"  wanted   {', '.join(wanted)}\n  missing  {', '.join(missing)}\n"
-                 "Nothing was written. Name the folder that holds them as SOURCE.")
+        sys.exit(
+            f"{args.source} is not the data set that this script reads.\n"
+            f"  wanted   {', '.join(wanted)}\n  missing  {', '.join(missing)}\n"
+            "Nothing was written. Name the folder that holds them as SOURCE."
+        )
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        sys.exit(f"{args.out} exists and is not an empty folder.\n"
-                 "Nothing was written. Name a new folder as OUT, or remove this one first.")
+        sys.exit(
+            f"{args.out} exists and is not an empty folder.\n"
+            "Nothing was written. Name a new folder as OUT, or remove this one first."
+        )
     return args.source, args.out
 
 
@@ -70,16 +73,20 @@ def write_coco(out, rows, classes):
         shutil.copyfile(row["path"], out / "images" / row["path"].name)
         width, height = Image.open(row["path"]).size
         images, annotations = splits.setdefault(row["split"], ([], []))
-        images.append({"id": image_id, "file_name": row["path"].name, "height": height, "width": width,
-                       "group": row["group"]})
-        annotations += [{"id": next(annotation_ids), "image_id": image_id, "iscrowd": 0, **thing}
-                        for thing in row["objects"]]
+        images.append(
+            {"id": image_id, "file_name": row["path"].name, "height": height, "width": width, "group": row["group"]}
+        )
+        annotations += [
+            {"id": next(annotation_ids), "image_id": image_id, "iscrowd": 0, **thing} for thing in row["objects"]
+        ]
     categories = [{"id": number, "name": name} for number, name in classes.items()]
     for split, (images, annotations) in splits.items():
         coco = {"images": images, "annotations": annotations, "categories": categories}
         (out / "annotations" / f"{split}.json").write_text(json.dumps(coco))
-        print(f"{split:6}{len(images):5} images {len(annotations):6} instances "
-              f"{len({image['group'] for image in images}):4} groups")
+        print(
+            f"{split:6}{len(images):5} images {len(annotations):6} instances "
+            f"{len({image['group'] for image in images}):4} groups"
+        )
     both, groups = straddling((row["group"], row["split"]) for row in rows)
     print(f"groups that straddle the official split: {len(both)} of {len(groups)}")
     say_next(out)

@@ -28,23 +28,27 @@ def read_polygons(label_file, image_size):
     objects, moved = [], 0
     for shape in json.loads(label_file.read_text())["shapes"]:
         if (shape["label"], shape["shape_type"]) != ("Pitting", "polygon"):
-            sys.exit(f"{label_file}: wanted polygons of Pitting, "
-                     f"found a {shape['shape_type']} of {shape['label']}. Nothing was written.")
+            sys.exit(
+                f"{label_file}: wanted polygons of Pitting, "
+                f"found a {shape['shape_type']} of {shape['label']}. Nothing was written."
+            )
         drawn = np.array(shape["points"])  # (points, 2), pixels, x y
         points = drawn.clip(0, image_size)
         moved += int((points != drawn).any(axis=1).sum())
         (x, y), (width, height) = points.min(axis=0), np.ptp(points, axis=0)
         following = np.roll(points, -1, axis=0)
         area = abs(points[:, 0] @ following[:, 1] - points[:, 1] @ following[:, 0]) / 2
-        objects.append({"category_id": 1, "segmentation": [points.ravel().tolist()],
-                        "bbox": [x, y, width, height], "area": area})
+        objects.append(
+            {"category_id": 1, "segmentation": [points.ravel().tolist()], "bbox": [x, y, width, height], "area": area}
+        )
     return objects, moved
 
 
 source, out = arguments(__doc__, "image_data.json", "data", "label")
 entries = [e for e in json.loads((source / "image_data.json").read_text())["images"] if e["train_test_split"]]
-place_of = components((chain for e in entries for chain in e["wear_dev"]),
-                      (pair for e in entries for pair in pairwise(e["wear_dev"])))
+place_of = components(
+    (chain for e in entries for chain in e["wear_dev"]), (pair for e in entries for pair in pairwise(e["wear_dev"]))
+)
 
 rows, moved, official = [], 0, []
 for entry in entries:
@@ -58,9 +62,11 @@ for entry in entries:
         rows.append({"path": path, "split": entry["train_test_split"], "group": group, "objects": objects})
 
 both, groups = straddling(official)
-print(f"image_data.json: {len(entries)} annotated pictures, "
-      f"of which {len(entries) - len(rows)} are not in SOURCE; "
-      f"{len(place_of)} wear chains at {len(set(place_of.values()))} places; "
-      f"{len(both)} of all its {len(groups)} groups straddle the official split")
+print(
+    f"image_data.json: {len(entries)} annotated pictures, "
+    f"of which {len(entries) - len(rows)} are not in SOURCE; "
+    f"{len(place_of)} wear chains at {len(set(place_of.values()))} places; "
+    f"{len(both)} of all its {len(groups)} groups straddle the official split"
+)
 print(f"polygon points outside of their image, clipped: {moved}")
 write_coco(out, rows, {1: "pitting"})

@@ -27,8 +27,7 @@ def read_boxes(box_file):
     for line in box_file.read_text().splitlines():
         x1, y1, x2, y2, kind = (int(word) for word in line.replace(",", " ").split())
         if not (0 <= x1 < x2 and 0 <= y1 < y2 and kind in CLASSES):
-            sys.exit(f"{box_file}: wanted x1 < x2, y1 < y2 and a type of 1 to 6, "
-                     f"found {line!r}. Nothing was written.")
+            sys.exit(f"{box_file}: wanted x1 < x2, y1 < y2 and a type of 1 to 6, found {line!r}. Nothing was written.")
         width, height = x2 - x1, y2 - y1
         objects.append({"category_id": kind, "bbox": [x1, y1, width, height], "area": width * height})
     return objects
@@ -47,6 +46,8 @@ for split, list_name in (("train", "trainval.txt"), ("test", "test.txt")):
             rows.append({"path": path, "split": split, "group": group, "objects": objects})
 
 both, groups = straddling(official)
-print(f"lists: {len(official)} pictures, of which {len(official) - len(rows)} are not in SOURCE; "
-      f"{len(both)} of all their {len(groups)} groups straddle the official split")
+print(
+    f"lists: {len(official)} pictures, of which {len(official) - len(rows)} are not in SOURCE; "
+    f"{len(both)} of all their {len(groups)} groups straddle the official split"
+)
 write_coco(out, rows, CLASSES)

@@ -36,11 +36,24 @@ def read_mask(path, codes):
     return sum(index * (values == code) for index, code in enumerate(codes))
 
 
-source, out = arguments(__doc__, "images/Train_images", "images/Train_masks",
-                        "images/Sandstone_Versa0180_image.tif", "images/Sandstone_Versa0180_mask.png")
-slices = [(path, path.name, path.stem, read_mask(source / "images" / "Train_masks" / path.name, COLOURS))
-          for path in sorted((source / "images" / "Train_images").glob("*.tif"))]
+source, out = arguments(
+    __doc__,
+    "images/Train_images",
+    "images/Train_masks",
+    "images/Sandstone_Versa0180_image.tif",
+    "images/Sandstone_Versa0180_mask.png",
+)
+slices = [
+    (path, path.name, path.stem, read_mask(source / "images" / "Train_masks" / path.name, COLOURS))
+    for path in sorted((source / "images" / "Train_images").glob("*.tif"))
+]
 other = source / "images" / "Sandstone_Versa0180_image.tif"
-slices.append((other, "Sandstone_Versa0180.tif", "Sandstone_Versa0180",
-               read_mask(other.with_name("Sandstone_Versa0180_mask.png"), GREYS_OF_0180)))
+slices.append(
+    (
+        other,
+        "Sandstone_Versa0180.tif",
+        "Sandstone_Versa0180",
+        read_mask(other.with_name("Sandstone_Versa0180_mask.png"), GREYS_OF_0180),
+    )
+)
 write_masks(out, sorted(slices, key=lambda row: row[1]), CLASSES)

@@ -264,6 +264,13 @@ def test_a_damaged_mask_is_named_and_never_decoded(tmp_path: Path, segmentation:
     assert said in refusal(tmp_path, annotation(segmentation))
 
 
+def test_a_zero_byte_does_not_hide_that_pixels_are_missing(tmp_path: Path) -> None:
+    """pycocotools stops at it and would leave the mask's last pixels as whatever lay in memory."""
+    runs = [100, 20, HEIGHT * WIDTH - 124]  # a zero byte, read as a difference of -16 to 20, would be the last four
+    short = coco_mask.frPyObjects({"size": [1, sum(runs)], "counts": runs}, 1, sum(runs))["counts"].decode()
+    assert "holds the byte 0" in refusal(tmp_path, annotation({"size": [HEIGHT, WIDTH], "counts": f"{short}\0"}))
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -548,7 +555,7 @@ def bad_mask(root: Path, spoil: str) -> None:
     ],
 )
 def test_a_bad_mask_is_named_and_may_be_set_aside(tmp_path: Path, spoil: str, said: str, classes: str) -> None:
-    mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(8)}, classes)
+    mask_set(tmp_path, {f"p{i}": grid(0, 1) if classes else grid(0, 255) for i in range(8)}, classes)
     bad_mask(tmp_path, spoil)
     with pytest.raises(DataError) as error:
         survey(read_data("set", tmp_path), workers=1, skip_bad=False, quiet=True)

@@ -427,10 +427,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("backbone", f"{recipe['label']}: {recipe['backbone']}, weights sha256 {recipe['weights_sha256'][:12]}…"),
             ("levels", levels),
             ("final norm", recipe["final_norm"]),
-            (
-                "frame",
-                f"{recipe['frame'][0]}x{recipe['frame'][1]} ({recipe['fit']} to {recipe['size'][0]}x{recipe['size'][1]})",
-            ),
+            ("frame", f"{_size_text(recipe['frame'])} ({recipe['fit']} to {_size_text(recipe['size'])})"),
             ("dtype", recipe["dtype"]),
             ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
             ("data", f"{origin['name']}: {origin['root']}"),
@@ -527,6 +524,10 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         raise click.BadParameter(f"{text!r}. wanted: I/N, as 3/16", param_hint="--shard") from None
     return i, n
+
+
+def _size_text(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:

@@ -66,6 +66,22 @@ def weighted_moments(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, T
     return mean, (squares / count - mean.square()).clamp(min=0), count
 
 
+def over_padding(logits: Tensor, content: Tensor | None, stride: int) -> Tensor:
+    """Logits whose cells of nothing but padding repeat the nearest cell that holds some image.
+
+    Else bilinear upsampling would mix padding into the image's last cells. logits: (batch, classes, rows,
+    columns). content: (batch, 2), see Features; with None they are returned as they are.
+    """
+    if content is None:
+        return logits
+    for axis, cells in enumerate(logits.shape[2:]):
+        last = (content[:, axis].long() - 1) // stride  # (batch,)
+        index = torch.arange(cells, device=logits.device).minimum(last[:, None])  # (batch, cells)
+        shape = (-1, 1, cells, 1) if axis == 0 else (-1, 1, 1, cells)
+        logits = logits.gather(axis + 2, index.view(shape).expand_as(logits))
+    return logits
+
+
 class LinearHead(nn.Module):
     """Per-pixel class logits from a linear map of all levels.
 
@@ -98,6 +114,7 @@ class LinearHead(nn.Module):
         total_shift: Tensor = self.bias
         for level in self.levels:
             own, shift = self._level_logits(level, features)
+            own = over_padding(own, features.content, level.stride)
             if own.shape[2:] != grid:
                 own = interpolate(own, grid, mode="bilinear", align_corners=False)
             logits = own if logits is None else logits + own

@@ -17,7 +17,7 @@ def logits_at_original(logits: Tensor, stride: int, placement: Placement) -> Ten
         cell = (centre / stride - 0.5).clamp(0, -(-content // stride) - 1)
         low = cell.floor().long()
         high = (low + 1).clamp(max=-(-content // stride) - 1)
-        part = (cell - low).view([-1 if a == axis else 1 for a in range(3)])
+        part = (cell - low).to(logits.dtype).view([-1 if a == axis else 1 for a in range(3)])
         logits = torch.lerp(logits.index_select(axis, low), logits.index_select(axis, high), part)
     return logits
 

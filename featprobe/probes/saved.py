@@ -76,9 +76,11 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
             raise ProbeError(f"{folder}: head.safetensors is not the file that card.json describes. Train it again.")
         values = card["head"]
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
-        head = build_head(
-            HeadRecipe(values["task"], values["kind"], tuple(values["classes"]), tuple(values["levels"])), levels
-        )
+        recipe_of_head = HeadRecipe(values["task"], values["kind"], tuple(values["classes"]), tuple(values["levels"]))
+        try:
+            head = build_head(recipe_of_head, levels)
+        except ProbeError as error:
+            raise ProbeError(f"{folder} holds a head that can't be built. {error}") from error
         head.load_state_dict(tensors, strict=True)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error

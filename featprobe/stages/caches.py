@@ -19,6 +19,7 @@ from featprobe.cache import (
     read_contents,
     verify,
 )
+from featprobe.errors import CacheError
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -45,10 +46,15 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
     """Hash every row, level and target again; rows whose features are bad are marked missing.
 
     `extract` then computes exactly those rows anew. Damaged targets are left as they are: `extract`
-    makes the file anew from the data set and copies the features over.
+    makes the file anew from the data set and copies the features over. A file that can't be opened is
+    damage too.
     """
-    total = Cache(path, read_contents(path)).recipe.row_bytes * len(read_contents(path).rows)
     found: list[Damage] = []
+    try:
+        contents = read_contents(path)
+    except CacheError as error:
+        return [Damage(-1, "", f"the whole file: {str(error).splitlines()[0]}")]
+    total = contents.recipe.row_bytes * len(contents.rows)
     with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
         for item in verify(path):
             if isinstance(item, Damage):

@@ -168,13 +168,15 @@ def extract_with(
     load_seconds: float = 0.0,
 ) -> ExtractReport:
     """`extract` with a backbone and a data set that are loaded already."""
+    if options.precision == "amp" and device.type != "cuda":
+        raise BackboneError(f"--precision amp needs a CUDA device; this is {device}. Leave it away.")
     begun = time.perf_counter()
     job = prepare(workspace, backbone, data, options)
+    start, stop = share_of(len(job.rows), options.batch_size, options.shard or _rank())
     look_seconds = time.perf_counter() - begun
     with RowLocks(job.path) as locks:
         locks.wait_for_creation()
         copied = _ensure_file(job, locks)
-        start, stop = share_of(len(job.rows), options.batch_size, options.shard or _rank())
         locks.release()
         locks.claim(start, stop)
         locks.end_creation()
@@ -303,8 +305,6 @@ class _Filler:
         self.job, self.writer, self.backbone, self.options, self.device = job, writer, backbone, options, device
         self.done = Cache(job.path, read_contents(job.path)).done
         self.computed, self.waited_images, self.waited_disk = 0, 0.0, 0.0
-        if options.precision == "amp" and device.type != "cuda":
-            raise BackboneError(f"--precision amp needs a CUDA device; this is {device}. Leave it away.")
 
     def fill(self, start: int, stop: int) -> None:
         """Compute every block of [start, stop) that misses a row, and write the rows it misses."""

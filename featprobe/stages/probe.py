@@ -116,12 +116,19 @@ def find_caches(
 
     Raises CacheIncompleteError or ProbeError when all that was asked for falls away.
     """
-    found = [open_cache(path) for path in workspace.cache_files()]
+    found, broken = [], []
+    for path in workspace.cache_files():
+        try:
+            found.append(open_cache(path))
+        except CacheError as error:
+            broken.append(error)
     names = {cache.data.name for cache in found}
     labels = {cache.recipe.label for cache in found}
     wanted_data = [Path(name).resolve().name if name not in names else name for name in data]
     for asked, known, what in ((wanted_data, names, "data set"), (backbones, labels, "backbone")):
         unknown = [name for name in asked if name not in known]
+        if unknown and broken:
+            raise broken[0]
         if unknown:
             raise CacheError(
                 f"There is no cache of the {what} {unknown[0]!r} in {workspace.cache}. {nearest(unknown[0], known)}\n"
@@ -130,6 +137,8 @@ def find_caches(
     asked_for = [
         c for c in found if (not data or c.data.name in wanted_data) and (not backbones or c.recipe.label in backbones)
     ]
+    if not asked_for and broken:
+        raise broken[0]
     if not asked_for:
         raise CacheError(
             f"There is no feature cache in {workspace.cache} to probe.\n"
@@ -143,6 +152,7 @@ def find_caches(
             "semseg and instseg need masks in the data set's files, detect needs boxes or instances."
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
+    notes += [f"left aside: {str(error).splitlines()[0]}" for error in broken]
     complete = []
     for cache in able:
         try:

@@ -1,0 +1,478 @@
+"""The command line as a user meets it: help, exit codes, one paragraph for every mistake, and the whole way once."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from helpers import find_file, flip_byte, write_set
+from PIL import Image
+
+import featprobe
+from featprobe.cache import MISSING, WHOLE, Cache, read_contents
+from featprobe.cli.main import cli
+from featprobe.probes import load_head
+
+ROOT = Path(__file__).parents[1]
+NETWORK = ("--backbone", "tf_efficientnet_lite0", "--random-init")
+
+
+def call(workspace: Path, *arguments: object, **more: Any) -> Result:
+    """Run a command in this process."""
+    result = CliRunner().invoke(
+        cli, ["--workspace", str(workspace), *map(str, arguments)], prog_name="featprobe", **more
+    )
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def child(*arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `python -m featprobe` in a process of its own, or some code with these arguments."""
+    how = ["-c", code] if code else ["-m", "featprobe"]
+    environment = {k: v for k, v in os.environ.items() if k != "FEATPROBE_WORKSPACE"}
+    command = [sys.executable, *how, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
+def refusal(workspace: Path, *arguments: object, code: int = 1) -> str:
+    """What a command says that can't be done: on stderr, one paragraph, of ours; nothing on stdout."""
+    result = call(workspace, *arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    text = result.stderr.rpartition("\r")[2].strip()
+    assert "\n\n" not in text or code == 2
+    if code == 1:
+        assert text.startswith("featprobe: "), text
+    return text
+
+
+def commands(group: click.Group = cli, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command and subcommand with its words."""
+    for name, command in group.commands.items():
+        words = f"{path} {name}".strip()
+        yield words, command
+        if isinstance(command, click.Group):
+            yield from commands(command, words)
+
+
+WORDS = [words for words, _ in commands()]
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_the_documented_ones() -> None:
+    wanted = "extract plan probe demo backbones data cache".split()
+    assert sorted(cli.commands) == sorted(wanted)
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_every_commands_help_has_an_example_that_names_it(words: str) -> None:
+    result = CliRunner().invoke(cli, [*words.split(), "--help"], prog_name="featprobe")
+    assert result.exit_code == 0
+    example = result.stdout.partition("Example:")[2].partition("Options:")[0]
+    assert re.search(rf"featprobe (--workspace \S+ )?{words}\b", example), result.stdout
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_every_command_stands_in_the_readme(words: str) -> None:
+    readme = ROOT / "README.md"
+    if not readme.is_file():
+        pytest.skip("README.md is being written")
+    text = readme.read_text(encoding="utf-8")
+    assert re.search(rf"(featprobe|make) {words}\b", text), f"README.md does not name `featprobe {words}`"
+
+
+def test_options_that_state_a_default_state_the_one_of_the_recipe() -> None:
+    from featprobe.probes import TrainRecipe
+
+    recipe = TrainRecipe()
+    for option in cli.commands["probe"].params:
+        stated = re.search(r"\[default: (.*)\]", getattr(option, "help", None) or "")
+        if stated and hasattr(recipe, str(option.name)):
+            assert stated[1] == f"{getattr(recipe, str(option.name))}", option.name
+
+
+def test_help_version_and_usage_errors_answer_without_torch() -> None:
+    code = (
+        "import sys\nfrom featprobe.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('HEAVY', sorted({'torch', 'timm', 'h5py', 'numpy', 'pandas'} & set(sys.modules)))"
+    )
+    for arguments, exit_code, said in (
+        (["--help"], 0, "Which pretrained backbone"),
+        (["--version"], 0, featprobe.__version__),
+        (["extract", "--help"], 0, "--backbone"),
+        (["extract", "--data", "xray"], 2, "Missing option '--backbone'"),
+        (["probe", "--iterations", "0"], 2, "--iterations"),
+    ):
+        result = child(*arguments, code=code)
+        assert result.returncode == exit_code, result.stderr
+        assert said in result.stdout + result.stderr
+        assert result.stdout.rstrip().endswith("HEAVY []")
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small set of masks in a folder."""
+    return write_set(tmp_path_factory.mktemp("images") / "parts", 6, (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backbone", "convnext_dinov4"], "Did you mean convnext_dinov3"),
+        ([*NETWORK, "--data", "xrei"], "Did you mean xray"),
+        ([*NETWORK, "--data", "nowhere/at/all"], "no data set 'nowhere/at/all'"),
+        ([*NETWORK, "--levels", "stride4,stride5"], "no level 'stride5'"),
+        ([*NETWORK, "--size", "big"], "'big' is not a size. wanted: HxW"),
+        ([*NETWORK, "--size", "0x64"], "is not a size"),
+        ([*NETWORK, "--size", "00x64"], "is not a size"),
+        ([*NETWORK, "--size", "64"], "is not a size"),
+        ([*NETWORK, "--intensity", "percentile:9"], "is not an intensity policy"),
+        ([*NETWORK, "--intensity", "window:9:3"], "is not an intensity policy"),
+        ([*NETWORK, "--shard", "4/3"], "no shard 4/3"),
+        ([*NETWORK, "--device", "tpu"], "no device 'tpu' here"),
+        ([*NETWORK, "--device", "cpu:first"], "no device 'cpu:first' here"),
+        ([*NETWORK, "--final-norm"], "no final norm"),
+        (["--backbone", "resnet18", "--weights", "nowhere.pth"], "no weights file nowhere.pth"),
+    ],
+)
+def test_what_extract_is_wrongly_asked_for_is_answered_in_one_paragraph(
+    images: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    data = [] if "--data" in arguments else ["--data", images]
+    for command in ("extract", "plan") if "--shard" not in arguments else ("extract",):
+        assert said in refusal(tmp_path, command, *arguments, *data, "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["extract", *NETWORK, "--data", "xray", "--shard", "three"], "wanted: I/N"),
+        (["extract", *NETWORK, "--data", "xray", "--weights", "a.pth"], "exclude each other"),
+        (["extract", *NETWORK, "--data", "xray", "--batch-size", "0"], "--batch-size"),
+        (["extract", *NETWORK, "--data", "xray", "--dtype", "fp8"], "'fp8' is not one of"),
+        (["probe", "--seeds", "0"], "--seeds"),
+        (["data", "make", "wood"], "'wood' is not one of"),
+        (["data", "show", "xray"], "Missing option '--out'"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ],
+)
+def test_wrong_usage_ends_with_2(tmp_path: Path, arguments: list[str], said: str) -> None:
+    assert said in refusal(tmp_path, *arguments, code=2)
+
+
+def test_a_workspace_that_is_a_file_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refusal(tmp_path / "file", "data", code=2)
+
+
+def test_a_workspace_that_can_not_be_written_is_named(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = tmp_path / "file" / "space"
+    assert "can't be written" in refusal(nowhere, "extract", *NETWORK, "--data", images, "--quiet")
+    assert "can't be written" in refusal(nowhere, "data", "make", "xray", "--images", 12, "--size", "32x32")
+    sheet = tmp_path / "file" / "a.png"
+    assert f"{sheet} can't be written" in refusal(tmp_path, "data", "show", images, "--out", sheet)
+
+
+def test_without_any_cache_the_way_to_one_is_told(tmp_path: Path) -> None:
+    for arguments in (["probe"], ["probe", "--data", "xray"], ["probe", "--backbone", "embedded"]):
+        text = refusal(tmp_path, *arguments)
+        assert "featprobe extract" in text and "Known: ." not in text
+    for words in ("info", "verify", "rm"):
+        assert "No cache in" in refusal(tmp_path, "cache", words, "xray")
+    assert "featprobe extract" in call(tmp_path, "cache", "ls").stdout
+    assert call(tmp_path, "cache", "verify").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[data", "can't be read as TOML"),
+        ("[dta.x]\npath = 'a'", "no section [dta]. Did you mean data?"),
+        ("data = 3", "data is no section"),
+        ("[data]\nx = 'a'", "[data.x]: it is no section"),
+        ("[data.x]\npath = 'a'\npth = 'b'", "[data.x]: unknown pth"),
+        ("[data.x]\nsize = '32x32'", "[data.x]: path is missing"),
+        ("[data.x]\npath = 3", "[data.x]: path = 3"),
+        ("[data.x]\npath = 'a'\nsize = 64", "[data.x]: size = 64"),
+        ("[data.x]\npath = 'a'\nfit = 'crop'", "fit = 'crop' (resize and letterbox are known)"),
+        ("[backbones.x]\nweights = 'a.pth'", "[backbones.x]: model is missing"),
+        ("[backbones.x]\nmodel = 'resnet18'\nfinal_norm = 'yes'", "[backbones.x]: final_norm = 'yes'"),
+    ],
+)
+def test_a_broken_configuration_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "featprobe.toml").write_text(text)
+    for arguments in (["data"], ["backbones"], ["cache", "ls"]):
+        found = refusal(tmp_path, *arguments)
+        assert said in found and str(tmp_path / "featprobe.toml") in found
+
+
+def test_a_configuration_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "featprobe.toml").write_bytes(b"\xff\xfe")
+    assert "can't be read as TOML" in refusal(tmp_path, "data")
+
+
+def test_names_of_the_configuration_can_be_asked_for(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "featprobe.toml").write_text(
+        f"[data.castings]\npath = '{images}'\nsize = '64x96'\nfit = 'letterbox'\n"
+        "[backbones.ours]\nmodel = 'tf_efficientnet_lite0'\nrandom_init = true\n"
+    )
+    assert "castings" in call(tmp_path, "data").stdout and "ours" in call(tmp_path, "backbones").stdout
+    result = call(tmp_path, "extract", "--backbone", "ours", "--data", "castings", "--quiet", "--json")
+    assert result.exit_code == 0
+    recipe = read_contents(find_file(tmp_path)).recipe
+    assert (recipe.label, recipe.size, recipe.fit) == ("ours-random", (64, 96), "letterbox")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [("no image", "not an image"), ("mask size", "another size"), ("label", "beyond the classes")],
+)
+def test_a_bad_sample_stops_extract_by_name_and_may_be_left_out(tmp_path: Path, spoil: str, said: str) -> None:
+    data = write_set(tmp_path / "parts", 8, (32, 32))
+    if spoil == "no image":
+        (data / "images" / "part02.png").write_text("nothing")
+    else:
+        mask = np.full((32, 32) if spoil == "label" else (16, 32), 3 if spoil == "label" else 1, dtype=np.uint8)
+        Image.fromarray(mask).save(data / "masks" / "part02.png")
+    text = refusal(tmp_path, "extract", *NETWORK, "--data", data, "--quiet")
+    assert said in text and "part02" in text
+    result = call(tmp_path, "extract", *NETWORK, "--data", data, "--quiet", "--skip-bad")
+    assert result.exit_code == 0 and "left out: part02.png" in result.stdout
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["--debug", "--workspace", str(tmp_path), "probe"])
+    assert isinstance(result.exception, featprobe.FeatprobeError)
+
+
+def test_real_processes_end_with_the_same_codes(tmp_path: Path) -> None:
+    result = child("--workspace", tmp_path, "probe")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("featprobe: There is no feature cache") and "Traceback" not in result.stderr
+    assert child("--workspace", tmp_path, "prob").returncode == 2
+
+
+# ---- the whole way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a generated set and its cache."""
+    root = tmp_path_factory.mktemp("space")
+    made = call(root, "data", "make", "xray", "--images", 24, "--size", "64x64")
+    assert made.exit_code == 0 and "24 images of 64x64" in made.stdout
+    extracted = call(root, "extract", *NETWORK, "--data", "xray", "--quiet")
+    assert extracted.exit_code == 0 and "24 of 24 images computed" in extracted.stdout
+    return root
+
+
+def as_json(workspace: Path, *arguments: object) -> Any:
+    """What a command prints with --json, which is one JSON value and nothing else."""
+    result = call(workspace, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_set_that_is_there_is_not_made_again(space: Path) -> None:
+    assert "holds a data set already" in refusal(space, "data", "make", "xray")
+
+
+def test_data_is_listed_described_and_drawn(space: Path, tmp_path: Path) -> None:
+    assert re.search(r"xray .* built in, there\n", call(space, "data").stdout)
+    text = call(space, "data", "info", "xray").stdout
+    assert "24 images, 16-bit, 64x64 (height x width)" in text and "labels for semseg, detect, instseg" in text
+    summary = as_json(space, "data", "info", "xray")
+    assert sum(summary["images"].values()) == 24 and summary["depth"] == 16
+    assert sum(summary["pixels"].values()) == pytest.approx(1)
+    result = call(space, "data", "show", "xray", "--out", tmp_path / "sheet", "--count", 3)
+    assert result.exit_code == 0 and "3 images of train" in result.stdout
+    with Image.open(tmp_path / "sheet") as sheet:
+        assert sheet.format == "PNG" and sheet.height > 3 * 256
+
+
+def test_backbones_are_listed_with_licences(space: Path) -> None:
+    assert re.search(r"convnext_dinov3 .*dinov3-license", call(space, "backbones").stdout)
+    rows = as_json(space, "backbones", "*dinov3*")
+    assert {"name", "model", "weights", "licence"} == set(rows[0])
+    assert "No pretrained model of timm matches" in refusal(space, "backbones", "no such model")
+
+
+def test_extract_again_does_nothing_and_says_so(space: Path) -> None:
+    result = call(space, "extract", *NETWORK, "--data", "xray", "--quiet")
+    assert "complete (24 images); nothing to do" in result.stdout
+    report = as_json(space, "extract", *NETWORK, "--data", "xray", "--quiet")
+    assert report["computed"] == 0 and report["missing"] == 0 and Path(report["path"]) == find_file(space)
+
+
+def test_plan_states_costs_and_makes_nothing(space: Path, tmp_path: Path) -> None:
+    data = space / "data" / "xray"
+    text = call(tmp_path, "plan", *NETWORK, "--data", data, "--quiet").stdout
+    assert "24 at 64x64, levels stride4, stride8, stride16, stride32" in text and "pays from" in text
+    assert not (tmp_path / "cache").exists()
+    cost = as_json(space, "plan", *NETWORK, "--data", "xray", "--quiet")
+    assert cost["exists"] and cost["fits_disk"] and cost["images"] == 24
+    cache = Cache(find_file(space), read_contents(find_file(space)))
+    assert cost["feature_bytes"] == cache.recipe.row_bytes * 24
+
+
+def test_caches_are_listed_and_described(space: Path) -> None:
+    assert "24 of 24" in call(space, "cache", "ls").stdout
+    (listed,) = as_json(space, "cache", "ls")
+    (described,) = as_json(space, "cache", "info", "xray")
+    assert listed == described
+    assert described["whole"] == 24 and described["intact"] and described["recipe"]["label"].endswith("-random")
+    text = call(space, "cache", "info", find_file(space)).stdout
+    assert "24 whole, 0 missing, 0 unreadable of 24" in text and "64x64 (resize to 64x64)" in text
+
+
+def test_a_flipped_byte_is_found_with_code_3_and_mended_by_extract(space: Path) -> None:
+    path = find_file(space)
+    before = path.read_bytes()
+    flip_byte(path, read_contents(path).extents["features/stride8"].offset + 1000)
+    found = call(space, "cache", "verify", "--quiet")
+    assert found.exit_code == 3 and "1 bad" in found.stdout and "features/stride8" in found.stdout
+    cache = Cache(path, read_contents(path))
+    assert (cache.done == MISSING).sum() == 1
+    assert "featprobe extract" in refusal(space, "probe")
+    assert "1 of 24 rows are missing" in refusal(space, "probe", "--data", "xray")
+    mended = call(space, "extract", *NETWORK, "--data", "xray", "--quiet")
+    assert "1 of 24 images computed" in mended.stdout
+    assert call(space, "cache", "verify", "--quiet").exit_code == 0
+    assert as_json(space, "cache", "verify", "xray", "--quiet") == {str(path): []}
+    assert path.read_bytes() == before
+
+
+PROBE = ("probe", "--iterations", 20, "--batch-size", 8, "--quiet")
+
+
+def test_probe_trains_scores_saves_and_draws(space: Path) -> None:
+    result = call(space, *PROBE, "--task", "semseg", "--show", 2)
+    assert result.exit_code == 0, result.output
+    assert "fg mIoU" in result.stdout and "xray" in result.stdout
+    sheet = Path(re.search(r"pictures: (\S+)", result.stdout)[1])  # type: ignore[index]
+    with Image.open(sheet) as image:
+        assert image.height > 2 * 256
+    row = json.loads((space / "probes" / "results.jsonl").read_text().splitlines()[-1])
+    assert row["task"] == "semseg" and row["data"] == "xray" and 0 <= row["test"]["miou"] <= 1
+    folder = space / "probes" / row["folder"]
+    assert sheet.parent == folder
+    head, card = load_head(folder, read_contents(find_file(space)).recipe)
+    assert card["result"]["test"] == row["test"] and not head.training
+
+
+def test_the_same_probe_twice_gives_the_same_scores_and_another_seed_others(space: Path) -> None:
+    first = as_json(space, *PROBE, "--seeds", 2)
+    second = as_json(space, *PROBE)
+    assert [row["seed"] for row in first] == [0, 1]
+    assert second[0]["test"] == first[0]["test"] and second[0]["val"] == first[0]["val"]
+    assert first[1]["val"] != first[0]["val"] or first[1]["test"] != first[0]["test"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "semsg"], "No cache here can serve the task semsg"),
+        (["--task", "detect"], "no task 'detect'"),
+        (["--head", "lineer"], "Did you mean linear"),
+        (["--levels", "stride2"], "no level 'stride2' here"),
+        (["--data", "surface"], "no cache of the data set 'surface'"),
+        (["--backbone", "tf_efficientnet"], "no cache of the backbone 'tf_efficientnet'"),
+        (["--lr", "-1"], "lr = -1.0"),
+        (["--lr", "nan"], "lr = nan"),
+        (["--weight-decay", "-1"], "weight_decay = -1.0"),
+        (["--device", "tpu"], "no device 'tpu' here"),
+    ],
+)
+def test_what_probe_is_wrongly_asked_for_is_answered_in_one_paragraph(
+    space: Path, arguments: list[str], said: str
+) -> None:
+    assert said in refusal(space, "probe", "--quiet", *arguments)
+
+
+def test_probes_that_can_not_be_written_are_refused_before_training(space: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").symlink_to(space / "cache")
+    (tmp_path / "probes").write_text("in the way")
+    assert "can't be written" in refusal(tmp_path, "probe", "--quiet")
+
+
+def spoiled(space: Path, root: Path, how: str) -> Path:
+    """A workspace whose only cache is spoiled."""
+    path = root / "cache" / "xray-123456" / "net-12345678.h5"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(find_file(space).read_bytes())
+    if how == "no HDF5":
+        path.write_bytes(b"this is no HDF5 file" * 1000)
+    elif how == "newer":
+        with h5py.File(path, "r+") as file:
+            file.attrs["version"] = 99
+    elif how == "other HDF5":
+        path.unlink()
+        with h5py.File(path, "w") as file:
+            file["x"] = [1]
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-5000])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no HDF5", "is not a feature cache that can be opened"),
+        ("newer", "is of a newer format than this featprobe reads"),
+        ("other HDF5", "is HDF5, but not a feature cache"),
+        ("cut", "is not a feature cache that can be opened"),
+    ],
+)
+def test_a_cache_that_can_not_be_read_is_named_and_can_be_removed(
+    space: Path, tmp_path: Path, how: str, said: str
+) -> None:
+    path = spoiled(space, tmp_path, how)
+    for arguments in (["probe", "--quiet"], ["cache", "info", "net"]):
+        text = refusal(tmp_path, *arguments)
+        assert said in text and str(path) in text
+    listed = call(tmp_path, "cache", "ls")
+    assert listed.exit_code == 0 and said in listed.stderr
+    assert said in as_json(tmp_path, "cache", "ls")[0]["error"]
+    assert call(tmp_path, "cache", "rm", "net", "--yes").exit_code == 0
+    assert not path.exists()
+
+
+def test_rm_asks_first(space: Path, tmp_path: Path) -> None:
+    path = spoiled(space, tmp_path, "no")
+    assert call(tmp_path, "cache", "rm", "xray", input="n\n").exit_code == 1
+    assert path.exists()
+    assert call(tmp_path, "cache", "rm", "xray", input="y\n").exit_code == 0
+    assert not (tmp_path / "cache" / "xray-123456").exists()
+
+
+def test_a_real_process_verifies_with_code_3(space: Path, tmp_path: Path) -> None:
+    path = spoiled(space, tmp_path, "no")
+    flip_byte(path, read_contents(path).extents["features/stride4"].offset)
+    result = child("--workspace", tmp_path, "cache", "verify", "--json", "--quiet")
+    assert result.returncode == 3 and result.stderr == ""
+    ((found,),) = json.loads(result.stdout).values()
+    assert found["part"] == "features/stride4" and found["row"] == 0
+
+
+def test_the_workspace_may_come_from_the_environment(space: Path) -> None:
+    result = CliRunner().invoke(cli, ["cache", "ls", "--json"], env={"FEATPROBE_WORKSPACE": str(space)})
+    assert [entry["path"] for entry in json.loads(result.stdout)] == [str(find_file(space))]
+    assert (Cache(find_file(space), read_contents(find_file(space))).done == WHOLE).all()
