@@ -13,6 +13,7 @@ from featprobe.cache import WHOLE, CacheWriter, Damage, damaged_rows, open_cache
 from featprobe.cache import writer as writer_module
 from featprobe.errors import CacheError
 from featprobe.levels import FeatureLevel
+from featprobe.stages.caches import verify_cache
 
 ROWS = 6
 WRITES = 12  # 3 blocks of: stride4, stride8, checksum, done
@@ -283,3 +284,12 @@ def test_a_flipped_address_of_a_level_is_found_and_answered_by_a_new_file(path, 
     assert extract(tmp_path, data).missing == 0
     assert stored(path) == whole
     assert damages(path) == []
+
+
+def test_verify_writes_nothing_into_a_file_whose_addresses_are_damaged(path):
+    extent = opened(path).contents.extents["features/stride4"]
+    layout = extent.offset.to_bytes(8, "little") + (extent.row_bytes * extent.rows).to_bytes(8, "little")
+    flip_byte(path, path.read_bytes().index(layout) + 1)
+    before = path.read_bytes()
+    assert {found.part for found in verify_cache(path, quiet=True)} > {"features/stride4"}
+    assert path.read_bytes() == before

@@ -45,8 +45,8 @@ def describe_cache(path: Path) -> dict[str, Any]:
 def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
     """Hash every row, level and target again; rows whose features are bad are marked missing.
 
-    `extract` then computes exactly those rows anew. Damaged targets are left as they are: `extract`
-    makes the file anew from the data set and copies the features over. A file that can't be opened is
+    `extract` then computes exactly those rows anew. A file whose targets or identity are damaged is left as
+    it is: `extract` makes it anew from the data set and copies over the features that are sound. A file that can't be opened is
     damage too.
     """
     found: list[Damage] = []
@@ -62,7 +62,7 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
             else:
                 bar.update(item)
     bad = damaged_rows(found)
-    if bad:
+    if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
         with RowLocks(path) as locks, CacheWriter(path) as writer:
             locks.claim_all()
             for row in bad:
