@@ -46,8 +46,8 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
     """Hash every row, level and target again; rows whose features are bad are marked missing.
 
     `extract` then computes exactly those rows anew. A file whose targets or identity are damaged is left as
-    it is: `extract` makes it anew from the data set and copies over the features that are sound. A file that can't be opened is
-    damage too.
+    it is: `extract` makes it anew from the data set and copies over the features that are sound. A file
+    that can't be opened is damage too.
     """
     found: list[Damage] = []
     try:
