@@ -146,6 +146,7 @@ class DataInfo:
 
     fingerprint: over ids, image hashes, groups, splits, classes and targets.
     clipped: share of annotated foreground pixels outside the intensity window, None without a window.
+    category_ids: what the set's own annotations call each class but the background; empty where nothing.
     """
 
     name: str
@@ -155,3 +156,4 @@ class DataInfo:
     fingerprint: str
     clipped: float | None = None
     notes: tuple[str, ...] = field(default=())
+    category_ids: tuple[int, ...] = ()

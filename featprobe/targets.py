@@ -7,13 +7,14 @@ from the background, as pycocotools writes it.
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 from torch import Tensor
 
 from featprobe.errors import DataError, ShapeError
@@ -34,12 +35,14 @@ class Instance:
     box_xyxy: 0 <= x1 <= x2 <= width, 0 <= y1 <= y2 <= height.
     rle: its mask as compressed COCO RLE, {"size": [height, width], "counts": str}; None for a box.
     crowd: True for a region of many objects that are not told apart.
+    area: pixels, as the set's own annotation gives it; None where it gives none.
     """
 
     category: int
     box_xyxy: tuple[float, float, float, float]
     rle: Rle | None = None
     crowd: bool = False
+    area: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class Target:
 
     semantic: (height, width) class indices, or None where the set has no masks.
     instances: objects, or None where the set has only a semantic mask.
+    image_id: what the set's own annotation calls the image, so that predictions can be held against it.
     """
 
     semantic: Labels | None
     instances: tuple[Instance, ...] | None
+    image_id: int | str | None = None
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
@@ -84,6 +89,24 @@ def semantic_from_instances(instances: Sequence[Instance], size: Size) -> Labels
     return painted
 
 
+def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
+    """Objects from a (height, width) mask of class indices: the connected components of each class but the background.
+
+    Cells that touch at a corner are connected; 255 belongs to nothing.
+
+    >>> [i.box_xyxy for i in components(np.array([[1, 0, 1], [0, 1, 0], [2, 0, 255]], np.uint8), 3)]
+    [(0.0, 0.0, 3.0, 2.0), (0.0, 2.0, 1.0, 3.0)]
+    """
+    found = []
+    for category in range(1, classes):
+        numbered, _ = ndimage.label(labels == category, structure=np.ones((3, 3)))
+        for number, (rows, columns) in enumerate(ndimage.find_objects(numbered), start=1):
+            box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
+            mask = numbered == number
+            found.append(Instance(category, box, encode_rle(mask), area=float(mask.sum())))
+    return tuple(found)
+
+
 def encode_semantic(labels: Labels | None) -> bytes:
     """A (height, width) mask as the bytes of an 8-bit grey PNG; empty for no mask."""
     if labels is None:
@@ -99,21 +122,19 @@ def decode_semantic(data: bytes) -> Labels:
         return np.asarray(image, dtype=np.uint8)
 
 
-def encode_instances(instances: Sequence[Instance] | None) -> bytes:
-    """Instances as UTF-8 JSON: a list of {category, box_xyxy, rle, crowd}; empty for no list."""
+def encode_instances(instances: Sequence[Instance] | None, image_id: int | str | None = None) -> bytes:
+    """Instances as UTF-8 JSON: {image_id, objects: [{category, box_xyxy, rle, crowd, area}]}; empty for no list."""
     if instances is None:
         return b""
-    return json.dumps(
-        [{"category": i.category, "box_xyxy": list(i.box_xyxy), "rle": i.rle, "crowd": i.crowd} for i in instances],
-        separators=(",", ":"),
-    ).encode()
+    objects = [asdict(instance) for instance in instances]
+    return json.dumps({"image_id": image_id, "objects": objects}, separators=(",", ":")).encode()
 
 
-def decode_instances(data: bytes) -> tuple[Instance, ...]:
-    """The instances that `encode_instances` wrote."""
-    return tuple(
-        Instance(row["category"], tuple(row["box_xyxy"]), row["rle"], row["crowd"]) for row in json.loads(data)
-    )
+def decode_instances(data: bytes) -> tuple[tuple[Instance, ...], int | str | None]:
+    """The instances and the image's own id that `encode_instances` wrote."""
+    values = json.loads(data)
+    objects = tuple(Instance(**{**row, "box_xyxy": tuple(row["box_xyxy"])}) for row in values["objects"])
+    return objects, values["image_id"]
 
 
 def labels_in_frame(labels: Labels, placement: Placement) -> Labels:

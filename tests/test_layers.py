@@ -25,7 +25,7 @@ DOORS = {
     "pandas": ("report", "stages"),
     "matplotlib": ("report", "stages"),
     "tqdm": ("stages",),
-    "pycocotools": ("targets", "datasets"),
+    "pycocotools": ("targets", "datasets", "metrics"),
 }
 FROM_ROOT = {"__version__"}  # all that a module may take from the package itself
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from featprobe.geometry import Placement, place
 from featprobe.levels import FeatureLevel, Features
 from featprobe.metrics import confusion_matrix, iou_scores
 from featprobe.probes import (
+    CurvePoint,
     HeadRecipe,
     LinearHead,
     TrainRecipe,
@@ -51,7 +52,7 @@ from featprobe.probes.linear import EPSILON, MOMENTUM
 from featprobe.probes.train import batches_of, learning_rate
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extract import extract_with
-from featprobe.stages.probe import ProbeOptions, extraction_seconds, find_caches, probe
+from featprobe.stages.probe import REHEARSED, ProbeOptions, extraction_seconds, find_caches, probe
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import IGNORE, cell_shares
 
@@ -454,11 +455,40 @@ def feed_of(features: Features, rows: int) -> Any:
     return feed
 
 
+def train_one(
+    head: nn.Module,
+    feed: Any,
+    rows: NDArray[np.intp],
+    loss: Callable[[Tensor, NDArray[np.intp]], Tensor],
+    recipe: TrainRecipe,
+    evaluate: Callable[[nn.Module], dict[str, float]] = lambda head: {},
+) -> list[CurvePoint]:
+    """Train one head; its loss is of logits and rows."""
+    (curve,) = train(
+        [head], [recipe], feed, rows, lambda features, batch: loss(head(features), batch)[None], 0,
+        lambda: [evaluate(head)],
+    )  # fmt: skip
+    return curve
+
+
 def test_a_loss_that_is_not_finite_any_more_stops_training_with_advice() -> None:
     head = build_head(SEMSEG, LEVELS).double()
     with pytest.raises(ProbeError, match=r"smaller --lr than 0\.25"):
-        train(head, feed_of(random_features(), 3), np.arange(3), lambda logits, rows: logits.sum() * float("nan"),
-              TrainRecipe(iterations=8, lr=0.25), 0, lambda h: {})  # fmt: skip
+        train_one(head, feed_of(random_features(), 3), np.arange(3), lambda logits, rows: logits.sum() * float("nan"),
+                  TrainRecipe(iterations=8, lr=0.25))  # fmt: skip
+
+
+def test_a_trial_that_diverges_is_given_up_and_the_others_go_on() -> None:
+    heads = [build_head(SEMSEG, LEVELS).double() for _ in range(2)]
+    recipes = [TrainRecipe(iterations=8, lr=lr, evaluations=2) for lr in (0.1, 0.01)]
+
+    def loss(features: Features, rows: NDArray[np.intp]) -> Tensor:
+        return torch.stack([heads[0](features).sum() * float("nan"), heads[1](features).square().mean()])
+
+    feed = feed_of(random_features(), 3)
+    curves = train(heads, recipes, feed, np.arange(3), loss, 0, lambda: [{"miou": 0.5}] * 2)
+    assert [len(curve) for curve in curves] == [0, 2]
+    assert all(parameter.isfinite().all() for parameter in heads[1].parameters())
 
 
 def test_the_curve_has_its_points_and_evaluates_in_eval_mode() -> None:
@@ -469,8 +499,8 @@ def test_the_curve_has_its_points_and_evaluates_in_eval_mode() -> None:
         modes.append(h.training)
         return {"miou": 0.5}
 
-    curve = train(head, feed_of(random_features(), 3), np.arange(3), lambda logits, rows: logits.square().mean(),
-                  TrainRecipe(iterations=20, evaluations=4), 0, evaluate)  # fmt: skip
+    curve = train_one(head, feed_of(random_features(), 3), np.arange(3), lambda logits, rows: logits.square().mean(),
+                      TrainRecipe(iterations=20, evaluations=4), evaluate)  # fmt: skip
     assert [point.iteration for point in curve] == [5, 10, 15, 20]
     assert modes == [False] * 4 and not head.training
     assert curve[-1].loss < curve[0].loss
@@ -502,7 +532,7 @@ def test_a_head_overfits_two_images(loss_at: str) -> None:
     def loss(logits: Tensor, rows: NDArray[np.intp]) -> Tensor:
         return level_loss(logits, shares) if loss_at == "level" else image_loss(logits, masks)
 
-    train(head, feed_of(features, 2), np.arange(2), loss, TrainRecipe(iterations=150, lr=0.01), 0, lambda h: {})
+    train_one(head, feed_of(features, 2), np.arange(2), loss, TrainRecipe(iterations=150, lr=0.01))
     placed = Placement((128, 128), (128, 128), (128, 128))
     with torch.inference_mode():
         predicted = [predict_classes(logits, 4, placed).numpy() for logits in head(features)]
@@ -537,7 +567,7 @@ def test_a_head_can_not_tell_cached_features_from_live_ones(lite0_space: Workspa
         return level_loss(logits, cell_shares(torch.stack([labels[r] for r in batch.tolist()]), head.classes, 4))  # type: ignore[arg-type]
 
     with FeatureLoader(exact) as loader:
-        train(head, loader.batches, rows, loss, TrainRecipe(iterations=60, lr=0.01, batch_size=8), 0, lambda h: {})
+        train_one(head, loader.batches, rows, loss, TrainRecipe(iterations=60, lr=0.01, batch_size=8))
     everything = np.arange(len(exact))
     live = load_backbone(BackboneSpec("lite0", "tf_efficientnet_lite0", "random"))
     pictures = [
@@ -591,24 +621,25 @@ def test_the_test_split_is_read_once_and_never_in_training(
             yield rows, features
 
     monkeypatch.setattr(FeatureLoader, "batches", spying)
-    report = probe(pooled, options=ProbeOptions(recipe=BRIEF, quiet=True))
+    report = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))
     (cache,), _ = find_caches(pooled, "semseg", (), ())
     split_of = [row.split for row in cache.rows]
     kinds = ["".join(sorted({split_of[row][0:2] for row in batch})) for batch in fed]
     assert set(kinds) == {"tr", "va", "te"}, "no batch mixes splits"
-    assert kinds.count("tr") == BRIEF.iterations
+    assert kinds.count("tr") == REHEARSED + BRIEF.iterations
     first_test = kinds.index("te")
     assert set(kinds[first_test:]) == {"te"}
     tested = [row for batch in fed[first_test:] for row in batch]
     assert sorted(tested) == cache.usable("test").tolist()
     validated = Counter(row for batch, kind in zip(fed, kinds, strict=True) if kind == "va" for row in batch)
-    assert validated == dict.fromkeys(cache.usable("val").tolist(), BRIEF.evaluations)
+    timed = Counter(cache.usable("val")[:4].tolist())  # before training, to predict how long it takes
+    assert validated == timed + Counter(dict.fromkeys(cache.usable("val").tolist(), BRIEF.evaluations))
     assert report.rows[0]["images"] == {s: len(cache.usable(s)) for s in ("train", "val", "test")}
 
 
 def test_labels_outside_of_training_never_reach_the_loss(pooled: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Test masks painted over change the test score only: weights, curve and validation stay."""
-    first = probe(pooled, options=ProbeOptions(recipe=BRIEF, quiet=True)).rows[0]
+    first = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows[0]
     first_head, first_card = load_head(pooled.probes / first["folder"])
     plain = Cache.semantic
 
@@ -617,16 +648,16 @@ def test_labels_outside_of_training_never_reach_the_loss(pooled: Workspace, monk
         return np.ones_like(labels) if self.rows[row].split == "test" else labels
 
     monkeypatch.setattr(Cache, "semantic", spoiled)
-    second = probe(pooled, options=ProbeOptions(recipe=BRIEF, quiet=True)).rows[0]
+    second = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows[0]
     second_head, second_card = load_head(pooled.probes / second["folder"])
     assert second["test"] != first["test"]
-    assert second_card["curve"] == first_card["curve"] and second["train_pixels"] == first["train_pixels"]
+    assert second_card["curve"] == first_card["curve"] and second["train_counts"] == first["train_counts"]
     for name, tensor in first_head.state_dict().items():
         assert torch.equal(tensor, second_head.state_dict()[name])
 
 
 def test_scores_of_a_row_are_those_of_the_saved_confusion_matrices(pooled: Workspace) -> None:
-    row = probe(pooled, options=ProbeOptions(recipe=BRIEF, quiet=True)).rows[0]
+    row = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows[0]
     folder = pooled.probes / row["folder"]
     confusions = np.load(folder / "scores.npz")["confusion"]
     assert confusions.shape == (row["images"]["test"], len(row["classes"]), len(row["classes"]))
@@ -646,7 +677,7 @@ def test_seeds_and_recipes_have_folders_of_their_own_and_heads_differ(pooled: Wo
         {"absent": "ignore"},
         {"levels": ("stride8",)},
     ):
-        rows += probe(pooled, options=ProbeOptions(**{"recipe": BRIEF, "quiet": True, **changed})).rows  # type: ignore[arg-type]
+        rows += probe(pooled, options=ProbeOptions(**{"recipe": BRIEF, "seeds": 1, "quiet": True, **changed})).rows  # type: ignore[arg-type]
     assert len({row["folder"] for row in rows}) == len(rows) == 6
     biases = [load_head(pooled.probes / row["folder"])[0].weights["stride8"] for row in rows[:2]]  # type: ignore[index,union-attr]
     assert not torch.equal(*biases)  # type: ignore[arg-type]
@@ -660,7 +691,7 @@ def test_a_place_that_can_not_be_written_is_met_before_training(
     monkeypatch.setattr(pooled, "probes", tmp_path / "probes")
     monkeypatch.setattr("featprobe.stages.probe.train", None)
     with pytest.raises(ProbeError, match=r"can't be written \(.*\)\. Nothing was trained"):
-        probe(pooled, options=ProbeOptions(recipe=BRIEF, quiet=True))
+        probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))
 
 
 def test_a_torn_log_of_extractions_makes_their_seconds_unknown_and_nothing_else(pooled: Workspace) -> None:
@@ -689,7 +720,7 @@ def saved(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Module,
         for parameter in head.parameters():
             parameter.normal_()
     card = {"format": "featprobe-head", "version": 1, "head": SEMSEG.to_json(), "fingerprint": fingerprint(recipe)}
-    save_head(folder, head, card, np.zeros((2, 3, 3), dtype=np.int64))
+    save_head(folder, head, card, {"scores.npz": b"scores"})
     return head, recipe
 
 
@@ -772,6 +803,8 @@ def edit_card(folder: Path, path: str, value: object) -> None:
         ("fingerprint.mean", [0, 0, 0]),
         ("fingerprint.std", None),
         ("fingerprint", None),
+        ("note", "a word added"),
+        ("card_sha256", None),
     ],
 )
 def test_an_edited_card_is_refused(tmp_path: Path, path: str, value: object) -> None:

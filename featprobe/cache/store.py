@@ -81,7 +81,12 @@ class Cache:
         """A row's objects in pixels of the original image; raises CacheError without any list."""
         if not self.rows[row].instances:
             raise CacheError(f"{self.path} holds no instances, only {', '.join(self.data.tasks)} targets.")
-        return decode_instances(self.rows[row].instances)
+        return decode_instances(self.rows[row].instances)[0]
+
+    def image_id(self, row: int) -> int | str:
+        """What the set's own annotation calls a row's image; the row's number from 1 where it calls it nothing."""
+        own = decode_instances(self.rows[row].instances)[1] if self.rows[row].instances else None
+        return row + 1 if own is None else own
 
     def _read_all(self, name: str, dtype: str) -> NDArray:
         extent = self.contents.extents[name]

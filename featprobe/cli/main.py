@@ -133,21 +133,47 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
     click.echo(columns(rows, ("what", "cost")))
 
 
+def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in names(text))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}. wanted: numbers separated by commas", ctx, param) from None
+
+
 @cli.command()
-@click.option("--task", default="semseg", show_default=True, help="semseg.")
+@click.option("--task", default="semseg", show_default=True, help="semseg, detect or instseg.")
 @click.option("--data", help="Data sets, separated by commas. Default: every complete cache here.")
 @click.option("--backbone", help="Backbones, separated by commas. Default: every complete cache here.")
-@click.option("--head", default="linear", show_default=True, help="linear.")
+@click.option("--head", help="semseg: linear, upsample, ridge; detect: fcos, fasterrcnn; instseg: maskrcnn.")
 @click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache.")
-@click.option("--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000]")
-@click.option("--batch-size", type=click.IntRange(1), help="Images per step.  [default: 16]")
-@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.005]")
-@click.option("--weight-decay", type=float, help="[default: 0.001]")
+@click.option("--width", type=click.IntRange(1), help="Channels of the head.  [default: 128 upsample, 64 the others]")
+@click.option(
+    "--pyramid",
+    type=click.Choice(["auto", "levels", "simple"]),
+    default="auto",
+    show_default=True,
+    help="What the head stands on: the levels as they are, or a simple pyramid of the last one (auto: for a ViT).",
+)
+@click.option("--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000 linear, 500 or 600 others]")
+@click.option("--batch-size", type=click.IntRange(1), help="Images per step.  [default: 16 linear, 8 or 4 others]")
+@click.option("--lr", callback=_numbers, help="Peak learning rates of AdamW, separated by commas; all are tried.")
+@click.option("--weight-decay", callback=_numbers, help="Weight decays, separated by commas; all are tried.")
+@click.option("--loss", help="ce, dice, focal, or a sum as ce+dice.  [default: ce]")
 @click.option(
     "--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: inverse-sqrt]"
 )
 @click.option("--loss-at", type=click.Choice(["level", "image"]), help="Grid of the loss.  [default: level]")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds, from 0 on.")
+@click.option("--seeds", type=click.IntRange(1), help="How many, from 0 on.  [default: 3 linear, upsample; 1 others]")
+@click.option("--shared-order", is_flag=True, help="One order of the images for all seeds: faster, a narrower spread.")
+@click.option("--fraction", callback=_numbers, help="Shares of the training split, separated by commas, as 0.01,0.1,1.")
+@click.option(
+    "--instances",
+    type=click.Choice(["own", "components"]),
+    default="own",
+    show_default=True,
+    help="Objects of detect and instseg: the set's own, or connected components of its masks.",
+)
 @click.option(
     "--split", type=click.Choice(["own", "group", "image"]), default="own", show_default=True, help="Whose splits."
 )
@@ -169,14 +195,20 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
     \b
     Example:
       featprobe probe --task semseg
-      featprobe probe --data xray --backbone embedded --seeds 3 --show 4
+      featprobe probe --data xray --backbone embedded --lr 1e-3,5e-3 --show 4
+      featprobe probe --task detect --data surface
+      featprobe probe --task semseg --head upsample --fraction 0.1,0.3,1
     """
-    from featprobe.probes import TrainRecipe
+    from dataclasses import replace
+
+    from featprobe.probes import DEFAULT_RECIPES, kinds_of
     from featprobe.stages.probe import ProbeOptions
     from featprobe.stages.probe import probe as run
 
-    trained = ("iterations", "batch_size", "lr", "weight_decay", "class_weights", "loss_at")
-    recipe = TrainRecipe(**{name: options[name] for name in trained if options[name] is not None})
+    kinds = kinds_of(options["task"])
+    default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])
+    trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at")
+    recipe = replace(default, **{name: options[name] for name in trained if options[name] is not None})
     report = run(
         _workspace(ctx),
         options["task"],
@@ -185,16 +217,55 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
         ProbeOptions(
             head=options["head"],
             levels=names(options["levels"]),
+            width=options["width"],
+            pyramid=options["pyramid"],
             recipe=recipe,
+            lr=options["lr"],
+            weight_decay=options["weight_decay"],
             seeds=options["seeds"],
+            shared_order=options["shared_order"],
+            fractions=options["fraction"] or (1.0,),
+            instances=options["instances"],
             split=options["split"],
             absent=options["absent_classes"],
             device=options["device"],
             show=options["show"],
             quiet=options["quiet"],
         ),
+        lambda line: click.echo(line, err=True),
     )
     _show_probe(report, json_)
+
+
+@cli.command()
+@click.argument("head", type=click.Path(exists=True, path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder to write to.")
+@click.option(
+    "--weights", type=click.Path(dir_okay=False), help="The backbone's weights, where they lie elsewhere now."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images at once.")
+@click.option("--skip-bad", is_flag=True, help="Go on without images that can't be used, and list them.")
+@device
+@quiet
+@as_json
+def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **options: Any) -> None:
+    """Run a saved HEAD on IMAGES (files and folders): masks or COCO JSON, and overlays.
+
+    HEAD: a folder that `probe` has written. Its card names the backbone and the preprocessing.
+
+    \b
+    Example:
+      featprobe predict probes/xray-1a46e6/embedded-5672e3c4/semseg-linear-0a1b2c3d/seed0 new_scans/ --out found
+    """
+    from featprobe.stages.predict import predict as run
+
+    report = run(head if head.is_dir() else head.parent, images, out, **options)
+    if json_:
+        return show_json(asdict(report))
+    for name, reason in report.left_out:
+        click.echo(f"left out: {name}: {reason}")
+    click.echo(f"{report.out}: {report.images} images, {', '.join(report.files)}")
 
 
 @cli.command()
@@ -545,7 +616,7 @@ def _show_probe(report: "ProbeReport", json_: bool) -> None:
         return show_json(report.rows)
     for note in report.notes:
         click.echo(f"note: {note}")
-    click.echo("Test split, percent; IoU over all its pixels.\n")
+    click.echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
     click.echo(show_table(result_table(report.rows)))
     for sheet in report.sheets:
         click.echo(f"pictures: {sheet}")

@@ -81,11 +81,11 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
                 f"  found   {image.get('height')}x{image.get('width')}"
             )
         instances = tuple(_read_instance(a, index, size, where) for a in annotations)
-        return Target(semantic_from_instances(instances, size) if masks else None, instances)
+        return Target(semantic_from_instances(instances, size) if masks else None, instances, image["id"])
 
-    return DataSet(
-        name, root, classes, tuple(samples), tasks_of(masks=masks and annotated, instances=True), read_target
-    )
+    tasks = tasks_of(masks=masks and annotated, instances=True)
+    ids = tuple(number for number, i in sorted(index.items(), key=lambda item: item[1]) if i)
+    return DataSet(name, root, classes, tuple(samples), tasks, read_target, category_ids=ids)
 
 
 def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
@@ -178,7 +178,8 @@ def _instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Siz
         )
     x1, x2 = (min(max(v, 0.0), float(width)) for v in (box[0], box[2]))
     y1, y2 = (min(max(v, 0.0), float(height)) for v in (box[1], box[3]))
-    return Instance(index[annotation["category_id"]], (x1, y1, x2, y2), rle, bool(annotation.get("iscrowd", 0)))
+    area = None if annotation.get("area") is None else float(annotation["area"])
+    return Instance(index[annotation["category_id"]], (x1, y1, x2, y2), rle, bool(annotation.get("iscrowd", 0)), area)
 
 
 def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:

@@ -28,6 +28,7 @@ class DataSet:
     tasks: which of semseg, detect, instseg its labels can serve.
     read_target: labels of a sample whose image has this (height, width); raises DataError.
     notes: what a user should know of it: leaks, files left aside.
+    category_ids: what its annotations call each class but the background; empty where they call it nothing.
     """
 
     name: str
@@ -37,6 +38,7 @@ class DataSet:
     tasks: tuple[str, ...]
     read_target: Callable[[Sample, Size], Target]
     notes: tuple[str, ...] = field(default=())
+    category_ids: tuple[int, ...] = ()
 
     def in_split(self, split: str) -> list[Sample]:
         """The samples of a split, in order."""

@@ -1,5 +1,14 @@
 """Scores as the field computes them."""
 
+from featprobe.metrics.boxes import ApScores, TruthImage, average_precision, truth_of
 from featprobe.metrics.semantic import IouScores, confusion_matrix, iou_scores
 
-__all__ = ["IouScores", "confusion_matrix", "iou_scores"]
+__all__ = [
+    "ApScores",
+    "IouScores",
+    "TruthImage",
+    "average_precision",
+    "confusion_matrix",
+    "iou_scores",
+    "truth_of",
+]

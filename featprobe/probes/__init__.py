@@ -1,27 +1,44 @@
 """Heads, their losses, the training loop, and saved heads (probes/README.md)."""
 
-from featprobe.probes.heads import HEADS, HeadRecipe, build_head, parameter_count
+from featprobe.probes.bank import LinearBank
+from featprobe.probes.fcos import FcosHead
+from featprobe.probes.heads import HEADS, HeadRecipe, build_head, kinds_of, parameter_count
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss, start_at_prior
+from featprobe.probes.objects import Detections, ObjectTarget, object_sides
+from featprobe.probes.paste import objects_at_original
 from featprobe.probes.predict import logits_at_original, predict_classes
+from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, save_head
-from featprobe.probes.train import CurvePoint, TrainRecipe, train
+from featprobe.probes.train import DEFAULT_RECIPES, CurvePoint, TrainRecipe, grid_of, train
+from featprobe.probes.upsample import UpsampleHead
 
 __all__ = [
+    "DEFAULT_RECIPES",
     "HEADS",
     "CurvePoint",
+    "Detections",
+    "FcosHead",
     "HeadRecipe",
+    "LinearBank",
     "LinearHead",
+    "ObjectTarget",
+    "RcnnHead",
     "TrainRecipe",
+    "UpsampleHead",
     "append_row",
     "build_head",
     "fingerprint",
+    "grid_of",
     "image_loss",
     "inverse_sqrt_weights",
+    "kinds_of",
     "level_loss",
     "load_head",
     "logits_at_original",
     "make_folder",
+    "object_sides",
+    "objects_at_original",
     "parameter_count",
     "predict_classes",
     "save_head",

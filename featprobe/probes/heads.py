@@ -8,28 +8,78 @@ from torch import nn
 
 from featprobe.errors import ProbeError, nearest
 from featprobe.levels import FeatureLevel, choose_levels
+from featprobe.probes.fcos import FcosHead
 from featprobe.probes.linear import LinearHead
-
-HEADS: Mapping[tuple[str, str], Callable[[Sequence[FeatureLevel], int], nn.Module]] = {
-    ("semseg", "linear"): LinearHead,
-}
+from featprobe.probes.pyramid import PyramidKind
+from featprobe.probes.rcnn import RcnnHead
+from featprobe.probes.upsample import UpsampleHead
 
 
 @dataclass(frozen=True)
 class HeadRecipe:
     """Which head: its task, its kind, its classes (the background first), the levels it takes.
 
-    levels: names; empty for every level that there is.
+    levels: names; empty for every level that there is. width: channels of its pyramid, None for the kind's own (128
+    for upsample, 64 for the others; linear and ridge have none). pyramid: "levels" as they are, "simple" from the last
+    one, "auto": simple where all have one stride. sides: of the training objects, see objects.detection_strides.
     """
 
     task: str
     kind: str
     classes: tuple[str, ...]
     levels: tuple[str, ...] = ()
+    width: int | None = None
+    pyramid: PyramidKind = "auto"
+    sides: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as cards keep them."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "HeadRecipe":
+        """The recipe that `to_json` wrote."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        return cls(**values)
+
+
+Build = Callable[[Sequence[FeatureLevel], HeadRecipe], nn.Module]
+
+
+def _linear(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
+    return LinearHead(levels, len(recipe.classes))
+
+
+def _upsample(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
+    return UpsampleHead(levels, len(recipe.classes), recipe.width or 128, recipe.pyramid)
+
+
+def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
+    return FcosHead(levels, len(recipe.classes), recipe.width or 64, sides=recipe.sides, pyramid=recipe.pyramid)
+
+
+def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
+    masks = recipe.task == "instseg"
+    return RcnnHead(levels, len(recipe.classes), recipe.width or 64, recipe.sides, recipe.pyramid, masks)
+
+
+HEADS: Mapping[tuple[str, str], Build] = {
+    ("semseg", "linear"): _linear,
+    ("semseg", "upsample"): _upsample,
+    ("semseg", "ridge"): _linear,
+    ("detect", "fcos"): _fcos,
+    ("detect", "fasterrcnn"): _rcnn,
+    ("instseg", "maskrcnn"): _rcnn,
+}
+"""(task, kind) -> what builds it; the first kind of a task is its default."""
+
+
+def kinds_of(task: str) -> list[str]:
+    """The kinds of heads for a task, the default first; raises ProbeError for a task that does not exist."""
+    kinds = [kind for own, kind in HEADS if own == task]
+    if not kinds:
+        raise ProbeError(f"There is no task {task!r}. {nearest(task, {own for own, _ in HEADS})}")
+    return kinds
 
 
 def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> nn.Module:
@@ -37,14 +87,13 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> nn.Module:
 
     Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that is not there.
     """
-    tasks = sorted({task for task, _ in HEADS})
-    if recipe.task not in tasks:
-        raise ProbeError(f"There is no task {recipe.task!r}. {nearest(recipe.task, tasks)}")
-    kinds = [kind for task, kind in HEADS if task == recipe.task]
+    kinds = kinds_of(recipe.task)
     if recipe.kind not in kinds:
         raise ProbeError(f"There is no {recipe.task} head {recipe.kind!r}. {nearest(recipe.kind, kinds)}")
     if len(recipe.classes) < 2:
         raise ProbeError(f"A head needs the background and at least one class. found: {list(recipe.classes)}")
+    if recipe.width is not None and recipe.width < 1:
+        raise ProbeError(f"A head {recipe.width} channels wide can't be built. wanted: --width 1 or more.")
     try:
         chosen = choose_levels(levels, recipe.levels)
     except KeyError as error:
@@ -53,7 +102,7 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> nn.Module:
             f"There is no level {error.args[0]!r} here. {nearest(error.args[0], names)}\n"
             "Extract it:  featprobe extract … --levels " + ",".join([*names, error.args[0]])
         ) from None
-    return HEADS[recipe.task, recipe.kind](chosen, len(recipe.classes))
+    return HEADS[recipe.task, recipe.kind](chosen, recipe)
 
 
 def parameter_count(head: nn.Module) -> int:

@@ -1,42 +1,84 @@
-"""Cross-entropy of dense heads, at the finest level's grid or at the image's."""
+"""Losses of dense heads, at the finest level's grid or at the image's: cross-entropy, dice, focal, and their sums."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate, one_hot
 
-from featprobe.errors import ShapeError
+from featprobe.errors import ProbeError, ShapeError, nearest
 from featprobe.targets import IGNORE
 
+LOSSES = ("ce", "dice", "focal")
+FOCUS = 2.0  # exponent of the focal loss (Lin et al., 2017)
 
-def level_loss(logits: Tensor, shares: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy of cells against the class shares of the pixels that they cover.
+
+def parse_loss(text: str) -> tuple[str, ...]:
+    """The terms of a loss written as a sum; raises ProbeError for one that does not exist.
+
+    >>> parse_loss("ce+dice")
+    ('ce', 'dice')
+    """
+    terms = tuple(part.strip() for part in text.split("+"))
+    for term in terms:
+        if term not in LOSSES:
+            raise ProbeError(f"There is no loss {term!r}. {nearest(term, LOSSES)} Sums are written as ce+dice.")
+    return terms
+
+
+def level_loss(logits: Tensor, shares: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
+    """Loss of cells against the class shares of the pixels that they cover.
 
     logits: (batch, classes, rows, columns). shares: the same shape, area shares as targets.cell_shares
-    gives them. weights: (classes,), or None for ones.
-    Returns sum w_c p_c (-log q_c) / sum w_c p_c, a scalar; 0 where no pixel counts.
+    gives them. weights: (classes,), or None for ones. loss: terms of parse_loss, added up.
+    Returns a scalar; for "ce" sum w_c p_c (-log q_c) / sum w_c p_c; 0 where no pixel counts.
 
-    This is exactly the per-pixel loss of logits upsampled by nearest neighbour, with ignored pixels and
-    class weights. torch's cross_entropy with class probabilities is not: it divides by the number of
-    cells, whatever of them is ignored and however the classes are weighted.
+    "ce" is exactly the per-pixel loss of logits upsampled by nearest neighbour, with ignored pixels and
+    class weights, and so are the others. torch's cross_entropy with class probabilities is not: it divides by the
+    number of cells, whatever of them is ignored and however the classes are weighted.
+
+    "focal" multiplies -log q_c by (1 - q_c)^2. "dice" is 1 - 2 sum q_c p_c / (sum q_c v + sum p_c), v being the share
+    of a cell that is labelled, averaged over the classes that the batch holds; it takes no class weights.
     """
     if logits.shape != shares.shape:
         raise ShapeError(f"Logits {tuple(logits.shape)} and shares {tuple(shares.shape)} disagree.")
-    if weights is not None:
-        shares = shares * weights[:, None, None]
-    return -(shares * torch.log_softmax(logits, 1)).sum() / shares.sum().clamp(min=1e-12)
+    terms = parse_loss(loss)
+    weighted = shares if weights is None else shares * weights[:, None, None]
+    log_q = torch.log_softmax(logits, 1)
+    total = logits.new_zeros(())
+    if "ce" in terms:
+        total = total - (weighted * log_q).sum() / weighted.sum().clamp(min=1e-12)
+    if "focal" in terms:
+        hard = (1 - log_q.exp()).clamp(min=0).pow(FOCUS)
+        total = total - (weighted * hard * log_q).sum() / weighted.sum().clamp(min=1e-12)
+    if "dice" in terms:
+        total = total + _dice(log_q.exp(), shares)
+    return total
 
 
-def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy of pixels, the logits upsampled bilinearly to the frame.
+def _dice(q: Tensor, shares: Tensor) -> Tensor:
+    own = shares.sum((0, 2, 3))  # (classes,)
+    said = (q * shares.sum(1, keepdim=True)).sum((0, 2, 3))
+    both = (q * shares).sum((0, 2, 3))
+    present = own > 0
+    scores = 1 - 2 * both / (own + said).clamp(min=1e-12)
+    return (scores * present).sum() / present.sum().clamp(min=1)
 
-    logits: (batch, classes, rows, columns). labels: (batch, height, width), uint8; 255 is ignored.
+
+def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
+    """Loss of pixels, the logits upsampled bilinearly to the frame.
+
+    logits: (batch, classes, rows, columns). labels: (batch, height, width), uint8; 255 is ignored. loss: as for
+    level_loss.
     Returns a scalar, the mean weighted by the class weights; 0 where no pixel counts.
     """
     upsampled = interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
     target = labels.long()
     if bool((target == IGNORE).all()):
         return upsampled.sum() * 0
-    return cross_entropy(upsampled, target, weights, ignore_index=IGNORE)
+    if parse_loss(loss) == ("ce",):
+        return cross_entropy(upsampled, target, weights, ignore_index=IGNORE)
+    classes = logits.shape[1]
+    shares = one_hot(target.clamp(max=classes), classes + 1)[..., :classes].movedim(-1, 1).to(logits.dtype)
+    return level_loss(upsampled, shares, weights, loss)
 
 
 def inverse_sqrt_weights(pixels: Tensor) -> Tensor:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,7 +17,7 @@ from torch import nn
 from featprobe.errors import ProbeError
 from featprobe.levels import FeatureLevel
 from featprobe.probes.heads import HeadRecipe, build_head
-from featprobe.specs import FeatureRecipe
+from featprobe.specs import FeatureRecipe, digest
 
 HEAD_FORMAT, HEAD_VERSION, ROW_VERSION = "featprobe-head", 1, 1
 FINGERPRINT = ("backbone", "weights_sha256", "levels", "final_norm", "channels", "mean", "std", "intensity")
@@ -31,21 +29,22 @@ def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
     return {name: values[name] for name in FINGERPRINT}
 
 
-def save_head(folder: Path, head: nn.Module, card: Mapping[str, Any], per_image: NDArray[np.int64]) -> None:
-    """Write head.safetensors, card.json and scores.npz, each whole or not at all; the card comes last.
+def save_head(folder: Path, head: nn.Module, card: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write head.safetensors, card.json and what else is given, each whole or not at all; the card comes last.
 
-    per_image: (test images, classes, classes), confusion matrices.
+    files: name -> bytes, as what each test image contributed to the scores.
     """
     make_folder(folder)
     (folder / "card.json").unlink(missing_ok=True)  # without a card a folder is no saved head
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / ".head.tmp", metadata={"format": HEAD_FORMAT})
     (folder / ".head.tmp").replace(folder / "head.safetensors")
-    with (folder / ".scores.tmp").open("wb") as stream:
-        np.savez_compressed(stream, confusion=per_image)
-    (folder / ".scores.tmp").replace(folder / "scores.npz")
-    sealed = {**card, "head_sha256": _sha256(folder / "head.safetensors")}
-    (folder / ".card.tmp").write_text(json.dumps(_plain(sealed), indent=1) + "\n", encoding="utf-8")
+    for name, data in files.items():
+        (folder / f".{name}.tmp").write_bytes(data)
+        (folder / f".{name}.tmp").replace(folder / name)
+    sealed = _plain({**card, "head_sha256": _sha256(folder / "head.safetensors")})
+    sealed["card_sha256"] = digest(sealed)
+    (folder / ".card.tmp").write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
     (folder / ".card.tmp").replace(folder / "card.json")
 
 
@@ -72,11 +71,12 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
             raise ProbeError(
                 f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
             )
+        if card.pop("card_sha256") != digest(card):
+            raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
         if card["head_sha256"] != _sha256(folder / "head.safetensors"):
             raise ProbeError(f"{folder}: head.safetensors is not the file that card.json describes. Train it again.")
-        values = card["head"]
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
-        recipe_of_head = HeadRecipe(values["task"], values["kind"], tuple(values["classes"]), tuple(values["levels"]))
+        recipe_of_head = HeadRecipe.from_json(card["head"])
         try:
             head = build_head(recipe_of_head, levels)
         except ProbeError as error:

@@ -1,8 +1,8 @@
-"""The one training loop, wherever features come from."""
+"""The one training loop, wherever features come from, for one head or for many over the same batches."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from math import cos, pi
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import cos, isfinite, pi
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from featprobe.errors import ProbeError
 from featprobe.levels import Features
+from featprobe.probes.losses import parse_loss
 
 Rows = NDArray[np.intp]
 Feed = Callable[[Iterable[Rows]], Iterator[tuple[Rows, Features]]]
@@ -22,8 +23,9 @@ Feed = Callable[[Iterable[Rows]], Iterator[tuple[Rows, Features]]]
 class TrainRecipe:
     """How a head is trained; equal for every backbone that is compared.
 
-    warmup: share of the iterations over which the learning rate rises from 0. evaluations: how many
-    points the validation curve has. Weights are kept from the end of training.
+    warmup: share of the iterations over which the learning rate rises from 0. loss, loss_at, class_weights: of dense
+    heads. clip: largest L2 norm of a head's gradient, 0 for no limit. evaluations: how many points the validation
+    curve has. Weights are kept from the end of training.
     """
 
     iterations: int = 1000
@@ -31,8 +33,10 @@ class TrainRecipe:
     lr: float = 5e-3
     weight_decay: float = 1e-3
     warmup: float = 0.05
+    loss: str = "ce"
     loss_at: Literal["level", "image"] = "level"
     class_weights: Literal["none", "inverse-sqrt"] = "inverse-sqrt"
+    clip: float = 0.0
     evaluations: int = 8
 
     def __post_init__(self) -> None:
@@ -41,16 +45,29 @@ class TrainRecipe:
             "batch_size": self.batch_size >= 1,
             "lr": 0 < self.lr < float("inf"),
             "weight_decay": 0 <= self.weight_decay < float("inf"),
+            "clip": 0 <= self.clip < float("inf"),
         }
         wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
         if wrong:
             raise ProbeError(
                 f"This can't be trained: {', '.join(wrong)}. wanted: at least one iteration and image, positive rates."
             )
+        parse_loss(self.loss)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as cards keep them."""
         return asdict(self)
+
+
+DEFAULT_RECIPES = {
+    "linear": TrainRecipe(),
+    "ridge": TrainRecipe(iterations=1),
+    "upsample": TrainRecipe(iterations=500, batch_size=8, lr=1e-3),
+    "fcos": TrainRecipe(iterations=600, batch_size=8, lr=2e-3, clip=10.0, evaluations=4),
+    "fasterrcnn": TrainRecipe(iterations=600, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
+    "maskrcnn": TrainRecipe(iterations=600, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
+}
+"""How each kind of head is trained where the user says nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,13 @@ def learning_rate(step: int, recipe: TrainRecipe) -> float:
     return 0.5 * (1 + cos(pi * (step + 1 - warmup) / max(1, recipe.iterations - warmup)))
 
 
+def grid_of(recipe: TrainRecipe, rates: Sequence[float], decays: Sequence[float]) -> list[TrainRecipe]:
+    """The recipe with every combination of learning rate and weight decay; its own where none is given."""
+    return [
+        replace(recipe, lr=lr, weight_decay=wd) for lr in rates or [recipe.lr] for wd in decays or [recipe.weight_decay]
+    ]
+
+
 def batches_of(rows: Rows, recipe: TrainRecipe, seed: int) -> Iterator[Rows]:
     """Row indices of each iteration: a new random order of all rows per pass, the same for one seed.
 
@@ -91,41 +115,61 @@ def batches_of(rows: Rows, recipe: TrainRecipe, seed: int) -> Iterator[Rows]:
 
 
 def train(
-    head: nn.Module,
+    heads: Sequence[nn.Module],
+    recipes: Sequence[TrainRecipe],
     feed: Feed,
     rows: Rows,
-    loss: Callable[[Tensor, Rows], Tensor],
-    recipe: TrainRecipe,
+    loss: Callable[[Features, Rows], Tensor],
     seed: int,
-    evaluate: Callable[[nn.Module], dict[str, float]],
+    evaluate: Callable[[], Sequence[dict[str, float]]],
     progress: Callable[[int, float], None] = lambda step, loss: None,
-) -> list[CurvePoint]:
-    """Train a head on rows of a feed and return its validation curve.
+) -> list[list[CurvePoint]]:
+    """Train heads on the same batches of a feed and return the validation curve of each.
 
-    loss: from a batch's logits and rows to a scalar. evaluate: scores of the head on validation.
-    Raises ProbeError when the loss is not finite any more.
+    recipes: one a head, which may differ in learning rate and weight decay alone. loss: from a batch's features and
+    rows to the losses, (heads,). seed: of the order of rows. evaluate: scores of every head on validation.
+
+    A head whose loss is not finite any more is given up: its curve ends, the others go on. Raises ProbeError when
+    that holds for all of them.
     """
-    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    recipe = recipes[0]
+    groups = [
+        {"params": list(head.parameters()), "lr": own.lr, "weight_decay": own.weight_decay}
+        for head, own in zip(heads, recipes, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, recipe))
     marks = {round(recipe.iterations * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
-    curve: list[CurvePoint] = []
+    curves: list[list[CurvePoint]] = [[] for _ in heads]
+    alive = [True] * len(heads)
     losses: list[Tensor] = []
-    head.train()
+    for head in heads:
+        head.train()
     for step, (batch, features) in enumerate(feed(batches_of(rows, recipe, seed)), start=1):
-        value = loss(head(features), batch)
+        values = loss(features, batch)  # (heads,)
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        values.sum().backward()
+        if recipe.clip:
+            for head in heads:
+                nn.utils.clip_grad_norm_(head.parameters(), recipe.clip)
         optimizer.step()
         schedule.step()
-        losses.append(value.detach())
+        losses.append(values.detach())
         if step in marks:
-            mean = float(torch.stack(losses).mean())
-            if not np.isfinite(mean):
-                raise ProbeError(f"The loss is {mean} after {step} iterations. Try a smaller --lr than {recipe.lr:g}.")
-            head.eval()
-            curve.append(CurvePoint(step, mean, evaluate(head)))
-            head.train()
+            means = torch.stack(losses).mean(0).tolist()
+            alive = [was and isfinite(mean) for was, mean in zip(alive, means, strict=True)]
+            if not any(alive):
+                rates = ", ".join(f"{r.lr:g}" for r in recipes)
+                raise ProbeError(f"The loss is {means[0]} after {step} iterations. Try a smaller --lr than {rates}.")
+            for head in heads:
+                head.eval()
+            for curve, mean, scores, is_alive in zip(curves, means, evaluate(), alive, strict=True):
+                if is_alive:
+                    curve.append(CurvePoint(step, mean, scores))
+            for head in heads:
+                head.train()
             losses.clear()
-            progress(step, mean)
-    head.eval()
-    return curve
+            progress(step, float(np.mean([mean for mean, own in zip(means, alive, strict=True) if own])))
+    for head in heads:
+        head.eval()
+    return curves

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from featprobe.errors import FeatprobeError
-from featprobe.targets import IGNORE, Instance, Labels
+from featprobe.targets import IGNORE, Instance, Labels, semantic_from_instances
 
 COLOURS = np.array(
     [(0, 0, 0), (230, 60, 50), (60, 150, 255), (255, 200, 0), (60, 200, 90), (200, 90, 230), (255, 140, 40),
@@ -22,7 +22,10 @@ TILE, GAP, LINE = 256, 6, 18  # pixels
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a sheet: a grey or colour image in [0, 1], and what is drawn over it."""
+    """One picture of a sheet: a grey or colour image in [0, 1], and what is drawn over it.
+
+    Of objects the boxes are drawn, and their masks where all have one.
+    """
 
     image: NDArray[np.float32]
     labels: Labels | None = None
@@ -38,7 +41,7 @@ def save_sheet(
     """
     font = ImageFont.load_default(13)
     width = max(len(columns) * (TILE + GAP) + GAP, 480)
-    tiles = [(caption, [_tile(panel) for panel in panels]) for caption, panels in rows]
+    tiles = [(caption, [draw_panel(panel, TILE) for panel in panels]) for caption, panels in rows]
     heights = [max(tile.height for tile in row) + LINE + GAP for _, row in tiles]
     sheet = Image.new("RGB", (width, LINE + GAP + sum(heights) + LINE * (1 + len(classes) // 5)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -81,17 +84,23 @@ def _legend(
         x += length
 
 
-def _tile(panel: Panel) -> Image.Image:
+def draw_panel(panel: Panel, longest: int | None = None) -> Image.Image:
+    """A panel as a picture, at its image's own size or with its longest side this many pixels."""
     image = panel.image if panel.image.ndim == 3 else np.repeat(panel.image[:, :, None], 3, axis=2)
-    scale = TILE / max(image.shape[:2])
+    scale = 1.0 if longest is None else longest / max(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    tile = Image.fromarray((image * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    picture = Image.fromarray((image * 255).round().astype(np.uint8))
+    if longest is not None:
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
     if panel.labels is not None:
-        tile = _overlay(tile, panel.labels)
-    draw = ImageDraw.Draw(tile)
+        picture = _overlay(picture, panel.labels)
+    painted = semantic_from_instances(panel.instances, image.shape[:2]) if panel.instances else None
+    if painted is not None:
+        picture = _overlay(picture, painted)
+    draw = ImageDraw.Draw(picture)
     for instance in panel.instances:
         draw.rectangle([v * scale for v in instance.box_xyxy], outline=colour_of(instance.category))
-    return tile
+    return picture
 
 
 def _overlay(tile: Image.Image, labels: Labels) -> Image.Image:

@@ -5,34 +5,72 @@ from typing import Any
 
 import pandas as pd
 
+SCORES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "semseg": {"mIoU": ("miou",), "fg mIoU": ("miou_foreground",)},
+    "detect": {"AP": ("box", "ap"), "AP50": ("box", "ap50"), "AP75": ("box", "ap75"), "AR100": ("box", "ar100")},
+    "instseg": {
+        "mask AP": ("mask", "ap"),
+        "mask AP50": ("mask", "ap50"),
+        "box AP": ("box", "ap"),
+        "box AP50": ("box", "ap50"),
+    },
+}
+"""Columns of each task's table, and where a row's `test` holds them."""
+SPREAD_OF = {"semseg": "fg mIoU", "detect": "AP50", "instseg": "mask AP50"}
+PER_CLASS = {
+    "semseg": ("IoU", ("iou",)),
+    "detect": ("AP", ("box", "per_class")),
+    "instseg": ("AP", ("mask", "per_class")),
+}
+
 
 def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One line per backbone, data set, head and recipe: scores in percent, averaged over seeds.
+    """One line per task, backbone, data set, head and recipe: scores in percent, averaged over seeds.
 
-    Columns: backbone, data, head, n (seeds), mIoU, fg mIoU and its standard deviation over seeds (with two or
-    more), seconds of training, head parameters, IoU of each class.
+    Columns: task, backbone, data, head, n (seeds), the task's scores, the standard deviation over seeds of the first
+    that counts the defects alone (with two or more), seconds of training, head parameters, the score of each class.
+    A task's columns are nan for the others.
     """
-    frame = pd.DataFrame(
-        {
-            "backbone": row["backbone"],
-            "data": row["data"] if row["split"] == "own" else f"{row['data']} ({row['split']} split)",
-            "head": row["head"],
-            "recipe": row["recipe_key"],
-            "mIoU": percent(row["test"]["miou"]),
-            "fg mIoU": percent(row["test"]["miou_foreground"]),
-            "seconds": row["seconds"]["train"],
-            "head params": row["parameters"],
-            **{f"IoU {name}": percent(row["test"]["iou"][name]) for name in row["classes"]},
-        }
-        for row in rows
-    )
-    keys = ["backbone", "data", "head", "recipe"]
+    frame = pd.DataFrame([_line(row) for row in rows])
+    keys = ["task", "backbone", "data", "head", "recipe"]
     grouped = frame.groupby(keys, sort=False, dropna=False)
     table = grouped.mean()
     table.insert(0, "n", grouped.size())
     if (table["n"] > 1).any():
-        table.insert(list(table.columns).index("fg mIoU") + 1, "fg sd", grouped["fg mIoU"].std())
+        for column in dict.fromkeys(SPREAD_OF[str(row["task"])] for row in rows):
+            name = f"{column.removesuffix(' mIoU')} sd"
+            table.insert(list(table.columns).index(column) + 1, name, grouped[column].std())
     return table.reset_index().drop(columns=["recipe"])
+
+
+def _line(row: Mapping[str, Any]) -> dict[str, Any]:
+    task = row["task"]
+    prefix, place = PER_CLASS[task]
+    per_class = _at(row["test"], place)
+    return {
+        "task": task,
+        "backbone": row["backbone"],
+        "data": _data_text(row),
+        "head": row["head"],
+        "recipe": row["recipe_key"],
+        **{name: percent(_at(row["test"], own)) for name, own in SCORES[task].items()},
+        "seconds": row["seconds"]["train"],
+        "head params": row["parameters"],
+        **{f"{prefix} {name}": percent(per_class[name]) for name in row["classes"] if name in per_class},
+    }
+
+
+def _data_text(row: Mapping[str, Any]) -> str:
+    notes = [] if row["split"] == "own" else [f"{row['split']} split"]
+    notes += [] if row["fraction"] == 1 else [f"{row['fraction']:g} of train: {row['images']['train']} images"]
+    notes += [] if row["instances"] == "own" else ["connected components"]
+    return f"{row['data']} ({', '.join(notes)})" if notes else str(row["data"])
+
+
+def _at(values: Any, place: Sequence[str]) -> Any:
+    for name in place:
+        values = values[name]
+    return values
 
 
 def percent(share: float | None) -> float:
@@ -41,12 +79,13 @@ def percent(share: float | None) -> float:
 
 
 def show_table(table: pd.DataFrame) -> str:
-    """A table as text, one block per data set, so that each shows its own classes only."""
+    """A table as text, one block per task and data set, so that each shows its own columns only."""
     blocks = []
-    for data, block in table.groupby("data", sort=False):
+    for (_, data), block in table.groupby(["task", "data"], sort=False):
         shown = block.dropna(axis="columns", how="all").drop(columns=["data"])
-        formats = dict.fromkeys(("n", "head params"), "{:.0f}".format) | {"seconds": "{:.1f}".format}
-        scores = {name: "{:.1f}".format for name in shown.columns if "IoU" in name or name.endswith(" sd")}
+        plain = {"task": str, "backbone": str, "head": str}
+        formats = dict.fromkeys(("n", "head params"), "{:.0f}".format)
+        scores = {name: "{:.1f}".format for name in shown.columns if name not in plain and name not in formats}
         text = shown.to_string(index=False, formatters={**scores, **formats}, na_rep="–")
         blocks.append(f"{data}\n{text}")
     return "\n\n".join(blocks)

@@ -108,6 +108,7 @@ class Job:
     images: tuple[Path, ...]
     surveyed: Survey
     command: str
+    spec: BackboneSpec
 
     @property
     def feature_bytes(self) -> int:
@@ -156,7 +157,7 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
     rows = tuple(make_rows(surveyed, recipe, backbone.multiple))
     images = tuple(sample.image for sample in data.samples)
     command = command_of(backbone.spec, workspace.data_argument(data), options)
-    return Job(path, recipe, describe(surveyed, recipe), rows, images, surveyed, command)
+    return Job(path, recipe, describe(surveyed, recipe), rows, images, surveyed, command, _placed(backbone.spec))
 
 
 def extract_with(
@@ -241,7 +242,7 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
     remove_leftovers(job.path)
     if not job.path.exists():
         check_disk(job)
-        create_file(job.path, job.recipe, job.info, job.rows, _provenance(job.command))
+        create_file(job.path, job.recipe, job.info, job.rows, _provenance(job))
     old = read_contents(job.path)
     if old.recipe.key != job.recipe.key:
         raise CacheError(
@@ -252,7 +253,7 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
         return 0
     locks.claim_all()
     check_disk(job)
-    temporary = make_temporary(job.path, job.recipe, job.info, job.rows, _provenance(job.command))
+    temporary = make_temporary(job.path, job.recipe, job.info, job.rows, _provenance(job))
     try:
         copied = _copy_rows(Cache(job.path, old), temporary, job.rows)
         replace_file(temporary, job.path)
@@ -528,10 +529,16 @@ def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
     return shlex.join([*words, *(["--skip-bad"] if options.skip_bad else [])])
 
 
-def _provenance(command: str) -> dict[str, Any]:
+def _placed(spec: BackboneSpec) -> BackboneSpec:
+    """The spec with a weights file's whole path, so that it can be found from anywhere."""
+    return spec if spec.weights is None else replace(spec, weights=str(Path(spec.weights).resolve()))
+
+
+def _provenance(job: Job) -> dict[str, Any]:
     packages = ("torch", "timm", "numpy", "h5py")
     return {
-        "command": command,
+        "command": job.command,
+        "backbone": asdict(job.spec),
         "featprobe": __version__,
         **{name: version(name) for name in packages},
         "python": platform.python_version(),

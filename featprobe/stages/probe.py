@@ -3,11 +3,11 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,51 +20,63 @@ from featprobe.cache import UNREADABLE, Cache, FeatureLoader, open_cache
 from featprobe.datasets.images import read_levels, to_unit
 from featprobe.datasets.splits import split_by_group
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, nearest
-from featprobe.levels import FeatureLevel, choose_levels
-from featprobe.machine import available_memory, pick_device
-from featprobe.metrics import IouScores, confusion_matrix, iou_scores
+from featprobe.levels import Features
+from featprobe.machine import pick_device
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
+    DEFAULT_RECIPES,
     CurvePoint,
     HeadRecipe,
     TrainRecipe,
     append_row,
     build_head,
     fingerprint,
-    image_loss,
-    inverse_sqrt_weights,
-    level_loss,
+    grid_of,
+    kinds_of,
     make_folder,
     parameter_count,
-    predict_classes,
     save_head,
-    start_at_prior,
     train,
 )
+from featprobe.probes.pyramid import PyramidKind
+from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import digest
+from featprobe.stages.detection import Detection
+from featprobe.stages.outcome import Outcome, evaluation_batches, spread_over
+from featprobe.stages.segmentation import Segmentation
+from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
-from featprobe.targets import IGNORE, cell_shares, labels_in_frame
 
 Rows = NDArray[np.intp]
-EVALUATION_BATCH = 8
-LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
+Say = Callable[[str], None]
+SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
+REHEARSED = 3  # training steps that are timed before training starts, the first not counted
 
 
 @dataclass(frozen=True)
 class ProbeOptions:
     """How to probe; see `featprobe probe --help` for each.
 
-    split: "own" as the cache holds it, "group" for featprobe's own split by group, or "image" for one by image,
-    which leaks wherever a group has several images. show: how many test
-    images the picture sheet shows.
+    head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
+    combinations; empty for the recipe's. seeds: None for 3 with trained dense heads, 1 otherwise. split: "own" as the
+    cache holds it, "group" for featprobe's own split by group, or "image" for one by image, which leaks wherever a
+    group has several images. fractions: of the training rows, each trained on apart. show: how many test images the
+    picture sheet shows.
     """
 
-    head: str = "linear"
+    head: str | None = None
     levels: tuple[str, ...] = ()
-    recipe: TrainRecipe = field(default_factory=TrainRecipe)
-    seeds: int = 1
+    width: int | None = None
+    pyramid: PyramidKind = "auto"
+    recipe: TrainRecipe | None = None
+    lr: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    seeds: int | None = None
+    shared_order: bool = False
+    fractions: tuple[float, ...] = (1.0,)
     split: str = "own"
+    instances: Literal["own", "components"] = "own"
     absent: Absent = "zero"
     device: str | None = None
     show: int = 0
@@ -86,31 +98,56 @@ def probe(
     data: Sequence[str] = (),
     backbones: Sequence[str] = (),
     options: ProbeOptions | None = None,
+    say: Say = lambda line: None,
 ) -> ProbeReport:
     """Train and score heads on every complete cache that can serve a task, or on those asked for.
 
-    Raises FeatprobeError when nothing fits, or when a cache that is asked for is not complete.
+    say: told, before each training starts, how long it will take. Raises FeatprobeError when nothing fits, or when a
+    cache that is asked for is not complete.
     """
-    options = options or ProbeOptions()
-    if options.seeds < 1:
-        raise ProbeError(f"{options.seeds} seeds can't be trained. wanted: --seeds 1 or more.")
-    caches, notes = find_caches(workspace, task, data, backbones)
+    options = _checked(task, options or ProbeOptions())
+    caches, notes = find_caches(workspace, task, data, backbones, options.instances)
     rows, sheets = [], []
     for cache in caches:
-        for seed in range(options.seeds):
-            run = _Run(workspace, cache, task, options, seed)
-            rows.append(run.do())
-            if options.show and seed == 0:
-                try:
-                    sheets.append(run.show(options.show))
-                except DataError as error:
-                    notes.append(f"no picture sheet of {cache.data.name}: its images are not here ({error})")
         notes += [f"{cache.data.name}: {note}" for note in _notes_of(cache, options.split)]
+        for fraction in options.fractions:
+            shown = False
+            for seeds in _passes(options):
+                run = _Run(workspace, cache, task, options, seeds, fraction)
+                rows += run.do(say)
+                notes += run.notes
+                if options.show and not shown:
+                    shown = True
+                    try:
+                        sheets.append(run.show(options.show))
+                    except DataError as error:
+                        notes.append(f"no picture sheet of {cache.data.name}: its images are not here ({error})")
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
+def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
+    """The options with their defaults filled in; raises ProbeError for what can't be."""
+    head = options.head or kinds_of(task)[0]
+    HeadRecipe(task, head, ("background", "any"))
+    if head not in kinds_of(task):
+        raise ProbeError(f"There is no {task} head {head!r}. {nearest(head, kinds_of(task))}")
+    seeds = options.seeds if options.seeds is not None else 3 if task == "semseg" and head != "ridge" else 1
+    if seeds < 1:
+        raise ProbeError(f"{seeds} seeds can't be trained. wanted: --seeds 1 or more.")
+    wrong = [f for f in options.fractions if not 0 < f <= 1]
+    if wrong or not options.fractions:
+        raise ProbeError(f"{wrong or 'nothing'} is no fraction of the training split. wanted: 0 < F <= 1.")
+    return replace(options, head=head, seeds=seeds, recipe=options.recipe or DEFAULT_RECIPES[head])
+
+
+def _passes(options: ProbeOptions) -> list[list[int]]:
+    """The seeds that share one pass over the rows."""
+    seeds = list(range(options.seeds or 1))
+    return [seeds] if options.shared_order else [[seed] for seed in seeds]
+
+
 def find_caches(
-    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str]
+    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], instances: str = "own"
 ) -> tuple[list[Cache], list[str]]:
     """Complete caches that serve a task, and notes on those left aside.
 
@@ -144,12 +181,15 @@ def find_caches(
             f"There is no feature cache in {workspace.cache} to probe.\n"
             "Make one:  featprobe extract --backbone embedded --data xray"
         )
-    able = [cache for cache in asked_for if task in cache.data.tasks]
+    served = {task, "semseg"} if instances == "components" and task != "semseg" else {task}
+    able = [cache for cache in asked_for if served & set(cache.data.tasks)]
     if not able:
         holds = "; ".join(f"{c.data.name}: {', '.join(c.data.tasks)}" for c in asked_for[:5])
         raise ProbeError(
             f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
-            "semseg and instseg need masks in the data set's files, detect needs boxes or instances."
+            "semseg and instseg need masks in the data set's files, detect needs boxes or objects with "
+            "masks. Where there are only masks of classes, their connected parts can serve:\n"
+            "  featprobe probe … --instances components"
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
     notes += [f"left aside: {str(error).splitlines()[0]}" for error in broken]
@@ -167,158 +207,293 @@ def find_caches(
     return complete, notes
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """One head of a pass: its seed, its recipe, the head, its curve when it is trained."""
+
+    seed: int
+    recipe: TrainRecipe
+    head: nn.Module
+
+
 class _Run:
-    """One head on one cache with one seed: train, score, save."""
+    """The heads of one pass over one cache: train, choose on validation, score on test, save."""
 
-    def __init__(self, workspace: Workspace, cache: Cache, task: str, options: ProbeOptions, seed: int) -> None:
-        self.workspace, self.cache, self.task, self.options, self.seed = workspace, cache, task, options, seed
+    def __init__(
+        self,
+        workspace: Workspace,
+        cache: Cache,
+        task: str,
+        options: ProbeOptions,
+        seeds: Sequence[int],
+        fraction: float,
+    ) -> None:
+        self.workspace, self.cache, self.task_name, self.options, self.seeds = workspace, cache, task, options, seeds
+        self.fraction, self.notes = fraction, list[str]()
         self.classes = cache.data.classes
-        self.head_recipe = HeadRecipe(task, options.head, self.classes, options.levels)
-        self.rows = split_rows(cache, options.split)
+        assert options.recipe is not None and options.head is not None  # filled in by _checked
+        self.recipe, self.kind = options.recipe, options.head
         self.device = pick_device(options.device)
-        key = digest([self.head_recipe.to_json(), options.recipe.to_json(), options.split, options.absent])
+        key = digest([
+            task, self.kind, options.levels, options.width, options.pyramid, self.recipe.to_json(), options.lr,
+            options.weight_decay, options.shared_order, fraction, options.split, options.instances, options.absent,
+        ])  # fmt: skip
         self.recipe_key = key[:8]
-        name = f"{task}-{options.head}-{self.recipe_key}"
-        self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name / f"seed{seed}"
+        name = f"{task}-{self.kind}-{self.recipe_key}"
+        self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name
+        for seed in seeds:
+            make_folder(self.folder / f"seed{seed}")  # now, and not after an hour of training
+        self.rows = split_rows(cache, options.split)
+        self.task = self._task()
+        sides = self.task.sides if isinstance(self.task, Detection) else ()
+        self.head_recipe = HeadRecipe(
+            task, self.kind, self.classes, options.levels, options.width, options.pyramid, sides
+        )
 
-    def do(self) -> dict[str, Any]:
-        """Train on train, follow on val, score on test once; write the head, its card and the result row."""
+    def do(self, say: Say) -> list[dict[str, Any]]:
+        """Train on train, choose on val, score the chosen on test once; write heads, cards, curves, result rows."""
         begun = time.perf_counter()
-        make_folder(self.folder)  # now, and not after an hour of training
-        recipe = self.options.recipe
-        torch.manual_seed(self.seed)
-        head = build_head(self.head_recipe, self.cache.levels).to(self.device)
-        self.head = head
-        levels: tuple[FeatureLevel, ...] = choose_levels(self.cache.levels, self.options.levels)
+        trials = self._trials()
+        levels: Any = trials[0].head.levels
         with FeatureLoader(self.cache, levels, self.device) as loader:
             loader.keep_on_device(np.sort(np.concatenate(list(self.rows.values()))))
-            loss, pixels = self._loss(head)
-            bar = tqdm(total=recipe.iterations, desc=self._title(), unit="it", disable=self.options.quiet, leave=False)
-            with bar:
-
-                def progress(step: int, mean: float) -> None:
-                    bar.update(step - bar.n)
-                    bar.set_postfix_str(f"loss {mean:.3f}")
-
-                curve = train(
-                    head, loader.batches, self.rows["train"], loss, recipe, self.seed,
-                    lambda h: self._brief(self._scores(self._confusions(h, loader, "val").sum(0))), progress,
-                )  # fmt: skip
+            fit = self._solve if self.kind == "ridge" else self._train
+            curves = fit(trials, loader, say)
+            chosen = [self._best(trials, curves, seed) for seed in self.seeds]
             trained = time.perf_counter()
-            confusions = self._confusions(head, loader, "test")
+            outcomes = self.task.evaluate([trials[i].head for i in chosen], loader.batches, self.rows["test"])
         seconds = {
             "train": trained - begun,
             "test": time.perf_counter() - trained,
             "extract": extraction_seconds(self.cache),
         }
-        row = self._row(head, curve, self._scores(confusions.sum(0)), pixels, seconds)
-        save_head(self.folder, head, self._card(row, curve), confusions)
-        append_row(self.workspace.probes / "results.jsonl", row)
-        return row
+        self.head = trials[chosen[0]].head
+        rows = []
+        for seed, index, outcome in zip(self.seeds, chosen, outcomes, strict=True):
+            row = self._row(trials[index], curves[index], outcome, len(curves) // len(self.seeds), seconds)
+            own = [i for i, trial in enumerate(trials) if trial.seed == seed]
+            kept = [_curve_json(trials[i].recipe, curves[i], i == index) for i in own]
+            files = {**outcome.files, "curves.json": json.dumps(kept).encode()}
+            save_head(self.folder / f"seed{seed}", trials[index].head, self._card(row, curves[index]), files)
+            append_row(self.workspace.probes / "results.jsonl", row)
+            rows.append(row)
+        return rows
 
     def show(self, count: int) -> Path:
-        """Write a sheet image | truth | prediction of test images, those with most foreground first."""
-        with FeatureLoader(self.cache, self.head.levels, self.device) as loader:  # type: ignore[arg-type]
-            foreground = {r: int(((m := self.cache.semantic(r)) > 0)[m != IGNORE].sum()) for r in self.rows["test"]}
-            chosen = sorted(foreground, key=lambda r: (-foreground[r], r))
-            chosen = chosen[:: max(1, len(chosen) // count)][:count]  # from the fullest to the emptiest
+        """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
+        levels: Any = self.head.levels
+        with FeatureLoader(self.cache, levels, self.device) as loader:
+            chosen = spread_over(self.rows["test"], self.task.fullness, count)
             panels = []
-            for row, predicted in self._predictions(self.head, loader, np.array(chosen)):
+            for row, draw in self.task.panels(self.head, loader.batches, chosen):
                 path = Path(self.cache.data.root) / self.cache.rows[row].image
                 image = to_unit(read_levels(path), self.cache.recipe.window)
-                truth = self.cache.semantic(row)
-                panels.append((self.cache.rows[row].id, [Panel(image), Panel(image, truth), Panel(image, predicted)]))
-        path = self.folder / "sheet.png"
+                panels.append((self.cache.rows[row].id, [Panel(image), *draw(image)]))
+        path = self.folder / f"seed{self.seeds[0]}" / "sheet.png"
         save_sheet(path, panels, ["image", "truth", f"prediction ({self.cache.recipe.label})"], self.classes)
         return path
 
-    def _loss(self, head: nn.Module) -> tuple[Callable[[Tensor, Rows], Tensor], Tensor]:
-        """The loss of a batch's logits, and the training split's labelled pixels per class."""
-        recipe = self.options.recipe
-        store = _LabelStore(self.cache, self.rows["train"], len(self.classes), recipe.loss_at, _stride(head))
-        weights = None
-        if recipe.class_weights == "inverse-sqrt":
-            weights = inverse_sqrt_weights(store.pixels).to(self.device)
-        start_at_prior(head, store.pixels, weights)
-        function = level_loss if recipe.loss_at == "level" else image_loss
-        return (lambda logits, rows: function(logits, store(rows).to(logits.device), weights)), store.pixels
+    def _task(self) -> Segmentation | Detection:
+        if self.task_name == "semseg":
+            self._take_fraction(lambda row: np.unique(self.cache.semantic(row)).tolist())
+            task = Segmentation(self.cache, self.rows["train"], self.recipe, self.device, self.options.absent)
+            return task
+        masks, source = self.task_name == "instseg", self.options.instances
+        everything = Detection(self.cache, self.rows["train"], self.device, masks=masks, source=source)
+        self._take_fraction(lambda row: [i.category for i in everything.instances(row)])
+        if self.fraction == 1:
+            return everything
+        return Detection(self.cache, self.rows["train"], self.device, masks=masks, source=source)
 
-    @torch.inference_mode()
-    def _predictions(
-        self, head: nn.Module, loader: FeatureLoader, rows: Rows
-    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """(row, class of every pixel of the original image) for each row."""
-        stride = _stride(head)
-        for batch, features in loader.batches(
-            [rows[i : i + EVALUATION_BATCH] for i in range(0, len(rows), EVALUATION_BATCH)]
-        ):
-            logits = head(features)
-            for row, own in zip(batch.tolist(), logits, strict=True):
-                yield row, predict_classes(own, stride, self.cache.rows[row].placement).cpu().numpy()
+    def _take_fraction(self, classes_in: Callable[[int], list[int]]) -> None:
+        train = self.rows["train"]
+        if self.fraction < 1:
+            groups = [self.cache.rows[r].group for r in train]
+            ids = [self.cache.rows[r].id for r in train]
+            kept = training_subset(ids, groups, [set(classes_in(r)) for r in train.tolist()], self.fraction)
+            self.rows["train"] = train[kept]
 
-    def _confusions(self, head: nn.Module, loader: FeatureLoader, split: str) -> NDArray[np.int64]:
-        """A confusion matrix per image of a split: (images, classes, classes)."""
-        matrices = [
-            confusion_matrix(self.cache.semantic(row), predicted, len(self.classes))
-            for row, predicted in self._predictions(head, loader, self.rows[split])
-        ]
-        return np.stack(matrices)
+    def _trials(self) -> list[_Trial]:
+        recipes = grid_of(self.recipe, self.options.lr, self.options.weight_decay)
+        trials = []
+        for seed in self.seeds:
+            for recipe in recipes:
+                torch.manual_seed(seed)  # the trials of one seed begin alike
+                trials.append(_Trial(seed, recipe, build_head(self.head_recipe, self.cache.levels).to(self.device)))
+        return trials
 
-    def _scores(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
-        scores: IouScores = iou_scores(matrix, self.options.absent)
-        iou = dict(zip(self.classes, scores.per_class, strict=True))
-        return {"miou": scores.miou, "miou_foreground": scores.miou_foreground, "iou": iou}
+    def _train(self, trials: Sequence[_Trial], loader: FeatureLoader, say: Say) -> list[list[CurvePoint]]:
+        heads = [trial.head for trial in trials]
+        loss = self.task.start(heads)
+        counts = self._counts(trials[0].head)
+        absent = [name for name, count in counts.items() if not count]
+        if absent:
+            self.notes.append(f"{self.cache.data.name}: no training example of {', '.join(absent)}")
+        say(self._prediction(heads, loss, loader))
+        torch.manual_seed(self.seeds[0])
+        bar = tqdm(total=self.recipe.iterations, desc=self._title(), unit="it", disable=self.options.quiet, leave=False)
+        with bar:
 
-    def _brief(self, scores: dict[str, Any]) -> dict[str, float]:
-        return {name: scores[name] for name in ("miou", "miou_foreground")}
+            def counted(features: Features, rows: Rows) -> Tensor:
+                bar.update()
+                return loss(features, rows)
+
+            def evaluate() -> list[dict[str, float]]:
+                return [o.brief for o in self.task.evaluate(heads, loader.batches, self.rows["val"])]
+
+            return train(
+                heads, [trial.recipe for trial in trials], loader.batches, self.rows["train"], counted, self.seeds[0],
+                evaluate, lambda step, mean: bar.set_postfix_str(f"loss {mean:.3f}"),
+            )  # fmt: skip
+
+    def _solve(self, trials: Sequence[_Trial], loader: FeatureLoader, say: Say) -> list[list[CurvePoint]]:
+        """Solve for the ridge head, which is trained by no iteration; its strength and offsets come from validation."""
+        task = self.task
+        assert isinstance(task, Segmentation)
+        head = trials[0].head
+        levels: Any = head.levels
+        stride = levels[0].stride
+        weights = task.weights(stride)
+        ones = torch.ones(len(self.classes), device=self.device)
+        sums = RidgeSums(levels, len(self.classes), ones if weights is None else weights)
+        for rows, features in loader.batches(evaluation_batches(self.rows["train"])):
+            sums.add(features, task.shares(rows, stride))
+        solved = sums.solve()
+
+        def validation() -> Any:
+            for rows, features in loader.batches(evaluation_batches(self.rows["val"])):
+                yield features, task.shares(rows, stride)
+
+        index, offsets, _ = choose(solved, validation, len(self.classes))
+        for trial in trials:
+            trial.head.load_state_dict(solved[index].state_dict())
+            with torch.no_grad():
+                trial.head.bias += offsets.to(self.device)
+            trial.head.eval()
+        self.ridge = {"strength": STRENGTHS[index], "offsets": offsets.tolist(), "tried": len(solved)}
+        brief = task.evaluate([head], loader.batches, self.rows["val"])[0].brief
+        return [[CurvePoint(1, 0.0, brief)] for _ in trials]
+
+    def _prediction(
+        self, heads: Sequence[nn.Module], loss: Callable[[Features, Rows], Tensor], loader: FeatureLoader
+    ) -> str:
+        """How long training will take, from a few steps whose effect is undone."""
+        before = [{name: value.clone() for name, value in head.state_dict().items()} for head in heads]
+        size = min(self.recipe.batch_size, len(self.rows["train"]))
+        steps = []
+        for rows, features in loader.batches([self.rows["train"][:size]] * REHEARSED):
+            begun = time.perf_counter()
+            self._rehearse(heads, loss, features, rows)
+            steps.append(time.perf_counter() - begun)
+        for head, state in zip(heads, before, strict=True):
+            head.load_state_dict(state)
+            head.zero_grad(set_to_none=True)
+            head.eval()
+        begun = time.perf_counter()
+        few = self.rows["val"][:4]
+        self.task.evaluate(heads, loader.batches, few)
+        evaluation = (time.perf_counter() - begun) * len(self.rows["val"]) / len(few)
+        for head in heads:
+            head.train()
+        seconds = float(np.mean(steps[1:])) * self.recipe.iterations + evaluation * self.recipe.evaluations
+        many = f", {len(heads)} heads at once" if len(heads) > 1 else ""
+        return (
+            f"{self._title()}: {self.kind}{many}, {self.recipe.iterations} iterations, about {seconds / 60:.1f} min "
+            f"on {self.device}"
+        )
+
+    def _rehearse(
+        self, heads: Sequence[nn.Module], loss: Callable[[Features, Rows], Tensor], features: Features, rows: Rows
+    ) -> None:
+        """One step forward and back; raises ProbeError with a batch size that fits where this one does not."""
+        for head in heads:
+            head.train()
+        try:
+            loss(features, rows).sum().backward()
+        except torch.OutOfMemoryError as error:
+            fits = largest_that_fits(len(rows), lambda n: loss(_first(features, n), rows[:n]).sum().backward())
+            advice = f"--batch-size {fits}" if fits else "fewer --levels, a smaller --width, or --device cpu"
+            raise ProbeError(
+                f"{self._title()}: the memory of {self.device} does not hold a training step.\n"
+                f"  wanted  {len(rows)} images a step, {len(heads)} head(s)\n"
+                f"  found   {str(error).splitlines()[0]}\nNothing was trained. What fits:  featprobe probe … {advice}"
+            ) from error
+
+    def _best(self, trials: Sequence[_Trial], curves: Sequence[list[CurvePoint]], seed: int) -> int:
+        """The trial of a seed whose end scores highest on validation, the first of equals; raises ProbeError."""
+        ends = {
+            i: curves[i][-1].scores[self.task.chooses_by]
+            for i, trial in enumerate(trials)
+            if trial.seed == seed and curves[i] and curves[i][-1].iteration == self.recipe.iterations
+        }
+        if not ends:
+            raise ProbeError(f"No trial of seed {seed} ended with a finite loss. Try smaller --lr.")
+        return max(ends, key=lambda i: (-1.0 if np.isnan(ends[i]) else ends[i], -i))
+
+    def _counts(self, head: nn.Module) -> dict[str, int]:
+        if isinstance(self.task, Segmentation):
+            return self.task.train_counts(head.stride)  # type: ignore[arg-type]
+        return self.task.train_counts()
 
     def _title(self) -> str:
-        return f"{self.cache.recipe.label} on {self.cache.data.name}, seed {self.seed}"
+        share = "" if self.fraction == 1 else f", {self.fraction:g} of train"
+        seeds = ", ".join(map(str, self.seeds))
+        return f"{self.cache.recipe.label} on {self.cache.data.name}{share}, seed {seeds}"
 
     def _row(
-        self, head: nn.Module, curve: list[CurvePoint], test: dict[str, Any], pixels: Tensor, seconds: dict[str, Any]
+        self, trial: _Trial, curve: list[CurvePoint], outcome: Outcome, trials: int, seconds: Mapping[str, Any]
     ) -> dict[str, Any]:
-        cache, options = self.cache, self.options
-        return {
+        cache, options, head = self.cache, self.options, trial.head
+        row = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "regime": "frozen",
-            "task": self.task,
+            "task": self.task_name,
             "backbone": cache.recipe.label,
             "model": cache.recipe.backbone,
             "weights_sha256": cache.recipe.weights_sha256,
             "data": cache.data.name,
             "data_fingerprint": cache.data.fingerprint,
             "feature_key": cache.recipe.key,
-            "head": options.head,
+            "head": self.kind,
             "levels": [level.name for level in head.levels],  # type: ignore[union-attr]
             "parameters": parameter_count(head),
-            "recipe": options.recipe.to_json(),
+            "recipe": trial.recipe.to_json(),
+            "grid": {"lr": list(options.lr), "weight_decay": list(options.weight_decay)},
             "recipe_key": self.recipe_key,
-            "seed": self.seed,
-            "trials": 1,
+            "seed": trial.seed,
+            "spread": SHARED_ORDER if options.shared_order else "initialisation and order",
+            "trials": trials,
             "weights_from": "end of training",
             "split": options.split,
+            "fraction": self.fraction,
             "images": {split: len(rows) for split, rows in self.rows.items()},
             "groups": {s: len({cache.rows[r].group for r in rows}) for s, rows in self.rows.items()},
             "absent_classes": options.absent,
+            "instances": options.instances,
             "classes": list(self.classes),
-            "train_pixels": dict(zip(self.classes, pixels.tolist(), strict=True)),
+            "train_counts": self._counts(head),
             "val": curve[-1].scores,
-            "test": test,
-            "seconds": seconds,
+            "test": outcome.scores,
+            "seconds": dict(seconds),
             "device": str(self.device),
-            "folder": self.folder.relative_to(self.workspace.probes).as_posix(),
+            "folder": (self.folder / f"seed{trial.seed}").relative_to(self.workspace.probes).as_posix(),
         }
+        if self.kind == "ridge":
+            row |= {"ridge": self.ridge, "trials": self.ridge["tried"], "weights_from": "closed form"}
+        return row
 
     def _card(self, row: dict[str, Any], curve: list[CurvePoint]) -> dict[str, Any]:
-        packages = ("torch", "timm", "numpy")
+        packages = ("torch", "torchvision", "timm", "numpy")
         versions = {"featprobe": __version__, **{p: version(p) for p in packages}, "python": platform.python_version()}
+        assignment = {} if isinstance(self.task, Segmentation) else {"assignment": self.head.assignment}
         return {
             "format": "featprobe-head",
             "version": 1,
             "head": self.head_recipe.to_json(),
+            **assignment,
             "fingerprint": fingerprint(self.cache.recipe),
             "features": self.cache.recipe.to_json(),
+            "backbone": self.cache.contents.provenance.get("backbone"),
             "data": asdict(self.cache.data),
             "result": row,
             "curve": [asdict(point) for point in curve],
@@ -326,40 +501,29 @@ class _Run:
         }
 
 
-class _LabelStore:
-    """Training labels as the loss wants them, kept ready in memory where they fit.
+def largest_that_fits(count: int, step: Callable[[int], None]) -> int:
+    """The largest half, quarter, … of a batch of `count` images whose step does not run out of memory; 0 for none."""
+    while count := count // 2:
+        try:
+            step(count)
+            return count
+        except torch.OutOfMemoryError:
+            continue
+    return 0
 
-    loss_at "level": shares of each class per cell, float32 (batch, classes, rows, columns).
-    loss_at "image": frame labels, uint8 (batch, height, width).
-    """
 
-    def __init__(self, cache: Cache, rows: Rows, classes: int, loss_at: str, stride: int) -> None:
-        self.cache, self.classes, self.loss_at, self.stride = cache, classes, loss_at, stride
-        self.pixels = torch.zeros(classes, dtype=torch.float64)
-        frame = cache.recipe.frame
-        per_row = frame[0] * frame[1] * (2 * classes / stride**2 if loss_at == "level" else 1)
-        keep = per_row * len(rows) < LABEL_MEMORY_SHARE * available_memory()
-        self.kept: dict[int, Tensor] = {}
-        for row in rows.tolist():
-            labels = self._labels(row)
-            self.pixels += torch.bincount(labels.flatten().long(), minlength=256)[:classes]
-            if keep:
-                self.kept[row] = self._encode(labels)
+def _first(features: Features, count: int) -> Features:
+    content = None if features.content is None else features.content[:count]
+    return Features({name: m[:count] for name, m in features.maps.items()}, features.frame, content)
 
-    def __call__(self, rows: Rows) -> Tensor:
-        encoded = [self.kept[r] if r in self.kept else self._encode(self._labels(r)) for r in rows.tolist()]
-        stacked = torch.stack(encoded)
-        return stacked.float() / self.stride**2 if self.loss_at == "level" else stacked
 
-    def _labels(self, row: int) -> Tensor:
-        labels = labels_in_frame(self.cache.semantic(row), self.cache.rows[row].placement)
-        return torch.from_numpy(labels)
-
-    def _encode(self, labels: Tensor) -> Tensor:
-        if self.loss_at == "image":
-            return labels
-        counts = cell_shares(labels[None], self.classes, self.stride)[0] * self.stride**2
-        return counts.to(torch.int16)  # pixels of each class in a cell, at most stride²
+def _curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> dict[str, Any]:
+    return {
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "chosen": chosen,
+        "curve": [asdict(point) for point in curve],
+    }
 
 
 def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
@@ -386,12 +550,6 @@ def extraction_seconds(cache: Cache) -> float | None:
         return sum(json.loads(line)["seconds"]["run"] for line in log.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):  # a kill can tear a line
         return None
-
-
-def _stride(head: nn.Module) -> int:
-    stride = head.stride
-    assert isinstance(stride, int)  # every dense head states it
-    return stride
 
 
 def _notes_of(cache: Cache, split: str) -> list[str]:

@@ -52,7 +52,7 @@ class Survey:
     @property
     def fingerprint(self) -> str:
         """sha256 over classes, ids, groups, splits, image hashes and labels."""
-        running = hashlib.sha256(json.dumps([self.data.classes, self.data.tasks]).encode())
+        running = hashlib.sha256(json.dumps([self.data.classes, self.data.tasks, self.data.category_ids]).encode())
         for f in self.found:
             text = [f.sample.id, f.sample.group, f.sample.split, f.image_hash, f.size]
             running.update(json.dumps(text).encode())
@@ -82,7 +82,7 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
             image_hash = hash_image(sample.image)
             size = image_size(sample.image)
             target = data.read_target(sample, size)
-            semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances)
+            semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances, target.image_id)
             found = Found(sample, image_hash, size, semantic, instances)
             if skip_bad:
                 read_levels(sample.image)  # a truncated one must not spoil the intensity window
@@ -194,7 +194,9 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
     if surveyed.bad:
         notes.append(f"{len(surveyed.bad)} samples can't be used: {listed([f.sample.id for f in surveyed.bad])}")
     root = str(data.root.resolve())
-    return DataInfo(data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes))
+    return DataInfo(
+        data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes), data.category_ids
+    )
 
 
 def _below(sample: Sample, data: DataSet) -> str:

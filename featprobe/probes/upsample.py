@@ -1,0 +1,44 @@
+"""The upsampling segmentation head: a light decoder of fixed width on a feature pyramid."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from featprobe.levels import FeatureLevel, Features
+from featprobe.probes.linear import over_padding
+from featprobe.probes.pyramid import ConvBlock, PyramidKind, make_pyramid
+
+
+class UpsampleHead(nn.Module):
+    """Per-pixel class logits from the finest map of a feature pyramid.
+
+    Lateral 1x1 convolutions bring every level to one width, coarse ones are upsampled and added, a 3x3 convolution
+    with GroupNorm mixes the sum, a 1x1 convolution classifies it (Semantic FPN, Kirillov et al., 2019, with one
+    branch). Its size hardly depends on the backbone's.
+
+    levels: what it takes, finest first. classes: number of classes, the background counted. width: channels.
+    """
+
+    def __init__(
+        self, levels: Sequence[FeatureLevel], classes: int, width: int = 128, pyramid: PyramidKind = "auto"
+    ) -> None:
+        super().__init__()
+        self.pyramid = make_pyramid(levels, width, pyramid)
+        self.levels = self.pyramid.levels
+        self.classes = classes
+        self.mix = ConvBlock(width)
+        self.weight = nn.Parameter(torch.randn(classes, width) * 0.01)
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    @property
+    def stride(self) -> int:
+        """Frame pixels per cell of the logits."""
+        return self.pyramid.strides[0]
+
+    def forward(self, features: Features) -> Tensor:
+        """Logits at the finest grid: (batch, classes, height / stride, width / stride)."""
+        x, inside = self.pyramid(features)[0]
+        x = self.mix(x, inside)  # (batch, width, rows, columns)
+        logits = torch.einsum("kc,bchw->bkhw", self.weight, x) + self.bias[:, None, None]
+        return over_padding(logits, features.content, self.stride)

@@ -1,0 +1,169 @@
+"""Detection and instance segmentation from a feed: targets in the frame, COCO's scores at the original size."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featprobe.cache import Cache
+from featprobe.geometry import Placement
+from featprobe.levels import Features
+from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
+from featprobe.probes import Detections, ObjectTarget, object_sides, objects_at_original
+from featprobe.probes.train import Feed, Rows
+from featprobe.report.sheets import Panel
+from featprobe.stages.outcome import Outcome, evaluation_batches
+from featprobe.targets import Instance, Rle, components, decode_rle, labels_in_frame
+
+SHOWN_FROM = 0.3  # least score of a detection in a picture
+Objects = list[tuple[Instance, float]]
+
+
+class Detection:
+    """The objects of a cache's rows as detection and instance heads are trained and scored on them.
+
+    masks: whether masks are trained and scored too. source: "own" for the set's objects, "components" for connected
+    components of its masks. chooses_by: the validation score that the best trial is chosen by.
+    """
+
+    def __init__(
+        self, cache: Cache, train: Rows, device: torch.device, *, masks: bool, source: Literal["own", "components"]
+    ) -> None:
+        self.cache, self.device, self.masks, self.source = cache, device, masks, source
+        self.classes = cache.data.classes
+        own_ids = cache.data.category_ids if source == "own" else ()
+        self.category_ids = own_ids or tuple(range(1, len(self.classes)))
+        self.chooses_by = "mask_ap" if masks else "box_ap"
+        self._instances: dict[int, tuple[Instance, ...]] = {}
+        self.targets = {row: self._target(row) for row in train.tolist()}
+
+    @property
+    def sides(self) -> tuple[float, ...]:
+        """Percentiles of the training objects' sides, see probes.objects.object_sides."""
+        return object_sides(torch.cat([target.boxes for target in self.targets.values()]))
+
+    def train_counts(self) -> dict[str, int]:
+        """Training objects of each class but the background, crowds not counted."""
+        labels = torch.cat([target.labels for target in self.targets.values()])
+        counts = torch.bincount(labels, minlength=len(self.classes)).tolist()
+        return dict(list(zip(self.classes, counts, strict=True))[1:])
+
+    def instances(self, row: int) -> tuple[Instance, ...]:
+        """A row's objects, in pixels of the original image; the background is none."""
+        if row not in self._instances:
+            whole = self.source == "components"
+            found = components(self.cache.semantic(row), len(self.classes)) if whole else self.cache.instances(row)
+            self._instances[row] = tuple(instance for instance in found if instance.category > 0)
+        return self._instances[row]
+
+    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Rows], Tensor]:
+        """The heads' losses on a batch, (heads,), one head after the other."""
+
+        def loss(features: Features, rows: Rows) -> Tensor:
+            wanted = [self._with_masks(row, self.targets[row]).to(self.device) for row in rows.tolist()]
+            return torch.stack([head(features, wanted) for head in heads])
+
+        return loss
+
+    @torch.inference_mode()
+    def predictions(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> Iterable[tuple[int, list[Objects]]]:
+        """(row, what each head finds in it) for each row, in pixels of the original image."""
+        for batch, features in feed(evaluation_batches(rows)):
+            every: list[list[Detections]] = [head(features) for head in heads]
+            for i, row in enumerate(batch.tolist()):
+                yield row, [objects_at_original(own[i], self.cache.rows[row].placement) for own in every]
+
+    def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
+        """COCO's scores of each head on rows."""
+        results: list[list[dict[str, Any]]] = [[] for _ in heads]
+        for row, found in self.predictions(heads, feed, rows):
+            for own, objects in zip(results, found, strict=True):
+                own += coco_results(objects, self.cache.image_id(row), self.category_ids)
+        truth = self.truth(rows)
+        return [self._outcome(truth, own) for own in results]
+
+    def truth(self, rows: Rows) -> dict[str, Any]:
+        """The rows' objects as COCO JSON holds them."""
+        images = [
+            TruthImage(self.cache.image_id(r), self.cache.rows[r].placement.original, self.instances(r))
+            for r in rows.tolist()
+        ]
+        return truth_of(images, self.classes, self.category_ids)
+
+    def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+        """(row, what draws truth and prediction over its image) for each row."""
+        for row, (objects,) in self.predictions([head], feed, rows):
+            shown = tuple(instance for instance, score in objects if score >= SHOWN_FROM)
+            truth = self.instances(row)
+            yield row, lambda image, t=truth, p=shown: [Panel(image, instances=t), Panel(image, instances=p)]
+
+    def fullness(self, row: int) -> int:
+        """How much there is to see in a row: its objects."""
+        return len(self.instances(row))
+
+    def _outcome(self, truth: dict[str, Any], results: list[dict[str, Any]]) -> Outcome:
+        kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"} | ({"mask": "segm"} if self.masks else {})  # type: ignore[assignment]
+        scores = {name: self._named(average_precision(truth, results, kind)) for name, kind in kinds.items()}
+        brief = {f"{name}_{part}": own[part] for name, own in scores.items() for part in ("ap", "ap50")}
+        return Outcome(scores, brief, {"predictions.json": json.dumps(results).encode()})
+
+    def _named(self, scores: ApScores) -> dict[str, Any]:
+        values = asdict(scores)
+        for name in ("per_class", "per_class_50"):
+            values[name] = dict(zip(self.classes[1:], values[name], strict=True))
+        return values
+
+    def _target(self, row: int) -> ObjectTarget:
+        """Boxes, labels and crowds of a row in frame pixels; its masks wait until they are needed."""
+        placement = self.cache.rows[row].placement
+        own = [i for i in self.instances(row) if not i.crowd and _sized(i)]
+        crowds = [i for i in self.instances(row) if i.crowd]
+        labels = torch.tensor([i.category for i in own], dtype=torch.int64)
+        return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
+
+    def _with_masks(self, row: int, target: ObjectTarget) -> ObjectTarget:
+        if not self.masks:
+            return target
+        placement = self.cache.rows[row].placement
+        rles = [i.rle for i in self.instances(row) if not i.crowd and _sized(i)]
+        masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
+        for mask, rle in zip(masks, rles, strict=True):
+            mask[:] = _mask_in_frame(rle, placement)
+        return replace(target, masks=torch.from_numpy(masks))
+
+
+def coco_results(objects: Objects, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Objects of one image as COCO's results format has them: boxes as x, y, width, height."""
+    results = []
+    for instance, score in objects:
+        x1, y1, x2, y2 = instance.box_xyxy
+        result: dict[str, Any] = {
+            "image_id": image_id,
+            "category_id": category_ids[instance.category - 1],
+            "bbox": [round(v, 4) for v in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(score, 6),
+        }
+        results.append(result if instance.rle is None else result | {"segmentation": dict(instance.rle)})
+    return results
+
+
+def _mask_in_frame(rle: Rle | None, placement: Placement) -> np.ndarray:
+    assert rle is not None  # a cache for this task holds a mask for each object
+    framed = labels_in_frame(decode_rle(rle).astype(np.uint8), placement)
+    return framed == 1  # padding is 255
+
+
+def _sized(instance: Instance) -> bool:
+    """Whether an object's box has an area; one without can't be learnt."""
+    x1, y1, x2, y2 = instance.box_xyxy
+    return x2 > x1 and y2 > y1
+
+
+def _boxes(instances: Sequence[Instance], placement: Placement) -> Tensor:
+    scale_y, scale_x = (c / o for c, o in zip(placement.content, placement.original, strict=True))
+    boxes = torch.tensor([i.box_xyxy for i in instances], dtype=torch.float64).reshape(-1, 4)
+    return (boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float64)).float()

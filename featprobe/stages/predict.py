@@ -1,0 +1,238 @@
+"""A saved head on new images: masks, COCO JSON, overlays."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from featprobe.backbones import Backbone, load_backbone
+from featprobe.cache.store import TORCH_DTYPE
+from featprobe.datasets.images import SUFFIXES, frame_image, is_16bit, read_levels, to_unit
+from featprobe.errors import DataError, ProbeError
+from featprobe.geometry import Placement, place
+from featprobe.levels import Features
+from featprobe.machine import pick_device
+from featprobe.probes import load_head, objects_at_original, predict_classes
+from featprobe.probes.saved import check_fingerprint
+from featprobe.report.sheets import Panel, colour_of, draw_panel
+from featprobe.specs import BackboneSpec, FeatureRecipe
+from featprobe.stages.detection import Objects, coco_results
+from featprobe.targets import Labels
+
+SHOWN_FROM = 0.3  # least score of a detection in an overlay
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a head says of one image, at its original size: class indices or objects with scores."""
+
+    image: Path
+    name: str
+    size: tuple[int, int]
+    semantic: Labels | None
+    objects: Objects | None
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """What was written where; left_out: images that can't be read, with the reason."""
+
+    out: Path
+    images: int
+    files: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+class Predictor:
+    """A saved head behind its own backbone and preprocessing, all of them from the head's card.
+
+    Raises ProbeError when the folder holds no such head, or when the backbone that can be had now is not the one that
+    it was trained on; BackboneError when that can't be had at all.
+    """
+
+    def __init__(self, folder: Path, *, weights: str | None = None, device: str | None = None) -> None:
+        self.device = pick_device(device)
+        head, self.card = load_head(folder)
+        self.recipe = FeatureRecipe.from_json(self.card["features"])
+        self.classes = tuple(self.card["head"]["classes"])
+        self.task = self.card["head"]["task"]
+        self.head = head.to(self.device)
+        self.backbone = self._backbone(folder, weights)
+
+    def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
+        """What the head says of a batch of (image, name); raises DataError for one that does not fit."""
+        read = [self._read(path) for path, _ in images]
+        features = self._features([levels for levels, _ in read], [placement for _, placement in read])
+        with torch.inference_mode():
+            found: Any = self.head(features)
+        predictions = []
+        for i, ((path, name), (_, placement)) in enumerate(zip(images, read, strict=True)):
+            if self.task == "semseg":
+                stride: Any = self.head.stride
+                semantic = predict_classes(found[i], stride, placement).cpu().numpy()
+                predictions.append(Prediction(path, name, placement.original, semantic, None))
+            else:
+                objects = objects_at_original(found[i], placement)
+                predictions.append(Prediction(path, name, placement.original, None, objects))
+        return predictions
+
+    def picture(self, path: Path) -> NDArray[np.float32]:
+        """An image as the head's intensity policy shows it, in [0, 1]."""
+        return to_unit(read_levels(path), self.recipe.window)
+
+    def _read(self, path: Path) -> tuple[Any, Placement]:
+        if self.recipe.window is not None and not is_16bit(path):
+            low, high = self.recipe.window
+            raise DataError(
+                f"{path} is an 8-bit image, and the head was trained on 16-bit ones, with the levels {low:g} to "
+                f"{high:g} as black and white.\nIts grey levels would mean something else. Give it 16-bit images."
+            )
+        levels = read_levels(path)
+        placed = place((levels.shape[0], levels.shape[1]), self.recipe.size, self.recipe.fit, 1)
+        return levels, replace(placed, frame=self.recipe.frame)
+
+    @torch.inference_mode()
+    def _features(self, images: Sequence[Any], placements: Sequence[Placement]) -> Features:
+        recipe = self.recipe
+        framed = [
+            frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean)
+            for levels, placement in zip(images, placements, strict=True)
+        ]
+        maps = self.backbone(torch.from_numpy(np.stack(framed)).to(self.device)).maps
+        stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}  # as the cache would hold them
+        contents = torch.tensor([placement.content for placement in placements], dtype=torch.int32)
+        whole = bool((contents == torch.tensor(recipe.frame)).all())
+        return Features(stored, recipe.frame, None if whole else contents.to(self.device))
+
+    def _backbone(self, folder: Path, weights: str | None) -> Backbone:
+        values = self.card.get("backbone")
+        if values is None:
+            raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
+        spec = BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
+        if weights is not None:
+            spec = replace(spec, source="file", weights=weights)
+        head_levels: Any = self.head.levels
+        backbone = load_backbone(spec, [level.name for level in head_levels], self.device)
+        now = replace(
+            self.recipe, weights_sha256=backbone.sha256, final_norm=backbone.final_norm, mean=backbone.mean,
+            std=backbone.std, interpolation=backbone.interpolation,
+        )  # fmt: skip
+        check_fingerprint(folder, self.card["fingerprint"], now)
+        missing = [level for level in backbone.levels if level not in self.recipe.levels]
+        if missing:
+            raise ProbeError(f"{folder}: the backbone's level {missing[0]} is another than the head was trained on.")
+        return backbone
+
+
+def predict(
+    folder: Path,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    weights: str | None = None,
+    device: str | None = None,
+    batch_size: int = 8,
+    skip_bad: bool = False,
+    quiet: bool = False,
+) -> PredictReport:
+    """Run a saved head on images and folders of images, and write what it finds.
+
+    Into `out`: for segmentation masks/NAME.png (class indices, with a palette), for objects predictions.json (COCO
+    JSON in pixels of the original images); overlays/NAME.png for both. Raises FeatprobeError; what was written before
+    a bad image stays.
+    """
+    named = find_images(images)
+    predictor = Predictor(folder, weights=weights, device=device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"{out} can't be written ({error.strerror}). Nothing was computed.") from error
+    done: list[Prediction] = []
+    left_out: list[tuple[str, str]] = []
+    bar = tqdm(total=len(named), desc=predictor.recipe.label, unit="img", disable=quiet)
+    with bar:
+        for start in range(0, len(named), batch_size):
+            batch = named[start : start + batch_size]
+            for prediction in _predicted(predictor, batch, skip_bad, left_out):
+                _write(out, prediction, predictor)
+                done.append(replace(prediction, semantic=None))
+            bar.update(len(batch))
+    if predictor.task != "semseg":
+        written = coco_of(done, predictor.classes, predictor.card["data"]["category_ids"])
+        (out / "predictions.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
+    files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")
+    return PredictReport(out, len(done), files, tuple(left_out))
+
+
+def find_images(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """(image, name) of files and of all images below folders; a name is the path without its suffix.
+
+    Raises DataError for a path that is not there, a folder without images, or two images of one name.
+    """
+    found: list[tuple[Path, str]] = []
+    for path in paths:
+        if path.is_file():
+            found.append((path, path.stem))
+        elif path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise DataError(f"{path} holds no images. wanted: files ending in {', '.join(SUFFIXES)}.")
+            found += [(p, p.relative_to(path).with_suffix("").as_posix()) for p in inside]
+        else:
+            raise DataError(f"There is no image and no folder {path}. Nothing was computed.")
+    taken: dict[str, Path] = {}
+    for path, name in found:
+        if name in taken:
+            raise DataError(f"{taken[name]} and {path} would both be written as {name}. Give them in two runs.")
+        taken[name] = path
+    return found
+
+
+def coco_of(predictions: Sequence[Prediction], classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
+    """Objects of many images as COCO JSON: images, categories, and annotations with a score each."""
+    ids = list(category_ids) or list(range(1, len(classes)))
+    images = [
+        {"id": i, "file_name": p.image.name, "height": p.size[0], "width": p.size[1]}
+        for i, p in enumerate(predictions, start=1)
+    ]
+    annotations = [r for i, p in enumerate(predictions, start=1) for r in coco_results(p.objects or [], i, ids)]
+    for number, annotation in enumerate(annotations, start=1):
+        annotation |= {"id": number, "iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3]}
+    categories = [{"id": number, "name": name} for number, name in zip(ids, classes[1:], strict=True)]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def _predicted(
+    predictor: Predictor, batch: Sequence[tuple[Path, str]], skip_bad: bool, left_out: list[tuple[str, str]]
+) -> Iterator[Prediction]:
+    """Predictions of a batch; image by image where one of it is bad and is to be left out."""
+    try:
+        yield from predictor.predict(batch)
+    except DataError as error:
+        if not skip_bad:
+            raise
+        if len(batch) == 1:
+            left_out.append((str(batch[0][0]), str(error).splitlines()[0]))
+            return
+        for one in batch:
+            yield from _predicted(predictor, [one], skip_bad, left_out)
+
+
+def _write(out: Path, prediction: Prediction, predictor: Predictor) -> None:
+    overlay = out / "overlays" / f"{prediction.name}.png"
+    overlay.parent.mkdir(parents=True, exist_ok=True)
+    shown = tuple(instance for instance, score in prediction.objects or [] if score >= SHOWN_FROM)
+    draw_panel(Panel(predictor.picture(prediction.image), prediction.semantic, shown)).save(overlay)
+    if prediction.semantic is not None:
+        mask = out / "masks" / f"{prediction.name}.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(prediction.semantic, mode="P")
+        picture.putpalette([value for index in range(256) for value in colour_of(index)])
+        picture.save(mask)

@@ -1,0 +1,172 @@
+"""Semantic segmentation from a feed: labels on cells, the loss of many heads at once, scores at the original size."""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from featprobe.cache import Cache
+from featprobe.levels import Features
+from featprobe.machine import available_memory
+from featprobe.metrics import confusion_matrix, iou_scores
+from featprobe.metrics.semantic import Absent
+from featprobe.probes import (
+    LinearBank,
+    LinearHead,
+    TrainRecipe,
+    image_loss,
+    inverse_sqrt_weights,
+    level_loss,
+    predict_classes,
+    start_at_prior,
+)
+from featprobe.probes.train import Feed, Rows
+from featprobe.report.sheets import Panel
+from featprobe.stages.outcome import Outcome, evaluation_batches
+from featprobe.targets import cell_shares, labels_in_frame
+
+LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
+
+
+class Segmentation:
+    """The labels of a cache's rows as dense heads are trained and scored on them.
+
+    train: rows that heads are trained on. chooses_by: the validation score that the best trial is chosen by.
+    """
+
+    chooses_by = "miou_foreground"
+
+    def __init__(self, cache: Cache, train: Rows, recipe: TrainRecipe, device: torch.device, absent: Absent) -> None:
+        self.cache, self.train, self.recipe, self.device, self.absent = cache, train, recipe, device, absent
+        self.classes = cache.data.classes
+        self._stores: dict[int, _LabelStore] = {}
+
+    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Rows], Tensor]:
+        """Set the heads' biases to the class prior; returns their losses on a batch, (heads,)."""
+        stride = _stride(heads[0])
+        store, weights = self.store(stride), self.weights(stride)
+        for head in heads:
+            start_at_prior(head, store.pixels, weights)
+        bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if _banked(heads) else None
+
+        def loss(features: Features, rows: Rows) -> Tensor:
+            labels = store(rows).to(self.device, non_blocking=True)
+            if bank is not None and self.recipe.loss_at == "level" and self.recipe.loss == "ce":
+                return bank.loss(features, labels, weights)
+            function = level_loss if self.recipe.loss_at == "level" else image_loss
+            every = bank.logits(features) if bank is not None else (head(features) for head in heads)
+            return torch.stack([function(logits, labels, weights, self.recipe.loss) for logits in every])
+
+        return loss
+
+    def store(self, stride: int) -> "_LabelStore":
+        """The training labels on a grid of this stride, read once."""
+        if stride not in self._stores:
+            self._stores[stride] = _LabelStore(self.cache, self.train, len(self.classes), self.recipe.loss_at, stride)
+        return self._stores[stride]
+
+    def weights(self, stride: int) -> Tensor | None:
+        """Class weights of the loss, (classes,); None for none."""
+        if self.recipe.class_weights == "none":
+            return None
+        return inverse_sqrt_weights(self.store(stride).pixels).to(self.device)
+
+    def shares(self, rows: Rows, stride: int) -> Tensor:
+        """Class shares of the cells of any rows: (rows, classes, height / stride, width / stride), float32."""
+        labels = [labels_in_frame(self.cache.semantic(r), self.cache.rows[r].placement) for r in rows.tolist()]
+        return cell_shares(torch.from_numpy(np.stack(labels)), len(self.classes), stride).to(self.device)
+
+    def train_counts(self, stride: int) -> dict[str, int]:
+        """Labelled pixels of each class in the training rows, at frame size."""
+        return dict(zip(self.classes, self.store(stride).pixels.long().tolist(), strict=True))
+
+    @torch.inference_mode()
+    def predictions(
+        self, heads: Sequence[nn.Module], feed: Feed, rows: Rows
+    ) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
+        """(row, each head's class of every pixel of the original image) for each row."""
+        stride = _stride(heads[0])
+        for batch, features in feed(evaluation_batches(rows)):
+            every = [head(features) for head in heads]
+            for i, row in enumerate(batch.tolist()):
+                placement = self.cache.rows[row].placement
+                yield row, [predict_classes(own[i], stride, placement).cpu().numpy() for own in every]
+
+    def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
+        """Scores of each head on rows."""
+        classes = len(self.classes)
+        matrices = np.zeros((len(heads), len(rows), classes, classes), dtype=np.int64)
+        for i, (row, found) in enumerate(self.predictions(heads, feed, rows)):
+            truth = self.cache.semantic(row)
+            for own, predicted in zip(matrices, found, strict=True):
+                own[i] = confusion_matrix(truth, predicted, classes)
+        return [self._outcome(own) for own in matrices]
+
+    def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+        """(row, what draws truth and prediction over its image) for each row."""
+        for row, (predicted,) in self.predictions([head], feed, rows):
+            truth = self.cache.semantic(row)
+            yield row, lambda image, t=truth, p=predicted: [Panel(image, t), Panel(image, p)]
+
+    def fullness(self, row: int) -> int:
+        """How much there is to see in a row: labelled foreground pixels."""
+        labels = self.cache.semantic(row)
+        return int(((labels > 0) & (labels < len(self.classes))).sum())
+
+    def _outcome(self, confusions: NDArray[np.int64]) -> Outcome:
+        scores = iou_scores(confusions.sum(0), self.absent)
+        iou = dict(zip(self.classes, scores.per_class, strict=True))
+        means: dict[str, Any] = {"miou": scores.miou, "miou_foreground": scores.miou_foreground}
+        stream = io.BytesIO()
+        np.savez_compressed(stream, confusion=confusions)
+        return Outcome(means | {"iou": iou}, means, {"scores.npz": stream.getvalue()})
+
+
+class _LabelStore:
+    """Training labels as the loss wants them, kept ready in memory where they fit.
+
+    loss_at "level": shares of each class per cell, float32 (batch, classes, rows, columns).
+    loss_at "image": frame labels, uint8 (batch, height, width).
+    """
+
+    def __init__(self, cache: Cache, rows: Rows, classes: int, loss_at: str, stride: int) -> None:
+        self.cache, self.classes, self.loss_at, self.stride = cache, classes, loss_at, stride
+        self.pixels = torch.zeros(classes, dtype=torch.float64)
+        frame = cache.recipe.frame
+        per_row = frame[0] * frame[1] * (2 * classes / stride**2 if loss_at == "level" else 1)
+        keep = per_row * len(rows) < LABEL_MEMORY_SHARE * available_memory()
+        self.kept: dict[int, Tensor] = {}
+        for row in rows.tolist():
+            labels = self._labels(row)
+            self.pixels += torch.bincount(labels.flatten().long(), minlength=256)[:classes]
+            if keep:
+                self.kept[row] = self._encode(labels)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        encoded = [self.kept[r] if r in self.kept else self._encode(self._labels(r)) for r in rows.tolist()]
+        stacked = torch.stack(encoded)
+        return stacked.float() / self.stride**2 if self.loss_at == "level" else stacked
+
+    def _labels(self, row: int) -> Tensor:
+        labels = labels_in_frame(self.cache.semantic(row), self.cache.rows[row].placement)
+        return torch.from_numpy(labels)
+
+    def _encode(self, labels: Tensor) -> Tensor:
+        if self.loss_at == "image":
+            return labels
+        counts = cell_shares(labels[None], self.classes, self.stride)[0] * self.stride**2
+        return counts.to(torch.int16)  # pixels of each class in a cell, at most stride²
+
+
+def _banked(heads: Sequence[nn.Module]) -> bool:
+    return len(heads) > 1 and all(isinstance(head, LinearHead) for head in heads)
+
+
+def _stride(head: nn.Module) -> int:
+    stride = head.stride
+    assert isinstance(stride, int)  # every dense head states it
+    return stride
