@@ -21,8 +21,6 @@ from featprobe.errors import DataError, ShapeError
 from featprobe.metrics.boxes import ApKind, ApScores, TruthImage, average_precision, truth_of
 from featprobe.targets import Instance, encode_rle
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
-
 KINDS: tuple[ApKind, ...] = ("bbox", "segm")
 SIDE = 160  # pixels of the random images: room for large objects
 CLASSES = ("background", "pore", "crack", "scratch", "never there")

@@ -112,7 +112,7 @@ def test_every_door_is_in_use() -> None:
         ("stages/extract.py", "from click import echo", "click"),
         ("probes/train.py", "from tqdm.auto import tqdm", "tqdm.auto"),
         ("cache/layout.py", "import pandas as pd", "pandas"),
-        ("metrics/boxes.py", "from pycocotools import mask", "pycocotools"),
+        ("probes/paste.py", "from pycocotools import mask", "pycocotools"),
         ("extra.py", "import os", "os"),
     ],
 )

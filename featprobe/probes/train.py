@@ -61,11 +61,11 @@ class TrainRecipe:
 
 DEFAULT_RECIPES = {
     "linear": TrainRecipe(),
-    "ridge": TrainRecipe(iterations=1),
-    "upsample": TrainRecipe(iterations=500, batch_size=8, lr=1e-3),
-    "fcos": TrainRecipe(iterations=600, batch_size=8, lr=2e-3, clip=10.0, evaluations=4),
-    "fasterrcnn": TrainRecipe(iterations=600, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
-    "maskrcnn": TrainRecipe(iterations=600, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
+    "ridge": TrainRecipe(iterations=1, evaluations=1),
+    "upsample": TrainRecipe(iterations=300, batch_size=8, lr=1e-3),
+    "fcos": TrainRecipe(iterations=400, batch_size=8, lr=2e-3, clip=10.0, evaluations=4),
+    "fasterrcnn": TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
+    "maskrcnn": TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
 }
 """How each kind of head is trained where the user says nothing."""
 

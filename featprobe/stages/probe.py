@@ -51,6 +51,7 @@ from featprobe.stages.workspace import Workspace
 Rows = NDArray[np.intp]
 Say = Callable[[str], None]
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
+MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
 REHEARSED = 3  # training steps that are timed before training starts, the first not counted
 
 
@@ -131,13 +132,18 @@ def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
     HeadRecipe(task, head, ("background", "any"))
     if head not in kinds_of(task):
         raise ProbeError(f"There is no {task} head {head!r}. {nearest(head, kinds_of(task))}")
+    recipe = options.recipe or DEFAULT_RECIPES[head]
+    if head == "ridge":
+        if options.lr or options.weight_decay:
+            raise ProbeError("ridge is solved, not trained: it has no --lr and no --weight-decay to try.")
+        recipe = replace(recipe, iterations=1, evaluations=1)
     seeds = options.seeds if options.seeds is not None else 3 if task == "semseg" and head != "ridge" else 1
     if seeds < 1:
         raise ProbeError(f"{seeds} seeds can't be trained. wanted: --seeds 1 or more.")
     wrong = [f for f in options.fractions if not 0 < f <= 1]
     if wrong or not options.fractions:
         raise ProbeError(f"{wrong or 'nothing'} is no fraction of the training split. wanted: 0 < F <= 1.")
-    return replace(options, head=head, seeds=seeds, recipe=options.recipe or DEFAULT_RECIPES[head])
+    return replace(options, head=head, seeds=seeds, recipe=recipe)
 
 
 def _passes(options: ProbeOptions) -> list[list[int]]:
@@ -360,15 +366,15 @@ class _Run:
             sums.add(features, task.shares(rows, stride))
         solved = sums.solve()
 
-        def validation() -> Any:
-            for rows, features in loader.batches(evaluation_batches(self.rows["val"])):
-                yield features, task.shares(rows, stride)
-
-        index, offsets, _ = choose(solved, validation, len(self.classes))
+        val = self.rows["val"]
+        batches = ((features, task.shares(rows, stride)) for rows, features in loader.batches(evaluation_batches(val)))
+        cells = levels[0].cells(self.cache.recipe.frame)
+        step = -(-len(val) * cells[0] * cells[1] * len(self.classes) // MOST_LOGITS)
+        index, offsets, _ = choose(solved, batches, step)
         for trial in trials:
             trial.head.load_state_dict(solved[index].state_dict())
             with torch.no_grad():
-                trial.head.bias += offsets.to(self.device)
+                trial.head.get_parameter("bias").add_(offsets)
             trial.head.eval()
         self.ridge = {"strength": STRENGTHS[index], "offsets": offsets.tolist(), "tried": len(solved)}
         brief = task.evaluate([head], loader.batches, self.rows["val"])[0].brief
