@@ -33,6 +33,12 @@ class LevelNorm(nn.Module):
 
         x: (batch, channels, cells), float32. share: (batch, cells), share of image in each cell, or None.
         """
+        mean, rstd = self.statistics(x, share)
+        scale = self.weight * rstd
+        return scale, self.bias - mean * scale
+
+    def statistics(self, x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / standard deviation, each (channels,): of the batch in training, else the running ones."""
         mean, var = self.running_mean, self.running_var
         if self.training:
             mean, var, count = weighted_moments(x, share)
@@ -40,8 +46,7 @@ class LevelNorm(nn.Module):
                 unbiased = var * (count / (count - 1).clamp(min=1))
                 self.running_mean.lerp_(mean.to(self.running_mean), MOMENTUM)
                 self.running_var.lerp_(unbiased.to(self.running_var), MOMENTUM)
-        scale = self.weight * (var + EPSILON).rsqrt().to(x.dtype)
-        return scale, self.bias - mean.to(x.dtype) * scale
+        return mean.to(x.dtype), (var + EPSILON).rsqrt().to(x.dtype)
 
 
 def weighted_moments(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,26 +114,47 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Logits at the finest level's grid: (batch, classes, height / stride, width / stride)."""
-        grid = self.levels[0].cells(features.frame)
-        logits: Tensor | None = None
-        total_shift: Tensor = self.bias
-        for level in self.levels:
-            own, shift = self._level_logits(level, features)
-            own = over_padding(own, features.content, level.stride)
-            if own.shape[2:] != grid:
-                own = interpolate(own, grid, mode="bilinear", align_corners=False)
-            logits = own if logits is None else logits + own
-            total_shift = total_shift + shift  # once for all: upsampling a constant leaves it what it is
-        assert logits is not None  # a head has at least one level
-        return logits + total_shift[:, None, None]
+        maps, weights, shift = fold([self], features)
+        return sum_of_levels(maps, weights, features, self.levels) + shift[:, None, None]
 
-    def _level_logits(self, level: FeatureLevel, features: Features) -> tuple[Tensor, Tensor]:
-        """A level's logits at its own grid but for a shift, and that shift, (classes,)."""
-        m = features.maps[level.name]
-        x = m.to(self.bias.dtype).flatten(2)  # (batch, channels, cells)
+
+def fold(heads: Sequence[LinearHead], features: Features) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Normalisation folded into the convolutions of heads of the same levels and classes, stacked.
+
+    The first head's statistics serve them all. Returns each level's map, (batch, channels, cells), in the heads' number
+    format; each level's weights, (heads * classes, channels); and what is added to the logits once, (heads * classes,).
+    """
+    first = heads[0]
+    maps, weights, shift = [], [], torch.cat([head.bias for head in heads])
+    for level in first.levels:
+        x = features.maps[level.name].to(first.bias.dtype).flatten(2)
         share = features.valid_share(level.stride)
-        scale, shift = self.norms[level.name](x, None if share is None else share.flatten(1))
-        weight = self.weights[level.name]
+        norms: list[LevelNorm] = [head.norms[level.name] for head in heads]  # type: ignore[misc]
+        mean, rstd = norms[0].statistics(x, None if share is None else share.flatten(1))
+        weight = torch.stack([head.weights[level.name] for head in heads])  # (heads, classes, channels)
+        scale = torch.stack([norm.weight for norm in norms]) * rstd  # (heads, channels)
+        offset = torch.stack([norm.bias for norm in norms]) - mean * scale
+        maps.append(x)
+        weights.append((weight * scale[:, None]).flatten(0, 1))
+        shift = shift + (weight @ offset[:, :, None]).flatten()  # once for all: a constant stays what it is upsampled
+    return maps, weights, shift
+
+
+def sum_of_levels(
+    maps: Sequence[Tensor], weights: Sequence[Tensor], features: Features, levels: Sequence[FeatureLevel]
+) -> Tensor:
+    """Each level convolved at its own grid, upsampled to the finest and added: (batch, outputs, rows, columns).
+
+    maps, weights: as `fold` gives them.
+    """
+    grid = levels[0].cells(features.frame)
+    total: Tensor | None = None
+    for x, weight, level in zip(maps, weights, levels, strict=True):
         # bmm, not `@`: the latter copies the whole map to fold its batch into rows
-        logits = torch.bmm((weight * scale).expand(len(x), -1, -1), x)
-        return logits.unflatten(2, m.shape[2:]), weight @ shift
+        own = torch.bmm(weight.expand(len(x), -1, -1), x).unflatten(2, level.cells(features.frame))
+        own = over_padding(own, features.content, level.stride)
+        if own.shape[2:] != grid:
+            own = interpolate(own, grid, mode="bilinear", align_corners=False)
+        total = own if total is None else total + own
+    assert total is not None  # a head has at least one level
+    return total
