@@ -155,7 +155,9 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tu
     show_default=True,
     help="What the head stands on: the levels as they are, or a simple pyramid of the last one (auto: for a ViT).",
 )
-@click.option("--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000 linear, 400 fcos, 300 others]")
+@click.option(
+    "--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000 linear, 400 fcos, 300 others]"
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Images per step.  [default: 16 linear, 8 or 4 others]")
 @click.option("--lr", callback=_numbers, help="Peak learning rates of AdamW, separated by commas; all are tried.")
 @click.option("--weight-decay", callback=_numbers, help="Weight decays, separated by commas; all are tried.")

@@ -28,8 +28,8 @@ class LinearBank:
             raise ShapeError("The heads of a bank take the same levels and classes.")
         for head in self.heads[1:]:
             for name, norm in head.norms.items():
-                norm.running_mean = first.norms[name].running_mean  # type: ignore[union-attr]
-                norm.running_var = first.norms[name].running_var  # type: ignore[union-attr]
+                norm.running_mean = first.norms[name].running_mean
+                norm.running_var = first.norms[name].running_var
 
     def logits(self, features: Features) -> Tensor:
         """Logits of every head: (heads, batch, classes, height / stride, width / stride)."""
@@ -78,29 +78,34 @@ class _FusedLoss(torch.autograd.Function):
         gradients = [torch.zeros_like(weight) for weight in weights]
         of_shift = torch.zeros_like(shift)
         losses = shares.new_zeros(heads)
-        cells = grids[0][0] * grids[0][1]
-        logits = shares.new_empty(cells, outputs)
+        logits = shares.new_empty(outputs, grids[0][0] * grids[0][1])
+        cells_first = shares.new_empty(logits.shape[1], outputs)
         for image, own in enumerate(shares):
-            p = own.flatten(1).t().contiguous()  # (cells, classes)
-            mass = p.sum(1, keepdim=True)  # (cells, 1)
-            torch.addmm(shift, maps[0][image].t(), weights[0].t(), out=logits)
+            p = own.flatten(1)  # (classes, cells)
+            mass = p.sum(0)  # (cells,)
+            torch.addmm(shift[:, None], weights[0], maps[0][image], out=logits)
+            added = None
             for x, weight, grid in zip(maps[1:], weights[1:], grids[1:], strict=True):
-                coarse = _as_image(x[image].t() @ weight.t(), grid)
+                coarse = _as_image((weight @ x[image]).t().contiguous(), grid)
                 if grid != grids[0]:
                     coarse = interpolate(coarse, grids[0], mode="bilinear", align_corners=False)
-                logits += _as_cells(coarse)
-            by_head = logits.view(cells, heads, classes)
-            if not float(logits.abs().amax()) < LARGEST_LOGIT:
-                by_head -= by_head.amax(2, keepdim=True)
-            matched = (logits.t() @ p).view(heads, classes, classes).diagonal(dim1=1, dim2=2).sum(1)
+                added = coarse if added is None else added.add_(coarse)
+            if added is not None:
+                logits += _as_cells(added).t()
+            by_head = logits.view(heads, classes, -1)
+            low, high = torch.aminmax(logits)
+            if not float(torch.maximum(-low, high)) < LARGEST_LOGIT:
+                by_head -= by_head.amax(1, keepdim=True)
+            matched = (logits @ p.t()).view(heads, classes, classes).diagonal(dim1=1, dim2=2).sum(1)
             q = by_head.exp_()
-            sums = q.sum(2)  # (cells, heads)
-            losses += (sums.log() * mass).sum(0) - matched
-            q *= (mass / sums)[:, :, None]
-            q -= p[:, None]  # the gradient of the logits, but for the common divisor
-            of_shift += logits.sum(0)
-            gradients[0].addmm_(logits.t(), maps[0][image].t())
-            upstream = _as_image(logits, grids[0])
+            sums = q.sum(1)  # (heads, cells)
+            losses += sums.log() @ mass - matched
+            q *= (mass / sums)[:, None]
+            q -= p  # the gradient of the logits, but for the common divisor
+            of_shift += logits.sum(1)
+            gradients[0].addmm_(logits, maps[0][image].t())
+            if len(maps) > 1:
+                upstream = _as_image(cells_first.copy_(logits.t()), grids[0])
             for x, gradient, grid in zip(maps[1:], gradients[1:], grids[1:], strict=True):
                 own_upstream = upstream
                 if grid != grids[0]:

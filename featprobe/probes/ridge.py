@@ -110,8 +110,8 @@ def choose(
     truth = torch.cat(cells)  # (cells, classes)
     best = (-1, heads[0].bias.new_zeros(classes), -1.0)
     logits = [torch.cat(own) for own in kept]
-    for index, own in enumerate(logits):
-        offsets, score = _offsets(own, truth, best[1] * 0, 1)
+    for index, cells_of_head in enumerate(logits):
+        offsets, score = _offsets(cells_of_head, truth, torch.zeros_like(best[1]), 1)
         if score > best[2]:
             best = (index, offsets, score)
     return best[0], *_offsets(logits[best[0]], truth, best[1], ROUNDS)
