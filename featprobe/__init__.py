@@ -23,6 +23,7 @@ _PUBLIC = {
     "extract": "featprobe.stages.extract",
     "load_head": "featprobe.probes",
     "open_cache": "featprobe.cache",
+    "predict": "featprobe.stages.predict",
     "probe": "featprobe.stages.probe",
 }
 

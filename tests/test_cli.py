@@ -73,7 +73,7 @@ WORDS = [words for words, _ in commands()]
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    wanted = "extract plan probe demo backbones data cache".split()
+    wanted = "extract plan probe predict demo backbones data cache".split()
     assert sorted(cli.commands) == sorted(wanted)
 
 
@@ -92,13 +92,20 @@ def test_every_command_stands_in_the_readme(words: str) -> None:
 
 
 def test_options_that_state_a_default_state_the_one_of_the_recipe() -> None:
-    from featprobe.probes import TrainRecipe
+    """As `1000 linear, 300 others`, or one value for all."""
+    from featprobe.probes import DEFAULT_RECIPES
 
-    recipe = TrainRecipe()
+    checked = 0
     for option in cli.commands["probe"].params:
         stated = re.search(r"\[default: (.*)\]", getattr(option, "help", None) or "")
-        if stated and hasattr(recipe, str(option.name)):
-            assert stated[1] == f"{getattr(recipe, str(option.name))}", option.name
+        if stated and hasattr(DEFAULT_RECIPES["linear"], str(option.name)):
+            said = {words[-1]: words[0] for part in stated[1].split(", ") if (words := part.split())}
+            for kind, recipe in DEFAULT_RECIPES.items():
+                if kind != "ridge":
+                    value = str(getattr(recipe, str(option.name)))
+                    assert value == said.get(kind, said.get("others", stated[1])), (option.name, kind)
+                    checked += 1
+    assert checked >= 15
 
 
 def test_help_version_and_usage_errors_answer_without_torch() -> None:
@@ -361,7 +368,7 @@ PROBE = ("probe", "--iterations", 20, "--batch-size", 8, "--quiet")
 
 
 def test_probe_trains_scores_saves_and_draws(space: Path) -> None:
-    result = call(space, *PROBE, "--task", "semseg", "--show", 2)
+    result = call(space, *PROBE, "--task", "semseg", "--seeds", 1, "--show", 2)
     assert result.exit_code == 0, result.output
     assert "fg mIoU" in result.stdout and "xray" in result.stdout
     sheet = Path(re.search(r"pictures: (\S+)", result.stdout)[1])  # type: ignore[index]
@@ -386,8 +393,10 @@ def test_the_same_probe_twice_gives_the_same_scores_and_another_seed_others(spac
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--task", "semsg"], "No cache here can serve the task semsg"),
-        (["--task", "detect"], "no task 'detect'"),
+        (["--task", "semsg"], "no task 'semsg'. Did you mean semseg"),
+        (["--task", "detect", "--head", "linear"], "no detect head 'linear'"),
+        (["--loss", "ce+dise"], "no loss 'dise'. Did you mean dice"),
+        (["--fraction", "2"], "0 < F <= 1"),
         (["--head", "lineer"], "Did you mean linear"),
         (["--levels", "stride2"], "no level 'stride2' here"),
         (["--data", "surface"], "no cache of the data set 'surface'"),

@@ -24,6 +24,7 @@ CHOSEN = {
     "extract",
     "load_head",
     "open_cache",
+    "predict",
     "probe",
 }
 

@@ -158,7 +158,9 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tu
 @click.option(
     "--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000 linear, 400 fcos, 300 others]"
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Images per step.  [default: 16 linear, 8 or 4 others]")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Images per step.  [default: 16 linear, 8 upsample, 8 fcos, 4 others]"
+)
 @click.option("--lr", callback=_numbers, help="Peak learning rates of AdamW, separated by commas; all are tried.")
 @click.option("--weight-decay", callback=_numbers, help="Weight decays, separated by commas; all are tried.")
 @click.option("--loss", help="ce, dice, focal, or a sum as ce+dice.  [default: ce]")

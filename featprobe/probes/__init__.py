@@ -9,7 +9,7 @@ from featprobe.probes.objects import Detections, ObjectTarget, object_sides
 from featprobe.probes.paste import objects_at_original
 from featprobe.probes.predict import logits_at_original, predict_classes
 from featprobe.probes.rcnn import RcnnHead
-from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, save_head
+from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, plain, save_head
 from featprobe.probes.train import DEFAULT_RECIPES, CurvePoint, TrainRecipe, grid_of, train
 from featprobe.probes.upsample import UpsampleHead
 
@@ -40,6 +40,7 @@ __all__ = [
     "object_sides",
     "objects_at_original",
     "parameter_count",
+    "plain",
     "predict_classes",
     "save_head",
     "start_at_prior",

@@ -57,7 +57,7 @@ def detection_strides(strides: Sequence[int], sides: Sequence[float]) -> tuple[i
     still spans twice, or the finest there is; levels that even the large objects do not reach are left out.
 
     >>> detection_strides((4, 8, 16, 32), (25.0, 33.0, 50.0)), detection_strides((4, 8, 16, 32), (6.0, 20.0, 200.0))
-    ((8,), (4, 8, 16, 32))
+    ((8, 16), (4, 8, 16, 32))
     """
     if not sides:
         return tuple(strides)

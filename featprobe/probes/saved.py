@@ -42,7 +42,7 @@ def save_head(folder: Path, head: nn.Module, card: Mapping[str, Any], files: Map
     for name, data in files.items():
         (folder / f".{name}.tmp").write_bytes(data)
         (folder / f".{name}.tmp").replace(folder / name)
-    sealed = _plain({**card, "head_sha256": _sha256(folder / "head.safetensors")})
+    sealed = plain({**card, "head_sha256": _sha256(folder / "head.safetensors")})
     sealed["card_sha256"] = digest(sealed)
     (folder / ".card.tmp").write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
     (folder / ".card.tmp").replace(folder / "card.json")
@@ -109,7 +109,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     A torn last line, left by a kill, is closed off first, so that it spoils no other.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"version": ROW_VERSION, **_plain(row)}, separators=(",", ":")).encode() + b"\n"
+    line = json.dumps({"version": ROW_VERSION, **plain(row)}, separators=(",", ":")).encode() + b"\n"
     with path.open("a+b") as stream:
         fcntl.lockf(stream, fcntl.LOCK_EX)
         size = stream.seek(0, os.SEEK_END)
@@ -121,12 +121,12 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no nan: a score that does not exist is null."""
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it, which has no nan: a score that does not exist is None."""
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

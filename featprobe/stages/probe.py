@@ -35,6 +35,7 @@ from featprobe.probes import (
     kinds_of,
     make_folder,
     parameter_count,
+    plain,
     save_head,
     train,
 )
@@ -137,6 +138,7 @@ def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
         if options.lr or options.weight_decay:
             raise ProbeError("ridge is solved, not trained: it has no --lr and no --weight-decay to try.")
         recipe = replace(recipe, iterations=1, evaluations=1)
+    grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
     seeds = options.seeds if options.seeds is not None else 3 if task == "semseg" and head != "ridge" else 1
     if seeds < 1:
         raise ProbeError(f"{seeds} seeds can't be trained. wanted: --seeds 1 or more.")
@@ -260,6 +262,9 @@ class _Run:
         """Train on train, choose on val, score the chosen on test once; write heads, cards, curves, result rows."""
         begun = time.perf_counter()
         trials = self._trials()
+        absent = [name for name, count in self._counts(trials[0].head).items() if not count]
+        if absent:
+            self.notes.append(f"{self.cache.data.name}: no training example of {', '.join(absent)}")
         levels: Any = trials[0].head.levels
         with FeatureLoader(self.cache, levels, self.device) as loader:
             loader.keep_on_device(np.sort(np.concatenate(list(self.rows.values()))))
@@ -331,10 +336,6 @@ class _Run:
     def _train(self, trials: Sequence[_Trial], loader: FeatureLoader, say: Say) -> list[list[CurvePoint]]:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads)
-        counts = self._counts(trials[0].head)
-        absent = [name for name, count in counts.items() if not count]
-        if absent:
-            self.notes.append(f"{self.cache.data.name}: no training example of {', '.join(absent)}")
         say(self._prediction(heads, loss, loader))
         torch.manual_seed(self.seeds[0])
         bar = tqdm(total=self.recipe.iterations, desc=self._title(), unit="it", disable=self.options.quiet, leave=False)
@@ -486,7 +487,7 @@ class _Run:
         }
         if self.kind == "ridge":
             row |= {"ridge": self.ridge, "trials": self.ridge["tried"], "weights_from": "closed form"}
-        return row
+        return plain(row)
 
     def _card(self, row: dict[str, Any], curve: list[CurvePoint]) -> dict[str, Any]:
         packages = ("torch", "torchvision", "timm", "numpy")

@@ -19,7 +19,7 @@ def training_subset(
     classes: of each image.
 
     >>> training_subset(["a", "b", "c", "d"], ["p", "p", "q", "q"], [{0}, {0, 1}, {0}, {0}], 0.5).tolist()
-    [1, 2]
+    [0, 1]
     """
     order = sorted(range(len(ids)), key=lambda i: (_hash(groups[i]), groups[i], _hash(ids[i]), ids[i]))
     every = sorted(set().union(*classes), key=lambda c: (sum(c in own for own in classes), c))
