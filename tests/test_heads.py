@@ -220,7 +220,7 @@ def test_a_head_overfits_two_images(kind: tuple[str, str], two_images: Any) -> N
     features, levels, targets, labels = two_images
     torch.manual_seed(0)
     sides = object_sides(torch.cat([t.boxes for t in targets])) if kind[0] != "semseg" else ()
-    head = build_head(HeadRecipe(*kind, ("background", "disc"), sides=sides), levels).train()
+    head = build_head(HeadRecipe(*kind, ("background", "disc"), width=32, sides=sides), levels).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3 if kind[1] == "linear" else 1e-3)
     for _ in range(120 if kind[0] == "semseg" else 80):
         if kind[0] == "semseg":

@@ -307,6 +307,41 @@ def test_the_level_loss_is_the_pixel_loss_of_nearest_upsampling(
     assert torch.allclose(gradient, torch.autograd.grad(wanted, logits)[0], atol=1e-9)
 
 
+def test_dice_and_focal_by_hand_and_their_sums() -> None:
+    logits = torch.log(torch.tensor([[[[0.5, 0.9]], [[0.5, 0.1]]]], dtype=torch.float64))
+    shares = torch.tensor([[[[0.25, 1.0]], [[0.5, 0.0]]]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    first = 1 - 2 * (0.5 * 0.25 + 0.9) / (0.5 * 0.75 + 0.9 + 1.25)
+    second = 1 - 2 * (0.5 * 0.5) / (0.5 * 0.75 + 0.1 + 0.5)
+    assert float(level_loss(logits, shares, None, "dice")) == pytest.approx((first + second) / 2, rel=1e-9)
+    focal = (0.25 * 0.25 * np.log(2) + 3 * 0.5 * 0.25 * np.log(2) + 0.01 * -np.log(0.9)) / (0.25 + 1.5 + 1.0)
+    assert float(level_loss(logits, shares, weights, "focal")) == pytest.approx(focal, rel=1e-9)
+    parts = [float(level_loss(logits, shares, weights, term)) for term in ("ce", "dice", "focal")]
+    assert float(level_loss(logits, shares, weights, "ce+dice+focal")) == pytest.approx(sum(parts), rel=1e-9)
+
+
+@given(made=label_maps, loss=st.sampled_from(["dice", "focal", "ce+dice"]))
+def test_every_loss_at_the_level_is_that_of_nearest_upsampling_at_the_image(
+    made: tuple[int, int, int, float], loss: str
+) -> None:
+    seed, stride, classes, ignored = made
+    labels = random_labels(seed, stride, classes, ignored)
+    logits = torch.randn(2, classes, 2, 3, generator=generator(seed), dtype=torch.float64)
+    weights = torch.rand(classes, generator=generator(seed), dtype=torch.float64) + 0.1
+    found = level_loss(logits, cell_shares(labels, classes, stride).double(), weights, loss)
+    upsampled = interpolate(logits, labels.shape[1:], mode="nearest")
+    assert float(found) == pytest.approx(float(image_loss(upsampled, labels, weights, loss)), abs=1e-9)
+
+
+def test_a_class_that_a_batch_lacks_takes_no_part_in_dice() -> None:
+    logits = torch.randn(1, 3, 2, 2, generator=generator(0))
+    shares = torch.zeros(1, 3, 2, 2)
+    shares[:, 0] = 1
+    assert torch.isclose(level_loss(logits, shares, None, "dice"), 1 - 2 * logits.softmax(1)[:, 0].sum() /
+                         (logits.softmax(1)[:, 0].sum() + 4))  # fmt: skip
+    assert float(level_loss(logits, torch.zeros(1, 3, 2, 2), None, "ce+dice+focal")) == 0
+
+
 def test_torchs_loss_with_class_probabilities_would_be_another() -> None:
     """The reason for a loss of our own."""
     labels = random_labels(3, 4, 3, 0.4)
