@@ -238,7 +238,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
         ),
         lambda line: click.echo(line, err=True),
     )
-    _show_probe(report, json_)
+    _show_probe(report, json_, _workspace(ctx).probes)
 
 
 @cli.command()
@@ -285,7 +285,8 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
     """
     from featprobe.stages.demo import demo as run
 
-    _show_probe(run(_workspace(ctx), lambda line: click.echo(line, err=json_), device), json_)
+    workspace = _workspace(ctx)
+    _show_probe(run(workspace, lambda line: click.echo(line, err=json_), device), json_, workspace.probes)
 
 
 @cli.command()
@@ -613,7 +614,7 @@ def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:
     return f", levels {low:g} to {high:g}{clipped}"
 
 
-def _show_probe(report: "ProbeReport", json_: bool) -> None:
+def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     from featprobe.report.tables import result_table, show_table
 
     if json_:
@@ -622,5 +623,9 @@ def _show_probe(report: "ProbeReport", json_: bool) -> None:
         click.echo(f"note: {note}")
     click.echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
     click.echo(show_table(result_table(report.rows)))
+    click.echo()
+    for folder in dict.fromkeys(Path(row["folder"]).parent for row in report.rows):
+        seeds = ", ".join(Path(r["folder"]).name for r in report.rows if Path(r["folder"]).parent == folder)
+        click.echo(f"heads: {probes / folder}/ {seeds}")
     for sheet in report.sheets:
         click.echo(f"pictures: {sheet}")
