@@ -67,7 +67,7 @@ def optimizer_of(heads: Sequence[LinearHead], rates: Sequence[tuple[float, float
         {"params": list(head.parameters()), "lr": lr, "weight_decay": decay}
         for head, (lr, decay) in zip(heads, rates, strict=True)
     ]
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def trainer(case: Case, heads: Sequence[LinearHead], rates: Sequence[tuple[float, float]]) -> Callable[[Batch], None]:

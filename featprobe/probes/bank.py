@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from featprobe.errors import ShapeError
 from featprobe.levels import Features
@@ -78,40 +77,42 @@ class _FusedLoss(torch.autograd.Function):
         gradients = [torch.zeros_like(weight) for weight in weights]
         of_shift = torch.zeros_like(shift)
         losses = shares.new_zeros(heads)
-        logits = shares.new_empty(outputs, grids[0][0] * grids[0][1])
-        cells_first = shares.new_empty(logits.shape[1], outputs)
-        for image, own in enumerate(shares):
-            p = own.flatten(1)  # (classes, cells)
-            mass = p.sum(0)  # (cells,)
-            torch.addmm(shift[:, None], weights[0], maps[0][image], out=logits)
-            added = None
-            for x, weight, grid in zip(maps[1:], weights[1:], grids[1:], strict=True):
-                coarse = _as_image((weight @ x[image]).t().contiguous(), grid)
-                if grid != grids[0]:
-                    coarse = interpolate(coarse, grids[0], mode="bilinear", align_corners=False)
-                added = coarse if added is None else added.add_(coarse)
-            if added is not None:
-                logits += _as_cells(added).t()
-            by_head = logits.view(heads, classes, -1)
+        step = min(len(shares), torch.get_num_threads())  # upsampling keeps one thread busy per image
+        room = [shares.new_empty(step, *grids[0], outputs).permute(0, 3, 1, 2) for _ in range(2)]
+        logits_room = shares.new_empty(step, outputs, grids[0][0] * grids[0][1])
+        for start in range(0, len(shares), step):
+            p = shares[start : start + step].flatten(2)  # (images, classes, cells)
+            images = len(p)
+            part = [x[start : start + step] for x in maps]
+            mass = p.sum(1)  # (images, cells)
+            logits, added, scratch = logits_room[:images], room[0][:images], room[1][:images]
+            start_from = shift[:, None].expand(images, -1, 1)
+            for index, (x, weight, grid) in enumerate(zip(part[1:], weights[1:], grids[1:], strict=True)):
+                coarse = torch.bmm(weight.expand(images, -1, -1), x).unflatten(2, grid)
+                if not index:
+                    coarse += shift[:, None, None]  # upsampled, a constant stays what it is
+                _upsample(coarse.contiguous(memory_format=torch.channels_last), scratch if index else added)
+                if index:
+                    added += scratch
+                start_from = added.flatten(2)
+            torch.baddbmm(start_from, weights[0].expand(images, -1, -1), part[0], out=logits)
+            by_head = logits.view(images, heads, classes, -1)
             low, high = torch.aminmax(logits)
             if not float(torch.maximum(-low, high)) < LARGEST_LOGIT:
-                by_head -= by_head.amax(1, keepdim=True)
-            matched = (logits @ p.t()).view(heads, classes, classes).diagonal(dim1=1, dim2=2).sum(1)
+                by_head -= by_head.amax(2, keepdim=True)
+            products = torch.bmm(logits, p.transpose(1, 2)).sum(0).view(heads, classes, classes)
             q = by_head.exp_()
-            sums = q.sum(1)  # (heads, cells)
-            losses += sums.log() @ mass - matched
-            q *= (mass / sums)[:, None]
-            q -= p  # the gradient of the logits, but for the common divisor
-            of_shift += logits.sum(1)
-            gradients[0].addmm_(logits, maps[0][image].t())
+            sums = q.sum(2)  # (images, heads, cells)
+            losses += (sums.log() * mass[:, None]).sum((0, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)
+            q *= (mass[:, None] / sums)[:, :, None]
+            q -= p[:, None]  # the gradient of the logits, but for the common divisor
+            of_shift += logits.sum((0, 2))
+            gradients[0] += torch.bmm(logits, part[0].transpose(1, 2)).sum(0)
             if len(maps) > 1:
-                upstream = _as_image(cells_first.copy_(logits.t()), grids[0])
-            for x, gradient, grid in zip(maps[1:], gradients[1:], grids[1:], strict=True):
-                own_upstream = upstream
-                if grid != grids[0]:
-                    size = [1, outputs, *grid]
-                    own_upstream = torch.ops.aten.upsample_bilinear2d_backward(upstream, list(grids[0]), size, False)
-                gradient.addmm_(_as_cells(own_upstream).t(), x[image].t())
+                scratch.copy_(logits.unflatten(2, grids[0]))
+            for x, gradient, grid in zip(part[1:], gradients[1:], grids[1:], strict=True):
+                own = _upsample_adjoint(scratch, grid).flatten(2)
+                gradient += torch.bmm(own, x.transpose(1, 2)).sum(0)
         ctx.save_for_backward(of_shift / total, *(gradient / total for gradient in gradients))
         return losses / total
 
@@ -123,11 +124,17 @@ class _FusedLoss(torch.autograd.Function):
         return None, None, None, of_shift * each, None, *(gradient * each[:, None] for gradient in gradients)
 
 
-def _as_image(cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(cells, channels) as (1, channels, rows, columns), channels last in memory."""
-    return cells.view(1, *grid, -1).permute(0, 3, 1, 2)
+def _upsample(x: Tensor, out: Tensor) -> None:
+    """Bilinear upsampling of (images, channels, rows, columns) to the grid of `out`, both channels last in memory."""
+    if x.shape == out.shape:
+        out.copy_(x)
+    else:
+        torch.ops.aten.upsample_bilinear2d.out(x, list(out.shape[2:]), False, None, None, out=out)
 
 
-def _as_cells(image: Tensor) -> Tensor:
-    """(1, channels, rows, columns) as (cells, channels)."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+def _upsample_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What upsampling makes of a gradient: (images, channels, rows, columns) of the coarse grid."""
+    size = list(gradient.shape[2:])
+    if tuple(size) == tuple(grid):
+        return gradient
+    return torch.ops.aten.upsample_bilinear2d_backward(gradient, size, [*gradient.shape[:2], *grid], False)

@@ -137,7 +137,7 @@ def train(
         {"params": list(head.parameters()), "lr": own.lr, "weight_decay": own.weight_decay}
         for head, own in zip(heads, recipes, strict=True)
     ]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)  # many small parameters: one call instead of thousands
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, recipe))
     marks = {round(recipe.iterations * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
     curves: list[list[CurvePoint]] = [[] for _ in heads]
