@@ -4,9 +4,9 @@
 
 A step takes a batch of fp16 features of ConvNeXt-T at 512x512 pixels from a cache file (in the page cache, read
 ahead by the loader's thread), converts it to fp32, normalises each level by the batch's statistics, and goes
-forward, through the loss, back, and through AdamW. One arm trains one head by the product's path for a single head, the other nine heads
-(three learning rates by three weight decays) as a bank. Before the clock starts, each of the nine must end where the
-head trained alone ends, from the same weights over the same batches.
+forward, through the loss, back, and through AdamW. One arm trains one head by the product's path for a single
+head, the other nine heads (three learning rates by three weight decays) as a bank. Before the clock starts,
+each of the nine must end where the head trained alone ends, from the same weights over the same batches.
 """
 
 import argparse
