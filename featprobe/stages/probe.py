@@ -130,7 +130,6 @@ def probe(
 def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
     """The options with their defaults filled in; raises ProbeError for what can't be."""
     head = options.head or kinds_of(task)[0]
-    HeadRecipe(task, head, ("background", "any"))
     if head not in kinds_of(task):
         raise ProbeError(f"There is no {task} head {head!r}. {nearest(head, kinds_of(task))}")
     recipe = options.recipe or DEFAULT_RECIPES[head]
@@ -284,7 +283,7 @@ class _Run:
             row = self._row(trials[index], curves[index], outcome, len(curves) // len(self.seeds), seconds)
             own = [i for i, trial in enumerate(trials) if trial.seed == seed]
             kept = [_curve_json(trials[i].recipe, curves[i], i == index) for i in own]
-            files = {**outcome.files, "curves.json": json.dumps(kept).encode()}
+            files = {**outcome.files, "curves.json": json.dumps(plain(kept)).encode()}
             save_head(self.folder / f"seed{seed}", trials[index].head, self._card(row, curves[index]), files)
             append_row(self.workspace.probes / "results.jsonl", row)
             rows.append(row)
@@ -307,8 +306,7 @@ class _Run:
     def _task(self) -> Segmentation | Detection:
         if self.task_name == "semseg":
             self._take_fraction(lambda row: np.unique(self.cache.semantic(row)).tolist())
-            task = Segmentation(self.cache, self.rows["train"], self.recipe, self.device, self.options.absent)
-            return task
+            return Segmentation(self.cache, self.rows["train"], self.recipe, self.device, self.options.absent)
         masks, source = self.task_name == "instseg", self.options.instances
         everything = Detection(self.cache, self.rows["train"], self.device, masks=masks, source=source)
         self._take_fraction(lambda row: [i.category for i in everything.instances(row)])
