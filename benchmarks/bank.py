@@ -14,7 +14,6 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from _bench import Timings, interleave, positive, quartile_text, report
 from cache_read import FRAME, LEVELS, write_cache
+from linear_head import Case
 from torch import Tensor
 
 from featprobe.cache import Cache, FeatureLoader
@@ -36,17 +36,6 @@ BATCHES = 3  # different ones, taken in turn
 ROWS = 32  # of the cache
 TIMED = 8  # steps of an arm in a round, after one that is not counted
 BLOB = 16  # pixels, side of the squares that labels are made of
-
-
-@dataclass(frozen=True)
-class Case:
-    """How many classes, and where the loss is taken: at the finest level's grid, or at the image's."""
-
-    classes: int
-    loss_at: str
-
-    def __str__(self) -> str:
-        return f"{self.classes} classes, loss at {self.loss_at}"
 
 
 Batch = tuple[Features, Tensor]

@@ -13,12 +13,12 @@ from featprobe.probes.objects import (
     Detections,
     ObjectTarget,
     clip_to,
-    detection_strides,
+    detection_pyramid,
     in_crowd,
     side_ranges,
     suppress,
 )
-from featprobe.probes.pyramid import ConvBlock, PyramidKind, make_pyramid
+from featprobe.probes.pyramid import ConvBlock, PyramidKind
 
 CENTRE_RADIUS = 1.5  # cells around an object's centre that answer for it
 PRIOR = 0.01  # probability that a cell begins by giving to every class
@@ -67,9 +67,7 @@ class FcosHead(nn.Module):
         pyramid: PyramidKind = "auto",
     ) -> None:
         super().__init__()
-        every = make_pyramid(levels, width, pyramid).strides
-        self.strides = detection_strides(every, sides)
-        self.pyramid = make_pyramid(levels, width, pyramid, self.strides[0])
+        self.strides, self.pyramid = detection_pyramid(levels, width, sides, pyramid)
         self.levels = self.pyramid.levels
         self.classes = classes
         self.ranges = side_ranges(self.strides)

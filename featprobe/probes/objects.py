@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_area
 
+from featprobe.levels import FeatureLevel
+from featprobe.probes.pyramid import PyramidKind, SimplePyramid, TopDown, make_pyramid
+
 MOST_DETECTIONS = 100  # an image, as COCO counts
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
 CELLS_AT_BORDER = 8  # an object whose side spans more cells of a level goes to the next (FCOS: 64 pixels at stride 8)
@@ -65,6 +68,14 @@ def detection_strides(strides: Sequence[int], sides: Sequence[float]) -> tuple[i
     finest = max(fine) if fine else min(strides)
     kept = [stride for stride in strides if stride >= finest]
     return tuple(s for i, s in enumerate(kept) if i == 0 or CELLS_AT_BORDER * kept[i - 1] < 1.5 * sides[2])
+
+
+def detection_pyramid(
+    levels: Sequence[FeatureLevel], width: int, sides: Sequence[float], kind: PyramidKind
+) -> tuple[tuple[int, ...], TopDown | SimplePyramid]:
+    """The strides at which objects of these sizes are looked for, and a pyramid whose finest maps are of those."""
+    strides = detection_strides(make_pyramid(levels, width, kind).strides, sides)
+    return strides, make_pyramid(levels, width, kind, strides[0])
 
 
 def object_sides(boxes: Tensor) -> tuple[float, ...]:

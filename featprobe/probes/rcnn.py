@@ -20,10 +20,10 @@ from featprobe.probes.objects import (
     ObjectTarget,
     anchor_sizes,
     clip_to,
-    detection_strides,
+    detection_pyramid,
     in_crowd,
 )
-from featprobe.probes.pyramid import PyramidKind, make_pyramid
+from featprobe.probes.pyramid import PyramidKind
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 HIDDEN_PER_WIDTH = 4  # of the two fully connected layers of the box head
@@ -48,9 +48,7 @@ class RcnnHead(nn.Module):
         masks: bool = False,
     ) -> None:
         super().__init__()
-        every = make_pyramid(levels, width, pyramid).strides
-        self.strides = detection_strides(every, sides)
-        self.pyramid = make_pyramid(levels, width, pyramid, self.strides[0])
+        self.strides, self.pyramid = detection_pyramid(levels, width, sides, pyramid)
         self.levels = self.pyramid.levels
         self.classes = classes
         self.sizes = anchor_sizes(self.strides, sides)
