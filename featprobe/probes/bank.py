@@ -50,7 +50,13 @@ class LinearBank:
         if weights is not None:
             shares = shares * weights[:, None, None]
         grids = [level.cells(features.frame) for level in levels]
+        folded, shift = [self._against_first(w) for w in folded], self._against_first(shift)
         return _FusedLoss.apply(len(self.heads), grids, shares, shift, maps, *folded)
+
+    def _against_first(self, x: Tensor) -> Tensor:
+        """(heads * classes, …) as differences to each head's first class, (heads * (classes - 1), …)."""
+        by_head = x.unflatten(0, (len(self.heads), -1))
+        return (by_head[:, 1:] - by_head[:, :1]).flatten(0, 1)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -58,7 +64,8 @@ class _FusedLoss(torch.autograd.Function):
 
     On CPUs what costs is not the products but what stands between them: logits of many heads do not fit the caches,
     and upsampling them in the channels-first order is slow. So an image at a time goes forward and straight back, with
-    cells first and channels last, and only the small gradients of the folded weights are kept.
+    cells first and channels last, and only the small gradients of the folded weights are kept. Softmax sees nothing but
+    differences of logits, so those of the first class are taken as zero and never computed.
     """
 
     @staticmethod
@@ -71,8 +78,8 @@ class _FusedLoss(torch.autograd.Function):
         maps: Sequence[Tensor],
         *weights: Tensor,
     ) -> Tensor:
-        """shares: (batch, classes, rows, columns), weighted. Returns (heads,)."""
-        outputs, classes = len(shift), shares.shape[1]
+        """shares: (batch, classes, rows, columns), weighted. shift, weights: against the first class. Returns (heads,)."""
+        outputs, classes = len(shift), shares.shape[1] - 1
         total = shares.sum().clamp(min=1e-12)
         gradients = [torch.zeros_like(weight) for weight in weights]
         of_shift = torch.zeros_like(shift)
@@ -81,10 +88,9 @@ class _FusedLoss(torch.autograd.Function):
         room = [shares.new_empty(step, *grids[0], outputs).permute(0, 3, 1, 2) for _ in range(2)]
         logits_room = shares.new_empty(step, outputs, grids[0][0] * grids[0][1])
         for start in range(0, len(shares), step):
-            p = shares[start : start + step].flatten(2)  # (images, classes, cells)
-            images = len(p)
+            every = shares[start : start + step].flatten(2)  # (images, 1 + classes, cells)
+            p, mass, images = every[:, 1:], every.sum(1), len(every)
             part = [x[start : start + step] for x in maps]
-            mass = p.sum(1)  # (images, cells)
             logits, added, scratch = logits_room[:images], room[0][:images], room[1][:images]
             start_from = shift[:, None].expand(images, -1, 1)
             for index, (x, weight, grid) in enumerate(zip(part[1:], weights[1:], grids[1:], strict=True)):
@@ -97,12 +103,15 @@ class _FusedLoss(torch.autograd.Function):
                 start_from = added.flatten(2)
             torch.baddbmm(start_from, weights[0].expand(images, -1, -1), part[0], out=logits)
             by_head = logits.view(images, heads, classes, -1)
-            low, high = torch.aminmax(logits)
-            if not float(torch.maximum(-low, high)) < LARGEST_LOGIT:
-                by_head -= by_head.amax(2, keepdim=True)
             products = torch.bmm(logits, p.transpose(1, 2)).sum(0).view(heads, classes, classes)
+            first = 1.0  # exp of the first class's logit
+            if not float(logits.amax()) < LARGEST_LOGIT:
+                peak = by_head.amax(2).clamp(min=0)  # (images, heads, cells)
+                losses += (peak * mass[:, None]).sum((0, 2))
+                by_head -= peak[:, :, None]
+                first = peak.neg_().exp_()
             q = by_head.exp_()
-            sums = q.sum(2)  # (images, heads, cells)
+            sums = q.sum(2) + first  # (images, heads, cells)
             losses += (sums.log() * mass[:, None]).sum((0, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)
             q *= (mass[:, None] / sums)[:, :, None]
             q -= p[:, None]  # the gradient of the logits, but for the common divisor
