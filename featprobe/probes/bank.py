@@ -78,7 +78,7 @@ class _FusedLoss(torch.autograd.Function):
         maps: Sequence[Tensor],
         *weights: Tensor,
     ) -> Tensor:
-        """shares: (batch, classes, rows, columns), weighted. shift, weights: against the first class. Returns (heads,)."""
+        """shares: (batch, classes, rows, columns), weighted. shift, weights: less the first class. Returns (heads,)."""
         outputs, classes = len(shift), shares.shape[1] - 1
         total = shares.sum().clamp(min=1e-12)
         gradients = [torch.zeros_like(weight) for weight in weights]
