@@ -104,7 +104,7 @@ class _FusedLoss(torch.autograd.Function):
             torch.baddbmm(start_from, weights[0].expand(images, -1, -1), part[0], out=logits)
             by_head = logits.view(images, heads, classes, -1)
             products = torch.bmm(logits, p.transpose(1, 2)).sum(0).view(heads, classes, classes)
-            first = 1.0  # exp of the first class's logit
+            first: Tensor | float = 1.0  # exp of the first class's logit
             if not float(logits.amax()) < LARGEST_LOGIT:
                 peak = by_head.amax(2).clamp(min=0)  # (images, heads, cells)
                 losses += (peak * mass[:, None]).sum((0, 2))
