@@ -16,7 +16,7 @@ _PUBLIC = {
     "FeatureLevel": "featprobe.levels",
     "Features": "featprobe.levels",
     "HeadRecipe": "featprobe.probes",
-    "ProbeOptions": "featprobe.stages.probe",
+    "ProbeOptions": "featprobe.stages.trials",
     "TrainRecipe": "featprobe.probes",
     "Workspace": "featprobe.stages.workspace",
     "build_head": "featprobe.probes",

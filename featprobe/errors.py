@@ -8,6 +8,7 @@
     │   ├── CacheIncompleteError  rows are missing
     │   └── OverflowsDtypeError   a feature does not fit the cache's number format
     ├── ProbeError                a head, a saved head, a training recipe
+    │   └── DivergedError         a training whose loss is not finite any more
     └── ShapeError                tensors that disagree (a caller's mistake)
 
 A message is a letter: what, where, what was wanted, what was found, what was done about it, what to
@@ -48,6 +49,10 @@ class OverflowsDtypeError(CacheError):
 
 class ProbeError(FeatprobeError):
     """A head, a saved head or a training recipe is not usable."""
+
+
+class DivergedError(ProbeError):
+    """The loss of every head of a training is not finite any more."""
 
 
 class ShapeError(FeatprobeError):

@@ -147,6 +147,7 @@ class DataInfo:
     fingerprint: over ids, image hashes, groups, splits, classes and targets.
     clipped: share of annotated foreground pixels outside the intensity window, None without a window.
     category_ids: what the set's own annotations call each class but the background; empty where nothing.
+    bits: of a channel of its images, 8 or 16; None where that was not kept.
     """
 
     name: str
@@ -157,3 +158,4 @@ class DataInfo:
     clipped: float | None = None
     notes: tuple[str, ...] = field(default=())
     category_ids: tuple[int, ...] = ()
+    bits: int | None = None

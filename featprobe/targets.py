@@ -7,7 +7,7 @@ from the background, as pycocotools writes it.
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -92,18 +92,20 @@ def semantic_from_instances(instances: Sequence[Instance], size: Size) -> Labels
 def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     """Objects from a (height, width) mask of class indices: the connected components of each class but the background.
 
-    Cells that touch at a corner are connected; 255 belongs to nothing.
+    Pixels that touch at a corner are connected. Each component of 255 is a crowd of every class.
 
-    >>> [i.box_xyxy for i in components(np.array([[1, 0, 1], [0, 1, 0], [2, 0, 255]], np.uint8), 3)]
-    [(0.0, 0.0, 3.0, 2.0), (0.0, 2.0, 1.0, 3.0)]
+    >>> found = components(np.array([[1, 0, 1], [0, 1, 0], [2, 0, 255]], np.uint8), 3)
+    >>> [(i.category, i.box_xyxy) for i in found if not i.crowd]
+    [(1, (0.0, 0.0, 3.0, 2.0)), (2, (0.0, 2.0, 1.0, 3.0))]
     """
     found = []
-    for category in range(1, classes):
-        numbered, _ = ndimage.label(labels == category, structure=np.ones((3, 3)))
+    for value in (*range(1, classes), IGNORE):
+        numbered, _ = ndimage.label(labels == value, structure=np.ones((3, 3)))
         for number, (rows, columns) in enumerate(ndimage.find_objects(numbered), start=1):
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
             mask = numbered == number
-            found.append(Instance(category, box, encode_rle(mask), area=float(mask.sum())))
+            one = Instance(value, box, encode_rle(mask), crowd=value == IGNORE, area=float(mask.sum()))
+            found += [one] if value != IGNORE else [replace(one, category=c) for c in range(1, classes)]
     return tuple(found)
 
 

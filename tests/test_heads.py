@@ -13,6 +13,7 @@ from helpers import recipe_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from featprobe.backbones import load_backbone
 from featprobe.errors import ProbeError
@@ -33,9 +34,10 @@ from featprobe.probes import (
     save_head,
 )
 from featprobe.probes.fcos import assign
-from featprobe.probes.objects import anchor_sizes, detection_strides, object_sides, side_ranges
+from featprobe.probes.objects import anchor_sizes, detection_strides, maps_of, object_sides, side_ranges
 from featprobe.probes.paste import paste_mask
 from featprobe.probes.pyramid import PaddedGroupNorm, cells_inside
+from featprobe.probes.rcnn import RegionPool, half_pixel_later
 from featprobe.specs import BackboneSpec
 from featprobe.targets import components, decode_rle
 
@@ -281,6 +283,58 @@ def parts_of(found: Any) -> Iterator[Tensor]:
 
 def test_every_kind_says_how_it_is_trained() -> None:
     assert {kind for _, kind in HEADS} == set(DEFAULT_RECIPES)
+
+
+@pytest.mark.parametrize("sides", [(), (9.0, 15.0, 50.0), (70.0, 100.0, 150.0), (300.0, 400.0, 500.0)])
+@pytest.mark.parametrize("levels", [FOUR, ONE, VIT, FOUR[3:]], ids=["four", "one", "one stride", "coarse"])
+def test_every_map_that_detects_has_the_stride_that_it_stands_for(
+    levels: Sequence[FeatureLevel], sides: tuple[float, ...]
+) -> None:
+    frame = (256, 192)
+    for kind in (("detect", "fcos"), ("detect", "fasterrcnn")):
+        head: Any = build_head(HeadRecipe(*kind, CLASSES, width=8, sides=sides), levels)
+        maps = maps_of(head.pyramid, head.strides, random_features(levels, frame))
+        assert [(m.shape[2] * s, m.shape[3] * s) for (m, _), s in zip(maps, head.strides, strict=True)] == [
+            frame for _ in head.strides
+        ]
+
+
+def test_regions_are_pooled_from_where_they_lie() -> None:
+    strides = (4, 8)
+    maps = {}
+    for stride in strides:  # each cell holds the pixel coordinates of its centre
+        y, x = torch.meshgrid([(torch.arange(256 // stride) + 0.5) * stride] * 2, indexing="ij")
+        maps[str(stride)] = torch.stack([x, y])[None]
+    boxes = torch.tensor([[40.0, 60.0, 68.0, 88.0], [30.0, 20.0, 170.0, 160.0]])  # one for each level
+    pooled = RegionPool(strides, 7)(maps, [boxes], [(256, 256)])
+    for own, (x1, y1, x2, y2) in zip(pooled, boxes.tolist(), strict=True):
+        bins = (torch.arange(7) + 0.5) / 7
+        assert torch.allclose(own[0], (x1 + (x2 - x1) * bins).expand(7, 7), atol=0.01)
+        assert torch.allclose(own[1], (y1 + (y2 - y1) * bins)[:, None].expand(7, 7), atol=0.01)
+
+
+@pytest.mark.parametrize("grown", [0.0, 1.5, 3.0])
+def test_a_perfect_mask_comes_back_where_it_was(grown: float) -> None:
+    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    mask[0, 20:32, 30:44] = 1
+    box = torch.tensor([[30.0 - grown, 20.0 - grown, 44.0 + grown, 32.0 + grown]])
+    wanted = project_masks_on_boxes(half_pixel_later(mask), box, torch.zeros(1, dtype=torch.int64), 28)
+    found = paste_mask(wanted[0], box[0].tolist(), (64, 64))
+    assert (found & mask[0].numpy().astype(bool)).sum() / (found | mask[0].numpy().astype(bool)).sum() > 0.97
+
+
+@pytest.mark.parametrize("kind", ["fasterrcnn", "maskrcnn"])
+def test_a_batch_that_is_nothing_but_crowd_has_a_finite_loss(kind: str) -> None:
+    task = "instseg" if kind == "maskrcnn" else "detect"
+    frame = (64, 96)
+    crowd = torch.tensor([[-999.0, -999.0, 999.0, 999.0]])
+    nothing = ObjectTarget(
+        torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, *frame, dtype=torch.uint8), crowd
+    )
+    head = build_head(recipe_for(task, kind), FOUR).train()
+    loss = loss_of(head, task, random_features(FOUR, frame), [nothing, nothing])
+    assert loss.isfinite()
+    loss.backward()
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ from featprobe.probes.linear import EPSILON, MOMENTUM
 from featprobe.probes.train import batches_of, learning_rate
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extract import extract_with
-from featprobe.stages.probe import REHEARSED, ProbeOptions, extraction_seconds, find_caches, probe
+from featprobe.stages.probe import find_caches, probe
+from featprobe.stages.trials import REHEARSED, ProbeOptions, extraction_seconds
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import IGNORE, cell_shares
 
@@ -483,7 +484,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
 def feed_of(features: Features, rows: int) -> Any:
     """A feed that gives the same features for every batch."""
 
-    def feed(orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
+    def feed(orders: Iterable[NDArray[np.intp]], first: int = 0) -> Iterator[tuple[NDArray[np.intp], Features]]:
         for order in orders:
             yield order, features
 
@@ -602,7 +603,13 @@ def test_a_head_can_not_tell_cached_features_from_live_ones(lite0_space: Workspa
         return level_loss(logits, cell_shares(torch.stack([labels[r] for r in batch.tolist()]), head.classes, 4))  # type: ignore[arg-type]
 
     with FeatureLoader(exact) as loader:
-        train_one(head, loader.batches, rows, loss, TrainRecipe(iterations=60, lr=0.01, batch_size=8))
+        train_one(
+            head,
+            lambda orders, first: loader.batches(orders),
+            rows,
+            loss,
+            TrainRecipe(iterations=60, lr=0.01, batch_size=8),
+        )
     everything = np.arange(len(exact))
     live = load_backbone(BackboneSpec("lite0", "tf_efficientnet_lite0", "random"))
     pictures = [
@@ -724,7 +731,7 @@ def test_a_place_that_can_not_be_written_is_met_before_training(
 ) -> None:
     (tmp_path / "probes").write_text("a file where a folder should be")
     monkeypatch.setattr(pooled, "probes", tmp_path / "probes")
-    monkeypatch.setattr("featprobe.stages.probe.train", None)
+    monkeypatch.setattr("featprobe.stages.trials.train", None)
     with pytest.raises(ProbeError, match=r"can't be written \(.*\)\. Nothing was trained"):
         probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))
 

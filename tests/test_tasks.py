@@ -20,15 +20,17 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from featprobe.cache import FeatureLoader
+from featprobe.cache import FeatureLoader, open_cache
 from featprobe.errors import DataError, ProbeError
 from featprobe.probes import TrainRecipe, load_head
+from featprobe.report.tables import result_table
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extract import ExtractOptions
 from featprobe.stages.extract import extract as extract_for_real
 from featprobe.stages.predict import Predictor, find_images, predict
-from featprobe.stages.probe import ProbeOptions, find_caches, largest_that_fits, probe
+from featprobe.stages.probe import find_caches, probe
 from featprobe.stages.subset import training_subset
+from featprobe.stages.trials import ProbeOptions, largest_that_fits
 from featprobe.stages.workspace import Workspace, make_generated
 
 BRIEF = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, evaluations=2, clip=10.0)
@@ -164,6 +166,16 @@ def test_all_trials_are_kept_and_the_best_on_validation_is_scored_once(
         assert row["val"] == chosen["curve"][-1]["scores"]
 
 
+def test_a_detection_trial_ends_the_same_beside_whichever_others(dense: Workspace) -> None:
+    options = ProbeOptions(head="fasterrcnn", recipe=BRIEF, seeds=1, quiet=True)
+    heads = []
+    for rates in ((2e-3,), (2e-3, 1e-9), (1e-9, 2e-3)):
+        (row,) = probe(dense, "detect", options=replace(options, lr=rates)).rows
+        heads.append(json.loads((dense.probes / row["folder"] / "curves.json").read_text()))
+    own = [next(c["curve"] for c in curves if c["lr"] == 2e-3) for curves in heads]
+    assert own[0] == own[1] == own[2]
+
+
 def test_seeds_may_share_one_order_and_the_row_says_so(dense: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = TrainRecipe(iterations=6, batch_size=4, evaluations=1)
     apart = probe(dense, options=ProbeOptions(recipe=recipe, seeds=2, quiet=True)).rows
@@ -284,9 +296,63 @@ def test_masks_alone_serve_as_objects_through_their_connected_parts(tmp_path: Pa
     assert any("no training example of kind3" in note for note in report.notes)
 
 
+def test_nothing_is_trained_when_one_of_several_caches_can_not_be(dense: Workspace, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    coarse = PoolingBackbone()
+    coarse.levels = coarse.levels[1:]
+    for backbone in (PoolingBackbone(), coarse):
+        extract_into(workspace.root, dense.data / "surface", backbone)
+    with pytest.raises(ProbeError, match="stride4"):
+        probe(workspace, options=ProbeOptions(levels=("stride4",), recipe=BRIEF, quiet=True))
+    assert not list(workspace.probes.rglob("*")), "nothing was trained, and no folder made"
+
+
+def test_a_cache_of_boxes_alone_has_no_components(objects: Workspace, tmp_path: Path) -> None:
+    set_of_boxes = write_coco(tmp_path / "boxes")
+    for path in set_of_boxes.glob("annotations/*.json"):
+        coco = json.loads(path.read_text())
+        coco["annotations"] = [{k: v for k, v in a.items() if k != "segmentation"} for a in coco["annotations"]]
+        path.write_text(json.dumps(coco))
+    workspace = Workspace(tmp_path / "space")
+    extract_into(workspace.root, set_of_boxes)
+    with pytest.raises(ProbeError, match="found   boxes: detect"):
+        probe(workspace, "detect", options=ProbeOptions(instances="components", quiet=True))
+
+
+def test_images_of_one_id_in_several_files_are_told_apart(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "parts")
+    for path in root.glob("annotations/*.json"):  # each file counts its images from 0, as exports per split do
+        coco = json.loads(path.read_text())
+        own = {image["id"]: number for number, image in enumerate(coco["images"])}
+        coco["images"] = [{**image, "id": own[image["id"]]} for image in coco["images"]]
+        coco["annotations"] = [{**a, "image_id": own[a["image_id"]]} for a in coco["annotations"]]
+        path.write_text(json.dumps(coco))
+    workspace = Workspace(tmp_path / "space")
+    extract_into(workspace.root, root, size=(64, 96))
+    (cache,), _ = find_caches(workspace, "detect", (), ())
+    assert not cache.own_ids and len({cache.image_id(row) for row in range(len(cache))}) == len(cache)
+    report = probe(workspace, "detect", options=ProbeOptions(recipe=BRIEF, split="image", quiet=True))
+    assert any("counts the images from 1" in note for note in report.notes)
+
+
+def test_a_table_keeps_caches_apart(dense: Workspace) -> None:
+    extract_into(dense.root, dense.data / "surface", PoolingBackbone(), size=(32, 32))
+    try:
+        rows = probe(dense, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows
+        table = result_table(rows)
+        assert list(table["n"]) == [1, 1] and table["cache"].nunique() == 2
+        assert "cache" not in result_table(rows[:1])
+    finally:
+        (small,) = [p for p in dense.cache_files() if open_cache(p).recipe.size == (32, 32)]
+        small.unlink()
+
+
 @pytest.mark.parametrize(
     ("task", "options", "said"),
     [
+        ("semseg", {"width": 32}, "--width would change nothing"),
+        ("semseg", {"instances": "components"}, "--instances would change nothing"),
+        ("detect", {"recipe": replace(BRIEF, loss="dice", class_weights="none")}, "--loss, --class-weights"),
         ("detekt", {}, "no task 'detekt'. Did you mean detect"),
         ("detect", {"head": "linear"}, "no detect head 'linear'"),
         ("semseg", {"levels": ("stride16",)}, "--levels stride4,stride8,stride16"),
@@ -313,10 +379,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[s
     make_generated("xray", workspace.data / "xray", images=24, size=(64, 96))
     spec = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
     extract_for_real(workspace, spec, "xray", ExtractOptions(fit="letterbox", size=(64, 64), quiet=True))
-    recipe = replace(BRIEF, iterations=30)
+    recipes = {
+        "semseg": replace(BRIEF, iterations=60, lr=5e-2),
+        "detect": replace(BRIEF, iterations=60),
+        "instseg": replace(BRIEF, iterations=60),
+    }
     rows = {
         task: probe(workspace, task, options=ProbeOptions(recipe=recipe, seeds=1, quiet=True)).rows[0]
-        for task in ("semseg", "detect", "instseg")
+        for task, recipe in recipes.items()
     }
     return workspace, rows
 
@@ -342,17 +412,81 @@ def test_predict_on_the_test_images_scores_what_the_row_says(
                 pairs = cache.semantic(row).astype(int) * classes + np.asarray(mask)
             found += np.bincount(pairs.ravel(), minlength=classes**2).reshape(classes, classes)
         assert np.abs(found - confusion).sum() / confusion.sum() < 1e-3
+        assert confusion[:, 1:].sum() > 100, "a comparison of empty masks would hold nothing"
         return
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     names = {image["id"]: image["file_name"] for image in written["images"]}
     ids = {Path(cache.rows[row].image).name: cache.image_id(row) for row in tested}
     results = [{**a, "image_id": ids[names[a["image_id"]]]} for a in written["annotations"]]
     (tmp_path / "results.json").write_text(json.dumps(results))
+    kept = json.loads((folder / "predictions.json").read_text())
+    assert len(kept) > 20, "a comparison of nothing would hold nothing"
+    for image in ids.values():
+        ours, theirs = ([r for r in own if r["image_id"] == image] for own in (results, kept))
+        assert abs(len(ours) - len(theirs)) <= 0.05 * len(theirs) + 1
+        for a, b in zip(sorted(ours, key=_by_score)[:10], sorted(theirs, key=_by_score)[:10], strict=True):
+            assert a["score"] == pytest.approx(b["score"], abs=2e-3)
+        best, own = min(ours, key=_by_score), min(theirs, key=_by_score)
+        assert best["bbox"] == pytest.approx(own["bbox"], abs=0.5) and best["category_id"] == own["category_id"]
+        if "segmentation" in best:
+            masks = [coco_mask.decode(r["segmentation"]).astype(bool) for r in (best, own)]
+            assert (masks[0] ^ masks[1]).sum() <= 0.05 * masks[1].sum() + 2
     source = next(Path(cache.data.root).glob("annotations/*test*.json"))
     for part, kind in {"box": "bbox", "mask": "segm"}.items():
         if part in rows[task]["test"]:
             stock = stock_scores(source, tmp_path / "results.json", kind)
             assert stock[:2] == pytest.approx([rows[task]["test"][part][n] for n in ("ap", "ap50")], abs=1e-3)
+
+
+def _by_score(result: dict[str, Any]) -> float:
+    return -float(result["score"])
+
+
+def test_predict_takes_the_images_it_was_trained_on_whatever_the_window(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
+    spec = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+    extract_for_real(workspace, spec, "surface", ExtractOptions(intensity="percentile:1:99", quiet=True))
+    (row,) = probe(workspace, "detect", options=ProbeOptions(recipe=BRIEF, quiet=True)).rows
+    folder, images = workspace.probes / row["folder"], workspace.data / "surface" / "images"
+    assert predict(folder, [images], tmp_path / "out", quiet=True).images == 24
+    deep = np.full((64, 64), 4000, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png is an image of 16 bits"):
+        predict(folder, [tmp_path / "deep.png"], tmp_path / "out", quiet=True)
+
+
+def test_predict_says_when_features_overflow(
+    trained: tuple[Workspace, dict[str, dict[str, Any]]], tmp_path: Path
+) -> None:
+    workspace, rows = trained
+    predictor = Predictor(workspace.probes / rows["detect"]["folder"])
+    plain = predictor.backbone.forward
+
+    def scaled(images: torch.Tensor, content: torch.Tensor | None = None) -> Any:
+        features = plain(images, content)
+        return replace(features, maps={name: m * 1e6 for name, m in features.maps.items()})
+
+    predictor.backbone.forward = scaled  # type: ignore[method-assign]
+    image = next((workspace.data / "xray" / "images").glob("*.png"))
+    with pytest.raises(DataError, match="not finite in fp16"):
+        predictor.predict([(image, "image")])
+
+
+def test_what_predict_has_written_is_no_input_of_the_next_run(
+    trained: tuple[Workspace, dict[str, dict[str, Any]]], tmp_path: Path
+) -> None:
+    workspace, rows = trained
+    for i, path in enumerate(sorted((workspace.data / "xray" / "images").glob("*.png"))[:2]):
+        (tmp_path / "scans" / str(i)).mkdir(parents=True)
+        (tmp_path / "scans" / str(i) / "a.png").write_bytes(path.read_bytes())
+    folder, out = workspace.probes / rows["instseg"]["folder"], tmp_path / "scans" / "found"
+    for _ in range(2):
+        assert predict(folder, [tmp_path / "scans"], out, quiet=True).images == 2
+    written = json.loads((out / "predictions.json").read_text())
+    assert [image["file_name"] for image in written["images"]] == ["0/a.png", "1/a.png"]
+    for annotation in written["annotations"]:
+        assert annotation["area"] == coco_mask.area(annotation["segmentation"])
 
 
 def test_predict_takes_folders_keeps_names_apart_and_goes_on_past_bad_images(
@@ -367,7 +501,7 @@ def test_predict_takes_folders_keeps_names_apart_and_goes_on_past_bad_images(
         (scans / name).write_bytes(path.read_bytes())
     (scans / "torn.png").write_bytes(source[2].read_bytes()[:200])
     Image.fromarray(np.zeros((64, 96), np.uint8)).save(scans / "eight.png")
-    with pytest.raises(DataError, match=r"eight\.png is an 8-bit image|torn\.png"):
+    with pytest.raises(DataError, match=r"eight\.png is an image of 8 bits|torn\.png"):
         predict(folder, [scans], tmp_path / "first", quiet=True)
     report = predict(folder, [scans], tmp_path / "second", skip_bad=True, quiet=True)
     assert report.images == 2 and sorted(Path(name).name for name, _ in report.left_out) == ["eight.png", "torn.png"]

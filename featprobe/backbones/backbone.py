@@ -4,13 +4,15 @@ import socket
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import huggingface_hub
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from featprobe.backbones.weights import load_strictly, read_embedded, read_weights, weights_sha256
 from featprobe.errors import BackboneError, nearest
@@ -26,7 +28,7 @@ FINAL_NORM = {"ConvNeXt": "head.norm", "VisionTransformer": "norm", "Eva": "norm
 
 
 class Backbone(nn.Module):
-    """A timm model that yields the feature levels of a batch of images.
+    """A timm model that yields the feature levels of a batch of images; frozen until `unfreeze`.
 
     levels: what `forward` returns, finest first. multiple: frames must be a multiple of this, pixels.
     mean, std: of the pretraining, per RGB channel, for images in [0, 1].
@@ -59,6 +61,7 @@ class Backbone(nn.Module):
         self.norm = model.get_submodule(norm_name) if self.final_norm and norm_name and last else None
         self.indices = [indices[available.index(level)] for level in self.levels]
         self.model = model
+        self._frozen: list[nn.Module] = []  # BatchNorms that keep what they have in training too
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
 
@@ -81,6 +84,43 @@ class Backbone(nn.Module):
             maps[-1] = self.norm(maps[-1])
         frame = (images.shape[2], images.shape[3])
         return Features({level.name: m for level, m in zip(self.levels, maps, strict=True)}, frame, content)
+
+    def unfreeze(self, *, batch_norm: Literal["frozen", "train"] = "frozen", checkpointing: bool = False) -> None:
+        """Let the model be trained.
+
+        batch_norm: "frozen" keeps the statistics, scale and shift of every BatchNorm as they were pretrained, which
+        small batches need. checkpointing: compute activations again on the way back, to save memory.
+        Raises BackboneError when the model can't do that.
+        """
+        self.model.requires_grad_(True)
+        self._frozen = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and batch_norm == "frozen"]
+        for norm in self._frozen:
+            norm.requires_grad_(False)
+        if checkpointing:
+            if not callable(getattr(self.model, "set_grad_checkpointing", None)):
+                raise BackboneError(f"{self.spec.model} has no activation checkpointing in timm. Leave it away.")
+            self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set training mode, in which frozen BatchNorms still take their running statistics."""
+        super().train(mode)
+        for norm in self._frozen:
+            norm.eval()
+        return self
+
+    def parameter_groups(self, lr: float, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """Parameters that may move, as an optimizer takes them; biases and norms without weight decay.
+
+        layer_decay: factor on the learning rate from each layer to the one before it (BEiT, Bao et al., 2022).
+        """
+        groups = param_groups_layer_decay(self.model, weight_decay, layer_decay=layer_decay)
+        return [
+            {"params": list(g["params"]), "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the model under timm's names, on the CPU, as `--weights` reads them."""
+        return {name: value.detach().cpu().clone().contiguous() for name, value in self.model.state_dict().items()}
 
 
 def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: torch.device | str = "cpu") -> Backbone:

@@ -69,7 +69,8 @@ def identity_sha256(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], 
     """
     running = hashlib.sha256()
     places = {name: asdict(extent) for name, extent in extents.items()}
-    head = {"recipe": recipe.to_json(), "data": asdict(data), "extents": places}
+    said = {name: value for name, value in asdict(data).items() if name != "bits" or value}  # older files lack it
+    head = {"recipe": recipe.to_json(), "data": said, "extents": places}
     running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
     for row in rows:
         text = [getattr(row, name) for name in TEXT_FIELDS]

@@ -4,7 +4,9 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,9 +86,17 @@ class Cache:
         return decode_instances(self.rows[row].instances)[0]
 
     def image_id(self, row: int) -> int | str:
-        """What the set's own annotation calls a row's image; the row's number from 1 where it calls it nothing."""
-        own = decode_instances(self.rows[row].instances)[1] if self.rows[row].instances else None
-        return row + 1 if own is None else own
+        """What the set's own annotation calls a row's image; the row's number from 1 where `own_ids` is False."""
+        return self._image_ids[row] if self.own_ids else row + 1
+
+    @property
+    def own_ids(self) -> bool:
+        """Whether the set's own annotation tells all images apart; not so where several files count from 0 each."""
+        return None not in self._image_ids and len(set(self._image_ids)) == len(self)
+
+    @cached_property
+    def _image_ids(self) -> list[Any]:
+        return [decode_instances(row.instances)[1] if row.instances else None for row in self.rows]
 
     def _read_all(self, name: str, dtype: str) -> NDArray:
         extent = self.contents.extents[name]

@@ -206,8 +206,8 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
     from dataclasses import replace
 
     from featprobe.probes import DEFAULT_RECIPES, kinds_of
-    from featprobe.stages.probe import ProbeOptions
     from featprobe.stages.probe import probe as run
+    from featprobe.stages.trials import ProbeOptions
 
     kinds = kinds_of(options["task"])
     default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])

@@ -15,18 +15,17 @@ from featprobe.probes.objects import (
     clip_to,
     detection_pyramid,
     in_crowd,
+    maps_of,
     side_ranges,
     suppress,
 )
 from featprobe.probes.pyramid import ConvBlock, PyramidKind
 
-CENTRE_RADIUS = 1.5  # cells around an object's centre that answer for it
+CENTRE_RADIUS = 2.5  # cells around an object's centre that answer for it; long thin cracks need more than FCOS's 1.5
 PRIOR = 0.01  # probability that a cell begins by giving to every class
-CANDIDATES, SCORE_FLOOR, NMS_IOU = (
-    1000,
-    0.01,
-    0.6,
-)  # per level; least score; boxes of one class that overlap more are one
+CANDIDATES = 1000  # of each level, that go into the suppression
+SCORE_FLOOR = 0.01
+NMS_IOU = 0.6  # boxes of one class that overlap more are one
 LARGEST_EXPONENT = 6.0  # of a distance in cells
 
 
@@ -34,16 +33,16 @@ LARGEST_EXPONENT = 6.0  # of a distance in cells
 class _Cells:
     """All cells of all levels: what stands for them, and what the head says of each.
 
-    centres: (cells, 2), frame pixels, x y. stride, low, high: (cells,), pixels. level: (cells,). logits: (batch,
-    cells, classes - 1). distances: (batch, cells, 4), pixels: left, top, right, bottom. centrality: (batch, cells).
-    inside: (batch, cells), bool: whether a cell holds some image.
+    counts: cells of each level. centres: (cells, 2), frame pixels, x y. stride, low, high: (cells,), pixels. logits:
+    (batch, cells, classes - 1). distances: (batch, cells, 4), pixels: left, top, right, bottom. centrality: (batch,
+    cells). inside: (batch, cells), bool: whether a cell holds some image.
     """
 
+    counts: tuple[int, ...]
     centres: Tensor
     stride: Tensor
     low: Tensor
     high: Tensor
-    level: Tensor
     logits: Tensor
     distances: Tensor
     centrality: Tensor
@@ -73,8 +72,9 @@ class FcosHead(nn.Module):
         self.ranges = side_ranges(self.strides)
         self.class_tower = nn.ModuleList(ConvBlock(width) for _ in range(convs))
         self.box_tower = nn.ModuleList(ConvBlock(width) for _ in range(convs))
-        self.class_out = nn.Conv2d(width, classes - 1, 3, padding=1)
-        self.box_out = nn.Conv2d(width, 5, 3, padding=1)  # four distances, centrality
+        last = torch.channels_last
+        self.class_out = nn.Conv2d(width, classes - 1, 3, padding=1).to(memory_format=last)
+        self.box_out = nn.Conv2d(width, 5, 3, padding=1).to(memory_format=last)  # four distances, centrality
         self.scales = nn.Parameter(torch.ones(len(self.strides)))
         for out in (self.class_out, self.box_out):
             nn.init.normal_(out.weight, std=0.01)
@@ -96,11 +96,11 @@ class FcosHead(nn.Module):
         return [self._detections(cells, image, features) for image in range(features.batch)]
 
     def _cells(self, features: Features) -> _Cells:
-        parts: list[list[Tensor]] = [[] for _ in range(9)]
-        maps = self.pyramid(features)[: len(self.strides)]
+        parts: list[list[Tensor]] = [[] for _ in range(8)]
+        maps = maps_of(self.pyramid, self.strides, features)
         for index, ((x, inside), stride) in enumerate(zip(maps, self.strides, strict=True)):
             rows, columns = x.shape[2:]
-            named, placed = x, x
+            named = placed = x.contiguous(memory_format=torch.channels_last)
             for block in self.class_tower:
                 named = block(named, inside)
             for block in self.box_tower:
@@ -113,13 +113,14 @@ class FcosHead(nn.Module):
             low, high = self.ranges[index]
             whole = torch.ones((len(x), len(centres)), dtype=torch.bool, device=x.device)
             found = [
-                centres, ones * stride, ones * low, ones * high, ones.long() * index,
+                centres, ones * stride, ones * low, ones * high,
                 self.class_out(named).flatten(2).transpose(1, 2), cells * stride, out[:, 4],
                 whole if inside is None else inside.flatten(1),
             ]  # fmt: skip
             for part, own in zip(parts, found, strict=True):
                 part.append(own)
-        return _Cells(*(torch.cat(part, dim=0 if i < 5 else 1) for i, part in enumerate(parts)))
+        counts = tuple(len(own) for own in parts[0])
+        return _Cells(counts, *(torch.cat(part, dim=0 if i < 4 else 1) for i, part in enumerate(parts)))
 
     def _loss(self, cells: _Cells, targets: Sequence[ObjectTarget]) -> Tensor:
         """Focal loss of the classes, GIoU of the boxes weighted by centrality, cross-entropy of the centrality."""
@@ -153,12 +154,12 @@ class FcosHead(nn.Module):
     def _detections(self, cells: _Cells, image: int, features: Features) -> Detections:
         scores = (cells.logits[image].sigmoid() * cells.centrality[image].sigmoid()[:, None]).sqrt()
         scores = scores * cells.inside[image][:, None]
-        chosen = []
-        for level in range(len(self.strides)):
-            start = int((cells.level < level).sum())
-            own = scores[cells.level == level].flatten()
+        chosen, start = [], 0
+        for count in cells.counts:
+            own = scores[start : start + count].flatten()
             best, where = own.topk(min(CANDIDATES, len(own)))
             chosen.append(where[best > SCORE_FLOOR] + start * scores.shape[1])
+            start += count
         flat = torch.cat(chosen)
         cell, label = flat // scores.shape[1], flat % scores.shape[1]
         centres, distances = cells.centres[cell], cells.distances[image, cell]
@@ -172,7 +173,7 @@ class FcosHead(nn.Module):
 def assign(centres: Tensor, stride: Tensor, low: Tensor, high: Tensor, boxes: Tensor) -> Tensor:
     """Which box each cell answers for: (cells,), an index into the boxes, -1 for none.
 
-    A cell answers for a box whose side is in its level's range, whose centre is nearer than 1.5 cells along both
+    A cell answers for a box whose side is in its level's range, whose centre is nearer than 2.5 cells along both
     axes, and which holds the cell's centre (a box smaller than a cell counts as one cell large, so that none is
     lost); the smallest of several. centres: (cells, 2), pixels. stride, low, high: (cells,). boxes: (boxes, 4).
     """

@@ -103,8 +103,10 @@ def start_at_prior(head: nn.Module, pixels: Tensor, weights: Tensor | None = Non
     pixels: (classes,), labelled pixels of each class in the training split. weights: of the loss.
     Defects fill well under a percent of most images: from a bias of 0, thousands of steps go by before
     the background's bias has grown to where it belongs (RetinaNet, Lin et al., 2017, section 4.1).
-    A class without any pixel starts as if it had one.
+    A class without any pixel starts as if it had one. Raises ProbeError when no class has any.
     """
+    if not pixels.sum() > 0:
+        raise ProbeError("The training split holds no labelled pixel: all of its masks are 255. Nothing was trained.")
     share = pixels.double().clamp(min=1) / pixels.sum()
     if weights is not None:
         share = share * weights.to(share)

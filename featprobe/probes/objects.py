@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_area
 
-from featprobe.levels import FeatureLevel
+from featprobe.levels import FeatureLevel, Features
 from featprobe.probes.pyramid import PyramidKind, SimplePyramid, TopDown, make_pyramid
 
 MOST_DETECTIONS = 100  # an image, as COCO counts
@@ -73,9 +73,17 @@ def detection_strides(strides: Sequence[int], sides: Sequence[float]) -> tuple[i
 def detection_pyramid(
     levels: Sequence[FeatureLevel], width: int, sides: Sequence[float], kind: PyramidKind
 ) -> tuple[tuple[int, ...], TopDown | SimplePyramid]:
-    """The strides at which objects of these sizes are looked for, and a pyramid whose finest maps are of those."""
+    """The strides at which objects of these sizes are looked for, and a pyramid that has them."""
     strides = detection_strides(make_pyramid(levels, width, kind).strides, sides)
     return strides, make_pyramid(levels, width, kind, strides[0])
+
+
+def maps_of(
+    pyramid: TopDown | SimplePyramid, strides: Sequence[int], features: Features
+) -> list[tuple[Tensor, Tensor | None]]:
+    """(map, cells inside) of these strides alone, as the pyramid gives them."""
+    found = dict(zip(pyramid.strides, pyramid(features), strict=True))
+    return [found[stride] for stride in strides]
 
 
 def object_sides(boxes: Tensor) -> tuple[float, ...]:

@@ -1,17 +1,18 @@
 """Faster R-CNN and Mask R-CNN heads: torchvision's region proposals and region heads, light, on the shared pyramid."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, pad
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign, box_area, box_iou
+from torchvision.ops import box_area, box_iou, roi_align
 
 from featprobe.levels import FeatureLevel, Features
 from featprobe.probes.objects import (
@@ -19,9 +20,9 @@ from featprobe.probes.objects import (
     Detections,
     ObjectTarget,
     anchor_sizes,
-    clip_to,
     detection_pyramid,
     in_crowd,
+    maps_of,
 )
 from featprobe.probes.pyramid import PyramidKind
 
@@ -64,12 +65,12 @@ class RcnnHead(nn.Module):
         mask_parts: dict[str, Any] = {}
         if masks:
             mask_parts = {
-                "mask_roi_pool": _region_pool(self.strides, 14),
+                "mask_roi_pool": RegionPool(self.strides, 14),
                 "mask_head": MaskRCNNHeads(width, (width,) * MASK_CONVS, 1),
                 "mask_predictor": MaskRCNNPredictor(width, width, classes),
             }
         self.regions = _Regions(
-            _region_pool(self.strides, 7), TwoMLPHead(width * 49, hidden), FastRCNNPredictor(hidden, classes),
+            RegionPool(self.strides, 7), TwoMLPHead(width * 49, hidden), FastRCNNPredictor(hidden, classes),
             fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=64, positive_fraction=0.25,
             bbox_reg_weights=None, score_thresh=0.01, nms_thresh=0.5, detections_per_img=MOST_DETECTIONS, **mask_parts,
         )  # fmt: skip
@@ -84,28 +85,25 @@ class RcnnHead(nn.Module):
 
     def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
         """The loss, a scalar, where targets are given; else what it finds in each image."""
-        found = self.pyramid(features)[: len(self.strides)]
+        found = maps_of(self.pyramid, self.strides, features)
         maps = {str(stride): x for stride, (x, _) in zip(self.strides, found, strict=True)}
         contents = [features.frame] * features.batch
         if features.content is not None:
             contents = [(height, width) for height, width in features.content.tolist()]
-        frames = [features.frame] * features.batch
         wanted = None if targets is None else [_as_torchvision(t, c) for t, c in zip(targets, contents, strict=True)]
         self.rpn.train(targets is not None)  # torchvision's parts go by their mode; ours by what they are given
         self.regions.train(targets is not None)
         images = ImageList(next(iter(maps.values())).new_empty(1).expand(1, 1, *features.frame), contents)
         proposals, losses = self.rpn(images, maps, wanted)
         self.regions.crowds = [t.crowds for t in targets or ()]
-        results, more = self.regions(maps, proposals, frames, wanted)
+        results, more = self.regions(maps, proposals, contents, wanted)
         if targets is not None:
-            return torch.stack([*losses.values(), *more.values()]).sum()
+            counted = [*losses.values(), *(more.values() if self.regions.sampled else ())]
+            return torch.stack(counted).sum()
         return [
-            Detections(
-                clip_to(r["boxes"], None if features.content is None else features.content[i], features.frame),
-                r["labels"], r["scores"], r["masks"][:, 0] if "masks" in r else None,
-            )
-            for i, r in enumerate(results)
-        ]  # fmt: skip
+            Detections(r["boxes"], r["labels"], r["scores"], r["masks"][:, 0] if "masks" in r else None)
+            for r in results
+        ]
 
 
 class _Anchors(AnchorGenerator):
@@ -139,11 +137,26 @@ class _Proposals(RegionProposalNetwork):
             label[left_out & (label <= 0)] = -1
         return labels, boxes
 
+    def compute_loss(
+        self,
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        if not any(bool((label >= 0).any()) for label in labels):  # a mean over nothing would be nan
+            return objectness.sum() * 0, pred_bbox_deltas.sum() * 0
+        return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+
 
 class _Regions(RoIHeads):
-    """torchvision's region heads; proposals that lie half in a crowd or more are not taken for background."""
+    """torchvision's region heads; proposals that lie half in a crowd or more are not taken for background.
+
+    sampled: whether the last batch held any proposal that is something or nothing; without one there is no loss.
+    """
 
     crowds: list[Tensor]
+    sampled: bool
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -154,27 +167,51 @@ class _Regions(RoIHeads):
                 iou, area = box_iou(own, crowds), box_area(own)[:, None]
                 shared = iou * (area + box_area(crowds)) / (1 + iou)
                 label[((shared / area.clamp(min=1e-6)).amax(1) >= 0.5) & (label == 0)] = -1
+        self.sampled = any(bool((label >= 0).any()) for label in labels)
         return matched, labels
 
 
-def _region_pool(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
-    """RoIAlign that takes a region from the level where it spans about 14 cells; by strides, whatever their ratio."""
-    pool = MultiScaleRoIAlign([str(s) for s in strides], side, 2)
-    pool.scales = [1 / s for s in strides]
-    pool.map_levels = _level_of(strides)
-    return pool
+class RegionPool(nn.Module):
+    """A square of features for each region, from the level where it spans about 14 cells.
 
+    torchvision's MultiScaleRoIAlign guesses strides from the maps' sizes and reads half a cell off: it takes the centre
+    of a cell to lie at its corner. Here cell i of a map spans the pixels [i, i + 1) * stride.
+    """
 
-def _level_of(strides: Sequence[int]) -> Callable[[list[Tensor]], Tensor]:
-    def level_of(boxes: list[Tensor]) -> Tensor:
-        side = torch.cat([box_area(own) for own in boxes]).sqrt()
-        borders = side.new_tensor([CELLS_OF_REGION * s for s in strides[1:]])
-        return torch.bucketize(side, borders, right=True)
+    def __init__(self, strides: Sequence[int], side: int) -> None:
+        super().__init__()
+        self.strides, self.output_size = tuple(strides), (side, side)
 
-    return level_of
+    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        """maps: "stride" -> (batch, channels, rows, columns). boxes: (regions, 4) of each image, frame pixels.
+
+        Returns (all regions, channels, side, side). sizes: of the images, for torchvision's sake.
+        """
+        image = torch.cat([torch.full_like(own[:, :1], i) for i, own in enumerate(boxes)])
+        regions = torch.cat([image, torch.cat(boxes)], 1)  # (regions, 5)
+        side = box_area(regions[:, 1:]).sqrt()
+        level = torch.bucketize(side, side.new_tensor([CELLS_OF_REGION * s for s in self.strides[1:]]), right=True)
+        channels = maps[str(self.strides[0])].shape[1]
+        pooled = regions.new_zeros((len(regions), channels, *self.output_size))
+        for index, stride in enumerate(self.strides):
+            own = (level == index).nonzero()[:, 0]
+            found = roi_align(maps[str(stride)], regions[own], self.output_size, 1 / stride, 2, aligned=True)
+            pooled = pooled.index_copy(0, own, found)
+        return pooled
 
 
 def _as_torchvision(target: ObjectTarget, content: tuple[int, int]) -> dict[str, Tensor]:
     values = {"boxes": target.boxes, "labels": target.labels, "crowds": target.crowds}
     values["content"] = target.boxes.new_tensor([content[1], content[0]])  # width, height
-    return values if target.masks is None else values | {"masks": target.masks}
+    return values if target.masks is None else values | {"masks": half_pixel_later(target.masks)}
+
+
+def half_pixel_later(masks: Tensor) -> Tensor:
+    """Masks whose value at index i is that half a pixel before, (objects, height, width), float32.
+
+    torchvision cuts the mask targets out with a RoIAlign that takes the centre of pixel i to lie at i, not at i + 0.5.
+    """
+    if not len(masks):
+        return masks.float()
+    padded = pad(masks[:, None].float(), (1, 0, 1, 0), mode="replicate")
+    return avg_pool2d(padded, 2, 1)[:, 0]

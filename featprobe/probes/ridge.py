@@ -96,17 +96,20 @@ def choose(
 ) -> tuple[int, Tensor, float]:
     """The best of some heads on validation, and what to add to its classes' logits.
 
-    batches: (features, class shares of the finest grid's cells). step: only each step-th cell is looked at. Offsets are
-    searched class by class for the highest mean foreground IoU of cells.
+    batches: (features, class shares of the finest grid's cells). step: one cell in so many, at random, is looked at.
+    Offsets are searched class by class for the highest mean foreground IoU of cells.
     Returns (index, offsets (classes,), that IoU).
     """
     kept: list[list[Tensor]] = [[] for _ in heads]
     cells: list[Tensor] = []
     classes = heads[0].classes
+    random = torch.Generator().manual_seed(0)  # a regular pattern would meet the same columns in every row
     for features, shares in batches:
-        cells.append(shares.movedim(1, -1).reshape(-1, classes)[::step])
+        truth = shares.movedim(1, -1).reshape(-1, classes)
+        chosen = torch.randperm(len(truth), generator=random)[: -(-len(truth) // step)].to(truth.device)
+        cells.append(truth[chosen])
         for own, head in zip(kept, heads, strict=True):
-            own.append(head(features).movedim(1, -1).reshape(-1, classes)[::step])
+            own.append(head(features).movedim(1, -1).reshape(-1, classes)[chosen])
     truth = torch.cat(cells)  # (cells, classes)
     best = (-1, heads[0].bias.new_zeros(classes), -1.0)
     logits = [torch.cat(own) for own in kept]

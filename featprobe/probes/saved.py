@@ -6,13 +6,15 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from featprobe.errors import ProbeError
 from featprobe.levels import FeatureLevel
@@ -29,16 +31,25 @@ def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
     return {name: values[name] for name in FINGERPRINT}
 
 
-def save_head(folder: Path, head: nn.Module, card: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+def save_head(
+    folder: Path,
+    head: nn.Module,
+    card: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    backbone: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write head.safetensors, card.json and what else is given, each whole or not at all; the card comes last.
 
-    files: name -> bytes, as what each test image contributed to the scores.
+    files: name -> bytes, as what each test image contributed to the scores. backbone: the tensors of a fine-tuned one.
     """
     make_folder(folder)
-    (folder / "card.json").unlink(missing_ok=True)  # without a card a folder is no saved head
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / ".head.tmp", metadata={"format": HEAD_FORMAT})
-    (folder / ".head.tmp").replace(folder / "head.safetensors")
+    for name in ("card.json", "sheet.png", "backbone.safetensors"):  # without a card a folder is no saved head
+        (folder / name).unlink(missing_ok=True)
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
+    for name, tensors in (("head", own), ("backbone", dict(backbone or {}))):
+        if tensors:
+            save_file(tensors, folder / f".{name}.tmp", metadata={"format": HEAD_FORMAT})
+            (folder / f".{name}.tmp").replace(folder / f"{name}.safetensors")
     for name, data in files.items():
         (folder / f".{name}.tmp").write_bytes(data)
         (folder / f".{name}.tmp").replace(folder / name)
@@ -119,6 +130,65 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         stream.write(line)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a training in a file, kept after every so many steps, for the same training to go on from.
+
+    identity: of what is trained; a state of anything else is not taken.
+    """
+
+    path: Path
+    identity: str
+    every: int
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was saved last; None where there is none. Raises ProbeError for a damaged file."""
+        if not self.path.exists():
+            return None
+        try:
+            kept = torch.load(self.path, map_location="cpu", weights_only=True)
+            return kept["state"] if kept["identity"] == self.identity else None
+        except Exception as error:  # a damaged file meets torch's reader in many ways
+            raise ProbeError(f"{self.path} can't be read: {error}.\nRemove it to train from the start.") from error
+
+    def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Keep a state, whole or not at all, when its step is one of those."""
+        if step % self.every:
+            return
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("wb") as stream:
+            torch.save({"identity": self.identity, "state": state()}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.path)
+
+    def remove(self) -> None:
+        """Forget it: the training has ended."""
+        self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".tmp").unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The result rows of a file, and what was wrong with lines that hold none; nothing where there is no file.
+
+    A torn last line, left by a kill, and rows of another schema version are left aside.
+    """
+    rows, faults = [], []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            torn = "is torn, as by a kill" if number == len(lines) else "is no JSON"
+            faults.append(f"{path}: line {number} {torn}; it was left aside")
+            continue
+        if row is not None and row.get("version") != ROW_VERSION:
+            faults.append(f"{path}: line {number} is of version {row.get('version')}, known is {ROW_VERSION}")
+        elif row is not None:
+            rows.append(row)
+    return rows, faults
 
 
 def plain(value: Any) -> Any:

@@ -1,22 +1,29 @@
 """The one training loop, wherever features come from, for one head or for many over the same batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from math import cos, isfinite, pi
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from featprobe.errors import ProbeError
+from featprobe.errors import DivergedError, ProbeError
 from featprobe.levels import Features
 from featprobe.probes.losses import parse_loss
 
 Rows = NDArray[np.intp]
 Feed = Callable[[Iterable[Rows]], Iterator[tuple[Rows, Features]]]
 """Yields (rows, their features) for each array of row indices that it is given."""
+TrainingFeed = Callable[[Iterable[Rows], int], Generator[tuple[Any, Features]]]
+"""From arrays of row indices, and the number of the first of them in a training, to (what the loss takes beside the
+features: the rows, or rows with labels of their own; features)."""
 
 
 @dataclass(frozen=True)
@@ -114,62 +121,192 @@ def batches_of(rows: Rows, recipe: TrainRecipe, seed: int) -> Iterator[Rows]:
         left = left[size:]
 
 
+class Keeper(Protocol):
+    """Where the state of a training is kept, so that one that was stopped goes on from there."""
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last; None for nothing."""
+        ...
+
+    def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Told after every step; keeps what `state` gives when it is time to."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A backbone that moves beside a head.
+
+    groups: its parameters, as an optimizer takes them. clip: largest L2 norm of its gradient, 0 for no limit.
+    accumulate: parts of a batch that go forward and back one after another, each weighing by its images. ema: decay of
+    the running mean of all weights that is scored and kept, 0 for the weights themselves.
+    """
+
+    backbone: nn.Module
+    groups: Sequence[dict[str, Any]]
+    clip: float = 0.0
+    accumulate: int = 1
+    ema: float = 0.0
+
+
 def train(
     heads: Sequence[nn.Module],
     recipes: Sequence[TrainRecipe],
-    feed: Feed,
+    feed: TrainingFeed,
     rows: Rows,
-    loss: Callable[[Features, Rows], Tensor],
+    loss: Callable[[Features, Any], Tensor],
     seed: int,
     evaluate: Callable[[], Sequence[dict[str, float]]],
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    tuned: Tuned | None = None,
+    keeper: Keeper | None = None,
 ) -> list[list[CurvePoint]]:
     """Train heads on the same batches of a feed and return the validation curve of each.
 
-    recipes: one a head, which may differ in learning rate and weight decay alone. loss: from a batch's features and
-    rows to the losses, (heads,). seed: of the order of rows. evaluate: scores of every head on validation.
+    recipes: one a head, which may differ in learning rate and weight decay alone. loss: from features and what the feed
+    gives with them to the losses, (heads,). seed: of the order of rows. evaluate: scores of every head on validation.
+    tuned: the backbone behind the feed, where it is trained as well. progress: told the step and the mean loss.
 
-    A head whose loss is not finite any more is given up: its curve ends, the others go on. Raises ProbeError when
+    A head whose loss is not finite any more is given up: its curve ends, the others go on. Raises DivergedError when
     that holds for all of them.
     """
     recipe = recipes[0]
-    groups = [
-        {"params": list(head.parameters()), "lr": own.lr, "weight_decay": own.weight_decay}
-        for head, own in zip(heads, recipes, strict=True)
-    ]
-    optimizer = torch.optim.AdamW(groups, fused=True)  # many small parameters: one call instead of thousands
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, recipe))
+    loop = _Loop(heads, recipes, seed, tuned)
+    loop.restore(keeper.load() if keeper else None)
     marks = {round(recipe.iterations * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
-    curves: list[list[CurvePoint]] = [[] for _ in heads]
-    alive = [True] * len(heads)
-    losses: list[Tensor] = []
-    for head in heads:
-        head.train()
-    for step, (batch, features) in enumerate(feed(batches_of(rows, recipe, seed)), start=1):
-        values = loss(features, batch)  # (heads,)
-        optimizer.zero_grad(set_to_none=True)
-        values.sum().backward()
-        if recipe.clip:
-            for head in heads:
-                nn.utils.clip_grad_norm_(head.parameters(), recipe.clip)
-        optimizer.step()
-        schedule.step()
-        losses.append(values.detach())
-        if step in marks:
-            means = torch.stack(losses).mean(0).tolist()
-            alive = [was and isfinite(mean) for was, mean in zip(alive, means, strict=True)]
-            if not any(alive):
-                rates = ", ".join(f"{r.lr:g}" for r in recipes)
-                raise ProbeError(f"The loss is {means[0]} after {step} iterations. Try a smaller --lr than {rates}.")
-            for head in heads:
-                head.eval()
-            for curve, mean, scores, is_alive in zip(curves, means, evaluate(), alive, strict=True):
-                if is_alive:
-                    curve.append(CurvePoint(step, mean, scores))
-            for head in heads:
-                head.train()
-            losses.clear()
-            progress(step, float(np.mean([mean for mean, own in zip(means, alive, strict=True) if own])))
-    for head in heads:
-        head.eval()
-    return curves
+    sizes = [len(part) for part in _parts(next(batches_of(rows, recipe, seed)), tuned)]
+    left = islice(batches_of(rows, recipe, seed), loop.step, None)
+    loop.mode(training=True)
+    with closing(feed((part for batch in left for part in _parts(batch, tuned)), loop.step * len(sizes))) as fed:
+        while loop.step < recipe.iterations:
+            loop.take(fed, sizes, loss)
+            if loop.step in marks:
+                loop.mode(training=False)
+                with loop.averaged():
+                    progress(loop.step, loop.mark(evaluate))
+                loop.mode(training=True)
+            if keeper:
+                keeper.save(loop.step, loop.state)
+    loop.finish()
+    return loop.curves
+
+
+def _parts(batch: Rows, tuned: Tuned | None) -> list[Rows]:
+    """The parts of a batch that go forward one after another."""
+    return np.array_split(batch, min(tuned.accumulate, len(batch))) if tuned else [batch]
+
+
+class _Loop:
+    """The state of a training, and what a step does to it."""
+
+    def __init__(
+        self, heads: Sequence[nn.Module], recipes: Sequence[TrainRecipe], seed: int, tuned: Tuned | None
+    ) -> None:
+        self.heads, self.recipes, self.tuned, self.step = heads, recipes, tuned, 0
+        torch.manual_seed(seed)
+        groups: list[dict[str, Any]] = [
+            {"params": list(head.parameters()), "lr": own.lr, "weight_decay": own.weight_decay}
+            for head, own in zip(heads, recipes, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(  # many small parameters: fused is one call instead of thousands
+            [*groups, *(tuned.groups if tuned else ())], fused=True
+        )
+        self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate(step, recipes[0]))
+        self.curves: list[list[CurvePoint]] = [[] for _ in heads]
+        self.alive = [True] * len(heads)
+        self.losses: list[Tensor] = []  # (heads,) of each step since the last mark
+        self.moving = nn.ModuleList([*heads, *([tuned.backbone] if tuned else [])])
+        self.average: AveragedModel | None = None
+        if tuned and tuned.ema:
+            averaging = get_ema_multi_avg_fn(tuned.ema)
+            self.average = AveragedModel(self.moving, multi_avg_fn=averaging, use_buffers=True)
+
+    def mode(self, *, training: bool) -> None:
+        """Set training or evaluation mode."""
+        self.moving.train(training)
+
+    def take(
+        self, fed: Iterator[tuple[Any, Features]], sizes: Sequence[int], loss: Callable[[Features, Any], Tensor]
+    ) -> None:
+        """One step of the optimizer, over a batch that comes in parts of these sizes."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(())
+        for size in sizes:
+            batch, features = next(fed)
+            values = loss(features, batch) * (size / sum(sizes))  # (heads,)
+            values.sum().backward()
+            total = total.to(values.device) + values.detach()
+        for head in self.heads:
+            if self.recipes[0].clip:
+                nn.utils.clip_grad_norm_(head.parameters(), self.recipes[0].clip)
+        if self.tuned and self.tuned.clip:
+            nn.utils.clip_grad_norm_(self.tuned.backbone.parameters(), self.tuned.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.moving)
+        self.losses.append(total)
+        self.step += 1
+
+    def mark(self, evaluate: Callable[[], Sequence[dict[str, float]]]) -> float:
+        """Add a point to the curve of every head that is still alive; returns their mean loss since the last."""
+        means = torch.stack(self.losses).mean(0).tolist()
+        self.alive = [was and isfinite(mean) for was, mean in zip(self.alive, means, strict=True)]
+        if not any(self.alive):
+            rates = ", ".join(f"{r.lr:g}" for r in self.recipes)
+            raise DivergedError(f"The loss is {means[0]} after {self.step} iterations. Try smaller --lr than {rates}.")
+        for curve, mean, scores, is_alive in zip(self.curves, means, evaluate(), self.alive, strict=True):
+            if is_alive:
+                curve.append(CurvePoint(self.step, mean, scores))
+        self.losses.clear()
+        return float(np.mean([mean for mean, own in zip(means, self.alive, strict=True) if own]))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """With the running mean of the weights in the place of the weights, where one is kept."""
+        if self.average is None:
+            yield
+            return
+        own = {name: value.clone() for name, value in self.moving.state_dict().items()}
+        self.moving.load_state_dict(self.average.module.state_dict())
+        yield
+        self.moving.load_state_dict(own)
+
+    def finish(self) -> None:
+        """Leave the weights that are kept, in evaluation mode."""
+        if self.average is not None:
+            self.moving.load_state_dict(self.average.module.state_dict())
+        self.mode(training=False)
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, as tensors and plain values."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {
+            "step": self.step,
+            "weights": self.moving.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "curves": [[asdict(point) for point in curve] for curve in self.curves],
+            "alive": self.alive,
+            "losses": self.losses,
+            "random": [torch.get_rng_state(), *cuda],
+        }
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go back to a saved state; nothing for None."""
+        if state is None:
+            return
+        self.step = state["step"]
+        self.moving.load_state_dict(state["weights"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.curves = [[CurvePoint(**point) for point in curve] for curve in state["curves"]]
+        self.alive = list(state["alive"])
+        self.losses = [values.to(next(self.moving.parameters()).device) for values in state["losses"]]
+        own, *cuda = state["random"]
+        torch.set_rng_state(own)
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda)

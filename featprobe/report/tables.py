@@ -25,14 +25,14 @@ PER_CLASS = {
 
 
 def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One line per task, backbone, data set, head and recipe: scores in percent, averaged over seeds.
+    """One line per task, backbone, data set, head, cache and recipe: scores in percent, averaged over seeds.
 
-    Columns: task, backbone, data, head, n (seeds), the task's scores, the standard deviation over seeds of the first
-    that counts the defects alone (with two or more), seconds of training, head parameters, the score of each class.
-    A task's columns are nan for the others.
+    Columns: task, backbone, data, head, cache (its key, where lines would look alike), n (seeds), the task's scores,
+    the standard deviation over seeds of the first that counts the defects alone (with two or more), seconds of
+    training, head parameters, the score of each class. A task's columns are nan for the others.
     """
     frame = pd.DataFrame([_line(row) for row in rows])
-    keys = ["task", "backbone", "data", "head", "recipe"]
+    keys = ["task", "backbone", "data", "head", "cache", "recipe"]
     grouped = frame.groupby(keys, sort=False, dropna=False)
     table = grouped.mean()
     table.insert(0, "n", grouped.size())
@@ -40,7 +40,9 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         for column in dict.fromkeys(SPREAD_OF[str(row["task"])] for row in rows):
             name = f"{column.removesuffix(' mIoU')} sd"
             table.insert(list(table.columns).index(column) + 1, name, grouped[column].std())
-    return table.reset_index().drop(columns=["recipe"])
+    table = table.reset_index().drop(columns=["recipe"])
+    alike = table.duplicated(["task", "backbone", "data", "head"], keep=False)
+    return table if alike.any() else table.drop(columns=["cache"])
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "backbone": row["backbone"],
         "data": _data_text(row),
         "head": row["head"],
+        "cache": row["feature_key"][:8],
         "recipe": row["recipe_key"],
         **{name: percent(_at(row["test"], own)) for name, own in SCORES[task].items()},
         "seconds": row["seconds"]["train"],
@@ -83,7 +86,7 @@ def show_table(table: pd.DataFrame) -> str:
     blocks = []
     for (_, data), block in table.groupby(["task", "data"], sort=False):
         shown = block.dropna(axis="columns", how="all").drop(columns=["data"])
-        plain = {"task": str, "backbone": str, "head": str}
+        plain = {"task": str, "backbone": str, "head": str, "cache": str}
         formats = dict.fromkeys(("n", "head params"), "{:.0f}".format)
         scores = {name: "{:.1f}".format for name in shown.columns if name not in plain and name not in formats}
         text = shown.to_string(index=False, formatters={**scores, **formats}, na_rep="–")

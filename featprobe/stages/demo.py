@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from featprobe.stages.extract import ExtractOptions, extract
-from featprobe.stages.probe import ProbeOptions, ProbeReport, probe
+from featprobe.stages.probe import ProbeReport, probe
+from featprobe.stages.trials import ProbeOptions
 from featprobe.stages.workspace import Workspace
 
 

@@ -16,7 +16,8 @@ from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
 from featprobe.probes import Detections, ObjectTarget, object_sides, objects_at_original
 from featprobe.probes.train import Feed, Rows
 from featprobe.report.sheets import Panel
-from featprobe.stages.outcome import Outcome, evaluation_batches
+from featprobe.stages.live import Truth, Views
+from featprobe.stages.outcome import Batch, Outcome, evaluation_batches
 from featprobe.targets import Instance, Rle, components, decode_rle, labels_in_frame
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
@@ -60,12 +61,24 @@ class Detection:
             self._instances[row] = tuple(instance for instance in found if instance.category > 0)
         return self._instances[row]
 
-    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Rows], Tensor]:
+    def truth_of(self, row: int) -> Truth:
+        """What augmented views of a row are labelled from."""
+        return None, self.instances(row)
+
+    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Batch], Tensor]:
         """The heads' losses on a batch, (heads,), one head after the other."""
 
-        def loss(features: Features, rows: Rows) -> Tensor:
-            wanted = [self._with_masks(row, self.targets[row]).to(self.device) for row in rows.tolist()]
-            return torch.stack([head(features, wanted) for head in heads])
+        def loss(features: Features, batch: Batch) -> Tensor:
+            if isinstance(batch, Views):
+                targets = list(batch.objects or ())
+            else:
+                targets = [self._with_masks(row, self.targets[row]) for row in batch.tolist()]
+            wanted = [target.to(self.device) for target in targets]
+            others = []
+            for head in heads[:-1]:  # all draw the same samples, whichever heads they are trained beside
+                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                    others.append(head(features, wanted))
+            return torch.stack([*others, heads[-1](features, wanted)])
 
         return loss
 

@@ -1,17 +1,17 @@
 """What scoring a head gives, whatever its task."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
 
-from featprobe.levels import Features
-from featprobe.probes.train import Feed, Rows
-from featprobe.report.sheets import Panel
+from featprobe.probes.train import Rows
+from featprobe.stages.live import Views
 
 EVALUATION_BATCH = 8
+Batch = Rows | Views
+"""Rows, whose labels the task knows, or augmented views with labels of their own."""
 
 
 @dataclass(frozen=True)
@@ -25,31 +25,6 @@ class Outcome:
     scores: Mapping[str, Any]
     brief: dict[str, float]
     files: Mapping[str, bytes]
-
-
-class Task(Protocol):
-    """What the trials need of a task: a loss from a batch, scores of heads, pictures.
-
-    chooses_by: the name in `Outcome.brief` that the best trial is chosen by.
-    """
-
-    chooses_by: str
-
-    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Rows], Tensor]:
-        """Make new heads ready for training; returns their losses on a batch, (heads,)."""
-        ...
-
-    def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
-        """Scores of each head on rows."""
-        ...
-
-    def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
-        """(row, what draws truth and prediction over its image) for each row."""
-        ...
-
-    def fullness(self, row: int) -> int:
-        """How much there is to see in a row."""
-        ...
 
 
 def evaluation_batches(rows: Rows) -> list[Rows]:

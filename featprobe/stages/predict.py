@@ -24,7 +24,7 @@ from featprobe.probes.saved import check_fingerprint
 from featprobe.report.sheets import Panel, colour_of, draw_panel
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.detection import Objects, coco_results
-from featprobe.targets import Labels
+from featprobe.targets import Labels, decode_rle
 
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
 
@@ -88,11 +88,11 @@ class Predictor:
         return to_unit(read_levels(path), self.recipe.window)
 
     def _read(self, path: Path) -> tuple[Any, Placement]:
-        if self.recipe.window is not None and not is_16bit(path):
-            low, high = self.recipe.window
+        bits, wanted = 16 if is_16bit(path) else 8, self.card["data"]["bits"]
+        if wanted is not None and bits != wanted:
             raise DataError(
-                f"{path} is an 8-bit image, and the head was trained on 16-bit ones, with the levels {low:g} to "
-                f"{high:g} as black and white.\nIts grey levels would mean something else. Give it 16-bit images."
+                f"{path} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
+                f"Its grey levels would mean something else. Give it images of {wanted} bits."
             )
         levels = read_levels(path)
         placed = place((levels.shape[0], levels.shape[1]), self.recipe.size, self.recipe.fit, 1)
@@ -105,8 +105,15 @@ class Predictor:
             frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean)
             for levels, placement in zip(images, placements, strict=True)
         ]
-        maps = self.backbone(torch.from_numpy(np.stack(framed)).to(self.device)).maps
+        amp = recipe.precision == "amp" and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.float16, enabled=amp):
+            maps = self.backbone(torch.from_numpy(np.stack(framed)).to(self.device)).maps
         stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}  # as the cache would hold them
+        if not all(bool(m.isfinite().all()) for m in stored.values()):
+            raise DataError(
+                f"Features of an image are not finite in {recipe.dtype}, the number format that the head was trained "
+                "on. Nothing can be said of it."
+            )
         contents = torch.tensor([placement.content for placement in placements], dtype=torch.int32)
         whole = bool((contents == torch.tensor(recipe.frame)).all())
         return Features(stored, recipe.frame, None if whole else contents.to(self.device))
@@ -116,6 +123,8 @@ class Predictor:
         if values is None:
             raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
         spec = BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
+        if spec.source == "file":
+            spec = replace(spec, weights=str(folder / str(spec.weights)))  # a fine-tuned one lies beside its head
         if weights is not None:
             spec = replace(spec, source="file", weights=weights)
         head_levels: Any = self.head.levels
@@ -148,7 +157,7 @@ def predict(
     JSON in pixels of the original images); overlays/NAME.png for both. Raises FeatprobeError; what was written before
     a bad image stays.
     """
-    named = find_images(images)
+    named = find_images(images, out)
     predictor = Predictor(folder, weights=weights, device=device)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -165,16 +174,19 @@ def predict(
                 done.append(replace(prediction, semantic=None))
             bar.update(len(batch))
     if predictor.task != "semseg":
-        written = coco_of(done, predictor.classes, predictor.card["data"]["category_ids"])
+        own_objects = predictor.card["result"]["instances"] == "own"
+        ids = predictor.card["data"]["category_ids"] if own_objects else ()
+        written = coco_of(done, predictor.classes, ids)
         (out / "predictions.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")
     return PredictReport(out, len(done), files, tuple(left_out))
 
 
-def find_images(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Path, str]]:
     """(image, name) of files and of all images below folders; a name is the path without its suffix.
 
-    Raises DataError for a path that is not there, a folder without images, or two images of one name.
+    out: a folder that is not looked into: what an earlier run has written is no input. Raises DataError for a path that
+    is not there, a folder without images, or two images of one name.
     """
     found: list[tuple[Path, str]] = []
     for path in paths:
@@ -182,6 +194,8 @@ def find_images(paths: Sequence[Path]) -> list[tuple[Path, str]]:
             found.append((path, path.stem))
         elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if out is not None and out.resolve() != path.resolve():
+                inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
             if not inside:
                 raise DataError(f"{path} holds no images. wanted: files ending in {', '.join(SUFFIXES)}.")
             found += [(p, p.relative_to(path).with_suffix("").as_posix()) for p in inside]
@@ -199,12 +213,14 @@ def coco_of(predictions: Sequence[Prediction], classes: Sequence[str], category_
     """Objects of many images as COCO JSON: images, categories, and annotations with a score each."""
     ids = list(category_ids) or list(range(1, len(classes)))
     images = [
-        {"id": i, "file_name": p.image.name, "height": p.size[0], "width": p.size[1]}
+        {"id": i, "file_name": p.name + p.image.suffix, "height": p.size[0], "width": p.size[1]}
         for i, p in enumerate(predictions, start=1)
     ]
     annotations = [r for i, p in enumerate(predictions, start=1) for r in coco_results(p.objects or [], i, ids)]
     for number, annotation in enumerate(annotations, start=1):
-        annotation |= {"id": number, "iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3]}
+        mask = annotation.get("segmentation")
+        area = int(decode_rle(mask).sum()) if mask else annotation["bbox"][2] * annotation["bbox"][3]
+        annotation |= {"id": number, "iscrowd": 0, "area": area}
     categories = [{"id": number, "name": name} for number, name in zip(ids, classes[1:], strict=True)]
     return {"images": images, "categories": categories, "annotations": annotations}
 

@@ -26,7 +26,8 @@ from featprobe.probes import (
 )
 from featprobe.probes.train import Feed, Rows
 from featprobe.report.sheets import Panel
-from featprobe.stages.outcome import Outcome, evaluation_batches
+from featprobe.stages.live import Truth, Views
+from featprobe.stages.outcome import Batch, Outcome, evaluation_batches
 from featprobe.targets import cell_shares, labels_in_frame
 
 LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
@@ -39,13 +40,18 @@ class Segmentation:
     """
 
     chooses_by = "miou_foreground"
+    masks = False
 
     def __init__(self, cache: Cache, train: Rows, recipe: TrainRecipe, device: torch.device, absent: Absent) -> None:
         self.cache, self.train, self.recipe, self.device, self.absent = cache, train, recipe, device, absent
         self.classes = cache.data.classes
         self._stores: dict[int, _LabelStore] = {}
 
-    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Rows], Tensor]:
+    def truth_of(self, row: int) -> Truth:
+        """What augmented views of a row are labelled from."""
+        return self.cache.semantic(row), None
+
+    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Batch], Tensor]:
         """Set the heads' biases to the class prior; returns their losses on a batch, (heads,)."""
         stride = _stride(heads[0])
         store, weights = self.store(stride), self.weights(stride)
@@ -53,8 +59,9 @@ class Segmentation:
             start_at_prior(head, store.pixels, weights)
         bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if _banked(heads) else None
 
-        def loss(features: Features, rows: Rows) -> Tensor:
-            labels = store(rows).to(self.device, non_blocking=True)
+        def loss(features: Features, batch: Batch) -> Tensor:
+            labels = store.encoded(batch.labels) if isinstance(batch, Views) else store(batch)  # type: ignore[arg-type]
+            labels = labels.to(self.device, non_blocking=True)
             if bank is not None and self.recipe.loss_at == "level" and self.recipe.loss == "ce":
                 return bank.loss(features, labels, weights)
             function = level_loss if self.recipe.loss_at == "level" else image_loss
@@ -151,6 +158,10 @@ class _LabelStore:
         stacked = torch.stack(encoded)
         return stacked.float() / self.stride**2 if self.loss_at == "level" else stacked
 
+    def encoded(self, labels: Tensor) -> Tensor:
+        """Labels of views, uint8 (batch, height, width), as the loss wants them."""
+        return cell_shares(labels, self.classes, self.stride) if self.loss_at == "level" else labels
+
     def _labels(self, row: int) -> Tensor:
         labels = labels_in_frame(self.cache.semantic(row), self.cache.rows[row].placement)
         return torch.from_numpy(labels)
@@ -159,7 +170,7 @@ class _LabelStore:
         if self.loss_at == "image":
             return labels
         counts = cell_shares(labels[None], self.classes, self.stride)[0] * self.stride**2
-        return counts.to(torch.int16)  # pixels of each class in a cell, at most stride²
+        return counts.round().to(torch.int16)  # pixels of each class in a cell, at most stride²
 
 
 def _banked(heads: Sequence[nn.Module]) -> bool:

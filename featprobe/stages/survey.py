@@ -195,8 +195,9 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
         notes.append(f"{len(surveyed.bad)} samples can't be used: {listed([f.sample.id for f in surveyed.bad])}")
     root = str(data.root.resolve())
     return DataInfo(
-        data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes), data.category_ids
-    )
+        data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes), data.category_ids,
+        16 if is_16bit(next(f.sample.image for f in surveyed.found if not f.reason)) else 8,
+    )  # fmt: skip
 
 
 def _below(sample: Sample, data: DataSet) -> str:

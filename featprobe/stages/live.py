@@ -1,0 +1,151 @@
+"""Features of a cache's rows from their images and a live backbone: what fine-tuning trains on."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featprobe.backbones import Backbone
+from featprobe.cache import Cache
+from featprobe.datasets.images import frame_image, hash_image, read_levels, to_unit
+from featprobe.errors import DataError
+from featprobe.levels import Features
+from featprobe.probes import ObjectTarget
+from featprobe.probes.train import Rows
+from featprobe.stages.augment import Augmentation, View, augment
+from featprobe.targets import Instance, Labels
+
+AHEAD = 2  # batches that are decoded before they are needed
+Truth = tuple[Labels | None, Sequence[Instance] | None]
+
+
+@dataclass(frozen=True)
+class Views:
+    """A batch of augmented views and their labels.
+
+    labels: (batch, frame height, frame width), uint8. objects: one an image. Each None where the task has none.
+    """
+
+    rows: Rows
+    labels: Tensor | None
+    objects: tuple[ObjectTarget, ...] | None
+
+
+class LiveFeatures:
+    """Batches of features as FeatureLoader gives them, made by a backbone from the images.
+
+    backbone: it may be exchanged between batches; gradients reach it while it is in training mode. truth: labels of a
+    row, at its original size, for the augmented views; masks: whether objects are wanted with theirs. augmentation: of
+    training batches, None for the images as they are; its randomness follows from the seed, the number of the batch
+    and the image's place in it, so that a training that goes on sees what it would have seen. precision: "bf16"
+    computes the backbone in bfloat16 where autocast holds that to be safe.
+
+    Raises DataError for an image that is not there any more, or not the one that the cache was made from.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        backbone: Backbone,
+        device: torch.device,
+        truth: Callable[[int], Truth],
+        *,
+        masks: bool = False,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        workers: int = 2,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        self.cache, self.backbone, self.device, self.truth, self.masks = cache, backbone, device, truth, masks
+        self.augmentation, self.seed, self.precision = augmentation, seed, precision
+        self.pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="image-reader")
+        self._known: set[int] = set()  # rows whose image was found to be the cache's
+
+    def __enter__(self) -> "LiveFeatures":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def batches(self, orders: Iterable[Rows]) -> Generator[tuple[Rows, Features]]:
+        """(rows, their features) for each array of row indices, the images framed as extraction frames them."""
+        for rows, views in self._ahead(orders, lambda row, number, place: self._framed(row), 0):
+            yield rows, self._features(views)
+
+    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Any, Features]]:
+        """(rows, or augmented views of them with their labels; features). first: number of the first batch."""
+        if self.augmentation is None:
+            yield from self.batches(orders)
+            return
+        for rows, views in self._ahead(orders, self._augmented, first):
+            labels = [view.labels for view in views if view.labels is not None]
+            objects = tuple(view.objects for view in views if view.objects is not None)
+            yield Views(rows, torch.stack(labels) if labels else None, objects or None), self._features(views)
+
+    def _ahead(
+        self, orders: Iterable[Rows], work: Callable[[int, int, int], View], first: int
+    ) -> Iterator[tuple[Rows, list[View]]]:
+        """Batches whose images are made ahead, by threads."""
+        waiting: deque[tuple[Rows, list[Future[View]]]] = deque()
+        try:
+            for number, rows in enumerate(orders, first):
+                jobs = [partial(work, row, number, place) for place, row in enumerate(rows.tolist())]
+                waiting.append((rows, [self.pool.submit(job) for job in jobs]))
+                if len(waiting) > AHEAD:
+                    done, futures = waiting.popleft()
+                    yield done, [future.result() for future in futures]
+            while waiting:
+                done, futures = waiting.popleft()
+                yield done, [future.result() for future in futures]
+        finally:
+            for _, futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+    def _read(self, row: int) -> Any:
+        """Raw levels of a row's image."""
+        own = self.cache.rows[row]
+        path = Path(self.cache.data.root) / own.image
+        if row not in self._known:
+            if hash_image(path) != own.image_hash:
+                raise DataError(
+                    f"{path} is not the image that {self.cache.path} was made from.\n"
+                    f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
+                )
+            self._known.add(row)
+        return read_levels(path)
+
+    def _framed(self, row: int) -> View:
+        recipe, placement = self.cache.recipe, self.cache.rows[row].placement
+        image = frame_image(self._read(row), placement, recipe.window, recipe.interpolation, recipe.mean)
+        return View(torch.from_numpy(image), placement.content, None, None)
+
+    def _augmented(self, row: int, number: int, place: int) -> View:
+        assert self.augmentation is not None
+        labels, instances = self.truth(row)
+        unit = to_unit(self._read(row), self.cache.recipe.window)
+        random = np.random.default_rng([self.seed, number, place])
+        return augment(unit, labels, instances, self.cache.recipe, self.augmentation, random, masks=self.masks)
+
+    def _features(self, views: Sequence[View]) -> Features:
+        """Features of a batch of framed images, on the device, in the order that the backbone leaves them in."""
+        images = torch.stack([view.image for view in views])  # (batch, 3, height, width)
+        content = torch.tensor([view.content for view in views], dtype=torch.int32)
+        whole = bool((content == torch.tensor(self.cache.recipe.frame)).all())
+        if self.device.type == "cuda":
+            images, content = images.pin_memory(), content.pin_memory()
+        images = images.to(self.device, non_blocking=True)
+        moved = None if whole else content.to(self.device, non_blocking=True)
+        learns = torch.is_grad_enabled() and self.backbone.training
+        with torch.set_grad_enabled(learns), self._autocast():
+            return self.backbone(images, moved)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

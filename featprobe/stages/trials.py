@@ -1,0 +1,630 @@
+"""Trials of heads over one cache: train, choose on validation, score on test once, save. Every regime goes this way."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featprobe import __version__
+from featprobe.backbones import Backbone, load_backbone, weights_sha256
+from featprobe.cache import Cache, FeatureLoader
+from featprobe.datasets.images import read_levels, to_unit
+from featprobe.datasets.splits import split_by_group
+from featprobe.errors import DivergedError, ProbeError
+from featprobe.levels import FeatureLevel, Features
+from featprobe.machine import pick_device
+from featprobe.metrics.semantic import Absent
+from featprobe.probes import (
+    CurvePoint,
+    HeadRecipe,
+    TrainRecipe,
+    append_row,
+    build_head,
+    fingerprint,
+    grid_of,
+    load_head,
+    make_folder,
+    parameter_count,
+    plain,
+    save_head,
+    train,
+)
+from featprobe.probes.pyramid import PyramidKind
+from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
+from featprobe.probes.saved import Checkpoint
+from featprobe.probes.train import Rows, Tuned
+from featprobe.report.sheets import Panel, save_sheet
+from featprobe.specs import BackboneSpec, digest
+from featprobe.stages.augment import Augmentation
+from featprobe.stages.detection import Detection
+from featprobe.stages.live import LiveFeatures
+from featprobe.stages.outcome import Outcome, evaluation_batches, spread_over
+from featprobe.stages.segmentation import Segmentation
+from featprobe.stages.subset import training_subset
+from featprobe.stages.workspace import Workspace
+from featprobe.targets import IGNORE
+
+Say = Callable[[str], None]
+Source = FeatureLoader | LiveFeatures
+Regime = Literal["frozen", "frozen-online", "full"]
+SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
+MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
+REHEARSED = 3  # training steps that are timed before training starts, the first not counted
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is done with images and a live backbone; see `featprobe finetune --help` for each.
+
+    regime: "full" trains the backbone too; "frozen-online" does not, so that augmentation alone tells it from the
+    frozen regime. backbone_lr: the backbone's learning rate, as a multiple of the head's. clip: largest L2 norm of the
+    backbone's gradient. accumulate: parts of a batch. precision: None for bf16 on a GPU that has it, else fp32.
+    init_head: folder of a saved head that training starts from.
+    """
+
+    regime: Literal["full", "frozen-online"] = "full"
+    augment: bool = True
+    backbone_lr: float = 0.1
+    layer_decay: float = 1.0
+    bn: Literal["frozen", "train"] = "frozen"
+    clip: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.0
+    checkpointing: bool = False
+    precision: Literal["fp32", "bf16"] | None = None
+    init_head: str | None = None
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        limits = {
+            "backbone_lr": 0 < self.backbone_lr < float("inf"),
+            "layer_decay": 0 < self.layer_decay <= 1,
+            "clip": 0 <= self.clip < float("inf"),
+            "accumulate": self.accumulate >= 1,
+            "ema": 0 <= self.ema < 1,
+        }
+        wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
+        if wrong:
+            raise ProbeError(f"This can't be trained: {', '.join(wrong)}. See  featprobe finetune --help")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that decide the result, as rows keep them."""
+        return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpointing")}
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How to probe; see `featprobe probe --help` for each.
+
+    head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
+    combinations; empty for the recipe's. seeds: None for 3 with trained dense heads, 1 otherwise. split: "own" as the
+    cache holds it, "group" for featprobe's own split by group, or "image" for one by image, which leaks wherever a
+    group has several images. fractions: of the training rows, each trained on apart. show: how many test images the
+    picture sheet shows. tuning: None for the frozen regime.
+    """
+
+    head: str | None = None
+    levels: tuple[str, ...] = ()
+    width: int | None = None
+    pyramid: PyramidKind = "auto"
+    recipe: TrainRecipe | None = None
+    lr: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    seeds: int | None = None
+    shared_order: bool = False
+    fractions: tuple[float, ...] = (1.0,)
+    split: str = "own"
+    instances: Literal["own", "components"] = "own"
+    absent: Absent = "zero"
+    device: str | None = None
+    show: int = 0
+    quiet: bool = False
+    tuning: Tuning | None = None
+
+    @property
+    def regime(self) -> Regime:
+        """What moves, and what is looked at."""
+        return self.tuning.regime if self.tuning else "frozen"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One head of a pass: its seed, its recipe, the head."""
+
+    seed: int
+    recipe: TrainRecipe
+    head: nn.Module
+
+
+class Run:
+    """The heads of one pass over one cache: train, choose on validation, score on test, save."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        cache: Cache,
+        task: str,
+        options: ProbeOptions,
+        seeds: Sequence[int],
+        fraction: float,
+    ) -> None:
+        self.workspace, self.cache, self.task_name, self.options, self.seeds = workspace, cache, task, options, seeds
+        self.fraction, self.notes = fraction, list[str]()
+        self.forecast: float | None = None  # seconds of training
+        self.weights: dict[int, dict[str, Tensor]] = {}  # of the best trial's own backbone
+        self.tuned_sha256, self.backbone_parameters = "", 0
+        self.classes, self.tuning, self.regime = cache.data.classes, options.tuning, options.regime
+        assert options.recipe is not None and options.head is not None  # filled in by _checked
+        self.recipe, self.kind = options.recipe, options.head
+        self.device = pick_device(options.device)
+        key = digest([
+            task, self.kind, options.levels, options.width, options.pyramid, self.recipe.to_json(), options.lr,
+            options.weight_decay, options.shared_order, fraction, options.split, options.instances, options.absent,
+            *([options.tuning.to_json()] if options.tuning else []),
+        ])  # fmt: skip
+        self.recipe_key = key[:8]
+        name = "-".join([task, self.kind, *([] if self.regime == "frozen" else [self.regime]), self.recipe_key])
+        self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name
+        self.rows = split_rows(cache, options.split)
+        self.task = self._task()
+        sides = self.task.sides if isinstance(self.task, Detection) else ()
+        self.head_recipe = HeadRecipe(
+            task, self.kind, self.classes, options.levels, options.width, options.pyramid, sides
+        )
+        for seed in seeds:
+            make_folder(self.folder / f"seed{seed}")  # now, and not after an hour of training
+
+    def do(self, say: Say) -> list[dict[str, Any]]:
+        """Train on train, choose on val, score the chosen on test once; write heads, cards, curves, result rows."""
+        begun = time.perf_counter()
+        trials = self._trials()
+        self._note_absent(trials[0].head)
+        with self.source(trials[0].head) as source:
+            curves = self._fit(trials, source, say)
+            chosen = [self._best(trials, curves, seed) for seed in self.seeds]
+            trained = time.perf_counter()
+            self._take_backbone(source, chosen[0])
+            outcomes = self.task.evaluate([trials[i].head for i in chosen], source.batches, self.rows["test"])
+        seconds = {
+            "train": trained - begun,
+            "test": time.perf_counter() - trained,
+            "extract": extraction_seconds(self.cache) if self.regime == "frozen" else None,
+        }
+        self.head = trials[chosen[0]].head
+        rows = []
+        for seed, index, outcome in zip(self.seeds, chosen, outcomes, strict=True):
+            row = self._row(trials[index], curves[index], outcome, len(curves) // len(self.seeds), seconds)
+            own = [i for i, trial in enumerate(trials) if trial.seed == seed]
+            kept = [_curve_json(trials[i].recipe, curves[i], i == index) for i in own]
+            files = {**outcome.files, "curves.json": json.dumps(plain(kept)).encode()}
+            tensors = self.weights.get(index, {})
+            save_head(self.folder / f"seed{seed}", trials[index].head, self._card(row, curves[index]), files, tensors)
+            append_row(self.workspace.probes / "results.jsonl", row)
+            rows.append(row)
+        for checkpoint in self._checkpoints(trials):
+            checkpoint.remove()
+        return rows
+
+    def show(self, count: int) -> Path:
+        """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
+        with self.source(self.head) as source:
+            self._take_backbone(source, next(iter(self.weights), 0))
+            chosen = spread_over(self.rows["test"], self.task.fullness, count)
+            panels = []
+            for row, draw in self.task.panels(self.head, source.batches, chosen):
+                path = Path(self.cache.data.root) / self.cache.rows[row].image
+                image = to_unit(read_levels(path), self.cache.recipe.window)
+                panels.append((self.cache.rows[row].id, [Panel(image), *draw(image)]))
+        path = self.folder / f"seed{self.seeds[0]}" / "sheet.png"
+        save_sheet(path, panels, ["image", "truth", f"prediction ({self.cache.recipe.label})"], self.classes)
+        return path
+
+    def source(self, head: nn.Module) -> AbstractContextManager[Source]:
+        """Where the features for a head come from: the cache's file, or its images and a backbone."""
+        levels: Any = head.levels
+        if self.tuning is None:
+            return FeatureLoader(self.cache, levels, self.device)
+        return LiveFeatures(
+            self.cache, self._backbone(levels), self.device, self.task.truth_of, masks=self.task.masks,
+            augmentation=self.augmentation, seed=self.seeds[0], workers=self.tuning.workers, precision=self.precision,
+        )  # fmt: skip
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """How training images vary; None for not at all."""
+        return Augmentation() if self.tuning and self.tuning.augment else None
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16"]:
+        """What a live backbone computes in."""
+        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return (self.tuning and self.tuning.precision) or ("bf16" if able else "fp32")
+
+    def _backbone(self, levels: Sequence[FeatureLevel]) -> Backbone:
+        """The backbone that the cache was made with, in evaluation mode; raises ProbeError when it can't be had."""
+        spec = spec_of(self.cache)
+        backbone = load_backbone(spec, [level.name for level in levels], self.device)
+        if backbone.sha256 != self.cache.recipe.weights_sha256:
+            raise ProbeError(
+                f"{self.cache.path} was made from other weights than {spec.label} has now. Nothing was trained.\n"
+                f"  wanted  sha256 {self.cache.recipe.weights_sha256[:16]}…\n  found   sha256 {backbone.sha256[:16]}…"
+            )
+        return backbone
+
+    def _take_backbone(self, source: Source, index: int) -> None:
+        """Let a source compute with the backbone of a trial, where trials have one of their own."""
+        if isinstance(source, LiveFeatures) and index in self.weights:
+            source.backbone.model.load_state_dict(self.weights[index])
+            source.backbone.eval()
+            self.tuned_sha256 = weights_sha256(source.backbone.model)
+
+    def _task(self) -> Segmentation | Detection:
+        if self.task_name == "semseg":
+            self._take_fraction(lambda row: [c for c in np.unique(self.cache.semantic(row)).tolist() if c != IGNORE])
+            return Segmentation(self.cache, self.rows["train"], self.recipe, self.device, self.options.absent)
+        masks, source = self.task_name == "instseg", self.options.instances
+        everything = Detection(self.cache, self.rows["train"], self.device, masks=masks, source=source)
+        self._take_fraction(lambda row: everything.targets[row].labels.tolist())
+        if self.fraction == 1:
+            return everything
+        return Detection(self.cache, self.rows["train"], self.device, masks=masks, source=source)
+
+    def _take_fraction(self, classes_in: Callable[[int], list[int]]) -> None:
+        train = self.rows["train"]
+        if self.fraction < 1:
+            groups = [self.cache.rows[r].group for r in train]
+            ids = [self.cache.rows[r].id for r in train]
+            kept = training_subset(ids, groups, [set(classes_in(r)) for r in train.tolist()], self.fraction)
+            self.rows["train"] = train[kept]
+
+    def _trials(self) -> list[Trial]:
+        recipes = grid_of(self.recipe, self.options.lr, self.options.weight_decay)
+        trials = []
+        for seed in self.seeds:
+            for recipe in recipes:
+                torch.manual_seed(seed)  # the trials of one seed begin alike
+                head = build_head(self.head_recipe, self.cache.levels)
+                if self.tuning and self.tuning.init_head:
+                    self._begin_at(head, Path(self.tuning.init_head))
+                trials.append(Trial(seed, recipe, head.to(self.device)))
+        return trials
+
+    def _begin_at(self, head: nn.Module, folder: Path) -> None:
+        """Give a head the weights of a saved one; raises ProbeError where the two are not of one kind."""
+        saved, card = load_head(folder, self.cache.recipe)
+        if {**card["head"], "sides": None} != plain({**self.head_recipe.to_json(), "sides": None}):
+            raise ProbeError(
+                f"{folder} holds another head than is trained here. Nothing was trained.\n"
+                f"  wanted  {plain(self.head_recipe.to_json())}\n  found   {card['head']}"
+            )
+        head.load_state_dict(saved.state_dict())
+
+    def _note_absent(self, head: nn.Module) -> None:
+        absent = [name for name, count in self._counts(head).items() if not count]
+        if absent:
+            self.notes.append(f"{self.cache.data.name}: no training example of {', '.join(absent)}")
+
+    def _fit(self, trials: Sequence[Trial], source: Source, say: Say) -> list[list[CurvePoint]]:
+        """The curve of every trial; all heads over the same features, or one after another with a backbone each."""
+        if isinstance(source, FeatureLoader):
+            source.keep_on_device(np.sort(np.concatenate(list(self.rows.values()))))
+        if self.kind == "ridge":
+            return self._solve(trials, source)
+        if self.forecast is None:
+            self._foresee(trials, source)
+            say(self.forecast_text)
+        if self.regime != "full":
+            return self._train(trials, source)
+        curves: list[list[CurvePoint]] = []
+        fresh = source.backbone.tensors()  # type: ignore[union-attr]
+        for index, trial in enumerate(trials):
+            source.backbone.model.load_state_dict(fresh)  # type: ignore[union-attr]
+            try:
+                curves += self._train([trial], source, index)
+            except DivergedError:
+                curves.append([])
+            if index in self._ends(trials, curves) and self._best(trials, curves, trial.seed) == index:
+                self.weights = {index: source.backbone.tensors()}  # type: ignore[union-attr]
+        return curves
+
+    def _train(self, trials: Sequence[Trial], source: Source, index: int = 0) -> list[list[CurvePoint]]:
+        heads = [trial.head for trial in trials]
+        loss = self.task.start(heads)
+        bar = tqdm(total=self.recipe.iterations, desc=self._title(), unit="it", disable=self.options.quiet, leave=False)
+        with bar:
+
+            def counted(features: Features, batch: Any) -> Tensor:
+                bar.update(1 / (self.tuning.accumulate if self.tuning else 1))
+                return loss(features, batch)
+
+            def evaluate() -> list[dict[str, float]]:
+                return [o.brief for o in self.task.evaluate(heads, source.batches, self.rows["val"])]
+
+            return train(
+                heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], counted, self.seeds[0],
+                evaluate, lambda step, mean: bar.set_postfix_str(f"loss {mean:.3f}"),
+                self._tuned(source, trials[0].recipe), self._checkpoint(index),
+            )  # fmt: skip
+
+    def _tuned(self, source: Source, recipe: TrainRecipe) -> Tuned | None:
+        """The backbone as training moves it; None where it is frozen."""
+        if self.tuning is None or self.regime != "full" or isinstance(source, FeatureLoader):
+            return None
+        backbone, how = source.backbone, self.tuning
+        backbone.unfreeze(batch_norm=how.bn, checkpointing=how.checkpointing)
+        self.backbone_parameters = parameter_count(backbone)
+        groups = backbone.parameter_groups(how.backbone_lr * recipe.lr, recipe.weight_decay, how.layer_decay)
+        return Tuned(backbone, groups, how.clip, how.accumulate, how.ema)
+
+    def _checkpoint(self, index: int) -> Checkpoint | None:
+        """Where a training with a live backbone keeps its state, at the end of every pass over the training rows."""
+        if self.tuning is None:
+            return None
+        identity = digest([self.recipe_key, self.cache.recipe.key, self.cache.data.fingerprint, self.seeds, index])
+        every = max(1, len(self.rows["train"]) // self.recipe.batch_size)
+        return Checkpoint(self.folder / f"seed{self.seeds[0]}" / f"checkpoint{index}.pt", identity, every)
+
+    def _checkpoints(self, trials: Sequence[Trial]) -> list[Checkpoint]:
+        """All that may have been left by this run's trainings."""
+        found = [self._checkpoint(index) for index in range(len(trials))]
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    def _solve(self, trials: Sequence[Trial], source: Source) -> list[list[CurvePoint]]:
+        """Solve for the ridge head, which is trained by no iteration; its strength and offsets come from validation."""
+        task = self.task
+        assert isinstance(task, Segmentation)
+        head = trials[0].head
+        levels: Any = head.levels
+        stride = levels[0].stride
+        weights = task.weights(stride)
+        ones = torch.ones(len(self.classes), device=self.device)
+        sums = RidgeSums(levels, len(self.classes), ones if weights is None else weights)
+        for rows, features in source.batches(evaluation_batches(self.rows["train"])):
+            sums.add(features, task.shares(rows, stride))
+        solved = sums.solve()
+
+        val = self.rows["val"]
+        batches = ((features, task.shares(rows, stride)) for rows, features in source.batches(evaluation_batches(val)))
+        cells = levels[0].cells(self.cache.recipe.frame)
+        step = -(-len(val) * cells[0] * cells[1] * len(self.classes) // MOST_LOGITS)
+        index, offsets, _ = choose(solved, batches, step)
+        for trial in trials:
+            trial.head.load_state_dict(solved[index].state_dict())
+            with torch.no_grad():
+                trial.head.get_parameter("bias").add_(offsets)
+            trial.head.eval()
+        self.ridge = {"strength": STRENGTHS[index], "offsets": offsets.tolist(), "tried": len(solved)}
+        brief = task.evaluate([head], source.batches, self.rows["val"])[0].brief
+        return [[CurvePoint(1, 0.0, brief)] for _ in trials]
+
+    def foresee(self) -> float:
+        """Seconds that training will take, from a few steps; raises ProbeError where one does not fit the memory."""
+        trials = self._trials()
+        with self.source(trials[0].head) as source:
+            return self._foresee(trials, source)
+
+    def _foresee(self, trials: Sequence[Trial], source: Source) -> float:
+        """The same with what is there already; the effect of the steps is undone."""
+        together = [trial.head for trial in (trials[:1] if self.regime == "full" else trials)]
+        tuned = self._tuned(source, self.recipe)
+        moving = nn.ModuleList([*together, *([tuned.backbone] if tuned else [])])
+        before = {name: value.clone() for name, value in moving.state_dict().items()}
+        step = self._rehearse(moving, self.task.start(together), source)
+        moving.load_state_dict(before)
+        for parameter in moving.parameters():
+            parameter.grad = None
+        moving.eval()
+        few = self.rows["val"][:4]
+        begun = time.perf_counter()
+        self.task.evaluate(together, source.batches, few)
+        evaluation = (time.perf_counter() - begun) * len(self.rows["val"]) / len(few)
+        one = step * self.recipe.iterations + evaluation * self.recipe.evaluations
+        self.forecast = one * len(trials) / len(together)
+        return self.forecast
+
+    @property
+    def forecast_text(self) -> str:
+        """How long training will take, for a person."""
+        count = len(self.seeds) * len(grid_of(self.recipe, self.options.lr, self.options.weight_decay))
+        how = "one after another" if self.regime == "full" else "at once"
+        many = f", {count} heads {how}" if count > 1 else ""
+        regime = "" if self.regime == "frozen" else f", {self.regime}"
+        return (
+            f"{self._title()}: {self.kind}{regime}{many}, {self.recipe.iterations} iterations, "
+            f"about {(self.forecast or 0) / 60:.1f} min on {self.device}"
+        )
+
+    def _rehearse(self, moving: nn.Module, loss: Callable[[Features, Any], Tensor], source: Source) -> float:
+        """Seconds of a training step; raises ProbeError with a batch size that fits where this one does not."""
+        parts = self.tuning.accumulate if self.tuning else 1
+        rows = self.rows["train"][: -(-min(self.recipe.batch_size, len(self.rows["train"])) // parts)]
+        moving.train()
+
+        def steps(count: int, times: int) -> Iterator[float]:
+            optimizer = torch.optim.AdamW(moving.parameters(), lr=0.0, fused=True)
+            begun = time.perf_counter()
+            for batch, features in feed_of(source)([rows[:count]] * times, 0):
+                optimizer.zero_grad(set_to_none=True)
+                loss(features, batch).sum().backward()
+                optimizer.step()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                now = time.perf_counter()
+                yield now - begun
+                begun = now
+
+        try:
+            return parts * float(np.mean(list(steps(len(rows), REHEARSED))[1:]))
+        except torch.OutOfMemoryError as error:
+            found = str(error).splitlines()[0]
+        # out here, where nothing holds the tensors of the step that failed any more
+        fits = largest_that_fits(len(rows), lambda count: sum(steps(count, 1)))
+        advice = f"--batch-size {fits * parts}" if fits else "fewer --levels, a smaller --width, or --device cpu"
+        raise ProbeError(
+            f"{self._title()}: the memory of {self.device} does not hold a training step.\n"
+            f"  wanted  {len(rows)} images at once\n"
+            f"  found   {found}\nNothing was trained. What fits:  {advice}"
+        )
+
+    def _ends(self, trials: Sequence[Trial], curves: Sequence[list[CurvePoint]]) -> dict[int, float]:
+        """Validation score in the end of every trial that has one so far."""
+        return {
+            i: curve[-1].scores[self.task.chooses_by]
+            for i, (_, curve) in enumerate(zip(trials, curves, strict=False))
+            if curve and curve[-1].iteration == self.recipe.iterations
+        }
+
+    def _best(self, trials: Sequence[Trial], curves: Sequence[list[CurvePoint]], seed: int) -> int:
+        """The trial of a seed whose end scores highest on validation, the first of equals; raises ProbeError."""
+        ends = {i: score for i, score in self._ends(trials, curves).items() if trials[i].seed == seed}
+        if not ends:
+            raise DivergedError(f"No trial of seed {seed} ended with a finite loss. Try smaller --lr.")
+        return max(ends, key=lambda i: (-1.0 if np.isnan(ends[i]) else ends[i], -i))
+
+    def _counts(self, head: nn.Module) -> dict[str, int]:
+        if isinstance(self.task, Segmentation):
+            return self.task.train_counts(head.stride)  # type: ignore[arg-type]
+        return self.task.train_counts()
+
+    def _title(self) -> str:
+        share = "" if self.fraction == 1 else f", {self.fraction:g} of train"
+        seeds = ", ".join(map(str, self.seeds))
+        return f"{self.cache.recipe.label} on {self.cache.data.name}{share}, seed {seeds}"
+
+    def _row(
+        self, trial: Trial, curve: list[CurvePoint], outcome: Outcome, trials: int, seconds: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        cache, options, head = self.cache, self.options, trial.head
+        row: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "regime": self.regime,
+            "tuning": self.tuning.to_json() | {"precision": self.precision} if self.tuning else None,
+            "augmentation": self.augmentation.to_json() if self.augmentation else None,
+            "task": self.task_name,
+            "backbone": cache.recipe.label,
+            "model": cache.recipe.backbone,
+            "weights_sha256": cache.recipe.weights_sha256,
+            "data": cache.data.name,
+            "data_fingerprint": cache.data.fingerprint,
+            "feature_key": cache.recipe.key,
+            "head": self.kind,
+            "levels": [level.name for level in head.levels],  # type: ignore[union-attr]
+            "parameters": parameter_count(head),
+            "backbone_parameters": self.backbone_parameters,
+            "recipe": trial.recipe.to_json(),
+            "grid": {"lr": list(options.lr), "weight_decay": list(options.weight_decay)},
+            "recipe_key": self.recipe_key,
+            "seed": trial.seed,
+            "spread": SHARED_ORDER if options.shared_order else "initialisation and order",
+            "trials": trials,
+            "weights_from": "end of training",
+            "split": options.split,
+            "fraction": self.fraction,
+            "images": {split: len(rows) for split, rows in self.rows.items()},
+            "groups": {s: len({cache.rows[r].group for r in rows}) for s, rows in self.rows.items()},
+            "absent_classes": options.absent,
+            "instances": options.instances,
+            "classes": list(self.classes),
+            "train_counts": self._counts(head),
+            "val": curve[-1].scores,
+            "test": outcome.scores,
+            "seconds": dict(seconds),
+            "device": str(self.device),
+            "folder": (self.folder / f"seed{trial.seed}").relative_to(self.workspace.probes).as_posix(),
+        }
+        if self.kind == "ridge":
+            row |= {"ridge": self.ridge, "trials": self.ridge["tried"], "weights_from": "closed form"}
+        return plain(row)
+
+    def _card(self, row: dict[str, Any], curve: list[CurvePoint]) -> dict[str, Any]:
+        packages = ("torch", "torchvision", "timm", "numpy")
+        versions = {"featprobe": __version__, **{p: version(p) for p in packages}, "python": platform.python_version()}
+        assignment = {} if isinstance(self.task, Segmentation) else {"assignment": self.head.assignment}
+        recipe, spec = self.cache.recipe, self.cache.contents.provenance.get("backbone")
+        if self.weights:  # a backbone of its own, whose features no cache rounds
+            recipe = replace(recipe, weights_sha256=self.tuned_sha256, dtype="fp32")
+            spec = asdict(replace(spec_of(self.cache), source="file", weights="backbone.safetensors"))
+        return {
+            "format": "featprobe-head",
+            "version": 1,
+            "head": self.head_recipe.to_json(),
+            **assignment,
+            "fingerprint": fingerprint(recipe),
+            "features": recipe.to_json(),
+            "backbone": spec,
+            "data": asdict(self.cache.data),
+            "result": row,
+            "curve": [asdict(point) for point in curve],
+            "versions": versions,
+        }
+
+
+def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
+    """The largest half, quarter, … of a batch of `count` images whose step does not run out of memory; 0 for none."""
+    while count := count // 2:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            step(count)
+            return count
+        except torch.OutOfMemoryError:
+            continue
+    return 0
+
+
+def feed_of(source: Source) -> Any:
+    """What a source gives to training, see probes.train.TrainingFeed."""
+    return source.training if isinstance(source, LiveFeatures) else lambda orders, first: source.batches(orders)
+
+
+def spec_of(cache: Cache) -> BackboneSpec:
+    """What loads the network that a cache was made with; raises ProbeError where it does not say."""
+    values = cache.contents.provenance.get("backbone")
+    if values is None:
+        raise ProbeError(f"{cache.path} does not say where its backbone comes from. Extract it again.")
+    return BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
+
+
+def _curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> dict[str, Any]:
+    return {
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "chosen": chosen,
+        "curve": [asdict(point) for point in curve],
+    }
+
+
+def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
+    """Usable rows of train, val and test: as the cache holds them, by group, or by image.
+
+    Raises ProbeError when one of them is empty.
+    """
+    usable = cache.usable()
+    if split in ("group", "image"):
+        assigned = split_by_group([cache.rows[r].group if split == "group" else cache.rows[r].id for r in usable])
+    else:
+        assigned = [cache.rows[r].split for r in usable]
+    rows = {s: usable[[a == s for a in assigned]] for s in ("train", "val", "test")}
+    empty = [s for s, found in rows.items() if not len(found)]
+    if empty:
+        raise ProbeError(f"{cache.path}: the {', '.join(empty)} split has no usable image. Nothing was trained.")
+    return rows
+
+
+def extraction_seconds(cache: Cache) -> float | None:
+    """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
+    log = cache.path.with_suffix(".runs.jsonl")
+    try:
+        return sum(json.loads(line)["seconds"]["run"] for line in log.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):  # a kill can tear a line
+        return None
