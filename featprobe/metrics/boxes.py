@@ -70,9 +70,8 @@ def average_precision(truth: Mapping[str, Any], predictions: Sequence[Mapping[st
     Raises DataError when a prediction's image is not in the truth, or when masks are asked for and the
     truth has objects without.
     """
-    _check(truth, predictions, kind)
-    with redirect_stdout(StringIO()):  # pycocotools tells its progress
-        evaluation = COCOeval(*_load(truth, predictions), kind)
+    evaluation = unmatched(truth, predictions, kind)
+    with redirect_stdout(StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -88,6 +87,16 @@ def average_precision(truth: Mapping[str, Any], predictions: Sequence[Mapping[st
         per_class=tuple(_known_mean(precision[:, :, i]) for i in columns),
         per_class_50=tuple(_known_mean(precision[0, :, i]) for i in columns),
     )
+
+
+def unmatched(truth: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], kind: ApKind) -> COCOeval:
+    """pycocotools' evaluation of copies of the two, before its first step; arguments and errors of average_precision.
+
+    pycocotools tells its progress as it goes on: redirect what it prints.
+    """
+    _check(truth, predictions, kind)
+    with redirect_stdout(StringIO()):
+        return COCOeval(*_load(truth, predictions), kind)
 
 
 def truth_of(images: Sequence[TruthImage], classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
