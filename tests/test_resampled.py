@@ -207,7 +207,7 @@ def test_a_class_that_a_resample_lacks_is_left_out_or_held() -> None:
     assert ignored.ap75 == near([1, 1, 1]) and held.ap75 == near([1, 1, 1])
     for absent, scores in (("ignore", ignored), ("hold", held)):
         for name in ("ap", "ap50", "ap75"):
-            values = ap.statistic(name, [0, 1], absent)(weights)  # type: ignore[arg-type]
+            values = ap.by_group(name, [0, 1], absent)(weights)  # type: ignore[arg-type]
             assert np.array_equal(values, getattr(scores, name))
 
 
@@ -224,7 +224,7 @@ def test_where_nothing_is_scored_is_nan_and_where_nothing_is_found_zero(kind: Ap
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float64])
-def test_a_statistic_of_groups_weighs_all_images_of_a_group(dtype: Any) -> None:
+def test_a_score_by_group_weighs_all_images_of_a_group(dtype: Any) -> None:
     """Of the bootstrap, and of the jackknife, which leaves one group out."""
     truth, found = random_set(3, 1)
     groups = np.array([2, 0, 1, 0, 2, 2])
@@ -234,7 +234,7 @@ def test_a_statistic_of_groups_weighs_all_images_of_a_group(dtype: Any) -> None:
     for absent in ("ignore", "hold"):
         scores = ap.scores(weights[:, groups], absent)
         for name in ("ap", "ap50", "ap75"):
-            values = ap.statistic(name, groups.tolist(), absent)(weights)  # type: ignore[arg-type]
+            values = ap.by_group(name, groups.tolist(), absent)(weights)  # type: ignore[arg-type]
             assert values == near(getattr(scores, name))
 
 
@@ -274,7 +274,7 @@ def test_nothing_given_is_changed_and_nothing_is_printed(kind: ApKind, capsys: p
     before = copy.deepcopy((truth, found, weights.tolist()))
     ap = ResampledAp(truth, found, kind)
     ap.scores(weights)
-    ap.statistic("ap", range(IMAGES))(weights)
+    ap.by_group("ap", range(IMAGES))(weights)
     assert (truth, found, weights.tolist()) == before
     assert capsys.readouterr() == ("", "")
 
@@ -295,7 +295,7 @@ def test_weights_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match=rf"are not \(resamples, {IMAGES}\)"):
         ap.scores(weights)
     with pytest.raises(ShapeError, match=rf"are not \(resamples, {IMAGES}\)"):
-        ap.statistic("ap", range(IMAGES))(weights)
+        ap.by_group("ap", range(IMAGES))(weights)
 
 
 @pytest.mark.parametrize("groups", [[0] * (IMAGES - 1), [[0] * IMAGES], [-1] * IMAGES, [0.0] * IMAGES, ["a"] * IMAGES])
@@ -303,9 +303,9 @@ def test_groups_that_are_no_index_for_each_image_are_refused(groups: Any) -> Non
     truth, found = random_set(8)
     ap = ResampledAp(truth, found, "bbox")
     with pytest.raises(ShapeError, match=f"for each of {IMAGES} images"):
-        ap.statistic("ap", groups)
+        ap.by_group("ap", groups)
     with pytest.raises(ShapeError, match=r"\(1, 3\) are not \(resamples, 2\)"):
-        ap.statistic("ap", [0, 1] * (IMAGES // 2))([[1, 1, 1]])
+        ap.by_group("ap", [0, 1] * (IMAGES // 2))([[1, 1, 1]])
 
 
 def test_what_cannot_be_scored_is_refused_as_by_average_precision() -> None:

@@ -20,7 +20,7 @@ from featprobe.metrics.boxes import ApKind, unmatched
 
 AbsentClass = Literal["ignore", "hold"]
 ScoreName = Literal["ap", "ap50", "ap75"]
-Statistic = Callable[[ArrayLike], NDArray[np.float64]]
+OfGroups = Callable[[ArrayLike], NDArray[np.float64]]  # weights (resamples, groups) -> (resamples,)
 
 THRESHOLDS: Mapping[ScoreName, slice] = {"ap": slice(0, 10), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of IoU
 RECALLS = np.linspace(0, 1, 101)  # pycocotools' own, to the last bit
@@ -95,12 +95,13 @@ class ResampledAp:
             per_class_50=by_threshold[:, :, 0],
         )
 
-    def statistic(self, score: ScoreName, groups: ArrayLike, absent: AbsentClass = "ignore") -> Statistic:
+    def by_group(self, score: ScoreName, groups: ArrayLike, absent: AbsentClass = "ignore") -> OfGroups:
         """What gives one score of each resample, (resamples,), from weights of groups of images, (resamples, groups).
 
-        groups: (images,), the index of each image's group, 0 <= group < groups, in the order of the truth's `images`.
-        All images of a group get its weight. The weights are whole numbers >= 0, as `scores` takes them, and `absent`
-        means what it means there. Only the IoU thresholds of the score are gone through.
+        groups: (images,), the index of each image's group, in the order of the truth's `images`; there are as many
+        groups as the largest index says. All images of a group get its weight. The weights are whole numbers >= 0, as
+        `scores` takes them, and `absent` means what it means there. Only the IoU thresholds of the score are gone
+        through.
         Raises ShapeError when groups do not fit the images; what it gives raises it when weights do not fit the groups.
         """
         group = np.asarray(groups)
@@ -236,7 +237,7 @@ def _average(
     """
     own = np.flatnonzero(line.copy >= 0)
     copies[:, own] = copies[:, own] > line.copy[own]
-    counted = copies.cumsum(1)  # (resamples, entries), detections up to here
+    counted = copies.cumsum(1)  # (resamples, entries), detections up to here; floats would take eight times as long
     result = np.empty((len(copies), len(thresholds)))
     for i, threshold in enumerate(thresholds):
         at, out = np.flatnonzero(line.hit[threshold]), np.flatnonzero(line.ignored[threshold])
