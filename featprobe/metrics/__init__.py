@@ -1,17 +1,57 @@
 """Scores as the field computes them."""
 
 from featprobe.metrics.boxes import ApScores, TruthImage, average_precision, truth_of
+from featprobe.metrics.intervals import (
+    FEW_GROUPS,
+    Difference,
+    Interval,
+    Resamples,
+    Statistic,
+    bca_interval,
+    difference_of,
+    grouped,
+    groups_with_truth,
+    holm,
+    iou_statistic,
+    jackknifed,
+    mean_of,
+    modality_gap,
+    paired_difference,
+    percentile_interval,
+    resample,
+    score_interval,
+    studentised_interval,
+)
 from featprobe.metrics.resampled import ResampledAp, ResampledScores
 from featprobe.metrics.semantic import IouScores, confusion_matrix, iou_scores
 
 __all__ = [
+    "FEW_GROUPS",
     "ApScores",
+    "Difference",
+    "Interval",
     "IouScores",
     "ResampledAp",
     "ResampledScores",
+    "Resamples",
+    "Statistic",
     "TruthImage",
     "average_precision",
+    "bca_interval",
     "confusion_matrix",
+    "difference_of",
+    "grouped",
+    "groups_with_truth",
+    "holm",
     "iou_scores",
+    "iou_statistic",
+    "jackknifed",
+    "mean_of",
+    "modality_gap",
+    "paired_difference",
+    "percentile_interval",
+    "resample",
+    "score_interval",
+    "studentised_interval",
     "truth_of",
 ]

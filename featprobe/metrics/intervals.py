@@ -1,0 +1,494 @@
+"""How sure a score is, and whether two systems differ: a bootstrap over the groups of a test split.
+
+Images of one group (a part, a film, a series) resemble each other, so whole groups are drawn again, not images. A score
+is a `Statistic`: a function of how often each group counts. All intervals are made from that alone, and so in one way
+for every score; differences and means of statistics are statistics again, over the same groups.
+
+The interval that everything here uses by default is the studentised one (see `studentised_interval`): of those compared
+in benchmarks/coverage.py it is the only one that covers what it says with a dozen groups, and its test of a difference
+the only one that keeps its level. Seeds are averaged, not drawn again: an interval says what other test groups would
+have given to these trained heads, and the spread over seeds stands beside it.
+
+Efron and Tibshirani, An Introduction to the Bootstrap (1993); Hall, The Bootstrap and Edgeworth Expansion (1992);
+Field and Welsh, Bootstrapping clustered data (2007).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logit, ndtr, ndtri
+
+from featprobe.errors import DataError, ShapeError
+from featprobe.metrics.semantic import Absent
+
+Floats = NDArray[np.float64]
+Method = Literal["percentile", "bca", "studentised"]
+IouName = Literal["miou", "miou_foreground"]
+Names = tuple[str, ...]  # of groups
+
+FEW_GROUPS = 20  # with fewer, every interval rests on guesses about groups that nobody has seen
+LEVEL = 0.95
+RESAMPLES = 10_000
+AT_ONCE = 2**20  # weights of one step: 8 MiB
+SAME = 1e-12  # scores this near are the same: what rounding leaves of a difference of equals
+EDGE = 1e-9  # how near to 0 and 1 the logit looks
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A score as a function of how often each group of the test split counts.
+
+    value: weights (resamples, groups) -> (resamples,). Weights are whole numbers >= 0, held as float64; with weights of
+    one it is the score itself. nan where a resample has no score.
+    influence: weights -> (resamples, groups), by how much the value grows with the weight of each group. Over a
+    resample, each group counted as often as its weight says, influences sum to 0.
+    sets: names of the groups of each test set, in the order of the columns. Each set is drawn for itself.
+    bounds: the least and the largest value that there can be.
+    """
+
+    value: Callable[[Floats], Floats]
+    influence: Callable[[Floats], Floats]
+    sets: tuple[Names, ...]
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many groups each test set has."""
+        return tuple(map(len, self.sets))
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """A statistic on the test split and on resamples of its groups: all that an interval is made from.
+
+    estimate, standard_error: on the split. influence: (groups,), on the split.
+    values, standard_errors: (resamples,). bounds: of the statistic.
+    """
+
+    estimate: float
+    standard_error: float
+    influence: Floats
+    values: Floats
+    standard_errors: Floats
+    bounds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score and where it lies; low and high are nan where it has no interval: one group, or no score.
+
+    groups: how many the interval rests on.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    groups: int
+
+    @property
+    def few_groups(self) -> bool:
+        """Whether it rests on too few groups to be taken at its word."""
+        return self.groups < FEW_GROUPS
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of scores, its interval, and the two-sided p-value of there being none; nan as in Interval.
+
+    From 6 groups on the interval leaves 0 out exactly when p_value <= 1 - level.
+    groups: how many it rests on; the fewer of two sets.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    p_value: float
+    groups: int
+
+    @property
+    def few_groups(self) -> bool:
+        """Whether it rests on too few groups to be taken at its word."""
+        return self.groups < FEW_GROUPS
+
+
+def grouped(groups: Sequence[str]) -> tuple[Names, NDArray[np.intp]]:
+    """Distinct names in alphabetical order, and the index among them of each image's group, (images,).
+
+    >>> names, index = grouped(["b", "a", "b"])
+    >>> names, index.tolist()
+    (('a', 'b'), [1, 0, 1])
+    """
+    names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    return tuple(names.tolist()), index
+
+
+def iou_statistic(
+    confusions: NDArray[np.int64],
+    groups: Sequence[str] | None = None,
+    score: IouName = "miou_foreground",
+    absent: Absent = "zero",
+) -> Statistic:
+    """Mean IoU of one system: what iou_scores gives for the images of a resample.
+
+    confusions: (images, classes, classes), pixels, rows being the truth. groups: of each image; None: each its own.
+    absent: as iou_scores takes it. It decides on the whole split which classes take part, and they do so in every
+    resample: no mean goes over fewer. A class that a resample's truth lacks still has its IoU there, 0 where it is
+    predicted all the same. Where it isn't, its IoU on the whole split stands in, so that the mean does not jump.
+    Raises ShapeError when the arrays disagree, or hold no image.
+
+    Holding a class at its IoU on the whole split wherever the truth lacks it would hide how little is known of a rare
+    one: benchmarks/coverage.py measures it.
+    """
+    confusions = np.asarray(confusions)
+    if confusions.ndim != 3 or confusions.shape[1] != confusions.shape[2] or not len(confusions):
+        raise ShapeError(f"Confusions of shape {confusions.shape} are not (images, classes, classes) of some images.")
+    names, sums = _sums(confusions, groups)
+    first = 1 if score == "miou_foreground" else 0
+    hit = np.diagonal(sums, axis1=1, axis2=2)[:, first:].astype(float)  # (groups, classes)
+    truth, predicted = sums.sum(2)[:, first:], sums.sum(1)[:, first:]
+    union = truth + predicted - hit
+    counted = (union if absent == "zero" else truth).sum(0) > 0
+    value, influence = _mean_ratio(hit[:, counted], union[:, counted])
+    return Statistic(value, influence, (names,))
+
+
+def _sums(confusions: NDArray[np.int64], groups: Sequence[str] | None) -> tuple[Names, NDArray[np.int64]]:
+    """Names of the groups, and the confusion matrix of each: (groups, classes, classes)."""
+    if groups is None:
+        return tuple(map(str, range(len(confusions)))), confusions
+    if len(groups) != len(confusions):
+        raise ShapeError(f"{len(groups)} groups do not belong to {len(confusions)} images.")
+    names, index = grouped(groups)
+    sums = np.zeros((len(names), *confusions.shape[1:]), dtype=np.int64)
+    np.add.at(sums, index, confusions)
+    return names, sums
+
+
+def _mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
+    """Value and influence of the mean over classes of hit / union, both (groups, classes), each summed over groups."""
+    classes = hit.shape[1]
+    whole = hit.sum(0) / union.sum(0)  # (classes,)
+
+    def ratio(weights: Floats) -> tuple[Floats, Floats]:
+        """IoU, and by how much a hit pixel moves it: both (resamples, classes)."""
+        unions = weights @ union  # (resamples, classes)
+        known, divisor = unions > 0, np.maximum(unions, 1)  # pixels
+        return np.where(known, weights @ hit / divisor, whole), known / divisor
+
+    def value(weights: Floats) -> Floats:
+        return ratio(weights)[0].mean(1) if classes else np.full(len(weights), np.nan)
+
+    def influence(weights: Floats) -> Floats:
+        iou, per_pixel = ratio(weights)
+        slope = per_pixel / max(1, classes)
+        return slope @ hit.T - (slope * iou) @ union.T
+
+    return value, influence
+
+
+def groups_with_truth(confusions: NDArray[np.int64], groups: Sequence[str] | None = None) -> tuple[int, ...]:
+    """In how many groups each class is to be found: what the interval of its IoU rests on.
+
+    confusions, groups: as iou_statistic takes them. A class that one group alone holds widens an interval by next to
+    nothing: how others of its kind would score can't be seen from it.
+    """
+    return tuple((_sums(confusions, groups)[1].sum(2) > 0).sum(0).tolist())
+
+
+def jackknifed(
+    value: Callable[[Floats], Floats], groups: Sequence[str], bounds: tuple[float, float] = (0.0, 1.0)
+) -> Statistic:
+    """A statistic of any score whose influence nobody has derived: each group is left out once instead.
+
+    value: weights (resamples, groups), whole numbers, -> (resamples,). groups: distinct names, in the order of the
+    columns. A studentised interval then takes about 0.63 evaluations per resample and group: with a dear score take
+    fewer resamples, 1,000 instead of 10,000.
+    """
+
+    def influence(weights: Floats) -> Floats:
+        return _left_out(value, weights)
+
+    return Statistic(value, influence, (tuple(groups),), bounds)
+
+
+def _left_out(value: Callable[[Floats], Floats], weights: Floats) -> Floats:
+    """Influences such that their standard error is the jackknife's: from leaving out one copy of each group, in turn.
+
+    A copy whose leaving leaves no score, nan, counts as one that changes nothing.
+    """
+    row, column = np.nonzero(weights)
+    drawn = weights.sum(1, keepdims=True)
+    rest = np.repeat(value(weights)[:, None], weights.shape[1], axis=1)  # (resamples, groups), the score without
+    step = max(1, AT_ONCE // weights.shape[1])
+    for begin in range(0, len(row), step):
+        part = slice(begin, begin + step)
+        fewer = weights[row[part]]
+        fewer[np.arange(len(fewer)), column[part]] -= 1
+        without = value(fewer)
+        rest[row[part], column[part]] = np.where(np.isnan(without), rest[row[part], column[part]], without)
+    mean = (weights * rest).sum(1, keepdims=True) / drawn
+    return (drawn - 1) / drawn * (mean - rest)
+
+
+def mean_of(runs: Sequence[Statistic]) -> Statistic:
+    """The mean over runs (seeds) of one system on one test split; each resample draws the same groups for all.
+
+    Raises ShapeError when there is none, or when they were scored on other groups.
+    """
+    if not runs:
+        raise ShapeError("There is no run to take the mean of.")
+    for run in runs[1:]:
+        _checkdifference_of(runs[0], run)
+    return Statistic(
+        lambda weights: np.mean([run.value(weights) for run in runs], axis=0),
+        lambda weights: np.mean([run.influence(weights) for run in runs], axis=0),
+        runs[0].sets,
+        runs[0].bounds,
+    )
+
+
+def difference_of(a: Statistic, b: Statistic) -> Statistic:
+    """a - b of two systems on one test split; each resample draws the same groups for both.
+
+    Raises ShapeError when they were scored on other groups.
+    """
+    _checkdifference_of(a, b)
+    return Statistic(
+        lambda weights: a.value(weights) - b.value(weights),
+        lambda weights: a.influence(weights) - b.influence(weights),
+        a.sets,
+        (a.bounds[0] - b.bounds[1], a.bounds[1] - b.bounds[0]),
+    )
+
+
+def _apart(a: Statistic, b: Statistic) -> Statistic:
+    """a - b of two test sets, each drawn for itself."""
+    end = sum(a.sizes)
+    return Statistic(
+        lambda weights: a.value(weights[:, :end]) - b.value(weights[:, end:]),
+        lambda weights: np.hstack([a.influence(weights[:, :end]), -b.influence(weights[:, end:])]),
+        (*a.sets, *b.sets),
+        (a.bounds[0] - b.bounds[1], a.bounds[1] - b.bounds[0]),
+    )
+
+
+def _checkdifference_of(a: Statistic, b: Statistic) -> None:
+    if a.sets != b.sets:
+        raise ShapeError(
+            f"Scores on {sum(a.sizes)} and on {sum(b.sizes)} groups can't be paired: the groups are not the same.\n"
+            "Nothing was compared. Score both on the same images of the same test split."
+        )
+
+
+def resample(statistic: Statistic, resamples: int = RESAMPLES, seed: int = 0) -> Resamples:
+    """Draw the groups of each test set again, as many as there are, and take the statistic of each draw.
+
+    The same seed draws the same groups of a set, whatever is scored on it. Raises DataError with fewer than two groups
+    in a set: nothing can be said of other groups.
+    """
+    sizes = statistic.sizes
+    if min(sizes) < 2:
+        held = ", ".join(map(str, sizes))
+        raise DataError(f"A test set of {held} group(s) has no interval. wanted: two groups or more in each set.")
+    correction = np.concatenate([np.full(size, size / (size - 1)) for size in sizes])  # as of a sample's variance
+
+    def measured(weights: Floats) -> tuple[Floats, Floats, Floats]:
+        influence = statistic.influence(weights)
+        return statistic.value(weights), np.sqrt((weights * influence**2) @ correction), influence
+
+    (estimate,), (standard_error,), (influence,) = measured(np.ones((1, sum(sizes))))
+    blocks = [measured(weights)[:2] for weights in draw_weights(sizes, resamples, seed)]
+    values, standard_errors = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    return Resamples(float(estimate), float(standard_error), influence, values, standard_errors, statistic.bounds)
+
+
+def draw_weights(sizes: Sequence[int], resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each group is drawn, (some resamples, groups) at a time: as often in all as its set has groups.
+
+    sizes: groups of each test set. Each set has random numbers of its own, so that another set changes nothing in it.
+    """
+    streams = [np.random.default_rng([seed, i]) for i in range(len(sizes))]
+    step = max(1, AT_ONCE // sum(sizes))
+    for begin in range(0, resamples, step):
+        rows = min(step, resamples - begin)
+        yield np.hstack([_counts(stream, rows, size) for stream, size in zip(streams, sizes, strict=True)])
+
+
+def _counts(stream: np.random.Generator, rows: int, size: int) -> Floats:
+    cells = stream.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+    return np.bincount(cells.ravel(), minlength=rows * size).reshape(rows, size).astype(float)
+
+
+def percentile_interval(sample: Resamples, level: float = LEVEL) -> tuple[float, float]:
+    """Between two quantiles of the resampled values; it covers too little when groups are few.
+
+    Efron and Tibshirani (1993), chapter 13.
+    """
+    return _quantiles(sample, np.array([1 - level, 1 + level]) / 2)
+
+
+def bca_interval(sample: Resamples, level: float = LEVEL) -> tuple[float, float]:
+    """Quantiles moved for the bias of the resampled values and for the skewness of the groups' influences.
+
+    Efron, Better Bootstrap Confidence Intervals (1987).
+    """
+    if sample.standard_error <= SAME:
+        return sample.estimate, sample.estimate
+    known = sample.values[~np.isnan(sample.values)]
+    below = (np.sum(known < sample.estimate) + np.sum(known <= sample.estimate)) / 2
+    bias = ndtri(np.clip(below, 0.5, len(known) - 0.5) / len(known)) if len(known) else np.nan
+    influence = sample.influence
+    acceleration = np.sum(influence**3) / np.sum(influence**2) ** 1.5 / 6
+    moved = bias + ndtri(np.array([1 - level, 1 + level]) / 2)
+    return _quantiles(sample, ndtr(bias + moved / (1 - acceleration * moved)))
+
+
+def _quantiles(sample: Resamples, shares: Floats) -> tuple[float, float]:
+    known = sample.values[~np.isnan(sample.values)]
+    low, high = np.quantile(known, shares).tolist() if len(known) else (np.nan, np.nan)
+    return low, high
+
+
+def studentised_interval(sample: Resamples, level: float = LEVEL) -> tuple[float, float]:
+    """The bootstrap-t interval, symmetric on the scale of the logit: it holds the estimate and stays within the bounds.
+
+    Each resampled value is taken as so many of its own standard errors away from the estimate; the interval reaches to
+    both sides as many standard errors of the estimate as a share `level` of the resamples stays within. Resamples whose
+    groups tell nothing of their spread lie infinitely far away: with too many of them the interval goes from bound to
+    bound, which is all that such groups say.
+
+    Hall (1992), sections 3.5 and 3.6.
+    """
+    if sample.standard_error <= SAME:
+        return sample.estimate, sample.estimate
+    distances = np.sort(_distances(sample))
+    within = int(np.ceil(level * (len(distances) + 1) - SAME))  # the estimate itself counts as one of the draws
+    reach = distances[within - 1] if within <= len(distances) else np.inf
+    centre, slope = _on_logit(np.array(sample.estimate), sample.bounds)
+    ends = centre + np.array([-1, 1]) * reach * sample.standard_error * slope
+    lowest, highest = sample.bounds
+    low, high = (lowest + (highest - lowest) * expit(ends)).tolist()
+    return low, high
+
+
+def _distances(sample: Resamples) -> Floats:
+    """Of each resampled value from the estimate, (resamples,), in its own standard errors on the scale of the logit."""
+    estimate, _ = _on_logit(np.array(sample.estimate), sample.bounds)
+    values, slopes = _on_logit(sample.values, sample.bounds)
+    errors = sample.standard_errors * slopes
+    told = sample.standard_errors > SAME  # False for nan
+    distances = np.divide(np.abs(values - estimate), errors, out=np.full(len(values), np.inf), where=told)
+    return np.where(np.abs(sample.values - sample.estimate) <= SAME, 0, distances)
+
+
+def _on_logit(values: Floats, bounds: tuple[float, float]) -> tuple[Floats, Floats]:
+    """The logit of each value's place between the bounds, and its derivative by the value."""
+    width = bounds[1] - bounds[0]
+    place = np.clip((values - bounds[0]) / width, EDGE, 1 - EDGE)
+    return logit(place), 1 / (width * place * (1 - place))
+
+
+def _p_value(sample: Resamples, groups: int) -> float:
+    """Two-sided p-value of the statistic being 0: the share of resamples as far from the estimate as 0 is, or farther.
+
+    It is the studentised interval turned round. No less than 2^(1 - groups): of groups whose differences might as well
+    have had the other sign, no test can say more.
+    """
+    if abs(sample.estimate) <= SAME:
+        return 1.0
+    estimate, slope = _on_logit(np.array(sample.estimate), sample.bounds)
+    zero, _ = _on_logit(np.array(0.0), sample.bounds)
+    error = sample.standard_error * slope
+    distance = np.abs(estimate - zero) / error if sample.standard_error > SAME else np.inf
+    farther = int(np.sum(_distances(sample) >= distance))
+    return max((1 + farther) / (1 + len(sample.values)), 2.0 ** (1 - groups))
+
+
+INTERVALS: dict[Method, Callable[[Resamples, float], tuple[float, float]]] = {
+    "percentile": percentile_interval,
+    "bca": bca_interval,
+    "studentised": studentised_interval,
+}
+
+
+def score_interval(
+    statistic: Statistic,
+    method: Method = "studentised",
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """A score of one system, or the mean_of its runs, with its interval.
+
+    >>> perfect, blind = [[50, 0], [0, 50]], [[50, 0], [50, 0]]  # pixels of the truth's class by the predicted one
+    >>> score = iou_statistic(np.array([perfect, blind] * 12), groups=[f"part{i:02}" for i in range(24)])
+    >>> found = score_interval(score)
+    >>> found.estimate, round(found.low, 2), round(found.high, 2), found.groups
+    (0.5, 0.31, 0.69, 24)
+    """
+    estimate, groups = _estimate(statistic), min(statistic.sizes)
+    if np.isnan(estimate) or groups < 2:
+        return Interval(estimate, np.nan, np.nan, groups)
+    low, high = INTERVALS[method](resample(statistic, resamples, seed), level)
+    return Interval(estimate, low, high, groups)
+
+
+def paired_difference(
+    a: Statistic, b: Statistic, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Difference:
+    """a - b of two systems scored on the same test images, each resample drawing the same groups for both.
+
+    Raises ShapeError when they were scored on other groups.
+    """
+    return _difference(difference_of(a, b), level, resamples, seed)
+
+
+def modality_gap(
+    first: tuple[Statistic, Statistic],
+    second: tuple[Statistic, Statistic],
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """By how much more a is ahead on a first test set than on a second: (a - b on RGB) - (a - b on X-ray).
+
+    first, second: a and b on that set, paired; the two sets are drawn independently. Raises ShapeError when a and b of
+    one set were scored on other groups.
+    """
+    return _difference(_apart(difference_of(*first), difference_of(*second)), level, resamples, seed)
+
+
+def _difference(statistic: Statistic, level: float, resamples: int, seed: int) -> Difference:
+    estimate, groups = _estimate(statistic), min(statistic.sizes)
+    if np.isnan(estimate) or groups < 2:
+        return Difference(estimate, np.nan, np.nan, np.nan, groups)
+    sample = resample(statistic, resamples, seed)
+    low, high = studentised_interval(sample, level)
+    return Difference(estimate, low, high, _p_value(sample, sum(statistic.sizes)), groups)
+
+
+def _estimate(statistic: Statistic) -> float:
+    return float(statistic.value(np.ones((1, sum(statistic.sizes))))[0])
+
+
+def holm(p_values: ArrayLike) -> tuple[float, ...]:
+    """P-values of a family of tests, raised so that one false finding among all is as rare as each says.
+
+    nan, a test that could not be made, stays nan and does not count. Raises ShapeError for what is no p-value.
+
+    >>> holm([0.01, 0.04, 0.03])
+    (0.03, 0.06, 0.06)
+
+    Holm, A simple sequentially rejective multiple test procedure (1979).
+    """
+    given = np.asarray(p_values, dtype=float)
+    if given.ndim != 1 or np.any((given < 0) | (given > 1)):
+        raise ShapeError(f"{given.tolist()} are not p-values. wanted: a list of numbers 0 <= p <= 1.")
+    known = np.flatnonzero(~np.isnan(given))
+    order = known[np.argsort(given[known], kind="stable")]
+    adjusted = np.full(len(given), np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(given[order] * np.arange(len(order), 0, -1)), 1)
+    return tuple(adjusted.tolist())
