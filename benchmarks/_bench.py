@@ -80,10 +80,15 @@ def report(name: str, ratio: float, target: float, rows: Sequence[Mapping[str, s
 
     rows: each maps column titles to cells, all with the same titles. extra: further figures for the JSON.
     """
+    print_table(rows)
+    result = {"name": name, "ratio": ratio, "target": target, "holds": ratio >= target, "cpus": os.cpu_count()}
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in (result | extra).items()}))
+
+
+def print_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print rows, each of which maps the same column titles to cells; the first column is set to the left."""
     titles = list(rows[0])
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in titles}
     for row in [{title: title for title in titles}, *rows]:
         first, *others = titles
         print(row[first].ljust(widths[first]), *(row[title].rjust(widths[title]) for title in others), sep="  ")
-    result = {"name": name, "ratio": ratio, "target": target, "holds": ratio >= target, "cpus": os.cpu_count()}
-    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in (result | extra).items()}))
