@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featprobe import __version__
-from featprobe.cli.options import as_json, columns, device, feature_options, names, quiet, show_json
+from featprobe.cli.options import as_json, columns, device, feature_options, head_options, names, quiet, show_json
 from featprobe.errors import FeatprobeError
 
 if TYPE_CHECKING:
     from featprobe.stages.extract import ExtractOptions
     from featprobe.stages.probe import ProbeReport
+    from featprobe.stages.trials import ProbeOptions, Tuning
     from featprobe.stages.workspace import Workspace
 
 
@@ -133,64 +134,9 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
     click.echo(columns(rows, ("what", "cost")))
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[float, ...]:
-    """Numbers separated by commas."""
-    try:
-        return tuple(float(part) for part in names(text))
-    except ValueError:
-        raise click.BadParameter(f"{text!r}. wanted: numbers separated by commas", ctx, param) from None
-
-
 @cli.command()
 @click.option("--task", default="semseg", show_default=True, help="semseg, detect or instseg.")
-@click.option("--data", help="Data sets, separated by commas. Default: every complete cache here.")
-@click.option("--backbone", help="Backbones, separated by commas. Default: every complete cache here.")
-@click.option("--head", help="semseg: linear, upsample, ridge; detect: fcos, fasterrcnn; instseg: maskrcnn.")
-@click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache.")
-@click.option("--width", type=click.IntRange(1), help="Channels of the head.  [default: 128 upsample, 64 the others]")
-@click.option(
-    "--pyramid",
-    type=click.Choice(["auto", "levels", "simple"]),
-    default="auto",
-    show_default=True,
-    help="What the head stands on: the levels as they are, or a simple pyramid of the last one (auto: for a ViT).",
-)
-@click.option(
-    "--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000 linear, 400 fcos, 300 others]"
-)
-@click.option(
-    "--batch-size", type=click.IntRange(1), help="Images per step.  [default: 16 linear, 8 upsample, 8 fcos, 4 others]"
-)
-@click.option("--lr", callback=_numbers, help="Peak learning rates of AdamW, separated by commas; all are tried.")
-@click.option("--weight-decay", callback=_numbers, help="Weight decays, separated by commas; all are tried.")
-@click.option("--loss", help="ce, dice, focal, or a sum as ce+dice.  [default: ce]")
-@click.option(
-    "--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: inverse-sqrt]"
-)
-@click.option("--loss-at", type=click.Choice(["level", "image"]), help="Grid of the loss.  [default: level]")
-@click.option("--seeds", type=click.IntRange(1), help="How many, from 0 on.  [default: 3 linear, upsample; 1 others]")
-@click.option("--shared-order", is_flag=True, help="One order of the images for all seeds: faster, a narrower spread.")
-@click.option("--fraction", callback=_numbers, help="Shares of the training split, separated by commas, as 0.01,0.1,1.")
-@click.option(
-    "--instances",
-    type=click.Choice(["own", "components"]),
-    default="own",
-    show_default=True,
-    help="Objects of detect and instseg: the set's own, or connected components of its masks.",
-)
-@click.option(
-    "--split", type=click.Choice(["own", "group", "image"]), default="own", show_default=True, help="Whose splits."
-)
-@click.option(
-    "--absent-classes",
-    type=click.Choice(["zero", "ignore"]),
-    default="zero",
-    show_default=True,
-    help="What a class scores that is predicted, but not in the test split.",
-)
-@click.option("--show", type=click.IntRange(0), default=0, metavar="K", help="Write a sheet of K test images.")
-@device
-@quiet
+@head_options
 @as_json
 @click.pass_context
 def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
@@ -203,42 +149,89 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --task detect --data surface
       featprobe probe --task semseg --head upsample --fraction 0.1,0.3,1
     """
-    from dataclasses import replace
-
-    from featprobe.probes import DEFAULT_RECIPES, kinds_of
     from featprobe.stages.probe import probe as run
-    from featprobe.stages.trials import ProbeOptions
 
-    kinds = kinds_of(options["task"])
-    default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])
-    trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at")
-    recipe = replace(default, **{name: options[name] for name in trained if options[name] is not None})
     report = run(
         _workspace(ctx),
         options["task"],
         names(options["data"]),
         names(options["backbone"]),
-        ProbeOptions(
-            head=options["head"],
-            levels=names(options["levels"]),
-            width=options["width"],
-            pyramid=options["pyramid"],
-            recipe=recipe,
-            lr=options["lr"],
-            weight_decay=options["weight_decay"],
-            seeds=options["seeds"],
-            shared_order=options["shared_order"],
-            fractions=options["fraction"] or (1.0,),
-            instances=options["instances"],
-            split=options["split"],
-            absent=options["absent_classes"],
-            device=options["device"],
-            show=options["show"],
-            quiet=options["quiet"],
-        ),
+        _probe_options(options),
         lambda line: click.echo(line, err=True),
     )
     _show_probe(report, json_, _workspace(ctx).probes)
+
+
+@cli.command()
+@click.option("--task", help="semseg, detect or instseg.  [default: that of each frozen result]")
+@click.option(
+    "--regime",
+    type=click.Choice(["full", "frozen-online"]),
+    default="full",
+    show_default=True,
+    help="full: the backbone is trained too. frozen-online: it is not, but the images are augmented.",
+)
+@click.option("--augment/--no-augment", default=True, show_default=True, help="Crops, flips, grey levels.")
+@click.option("--backbone-lr", type=float, default=0.1, show_default=True, help="As a multiple of the head's --lr.")
+@click.option(
+    "--layer-decay", type=float, default=1.0, show_default=True, help="Of the rate, layer by layer downwards."
+)
+@click.option(
+    "--bn",
+    type=click.Choice(["frozen", "train"]),
+    default="frozen",
+    show_default=True,
+    help="BatchNorm of the backbone.",
+)
+@click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the backbone's gradient.")
+@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Parts of a batch.")
+@click.option("--ema", type=float, default=0.0, show_default=True, help="Decay of a running mean of the weights.")
+@click.option("--checkpointing", is_flag=True, help="Compute activations again on the way back, to save memory.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on a GPU that has it, else fp32]"
+)
+@click.option("--init-head", type=click.Path(exists=True, file_okay=False), help="A saved head to start from.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@click.option("--dry-run", is_flag=True, help="Print what would be trained, and how long it would take.")
+@head_options
+@as_json
+@click.pass_context
+def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> None:
+    """Train the same heads with the backbone unfrozen: the full regime, from the images.
+
+    Without --task, --data and --backbone: the counterpart of every frozen result that has none yet. A training
+    that was stopped goes on when the same command is run again.
+
+    \b
+    Example:
+      featprobe finetune --dry-run
+      featprobe finetune
+      featprobe finetune --regime frozen-online
+      featprobe finetune --task detect --data surface --backbone embedded --backbone-lr 0.3
+    """
+    from featprobe.stages.finetune import finetune as run
+    from featprobe.stages.trials import Tuning
+
+    if not (options["task"] or options["data"] or options["backbone"]):
+        described = ("head", "levels", "width", "iterations", "batch_size", "loss", "class_weights", "loss_at", "seeds")
+        given = [name for name in (*described, "fraction") if options[name]]
+        if given:
+            raise click.UsageError(
+                f"--{given[0].replace('_', '-')} needs --task, --data or --backbone: "
+                "a counterpart takes it from its frozen result."
+            )
+    tuning = Tuning(**{name: options[name] for name in Tuning.__dataclass_fields__})
+    report = run(
+        _workspace(ctx),
+        options["task"],
+        names(options["data"]),
+        names(options["backbone"]),
+        _probe_options(options, tuning),
+        lambda line: click.echo(line, err=True),
+        dry_run,
+    )
+    if not dry_run:
+        _show_probe(report, json_, _workspace(ctx).probes)
 
 
 @cli.command()
@@ -571,6 +564,37 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
     click.echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+
+
+def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
+    from dataclasses import replace
+
+    from featprobe.probes import DEFAULT_RECIPES, kinds_of
+    from featprobe.stages.trials import ProbeOptions
+
+    kinds = kinds_of(options["task"] or "semseg")
+    default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])
+    trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at")
+    recipe = replace(default, **{name: options[name] for name in trained if options[name] is not None})
+    return ProbeOptions(
+        head=options["head"],
+        levels=names(options["levels"]),
+        width=options["width"],
+        pyramid=options["pyramid"],
+        recipe=recipe,
+        lr=options["lr"],
+        weight_decay=options["weight_decay"],
+        seeds=options["seeds"],
+        shared_order=options["shared_order"],
+        fractions=options["fraction"] or (1.0,),
+        instances=options["instances"],
+        split=options["split"],
+        absent=options["absent_classes"],
+        device=options["device"],
+        show=options["show"],
+        quiet=options["quiet"],
+        tuning=tuning,
+    )
 
 
 def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:

@@ -12,6 +12,24 @@ as_json = click.option("--json", "json_", is_flag=True, help="Print one JSON val
 quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
 device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
+
+def names(text: str | None) -> tuple[str, ...]:
+    """The names of a list separated by commas.
+
+    >>> names("stride4, stride8")
+    ('stride4', 'stride8')
+    """
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in names(text))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}. wanted: numbers separated by commas", ctx, param) from None
+
+
 _BACKBONE = [
     click.option("--backbone", required=True, help="An alias or any timm model; see `featprobe backbones`."),
     click.option("--weights", type=click.Path(dir_okay=False), help="Own weights: .safetensors or .pth, tensors only."),
@@ -48,6 +66,67 @@ _FEATURES = [
     quiet,
 ]
 
+_HEAD = [
+    click.option("--data", help="Data sets, separated by commas. Default: every complete cache here."),
+    click.option("--backbone", help="Backbones, separated by commas. Default: every complete cache here."),
+    click.option("--head", help="semseg: linear, upsample, ridge; detect: fcos, fasterrcnn; instseg: maskrcnn."),
+    click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache."),
+    click.option(
+        "--width", type=click.IntRange(1), help="Channels of the head.  [default: 128 upsample, 64 the others]"
+    ),
+    click.option(
+        "--pyramid",
+        type=click.Choice(["auto", "levels", "simple"]),
+        default="auto",
+        show_default=True,
+        help="What the head stands on: the levels as they are, or a simple pyramid of the last one (auto: for a ViT).",
+    ),
+    click.option(
+        "--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000 linear, 400 fcos, 300 others]"
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        help="Images per step.  [default: 16 linear, 8 upsample, 8 fcos, 4 others]",
+    ),
+    click.option("--lr", callback=numbers, help="Peak learning rates of AdamW, separated by commas; all are tried."),
+    click.option("--weight-decay", callback=numbers, help="Weight decays, separated by commas; all are tried."),
+    click.option("--loss", help="ce, dice, focal, or a sum as ce+dice.  [default: ce]"),
+    click.option(
+        "--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: inverse-sqrt]"
+    ),
+    click.option("--loss-at", type=click.Choice(["level", "image"]), help="Grid of the loss.  [default: level]"),
+    click.option(
+        "--seeds", type=click.IntRange(1), help="How many, from 0 on.  [default: 3 linear, upsample; 1 others]"
+    ),
+    click.option(
+        "--shared-order", is_flag=True, help="One order of the images for all seeds: faster, a narrower spread."
+    ),
+    click.option(
+        "--fraction", callback=numbers, help="Shares of the training split, separated by commas, as 0.01,0.1,1."
+    ),
+    click.option(
+        "--instances",
+        type=click.Choice(["own", "components"]),
+        default="own",
+        show_default=True,
+        help="Objects of detect and instseg: the set's own, or connected components of its masks.",
+    ),
+    click.option(
+        "--split", type=click.Choice(["own", "group", "image"]), default="own", show_default=True, help="Whose splits."
+    ),
+    click.option(
+        "--absent-classes",
+        type=click.Choice(["zero", "ignore"]),
+        default="zero",
+        show_default=True,
+        help="What a class scores that is predicted, but not in the test split.",
+    ),
+    click.option("--show", type=click.IntRange(0), default=0, metavar="K", help="Write a sheet of K test images."),
+    device,
+    quiet,
+]
+
 
 def feature_options(command: Command) -> Command:
     """All options that decide which features are made, and how."""
@@ -56,13 +135,11 @@ def feature_options(command: Command) -> Command:
     return command
 
 
-def names(text: str | None) -> tuple[str, ...]:
-    """The names of a list separated by commas.
-
-    >>> names("stride4, stride8")
-    ('stride4', 'stride8')
-    """
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+def head_options(command: Command) -> Command:
+    """All options that decide which heads are trained and how they are scored, whatever the regime."""
+    for option in reversed(_HEAD):
+        command = option(command)
+    return command
 
 
 def show_json(value: object) -> None:

@@ -76,14 +76,8 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
     Raises ProbeError when the folder holds no saved head, or one for other features.
     """
     try:
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        card = read_card(folder)
         tensors = load_file(folder / "head.safetensors")
-        if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
-            raise ProbeError(
-                f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
-            )
-        if card.pop("card_sha256") != digest(card):
-            raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
         if card["head_sha256"] != _sha256(folder / "head.safetensors"):
             raise ProbeError(f"{folder}: head.safetensors is not the file that card.json describes. Train it again.")
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
@@ -98,6 +92,21 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
     if recipe is not None:
         check_fingerprint(folder, card["fingerprint"], recipe)
     return head.eval(), card
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card of a saved head; raises ProbeError when there is none, or it is not as it was written."""
+    try:
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
+            raise ProbeError(
+                f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
+            )
+        if card.pop("card_sha256") != digest(card):
+            raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
+    return card
 
 
 def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRecipe) -> None:

@@ -138,7 +138,7 @@ def _some_defect(
 def _seen(mask: NDArray[np.uint8], warp: Warp, placement: Placement, fill: int) -> Tensor:
     """A mask as the view shows it: (frame height, frame width), uint8."""
     framed = torch.full(placement.frame, fill, dtype=torch.uint8)
-    framed[: placement.content[0], : placement.content[1]] = warp(tv_tensors.Mask(torch.from_numpy(mask)))
+    framed[: placement.content[0], : placement.content[1]] = warp(tv_tensors.Mask(torch.tensor(mask)))
     return framed
 
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +135,7 @@ class LiveFeatures:
         return augment(unit, labels, instances, self.cache.recipe, self.augmentation, random, masks=self.masks)
 
     def _features(self, views: Sequence[View]) -> Features:
-        """Features of a batch of framed images, on the device, in the order that the backbone leaves them in."""
+        """Features of a batch of framed images, on the device."""
         images = torch.stack([view.image for view in views])  # (batch, 3, height, width)
         content = torch.tensor([view.content for view in views], dtype=torch.int32)
         whole = bool((content == torch.tensor(self.cache.recipe.frame)).all())
@@ -145,7 +145,10 @@ class LiveFeatures:
         moved = None if whole else content.to(self.device, non_blocking=True)
         learns = torch.is_grad_enabled() and self.backbone.training
         with torch.set_grad_enabled(learns), self._autocast():
-            return self.backbone(images, moved)
+            features: Features = self.backbone(images, moved)
+        if learns:
+            return features
+        return replace(features, maps={name: m.contiguous() for name, m in features.maps.items()})  # as a cache's are
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -42,7 +42,8 @@ def probe(
         split_rows(cache, options.split)
         build_head(HeadRecipe(task, str(options.head), cache.data.classes, options.levels, options.width,
                               options.pyramid), cache.levels)  # fmt: skip
-    rows, sheets = [], []
+    rows: list[dict[str, Any]] = []
+    sheets: list[Path] = []
     for cache in caches:
         notes += [f"{cache.data.name}: {note}" for note in _notes_of(cache, options.split)]
         for fraction in options.fractions:
@@ -53,11 +54,16 @@ def probe(
                 notes += run.notes
                 if options.show and not shown:
                     shown = True
-                    try:
-                        sheets.append(run.show(options.show))
-                    except DataError as error:
-                        notes.append(f"no picture sheet of {cache.data.name}: its images are not here ({error})")
+                    show(run, options.show, sheets, notes)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
+
+
+def show(run: Run, count: int, sheets: list[Path], notes: list[str]) -> None:
+    """Add a run's picture sheet, or a note where its images are not here."""
+    try:
+        sheets.append(run.show(count))
+    except DataError as error:
+        notes.append(f"no picture sheet of {run.cache.data.name}: its images are not here ({error})")
 
 
 def checked(task: str, options: ProbeOptions) -> ProbeOptions:

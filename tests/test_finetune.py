@@ -1,0 +1,321 @@
+"""The full regime: the same heads and loop as the frozen one, views with their labels, counterparts, kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from featprobe.backbones import load_backbone
+from featprobe.errors import DataError, ProbeError
+from featprobe.probes import TrainRecipe, load_head
+from featprobe.probes.saved import read_rows
+from featprobe.probes.train import _Loop
+from featprobe.specs import BackboneSpec, FeatureRecipe
+from featprobe.stages.augment import Augmentation, augment, choose_crop
+from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.stages.finetune import finetune
+from featprobe.stages.live import LiveFeatures
+from featprobe.stages.predict import predict
+from featprobe.stages.probe import find_caches, probe
+from featprobe.stages.trials import ProbeOptions, Tuning
+from featprobe.stages.workspace import Workspace, make_generated
+from featprobe.targets import Instance, encode_rle
+
+SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+STEPS = 20
+RECIPES = {
+    "semseg": TrainRecipe(iterations=STEPS, batch_size=4, evaluations=2),
+    "detect": TrainRecipe(iterations=STEPS, batch_size=4, lr=2e-3, clip=10.0, evaluations=2),
+    "instseg": TrainRecipe(iterations=STEPS, batch_size=4, lr=1e-3, clip=10.0, evaluations=2),
+}
+PLAIN = Tuning(regime="frozen-online", augment=False)
+TASKS = list(RECIPES)
+
+
+def options_for(task: str, tuning: Tuning | None = None, **changed: Any) -> ProbeOptions:
+    return ProbeOptions(recipe=RECIPES[task], seeds=1, quiet=True, tuning=tuning, **changed)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with an exact cache of a small 16-bit set under a real network, in batches as training takes them."""
+    workspace = Workspace(tmp_path_factory.mktemp("live"))
+    make_generated("xray", workspace.data / "xray", images=24, size=(64, 64))
+    extract(workspace, SPEC, "xray", ExtractOptions(dtype="fp32", batch_size=4, quiet=True))
+    return workspace
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The loss of every training step from here on."""
+    noted: list[float] = []
+    take = _Loop.take
+
+    def noting(self: _Loop, *arguments: Any) -> None:
+        take(self, *arguments)
+        noted.append(float(self.losses[-1].sum()))
+
+    monkeypatch.setattr(_Loop, "take", noting)
+    return noted
+
+
+def weights_of(workspace: Workspace, row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(workspace.probes / row["folder"] / "head.safetensors")
+
+
+# ---- one loop --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_frozen_backbone_without_augmentation_trains_what_the_cache_trains(
+    task: str, space: Workspace, losses: list[float]
+) -> None:
+    (cached,) = probe(space, task, options=options_for(task)).rows
+    first = list(losses)
+    losses.clear()
+    (live,) = finetune(space, task, options=options_for(task, PLAIN)).rows
+    assert losses == pytest.approx(first, rel=1e-4) and len(first) == STEPS
+    for name, own in weights_of(space, cached).items():
+        other = weights_of(space, live)[name]
+        assert (own - other).norm() <= 1e-3 * own.norm() + 1e-6, name
+    assert live["regime"] == "frozen-online" and live["augmentation"] is None and live["backbone_parameters"] == 0
+    scores = [row["test"]["box"]["ap50"] if task != "semseg" else row["test"]["miou"] for row in (cached, live)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_one_batch_that_is_swapped_does_not_pass_for_the_same(
+    space: Workspace, losses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe(space, "semseg", options=options_for("semseg"))
+    first = list(losses)
+    losses.clear()
+    plain = LiveFeatures.training
+
+    def swapped(self: LiveFeatures, orders: Any, first: int = 0) -> Any:
+        every = list(orders)
+        if len(every) > 5:  # not in the rehearsal
+            every[2] = (every[2] + 1) % len(self.cache)
+        yield from plain(self, every, first)
+
+    monkeypatch.setattr(LiveFeatures, "training", swapped)
+    finetune(space, "semseg", options=options_for("semseg", PLAIN))
+    assert losses[:2] == pytest.approx(first[:2], rel=1e-4)
+    assert losses[2] != pytest.approx(first[2], rel=1e-4)
+
+
+def test_the_full_regime_moves_the_backbone_and_keeps_it_beside_the_head(space: Workspace, tmp_path: Path) -> None:
+    (row,) = finetune(space, "semseg", options=options_for("semseg", Tuning(), show=1)).rows
+    folder = space.probes / row["folder"]
+    fresh = load_backbone(SPEC).model.state_dict()
+    tuned = load_file(folder / "backbone.safetensors")
+    moved = {name for name, value in fresh.items() if not torch.equal(value, tuned[name])}
+    norms = {name for name in fresh if ".bn" in name or name.startswith("bn")}
+    assert moved and not moved & norms, "frozen BatchNorms stay what they were"
+    assert row["regime"] == "full" and row["backbone_parameters"] > 1e6 and row["augmentation"]["defect"] == 0.7
+    assert (folder / "sheet.png").is_file()
+    _, card = load_head(folder)
+    assert card["fingerprint"]["weights_sha256"] != row["weights_sha256"]
+    (cache,), _ = find_caches(space, "semseg", (), ())
+    tested = cache.usable("test").tolist()
+    images = [Path(cache.data.root) / cache.rows[r].image for r in tested]
+    assert predict(folder, images, tmp_path / "out", quiet=True).images == len(images)
+    with pytest.raises(ProbeError, match="weights_sha256"):
+        load_head(folder, cache.recipe)
+    assert not list(space.probes.rglob("checkpoint*")), "nothing is left of an ended training"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_fine_tuned_on_augmented_views(task: str, space: Workspace, losses: list[float]) -> None:
+    tuning = Tuning(accumulate=2, ema=0.5, layer_decay=0.8)
+    (row,) = finetune(space, task, options=options_for(task, tuning)).rows
+    assert np.isfinite(losses).all() and len(losses) == STEPS
+    assert row["tuning"]["ema"] == 0.5 and np.isfinite(list(row["val"].values())).all()
+
+
+def test_trials_have_a_backbone_each_and_the_best_is_kept(space: Workspace) -> None:
+    options = options_for("semseg", Tuning(), lr=(1e-3, 1e-2))
+    (row,) = finetune(space, "semseg", options=options).rows
+    assert row["trials"] == 2
+    curves = json.loads((space.probes / row["folder"] / "curves.json").read_text())
+    ends = [c["curve"][-1]["scores"]["miou_foreground"] for c in curves]
+    (chosen,) = [c for c in curves if c["chosen"]]
+    assert chosen["curve"][-1]["scores"]["miou_foreground"] == max(ends)
+    (alone,) = finetune(space, "semseg", options=replace(options, lr=(chosen["lr"],))).rows
+    assert alone["test"]["miou"] == pytest.approx(row["test"]["miou"], abs=1e-6)
+
+
+def test_a_training_may_start_from_a_saved_head(space: Workspace, losses: list[float]) -> None:
+    (row,) = probe(space, "semseg", options=options_for("semseg")).rows
+    last = losses[-1]
+    losses.clear()
+    start = str(space.probes / row["folder"])
+    finetune(space, "semseg", options=options_for("semseg", replace(PLAIN, init_head=start)))
+    assert losses[0] < last * 1.5
+    with pytest.raises(ProbeError, match="another head"):
+        finetune(space, "semseg", options=options_for("semseg", replace(PLAIN, init_head=start), head="upsample"))
+
+
+def test_an_image_that_changed_since_is_refused(space: Workspace, tmp_path: Path) -> None:
+    (cache,), _ = find_caches(space, "semseg", (), ())
+    path = Path(cache.data.root) / cache.rows[0].image
+    kept = path.read_bytes()
+    try:
+        path.write_bytes(kept + b" ")
+        with pytest.raises(DataError, match="not the image that"):
+            finetune(space, "semseg", options=options_for("semseg", Tuning()))
+    finally:
+        path.write_bytes(kept)
+
+
+# ---- counterparts ----------------------------------------------------------------------------------------------------
+
+
+def test_without_arguments_the_missing_counterparts_are_trained_once(space: Workspace, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    workspace.cache.symlink_to(space.cache.resolve())
+    with pytest.raises(ProbeError, match="no frozen result"):
+        finetune(workspace)
+    probe(workspace, "semseg", options=options_for("semseg", lr=(1e-3, 1e-2)))
+    probe(workspace, "semseg", options=ProbeOptions(head="ridge", quiet=True))
+    probe(workspace, "detect", options=options_for("detect"))
+    said: list[str] = []
+    finetune(workspace, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
+    assert len(said) == 3 and "2 trainings" in said[-1] and "min" in said[-1]
+    rows = finetune(workspace, options=ProbeOptions(quiet=True)).rows
+    frozen = [r for r in read_rows(workspace.probes / "results.jsonl")[0] if r["regime"] == "frozen"]
+    assert [(r["task"], r["recipe"]["lr"]) for r in rows] == [
+        (r["task"], r["recipe"]["lr"]) for r in frozen if r["head"] != "ridge"
+    ]
+    with pytest.raises(ProbeError, match="has its counterpart"):
+        finetune(workspace, options=ProbeOptions(quiet=True))
+    finetune(workspace, options=ProbeOptions(quiet=True, tuning=Tuning(regime="frozen-online")))
+
+
+# ---- kills -----------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from pathlib import Path
+from featprobe.probes import TrainRecipe
+from featprobe.stages.finetune import finetune
+from featprobe.stages.trials import ProbeOptions, Tuning
+from featprobe.stages.workspace import Workspace
+recipe = TrainRecipe(iterations=24, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)
+options = ProbeOptions(head="fasterrcnn", recipe=recipe, seeds=1, quiet=True, tuning=Tuning(ema=0.9))
+finetune(Workspace(sys.argv[1]), "detect", options=options)
+"""
+
+
+def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(space: Workspace, tmp_path: Path) -> None:
+    ended = []
+    for name, kills in (("whole", 0), ("killed", 2)):
+        workspace = Workspace(tmp_path / name)
+        workspace.root.mkdir()
+        workspace.cache.symlink_to(space.cache.resolve())
+        for _ in range(kills):
+            kill_after_checkpoint(workspace)
+        start(workspace).wait(timeout=300)
+        ((row, *others), faults) = read_rows(workspace.probes / "results.jsonl")
+        assert not others and not faults
+        folder = workspace.probes / row["folder"]
+        ended.append([load_file(folder / f"{part}.safetensors") for part in ("head", "backbone")])
+        assert not list(folder.glob("checkpoint*"))
+    for whole, killed in zip(*ended, strict=True):
+        assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+
+
+def start(workspace: Workspace) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(workspace.root)], env=environment)
+
+
+def kill_after_checkpoint(workspace: Workspace) -> None:
+    """Kill a training some time after it has kept a state that no earlier one has."""
+    before = {p: p.stat().st_mtime_ns for p in workspace.probes.rglob("checkpoint*.pt")}
+    process = start(workspace)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        now = {p: p.stat().st_mtime_ns for p in workspace.probes.rglob("checkpoint*.pt")}
+        if now and now != before:
+            break
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(workspace.probes.rglob("checkpoint*.pt"))
+
+
+# ---- views -----------------------------------------------------------------------------------------------------------
+
+
+def recipe_for(frame: tuple[int, int], fit: str) -> FeatureRecipe:
+    from helpers import recipe_of
+
+    return replace(recipe_of(frame=frame), fit=fit, interpolation="bilinear")  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.tuples(st.integers(20, 90), st.integers(20, 90)),
+    fit=st.sampled_from(["resize", "letterbox"]),
+    corner=st.tuples(st.floats(0, 0.7), st.floats(0, 0.7)),
+)
+def test_masks_boxes_and_pixels_of_a_view_lie_on_each_other(
+    seed: int, size: tuple[int, int], fit: str, corner: tuple[float, float]
+) -> None:
+    y, x = (int(c * s) for c, s in zip(corner, size, strict=True))
+    height, width = max(6, size[0] // 4), max(6, size[1] // 4)
+    mask = np.zeros(size, dtype=np.uint8)
+    mask[y : y + height, x : x + width] = 1
+    box = (float(x), float(y), float(min(x + width, size[1])), float(min(y + height, size[0])))
+    thing = Instance(1, box, encode_rle(mask.astype(bool)))
+    recipe, how = recipe_for((96, 64), fit), Augmentation(contrast=0.0, brightness=0.0)
+    random = [np.random.default_rng(seed) for _ in range(2)]
+    view = augment(mask.astype(np.float32), mask, (thing,), recipe, how, random[0], masks=True)
+    assert view.image.shape == (3, 96, 64) and view.labels is not None and view.objects is not None
+    inside = torch.zeros(96, 64, dtype=torch.bool)
+    inside[: view.content[0], : view.content[1]] = True
+    assert bool((view.labels[~inside] == 255).all()) and bool((view.labels[inside] < 2).all())
+    bright = view.image[0] > 0.5
+    assert float((bright ^ (view.labels == 1))[inside].float().mean()) < 0.06
+    if len(view.objects.boxes):
+        assert view.objects.masks is not None
+        assert torch.equal(view.objects.masks[0] == 1, view.labels == 1)
+        rows, columns = (view.labels == 1).nonzero().unbind(1)
+        x1, y1, x2, y2 = view.objects.boxes[0].tolist()
+        seen = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+        assert [x1, y1, x2, y2] == pytest.approx(seen, abs=1.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), x=st.floats(0, 80), y=st.floats(0, 50), side=st.floats(1, 60))
+def test_a_crop_that_is_to_hold_a_defect_holds_it(seed: int, x: float, y: float, side: float) -> None:
+    size = (60, 100)
+    box = (x, y, min(x + side, 100.0), min(y + side, 60.0))
+    how = Augmentation(defect=1.0)
+    random = np.random.default_rng(seed)
+    top, left, height, width = choose_crop(size, None, (Instance(1, box),), how, random)
+    assert 0 <= top <= size[0] - height and 0 <= left <= size[1] - width
+    for low, length, begin, end in ((left, width, box[0], box[2]), (top, height, box[1], box[3])):
+        shown = min(low + length, end) - max(low, begin)
+        assert shown >= min(end - begin, length) - 1 - 1e-6, "whole, or as much of it as fits"
+
+
+def test_grey_levels_of_16_bits_stay_apart_in_a_view() -> None:
+    ramp = np.linspace(0.2, 0.6, 64 * 64, dtype=np.float32).reshape(64, 64)
+    how = Augmentation(smallest=1.0, hflip=0.0, vflip=0.0)
+    view = augment(ramp, None, None, recipe_for((64, 64), "resize"), how, np.random.default_rng(0))
+    assert len(torch.unique(view.image[0])) > 4000
