@@ -105,7 +105,10 @@ class Detection:
             TruthImage(self.cache.image_id(r), self.cache.rows[r].placement.original, self.instances(r))
             for r in rows.tolist()
         ]
-        return truth_of(images, self.classes, self.category_ids)
+        truth = truth_of(images, self.classes, self.category_ids)
+        for image, row in zip(truth["images"], rows.tolist(), strict=True):
+            image |= {"file_name": self.cache.rows[row].id, "group": self.cache.rows[row].group}
+        return truth
 
     def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
         """(row, what draws truth and prediction over its image) for each row."""
@@ -122,7 +125,8 @@ class Detection:
         kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"} | ({"mask": "segm"} if self.masks else {})  # type: ignore[assignment]
         scores = {name: self._named(average_precision(truth, results, kind)) for name, kind in kinds.items()}
         brief = {f"{name}_{part}": own[part] for name, own in scores.items() for part in ("ap", "ap50")}
-        return Outcome(scores, brief, {"predictions.json": json.dumps(results).encode()})
+        files = {"predictions.json": json.dumps(results).encode(), "truth.json": json.dumps(truth).encode()}
+        return Outcome(scores, brief, files)
 
     def _named(self, scores: ApScores) -> dict[str, Any]:
         values = asdict(scores)

@@ -111,7 +111,7 @@ class Segmentation:
             truth = self.cache.semantic(row)
             for own, predicted in zip(matrices, found, strict=True):
                 own[i] = confusion_matrix(truth, predicted, classes)
-        return [self._outcome(own) for own in matrices]
+        return [self._outcome(own, rows) for own in matrices]
 
     def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
         """(row, what draws truth and prediction over its image) for each row."""
@@ -124,12 +124,15 @@ class Segmentation:
         labels = self.cache.semantic(row)
         return int(((labels > 0) & (labels < len(self.classes))).sum())
 
-    def _outcome(self, confusions: NDArray[np.int64]) -> Outcome:
+    def _outcome(self, confusions: NDArray[np.int64], rows: Rows) -> Outcome:
         scores = iou_scores(confusions.sum(0), self.absent)
         iou = dict(zip(self.classes, scores.per_class, strict=True))
         means: dict[str, Any] = {"miou": scores.miou, "miou_foreground": scores.miou_foreground}
         stream = io.BytesIO()
-        np.savez_compressed(stream, confusion=confusions)
+        own = [self.cache.rows[row] for row in rows.tolist()]
+        np.savez_compressed(
+            stream, confusion=confusions, ids=np.array([r.id for r in own]), groups=np.array([r.group for r in own])
+        )
         return Outcome(means | {"iou": iou}, means, {"scores.npz": stream.getvalue()})
 
 
