@@ -235,6 +235,41 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 
 
 @cli.command()
+@click.argument("file", metavar="STUDY.toml", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print the plan and the predicted times, and run nothing.")
+@as_json
+@click.pass_context
+def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool) -> None:
+    """Run a grid of backbones, data sets, tasks, heads, regimes, seeds, fractions and sizes from one file.
+
+    What is done already is skipped, so the same command goes on after a stop; a cell that fails does not stop the
+    others, and makes the exit code 3.
+
+    \b
+    Example:
+      featprobe study examples/embedded.toml --dry-run
+      featprobe study examples/embedded.toml
+    """
+    from featprobe.stages.study import read_study, run_study
+
+    workspace = _workspace(ctx)
+    report = run_study(workspace, read_study(file, workspace), lambda line: click.echo(line, err=True), dry_run=dry_run)
+    if json_:
+        show_json({
+            "cells": len(report.cells), "trained": len(report.rows), "done": report.done,
+            "failed": [{"cell": str(cell), "reason": reason} for cell, reason in report.failed],
+        })  # fmt: skip
+    elif report.rows:
+        from featprobe.stages.probe import ProbeReport
+
+        _show_probe(ProbeReport(report.rows, (), report.notes), json_, workspace.probes)
+    for cell, reason in report.failed if not json_ else ():
+        click.echo(f"failed: {cell}\n  {reason}", err=True)
+    if report.failed:
+        ctx.exit(3)
+
+
+@cli.command()
 @click.argument("head", type=click.Path(exists=True, path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder to write to.")

@@ -181,12 +181,12 @@ class Run:
         self.head_recipe = HeadRecipe(
             task, self.kind, self.classes, options.levels, options.width, options.pyramid, sides
         )
-        for seed in seeds:
-            make_folder(self.folder / f"seed{seed}")  # now, and not after an hour of training
 
     def do(self, say: Say) -> list[dict[str, Any]]:
         """Train on train, choose on val, score the chosen on test once; write heads, cards, curves, result rows."""
         begun = time.perf_counter()
+        for seed in self.seeds:
+            make_folder(self.folder / f"seed{seed}")  # now, and not after an hour of training
         trials = self._trials()
         self._note_absent(trials[0].head)
         with self.source(trials[0].head) as source:

@@ -1,0 +1,246 @@
+"""A study: a grid of backbones, data sets, tasks, heads, regimes, seeds, fractions and sizes from one file."""
+
+import itertools
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from featprobe.cache import Cache, open_cache
+from featprobe.errors import DataError, FeatprobeError, nearest
+from featprobe.geometry import Size, parse_size
+from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
+from featprobe.probes.saved import read_rows
+from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.stages.probe import checked
+from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
+from featprobe.stages.workspace import Workspace
+
+REGIMES = ("frozen", "frozen-online", "full")
+RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
+GRID = ("data", "backbones", "tasks", "heads", "regimes", "fractions", "sizes")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file asks for; each list is one side of the grid.
+
+    heads: of any task; empty for each task's default. sizes: () for each data set's own. train: fields of TrainRecipe
+    by kind of head, "all" for every kind. tuning: fields of Tuning.
+    """
+
+    data: tuple[str, ...]
+    backbones: tuple[str, ...]
+    tasks: tuple[str, ...] = ("semseg",)
+    heads: tuple[str, ...] = ()
+    regimes: tuple[str, ...] = ("frozen", "full")
+    seeds: int = 3
+    fractions: tuple[float, ...] = (1.0,)
+    sizes: tuple[str, ...] = ()
+    split: str = "own"
+    lr: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    train: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+
+    def kinds(self, task: str) -> list[str]:
+        """The heads of a task."""
+        return [kind for kind in self.heads if (task, kind) in HEADS] or kinds_of(task)[:1]
+
+    def recipe(self, kind: str) -> TrainRecipe:
+        """How a kind of head is trained."""
+        return replace(DEFAULT_RECIPES[kind], **{**self.train.get("all", {}), **self.train.get(kind, {})})
+
+    def options(self, task: str, kind: str, regime: str) -> ProbeOptions:
+        """How a head is probed in a regime; raises ProbeError for what can't be."""
+        tuning = None if regime == "frozen" else Tuning(**{**self.tuning, "regime": regime})
+        solved = kind == "ridge"
+        recipe = DEFAULT_RECIPES[kind] if solved else self.recipe(kind)
+        return checked(
+            task,
+            ProbeOptions(
+                head=kind, recipe=recipe, lr=() if solved else self.lr,
+                weight_decay=() if solved else self.weight_decay, seeds=self.seeds, split=self.split, tuning=tuning,
+                quiet=True,
+            ),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a study."""
+
+    data: str
+    backbone: str
+    size: str
+    task: str
+    head: str
+    regime: str
+    fraction: float
+    seed: int
+
+    def __str__(self) -> str:
+        size = f" at {self.size}" if self.size else ""
+        part = "" if self.fraction == 1 else f", {self.fraction:g} of train"
+        return f"{self.backbone} on {self.data}{size}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What a study did. rows: of this run. done: cells that were there already. failed: (cell, reason)."""
+
+    cells: tuple[Cell, ...]
+    rows: tuple[dict[str, Any], ...]
+    done: int
+    failed: tuple[tuple[Cell, str], ...]
+    notes: tuple[str, ...]
+
+
+def read_study(path: Path, workspace: Workspace) -> Study:
+    """A study file, checked; raises DataError that lists everything in it that does not exist."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read as a study: {error}.") from error
+    known = [entry.name for entry in fields(Study)]
+    faults = [f"there is no setting {name!r}. {nearest(name, known)}" for name in values if name not in known]
+    faults += [f"{name} is missing" for name in ("data", "backbones") if not values.get(name)]
+    faults += [
+        f"{n} is no list" for n in (*GRID, "lr", "weight_decay") if n in values and not isinstance(values[n], list)
+    ]
+    if not faults:
+        sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        study = Study(**sides)
+        faults = list(_faults(study, workspace))
+    if faults:
+        raise DataError(f"{path} can't be run. Nothing was computed.\n" + "\n".join(f"  {fault}" for fault in faults))
+    return study
+
+
+def _faults(study: Study, workspace: Workspace) -> list[str]:
+    """Everything in a study that does not exist or makes no sense."""
+    found = []
+    for name in study.data:
+        if name not in workspace.data_names() and not Path(name).exists():
+            found.append(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
+    checks: list[tuple[Sequence[Any], Any]] = [
+        (study.backbones, lambda name: _backbone(workspace, name)),
+        (study.tasks, kinds_of),
+        (study.sizes, parse_size),
+    ]
+    for names, check in checks:
+        for name in names:
+            try:
+                check(name)
+            except FeatprobeError as error:
+                found.append(str(error).splitlines()[0])
+    kinds = {kind for _, kind in HEADS}
+    found += [f"there is no head {kind!r}. {nearest(kind, kinds)}" for kind in study.heads if kind not in kinds]
+    found += [f"there is no regime {r!r}. {nearest(r, REGIMES)}" for r in study.regimes if r not in REGIMES]
+    found += [f"{kind!r} under train is no head" for kind in study.train if kind not in {"all", *kinds}]
+    for kind, values in study.train.items():
+        wrong = [name for name in values if name not in TrainRecipe.__dataclass_fields__]
+        found += [
+            f"train.{kind}: there is no setting {n!r}. {nearest(n, TrainRecipe.__dataclass_fields__)}" for n in wrong
+        ]
+    wrong = [name for name in study.tuning if name not in Tuning.__dataclass_fields__]
+    found += [f"tuning: there is no setting {n!r}. {nearest(n, Tuning.__dataclass_fields__)}" for n in wrong]
+    if not found:
+        for task, regime in itertools.product(study.tasks, study.regimes):
+            for kind in study.kinds(task):
+                try:
+                    study.options(task, kind, regime)
+                except FeatprobeError as error:
+                    found.append(str(error).splitlines()[0])
+    return found
+
+
+def cells_of(study: Study) -> list[Cell]:
+    """Every training of a study, those of one cache together; ridge, which has no other regime, in the frozen one."""
+    return [
+        Cell(data, backbone, size, task, kind, regime, float(fraction), seed)
+        for data, backbone, size in itertools.product(study.data, study.backbones, study.sizes or ("",))
+        for task, regime in itertools.product(study.tasks, study.regimes)
+        for kind in study.kinds(task)
+        if kind != "ridge" or regime == "frozen"
+        for fraction, seed in itertools.product(study.fractions, range(1 if kind == "ridge" else study.seeds))
+    ]
+
+
+def run_study(
+    workspace: Workspace, study: Study, say: Say = lambda line: None, *, dry_run: bool = False
+) -> StudyReport:
+    """Extract and train what is missing of a study, one cell after another.
+
+    A cell that fails is reported and the others go on. Run it again to go on after a stop. say: told the plan first,
+    then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already.
+    """
+    cells = cells_of(study)
+    groups = {place: list(own) for place, own in itertools.groupby(cells, lambda c: (c.data, c.backbone, c.size))}
+    say(f"{len(cells)} trainings on {len(groups)} caches")
+    rows: list[dict[str, Any]] = []
+    failed: list[tuple[Cell, str]] = []
+    notes: list[str] = []
+    done = 0
+    for (data, backbone, size), own in groups.items():
+        try:
+            cache = _cache(workspace, data, backbone, size, make=not dry_run)
+        except FeatprobeError as error:
+            failed += [(cell, str(error)) for cell in own]
+            say(f"failed: {backbone} on {data}: {str(error).splitlines()[0]}")
+            continue
+        if cache is None:
+            say(f"to extract: {backbone} on {data}{f' at {size}' if size else ''}, then {len(own)} trainings")
+            continue
+        for cell in own:
+            if cell.task not in cache.data.tasks:
+                notes.append(f"{data} holds no labels for {cell.task}")
+                continue
+            try:
+                run = Run(workspace, cache, cell.task, study.options(cell.task, cell.head, cell.regime), [cell.seed],
+                          cell.fraction)  # fmt: skip
+                if _is_done(workspace, run, cell.seed):
+                    done += 1
+                elif dry_run:
+                    say(f"to train: {cell}, about {run.foresee() / 60 if cell.head != 'ridge' else 0:.1f} min")
+                else:
+                    say(str(cell))
+                    rows += run.do(lambda line: None)
+                notes += run.notes
+            except FeatprobeError as error:
+                failed.append((cell, str(error)))
+                say(f"failed: {cell}: {str(error).splitlines()[0]}")
+    if done:
+        say(f"{done} trainings are there already")
+    return StudyReport(tuple(cells), tuple(rows), done, tuple(failed), tuple(dict.fromkeys(notes)))
+
+
+def _backbone(workspace: Workspace, name: str) -> Any:
+    """The backbone of a name; with the ending -random, where no backbone has that name, its seeded random weights."""
+    if name.endswith(RANDOM) and name not in workspace.backbone_names():
+        return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
+    return workspace.backbone(name)
+
+
+def _cache(workspace: Workspace, data: str, backbone: str, size: str, *, make: bool) -> Cache | None:
+    """The complete cache of a cell; made where it is missing, or None."""
+    spec = _backbone(workspace, backbone)
+    asked: Size | None = parse_size(size) if size else None
+    if make:
+        report = extract(workspace, spec, data, ExtractOptions(size=asked, quiet=True))
+        return open_cache(report.path)
+    for path in workspace.cache_files():
+        cache = open_cache(path)
+        of_data = cache.data.name == data or Path(cache.data.root) == Path(data).resolve()
+        if of_data and cache.recipe.label == spec.label and asked in (None, cache.recipe.size):
+            return cache
+    return None
+
+
+def _is_done(workspace: Workspace, run: Run, seed: int) -> bool:
+    """Whether results.jsonl holds this very run."""
+    rows, _ = read_rows(workspace.probes / "results.jsonl")
+    folder = (run.folder / f"seed{seed}").relative_to(workspace.probes).as_posix()
+    wanted = (folder, run.cache.data.fingerprint, run.cache.recipe.key)
+    return any((r["folder"], r["data_fingerprint"], r["feature_key"]) == wanted for r in rows)
