@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,17 +19,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from featprobe.backbones import load_backbone
-from featprobe.errors import DataError, ProbeError
+from featprobe.cache import FeatureLoader
+from featprobe.errors import BackboneError, DataError, ProbeError
 from featprobe.probes import TrainRecipe, load_head
 from featprobe.probes.saved import read_rows
-from featprobe.probes.train import _Loop
+from featprobe.probes.train import _Loop, batches_of
 from featprobe.specs import BackboneSpec, FeatureRecipe
+from featprobe.stages import trials
 from featprobe.stages.augment import Augmentation, augment, choose_crop
 from featprobe.stages.extract import ExtractOptions, extract
 from featprobe.stages.finetune import finetune
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.predict import predict
-from featprobe.stages.probe import find_caches, probe
+from featprobe.stages.probe import checked, find_caches, probe
 from featprobe.stages.trials import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import Instance, encode_rle
@@ -98,7 +101,8 @@ def test_a_frozen_backbone_without_augmentation_trains_what_the_cache_trains(
 def test_one_batch_that_is_swapped_does_not_pass_for_the_same(
     space: Workspace, losses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probe(space, "semseg", options=options_for("semseg"))
+    options = replace(options_for("semseg"), recipe=replace(RECIPES["semseg"], evaluations=1))
+    probe(space, "semseg", options=options)
     first = list(losses)
     losses.clear()
     plain = LiveFeatures.training
@@ -110,7 +114,7 @@ def test_one_batch_that_is_swapped_does_not_pass_for_the_same(
         yield from plain(self, every, first)
 
     monkeypatch.setattr(LiveFeatures, "training", swapped)
-    finetune(space, "semseg", options=options_for("semseg", PLAIN))
+    finetune(space, "semseg", options=replace(options, tuning=PLAIN))
     assert losses[:2] == pytest.approx(first[:2], rel=1e-4)
     assert losses[2] != pytest.approx(first[2], rel=1e-4)
 
@@ -158,11 +162,17 @@ def test_trials_have_a_backbone_each_and_the_best_is_kept(space: Workspace) -> N
 
 def test_a_training_may_start_from_a_saved_head(space: Workspace, losses: list[float]) -> None:
     (row,) = probe(space, "semseg", options=options_for("semseg")).rows
-    last = losses[-1]
     losses.clear()
     start = str(space.probes / row["folder"])
     finetune(space, "semseg", options=options_for("semseg", replace(PLAIN, init_head=start)))
-    assert losses[0] < last * 1.5
+    head, _ = load_head(space.probes / row["folder"])
+    (cache,), _ = find_caches(space, "semseg", (), ())
+    run = trials.Run(space, cache, "semseg", checked("semseg", options_for("semseg")), [0], 1.0)
+    batch = next(batches_of(run.rows["train"], RECIPES["semseg"], 0))
+    loss = run.task.start([head.train()], fresh=False)
+    with FeatureLoader(cache) as loader:
+        ((_, features),) = list(loader.batches([batch]))
+        assert losses[0] == pytest.approx(float(loss(features, batch).detach()), rel=1e-4)
     with pytest.raises(ProbeError, match="another head"):
         finetune(space, "semseg", options=options_for("semseg", replace(PLAIN, init_head=start), head="upsample"))
 
@@ -174,7 +184,7 @@ def test_an_image_that_changed_since_is_refused(space: Workspace, tmp_path: Path
     try:
         path.write_bytes(kept + b" ")
         with pytest.raises(DataError, match="not the image that"):
-            finetune(space, "semseg", options=options_for("semseg", Tuning()))
+            finetune(space, "semseg", options=options_for("semseg", Tuning(clip=0.7)))
     finally:
         path.write_bytes(kept)
 
@@ -200,20 +210,59 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(space: Work
     ]
     with pytest.raises(ProbeError, match="has its counterpart"):
         finetune(workspace, options=ProbeOptions(quiet=True))
-    finetune(workspace, options=ProbeOptions(quiet=True, tuning=Tuning(regime="frozen-online")))
+    with pytest.raises(ProbeError, match="takes split from its frozen result"):
+        finetune(workspace, options=ProbeOptions(split="group"))
+    shutil.rmtree(workspace.probes / next(r["folder"] for r in frozen if r["task"] == "detect"))
+    plain = finetune(workspace, options=ProbeOptions(quiet=True, tuning=Tuning(augment=False)))
+    assert [r["task"] for r in plain.rows] == ["semseg"] and plain.rows[0]["augmentation"] is None
+    assert any("left aside" in note for note in plain.notes)
+
+
+def test_what_is_there_already_is_not_trained_again(space: Workspace) -> None:
+    options = options_for("semseg", Tuning(clip=0.5))
+    assert len(finetune(space, "semseg", options=options).rows) == 1
+    again = finetune(space, "semseg", options=options)
+    assert not again.rows and any("there already" in note for note in again.notes)
+
+
+def test_options_that_would_change_nothing_are_refused() -> None:
+    for idle in ({"ema": 0.9}, {"accumulate": 2}, {"bn": "train"}, {"backbone_lr": 1.0}):
+        with pytest.raises(ProbeError, match="would change nothing"):
+            Tuning(regime="frozen-online", **idle)  # type: ignore[arg-type]
+    with pytest.raises(ProbeError, match="ema = 1"):
+        Tuning(ema=1.0)
+
+
+def test_a_backbone_moves_where_it_should_and_nowhere_else() -> None:
+    backbone = load_backbone(SPEC, ["stride8"])
+    backbone.unfreeze()
+    moving = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
+    assert any("blocks.0" in name for name in moving) and not any("blocks.5" in name for name in moving)
+    assert not any("classifier" in name or "bn" in name for name in moving)
+    groups = backbone.parameter_groups(1.0, 0.1, layer_decay=0.5)
+    assert sum(len(g["params"]) for g in groups) == len(moving) and len({g["lr"] for g in groups}) > 2
+    backbone.unfreeze(batch_norm="train")
+    backbone.train()
+    before = backbone.model.bn1.running_mean.clone()  # type: ignore[union-attr,operator]
+    backbone(torch.rand(2, 3, 64, 64))
+    assert not torch.equal(backbone.model.bn1.running_mean, before)  # type: ignore[union-attr,arg-type]
+    with pytest.raises(BackboneError, match="twice"):
+        backbone.unfreeze(batch_norm="train", checkpointing=True)
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------
 
 CHILD = """
 import sys
+import featprobe.stages.trials
+featprobe.stages.trials.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
 from featprobe.probes import TrainRecipe
 from featprobe.stages.finetune import finetune
 from featprobe.stages.trials import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 recipe = TrainRecipe(iterations=24, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)
-options = ProbeOptions(head="fasterrcnn", recipe=recipe, seeds=1, quiet=True, tuning=Tuning(ema=0.9))
+options = ProbeOptions(head="fasterrcnn", recipe=recipe, seeds=1, quiet=True, tuning=Tuning(ema=0.9, accumulate=2))
 finetune(Workspace(sys.argv[1]), "detect", options=options)
 """
 
@@ -298,6 +347,33 @@ def test_masks_boxes_and_pixels_of_a_view_lie_on_each_other(
         x1, y1, x2, y2 = view.objects.boxes[0].tolist()
         seen = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
         assert [x1, y1, x2, y2] == pytest.approx(seen, abs=1.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), shape=st.sampled_from(["bent", "ring", "two", "diagonal"]))
+def test_objects_of_a_view_are_what_is_seen_of_them(seed: int, shape: str) -> None:
+    y, x = np.mgrid[:80, :80]
+    mask = {
+        "bent": (x < 8) | (y > 72),
+        "ring": np.abs(np.hypot(x - 40, y - 40) - 35) < 4,
+        "two": (np.maximum(x, y) < 10) | (np.minimum(x, y) > 70),
+        "diagonal": np.abs(x - y) < 4,
+    }[shape]
+    rows, columns = np.where(mask)
+    box = (float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
+    thing = Instance(1, box, encode_rle(mask))
+    how = Augmentation(smallest=0.3)
+    recipe = recipe_for((64, 64), "resize")
+    unit = mask.astype(np.float32)
+    for masks in (True, False):
+        view = augment(unit, mask.astype(np.uint8), (thing,), recipe, how, np.random.default_rng(seed), masks=masks)
+        assert view.objects is not None and view.labels is not None
+        if len(view.objects.boxes):
+            seen = (view.labels == 1).nonzero()
+            tight = [*seen.amin(0).flip(0).tolist(), *(seen.amax(0).flip(0) + 1).tolist()]
+            assert view.objects.boxes[0].tolist() == pytest.approx(tight, abs=1.01)
+        elif bool((view.labels == 1).any()):
+            assert len(view.objects.crowds) == 1, "a sliver is neither object nor background"
 
 
 @settings(max_examples=60, deadline=None)

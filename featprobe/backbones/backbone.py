@@ -92,6 +92,10 @@ class Backbone(nn.Module):
         small batches need. checkpointing: compute activations again on the way back, to save memory.
         Raises BackboneError when the model can't do that.
         """
+        if checkpointing and batch_norm == "train":
+            raise BackboneError(
+                "BatchNorm would count each batch twice under activation checkpointing. Take one of them."
+            )
         self.model.requires_grad_(True)
         self._frozen = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and batch_norm == "frozen"]
         for norm in self._frozen:
@@ -100,6 +104,20 @@ class Backbone(nn.Module):
             if not callable(getattr(self.model, "set_grad_checkpointing", None)):
                 raise BackboneError(f"{self.spec.model} has no activation checkpointing in timm. Leave it away.")
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        self._leave_idle_frozen()
+
+    def _leave_idle_frozen(self) -> None:
+        """Freeze what no level stands on, as the classifier: it has no gradient, and needs no state."""
+        was = self.training
+        self.eval()
+        side = 4 * self.multiple
+        with torch.enable_grad():
+            maps = self(torch.zeros(1, 3, side, side, device=self._mean.device)).maps
+            torch.stack([m.float().sum() for m in maps.values()]).sum().backward()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+        self.train(was)
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set training mode, in which frozen BatchNorms still take their running statistics."""
@@ -113,7 +131,10 @@ class Backbone(nn.Module):
 
         layer_decay: factor on the learning rate from each layer to the one before it (BEiT, Bao et al., 2022).
         """
-        groups = param_groups_layer_decay(self.model, weight_decay, layer_decay=layer_decay)
+        exempt = getattr(self.model, "no_weight_decay", None)
+        groups = param_groups_layer_decay(
+            self.model, weight_decay, no_weight_decay_list=exempt() if callable(exempt) else (), layer_decay=layer_decay
+        )
         return [
             {"params": list(g["params"]), "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups
         ]

@@ -163,7 +163,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.option("--task", help="semseg, detect or instseg.  [default: that of each frozen result]")
+@click.option("--task", help="semseg, detect or instseg.  [default: as each frozen result; semseg with --data]")
 @click.option(
     "--regime",
     type=click.Choice(["full", "frozen-online"]),
@@ -212,14 +212,6 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
     from featprobe.stages.finetune import finetune as run
     from featprobe.stages.trials import Tuning
 
-    if not (options["task"] or options["data"] or options["backbone"]):
-        described = ("head", "levels", "width", "iterations", "batch_size", "loss", "class_weights", "loss_at", "seeds")
-        given = [name for name in (*described, "fraction") if options[name]]
-        if given:
-            raise click.UsageError(
-                f"--{given[0].replace('_', '-')} needs --task, --data or --backbone: "
-                "a counterpart takes it from its frozen result."
-            )
     tuning = Tuning(**{name: options[name] for name in Tuning.__dataclass_fields__})
     report = run(
         _workspace(ctx),
@@ -230,8 +222,10 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
         lambda line: click.echo(line, err=True),
         dry_run,
     )
-    if not dry_run:
-        _show_probe(report, json_, _workspace(ctx).probes)
+    if report.rows or json_:
+        return _show_probe(report, json_, _workspace(ctx).probes)
+    for note in report.notes:
+        click.echo(f"note: {note}")
 
 
 @cli.command()
@@ -610,13 +604,13 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
     kinds = kinds_of(options["task"] or "semseg")
     default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])
     trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at")
-    recipe = replace(default, **{name: options[name] for name in trained if options[name] is not None})
+    given = {name: options[name] for name in trained if options[name] is not None}
     return ProbeOptions(
         head=options["head"],
         levels=names(options["levels"]),
         width=options["width"],
         pyramid=options["pyramid"],
-        recipe=recipe,
+        recipe=replace(default, **given) if given else None,
         lr=options["lr"],
         weight_decay=options["weight_decay"],
         seeds=options["seeds"],

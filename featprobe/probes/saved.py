@@ -6,8 +6,8 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,37 +141,46 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-@dataclass(frozen=True)
 class Checkpoint:
-    """The state of a training in a file, kept after every so many steps, for the same training to go on from.
+    """The state of a training in a file, for the same training to go on from.
 
-    identity: of what is trained; a state of anything else is not taken.
+    identity: of what is trained; a state of anything else is not taken. One is kept at the last step, and at the end of
+    a pass over the training rows (`every` steps) when the last time is `seconds` ago. before: seconds that were spent
+    on the training until the state that was loaded.
     """
 
-    path: Path
-    identity: str
-    every: int
+    def __init__(self, path: Path, identity: str, every: int, last: int, seconds: float) -> None:
+        self.path, self.identity, self.every, self.last, self.seconds = path, identity, every, last, seconds
+        self.before, self.begun = 0.0, time.perf_counter()
+        self.kept = self.begun
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last; None where there is none. Raises ProbeError for a damaged file."""
+        self.begun = self.kept = time.perf_counter()
         if not self.path.exists():
             return None
         try:
             kept = torch.load(self.path, map_location="cpu", weights_only=True)
-            return kept["state"] if kept["identity"] == self.identity else None
+            if kept["identity"] != self.identity:
+                return None
+            self.before = kept["seconds"]
+            return kept["state"]
         except Exception as error:  # a damaged file meets torch's reader in many ways
             raise ProbeError(f"{self.path} can't be read: {error}.\nRemove it to train from the start.") from error
 
     def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep a state, whole or not at all, when its step is one of those."""
-        if step % self.every:
+        """Keep a state, whole or not at all, when it is time to."""
+        now = time.perf_counter()
+        if step != self.last and (step % self.every or now - self.kept < self.seconds):
             return
         temporary = self.path.with_suffix(".tmp")
+        kept = {"identity": self.identity, "seconds": self.before + now - self.begun, "state": state()}
         with temporary.open("wb") as stream:
-            torch.save({"identity": self.identity, "state": state()}, stream)
+            torch.save(kept, stream)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self.path)
+        self.kept = time.perf_counter()
 
     def remove(self) -> None:
         """Forget it: the training has ended."""

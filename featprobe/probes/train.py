@@ -280,7 +280,8 @@ class _Loop:
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs, as tensors and plain values."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        device = next(self.moving.parameters()).device
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         return {
             "step": self.step,
             "weights": self.moving.state_dict(),
@@ -308,5 +309,5 @@ class _Loop:
         self.losses = [values.to(next(self.moving.parameters()).device) for values in state["losses"]]
         own, *cuda = state["random"]
         torch.set_rng_state(own)
-        if cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda)
+        for kept in cuda:
+            torch.cuda.set_rng_state(kept, next(self.moving.parameters()).device)

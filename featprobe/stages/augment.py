@@ -18,7 +18,8 @@ from featprobe.probes import ObjectTarget
 from featprobe.specs import FeatureRecipe
 from featprobe.targets import IGNORE, Instance, Labels, decode_rle
 
-LEAST_VISIBLE = 0.25  # share of an object's box that a crop must show; less is neither object nor background
+LEAST_VISIBLE = 0.25  # share of an object that a crop must show; less is neither object nor background
+WHOLE = 0.999  # share of a box from which on all of its object is in view
 SMALLEST_SIDE = 1.0  # frame pixels, of a box that is an object
 Warp = Callable[..., Any]
 
@@ -109,7 +110,7 @@ def choose_crop(
     """
     share = random.uniform(how.smallest, 1.0)
     lengths = [max(1, round(share * side)) for side in size]
-    wanted = _some_defect(labels, instances, random) if random.random() < how.defect else None
+    wanted = _some_defect(labels, instances, (lengths[0], lengths[1]), random) if random.random() < how.defect else None
     corner = []
     for axis, (side, length) in enumerate(zip(size, lengths, strict=True)):
         first, last = 0, side - length
@@ -122,12 +123,21 @@ def choose_crop(
 
 
 def _some_defect(
-    labels: Labels | None, instances: Sequence[Instance] | None, random: np.random.Generator
+    labels: Labels | None, instances: Sequence[Instance] | None, crop: Size, random: np.random.Generator
 ) -> tuple[float, float, float, float] | None:
-    """Box, x1 y1 x2 y2, of a random object or of a random pixel of a defect; None where there is none."""
+    """Box, x1 y1 x2 y2, of a random object, or of a random pixel of a defect; None where there is none.
+
+    A pixel too where the object is larger than the crop, (height, width), and has a mask.
+    """
     if instances is not None:
-        boxes = [instance.box_xyxy for instance in instances if not instance.crowd]
-        return boxes[random.integers(len(boxes))] if boxes else None
+        own = [instance for instance in instances if not instance.crowd]
+        if not own:
+            return None
+        chosen = own[random.integers(len(own))]
+        x1, y1, x2, y2 = chosen.box_xyxy
+        if chosen.rle is None or (x2 - x1 <= crop[1] and y2 - y1 <= crop[0]):
+            return chosen.box_xyxy
+        labels = decode_rle(chosen.rle).astype(np.uint8)
     where = np.flatnonzero((labels > 0) & (labels < IGNORE)) if labels is not None else ()
     if labels is None or not len(where):
         return None
@@ -143,18 +153,36 @@ def _seen(mask: NDArray[np.uint8], warp: Warp, placement: Placement, fill: int) 
 
 
 def _objects(instances: Sequence[Instance], size: Size, warp: Warp, placement: Placement, masks: bool) -> ObjectTarget:
-    """The objects of an image of (height, width) as the view shows them, in frame pixels."""
+    """The objects of an image of (height, width) as the view shows them, in frame pixels.
+
+    What is seen of an object is told by its mask where it has one: the box of a bent crack may be in view without it.
+    """
     raw = torch.tensor([i.box_xyxy for i in instances], dtype=torch.float32).reshape(-1, 4)
     boxes = warp(tv_tensors.BoundingBoxes(raw, format="XYXY", canvas_size=size))
     scale = float(np.prod(np.divide(placement.content, placement.original)))
     share = box_area(boxes) / (box_area(raw) * scale).clamp(min=1e-6)  # of each that is seen
-    sized = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_SIDE).all(1)
-    crowd = torch.tensor([i.crowd for i in instances], dtype=torch.bool)
-    whole = (share >= LEAST_VISIBLE) & sized & ~crowd
-    kept = [instances[i] for i in whole.nonzero()[:, 0].tolist()]
-    layers = None
-    if masks:
-        drawn = [_seen(decode_rle(i.rle).astype(np.uint8), warp, placement, 0) for i in kept if i.rle is not None]
-        layers = torch.stack(drawn) if drawn else torch.zeros((0, *placement.frame), dtype=torch.uint8)
-    category = torch.tensor([i.category for i in kept], dtype=torch.int64)
-    return ObjectTarget(boxes[whole], category, layers, boxes[~whole & (share > 0)])
+    layers: list[Tensor] = []
+    whole = torch.zeros(len(instances), dtype=torch.bool)
+    for i, instance in enumerate(instances):
+        if instance.rle is not None and share[i] > 0 and (masks or share[i] < WHOLE):
+            mask = decode_rle(instance.rle).astype(np.uint8)
+            layer = _seen(mask, warp, placement, 0)
+            share[i] = float(layer.sum()) / max(mask.sum() * scale, 1e-6)
+            boxes[i] = _box_of(layer)
+        sized = bool((boxes[i, 2:] - boxes[i, :2] >= SMALLEST_SIDE).all())
+        whole[i] = not instance.crowd and sized and bool(share[i] >= LEAST_VISIBLE)
+        if masks and whole[i]:
+            layers.append(layer)
+    category = torch.tensor([instances[i].category for i in whole.nonzero()[:, 0].tolist()], dtype=torch.int64)
+    drawn = (
+        (torch.stack(layers) if layers else torch.zeros((0, *placement.frame), dtype=torch.uint8)) if masks else None
+    )
+    return ObjectTarget(boxes[whole], category, drawn, boxes[~whole & (share > 0)])
+
+
+def _box_of(mask: Tensor) -> Tensor:
+    """x1 y1 x2 y2 of a mask's pixels, (4,); zeros where it has none."""
+    if not mask.any():
+        return torch.zeros(4)
+    (y1, y2), (x1, x2) = (mask.any(axis).nonzero()[[0, -1], 0].tolist() for axis in (1, 0))
+    return torch.tensor([x1, y1, x2 + 1, y2 + 1], dtype=torch.float32)

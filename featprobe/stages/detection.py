@@ -65,7 +65,7 @@ class Detection:
         """What augmented views of a row are labelled from."""
         return None, self.instances(row)
 
-    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Batch], Tensor]:
+    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
         """The heads' losses on a batch, (heads,), one head after the other."""
 
         def loss(features: Features, batch: Batch) -> Tensor:

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import Cache, open_cache
-from featprobe.errors import CacheError, ProbeError
+from featprobe.errors import CacheError, FeatprobeError, ProbeError
 from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import read_card, read_rows
-from featprobe.stages.probe import ProbeReport, checked, find_caches, show
+from featprobe.stages.probe import ProbeReport, checked, find_caches, notes_of, show
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
 
 CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
-"""What a frozen result and its counterpart in another regime agree in."""
+"""What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
+FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay")
+"""Options that a counterpart does not take from its frozen result."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Missing:
     options: ProbeOptions
     seed: int
     fraction: float
+
+    def run(self, workspace: Workspace) -> Run:
+        """The training, with nothing computed yet."""
+        return Run(workspace, self.cache, self.task, self.options, [self.seed], self.fraction)
 
 
 def finetune(
@@ -39,28 +45,29 @@ def finetune(
 ) -> ProbeReport:
     """Train heads with a live backbone on the images that caches were made from; score and save them as `probe` does.
 
-    With a task, data sets or backbones: on the caches that serve them. With none of these: the missing counterpart of
-    every frozen result in probes/results.jsonl, with the head and the learning rate that were chosen there. options:
-    their `tuning` says what moves; the default is the full regime. say: told the list with the predicted time first.
-    dry_run: that list alone.
+    With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
+    already is not trained again. With none of these: the missing counterpart of every frozen result in
+    probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
+    moves; the default is the full regime. say: told the list with the predicted time first. dry_run: that list alone.
     Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
     """
     options = options or ProbeOptions()
     options = replace(options, tuning=options.tuning or Tuning())
-    asked = bool(task or data or backbones)
-    if asked:
+    if task or data or backbones:
         wanted, notes = _asked_for(workspace, task or "semseg", data, backbones, options)
     else:
         wanted, notes = missing_counterparts(workspace, options)
-    runs = [Run(workspace, w.cache, w.task, w.options, [w.seed], w.fraction) for w in wanted]
-    seconds = 0.0
-    for run in runs:  # all of them are tried for a few steps, before the first is trained
-        seconds += run.foresee()
+    forecasts = []
+    for one in wanted:  # all of them are tried for a few steps, before the first is trained
+        run = one.run(workspace)
+        forecasts.append(run.foresee())
         say(run.forecast_text)
-    say(f"{len(runs)} trainings, about {seconds / 60:.1f} min in all")
+    say(f"{len(wanted)} trainings, about {sum(forecasts) / 60:.1f} min in all")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for run in runs if not dry_run else ():
+    for one, seconds in zip(wanted, forecasts, strict=True) if not dry_run else ():
+        run = one.run(workspace)
+        run.forecast = seconds
         rows += run.do(say)
         notes += run.notes
         if options.show:
@@ -77,13 +84,18 @@ def _asked_for(
     if options.shared_order:
         raise ProbeError("Seeds share no pass where each has a backbone of its own. Leave --shared-order away.")
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
-    seeds = range(options.seeds or 1)
-    return [
-        Missing(cache, task, options, seed, fraction)
-        for cache in caches
-        for fraction in options.fractions
-        for seed in seeds
-    ], notes
+    found = []
+    for cache in caches:
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, options.split)]
+        for fraction in options.fractions:
+            for seed in range(options.seeds or 1):
+                one = Missing(cache, task, options, seed, fraction)
+                run = one.run(workspace)
+                if run.is_done():
+                    notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
+                else:
+                    found.append(one)
+    return found, notes
 
 
 def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[list[Missing], list[str]]:
@@ -91,9 +103,18 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
 
     Of several frozen results of one kind the last counts.
     """
+    plain = ProbeOptions()
+    given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
+    if given:
+        raise ProbeError(
+            f"A counterpart takes {', '.join(given)} from its frozen result. Leave it away, or name what to train:\n"
+            "  featprobe finetune --task TASK --data NAME …"
+        )
     rows, notes = read_rows(workspace.probes / "results.jsonl")
     frozen = {cell_of(row): row for row in rows if row["regime"] == "frozen" and row["head"] != "ridge"}
-    there = {cell_of(row) for row in rows if row["regime"] == options.regime}
+    assert options.tuning is not None
+    treated = (options.regime, options.tuning.augment)
+    there = {cell_of(row) for row in rows if (row["regime"], row.get("augmentation") is not None) == treated}
     if not frozen:
         raise ProbeError(
             f"There is no frozen result in {workspace.probes} to compare with.\n"
@@ -106,18 +127,24 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     found = []
     for row in left:
         cache = caches.get((row["feature_key"], row["data_fingerprint"]))
-        if cache is None:
-            notes.append(f"{row['folder']}: its cache is not here any more; it was left aside")
-            continue
-        found.append(Missing(cache, row["task"], _as_frozen(workspace, row, options), row["seed"], row["fraction"]))
+        try:
+            if cache is None:
+                raise CacheError("its cache is not here any more")
+            own = _as_frozen(workspace, row, options)
+            found.append(Missing(cache, row["task"], own, row["seed"], row["fraction"]))
+        except FeatprobeError as error:
+            notes.append(f"{row['folder']} was left aside: {str(error).splitlines()[0]}")
     if not found:
         raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(notes))
+    for one in found:
+        notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.options.split)]
     return found, notes
 
 
 def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a result and its counterparts in other regimes agree in."""
-    return tuple(row[name] for name in CELL)
+    recipe = row["recipe"]
+    return (*(row[name] for name in CELL), tuple(row["levels"]), recipe["iterations"], recipe["batch_size"])
 
 
 def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:

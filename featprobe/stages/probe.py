@@ -45,7 +45,7 @@ def probe(
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     for cache in caches:
-        notes += [f"{cache.data.name}: {note}" for note in _notes_of(cache, options.split)]
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, options.split)]
         for fraction in options.fractions:
             shown = False
             for seeds in _passes(options):
@@ -170,7 +170,7 @@ def find_caches(
     return complete, notes
 
 
-def _notes_of(cache: Cache, split: str) -> list[str]:
+def notes_of(cache: Cache, split: str) -> list[str]:
     """What a cache says of its data, less what the split by group mends, and the rows it can't use."""
     notes = [note for note in cache.data.notes if split == "own" or "split" not in note]
     groups = len({row.group for row in cache.rows})

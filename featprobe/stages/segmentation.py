@@ -36,14 +36,25 @@ LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
 class Segmentation:
     """The labels of a cache's rows as dense heads are trained and scored on them.
 
-    train: rows that heads are trained on. chooses_by: the validation score that the best trial is chosen by.
+    train: rows that heads are trained on. views: whether they are trained on augmented views, which bring labels of
+    their own. chooses_by: the validation score that the best trial is chosen by.
     """
 
     chooses_by = "miou_foreground"
     masks = False
 
-    def __init__(self, cache: Cache, train: Rows, recipe: TrainRecipe, device: torch.device, absent: Absent) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        train: Rows,
+        recipe: TrainRecipe,
+        device: torch.device,
+        absent: Absent,
+        *,
+        views: bool = False,
+    ) -> None:
         self.cache, self.train, self.recipe, self.device, self.absent = cache, train, recipe, device, absent
+        self.views = views
         self.classes = cache.data.classes
         self._stores: dict[int, _LabelStore] = {}
 
@@ -51,11 +62,11 @@ class Segmentation:
         """What augmented views of a row are labelled from."""
         return self.cache.semantic(row), None
 
-    def start(self, heads: Sequence[nn.Module]) -> Callable[[Features, Batch], Tensor]:
-        """Set the heads' biases to the class prior; returns their losses on a batch, (heads,)."""
+    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
+        """Set the biases of fresh heads to the class prior; returns their losses on a batch, (heads,)."""
         stride = _stride(heads[0])
         store, weights = self.store(stride), self.weights(stride)
-        for head in heads:
+        for head in heads if fresh else ():
             start_at_prior(head, store.pixels, weights)
         bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if _banked(heads) else None
 
@@ -73,7 +84,9 @@ class Segmentation:
     def store(self, stride: int) -> "_LabelStore":
         """The training labels on a grid of this stride, read once."""
         if stride not in self._stores:
-            self._stores[stride] = _LabelStore(self.cache, self.train, len(self.classes), self.recipe.loss_at, stride)
+            self._stores[stride] = _LabelStore(
+                self.cache, self.train, len(self.classes), self.recipe.loss_at, stride, ready=not self.views
+            )
         return self._stores[stride]
 
     def weights(self, stride: int) -> Tensor | None:
@@ -143,12 +156,12 @@ class _LabelStore:
     loss_at "image": frame labels, uint8 (batch, height, width).
     """
 
-    def __init__(self, cache: Cache, rows: Rows, classes: int, loss_at: str, stride: int) -> None:
+    def __init__(self, cache: Cache, rows: Rows, classes: int, loss_at: str, stride: int, *, ready: bool) -> None:
         self.cache, self.classes, self.loss_at, self.stride = cache, classes, loss_at, stride
         self.pixels = torch.zeros(classes, dtype=torch.float64)
         frame = cache.recipe.frame
         per_row = frame[0] * frame[1] * (2 * classes / stride**2 if loss_at == "level" else 1)
-        keep = per_row * len(rows) < LABEL_MEMORY_SHARE * available_memory()
+        keep = ready and per_row * len(rows) < LABEL_MEMORY_SHARE * available_memory()
         self.kept: dict[int, Tensor] = {}
         for row in rows.tolist():
             labels = self._labels(row)

@@ -11,7 +11,6 @@ from featprobe.cache import Cache, open_cache
 from featprobe.errors import DataError, FeatprobeError, nearest
 from featprobe.geometry import Size, parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
-from featprobe.probes.saved import read_rows
 from featprobe.stages.extract import ExtractOptions, extract
 from featprobe.stages.probe import checked
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
@@ -200,7 +199,7 @@ def run_study(
             try:
                 run = Run(workspace, cache, cell.task, study.options(cell.task, cell.head, cell.regime), [cell.seed],
                           cell.fraction)  # fmt: skip
-                if _is_done(workspace, run, cell.seed):
+                if run.is_done():
                     done += 1
                 elif dry_run:
                     say(f"to train: {cell}, about {run.foresee() / 60 if cell.head != 'ridge' else 0:.1f} min")
@@ -236,11 +235,3 @@ def _cache(workspace: Workspace, data: str, backbone: str, size: str, *, make: b
         if of_data and cache.recipe.label == spec.label and asked in (None, cache.recipe.size):
             return cache
     return None
-
-
-def _is_done(workspace: Workspace, run: Run, seed: int) -> bool:
-    """Whether results.jsonl holds this very run."""
-    rows, _ = read_rows(workspace.probes / "results.jsonl")
-    folder = (run.folder / f"seed{seed}").relative_to(workspace.probes).as_posix()
-    wanted = (folder, run.cache.data.fingerprint, run.cache.recipe.key)
-    return any((r["folder"], r["data_fingerprint"], r["feature_key"]) == wanted for r in rows)

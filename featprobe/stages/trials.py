@@ -41,7 +41,7 @@ from featprobe.probes import (
 )
 from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
-from featprobe.probes.saved import Checkpoint
+from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Rows, Tuned
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import BackboneSpec, digest
@@ -58,6 +58,8 @@ Say = Callable[[str], None]
 Source = FeatureLoader | LiveFeatures
 Regime = Literal["frozen", "frozen-online", "full"]
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
+OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing")
+CHECKPOINT_SECONDS = 60.0  # at least, between two states that are kept
 MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
 REHEARSED = 3  # training steps that are timed before training starts, the first not counted
 
@@ -96,6 +98,10 @@ class Tuning:
         wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
         if wrong:
             raise ProbeError(f"This can't be trained: {', '.join(wrong)}. See  featprobe finetune --help")
+        plain = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
+        idle = [name for name in OF_THE_BACKBONE if getattr(self, name) != plain[name]]
+        if idle and self.regime == "frozen-online":
+            raise ProbeError(f"{', '.join(idle)} would change nothing for a frozen backbone. Leave it away.")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that decide the result, as rows keep them."""
@@ -162,15 +168,16 @@ class Run:
         self.fraction, self.notes = fraction, list[str]()
         self.forecast: float | None = None  # seconds of training
         self.weights: dict[int, dict[str, Tensor]] = {}  # of the best trial's own backbone
-        self.tuned_sha256, self.backbone_parameters = "", 0
+        self.tuned_sha256, self.backbone_parameters, self.seconds_before = "", 0, 0.0
         self.classes, self.tuning, self.regime = cache.data.classes, options.tuning, options.regime
         assert options.recipe is not None and options.head is not None  # filled in by _checked
         self.recipe, self.kind = options.recipe, options.head
         self.device = pick_device(options.device)
+        self.treatment = self._treatment()
         key = digest([
             task, self.kind, options.levels, options.width, options.pyramid, self.recipe.to_json(), options.lr,
             options.weight_decay, options.shared_order, fraction, options.split, options.instances, options.absent,
-            *([options.tuning.to_json()] if options.tuning else []),
+            *([self.treatment] if self.treatment else []),
         ])  # fmt: skip
         self.recipe_key = key[:8]
         name = "-".join([task, self.kind, *([] if self.regime == "frozen" else [self.regime]), self.recipe_key])
@@ -196,7 +203,7 @@ class Run:
             self._take_backbone(source, chosen[0])
             outcomes = self.task.evaluate([trials[i].head for i in chosen], source.batches, self.rows["test"])
         seconds = {
-            "train": trained - begun,
+            "train": trained - begun + self.seconds_before,
             "test": time.perf_counter() - trained,
             "extract": extraction_seconds(self.cache) if self.regime == "frozen" else None,
         }
@@ -214,6 +221,17 @@ class Run:
         for checkpoint in self._checkpoints(trials):
             checkpoint.remove()
         return rows
+
+    def is_done(self) -> bool:
+        """Whether results.jsonl and the folders hold this very run."""
+        rows, _ = read_rows(self.workspace.probes / "results.jsonl")
+        there = {(r["folder"], r["data_fingerprint"]) for r in rows}
+        folders = [self.folder / f"seed{seed}" for seed in self.seeds]
+        return all(
+            (f.relative_to(self.workspace.probes).as_posix(), self.cache.data.fingerprint) in there
+            and (f / "card.json").is_file()
+            for f in folders
+        )
 
     def show(self, count: int) -> Path:
         """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
@@ -239,6 +257,13 @@ class Run:
             augmentation=self.augmentation, seed=self.seeds[0], workers=self.tuning.workers, precision=self.precision,
         )  # fmt: skip
 
+    def _treatment(self) -> dict[str, Any] | None:
+        """How images and backbone are treated, with all that decides the result; None in the frozen regime."""
+        if self.tuning is None:
+            return None
+        start = self.tuning.init_head and read_card(Path(self.tuning.init_head))["head_sha256"]
+        return self.tuning.to_json() | {"precision": self.precision, "init_head": start}
+
     @property
     def augmentation(self) -> Augmentation | None:
         """How training images vary; None for not at all."""
@@ -246,9 +271,9 @@ class Run:
 
     @property
     def precision(self) -> Literal["fp32", "bf16"]:
-        """What a live backbone computes in."""
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return (self.tuning and self.tuning.precision) or ("bf16" if able else "fp32")
+        """What a live backbone computes in; a frozen one as extraction does, unless it is asked for."""
+        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return (self.tuning and self.tuning.precision) or ("bf16" if able and self.regime == "full" else "fp32")
 
     def _backbone(self, levels: Sequence[FeatureLevel]) -> Backbone:
         """The backbone that the cache was made with, in evaluation mode; raises ProbeError when it can't be had."""
@@ -271,7 +296,10 @@ class Run:
     def _task(self) -> Segmentation | Detection:
         if self.task_name == "semseg":
             self._take_fraction(lambda row: [c for c in np.unique(self.cache.semantic(row)).tolist() if c != IGNORE])
-            return Segmentation(self.cache, self.rows["train"], self.recipe, self.device, self.options.absent)
+            views = self.augmentation is not None
+            return Segmentation(
+                self.cache, self.rows["train"], self.recipe, self.device, self.options.absent, views=views
+            )
         masks, source = self.task_name == "instseg", self.options.instances
         everything = Detection(self.cache, self.rows["train"], self.device, masks=masks, source=source)
         self._take_fraction(lambda row: everything.targets[row].labels.tolist())
@@ -302,12 +330,18 @@ class Run:
     def _begin_at(self, head: nn.Module, folder: Path) -> None:
         """Give a head the weights of a saved one; raises ProbeError where the two are not of one kind."""
         saved, card = load_head(folder, self.cache.recipe)
-        if {**card["head"], "sides": None} != plain({**self.head_recipe.to_json(), "sides": None}):
+        same = {**card["head"], "sides": None} == plain({**self.head_recipe.to_json(), "sides": None})
+        if not same or getattr(saved, "assignment", None) != getattr(head, "assignment", None):  # levels follow sizes
             raise ProbeError(
                 f"{folder} holds another head than is trained here. Nothing was trained.\n"
                 f"  wanted  {plain(self.head_recipe.to_json())}\n  found   {card['head']}"
             )
         head.load_state_dict(saved.state_dict())
+
+    @property
+    def fresh(self) -> bool:
+        """Whether heads begin at random."""
+        return not (self.tuning and self.tuning.init_head)
 
     def _note_absent(self, head: nn.Module) -> None:
         absent = [name for name, count in self._counts(head).items() if not count]
@@ -339,7 +373,7 @@ class Run:
 
     def _train(self, trials: Sequence[Trial], source: Source, index: int = 0) -> list[list[CurvePoint]]:
         heads = [trial.head for trial in trials]
-        loss = self.task.start(heads)
+        loss = self.task.start(heads, fresh=self.fresh)
         bar = tqdm(total=self.recipe.iterations, desc=self._title(), unit="it", disable=self.options.quiet, leave=False)
         with bar:
 
@@ -350,11 +384,14 @@ class Run:
             def evaluate() -> list[dict[str, float]]:
                 return [o.brief for o in self.task.evaluate(heads, source.batches, self.rows["val"])]
 
-            return train(
+            checkpoint = self._checkpoint(index)
+            curves = train(
                 heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], counted, self.seeds[0],
                 evaluate, lambda step, mean: bar.set_postfix_str(f"loss {mean:.3f}"),
-                self._tuned(source, trials[0].recipe), self._checkpoint(index),
+                self._tuned(source, trials[0].recipe), checkpoint,
             )  # fmt: skip
+            self.seconds_before += checkpoint.before if checkpoint else 0.0
+            return curves
 
     def _tuned(self, source: Source, recipe: TrainRecipe) -> Tuned | None:
         """The backbone as training moves it; None where it is frozen."""
@@ -372,7 +409,8 @@ class Run:
             return None
         identity = digest([self.recipe_key, self.cache.recipe.key, self.cache.data.fingerprint, self.seeds, index])
         every = max(1, len(self.rows["train"]) // self.recipe.batch_size)
-        return Checkpoint(self.folder / f"seed{self.seeds[0]}" / f"checkpoint{index}.pt", identity, every)
+        path = self.folder / f"seed{self.seeds[0]}" / f"checkpoint{index}.pt"
+        return Checkpoint(path, identity, every, self.recipe.iterations, CHECKPOINT_SECONDS)
 
     def _checkpoints(self, trials: Sequence[Trial]) -> list[Checkpoint]:
         """All that may have been left by this run's trainings."""
@@ -419,7 +457,7 @@ class Run:
         tuned = self._tuned(source, self.recipe)
         moving = nn.ModuleList([*together, *([tuned.backbone] if tuned else [])])
         before = {name: value.clone() for name, value in moving.state_dict().items()}
-        step = self._rehearse(moving, self.task.start(together), source)
+        step = self._rehearse(moving, self.task.start(together, fresh=self.fresh), source)
         moving.load_state_dict(before)
         for parameter in moving.parameters():
             parameter.grad = None
@@ -470,6 +508,8 @@ class Run:
         # out here, where nothing holds the tensors of the step that failed any more
         fits = largest_that_fits(len(rows), lambda count: sum(steps(count, 1)))
         advice = f"--batch-size {fits * parts}" if fits else "fewer --levels, a smaller --width, or --device cpu"
+        if self.regime == "full":
+            advice = f"--accumulate {-(-parts * len(rows) // fits)}" if fits else "--checkpointing, or --device cpu"
         raise ProbeError(
             f"{self._title()}: the memory of {self.device} does not hold a training step.\n"
             f"  wanted  {len(rows)} images at once\n"
@@ -508,7 +548,7 @@ class Run:
         row: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "regime": self.regime,
-            "tuning": self.tuning.to_json() | {"precision": self.precision} if self.tuning else None,
+            "tuning": self.treatment,
             "augmentation": self.augmentation.to_json() if self.augmentation else None,
             "task": self.task_name,
             "backbone": cache.recipe.label,
@@ -552,7 +592,7 @@ class Run:
         assignment = {} if isinstance(self.task, Segmentation) else {"assignment": self.head.assignment}
         recipe, spec = self.cache.recipe, self.cache.contents.provenance.get("backbone")
         if self.weights:  # a backbone of its own, whose features no cache rounds
-            recipe = replace(recipe, weights_sha256=self.tuned_sha256, dtype="fp32")
+            recipe = replace(recipe, weights_sha256=self.tuned_sha256, dtype="fp32", precision="fp32")
             spec = asdict(replace(spec_of(self.cache), source="file", weights="backbone.safetensors"))
         return {
             "format": "featprobe-head",
