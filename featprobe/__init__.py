@@ -21,6 +21,7 @@ _PUBLIC = {
     "Tuning": "featprobe.stages.trials",
     "Workspace": "featprobe.stages.workspace",
     "build_head": "featprobe.probes",
+    "compare": "featprobe.stages.compare",
     "extract": "featprobe.stages.extract",
     "finetune": "featprobe.stages.finetune",
     "load_head": "featprobe.probes",

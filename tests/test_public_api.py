@@ -22,6 +22,7 @@ CHOSEN = {
     "Tuning",
     "Workspace",
     "build_head",
+    "compare",
     "extract",
     "finetune",
     "load_head",

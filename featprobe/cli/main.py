@@ -264,6 +264,41 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool) -> None:
 
 
 @cli.command()
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: probes/report.")
+@click.option("--gap", metavar="A,B", help="Two backbones: how much their difference depends on the images.")
+@click.option("--on", metavar="RGBSET,XRAYSET", help="The two data sets that --gap is about.")
+@as_json
+@click.pass_context
+def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, on: str | None) -> None:
+    """Put all results side by side: intervals, differences, a page with plots, the answer in words.
+
+    Only results on the same test images stand in one table. Writes index.html, results.csv, results.parquet and
+    differences.csv.
+
+    \b
+    Example:
+      featprobe compare
+      featprobe compare --gap convnext_dinov3,convnext_in1k --on surface,xray
+    """
+    from featprobe.report.comparison import comparison_text
+    from featprobe.stages.compare import compare as run
+    from featprobe.stages.compare import plain_json
+
+    if (gap is None) != (on is None):
+        raise click.UsageError("--gap and --on belong together: --gap A,B --on RGBSET,XRAYSET")
+    report = run(_workspace(ctx), out, names(gap), names(on))
+    if json_:
+        return show_json(plain_json(report))
+    for title, sentences in report.answer:
+        click.echo("\n  ".join([title, *sentences]) + "\n")
+    for note in (*report.notes, *(f"could not be used: {item.folder}: {item.reason}" for item in report.unusable)):
+        click.echo(f"note: {note}")
+    click.echo("\nTest split, percent; 95 %: over groups of test images.\n")
+    click.echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps))
+    click.echo(f"\nreport: {report.files[0]}")
+
+
+@cli.command()
 @click.argument("head", type=click.Path(exists=True, path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder to write to.")

@@ -1,0 +1,146 @@
+"""Lines of a comparison as tables: whole for machines, readable for people."""
+
+from collections.abc import Mapping, Sequence
+from math import isnan
+from typing import Any
+
+import pandas as pd
+
+LABELS: Mapping[str, str] = {
+    "miou_foreground": "fg mIoU",
+    "miou": "mIoU",
+    "box_ap50": "box AP50",
+    "box_ap": "box AP",
+    "mask_ap50": "mask AP50",
+    "mask_ap": "mask AP",
+}
+"""What people call the scores; of those in one line the first is the main one."""
+FEW_GROUPS = 20  # below, an interval can't be taken at its word (metrics.FEW_GROUPS, which a test compares)
+NOT_KEPT = ("curve",)  # parts of a line that are no column
+NONE = "–"
+Line = Mapping[str, Any]
+
+
+def result_frame(lines: Sequence[Line]) -> pd.DataFrame:
+    """One row per result, all values as they are: scores in [0, 1], seconds; another task's scores are nan."""
+    return pd.DataFrame([{k: v for k, v in line.items() if k not in NOT_KEPT} for line in lines]).convert_dtypes()
+
+
+def difference_frame(lines: Sequence[Line]) -> pd.DataFrame:
+    """One row per difference, modality gaps (kind `gap`) included: differences in [-1, 1]."""
+    columns = ["set", "kind", "within", "head", "fraction", "score", "a", "b", "difference", "low", "high", "p",
+               "p_holm", "groups", "confounded", "a_reaches_b", "b_reaches_a"]  # fmt: skip
+    gaps = {"kind": "gap"}
+    rows = [line if "kind" in line else gaps | {**line, "set": f"{line['first']} - {line['second']}"} for line in lines]
+    return pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], columns=columns).convert_dtypes()
+
+
+def scores_of(line: Line) -> list[str]:
+    """The names of the scores in a line, the main one first."""
+    return [name for name in LABELS if name in line]
+
+
+def marks_of(line: Line) -> list[str]:
+    """What a reader must know before believing a line of either table."""
+    marks = {
+        "not converged": line.get("not_converged"),
+        "confounded by augmentation": line.get("confounded"),
+        f"few groups ({line['groups']})": line["groups"] < FEW_GROUPS,
+    }
+    return [name for name, holds in marks.items() if holds]
+
+
+def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
+    """The results of one set as text for people, scores in percent.
+
+    brief: for a terminal: without the interval of the second score, and without columns that are alike throughout.
+    """
+    table = pd.DataFrame([_result_cells(line, brief) for line in lines])
+    usual = {"of train": {"100 %"}, "*": {"*"}, "size": set(table["size"][:1]) if brief else set()}
+    table = table.drop(columns=[name for name, values in usual.items() if set(table[name]) == values])
+    return table if table["marks"].any() or not brief else table.drop(columns="marks")
+
+
+def _result_cells(line: Line, brief: bool) -> dict[str, str]:
+    cells = {"backbone": line["backbone"], "regime": line["regime"], "head": line["head"], "size": line["size"],
+             "of train": f"{100 * line['fraction']:g} %", "*": "*" if line["chosen"] else "",
+             "seeds": str(line["seeds"])}  # fmt: skip
+    for i, name in enumerate(scores_of(line)):
+        cells[LABELS[name]] = number(100 * line[name])
+        if i == 0 or not brief:
+            cells["sd" if i == 0 else f"sd {LABELS[name]}"] = number(100 * line[f"{name}_sd"])
+            cells["95 %" if i == 0 else f"95 % {LABELS[name]}"] = interval_text(
+                line[f"{name}_low"], line[f"{name}_high"]
+            )
+    cells |= {"groups": str(line["groups"]), "trials": str(line["trials"])}
+    cells |= {"head params": str(line["head_parameters"]), "backbone params": str(line["backbone_parameters"])}
+    cells["iterations to 90/95/99 %"] = "/".join(_whole(line[f"iterations_{share}"]) for share in (90, 95, 99))
+    cells |= {f"{part} s": number(line[f"{part}_seconds"]) for part in ("train", "extract", "total")}
+    return cells | {"marks": ", ".join(marks_of(line))}
+
+
+def difference_table(lines: Sequence[Line]) -> pd.DataFrame:
+    """Differences as text for people, in points (percent)."""
+    return pd.DataFrame([
+        {
+            "within": line["within"] + ("" if line["fraction"] == 1 else f", {100 * line['fraction']:g} % of train"),
+            "difference": f"{line['a']} − {line['b']}",
+            f"{LABELS[line['score']]}": f"{100 * line['difference']:+.1f}",
+            "95 %": interval_text(line["low"], line["high"], "+.1f"),
+            "p": number(line["p"], ".3g"),
+            "p (Holm)": number(line["p_holm"], ".3g"),
+            "first reaches the second's end": f"{_whole(line['a_reaches_b'])} it",
+            "second the first's": f"{_whole(line['b_reaches_a'])} it",
+            "marks": ", ".join(marks_of(line)),
+        }
+        for line in lines
+    ])  # fmt: skip
+
+
+def gap_table(lines: Sequence[Line]) -> pd.DataFrame:
+    """Modality gaps as text for people, in points (percent)."""
+    return pd.DataFrame([
+        {
+            "task": line["task"], "regime": line["regime"], "head": line["head"],
+            "gap": f"({line['a']} − {line['b']} on {line['first']}) − (the same on {line['second']})",
+            f"{LABELS[line['score']]}": f"{100 * line['difference']:+.1f}",
+            "95 %": interval_text(line["low"], line["high"], "+.1f"),
+            "p": number(line["p"], ".3g"), "p (Holm)": number(line["p_holm"], ".3g"),
+            "marks": ", ".join(marks_of(line)),
+        }
+        for line in lines
+    ])  # fmt: skip
+
+
+def number(value: float | None, form: str = ".1f") -> str:
+    """A number, or a dash for none.
+
+    >>> number(12.345), number(float("nan"))
+    ('12.3', '–')
+    """
+    return NONE if value is None or isnan(value) else format(value, form)
+
+
+def interval_text(low: float, high: float, form: str = ".1f") -> str:
+    """An interval of shares in percent.
+
+    >>> interval_text(0.1, 0.25)
+    '10.0 to 25.0'
+    """
+    return NONE if isnan(low) else f"{100 * low:{form}} to {100 * high:{form}}"
+
+
+def _whole(value: int | None) -> str:
+    return NONE if value is None else str(value)
+
+
+def comparison_text(sets: Sequence[tuple[str, Sequence[Line], Sequence[Line]]], gaps: Sequence[Line]) -> str:
+    """All tables as text for a terminal: of each set its title, its results, its differences."""
+    blocks = []
+    for title, lines, differences in sets:
+        blocks.append(f"{title}\n{result_table(lines, brief=True).to_string(index=False)}")
+        if differences:
+            blocks.append(difference_table(differences).to_string(index=False))
+    if gaps:
+        blocks.append(f"Modality gaps\n{gap_table(gaps).to_string(index=False)}")
+    return "\n\n".join(blocks)

@@ -1,0 +1,194 @@
+"""The report as one HTML page that holds all it shows: no script, no request, readable on a phone, light and dark."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from featprobe.report.comparison import LABELS, difference_table, gap_table, result_table, scores_of
+from featprobe.report.plots import Dot, Series, dot_plot, line_plot
+
+Line = Mapping[str, Any]
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --page: #ffffff; --soft: #f3f5f7; --line: #d5dae0; --mark: #a04100; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ec; --page: #14171a; --soft: #1e2328; --line: #3a424a; --mark: #ffb070; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 74rem;
+  margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid var(--line);
+  padding-top: 1rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
+.answer { background: var(--soft); padding: .6rem 1rem; border-radius: 8px; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
+  vertical-align: top; }
+th { font-weight: 600; } th:first-child, td:first-child, td.words, th.words { text-align: left; }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--page); }
+td.marks { color: var(--mark); white-space: normal; min-width: 9rem; text-align: left; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
+.plots figure { margin: 0; width: 460px; max-width: 100%; } figcaption { font-size: .9rem; font-weight: 600; }
+svg, img { max-width: 100%; height: auto; }
+pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .8rem; border-radius: 8px; }
+li, p { overflow-wrap: anywhere; } .small { font-size: .85rem; }
+"""
+HOW_TO_READ = (
+    "Scores are of the test split, in percent: the mean over seeds, and sd, the standard deviation over seeds. 95 "
+    "% is a bootstrap interval over groups of test images (a group is a part, a film, a series): what other test "
+    "groups would have given to these trained heads. Differences are paired over the same groups; p (Holm) is "
+    "corrected for all differences of a set.",
+    "Iterations to 90/95/99 % of the own final value are the first point of the validation curve (mean over "
+    "seeds) that is not below it, so they are no finer than the points of the curve. Not converged: over the last "
+    "20 % of its iterations the curve still rises by more than a point; the value at 80 % is read from the "
+    "straight line between the points around it.",
+    "Confounded by augmentation: fine-tuning saw augmented images and the frozen run did not, and no run that "
+    "would tell the two apart stands beside them.",
+    "Seconds: of one training pass with all its trials (mean over seeds), of the extraction of the features, and "
+    "of both. Features are extracted once and serve every head.",
+)
+WORDS = {"backbone", "regime", "head", "within", "difference", "gap", "task"}  # columns that are read, not compared
+
+
+@dataclass(frozen=True)
+class PageSet:
+    """What the page shows of one set: lines and differences as a comparison makes them, sheets with captions."""
+
+    title: str
+    lines: Sequence[Line]
+    differences: Sequence[Line]
+    sheets: Sequence[tuple[str, Path]]
+    commands: Sequence[str]
+
+
+def write_page(
+    path: Path,
+    answer: Sequence[tuple[str, Sequence[str]]],
+    sets: Sequence[PageSet],
+    gaps: Sequence[Line],
+    unusable: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+) -> None:
+    """Write the page. answer: titles and sentences of each, shown first. unusable: folder and reason of rows that
+    could not be used.
+
+    Raises OSError where it can't be written.
+    """
+    body = [
+        "<h1>Which backbone, and is it enough to freeze it?</h1>",
+        f'<div class="answer">{"".join(f"<h3>{escape(t)}</h3>{_paragraphs(said)}" for t, said in answer)}</div>',
+        *[_section(item, number) for number, item in enumerate(sets, start=1)],
+    ]
+    if gaps:
+        body += ["<h2>Modality gaps</h2>", _table(gap_table(gaps))]
+    if notes or unusable:
+        rows = [*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)]
+        body += ["<h2>Notes</h2>", f"<ul>{''.join(f'<li>{escape(row)}</li>' for row in rows)}</ul>"]
+    body += ["<h2>How to read this</h2>", f'<div class="small">{_paragraphs(HOW_TO_READ)}</div>']
+    head = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'; img-src data:\">"
+        f'<link rel="icon" href="data:,"><title>featprobe: comparison</title><style>{STYLE}</style></head><body>\n'
+    )
+    path.write_text(head + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+
+
+def _paragraphs(texts: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+
+
+def _section(item: PageSet, number: int) -> str:
+    parts = [f"<h2>{escape(item.title)}</h2>", _table(result_table(item.lines)), _plots(item, number)]
+    if item.differences:
+        parts += ["<h3>Differences, in points</h3>", _table(difference_table(item.differences))]
+    parts += [_sheet(caption, path) for caption, path in item.sheets]
+    commands = escape("\n".join(item.commands))
+    parts.append(f"<details><summary>The commands that made these results</summary><pre>{commands}</pre></details>")
+    return "\n".join(parts)
+
+
+def _table(table: pd.DataFrame) -> str:
+    classes = [' class="marks"' if c == "marks" else ' class="words"' if c in WORDS else "" for c in table.columns]
+    head = "".join(f"<th{k}>{escape(str(name))}</th>" for k, name in zip(classes, table.columns, strict=True))
+    rows = [
+        "".join(f"<td{k}>{escape(str(cell))}</td>" for k, cell in zip(classes, row, strict=True))
+        for row in table.itertuples(index=False)
+    ]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _plots(item: PageSet, number: int) -> str:
+    score = scores_of(item.lines[0])[0]
+    label = LABELS[score]
+    found = [
+        (f"{label}, 95 % interval over test groups",
+         dot_plot(dots_of(item.lines, score), f"{label}, percent", f"scores {number}")),
+    ]  # fmt: skip
+    curves = curves_of(item.lines)
+    if curves:
+        plot = line_plot(curves, "iterations", f"{label} on validation, percent", f"validation curves {number}")
+        found.append(("Validation curves, mean over seeds", plot))
+    shares = efficiency_of(item.lines, score)
+    if shares:
+        plot = line_plot(shares, "share of the training split", f"{label}, percent", f"label efficiency {number}", True)
+        found.append(("Label efficiency, at equal iterations", plot))
+    figures = (f"<figure><figcaption>{escape(title)}</figcaption>{plot}</figure>" for title, plot in found)
+    return f'<div class="plots">{"".join(figures)}</div>'
+
+
+def dots_of(lines: Sequence[Line], score: str) -> list[Dot]:
+    """The dots of a set, those of one backbone in one colour."""
+    return [Dot(label_of(line, lines), *_percents(line, score), hue=line["backbone"]) for line in lines]
+
+
+def _percents(line: Line, score: str) -> tuple[float, float, float]:
+    """A score and its interval, in percent."""
+    return 100 * line[score], 100 * line[f"{score}_low"], 100 * line[f"{score}_high"]
+
+
+def label_of(line: Line, lines: Sequence[Line]) -> str:
+    """What tells a line apart from the others in a plot."""
+    varying = [name for name in ("regime", "head", "size") if len({other[name] for other in lines}) > 1]
+    share = [f"{100 * line['fraction']:g} % of train"] if len({other["fraction"] for other in lines}) > 1 else []
+    alike = [other for other in lines if all(other[k] == line[k] for k in ("backbone", "fraction", *varying))]
+    recipe = [f"recipe {line['recipe_key']}"] if len(alike) > 1 else []
+    return ", ".join([line["backbone"], *(str(line[name]) for name in varying), *share, *recipe])
+
+
+def curves_of(lines: Sequence[Line]) -> list[Series]:
+    """Validation curves in percent, of results on the most training data; none of heads that are solved."""
+    most = max(line["fraction"] for line in lines)
+    shown = [line for line in lines if line["fraction"] == most and line["curve"]["iterations"]]
+    return [
+        Series(label_of(line, shown), line["curve"]["iterations"], [100 * value for value in line["curve"]["values"]])
+        for line in shown
+    ]
+
+
+def efficiency_of(lines: Sequence[Line], score: str) -> list[Series]:
+    """Scores by share of the training split, of each backbone, regime and head that has several."""
+    kinds: dict[tuple[str, ...], list[Line]] = {}
+    for line in sorted(lines, key=lambda line: line["fraction"]):
+        if line["chosen"]:
+            kinds.setdefault((line["backbone"], line["regime"], line["head"]), []).append(line)
+    return [
+        Series(
+            ", ".join(kind),
+            [line["fraction"] for line in own],
+            *([100 * line[part] for line in own] for part in (score, f"{score}_low", f"{score}_high")),
+        )
+        for kind, own in kinds.items()
+        if len(own) > 1
+    ]
+
+
+def _sheet(caption: str, path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    text = escape(caption)
+    picture = f'<img loading="lazy" alt="Test images, truth and prediction: {text}" src="data:image/png;base64,{data}">'
+    return f"<details><summary>Pictures: {text}</summary>{picture}</details>"

@@ -1,0 +1,89 @@
+"""The commands that made a result, from its row and its card."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from featprobe.probes import DEFAULT_RECIPES
+from featprobe.stages.trials import Tuning
+
+ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_at", "class_weights")
+"""Parts of a training recipe that the command line can say."""
+Words = list[str]
+
+
+def commands_of(card: Mapping[str, Any], seeds: Sequence[int]) -> tuple[str, ...]:
+    """Command lines that extract the features (frozen regime) and train the heads of one result again.
+
+    seeds: that it has; the command trains all from 0 to the last of them. What only Python can say, such as another
+    warm-up, stands in a comment behind.
+    """
+    row = card["result"]
+    train = [*_train(card), "--seeds", str(max(seeds) + 1)]
+    if row["regime"] == "frozen":
+        return _extract(card), shlex.join(train) + _unsaid(row)
+    return _extract(card), shlex.join([*train, *_tuning(row)]) + _unsaid(row)
+
+
+def _extract(card: Mapping[str, Any]) -> str:
+    features, spec = card["features"], card["backbone"] or {}
+    backbone = spec.get("arguments") or ["--backbone", features["label"]]
+    words = ["featprobe", "extract", *backbone, "--data", card["data"]["name"], "--size", _by(features["size"])]
+    words += ["--levels", ",".join(level["name"] for level in features["levels"])]
+    words += ["--fit", features["fit"], "--intensity", features["intensity"]]
+    for name, usual in (("dtype", "fp16"), ("precision", "fp32")):
+        if features[name] != usual and card["result"]["regime"] != "full":  # a full card's features come from no cache
+            words += [f"--{name}", features[name]]
+    return shlex.join(words)
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _train(card: Mapping[str, Any]) -> Words:
+    row, head = card["result"], card["head"]
+    words = ["featprobe", "probe" if row["regime"] == "frozen" else "finetune", "--task", row["task"]]
+    words += ["--data", row["data"], "--backbone", row["backbone"], "--head", row["head"]]
+    words += ["--levels", ",".join(head["levels"])] if head["levels"] else []
+    words += ["--width", str(head["width"])] if head["width"] is not None else []
+    words += _unusual(head, {"pyramid": "auto"})
+    words += _recipe(row)
+    words += ["--shared-order"] if row["spread"] == "initialisation" else []
+    words += ["--fraction", f"{row['fraction']:g}"] if row["fraction"] != 1 else []
+    return words + _unusual(row, {"instances": "own", "split": "own", "absent_classes": "zero"})
+
+
+def _recipe(row: Mapping[str, Any]) -> Words:
+    usual = asdict(DEFAULT_RECIPES[row["head"]])
+    tried = {name: row["grid"][name] or [row["recipe"][name]] for name in ("lr", "weight_decay")}
+    words = []
+    for name in ON_THE_LINE:
+        values = tried.get(name, [row["recipe"][name]])
+        if values != [usual[name]] or row["grid"].get(name):
+            words += [_option(name), ",".join(map(str, values))]
+    return words
+
+
+def _unusual(values: Mapping[str, Any], usual: Mapping[str, Any]) -> Words:
+    """Options whose value is not the usual one."""
+    return [word for name in usual if values[name] != usual[name] for word in (_option(name), str(values[name]))]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _tuning(row: Mapping[str, Any]) -> Words:
+    usual, found = asdict(Tuning()), row["tuning"]
+    words = _unusual(found, {name: usual[name] for name in found if name not in ("augment", "precision")})
+    words += [] if found["augment"] else ["--no-augment"]
+    return [*words, "--precision", found["precision"]]
+
+
+def _unsaid(row: Mapping[str, Any]) -> str:
+    """A comment on parts of the recipe that are not the default and that the command line can't say."""
+    usual = asdict(DEFAULT_RECIPES[row["head"]])
+    other = [f"{k}={v}" for k, v in row["recipe"].items() if k not in ON_THE_LINE and v != usual[k]]
+    return f"  # and from Python: {', '.join(other)}" if other and row["head"] != "ridge" else ""

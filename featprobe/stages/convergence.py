@@ -1,0 +1,78 @@
+"""What a validation curve says of how long a training takes, read from the few points that there are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SHARES = (0.90, 0.95, 0.99)
+"""Of the own final value, for which the iterations are told."""
+LAST_PART, POINT = 0.2, 0.01
+"""A curve that rises by more than a point over this last share of the iterations has not converged."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A validation score after some iterations, ascending; nan where it does not exist."""
+
+    iterations: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @property
+    def final(self) -> float:
+        """The last value; nan where there is none."""
+        return self.values[-1] if self.values else float("nan")
+
+
+def curve_of(points: Sequence[Mapping[str, Any]], score: str) -> Curve:
+    """A score of a curve as curves.json holds it."""
+    values = (point["scores"].get(score) for point in points)
+    return Curve(
+        tuple(point["iteration"] for point in points),
+        tuple(float("nan") if value is None else float(value) for value in values),
+    )
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Mean over seeds at the iterations that all of them have.
+
+    >>> mean_curve([Curve((1, 2), (0.0, 0.5)), Curve((2,), (0.25,))])
+    Curve(iterations=(2,), values=(0.375,))
+    """
+    every = [dict(zip(curve.iterations, curve.values, strict=True)) for curve in curves]
+    shared = sorted(set.intersection(*(set(own) for own in every)))
+    return Curve(tuple(shared), tuple(float(np.mean([own[i] for own in every])) for i in shared))
+
+
+def iterations_to(curve: Curve, value: float) -> int | None:
+    """The first point of a curve that is not below a value; None where none reaches it, or the value is 0.
+
+    It was reached there or since the point before: nothing is read between points.
+
+    >>> iterations_to(Curve((10, 20, 30), (0.2, 0.5, 0.5)), 0.45)
+    20
+    """
+    reached = [i for i, own in zip(curve.iterations, curve.values, strict=True) if own >= value > 0]
+    return reached[0] if reached else None
+
+
+def late_rise(curve: Curve) -> float:
+    """By how much a curve rises over the last 20 % of its iterations; nan where its points do not reach back so far.
+
+    The value at 80 % lies on the straight line between the points around it.
+
+    >>> round(late_rise(Curve((50, 100), (0.2, 0.3))), 3)  # 0.26 at 80 iterations
+    0.04
+    """
+    if len(curve.iterations) < 2:
+        return float("nan")
+    begin = (1 - LAST_PART) * curve.iterations[-1]
+    if begin < curve.iterations[0]:
+        return float("nan")
+    return curve.final - float(np.interp(begin, curve.iterations, curve.values))
+
+
+def still_rising(curve: Curve) -> bool:
+    """Whether a training had not converged when it ended."""
+    return late_rise(curve) > POINT
