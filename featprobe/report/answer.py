@@ -94,6 +94,8 @@ def _verdict(difference: Line) -> str:
         return f"{name} loses {found}: frozen is enough.{cause}"
     if sure and low > SMALL:
         return f"{name} gains {found}: frozen is not enough for the best score.{cause}"
+    if sure and high <= SMALL:
+        return f"{name} gains less than {100 * SMALL:g} points {found}: frozen is nearly enough.{cause}"
     if sure:
         return f"{name} gains, but perhaps less than {100 * SMALL:g} points {found}.{cause}"
     if low < high and -SMALL <= low and high <= SMALL and difference["groups"] >= FEW_GROUPS:

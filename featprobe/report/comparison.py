@@ -16,7 +16,7 @@ LABELS: Mapping[str, str] = {
 }
 """What people call the scores; of those in one line the first is the main one."""
 FEW_GROUPS = 20  # below, an interval can't be taken at its word (metrics.FEW_GROUPS, which a test compares)
-NOT_KEPT = ("curve",)  # parts of a line that are no column
+NOT_KEPT = ("curve", "classes")  # parts of a line that are no column
 NONE = "–"
 Line = Mapping[str, Any]
 
@@ -79,8 +79,18 @@ def _result_cells(line: Line, brief: bool) -> dict[str, str]:
     return cells | {"marks": ", ".join(marks_of(line))}
 
 
+def class_table(lines: Sequence[Line]) -> pd.DataFrame:
+    """The score of each class (IoU, AP) as text for people, in percent; a dash for one that takes no part."""
+    kinds = ("backbone", "regime", "head", "size")
+    return pd.DataFrame([
+        {**{name: line[name] for name in kinds}, "of train": f"{100 * line['fraction']:g} %"}
+        | {name: number(100 * value) for name, value in line["classes"].items()}
+        for line in lines
+    ])  # fmt: skip
+
+
 def difference_table(lines: Sequence[Line]) -> pd.DataFrame:
-    """Differences as text for people, in points (percent)."""
+    """Differences as text for people, in points (percent). Iterations: the first's before the bar."""
     return pd.DataFrame([
         {
             "within": line["within"] + ("" if line["fraction"] == 1 else f", {100 * line['fraction']:g} % of train"),
@@ -89,8 +99,7 @@ def difference_table(lines: Sequence[Line]) -> pd.DataFrame:
             "95 %": interval_text(line["low"], line["high"], "+.1f"),
             "p": number(line["p"], ".3g"),
             "p (Holm)": number(line["p_holm"], ".3g"),
-            "first reaches the second's end": f"{_whole(line['a_reaches_b'])} it",
-            "second the first's": f"{_whole(line['b_reaches_a'])} it",
+            "iterations to the rival's end": f"{_whole(line['a_reaches_b'])} | {_whole(line['b_reaches_a'])}",
             "marks": ", ".join(marks_of(line)),
         }
         for line in lines

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from featprobe.report.comparison import LABELS, difference_table, gap_table, result_table, scores_of
+from featprobe.report.comparison import LABELS, class_table, difference_table, gap_table, result_table, scores_of
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 
 Line = Mapping[str, Any]
@@ -26,10 +26,11 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   vertical-align: top; }
-th { font-weight: 600; } th:first-child, td:first-child, td.words, th.words { text-align: left; }
+th { font-weight: 600; white-space: normal; vertical-align: bottom; }
+ th:first-child, td:first-child, td.words, th.words { text-align: left; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--page); }
-td.marks { color: var(--mark); white-space: normal; min-width: 9rem; text-align: left; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
+th.marks, td.marks { text-align: left; white-space: normal; min-width: 9rem; } td.marks { color: var(--mark); }
+.plots { margin-top: 1.2rem; display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 .plots figure { margin: 0; width: 460px; max-width: 100%; } figcaption { font-size: .9rem; font-weight: 600; }
 svg, img { max-width: 100%; height: auto; }
 pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .8rem; border-radius: 8px; }
@@ -105,6 +106,7 @@ def _section(item: PageSet, number: int) -> str:
     parts = [f"<h2>{escape(item.title)}</h2>", _table(result_table(item.lines)), _plots(item, number)]
     if item.differences:
         parts += ["<h3>Differences, in points</h3>", _table(difference_table(item.differences))]
+    parts += ["<h3>Classes, mean over seeds</h3>", _table(class_table(item.lines))]
     parts += [_sheet(caption, path) for caption, path in item.sheets]
     commands = escape("\n".join(item.commands))
     parts.append(f"<details><summary>The commands that made these results</summary><pre>{commands}</pre></details>")

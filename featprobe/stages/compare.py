@@ -204,6 +204,7 @@ def line_of(result: Result, title: str, names: Mapping[tuple[str, str], str], ch
         "total_seconds": total,
         "recipe_key": row["recipe_key"],
         "chosen": chosen,
+        "classes": class_scores(result),
         "curve": {"iterations": list(curve.iterations), "values": list(curve.values)},
     }
 
@@ -218,6 +219,18 @@ def _score_values(result: Result) -> Line:
         values |= {name: interval.estimate, f"{name}_sd": spread}
         values |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return values
+
+
+def class_scores(result: Result) -> dict[str, float]:
+    """Mean over seeds of the IoU (semseg) or the AP of each class; nan for a class that takes no part."""
+    task = result.row["task"]
+    part = {"detect": "box", "instseg": "mask"}.get(task)
+    every = [run.row["test"][part]["per_class"] if part else run.row["test"]["iou"] for run in result.runs]
+    return {
+        name: float(np.mean([np.nan if own[name] is None else own[name] for own in every]))
+        for name in result.row["classes"]
+        if name in every[0]
+    }
 
 
 def _estimate(statistic: Statistic) -> float:
