@@ -116,7 +116,7 @@ class Told:
         return row
 
     def compare(self, **more: Any) -> Comparison:
-        return compare(self.workspace, **more)
+        return compare(self.workspace, quiet=True, **more)
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +560,7 @@ def test_the_commands_on_the_page_make_the_same_results_again(real: Path, tmp_pa
              "--split group --absent-classes ignore --levels stride8 --shared-order")  # fmt: skip
     made = call(tmp_path, "probe", "--quiet", *asked.split())
     assert made.exit_code == 0, made.output
-    (one,) = compare(Workspace(tmp_path)).sets
+    (one,) = compare(Workspace(tmp_path), quiet=True).sets
     extracting, probing = one.commands
     assert shlex.split(extracting)[:2] == ["featprobe", "extract"] and "--size 64x64" in extracting
     again = call(tmp_path, *shlex.split(probing)[1:], "--quiet")
@@ -568,4 +568,4 @@ def test_the_commands_on_the_page_make_the_same_results_again(real: Path, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "probes" / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and [row["folder"] for row in rows[:2]] == [row["folder"] for row in rows[2:]]
     assert [row["test"] for row in rows[:2]] == [row["test"] for row in rows[2:]]
-    assert len(compare(Workspace(tmp_path)).sets[0].lines) == 1
+    assert len(compare(Workspace(tmp_path), quiet=True).sets[0].lines) == 1

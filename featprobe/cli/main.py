@@ -267,9 +267,10 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: probes/report.")
 @click.option("--gap", metavar="A,B", help="Two backbones: how much their difference depends on the images.")
 @click.option("--on", metavar="RGBSET,XRAYSET", help="The two data sets that --gap is about.")
+@quiet
 @as_json
 @click.pass_context
-def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, on: str | None) -> None:
+def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, on: str | None, quiet: bool) -> None:
     """Put all results side by side: intervals, differences, a page with plots, the answer in words.
 
     Only results on the same test images stand in one table. Writes index.html, results.csv, results.parquet and
@@ -286,7 +287,7 @@ def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, 
 
     if (gap is None) != (on is None):
         raise click.UsageError("--gap and --on belong together: --gap A,B --on RGBSET,XRAYSET")
-    report = run(_workspace(ctx), out, names(gap), names(on))
+    report = run(_workspace(ctx), out, names(gap), names(on), quiet)
     if json_:
         return show_json(plain_json(report))
     for title, sentences in report.answer:

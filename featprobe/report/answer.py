@@ -55,8 +55,10 @@ def _which_backbone(lines: Sequence[Line], score: str, differences: Sequence[Lin
         return f"{within}: {best['backbone']} reaches {value}. There is no other backbone here to compare it with."
     own = [d for d in differences if d["within"] == within and best["backbone"] in (d["a"], d["b"])]
     ahead = [_other(d, best) for d in own if d["p_holm"] <= SURE]
-    untold = [_other(d, best) for d in own if not d["p_holm"] <= SURE]
+    perhaps = [_other(d, best) for d in own if d["p"] <= SURE < d["p_holm"]]
+    untold = [_other(d, best) for d in own if not d["p"] <= SURE]
     told = [f"ahead of {_list(ahead)} beyond chance"] if ahead else []
+    told += [f"perhaps ahead of {_list(perhaps)}, not surely among so many differences"] if perhaps else []
     told += [f"not to be told from {_list(untold)} with these test groups"] if untold else []
     return f"{within}: {best['backbone']} scores highest, {value}: {'; '.join(told)}."
 
@@ -90,6 +92,7 @@ def _verdict(difference: Line) -> str:
         if difference["confounded"]
         else ""
     )
+    cause += " Not both had converged." if difference["not_converged"] else ""
     if sure and difference["difference"] < 0:
         return f"{name} loses {found}: frozen is enough.{cause}"
     if sure and low > SMALL:

@@ -29,7 +29,7 @@ def result_frame(lines: Sequence[Line]) -> pd.DataFrame:
 def difference_frame(lines: Sequence[Line]) -> pd.DataFrame:
     """One row per difference, modality gaps (kind `gap`) included: differences in [-1, 1]."""
     columns = ["set", "kind", "within", "head", "fraction", "score", "a", "b", "difference", "low", "high", "p",
-               "p_holm", "groups", "confounded", "a_reaches_b", "b_reaches_a"]  # fmt: skip
+               "p_holm", "groups", "confounded", "not_converged", "a_reaches_b", "b_reaches_a"]  # fmt: skip
     gaps = {"kind": "gap"}
     rows = [line if "kind" in line else gaps | {**line, "set": f"{line['first']} - {line['second']}"} for line in lines]
     return pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], columns=columns).convert_dtypes()
@@ -111,6 +111,7 @@ def gap_table(lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "task": line["task"], "regime": line["regime"], "head": line["head"],
+            "of train": f"{100 * line['fraction']:g} %",
             "gap": f"({line['a']} − {line['b']} on {line['first']}) − (the same on {line['second']})",
             f"{LABELS[line['score']]}": f"{100 * line['difference']:+.1f}",
             "95 %": interval_text(line["low"], line["high"], "+.1f"),

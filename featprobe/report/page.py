@@ -144,13 +144,20 @@ def _plots(item: PageSet, number: int) -> str:
 
 
 def dots_of(lines: Sequence[Line], score: str) -> list[Dot]:
-    """The dots of a set, those of one backbone in one colour."""
+    """Results on the most training data as dots, those of one backbone in one colour."""
+    lines = on_most_data(lines)
     return [Dot(label_of(line, lines), *_percents(line, score), hue=line["backbone"]) for line in lines]
 
 
 def _percents(line: Line, score: str) -> tuple[float, float, float]:
     """A score and its interval, in percent."""
     return 100 * line[score], 100 * line[f"{score}_low"], 100 * line[f"{score}_high"]
+
+
+def on_most_data(lines: Sequence[Line]) -> list[Line]:
+    """Lines of the largest fraction of the training split; the others are for the plot of label efficiency."""
+    most = max(line["fraction"] for line in lines)
+    return [line for line in lines if line["fraction"] == most]
 
 
 def label_of(line: Line, lines: Sequence[Line]) -> str:
@@ -164,8 +171,7 @@ def label_of(line: Line, lines: Sequence[Line]) -> str:
 
 def curves_of(lines: Sequence[Line]) -> list[Series]:
     """Validation curves in percent, of results on the most training data; none of heads that are solved."""
-    most = max(line["fraction"] for line in lines)
-    shown = [line for line in lines if line["fraction"] == most and line["curve"]["iterations"]]
+    shown = [line for line in on_most_data(lines) if line["curve"]["iterations"]]
     return [
         Series(label_of(line, shown), line["curve"]["iterations"], [100 * value for value in line["curve"]["values"]])
         for line in shown
