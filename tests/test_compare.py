@@ -395,6 +395,29 @@ def test_the_answer_names_the_best_backbone_and_whom_it_can_not_be_told_from(tol
     assert "needs a frozen and a full result" in sentences[1]
 
 
+def test_a_lead_that_is_sure_alone_but_not_among_many_is_only_perhaps_one(told: Told) -> None:
+    told.tell(confusions(0.53, 3, spread=0.03), backbone="a", feature_key="a")
+    for i, name in enumerate("bcdefg"):
+        told.tell(confusions(0.5, i + 4, spread=0.03), backbone=name, feature_key=name)
+    report = told.compare()
+    among = [d for d in report.sets[0].differences if "a" in (d["a"], d["b"])]
+    wanted = sum(d["p"] <= 0.05 < d["p_holm"] for d in among)
+    said = re.search(r"perhaps ahead of (.*), not surely", report.answer[0][1][0])
+    assert wanted and said and said[1].count("points") == wanted
+
+
+def test_one_group_and_classes_that_are_nowhere_have_no_interval(told: Told) -> None:
+    none = np.tile(np.array([[100, 0], [0, 0]]), (6, 1, 1))
+    told.tell(none, backbone="a", feature_key="a", data_fingerprint="none")
+    told.tell(none, backbone="b", feature_key="b", data_fingerprint="none", **FULL)
+    told.tell(confusions(0.5, images=6), groups=["g"] * 6, data_fingerprint="one")
+    report = told.compare()
+    said = " ".join(sentence for _, sentences in report.answer for sentence in sentences)
+    assert "no fg mIoU exists" in said and "no interval: one test group" in said and "nan" not in said
+    page = report.files[0].read_text()
+    assert not re.search(r">[^<]*\bnan\b[^<]*<", page)
+
+
 def test_where_nothing_was_found_nothing_is_told(told: Told) -> None:
     told.tell(confusions(0.0, spread=0.0), backbone="a")
     told.tell(confusions(0.0, spread=0.0), backbone="b", feature_key="b")

@@ -18,7 +18,7 @@ def answer_of(lines: Sequence[Line], differences: Sequence[Line]) -> tuple[str, 
     """
     most = max(line["fraction"] for line in lines)
     shown = [line for line in lines if line["fraction"] == most and line["chosen"]]
-    own = [line for line in differences if line["fraction"] == most]
+    own = [line for line in differences if line["fraction"] == most and not isnan(line["difference"])]
     sentences = []
     for head in dict.fromkeys(line["head"] for line in shown):
         sentences += _of_head([line for line in shown if line["head"] == head], [d for d in own if d["head"] == head])
@@ -49,18 +49,19 @@ def _which_backbone(lines: Sequence[Line], score: str, differences: Sequence[Lin
     """A sentence on the backbones of one regime and head."""
     best = max(lines, key=lambda line: line[score])
     within = f"{best['regime']}, {best['head']}"
-    interval = interval_text(best[f"{score}_low"], best[f"{score}_high"])
-    value = f"{number(100 * best[score])} % {LABELS[score]} (95 % interval {interval})"
+    interval = f"95 % interval {interval_text(best[f'{score}_low'], best[f'{score}_high'])}"
+    told = "no interval: one test group" if isnan(best[f"{score}_low"]) else interval
+    value = f"{number(100 * best[score])} % {LABELS[score]} ({told})"
     if len(lines) == 1:
         return f"{within}: {best['backbone']} reaches {value}. There is no other backbone here to compare it with."
     own = [d for d in differences if d["within"] == within and best["backbone"] in (d["a"], d["b"])]
     ahead = [_other(d, best) for d in own if d["p_holm"] <= SURE]
     perhaps = [_other(d, best) for d in own if d["p"] <= SURE < d["p_holm"]]
     untold = [_other(d, best) for d in own if not d["p"] <= SURE]
-    told = [f"ahead of {_list(ahead)} beyond chance"] if ahead else []
-    told += [f"perhaps ahead of {_list(perhaps)}, not surely among so many differences"] if perhaps else []
-    told += [f"not to be told from {_list(untold)} with these test groups"] if untold else []
-    return f"{within}: {best['backbone']} scores highest, {value}: {'; '.join(told)}."
+    says = [f"ahead of {_list(ahead)} beyond chance"] if ahead else []
+    says += [f"perhaps ahead of {_list(perhaps)}, not surely among so many differences"] if perhaps else []
+    says += [f"not to be told from {_list(untold)} with these test groups"] if untold else []
+    return f"{within}: {best['backbone']} scores highest, {value}: {'; '.join(says)}."
 
 
 def _other(difference: Line, best: Line) -> str:

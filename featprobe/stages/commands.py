@@ -13,24 +13,22 @@ ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_a
 Words = list[str]
 
 
-def commands_of(card: Mapping[str, Any], seeds: Sequence[int], named: Sequence[str]) -> tuple[str, ...]:
+def commands_of(card: Mapping[str, Any], seeds: Sequence[int], data: str) -> tuple[str, ...]:
     """Command lines that extract the features and train the heads of one result again.
 
-    seeds: that it has; the command trains all from 0 to the last of them. named: data sets that have a name where the
-    commands are to run; of others the path stands there. What only Python can say, such as another warm-up, stands in
-    a comment behind.
+    seeds: that it has; the command trains all from 0 to the last of them. data: the name of its data set where the
+    commands are to run, or its path. What only Python can say, such as another warm-up, stands in a comment behind.
     """
     row = card["result"]
     train = [*_train(card), "--seeds", str(max(seeds) + 1)]
     train += [] if row["regime"] == "frozen" else _tuning(row)
-    return _extract(card, named), shlex.join(train) + _unsaid(row)
+    return _extract(card, data), shlex.join(train) + _unsaid(row)
 
 
-def _extract(card: Mapping[str, Any], named: Sequence[str]) -> str:
-    features, spec, data = card["features"], card["backbone"] or {}, card["data"]
+def _extract(card: Mapping[str, Any], data: str) -> str:
+    features, spec = card["features"], card["backbone"] or {}
     backbone = spec.get("arguments") or ["--backbone", features["label"]]
-    words = ["featprobe", "extract", *backbone, "--data", data["name"] if data["name"] in named else data["root"]]
-    words += ["--size", _by(features["size"])]
+    words = ["featprobe", "extract", *backbone, "--data", data, "--size", _by(features["size"])]
     words += ["--levels", ",".join(level["name"] for level in features["levels"])]
     words += ["--fit", features["fit"], "--intensity", features["intensity"]]
     for name, usual in (("dtype", "fp16"), ("precision", "fp32")):

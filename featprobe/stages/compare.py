@@ -158,14 +158,16 @@ def _compared(workspace: Workspace, title: str, table: Sequence[Result], bar: tq
         bar.update()
     differences = paired(title, list(chosen.values()), names)
     sheets = [sheet for result in table for sheet in _sheet(workspace, result, names)]
-    commands = dict.fromkeys(
-        command
-        for result in table
-        for command in commands_of(
-            result.runs[0].card, [run.row["seed"] for run in result.runs], workspace.data_names()
-        )
-    )
+    commands = dict.fromkeys(command for result in table for command in _commands(workspace, result))
     return ComparedSet(title, tuple(lines), tuple(differences), tuple(sheets), tuple(commands))
+
+
+def _commands(workspace: Workspace, result: Result) -> tuple[str, ...]:
+    """What extracts features and trains heads for a result again, in this workspace."""
+    card = result.runs[0].card
+    name, root = card["data"]["name"], card["data"]["root"]
+    known = name in workspace.config.get("data", {}) or Path(root).resolve() == (workspace.data / name).resolve()
+    return commands_of(card, [run.row["seed"] for run in result.runs], name if known else root)
 
 
 def backbone_names(table: Sequence[Result]) -> dict[tuple[str, str], str]:

@@ -25,6 +25,9 @@ RUN = (
     "data_fingerprint", "split", "task", "absent_classes", "instances", "classes",
 )  # fmt: skip
 """What the seeds of one result agree in; with the seed, what a repeated run agrees in."""
+NEEDED = ("seed", "folder", "test", "val", "trials", "seconds", "data", "images", "parameters", "backbone_parameters",
+          "recipe", "grid", "spread", "tuning")  # fmt: skip
+"""What else a row must hold."""
 SAME_TEST = RUN[-6:]
 """What results must agree in to be compared, beside the test images."""
 SCORES: Mapping[str, tuple[str, ...]] = {
@@ -137,7 +140,7 @@ def load_results(probes: Path) -> tuple[list[Result], list[Unusable], list[str]]
     last: dict[str, Mapping[str, Any]] = {}
     unusable, results = [], dict[tuple[str, str], list[Run]]()
     for row in rows:
-        missing = [name for name in (*RUN, "seed", "folder", "test", "val", "trials", "seconds") if name not in row]
+        missing = [name for name in (*RUN, *NEEDED) if name not in row]
         if missing:
             folder = str(row.get("folder", "a row without a folder"))
             unusable.append(Unusable(folder, f"the row holds no {', '.join(missing)}: an older featprobe wrote it"))
