@@ -202,7 +202,9 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             torn = "is torn, as by a kill" if number == len(lines) else "is no JSON"
             faults.append(f"{path}: line {number} {torn}; it was left aside")
             continue
-        if row is not None and row.get("version") != ROW_VERSION:
+        if row is not None and not isinstance(row, dict):
+            faults.append(f"{path}: line {number} is no JSON object; it was left aside")
+        elif row is not None and row.get("version") != ROW_VERSION:
             faults.append(f"{path}: line {number} is of version {row.get('version')}, known is {ROW_VERSION}")
         elif row is not None:
             rows.append(row)

@@ -78,7 +78,8 @@ def _tuning(row: Mapping[str, Any]) -> Words:
     usual, found = asdict(Tuning()), row["tuning"]
     words = _unusual(found, {name: usual[name] for name in found if name not in ("augment", "precision")})
     words += [] if found["augment"] else ["--no-augment"]
-    return [*words, "--precision", found["precision"]]
+    on_its_own = "bf16" if row["device"].startswith("cuda") else "fp32"  # what such a device takes unasked
+    return words if found["precision"] == on_its_own else [*words, "--precision", found["precision"]]
 
 
 def _unsaid(row: Mapping[str, Any]) -> str:

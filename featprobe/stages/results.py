@@ -26,7 +26,7 @@ RUN = (
 )  # fmt: skip
 """What the seeds of one result agree in; with the seed, what a repeated run agrees in."""
 NEEDED = ("seed", "folder", "test", "val", "trials", "seconds", "data", "images", "parameters", "backbone_parameters",
-          "recipe", "grid", "spread", "tuning")  # fmt: skip
+          "recipe", "grid", "spread", "tuning", "device")  # fmt: skip
 """What else a row must hold."""
 SAME_TEST = RUN[-6:]
 """What results must agree in to be compared, beside the test images."""
