@@ -175,7 +175,7 @@ def test_differences_are_paired_and_corrected_over_the_whole_set(told: Told) -> 
     told.tell(confusions(0.8, 3), backbone="a", feature_key="a", **FULL)
     (one,) = told.compare().sets
     found = {(d["a"], d["b"]): d for d in one.differences}
-    assert list(found) == [("a", "b"), ("full", "frozen"), ("a", "c"), ("b", "c")] or len(found) == 4
+    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c"), ("full", "frozen")]
     for (a, b), line in found.items():
         first = confusions(0.8, 3) if a == "full" else arrays[a]
         by_hand = paired_difference(statistic(first), statistic(arrays["a" if b == "frozen" else b]))
