@@ -75,7 +75,7 @@ def _legend(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
     x = GAP
-    for index, name in enumerate(classes):
+    for index, name in enumerate(classes[1:], start=1):
         length = int(draw.textlength(name, font=font)) + 28
         if x + length > width:
             x, top = GAP, top + LINE
