@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featprobe import __version__
-from featprobe.cli.options import as_json, columns, device, feature_options, head_options, names, quiet, show_json
+from featprobe.cli.options import (
+    as_json,
+    columns,
+    data_format,
+    device,
+    feature_options,
+    head_options,
+    names,
+    quiet,
+    show_json,
+)
 from featprobe.errors import FeatprobeError
 
 if TYPE_CHECKING:
@@ -404,9 +414,10 @@ def data(ctx: click.Context) -> None:
 
 @data.command("info")
 @click.argument("name")
+@data_format
 @as_json
 @click.pass_context
-def data_info(ctx: click.Context, name: str, json_: bool) -> None:
+def data_info(ctx: click.Context, name: str, format: str | None, json_: bool) -> None:
     """Describe a data set: images, groups, classes, sizes, splits.
 
     \b
@@ -415,7 +426,7 @@ def data_info(ctx: click.Context, name: str, json_: bool) -> None:
     """
     from featprobe.stages.data import summarise
 
-    summary = summarise(_workspace(ctx).data_set(name))
+    summary = summarise(_workspace(ctx).data_set(name, format))
     if json_:
         return show_json(asdict(summary))
     low, high = ("x".join(map(str, size)) for size in summary.sizes)
@@ -441,11 +452,12 @@ def data_info(ctx: click.Context, name: str, json_: bool) -> None:
 
 @data.command("show")
 @click.argument("name")
+@data_format
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
 @click.option("--count", type=click.IntRange(1), default=8, show_default=True, help="How many images.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
 @click.pass_context
-def data_show(ctx: click.Context, name: str, out: Path, count: int, split: str) -> None:
+def data_show(ctx: click.Context, name: str, format: str | None, out: Path, count: int, split: str) -> None:
     """Draw images of a data set beside their labels.
 
     \b
@@ -454,7 +466,7 @@ def data_show(ctx: click.Context, name: str, out: Path, count: int, split: str) 
     """
     from featprobe.stages.data import contact_sheet
 
-    shown = contact_sheet(_workspace(ctx).data_set(name), out, count, split)
+    shown = contact_sheet(_workspace(ctx).data_set(name, format), out, count, split)
     click.echo(f"{out}: {len(shown)} images of {split}")
 
 
@@ -672,7 +684,7 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
     from featprobe.geometry import parse_size
     from featprobe.stages.extract import ExtractOptions
 
-    same = ("fit", "intensity", "batch_size", "workers", "dtype", "precision", "device", "skip_bad", "quiet")
+    same = ("format", "fit", "intensity", "batch_size", "workers", "dtype", "precision", "device", "skip_bad", "quiet")
     return ExtractOptions(
         levels=names(options["levels"]),
         size=parse_size(options["size"]) if options["size"] else None,

@@ -10,6 +10,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print one JSON value instead of text.")
 quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
+data_format = click.option("--format", metavar="NAME", help="The data set's format. Default: found by looking.")
 device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
 
@@ -42,6 +43,7 @@ _BACKBONE = [
 ]
 _FEATURES = [
     click.option("--data", required=True, help="A data set's name, or a path; see `featprobe data`."),
+    data_format,
     click.option("--levels", help="Feature levels, separated by commas. Default: all, as stride4,stride8,…"),
     click.option("--size", metavar="HxW", help="Height x width. Default: the images' own up to 512, else 512x512."),
     click.option("--fit", type=click.Choice(["resize", "letterbox"]), help="How images meet --size. Default: resize."),

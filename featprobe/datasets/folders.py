@@ -1,6 +1,5 @@
 """Reader for folders of images and masks with the same stems."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from featprobe.datasets.files import read_table
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
@@ -31,7 +31,7 @@ def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
     Masks hold class indices, palette masks included, or 0 and 255 throughout for one class. Class names
     stand one a line in classes.txt, the background first. samples.csv (image,split,group) is optional.
     """
-    table = _read_table(root / "samples.csv")
+    table = read_table(root / "samples.csv")
     samples: list[Sample] = []
     masks: dict[str, Path] = {}
     notes: list[str] = []
@@ -100,19 +100,6 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     if not 2 <= len(names) <= 254 or len(set(names)) < len(names):
         raise DataError(f"{path} names {len(names)} classes. wanted: 2 to 254, each once, the background first.")
     return names
-
-
-def _read_table(path: Path) -> dict[str, dict[str, str]]:
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} can't be read as CSV: {error}.") from error
-    if rows and "image" not in rows[0]:
-        raise DataError(f"{path} has the columns {', '.join(rows[0])}. wanted: image, and split or group.")
-    return {row["image"]: row for row in rows}
 
 
 def _is_binary(paths: Sequence[Path]) -> bool:

@@ -64,7 +64,7 @@ class ExtractOptions:
     """How features are made; see `featprobe extract --help` for each.
 
     size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding.
-    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts.
+    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
     """
 
     levels: tuple[str, ...] = ()
@@ -79,6 +79,7 @@ class ExtractOptions:
     shard: tuple[int, int] | None = None
     skip_bad: bool = False
     quiet: bool = False
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def extract(
     if os.environ.get("RANK", "0") != "0":
         options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
-    data = workspace.data_set(data_name)
+    data = workspace.data_set(data_name, options.format)
     device = pick_device(options.device)
     backbone = load_backbone(spec, options.levels, device)
     return extract_with(workspace, backbone, data, options, device, load_seconds=time.perf_counter() - begun)
@@ -137,7 +138,11 @@ def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOpti
     """Options with what featprobe.toml says of the data set, where the caller says nothing."""
     size = options.size or (parse_size(str(table["size"])) if "size" in table else None)
     return replace(
-        options, size=size, fit=options.fit or table.get("fit"), intensity=options.intensity or table.get("intensity")
+        options,
+        size=size,
+        fit=options.fit or table.get("fit"),
+        intensity=options.intensity or table.get("intensity"),
+        format=options.format or table.get("format"),
     )
 
 
@@ -522,7 +527,7 @@ def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
         words += ["--levels", ",".join(options.levels)]
     if options.size:
         words += ["--size", f"{options.size[0]}x{options.size[1]}"]
-    for name in ("fit", "intensity", "batch_size", "dtype", "precision"):
+    for name in ("format", "fit", "intensity", "batch_size", "dtype", "precision"):
         value = getattr(options, name)
         if value != getattr(ExtractOptions, name):
             words += [f"--{name.replace('_', '-')}", str(value)]

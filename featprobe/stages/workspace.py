@@ -17,7 +17,7 @@ from featprobe.specs import BackboneSpec
 
 CONFIG = "featprobe.toml"
 ALLOWED: Mapping[str, Mapping[str, type]] = {
-    "data": {"path": str, "size": str, "fit": str, "intensity": str},
+    "data": {"path": str, "size": str, "fit": str, "intensity": str, "format": str},
     "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
 }
 
@@ -57,18 +57,20 @@ class Workspace:
         """Short names that can be asked for here."""
         return [*ALIASES, *self.config.get("backbones", {})]
 
-    def data_set(self, name: str) -> DataSet:
+    def data_set(self, name: str, format_name: str | None = None) -> DataSet:
         """A data set by its name in featprobe.toml, by a built-in set's name, or by a path.
 
-        A built-in set is generated into data/ when it is first asked for. Raises DataError.
+        Its format is the one named here, else the one that featprobe.toml names, else found by looking. A
+        built-in set is generated into data/ when it is first asked for. Raises DataError.
         """
         table = self.config.get("data", {})
         if name in table:
-            return read_data(name, Path(self._path(table[name]["path"]) or ""))
+            own = format_name or table[name].get("format")
+            return read_data(name, Path(self._path(table[name]["path"]) or ""), own)
         if name in GENERATED:
-            return read_data(name, self.generated(name))
+            return read_data(name, self.generated(name), format_name)
         if Path(name).exists():
-            return read_data(re.sub(r"[^\w.-]+", "_", Path(name).resolve().name), Path(name))
+            return read_data(re.sub(r"[^\w.-]+", "_", Path(name).resolve().name), Path(name), format_name)
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
@@ -80,7 +82,7 @@ class Workspace:
         return [*GENERATED, *self.config.get("data", {})]
 
     def data_options(self, name: str) -> Mapping[str, Any]:
-        """What featprobe.toml says of a data set beside its path (size, fit, intensity)."""
+        """What featprobe.toml says of a data set beside its path (size, fit, intensity, format)."""
         return {k: v for k, v in self.config.get("data", {}).get(name, {}).items() if k != "path"}
 
     def generated(self, name: str) -> Path:

@@ -1,0 +1,104 @@
+"""What readers share of files: text, tables, and paths that never lead out of the data folder."""
+
+import csv
+import json
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from featprobe.datasets.images import SUFFIXES
+from featprobe.errors import DataError
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text, its byte order mark left away. Raises DataError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} can't be read as text: {error}. wanted: UTF-8.") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises DataError."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} can't be read as JSON: {error}.") from error
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file that has these columns, all of them filled or empty texts. Raises DataError."""
+    try:
+        rows = list(csv.DictReader(read_text(path).splitlines()))
+    except csv.Error as error:
+        raise DataError(f"{path} can't be read as CSV: {error}.") from error
+    for number, row in enumerate(rows, start=2):
+        if any(not isinstance(row.get(column), str) for column in columns):
+            raise DataError(f"{path}, row {number} can't be read. wanted: {', '.join(columns)}. found: {row}")
+    return rows
+
+
+def read_table(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of a samples.csv (image,split,group) by image; empty when there is none. Raises DataError."""
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} can't be read as CSV: {error}.") from error
+    if rows and "image" not in rows[0]:
+        raise DataError(f"{path} has the columns {', '.join(rows[0])}. wanted: image, and split or group.")
+    return {row["image"]: row for row in rows}
+
+
+def below(root: Path, text: str, where: object, base: Path | None = None) -> Path:
+    """The path that an annotation names, relative to `base` (else `root`), always below `root`.
+
+    Windows' separators are taken as such. Raises DataError, naming `where`, for a path that is absolute,
+    that leads out of the data folder by `..` or by a link, or that links to itself.
+    """
+    plain = text.replace("\\", "/")
+    joined = Path(os.path.normpath((base or root) / plain))
+    absolute = plain.startswith("/") or plain[1:2] == ":"
+    if absolute or not plain or "\0" in plain or not joined.is_relative_to(os.path.normpath(root)):
+        raise DataError(
+            f"{where} names a path that is not below the data folder.\n"
+            f"  wanted  a relative path below {root}\n  found   {text!r}\n"
+            "It was not opened. Mend the annotation."
+        )
+    return kept_below(root, joined)
+
+
+def kept_below(root: Path, path: Path) -> Path:
+    """The same path. Raises DataError when a link on its way leads out of `root`, or to itself."""
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path} can't be followed: it links to itself.") from error
+    if not inside:
+        raise DataError(f"{path} is a link out of the data folder {root}. It was not opened. Put the files there.")
+    return path
+
+
+def files_below(root: Path, folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
+    """Files of these suffixes (lower case) in a folder and the folders in it, sorted; linked folders are not entered.
+
+    Raises DataError for a link out of `root`, or to itself.
+    """
+    kept_below(root, folder)
+    found = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    chosen = sorted(path for path in found if path.suffix.lower() in suffixes)
+    return [kept_below(root, path) if path.is_symlink() else path for path in chosen]
+
+
+def words_of(text: str, where: object, count: int) -> list[list[str]]:
+    """Words of each line that is not empty, separated by spaces or commas. Raises DataError for another number."""
+    rows = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != count:
+            raise DataError(f"{where}, entry {number}: wanted {count} values, found {' '.join(row)[:200]!r}.")
+    return rows

@@ -1,0 +1,72 @@
+"""The formats that can be read, and finding which one a folder holds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from featprobe.datasets.coco import find_coco, read_coco
+from featprobe.datasets.folders import find_folders, read_folders
+from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
+from featprobe.datasets.samples import DataSet
+from featprobe.datasets.splits import complete_splits
+from featprobe.errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: what is looked for, whether a path has it, and its reader (of a set's name and path)."""
+
+    layout: str
+    fits: Callable[[Path], bool]
+    read: Callable[[str, Path], DataSet]
+
+
+def _fits_folders(root: Path) -> bool:
+    return root.is_dir() and bool(find_folders(root))
+
+
+def _read_folders(name: str, root: Path) -> DataSet:
+    return read_folders(name, root, find_folders(root))
+
+
+def _fits_coco(root: Path) -> bool:
+    return not is_bsdata(root) and bool(find_coco(root))
+
+
+def _read_coco(name: str, root: Path) -> DataSet:
+    return read_coco(name, root, find_coco(root))
+
+
+FORMATS: Mapping[str, Format] = {
+    "folders": Format(
+        "images/ and masks/ with the same stems, or the same inside train/, val/ and test/",
+        _fits_folders,
+        _read_folders,
+    ),
+    "coco": Format("COCO JSON: *.json, annotations/*.json, or in one folder per split", _fits_coco, _read_coco),
+    "labelme": Format("labelme: one JSON file an image, with shapes", is_labelme, read_labelme),
+}
+"""In the order in which they are looked for; a folder of several formats is read as the first."""
+
+
+def read_data(name: str, root: Path, format_name: str | None = None) -> DataSet:
+    """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
+
+    Raises DataError, with what is known to be read, when no format fits.
+    """
+    if format_name is not None and format_name not in FORMATS:
+        raise DataError(
+            f"There is no format {format_name!r}. {nearest(format_name, FORMATS)}\n  wanted  {', '.join(FORMATS)}"
+        )
+    if not root.exists():
+        raise DataError(f"There is no folder or file {root} (data set {name}).")
+    asked = [format_name] if format_name else list(FORMATS)
+    found = next((FORMATS[known] for known in asked if FORMATS[known].fits(root)), None)
+    if found:
+        return complete_splits(found.read(name, root))
+    layouts = "\n          or ".join(FORMATS[known].layout for known in asked)
+    raise DataError(
+        f"{root} holds no data set that can be read{f' as {format_name}' if format_name else ''}.\n"
+        f"  wanted  {layouts}\n"
+        f"  found   {', '.join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else root.name}"
+    )

@@ -1,0 +1,220 @@
+"""Reader for labelme: one JSON file an image, polygons and rectangles. BSData's image_data.json is understood."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featprobe.datasets.files import below, files_below, read_json, read_table
+from featprobe.datasets.grouping import components
+from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.objects import check_classes, check_size, polygon_instance, read_classes, to_numbers
+from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import Instance, Target, semantic_from_instances
+
+BSDATA = "image_data.json"
+IMAGE_FOLDERS = (".", "images", "data", "imgs", "JPEGImages")
+IGNORED, BACKGROUND = "__ignore__", "_background_"  # labelme's own words
+LOOKED_AT = 1 << 16  # bytes at both ends of a file in which "shapes" is looked for; the picture may lie between
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One drawn shape. part_of: what the shapes of one object share; points: (points, 2), pixels, x y."""
+
+    label: str
+    part_of: str
+    points: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One labelme file. size: (height, width) that it states, None for what it does not."""
+
+    path: Path
+    image: Path
+    size: tuple[Any, Any]
+    shapes: tuple[Shape, ...]
+
+
+def is_labelme(root: Path) -> bool:
+    """Whether a folder holds a labelme file, at its top or up to two folders down."""
+    if not root.is_dir():
+        return False
+    files = (path for pattern in ("*.json", "*/*.json", "*/*/*.json") for path in sorted(root.glob(pattern))[:20])
+    return any(_looks_like_labelme(path) for path in files if not path.is_symlink())
+
+
+def is_bsdata(root: Path) -> bool:
+    """Whether a folder is BSData: image_data.json beside labelme files in label/."""
+    return (root / BSDATA).is_file() and (root / "label").is_dir()
+
+
+def read_labelme(name: str, root: Path) -> DataSet:
+    """The data set of labelme files: their image is the one that imagePath names, or lies at an image's usual place.
+
+    Shapes of one label and group_id are one object; `__ignore__` is ignored. Classes are the labels, sorted, or
+    those of classes.txt. samples.csv (image,split,group) or BSData's image_data.json gives splits and groups.
+    """
+    images = files_below(root, root)
+    stems = {path.stem for path in images}  # a JSON file of such a name is labelme's, or damaged
+    files = [p for p in files_below(root, root, (".json",)) if p.stem in stems or _looks_like_labelme(p)]
+    drawings = [_read_drawing(path, root) for path in files]
+    if is_bsdata(root):
+        table, notes = _read_bsdata(root / BSDATA, drawings)
+        drawings = [drawing for drawing in drawings if drawing.image.is_file()]
+    else:
+        table, notes = read_table(root / "samples.csv"), []
+    drawn = {drawing.image.relative_to(root).as_posix(): drawing for drawing in drawings}
+    if len(drawn) < len(drawings):
+        raise DataError(f"{root}: several labelme files name one image. wanted: one JSON file an image.")
+    if not drawn:
+        raise DataError(f"{root} holds no labelme files whose images are here.")
+    classes = _classes(root, drawings)
+    bare = [p.name for p in images if p.relative_to(root).as_posix() not in drawn]
+    if bare:
+        notes.append(f"{len(bare)} images have no labelme file and are left out: {listed(bare)}")
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        drawing = drawn[sample.id]
+        stated = tuple(s if s else own for s, own in zip(drawing.size, size, strict=True))
+        check_size((stated[0], stated[1]), size, f"{drawing.path}: the drawing")
+        instances = tuple(_instances(drawing, classes, size))
+        return Target(semantic_from_instances(instances, size), instances)
+
+    samples = []
+    for identity, drawing in drawn.items():
+        row = table.get(identity) or table.get(drawing.image.name) or {}
+        samples.append(Sample(identity, drawing.image, row.get("group") or identity, row.get("split") or ""))
+    tasks = tasks_of(masks=True, instances=True)
+    return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+
+
+def _looks_like_labelme(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(LOOKED_AT)
+        stream.seek(max(0, path.stat().st_size - LOOKED_AT))
+        return re.search(rb'"shapes"\s*:', start + stream.read(LOOKED_AT)) is not None
+
+
+def _read_drawing(path: Path, root: Path) -> Drawing:
+    data = read_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
+        raise DataError(f"{path} is not a labelme file. wanted: a list called shapes.")
+    shapes = tuple(_shape(entry, f"{path}, shapes[{i}]", i) for i, entry in enumerate(data["shapes"]))
+    return Drawing(
+        path, _image_of(path, root, data.get("imagePath")), (data.get("imageHeight"), data.get("imageWidth")), shapes
+    )
+
+
+def _image_of(path: Path, root: Path, named: Any) -> Path:
+    """Where the image of a labelme file lies; the first place tried when it lies nowhere."""
+    text = named if isinstance(named, str) and named else path.stem
+    first = below(root, text, f"{path}, imagePath", path.parent)
+    folders = [base / folder for base in (path.parent, path.parent.parent, root) for folder in IMAGE_FOLDERS]
+    places = [first, *(folder / first.name for folder in folders if folder.is_relative_to(root))]
+    places += [path.with_suffix(suffix) for suffix in SUFFIXES]
+    found = next((place for place in places if place.is_file()), first)
+    return below(root, found.relative_to(root).as_posix(), path)
+
+
+def _shape(entry: Any, where: str, number: int) -> Shape:
+    if not isinstance(entry, dict) or not isinstance(entry.get("label"), str) or not entry.get("points"):
+        raise DataError(f"{where} can't be read. wanted: label, a text, and points. found: {str(entry)[:200]}")
+    kind = entry.get("shape_type") or "polygon"
+    if kind not in ("polygon", "rectangle"):
+        raise DataError(f"{where} is a {kind}. wanted: polygon or rectangle.")
+    try:
+        points = np.array([to_numbers(point, where) for point in entry["points"]], dtype=float)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: wanted points of two numbers, found {str(entry['points'])[:200]}.") from error
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise DataError(f"{where}: wanted points of two numbers, found {str(entry['points'])[:200]}.")
+    if kind == "rectangle":
+        (x1, y1), (x2, y2) = points.min(axis=0), points.max(axis=0)
+        if not (x1 < x2 and y1 < y2):
+            raise DataError(f"{where}: the rectangle is empty. found: {str(entry['points'])[:200]}")
+        points = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
+    joined = entry.get("group_id")
+    return Shape(entry["label"], f"shape {number}" if joined is None else f"group {joined}", points)
+
+
+def _classes(root: Path, drawings: Sequence[Drawing]) -> tuple[str, ...]:
+    labels = {shape.label for drawing in drawings for shape in drawing.shapes} - {IGNORED}
+    given = read_classes(root / "classes.txt")
+    if given is None:
+        return check_classes(["background", *sorted(labels - {BACKGROUND, "background"})], f"{root}: its labels")
+    unknown = sorted(labels - {*given, BACKGROUND})
+    if unknown:
+        raise DataError(f"{root / 'classes.txt'} does not name {listed(unknown)}. It names: {', '.join(given)}.")
+    return given
+
+
+def _instances(drawing: Drawing, classes: Sequence[str], size: Size) -> list[Instance]:
+    """The objects of a drawing; background is none, and what is to be ignored is a crowd of every class."""
+    parts: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
+    for shape in drawing.shapes:
+        if shape.label not in (BACKGROUND, classes[0]):
+            parts.setdefault((shape.label, shape.part_of), []).append(shape.points)
+    found = []
+    for (label, part_of), points in parts.items():
+        category = 1 if label == IGNORED else classes.index(label)
+        one = polygon_instance(category, points, size, f"{drawing.path}, {part_of} ({label})")
+        crowds = [replace(one, category=c, crowd=True) for c in range(1, len(classes))]
+        found += crowds if label == IGNORED else [one]
+    return found
+
+
+def _read_bsdata(path: Path, drawings: Sequence[Drawing]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Split and group by image name from BSData's own list, and what it lists that is not here.
+
+    Its wear chains that share an image show one place and are one group; an image of no chain is grouped with
+    the other crops of its photograph.
+    """
+    data = read_json(path)
+    listed_images = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(listed_images, list):
+        raise DataError(f"{path} can't be read. wanted: a list called images.")
+    entries = [entry for entry in listed_images if _checked(entry, path)["train_test_split"]]
+    chains = [entry["wear_dev"] for entry in entries]
+    place = components((c for own in chains for c in own), (pair for own in chains for pair in pairwise(own)))
+    table = {
+        entry["filename"]: {
+            "split": entry["train_test_split"],
+            "group": place[entry["wear_dev"][0]] if entry["wear_dev"] else entry["filename"].split("_crop_")[0],
+        }
+        for entry in entries
+    }
+    here = {drawing.image.name for drawing in drawings if drawing.image.is_file()}
+    missing = sorted(table.keys() - here)
+    notes = ["groups are the places on the screw, from the wear chains of image_data.json"]
+    if missing:
+        notes.append(f"image_data.json lists {len(table)} annotated images; {len(missing)} of them are not here")
+    unlisted = sorted(here - table.keys())
+    if unlisted:
+        raise DataError(f"{path} does not list the annotated images {listed(unlisted)}.")
+    return table, notes
+
+
+def _checked(entry: Any, path: Path) -> Mapping[str, Any]:
+    """An entry of image_data.json that has all that is read of it. Raises DataError."""
+    known = isinstance(entry, dict) and isinstance(entry.get("filename"), str)
+    split = entry.get("train_test_split", "") if known else ""
+    chains = entry.get("wear_dev") if known else None
+    texts = isinstance(chains, list) and all(isinstance(chain, str) for chain in chains)
+    if split not in (None, "train", "test") or not (texts or split is None):
+        raise DataError(
+            f"{path} has an entry that can't be read.\n"
+            "  wanted  filename, train_test_split (train, test or null), wear_dev (a list of names)\n"
+            f"  found   {str(entry)[:200]}"
+        )
+    return {"filename": entry["filename"], "train_test_split": split, "wear_dev": chains or []}

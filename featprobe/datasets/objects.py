@@ -1,0 +1,119 @@
+"""What readers share of labels: boxes and polygons that lie in their image, numbers, sizes, class names."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from featprobe.datasets.coco import SLACK
+from featprobe.datasets.files import read_text
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import IGNORE, Instance, Labels, Rle
+
+
+def to_numbers(values: Sequence[Any], where: object) -> list[float]:
+    """Finite numbers. Raises DataError, naming `where`."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: wanted numbers, found {str(list(values))[:200]}.") from error
+    if not all(math.isfinite(number) for number in numbers):
+        raise DataError(f"{where}: wanted finite numbers, found {str(list(values))[:200]}.")
+    return numbers
+
+
+def box_instance(category: int, box: Sequence[float], size: Size, where: object, crowd: bool = False) -> Instance:
+    """An object of a box x1 y1 x2 y2, pixels; it may pass the image's edge by a pixel, which is clipped.
+
+    Raises DataError, naming `where`, for a box that is empty or lies elsewhere.
+    """
+    height, width = size
+    x1, y1, x2, y2 = box
+    if not (-SLACK <= x1 < x2 <= width + SLACK and -SLACK <= y1 < y2 <= height + SLACK):
+        raise DataError(
+            f"{where}: the box is empty or leaves the image.\n"
+            f"  wanted  0 <= x1 < x2 <= {width}, 0 <= y1 < y2 <= {height} pixels\n"
+            f"  found   x1, y1, x2, y2 = {', '.join(f'{v:g}' for v in box)}"
+        )
+    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    return Instance(category, clipped, crowd=crowd)
+
+
+def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: Size, where: object) -> Instance:
+    """An object of polygons, each (points, 2), pixels, x y; they may pass the image's edge by a pixel.
+
+    Raises DataError, naming `where`, for fewer than three points, or points elsewhere.
+    """
+    height, width = size
+    short = [len(part) for part in parts if len(part) < 3]
+    if short:
+        raise DataError(f"{where}: a polygon of {short[0]} points. wanted: three or more.")
+    points = np.concatenate(list(parts))
+    if not ((points >= -SLACK) & (points <= np.array([width, height]) + SLACK)).all():
+        raise DataError(
+            f"{where}: the polygon leaves the image.\n"
+            f"  wanted  0 <= x <= {width}, 0 <= y <= {height} pixels\n"
+            f"  found   x {points[:, 0].min():g} to {points[:, 0].max():g}, "
+            f"y {points[:, 1].min():g} to {points[:, 1].max():g}"
+        )
+    clipped = [part.clip(0, (width, height)) for part in parts]
+    rle = coco_mask.merge(coco_mask.frPyObjects([part.ravel().tolist() for part in clipped], height, width))
+    low, high = np.concatenate(clipped).min(axis=0), np.concatenate(clipped).max(axis=0)
+    box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+    return Instance(category, box, _text_rle(rle))
+
+
+def _text_rle(rle: Any) -> Rle:
+    return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def check_size(found: Size, size: Size, where: object) -> None:
+    """Raise DataError, naming `where`, when an annotation or mask is of another (height, width) than its image."""
+    if found != size:
+        raise DataError(
+            f"{where} is of another size than its image.\n"
+            f"  wanted  {size[0]}x{size[1]} pixels (height x width)\n  found   {found[0]}x{found[1]}"
+        )
+
+
+def read_pixels(path: Path, modes: Sequence[str], wanted: str) -> NDArray[np.uint8]:
+    """An 8-bit mask's values as stored, indices for a palette. Raises DataError for another pixel format."""
+    if not path.is_file():
+        raise DataError(f"There is no mask {path} for the image of that name.")
+    try:
+        with Image.open(path) as image:
+            mode, values = image.mode, np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} can't be read as a mask: {error}.") from error
+    if mode not in modes:
+        raise DataError(f"{path} is a mask of the pixel format {mode}. wanted: {wanted}.")
+    return values.astype(np.uint8)
+
+
+def read_binary(path: Path, above: int = 0) -> Labels:
+    """A mask of 0 and 1 from a grey one: 1 where it is brighter than `above`. Raises DataError."""
+    values = read_pixels(path, ("L", "P", "1"), "8-bit grey")
+    return (values > above).astype(np.uint8)  # (height, width)
+
+
+def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
+    """Class names, the background first. Raises DataError when they are too many, too few, or not distinct."""
+    if not 2 <= len(classes) < IGNORE or len(set(classes)) < len(classes):
+        raise DataError(
+            f"{where} names {len(classes)} classes ({', '.join(classes)[:200]}).\n"
+            f"  wanted  2 to {IGNORE - 1}, each once, the background first"
+        )
+    return tuple(classes)
+
+
+def read_classes(path: Path) -> tuple[str, ...] | None:
+    """Names of a classes.txt, one a line, the background first; None when there is none. Raises DataError."""
+    if not path.is_file():
+        return None
+    return check_classes([line.strip() for line in read_text(path).splitlines() if line.strip()], path)

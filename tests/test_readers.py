@@ -1,0 +1,284 @@
+"""Readers of the formats that inspection sets come in: small sets of the true layout, hostile ones, the real ones."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from PIL import Image
+
+from featprobe.cli.main import cli
+from featprobe.datasets import FORMATS, DataSet, read_data
+from featprobe.datasets.images import image_size
+from featprobe.errors import DataError
+from featprobe.stages.data import DataSummary, summarise
+from featprobe.stages.workspace import Workspace
+from featprobe.targets import Instance, Target, decode_rle
+
+HEIGHT, WIDTH = SIZE = (12, 16)
+SPLITS = ("train", "val", "test")
+REAL = Path(os.environ.get("FEATPROBE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def picture(path: Path, size: tuple[int, int] = SIZE, seed: int = 0) -> Path:
+    """An 8-bit grey image of random levels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(levels).save(path)
+    return path
+
+
+def mask(path: Path, values: NDArray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint8)).save(path)
+    return path
+
+
+def text(path: Path, value: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value, encoding="utf-8")
+    return path
+
+
+def square(top: int, left: int, side: int) -> NDArray[np.bool_]:
+    drawn = np.zeros(SIZE, dtype=bool)
+    drawn[top : top + side, left : left + side] = True
+    return drawn
+
+
+def target_of(data: DataSet, identity: str) -> Target:
+    sample = next(sample for sample in data.samples if sample.id == identity)
+    return data.read_target(sample, image_size(sample.image))
+
+
+def objects_of(data: DataSet, identity: str) -> tuple[Instance, ...]:
+    instances = target_of(data, identity).instances
+    assert instances is not None
+    return instances
+
+
+def refused(root: Path, format_name: str | None = None) -> str:
+    """What is said of a set that can't be read, or whose labels can't."""
+    with pytest.raises(DataError) as error:
+        summarise(read_data("set", root, format_name))
+    return str(error.value)
+
+
+def real(name: str) -> DataSummary:
+    """A real set, read as it lies on the disk, all its labels looked at."""
+    if not (REAL / name).is_dir():
+        pytest.skip(f"{REAL / name} is missing (FEATPROBE_SHARED_DATA names another folder)")
+    return summarise(read_data(name, REAL / name))
+
+
+# ---- naming a format -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
+    said = refused(tmp_path, "labelmee")
+    assert "Did you mean labelme?" in said and all(name in said for name in FORMATS)
+
+
+def test_a_named_format_that_does_not_fit_says_what_it_would_be(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    said = refused(tmp_path, "labelme")
+    assert "read as labelme" in said and "shapes" in said and "found   a.png" in said and "COCO" not in said
+
+
+def test_the_format_may_be_named_on_the_command_line_or_in_the_workspace(tmp_path: Path) -> None:
+    labelme_set(tmp_path / "parts")
+    text(tmp_path / "parts" / "all.json", json.dumps({"images": [], "annotations": [], "categories": []}))
+    call = ["--workspace", str(tmp_path), "data", "info"]
+    assert CliRunner().invoke(cli, [*call, str(tmp_path / "parts")]).exit_code == 1  # an empty COCO file
+    assert CliRunner().invoke(cli, [*call, str(tmp_path / "parts"), "--format", "labelme"]).exit_code == 0
+    text(tmp_path / "featprobe.toml", '[data.parts]\npath = "parts"\nformat = "labelme"\n')
+    assert CliRunner().invoke(cli, [*call, "parts"]).exit_code == 0
+    assert Workspace(tmp_path).data_options("parts") == {"format": "labelme"}
+    sheet = str(tmp_path / "sheet.png")
+    show = ["--workspace", str(tmp_path), "data", "show", str(tmp_path / "parts"), "--out", sheet]
+    assert CliRunner().invoke(cli, [*show, "--format", "labelme"]).exit_code == 0
+
+
+# ---- labelme ---------------------------------------------------------------------------------------------------------
+
+
+def shape(label: str, points: list[Any], kind: str = "polygon", **more: Any) -> dict[str, Any]:
+    return {"label": label, "points": points, "shape_type": kind, "group_id": None, "flags": {}, **more}
+
+
+def drawing(image: str, shapes: list[Any], **more: Any) -> str:
+    size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
+    return json.dumps({"version": "5.0", "shapes": shapes, "imagePath": image, "imageData": None, **size, **more})
+
+
+RING = [[3, 2], [8, 2], [8, 7], [3, 7]]
+
+
+def labelme_set(root: Path, first: list[Any] | None = None, **more: Any) -> Path:
+    """Four images, the first with the given shapes, the others with a pore each."""
+    for i in range(4):
+        picture(root / f"p{i}.png", seed=i)
+        shapes = first if first is not None and not i else [shape("pore", RING)]
+        text(root / f"p{i}.json", drawing(f"p{i}.png", shapes, **({} if i else more)))
+    return root
+
+
+def test_labelme_polygons_and_rectangles(tmp_path: Path) -> None:
+    first = [shape("pore", RING), shape("crack", [[12, 9], [9, 5]], "rectangle")]
+    data = read_data("set", labelme_set(tmp_path, first))
+    assert data.classes == ("background", "crack", "pore") and data.tasks == ("semseg", "detect", "instseg")
+    assert [(s.id, s.group) for s in data.samples] == [(f"p{i}.png", f"p{i}.png") for i in range(4)]
+    pore, crack = objects_of(data, "p0.png")
+    assert (pore.category, pore.box_xyxy, crack.category, crack.box_xyxy) == (2, (3, 2, 8, 7), 1, (9, 5, 12, 9))
+    assert pore.rle is not None and np.array_equal(decode_rle(pore.rle), square(2, 3, 5))
+    assert target_of(data, "p0.png").semantic is not None
+
+
+def test_labelme_parts_of_one_group_are_one_object(tmp_path: Path) -> None:
+    other = [[10, 8], [14, 8], [14, 11], [10, 11]]
+    first = [shape("pore", RING, group_id=1), shape("pore", other, group_id=1), shape("pore", other)]
+    found = objects_of(read_data("set", labelme_set(tmp_path, first)), "p0.png")
+    assert [instance.box_xyxy for instance in found] == [(3, 2, 14, 11), (10, 8, 14, 11)]
+
+
+def test_labelme_ignored_regions_are_ignored_and_background_is_none(tmp_path: Path) -> None:
+    first = [shape("__ignore__", RING), shape("_background_", RING)]
+    data = read_data("set", labelme_set(tmp_path, first))
+    assert [instance.crowd for instance in objects_of(data, "p0.png")] == [True]
+    assert np.array_equal(target_of(data, "p0.png").semantic, square(2, 3, 5) * np.uint8(255))
+
+
+def test_labelme_names_classes_splits_and_groups_where_they_are_given(tmp_path: Path) -> None:
+    labelme_set(tmp_path)
+    text(tmp_path / "classes.txt", "background\ncrack\npore\n")
+    rows = [f"p{i}.png,{(*SPLITS, 'train')[i]},part{i % 3}" for i in range(4)]
+    text(tmp_path / "samples.csv", "image,split,group\n" + "\n".join(rows))
+    data = read_data("set", tmp_path)
+    assert data.classes == ("background", "crack", "pore")
+    assert [(s.split, s.group) for s in data.samples] == [
+        ("train", "part0"), ("val", "part1"), ("test", "part2"), ("train", "part0")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("named", ["p0.png", "../images/p0.png", "..\\images\\p0.png"])
+def test_labelme_files_may_lie_beside_the_folder_of_images(tmp_path: Path, named: str) -> None:
+    for i in range(3):
+        picture(tmp_path / "images" / f"p{i}.png")
+        text(tmp_path / "label" / f"p{i}.json", drawing(named.replace("p0", f"p{i}"), [shape("pore", RING)]))
+    picture(tmp_path / "images" / "bare.png")
+    data = read_data("set", tmp_path)
+    assert [sample.id for sample in data.samples] == [f"images/p{i}.png" for i in range(3)]
+    assert "1 images have no labelme file and are left out: bare.png" in data.notes
+
+
+@pytest.mark.parametrize("named", ["/etc/passwd", "C:\\scans\\a.png", "../../a.png", "a/../../b.png", "a\0.png"])
+def test_labelme_never_leads_out_of_the_folder(tmp_path: Path, named: str) -> None:
+    picture(tmp_path / "a.png")
+    labelme_set(tmp_path / "in" / "set", imagePath=named)
+    said = refused(tmp_path / "in" / "set")
+    assert "p0.json, imagePath names a path that is not below the data folder" in said
+
+
+def test_links_out_of_the_folder_or_to_themselves_are_refused(tmp_path: Path) -> None:
+    outside = picture(tmp_path / "secret.png")
+    labelme_set(tmp_path / "set")
+    (tmp_path / "set" / "p0.png").unlink()
+    (tmp_path / "set" / "p0.png").symlink_to(outside)
+    assert "is a link out of the data folder" in refused(tmp_path / "set")
+    (tmp_path / "set" / "p0.png").unlink()
+    (tmp_path / "set" / "p0.png").symlink_to("p0.png")
+    assert "links to itself" in refused(tmp_path / "set")
+
+
+def test_a_folder_that_links_to_its_parent_is_not_entered(tmp_path: Path) -> None:
+    labelme_set(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert len(read_data("set", tmp_path).samples) == 4
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ([shape("pore", RING[:2])], "a polygon of 2 points"),
+        ([shape("pore", [[0, 0], [40, 0], [40, 9]])], "leaves the image"),
+        ([shape("pore", [[0, 0], [float("nan"), 0], [4, 9]])], "finite numbers"),
+        ([shape("pore", [[0, 0], ["x", 0], [4, 9]])], "wanted numbers"),
+        ([shape("pore", [[0, 0], [1], [4, 9]])], "points of two numbers"),
+        ([shape("pore", [1, 2, 3])], "points of two numbers"),
+        ([shape("pore", [[3, 3], [3, 9]], "rectangle")], "the rectangle is empty"),
+        ([shape("pore", RING, "linestrip")], "is a linestrip. wanted: polygon or rectangle"),
+        ([{"points": RING}], "shapes[0] can't be read"),
+        (["pore"], "shapes[0] can't be read"),
+    ],
+)
+def test_a_bad_labelme_shape_is_named(tmp_path: Path, shapes: list[Any], said: str) -> None:
+    found = refused(labelme_set(tmp_path, shapes))
+    assert said in found and "p0.json" in found
+
+
+def test_a_bad_labelme_file_is_named(tmp_path: Path) -> None:
+    path = labelme_set(tmp_path) / "p0.json"
+    whole = path.read_bytes()
+    for value, said in [
+        (whole[:-30], "can't be read as JSON"),
+        (b"", "can't be read as JSON"),
+        (whole.replace(b"pore", b"p\xf6re"), "wanted: UTF-8"),
+        (b'{"shapes": 3}', "wanted: a list called shapes"),
+        (whole.replace(b'"imageWidth": 16', b'"imageWidth": 17'), "found   12x17"),
+        (whole.replace(b"p0.png", b"p1.png"), "several labelme files name one image"),
+    ]:
+        path.write_bytes(value)
+        assert said in refused(tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "p0.png").unlink()
+    assert "p0.png can't be read" in refused(tmp_path)
+
+
+def bsdata_set(root: Path) -> list[dict[str, Any]]:
+    """Five crops, of which the last is not here; the first two share a wear chain."""
+    chains = [["c1", "c2"], ["c2"], [], ["c3"], ["c4"]]
+    entries = []
+    for i, own in enumerate(chains):
+        entry = {"filename": f"photo{i}_crop_0.jpg", "wear_dev": own, "type": 2, "annotations": f"photo{i}_crop_0.json"}
+        entries.append({**entry, "train_test_split": "test" if i in (1, 3) else "train"})
+        if i < 4:
+            picture(root / "data" / f"photo{i}_crop_0.jpg", seed=i)
+            text(root / "label" / f"photo{i}_crop_0.json", drawing(f"photo{i}_crop_0.jpg", [shape("Pitting", RING)]))
+    entries.append({"filename": "clean.jpg", "train_test_split": None, "wear_dev": None, "annotations": None})
+    text(root / "image_data.json", json.dumps({"images": entries}))
+    return entries
+
+
+def test_bsdata_lists_its_splits_and_groups(tmp_path: Path) -> None:
+    bsdata_set(tmp_path)
+    data = read_data("set", tmp_path)
+    assert [s.group for s in data.samples] == ["c1", "c1", "photo2", "c3"]
+    assert Counter(s.split for s in data.samples) == {"test": 2, "train": 1, "val": 1}
+    assert any(note == "image_data.json lists 5 annotated images; 1 of them are not here" for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [{"filename": 3}, {"train_test_split": "holdout"}, {"wear_dev": "c1"}, {"wear_dev": [1]}, {"train_test_split": 7}],
+)
+def test_a_bad_entry_of_bsdata_is_refused(tmp_path: Path, spoiled: dict[str, Any]) -> None:
+    entries = bsdata_set(tmp_path)
+    text(tmp_path / "image_data.json", json.dumps({"images": [{**entries[0], **spoiled}, *entries[1:]]}))
+    assert "image_data.json has an entry that can't be read" in refused(tmp_path)
+    text(tmp_path / "image_data.json", json.dumps({"images": entries[1:]}))
+    assert "does not list the annotated images photo0_crop_0.jpg" in refused(tmp_path)
+    text(tmp_path / "image_data.json", "[1, 2")
+    assert "can't be read as JSON" in refused(tmp_path)
+
+
+def test_the_real_bsdata() -> None:
+    found = real("bsdata")
+    assert (sum(found.images.values()), found.images["test"], found.instances) == (145, 70, {"Pitting": 181})
+    assert found.tasks == ("semseg", "detect", "instseg") and found.groups["test"] == 30
+    assert any("leaks: 13 of 42 groups" in note for note in found.notes)
+    assert "image_data.json lists 394 annotated images; 249 of them are not here" in found.notes
