@@ -282,3 +282,214 @@ def test_the_real_bsdata() -> None:
     assert found.tasks == ("semseg", "detect", "instseg") and found.groups["test"] == 30
     assert any("leaks: 13 of 42 groups" in note for note in found.notes)
     assert "image_data.json lists 394 annotated images; 249 of them are not here" in found.notes
+
+
+# ---- DeepPCB ---------------------------------------------------------------------------------------------------------
+
+BOXES = "1 2 5 6 1\n3,4,9,10,6\n\n"
+
+
+def deeppcb_set(root: Path, boxes: str = BOXES) -> Path:
+    """Four boards of one tile each, and an image that is named and not here."""
+    lines = []
+    for i in range(4):
+        picture(root / f"PCBData/group{i}/{i}/{i}000_test.jpg", seed=i)
+        text(root / f"PCBData/group{i}/{i}_not/{i}000.txt", boxes if not i else BOXES)
+        lines.append(f"group{i}/{i}/{i}000.jpg group{i}/{i}_not/{i}000.txt")
+    gone = "group9/9/9000.jpg group9/9_not/9000.txt"
+    text(root / "PCBData/trainval.txt", "\n".join([*lines[:3], gone]))
+    text(root / "PCBData/test.txt", lines[3])
+    return root
+
+
+@pytest.mark.parametrize("inside", ["", "PCBData"])
+def test_deeppcb_lists(tmp_path: Path, inside: str) -> None:
+    data = read_data("set", deeppcb_set(tmp_path) / inside)
+    assert data.tasks == ("detect",) and data.classes[1:] == tuple("open short mousebite spur copper pin-hole".split())
+    assert [s.group for s in data.samples] == [f"group{i}" for i in range(4)]
+    assert [s.split for s in data.samples].count("test") == 1 and data.samples[3].split == "test"
+    found = objects_of(data, "group0/0/0000_test.jpg")
+    assert [(i.category, i.box_xyxy) for i in found] == [(1, (1, 2, 5, 6)), (6, (3, 4, 9, 10))]
+    assert "the lists name 5 images; 1 of them are not here: group9/9/9000.jpg" in data.notes
+
+
+@pytest.mark.parametrize(
+    ("boxes", "said"),
+    [
+        ("1 2 5 6", "entry 1: wanted 5 values"),
+        ("1 2 5 6 7", "a type of 1 to 6"),
+        ("1 2 5 6 0", "a type of 1 to 6"),
+        ("1 2 5 x 1", "wanted numbers"),
+        ("5 2 1 6 1", "the box is empty or leaves the image"),
+        ("1 2 50 6 1", "the box is empty or leaves the image"),
+        ("1 2 nan 6 1", "finite numbers"),
+    ],
+)
+def test_a_bad_deeppcb_box_is_named(tmp_path: Path, boxes: str, said: str) -> None:
+    found = refused(deeppcb_set(tmp_path, boxes))
+    assert said in found and "0000.txt, entry 1" in found
+
+
+def test_a_bad_deeppcb_list_is_named(tmp_path: Path) -> None:
+    path = deeppcb_set(tmp_path) / "PCBData" / "trainval.txt"
+    whole = path.read_bytes()
+    for value, said in [
+        (whole[:-30], "wanted 2 values"),
+        (whole.replace(b"group1/1/1000.jpg", b"../../../1000.jpg"), "not below the data folder"),
+        (whole.replace(b"group1/1_not/1000.txt", b"/etc/hosts"), "not below the data folder"),
+        (whole.replace(b"group1/1/", b"group0/0/").replace(b"1000.jpg", b"0000.jpg"), "lists the image"),
+        (whole.replace(b"group9", b"gro\xfcp9"), "wanted: UTF-8"),
+        (b"a.jpg a.txt\n", "none"),
+    ]:
+        path.write_bytes(value)
+        if said != "none":
+            assert said in refused(tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "PCBData/group0/0_not/0000.txt").unlink()
+    assert "0000.txt can't be read" in refused(tmp_path)
+
+
+def test_the_real_deeppcb() -> None:
+    found = real("deeppcb")
+    assert found.images["test"] == 500 and sum(found.images.values()) == 1050
+    assert found.instances is not None and sum(found.instances.values()) == 7151
+    assert any(note.startswith("the lists name 1500 images; 450 of them are not here") for note in found.notes)
+
+
+# ---- magnetic tile ---------------------------------------------------------------------------------------------------
+
+
+def tile_set(root: Path) -> Path:
+    """Frames 100 and 350 are one tile, 3000 looks like 9000."""
+    frames = {"Crack": [100, 3000], "Free": [350, 9000], "Uneven": [20000, 40000]}
+    for kind, own in frames.items():
+        for frame in own:
+            path = root / f"MT_{kind}" / "Imgs" / f"exp1_num_{frame}.jpg"
+            picture(path, seed=3000 if frame == 9000 else frame)
+            mask(path.with_suffix(".png"), square(2, 3, 5) * 255 + square(0, 0, 2) * 100)
+    return root
+
+
+def test_magnetic_tiles(tmp_path: Path) -> None:
+    data = read_data("set", tile_set(tmp_path))
+    assert data.classes == ("background", "crack", "uneven") and data.tasks == ("semseg",)
+    groups = {s.image.stem.removeprefix("exp1_num_"): s.group for s in data.samples}
+    assert groups == {
+        "100": "tile-100", "350": "tile-100", "3000": "tile-3000", "9000": "tile-3000", "20000": "tile-20000",
+        "40000": "tile-40000",
+    }  # fmt: skip
+    assert np.array_equal(target_of(data, "MT_Crack/Imgs/exp1_num_100.jpg").semantic, square(2, 3, 5))
+    assert np.array_equal(target_of(data, "MT_Uneven/Imgs/exp1_num_20000.jpg").semantic, square(2, 3, 5) * 2)
+    assert not np.any(target_of(data, "MT_Free/Imgs/exp1_num_350.jpg").semantic)
+
+
+def test_a_bad_magnetic_tile_is_named(tmp_path: Path) -> None:
+    path = tile_set(tmp_path) / "MT_Crack" / "Imgs" / "exp1_num_100.png"
+    whole = path.read_bytes()
+    for value, said in [
+        (whole[:-30], "can't be read as a mask"),
+        (b"no mask", "can't be read as a mask"),
+    ]:
+        path.write_bytes(value)
+        assert said in refused(tmp_path) and path.name in refused(tmp_path)
+    mask(path, np.zeros((HEIGHT, WIDTH + 1)))
+    assert "found   12x17" in refused(tmp_path)
+    path.unlink()
+    assert "There is no mask" in refused(tmp_path)
+    path.symlink_to("/etc/hosts")
+    assert "link out of the data folder" in refused(tmp_path)
+    path.unlink()
+    path.symlink_to(path.name)
+    assert "links to itself" in refused(tmp_path)
+    path.with_suffix(".jpg").write_bytes(b"no image")
+    assert "is not an image" in refused(tmp_path)
+
+
+def test_the_real_magnetic_tiles() -> None:
+    found = real("mt_defect")
+    assert sum(found.images.values()) == 710 and sum(found.groups.values()) == 168
+    assert found.classes == ("background", "blowhole", "break", "crack", "fray", "uneven")
+
+
+# ---- coloured masks --------------------------------------------------------------------------------------------------
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def colour_set(root: Path, images: str = "images", masks: str = "masks", classes: str = "") -> Path:
+    """Four images with red squares on blue."""
+    for i in range(4):
+        picture(root / images / f"p{i}.png", seed=i)
+        mask(root / masks / f"p{i}.png", np.where(square(2, 3, 5)[..., None], RED, BLUE))
+    if classes:
+        text(root / "classes.txt", classes)
+    return root
+
+
+def test_colours_without_names_are_classes_and_are_told(tmp_path: Path) -> None:
+    data = read_data("set", colour_set(tmp_path))
+    assert data.classes == ("#0000ff", "#ff0000") and data.tasks == ("semseg",)
+    assert np.array_equal(target_of(data, "images/p0.png").semantic, square(2, 3, 5))
+    assert any("#0000ff, #ff0000, of which #0000ff counts as background" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"), [("Train_images", "Train_masks"), ("x/Train_images", "x/Train_masks"), ("a/images", "a/masks")]
+)
+def test_colours_named_in_classes_txt(tmp_path: Path, images: str, masks: str) -> None:
+    data = read_data("set", colour_set(tmp_path, images, masks, "255,0,0 rock\n0,0,255 open pore\n1,1,1 ignore\n"))
+    assert data.classes == ("rock", "open pore")
+    assert np.array_equal(target_of(data, f"{images}/p0.png").semantic, ~square(2, 3, 5))
+
+
+def test_colours_left_out_are_ignored(tmp_path: Path) -> None:
+    data = read_data("set", colour_set(tmp_path, classes="0,0,255 rock\n1,1,1 pore\n255,0,0 ignore\n"))
+    assert np.array_equal(target_of(data, "images/p0.png").semantic, square(2, 3, 5) * np.uint8(255))
+
+
+def test_folders_of_several_splits_are_the_splits(tmp_path: Path) -> None:
+    for folder in ("train", "val", "test"):
+        colour_set(tmp_path, f"{folder}/images", f"{folder}/masks")
+    assert Counter(s.split for s in read_data("set", tmp_path).samples) == dict.fromkeys(SPLITS, 4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ("0,0,255 rock\n0,255,0 pore\n", "colours that are no class"),
+        ("0,0,255 rock\n", "names 1 classes"),
+        ("0,0,255 rock\n255,0,0 rock\n", "each once"),
+        ("0,0,255 rock\n0,0,255 pore\n", "names the colour 0,0,255 again"),
+        ("0,0,256 rock\n", "line 1: wanted R,G,B"),
+        ("0,0 rock\n", "line 1: wanted R,G,B"),
+        ("rock\npore\n", "line 1: wanted numbers"),
+        ("0,0,255\n", "line 1: wanted R,G,B"),
+    ],
+)
+def test_a_bad_list_of_colours_is_refused(tmp_path: Path, classes: str, said: str) -> None:
+    assert said in refused(colour_set(tmp_path, classes=classes))
+
+
+def test_a_bad_coloured_mask_is_named(tmp_path: Path) -> None:
+    path = colour_set(tmp_path) / "masks" / "p1.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "p1.png can't be read as a mask" in refused(tmp_path)
+    mask(path, np.zeros(SIZE))
+    assert "p1.png is a mask of the pixel format L. wanted: RGB colours" in refused(tmp_path)
+    mask(path, np.zeros((HEIGHT, WIDTH + 1, 3)))
+    assert "found   12x17" in refused(tmp_path)
+    path.unlink()
+    assert "There is no mask" in refused(tmp_path)
+    path.symlink_to("/etc/hosts.png")
+    assert "link out of the data folder" in refused(tmp_path)
+    path.unlink()
+    mask(path, np.random.default_rng(0).integers(0, 256, (*SIZE, 3)))
+    mask(path.with_name("p2.png"), np.random.default_rng(1).integers(0, 256, (*SIZE, 3)))
+    assert "Smoothed or JPEG-compressed" in refused(tmp_path)
+
+
+def test_the_real_sandstone() -> None:
+    found = real("sandstone_xrm")
+    assert sum(found.images.values()) == sum(found.groups.values()) == 9
+    assert found.classes == ("#0000ff", "#00ff00", "#ff0000", "#ffff00")
+    assert found.pixels is not None and found.pixels["#00ff00"] == pytest.approx(0.0402, abs=1e-4)

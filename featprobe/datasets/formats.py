@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featprobe.datasets.coco import find_coco, read_coco
+from featprobe.datasets.colours import find_pairs, read_colours
+from featprobe.datasets.deeppcb import is_deeppcb, read_deeppcb
 from featprobe.datasets.folders import find_folders, read_folders
 from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
+from featprobe.datasets.magnetic_tile import is_magnetic_tile, read_magnetic_tile
 from featprobe.datasets.samples import DataSet
 from featprobe.datasets.splits import complete_splits
 from featprobe.errors import DataError, nearest
@@ -38,6 +41,11 @@ def _read_coco(name: str, root: Path) -> DataSet:
 
 
 FORMATS: Mapping[str, Format] = {
+    "colours": Format(
+        "coloured masks: images/ and masks/, or NAME_images/ and NAME_masks/, and classes.txt of `R,G,B name`",
+        lambda root: bool(find_pairs(root)),
+        read_colours,
+    ),
     "folders": Format(
         "images/ and masks/ with the same stems, or the same inside train/, val/ and test/",
         _fits_folders,
@@ -45,6 +53,10 @@ FORMATS: Mapping[str, Format] = {
     ),
     "coco": Format("COCO JSON: *.json, annotations/*.json, or in one folder per split", _fits_coco, _read_coco),
     "labelme": Format("labelme: one JSON file an image, with shapes", is_labelme, read_labelme),
+    "deeppcb": Format("DeepPCB: trainval.txt and test.txt, with or without PCBData/", is_deeppcb, read_deeppcb),
+    "magnetic-tile": Format(
+        "magnetic tile: MT_<class>/Imgs/NAME.jpg with NAME.png", is_magnetic_tile, read_magnetic_tile
+    ),
 }
 """In the order in which they are looked for; a folder of several formats is read as the first."""
 

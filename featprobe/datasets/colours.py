@@ -1,0 +1,166 @@
+"""Reader for masks that code their classes as colours, in images/ and masks/ or NAME_images/ and NAME_masks/."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from featprobe.datasets.files import files_below, read_table, read_text
+from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.objects import check_classes, check_size, read_pixels, to_numbers
+from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import IGNORE, Target
+
+COLOURED = ("RGB", "RGBA")
+SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LEFT_OUT = "ignore"  # a colour of this name is ignored
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A folder of images and the one of their masks; split: as its name or its parent's says, "" for none."""
+
+    images: Path
+    masks: Path
+    split: str
+
+
+def find_pairs(root: Path) -> list[Pair]:
+    """Folders of images beside their masks, at the top or one folder down, of which the first mask is coloured."""
+    if not root.is_dir():
+        return []
+    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
+    pairs = [pair for folder in (root, *inside) for pair in _pairs_in(folder, root)]
+    masks = (path for pair in pairs for path in sorted(pair.masks.rglob("*")))
+    first = next((path for path in masks if path.suffix.lower() in SUFFIXES and not path.is_symlink()), None)
+    return pairs if first is not None and _is_coloured(first) else []
+
+
+def read_colours(name: str, root: Path) -> DataSet:
+    """The data set of coloured masks with the same stems as their images.
+
+    classes.txt names the colours, `R,G,B name` a line, the background first. Without it the colours that occur
+    are the classes, sorted, black first where there is black. samples.csv (image,split,group) is optional.
+    """
+    pairs = find_pairs(root)
+    table = read_table(root / "samples.csv")
+    several = len({pair.split for pair in pairs}) > 1
+    samples: list[Sample] = []
+    masks: dict[str, Path] = {}
+    notes: list[str] = []
+    for pair in pairs:
+        mask_of = {_stem(path, pair.masks): path for path in files_below(root, pair.masks)}
+        for image in files_below(root, pair.images):
+            identity = image.relative_to(root).as_posix()
+            row = table.get(identity) or table.get(image.name) or {}
+            split = pair.split if several else row.get("split") or ""
+            samples.append(Sample(identity, image, row.get("group") or identity, split))
+            stem = _stem(image, pair.images)
+            masks[identity] = mask_of.pop(stem, pair.masks / f"{stem}.png")
+        if mask_of:
+            notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
+    if not samples:
+        raise DataError(f"{root} holds no images beside coloured masks.")
+    named = _read_colour_names(root / "classes.txt")
+    if named is None:
+        named = _colours_in(masks.values(), root)
+        notes.append(
+            f"colours are the classes, {', '.join(named.values())}, of which {next(iter(named.values()))} counts as "
+            "background; name them in classes.txt, `R,G,B name` a line, the background first"
+        )
+    classes = check_classes([n for n in named.values() if n != LEFT_OUT], f"{root}: its colours")
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        codes = read_codes(masks[sample.id])
+        check_size((codes.shape[0], codes.shape[1]), size, masks[sample.id])
+        return Target(_labels(codes, named, classes, masks[sample.id]), None)
+
+    tasks = tasks_of(masks=True, instances=False)
+    return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+
+
+def read_codes(path: Path) -> NDArray[np.int32]:
+    """(height, width) colours of a mask as 65536 R + 256 G + B. Raises DataError for a mask that has none."""
+    values = read_pixels(path, COLOURED, "RGB colours")[..., :3].astype(np.int32)
+    return np.asarray(values @ np.array([0x10000, 0x100, 1], dtype=np.int32))
+
+
+def _labels(codes: NDArray[np.int32], named: Mapping[int, str], classes: Sequence[str], path: Path) -> NDArray:
+    """(height, width) class indices; raises DataError for a colour without a name."""
+    found, inverse = np.unique(codes, return_inverse=True)
+    unknown = [_hex(int(code)) for code in found if int(code) not in named]
+    if unknown:
+        raise DataError(
+            f"{path} holds colours that are no class.\n"
+            f"  wanted  {', '.join(f'{_hex(code)} {name}' for code, name in named.items())}\n"
+            f"  found   {listed(unknown)}\n"
+            "Nothing was written. Name them in classes.txt, or mend the mask."
+        )
+    names = [named[int(code)] for code in found]
+    index = np.array([IGNORE if n == LEFT_OUT else classes.index(n) for n in names], dtype=np.uint8)
+    return index[inverse.reshape(codes.shape)]
+
+
+def _colours_in(paths: Iterable[Path], root: Path) -> dict[int, str]:
+    """Colours of all masks with their hex codes as names; masks that can't be read are met again, by name."""
+    found: set[int] = set()
+    for path in paths:
+        with suppress(DataError):
+            found |= set(np.unique(read_codes(path)).tolist())
+        if len(found) >= IGNORE:
+            raise DataError(
+                f"{path} and the masks before it hold {len(found)} colours and more. wanted: at most {IGNORE - 1}, "
+                "one a class. Smoothed or JPEG-compressed masks can't be told apart."
+            )
+    return {code: _hex(code) for code in sorted(found)}
+
+
+def _read_colour_names(path: Path) -> dict[int, str] | None:
+    """Names by colour from lines of `R,G,B name`; None when there is no such file. Raises DataError."""
+    if not path.is_file():
+        return None
+    named: dict[int, str] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if line.strip():
+            colour, _, name = line.strip().partition(" ")
+            parts = to_numbers(colour.split(","), f"{path}, line {number}")
+            if len(parts) != 3 or not all(v in range(256) for v in parts) or not name.strip():
+                raise DataError(f"{path}, line {number}: wanted R,G,B of 0 to 255 and a name, found {line[:200]!r}.")
+            code = int(parts[0]) << 16 | int(parts[1]) << 8 | int(parts[2])
+            if code in named:
+                raise DataError(f"{path}, line {number} names the colour {colour} again.")
+            named[code] = name.strip()
+    return named
+
+
+def _pairs_in(folder: Path, root: Path) -> list[Pair]:
+    pairs = []
+    inside = (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    for images in sorted(path for path in inside if path.name.lower().endswith("images")):
+        masks = images.with_name(images.name[: -len("images")] + {"I": "M", "i": "m"}[images.name[-6]] + "asks")
+        if masks.is_dir() and not masks.is_symlink():
+            words = [images.name.lower()[: -len("images")].strip("_-"), folder.name.lower() if folder != root else ""]
+            pairs.append(Pair(images, masks, next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")))
+    return pairs
+
+
+def _is_coloured(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.mode in COLOURED
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _stem(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _hex(code: int) -> str:
+    return f"#{code:06x}"

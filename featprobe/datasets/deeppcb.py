@@ -1,0 +1,81 @@
+"""Reader for DeepPCB: two lists of images and of box files, `x1 y1 x2 y2 type` a line, one folder a board."""
+
+from pathlib import Path
+
+from featprobe.datasets.files import below, read_text, words_of
+from featprobe.datasets.objects import box_instance, to_numbers
+from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import Instance, Target
+
+CLASSES = ("background", "open", "short", "mousebite", "spur", "copper", "pin-hole")
+LISTS = {"trainval.txt": "train", "test.txt": "test"}
+
+
+def is_deeppcb(root: Path) -> bool:
+    """Whether a folder, or PCBData in it, holds both lists, and the first names box files."""
+    folder = _folder(root)
+    if not all((folder / name).is_file() and not (folder / name).is_symlink() for name in LISTS):
+        return False
+    with (folder / "trainval.txt").open("rb") as stream:
+        words = stream.readline(1000).split()
+    return len(words) == 2 and words[0].endswith(b".jpg") and words[1].endswith(b".txt")
+
+
+def read_deeppcb(name: str, root: Path) -> DataSet:
+    """The data set of DeepPCB's lists. A list names X.jpg where the tested board is X_test.jpg.
+
+    The group is the folder, a board. Images that the lists name and that are not here are counted and left out.
+    """
+    folder = _folder(root)
+    samples: list[Sample] = []
+    boxes: dict[str, Path] = {}
+    missing: list[str] = []
+    for list_name, split in LISTS.items():
+        path = folder / list_name
+        for number, (image_name, box_name) in enumerate(words_of(read_text(path), path, 2), start=1):
+            where = f"{path}, entry {number}"
+            image = _image_of(root, folder, image_name, where)
+            identity = image.relative_to(folder).as_posix()
+            if identity in boxes:
+                raise DataError(f"{where} lists the image {image_name} again.")
+            if not image.is_file():
+                missing.append(image_name)
+                continue
+            boxes[identity] = below(root, box_name, where, folder)
+            samples.append(Sample(identity, image, image_name.replace("\\", "/").split("/")[0], split))
+    if not samples:
+        raise DataError(f"{folder}: none of the {len(missing)} images that its lists name are here.")
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        return Target(None, read_boxes(boxes[sample.id], size))
+
+    notes = ["groups are the folders, a board each"]
+    if missing:
+        total = len(missing) + len(samples)
+        notes.append(f"the lists name {total} images; {len(missing)} of them are not here: {listed(missing, 3)}")
+    tasks = tasks_of(masks=False, instances=True)
+    return DataSet(name, root, CLASSES, tuple(samples), tasks, read_target, tuple(notes))
+
+
+def read_boxes(path: Path, size: Size) -> tuple[Instance, ...]:
+    """The objects of a box file; its types count from 1, as the classes do. Raises DataError."""
+    found = []
+    for number, words in enumerate(words_of(read_text(path), path, 5), start=1):
+        *box, kind = to_numbers(words, f"{path}, entry {number}")
+        if kind not in range(1, len(CLASSES)):
+            raise DataError(f"{path}, entry {number}: wanted a type of 1 to {len(CLASSES) - 1}, found {words[-1]}.")
+        found.append(box_instance(int(kind), box, size, f"{path}, entry {number}"))
+    return tuple(found)
+
+
+def _folder(root: Path) -> Path:
+    return root / "PCBData" if (root / "PCBData").is_dir() else root
+
+
+def _image_of(root: Path, folder: Path, named: str, where: str) -> Path:
+    """The tested board that a list names, or the very file where that is here instead."""
+    plain = below(root, named, where, folder)
+    tested = below(root, f"{Path(named).with_suffix('')}_test{Path(named).suffix}", where, folder)
+    return plain if plain.is_file() and not tested.is_file() else tested
