@@ -25,6 +25,7 @@ DOORS = {
     "pandas": ("report", "stages"),
     "matplotlib": ("report", "stages"),
     "tqdm": ("stages",),
+    "yaml": ("datasets",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }
 FROM_ROOT = {"__version__"}  # all that a module may take from the package itself

@@ -493,3 +493,396 @@ def test_the_real_sandstone() -> None:
     assert sum(found.images.values()) == sum(found.groups.values()) == 9
     assert found.classes == ("#0000ff", "#00ff00", "#ff0000", "#ffff00")
     assert found.pixels is not None and found.pixels["#00ff00"] == pytest.approx(0.0402, abs=1e-4)
+
+
+# ---- Pascal VOC, NEU-DET ---------------------------------------------------------------------------------------------
+
+
+def xml(boxes: list[tuple[str, tuple[Any, ...]]], difficult: int = 0, size: tuple[int, int] = SIZE) -> str:
+    objects = "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin>"
+        f"<xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>"
+        for name, b in boxes
+    )
+    stated = f"<size><width>{size[1]}</width><height>{size[0]}</height><depth>1</depth></size>"
+    return f"<annotation><filename>/etc/hosts</filename>{stated}{objects}</annotation>"
+
+
+PORE = ("pore", (4, 3, 8, 7))
+
+
+def voc_set(root: Path, first: str = "", annotations: str = "Annotations", images: str = "JPEGImages") -> Path:
+    for i in range(4):
+        picture(root / images / f"p{i}.jpg", seed=i)
+        text(root / annotations / f"p{i}.xml", first if first and not i else xml([PORE]))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images"),
+    [("Annotations", "JPEGImages"), ("ANNOTATIONS", "IMAGES"), ("annotations", "images/pore"),
+     ("VOCdevkit/VOC2007/Annotations", "VOCdevkit/VOC2007/JPEGImages")],
+)  # fmt: skip
+def test_voc_boxes_count_from_1(tmp_path: Path, annotations: str, images: str) -> None:
+    first = xml([PORE, ("crack", (1, 1, WIDTH, HEIGHT))])
+    data = read_data("set", voc_set(tmp_path, first, annotations, images))
+    assert data.classes == ("background", "crack", "pore") and data.tasks == ("detect",)
+    found = objects_of(data, f"{images}/p0.jpg")
+    assert [(i.category, i.box_xyxy) for i in found] == [(2, (3, 2, 8, 7)), (1, (0, 0, WIDTH, HEIGHT))]
+
+
+def test_voc_difficult_objects_are_crowds(tmp_path: Path) -> None:
+    data = read_data("set", voc_set(tmp_path, xml([PORE], difficult=1)))
+    assert [i.crowd for i in objects_of(data, "JPEGImages/p0.jpg")] == [True]
+
+
+def test_voc_lists_name_the_splits_and_leave_images_out(tmp_path: Path) -> None:
+    voc_set(tmp_path)
+    for i, split in enumerate(SPLITS):
+        text(tmp_path / "ImageSets" / "Main" / f"{split}.txt", f"p{i} 1\n")
+    data = read_data("set", tmp_path)
+    assert [(s.image.stem, s.split) for s in data.samples] == [("p0", "train"), ("p1", "val"), ("p2", "test")]
+    text(tmp_path / "ImageSets" / "Main" / "val.txt", "p0\n")
+    assert "val.txt lists p0, which train.txt lists too" in refused(tmp_path)
+
+
+def test_neu_det_as_it_is_passed_on(tmp_path: Path) -> None:
+    """train/ and validation/, images in a folder a class, XML files in one."""
+    for split in ("train", "validation"):
+        for kind in ("crazing", "patches"):
+            for i in range(3):
+                picture(tmp_path / split / "images" / kind / f"{kind}_{i}.jpg", seed=i)
+                text(tmp_path / split / "annotations" / f"{kind}_{i}.xml", xml([(kind, (1, 1, 5, 5))]))
+    data = read_data("set", tmp_path)
+    assert data.classes == ("background", "crazing", "patches") and len(data.samples) == 12
+    assert Counter(s.split for s in data.samples)["test"] == 6
+    assert objects_of(data, "train/images/patches/patches_1.jpg")[0].category == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (xml([PORE])[:-9], "can't be read as XML"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "It was not expanded"),
+        (xml([("pore", (4, 3, 4000, 7))]), "the box is empty or leaves the image"),
+        (xml([("pore", (9, 3, 4, 7))]), "the box is empty or leaves the image"),
+        (xml([("pore", ("x", 3, 4, 7))]), "wanted numbers"),
+        (xml([("pore", ("inf", 3, 4, 7))]), "finite numbers"),
+        (xml([("", (1, 3, 4, 7))]), "wanted: a name and a bndbox"),
+        (xml([PORE]).replace("xmin", "left"), "wanted: xmin"),
+        (xml([PORE], size=(9, 9)), "found   9x9"),
+    ],
+)
+def test_a_bad_xml_file_is_named(tmp_path: Path, first: str, said: str) -> None:
+    found = refused(voc_set(tmp_path, first))
+    assert said in found and "p0.xml" in found
+
+
+def test_a_bad_voc_folder_is_named(tmp_path: Path) -> None:
+    voc_set(tmp_path)
+    path = tmp_path / "Annotations" / "p0.xml"
+    path.write_bytes(xml([("pöre", (1, 1, 5, 5))]).encode("utf-16"))
+    assert "wanted: UTF-8" in refused(tmp_path)
+    text(path, xml([PORE]))
+    text(tmp_path / "classes.txt", "background\ncrack\n")
+    assert "does not name pore" in refused(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    picture(tmp_path / "JPEGImages" / "again" / "p0.jpg")
+    assert "have one name" in refused(tmp_path)
+    (tmp_path / "JPEGImages" / "again" / "p0.jpg").unlink()
+    (tmp_path / "JPEGImages" / "p0.jpg").unlink()
+    assert "p0.jpg can't be read" in refused(tmp_path)
+    path.unlink()
+    path.symlink_to("/etc/hosts.xml")
+    assert "link out of the data folder" in refused(tmp_path)
+
+
+def segmentation_set(root: Path) -> Path:
+    """Four images; two objects of class 1 that touch, one of class 2."""
+    classes = square(0, 0, 4) * 1 + square(6, 8, 3) * 2 + square(9, 0, 3) * 255
+    numbers = square(0, 0, 4) * 1 + square(6, 8, 3) * 3 + square(9, 0, 3) * 255
+    numbers[:4, 2:4] = 2
+    for i in range(4):
+        picture(root / "JPEGImages" / f"p{i}.jpg", seed=i)
+        mask(root / "SegmentationClass" / f"p{i}.png", classes)
+        mask(root / "SegmentationObject" / f"p{i}.png", numbers)
+    return root
+
+
+def test_voc_segmentation_pairs(tmp_path: Path) -> None:
+    data = read_data("set", segmentation_set(tmp_path))
+    assert data.tasks == ("semseg", "detect", "instseg") and data.classes[:3] == ("background", "aeroplane", "bicycle")
+    found = target_of(data, "JPEGImages/p0.jpg")
+    assert found.semantic is not None and sorted(np.unique(found.semantic)) == [0, 1, 2, 255]
+    assert [(i.category, i.box_xyxy) for i in found.instances or ()] == [
+        (1, (0, 0, 2, 4)), (1, (2, 0, 4, 4)), (2, (8, 6, 11, 9))
+    ]  # fmt: skip
+    (tmp_path / "SegmentationObject" / "p3.png").unlink()
+    text(tmp_path / "classes.txt", "background\npore\ncrack\n")
+    data = read_data("set", tmp_path)
+    assert data.tasks == ("semseg",) and data.classes == ("background", "pore", "crack")
+
+
+def test_a_bad_segmentation_pair_is_named(tmp_path: Path) -> None:
+    numbers = segmentation_set(tmp_path) / "SegmentationObject" / "p0.png"
+    whole = numbers.read_bytes()
+    mask(numbers, np.ones(SIZE))
+    assert "p0.png: object 1 covers the classes [0, 1, 2]" in refused(tmp_path)
+    numbers.write_bytes(whole)
+    classes = tmp_path / "SegmentationClass" / "p0.png"
+    mask(classes, np.zeros((*SIZE, 3)))
+    assert "pixel format RGB" in refused(tmp_path)
+    mask(classes, np.full(SIZE, 77))
+    assert "beyond the classes" in refused(tmp_path)
+    mask(classes, np.zeros((HEIGHT, WIDTH + 1)))
+    assert "found   12x17" in refused(tmp_path)
+
+
+# ---- YOLO ------------------------------------------------------------------------------------------------------------
+
+YAML = "path: ../datasets/parts\ntrain: images/train\nval: images/val\ntest: images/test\nnc: 2\nnames: [pore, crack]\n"
+BOX, POLYGON = "1 0.5 0.5 0.25 0.5\n", "0 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75\n"
+
+
+def yolo_set(root: Path, first: str = BOX, rest: str = BOX, data: str = YAML) -> Path:
+    text(root / "data.yaml", data)
+    for split in SPLITS:
+        for i in range(2):
+            picture(root / "images" / split / f"p{i}.png", seed=i)
+            text(root / "labels" / split / f"p{i}.txt", rest if i or split != "train" else first)
+    return root
+
+
+def test_yolo_boxes(tmp_path: Path) -> None:
+    data = read_data("set", yolo_set(tmp_path, BOX + POLYGON))
+    assert data.tasks == ("detect",) and data.classes == ("background", "pore", "crack")
+    assert Counter(s.split for s in data.samples) == dict.fromkeys(SPLITS, 2)
+    found = objects_of(data, "images/train/p0.png")
+    assert [(i.category, i.box_xyxy) for i in found] == [(2, (6, 3, 10, 9)), (1, (4, 3, 12, 9))]
+    assert target_of(data, "images/train/p0.png").semantic is None
+
+
+def test_yolo_polygons_and_images_without_labels(tmp_path: Path) -> None:
+    yolo_set(tmp_path, POLYGON, POLYGON)
+    (tmp_path / "labels" / "val" / "p0.txt").unlink()
+    data = read_data("set", tmp_path)
+    assert data.tasks == ("semseg", "detect", "instseg")
+    wanted = np.zeros(SIZE)
+    wanted[3:9, 4:12] = 1
+    assert np.array_equal(target_of(data, "images/train/p0.png").semantic, wanted)
+    assert objects_of(data, "images/val/p0.png") == ()
+    assert "1 images have no label file and count as free of objects: images/val/p0.png" in data.notes
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnames: {0: pore, 1: crack}\n",
+        "train: [train/images]\nval: valid.txt\ntest: test/images/\nnames:\n- pore\n- crack\n",
+    ],
+)
+def test_yolo_splits_may_be_folders_lists_or_several(tmp_path: Path, data: str) -> None:
+    for split in ("train", "valid", "test"):
+        picture(tmp_path / split / "images" / "p0.png")
+        text(tmp_path / split / "labels" / "p0.txt", BOX)
+    text(tmp_path / "valid.txt", "./valid/images/p0.png\n")
+    text(tmp_path / "data.yaml", data)
+    found = read_data("set", tmp_path)
+    assert {(s.id, s.split) for s in found.samples} == {
+        ("train/images/p0.png", "train"), ("valid/images/p0.png", "val"), ("test/images/p0.png", "test")
+    }  # fmt: skip
+    assert objects_of(found, "valid/images/p0.png")[0].category == 2
+
+
+def test_yolo_images_in_two_splits_are_told_as_a_leak(tmp_path: Path) -> None:
+    data = read_data("set", yolo_set(tmp_path, data=YAML.replace("images/val", "images/train")))
+    assert any("leaks: 2 of 4 groups" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("1 0.5 0.5 0.25", "wanted a class and 4 numbers"),
+        ("1 0.5 0.5 0.25 0.5 0.9", "wanted a class and 4 numbers"),
+        ("2 0.5 0.5 0.25 0.5", "a class of 0 to 1"),
+        ("-1 0.5 0.5 0.25 0.5", "a class of 0 to 1"),
+        ("0.5 0.5 0.5 0.25 0.5", "a class of 0 to 1"),
+        ("1 0.5 0.5 0 0.5", "the box is empty or leaves the image"),
+        ("1 50 50 25 50", "the box is empty or leaves the image"),
+        ("1 x 0.5 0.25 0.5", "wanted numbers"),
+        ("1 nan 0.5 0.25 0.5", "finite numbers"),
+        ("0 0 0 9 0 9 9", "leaves the image"),
+    ],
+)
+def test_a_bad_yolo_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+    found = refused(yolo_set(tmp_path, BOX + line))
+    assert said in found and "p0.txt, line 2" in found
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(f'*{a}' for _ in range(10))}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (YAML.replace("[pore, crack]", "[pore"), "can't be read as YAML"),
+        (YAML.replace("[pore, crack]", "{1: pore, 2: crack}"), "wanted names as a list"),
+        (YAML.replace("[pore, crack]", "!!python/object/apply:os.getcwd []"), "can't be read as YAML"),
+        (YAML.replace("nc: 2", "nc: 3"), "nc is 3, and 2 names"),
+        (BOMB + YAML.replace("[pore, crack]", "*j"), "wanted names as a list"),
+        (BOMB + YAML.replace("images/train", "*j"), "wanted train as a path"),
+        (YAML.replace("images/train", "/etc"), "not below the data folder"),
+        (YAML.replace("images/train", "../../etc"), "not below the data folder"),
+        (YAML.replace("images/train", "images/nowhere"), "there is no"),
+        (YAML.replace("images/train", "list.txt"), "not below the data folder"),
+    ],
+)
+def test_a_bad_yaml_is_named(tmp_path: Path, data: str, said: str) -> None:
+    text(tmp_path / "list.txt", "/etc/hosts.png\n")
+    assert said in refused(yolo_set(tmp_path, data=data))
+
+
+def test_a_yolo_set_without_labels_is_refused(tmp_path: Path) -> None:
+    yolo_set(tmp_path)
+    (tmp_path / "labels").rename(tmp_path / "annotated")
+    assert "has no label files" in refused(tmp_path)
+    (tmp_path / "labels").symlink_to("/etc")
+    assert "link out of the data folder" in refused(tmp_path)
+
+
+# ---- Severstal -------------------------------------------------------------------------------------------------------
+
+
+def runs_of(drawn: NDArray[np.bool_]) -> str:
+    """Run lengths, column by column, from pixel 1."""
+    flat = [False, *drawn.flatten(order="F").tolist(), False]
+    edges = [i for i in range(1, len(flat)) if flat[i] != flat[i - 1]]
+    return " ".join(f"{a} {b - a}" for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+
+def severstal_set(root: Path, table: str) -> Path:
+    for i in range(4):
+        picture(root / "train_images" / f"p{i}.jpg", seed=i)
+    text(root / "train.csv", table)
+    return root
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "ImageId,ClassId,EncodedPixels\np0.jpg,1,{}\np0.jpg,3,{}\ngone.jpg,2,1 1\n",
+        "ImageId_ClassId,EncodedPixels\np0.jpg_1,{}\np0.jpg_2,\np0.jpg_3,{}\np0.jpg_4,\np1.jpg_1,\ngone.jpg_1,1 1\n",
+    ],
+)
+def test_severstal_in_both_its_forms(tmp_path: Path, table: str) -> None:
+    large, small = square(0, 0, 8), square(2, 3, 4)
+    data = read_data("set", severstal_set(tmp_path, table.format(runs_of(small), runs_of(large))))
+    assert data.classes == ("background", "class 1", "class 2", "class 3", "class 4") and data.tasks == ("semseg",)
+    assert np.array_equal(target_of(data, "p0.jpg").semantic, np.where(small, 1, large * 3))
+    assert not np.any(target_of(data, "p1.jpg").semantic)
+    assert "train.csv has defects of 1 images that are not here: gone.jpg" in data.notes
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("p0.jpg,1,1", "wanted pairs"),
+        ("p0.jpg,1,1 x", "wanted pairs"),
+        ("p0.jpg,1,1 -4", "wanted pairs"),
+        ("p0.jpg,1,0 4", "do not fit the image"),
+        ("p0.jpg,1,1 0", "do not fit the image"),
+        (f"p0.jpg,1,{HEIGHT * WIDTH} 2", "do not fit the image"),
+        ("p0.jpg,1,1 4 3 4", "do not fit the image"),
+        ("p0.jpg,1,99999999999 1", "do not fit the image"),
+        ("p0.jpg,0,1 4", "row 2 can't be read"),
+        ("p0.jpg,x,1 4", "row 2 can't be read"),
+        ("p0.jpg,1", "row 2 can't be read"),
+        ("p0.jpg,1,1 4\np0.jpg,1,9 4", "row 3 has the class 1 of p0.jpg again"),
+    ],
+)
+def test_a_bad_severstal_row_is_named(tmp_path: Path, row: str, said: str) -> None:
+    assert said in refused(severstal_set(tmp_path, f"ImageId,ClassId,EncodedPixels\n{row}\n"))
+
+
+# ---- GDXray ----------------------------------------------------------------------------------------------------------
+
+
+def gdxray_set(root: Path, rows: str) -> Path:
+    """Three series of two images with a ground truth, the first with these rows, and one without."""
+    for number in range(1, 5):
+        for i in (1, 2):
+            picture(root / f"C000{number}" / f"C000{number}_000{i}.png", seed=i)
+        if number < 4:
+            text(root / f"C000{number}" / "ground_truth.txt", rows if number == 1 else "1 2 5 3 7\n")
+    return root
+
+
+@pytest.mark.parametrize("folder", ["", "Castings"])
+def test_gdxray_series(tmp_path: Path, folder: str) -> None:
+    rows = "   1.0000000e+00   2.0e+00   5.0e+00   3.0e+00   7.0e+00\n1 1 16 12 1\n9 1 2 1 2\n"
+    gdxray_set(tmp_path / folder, rows)
+    data = read_data("set", tmp_path)
+    first = f"{folder}/C0001/C0001_0001.png".lstrip("/")
+    assert [i.box_xyxy for i in objects_of(data, first)] == [(1, 2, 5, 7), (0, 0, WIDTH, HEIGHT)]
+    assert objects_of(data, first.replace("_0001", "_0002")) == ()
+    assert {s.group for s in data.samples} == {"C0001", "C0002", "C0003"} and len(data.samples) == 6
+    for note in (
+        "1 boxes stood with their sides in the wrong order and were mended",
+        "1 boxes belong to images that are not here",
+        "1 series have no ground_truth.txt and are left out: C0004",
+    ):
+        assert note in data.notes
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("1 2 5 3", "wanted 5 values"),
+        ("1 2 5 3 x", "wanted numbers"),
+        ("0 2 5 3 7", "an image's number from 1 on"),
+        ("1.5 2 5 3 7", "an image's number from 1 on"),
+        ("1 2 500 3 7", "leaves the image"),
+        ("1 nan 5 3 7", "finite numbers"),
+    ],
+)
+def test_a_bad_row_of_gdxray_is_named(tmp_path: Path, rows: str, said: str) -> None:
+    found = refused(gdxray_set(tmp_path, rows))
+    assert said in found and "ground_truth.txt, entry 1" in found
+
+
+# ---- KolektorSDD2, MVTec AD ------------------------------------------------------------------------------------------
+
+
+def test_kolektorsdd2(tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("test", 2)):
+        for i in range(count):
+            path = picture(tmp_path / split / f"1000{i}.png", seed=i)
+            mask(path.with_name(f"1000{i}_GT.png"), square(2, 3, 5) * 255)
+    data = read_data("set", tmp_path)
+    assert Counter(s.split for s in data.samples) == {"train": 3, "val": 1, "test": 2} and data.tasks == ("semseg",)
+    assert np.array_equal(target_of(data, "train/10000.png").semantic, square(2, 3, 5))
+    (tmp_path / "train" / "10000_GT.png").unlink()
+    assert "There is no mask" in refused(tmp_path)
+
+
+def mvtec_set(root: Path) -> Path:
+    for i in range(4):
+        picture(root / "train" / "good" / f"00{i}.png", seed=i)
+        picture(root / "test" / "good" / f"00{i}.png", seed=i)
+        for kind in ("cut", "dent"):
+            picture(root / "test" / kind / f"00{i}.png", seed=i)
+            mask(root / "ground_truth" / kind / f"00{i}_mask.png", square(2, 3, 5) * 255)
+    return root
+
+
+def test_mvtec_ad(tmp_path: Path) -> None:
+    data = read_data("set", mvtec_set(tmp_path / "tile"))
+    assert len(data.samples) == 16 and data.classes == ("background", "cut", "dent")
+    assert np.array_equal(target_of(data, "test/dent/000.png").semantic, square(2, 3, 5) * 2)
+    assert not np.any(target_of(data, "test/good/000.png").semantic)
+    assert any("its own training split has no defects" in note for note in data.notes)
+    assert "the folder of one\n  found   tile" in refused(tmp_path)
+    (tmp_path / "tile" / "ground_truth" / "cut" / "000_mask.png").unlink()
+    assert "There is no mask" in refused(tmp_path / "tile")

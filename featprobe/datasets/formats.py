@@ -8,10 +8,15 @@ from featprobe.datasets.coco import find_coco, read_coco
 from featprobe.datasets.colours import find_pairs, read_colours
 from featprobe.datasets.deeppcb import is_deeppcb, read_deeppcb
 from featprobe.datasets.folders import find_folders, read_folders
+from featprobe.datasets.gdxray import find_series, read_gdxray
 from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
 from featprobe.datasets.magnetic_tile import is_magnetic_tile, read_magnetic_tile
 from featprobe.datasets.samples import DataSet
+from featprobe.datasets.severstal import is_severstal, read_severstal
 from featprobe.datasets.splits import complete_splits
+from featprobe.datasets.surfaces import is_kolektor, is_mvtec, read_kolektor, read_mvtec
+from featprobe.datasets.voc import find_segmentation, find_voc, read_segmentation, read_voc
+from featprobe.datasets.yolo import find_yolo, read_yolo
 from featprobe.errors import DataError, nearest
 
 
@@ -57,6 +62,25 @@ FORMATS: Mapping[str, Format] = {
     "magnetic-tile": Format(
         "magnetic tile: MT_<class>/Imgs/NAME.jpg with NAME.png", is_magnetic_tile, read_magnetic_tile
     ),
+    "voc": Format(
+        "Pascal VOC: Annotations/*.xml beside JPEGImages/ or images/, NEU-DET's folders too",
+        lambda root: bool(find_voc(root)),
+        read_voc,
+    ),
+    "voc-segmentation": Format(
+        "Pascal VOC: SegmentationClass/ beside JPEGImages/",
+        lambda root: find_segmentation(root) is not None,
+        read_segmentation,
+    ),
+    "yolo": Format(
+        "YOLO: data.yaml, images/ and labels/ with the same stems", lambda root: find_yolo(root) is not None, read_yolo
+    ),
+    "severstal": Format("Severstal: train.csv with EncodedPixels, train_images/", is_severstal, read_severstal),
+    "gdxray": Format(
+        "GDXray: SERIES/SERIES_NNNN.png and SERIES/ground_truth.txt", lambda root: bool(find_series(root)), read_gdxray
+    ),
+    "kolektorsdd2": Format("KolektorSDD2: train/ and test/ with ID.png and ID_GT.png", is_kolektor, read_kolektor),
+    "mvtec-ad": Format("MVTec AD: a category's train/good/, test/ and ground_truth/", is_mvtec, read_mvtec),
 }
 """In the order in which they are looked for; a folder of several formats is read as the first."""
 

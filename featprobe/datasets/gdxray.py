@@ -1,0 +1,80 @@
+"""Reader for GDXray's series: C0001/C0001_0001.png and ground_truth.txt of `image x1 x2 y1 y2`, from 1 on."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from featprobe.datasets.files import files_below, kept_below, read_text, words_of
+from featprobe.datasets.objects import box_instance, to_numbers
+from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import Target
+
+TRUTH = "ground_truth.txt"
+CLASSES = ("background", "defect")
+
+
+def find_series(root: Path) -> list[Path]:
+    """Folders of a series' ground truth: the folder itself, or one or two folders down."""
+    if not root.is_dir():
+        return []
+    found = [path.parent for pattern in (TRUTH, f"*/{TRUTH}", f"*/*/{TRUTH}") for path in sorted(root.glob(pattern))]
+    return [folder for folder in found if next(folder.glob(f"{folder.resolve().name}_*.png"), None) is not None]
+
+
+def read_gdxray(name: str, root: Path) -> DataSet:
+    """The data set of GDXray's series that have a ground truth; the group is the series.
+
+    An image of such a series without a row has no defect. A row whose two x or y stand in the wrong order is mended,
+    and counted in a note.
+    """
+    samples: list[Sample] = []
+    boxes: dict[str, list[tuple[str, tuple[float, ...]]]] = {}
+    mended, gone = 0, 0
+    for folder in find_series(root):
+        path = kept_below(root, folder / TRUTH)
+        rows, swapped = read_truth(path)
+        mended += swapped
+        for image in files_below(root, folder, (".png",)):
+            if image.parent == folder and image.stem.rpartition("_")[2].isdecimal():
+                identity = image.relative_to(root).as_posix()
+                samples.append(Sample(identity, image, folder.resolve().name))
+                boxes[identity] = rows.pop(int(image.stem.rpartition("_")[2]), [])
+        gone += sum(len(own) for own in rows.values())
+    bare = _without_truth(root, {sample.group for sample in samples})
+    notes = ["groups are the series"]
+    if mended:
+        notes.append(f"{mended} boxes stood with their sides in the wrong order and were mended")
+    if gone:
+        notes.append(f"{gone} boxes belong to images that are not here")
+    if bare:
+        notes.append(f"{len(bare)} series have no {TRUTH} and are left out: {listed(bare)}")
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        return Target(None, tuple(box_instance(1, box, size, where) for where, box in boxes[sample.id]))
+
+    tasks = tasks_of(masks=False, instances=True)
+    return DataSet(name, root, CLASSES, tuple(samples), tasks, read_target, tuple(notes))
+
+
+def read_truth(path: Path) -> tuple[dict[int, list[tuple[str, tuple[float, ...]]]], int]:
+    """Boxes x1 y1 x2 y2 by image number, in pixels from 0, each with where it stands; and how many were mended.
+
+    Rows count pixels from 1 and include their last. Raises DataError.
+    """
+    found: dict[int, list[tuple[str, tuple[float, ...]]]] = defaultdict(list)
+    mended = 0
+    for entry, words in enumerate(words_of(read_text(path), path, 5), start=1):
+        number, x1, x2, y1, y2 = to_numbers(words, f"{path}, entry {entry}")
+        if number < 1 or number != int(number):
+            raise DataError(f"{path}, entry {entry}: wanted an image's number from 1 on, found {words[0]}.")
+        mended += x1 > x2 or y1 > y2
+        (x1, x2), (y1, y2) = sorted((x1, x2)), sorted((y1, y2))
+        found[int(number)].append((f"{path}, entry {entry}", (x1 - 1, y1 - 1, x2, y2)))
+    return found, mended
+
+
+def _without_truth(root: Path, known: set[str]) -> list[str]:
+    """Series beside the known ones that have no ground truth."""
+    folders = {path.parent for pattern in ("*/*_0001.png", "*/*/*_0001.png") for path in root.glob(pattern)}
+    return sorted(folder.name for folder in folders if folder.name not in known)

@@ -1,0 +1,100 @@
+"""Reader for Severstal's steel sheets: train_images/ and train.csv with run lengths, column by column from pixel 1."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featprobe.datasets.files import files_below, kept_below, read_csv
+from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import IGNORE, Instance, Target, encode_rle, semantic_from_instances
+
+CLASSES = 4
+
+
+def is_severstal(root: Path) -> bool:
+    """Whether a folder holds train.csv, of its columns, and train_images/."""
+    path = root / "train.csv"
+    if not (path.is_file() and (root / "train_images").is_dir()) or path.is_symlink():
+        return False
+    with path.open("rb") as stream:
+        return b"EncodedPixels" in stream.readline(1000)
+
+
+def read_severstal(name: str, root: Path) -> DataSet:
+    """The data set of train.csv, in the form ImageId,ClassId,EncodedPixels or ImageId_ClassId,EncodedPixels.
+
+    An image without a row, or with empty rows, has no defect. Where classes overlap the smaller lies on top.
+    """
+    path = kept_below(root, root / "train.csv")
+    runs = _read_runs(path)
+    images = {image.name: image for image in files_below(root, root / "train_images")}
+    if not images:
+        raise DataError(f"{root / 'train_images'} holds no images.")
+    most = max([CLASSES, *(kind for own in runs.values() for kind in own)])
+    classes = ("background", *(f"class {kind}" for kind in range(1, most + 1)))
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        own = runs.get(sample.image.name, {})
+        masks = {kind: decode_runs(text, size, f"{path}, {sample.id}, class {kind}") for kind, text in own.items()}
+        box = (0.0, 0.0, float(size[1]), float(size[0]))
+        layers = [Instance(kind, box, encode_rle(mask)) for kind, mask in masks.items()]
+        return Target(semantic_from_instances(layers, size), None)
+
+    missing = sorted(runs.keys() - images.keys())
+    notes = [f"train.csv has defects of {len(missing)} images that are not here: {listed(missing)}"] if missing else []
+    samples = tuple(Sample(identity, image, identity) for identity, image in images.items())
+    tasks = tasks_of(masks=True, instances=False)
+    return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
+
+
+def decode_runs(text: str, size: Size, where: str) -> NDArray[np.bool_]:
+    """(height, width) mask of `start length start length …`; starts count from 1, column by column.
+
+    Raises DataError for runs that overlap, are empty, or leave the image.
+
+    >>> decode_runs("2 1 3 2", (2, 2), "here").astype(int).tolist()
+    [[0, 1], [1, 1]]
+    """
+    words = text.split()
+    pixels = size[0] * size[1]
+    if len(words) % 2 or not all(word.isascii() and word.isdecimal() and len(word) < 12 for word in words):
+        raise DataError(f"{where}: wanted pairs of a start and a length, found {text[:80]!r}.")
+    starts, lengths = np.array(words, dtype=np.int64).reshape(-1, 2).T
+    order = np.argsort(starts)
+    starts, lengths = starts[order] - 1, lengths[order]
+    ends = starts + lengths
+    if (starts < 0).any() or (lengths < 1).any() or (ends > pixels).any() or (starts[1:] < ends[:-1]).any():
+        raise DataError(
+            f"{where}: the run lengths do not fit the image.\n"
+            f"  wanted  runs of one pixel or more within 1 to {pixels}, none on another\n  found   {text[:80]!r}"
+        )
+    steps = np.zeros(pixels + 1, dtype=np.int8)
+    np.add.at(steps, starts, 1)
+    np.add.at(steps, ends, -1)
+    return np.cumsum(steps[:-1], dtype=np.int8).astype(bool).reshape(size, order="F")
+
+
+def _read_runs(path: Path) -> dict[str, dict[int, str]]:
+    """Run lengths by image and class; rows without any are left away. Raises DataError."""
+    rows = read_csv(path, ("EncodedPixels",))
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for number, row in enumerate(rows, start=2):
+        image, kind = row.get("ImageId"), row.get("ClassId")
+        if image is None or kind is None:
+            image, _, kind = (row.get("ImageId_ClassId") or "").rpartition("_")
+        kind = kind.strip()
+        if not image or not (kind.isascii() and kind.isdecimal() and len(kind) < 4 and 0 < int(kind) < IGNORE - 1):
+            raise DataError(
+                f"{path}, row {number} can't be read.\n"
+                "  wanted  ImageId,ClassId,EncodedPixels or ImageId_ClassId,EncodedPixels, classes from 1 on\n"
+                f"  found   {str(row)[:200]}"
+            )
+        if int(kind) in found[image]:
+            raise DataError(f"{path}, row {number} has the class {kind} of {image} again.")
+        if row["EncodedPixels"].strip():
+            found[image][int(kind)] = row["EncodedPixels"]
+    return {image: own for image, own in found.items() if own}

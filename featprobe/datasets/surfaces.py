@@ -1,0 +1,81 @@
+"""Readers for two public surface sets: KolektorSDD2 and MVTec AD."""
+
+from pathlib import Path
+
+import numpy as np
+
+from featprobe.datasets.files import files_below, kept_below
+from featprobe.datasets.objects import check_classes, check_size, read_binary
+from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import Target
+
+KOLEKTOR_MASK = "_GT"
+GOOD = "good"
+
+
+def is_kolektor(root: Path) -> bool:
+    """Whether a folder holds train/ and test/ with masks ID_GT.png."""
+    return all(next((root / split).glob(f"*{KOLEKTOR_MASK}.png"), None) is not None for split in ("train", "test"))
+
+
+def read_kolektor(name: str, root: Path) -> DataSet:
+    """The data set of KolektorSDD2: {train,test}/ID.png with ID_GT.png, in its own split."""
+    samples = [
+        Sample(path.relative_to(root).as_posix(), path, path.relative_to(root).as_posix(), split)
+        for split in ("train", "test")
+        for path in files_below(root, root / split, (".png",))
+        if not path.stem.endswith(KOLEKTOR_MASK)
+    ]
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        path = kept_below(root, sample.image.with_name(f"{sample.image.stem}{KOLEKTOR_MASK}.png"))
+        labels = read_binary(path)
+        check_size((labels.shape[0], labels.shape[1]), size, path)
+        return Target(labels, None)
+
+    tasks = tasks_of(masks=True, instances=False)
+    return DataSet(name, root, ("background", "defect"), tuple(samples), tasks, read_target)
+
+
+def is_mvtec(root: Path) -> bool:
+    """Whether a folder is a category of MVTec AD, or holds some."""
+    return _is_category(root) or bool(_categories(root))
+
+
+def read_mvtec(name: str, root: Path) -> DataSet:
+    """The data set of one category of MVTec AD: test/<defect>/NNN.png with ground_truth/<defect>/NNN_mask.png.
+
+    Its training split has no defects, so that nothing could be learnt from it: all images are split anew.
+    """
+    if not _is_category(root):
+        raise DataError(
+            f"{root} holds several categories of MVTec AD, each a data set with defects of its own.\n"
+            f"  wanted  the folder of one\n  found   {listed(_categories(root), 20)}"
+        )
+    images = [*files_below(root, root / "train", (".png",)), *files_below(root, root / "test", (".png",))]
+    kinds = sorted({path.parent.name for path in images} - {GOOD})
+    classes = check_classes(["background", *kinds], f"{root}: its folders of defects")
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        kind = sample.image.parent.name
+        if kind == GOOD:
+            return Target(np.zeros(size, dtype=np.uint8), None)
+        path = kept_below(root, root / "ground_truth" / kind / f"{sample.image.stem}_mask.png")
+        labels = read_binary(path)
+        check_size((labels.shape[0], labels.shape[1]), size, path)
+        return Target(labels * np.uint8(classes.index(kind)), None)
+
+    identities = {path.relative_to(root).as_posix(): path for path in images}
+    samples = tuple(Sample(identity, path, identity) for identity, path in identities.items())
+    notes = ("its own training split has no defects: all its images are split anew, and it names no parts to group by",)
+    return DataSet(name, root, classes, samples, tasks_of(masks=True, instances=False), read_target, notes)
+
+
+def _is_category(root: Path) -> bool:
+    return (root / "train" / GOOD).is_dir() and (root / "test").is_dir() and (root / "ground_truth").is_dir()
+
+
+def _categories(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if _is_category(path)) if root.is_dir() else []

@@ -1,0 +1,252 @@
+"""Readers for Pascal VOC: boxes from XML (NEU-DET's folders too), and pairs of images and segmentation masks."""
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featprobe.datasets.files import below, files_below, read_table, read_text
+from featprobe.datasets.objects import box_instance, check_classes, check_size, read_classes, read_pixels, to_numbers
+from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size
+from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, encode_rle
+
+VOC_CLASSES = tuple(
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor".split()
+)
+ANNOTATIONS = ("annotations", "annotation")  # folders, in any case
+IMAGES = ("jpegimages", "images", "imgs", "image")
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LISTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Folders of XML files and of their images; split: as the folder around them says, "" for none."""
+
+    annotations: Path
+    images: Path
+    split: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One XML file. boxes: class name, x1 y1 x2 y2 in pixels from 0, and whether it is marked difficult."""
+
+    path: Path
+    size: tuple[float, float] | None
+    boxes: tuple[tuple[str, tuple[float, ...], bool], ...]
+
+
+def find_voc(root: Path) -> list[Place]:
+    """Folders of XML files beside their images, at the top, in the last VOCdevkit/VOC*, or in one folder per split."""
+    if not root.is_dir():
+        return []
+    tops = [root, *sorted(root.glob("VOCdevkit/VOC*")), *sorted(root.glob("VOC2*"))]
+    places = next((found for top in reversed(tops) if (found := _places_in(top, ""))), [])
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if folder.name.lower() in SPLIT_FOLDERS:
+            places += _places_in(folder, SPLIT_FOLDERS[folder.name.lower()])
+    return places
+
+
+def read_voc(name: str, root: Path) -> DataSet:
+    """The data set of VOC's XML files; an image is found by the stem of its XML file, never by what that says.
+
+    Boxes count pixels from 1 and include their last. A `difficult` object becomes a crowd: it is neither asked for nor
+    held against a head. ImageSets/Main/*.txt names the splits where there is one, else the folders do; samples.csv
+    (image,split,group) may name both splits and groups. Classes are the names, sorted, or those of classes.txt.
+    """
+    table = read_table(root / "samples.csv")
+    samples: list[Sample] = []
+    drawn: dict[str, Drawn] = {}
+    notes: list[str] = []
+    for place in find_voc(root):
+        split_of = _split_lists(root, place.annotations.parent / "ImageSets" / "Main")
+        image_of = _by_stem(files_below(root, place.images))
+        for path in files_below(root, place.annotations, (".xml",)):
+            if split_of and path.stem not in split_of:
+                continue
+            image = image_of.pop(path.stem, place.images / f"{path.stem}.jpg")
+            identity = image.relative_to(root).as_posix()
+            row = table.get(identity) or table.get(image.name) or {}
+            split = split_of.get(path.stem) or place.split or row.get("split") or ""
+            samples.append(Sample(identity, image, row.get("group") or identity, split))
+            drawn[identity] = read_xml(path)
+        if image_of:
+            notes.append(f"{len(image_of)} images have no XML file and are left out: {listed(sorted(image_of))}")
+    if not samples:
+        raise DataError(f"{root} holds no XML files of VOC.")
+    if len(drawn) < len(samples):
+        raise DataError(f"{root}: several XML files are of one image. wanted: one XML file an image.")
+    names = {box[0] for one in drawn.values() for box in one.boxes}
+    classes = read_classes(root / "classes.txt") or check_classes(["background", *sorted(names)], f"{root}: its names")
+    unknown = sorted(names - set(classes[1:]))
+    if unknown:
+        raise DataError(f"{root / 'classes.txt'} does not name {listed(unknown)}. It names: {', '.join(classes)}.")
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        one = drawn[sample.id]
+        if one.size and any(one.size):
+            check_size((int(one.size[0]), int(one.size[1])), size, f"{one.path}: the drawing")
+        boxes = (
+            box_instance(classes.index(kind), box, size, f"{one.path}, object {i} ({kind})", difficult)
+            for i, (kind, box, difficult) in enumerate(one.boxes, start=1)
+        )
+        return Target(None, tuple(boxes))
+
+    tasks = tasks_of(masks=False, instances=True)
+    return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+
+
+def read_xml(path: Path) -> Drawn:
+    """The size and the boxes of a VOC XML file. Raises DataError; a file that declares entities is never expanded."""
+    text = read_text(path)
+    if re.search(r"<!\s*(DOCTYPE|ENTITY)", text, re.IGNORECASE):
+        raise DataError(f"{path} declares a document type or entities, which no annotation needs. It was not expanded.")
+    try:
+        top = ET.fromstring(text)
+    except (ET.ParseError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} can't be read as XML: {error}.") from error
+    size = top.find("size")
+    stated = None if size is None else _texts(size, ("height", "width"), f"{path}, size")
+    numbers = None if stated is None else to_numbers(stated, f"{path}, size")
+    boxes = tuple(_box(thing, f"{path}, object {i}") for i, thing in enumerate(top.findall("object"), start=1))
+    return Drawn(path, None if numbers is None else (numbers[0], numbers[1]), boxes)
+
+
+def _box(thing: ET.Element, where: str) -> tuple[str, tuple[float, ...], bool]:
+    kind = (thing.findtext("name") or "").strip()
+    corners = thing.find("bndbox")
+    if not kind or corners is None:
+        raise DataError(f"{where} can't be read. wanted: a name and a bndbox.")
+    x1, y1, x2, y2 = to_numbers(_texts(corners, ("xmin", "ymin", "xmax", "ymax"), where), where)
+    return kind, (x1 - 1, y1 - 1, x2, y2), (thing.findtext("difficult") or "").strip() == "1"
+
+
+def _texts(element: ET.Element, names: Sequence[str], where: str) -> list[str]:
+    found = [element.findtext(name) for name in names]
+    if any(text is None for text in found):
+        raise DataError(f"{where} can't be read. wanted: {', '.join(names)}.")
+    return [text or "" for text in found]
+
+
+def _places_in(folder: Path, split: str) -> list[Place]:
+    if not folder.is_dir():
+        return []
+    inside = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    annotations = next((inside[name] for name in ANNOTATIONS if name in inside), None)
+    images = next((inside[name] for name in IMAGES if name in inside), None)
+    if annotations is None or images is None or next(annotations.rglob("*.xml"), None) is None:
+        return []
+    return [Place(annotations, images, split)]
+
+
+def _by_stem(paths: Sequence[Path]) -> dict[str, Path]:
+    """Images by stem; raises DataError when two share one, so that their XML file would be anybody's."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in found:
+            raise DataError(f"{path} and {found[path.stem]} have one name, so that their XML file can't be told apart.")
+        found[path.stem] = path
+    return found
+
+
+def _split_lists(root: Path, folder: Path) -> dict[str, str]:
+    """The split of each stem that train.txt, val.txt and test.txt of an ImageSets folder list; empty without them.
+
+    A list may carry a second word (VOC's lists of one class do), which is left aside. Raises DataError.
+    """
+    found: dict[str, str] = {}
+    for split in LISTS:
+        path = folder / f"{split}.txt"
+        if not path.is_file():
+            continue
+        for line in read_text(below(root, path.relative_to(root).as_posix(), folder)).splitlines():
+            stem = line.split()[0] if line.strip() else ""
+            if stem and found.setdefault(stem, split) != split:
+                raise DataError(f"{path} lists {stem}, which {found[stem]}.txt lists too.")
+    return found
+
+
+# ---- segmentation ----------------------------------------------------------------------------------------------------
+
+
+def find_segmentation(root: Path) -> Path | None:
+    """The folder that holds SegmentationClass/ and JPEGImages/: the top, or the last of VOCdevkit/VOC*."""
+    if not root.is_dir():
+        return None
+    tops = [root, *sorted(root.glob("VOC2*")), *sorted(root.glob("VOCdevkit/VOC*"))]
+    fitting = [top for top in tops if (top / "SegmentationClass").is_dir() and (top / "JPEGImages").is_dir()]
+    return fitting[-1] if fitting else None
+
+
+def read_segmentation(name: str, root: Path) -> DataSet:
+    """The data set of SegmentationClass/ and, where they are there for all, SegmentationObject/ masks.
+
+    Palette masks are read as class indices; 255 is ignored. ImageSets/Segmentation/*.txt names the splits where
+    there is one. Classes stand in classes.txt, the background first; without it they are VOC's own twenty.
+    """
+    top = find_segmentation(root) or root
+    split_of = _split_lists(root, top / "ImageSets" / "Segmentation")
+    masks = {path.stem: path for path in files_below(root, top / "SegmentationClass", (".png",))}
+    numbered = {}
+    if (top / "SegmentationObject").is_dir():
+        numbered = {path.stem: path for path in files_below(root, top / "SegmentationObject", (".png",))}
+    image_of = _by_stem(files_below(root, top / "JPEGImages"))
+    stems = sorted(split_of or masks)
+    table = read_table(root / "samples.csv")
+    samples = []
+    for stem in stems:
+        image = image_of.get(stem, top / "JPEGImages" / f"{stem}.jpg")
+        row = table.get(image.name, {})
+        identity = image.relative_to(root).as_posix()
+        samples.append(
+            Sample(identity, image, row.get("group") or identity, split_of.get(stem) or row.get("split") or "")
+        )
+    if not samples:
+        raise DataError(f"{top} holds no masks. wanted: PNG files in SegmentationClass/.")
+    classes = read_classes(root / "classes.txt") or ("background", *VOC_CLASSES)
+    with_objects = all(stem in numbered for stem in stems)
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        stem = sample.image.stem
+        path = masks.get(stem, top / "SegmentationClass" / f"{stem}.png")
+        labels = _indices(path, size)
+        check_labels(labels, len(classes), str(path))
+        return Target(labels, _objects(labels, numbered[stem], size) if with_objects else None)
+
+    tasks = tasks_of(masks=True, instances=with_objects)
+    return DataSet(name, root, classes, tuple(samples), tasks, read_target)
+
+
+def _indices(path: Path, size: Size) -> Labels:
+    labels = read_pixels(path, ("P", "L"), "class indices, as grey levels or a palette")
+    check_size((labels.shape[0], labels.shape[1]), size, path)
+    return labels
+
+
+def _objects(labels: Labels, path: Path, size: Size) -> tuple[Instance, ...]:
+    """One object for each number of a SegmentationObject mask, its class from the other mask.
+
+    Raises DataError when a number covers several classes.
+    """
+    numbers = _indices(path, size)
+    found = []
+    for number in np.unique(numbers[(numbers > 0) & (numbers < IGNORE)]):
+        own = numbers == number
+        kinds = np.unique(labels[own & (labels != IGNORE)])
+        if len(kinds) != 1 or kinds[0] == 0:
+            raise DataError(
+                f"{path}: object {number} covers the classes {kinds.tolist()} of the other mask. "
+                "wanted: one class, not the background"
+            )
+        rows, columns = np.flatnonzero(own.any(axis=1)), np.flatnonzero(own.any(axis=0))
+        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+        found.append(Instance(int(kinds[0]), box, encode_rle(own), area=float(own.sum())))
+    return tuple(found)
