@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,12 @@ def test_the_format_may_be_named_on_the_command_line_or_in_the_workspace(tmp_pat
     assert CliRunner().invoke(cli, [*show, "--format", "labelme"]).exit_code == 0
 
 
+def test_the_readme_lists_the_formats_in_the_order_in_which_they_are_looked_for() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = page[page.index("| `--format` |") :].split("\n\n")[0]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)[1:] == list(FORMATS)
+
+
 # ---- labelme ---------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +201,13 @@ def test_links_out_of_the_folder_or_to_themselves_are_refused(tmp_path: Path) ->
     (tmp_path / "set" / "p0.png").unlink()
     (tmp_path / "set" / "p0.png").symlink_to("p0.png")
     assert "links to itself" in refused(tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "samples.csv"])
+def test_tables_outside_of_the_folder_are_not_read(tmp_path: Path, name: str) -> None:
+    for root in (labelme_set(tmp_path / "a"), voc_set(tmp_path / "b"), colour_set(tmp_path / "c")):
+        (root / name).symlink_to(text(tmp_path / "secret", "image,split,group\n"))
+        assert "is a link out of the data folder" in refused(root)
 
 
 def test_a_folder_that_links_to_its_parent_is_not_entered(tmp_path: Path) -> None:
@@ -886,3 +901,81 @@ def test_mvtec_ad(tmp_path: Path) -> None:
     assert "the folder of one\n  found   tile" in refused(tmp_path)
     (tmp_path / "tile" / "ground_truth" / "cut" / "000_mask.png").unlink()
     assert "There is no mask" in refused(tmp_path / "tile")
+
+
+# ---- every format ----------------------------------------------------------------------------------------------------
+
+
+def kolektor_set(root: Path) -> Path:
+    for split in ("train", "test"):
+        for i in range(3):
+            mask(picture(root / split / f"{i}.png", seed=i).with_name(f"{i}_GT.png"), square(2, 3, 5) * 255)
+    return root
+
+
+def bsdata_folder(root: Path) -> Path:
+    bsdata_set(root)
+    return root
+
+
+MADE = {
+    "colours": lambda root: colour_set(root, classes="0,0,255 rock\n255,0,0 pore\n"),
+    "labelme": labelme_set,
+    "labelme of BSData": bsdata_folder,
+    "deeppcb": deeppcb_set,
+    "magnetic-tile": tile_set,
+    "voc": voc_set,
+    "voc-segmentation": segmentation_set,
+    "yolo": yolo_set,
+    "severstal": lambda root: severstal_set(root, "ImageId,ClassId,EncodedPixels\np0.jpg,1,1 4 9 3\n"),
+    "gdxray": lambda root: gdxray_set(root, "1 2 5 3 7\n"),
+    "kolektorsdd2": kolektor_set,
+    "mvtec-ad": mvtec_set,
+}
+
+
+def test_every_format_is_tried_here() -> None:
+    assert {name.split()[0] for name in MADE} == set(FORMATS) - {"coco", "folders"}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_set_is_found_by_looking(tmp_path: Path, name: str) -> None:
+    MADE[name](tmp_path)
+    found = next(known for known, entry in FORMATS.items() if entry.fits(tmp_path))
+    assert found == name.split()[0]
+    assert summarise(read_data("set", tmp_path)) == summarise(read_data("set", tmp_path, found))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path: Path, name: str) -> None:
+    """The first file of each kind: cut, emptied, overwritten, replaced by a folder, by a link to itself, removed."""
+    MADE[name](tmp_path)
+    kinds = {(path.parent, path.suffix): path for path in sorted(tmp_path.rglob("*"), reverse=True) if path.is_file()}
+    rng = np.random.default_rng(0)
+    for path in kinds.values():
+        whole = path.read_bytes()
+        damaged = [whole[: len(whole) * share // 8] for share in range(8)] + [b"\xff\xfe" + whole, whole + b"\0\xff"]
+        for _ in range(12):
+            bytes_ = bytearray(whole)
+            for place in rng.integers(0, len(whole), 3):
+                bytes_[place] = rng.choice([0, 34, 45, 46, 47, 57, 60, 92, 123, 255, rng.integers(256)])
+            damaged.append(bytes(bytes_))
+        for value in damaged:
+            path.write_bytes(value)
+            read_or_refused(tmp_path, name)
+        path.unlink()
+        read_or_refused(tmp_path, name)
+        path.mkdir()
+        read_or_refused(tmp_path, name)
+        path.rmdir()
+        for aim in (path.name, "/etc/hosts", "nowhere"):
+            path.symlink_to(aim)
+            read_or_refused(tmp_path, name)
+            path.unlink()
+        path.write_bytes(whole)
+
+
+def read_or_refused(root: Path, name: str) -> None:
+    for format_name in (name.split()[0], None):
+        with suppress(DataError):
+            summarise(read_data("set", root, format_name))

@@ -400,6 +400,8 @@ def data(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
+    from featprobe.datasets import FORMATS
+
     workspace = _workspace(ctx)
     entries = workspace.config.get("data", {})
     rows = [
@@ -409,7 +411,7 @@ def data(ctx: click.Context) -> None:
         for name in workspace.data_names()
     ]
     click.echo(columns(rows, ("name", "path", "from")))
-    click.echo("A path to a folder of images/ and masks/, or to COCO JSON, serves as well.")
+    click.echo(f"A path serves as well, to one of the formats {', '.join(FORMATS)}.")
 
 
 @data.command("info")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from featprobe.datasets.files import start_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -115,8 +116,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _looks_like_coco(path: Path) -> bool:
-    with path.open("rb") as stream:
-        start = stream.read(1 << 20)
+    start = start_of(path, 1 << 20)
     return b'"images"' in start or b'"annotations"' in start or b'"categories"' in start
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.files import files_below, read_table, read_text
+from featprobe.datasets.files import files_below, kept_below, own_table, read_text
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_classes, check_size, read_pixels, to_numbers
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
@@ -49,7 +49,7 @@ def read_colours(name: str, root: Path) -> DataSet:
     are the classes, sorted, black first where there is black. samples.csv (image,split,group) is optional.
     """
     pairs = find_pairs(root)
-    table = read_table(root / "samples.csv")
+    table = own_table(root)
     several = len({pair.split for pair in pairs}) > 1
     samples: list[Sample] = []
     masks: dict[str, Path] = {}
@@ -126,7 +126,7 @@ def _read_colour_names(path: Path) -> dict[int, str] | None:
     if not path.is_file():
         return None
     named: dict[int, str] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(kept_below(path.parent, path)).splitlines(), start=1):
         if line.strip():
             colour, _, name = line.strip().partition(" ")
             parts = to_numbers(colour.split(","), f"{path}, line {number}")

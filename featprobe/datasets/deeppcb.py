@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from featprobe.datasets.files import below, read_text, words_of
+from featprobe.datasets.files import below, kept_below, read_text, start_of, words_of
 from featprobe.datasets.objects import box_instance, to_numbers
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
@@ -18,8 +18,7 @@ def is_deeppcb(root: Path) -> bool:
     folder = _folder(root)
     if not all((folder / name).is_file() and not (folder / name).is_symlink() for name in LISTS):
         return False
-    with (folder / "trainval.txt").open("rb") as stream:
-        words = stream.readline(1000).split()
+    words = start_of(folder / "trainval.txt", 1000).partition(b"\n")[0].split()
     return len(words) == 2 and words[0].endswith(b".jpg") and words[1].endswith(b".txt")
 
 
@@ -33,7 +32,7 @@ def read_deeppcb(name: str, root: Path) -> DataSet:
     boxes: dict[str, Path] = {}
     missing: list[str] = []
     for list_name, split in LISTS.items():
-        path = folder / list_name
+        path = kept_below(root, folder / list_name)
         for number, (image_name, box_name) in enumerate(words_of(read_text(path), path, 2), start=1):
             where = f"{path}, entry {number}"
             image = _image_of(root, folder, image_name, where)

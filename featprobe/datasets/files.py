@@ -11,6 +11,17 @@ from featprobe.datasets.images import SUFFIXES
 from featprobe.errors import DataError
 
 
+def start_of(path: Path, count: int) -> bytes:
+    """The first bytes of a file, to tell its kind by; none where there is no file. Raises DataError."""
+    if not path.is_file():
+        return b""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text, its byte order mark left away. Raises DataError."""
     try:
@@ -53,6 +64,11 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
     if rows and "image" not in rows[0]:
         raise DataError(f"{path} has the columns {', '.join(rows[0])}. wanted: image, and split or group.")
     return {row["image"]: row for row in rows}
+
+
+def own_table(root: Path) -> dict[str, dict[str, str]]:
+    """Rows of the samples.csv that lies in a data folder itself. Raises DataError."""
+    return read_table(kept_below(root, root / "samples.csv"))
 
 
 def below(root: Path, text: str, where: object, base: Path | None = None) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.datasets.files import below, files_below, read_json, read_table
+from featprobe.datasets.files import below, files_below, kept_below, own_table, read_json, start_of
 from featprobe.datasets.grouping import components
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_classes, check_size, polygon_instance, read_classes, to_numbers
@@ -22,7 +22,7 @@ from featprobe.targets import Instance, Target, semantic_from_instances
 BSDATA = "image_data.json"
 IMAGE_FOLDERS = (".", "images", "data", "imgs", "JPEGImages")
 IGNORED, BACKGROUND = "__ignore__", "_background_"  # labelme's own words
-LOOKED_AT = 1 << 16  # bytes at both ends of a file in which "shapes" is looked for; the picture may lie between
+LOOKED_AT = 1 << 24  # bytes in which "shapes" is looked for; the picture may come before
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def read_labelme(name: str, root: Path) -> DataSet:
     files = [p for p in files_below(root, root, (".json",)) if p.stem in stems or _looks_like_labelme(p)]
     drawings = [_read_drawing(path, root) for path in files]
     if is_bsdata(root):
-        table, notes = _read_bsdata(root / BSDATA, drawings)
+        table, notes = _read_bsdata(kept_below(root, root / BSDATA), drawings)
         drawings = [drawing for drawing in drawings if drawing.image.is_file()]
     else:
-        table, notes = read_table(root / "samples.csv"), []
+        table, notes = own_table(root), []
     drawn = {drawing.image.relative_to(root).as_posix(): drawing for drawing in drawings}
     if len(drawn) < len(drawings):
         raise DataError(f"{root}: several labelme files name one image. wanted: one JSON file an image.")
@@ -98,12 +98,7 @@ def read_labelme(name: str, root: Path) -> DataSet:
 
 
 def _looks_like_labelme(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        start = stream.read(LOOKED_AT)
-        stream.seek(max(0, path.stat().st_size - LOOKED_AT))
-        return re.search(rb'"shapes"\s*:', start + stream.read(LOOKED_AT)) is not None
+    return re.search(rb'"shapes"\s*:', start_of(path, LOOKED_AT)) is not None
 
 
 def _read_drawing(path: Path, root: Path) -> Drawing:

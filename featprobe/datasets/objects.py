@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from featprobe.datasets.coco import SLACK
-from featprobe.datasets.files import read_text
+from featprobe.datasets.files import kept_below, read_text
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Rle
@@ -116,4 +116,6 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     """Names of a classes.txt, one a line, the background first; None when there is none. Raises DataError."""
     if not path.is_file():
         return None
-    return check_classes([line.strip() for line in read_text(path).splitlines() if line.strip()], path)
+    return check_classes(
+        [line.strip() for line in read_text(kept_below(path.parent, path)).splitlines() if line.strip()], path
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.datasets.files import files_below, kept_below, read_csv
+from featprobe.datasets.files import files_below, kept_below, read_csv, start_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -20,8 +20,7 @@ def is_severstal(root: Path) -> bool:
     path = root / "train.csv"
     if not (path.is_file() and (root / "train_images").is_dir()) or path.is_symlink():
         return False
-    with path.open("rb") as stream:
-        return b"EncodedPixels" in stream.readline(1000)
+    return b"EncodedPixels" in start_of(path, 1000).partition(b"\n")[0]
 
 
 def read_severstal(name: str, root: Path) -> DataSet:

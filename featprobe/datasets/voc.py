@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featprobe.datasets.files import below, files_below, read_table, read_text
+from featprobe.datasets.files import below, files_below, own_table, read_text
 from featprobe.datasets.objects import box_instance, check_classes, check_size, read_classes, read_pixels, to_numbers
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
@@ -62,7 +62,7 @@ def read_voc(name: str, root: Path) -> DataSet:
     held against a head. ImageSets/Main/*.txt names the splits where there is one, else the folders do; samples.csv
     (image,split,group) may name both splits and groups. Classes are the names, sorted, or those of classes.txt.
     """
-    table = read_table(root / "samples.csv")
+    table = own_table(root)
     samples: list[Sample] = []
     drawn: dict[str, Drawn] = {}
     notes: list[str] = []
@@ -200,7 +200,7 @@ def read_segmentation(name: str, root: Path) -> DataSet:
         numbered = {path.stem: path for path in files_below(root, top / "SegmentationObject", (".png",))}
     image_of = _by_stem(files_below(root, top / "JPEGImages"))
     stems = sorted(split_of or masks)
-    table = read_table(root / "samples.csv")
+    table = own_table(root)
     samples = []
     for stem in stems:
         image = image_of.get(stem, top / "JPEGImages" / f"{stem}.jpg")

@@ -1,6 +1,7 @@
 """Reader for YOLO: data.yaml, images/ and labels/ with the same stems, boxes and polygons in shares of the image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as shortened  # a YAML of a few lines can stand for a text of gigabytes
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from featprobe.datasets.files import below, files_below, kept_below, read_table, read_text
+from featprobe.datasets.files import below, files_below, kept_below, own_table, read_text, start_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import box_instance, check_classes, polygon_instance, to_numbers
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
@@ -40,7 +41,7 @@ def read_yolo(name: str, root: Path) -> DataSet:
         raise DataError(f"{root} holds no YAML file that names classes and a training split.")
     data = _read_yaml(path)
     classes = _classes(data, path)
-    table = read_table(root / "samples.csv")
+    table = own_table(root)
     samples: list[Sample] = []
     label_of: dict[str, Path] = {}
     for key, split in SPLIT_KEYS.items():
@@ -87,7 +88,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _names_a_set(path: Path) -> bool:
-    lines = path.read_bytes()[: 1 << 16].splitlines()
+    lines = start_of(path, 1 << 16).splitlines()
     return all(any(line.startswith(word) for line in lines) for word in (b"names", b"train"))
 
 
@@ -140,12 +141,12 @@ def _label_path(root: Path, image: Path) -> Path:
     return root.joinpath(*parts)
 
 
-def _all_polygons(paths: Any) -> bool:
+def _all_polygons(paths: Iterable[Path]) -> bool:
     """Whether every object is a polygon, and there is one. Files that can't be read are met again, by name."""
     counts: set[bool] = set()
     for path in paths:
-        if path.is_file():
-            counts |= {len(line.split()) > BOX_WORDS for line in path.read_bytes().splitlines() if line.strip()}
+        with suppress(DataError):
+            counts |= {len(line.split()) > BOX_WORDS for line in read_text(path).splitlines() if line.strip()}
     return counts == {True}
 
 
