@@ -223,6 +223,7 @@ def test_a_folder_that_links_to_its_parent_is_not_entered(tmp_path: Path) -> Non
         ([shape("pore", [[0, 0], [40, 0], [40, 9]])], "leaves the image"),
         ([shape("pore", [[0, 0], [float("nan"), 0], [4, 9]])], "finite numbers"),
         ([shape("pore", [[0, 0], ["x", 0], [4, 9]])], "wanted numbers"),
+        ([shape("pore", [[0, 0], [10**400, 0], [4, 9]])], "wanted numbers"),
         ([shape("pore", [[0, 0], [1], [4, 9]])], "points of two numbers"),
         ([shape("pore", [1, 2, 3])], "points of two numbers"),
         ([shape("pore", [[3, 3], [3, 9]], "rectangle")], "the rectangle is empty"),
@@ -709,6 +710,12 @@ def test_yolo_splits_may_be_folders_lists_or_several(tmp_path: Path, data: str) 
     assert objects_of(found, "valid/images/p0.png")[0].category == 2
 
 
+def test_yolo_paths_begin_at_a_folder_that_is_named(tmp_path: Path) -> None:
+    yolo_set(tmp_path / "parts")
+    text(tmp_path / "data.yaml", YAML.replace("../datasets/parts", "parts"))
+    assert "parts/images/train/p0.png" in {s.id for s in read_data("set", tmp_path).samples}
+
+
 def test_yolo_images_in_two_splits_are_told_as_a_leak(tmp_path: Path) -> None:
     data = read_data("set", yolo_set(tmp_path, data=YAML.replace("images/val", "images/train")))
     assert any("leaks: 2 of 4 groups" in note for note in data.notes)
@@ -748,6 +755,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (YAML.replace("nc: 2", "nc: 3"), "nc is 3, and 2 names"),
         (BOMB + YAML.replace("[pore, crack]", "*j"), "wanted names as a list"),
         (BOMB + YAML.replace("images/train", "*j"), "wanted train as a path"),
+        (YAML.replace("pore", "0x" + "f" * 9999), "wanted names as a list"),
+        (YAML.replace("[pore, crack]", "\n  0: pore\n  ? 0x" + "f" * 9999 + "\n  : crack"), "wanted names as a list"),
         (YAML.replace("images/train", "/etc"), "not below the data folder"),
         (YAML.replace("images/train", "../../etc"), "not below the data folder"),
         (YAML.replace("images/train", "images/nowhere"), "there is no"),
@@ -913,6 +922,15 @@ def kolektor_set(root: Path) -> Path:
     return root
 
 
+def test_a_coco_set_stays_one_beside_coloured_pictures(tmp_path: Path) -> None:
+    colour_set(tmp_path, "x_images", "x_masks")
+    images = [{"id": i, "file_name": f"x_images/p{i}.png"} for i in range(4)]
+    value = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "pore"}]}
+    text(tmp_path / "all.json", json.dumps(value))
+    assert read_data("set", tmp_path).classes == ("background", "pore")
+    assert read_data("set", tmp_path, "colours").classes == ("#0000ff", "#ff0000")
+
+
 def bsdata_folder(root: Path) -> Path:
     bsdata_set(root)
     return root
@@ -944,6 +962,19 @@ def test_a_set_is_found_by_looking(tmp_path: Path, name: str) -> None:
     found = next(known for known, entry in FORMATS.items() if entry.fits(tmp_path))
     assert found == name.split()[0]
     assert summarise(read_data("set", tmp_path)) == summarise(read_data("set", tmp_path, found))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_set_is_the_same_from_wherever_it_is_named(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_data("set", MADE[name](tmp_path / "set"))
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    monkeypatch.chdir(tmp_path / "set")
+    for root in (Path("."), Path("../set"), tmp_path / "set" / ".." / "set", tmp_path / "link"):
+        found = read_data("set", root)
+        assert [(s.id, s.group, s.split) for s in found.samples] == [(s.id, s.group, s.split) for s in whole.samples]
+        assert summarise(found).pixels == summarise(whole).pixels
 
 
 @pytest.mark.parametrize("name", MADE)

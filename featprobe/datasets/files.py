@@ -78,15 +78,15 @@ def below(root: Path, text: str, where: object, base: Path | None = None) -> Pat
     that leads out of the data folder by `..` or by a link, or that links to itself.
     """
     plain = text.replace("\\", "/")
-    joined = Path(os.path.normpath((base or root) / plain))
     absolute = plain.startswith("/") or plain[1:2] == ":"
-    if absolute or not plain or "\0" in plain or not joined.is_relative_to(os.path.normpath(root)):
+    relative = Path(os.path.normpath((base or root).relative_to(root) / plain))
+    if absolute or not plain or "\0" in plain or relative.parts[:1] == ("..",):
         raise DataError(
             f"{where} names a path that is not below the data folder.\n"
-            f"  wanted  a relative path below {root}\n  found   {text!r}\n"
+            f"  wanted  a relative path below {root}\n  found   {text[:200]!r}\n"
             "It was not opened. Mend the annotation."
         )
-    return kept_below(root, joined)
+    return kept_below(root, root / relative)
 
 
 def kept_below(root: Path, path: Path) -> Path:

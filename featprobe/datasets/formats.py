@@ -30,7 +30,8 @@ class Format:
 
 
 def _fits_folders(root: Path) -> bool:
-    return root.is_dir() and bool(find_folders(root))
+    """Coloured masks in the same folders are another format."""
+    return root.is_dir() and bool(find_folders(root)) and not find_pairs(root)
 
 
 def _read_folders(name: str, root: Path) -> DataSet:
@@ -46,17 +47,17 @@ def _read_coco(name: str, root: Path) -> DataSet:
 
 
 FORMATS: Mapping[str, Format] = {
-    "colours": Format(
-        "coloured masks: images/ and masks/, or NAME_images/ and NAME_masks/, and classes.txt of `R,G,B name`",
-        lambda root: bool(find_pairs(root)),
-        read_colours,
-    ),
     "folders": Format(
         "images/ and masks/ with the same stems, or the same inside train/, val/ and test/",
         _fits_folders,
         _read_folders,
     ),
     "coco": Format("COCO JSON: *.json, annotations/*.json, or in one folder per split", _fits_coco, _read_coco),
+    "colours": Format(
+        "coloured masks: images/ and masks/, or NAME_images/ and NAME_masks/, and classes.txt of `R,G,B name`",
+        lambda root: bool(find_pairs(root)),
+        read_colours,
+    ),
     "labelme": Format("labelme: one JSON file an image, with shapes", is_labelme, read_labelme),
     "deeppcb": Format("DeepPCB: trainval.txt and test.txt, with or without PCBData/", is_deeppcb, read_deeppcb),
     "magnetic-tile": Format(

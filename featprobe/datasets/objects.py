@@ -21,7 +21,7 @@ def to_numbers(values: Sequence[Any], where: object) -> list[float]:
     """Finite numbers. Raises DataError, naming `where`."""
     try:
         numbers = [float(value) for value in values]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: wanted numbers, found {str(list(values))[:200]}.") from error
     if not all(math.isfinite(number) for number in numbers):
         raise DataError(f"{where}: wanted finite numbers, found {str(list(values))[:200]}.")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from reprlib import repr as shortened  # a YAML of a few lines can stand for a text of gigabytes
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,9 @@ def find_yolo(root: Path) -> Path | None:
 def read_yolo(name: str, root: Path) -> DataSet:
     """The data set of a YOLO folder. A label line is `class x y width height` (centre), or `class x1 y1 x2 y2 …`.
 
-    The folder itself is where paths begin, whatever `path` says. An image without a label file has no objects. With a
-    polygon for every object the set serves masks, else boxes. samples.csv (image,split,group) may name groups.
+    Paths begin at `path` where that is a folder in the data folder, else at the data folder itself. An image without a
+    label file has no objects. With a polygon for every object the set serves masks, else boxes. samples.csv
+    (image,split,group) may name groups.
     """
     path = find_yolo(root)
     if path is None:
@@ -95,41 +96,65 @@ def _names_a_set(path: Path) -> bool:
 def _classes(data: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """Class names, the background first. Raises DataError."""
     names = data.get("names")
-    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[i] for i in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
-        raise DataError(f"{path}: wanted names as a list, or by number from 0 on. found: {shortened(names)}")
+    if not isinstance(names, list) or not all(_is_name(name) for name in names):
+        raise DataError(f"{path}: wanted names as a list, or by number from 0 on. found: {_shown(names)}")
     if data.get("nc", len(names)) != len(names):
-        raise DataError(f"{path}: nc is {shortened(data['nc'])}, and {len(names)} names are given.")
+        raise DataError(f"{path}: nc is {_shown(data['nc'])}, and {len(names)} names are given.")
     return check_classes(["background", *map(str, names)], path)
+
+
+def _shown(value: Any) -> str:
+    """A YAML value, shortened: one of a few lines can stand for a text of gigabytes."""
+    try:
+        return shortened(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a YAML value can be a class's name; `1` is one, too."""
+    return isinstance(value, str) or (isinstance(value, int) and abs(value) < 1 << 31)
+
+
+def _base(root: Path, data: Mapping[str, Any]) -> Path:
+    """Where the paths of a YAML file begin: `path`, where that is a folder below its own, else its own."""
+    named = data.get("path")
+    if isinstance(named, str):
+        with suppress(DataError):
+            base = below(root, named, "path")
+            return base if base.is_dir() else root
+    return root
 
 
 def _images(root: Path, data: Mapping[str, Any], key: str, path: Path) -> list[Path]:
     """The images of a split: of one folder or list, or of several. Raises DataError."""
+    base = _base(root, data)
     named = data.get(key) or []
     texts = named if isinstance(named, list) else [named]
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{path}: wanted {key} as a path or a list of paths, found {shortened(named)}.")
+        raise DataError(f"{path}: wanted {key} as a path or a list of paths, found {_shown(named)}.")
     images: list[Path] = []
     for text in texts:
-        place = _place(root, text, f"{path}, {key}")
+        place = _place(root, base, text, f"{path}, {key}")
         if place.is_dir():
             images += files_below(root, place)
         elif place.suffix.lower() in SUFFIXES:
             images.append(place)
         elif place.is_file():
             lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
-            images += [below(root, line, f"{place}: {line[:80]!r}") for line in lines]
+            images += [below(root, line, f"{place}: {line[:80]!r}", base) for line in lines]
         elif key != "test":
             raise DataError(f"{path}: {key} names {text!r}, and there is no {place}.")
     return images
 
 
-def _place(root: Path, text: str, where: str) -> Path:
+def _place(root: Path, base: Path, text: str, where: str) -> Path:
     """What a split names. Exports of Roboflow write `../train/images` for a folder beside the YAML file."""
     plain = text.replace("\\", "/")
     inside = plain.removeprefix("../")
-    return below(root, inside if plain != inside and (root / inside).is_dir() else plain, where)
+    return below(root, inside if plain != inside and (base / inside).is_dir() else plain, where, base)
 
 
 def _label_path(root: Path, image: Path) -> Path:
