@@ -19,6 +19,7 @@ from featprobe.datasets import FORMATS, DataSet, read_data
 from featprobe.datasets.images import image_size
 from featprobe.errors import DataError
 from featprobe.stages.data import DataSummary, summarise
+from featprobe.stages.survey import survey
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import Instance, Target, decode_rle
 
@@ -558,6 +559,9 @@ def test_voc_lists_name_the_splits_and_leave_images_out(tmp_path: Path) -> None:
         text(tmp_path / "ImageSets" / "Main" / f"{split}.txt", f"p{i} 1\n")
     data = read_data("set", tmp_path)
     assert [(s.image.stem, s.split) for s in data.samples] == [("p0", "train"), ("p1", "val"), ("p2", "test")]
+    assert "1 XML files stand in no list of ImageSets/Main and are left out: p3" in data.notes
+    text(tmp_path / "ImageSets" / "Main" / "val.txt", "p1\ngone\n")
+    assert "1 names of ImageSets/Main have no XML file: gone" in read_data("set", tmp_path).notes
     text(tmp_path / "ImageSets" / "Main" / "val.txt", "p0\n")
     assert "val.txt lists p0, which train.txt lists too" in refused(tmp_path)
 
@@ -1004,6 +1008,16 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path: Path, name
             read_or_refused(tmp_path, name)
             path.unlink()
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["labelme", "labelme of BSData", "voc", "yolo", "deeppcb", "kolektorsdd2"])
+def test_one_bad_label_file_may_be_set_aside(tmp_path: Path, name: str) -> None:
+    MADE[name](tmp_path)
+    files = [p for suffix in (".json", ".xml", ".txt", "GT.png") for p in tmp_path.rglob(f"*0*{suffix}")]
+    path = sorted(files)[0]
+    path.write_bytes(b'{"\xff')
+    looked = survey(read_data("set", tmp_path), workers=1, skip_bad=True, quiet=True)
+    assert len(looked.bad) == 1 and path.name in looked.bad[0].reason and len(looked.found) > 2
 
 
 def read_or_refused(root: Path, name: str) -> None:

@@ -66,39 +66,62 @@ def read_labelme(name: str, root: Path) -> DataSet:
     images = files_below(root, root)
     stems = {path.stem for path in images}  # a JSON file of such a name is labelme's, or damaged
     files = [p for p in files_below(root, root, (".json",)) if p.stem in stems or _looks_like_labelme(p)]
-    drawings = [_read_drawing(path, root) for path in files]
+    drawings, file_of = _read_drawings(root, files, images)
     if is_bsdata(root):
-        table, notes = _read_bsdata(kept_below(root, root / BSDATA), drawings)
-        drawings = [drawing for drawing in drawings if drawing.image.is_file()]
+        here = [image.name for image in file_of if image.is_file()]
+        table, notes = _read_bsdata(kept_below(root, root / BSDATA), here)
+        file_of = {image: path for image, path in file_of.items() if image.is_file()}
     else:
         table, notes = own_table(root), []
-    drawn = {drawing.image.relative_to(root).as_posix(): drawing for drawing in drawings}
-    if len(drawn) < len(drawings):
-        raise DataError(f"{root}: several labelme files name one image. wanted: one JSON file an image.")
-    if not drawn:
+    if not file_of:
         raise DataError(f"{root} holds no labelme files whose images are here.")
     classes = _classes(root, drawings)
-    bare = [p.name for p in images if p.relative_to(root).as_posix() not in drawn]
+    bare = [path.name for path in images if path not in file_of]
     if bare:
         notes.append(f"{len(bare)} images have no labelme file and are left out: {listed(bare)}")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        drawing = drawn[sample.id]
+        drawing = _read_drawing(file_of[sample.image], root)
         stated = tuple(s if s else own for s, own in zip(drawing.size, size, strict=True))
         check_size((stated[0], stated[1]), size, f"{drawing.path}: the drawing")
         instances = tuple(_instances(drawing, classes, size))
         return Target(semantic_from_instances(instances, size), instances)
 
     samples = []
-    for identity, drawing in drawn.items():
-        row = table.get(identity) or table.get(drawing.image.name) or {}
-        samples.append(Sample(identity, drawing.image, row.get("group") or identity, row.get("split") or ""))
+    for image in file_of:
+        identity = image.relative_to(root).as_posix()
+        row = table.get(identity) or table.get(image.name) or {}
+        samples.append(Sample(identity, image, row.get("group") or identity, row.get("split") or ""))
     tasks = tasks_of(masks=True, instances=True)
     return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
 
 
 def _looks_like_labelme(path: Path) -> bool:
     return re.search(rb'"shapes"\s*:', start_of(path, LOOKED_AT)) is not None
+
+
+def _read_drawings(root: Path, files: Sequence[Path], images: Sequence[Path]) -> tuple[list[Drawing], dict[Path, Path]]:
+    """The drawings, and the file of each image. A damaged file belongs to the image of its name.
+
+    It is met again, by name, when its labels are wanted. Raises DataError where that image can't be told.
+    """
+    drawings: list[Drawing] = []
+    file_of: dict[Path, Path] = {}
+    for path in files:
+        try:
+            drawings.append(_read_drawing(path, root))
+            image = drawings[-1].image
+        except DataError:
+            alike = [image for image in images if image.stem == path.stem]
+            if len(alike) != 1:
+                raise
+            image = alike[0]
+        if image in file_of:
+            raise DataError(f"{path} and {file_of[image]}: several labelme files name one image. wanted: one an image.")
+        file_of[image] = path
+    if files and not drawings:
+        _read_drawing(files[0], root)
+    return drawings, file_of
 
 
 def _read_drawing(path: Path, root: Path) -> Drawing:
@@ -162,6 +185,8 @@ def _instances(drawing: Drawing, classes: Sequence[str], size: Size) -> list[Ins
             parts.setdefault((shape.label, shape.part_of), []).append(shape.points)
     found = []
     for (label, part_of), points in parts.items():
+        if label not in (IGNORED, *classes):
+            raise DataError(f"{drawing.path}, {part_of}: {label!r} is none of the classes {', '.join(classes)}.")
         category = 1 if label == IGNORED else classes.index(label)
         one = polygon_instance(category, points, size, f"{drawing.path}, {part_of} ({label})")
         crowds = [replace(one, category=c, crowd=True) for c in range(1, len(classes))]
@@ -169,7 +194,7 @@ def _instances(drawing: Drawing, classes: Sequence[str], size: Size) -> list[Ins
     return found
 
 
-def _read_bsdata(path: Path, drawings: Sequence[Drawing]) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _read_bsdata(path: Path, here: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Split and group by image name from BSData's own list, and what it lists that is not here.
 
     Its wear chains that share an image show one place and are one group; an image of no chain is grouped with
@@ -189,12 +214,11 @@ def _read_bsdata(path: Path, drawings: Sequence[Drawing]) -> tuple[dict[str, dic
         }
         for entry in entries
     }
-    here = {drawing.image.name for drawing in drawings if drawing.image.is_file()}
-    missing = sorted(table.keys() - here)
+    missing = table.keys() - set(here)
     notes = ["groups are the places on the screw, from the wear chains of image_data.json"]
     if missing:
         notes.append(f"image_data.json lists {len(table)} annotated images; {len(missing)} of them are not here")
-    unlisted = sorted(here - table.keys())
+    unlisted = sorted(set(here) - table.keys())
     if unlisted:
         raise DataError(f"{path} does not list the annotated images {listed(unlisted)}.")
     return table, notes

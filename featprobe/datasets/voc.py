@@ -3,6 +3,7 @@
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,34 +65,35 @@ def read_voc(name: str, root: Path) -> DataSet:
     """
     table = own_table(root)
     samples: list[Sample] = []
-    drawn: dict[str, Drawn] = {}
+    xml_of: dict[str, Path] = {}
     notes: list[str] = []
     for place in find_voc(root):
         split_of = _split_lists(root, place.annotations.parent / "ImageSets" / "Main")
         image_of = _by_stem(files_below(root, place.images))
-        for path in files_below(root, place.annotations, (".xml",)):
-            if split_of and path.stem not in split_of:
-                continue
-            image = image_of.pop(path.stem, place.images / f"{path.stem}.jpg")
+        files = {path.stem: path for path in files_below(root, place.annotations, (".xml",))}
+        for stem, path in files.items():
+            image = image_of.pop(stem, place.images / f"{stem}.jpg")
             identity = image.relative_to(root).as_posix()
             row = table.get(identity) or table.get(image.name) or {}
-            split = split_of.get(path.stem) or place.split or row.get("split") or ""
-            samples.append(Sample(identity, image, row.get("group") or identity, split))
-            drawn[identity] = read_xml(path)
-        if image_of:
-            notes.append(f"{len(image_of)} images have no XML file and are left out: {listed(sorted(image_of))}")
+            split = split_of.get(stem) or place.split or row.get("split") or ""
+            if not split_of or stem in split_of:
+                samples.append(Sample(identity, image, row.get("group") or identity, split))
+                xml_of[identity] = path
+        unlisted = sorted(files.keys() - split_of.keys()) if split_of else []
+        left_out = {
+            "images have no XML file and are left out": sorted(image_of),
+            "XML files stand in no list of ImageSets/Main and are left out": unlisted,
+            "names of ImageSets/Main have no XML file": sorted(split_of.keys() - files.keys()),
+        }
+        notes += [f"{len(stems)} {what}: {listed(stems)}" for what, stems in left_out.items() if stems]
     if not samples:
-        raise DataError(f"{root} holds no XML files of VOC.")
-    if len(drawn) < len(samples):
+        raise DataError(f"{root} holds no XML files of VOC, or none that its lists name.")
+    if len(xml_of) < len(samples):
         raise DataError(f"{root}: several XML files are of one image. wanted: one XML file an image.")
-    names = {box[0] for one in drawn.values() for box in one.boxes}
-    classes = read_classes(root / "classes.txt") or check_classes(["background", *sorted(names)], f"{root}: its names")
-    unknown = sorted(names - set(classes[1:]))
-    if unknown:
-        raise DataError(f"{root / 'classes.txt'} does not name {listed(unknown)}. It names: {', '.join(classes)}.")
+    classes = _classes(root, list(xml_of.values()))
 
     def read_target(sample: Sample, size: Size) -> Target:
-        one = drawn[sample.id]
+        one = read_xml(xml_of[sample.id])
         if one.size and any(one.size):
             check_size((int(one.size[0]), int(one.size[1])), size, f"{one.path}: the drawing")
         boxes = (
@@ -102,6 +104,23 @@ def read_voc(name: str, root: Path) -> DataSet:
 
     tasks = tasks_of(masks=False, instances=True)
     return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+
+
+def _classes(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
+    """Class names, the background first. A file that can't be read has no say; it is met again, by name."""
+    names: set[str] = set()
+    for path in files:
+        with suppress(DataError):
+            names |= {box[0] for box in read_xml(path).boxes}
+    if not names:
+        read_xml(files[0])
+    given = read_classes(root / "classes.txt")
+    if given is None:
+        return check_classes(["background", *sorted(names)], f"{root}: its names")
+    unknown = sorted(names - set(given[1:]))
+    if unknown:
+        raise DataError(f"{root / 'classes.txt'} does not name {listed(unknown)}. It names: {', '.join(given)}.")
+    return given
 
 
 def read_xml(path: Path) -> Drawn:
