@@ -97,7 +97,11 @@ _HEAD = [
     click.option(
         "--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: inverse-sqrt]"
     ),
-    click.option("--loss-at", type=click.Choice(["level", "image"]), help="Grid of the loss.  [default: level]"),
+    click.option(
+        "--loss-at",
+        type=click.Choice(["level", "image"]),
+        help="Grid of the loss; level is several times faster.  [default: image linear, level upsample]",
+    ),
     click.option(
         "--seeds", type=click.IntRange(1), help="How many, from 0 on.  [default: 3 linear, upsample; 1 others]"
     ),

@@ -67,7 +67,7 @@ class TrainRecipe:
 
 
 DEFAULT_RECIPES = {
-    "linear": TrainRecipe(),
+    "linear": TrainRecipe(loss_at="image"),
     "ridge": TrainRecipe(iterations=1, evaluations=1),
     "upsample": TrainRecipe(iterations=300, batch_size=8, lr=1e-3),
     "fcos": TrainRecipe(iterations=400, batch_size=8, lr=2e-3, clip=10.0, evaluations=4),

@@ -2,12 +2,14 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from featprobe.cache import Cache
 from featprobe.levels import Features
@@ -76,8 +78,12 @@ class Segmentation:
             labels = labels.to(self.device, non_blocking=True)
             if bank is not None and self.recipe.loss_at == "level" and self.recipe.loss == "ce":
                 return bank.loss(features, labels, weights)
-            function = level_loss if self.recipe.loss_at == "level" else image_loss
+            function: Callable[..., Tensor] = level_loss if self.recipe.loss_at == "level" else image_loss
             every = bank.logits(features) if bank is not None else (head(features) for head in heads)
+            if (
+                function is image_loss and len(heads) > 1
+            ):  # one head's pixels at a time, or many would not fit the memory
+                function = partial(checkpoint, image_loss, use_reentrant=False)
             return torch.stack([function(logits, labels, weights, self.recipe.loss) for logits in every])
 
         return loss
