@@ -100,7 +100,7 @@ _HEAD = [
     click.option(
         "--loss-at",
         type=click.Choice(["level", "image"]),
-        help="Grid of the loss; level is several times faster.  [default: image linear, level upsample]",
+        help="Grid of the loss; level is several times faster.  [default: image linear, level others]",
     ),
     click.option(
         "--seeds", type=click.IntRange(1), help="How many, from 0 on.  [default: 3 linear, upsample; 1 others]"
