@@ -11,7 +11,9 @@ from featprobe.levels import Features
 from featprobe.probes.linear import LinearHead, fold, sum_of_levels
 from featprobe.probes.losses import level_loss
 
-LARGEST_LOGIT = 60.0  # beyond it exp() of float32 could overflow, so the largest of each cell is subtracted first
+LARGEST_SUM = (
+    1e26  # of exp() of a cell's logits; beyond it float32 could overflow, so the largest logit is subtracted first
+)
 
 
 class LinearBank:
@@ -105,23 +107,26 @@ class _FusedLoss(torch.autograd.Function):
             by_head = logits.view(images, heads, classes, -1)
             products = torch.bmm(logits, p.transpose(1, 2)).sum(0).view(heads, classes, classes)
             first: Tensor | float = 1.0  # exp of the first class's logit
-            if not float(logits.amax()) < LARGEST_LOGIT:
+            q = by_head.exp_()
+            sums = q.sum(2) + first  # (images, heads, cells)
+            if not float(sums.amax()) < LARGEST_SUM:
+                torch.baddbmm(start_from, weights[0].expand(images, -1, -1), part[0], out=logits)
                 peak = by_head.amax(2).clamp(min=0)  # (images, heads, cells)
                 losses += (peak * mass[:, None]).sum((0, 2))
                 by_head -= peak[:, :, None]
-                first = peak.neg_().exp_()
-            q = by_head.exp_()
-            sums = q.sum(2) + first  # (images, heads, cells)
+                q, first = by_head.exp_(), peak.neg_().exp_()
+                sums = q.sum(2) + first
             losses += (sums.log() * mass[:, None]).sum((0, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)
-            q *= (mass[:, None] / sums)[:, :, None]
-            q -= p[:, None]  # the gradient of the logits, but for the common divisor
-            of_shift += logits.sum((0, 2))
+            ratio = (mass[:, None] / sums)[:, :, None]
+            torch.addcmul(p.neg()[:, None], q, ratio, out=q)  # the gradient of the logits, but for the common divisor
             gradients[0] += torch.bmm(logits, part[0].transpose(1, 2)).sum(0)
             if len(maps) > 1:
                 scratch.copy_(logits.unflatten(2, grids[0]))
+            own = logits
             for x, gradient, grid in zip(part[1:], gradients[1:], grids[1:], strict=True):
                 own = _upsample_adjoint(scratch, grid).flatten(2)
                 gradient += torch.bmm(own, x.transpose(1, 2)).sum(0)
+            of_shift += own.sum((0, 2))  # upsampling spreads a gradient and loses none, so the coarsest grid has it all
         ctx.save_for_backward(of_shift / total, *(gradient / total for gradient in gradients))
         return losses / total
 
