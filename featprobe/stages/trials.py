@@ -374,11 +374,14 @@ class Run:
     def _train(self, trials: Sequence[Trial], source: Source, index: int = 0) -> list[list[CurvePoint]]:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads, fresh=self.fresh)
-        bar = tqdm(total=self.recipe.iterations, desc=self._title(), unit="it", disable=self.options.quiet, leave=False)
+        parts = self.tuning.accumulate if self.tuning else 1
+        bar = tqdm(
+            total=parts * self.recipe.iterations, desc=self._title(), unit="it", disable=self.options.quiet, leave=False
+        )
         with bar:
 
             def counted(features: Features, batch: Any) -> Tensor:
-                bar.update(1 / (self.tuning.accumulate if self.tuning else 1))
+                bar.update()
                 return loss(features, batch)
 
             def evaluate() -> list[dict[str, float]]:
