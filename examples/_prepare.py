@@ -33,25 +33,6 @@ def arguments(doc, *wanted):
     return args.source, args.out
 
 
-def components(items, links):
-    """{item: smallest item that it is linked to, over any number of steps}.
-
-    >>> components([1, 2, 3, 4], [(1, 2), (2, 4)])
-    {1: 1, 2: 1, 3: 3, 4: 1}
-    """
-    parent = {item: item for item in items}
-
-    def root(item):
-        while parent[item] != item:
-            item = parent[item]
-        return item
-
-    for a, b in links:
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-    return {item: root(item) for item in parent}
-
-
 def straddling(pairs):
     """From (group, split) pairs: the groups that lie in more than one split, and all groups."""
     splits = {}

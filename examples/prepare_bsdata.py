@@ -19,8 +19,10 @@ import sys
 from itertools import pairwise
 
 import numpy as np
-from _prepare import arguments, components, straddling, write_coco
+from _prepare import arguments, straddling, write_coco
 from PIL import Image
+
+from featprobe.datasets.grouping import components
 
 
 def read_polygons(label_file, image_size):

@@ -21,8 +21,10 @@ import re
 from itertools import pairwise
 
 import numpy as np
-from _prepare import arguments, components, write_masks
+from _prepare import arguments, write_masks
 from PIL import Image
+
+from featprobe.datasets.grouping import components
 
 CLASSES = ["background", "blowhole", "break", "crack", "fray", "uneven"]
 FRAME_GAP = 400  # frames; beyond it, neighbours of rising exposure look no more alike than others
