@@ -11,6 +11,7 @@ from featprobe.levels import Features
 from featprobe.probes.linear import LinearHead, fold, sum_of_levels
 from featprobe.probes.losses import level_loss
 
+LANES = 16  # a product's outputs come in multiples of these
 LARGEST_SUM = (
     1e26  # of exp() of a cell's logits; beyond it float32 could overflow, so the largest logit is subtracted first
 )
@@ -52,22 +53,25 @@ class LinearBank:
         if weights is not None:
             shares = shares * weights[:, None, None]
         grids = [level.cells(features.frame) for level in levels]
-        folded, shift = [self._against_first(w) for w in folded], self._against_first(shift)
+        folded, shift = [self._arranged(w) for w in folded], self._arranged(shift)
         return _FusedLoss.apply(len(self.heads), grids, shares, shift, maps, *folded)
 
-    def _against_first(self, x: Tensor) -> Tensor:
-        """(heads * classes, …) as differences to each head's first class, (heads * (classes - 1), …)."""
-        by_head = x.unflatten(0, (len(self.heads), -1))
-        return (by_head[:, 1:] - by_head[:, :1]).flatten(0, 1)
+    def _arranged(self, x: Tensor) -> Tensor:
+        """(heads * classes, …) as differences to each head's first class, ((classes - 1) * heads + padding, …)."""
+        by_class = x.unflatten(0, (len(self.heads), -1)).transpose(0, 1)
+        differences = (by_class[1:] - by_class[:1]).flatten(0, 1)
+        return torch.cat([differences, x.new_zeros(-len(differences) % LANES, *x.shape[1:])])
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Cross-entropy of a bank's logits against class shares, with its gradient, image by image.
+    """Cross-entropy of a bank's logits against class shares, with its gradient, a few images at a time.
 
-    On CPUs what costs is not the products but what stands between them: logits of many heads do not fit the caches,
-    and upsampling them in the channels-first order is slow. So an image at a time goes forward and straight back, with
-    cells first and channels last, and only the small gradients of the folded weights are kept. Softmax sees nothing but
-    differences of logits, so those of the first class are taken as zero and never computed.
+    On CPUs what costs is not the products but what stands between them: logits of many heads do not fit the caches, and
+    upsampling them in the channels-first order is slow. So as many images as threads go forward and straight back, with
+    channels last from the first product to the last, and only the small gradients of the folded weights are kept.
+    Softmax sees nothing but differences of logits, so those of the first class are taken as zero and never computed.
+    Heads stand side by side within a class, and outputs of zero fill up the last vector: some products of a few outputs
+    are many times slower than those of full vectors.
     """
 
     @staticmethod
@@ -80,53 +84,44 @@ class _FusedLoss(torch.autograd.Function):
         maps: Sequence[Tensor],
         *weights: Tensor,
     ) -> Tensor:
-        """shares: (batch, classes, rows, columns), weighted. shift, weights: less the first class. Returns (heads,)."""
-        outputs, classes = len(shift), shares.shape[1] - 1
+        """shares: (batch, classes, rows, columns), weighted. shift, weights: as arranged. Returns (heads,)."""
+        classes = shares.shape[1] - 1
         total = shares.sum().clamp(min=1e-12)
         gradients = [torch.zeros_like(weight) for weight in weights]
         of_shift = torch.zeros_like(shift)
         losses = shares.new_zeros(heads)
         step = min(len(shares), torch.get_num_threads())  # upsampling keeps one thread busy per image
-        room = [shares.new_empty(step, *grids[0], outputs).permute(0, 3, 1, 2) for _ in range(2)]
-        logits_room = shares.new_empty(step, outputs, grids[0][0] * grids[0][1])
+        room = [shares.new_empty(step, *grids[0], len(shift)) for _ in range(2)]
         for start in range(0, len(shares), step):
             every = shares[start : start + step].flatten(2)  # (images, 1 + classes, cells)
-            p, mass, images = every[:, 1:], every.sum(1), len(every)
-            part = [x[start : start + step] for x in maps]
-            logits, added, scratch = logits_room[:images], room[0][:images], room[1][:images]
-            start_from = shift[:, None].expand(images, -1, 1)
-            for index, (x, weight, grid) in enumerate(zip(part[1:], weights[1:], grids[1:], strict=True)):
-                coarse = torch.bmm(weight.expand(images, -1, -1), x).unflatten(2, grid)
-                if not index:
-                    coarse += shift[:, None, None]  # upsampled, a constant stays what it is
-                _upsample(coarse.contiguous(memory_format=torch.channels_last), scratch if index else added)
-                if index:
-                    added += scratch
-                start_from = added.flatten(2)
-            torch.baddbmm(start_from, weights[0].expand(images, -1, -1), part[0], out=logits)
-            by_head = logits.view(images, heads, classes, -1)
-            products = torch.bmm(logits, p.transpose(1, 2)).sum(0).view(heads, classes, classes)
+            p, mass = every[:, 1:], every.sum(1)[:, :, None]
+            part = [x[start : start + step].transpose(1, 2) for x in maps]  # (images, cells, channels)
+            logits, scratch = (own[: len(every)] for own in room)
+            _sum_of_levels(part, weights, shift, grids, logits, scratch)
+            q = logits.flatten(1, 2)  # (images, cells, outputs)
+            by_class = q[:, :, : classes * heads].unflatten(2, (classes, heads))
+            products = torch.bmm(p, q).sum(0)[:, : classes * heads].view(classes, classes, heads)
             first: Tensor | float = 1.0  # exp of the first class's logit
-            q = by_head.exp_()
-            sums = q.sum(2) + first  # (images, heads, cells)
+            q.exp_()
+            sums = by_class.sum(2) + first  # (images, cells, heads)
             if not float(sums.amax()) < LARGEST_SUM:
-                torch.baddbmm(start_from, weights[0].expand(images, -1, -1), part[0], out=logits)
-                peak = by_head.amax(2).clamp(min=0)  # (images, heads, cells)
-                losses += (peak * mass[:, None]).sum((0, 2))
-                by_head -= peak[:, :, None]
-                q, first = by_head.exp_(), peak.neg_().exp_()
-                sums = q.sum(2) + first
-            losses += (sums.log() * mass[:, None]).sum((0, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)
-            ratio = (mass[:, None] / sums)[:, :, None]
-            torch.addcmul(p.neg()[:, None], q, ratio, out=q)  # the gradient of the logits, but for the common divisor
-            gradients[0] += torch.bmm(logits, part[0].transpose(1, 2)).sum(0)
-            if len(maps) > 1:
-                scratch.copy_(logits.unflatten(2, grids[0]))
-            own = logits
+                _sum_of_levels(part, weights, shift, grids, logits, scratch)
+                peak = by_class.amax(2).clamp(min=0)  # (images, cells, heads)
+                losses += (peak * mass).sum((0, 1))
+                by_class -= peak[:, :, None]
+                q.exp_()
+                first = peak.neg_().exp_()
+                sums = by_class.sum(2) + first
+            losses += (sums.log() * mass).sum((0, 1)) - products.diagonal().sum(1)
+            ratio = (mass / sums)[:, :, None]
+            target = p.transpose(1, 2)[..., None]  # (images, cells, classes, 1)
+            torch.addcmul(-target, by_class, ratio, out=by_class)  # gradient of the logits, but for the divisor
+            gradients[0] += torch.bmm(q.transpose(1, 2), part[0]).sum(0)
+            own = q
             for x, gradient, grid in zip(part[1:], gradients[1:], grids[1:], strict=True):
-                own = _upsample_adjoint(scratch, grid).flatten(2)
-                gradient += torch.bmm(own, x.transpose(1, 2)).sum(0)
-            of_shift += own.sum((0, 2))  # upsampling spreads a gradient and loses none, so the coarsest grid has it all
+                own = _upsample_adjoint(logits, grid).flatten(1, 2)
+                gradient += torch.bmm(own.transpose(1, 2), x).sum(0)
+            of_shift += own.sum((0, 1))  # upsampling spreads a gradient and loses none, so the coarsest grid has it all
         ctx.save_for_backward(of_shift / total, *(gradient / total for gradient in gradients))
         return losses / total
 
@@ -134,21 +129,49 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         """upstream: (heads,)."""
         of_shift, *gradients = ctx.saved_tensors
-        each = upstream[0].repeat_interleave(len(of_shift) // len(upstream[0]))
+        each = upstream[0].repeat(-(-len(of_shift) // len(upstream[0])))[: len(of_shift)]
         return None, None, None, of_shift * each, None, *(gradient * each[:, None] for gradient in gradients)
 
 
+def _sum_of_levels(
+    maps: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    shift: Tensor,
+    grids: Sequence[tuple[int, int]],
+    out: Tensor,
+    scratch: Tensor,
+) -> Tensor:
+    """Logits at the finest grid, into `out`: (images, rows, columns, outputs). maps: (images, cells, channels)."""
+    for index, (x, weight, grid) in enumerate(zip(maps[1:], weights[1:], grids[1:], strict=True)):
+        coarse = torch.bmm(x, weight.T.expand(len(x), -1, -1)).unflatten(1, grid)
+        if not index:
+            coarse += shift  # upsampled, a constant stays what it is
+        _upsample(coarse, scratch if index else out)
+        if index:
+            out += scratch
+    cells = out.flatten(1, 2)
+    if len(maps) == 1:
+        cells.copy_(shift.expand_as(cells))
+    cells.baddbmm_(maps[0], weights[0].T.expand(len(out), -1, -1))
+    return out
+
+
 def _upsample(x: Tensor, out: Tensor) -> None:
-    """Bilinear upsampling of (images, channels, rows, columns) to the grid of `out`, both channels last in memory."""
+    """Bilinear upsampling of (images, rows, columns, channels) to the grid of `out`."""
     if x.shape == out.shape:
         out.copy_(x)
     else:
-        torch.ops.aten.upsample_bilinear2d.out(x, list(out.shape[2:]), False, None, None, out=out)
+        first = out.permute(0, 3, 1, 2)
+        torch.ops.aten.upsample_bilinear2d.out(
+            x.permute(0, 3, 1, 2), list(out.shape[1:3]), False, None, None, out=first
+        )
 
 
 def _upsample_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What upsampling makes of a gradient: (images, channels, rows, columns) of the coarse grid."""
-    size = list(gradient.shape[2:])
+    """What upsampling makes of a gradient: (images, rows, columns, channels) of the coarse grid."""
+    size = list(gradient.shape[1:3])
     if tuple(size) == tuple(grid):
         return gradient
-    return torch.ops.aten.upsample_bilinear2d_backward(gradient, size, [*gradient.shape[:2], *grid], False)
+    shape = [len(gradient), gradient.shape[3], *grid]
+    own = torch.ops.aten.upsample_bilinear2d_backward(gradient.permute(0, 3, 1, 2), size, shape, False)
+    return own.permute(0, 2, 3, 1)
