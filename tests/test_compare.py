@@ -231,6 +231,7 @@ def test_a_modality_gap_is_that_of_the_metrics(told: Told) -> None:
     assert (gap["difference"], gap["low"], gap["high"], gap["p"]) == (
         wanted.estimate, wanted.low, wanted.high, wanted.p_value,
     )  # fmt: skip
+    assert told.compare().gaps == (gap,), "unasked where there are only two backbones and two sets"
     with pytest.raises(ProbeError, match="no result of the backbone 'c'"):
         told.compare(gap=("a", "c"), on=("r", "x"))
     with pytest.raises(ProbeError, match="no result of the data set 'y'"):
@@ -238,6 +239,7 @@ def test_a_modality_gap_is_that_of_the_metrics(told: Told) -> None:
     with pytest.raises(ProbeError, match="--gap A,B"):
         told.compare(gap=("a",), on=("r", "x"))
     told.tell(confusions(0.4), data="z", data_fingerprint="z", backbone="a", feature_key="za")
+    assert told.compare().gaps == (), "three sets: which two is for the user to say"
     with pytest.raises(ProbeError, match="No gap can be made"):
         told.compare(gap=("a", "b"), on=("r", "z"))
 

@@ -275,7 +275,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool) -> None:
 
 @cli.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: probes/report.")
-@click.option("--gap", metavar="A,B", help="Two backbones: how much their difference depends on the images.")
+@click.option("--gap", metavar="A,B", help="Two backbones: how their difference depends on the images.")
 @click.option("--on", metavar="RGBSET,XRAYSET", help="The two data sets that --gap is about.")
 @quiet
 @as_json

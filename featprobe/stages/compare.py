@@ -74,7 +74,8 @@ def compare(
     """Put the results of probes/results.jsonl side by side; write tables and a page into a folder.
 
     out: the folder, probes/report by default. gap: two backbones, on: two data sets; by how much more the first
-    backbone is ahead of the second on the first set than on the second set. quiet: no progress bar; average precision
+    backbone is ahead of the second on the first set than on the second set; unasked where all results are of two
+    backbones on two sets. quiet: no progress bar; average precision
     takes minutes where a test split has hundreds of groups.
     Raises ProbeError when there is no result, or none that can be used, or no gap can be made of those that there are.
     """
@@ -86,7 +87,11 @@ def compare(
     titles = _titles(tables)
     with tqdm(total=len(results), desc="intervals", unit="result", disable=quiet, leave=False) as bar:
         sets = [_compared(workspace, title, table, bar) for title, table in zip(titles, tables, strict=True)]
-    gaps = modality_gaps(tables, gap, on) if gap or on else []
+    if not gap and not on:
+        gap, on = _only_gap(results)
+        gaps = _all_gaps(tables, gap, on) if gap else []
+    else:
+        gaps = modality_gaps(tables, gap, on)
     notes += [note for title, table in zip(titles, tables, strict=True) for note in _notes(title, table)]
     answer = [(item.title, answer_of(item.lines, item.differences)) for item in sets]
     answer += [("Modality gap", tuple(_gap_sentences(gaps)))] if gaps else []
@@ -344,13 +349,24 @@ def modality_gaps(tables: Sequence[Sequence[Result]], gap: Sequence[str], on: Se
         for name in asked:
             if name not in known:
                 raise ProbeError(f"There is no result of the {what} {name!r}. {nearest(name, known)}")
-    chosen = [result for table in tables for result in representatives(table).values()]
-    lines = [line for first in tables for second in tables for line in _gaps_between(first, second, gap, on, chosen)]
+    lines = _all_gaps(tables, gap, on)
     if not lines:
         raise ProbeError(
             f"No gap can be made: {' and '.join(gap)} on {' and '.join(on)} have no task, split, regime, head and "
             "fraction in common.\nMake what is missing:  featprobe extract, then  featprobe probe"
         )
+    return lines
+
+
+def _only_gap(results: Sequence[Result]) -> tuple[list[str], list[str]]:
+    """The two backbones and the two data sets that all results are of; nothing where there are more or fewer."""
+    named = [list(dict.fromkeys(result.row[key] for result in results)) for key in ("backbone", "data")]
+    return (named[0], named[1]) if all(len(names) == 2 for names in named) else ([], [])
+
+
+def _all_gaps(tables: Sequence[Sequence[Result]], gap: Sequence[str], on: Sequence[str]) -> list[Line]:
+    chosen = [result for table in tables for result in representatives(table).values()]
+    lines = [line for first in tables for second in tables for line in _gaps_between(first, second, gap, on, chosen)]
     for line, corrected in zip(lines, holm([line["p"] for line in lines]), strict=True):
         line["p_holm"] = corrected
     return lines
