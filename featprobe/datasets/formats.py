@@ -22,11 +22,15 @@ from featprobe.errors import DataError, nearest
 
 @dataclass(frozen=True)
 class Format:
-    """One format: what is looked for, whether a path has it, and its reader (of a set's name and path)."""
+    """One format: what is looked for, whether a path has it, and its reader (of a set's name and path).
+
+    gives_way_to: formats that are meant, unless this one is named, where a path has theirs too.
+    """
 
     layout: str
     fits: Callable[[Path], bool]
     read: Callable[[str, Path], DataSet]
+    gives_way_to: tuple[str, ...] = ()
 
 
 def _fits_folders(root: Path) -> bool:
@@ -57,6 +61,7 @@ FORMATS: Mapping[str, Format] = {
         "coloured masks: images/ and masks/, or NAME_images/ and NAME_masks/, and classes.txt of `R,G,B name`",
         lambda root: bool(find_pairs(root)),
         read_colours,
+        gives_way_to=("coco",),
     ),
     "labelme": Format("labelme: one JSON file an image, with shapes", is_labelme, read_labelme),
     "deeppcb": Format("DeepPCB: trainval.txt and test.txt, with or without PCBData/", is_deeppcb, read_deeppcb),
@@ -83,13 +88,13 @@ FORMATS: Mapping[str, Format] = {
     "kolektorsdd2": Format("KolektorSDD2: train/ and test/ with ID.png and ID_GT.png", is_kolektor, read_kolektor),
     "mvtec-ad": Format("MVTec AD: a category's train/good/, test/ and ground_truth/", is_mvtec, read_mvtec),
 }
-"""In the order in which they are looked for; a folder of several formats is read as the first."""
+"""In the order in which they are looked for; what several of them fit has to be named."""
 
 
 def read_data(name: str, root: Path, format_name: str | None = None) -> DataSet:
     """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
 
-    Raises DataError, with what is known to be read, when no format fits.
+    Raises DataError, with what is known to be read, when no format fits, and with their names when several do.
     """
     if format_name is not None and format_name not in FORMATS:
         raise DataError(
@@ -98,9 +103,16 @@ def read_data(name: str, root: Path, format_name: str | None = None) -> DataSet:
     if not root.exists():
         raise DataError(f"There is no folder or file {root} (data set {name}).")
     asked = [format_name] if format_name else list(FORMATS)
-    found = next((FORMATS[known] for known in asked if FORMATS[known].fits(root)), None)
-    if found:
-        return complete_splits(found.read(name, root))
+    fitting = [known for known in asked if FORMATS[known].fits(root)]
+    fitting = [known for known in fitting if not set(FORMATS[known].gives_way_to) & set(fitting)]
+    if len(fitting) > 1:
+        each = "\n          ".join(f"{known:<16} {FORMATS[known].layout}" for known in fitting)
+        raise DataError(
+            f"{root} can be read in {len(fitting)} formats.\n  wanted  one\n  found   {each}\n"
+            f"Nothing was read. Name the one that is meant:  --format {fitting[0]}"
+        )
+    if fitting:
+        return complete_splits(FORMATS[fitting[0]].read(name, root))
     layouts = "\n          or ".join(FORMATS[known].layout for known in asked)
     raise DataError(
         f"{root} holds no data set that can be read{f' as {format_name}' if format_name else ''}.\n"
