@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.files import files_below, kept_below, own_table, read_text
+from featprobe.datasets.files import files_below, folders_in, kept_below, own_table, read_text
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_classes, check_size, read_pixels, to_numbers
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
@@ -35,7 +35,7 @@ def find_pairs(root: Path) -> list[Pair]:
     """Folders of images beside their masks, at the top or one folder down, of which the first mask is coloured."""
     if not root.is_dir():
         return []
-    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
+    inside = [path for path in folders_in(root) if not path.is_symlink()]
     pairs = [pair for folder in (root, *inside) for pair in _pairs_in(folder, root)]
     masks = (path for pair in pairs for path in sorted(pair.masks.rglob("*")))
     first = next((path for path in masks if path.suffix.lower() in SUFFIXES and not path.is_symlink()), None)
@@ -141,8 +141,8 @@ def _read_colour_names(path: Path) -> dict[int, str] | None:
 
 def _pairs_in(folder: Path, root: Path) -> list[Pair]:
     pairs = []
-    inside = (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    for images in sorted(path for path in inside if path.name.lower().endswith("images")):
+    inside = [path for path in folders_in(folder) if not path.is_symlink()]
+    for images in (path for path in inside if path.name.lower().endswith("images")):
         masks = images.with_name(images.name[: -len("images")] + {"I": "M", "i": "m"}[images.name[-6]] + "asks")
         if masks.is_dir() and not masks.is_symlink():
             words = [images.name.lower()[: -len("images")].strip("_-"), folder.name.lower() if folder != root else ""]

@@ -100,6 +100,12 @@ def kept_below(root: Path, path: Path) -> Path:
     return path
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """Folders in a folder, linked ones too, sorted. Quick where thousands of files lie beside them."""
+    with os.scandir(folder) as entries:  # an entry that links to itself is asked as a path, which answers no
+        return sorted(folder / e.name for e in entries if (Path(e) if e.is_symlink() else e).is_dir())
+
+
 def files_below(root: Path, folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """Files of these suffixes (lower case) in a folder and the folders in it, sorted; linked folders are not entered.
 

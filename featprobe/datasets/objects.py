@@ -14,7 +14,7 @@ from featprobe.datasets.coco import SLACK
 from featprobe.datasets.files import kept_below, read_text
 from featprobe.errors import DataError
 from featprobe.geometry import Size
-from featprobe.targets import IGNORE, Instance, Labels, Rle
+from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
 
 
 def to_numbers(values: Sequence[Any], where: object) -> list[float]:
@@ -67,6 +67,13 @@ def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: 
     low, high = np.concatenate(clipped).min(axis=0), np.concatenate(clipped).max(axis=0)
     box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
     return Instance(category, box, _text_rle(rle))
+
+
+def mask_instance(category: int, mask: NDArray[np.bool_]) -> Instance:
+    """An object of a (height, width) mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+    return Instance(category, box, encode_rle(mask), area=float(mask.sum()))
 
 
 def _text_rle(rle: Any) -> Rle:

@@ -1,4 +1,8 @@
-"""Readers for Pascal VOC: boxes from XML (NEU-DET's folders too), and pairs of images and segmentation masks."""
+"""Readers for Pascal VOC: boxes from XML (NEU-DET's and GC10-DET's folders too), and pairs of images and masks.
+
+GC10-DET (Lv et al., 2020) has lable/*.xml, spelled so, beside the folders 1/ to 10/ of its classes, some of which hold
+the same image.
+"""
 
 import re
 import xml.etree.ElementTree as ET
@@ -9,18 +13,28 @@ from pathlib import Path
 
 import numpy as np
 
-from featprobe.datasets.files import below, files_below, own_table, read_text
-from featprobe.datasets.objects import box_instance, check_classes, check_size, read_classes, read_pixels, to_numbers
+from featprobe.datasets.files import below, files_below, folders_in, own_table, read_text
+from featprobe.datasets.images import hash_image
+from featprobe.datasets.objects import (
+    box_instance,
+    check_classes,
+    check_size,
+    mask_instance,
+    read_classes,
+    read_pixels,
+    to_numbers,
+)
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
-from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, encode_rle
+from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels
 
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor".split()
 )
-ANNOTATIONS = ("annotations", "annotation")  # folders, in any case
+GC10 = "lable"
+ANNOTATIONS = ("annotations", "annotation", GC10)  # folders, in any case
 IMAGES = ("jpegimages", "images", "imgs", "image")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LISTS = ("train", "val", "test")
@@ -28,11 +42,15 @@ LISTS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Place:
-    """Folders of XML files and of their images; split: as the folder around them says, "" for none."""
+    """Folders of XML files and of their images; split: as the folder around them says, "" for none.
+
+    by_class: whether the images lie in a folder a class, one of several classes in several.
+    """
 
     annotations: Path
     images: Path
     split: str
+    by_class: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ def find_voc(root: Path) -> list[Place]:
         return []
     tops = [root, *sorted(root.glob("VOCdevkit/VOC*")), *sorted(root.glob("VOC2*"))]
     places = next((found for top in reversed(tops) if (found := _places_in(top, ""))), [])
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in folders_in(root):
         if folder.name.lower() in SPLIT_FOLDERS:
             places += _places_in(folder, SPLIT_FOLDERS[folder.name.lower()])
     return places
@@ -69,8 +87,11 @@ def read_voc(name: str, root: Path) -> DataSet:
     notes: list[str] = []
     for place in find_voc(root):
         split_of = _split_lists(root, place.annotations.parent / "ImageSets" / "Main")
-        image_of = _by_stem(files_below(root, place.images))
-        files = {path.stem: path for path in files_below(root, place.annotations, (".xml",))}
+        found = files_below(root, place.images)
+        copies, differing = _copies(found) if place.by_class else ([], set())
+        image_of = _by_stem([path for path in found if path not in copies and path.stem not in differing])
+        every = files_below(root, place.annotations, (".xml",))
+        files = {path.stem: path for path in every if path.stem not in differing}
         for stem, path in files.items():
             image = image_of.pop(stem, place.images / f"{stem}.jpg")
             identity = image.relative_to(root).as_posix()
@@ -81,6 +102,8 @@ def read_voc(name: str, root: Path) -> DataSet:
                 xml_of[identity] = path
         unlisted = sorted(files.keys() - split_of.keys()) if split_of else []
         left_out = {
+            "images lie in several folders and are counted once": sorted(path.stem for path in copies),
+            "names stand for several images and one XML file and are left out": sorted(differing),
             "images have no XML file and are left out": sorted(image_of),
             "XML files stand in no list of ImageSets/Main and are left out": unlisted,
             "names of ImageSets/Main have no XML file": sorted(split_of.keys() - files.keys()),
@@ -158,12 +181,28 @@ def _texts(element: ET.Element, names: Sequence[str], where: str) -> list[str]:
 def _places_in(folder: Path, split: str) -> list[Place]:
     if not folder.is_dir():
         return []
-    inside = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    inside = {path.name.lower(): path for path in folders_in(folder)}
     annotations = next((inside[name] for name in ANNOTATIONS if name in inside), None)
     images = next((inside[name] for name in IMAGES if name in inside), None)
+    by_class = images is None and annotations is not None and annotations.name.lower() == GC10
+    images = folder if by_class else images
     if annotations is None or images is None or next(annotations.rglob("*.xml"), None) is None:
         return []
-    return [Place(annotations, images, split)]
+    return [Place(annotations, images, split, by_class)]
+
+
+def _copies(paths: Sequence[Path]) -> tuple[list[Path], set[str]]:
+    """Images whose bytes lie in an earlier file of the same stem too, and the stems whose files differ."""
+    first: dict[str, Path] = {}
+    again = [path for path in paths if first.setdefault(path.stem, path) is not path]
+    differing = {path.stem for path in again if not _same_bytes(path, first[path.stem])}
+    return [path for path in again if path.stem not in differing], differing
+
+
+def _same_bytes(path: Path, other: Path) -> bool:
+    with suppress(DataError):
+        return hash_image(path) == hash_image(other)
+    return False
 
 
 def _by_stem(paths: Sequence[Path]) -> dict[str, Path]:
@@ -265,7 +304,5 @@ def _objects(labels: Labels, path: Path, size: Size) -> tuple[Instance, ...]:
                 f"{path}: object {number} covers the classes {kinds.tolist()} of the other mask. "
                 "wanted: one class, not the background"
             )
-        rows, columns = np.flatnonzero(own.any(axis=1)), np.flatnonzero(own.any(axis=0))
-        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-        found.append(Instance(int(kinds[0]), box, encode_rle(own), area=float(own.sum())))
+        found.append(mask_instance(int(kinds[0]), own))
     return tuple(found)
