@@ -1,7 +1,9 @@
-"""Reader for folders of images and masks with the same stems."""
+"""Reader for folders of images and masks with the same stems, or with a mask an object."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,11 @@ from PIL import Image
 
 from featprobe.datasets.files import read_table
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.objects import check_size, mask_instance
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
-from featprobe.targets import Labels, Target, check_labels
+from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
@@ -26,18 +29,23 @@ def find_folders(root: Path) -> dict[str, Path]:
 
 
 def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
-    """The data set of images/ and masks/ with the same stems.
+    """The data set of images/ and masks/ with the same stems, or with masks NAME_1, NAME_2, … of the objects of NAME.
 
     Masks hold class indices, palette masks included, or 0 and 255 throughout for one class. Class names
-    stand one a line in classes.txt, the background first. samples.csv (image,split,group) is optional.
+    stand one a line in classes.txt, the background first. samples.csv (image,split,group) is optional. Where a
+    mask is an object, an image without any has none. Raises DataError where some masks are objects and some are not.
     """
     table = read_table(root / "samples.csv")
     samples: list[Sample] = []
     masks: dict[str, Path] = {}
+    objects: dict[str, list[Path]] = {}
+    whole: list[str] = []
     notes: list[str] = []
     for split, folder in folders.items():
         images = sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in SUFFIXES)
         mask_of = {_stem(p, folder / "masks"): p for p in sorted((folder / "masks").rglob("*")) if p.is_file()}
+        bare = {_stem(image, folder / "images") for image in images} - mask_of.keys()
+        objects_of = _take_objects(mask_of, bare)
         for image in images:
             identity = image.relative_to(folder / "images").as_posix()
             row = table.get(identity, {})
@@ -46,27 +54,38 @@ def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
             samples.append(Sample(identity, image, row.get("group") or identity, split or row.get("split") or ""))
             stem = _stem(image, folder / "images")
             masks[identity] = mask_of.pop(stem, folder / "masks" / f"{stem}.png")
+            objects[identity] = objects_of.get(stem, [])
+            whole += [] if stem in bare else [identity]
         if mask_of:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images. wanted: files ending in {', '.join(SUFFIXES)} in images/.")
     classes = _read_classes(root / "classes.txt")
-    binary = len(classes) == 2 and _is_binary(list(masks.values()))
+    of_objects = list(chain.from_iterable(objects.values()))
+    if of_objects and whole:
+        raise DataError(
+            f"{root} has masks of objects and of whole images.\n  wanted  one kind for all images\n"
+            f"  found   {of_objects[0].name} of an object, and the mask of {listed(whole)}"
+        )
+    if of_objects:
+        free = [identity for identity, own in objects.items() if not own]
+        notes += [f"{len(free)} images have no mask and count as free of objects: {listed(free)}"] if free else []
+    binary = len(classes) == 2 and _is_binary(of_objects or list(masks.values()))
+
+    def read_labels(path: Path, size: Size) -> Labels:
+        labels = read_mask(path)
+        check_size((labels.shape[0], labels.shape[1]), size, path)
+        labels = (labels > 0).astype(np.uint8) if binary else labels
+        check_labels(labels, len(classes), str(path))
+        return labels
 
     def read_target(sample: Sample, size: Size) -> Target:
-        labels = read_mask(masks[sample.id])
-        if labels.shape != size:
-            raise DataError(
-                f"{masks[sample.id]} is of another size than its image.\n"
-                f"  wanted  {size[0]}x{size[1]} pixels (height x width)\n"
-                f"  found   {labels.shape[0]}x{labels.shape[1]}"
-            )
-        if binary:
-            labels = (labels > 0).astype(np.uint8)
-        check_labels(labels, len(classes), str(masks[sample.id]))
-        return Target(labels, None)
+        if not of_objects:
+            return Target(read_labels(masks[sample.id], size), None)
+        instances = tuple(_object(read_labels(path, size), path) for path in objects[sample.id])
+        return Target(semantic_from_instances(instances, size), instances)
 
-    tasks = tasks_of(masks=True, instances=False)
+    tasks = tasks_of(masks=True, instances=bool(of_objects))
     return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
 
 
@@ -87,6 +106,24 @@ def read_mask(path: Path) -> Labels:
     if values.max(initial=0) > 255 or values.min(initial=0) < 0:
         raise DataError(f"{path} holds labels up to {values.max()}. wanted: 0 to 255.")
     return values.astype(np.uint8)
+
+
+def _take_objects(mask_of: dict[str, Path], images: Collection[str]) -> dict[str, list[Path]]:
+    """Masks NAME_<number> of the images NAME that have no other, by number; they are taken out of `mask_of`."""
+    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for stem in mask_of:
+        image, _, number = stem.rpartition("_")
+        if image in images and number.isascii() and number.isdecimal():
+            found[image].append((int(number), stem))
+    return {image: [mask_of.pop(stem) for _, stem in sorted(own)] for image, own in found.items()}
+
+
+def _object(labels: Labels, path: Path) -> Instance:
+    """The object of a mask that holds one class beside the background. Raises DataError for another."""
+    kinds = np.unique(labels[labels > 0])
+    if len(kinds) != 1 or kinds[0] == IGNORE:
+        raise DataError(f"{path} is not the mask of one object. wanted: 0 and one class. found: {kinds.tolist()}.")
+    return mask_instance(int(kinds[0]), labels > 0)
 
 
 def _stem(path: Path, folder: Path) -> str:
