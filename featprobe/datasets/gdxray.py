@@ -1,10 +1,13 @@
-"""Reader for GDXray's series: C0001/C0001_0001.png and ground_truth.txt of `image x1 x2 y1 y2`, from 1 on."""
+"""Reader for GDXray's series: C0001/C0001_0001.png and ground_truth.txt of `image x1 x2 y1 y2`, from 1 on.
+
+The masks of the welds W0001 are the images of W0002 (Mery et al., 2015, table 5).
+"""
 
 from collections import defaultdict
 from pathlib import Path
 
 from featprobe.datasets.files import files_below, kept_below, read_text, words_of
-from featprobe.datasets.objects import box_instance, to_numbers
+from featprobe.datasets.objects import box_instance, check_size, read_binary, to_numbers
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -12,6 +15,7 @@ from featprobe.targets import Target
 
 TRUTH = "ground_truth.txt"
 CLASSES = ("background", "defect")
+WELDS, WELD_MASKS = "W0001", "W0002"
 
 
 def find_series(root: Path) -> list[Path]:
@@ -26,8 +30,11 @@ def read_gdxray(name: str, root: Path) -> DataSet:
     """The data set of GDXray's series that have a ground truth; the group is the series.
 
     An image of such a series without a row has no defect. A row whose two x or y stand in the wrong order is mended,
-    and counted in a note.
+    and counted in a note. Where no series but the welds W0001 has one, their masks are read instead.
     """
+    welds = find_welds(root)
+    if welds is not None and {folder.resolve().name for folder in find_series(root)} <= {WELDS}:
+        return read_welds(name, root)
     samples: list[Sample] = []
     boxes: dict[str, list[tuple[str, tuple[float, ...]]]] = {}
     mended, gone = 0, 0
@@ -49,12 +56,45 @@ def read_gdxray(name: str, root: Path) -> DataSet:
         notes.append(f"{gone} boxes belong to images that are not here")
     if bare:
         notes.append(f"{len(bare)} series have no {TRUTH} and are left out: {listed(bare)}")
+    if welds is not None:
+        notes.append(f"the masks of {WELDS}, in {WELD_MASKS}, are left aside: --format gdxray:masks reads them alone")
 
     def read_target(sample: Sample, size: Size) -> Target:
         return Target(None, tuple(box_instance(1, box, size, where) for where, box in boxes[sample.id]))
 
     tasks = tasks_of(masks=False, instances=True)
     return DataSet(name, root, CLASSES, tuple(samples), tasks, read_target, tuple(notes))
+
+
+def find_welds(root: Path) -> Path | None:
+    """The folder that holds W0001 and W0002: the folder itself, or one in it."""
+    if not root.is_dir():
+        return None
+    found = [path.parent for pattern in (WELDS, f"*/{WELDS}") for path in sorted(root.glob(pattern))]
+    images = (folder for folder in found if next((folder / WELDS).glob(f"{WELDS}_*.png"), None) is not None)
+    return next((folder for folder in images if (folder / WELD_MASKS).is_dir()), None)
+
+
+def read_welds(name: str, root: Path) -> DataSet:
+    """The data set of the welds W0001 with the masks W0002, of which whatever is not 0 is a defect.
+
+    The ten images are one series, so that each has to be its own group.
+    """
+    folder = find_welds(root)
+    if folder is None:
+        raise DataError(f"{root} holds no welds with masks. wanted: {WELDS}/ and {WELD_MASKS}/, at most a folder down.")
+    images = [path for path in files_below(root, folder / WELDS, (".png",)) if path.stem.startswith(f"{WELDS}_")]
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        path = kept_below(root, folder / WELD_MASKS / sample.image.name.replace(WELDS, WELD_MASKS, 1))
+        labels = read_binary(path)
+        check_size((labels.shape[0], labels.shape[1]), size, path)
+        return Target(labels, None)
+
+    identities = {path.relative_to(root).as_posix(): path for path in images}
+    samples = tuple(Sample(identity, path, identity) for identity, path in identities.items())
+    notes = (f"labels are the masks {WELD_MASKS} of {WELDS}", "it names no parts to group by")
+    return DataSet(name, root, CLASSES, samples, tasks_of(masks=True, instances=False), read_target, notes)
 
 
 def read_truth(path: Path) -> tuple[dict[int, list[tuple[str, tuple[float, ...]]]], int]:
