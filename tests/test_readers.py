@@ -916,6 +916,66 @@ def test_mvtec_ad(tmp_path: Path) -> None:
     assert "There is no mask" in refused(tmp_path / "tile")
 
 
+# ---- the sets of test_readers_inspection.py --------------------------------------------------------------------------
+
+
+def coco_file(path: Path, names: list[str], categories: tuple[str, ...]) -> Path:
+    """A COCO file of images with a square of the first category each."""
+    images = [{"id": i, "file_name": name, "height": HEIGHT, "width": WIDTH} for i, name in enumerate(names, start=1)]
+    each = {"category_id": 1, "bbox": [3, 2, 5, 5], "iscrowd": 0, "segmentation": [[3, 2, 8, 2, 8, 7, 3, 7]]}
+    annotations = [{"id": image["id"], "image_id": image["id"], **each} for image in images]
+    kinds = [{"id": k, "name": name} for k, name in enumerate(categories, start=1)]
+    return text(path, json.dumps({"images": images, "annotations": annotations, "categories": kinds}))
+
+
+def pidray_set(root: Path) -> Path:
+    for folder, count in (("train", 5), ("easy", 1), ("hard", 2), ("hidden", 3)):
+        stem, part = ("", "train") if folder == "train" else (folder, f"test_{folder}")
+        names = [f"xray_{stem}{i:05d}.png" for i in range(count)]
+        for i, name in enumerate(names):
+            picture(root / folder / name, seed=i)
+        coco_file(root / "annotations" / f"xray_{part}.json", names, ("Baton", "Pliers"))
+    return root
+
+
+def rareplanes_set(root: Path) -> Path:
+    """Two tiles of each scene; the scene 1_A is in both splits."""
+    for split, first, scenes in (("train", 0, ["1_A", "2_B", "3_C"]), ("test", 2, ["4_D", "1_A"])):
+        names = [f"{scene}_tile_{first + i}.png" for scene in scenes for i in range(2)]
+        for i, name in enumerate(names):
+            picture(root / split / "PS-RGB_tiled" / name, seed=i)
+        for label, kinds in (("role", ("Small Civil", "Military Fighter")), ("aircraft", ("aircraft",))):
+            coco_file(root / "metadata_annotations" / f"instances_{split}_{label}.json", names, kinds)
+    return root
+
+
+def visa_set(root: Path) -> Path:
+    """Two objects of five images each, three of them to train on, by few shots two; masks hold 1 or 3."""
+    header = "object,split,label,image,mask\n"
+    tables = {"1cls": header, "2cls_highshot": header, "2cls_fewshot": header}
+    for thing in ("candle", "pcb1"):
+        for i in range(5):
+            kind = "Anomaly" if i % 2 else "Normal"
+            image, drawn = f"{thing}/Data/Images/{kind}/{i:03d}.JPG", f"{thing}/Data/Masks/{kind}/{i:03d}.png"
+            picture(root / image, seed=i)
+            if i % 2:
+                mask(root / drawn, square(2, 3, 5) * i)
+            for name, count in (("2cls_highshot", 3), ("2cls_fewshot", 2)):
+                split = "train" if i < count else "test"
+                tables[name] += f"{thing},{split},{kind.lower()},{image},{drawn if i % 2 else ''}\n"
+    for name, table in tables.items():
+        text(root / "split_csv" / f"{name}.csv", table)
+    return root
+
+
+def commutator_set(root: Path) -> Path:
+    for number in range(1, 4):
+        for part in range(2):
+            path = picture(root / f"kos0{number}" / f"Part{part}.jpg", seed=number + part)
+            mask(path.with_name(f"Part{part}_label.bmp"), square(2, 3, 5) * 255 * part)
+    return root
+
+
 # ---- every format ----------------------------------------------------------------------------------------------------
 
 
@@ -953,6 +1013,10 @@ MADE = {
     "gdxray": lambda root: gdxray_set(root, "1 2 5 3 7\n"),
     "kolektorsdd2": kolektor_set,
     "mvtec-ad": mvtec_set,
+    "pidray": pidray_set,
+    "rareplanes": rareplanes_set,
+    "visa": visa_set,
+    "kolektorsdd": commutator_set,
 }
 
 

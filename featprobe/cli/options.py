@@ -10,7 +10,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print one JSON value instead of text.")
 quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
-data_format = click.option("--format", metavar="NAME", help="The data set's format. Default: found by looking.")
+data_format = click.option("--format", metavar="NAME[:PART]", help="The data set's format. Default: found by looking.")
 device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
 

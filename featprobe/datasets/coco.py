@@ -90,10 +90,13 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
 
 
 def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
-    """Where an image of a COCO file lies; the first place tried when it lies nowhere."""
-    folders = ["images", f"images/{annotations.stem}", ".", "data"]
+    """Where an image of a COCO file lies; the first place tried when it lies nowhere.
+
+    PIDray's images lie in folders of the last word of a file's name, RarePlanes' in PS-RGB_tiled of a split's.
+    """
+    folders = ["images", f"images/{annotations.stem}", ".", "data", annotations.stem.rpartition("_")[2]]
     if split:
-        folders[1:1] = [f"images/{split}", split, f"{split}2017"]
+        folders[1:1] = [f"images/{split}", split, f"{split}2017", f"{split}/PS-RGB_tiled"]
     places = [root / folder / file_name for folder in folders] + [annotations.parent / file_name]
     return next((place for place in places if place.is_file()), places[0])
 

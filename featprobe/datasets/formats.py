@@ -1,20 +1,37 @@
 """The formats that can be read, and finding which one a folder holds."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from featprobe.datasets.coco import find_coco, read_coco
+from featprobe.datasets.coco_sets import (
+    PLANE_LABELS,
+    TEST_SETS,
+    find_pidray,
+    find_rareplanes,
+    read_pidray,
+    read_rareplanes,
+)
 from featprobe.datasets.colours import find_pairs, read_colours
 from featprobe.datasets.deeppcb import is_deeppcb, read_deeppcb
 from featprobe.datasets.folders import find_folders, read_folders
-from featprobe.datasets.gdxray import find_series, read_gdxray
+from featprobe.datasets.gdxray import find_series, find_welds, read_gdxray, read_welds
 from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
 from featprobe.datasets.magnetic_tile import is_magnetic_tile, read_magnetic_tile
 from featprobe.datasets.samples import DataSet
 from featprobe.datasets.severstal import is_severstal, read_severstal
 from featprobe.datasets.splits import complete_splits
-from featprobe.datasets.surfaces import is_kolektor, is_mvtec, read_kolektor, read_mvtec
+from featprobe.datasets.surfaces import (
+    is_commutators,
+    is_kolektor,
+    is_mvtec,
+    read_commutators,
+    read_kolektor,
+    read_mvtec,
+)
+from featprobe.datasets.visa import SHOTS, find_visa, read_visa
 from featprobe.datasets.voc import find_segmentation, find_voc, read_segmentation, read_voc
 from featprobe.datasets.yolo import find_yolo, read_yolo
 from featprobe.errors import DataError, nearest
@@ -25,12 +42,14 @@ class Format:
     """One format: what is looked for, whether a path has it, and its reader (of a set's name and path).
 
     gives_way_to: formats that are meant, unless this one is named, where a path has theirs too.
+    parts: readers of a part or a kind of its labels alone, which FORMAT:PART names.
     """
 
     layout: str
     fits: Callable[[Path], bool]
     read: Callable[[str, Path], DataSet]
     gives_way_to: tuple[str, ...] = ()
+    parts: Mapping[str, Callable[[str, Path], DataSet]] = field(default_factory=dict)
 
 
 def _fits_folders(root: Path) -> bool:
@@ -56,7 +75,24 @@ FORMATS: Mapping[str, Format] = {
         _fits_folders,
         _read_folders,
     ),
-    "coco": Format("COCO JSON: *.json, annotations/*.json, or in one folder per split", _fits_coco, _read_coco),
+    "pidray": Format(
+        "PIDray: annotations/xray_train.json and xray_test_*.json beside train/, easy/, hard/, hidden/",
+        lambda root: bool(find_pidray(root)),
+        read_pidray,
+        parts={part: partial(read_pidray, test_sets=(part,)) for part in TEST_SETS},
+    ),
+    "rareplanes": Format(
+        "RarePlanes: metadata_annotations/instances_{train,test}_role.json beside {train,test}/PS-RGB_tiled/",
+        lambda root: bool(find_rareplanes(root)),
+        read_rareplanes,
+        parts={part: partial(read_rareplanes, labels=(part,)) for part in PLANE_LABELS},
+    ),
+    "coco": Format(
+        "COCO JSON: *.json, annotations/*.json, or in one folder per split",
+        _fits_coco,
+        _read_coco,
+        gives_way_to=("pidray",),
+    ),
     "colours": Format(
         "coloured masks: images/ and masks/, or NAME_images/ and NAME_masks/, and classes.txt of `R,G,B name`",
         lambda root: bool(find_pairs(root)),
@@ -69,7 +105,7 @@ FORMATS: Mapping[str, Format] = {
         "magnetic tile: MT_<class>/Imgs/NAME.jpg with NAME.png", is_magnetic_tile, read_magnetic_tile
     ),
     "voc": Format(
-        "Pascal VOC: Annotations/*.xml beside JPEGImages/ or images/, NEU-DET's folders too",
+        "Pascal VOC: Annotations/*.xml beside JPEGImages/ or images/, NEU-DET's and GC10-DET's folders too",
         lambda root: bool(find_voc(root)),
         read_voc,
     ),
@@ -83,10 +119,20 @@ FORMATS: Mapping[str, Format] = {
     ),
     "severstal": Format("Severstal: train.csv with EncodedPixels, train_images/", is_severstal, read_severstal),
     "gdxray": Format(
-        "GDXray: SERIES/SERIES_NNNN.png and SERIES/ground_truth.txt", lambda root: bool(find_series(root)), read_gdxray
+        "GDXray: SERIES/SERIES_NNNN.png and SERIES/ground_truth.txt, or the welds W0001 with their masks W0002",
+        lambda root: bool(find_series(root)) or find_welds(root) is not None,
+        read_gdxray,
+        parts={"masks": read_welds},
     ),
+    "kolektorsdd": Format("KolektorSDD: kosNN/PartN.jpg with PartN_label.bmp", is_commutators, read_commutators),
     "kolektorsdd2": Format("KolektorSDD2: train/ and test/ with ID.png and ID_GT.png", is_kolektor, read_kolektor),
     "mvtec-ad": Format("MVTec AD: a category's train/good/, test/ and ground_truth/", is_mvtec, read_mvtec),
+    "visa": Format(
+        "VisA: split_csv/2cls_*.csv, and OBJECT/Data/Images, or the folder of one object beside split_csv/",
+        lambda root: find_visa(root) is not None,
+        read_visa,
+        parts={part: partial(read_visa, shots=(part,)) for part in SHOTS},
+    ),
 }
 """In the order in which they are looked for; what several of them fit has to be named."""
 
@@ -94,28 +140,31 @@ FORMATS: Mapping[str, Format] = {
 def read_data(name: str, root: Path, format_name: str | None = None) -> DataSet:
     """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
 
+    format_name: FORMAT, or FORMAT:PART for a part or a kind of labels that the format has.
     Raises DataError, with what is known to be read, when no format fits, and with their names when several do.
     """
-    if format_name is not None and format_name not in FORMATS:
-        raise DataError(
-            f"There is no format {format_name!r}. {nearest(format_name, FORMATS)}\n  wanted  {', '.join(FORMATS)}"
-        )
+    own, _, part = (format_name or "").partition(":")
+    if format_name is not None and own not in FORMATS:
+        raise DataError(f"There is no format {own!r}. {nearest(own, FORMATS)}\n  wanted  {', '.join(FORMATS)}")
+    if part and part not in FORMATS[own].parts:
+        raise DataError(f"The format {own} has no part {part!r}. wanted: {', '.join(FORMATS[own].parts) or 'none'}.")
     if not root.exists():
         raise DataError(f"There is no folder or file {root} (data set {name}).")
-    asked = [format_name] if format_name else list(FORMATS)
+    asked = [own] if own else list(FORMATS)
     fitting = [known for known in asked if FORMATS[known].fits(root)]
     fitting = [known for known in fitting if not set(FORMATS[known].gives_way_to) & set(fitting)]
     if len(fitting) > 1:
-        each = "\n          ".join(f"{known:<16} {FORMATS[known].layout}" for known in fitting)
+        each = "\n          ".join(f"{known}: {FORMATS[known].layout}" for known in fitting)
         raise DataError(
             f"{root} can be read in {len(fitting)} formats.\n  wanted  one\n  found   {each}\n"
-            f"Nothing was read. Name the one that is meant:  --format {fitting[0]}"
+            f"Nothing was read. Name the one that is meant:  --format {' or --format '.join(fitting)}"
         )
     if fitting:
-        return complete_splits(FORMATS[fitting[0]].read(name, root))
+        entry = FORMATS[fitting[0]]
+        return complete_splits((entry.parts[part] if part else entry.read)(name, root))
     layouts = "\n          or ".join(FORMATS[known].layout for known in asked)
     raise DataError(
-        f"{root} holds no data set that can be read{f' as {format_name}' if format_name else ''}.\n"
+        f"{root} holds no data set that can be read{f' as {own}' if own else ''}.\n"
         f"  wanted  {layouts}\n"
         f"  found   {', '.join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else root.name}"
     )

@@ -1,4 +1,4 @@
-"""Readers for two public surface sets: KolektorSDD2 and MVTec AD."""
+"""Readers for public surface sets: KolektorSDD, KolektorSDD2 and MVTec AD."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from featprobe.geometry import Size
 from featprobe.targets import Target
 
 KOLEKTOR_MASK = "_GT"
+KOLEKTOR_LABEL = "_label.bmp"
 GOOD = "good"
 
 
@@ -37,6 +38,33 @@ def read_kolektor(name: str, root: Path) -> DataSet:
 
     tasks = tasks_of(masks=True, instances=False)
     return DataSet(name, root, ("background", "defect"), tuple(samples), tasks, read_target)
+
+
+def is_commutators(root: Path) -> bool:
+    """Whether a folder is the first KolektorSDD: kosNN/PartN.jpg with PartN_label.bmp."""
+    return next(root.glob(f"kos*/*{KOLEKTOR_LABEL}"), None) is not None
+
+
+def read_commutators(name: str, root: Path) -> DataSet:
+    """The data set of the first KolektorSDD; the group is the commutator, a folder kosNN. It has no split of its own.
+
+    Layout: Tabernik et al., 2019, and the dataset's page at vicos.si. Whatever is not 0 in a mask is the defect.
+    """
+    folders = sorted(path for path in root.glob("kos*") if path.is_dir())
+    images = [path for folder in folders for path in files_below(root, folder, (".jpg",))]
+    if not images:
+        raise DataError(f"{root} holds no images. wanted: kosNN/PartN.jpg with PartN{KOLEKTOR_LABEL}.")
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        path = kept_below(root, sample.image.with_name(f"{sample.image.stem}{KOLEKTOR_LABEL}"))
+        labels = read_binary(path)
+        check_size((labels.shape[0], labels.shape[1]), size, path)
+        return Target(labels, None)
+
+    samples = tuple(Sample(path.relative_to(root).as_posix(), path, path.parent.name) for path in images)
+    tasks = tasks_of(masks=True, instances=False)
+    notes = ("groups are the commutators, a folder each",)
+    return DataSet(name, root, ("background", "defect"), samples, tasks, read_target, notes)
 
 
 def is_mvtec(root: Path) -> bool:
