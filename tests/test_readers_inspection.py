@@ -61,17 +61,18 @@ def test_an_unknown_part_of_a_format_lists_the_known_ones(tmp_path: Path) -> Non
 # ---- GC10-DET --------------------------------------------------------------------------------------------------------
 
 
-def test_gc10_det_reads_an_image_in_two_class_folders_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["", "images/"])
+def test_gc10_det_reads_an_image_in_two_class_folders_once(tmp_path: Path, place: str) -> None:
     """img_1 lies in two folders; two images are called img_9."""
     for folder, number, seed in ((1, 1, 1), (2, 1, 1), (2, 2, 2), (10, 3, 3), (1, 9, 4), (2, 9, 5)):
-        picture(tmp_path / str(folder) / f"img_{number}.jpg", seed=seed)
+        picture(tmp_path / f"{place}{folder}" / f"img_{number}.jpg", seed=seed)
     kinds = {1: ["1_chongkong", "2_hanfeng"], 2: ["2_hanfeng"], 3: ["10_yaozhed"], 9: ["1_chongkong"]}
     for number, own in kinds.items():
         text(tmp_path / "lable" / f"img_{number}.xml", xml([(kind, PORE[1]) for kind in own]))
     data = read_data("set", tmp_path)
-    assert {s.id for s in data.samples} == {"1/img_1.jpg", "2/img_2.jpg", "10/img_3.jpg"}
+    assert {s.id for s in data.samples} == {f"{place}{name}.jpg" for name in ("1/img_1", "2/img_2", "10/img_3")}
     assert data.classes == ("background", "10_yaozhed", "1_chongkong", "2_hanfeng")
-    assert [i.category for i in objects_of(data, "1/img_1.jpg")] == [2, 3]
+    assert [i.category for i in objects_of(data, f"{place}1/img_1.jpg")] == [2, 3]
     assert "1 images lie in several folders and are counted once: img_1" in data.notes
     assert "1 names stand for several images and one XML file and are left out: img_9" in data.notes
 

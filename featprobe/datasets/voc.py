@@ -184,8 +184,8 @@ def _places_in(folder: Path, split: str) -> list[Place]:
     inside = {path.name.lower(): path for path in folders_in(folder)}
     annotations = next((inside[name] for name in ANNOTATIONS if name in inside), None)
     images = next((inside[name] for name in IMAGES if name in inside), None)
-    by_class = images is None and annotations is not None and annotations.name.lower() == GC10
-    images = folder if by_class else images
+    by_class = annotations is not None and annotations.name.lower() == GC10
+    images = folder if by_class and images is None else images
     if annotations is None or images is None or next(annotations.rglob("*.xml"), None) is None:
         return []
     return [Place(annotations, images, split, by_class)]
