@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "featprobe"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "levels"),
-    ("specs", "geometry", "targets", "machine"),
+    ("specs", "geometry", "targets", "machine", "processes"),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),
     ("stages",),
     ("cli",),
@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 APART = 2  # the layer whose parts know nothing of each other
 DOORS = {
+    "accelerate": ("processes",),
     "h5py": ("cache",),
     "timm": ("backbones",),
     "huggingface_hub": ("backbones",),

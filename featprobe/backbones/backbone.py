@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from featprobe.backbones.weights import load_strictly, read_embedded, read_weights, weights_sha256
 from featprobe.errors import BackboneError, nearest
 from featprobe.levels import FeatureLevel, Features, choose_levels
+from featprobe.processes import check_norms, count
 from featprobe.specs import BackboneSpec
 
 HUB_FILE = "model.safetensors"
@@ -89,8 +91,9 @@ class Backbone(nn.Module):
         """Let the model be trained.
 
         batch_norm: "frozen" keeps the statistics, scale and shift of every BatchNorm as they were pretrained, which
-        small batches need. checkpointing: compute activations again on the way back, to save memory.
-        Raises BackboneError when the model can't do that.
+        small batches need; "train" takes those of several processes together, which needs GPUs. checkpointing: compute
+        activations again on the way back, to save memory. Raises BackboneError when the model can't do that, ProbeError
+        for a BatchNorm that several processes on CPUs would train.
         """
         if checkpointing and batch_norm == "train":
             raise BackboneError(
@@ -100,11 +103,21 @@ class Backbone(nn.Module):
         self._frozen = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and batch_norm == "frozen"]
         for norm in self._frozen:
             norm.requires_grad_(False)
+        if batch_norm == "train" and count() > 1:
+            self._synchronise()
         if checkpointing:
             if not callable(getattr(self.model, "set_grad_checkpointing", None)):
                 raise BackboneError(f"{self.spec.model} has no activation checkpointing in timm. Leave it away.")
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self._leave_idle_frozen()
+
+    def _synchronise(self) -> None:
+        """Let BatchNorms take the statistics of all processes' images."""
+        if self._mean.device.type == "cuda":
+            self.model = convert_sync_batchnorm(self.model)
+        was = self.training
+        check_norms(self.train())
+        self.train(was)
 
     def _leave_idle_frozen(self) -> None:
         """Freeze what no level stands on, as the classifier: it has no gradient, and needs no state."""

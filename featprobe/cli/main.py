@@ -158,7 +158,9 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --data xray --backbone embedded --lr 1e-3,5e-3 --show 4
       featprobe probe --task detect --data surface
       featprobe probe --task semseg --head upsample --fraction 0.1,0.3,1
+      torchrun --nproc-per-node 2 -m featprobe probe --task detect --data surface
     """
+    from featprobe.processes import is_main
     from featprobe.stages.probe import probe as run
 
     report = run(
@@ -169,7 +171,8 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
         _probe_options(options),
         lambda line: click.echo(line, err=True),
     )
-    _show_probe(report, json_, _workspace(ctx).probes)
+    if is_main():
+        _show_probe(report, json_, _workspace(ctx).probes)
 
 
 @cli.command()
@@ -218,7 +221,9 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
       featprobe finetune
       featprobe finetune --regime frozen-online
       featprobe finetune --task detect --data surface --backbone embedded --backbone-lr 0.3
+      torchrun --nproc-per-node 4 -m featprobe finetune
     """
+    from featprobe.processes import is_main
     from featprobe.stages.finetune import finetune as run
     from featprobe.stages.trials import Tuning
 
@@ -232,6 +237,8 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
         lambda line: click.echo(line, err=True),
         dry_run,
     )
+    if not is_main():
+        return
     if report.rows or json_:
         return _show_probe(report, json_, _workspace(ctx).probes)
     for note in report.notes:

@@ -89,7 +89,7 @@ _HEAD = [
     click.option(
         "--batch-size",
         type=click.IntRange(1),
-        help="Images per step.  [default: 16 linear, 8 upsample, 8 fcos, 4 others]",
+        help="Images per step, of all processes together.  [default: 16 linear, 8 upsample, 8 fcos, 4 others]",
     ),
     click.option("--lr", callback=numbers, help="Peak learning rates of AdamW, separated by commas; all are tried."),
     click.option("--weight-decay", callback=numbers, help="Weight decays, separated by commas; all are tried."),

@@ -10,6 +10,7 @@ from featprobe.errors import ShapeError
 from featprobe.levels import Features
 from featprobe.probes.linear import LinearHead, fold, sum_of_levels
 from featprobe.probes.losses import level_loss
+from featprobe.processes import summed
 
 LANES = 16  # a product's outputs come in multiples of these
 LARGEST_SUM = (
@@ -86,7 +87,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> Tensor:
         """shares: (batch, classes, rows, columns), weighted. shift, weights: as arranged. Returns (heads,)."""
         classes = shares.shape[1] - 1
-        total = shares.sum().clamp(min=1e-12)
+        total = summed(shares.sum()).clamp(min=1e-12)
         gradients = [torch.zeros_like(weight) for weight in weights]
         of_shift = torch.zeros_like(shift)
         losses = shares.new_zeros(heads)

@@ -20,6 +20,7 @@ from featprobe.probes.objects import (
     suppress,
 )
 from featprobe.probes.pyramid import ConvBlock, PyramidKind
+from featprobe.processes import summed
 
 CENTRE_RADIUS = 2.5  # cells around an object's centre that answer for it; long thin cracks need more than FCOS's 1.5
 PRIOR = 0.01  # probability that a cell begins by giving to every class
@@ -129,7 +130,7 @@ class FcosHead(nn.Module):
         found = index >= 0
         crowded = torch.stack([in_crowd(cells.centres, t.crowds) for t in targets])
         counted = cells.inside & (found | ~crowded)
-        count = found.sum().clamp(min=1)
+        count = summed(found.sum()).clamp(min=1)
         wanted = torch.zeros_like(cells.logits)
         boxes = torch.zeros_like(cells.distances)
         for image, target in enumerate(targets):
@@ -147,7 +148,7 @@ class FcosHead(nn.Module):
         predicted = torch.cat([centres - distances[:, :2], centres + distances[:, 2:]], 1)
         giou = generalized_box_iou_loss(predicted, true, reduction="none")
         weight = centrality + 1e-3
-        total = total + (giou * weight).sum() / weight.sum().clamp(min=1e-3)
+        total = total + (giou * weight).sum() / summed(weight.sum()).clamp(min=1e-3)
         said = cells.centrality[found]
         return total + binary_cross_entropy_with_logits(said, centrality, reduction="sum") / count
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from featprobe.levels import FeatureLevel, Features
+from featprobe.processes import summed
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # of BatchNorm, as in torch.nn.BatchNorm2d
 
@@ -55,7 +56,8 @@ def weighted_moments(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, T
     x: (batch, channels, cells), float32. share: (batch, cells), weights in [0, 1], or None for ones.
 
     Sums over cells are taken in x's own format in one pass each, then joined in float64: twice as fast
-    as torch.var_mean on CPUs, and exact to far below the rounding of fp16 features.
+    as torch.var_mean on CPUs, and exact to far below the rounding of fp16 features. Of several processes all get the
+    moments of the whole batch.
     """
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     if share is None:
@@ -67,6 +69,7 @@ def weighted_moments(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, T
         count = share.sum(dtype=wide)
         total = (x @ weights).squeeze(2).to(wide).sum(0)
         squares = (x.square() @ weights).squeeze(2).to(wide).sum(0)
+    count, total, squares = summed(torch.cat([count[None], total, squares])).split([1, len(total), len(squares)])
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=0), count
 

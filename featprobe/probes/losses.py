@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, one_hot
 
 from featprobe.errors import ProbeError, ShapeError, nearest
+from featprobe.processes import count, summed
 from featprobe.targets import IGNORE
 
 LOSSES = ("ce", "dice", "focal")
@@ -29,7 +30,8 @@ def level_loss(logits: Tensor, shares: Tensor, weights: Tensor | None = None, lo
 
     logits: (batch, classes, rows, columns). shares: the same shape, area shares as targets.cell_shares
     gives them. weights: (classes,), or None for ones. loss: terms of parse_loss, added up.
-    Returns a scalar; for "ce" sum w_c p_c (-log q_c) / sum w_c p_c; 0 where no pixel counts.
+    Returns a scalar; for "ce" sum w_c p_c (-log q_c) / sum w_c p_c; 0 where no pixel counts. Of several processes each
+    gets its part: these add up to the loss of the whole batch.
 
     "ce" is exactly the per-pixel loss of logits upsampled by nearest neighbour, with ignored pixels and
     class weights, and so are the others. torch's cross_entropy with class probabilities is not: it divides by the
@@ -43,12 +45,12 @@ def level_loss(logits: Tensor, shares: Tensor, weights: Tensor | None = None, lo
     terms = parse_loss(loss)
     weighted = shares if weights is None else shares * weights[:, None, None]
     log_q = torch.log_softmax(logits, 1)
-    total = logits.new_zeros(())
+    total, mass = logits.new_zeros(()), summed(weighted.sum()).clamp(min=1e-12)
     if "ce" in terms:
-        total = total - (weighted * log_q).sum() / weighted.sum().clamp(min=1e-12)
+        total = total - (weighted * log_q).sum() / mass
     if "focal" in terms:
         hard = (1 - log_q.exp()).clamp(min=0).pow(FOCUS)
-        total = total - (weighted * hard * log_q).sum() / weighted.sum().clamp(min=1e-12)
+        total = total - (weighted * hard * log_q).sum() / mass
     if "dice" in terms:
         total = total + _dice(log_q.exp(), shares)
     return total
@@ -58,9 +60,10 @@ def _dice(q: Tensor, shares: Tensor) -> Tensor:
     own = shares.sum((0, 2, 3))  # (classes,)
     said = (q * shares.sum(1, keepdim=True)).sum((0, 2, 3))
     both = (q * shares).sum((0, 2, 3))
+    own, said, both = summed(torch.stack([own, said, both]))
     present = own > 0
     scores = 1 - 2 * both / (own + said).clamp(min=1e-12)
-    return (scores * present).sum() / present.sum().clamp(min=1)
+    return (scores * present).sum() / present.sum().clamp(min=1) / count()  # which all of them have alike
 
 
 def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
@@ -68,14 +71,20 @@ def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, lo
 
     logits: (batch, classes, rows, columns). labels: (batch, height, width), uint8; 255 is ignored. loss: as for
     level_loss.
-    Returns a scalar, the mean weighted by the class weights; 0 where no pixel counts.
+    Returns a scalar, the mean weighted by the class weights; 0 where no pixel counts; for several processes as
+    level_loss.
     """
     upsampled = interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
     target = labels.long()
-    if bool((target == IGNORE).all()):
+    if count() == 1 and bool((target == IGNORE).all()):
         return upsampled.sum() * 0
-    if parse_loss(loss) == ("ce",):
+    if parse_loss(loss) == ("ce",) and count() == 1:
         return cross_entropy(upsampled, target, weights, ignore_index=IGNORE)
+    if parse_loss(loss) == ("ce",):
+        of_class = logits.new_ones(logits.shape[1]) if weights is None else weights
+        mass = torch.cat([of_class, of_class.new_zeros(IGNORE + 1 - len(of_class))])[target].sum()
+        total = cross_entropy(upsampled, target, weights, ignore_index=IGNORE, reduction="sum")
+        return total / summed(mass).clamp(min=1e-12)
     classes = logits.shape[1]
     shares = one_hot(target.clamp(max=classes), classes + 1)[..., :classes].movedim(-1, 1).to(logits.dtype)
     return level_loss(upsampled, shares, weights, loss)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, pad
+from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, pad, smooth_l1_loss
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -25,6 +25,7 @@ from featprobe.probes.objects import (
     maps_of,
 )
 from featprobe.probes.pyramid import PyramidKind
+from featprobe.processes import summed
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 HIDDEN_PER_WIDTH = 4  # of the two fully connected layers of the box head
@@ -98,7 +99,7 @@ class RcnnHead(nn.Module):
         self.regions.crowds = [t.crowds for t in targets or ()]
         results, more = self.regions(maps, proposals, contents, wanted)
         if targets is not None:
-            counted = [*losses.values(), *(more.values() if self.regions.sampled else ())]
+            counted = [*losses.values(), *self.regions.of_the_batch(more)]
             return torch.stack(counted).sum()
         return [
             Detections(r["boxes"], r["labels"], r["scores"], r["masks"][:, 0] if "masks" in r else None)
@@ -144,19 +145,25 @@ class _Proposals(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        if not any(bool((label >= 0).any()) for label in labels):  # a mean over nothing would be nan
-            return objectness.sum() * 0, pred_bbox_deltas.sum() * 0
-        return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+        """torchvision's two losses, as parts of those of all processes' anchors; 0 where none is counted."""
+        positive, negative = (torch.cat(own).nonzero()[:, 0] for own in self.fg_bg_sampler(labels))
+        sampled = torch.cat([positive, negative])
+        wanted = torch.cat(regression_targets)[positive]
+        boxes = smooth_l1_loss(pred_bbox_deltas[positive], wanted, beta=1 / 9, reduction="sum")
+        said = objectness.flatten()[sampled]
+        objects = binary_cross_entropy_with_logits(said, torch.cat(labels)[sampled], reduction="sum")
+        count = summed(torch.tensor(len(sampled), device=said.device)).clamp(min=1)
+        return objects / count, boxes / count
 
 
 class _Regions(RoIHeads):
     """torchvision's region heads; proposals that lie half in a crowd or more are not taken for background.
 
-    sampled: whether the last batch held any proposal that is something or nothing; without one there is no loss.
+    counts: how many proposals the last batch's losses stand on, and how many of them are objects.
     """
 
     crowds: list[Tensor]
-    sampled: bool
+    counts: tuple[int, int]
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -167,8 +174,20 @@ class _Regions(RoIHeads):
                 iou, area = box_iou(own, crowds), box_area(own)[:, None]
                 shared = iou * (area + box_area(crowds)) / (1 + iou)
                 label[((shared / area.clamp(min=1e-6)).amax(1) >= 0.5) & (label == 0)] = -1
-        self.sampled = any(bool((label >= 0).any()) for label in labels)
         return matched, labels
+
+    def subsample(self, labels: list[Tensor]) -> list[Tensor]:
+        chosen = super().subsample(labels)
+        found = torch.cat([label[own] for label, own in zip(labels, chosen, strict=True)])
+        self.counts = len(found), int((found > 0).sum())
+        return chosen
+
+    def of_the_batch(self, losses: dict[str, Tensor]) -> list[Tensor]:
+        """torchvision's means over the proposals of one process, as parts of those of all; none without a proposal."""
+        own = torch.tensor(self.counts, device=self.crowds[0].device)
+        proposals, objects = own / summed(own).clamp(min=1)
+        shares = {"loss_classifier": proposals, "loss_box_reg": proposals, "loss_mask": objects}
+        return [loss * shares[name] for name, loss in losses.items()] if self.counts[0] else []
 
 
 class RegionPool(nn.Module):

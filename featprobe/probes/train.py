@@ -17,20 +17,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from featprobe.errors import DivergedError, ProbeError
 from featprobe.levels import Features
 from featprobe.probes.losses import parse_loss
+from featprobe.processes import check_batch, check_norms, is_main, sum_gradients, summed
 
 Rows = NDArray[np.intp]
 Feed = Callable[[Iterable[Rows]], Iterator[tuple[Rows, Features]]]
 """Yields (rows, their features) for each array of row indices that it is given."""
 TrainingFeed = Callable[[Iterable[Rows], int], Generator[tuple[Any, Features]]]
 """From arrays of row indices, and the number of the first of them in a training, to (what the loss takes beside the
-features: the rows, or rows with labels of their own; features)."""
+features: the rows, or rows with labels of their own; features). Of several processes each yields its own part of every
+array, `processes.own_part`."""
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
     """How a head is trained; equal for every backbone that is compared.
 
-    warmup: share of the iterations over which the learning rate rises from 0. loss, loss_at, class_weights: of dense
+    batch_size: images a step, of all processes together. warmup: share of the iterations over which the learning rate
+    rises from 0. loss, loss_at, class_weights: of dense
     heads. clip: largest L2 norm of a head's gradient, 0 for no limit. evaluations: how many points the validation
     curve has. Weights are kept from the end of training.
     """
@@ -166,6 +169,7 @@ def train(
     recipes: one a head, which may differ in learning rate and weight decay alone. loss: from features and what the feed
     gives with them to the losses, (heads,). seed: of the order of rows. evaluate: scores of every head on validation.
     tuned: the backbone behind the feed, where it is trained as well. progress: told the step and the mean loss.
+    Several processes take their part of each batch: losses add up over them, and every one ends with the same weights.
 
     A head whose loss is not finite any more is given up: its curve ends, the others go on. Raises DivergedError when
     that holds for all of them.
@@ -177,6 +181,8 @@ def train(
     sizes = [len(part) for part in _parts(next(batches_of(rows, recipe, seed)), tuned)]
     left = islice(batches_of(rows, recipe, seed), loop.step, None)
     loop.mode(training=True)
+    check_batch(sum(sizes), len(sizes))
+    check_norms(loop.moving)
     with closing(feed((part for batch in left for part in _parts(batch, tuned)), loop.step * len(sizes))) as fed:
         while loop.step < recipe.iterations:
             loop.take(fed, sizes, loss)
@@ -185,7 +191,7 @@ def train(
                 with loop.averaged():
                     progress(loop.step, loop.mark(evaluate))
                 loop.mode(training=True)
-            if keeper:
+            if keeper and is_main():
                 keeper.save(loop.step, loop.state)
     loop.finish()
     return loop.curves
@@ -236,6 +242,7 @@ class _Loop:
             values = loss(features, batch) * (size / sum(sizes))  # (heads,)
             values.sum().backward()
             total = total.to(values.device) + values.detach()
+        sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         for head in self.heads:
             if self.recipes[0].clip:
                 nn.utils.clip_grad_norm_(head.parameters(), self.recipes[0].clip)
@@ -245,7 +252,7 @@ class _Loop:
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.moving)
-        self.losses.append(total)
+        self.losses.append(summed(total))
         self.step += 1
 
     def mark(self, evaluate: Callable[[], Sequence[dict[str, float]]]) -> float:

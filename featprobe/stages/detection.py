@@ -15,9 +15,10 @@ from featprobe.levels import Features
 from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
 from featprobe.probes import Detections, ObjectTarget, object_sides, objects_at_original
 from featprobe.probes.train import Feed, Rows
+from featprobe.processes import from_main, gathered
 from featprobe.report.sheets import Panel
 from featprobe.stages.live import Truth, Views
-from featprobe.stages.outcome import Batch, Outcome, evaluation_batches
+from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_here
 from featprobe.targets import Instance, Rle, components, decode_rle, labels_in_frame
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
@@ -91,13 +92,13 @@ class Detection:
                 yield row, [objects_at_original(own[i], self.cache.rows[row].placement) for own in every]
 
     def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
-        """COCO's scores of each head on rows."""
+        """COCO's scores of each head on rows, which several processes share out among them."""
         results: list[list[dict[str, Any]]] = [[] for _ in heads]
-        for row, found in self.predictions(heads, feed, rows):
+        for row, found in self.predictions(heads, feed, scored_here(rows)):
             for own, objects in zip(results, found, strict=True):
                 own += coco_results(objects, self.cache.image_id(row), self.category_ids)
-        truth = self.truth(rows)
-        return [self._outcome(truth, own) for own in results]
+        every = [gathered(own) for own in results]
+        return from_main(lambda: [self._outcome(truth, own) for truth in [self.truth(rows)] for own in every])
 
     def truth(self, rows: Rows) -> dict[str, Any]:
         """The rows' objects as COCO JSON holds them."""

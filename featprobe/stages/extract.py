@@ -1,7 +1,6 @@
 """Images to cache: decode ahead, compute on the device, write behind; stop and go on at will."""
 
 import json
-import os
 import platform
 import queue
 import shlex
@@ -43,6 +42,7 @@ from featprobe.datasets.images import frame_image, read_levels
 from featprobe.errors import BackboneError, CacheError, DataError, OverflowsDtypeError
 from featprobe.geometry import Fit, Size, parse_size
 from featprobe.machine import free_disk, human_bytes, pick_device
+from featprobe.processes import launched
 from featprobe.specs import BackboneSpec, CacheDtype, DataInfo, FeatureRecipe
 from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, survey
 from featprobe.stages.workspace import Workspace
@@ -125,7 +125,7 @@ def extract(
     Raises FeatprobeError; whatever was whole before stays whole.
     """
     options = configured(options or ExtractOptions(), workspace.data_options(data_name))
-    if os.environ.get("RANK", "0") != "0":
+    if launched()[0]:
         options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
     data = workspace.data_set(data_name, options.format)
@@ -178,7 +178,7 @@ def extract_with(
         raise BackboneError(f"--precision amp needs a CUDA device; this is {device}. Leave it away.")
     begun = time.perf_counter()
     job = prepare(workspace, backbone, data, options)
-    start, stop = share_of(len(job.rows), options.batch_size, options.shard or _rank())
+    start, stop = share_of(len(job.rows), options.batch_size, options.shard or _own_shard())
     look_seconds = time.perf_counter() - begun
     with RowLocks(job.path) as locks:
         locks.wait_for_creation()
@@ -509,11 +509,10 @@ def speed_text(report: ExtractReport) -> str:
     return "\n".join(lines)
 
 
-def _rank() -> tuple[int, int] | None:
+def _own_shard() -> tuple[int, int]:
     """This process's shard under torchrun."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    return int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
+    rank, count = launched()
+    return rank + 1, count
 
 
 def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:

@@ -7,8 +7,10 @@ from typing import Any
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, FeatprobeError, ProbeError
+from featprobe.machine import pick_device
 from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import read_card, read_rows
+from featprobe.processes import is_main, together
 from featprobe.stages.probe import ProbeReport, checked, find_caches, notes_of, show
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
@@ -49,10 +51,24 @@ def finetune(
     already is not trained again. With none of these: the missing counterpart of every frozen result in
     probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
     moves; the default is the full regime. say: told the list with the predicted time first. dry_run: that list alone.
-    Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
+    Processes that torchrun started do this together, as for `probe`. Raises FeatprobeError when there is nothing to
+    train, or images or weights are not here any more.
     """
     options = options or ProbeOptions()
     options = replace(options, tuning=options.tuning or Tuning())
+    with together(pick_device(options.device)):
+        return _finetune(workspace, task, data, backbones, options, say if is_main() else lambda line: None, dry_run)
+
+
+def _finetune(
+    workspace: Workspace,
+    task: str | None,
+    data: Sequence[str],
+    backbones: Sequence[str],
+    options: ProbeOptions,
+    say: Say,
+    dry_run: bool,
+) -> ProbeReport:
     if task or data or backbones:
         wanted, notes = _asked_for(workspace, task or "semseg", data, backbones, options)
     else:
@@ -70,7 +86,7 @@ def finetune(
         run.forecast = seconds
         rows += run.do(say)
         notes += run.notes
-        if options.show:
+        if options.show and is_main():
             show(run, options.show, sheets, notes)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 

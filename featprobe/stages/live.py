@@ -19,6 +19,7 @@ from featprobe.errors import DataError
 from featprobe.levels import Features
 from featprobe.probes import ObjectTarget
 from featprobe.probes.train import Rows
+from featprobe.processes import own_part
 from featprobe.stages.augment import Augmentation, View, augment
 from featprobe.targets import Instance, Labels
 
@@ -76,27 +77,32 @@ class LiveFeatures:
 
     def batches(self, orders: Iterable[Rows]) -> Generator[tuple[Rows, Features]]:
         """(rows, their features) for each array of row indices, the images framed as extraction frames them."""
-        for rows, views in self._ahead(orders, lambda row, number, place: self._framed(row), 0):
+        for rows, views in self._ahead(((rows, 0) for rows in orders), lambda row, number, place: self._framed(row), 0):
             yield rows, self._features(views)
 
     def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Any, Features]]:
-        """(rows, or augmented views of them with their labels; features). first: number of the first batch."""
+        """(rows, or augmented views of them with their labels; features). first: number of the first batch.
+
+        Of several processes each gets its part of every batch.
+        """
+        cut = ((rows, own_part(len(rows))) for rows in orders)
+        parts = ((rows[own], own.start) for rows, own in cut)
         if self.augmentation is None:
-            yield from self.batches(orders)
+            yield from self.batches(rows for rows, _ in parts)
             return
-        for rows, views in self._ahead(orders, self._augmented, first):
+        for rows, views in self._ahead(parts, self._augmented, first):
             labels = [view.labels for view in views if view.labels is not None]
             objects = tuple(view.objects for view in views if view.objects is not None)
             yield Views(rows, torch.stack(labels) if labels else None, objects or None), self._features(views)
 
     def _ahead(
-        self, orders: Iterable[Rows], work: Callable[[int, int, int], View], first: int
+        self, parts: Iterable[tuple[Rows, int]], work: Callable[[int, int, int], View], first: int
     ) -> Iterator[tuple[Rows, list[View]]]:
-        """Batches whose images are made ahead, by threads."""
+        """Batches whose images are made ahead, by threads. parts: rows, and the place of the first in its batch."""
         waiting: deque[tuple[Rows, list[Future[View]]]] = deque()
         try:
-            for number, rows in enumerate(orders, first):
-                jobs = [partial(work, row, number, place) for place, row in enumerate(rows.tolist())]
+            for number, (rows, start) in enumerate(parts, first):
+                jobs = [partial(work, row, number, place) for place, row in enumerate(rows.tolist(), start)]
                 waiting.append((rows, [self.pool.submit(job) for job in jobs]))
                 if len(waiting) > AHEAD:
                     done, futures = waiting.popleft()

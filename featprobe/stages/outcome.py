@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from featprobe.probes.train import Rows
+from featprobe.processes import own_part
 from featprobe.stages.live import Views
 
 EVALUATION_BATCH = 8
@@ -30,6 +31,12 @@ class Outcome:
 def evaluation_batches(rows: Rows) -> list[Rows]:
     """Rows in order, a few at a time."""
     return [rows[i : i + EVALUATION_BATCH] for i in range(0, len(rows), EVALUATION_BATCH)] if len(rows) else []
+
+
+def scored_here(rows: Rows) -> Rows:
+    """The rows that this process scores of those that several score together: whole batches, as one process has."""
+    own = evaluation_batches(rows)[own_part(-(-len(rows) // EVALUATION_BATCH))]
+    return np.concatenate([rows[:0], *own])
 
 
 def spread_over(rows: Rows, fullness: Callable[[int], int], count: int) -> Rows:

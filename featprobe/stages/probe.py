@@ -7,7 +7,9 @@ from typing import Any
 
 from featprobe.cache import UNREADABLE, Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, nearest
+from featprobe.machine import pick_device
 from featprobe.probes import DEFAULT_RECIPES, HeadRecipe, TrainRecipe, build_head, grid_of, kinds_of
+from featprobe.processes import is_main, together
 from featprobe.stages.trials import ProbeOptions, Run, Say, split_rows
 from featprobe.stages.workspace import Workspace
 
@@ -33,10 +35,18 @@ def probe(
 ) -> ProbeReport:
     """Train and score heads on every complete cache that can serve a task, or on those asked for.
 
-    say: told, before each training starts, how long it will take. Raises FeatprobeError when nothing fits, or when a
-    cache that is asked for is not complete.
+    say: told, before each training starts, how long it will take. Processes that torchrun started do this together, and
+    all return the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or
+    when a cache that is asked for is not complete.
     """
     options = checked(task, options or ProbeOptions())
+    with together(pick_device(options.device)):
+        return _probe(workspace, task, data, backbones, options, say if is_main() else lambda line: None)
+
+
+def _probe(
+    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions, say: Say
+) -> ProbeReport:
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
     for cache in caches:  # all of them, before the first is trained on
         split_rows(cache, options.split)
@@ -52,7 +62,7 @@ def probe(
                 run = Run(workspace, cache, task, options, seeds, fraction)
                 rows += run.do(say)
                 notes += run.notes
-                if options.show and not shown:
+                if options.show and not shown and is_main():
                     shown = True
                     show(run, options.show, sheets, notes)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))

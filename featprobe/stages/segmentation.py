@@ -27,9 +27,10 @@ from featprobe.probes import (
     start_at_prior,
 )
 from featprobe.probes.train import Feed, Rows
+from featprobe.processes import count, gathered
 from featprobe.report.sheets import Panel
 from featprobe.stages.live import Truth, Views
-from featprobe.stages.outcome import Batch, Outcome, evaluation_batches
+from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_here
 from featprobe.targets import cell_shares, labels_in_frame
 
 LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
@@ -124,14 +125,14 @@ class Segmentation:
                 yield row, [predict_classes(own[i], stride, placement).cpu().numpy() for own in every]
 
     def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
-        """Scores of each head on rows."""
-        classes = len(self.classes)
-        matrices = np.zeros((len(heads), len(rows), classes, classes), dtype=np.int64)
-        for i, (row, found) in enumerate(self.predictions(heads, feed, rows)):
+        """Scores of each head on rows, which several processes share out among them."""
+        classes, here = len(self.classes), scored_here(rows)
+        matrices = np.zeros((len(heads), len(here), classes, classes), dtype=np.int64)
+        for i, (row, found) in enumerate(self.predictions(heads, feed, here)):
             truth = self.cache.semantic(row)
             for own, predicted in zip(matrices, found, strict=True):
                 own[i] = confusion_matrix(truth, predicted, classes)
-        return [self._outcome(own, rows) for own in matrices]
+        return [self._outcome(own, rows) for own in np.concatenate(gathered([matrices]), axis=1)]
 
     def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
         """(row, what draws truth and prediction over its image) for each row."""
@@ -168,7 +169,7 @@ class _LabelStore:
         self.pixels = torch.zeros(classes, dtype=torch.float64)
         frame = cache.recipe.frame
         per_row = frame[0] * frame[1] * (2 * classes / stride**2 if loss_at == "level" else 1)
-        keep = ready and per_row * len(rows) < LABEL_MEMORY_SHARE * available_memory()
+        keep = ready and per_row * len(rows) < LABEL_MEMORY_SHARE * available_memory() / count()
         self.kept: dict[int, Tensor] = {}
         for row in rows.tolist():
             labels = self._labels(row)

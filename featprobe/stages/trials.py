@@ -43,12 +43,13 @@ from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Rows, Tuned
+from featprobe.processes import check_batch, count, from_main, is_main, own_part
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import BackboneSpec, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.live import LiveFeatures
-from featprobe.stages.outcome import Outcome, evaluation_batches, spread_over
+from featprobe.stages.outcome import Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
@@ -184,15 +185,20 @@ class Run:
         self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name
         self.rows = split_rows(cache, options.split)
         self.task = self._task()
+        if self.kind != "ridge":
+            check_batch(min(self.recipe.batch_size, len(self.rows["train"])), self.parts)
         sides = self.task.sides if isinstance(self.task, Detection) else ()
         self.head_recipe = HeadRecipe(
             task, self.kind, self.classes, options.levels, options.width, options.pyramid, sides
         )
 
     def do(self, say: Say) -> list[dict[str, Any]]:
-        """Train on train, choose on val, score the chosen on test once; write heads, cards, curves, result rows."""
+        """Train on train, choose on val, score the chosen on test once; write heads, cards, curves, result rows.
+
+        Several processes do that together; the main one alone writes.
+        """
         begun = time.perf_counter()
-        for seed in self.seeds:
+        for seed in self.seeds if is_main() else ():
             make_folder(self.folder / f"seed{seed}")  # now, and not after an hour of training
         trials = self._trials()
         self._note_absent(trials[0].head)
@@ -208,6 +214,17 @@ class Run:
             "extract": extraction_seconds(self.cache) if self.regime == "frozen" else None,
         }
         self.head = trials[chosen[0]].head
+        return from_main(lambda: self._keep(trials, curves, chosen, outcomes, seconds))
+
+    def _keep(
+        self,
+        trials: Sequence[Trial],
+        curves: Sequence[list[CurvePoint]],
+        chosen: Sequence[int],
+        outcomes: Sequence[Outcome],
+        seconds: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Write the chosen heads and their rows; returns the rows."""
         rows = []
         for seed, index, outcome in zip(self.seeds, chosen, outcomes, strict=True):
             row = self._row(trials[index], curves[index], outcome, len(curves) // len(self.seeds), seconds)
@@ -263,6 +280,11 @@ class Run:
             return None
         start = self.tuning.init_head and read_card(Path(self.tuning.init_head))["head_sha256"]
         return self.tuning.to_json() | {"precision": self.precision, "init_head": start}
+
+    @property
+    def parts(self) -> int:
+        """Parts of a batch that go forward one after another."""
+        return self.tuning.accumulate if self.tuning else 1
 
     @property
     def augmentation(self) -> Augmentation | None:
@@ -374,10 +396,10 @@ class Run:
     def _train(self, trials: Sequence[Trial], source: Source, index: int = 0) -> list[list[CurvePoint]]:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads, fresh=self.fresh)
-        parts = self.tuning.accumulate if self.tuning else 1
         bar = tqdm(
-            total=parts * self.recipe.iterations, desc=self._title(), unit="it", disable=self.options.quiet, leave=False
-        )
+            total=self.parts * self.recipe.iterations, desc=self._title(), unit="it",
+            disable=self.options.quiet or not is_main(), leave=False,
+        )  # fmt: skip
         with bar:
 
             def counted(features: Features, batch: Any) -> Tensor:
@@ -421,10 +443,18 @@ class Run:
         return [checkpoint for checkpoint in found if checkpoint is not None]
 
     def _solve(self, trials: Sequence[Trial], source: Source) -> list[list[CurvePoint]]:
-        """Solve for the ridge head, which is trained by no iteration; its strength and offsets come from validation."""
+        """Solve for the ridge head, which is trained by no iteration; the main process does."""
+        state, self.ridge = from_main(lambda: self._solution(trials[0].head, source))
+        for trial in trials:
+            trial.head.load_state_dict(state)
+            trial.head.eval()
+        brief = self.task.evaluate([trials[0].head], source.batches, self.rows["val"])[0].brief
+        return [[CurvePoint(1, 0.0, brief)] for _ in trials]
+
+    def _solution(self, head: nn.Module, source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The solved head's tensors, and its strength and offsets, which come from validation."""
         task = self.task
         assert isinstance(task, Segmentation)
-        head = trials[0].head
         levels: Any = head.levels
         stride = levels[0].stride
         weights = task.weights(stride)
@@ -439,14 +469,10 @@ class Run:
         cells = levels[0].cells(self.cache.recipe.frame)
         step = -(-len(val) * cells[0] * cells[1] * len(self.classes) // MOST_LOGITS)
         index, offsets, _ = choose(solved, batches, step)
-        for trial in trials:
-            trial.head.load_state_dict(solved[index].state_dict())
-            with torch.no_grad():
-                trial.head.get_parameter("bias").add_(offsets)
-            trial.head.eval()
-        self.ridge = {"strength": STRENGTHS[index], "offsets": offsets.tolist(), "tried": len(solved)}
-        brief = task.evaluate([head], source.batches, self.rows["val"])[0].brief
-        return [[CurvePoint(1, 0.0, brief)] for _ in trials]
+        with torch.no_grad():
+            solved[index].bias.add_(offsets)
+        state = {name: value.cpu() for name, value in solved[index].state_dict().items()}
+        return state, {"strength": STRENGTHS[index], "offsets": offsets.tolist(), "tried": len(solved)}
 
     def foresee(self) -> float:
         """Seconds that training will take, from a few steps; raises ProbeError where one does not fit the memory."""
@@ -468,7 +494,7 @@ class Run:
         few = self.rows["val"][:4]
         begun = time.perf_counter()
         self.task.evaluate(together, source.batches, few)
-        evaluation = (time.perf_counter() - begun) * len(self.rows["val"]) / len(few)
+        evaluation = (time.perf_counter() - begun) * len(scored_here(self.rows["val"])) / len(few)
         one = step * self.recipe.iterations + evaluation * self.recipe.evaluations
         self.forecast = one * len(trials) / len(together)
         return self.forecast
@@ -487,7 +513,7 @@ class Run:
 
     def _rehearse(self, moving: nn.Module, loss: Callable[[Features, Any], Tensor], source: Source) -> float:
         """Seconds of a training step; raises ProbeError with a batch size that fits where this one does not."""
-        parts = self.tuning.accumulate if self.tuning else 1
+        parts = self.parts
         rows = self.rows["train"][: -(-min(self.recipe.batch_size, len(self.rows["train"])) // parts)]
         moving.train()
 
@@ -509,13 +535,16 @@ class Run:
         except torch.OutOfMemoryError as error:
             found = str(error).splitlines()[0]
         # out here, where nothing holds the tensors of the step that failed any more
-        fits = largest_that_fits(len(rows), lambda count: sum(steps(count, 1)))
+        # several processes would wait for each other in steps that do not fit all of them
+        fits = 0 if count() > 1 else largest_that_fits(len(rows), lambda images: sum(steps(images, 1)))
         advice = f"--batch-size {fits * parts}" if fits else "fewer --levels, a smaller --width, or --device cpu"
-        if self.regime == "full":
+        if count() > 1:
+            advice = "a smaller --batch-size, more processes, or --device cpu"
+        elif self.regime == "full":
             advice = f"--accumulate {-(-parts * len(rows) // fits)}" if fits else "--checkpointing, or --device cpu"
         raise ProbeError(
             f"{self._title()}: the memory of {self.device} does not hold a training step.\n"
-            f"  wanted  {len(rows)} images at once\n"
+            f"  wanted  {len(rows[own_part(len(rows))])} images at once\n"
             f"  found   {found}\nNothing was trained. What fits:  {advice}"
         )
 
@@ -583,6 +612,7 @@ class Run:
             "test": outcome.scores,
             "seconds": dict(seconds),
             "device": str(self.device),
+            "processes": count(),
             "folder": (self.folder / f"seed{trial.seed}").relative_to(self.workspace.probes).as_posix(),
         }
         if self.kind == "ridge":
@@ -627,7 +657,9 @@ def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
 
 def feed_of(source: Source) -> Any:
     """What a source gives to training, see probes.train.TrainingFeed."""
-    return source.training if isinstance(source, LiveFeatures) else lambda orders, first: source.batches(orders)
+    if isinstance(source, LiveFeatures):
+        return source.training
+    return lambda orders, first: source.batches(rows[own_part(len(rows))] for rows in orders)
 
 
 def spec_of(cache: Cache) -> BackboneSpec:
