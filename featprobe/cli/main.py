@@ -1,5 +1,6 @@
 """The commands. Each parses, calls one stage, and prints one thing."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,8 @@ class _Cli(click.Group):
         except FeatprobeError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"featprobe: {error}", err=True)
+            rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
+            click.echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {error}", err=True)
             ctx.exit(1)
 
 

@@ -68,6 +68,8 @@ class LiveFeatures:
         self.augmentation, self.seed, self.precision = augmentation, seed, precision
         self.pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="image-reader")
         self._known: set[int] = set()  # rows whose image was found to be the cache's
+        fits = augmentation is None or cache.recipe.fit == "resize"  # a crop may have another shape than its image
+        self._whole = fits and all(row.placement.content == cache.recipe.frame for row in cache.rows)
 
     def __enter__(self) -> "LiveFeatures":
         return self
@@ -144,11 +146,10 @@ class LiveFeatures:
         """Features of a batch of framed images, on the device."""
         images = torch.stack([view.image for view in views])  # (batch, 3, height, width)
         content = torch.tensor([view.content for view in views], dtype=torch.int32)
-        whole = bool((content == torch.tensor(self.cache.recipe.frame)).all())
         if self.device.type == "cuda":
             images, content = images.pin_memory(), content.pin_memory()
         images = images.to(self.device, non_blocking=True)
-        moved = None if whole else content.to(self.device, non_blocking=True)
+        moved = None if self._whole else content.to(self.device, non_blocking=True)
         learns = torch.is_grad_enabled() and self.backbone.training
         with torch.set_grad_enabled(learns), self._autocast():
             features: Features = self.backbone(images, moved)
