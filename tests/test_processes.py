@@ -37,7 +37,7 @@ from featprobe.probes import (
     plain,
 )
 from featprobe.probes.saved import Checkpoint, read_rows
-from featprobe.probes.train import train
+from featprobe.probes.train import _Loop, train
 from featprobe.specs import BackboneSpec
 from featprobe.stages import trials
 from featprobe.stages.extract import ExtractOptions, extract
@@ -197,14 +197,18 @@ def test_a_process_that_fails_ends_the_job_and_one_process_goes_on_from_its_stat
     step = torch.load(kept, weights_only=True)["state"]["step"]
     assert 0 < step < LIVE.iterations and not (two.probes / "results.jsonl").exists()
     options = ProbeOptions(recipe=LIVE, seeds=1, quiet=True, tuning=Tuning(ema=0.5))
-    for workspace in (one, two):
-        finetune(workspace, "semseg", options=options)
+    taken: list[int] = []
+    take = _Loop.take
+    monkeypatch.setattr(_Loop, "take", lambda self, *given: (take(self, *given), taken.append(self.step)))
+    finetune(two, "semseg", options=options)
+    assert taken == list(range(step + 1, LIVE.iterations + 1)), "only what was left"
+    finetune(one, "semseg", options=options)
     (_, own), (row, other) = only_row(one), only_row(two)
     assert row["processes"] == 1 and not list(other.glob("checkpoint*"))
     for part in ("head", "backbone"):
         first, second = (load_file(f / f"{part}.safetensors") for f in (own, other))
         for name, value in first.items():
-            assert (value.double() - second[name].double()).norm() <= 1e-2 * value.double().norm() + 1e-3, name
+            assert (value.double() - second[name].double()).norm() <= 5e-3 * value.double().norm() + 1e-4, name
 
 
 EVERY_STEP = """
