@@ -73,6 +73,16 @@ def _leave() -> None:
     PartialState().destroy_process_group()
 
 
+def check_together() -> None:
+    """Raise ProbeError where several processes were launched that would each do the whole job."""
+    rank, started = launched()
+    if started > _count:
+        raise ProbeError(
+            f"This is process {rank} of {started}, and each would train everything and write to the same files.\n"
+            "Nothing was trained. `featprobe probe` and `featprobe finetune` train together. Start anything else once."
+        )
+
+
 def count() -> int:
     """How many processes compute together."""
     return _count

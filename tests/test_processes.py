@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from featprobe import processes
@@ -39,7 +40,6 @@ from featprobe.probes import (
 from featprobe.probes.saved import Checkpoint, read_rows
 from featprobe.probes.train import _Loop, train
 from featprobe.specs import BackboneSpec
-from featprobe.stages import trials
 from featprobe.stages.extract import ExtractOptions, extract
 from featprobe.stages.finetune import finetune
 from featprobe.stages.probe import checked, find_caches, probe
@@ -308,14 +308,17 @@ def dense(kind: str, loss: str, loss_at: str, dtype: torch.dtype = torch.float64
     return head, case
 
 
-def banked(*, padded: bool) -> tuple[nn.Module, Case]:
-    """Two linear heads as a bank; without padding in its fused form."""
+def banked(*, padded: bool, loss_at: str = "level") -> tuple[nn.Module, Case]:
+    """Two linear heads as a bank; at the level, without padding, in its fused form."""
     heads = nn.ModuleList(LinearHead(LEVELS, CLASSES).double() for _ in range(2))
 
     def case(features: Features, own: slice) -> Tensor:
         frozen = {name: m.detach() for name, m in features.maps.items()}
         features = Features(frozen, FRAME, features.content if padded else None)
         bank = LinearBank(list(heads))  # type: ignore[arg-type]
+        if loss_at == "image":  # computed again on the way back, sums over processes too
+            every = [checkpoint(image_loss, z, labels_of()[own], use_reentrant=False) for z in bank.logits(features)]
+            return torch.stack(every).sum()
         return bank.loss(features, cell_shares(labels_of()[own], CLASSES, 4).double()).sum()
 
     return heads, case
@@ -342,6 +345,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Case]]] = {
     "upsample-sum-level": lambda: dense("upsample", "ce+dice+focal", "level"),
     "bank-fused": lambda: banked(padded=False),
     "bank-padded": lambda: banked(padded=True),
+    "bank-image": lambda: banked(padded=True, loss_at="image"),
     "fcos": lambda: objects("detect", "fcos"),
     "fcos-crowded": lambda: objects("detect", "fcos", crowded=True),
     "fasterrcnn": lambda: objects("detect", "fasterrcnn"),
@@ -457,6 +461,16 @@ def test_a_device_that_processes_can_not_share_is_refused(monkeypatch: pytest.Mo
         with pytest.raises(BackboneError, match=r"cuda:1\nLeave"), processes.together(torch.device(device)):
             pass
     assert processes.count() == 1
+
+
+def test_processes_that_would_each_train_everything_are_refused(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache,), _ = find_caches(space, "semseg", (), ())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ProbeError, match="process 1 of 2"):
+        Run(space, cache, "semseg", checked("semseg", ProbeOptions()), [0], 1.0)
 
 
 def test_one_process_does_not_load_accelerate(space: Workspace, tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ class LiveFeatures:
     backbone: it may be exchanged between batches; gradients reach it while it is in training mode. truth: labels of a
     row, at its original size, for the augmented views; masks: whether objects are wanted with theirs. augmentation: of
     training batches, None for the images as they are; its randomness follows from the seed, the number of the batch
-    and the image's place in it, so that a training that goes on sees what it would have seen. precision: "bf16"
-    computes the backbone in bfloat16 where autocast holds that to be safe.
+    and the image's place in it, whichever process makes it, so that a training that goes on sees what it would have
+    seen. precision: "bf16" computes the backbone in bfloat16 where autocast holds that to be safe.
 
     Raises DataError for an image that is not there any more, or not the one that the cache was made from.
     """

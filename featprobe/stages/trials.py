@@ -43,7 +43,7 @@ from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Rows, Tuned
-from featprobe.processes import check_batch, count, from_main, is_main, own_part
+from featprobe.processes import check_batch, check_together, count, from_main, is_main, own_part
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import BackboneSpec, digest
 from featprobe.stages.augment import Augmentation
@@ -167,6 +167,7 @@ class Run:
     ) -> None:
         self.workspace, self.cache, self.task_name, self.options, self.seeds = workspace, cache, task, options, seeds
         self.fraction, self.notes = fraction, list[str]()
+        check_together()
         self.forecast: float | None = None  # seconds of training
         self.weights: dict[int, dict[str, Tensor]] = {}  # of the best trial's own backbone
         self.tuned_sha256, self.backbone_parameters, self.seconds_before = "", 0, 0.0
