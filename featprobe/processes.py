@@ -57,13 +57,14 @@ def together(device: torch.device) -> Iterator[None]:
 
 
 def _check_device(device: torch.device) -> None:
-    own = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type == "cpu" or (device.type == "cuda" and device.index == own):
+    own, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device.type == "cpu" or (device.type == "cuda" and device.index == own < gpus):
         return
     raise BackboneError(
         f"Several processes can't compute on {device} together. Nothing was started.\n"
         f"  wanted  cpu, or cuda: each process takes the GPU of its number on its machine, this one cuda:{own}\n"
-        "Leave --device away, or start one process."
+        f"  found   {gpus} GPUs\n"
+        "Leave --device away, start as many processes as there are GPUs, or one."
     )
 
 
