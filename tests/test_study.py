@@ -1,12 +1,25 @@
 """A study: everything that does not exist is said at once, what is done is skipped, what fails stops nothing else."""
 
+import json
+import multiprocessing
+import random
+import shutil
+import threading
+import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import write_set
+import torch
+from helpers import find_file, write_set
+from tqdm import tqdm
 
+from featprobe.cache import WHOLE, Cache, read_contents
 from featprobe.errors import DataError
+from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
+from featprobe.stages import trials
 from featprobe.stages.study import cells_of, read_study, run_study
 from featprobe.stages.workspace import Workspace, make_generated
 
@@ -54,7 +67,10 @@ def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tm
     assert len(set(kinds)) == len(cells) and ("semseg", "ridge", "full", 1.0, 0) not in kinds
     lines = (workspace.probes / "results.jsonl").read_text().splitlines(keepends=True)
     (workspace.probes / "results.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])  # as a kill leaves it
+    done = next(workspace.probes.rglob("*-full-*/seed0"))
+    (done / "checkpoint0.pt").write_bytes(b"of a training that was killed right after its end")
     again = run_study(workspace, study)
+    assert not list(workspace.probes.rglob("checkpoint*"))
     assert len(again.rows) == 2 and again.done == len(cells) - 2 and not again.failed
     after = [(r["task"], r["head"], r["regime"], r["fraction"], r["seed"]) for r in
              read_rows(workspace.probes / "results.jsonl")[0]]  # fmt: skip
@@ -90,6 +106,154 @@ def test_a_cell_that_fails_does_not_stop_the_others(workspace: Workspace, tmp_pa
     report = run_study(workspace, study)
     assert {cell.data for cell, _ in report.failed} == {str(folder)}
     assert {row["data"] for row in report.rows} == {"surface"} and report.rows
+
+
+def test_a_plan_goes_past_a_damaged_cache(workspace: Workspace, tmp_path: Path) -> None:
+    study = read_study(written(tmp_path, SMALL.replace('["semseg", "detect"]', '["semseg"]')), workspace)
+    run_study(workspace, study)
+    whole = find_file(workspace.root)
+    other = whole.with_name("other-00000000.h5")
+    other.write_bytes(whole.read_bytes()[:-5000])
+    said: list[str] = []
+    plan = run_study(workspace, study, said.append, dry_run=True)
+    assert plan.done == len(plan.cells) and not plan.failed
+    (note,) = plan.notes
+    assert str(other) in note
+    whole.write_bytes(b"this is no cache")
+    said.clear()
+    plan = run_study(workspace, study, said.append, dry_run=True)
+    assert any(line.startswith("to extract") for line in said) and not plan.failed and not plan.done
+    assert {name for name in (str(whole), str(other)) for note in plan.notes if name in note} == {
+        str(whole),
+        str(other),
+    }
+
+
+# ---- several processes, and kills ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Starts real processes that need not import torch first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["featprobe.stages.study", "timm", "torchvision"])
+    return context
+
+
+def append_rows(path: Path, writer: int, count: int) -> None:
+    for number in range(count):
+        append_row(path, {"writer": writer, "number": number, "filling": "x" * (number * 37 % 20_000)})
+
+
+def test_processes_that_append_at_once_lose_and_mix_no_row(processes: ForkServerContext, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append_row(path, {"writer": -1, "number": 0, "filling": ""})
+    with path.open("a") as stream:
+        stream.write('{"version": 1, "writer": -1, "num')  # as a kill leaves it
+    doomed, *others = [
+        processes.Process(target=append_rows, args=(path, w, 10**9 if w == 0 else 300)) for w in range(4)
+    ]
+    for process in (doomed, *others):
+        process.start()
+    while sum(b'"writer":0' in line for line in path.read_bytes().splitlines()) < 50:
+        time.sleep(0.01)
+    assert doomed.is_alive() and any(process.is_alive() for process in others)
+    doomed.kill()
+    for process in (doomed, *others):
+        process.join()
+    rows, faults = read_rows(path)
+    for writer, count in ((-1, 1), (1, 300), (2, 300), (3, 300)):
+        assert [row["number"] for row in rows if row["writer"] == writer] == list(range(count))
+    numbers = [row["number"] for row in rows if row["writer"] == 0]
+    assert numbers == list(range(len(numbers))) and len(numbers) >= 50
+    assert all(len(row["filling"]) == row["number"] * 37 % 20_000 for row in rows)
+    assert 1 <= len(faults) <= 2 and "line 2 " in faults[0], "what was torn before, and perhaps by the kill"
+
+
+KILLED = """
+data = ["surface"]
+backbones = ["tf_efficientnet_lite0-random"]
+heads = ["linear"]
+seeds = 2
+sizes = ["64x64"]
+[train.all]
+iterations = 40
+batch_size = 4
+evaluations = 2
+"""
+KILLS = 10
+
+
+def run_all(root: Path, study: Path) -> None:
+    """A whole study in a process of its own, which keeps its state at every pass over the training images."""
+    trials.CHECKPOINT_SECONDS = 0.0
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    workspace = Workspace(root)
+    run_study(workspace, read_study(study, workspace))
+
+
+def outcome(workspace: Workspace) -> dict[str, Any]:
+    """Folder of each result -> its row less what differs from run to run, and the bytes of what was saved."""
+    rows, _ = read_rows(workspace.probes / "results.jsonl")
+    ended = {}
+    for row in rows:
+        assert row["folder"] not in ended, "a result stands there once"
+        saved = sorted((workspace.probes / row["folder"]).glob("*.safetensors"))
+        same = {name: value for name, value in row.items() if name not in ("time", "seconds")}
+        ended[row["folder"]] = json.dumps(same), {path.name: path.read_bytes() for path in saved}
+    return ended
+
+
+def keeps_state(workspace: Workspace, since: int) -> bool:
+    """Whether a training has kept its state since a time in nanoseconds."""
+    try:
+        return any(path.stat().st_mtime_ns > since for path in workspace.probes.rglob("checkpoint*.pt"))
+    except FileNotFoundError:  # it has ended this very moment
+        return False
+
+
+def left_behind(workspace: Workspace) -> tuple[int, int, int]:
+    """(whole rows of the cache, saved heads, steps of a training that was stopped)."""
+    rows = sum(int((Cache(path, read_contents(path)).done == WHOLE).sum()) for path in workspace.cache_files())
+    steps = [torch.load(path, weights_only=True)["state"]["step"] for path in workspace.probes.rglob("checkpoint*.pt")]
+    return rows, len(list(workspace.probes.rglob("card.json"))), sum(steps)
+
+
+def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
+    processes: ForkServerContext, workspace: Workspace, tmp_path: Path
+) -> None:
+    study = written(tmp_path, KILLED)
+    whole = Workspace(tmp_path / "whole")
+    shutil.copytree(workspace.data, whole.data)
+    warm = processes.Process(target=len, args=((),))
+    warm.start()
+    warm.join()
+    begun = time.monotonic()
+    uninterrupted = processes.Process(target=run_all, args=(whole.root, study))
+    uninterrupted.start()
+    uninterrupted.join()
+    seconds = time.monotonic() - begun
+    moments = random.Random(0)
+    alive, states = 0, []
+    for kill in range(KILLS):  # the first ones early, while the cache is made
+        begun_ns = time.time_ns()
+        process = processes.Process(target=run_all, args=(workspace.root, study))
+        process.start()
+        while kill >= KILLS - 2 and not keeps_state(workspace, begun_ns) and process.is_alive():
+            time.sleep(0.01)  # the last ones in a training that has kept its state
+        process.join(
+            seconds * moments.uniform(kill, kill + 1) / 4 / KILLS if kill < KILLS - 2 else moments.random() / 4
+        )
+        alive += process.is_alive()
+        process.kill()
+        process.join()
+        states.append(left_behind(workspace))
+    assert alive >= KILLS / 2, "most kills meet a study that runs"
+    assert len(set(states)) >= 4 and any(0 < cards < 4 for _, cards, _ in states), states
+    assert any(step for _, _, step in states), "and some meet a training that has kept its state"
+    run_all(workspace.root, study)
+    assert outcome(workspace) == outcome(whole) and len(outcome(whole)) == 4
+    assert not list(workspace.probes.rglob("checkpoint*"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)

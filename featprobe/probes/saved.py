@@ -182,11 +182,6 @@ class Checkpoint:
         temporary.replace(self.path)
         self.kept = time.perf_counter()
 
-    def remove(self) -> None:
-        """Forget it: the training has ended."""
-        self.path.unlink(missing_ok=True)
-        self.path.with_suffix(".tmp").unlink(missing_ok=True)
-
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The result rows of a file, and what was wrong with lines that hold none; nothing where there is no file.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import Cache, open_cache
-from featprobe.errors import DataError, FeatprobeError, nearest
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, nearest
 from featprobe.geometry import Size, parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
 from featprobe.stages.extract import ExtractOptions, extract
@@ -184,7 +184,7 @@ def run_study(
     done = 0
     for (data, backbone, size), own in groups.items():
         try:
-            cache = _cache(workspace, data, backbone, size, make=not dry_run)
+            cache = _find(workspace, data, backbone, size, notes) if dry_run else _make(workspace, data, backbone, size)
         except FeatprobeError as error:
             failed += [(cell, str(error)) for cell in own]
             say(f"failed: {backbone} on {data}: {str(error).splitlines()[0]}")
@@ -201,6 +201,8 @@ def run_study(
                           cell.fraction)  # fmt: skip
                 if run.is_done():
                     done += 1
+                    if not dry_run:
+                        run.forget()
                 elif dry_run:
                     say(f"to train: {cell}, about {run.foresee() / 60 if cell.head != 'ridge' else 0:.1f} min")
                 else:
@@ -222,16 +224,26 @@ def _backbone(workspace: Workspace, name: str) -> Any:
     return workspace.backbone(name)
 
 
-def _cache(workspace: Workspace, data: str, backbone: str, size: str, *, make: bool) -> Cache | None:
-    """The complete cache of a cell; made where it is missing, or None."""
+def _make(workspace: Workspace, data: str, backbone: str, size: str) -> Cache:
+    """The complete cache of a cell, made where it is missing."""
+    options = ExtractOptions(size=parse_size(size) if size else None, quiet=True)
+    return open_cache(extract(workspace, _backbone(workspace, backbone), data, options).path)
+
+
+def _find(workspace: Workspace, data: str, backbone: str, size: str, notes: list[str]) -> Cache | None:
+    """The complete cache of a cell that is there already, or None; one that can't be read is noted."""
     spec = _backbone(workspace, backbone)
     asked: Size | None = parse_size(size) if size else None
-    if make:
-        report = extract(workspace, spec, data, ExtractOptions(size=asked, quiet=True))
-        return open_cache(report.path)
+    found = []
     for path in workspace.cache_files():
-        cache = open_cache(path)
-        of_data = cache.data.name == data or Path(cache.data.root) == Path(data).resolve()
-        if of_data and cache.recipe.label == spec.label and asked in (None, cache.recipe.size):
-            return cache
-    return None
+        try:
+            cache = open_cache(path)
+            of_data = cache.data.name == data or Path(cache.data.root) == Path(data).resolve()
+            if of_data and cache.recipe.label == spec.label and asked in (None, cache.recipe.size):
+                cache.usable()
+                found.append(cache)
+        except CacheIncompleteError:
+            continue  # it is to be completed
+        except CacheError as error:
+            notes.append(f"left aside: {str(error).splitlines()[0]}")
+    return min(found, key=lambda cache: len(cache.contents.command), default=None)  # with the fewest options

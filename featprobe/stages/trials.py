@@ -236,9 +236,13 @@ class Run:
             save_head(self.folder / f"seed{seed}", trials[index].head, self._card(row, curves[index]), files, tensors)
             append_row(self.workspace.probes / "results.jsonl", row)
             rows.append(row)
-        for checkpoint in self._checkpoints(trials):
-            checkpoint.remove()
+        self.forget()
         return rows
+
+    def forget(self) -> None:
+        """Remove the state of trainings that have ended; a kill right after their end leaves it."""
+        for path in (self.folder / f"seed{self.seeds[0]}").glob("checkpoint*"):
+            path.unlink(missing_ok=True)
 
     def is_done(self) -> bool:
         """Whether results.jsonl and the folders hold this very run."""
@@ -437,11 +441,6 @@ class Run:
         every = max(1, len(self.rows["train"]) // self.recipe.batch_size)
         path = self.folder / f"seed{self.seeds[0]}" / f"checkpoint{index}.pt"
         return Checkpoint(path, identity, every, self.recipe.iterations, CHECKPOINT_SECONDS)
-
-    def _checkpoints(self, trials: Sequence[Trial]) -> list[Checkpoint]:
-        """All that may have been left by this run's trainings."""
-        found = [self._checkpoint(index) for index in range(len(trials))]
-        return [checkpoint for checkpoint in found if checkpoint is not None]
 
     def _solve(self, trials: Sequence[Trial], source: Source) -> list[list[CurvePoint]]:
         """Solve for the ridge head, which is trained by no iteration; the main process does."""
