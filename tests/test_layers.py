@@ -26,6 +26,7 @@ DOORS = {
     "pandas": ("report", "stages"),
     "matplotlib": ("report", "stages"),
     "tqdm": ("stages",),
+    "submitit": ("stages",),
     "yaml": ("datasets",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }

@@ -2,25 +2,31 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from helpers import find_file, write_set
 from tqdm import tqdm
 
 from featprobe.cache import WHOLE, Cache, read_contents
+from featprobe.cli.main import cli
 from featprobe.errors import DataError
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.stages import trials
-from featprobe.stages.study import cells_of, read_study, run_study
+from featprobe.stages.cluster import Extraction
+from featprobe.stages.study import Cell, cells_of, read_study, run_study
 from featprobe.stages.workspace import Workspace, make_generated
 
 ROOT = Path(__file__).parents[1]
@@ -254,6 +260,99 @@ def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
     run_all(workspace.root, study)
     assert outcome(workspace) == outcome(whole) and len(outcome(whole)) == 4
     assert not list(workspace.probes.rglob("checkpoint*"))
+
+
+# ---- SLURM -----------------------------------------------------------------------------------------------------------
+
+ON_A_CLUSTER = SMALL.replace('["semseg", "detect"]', '["semseg"]').replace('"linear", "ridge"', '"linear"')
+ON_A_CLUSTER = ON_A_CLUSTER.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]")
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The state of a stand-in for SLURM on PATH: `held` in it keeps jobs from starting."""
+    folder = tmp_path / "slurm"
+    (folder / "state").mkdir(parents=True)
+    text = f"#!{sys.executable}\n{(Path(__file__).parent / 'fake_slurm.py').read_text()}"
+    for name in ("sbatch", "srun", "squeue"):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    yield folder / "state"
+    shutil.rmtree(folder / "state" / "queue", ignore_errors=True)
+
+
+def hand_over(workspace: Workspace, study: Path, *words: str) -> Result:
+    arguments = ["--workspace", str(workspace.root), "study", str(study), "--launcher", "slurm"]
+    return CliRunner().invoke(cli, [*arguments, *(word for pair in words for word in ("--slurm", pair))])
+
+
+def test_a_study_runs_as_job_arrays(workspace: Workspace, tmp_path: Path, slurm: Path) -> None:
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    data = f'["surface", "{tmp_path / "empty"}"]'
+    study = written(tmp_path, ON_A_CLUSTER.replace('["surface"]', data))
+    (slurm / "held").touch()
+    first = hand_over(workspace, study, "partition=gpu", "time=30")
+    assert first.exit_code == 0, first.stderr
+    plan, _, told = first.stderr.partition("handed over")
+    assert "4 trainings on 2 caches" in plan and plan.count("to extract") == 2
+    assert "2 extractions and 4 trainings" in told
+    jobs = [path.read_text() for path in sorted(slurm.glob("*.sh"))]
+    assert all("#SBATCH --partition=gpu" in text and "#SBATCH --time=30" in text for text in jobs)
+    assert ["--dependency=afterany:1_" in text for text in jobs] == [False, True, True]
+    again = hand_over(workspace, study)
+    assert "4 trainings are in the queue already" in again.stderr and "0 extractions and 0 trainings" in again.stderr
+    assert len(list(slurm.glob("*.sh"))) == 3
+    (slurm / "held").unlink()
+    wait_for(slurm)
+    local = Workspace(tmp_path / "local")
+    shutil.copytree(workspace.data, local.data)
+    run_study(local, read_study(written(tmp_path, ON_A_CLUSTER), local))
+    assert outcome(workspace) == outcome(local) and len(outcome(local)) == 2
+    shutil.rmtree(next(workspace.probes.rglob("*-full-*")))
+    (slurm / "held").touch()
+    later = hand_over(workspace, written(tmp_path, ON_A_CLUSTER.replace('["surface"]', data)))
+    assert "1 trainings are there already" in later.stderr and "2 extractions and 3 trainings" in later.stderr
+    failed = [line for line in later.stderr.splitlines() if line.startswith("failed before")]
+    assert len(failed) == 3 and sum("There is no cache to train on" in line for line in failed) == 2
+    assert all(Path(line.rpartition("see ")[2].rstrip(")")).is_file() for line in failed)
+
+
+def wait_for(slurm: Path) -> None:
+    deadline = time.monotonic() + 240
+    while list(slurm.glob("queue/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_what_slurm_or_its_absence_says_is_told(
+    workspace: Workspace, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = written(tmp_path, ON_A_CLUSTER)
+    for words, said in (
+        (["partition=nowhere"], "invalid partition specified: nowhere"),
+        (["partition"], "KEY=VALUE"),
+        (["array=1-5"], "featprobe sets it"),
+        (["time=1:00:00"], "minutes"),
+    ):
+        answer = hand_over(workspace, study, *words)
+        assert answer.exit_code == 1 and said in answer.stderr
+    (slurm.parent / "squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
+    assert "no controller" in hand_over(workspace, study).stderr
+    (slurm.parent / "squeue").unlink()
+    answer = hand_over(workspace, study)
+    assert answer.exit_code == 1 and "There is no squeue on this machine" in answer.stderr
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    answer = hand_over(workspace, study)
+    assert answer.exit_code == 1 and "featprobe[slurm]" in answer.stderr
+    assert not list(slurm.glob("*.sh")) and not workspace.cache_files()
+    local = CliRunner().invoke(cli, ["study", str(study), "--slurm", "partition=gpu"])
+    assert local.exit_code == 2
+
+
+def test_a_job_that_is_stopped_goes_into_the_queue_as_it_was(tmp_path: Path) -> None:
+    job = Extraction(tmp_path, Cell("surface", "embedded", "", "semseg", "linear", "frozen", 1.0, 0))
+    assert job.checkpoint().function == job
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)

@@ -71,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.main(args=None if arguments is None else list(arguments), prog_name="featprobe")
 
 
+def _to_stderr(line: str) -> None:
+    click.echo(line, err=True)
+
+
 def _workspace(ctx: click.Context) -> "Workspace":
     from featprobe.stages.workspace import Workspace
 
@@ -250,32 +254,61 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 @cli.command()
 @click.argument("file", metavar="STUDY.toml", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted times, and run nothing.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "slurm"]),
+    default="local",
+    show_default=True,
+    help="slurm: hand what is missing over to a cluster, as job arrays, and return.",
+)
+@click.option(
+    "--slurm",
+    "parameters",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Of every SLURM job, as partition=gpu; may be repeated.  [default: time=240, in minutes]",
+)
 @as_json
 @click.pass_context
-def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool) -> None:
+def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, launcher: str, parameters: Sequence[str]) -> None:
     """Run a grid of backbones, data sets, tasks, heads, regimes, seeds, fractions and sizes from one file.
 
     What is done already is skipped, so the same command goes on after a stop; a cell that fails does not stop the
-    others, and makes the exit code 3.
+    others, and makes the exit code 3. With SLURM, the same command again tells what failed, and hands over what is
+    missing and not in the queue.
 
     \b
     Example:
       featprobe study examples/embedded.toml --dry-run
       featprobe study examples/embedded.toml
+      featprobe study examples/embedded.toml --launcher slurm --slurm partition=gpu --slurm gpus_per_node=1
     """
     from featprobe.stages.study import read_study, run_study
 
+    if parameters and launcher == "local":
+        raise click.UsageError("--slurm belongs to --launcher slurm.")
     workspace = _workspace(ctx)
-    report = run_study(workspace, read_study(file, workspace), lambda line: click.echo(line, err=True), dry_run=dry_run)
+    asked = read_study(file, workspace)
+    handed: dict[str, int] = {}
+    if launcher == "slurm" and not dry_run:
+        from featprobe.stages import cluster
+
+        sent = cluster.submit_study(workspace, asked, cluster.parameters(parameters), _to_stderr)
+        report, handed = sent.plan, {"handed_over": len(sent.jobs), "queued": len(sent.queued)}
+    else:
+        report = run_study(workspace, asked, _to_stderr, dry_run=dry_run)
     if json_:
         show_json({
             "cells": len(report.cells), "trained": len(report.rows), "done": report.done,
-            "failed": [{"cell": str(cell), "reason": reason} for cell, reason in report.failed],
+            "failed": [{"cell": str(cell), "reason": reason} for cell, reason in report.failed], **handed,
         })  # fmt: skip
     elif report.rows:
         from featprobe.stages.probe import ProbeReport
 
         _show_probe(ProbeReport(report.rows, (), report.notes), json_, workspace.probes)
+    else:
+        for note in report.notes:
+            click.echo(f"note: {note}")
     for cell, reason in report.failed if not json_ else ():
         click.echo(f"failed: {cell}\n  {reason}", err=True)
     if report.failed:

@@ -2,7 +2,7 @@
 
 import itertools
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,25 @@ class Cell:
         return f"{self.backbone} on {self.data}{size}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
 
 
+Place = tuple[str, str, str]  # data set, backbone and size: what names a cache in a study
+
+
 @dataclass(frozen=True)
 class StudyReport:
-    """What a study did. rows: of this run. done: cells that were there already. failed: (cell, reason)."""
+    """What a study did. rows: of this run. done: cells that were there already. failed: (cell, reason).
 
-    cells: tuple[Cell, ...]
-    rows: tuple[dict[str, Any], ...]
-    done: int
-    failed: tuple[tuple[Cell, str], ...]
-    notes: tuple[str, ...]
+    missing: cells that a plan found to be trained.
+    """
+
+    cells: tuple[Cell, ...] = ()
+    rows: tuple[dict[str, Any], ...] = ()
+    done: int = 0
+    failed: tuple[tuple[Cell, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    missing: tuple[Cell, ...] = ()
+
+    def __add__(self, other: "StudyReport") -> "StudyReport":
+        return StudyReport(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
 
 
 def read_study(path: Path, workspace: Workspace) -> Study:
@@ -167,6 +177,14 @@ def cells_of(study: Study) -> list[Cell]:
     ]
 
 
+def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
+    """The cells of each cache."""
+    groups: dict[Place, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.data, cell.backbone, cell.size), []).append(cell)
+    return groups
+
+
 def run_study(
     workspace: Workspace, study: Study, say: Say = lambda line: None, *, dry_run: bool = False
 ) -> StudyReport:
@@ -176,45 +194,75 @@ def run_study(
     then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already.
     """
     cells = cells_of(study)
-    groups = {place: list(own) for place, own in itertools.groupby(cells, lambda c: (c.data, c.backbone, c.size))}
+    groups = by_cache(cells)
     say(f"{len(cells)} trainings on {len(groups)} caches")
+    report = StudyReport(tuple(cells))
+    for (data, backbone, size), own in groups.items():
+        notes: list[str] = []
+        try:
+            if dry_run:
+                cache = _find(workspace, data, backbone, size, notes)
+            else:
+                cache = make_cache(workspace, data, backbone, size)
+        except FeatprobeError as error:
+            report += StudyReport(failed=tuple((cell, str(error)) for cell in own))
+            say(f"failed: {backbone} on {data}: {str(error).splitlines()[0]}")
+            continue
+        report += StudyReport(notes=tuple(notes))
+        if cache is None:
+            report += StudyReport(missing=tuple(own))
+            say(f"to extract: {backbone} on {data}{f' at {size}' if size else ''}, then {len(own)} trainings")
+            continue
+        report += run_cells(workspace, study, cache, own, say, dry_run=dry_run)
+    if report.done:
+        say(f"{report.done} trainings are there already")
+    return replace(report, notes=tuple(dict.fromkeys(report.notes)))
+
+
+def run_cells(
+    workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, dry_run: bool = False
+) -> StudyReport:
+    """Train the cells of one cache that are not there yet, one after another; see `run_study`."""
     rows: list[dict[str, Any]] = []
     failed: list[tuple[Cell, str]] = []
     notes: list[str] = []
+    missing: list[Cell] = []
+    minutes: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
     done = 0
-    for (data, backbone, size), own in groups.items():
+    for cell in cells:
+        if cell.task not in cache.data.tasks:
+            notes.append(f"{cell.data} holds no labels for {cell.task}")
+            continue
         try:
-            cache = _find(workspace, data, backbone, size, notes) if dry_run else _make(workspace, data, backbone, size)
+            run = Run(workspace, cache, cell.task, study.options(cell.task, cell.head, cell.regime), [cell.seed],
+                      cell.fraction)  # fmt: skip
+            if _is_done(run):
+                done += 1
+                if not dry_run:
+                    run.forget()
+            elif dry_run:
+                missing.append(cell)
+                alike = replace(cell, seed=0)
+                if alike not in minutes:
+                    minutes[alike] = run.foresee() / 60 if cell.head != "ridge" else 0.0
+                say(f"to train: {cell}, about {minutes[alike]:.1f} min")
+            else:
+                say(str(cell))
+                rows += run.do(lambda line: None)
+            notes += run.notes
         except FeatprobeError as error:
-            failed += [(cell, str(error)) for cell in own]
-            say(f"failed: {backbone} on {data}: {str(error).splitlines()[0]}")
-            continue
-        if cache is None:
-            say(f"to extract: {backbone} on {data}{f' at {size}' if size else ''}, then {len(own)} trainings")
-            continue
-        for cell in own:
-            if cell.task not in cache.data.tasks:
-                notes.append(f"{data} holds no labels for {cell.task}")
-                continue
-            try:
-                run = Run(workspace, cache, cell.task, study.options(cell.task, cell.head, cell.regime), [cell.seed],
-                          cell.fraction)  # fmt: skip
-                if run.is_done():
-                    done += 1
-                    if not dry_run:
-                        run.forget()
-                elif dry_run:
-                    say(f"to train: {cell}, about {run.foresee() / 60 if cell.head != 'ridge' else 0:.1f} min")
-                else:
-                    say(str(cell))
-                    rows += run.do(lambda line: None)
-                notes += run.notes
-            except FeatprobeError as error:
-                failed.append((cell, str(error)))
-                say(f"failed: {cell}: {str(error).splitlines()[0]}")
-    if done:
-        say(f"{done} trainings are there already")
-    return StudyReport(tuple(cells), tuple(rows), done, tuple(failed), tuple(dict.fromkeys(notes)))
+            failed.append((cell, str(error)))
+            say(f"failed: {cell}: {str(error).splitlines()[0]}")
+    return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing))
+
+
+def _is_done(run: Run) -> bool:
+    """Whether a cell is there; where the study names no precision, in the one that another device takes as well."""
+    if run.is_done() or run.tuning is None or run.tuning.precision:
+        return run.is_done()
+    other: Any = "fp32" if run.precision == "bf16" else "bf16"
+    options = replace(run.options, tuning=replace(run.tuning, precision=other))
+    return Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction).is_done()
 
 
 def _backbone(workspace: Workspace, name: str) -> Any:
@@ -224,8 +272,8 @@ def _backbone(workspace: Workspace, name: str) -> Any:
     return workspace.backbone(name)
 
 
-def _make(workspace: Workspace, data: str, backbone: str, size: str) -> Cache:
-    """The complete cache of a cell, made where it is missing."""
+def make_cache(workspace: Workspace, data: str, backbone: str, size: str) -> Cache:
+    """The complete cache of a study's data set, backbone and size, made where it is missing; raises FeatprobeError."""
     options = ExtractOptions(size=parse_size(size) if size else None, quiet=True)
     return open_cache(extract(workspace, _backbone(workspace, backbone), data, options).path)
 

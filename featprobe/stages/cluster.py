@@ -1,0 +1,209 @@
+"""A study on a SLURM cluster: its missing cells as job arrays, by submitit."""
+
+import getpass
+import pickle
+import shutil
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featprobe.cache import open_cache
+from featprobe.errors import FeatprobeError
+from featprobe.probes import append_row
+from featprobe.probes.saved import read_rows
+from featprobe.specs import digest
+from featprobe.stages.study import Cell, Study, StudyReport, by_cache, make_cache, run_cells, run_study
+from featprobe.stages.trials import Say
+from featprobe.stages.workspace import Workspace
+
+JOBS = "jobs"  # folder of a workspace: what was handed over, logs, results of jobs
+USUAL = {"job_name": "featprobe", "time": 240}  # minutes; submitit's own limit is 5
+OURS = ("array", "dependency", "output", "error")
+LISTS = ("setup", "teardown", "srun_args")
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What was handed over. plan: of the whole study. jobs: (cell, its job). queued: cells that are in the queue."""
+
+    plan: StudyReport
+    extractions: tuple[str, ...]
+    jobs: tuple[tuple[Cell, str], ...]
+    queued: tuple[Cell, ...]
+
+
+class _Again(ABC):
+    """A job that begins again, and goes on where it was, when SLURM takes its node away or its time is over."""
+
+    @abstractmethod
+    def __call__(self) -> Any:
+        """What it does."""
+
+    def checkpoint(self) -> Any:
+        """What submitit puts into the queue in the place of the job that is stopped."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Extraction(_Again):
+    """Makes the cache of a cell, or goes on with it; returns where it is."""
+
+    root: Path
+    cell: Cell
+
+    def __call__(self) -> Path:
+        return make_cache(Workspace(self.root), self.cell.data, self.cell.backbone, self.cell.size).path
+
+
+@dataclass(frozen=True)
+class Training(_Again):
+    """Trains a cell on the cache that a job has made; returns what the study's own launcher reports of it."""
+
+    root: Path
+    study: Study
+    cell: Cell
+    extraction: str
+
+    def __call__(self) -> StudyReport:
+        workspace = Workspace(self.root)
+        how, made = _result(workspace, self.extraction)
+        if how != "success":
+            raise FeatprobeError(f"There is no cache to train on: {_reason(workspace, self.extraction)}")
+        report = run_cells(workspace, self.study, open_cache(made), [self.cell], print)
+        for note in report.notes:
+            print(f"note: {note}")
+        if report.failed:
+            raise FeatprobeError(report.failed[0][1])
+        return report
+
+
+def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], say: Say) -> Handed:
+    """Hand what is missing of a study over to SLURM: an array of extractions, and one of trainings a cache behind it.
+
+    Each training waits for its own extraction alone, which ends at once where the cache is complete. What is in the
+    queue already is not handed over again. slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch.
+    say: told the plan first. Raises FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
+    """
+    root = workspace.root.resolve()
+    executor = _executor(root / JOBS, slurm)
+    queue = _queue()
+    plan = run_study(workspace, study, say, dry_run=True)
+    here_only = [(cell, reason) for cell, reason in plan.failed if cell in plan.missing]  # as for want of memory
+    plan = replace(plan, failed=tuple(pair for pair in plan.failed if pair not in here_only))
+    latest = {row["what"]: row["job"] for row in read_rows(root / JOBS / "jobs.jsonl")[0]}
+    queued = [cell for cell in plan.missing if latest.get(_key(study, cell)) in queue]
+    wanted = [cell for cell in plan.missing if cell not in queued]
+    if queued:
+        say(f"{len(queued)} trainings are in the queue already")
+    for cell in wanted:
+        if _key(study, cell) in latest:
+            say(f"failed before: {cell}: {_reason(workspace, latest[_key(study, cell)])}")
+    groups = by_cache(wanted)
+    running = {place: latest[digest(place)] for place in groups if latest.get(digest(place)) in queue}
+    missing = [place for place in groups if place not in running]
+    made = _submit(executor, [Extraction(root, groups[place][0]) for place in missing])
+    for place, job in zip(missing, made, strict=True):
+        append_row(root / JOBS / "jobs.jsonl", {"what": digest(place), "job": job, "text": " ".join(place)})
+    jobs: list[tuple[Cell, str]] = []
+    for place, extraction in (running | dict(zip(missing, made, strict=True))).items():
+        executor.update_parameters(dependency=f"afterany:{extraction}")
+        tasks = [Training(root, study, cell, extraction) for cell in groups[place]]
+        for task, job in zip(tasks, _submit(executor, tasks), strict=True):
+            append_row(root / JOBS / "jobs.jsonl", {"what": _key(study, task.cell), "job": job, "text": str(task.cell)})
+            jobs.append((task.cell, job))
+    say(f"handed over: {len(made)} extractions and {len(jobs)} trainings; their logs: {root / JOBS}")
+    return Handed(plan, tuple(made), tuple(jobs), tuple(queued))
+
+
+def parameters(words: Sequence[str]) -> dict[str, Any]:
+    """The parameters of KEY=VALUE words; raises FeatprobeError.
+
+    >>> parameters(["partition=gpu", "time=120", "exclusive=true"])
+    {'partition': 'gpu', 'time': 120, 'exclusive': True}
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.strip().lstrip("-").replace("-", "_")
+        if not equals or not key or key in OURS:
+            why = "featprobe sets it" if key in OURS else "wanted: KEY=VALUE, as partition=gpu"
+            raise FeatprobeError(f"--slurm {word!r} can't be used: {why}. Nothing was handed over.")
+        plain: Any = int(value) if value.isdecimal() else True if value == "true" else value
+        found[key] = [*found.get(key, []), value] if key in LISTS else plain
+    if not isinstance(found.get("time", 1), int):
+        raise FeatprobeError(f"--slurm time={found['time']} can't be used. wanted: minutes, as time=120.")
+    return found
+
+
+def _executor(folder: Path, slurm: Mapping[str, Any]) -> Any:
+    """What hands jobs to SLURM."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise FeatprobeError(
+            "--launcher slurm needs submitit, which is not installed. Nothing was handed over.\n"
+            "Install it:  pip install 'featprobe[slurm]'"
+        ) from error
+    absent = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
+    if absent:
+        raise FeatprobeError(
+            f"There is no {', '.join(absent)} on this machine. Nothing was handed over.\n"
+            "wanted: a machine of a SLURM cluster, as its login node. Without one:  featprobe study FILE"
+        )
+    executor = submitit.SlurmExecutor(folder)
+    values = {**USUAL, **slurm}
+    known = {name: value for name, value in values.items() if name in submitit.SlurmExecutor._valid_parameters()}
+    others = {name.replace("_", "-"): value for name, value in values.items() if name not in known}
+    executor.update_parameters(**known, additional_parameters=others)
+    return executor
+
+
+def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
+    """The jobs of tasks, which go over as one array."""
+    if not tasks:
+        return []
+    try:
+        with executor.batch():
+            jobs = [executor.submit(task) for task in tasks]
+    except Exception as error:  # what sbatch says comes in several classes
+        raise FeatprobeError(f"SLURM takes no job: {error}.\nWhat it took before is in the queue: squeue") from error
+    return [job.job_id for job in jobs]
+
+
+def _queue() -> set[str]:
+    """The user's jobs that wait or run."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", "--user", getpass.getuser()]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise FeatprobeError(f"SLURM does not answer: {asked.stderr.strip()}\nNothing was handed over.")
+    return set(asked.stdout.split())
+
+
+def _key(study: Study, cell: Cell) -> str:
+    """What tells a cell from those of studies that train otherwise."""
+    return digest([asdict(cell), asdict(study.options(cell.task, cell.head, cell.regime))])
+
+
+def _result(workspace: Workspace, job: str) -> tuple[str, Any]:
+    """How a job ended, and what it returned or raised."""
+    try:
+        return pickle.loads(_path(workspace, job, "result.pkl").read_bytes())
+    except FileNotFoundError:
+        return "none", f"job {job} ended without a result"
+
+
+def _reason(workspace: Workspace, job: str) -> str:
+    """Why a job has left no result, in a line that names its log."""
+    how, found = _result(workspace, job)
+    text = "its result is gone" if how == "success" else str(found).rpartition("Traceback (most recent call last):")[2]
+    said = next(line for line in text.splitlines() if line and not line.startswith(" "))  # below the calls
+    return f"{said} (see {_path(workspace, job, 'log.err')})"
+
+
+def _path(workspace: Workspace, job: str, end: str) -> Path:
+    return workspace.root.resolve() / JOBS / f"{job}_0_{end}"
