@@ -27,6 +27,7 @@ DOORS = {
     "matplotlib": ("report", "stages"),
     "tqdm": ("stages",),
     "submitit": ("stages",),
+    "wandb": ("stages",),
     "yaml": ("datasets",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }

@@ -114,6 +114,18 @@ def test_a_cell_that_fails_does_not_stop_the_others(workspace: Workspace, tmp_pa
     assert {row["data"] for row in report.rows} == {"surface"} and report.rows
 
 
+def test_a_cell_that_another_device_trained_in_its_own_precision_is_done(workspace: Workspace, tmp_path: Path) -> None:
+    text = SMALL.replace('["semseg", "detect"]', '["semseg"]').replace('"frozen", "full"', '"full"')
+    text = (
+        text.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]").replace('"linear", "ridge"', '"linear"')
+    )
+    on_gpu = read_study(written(tmp_path, text + '[tuning]\nprecision = "bf16"\n'), workspace)
+    assert [row["tuning"]["precision"] for row in run_study(workspace, on_gpu).rows] == ["bf16"]
+    assert run_study(workspace, read_study(written(tmp_path, text), workspace), dry_run=True).done == 1
+    in_fp32 = read_study(written(tmp_path, text + '[tuning]\nprecision = "fp32"\n'), workspace)
+    assert len(run_study(workspace, in_fp32, dry_run=True).missing) == 1
+
+
 def test_a_plan_goes_past_a_damaged_cache(workspace: Workspace, tmp_path: Path) -> None:
     study = read_study(written(tmp_path, SMALL.replace('["semseg", "detect"]', '["semseg"]')), workspace)
     run_study(workspace, study)

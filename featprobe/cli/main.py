@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from featprobe.cli.options import (
     device,
     feature_options,
     head_options,
+    log,
     names,
     quiet,
     show_json,
@@ -263,14 +264,14 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 )
 @click.option(
     "--slurm",
-    "parameters",
     metavar="KEY=VALUE",
     multiple=True,
     help="Of every SLURM job, as partition=gpu; may be repeated.  [default: time=240, in minutes]",
 )
+@log
 @as_json
 @click.pass_context
-def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, launcher: str, parameters: Sequence[str]) -> None:
+def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options: Any) -> None:
     """Run a grid of backbones, data sets, tasks, heads, regimes, seeds, fractions and sizes from one file.
 
     What is done already is skipped, so the same command goes on after a stop; a cell that fails does not stop the
@@ -285,15 +286,16 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, launcher: 
     """
     from featprobe.stages.study import read_study, run_study
 
-    if parameters and launcher == "local":
+    if options["slurm"] and options["launcher"] == "local":
         raise click.UsageError("--slurm belongs to --launcher slurm.")
     workspace = _workspace(ctx)
     asked = read_study(file, workspace)
+    asked = replace(asked, log=tuple(dict.fromkeys(asked.log + options["log"])))
     handed: dict[str, int] = {}
-    if launcher == "slurm" and not dry_run:
+    if options["launcher"] == "slurm" and not dry_run:
         from featprobe.stages import cluster
 
-        sent = cluster.submit_study(workspace, asked, cluster.parameters(parameters), _to_stderr)
+        sent = cluster.submit_study(workspace, asked, cluster.parameters(options["slurm"]), _to_stderr)
         report, handed = sent.plan, {"handed_over": len(sent.jobs), "queued": len(sent.queued)}
     else:
         report = run_study(workspace, asked, _to_stderr, dry_run=dry_run)
@@ -688,8 +690,6 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
 
 
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
-    from dataclasses import replace
-
     from featprobe.probes import DEFAULT_RECIPES, kinds_of
     from featprobe.stages.trials import ProbeOptions
 
@@ -715,6 +715,7 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
         show=options["show"],
         quiet=options["quiet"],
         tuning=tuning,
+        log=tuple(dict.fromkeys(options["log"])),
     )
 
 

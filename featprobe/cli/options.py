@@ -11,6 +11,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 as_json = click.option("--json", "json_", is_flag=True, help="Print one JSON value instead of text.")
 quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
 data_format = click.option("--format", metavar="NAME[:PART]", help="The data set's format. Default: found by looking.")
+log = click.option(
+    "--log",
+    type=click.Choice(["tensorboard", "wandb"]),
+    multiple=True,
+    help="Write curves of loss, rate and validation scores beside the head; may be repeated.",
+)
 device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
 
@@ -129,6 +135,7 @@ _HEAD = [
         help="What a class scores that is predicted, but not in the test split.",
     ),
     click.option("--show", type=click.IntRange(0), default=0, metavar="K", help="Write a sheet of K test images."),
+    log,
     device,
     quiet,
 ]

@@ -11,13 +11,14 @@ from featprobe.machine import pick_device
 from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.processes import is_main, together
+from featprobe.stages.logs import check_logs
 from featprobe.stages.probe import ProbeReport, checked, find_caches, notes_of, show
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
 
 CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
 """What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
-FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay")
+FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log")
 """Options that a counterpart does not take from its frozen result."""
 
 
@@ -69,6 +70,7 @@ def _finetune(
     say: Say,
     dry_run: bool,
 ) -> ProbeReport:
+    check_logs(options.log)
     if task or data or backbones:
         wanted, notes = _asked_for(workspace, task or "semseg", data, backbones, options)
     else:

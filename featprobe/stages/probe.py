@@ -10,6 +10,7 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeE
 from featprobe.machine import pick_device
 from featprobe.probes import DEFAULT_RECIPES, HeadRecipe, TrainRecipe, build_head, grid_of, kinds_of
 from featprobe.processes import is_main, together
+from featprobe.stages.logs import check_logs
 from featprobe.stages.trials import ProbeOptions, Run, Say, split_rows
 from featprobe.stages.workspace import Workspace
 
@@ -87,6 +88,7 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
             raise ProbeError("ridge is solved, not trained: it has no --lr and no --weight-decay to try.")
         recipe = replace(recipe, iterations=1, evaluations=1)
     _check_meaning(task, head, options, recipe)
+    check_logs(options.log)
     grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
     seeds = options.seeds if options.seeds is not None else 3 if task == "semseg" and head != "ridge" else 1
     if seeds < 1:
@@ -104,6 +106,7 @@ def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRec
     idle = {
         "--width": options.width is not None and head in ("linear", "ridge"),
         "--pyramid": options.pyramid != "auto" and head in ("linear", "ridge"),
+        "--log": bool(options.log) and head == "ridge",
         "--instances": options.instances != "own" and task == "semseg",
         **{name: given and task != "semseg" for name, given in dense.items()},
         **{name: dense[name] and head == "ridge" for name in ("--loss", "--loss-at") if task == "semseg"},

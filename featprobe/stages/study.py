@@ -12,6 +12,7 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, Featpr
 from featprobe.geometry import Size, parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
 from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.stages.logs import check_logs
 from featprobe.stages.probe import checked
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
@@ -26,7 +27,7 @@ class Study:
     """What a study file asks for; each list is one side of the grid.
 
     heads: of any task; empty for each task's default. sizes: () for each data set's own. train: fields of TrainRecipe
-    by kind of head, "all" for every kind. tuning: fields of Tuning.
+    by kind of head, "all" for every kind. tuning: fields of Tuning. log: as ProbeOptions has it.
     """
 
     data: tuple[str, ...]
@@ -42,6 +43,7 @@ class Study:
     weight_decay: tuple[float, ...] = ()
     train: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
+    log: tuple[str, ...] = ()
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
@@ -61,7 +63,7 @@ class Study:
             ProbeOptions(
                 head=kind, recipe=recipe, lr=() if solved else self.lr,
                 weight_decay=() if solved else self.weight_decay, seeds=self.seeds, split=self.split, tuning=tuning,
-                quiet=True,
+                quiet=True, log=() if solved else self.log,
             ),
         )  # fmt: skip
 
@@ -116,7 +118,9 @@ def read_study(path: Path, workspace: Workspace) -> Study:
     faults = [f"there is no setting {name!r}. {nearest(name, known)}" for name in values if name not in known]
     faults += [f"{name} is missing" for name in ("data", "backbones") if not values.get(name)]
     faults += [
-        f"{n} is no list" for n in (*GRID, "lr", "weight_decay") if n in values and not isinstance(values[n], list)
+        f"{n} is no list"
+        for n in (*GRID, "lr", "weight_decay", "log")
+        if n in values and not isinstance(values[n], list)
     ]
     if not faults:
         sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -193,6 +197,7 @@ def run_study(
     A cell that fails is reported and the others go on. Run it again to go on after a stop. say: told the plan first,
     then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already.
     """
+    check_logs(study.log)
     cells = cells_of(study)
     groups = by_cache(cells)
     say(f"{len(cells)} trainings on {len(groups)} caches")

@@ -49,6 +49,7 @@ from featprobe.specs import BackboneSpec, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.live import LiveFeatures
+from featprobe.stages.logs import Recorder
 from featprobe.stages.outcome import Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.subset import training_subset
@@ -117,7 +118,7 @@ class ProbeOptions:
     combinations; empty for the recipe's. seeds: None for 3 with trained dense heads, 1 otherwise. split: "own" as the
     cache holds it, "group" for featprobe's own split by group, or "image" for one by image, which leaks wherever a
     group has several images. fractions: of the training rows, each trained on apart. show: how many test images the
-    picture sheet shows. tuning: None for the frozen regime.
+    picture sheet shows. tuning: None for the frozen regime. log: "tensorboard", "wandb" or both; it changes no result.
     """
 
     head: str | None = None
@@ -137,6 +138,7 @@ class ProbeOptions:
     show: int = 0
     quiet: bool = False
     tuning: Tuning | None = None
+    log: tuple[str, ...] = ()
 
     @property
     def regime(self) -> Regime:
@@ -405,23 +407,43 @@ class Run:
             total=self.parts * self.recipe.iterations, desc=self._title(), unit="it",
             disable=self.options.quiet or not is_main(), leave=False,
         )  # fmt: skip
-        with bar:
+        with bar, self._recorder(trials, index) as recorder:
 
             def counted(features: Features, batch: Any) -> Tensor:
                 bar.update()
-                return loss(features, batch)
+                values = loss(features, batch)
+                recorder.take(values, features.batch)
+                return values
 
             def evaluate() -> list[dict[str, float]]:
-                return [o.brief for o in self.task.evaluate(heads, source.batches, self.rows["val"])]
+                scores = [o.brief for o in self.task.evaluate(heads, source.batches, self.rows["val"])]
+                recorder.scores = scores
+                return scores
+
+            def progress(step: int, mean: float) -> None:
+                bar.set_postfix_str(f"loss {mean:.3f}")
+                recorder.mark(step)
 
             checkpoint = self._checkpoint(index)
             curves = train(
                 heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], counted, self.seeds[0],
-                evaluate, lambda step, mean: bar.set_postfix_str(f"loss {mean:.3f}"),
-                self._tuned(source, trials[0].recipe), checkpoint,
+                evaluate, progress, self._tuned(source, trials[0].recipe), checkpoint,
             )  # fmt: skip
             self.seconds_before += checkpoint.before if checkpoint else 0.0
             return curves
+
+    def _recorder(self, trials: Sequence[Trial], first: int) -> Recorder:
+        """What logs a training; each trial beside its head, in a folder of its own where there are several."""
+        grid = len(grid_of(self.recipe, self.options.lr, self.options.weight_decay))
+        places = []
+        for index, trial in enumerate(trials, first):
+            folder = self.folder / f"seed{trial.seed}" / "log" / (f"trial{index % grid}" if grid > 1 else "")
+            what = {"task": self.task_name, "head": self.kind, "regime": self.regime, "fraction": self.fraction}
+            config = {**what, "backbone": self.cache.recipe.label, "data": self.cache.data.name, "seed": trial.seed}
+            name = f"{self._title()}: {self.kind}, {self.regime}"
+            places.append((folder, name, {**config, **trial.recipe.to_json(), "tuning": self.treatment}))
+        parts = min(self.parts, self.recipe.batch_size, len(self.rows["train"]))
+        return Recorder(self.options.log, places, [trial.recipe for trial in trials], parts)
 
     def _tuned(self, source: Source, recipe: TrainRecipe) -> Tuned | None:
         """The backbone as training moves it; None where it is frozen."""
