@@ -1,11 +1,11 @@
 """A stand-in for SLURM: `sbatch` queues a file, runs its array here when what it depends on has ended, `squeue` tells.
 
-One file under three names on PATH; its state lies beside it. The tasks of an array run at once, each in a real process.
+`scontrol requeue` has a job run again when it has ended. One file under four names on PATH; its state lies beside it.
+The tasks of an array run at once, each in a real process.
 """
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -20,6 +20,8 @@ def main() -> None:
         print(*waiting(), sep="\n")
     elif name == "srun":
         srun(arguments)
+    elif name == "scontrol":
+        (STATE / f"{arguments[1]}.requeued").touch()
     elif arguments[0] == "--work":
         work(arguments[1], Path(arguments[2]))
     else:
@@ -62,15 +64,23 @@ def work(job: str, file: Path) -> None:
         if tasks[0] not in waiting():
             return  # it was taken out of the queue
         time.sleep(0.05)
-    running = []
-    for task in tasks:
-        environment = {**os.environ, "SLURM_JOB_ID": job, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
-        if "_" in task:
-            environment |= {"SLURM_ARRAY_JOB_ID": job, "SLURM_ARRAY_TASK_ID": task.partition("_")[2]}
-        running.append(subprocess.Popen(["bash", str(file)], env=environment))
-    for task, process in zip(tasks, running, strict=True):
+    running = {task: start(job, task, file) for task in tasks}
+    while running:
+        task, process = running.popitem()
         process.wait()
-        (STATE / "queue" / task).unlink()
+        if (STATE / f"{task}.requeued").exists():
+            (STATE / f"{task}.requeued").unlink()
+            running[task] = start(job, task, file)
+        else:
+            (STATE / "queue" / task).unlink()
+
+
+def start(job: str, task: str, file: Path) -> subprocess.Popen[bytes]:
+    """Run one task."""
+    environment = {**os.environ, "SLURM_JOB_ID": job, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    if "_" in task:
+        environment |= {"SLURM_ARRAY_JOB_ID": job, "SLURM_ARRAY_TASK_ID": task.partition("_")[2]}
+    return subprocess.Popen(["bash", str(file)], env=environment)
 
 
 def srun(words: list[str]) -> None:
@@ -86,7 +96,9 @@ def srun(words: list[str]) -> None:
             pattern = pattern.replace(sign, value)
         where[option] = pattern
     with open(where["--output"], "a") as out, open(where["--error"], "a") as error:
-        sys.exit(subprocess.run(shlex.split(shlex.join(words)), stdout=out, stderr=error, check=False).returncode)
+        process = subprocess.Popen(words, stdout=out, stderr=error)
+    Path(where["--output"]).with_suffix(".pid").write_text(str(process.pid))
+    sys.exit(process.wait())
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ from featprobe.errors import DataError
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.stages import trials
-from featprobe.stages.cluster import Extraction
-from featprobe.stages.study import Cell, cells_of, read_study, run_study
+from featprobe.stages.study import cells_of, read_study, run_study
 from featprobe.stages.workspace import Workspace, make_generated
 
 ROOT = Path(__file__).parents[1]
@@ -278,6 +278,7 @@ def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
 
 ON_A_CLUSTER = SMALL.replace('["semseg", "detect"]', '["semseg"]').replace('"linear", "ridge"', '"linear"')
 ON_A_CLUSTER = ON_A_CLUSTER.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]")
+ON_A_CLUSTER = ON_A_CLUSTER.replace('"frozen", "full"', '"full"')
 
 
 @pytest.fixture
@@ -286,7 +287,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "slurm"
     (folder / "state").mkdir(parents=True)
     text = f"#!{sys.executable}\n{(Path(__file__).parent / 'fake_slurm.py').read_text()}"
-    for name in ("sbatch", "srun", "squeue"):
+    for name in ("sbatch", "srun", "squeue", "scontrol"):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -299,42 +300,52 @@ def hand_over(workspace: Workspace, study: Path, *words: str) -> Result:
     return CliRunner().invoke(cli, [*arguments, *(word for pair in words for word in ("--slurm", pair))])
 
 
-def test_a_study_runs_as_job_arrays(workspace: Workspace, tmp_path: Path, slurm: Path) -> None:
+def test_a_study_runs_as_jobs(workspace: Workspace, tmp_path: Path, slurm: Path) -> None:
     (tmp_path / "empty" / "images").mkdir(parents=True)
-    data = f'["surface", "{tmp_path / "empty"}"]'
-    study = written(tmp_path, ON_A_CLUSTER.replace('["surface"]', data))
+    text = ON_A_CLUSTER.replace('["surface"]', f'["surface", "{tmp_path / "empty"}"]')
+    study = written(tmp_path, text)
     (slurm / "held").touch()
     first = hand_over(workspace, study, "partition=gpu", "time=30")
     assert first.exit_code == 0, first.stderr
     plan, _, told = first.stderr.partition("handed over")
-    assert "4 trainings on 2 caches" in plan and plan.count("to extract") == 2
-    assert "2 extractions and 4 trainings" in told
+    assert "2 trainings on 2 caches" in plan and plan.count("to extract") == 2
+    assert "2 extractions and 2 trainings" in told
     jobs = [path.read_text() for path in sorted(slurm.glob("*.sh"))]
-    assert all("#SBATCH --partition=gpu" in text and "#SBATCH --time=30" in text for text in jobs)
-    assert ["--dependency=afterany:1_" in text for text in jobs] == [False, True, True]
+    assert all("#SBATCH --partition=gpu" in job and "#SBATCH --time=30" in job for job in jobs)
+    assert ["--array=0-1%2" in job for job in jobs] == [True, False, False]
+    assert ["--dependency=afterany:1_" in job for job in jobs] == [False, True, True]
     again = hand_over(workspace, study)
-    assert "4 trainings are in the queue already" in again.stderr and "0 extractions and 0 trainings" in again.stderr
-    assert len(list(slurm.glob("*.sh"))) == 3
+    assert "2 trainings are in the queue already" in again.stderr and "0 extractions and 0 trainings" in again.stderr
+    more = hand_over(workspace, written(tmp_path, text.replace("seeds = 1", "seeds = 4")))
+    assert "0 extractions and 6 trainings" in more.stderr, "they wait for what is in the queue"
+    (*_, array, _) = (path.read_text() for path in sorted(slurm.glob("*.sh")))
+    assert "--array=0-2%3" in array and "--dependency=afterany:1_0" in array
+    for path in slurm.glob("queue/[45]_*"):
+        path.unlink()  # as scancel does
+
     (slurm / "held").unlink()
-    wait_for(slurm)
+    log = workspace.root / "jobs" / "2_0_log.out"
+    wait_for(lambda: log.exists() and "full, seed 0" in log.read_text())
+    os.kill(int(log.with_suffix(".pid").read_text()), signal.SIGUSR2)  # as SLURM does before it takes a node away
+    wait_for(lambda: not list(slurm.glob("queue/*")))
+    assert log.read_text().count("full, seed 0") == 2, "the job was taken into the queue again"
     local = Workspace(tmp_path / "local")
     shutil.copytree(workspace.data, local.data)
     run_study(local, read_study(written(tmp_path, ON_A_CLUSTER), local))
-    assert outcome(workspace) == outcome(local) and len(outcome(local)) == 2
-    shutil.rmtree(next(workspace.probes.rglob("*-full-*")))
+    assert outcome(workspace) == outcome(local) and len(outcome(local)) == 1
+
     (slurm / "held").touch()
-    later = hand_over(workspace, written(tmp_path, ON_A_CLUSTER.replace('["surface"]', data)))
-    assert "1 trainings are there already" in later.stderr and "2 extractions and 3 trainings" in later.stderr
-    failed = [line for line in later.stderr.splitlines() if line.startswith("failed before")]
-    assert len(failed) == 3 and sum("There is no cache to train on" in line for line in failed) == 2
-    assert all(Path(line.rpartition("see ")[2].rstrip(")")).is_file() for line in failed)
+    later = hand_over(workspace, written(tmp_path, text))
+    assert "1 trainings are there already" in later.stderr and "1 extractions and 1 trainings" in later.stderr
+    (failed,) = [line for line in later.stderr.splitlines() if line.startswith("failed before")]
+    assert "There is no cache to train on" in failed and Path(failed.rpartition("see ")[2].rstrip(")")).is_file()
 
 
-def wait_for(slurm: Path) -> None:
+def wait_for(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
-    while list(slurm.glob("queue/*")):
+    while not holds():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def test_what_slurm_or_its_absence_says_is_told(
@@ -360,11 +371,6 @@ def test_what_slurm_or_its_absence_says_is_told(
     assert not list(slurm.glob("*.sh")) and not workspace.cache_files()
     local = CliRunner().invoke(cli, ["study", str(study), "--slurm", "partition=gpu"])
     assert local.exit_code == 2
-
-
-def test_a_job_that_is_stopped_goes_into_the_queue_as_it_was(tmp_path: Path) -> None:
-    job = Extraction(tmp_path, Cell("surface", "embedded", "", "semseg", "linear", "frozen", 1.0, 0))
-    assert job.checkpoint().function == job
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)
