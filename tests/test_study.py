@@ -1,5 +1,6 @@
 """A study: everything that does not exist is said at once, what is done is skipped, what fails stops nothing else."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -186,6 +187,24 @@ def test_processes_that_append_at_once_lose_and_mix_no_row(processes: ForkServer
     assert numbers == list(range(len(numbers))) and len(numbers) >= 50
     assert all(len(row["filling"]) == row["number"] * 37 % 20_000 for row in rows)
     assert 1 <= len(faults) <= 2 and "line 2 " in faults[0], "what was torn before, and perhaps by the kill"
+
+
+def test_a_row_waits_for_one_that_another_process_is_writing(processes: ForkServerContext, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    other = processes.Process(target=append_rows, args=(path, 0, 1))
+    with path.open("a") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+        stream.write('{"version": 1, "wri')
+        stream.flush()
+        other.start()
+        other.join(1.0)
+        assert other.is_alive()
+        stream.write('ter": 1}\n')
+        stream.flush()
+        fcntl.lockf(stream, fcntl.LOCK_UN)
+        other.join()
+    rows, faults = read_rows(path)
+    assert [row["writer"] for row in rows] == [1, 0] and not faults
 
 
 KILLED = """
