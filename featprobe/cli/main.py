@@ -24,6 +24,7 @@ from featprobe.cli.options import (
 from featprobe.errors import FeatprobeError
 
 if TYPE_CHECKING:
+    from featprobe.stages.compare import Comparison
     from featprobe.stages.extract import ExtractOptions
     from featprobe.stages.probe import ProbeReport
     from featprobe.stages.trials import ProbeOptions, Tuning
@@ -275,7 +276,8 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
     """Run a grid of backbones, data sets, tasks, heads, regimes, seeds, fractions and sizes from one file.
 
     What is done already is skipped, so the same command goes on after a stop; a cell that fails does not stop the
-    others, and makes the exit code 3. With SLURM, the same command again tells what failed, and hands over what is
+    others, and makes the exit code 3. In the end all results of the workspace are put side by side on a page, as
+    `compare` does. With SLURM, the same command again tells what failed, and hands over what is
     missing and not in the queue.
 
     \b
@@ -284,6 +286,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
       featprobe study examples/embedded.toml
       featprobe study examples/embedded.toml --launcher slurm --slurm partition=gpu --slurm gpus_per_node=1
     """
+    from featprobe.stages.compare import compare as compare_all
     from featprobe.stages.study import read_study, run_study
 
     if options["slurm"] and options["launcher"] == "local":
@@ -299,10 +302,12 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
         report, handed = sent.plan, {"handed_over": len(sent.jobs), "queued": len(sent.queued)}
     else:
         report = run_study(workspace, asked, _to_stderr, dry_run=dry_run)
+    told = compare_all(workspace, quiet=json_) if report.rows else None
     if json_:
         show_json({
             "cells": len(report.cells), "trained": len(report.rows), "done": report.done,
             "failed": [{"cell": str(cell), "reason": reason} for cell, reason in report.failed], **handed,
+            "page": str(told.files[0]) if told else None,
         })  # fmt: skip
     elif report.rows:
         from featprobe.stages.probe import ProbeReport
@@ -311,6 +316,10 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
     else:
         for note in report.notes:
             click.echo(f"note: {note}")
+    if told and not json_:
+        click.echo()
+        _show_answer(told)
+        click.echo(f"page: {told.files[0]}")
     for cell, reason in report.failed if not json_ else ():
         click.echo(f"failed: {cell}\n  {reason}", err=True)
     if report.failed:
@@ -344,8 +353,7 @@ def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, 
     report = run(_workspace(ctx), out, names(gap), names(on), quiet)
     if json_:
         return show_json(plain_json(report))
-    for title, sentences in report.answer:
-        click.echo("\n  ".join([title, *sentences]) + "\n")
+    _show_answer(report)
     for note in (*report.notes, *(f"could not be used: {item.folder}: {item.reason}" for item in report.unusable)):
         click.echo(f"note: {note}")
     click.echo("\nTest split, percent; 95 %: over groups of test images.\n")
@@ -687,6 +695,11 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
     click.echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+
+
+def _show_answer(report: "Comparison") -> None:
+    for title, sentences in report.answer:
+        click.echo("\n  ".join([title, *sentences]) + "\n")
 
 
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":

@@ -11,6 +11,7 @@ from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, nearest
 from featprobe.geometry import Size, parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
+from featprobe.processes import check_together
 from featprobe.stages.extract import ExtractOptions, extract
 from featprobe.stages.logs import check_logs
 from featprobe.stages.probe import checked
@@ -198,6 +199,7 @@ def run_study(
     then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already.
     """
     check_logs(study.log)
+    check_together()
     cells = cells_of(study)
     groups = by_cache(cells)
     say(f"{len(cells)} trainings on {len(groups)} caches")
