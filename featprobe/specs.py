@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -51,40 +53,74 @@ class Intensity:
     kind "window": low and high are raw levels. "percentile": low and high are percent of all pixels of
     the training images, one window for the whole data set. "minmax": that window from their extremes.
     "none": divide by the largest value of the file's own number format.
+    log: the logarithm of the levels is what is stretched from 0 to 1; percentiles are then of levels above 0.
+    image: percentiles and extremes are each image's own, not the training images'.
     """
 
     kind: Literal["window", "percentile", "minmax", "none"]
     low: float = 0.0
     high: float = 0.0
+    log: bool = False
+    image: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Intensity":
-        """Read `window:LO:HI`, `percentile:LO:HI`, `minmax` or `none`; raises DataError.
+        """Read `window:LO:HI`, `percentile:LO:HI`, `minmax` or `none`, with `:log` or `:image` behind; or `log`.
+
+        Raises DataError.
 
         >>> str(Intensity.parse("percentile:0.01:99.99"))
         'percentile:0.01:99.99'
+        >>> str(Intensity.parse("log:image"))
+        'percentile:0.01:99.99:log:image'
         """
-        if text in ("minmax", "none"):
-            return cls(text)  # type: ignore[arg-type]
-        found = re.fullmatch(r"(window|percentile):([0-9.eE+-]+):([0-9.eE+-]+)", text)
-        try:
-            low, high = (float(found[2]), float(found[3])) if found else (0.0, 0.0)
-        except ValueError:
-            found = None
-        if not found or not low < high or (found[1] == "percentile" and not 0 <= low < high <= 100):
-            raise DataError(
-                f"{text!r} is not an intensity policy.\n"
-                "  wanted  window:LO:HI (raw levels), percentile:LO:HI (0 <= LO < HI <= 100), minmax or none"
-            )
-        return cls(found[1], low, high)  # type: ignore[arg-type]
+        long = re.sub(r"^log(?=:image$|$)", f"{DEFAULT_16BIT}:log", text)
+        found = re.fullmatch(r"(window|percentile|minmax|none)((?::[0-9.eE+-]+){2})?(:log)?(:image)?", long)
+        with suppress(ValueError):  # of a text that is no number
+            kind, limits, log, image = found.groups() if found else ("", None, None, None)
+            low, high = (float(part) for part in limits[1:].split(":")) if limits else (0.0, 0.0)
+            policy = cls(kind, low, high, bool(log), bool(image))  # type: ignore[arg-type]
+            if kind and _makes_sense(policy, limits is not None):
+                return policy
+        raise DataError(
+            f"{text!r} is not an intensity policy.\n"
+            "  wanted  window:LO:HI (raw levels), percentile:LO:HI (0 <= LO < HI <= 100), minmax, none or log;\n"
+            "          :log behind window (0 < LO), percentile or minmax, :image behind percentile, minmax or log"
+        )
+
+    @property
+    def percent(self) -> tuple[float, float]:
+        """The percentiles that become 0 and 1."""
+        return (0.0, 100.0) if self.kind == "minmax" else (self.low, self.high)
 
     def __str__(self) -> str:
-        if self.kind in ("minmax", "none"):
-            return self.kind
-        return f"{self.kind}:{self.low:g}:{self.high:g}"
+        words: list[str] = [self.kind]
+        if self.kind in ("window", "percentile"):
+            limits = [f"{self.low:g}", f"{self.high:g}"]
+            exact = self.log or self.image or limits[0] == limits[1]  # of the others the window tells the rest
+            words += [f"{float(v)!r}" for v in (self.low, self.high)] if exact else limits
+        return ":".join(words + ["log"] * self.log + ["image"] * self.image)
+
+
+def _makes_sense(policy: Intensity, limited: bool) -> bool:
+    """Whether a policy's parts go together."""
+    if limited != (policy.kind in ("window", "percentile")):
+        return False
+    if limited and not (policy.low < policy.high and math.isfinite(policy.high - policy.low)):
+        return False
+    if policy.kind == "percentile" and not 0 <= policy.low < policy.high <= 100:
+        return False
+    if policy.kind == "window" and (policy.image or (policy.log and policy.low <= 0)):
+        return False
+    return not (policy.kind == "none" and (policy.log or policy.image))
 
 
 DEFAULT_16BIT = Intensity("percentile", 0.01, 99.99)
+
+
+def default_intensity(bits: int) -> Intensity:
+    """The policy for images of this many bits a channel where none is asked for."""
+    return Intensity("none") if bits == 8 else DEFAULT_16BIT
 
 
 @dataclass(frozen=True)
@@ -92,7 +128,7 @@ class FeatureRecipe:
     """Everything that decides a cached feature's value, apart from the image itself.
 
     Its `key` names the cache file. `label` is how people call the backbone; it is not part of the key.
-    window: the raw levels that become 0 and 1, where the intensity policy resolved to a window.
+    window: the raw levels that become 0 and 1, where the intensity policy resolved to one for the whole set.
     precision: "fp32", or "amp" for autocast to fp16 on the device that computes.
     """
 
@@ -121,6 +157,11 @@ class FeatureRecipe:
         return digest({k: v for k, v in asdict(self).items() if k != "label"})
 
     @property
+    def policy(self) -> Intensity:
+        """How raw levels become [0, 1], together with `window`."""
+        return Intensity.parse(self.intensity)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes that one image's features take."""
         values = sum(lv.channels * lv.cells(self.frame)[0] * lv.cells(self.frame)[1] for lv in self.levels)
@@ -147,7 +188,7 @@ class DataInfo:
     fingerprint: over ids, image hashes, groups, splits, classes and targets.
     clipped: share of annotated foreground pixels outside the intensity window, None without a window.
     category_ids: what the set's own annotations call each class but the background; empty where nothing.
-    bits: of a channel of its images, 8 or 16; None where that was not kept.
+    bits: of a channel of its images, 8, 16, or 32 for fractions; None where that was not kept.
     """
 
     name: str

@@ -29,6 +29,9 @@ DOORS = {
     "submitit": ("stages",),
     "wandb": ("stages",),
     "yaml": ("datasets",),
+    "tifffile": ("datasets",),
+    "imagecodecs": ("datasets",),
+    "pydicom": ("datasets",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }
 FROM_ROOT = {"__version__"}  # all that a module may take from the package itself

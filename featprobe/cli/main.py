@@ -16,6 +16,7 @@ from featprobe.cli.options import (
     device,
     feature_options,
     head_options,
+    intensity,
     log,
     names,
     quiet,
@@ -510,8 +511,11 @@ def data_info(ctx: click.Context, name: str, format: str | None, json_: bool) ->
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
 @click.option("--count", type=click.IntRange(1), default=8, show_default=True, help="How many images.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
+@intensity
 @click.pass_context
-def data_show(ctx: click.Context, name: str, format: str | None, out: Path, count: int, split: str) -> None:
+def data_show(
+    ctx: click.Context, name: str, format: str | None, out: Path, count: int, split: str, intensity: str | None
+) -> None:
     """Draw images of a data set beside their labels.
 
     \b
@@ -520,7 +524,9 @@ def data_show(ctx: click.Context, name: str, format: str | None, out: Path, coun
     """
     from featprobe.stages.data import contact_sheet
 
-    shown = contact_sheet(_workspace(ctx).data_set(name, format), out, count, split)
+    workspace = _workspace(ctx)
+    policy = intensity or workspace.data_options(name).get("intensity")
+    shown = contact_sheet(workspace.data_set(name, format), out, count, split, policy)
     click.echo(f"{out}: {len(shown)} images of {split}")
 
 

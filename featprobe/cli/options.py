@@ -17,6 +17,12 @@ log = click.option(
     multiple=True,
     help="Write curves of loss, rate and validation scores beside the head; may be repeated.",
 )
+intensity = click.option(
+    "--intensity",
+    metavar="POLICY",
+    help="window:LO:HI | percentile:LO:HI | minmax | none | log; behind it :log, and :image for each image's own. "
+    "Default: none for 8-bit, percentile:0.01:99.99 of the training images for all others.",
+)
 device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
 
@@ -53,12 +59,7 @@ _FEATURES = [
     click.option("--levels", help="Feature levels, separated by commas. Default: all, as stride4,stride8,…"),
     click.option("--size", metavar="HxW", help="Height x width. Default: the images' own up to 512, else 512x512."),
     click.option("--fit", type=click.Choice(["resize", "letterbox"]), help="How images meet --size. Default: resize."),
-    click.option(
-        "--intensity",
-        metavar="POLICY",
-        help="window:LO:HI | percentile:LO:HI | minmax | none. "
-        "Default: percentile:0.01:99.99 of the training images for 16-bit, none for 8-bit.",
-    ),
+    intensity,
     click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per block."),
     click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images."),
     click.option("--dtype", type=click.Choice(["fp16", "fp32", "bf16"]), default="fp16", show_default=True),

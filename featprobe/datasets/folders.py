@@ -99,7 +99,7 @@ def read_mask(path: Path) -> Labels:
     try:
         with Image.open(path) as image:
             mode, values = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} can't be read as a mask: {error}.") from error
     if mode not in ("P", "L", "1") and not mode.startswith("I"):
         raise DataError(f"{path} is a coloured mask ({mode}). wanted: class indices, as grey levels or a palette.")

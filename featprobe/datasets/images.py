@@ -1,30 +1,27 @@
-"""Reading images: 8-bit and 16-bit, grey and colour, into [0, 1] by a stated policy."""
+"""Reading images of every kind, grey and colour, into [0, 1] by a stated policy."""
 
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL import Image
 
+from featprobe.datasets.decode import Levels, largest, opened
 from featprobe.errors import DataError
 from featprobe.geometry import Placement, Size
 from featprobe.specs import Intensity
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm", ".dicom")
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
-PNG_DEPTH = 24  # byte offset in a PNG's header
-READ_AS_8_BIT = ("RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LA", "La")  # by PIL, whatever depth the file has
-
-Levels = NDArray[np.uint8] | NDArray[np.uint16]
+GREY_LEVELS = 1 << 16
 
 
 def hash_image(path: Path) -> str:
@@ -39,75 +36,131 @@ def hash_image(path: Path) -> str:
 
 
 def image_size(path: Path) -> Size:
-    """(height, width) in pixels, from the file's header. Raises DataError."""
-    with _opened(path) as image:
-        return image.height, image.width
+    """(height, width) in pixels as the image is to be looked at, from the file's header. Raises DataError."""
+    with opened(path) as image:
+        return image.size
 
 
-def is_16bit(path: Path) -> bool:
-    """Whether an image holds 16-bit grey levels. Raises DataError."""
-    with _opened(path) as image:
-        return image.mode.startswith("I")
+def bits_of(path: Path) -> int:
+    """Bits of a channel of an image's levels, from its header: 8, 16, or 32 for fractions. Raises DataError."""
+    with opened(path) as image:
+        return image.bits
 
 
 def read_levels(path: Path) -> Levels:
-    """Raw levels of an image: (height, width) or (height, width, 3), uint8 or uint16.
+    """Raw levels of an image: (height, width) or (height, width, 3), uint8, uint16 or float32.
 
-    Palettes become their colours and an alpha channel is dropped. Raises DataError for a file that is
-    no image, is truncated, or is of a kind that would lose its depth in silence.
+    The format is told by the content. The image is turned as its orientation tag says; levels grow with brightness;
+    palettes and CMYK become RGB and an alpha channel is dropped; signed levels and those that DICOM rescales become
+    float32. Raises DataError for a file that is no image, holds several, is truncated, has pixels that are not finite,
+    or is of a kind that would lose its depth in silence.
     """
-    with _opened(path) as image:
-        try:
-            image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path} is truncated or damaged: {error}.") from error
-        if image.mode.startswith("I"):
-            levels = np.asarray(image)
-            if levels.min() < 0 or levels.max() > 65535:
-                raise DataError(f"{path} holds grey levels {levels.min()} to {levels.max()}. wanted: 0 to 65535.")
-            return levels.astype(np.uint16)
-        if image.mode in ("L", "RGB"):
-            return np.asarray(image)
-        if image.mode in ("P", "RGBA", "RGBX", "CMYK", "YCbCr", "PA"):
-            return np.asarray(image.convert("RGB"))
-        if image.mode in ("1", "LA", "La"):
-            return np.asarray(image.convert("L"))
-        raise DataError(
-            f"{path} has the pixel format {image.mode}, which would lose depth when read.\n"
-            "  wanted  8-bit or 16-bit grey, or 8-bit colour"
-        )
+    with opened(path) as image:
+        return image.read()
 
 
 def training_window(paths: Iterable[Path], policy: Intensity) -> tuple[float, float] | None:
-    """The raw levels that become 0 and 1, one window for a whole data set; None for policy `none`.
+    """The raw levels that become 0 and 1, one window for a whole data set; None where there is no such.
 
     percentile and minmax are taken over every pixel of the images given, which are the training ones.
     """
-    if policy.kind == "none":
+    if policy.kind == "none" or policy.image:
         return None
     if policy.kind == "window":
         return policy.low, policy.high
-    counts = np.zeros(65536, dtype=np.int64)  # (raw levels,)
-    for path in paths:
-        counts += np.bincount(read_levels(path).ravel(), minlength=65536)
-    low, high = (0.0, 100.0) if policy.kind == "minmax" else (policy.low, policy.high)
-    cumulated = np.cumsum(counts)
-    below, above = low / 100 * cumulated[-1], high / 100 * cumulated[-1]
-    window = float(np.searchsorted(cumulated, below, "right")), float(np.searchsorted(cumulated, above, "left"))
+    window = _window_of_all(list(paths), policy)
     if not window[0] < window[1]:
         raise DataError(f"The training images hold one grey level only ({window[0]:g}): no {policy} window can be set.")
     return window
 
 
-def to_unit(levels: Levels, window: tuple[float, float] | None) -> NDArray[np.float32]:
+def image_window(levels: Levels, policy: Intensity) -> tuple[float, float]:
+    """The raw levels of one image that become 0 and 1, by a policy that is taken over its own pixels."""
+    pixels = _counted(levels, policy)
+    if not pixels.size:
+        return 1.0, 1.0  # nothing above 0, of which to take a logarithm: all of it becomes 0
+    low, high = policy.percent
+    ranks = int(low / 100 * pixels.size), max(0, int(np.ceil(high / 100 * pixels.size)) - 1)
+    first, last = min(ranks[0], pixels.size - 1), ranks[1]
+    chosen = np.partition(pixels, (first, last))
+    return float(chosen[first]), float(chosen[last])
+
+
+def _window_of_all(paths: list[Path], policy: Intensity) -> tuple[float, float]:
+    """Percentiles over the pixels of many images, exactly; float32 takes a second look at the levels near the two."""
+    fractions = bool(paths) and bits_of(paths[0]) == 32
+    shift = 16 if fractions else 0
+
+    def ordered(path: Path) -> NDArray[np.uint32]:
+        levels = read_levels(path)
+        if (levels.dtype == np.float32) != fractions:
+            raise DataError(f"{path} and {paths[0]} hold levels of two kinds: no one intensity window serves both.")
+        return _ordered(_counted(levels, policy))
+
+    counts = np.zeros(GREY_LEVELS, dtype=np.int64)  # (raw levels,), or the upper halves of float32's bits
+    for path in paths:
+        counts += np.bincount(ordered(path) >> shift, minlength=GREY_LEVELS)
+    cumulated = np.cumsum(counts)
+    if not cumulated[-1]:
+        raise DataError(f"The training images hold no level above 0: no {policy} window can be set.")
+    below, above = (percent / 100 * cumulated[-1] for percent in policy.percent)
+    low, high = int(np.searchsorted(cumulated, below, "right")), int(np.searchsorted(cumulated, above, "left"))
+    low = min(low, GREY_LEVELS - 1)
+    if not fractions:
+        return float(low), float(high)
+    inside = np.zeros((2, GREY_LEVELS), dtype=np.int64)  # (low and high, lower halves of the bits)
+    for path in paths:
+        keys = ordered(path)
+        for end, half in enumerate((low, high)):
+            inside[end] += np.bincount(keys[keys >> 16 == half] & 0xFFFF, minlength=GREY_LEVELS)
+    before = below - (cumulated[low] - counts[low]), above - (cumulated[high] - counts[high])
+    rest = (
+        int(np.searchsorted(np.cumsum(inside[0]), before[0], "right")),
+        int(np.searchsorted(np.cumsum(inside[1]), before[1], "left")),
+    )
+    return _fraction(low << 16 | rest[0]), _fraction(high << 16 | rest[1])
+
+
+def _counted(levels: Levels, policy: Intensity) -> Levels:
+    """The levels that percentiles are of, (pixels,): of a logarithm, those that have one."""
+    flat = levels.ravel()
+    return flat[flat > 0] if policy.log else flat
+
+
+def _ordered(levels: Levels) -> NDArray[np.uint32]:
+    """Integers in the order of the levels: integers themselves; the bits of fractions, negative ones turned over."""
+    if levels.dtype != np.float32:
+        return levels.astype(np.uint32)
+    bits = (levels + np.float32(0)).view(np.uint32)  # + 0: there is one zero only
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def _fraction(key: int) -> float:
+    """The float32 that `_ordered` made a number of."""
+    bits = key ^ (1 << 31) if key >> 31 else ~key & 0xFFFFFFFF
+    return float(np.uint32(bits).view(np.float32))
+
+
+def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensity | None = None) -> NDArray[np.float32]:
     """Raw levels as float32 in [0, 1]: (height, width) or (height, width, 3).
 
     With a window, its lower level becomes 0 and its upper 1, and what lies outside is clipped. Without
-    one, levels are divided by the largest value of their number format.
+    one, levels are divided by the largest value of their number format. policy: whether the window is the image's own
+    (where that is one level, what is above it becomes 1), and whether logarithms are taken; None for neither.
     """
-    low, high = window if window is not None else (0.0, float(np.iinfo(levels.dtype).max))
-    unit = (levels.astype(np.float32) - np.float32(low)) * np.float32(1.0 / (high - low))
-    return np.clip(unit, 0.0, 1.0, out=unit)
+    if policy is not None and policy.image:
+        window = image_window(levels, policy)
+    if window is None and levels.dtype == np.float32:
+        raise DataError("Images of fractions have no largest value to be divided by: they need an intensity window.")
+    low, high = window if window is not None else (0.0, float(largest(levels)))
+    if not low < high:
+        return (levels > low).astype(np.float32)
+    number = np.float64 if levels.dtype == np.float32 else np.float32  # a difference of fractions might overflow
+    values: NDArray[Any] = levels.astype(number)
+    if policy is not None and policy.log:
+        values, low, high = np.log(np.maximum(values, low)), float(np.log(low)), float(np.log(high))
+    unit = (values - number(low)) * number(1.0 / (high - low))
+    return np.clip(unit, 0.0, 1.0, out=unit).astype(np.float32, copy=False)
 
 
 def frame_image(
@@ -116,13 +169,14 @@ def frame_image(
     window: tuple[float, float] | None,
     interpolation: str,
     fill: tuple[float, ...],
+    policy: Intensity | None = None,
 ) -> NDArray[np.float32]:
     """An image in its frame as a backbone takes it: (3, frame height, frame width), float32, [0, 1].
 
     Grey is repeated into three channels. Padding holds `fill`, per channel. Resampling is done on the
-    window's float values, never on clipped 8-bit ones.
+    window's float values, never on clipped 8-bit ones. window, policy: as `to_unit` takes them.
     """
-    unit = to_unit(levels, window)
+    unit = to_unit(levels, window, policy)
     height, width = placement.content
     framed = np.empty((3, *placement.frame), dtype=np.float32)  # (channel, height, width)
     framed[:] = np.asarray(fill, dtype=np.float32)[:, None, None]
@@ -133,38 +187,3 @@ def frame_image(
             plane = np.clip(np.asarray(resized), 0.0, 1.0)
         framed[channel : channel + 1 if unit.ndim == 3 else 3, :height, :width] = plane
     return framed
-
-
-class _opened:
-    """PIL's image of a path, closed in the end; what can't be opened is a DataError."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Image.Image:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large scans are usual here
-                self.image = Image.open(self.path)
-        except UnidentifiedImageError as error:
-            raise DataError(f"{self.path} is not an image that can be read.") from error
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{self.path} can't be read as an image: {error}.") from error
-        if self.image.width < 1 or self.image.height < 1:
-            raise DataError(f"{self.path} has {self.image.width}x{self.image.height} pixels. wanted: at least one.")
-        if self.image.mode in READ_AS_8_BIT and self._depth() > 8:
-            self.image.close()
-            raise DataError(f"{self.path} is 16-bit colour, which can't be read without losing depth.")
-        return self.image
-
-    def _depth(self) -> int:
-        """Bits per channel, from the header."""
-        if isinstance(self.image, TiffImageFile):
-            return max(self.image.tag_v2.get(BITSPERSAMPLE, (1,)))
-        if self.image.format == "PNG":
-            with self.path.open("rb") as header:
-                return header.read(PNG_DEPTH + 1)[PNG_DEPTH]
-        return 8
-
-    def __exit__(self, *_: object) -> None:
-        self.image.close()

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from featprobe.datasets import DataSet, Sample
-from featprobe.datasets.images import image_size, is_16bit, read_levels, to_unit, training_window
+from featprobe.datasets.images import bits_of, image_size, read_levels, to_unit, training_window
 from featprobe.errors import DataError
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import DEFAULT_16BIT, Intensity
+from featprobe.specs import Intensity, default_intensity
 from featprobe.targets import IGNORE
 
 
@@ -55,28 +55,31 @@ def summarise(data: DataSet) -> DataSummary:
         images={split: len(data.in_split(split)) for split in splits},
         groups={split: len({s.group for s in data.in_split(split)}) for split in splits},
         sizes=(min(sizes), max(sizes)),
-        depth=16 if is_16bit(data.samples[0].image) else 8,
+        depth=bits_of(data.samples[0].image),
         pixels=dict(zip(data.classes, shares, strict=True)) if "semseg" in data.tasks else None,
         instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if "detect" in data.tasks else None,
         notes=data.notes,
     )
 
 
-def contact_sheet(data: DataSet, out: Path, count: int = 8, split: str = "train") -> list[str]:
+def contact_sheet(
+    data: DataSet, out: Path, count: int = 8, split: str = "train", intensity: str | None = None
+) -> list[str]:
     """Write a PNG of images beside their labels; returns the ids shown, evenly spread over the split.
 
-    Images with labels come before those without. Raises DataError for an empty split.
+    Images with labels come before those without; they are shown as the intensity policy makes them, None for the
+    default. Raises DataError for an empty split.
     """
     samples = data.in_split(split)
     if not samples:
         raise DataError(f"{data.name} has no {split} split. wanted: one of train, val, test.")
     labelled = [sample for sample in samples if _is_labelled(data, sample)]
     chosen = _spread(labelled, count) or _spread(samples, count)
-    deep = is_16bit(chosen[0].image)
-    window = training_window([s.image for s in data.in_split("train")], DEFAULT_16BIT if deep else Intensity("none"))
+    policy = Intensity.parse(intensity) if intensity else default_intensity(bits_of(chosen[0].image))
+    window = training_window([s.image for s in data.in_split("train")], policy)
     rows = []
     for sample in chosen:
-        image = to_unit(read_levels(sample.image), window)
+        image = to_unit(read_levels(sample.image), window, policy)
         target = data.read_target(sample, image_size(sample.image))
         rows.append(
             (f"{sample.id}  ({sample.group})", [Panel(image), Panel(image, target.semantic, target.instances or ())])

@@ -363,7 +363,7 @@ class _Filler:
         levels = read_levels(self.job.images[row])
         if levels.shape[:2] != placement.original:
             raise DataError(f"{self.job.images[row]} changed while features were made. Run the same command again.")
-        return frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean)
+        return frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
 
     def _result(self, row: int, future: Future[NDArray[np.float32]]) -> NDArray[np.float32]:
         """An image, or a blank in its place (so that its block stays what it is) when it can't be read."""

@@ -132,13 +132,14 @@ class LiveFeatures:
 
     def _framed(self, row: int) -> View:
         recipe, placement = self.cache.recipe, self.cache.rows[row].placement
-        image = frame_image(self._read(row), placement, recipe.window, recipe.interpolation, recipe.mean)
+        levels = self._read(row)
+        image = frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
         return View(torch.from_numpy(image), placement.content, None, None)
 
     def _augmented(self, row: int, number: int, place: int) -> View:
         assert self.augmentation is not None
         labels, instances = self.truth(row)
-        unit = to_unit(self._read(row), self.cache.recipe.window)
+        unit = to_unit(self._read(row), self.cache.recipe.window, self.cache.recipe.policy)
         random = np.random.default_rng([self.seed, number, place])
         return augment(unit, labels, instances, self.cache.recipe, self.augmentation, random, masks=self.masks)
 

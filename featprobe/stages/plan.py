@@ -78,6 +78,7 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
             job.recipe.window,
             job.recipe.interpolation,
             backbone.mean,
+            job.recipe.policy,
         )
         for i in readable
     ]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from featprobe.backbones import Backbone, load_backbone
 from featprobe.cache.store import TORCH_DTYPE
-from featprobe.datasets.images import SUFFIXES, frame_image, is_16bit, read_levels, to_unit
+from featprobe.datasets.images import SUFFIXES, bits_of, frame_image, read_levels, to_unit
 from featprobe.errors import DataError, ProbeError
 from featprobe.geometry import Placement, place
 from featprobe.levels import Features
@@ -85,10 +86,10 @@ class Predictor:
 
     def picture(self, path: Path) -> NDArray[np.float32]:
         """An image as the head's intensity policy shows it, in [0, 1]."""
-        return to_unit(read_levels(path), self.recipe.window)
+        return to_unit(read_levels(path), self.recipe.window, self.recipe.policy)
 
     def _read(self, path: Path) -> tuple[Any, Placement]:
-        bits, wanted = 16 if is_16bit(path) else 8, self.card["data"]["bits"]
+        bits, wanted = bits_of(path), self.card["data"]["bits"]
         if wanted is not None and bits != wanted:
             raise DataError(
                 f"{path} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
@@ -102,7 +103,7 @@ class Predictor:
     def _features(self, images: Sequence[Any], placements: Sequence[Placement]) -> Features:
         recipe = self.recipe
         framed = [
-            frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean)
+            frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
             for levels, placement in zip(images, placements, strict=True)
         ]
         amp = recipe.precision == "amp" and self.device.type == "cuda"
@@ -195,7 +196,7 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Pa
         elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
             if out is not None and out.resolve() != path.resolve():
-                inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
+                inside = [p for p in inside if not Path(realpath(p)).is_relative_to(out.resolve())]
             if not inside:
                 raise DataError(f"{path} holds no images. wanted: files ending in {', '.join(SUFFIXES)}.")
             found += [(p, p.relative_to(path).with_suffix("").as_posix()) for p in inside]

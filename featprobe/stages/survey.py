@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os.path import realpath
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -13,11 +15,11 @@ from tqdm import tqdm
 from featprobe.backbones import Backbone
 from featprobe.cache import Row
 from featprobe.datasets import DataSet, Sample
-from featprobe.datasets.images import hash_image, image_size, is_16bit, read_levels, training_window
+from featprobe.datasets.images import bits_of, hash_image, image_size, read_levels, training_window
 from featprobe.datasets.samples import listed
 from featprobe.errors import DataError
 from featprobe.geometry import Fit, Size, default_size, place
-from featprobe.specs import DEFAULT_16BIT, CacheDtype, DataInfo, FeatureRecipe, Intensity
+from featprobe.specs import CacheDtype, DataInfo, FeatureRecipe, Intensity, default_intensity
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
 
 CLIPPED_WARNING = 0.01
@@ -27,11 +29,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Found:
-    """What one sample's files hold; `reason` tells why it can't be used, "" when it can."""
+    """What one sample's files hold: bits of a channel; `reason` tells why it can't be used, "" when it can."""
 
     sample: Sample
     image_hash: str = ""
     size: Size = (1, 1)
+    bits: int = 0
     semantic: bytes = b""
     instances: bytes = b""
     reason: str = ""
@@ -83,7 +86,7 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
             size = image_size(sample.image)
             target = data.read_target(sample, size)
             semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances, target.image_id)
-            found = Found(sample, image_hash, size, semantic, instances)
+            found = Found(sample, image_hash, size, bits_of(sample.image), semantic, instances)
             if skip_bad:
                 read_levels(sample.image)  # a truncated one must not spoil the intensity window
         except DataError as error:
@@ -108,12 +111,20 @@ def training_images(surveyed: Survey) -> list[Sample]:
 def choose_intensity(surveyed: Survey, asked: str | None) -> tuple[Intensity, tuple[float, float] | None]:
     """The intensity policy, and the window of raw levels that it means for this data set.
 
-    Raises DataError when 8-bit and 16-bit images stand in one set, which no single window can serve.
+    Raises DataError when images of 8 bits, of 16 bits or of fractions stand in one set, which no single window can
+    serve, and for fractions that are to be divided by the largest value of their number format.
     """
-    deep = {is_16bit(f.sample.image) for f in surveyed.found if not f.reason}
-    if len(deep) > 1:
-        raise DataError(f"{surveyed.data.root} mixes 8-bit and 16-bit images: no one intensity window serves both.")
-    policy = Intensity.parse(asked) if asked else DEFAULT_16BIT if deep == {True} else Intensity("none")
+    bits = sorted({f.bits for f in surveyed.found if not f.reason})
+    if len(bits) > 1:
+        mixed = " and ".join(f"{b}-bit" for b in bits)
+        raise DataError(f"{surveyed.data.root} mixes {mixed} images: no one intensity window serves both.")
+    policy = Intensity.parse(asked) if asked else default_intensity(bits[0])
+    if policy.kind == "none" and bits == [32]:
+        raise DataError(
+            f"{surveyed.data.root} holds images of fractions or signed levels, which have no largest value.\n"
+            "  wanted  an intensity policy with a window\n  found   none\n"
+            "Levels in [0, 1] are taken as they are by --intensity window:0:1"
+        )
     return policy, training_window((s.image for s in training_images(surveyed)), policy)
 
 
@@ -196,10 +207,10 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
     root = str(data.root.resolve())
     return DataInfo(
         data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes), data.category_ids,
-        16 if is_16bit(next(f.sample.image for f in surveyed.found if not f.reason)) else 8,
+        next(f.bits for f in surveyed.found if not f.reason),
     )  # fmt: skip
 
 
 def _below(sample: Sample, data: DataSet) -> str:
-    image, root = sample.image.resolve(), data.root.resolve()
+    image, root = Path(realpath(sample.image)), data.root.resolve()  # a link to itself is no error here
     return image.relative_to(root).as_posix() if image.is_relative_to(root) else str(image)

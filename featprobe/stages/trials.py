@@ -265,7 +265,7 @@ class Run:
             panels = []
             for row, draw in self.task.panels(self.head, source.batches, chosen):
                 path = Path(self.cache.data.root) / self.cache.rows[row].image
-                image = to_unit(read_levels(path), self.cache.recipe.window)
+                image = to_unit(read_levels(path), self.cache.recipe.window, self.cache.recipe.policy)
                 panels.append((self.cache.rows[row].id, [Panel(image), *draw(image)]))
         path = self.folder / f"seed{self.seeds[0]}" / "sheet.png"
         save_sheet(path, panels, ["image", "truth", f"prediction ({self.cache.recipe.label})"], self.classes)
