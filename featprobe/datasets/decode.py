@@ -4,7 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def opened(path: Path) -> Iterator[Opened]:
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is not an image that can be read.") from error
     except Image.DecompressionBombError as error:
-        raise DataError(_too_large(path, "more")) from error
+        raise DataError(_too_large(path, "more, by its header")) from error
     except MemoryError as error:
         raise DataError(f"{path} asks for more memory than there is. Cut it into smaller images.") from error
     except FileNotFoundError as error:
@@ -158,7 +158,7 @@ def _open_tiff(path: Path) -> Iterator[Opened]:
     with tifffile.TiffFile(path) as file:
         page: Any = file.pages.first
         _check_size(path, page.imagelength, page.imagewidth)
-        _check_count(path, _count_pages(file))
+        _check_count(path, _count_pages(file, path), f", as by libtiff:  tiffsplit {path.name} {path.stem}-")
         _check_segments(path, page)
         kind = getattr(page.photometric, "name", str(page.photometric))
         known = kind in PLAIN or (page.bitspersample <= 8 and kind in CONVERTED)
@@ -192,10 +192,16 @@ def _tiff_levels(page: Any, kind: str, path: Path) -> Levels:
     return levels.dtype.type(largest(levels)) - levels
 
 
-def _count_pages(file: tifffile.TiffFile) -> int:
+def _count_pages(file: tifffile.TiffFile, path: Path) -> int:
     """Images in a TIFF: its full-size pages, or what ImageJ says of a stack behind one page."""
+    count, seen = 0, set[int]()
+    with suppress(IndexError):  # tifffile's own count does not end where pages lead in a circle
+        while (page := file.pages[len(seen)]).offset not in seen:
+            seen.add(page.offset)
+            count += not getattr(page, "is_reduced", False)
+        raise DataError(f"{path} is truncated or damaged: its pages lead in a circle.")
     stack = int((file.imagej_metadata or {}).get("images", 1)) if file.is_imagej else 1
-    return max(stack, sum(not getattr(page, "is_reduced", False) for page in file.pages))
+    return max(stack, count)
 
 
 def _check_segments(path: Path, page: Any) -> None:
@@ -283,13 +289,11 @@ def _dicom_levels(data: Any, path: Path) -> Levels:
 
     if "PixelData" not in data:
         raise DataError(f"{path} is a DICOM file without pixel data.")
-    values = pixel_array(data)
+    values = pixel_array(data)  # bits beyond those stored are cleared
     if data.PhotometricInterpretation == "MONOCHROME1":
         stored = int(data.get("BitsStored", data.BitsAllocated))
         low = -(1 << stored - 1) if data.get("PixelRepresentation") else 0
         high = low + (1 << stored) - 1
-        if values.min() < low or values.max() > high:
-            raise DataError(f"{path} holds stored values {values.min()} to {values.max()}. wanted: {low} to {high}.")
         values = (low + high - values.astype(np.int32)).astype(values.dtype)
     if not _is_rescaled(data):
         return to_levels(values, path)
@@ -361,12 +365,12 @@ def _check_size(path: Path, height: int, width: int) -> None:
         raise DataError(_too_large(path, f"{width}x{height} = {height * width}"))
 
 
-def _check_count(path: Path, images: int) -> None:
+def _check_count(path: Path, images: int, how: str = "") -> None:
     if images > 1:
         raise DataError(
             f"{path} holds {images} images (pages, slices or frames).\n"
             "  wanted  one image a file, so that each has its own labels, group and split\n"
-            f"Cut it, as by libtiff:  tiffsplit {path.name} {path.stem}-"
+            f"Cut it into one file an image{how}"
         )
 
 

@@ -155,9 +155,10 @@ def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensit
     low, high = window if window is not None else (0.0, float(largest(levels)))
     if not low < high:
         return (levels > low).astype(np.float32)
-    number = np.float64 if levels.dtype == np.float32 else np.float32  # a difference of fractions might overflow
+    log = policy is not None and policy.log
+    number = np.float64 if log or levels.dtype == np.float32 else np.float32  # a difference of fractions might overflow
     values: NDArray[Any] = levels.astype(number)
-    if policy is not None and policy.log:
+    if log:
         values, low, high = np.log(np.maximum(values, low)), float(np.log(low)), float(np.log(high))
     unit = (values - number(low)) * number(1.0 / (high - low))
     return np.clip(unit, 0.0, 1.0, out=unit).astype(np.float32, copy=False)
