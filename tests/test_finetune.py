@@ -16,21 +16,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from featprobe.backbones import load_backbone
-from featprobe.cache import FeatureLoader
+from featprobe.cache import FeatureLoader, open_cache
+from featprobe.datasets.images import read_levels, to_unit
 from featprobe.errors import BackboneError, DataError, ProbeError
-from featprobe.probes import TrainRecipe, load_head
+from featprobe.probes import TrainRecipe, load_head, predict_classes
 from featprobe.probes.saved import read_rows
 from featprobe.probes.train import _Loop, batches_of
-from featprobe.specs import BackboneSpec, FeatureRecipe
+from featprobe.report.sheets import GAP, LINE, TILE, Panel, draw_panel
+from featprobe.specs import BackboneSpec, FeatureRecipe, Intensity
 from featprobe.stages import trials
 from featprobe.stages.augment import Augmentation, augment, choose_crop
 from featprobe.stages.extract import ExtractOptions, extract
 from featprobe.stages.finetune import finetune
 from featprobe.stages.live import LiveFeatures
-from featprobe.stages.predict import predict
+from featprobe.stages.predict import Predictor, predict
 from featprobe.stages.probe import checked, find_caches, probe
 from featprobe.stages.trials import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
@@ -395,3 +398,43 @@ def test_grey_levels_of_16_bits_stay_apart_in_a_view() -> None:
     how = Augmentation(smallest=1.0, hflip=0.0, vflip=0.0)
     view = augment(ramp, None, None, recipe_for((64, 64), "resize"), how, np.random.default_rng(0))
     assert len(torch.unique(view.image[0])) > 4000
+
+
+@pytest.mark.parametrize("policy", ["log", "percentile:1:99:image"])
+def test_every_reader_of_an_image_keeps_to_the_policy(tmp_path: Path, policy: str, losses: list[float]) -> None:
+    """Extraction, live training, prediction and pictures: one intensity policy, which the card tells."""
+    workspace = Workspace(tmp_path)
+    make_generated("xray", workspace.data / "xray", images=12, size=(32, 32))
+    data = ExtractOptions(dtype="fp32", batch_size=4, quiet=True, intensity=policy)
+    cache = open_cache(extract(workspace, SPEC, "xray", data).path)
+    plain = open_cache(extract(workspace, SPEC, "xray", replace(data, intensity=None)).path)
+    full = str(Intensity.parse(policy))
+    assert cache.recipe.intensity == full and cache.recipe.key != plain.recipe.key
+    assert (cache.recipe.window is None) == policy.endswith("image")
+    level = cache.levels[0]
+    assert not np.allclose(cache.read_row(0, level), plain.read_row(0, level), rtol=1e-2)
+    plain.path.unlink()
+    (cached,) = probe(workspace, "semseg", options=options_for("semseg", show=1)).rows
+    first = list(losses)
+    losses.clear()
+    finetune(workspace, "semseg", options=options_for("semseg", PLAIN))
+    assert losses == pytest.approx(first, rel=1e-4)
+    folder = workspace.probes / cached["folder"]
+    predictor = Predictor(folder)
+    assert predictor.card["fingerprint"]["intensity"] == full
+    row = cache.rows[0]
+    image = Path(cache.data.root) / row.image
+    unit = to_unit(read_levels(image), cache.recipe.window, Intensity.parse(policy))
+    assert np.array_equal(predictor.picture(image), unit)
+    (found,) = predictor.predict([(image, "a")])
+    with FeatureLoader(cache, predictor.head.levels, torch.device("cpu")) as loader:
+        ((_, features),) = loader.batches([np.array([0])])
+        (logits,) = predictor.head(features)
+    wanted = predict_classes(logits, predictor.head.stride, row.placement).numpy()
+    assert found.semantic is not None and (found.semantic == wanted).mean() > 0.99
+    with Image.open(folder / "sheet.png") as sheet:
+        shown = np.asarray(sheet)
+    names = [cache.rows[i] for i in cache.usable("test")]
+    tiles = [draw_panel(Panel(predictor.picture(Path(cache.data.root) / own.image)), TILE) for own in names]
+    corner = shown[LINE + GAP : LINE + GAP + TILE, GAP : GAP + TILE]
+    assert any(np.array_equal(corner, np.asarray(tile)) for tile in tiles)
