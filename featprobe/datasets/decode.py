@@ -333,8 +333,8 @@ def to_levels(values: NDArray[Any], path: Path) -> Levels:
         if values.min() < 0 or values.max() > 65535:
             raise DataError(f"{path} holds grey levels {values.min()} to {values.max()}. wanted: 0 to 65535.")
         return values.astype(np.uint16)
-    bad = values.size - int(np.isfinite(values).sum())
-    if bad:
+    if not (np.isfinite(values.min()) and np.isfinite(values.max())):  # NaN is both
+        bad = int((~np.isfinite(values)).sum())
         raise DataError(
             f"{path} holds {bad} values that are not finite (NaN or infinite), of {values.size}.\n"
             "Replace them by a level that means what they mean, or leave the image out."
