@@ -46,7 +46,7 @@ from featprobe.specs import Intensity
 from featprobe.stages.predict import find_images
 from featprobe.stages.survey import choose_intensity, survey
 
-FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SIDES = st.integers(1, 24)
 DEEP = nst.arrays(np.uint16, st.tuples(SIDES, SIDES))
 FRACTIONS = nst.arrays(
@@ -214,6 +214,17 @@ def test_images_are_turned_as_their_orientation_asks(tmp_path: Path, name: str, 
     read = read[:, :, 0] if name == "a.webp" else read
     assert image_size(path) == read.shape == (24, 40)
     assert np.abs(read.astype(int) - shown).max() <= (8 if name == "a.jpg" else 0)
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_is_refused(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / "a.png"
+    Image.fromarray(np.eye(9, dtype=np.uint8)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[-12:])
+    with pytest.raises(DataError, match="orientation tag behind its pixels"):
+        read_levels(path)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +558,7 @@ def test_a_compressed_dicom_file_without_a_decoder_names_what_is_missing(tmp_pat
         read_levels(path)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["a.tif", "lzw.tif", "tiled.tif", "a.npy", "a.dcm", "zlib.tif"]),
     places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),

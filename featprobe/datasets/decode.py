@@ -70,8 +70,6 @@ def opened(path: Path) -> Iterator[Opened]:
         raise DataError(_too_large(path, "more, by its header")) from error
     except MemoryError as error:
         raise DataError(f"{path} asks for more memory than there is. Cut it into smaller images.") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path} can't be read as an image: {error.strerror}.") from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise DataError(f"{path} can't be read as an image: {error.strerror}.") from error
@@ -122,7 +120,7 @@ def _open_pillow(path: Path) -> Iterator[Opened]:
             yield Opened(size, 16, lambda: _without_alpha(imagecodecs.png_decode(path.read_bytes())), turn)
         else:
             bits = 32 if image.mode == "F" else 16 if image.mode.startswith("I") else 8
-            yield Opened(size, bits, lambda: _pillow_levels(image, path), turn)
+            yield Opened(size, bits, lambda: _pillow_levels(image, path, turn), turn)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -139,8 +137,10 @@ def _png_depth(path: Path) -> int:
         return header.read(PNG_DEPTH + 1)[PNG_DEPTH]
 
 
-def _pillow_levels(image: Image.Image, path: Path) -> Levels:
+def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
     image.load()
+    if image.format == "PNG" and _orientation(image) != turn:
+        raise DataError(f"{path} has its orientation tag behind its pixels, where few programs look. Write it before.")
     if image.mode in ("L", "RGB", "F") or image.mode.startswith("I"):
         return to_levels(np.asarray(image), path)
     if image.mode in ("P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr"):
@@ -208,7 +208,7 @@ def _check_segments(path: Path, page: Any) -> None:
     """Raise DataError where strips or tiles are missing, or claim what is not in the file, or are huge."""
     if math.prod(page.chunks) > 4 * MAX_PIXELS:
         raise DataError(_too_large(path, f"tiles of {math.prod(page.chunks)}"))
-    length = path.stat().st_size
+    length = page.parent.filehandle.size
     wanted = math.prod(page.chunked)
     found = sum(
         0 < count and offset + count <= length
@@ -339,9 +339,11 @@ def to_levels(values: NDArray[Any], path: Path) -> Levels:
             f"{path} holds {bad} values that are not finite (NaN or infinite), of {values.size}.\n"
             "Replace them by a level that means what they mean, or leave the image out."
         )
+    if values.dtype.itemsize <= 4:
+        return np.ascontiguousarray(values, dtype=np.float32)
     with np.errstate(over="ignore"):
         levels = np.ascontiguousarray(values, dtype=np.float32)
-    if values.dtype.itemsize > 4 and not np.array_equal(levels, values):
+    if not np.array_equal(levels, values):
         raise DataError(f"{path} holds {values.dtype} values that float32 can't hold. Round them:  a.astype('float32')")
     return levels
 
