@@ -231,7 +231,8 @@ def _open_npy(path: Path) -> Iterator[Opened]:
         )
     _check_size(path, *values.shape[:2])
     plane = values[:, :, 0] if values.shape[2:] == (1,) else values
-    yield Opened((values.shape[0], values.shape[1]), bits_of_dtype(values.dtype, path), lambda: to_levels(plane, path))
+    size, bits = (values.shape[0], values.shape[1]), bits_of_dtype(values.dtype, path)
+    yield Opened(size, bits, lambda: to_levels(np.array(plane), path))  # a copy: the file may change under a map
 
 
 @contextmanager
