@@ -2,6 +2,8 @@
 
     FeatprobeError                exit code 1: one paragraph, no traceback
     ├── DataError                 an image, a mask, an annotation, a split, a data set's name
+    │   ├── LabelSizeError        labels of another size than their image
+    │   └── OutOfImageError       a box or a polygon that is empty or leaves its image
     ├── BackboneError             a model name, weights, a level, a device
     ├── CacheError                a cache file: its place, version, identity, contents
     │   ├── CacheBusyError        another process is writing the same rows
@@ -25,6 +27,14 @@ class FeatprobeError(Exception):
 
 class DataError(FeatprobeError):
     """An image, a mask, an annotation, a split or a data set's name is not usable."""
+
+
+class LabelSizeError(DataError):
+    """A mask or an annotation is of another size than its image."""
+
+
+class OutOfImageError(DataError):
+    """A box or a polygon is empty or leaves its image."""
 
 
 class BackboneError(FeatprobeError):

@@ -508,8 +508,9 @@ def test_a_table_that_is_no_text_is_refused(tmp_path: Path) -> None:
         read_data("set", tmp_path)
 
 
-def test_folders_per_split_keep_same_names_apart(tmp_path: Path) -> None:
-    for value, folder in enumerate(("train", "valid", "test")):
+@pytest.mark.parametrize("val", ["val", "valid"])
+def test_folders_per_split_keep_same_names_apart(tmp_path: Path, val: str) -> None:
+    for value, folder in enumerate(("train", val, "test")):
         mask_set(tmp_path, {"a": grid(value)}, "background\nx\ny\n", folder)
     data = read_data("set", tmp_path)
     assert [(s.id, s.split) for s in data.samples] == [(f"{s}/a.png", s) for s in SPLITS]

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+import warnings
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -11,18 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from pycocotools.coco import COCO
 
 from featprobe.cli.main import cli
 from featprobe.datasets import FORMATS, DataSet, read_data
 from featprobe.datasets.images import image_size
+from featprobe.datasets.samples import Sample
 from featprobe.errors import DataError
+from featprobe.stages.convert import convert
 from featprobe.stages.data import DataSummary, summarise
 from featprobe.stages.survey import survey
 from featprobe.stages.workspace import Workspace
-from featprobe.targets import Instance, Target, decode_rle
+from featprobe.targets import Instance, Target, decode_rle, encode_rle, semantic_from_instances
 
+ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH = SIZE = (12, 16)
 SPLITS = ("train", "val", "test")
 REAL = Path(os.environ.get("FEATPROBE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -1000,7 +1009,35 @@ def bsdata_folder(root: Path) -> Path:
     return root
 
 
+def folder_set(root: Path) -> Path:
+    """Four images with class indices and ignored pixels."""
+    for i in range(4):
+        picture(root / "images" / f"p{i}.png", seed=i)
+        mask(root / "masks" / f"p{i}.png", square(2, 3, 5) + square(9, 0, 3) * 255 + square(0, 12, 3) * 2)
+    text(root / "classes.txt", "rock\npore\ncrack\n")
+    return root
+
+
+def coco_set(root: Path) -> Path:
+    """Four images with a polygon, a box that is not its mask's, a crowd and a gap in the ids."""
+    for i in range(4):
+        picture(root / "images" / f"p{i}.png", seed=i)
+    images = [{"id": 10 + i, "file_name": f"p{i}.png", "group": f"part{i}"} for i in range(4)]
+    polygon = {"segmentation": [[3, 2, 8, 2, 8, 7, 3, 7]], "category_id": 7, "area": 24.5}
+    crowd = {"segmentation": {"size": list(SIZE), "counts": [100, 12, 80]}, "category_id": 9, "iscrowd": 1}
+    annotations = [
+        {"id": 1, "image_id": 10, "bbox": [2.5, 1.7, 6.1, 5.9], **polygon},
+        {"id": 2, "image_id": 10, **crowd},
+        {"id": 3, "image_id": 12, **polygon},
+    ]
+    categories = [{"id": 9, "name": "crack"}, {"id": 7, "name": "pore"}]
+    text(root / "all.json", json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return root
+
+
 MADE = {
+    "folders": folder_set,
+    "coco": coco_set,
     "colours": lambda root: colour_set(root, classes="0,0,255 rock\n255,0,0 pore\n"),
     "labelme": labelme_set,
     "labelme of BSData": bsdata_folder,
@@ -1021,7 +1058,7 @@ MADE = {
 
 
 def test_every_format_is_tried_here() -> None:
-    assert {name.split()[0] for name in MADE} == set(FORMATS) - {"coco", "folders"}
+    assert {name.split()[0] for name in MADE} == set(FORMATS)
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -1088,3 +1125,317 @@ def read_or_refused(root: Path, name: str) -> None:
     for format_name in (name.split()[0], None):
         with suppress(DataError):
             summarise(read_data("set", root, format_name))
+
+
+# ---- as COCO ---------------------------------------------------------------------------------------------------------
+
+IGNORED = [shape("__ignore__", RING), shape("crack", [[9, 1], [14, 6]], "rectangle")]
+TO_COCO = {
+    **MADE,
+    "labelme, an ignored region": lambda root: labelme_set(root, IGNORED),
+    "voc, a difficult object": lambda root: voc_set(root, xml([PORE], difficult=1)),
+    "yolo, boxes and polygons": lambda root: yolo_set(root, BOX + POLYGON),
+    "yolo, polygons": lambda root: yolo_set(root, POLYGON + POLYGON.replace("0.75", "0.9"), POLYGON),
+    "yolo, an image in two splits": lambda root: yolo_set(root, data=YAML.replace("images/val", "images/train")),
+    "colours, one ignored": lambda root: colour_set(root, classes="0,0,255 rock\n1,1,1 pore\n255,0,0 ignore\n"),
+}
+
+
+def labels_of(data: DataSet) -> dict[str, Any]:
+    """All that a set says of each image, and of itself; areas and the annotation's own numbers left out."""
+    found: dict[str, Any] = {"": (data.classes, data.tasks)}
+    for sample in data.samples:
+        target = data.read_target(sample, image_size(sample.image))
+        semantic = None if target.semantic is None else target.semantic.tolist()
+        objects = target.instances and [(i.category, i.box_xyxy, i.rle, i.crowd) for i in target.instances]
+        found[sample.id] = sample.split, sample.group, sample.image.read_bytes(), semantic, objects
+    return found
+
+
+@pytest.mark.parametrize("name", TO_COCO)
+def test_a_set_comes_back_from_coco_as_it_was(tmp_path: Path, name: str) -> None:
+    data = read_data("set", TO_COCO[name](tmp_path / "set"))
+    out = tmp_path / "out"
+    arguments = ["data", "convert", str(tmp_path / "set"), "--out", str(out), "--json", "--quiet"]
+    result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert sum(json.loads(result.stdout)["images"].values()) == len(data.samples)
+    assert {path.name for path in out.iterdir()} == {"annotations", "images"}
+    assert labels_of(read_data("set", out, "coco")) == labels_of(data)
+    assert labels_of(read_data("set", out)) == labels_of(data)
+    if any(task == "detect" for task in data.tasks):
+        loaded = COCO(str(out / "annotations" / "instances_train.json"))  # stock pycocotools reads it too
+        assert len(loaded.imgs) == len(data.in_split("train")) and all("area" in a for a in loaded.anns.values())
+
+
+def test_images_may_be_linked_and_nothing_is_written_over(tmp_path: Path) -> None:
+    data = read_data("set", labelme_set(tmp_path / "set"))
+    convert(data, tmp_path / "out", link=True, quiet=True)
+    image = tmp_path / "out" / "images" / "p0.png"
+    assert image.is_symlink() and labels_of(read_data("set", tmp_path / "out")) == labels_of(data)
+    with pytest.raises(DataError, match="Nothing was changed"):
+        convert(data, tmp_path / "out", quiet=True)
+    with pytest.raises(DataError, match="Nothing was changed"):
+        convert(data, image, quiet=True)
+
+
+def test_a_set_that_can_not_be_converted_leaves_nothing_behind(tmp_path: Path) -> None:
+    data = read_data("set", labelme_set(tmp_path / "set"))
+    text(tmp_path / "set" / "p3.json", "{")
+    with pytest.raises(DataError, match=r"p3\.json"):
+        convert(data, tmp_path / "out", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@given(
+    seed=st.integers(0, 1 << 32),
+    kind=st.sampled_from(["masks", "objects", "boxes", "both"]),
+    background=st.sampled_from(["background", "Background", "rock"]),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_labels_come_back_from_coco(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, kind: str, background: str
+) -> None:
+    """Masks of classes, objects, boxes, and objects beside a mask of classes that is not what they make."""
+    rng, root = np.random.default_rng(seed), tmp_path_factory.mktemp("any")
+    objects = []
+    for _ in range(rng.integers(1, 5)):
+        (x1, x2), (y1, y2) = (np.sort(rng.integers(0, 64 * side + 1, 2)) / 64 for side in (WIDTH, HEIGHT))
+        drawn = None if kind == "boxes" else encode_rle(rng.random(SIZE) < rng.choice([0, 0.1, 0.9]))
+        objects.append(Instance(int(rng.integers(1, 3)), (x1, y1, x2, y2), drawn, crowd=bool(rng.random() < 0.2)))
+    labels = rng.choice(np.array([0, 1, 2, 255], np.uint8), SIZE)
+    semantic = {"boxes": None, "objects": semantic_from_instances(objects, SIZE)}.get(kind, labels)
+    target = Target(semantic, None if kind == "masks" else tuple(objects))
+    image = picture(root / "p.png")
+    samples = tuple(Sample(f"{split}.png", image, split, split) for split in SPLITS)
+    tasks = {"masks": ("semseg",), "boxes": ("detect",)}.get(kind, ("semseg", "detect", "instseg"))
+    data = DataSet("any", root, (background, "pore", "crack"), samples, tasks, lambda *_: target)
+    convert(data, root / "out", quiet=True)
+    assert labels_of(read_data("any", root / "out")) == labels_of(data)
+
+
+def test_a_boxs_far_side_comes_back_to_one_rounding(tmp_path: Path) -> None:
+    """COCO keeps its width: 1.5172704676178888 + w is 5.987802490493094 for no number w of 64 bits."""
+    box = (1.5172704676178888, 2.0, 5.987802490493094, 6.0)
+    samples = tuple(Sample(f"{split}.png", picture(tmp_path / "p.png"), split, split) for split in SPLITS)
+    target = Target(None, (Instance(1, box),))
+    data = DataSet("any", tmp_path, ("background", "pore"), samples, ("detect",), lambda *_: target)
+    convert(data, tmp_path / "out", quiet=True)
+    found = objects_of(read_data("any", tmp_path / "out"), "train.png")[0].box_xyxy
+    assert found != box and found == pytest.approx(box, rel=2**-52, abs=0)
+
+
+def test_masks_beside_objects_without_masks_are_refused(tmp_path: Path) -> None:
+    target = Target(square(0, 0, 2).astype(np.uint8), (Instance(1, (0, 0, 2, 2)),))
+    sample = Sample("p.png", picture(tmp_path / "p.png"), "p", "train")
+    data = DataSet("any", tmp_path, ("background", "pore"), (sample,), ("semseg", "detect"), lambda *_: target)
+    with pytest.raises(DataError, match="which COCO can't hold"):
+        convert(data, tmp_path / "out", quiet=True)
+
+
+def test_regions_of_a_coco_file_are_no_objects(tmp_path: Path) -> None:
+    """COCO's `isthing`: of a category, or of one annotation."""
+    value = json.loads((coco_set(tmp_path) / "all.json").read_text(encoding="utf-8"))
+    value["categories"][1]["isthing"] = 0
+    text(tmp_path / "all.json", json.dumps(value))
+    found = target_of(read_data("set", tmp_path), "p0.png")
+    assert [i.category for i in found.instances or ()] == [2]
+    assert found.semantic is not None and np.array_equal(found.semantic == 1, square(2, 3, 5))
+    value["categories"][0]["isthing"] = 0
+    text(tmp_path / "all.json", json.dumps(value))
+    assert read_data("set", tmp_path).tasks == ("semseg",)
+    del value["annotations"][0]["segmentation"]
+    text(tmp_path / "all.json", json.dumps(value))
+    assert "without a segmentation, and no objects" in refused(tmp_path)
+
+
+# ---- formats of other packages ---------------------------------------------------------------------------------------
+
+
+def install(folder: Path, module: str, code: str, *entries: str) -> Path:
+    """A package as an installer lays it down: a module, and what its metadata names."""
+    text(folder / f"{module}.py", code)
+    text(folder / f"{module}-1.0.dist-info" / "METADATA", f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    named = "\n".join(["[featprobe.datasets]", *entries])
+    text(folder / f"{module}-1.0.dist-info" / "entry_points.txt", named)
+    return folder
+
+
+def boxes_csv(folder: Path, *more: str) -> Path:
+    """The package of the README's reader, with more entries, beside a set of its format in set/."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    entry = page.partition('entry-points."featprobe.datasets"]\n')[2].partition("\n")[0].strip()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 30
+    for i in range(4):
+        picture(folder / "set" / f"p{i}.png", seed=i)
+    rows = "".join(f"p{i}.png,1,2,5.5,{7 + i},{'pore' if i else 'crack'}\n" for i in range(4))
+    text(folder / "set" / "boxes.csv", f"image,x1,y1,x2,y2,class\n{rows}")
+    install(folder / "site", "boxes_csv", code, entry.replace('"', ""), *more)
+    return folder / "set"
+
+
+def test_the_readmes_reader_serves_as_a_package_of_its_own(tmp_path: Path) -> None:
+    root = boxes_csv(tmp_path)
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [
+        sys.executable,
+        "-m",
+        "featprobe",
+        "data",
+        "check",
+        str(root),
+        "--format",
+        "boxes-csv",
+        "--json",
+        "--quiet",
+    ]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["classes"], found["instances"]) == (["background", "crack", "pore"], 4)
+    assert sum(found["splits"][split]["images"] for split in SPLITS) == 4
+
+
+def test_another_packages_format_is_looked_for_last_and_its_errors_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = boxes_csv(tmp_path)
+    assert "holds no data set that can be read" in refused(root)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert objects_of(read_data("set", root), "p1.png")[0].box_xyxy == (1, 2, 5.5, 8)
+    assert "Did you mean boxes-csv?" in refused(root, "boxes-cvs")
+    text(root / "boxes.csv", "image,x1,y1,x2,y2,class\np0.png,1,2,x,7,pore\n")
+    assert "boxes.csv, row 2: wanted numbers" in refused(root)
+    text(root / "boxes.csv", "image,x1,y1,x2,y2,class\n../../secret.png,1,2,3,7,pore\n")
+    assert "not below the data folder" in refused(root)
+    labelme_set(root)  # ours are looked for first
+    assert read_data("set", root).tasks == ("semseg", "detect", "instseg")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        ("raise OSError('no licence')", "OSError: no licence"),
+        ("FORMAT = 3", "found   a int"),
+        ("", "AttributeError"),
+    ],
+)
+def test_a_format_that_can_not_be_loaded_matters_only_where_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, said: str
+) -> None:
+    root = boxes_csv(tmp_path)
+    install(tmp_path / "site", f"broken{abs(hash(code))}", code, f"broken = broken{abs(hash(code))}:FORMAT")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    letter = refused(root, "broken")
+    assert letter.startswith("The format broken of the package broken") and said in letter
+    with pytest.warns(UserWarning, match="The format broken of the package broken"):
+        assert len(read_data("set", root).samples) == 4
+    result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "data"])
+    assert result.exit_code == 0 and ", boxes-csv." in result.stdout
+    assert "warning: The format broken of the package broken" in result.stderr and said in result.stderr
+    (root / "boxes.csv").unlink()
+    assert said in refused(root)  # it may have been the one
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_data("set", labelme_set(tmp_path / "labelme")).samples) == 4
+        assert read_data("set", labelme_set(tmp_path / "labelme"), "labelme").tasks
+
+
+# ---- hostile files ---------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "folders": {"cut": "masks/p0.png", "latin": "classes.txt", "gone": "masks/p0.png"},
+    "coco": {"cut": "all.json", "latin": "all.json", "gone": "images/p0.png", "paths": ("all.json", "p0.png")},
+    "colours": {"cut": "masks/p0.png", "latin": "classes.txt", "gone": "masks/p0.png"},
+    "labelme": {"cut": "p0.json", "latin": "p0.json", "gone": "p0.png", "paths": ("p0.json", "p0.png")},
+    "labelme of BSData": {
+        "cut": "image_data.json", "latin": "image_data.json",
+        "paths": ("label/photo0_crop_0.json", "photo0_crop_0.jpg"),
+    },
+    "deeppcb": {
+        "cut": "PCBData/trainval.txt", "latin": "PCBData/trainval.txt", "gone": "PCBData/group0/0_not/0000.txt",
+        "paths": ("PCBData/trainval.txt", "group0/0_not/0000.txt"),
+    },
+    "magnetic-tile": {"cut": "MT_Crack/Imgs/exp1_num_100.png", "gone": "MT_Crack/Imgs/exp1_num_100.png"},
+    "voc": {"cut": "Annotations/p0.xml", "latin": "Annotations/p0.xml", "gone": "JPEGImages/p0.jpg"},
+    "voc-segmentation": {"cut": "SegmentationClass/p0.png", "gone": "JPEGImages/p0.jpg"},
+    "yolo": {"cut": "labels/train/p0.txt", "latin": "labels/train/p0.txt", "paths": ("data.yaml", "images/train")},
+    "severstal": {"cut": "train.csv", "latin": "train.csv"},
+    "gdxray": {"cut": "C0001/ground_truth.txt", "latin": "C0001/ground_truth.txt"},
+    "kolektorsdd2": {"cut": "train/0_GT.png", "gone": "train/0_GT.png"},
+    "mvtec-ad": {"cut": "ground_truth/cut/000_mask.png", "gone": "ground_truth/cut/000_mask.png"},
+    "pidray": {
+        "cut": "annotations/xray_train.json", "latin": "annotations/xray_train.json", "gone": "train/xray_00000.png",
+        "paths": ("annotations/xray_train.json", "xray_00000.png"),
+    },
+    "rareplanes": {
+        "cut": "metadata_annotations/instances_train_role.json", "gone": "train/PS-RGB_tiled/1_A_tile_0.png",
+        "latin": "metadata_annotations/instances_train_role.json",
+        "paths": ("metadata_annotations/instances_train_role.json", "1_A_tile_0.png"),
+    },
+    "visa": {
+        "cut": "candle/Data/Masks/Anomaly/001.png", "latin": "split_csv/2cls_highshot.csv",
+        "gone": "candle/Data/Masks/Anomaly/001.png",
+        "paths": ("split_csv/2cls_highshot.csv", "candle/Data/Images/Normal/000.JPG"),
+    },
+    "kolektorsdd": {"cut": "kos01/Part0_label.bmp", "gone": "kos01/Part0_label.bmp"},
+}  # fmt: skip
+"""By format: a file that is cut off, one in another encoding, one that is missing, a file and the path it names.
+
+What is left out has no such file, or says in a note what is not there.
+"""
+
+
+OUTSIDE = ("/etc/hosts", "../../../secret", "C:/a")
+
+
+def test_every_format_is_tried_with_hostile_files() -> None:
+    assert set(HOSTILE) == set(MADE)
+
+
+@pytest.mark.parametrize(("name", "how"), [(name, how) for name, own in HOSTILE.items() for how in own])
+def test_a_hostile_file_is_answered_by_its_name(tmp_path: Path, name: str, how: str) -> None:
+    root = MADE[name](tmp_path / "in" / "set")
+    file, named = HOSTILE[name][how], ""
+    if how == "paths":
+        file, named = HOSTILE[name][how]
+    path = root / file
+    whole = path.read_bytes()
+    damaged: list[bytes] = {
+        "cut": [whole[: len(whole) * 3 // 5]],
+        "latin": [whole + b"\n\xf6\xff"],
+        "gone": [],
+        "paths": [whole.replace(named.encode(), f"{aim}{Path(named).suffix}".encode()) for aim in OUTSIDE],
+    }[how]
+    for value in damaged:
+        path.write_bytes(value)
+        answered(root, name, "below the data folder" if how == "paths" else path.name)
+    for aim in [path.name, *([] if how == "paths" or name in ("folders", "coco") else ["/etc/hosts"])]:
+        path.unlink()
+        path.symlink_to(aim)
+        answered(root, name, "")
+    if how == "gone":
+        path.unlink()
+        answered(root, name, path.stem.removesuffix("_GT"))
+
+
+def answered(root: Path, name: str, said: str) -> None:
+    """The command line ends with 1 and one paragraph of ours that says this, whether the format is named or not."""
+    for named in ([], ["--format", name.split()[0]]):
+        result = CliRunner().invoke(cli, ["--workspace", str(root.parent), "data", "info", str(root), *named])
+        assert (result.exit_code, result.stdout) == (1, ""), result.output
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.stderr.startswith("featprobe: ") and said in result.stderr
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_folder_that_links_to_itself_or_its_parent_ends(tmp_path: Path, name: str) -> None:
+    root = MADE[name](tmp_path / "set")
+    whole = summarise(read_data("set", root))
+    for folder in [root, *(path for path in sorted(root.rglob("*")) if path.is_dir())]:
+        (folder / "again").symlink_to(folder)
+        (folder / "loop").symlink_to("loop")
+    assert summarise(read_data("set", root)).images == whole.images

@@ -443,7 +443,7 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
 @cli.group(invoke_without_command=True)
 @click.pass_context
 def data(ctx: click.Context) -> None:
-    """List data sets; describe one; draw a contact sheet.
+    """List data sets; describe, check, draw or convert one.
 
     \b
     Example:
@@ -453,9 +453,10 @@ def data(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    from featprobe.datasets import FORMATS
+    from featprobe.datasets.formats import FORMATS, added_formats
 
     workspace = _workspace(ctx)
+    added, broken = added_formats()
     entries = workspace.config.get("data", {})
     rows = [
         (name, str(workspace.data / name), "built in, there" if (workspace.data / name).is_dir() else "built in")
@@ -464,7 +465,9 @@ def data(ctx: click.Context) -> None:
         for name in workspace.data_names()
     ]
     click.echo(columns(rows, ("name", "path", "from")))
-    click.echo(f"A path serves as well, to one of the formats {', '.join(FORMATS)}.")
+    click.echo(f"A path serves as well, to one of the formats {', '.join([*FORMATS, *added])}.")
+    for letter in broken:
+        click.echo(f"warning: {letter}", err=True)
 
 
 @data.command("info")
@@ -528,6 +531,85 @@ def data_show(
     policy = intensity or workspace.data_options(name).get("intensity")
     shown = contact_sheet(workspace.data_set(name, format), out, count, split, policy)
     click.echo(f"{out}: {len(shown)} images of {split}")
+
+
+@data.command("check")
+@click.argument("name")
+@data_format
+@click.option("--size", metavar="HxW", help="What images are resized to, for object sizes. Default: as of `extract`.")
+@click.option(
+    "--html", "--out", type=click.Path(dir_okay=False, path_type=Path), help="A page to write, with pictures."
+)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@quiet
+@as_json
+@click.pass_context
+def data_check(
+    ctx: click.Context,
+    name: str,
+    format: str | None,
+    size: str | None,
+    html: Path | None,
+    workers: int,
+    quiet: bool,
+    json_: bool,
+) -> None:
+    """Look through a data set; exit code 3 when something would spoil a study.
+
+    That is: a part, a picture or a near copy of it in two splits, an empty split, files that can't be read, masks of
+    another size than their image, boxes out of range, other bad labels, 8-bit and 16-bit images in one set.
+
+    \b
+    Example:
+      featprobe data check path/to/my_set --html check.html
+    """
+    from featprobe.geometry import parse_size
+    from featprobe.stages.check import check, class_table, entry_texts, head_lines, object_line, object_table
+
+    named = _workspace(ctx).data_set(name, format, complete=False)
+    found = check(named, size=parse_size(size) if size else None, page=html, workers=workers, quiet=quiet)
+    if json_:
+        show_json(asdict(found))
+    else:
+        click.echo(f"{found.name}: {found.root}")
+        click.echo("\n".join(f"  {line}" for line in head_lines(found)))
+        click.echo(f"\n{_frame_text(class_table(found))}\n")
+        if found.objects:
+            click.echo(f"{object_line(found.objects)}\n{_frame_text(object_table(found.objects))}\n")
+        for note in found.notes:
+            click.echo(f"note: {note}")
+        for finding in found.findings:
+            _show_finding("spoils a study" if finding.spoils else "to know", finding.text, entry_texts(finding))
+        if not found.spoiled:
+            click.echo("Nothing was found that would spoil a study.")
+    if found.spoiled:
+        ctx.exit(3)
+
+
+@data.command("convert")
+@click.argument("name")
+@data_format
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A new or empty folder.")
+@click.option("--link", is_flag=True, help="Link to the images instead of copying them.")
+@quiet
+@as_json
+@click.pass_context
+def data_convert(
+    ctx: click.Context, name: str, format: str | None, out: Path, link: bool, quiet: bool, json_: bool
+) -> None:
+    """Write a data set as COCO JSON, one file a split, with the same ids, splits, groups, masks and boxes.
+
+    \b
+    Example:
+      featprobe data convert path/to/my_set --out my_set_coco
+    """
+    from featprobe.stages.convert import convert
+
+    done = convert(_workspace(ctx).data_set(name, format), out, link=link, quiet=quiet)
+    if json_:
+        return show_json(asdict(done))
+    counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
+    click.echo(f"{done.path}: images: {counts}; {sum(done.annotations.values())} annotations")
 
 
 @data.command("make")
@@ -765,6 +847,18 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         raise click.BadParameter(f"{text!r}. wanted: I/N, as 3/16", param_hint="--shard") from None
     return i, n
+
+
+def _frame_text(table: Any) -> str:
+    return columns(table.to_numpy().tolist(), list(table.columns))
+
+
+def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:
+    click.echo(f"{kind}: {text}")
+    for entry in entries[:5]:
+        click.echo("\n".join(f"  {line}" for line in entry.splitlines()))
+    if len(entries) > 5:
+        click.echo(f"  and {len(entries) - 5} more: --json lists all")
 
 
 def _size_text(size: Sequence[int]) -> str:

@@ -1,23 +1,33 @@
 """Reader for COCO JSON: polygons, uncompressed and compressed RLE, boxes, crowds, groups."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from featprobe.datasets.files import start_of
+from featprobe.datasets.files import named_below, read_json, start_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
-from featprobe.errors import DataError
+from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
-from featprobe.targets import IGNORE, Instance, Rle, Target, semantic_from_instances
+from featprobe.targets import IGNORE, Instance, Labels, Rle, Target, decode_rle, semantic_from_instances
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
 SLACK = 1.0  # pixels by which a coordinate may pass the image's edge: rounding of common exporters
+
+
+@dataclass(frozen=True)
+class Category:
+    """One category. thing: whether its annotations are objects, not regions; background: whether it is class 0."""
+
+    name: str
+    thing: bool
+    background: bool
 
 
 def find_coco(root: Path) -> list[Path]:
@@ -34,7 +44,9 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     """The data set of one or more COCO files, one per split or one in all.
 
     A file's split is named by its stem or folder (train, val, test); an image's entry may also carry
-    `split` and `group`. Raises DataError when the files disagree on their categories.
+    `split` and `group`. What is `isthing` 0, itself or by its category, is painted over the objects and is none; a
+    set whose categories all are has no objects. A category that is `background`, or called so, is class 0. Raises
+    DataError when the files disagree on their categories.
     """
     loaded = [(path, _load(path)) for path in files]
     categories = _categories(loaded)
@@ -43,7 +55,8 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     entries: dict[str, tuple[Path, Mapping[str, Any], list[Mapping[str, Any]]]] = {}
     named: set[tuple[str, str]] = set()
     first_of: dict[Path, str] = {}
-    masks, annotated = True, False
+    things = any(category.thing for category in categories.values() if not category.background)
+    masks, annotated = True, not things
     for path, data in loaded:
         by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
         for annotation in data["annotations"]:
@@ -76,15 +89,21 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
         path, image, annotations = entries[sample.id]
         where = f"{path}, image {image['file_name']}"
         if (image.get("height"), image.get("width")) not in (size, (None, None)):
-            raise DataError(
+            raise LabelSizeError(
                 f"{where}: the annotation is of another size than the image.\n"
                 f"  wanted  {size[0]}x{size[1]} pixels, as the image has (height x width)\n"
                 f"  found   {image.get('height')}x{image.get('width')}"
             )
-        instances = tuple(_read_instance(a, index, size, where) for a in annotations)
-        return Target(semantic_from_instances(instances, size) if masks else None, instances, image["id"])
+        read = [(_read_instance(a, index, size, where), _is_thing(a, categories)) for a in annotations]
+        instances = tuple(instance for instance, thing in read if thing)
+        semantic = _painted(instances, [instance for instance, thing in read if not thing], size) if masks else None
+        return Target(semantic, instances if things else None, image["id"])
 
-    tasks = tasks_of(masks=masks and annotated, instances=True)
+    if not (masks or things):
+        raise DataError(
+            f"{root} has regions (isthing 0) without a segmentation, and no objects. Nothing can be learnt."
+        )
+    tasks = tasks_of(masks=masks and annotated, instances=things)
     ids = tuple(number for number, i in sorted(index.items(), key=lambda item: item[1]) if i)
     return DataSet(name, root, classes, tuple(samples), tasks, read_target, category_ids=ids)
 
@@ -92,20 +111,23 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
 def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
     """Where an image of a COCO file lies; the first place tried when it lies nowhere.
 
-    PIDray's images lie in folders of the last word of a file's name, RarePlanes' in PS-RGB_tiled of a split's.
+    PIDray's images lie in folders of the last word of a file's name, RarePlanes' in PS-RGB_tiled of a split's. Raises
+    DataError for a name that is absolute, or leads out of the data folder by `..` from every place.
     """
     folders = ["images", f"images/{annotations.stem}", ".", "data", annotations.stem.rpartition("_")[2]]
     if split:
         folders[1:1] = [f"images/{split}", split, f"{split}2017", f"{split}/PS-RGB_tiled"]
-    places = [root / folder / file_name for folder in folders] + [annotations.parent / file_name]
+    places = []
+    for base in [*(root / folder for folder in folders), annotations.parent]:
+        with suppress(DataError):
+            places.append(named_below(root, file_name, annotations, base))
+    if not places:
+        named_below(root, file_name, f"{annotations}, file_name")
     return next((place for place in places if place.is_file()), places[0])
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} can't be read as JSON: {error}.") from error
+    data = read_json(path)
     if not isinstance(data, dict) or any(not isinstance(data.get(part), list) for part in FIELDS):
         raise DataError(f"{path} is not COCO JSON. wanted: lists called {', '.join(FIELDS)}.")
     for part, names in FIELDS.items():
@@ -132,24 +154,57 @@ def _split_word(path: Path, root: Path) -> str:
     return next((SPLIT_WORDS[word] for word in stripped if word in SPLIT_WORDS), "")
 
 
-def _categories(loaded: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[int, str]:
+def _categories(loaded: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[int, Category]:
     first_path, first = loaded[0]
-    categories = {c["id"]: str(c["name"]) for c in first["categories"]}
+    categories = _categories_of(first)
     for path, data in loaded[1:]:
-        others = {c["id"]: str(c["name"]) for c in data["categories"]}
+        others = _categories_of(data)
         if others != categories:
-            raise DataError(f"{path} and {first_path} name other categories:\n  {others}\n  {categories}")
+            raise DataError(
+                f"{path} and {first_path} name other categories:\n"
+                f"  {', '.join(map(str, others.values()))}\n  {', '.join(map(str, categories.values()))}"
+            )
     return categories
 
 
-def _class_index(categories: Mapping[int, str]) -> tuple[tuple[str, ...], dict[int, int]]:
+def _categories_of(data: Mapping[str, Any]) -> dict[int, Category]:
+    """Categories by id. Where none is marked as the background, one called so is."""
+    marked = any(entry.get("background") is True for entry in data["categories"])
+    found = {}
+    for entry in data["categories"]:
+        named = not marked and str(entry["name"]).lower() == "background"
+        name = "background" if named else str(entry["name"])
+        found[entry["id"]] = Category(name, entry.get("isthing", 1) != 0, named or entry.get("background") is True)
+    return found
+
+
+def _class_index(categories: Mapping[int, Category]) -> tuple[tuple[str, ...], dict[int, int]]:
     """Class names, the background first, and the class index of each category id."""
-    named = {number: name for number, name in sorted(categories.items()) if name.lower() != "background"}
-    index = {number: i for i, number in enumerate(named, start=1)}
-    index |= {number: 0 for number in categories if number not in named}
+    try:
+        order = sorted(categories)
+    except TypeError as error:
+        raise DataError(
+            f"The category ids {list(categories)[:20]} are numbers and texts. wanted: all of a kind."
+        ) from error
+    named = [number for number in order if not categories[number].background]
+    index = dict.fromkeys(order, 0) | {number: i for i, number in enumerate(named, start=1)}
     if len(named) >= IGNORE:
         raise DataError(f"{len(named)} categories do not fit a mask of 8 bits. wanted: at most {IGNORE - 1}.")
-    return ("background", *named.values()), index
+    background = next((categories[number].name for number in order if categories[number].background), "background")
+    return (background, *(categories[number].name for number in named)), index
+
+
+def _is_thing(annotation: Mapping[str, Any], categories: Mapping[int, Category]) -> bool:
+    return categories[annotation["category_id"]].thing and annotation.get("isthing", 1) != 0
+
+
+def _painted(objects: Sequence[Instance], regions: Sequence[Instance], size: Size) -> Labels | None:
+    """The (height, width) mask of objects with regions over it, in their order."""
+    painted = semantic_from_instances(objects, size)
+    for region in regions:
+        if painted is not None and region.rle is not None:
+            painted[decode_rle(region.rle)] = IGNORE if region.crowd else region.category
+    return painted
 
 
 def _read_instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Size, where: str) -> Instance:
@@ -174,7 +229,7 @@ def _instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Siz
     height, width = size
     box = (x, y, x + w, y + h)
     if not (w >= 0 and h >= 0 and -SLACK <= x and x + w <= width + SLACK and -SLACK <= y and y + h <= height + SLACK):
-        raise DataError(
+        raise OutOfImageError(
             f"{where}: the box lies outside of the image.\n"
             f"  wanted  0 <= x1 <= x2 <= {width}, 0 <= y1 <= y2 <= {height} pixels\n"
             f"  found   x1, y1, x2, y2 = {', '.join(f'{v:g}' for v in box)}"
@@ -196,11 +251,11 @@ def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
             raise DataError(f"{where}: a polygon of {short[0]} numbers. wanted: x y of three points or more.")
         points = np.concatenate([np.asarray(polygon, dtype=float).reshape(-1, 2) for polygon in segmentation])
         if not ((points >= -SLACK) & (points <= np.array([width, height]) + SLACK)).all():
-            raise DataError(f"{where}: the polygon leaves the image of {width}x{height} pixels (width x height).")
+            raise OutOfImageError(f"{where}: the polygon leaves the image of {width}x{height} pixels (width x height).")
         merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     else:
         if list(segmentation["size"]) != [height, width]:
-            raise DataError(
+            raise LabelSizeError(
                 f"{where}: the RLE mask is of another size than the image.\n"
                 f"  wanted  {[height, width]} (height, width)\n  found   {segmentation['size']}"
             )

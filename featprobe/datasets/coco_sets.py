@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from featprobe.datasets.coco import read_coco
+from featprobe.datasets.files import is_missing
 from featprobe.datasets.samples import DataSet, Sample
 from featprobe.errors import DataError
 
@@ -43,7 +44,7 @@ def find_rareplanes(root: Path, labels: Sequence[str] = PLANE_LABELS) -> list[Pa
         return []
     folder = root / "metadata_annotations"
     pairs = [[folder / f"instances_{split}_{label}.json" for split in ("train", "test")] for label in labels]
-    return next((pair for pair in pairs if all(path.is_file() for path in pair)), [])
+    return next((pair for pair in pairs if not any(is_missing(path) for path in pair)), [])
 
 
 def read_rareplanes(name: str, root: Path, labels: Sequence[str] = PLANE_LABELS) -> DataSet:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.files import files_below, folders_in, kept_below, own_table, read_text
+from featprobe.datasets.files import files_below, folders_in, is_missing, kept_below, own_table, read_text
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_classes, check_size, read_pixels, to_numbers
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
@@ -123,7 +123,7 @@ def _colours_in(paths: Iterable[Path], root: Path) -> dict[int, str]:
 
 def _read_colour_names(path: Path) -> dict[int, str] | None:
     """Names by colour from lines of `R,G,B name`; None when there is no such file. Raises DataError."""
-    if not path.is_file():
+    if is_missing(path):
         return None
     named: dict[int, str] = {}
     for number, line in enumerate(read_text(kept_below(path.parent, path)).splitlines(), start=1):

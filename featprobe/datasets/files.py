@@ -54,7 +54,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 def read_table(path: Path) -> dict[str, dict[str, str]]:
     """Rows of a samples.csv (image,split,group) by image; empty when there is none. Raises DataError."""
-    if not path.is_file():
+    if is_missing(path):
         return {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -62,8 +62,13 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} can't be read as CSV: {error}.") from error
     if rows and "image" not in rows[0]:
-        raise DataError(f"{path} has the columns {', '.join(rows[0])}. wanted: image, and split or group.")
+        raise DataError(f"{path} has the columns {', '.join(map(str, rows[0]))}. wanted: image, and split or group.")
     return {row["image"]: row for row in rows}
+
+
+def is_missing(path: Path) -> bool:
+    """Whether there is nothing at a path, no link that leads nowhere or to itself either."""
+    return not path.is_file() and not path.is_symlink()
 
 
 def own_table(root: Path) -> dict[str, dict[str, str]]:
@@ -77,6 +82,14 @@ def below(root: Path, text: str, where: object, base: Path | None = None) -> Pat
     Windows' separators are taken as such. Raises DataError, naming `where`, for a path that is absolute,
     that leads out of the data folder by `..` or by a link, or that links to itself.
     """
+    return kept_below(root, named_below(root, text, where, base))
+
+
+def named_below(root: Path, text: str, where: object, base: Path | None = None) -> Path:
+    """`below` without a look at the disk: links, which lie there by the user's own hand, are not followed.
+
+    Raises DataError, naming `where`, for a path that is absolute or leads out of the data folder by `..`.
+    """
     plain = text.replace("\\", "/")
     absolute = plain.startswith("/") or plain[1:2] == ":"
     relative = Path(os.path.normpath((base or root).relative_to(root) / plain))
@@ -86,7 +99,7 @@ def below(root: Path, text: str, where: object, base: Path | None = None) -> Pat
             f"  wanted  a relative path below {root}\n  found   {text[:200]!r}\n"
             "It was not opened. Mend the annotation."
         )
-    return kept_below(root, root / relative)
+    return root / relative
 
 
 def kept_below(root: Path, path: Path) -> Path:

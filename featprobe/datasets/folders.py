@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from featprobe.datasets.files import read_table
+from featprobe.datasets.files import is_missing, read_table, read_text
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_size, mask_instance
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
@@ -24,8 +24,8 @@ def find_folders(root: Path) -> dict[str, Path]:
     """Folders that hold images/ and masks/, by split: the root ("" for no split), or train/, val/, test/."""
     if (root / "images").is_dir() and (root / "masks").is_dir():
         return {"": root}
-    inside = {split: root / name for name, split in SPLIT_FOLDERS.items()}
-    return {s: p for s, p in inside.items() if (p / "images").is_dir() and (p / "masks").is_dir()}
+    inside = [(split, root / name) for name, split in SPLIT_FOLDERS.items()]
+    return {split: path for split, path in inside if (path / "images").is_dir() and (path / "masks").is_dir()}
 
 
 def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
@@ -131,9 +131,9 @@ def _stem(path: Path, folder: Path) -> str:
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
+    if is_missing(path):
         return "background", "defect"
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     if not 2 <= len(names) <= 254 or len(set(names)) < len(names):
         raise DataError(f"{path} names {len(names)} classes. wanted: 2 to 254, each once, the background first.")
     return names

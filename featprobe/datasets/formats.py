@@ -1,8 +1,10 @@
 """The formats that can be read, and finding which one a folder holds."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from featprobe.datasets.coco import find_coco, read_coco
@@ -136,35 +138,89 @@ FORMATS: Mapping[str, Format] = {
 }
 """In the order in which they are looked for; what several of them fit has to be named."""
 
+ENTRY_POINTS = "featprobe.datasets"
+"""The group under which another package names a Format of its own."""
 
-def read_data(name: str, root: Path, format_name: str | None = None) -> DataSet:
+
+def read_data(name: str, root: Path, format_name: str | None = None, complete: bool = True) -> DataSet:
     """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
 
-    format_name: FORMAT, or FORMAT:PART for a part or a kind of labels that the format has.
+    format_name: FORMAT, or FORMAT:PART for a part or a kind of labels that the format has. Formats of other packages
+    are looked for last, and loaded only then or when they are named. complete=False leaves the splits as the set has
+    them.
     Raises DataError, with what is known to be read, when no format fits, and with their names when several do.
     """
     own, _, part = (format_name or "").partition(":")
-    if format_name is not None and own not in FORMATS:
-        raise DataError(f"There is no format {own!r}. {nearest(own, FORMATS)}\n  wanted  {', '.join(FORMATS)}")
-    if part and part not in FORMATS[own].parts:
-        raise DataError(f"The format {own} has no part {part!r}. wanted: {', '.join(FORMATS[own].parts) or 'none'}.")
+    known: Mapping[str, Format] = FORMATS if format_name is None else {own: find_format(own)}
+    if part and part not in known[own].parts:
+        raise DataError(f"The format {own} has no part {part!r}. wanted: {', '.join(known[own].parts) or 'none'}.")
     if not root.exists():
         raise DataError(f"There is no folder or file {root} (data set {name}).")
-    asked = [own] if own else list(FORMATS)
-    fitting = [known for known in asked if FORMATS[known].fits(root)]
-    fitting = [known for known in fitting if not set(FORMATS[known].gives_way_to) & set(fitting)]
+    broken: list[str] = []
+    fitting = _fitting(known, root)
+    if not fitting and format_name is None:
+        added, broken = added_formats()
+        fitting, known = _fitting(added, root), {**known, **added}
     if len(fitting) > 1:
-        each = "\n          ".join(f"{known}: {FORMATS[known].layout}" for known in fitting)
+        each = "\n          ".join(f"{name}: {known[name].layout}" for name in fitting)
         raise DataError(
             f"{root} can be read in {len(fitting)} formats.\n  wanted  one\n  found   {each}\n"
             f"Nothing was read. Name the one that is meant:  --format {' or --format '.join(fitting)}"
         )
     if fitting:
-        entry = FORMATS[fitting[0]]
-        return complete_splits((entry.parts[part] if part else entry.read)(name, root))
-    layouts = "\n          or ".join(FORMATS[known].layout for known in asked)
+        for letter in broken:
+            warnings.warn(letter, stacklevel=2)
+        entry = known[fitting[0]]
+        data = (entry.parts[part] if part else entry.read)(name, root)
+        return complete_splits(data) if complete else data
+    layouts = "\n          or ".join(entry.layout for entry in known.values())
     raise DataError(
         f"{root} holds no data set that can be read{f' as {own}' if own else ''}.\n"
         f"  wanted  {layouts}\n"
         f"  found   {', '.join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else root.name}"
+        + "".join(f"\n{letter}" for letter in broken)
     )
+
+
+def _fitting(known: Mapping[str, Format], root: Path) -> list[str]:
+    """The formats that a folder can be read in."""
+    found = [name for name, entry in known.items() if entry.fits(root)]
+    return [name for name in found if not set(known[name].gives_way_to) & set(found)]
+
+
+def find_format(name: str) -> Format:
+    """The format of a name, ours or another package's. Raises DataError when there is none, or it can't be loaded."""
+    if name in FORMATS:
+        return FORMATS[name]
+    points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name not in points:
+        known = [*FORMATS, *points]
+        raise DataError(f"There is no format {name!r}. {nearest(name, known)}\n  wanted  {', '.join(known)}")
+    return _load(points[name])
+
+
+def added_formats() -> tuple[dict[str, Format], list[str]]:
+    """The formats of other packages by name, and a letter for each that can't be loaded. Ours keep their names."""
+    added: dict[str, Format] = {}
+    broken = []
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        try:
+            if point.name not in FORMATS:
+                added[point.name] = _load(point)
+        except DataError as error:
+            broken.append(str(error))
+    return added, broken
+
+
+def _load(point: EntryPoint) -> Format:
+    where = f"The format {point.name} of the package {point.dist.name if point.dist else '?'}"
+    wanted = f"  wanted  {point.value}, a featprobe.datasets.Format\n"
+    to_do = "Mend that package, or remove it; every other format can be read without it."
+    try:
+        value = point.load()
+    except Exception as error:  # what another package's import may raise is anything
+        found = f"  found   {type(error).__name__}: {error}\n"
+        raise DataError(f"{where} can't be loaded.\n{wanted}{found}{to_do}") from error
+    if not isinstance(value, Format):
+        raise DataError(f"{where} is no format.\n{wanted}  found   a {type(value).__name__}\n{to_do}")
+    return value

@@ -19,11 +19,13 @@ WELDS, WELD_MASKS = "W0001", "W0002"
 
 
 def find_series(root: Path) -> list[Path]:
-    """Folders of a series' ground truth: the folder itself, or one or two folders down."""
+    """Folders of a series' ground truth: the folder itself, or one or two folders down; each once."""
     if not root.is_dir():
         return []
     found = [path.parent for pattern in (TRUTH, f"*/{TRUTH}", f"*/*/{TRUTH}") for path in sorted(root.glob(pattern))]
-    return [folder for folder in found if next(folder.glob(f"{folder.resolve().name}_*.png"), None) is not None]
+    once = {folder.resolve(): folder for folder in reversed(found)}  # a link to another of them is not a second one
+    own = [folder for folder in found if once[folder.resolve()] == folder]
+    return [folder for folder in own if next(folder.glob(f"{folder.resolve().name}_*.png"), None) is not None]
 
 
 def read_gdxray(name: str, root: Path) -> DataSet:

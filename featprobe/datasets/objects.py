@@ -11,8 +11,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from featprobe.datasets.coco import SLACK
-from featprobe.datasets.files import kept_below, read_text
-from featprobe.errors import DataError
+from featprobe.datasets.files import is_missing, kept_below, read_text
+from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
 
@@ -31,12 +31,12 @@ def to_numbers(values: Sequence[Any], where: object) -> list[float]:
 def box_instance(category: int, box: Sequence[float], size: Size, where: object, crowd: bool = False) -> Instance:
     """An object of a box x1 y1 x2 y2, pixels; it may pass the image's edge by a pixel, which is clipped.
 
-    Raises DataError, naming `where`, for a box that is empty or lies elsewhere.
+    Raises OutOfImageError, naming `where`, for a box that is empty or lies elsewhere.
     """
     height, width = size
     x1, y1, x2, y2 = box
     if not (-SLACK <= x1 < x2 <= width + SLACK and -SLACK <= y1 < y2 <= height + SLACK):
-        raise DataError(
+        raise OutOfImageError(
             f"{where}: the box is empty or leaves the image.\n"
             f"  wanted  0 <= x1 < x2 <= {width}, 0 <= y1 < y2 <= {height} pixels\n"
             f"  found   x1, y1, x2, y2 = {', '.join(f'{v:g}' for v in box)}"
@@ -48,7 +48,7 @@ def box_instance(category: int, box: Sequence[float], size: Size, where: object,
 def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: Size, where: object) -> Instance:
     """An object of polygons, each (points, 2), pixels, x y; they may pass the image's edge by a pixel.
 
-    Raises DataError, naming `where`, for fewer than three points, or points elsewhere.
+    Raises DataError, naming `where`, for fewer than three points; OutOfImageError for points elsewhere.
     """
     height, width = size
     short = [len(part) for part in parts if len(part) < 3]
@@ -56,7 +56,7 @@ def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: 
         raise DataError(f"{where}: a polygon of {short[0]} points. wanted: three or more.")
     points = np.concatenate(list(parts))
     if not ((points >= -SLACK) & (points <= np.array([width, height]) + SLACK)).all():
-        raise DataError(
+        raise OutOfImageError(
             f"{where}: the polygon leaves the image.\n"
             f"  wanted  0 <= x <= {width}, 0 <= y <= {height} pixels\n"
             f"  found   x {points[:, 0].min():g} to {points[:, 0].max():g}, "
@@ -81,9 +81,9 @@ def _text_rle(rle: Any) -> Rle:
 
 
 def check_size(found: Size, size: Size, where: object) -> None:
-    """Raise DataError, naming `where`, when an annotation or mask is of another (height, width) than its image."""
+    """Raise LabelSizeError, naming `where`, when an annotation or mask is of another (height, width) than its image."""
     if found != size:
-        raise DataError(
+        raise LabelSizeError(
             f"{where} is of another size than its image.\n"
             f"  wanted  {size[0]}x{size[1]} pixels (height x width)\n  found   {found[0]}x{found[1]}"
         )
@@ -121,7 +121,7 @@ def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
     """Names of a classes.txt, one a line, the background first; None when there is none. Raises DataError."""
-    if not path.is_file():
+    if is_missing(path):
         return None
     return check_classes(
         [line.strip() for line in read_text(kept_below(path.parent, path)).splitlines() if line.strip()], path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featprobe.datasets.files import below, kept_below, read_csv
+from featprobe.datasets.files import below, is_missing, kept_below, read_csv
 from featprobe.datasets.objects import check_size, read_binary
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
@@ -24,7 +24,7 @@ def find_visa(root: Path, shots: Sequence[str] = SHOTS) -> Path | None:
     """The CSV file of the first of these splits: in the folder of all objects, or beside the folder of one."""
     own = [root / "split_csv" / f"2cls_{shot}.csv" for shot in shots]
     beside = [root.resolve().parent / "split_csv" / path.name for path in own] if _is_object(root) else []
-    return next((path for path in (*own, *beside) if path.is_file()), None)
+    return next((path for path in (*own, *beside) if not is_missing(path)), None)
 
 
 def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:

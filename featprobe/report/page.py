@@ -1,4 +1,7 @@
-"""The report as one HTML page that holds all it shows: no script, no request, readable on a phone, light and dark."""
+"""The report, or a data set's check, as one HTML page that holds all it shows.
+
+No script, no request; readable on a phone, light and dark.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -9,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from featprobe.errors import FeatprobeError
 from featprobe.report.comparison import LABELS, class_table, difference_table, gap_table, result_table, scores_of
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 
@@ -51,6 +55,7 @@ HOW_TO_READ = (
     "of both. Features are extracted once and serve every head.",
 )
 WORDS = {"backbone", "regime", "head", "within", "difference", "gap", "task"}  # columns that are read, not compared
+LISTED = 200  # entries of a finding on a page
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,54 @@ def write_page(
         rows = [*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)]
         body += ["<h2>Notes</h2>", f"<ul>{''.join(f'<li>{escape(row)}</li>' for row in rows)}</ul>"]
     body += ["<h2>How to read this</h2>", f'<div class="small">{_paragraphs(HOW_TO_READ)}</div>']
+    _write(path, "comparison", body)
+
+
+def write_check_page(
+    path: Path,
+    title: str,
+    facts: Sequence[str],
+    findings: Sequence[tuple[bool, str, Sequence[str]]],
+    tables: Sequence[tuple[str, pd.DataFrame]],
+    notes: Sequence[str],
+    sheets: Sequence[tuple[str, Path]],
+) -> None:
+    """Write what was found in a data set. findings: whether it would spoil a study, what it is, its entries.
+
+    Raises FeatprobeError where it can't be written.
+    """
+    answer = [f"{'Would spoil a study: ' if spoils else 'To know: '}{text}" for spoils, text, _ in findings]
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        _paragraphs(facts),
+        f'<div class="answer">{_paragraphs(answer or ["Nothing was found that would spoil a study."])}</div>',
+        *(_entries(text, entries) for _, text, entries in findings if entries),
+        *(f"<h2>{escape(heading)}</h2>{_table(table)}" for heading, table in tables),
+        *(f"<h2>{escape(caption)}</h2>{_picture(caption, sheet)}" for caption, sheet in sheets),
+        *([f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"] if notes else []),
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, title, body)
+    except OSError as error:
+        raise FeatprobeError(f"The page {path} can't be written: {error.strerror}.") from error
+
+
+def _write(path: Path, title: str, body: Sequence[str]) -> None:
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; img-src data:\">"
-        f'<link rel="icon" href="data:,"><title>featprobe: comparison</title><style>{STYLE}</style></head><body>\n'
+        f'<link rel="icon" href="data:,"><title>featprobe: {escape(title)}</title><style>{STYLE}</style></head><body>\n'
     )
     path.write_text(head + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+
+
+def _entries(text: str, entries: Sequence[str]) -> str:
+    rows = "".join(f"<li>{escape(entry)}</li>" for entry in entries[:LISTED])
+    more = f"<p>and {len(entries) - LISTED} more: --json lists all</p>" if len(entries) > LISTED else ""
+    return f"<details><summary>{escape(text)}</summary><ul>{rows}</ul>{more}</details>"
 
 
 def _paragraphs(texts: Sequence[str]) -> str:
@@ -196,7 +241,10 @@ def efficiency_of(lines: Sequence[Line], score: str) -> list[Series]:
 
 
 def _sheet(caption: str, path: Path) -> str:
+    picture = _picture(f"Test images, truth and prediction: {caption}", path)
+    return f"<details><summary>Pictures: {escape(caption)}</summary>{picture}</details>"
+
+
+def _picture(caption: str, path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    text = escape(caption)
-    picture = f'<img loading="lazy" alt="Test images, truth and prediction: {text}" src="data:image/png;base64,{data}">'
-    return f"<details><summary>Pictures: {text}</summary>{picture}</details>"
+    return f'<img loading="lazy" alt="{escape(caption)}" src="data:image/png;base64,{data}">'

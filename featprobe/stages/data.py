@@ -74,7 +74,7 @@ def contact_sheet(
     if not samples:
         raise DataError(f"{data.name} has no {split} split. wanted: one of train, val, test.")
     labelled = [sample for sample in samples if _is_labelled(data, sample)]
-    chosen = _spread(labelled, count) or _spread(samples, count)
+    chosen = spread(labelled, count) or spread(samples, count)
     policy = Intensity.parse(intensity) if intensity else default_intensity(bits_of(chosen[0].image))
     window = training_window([s.image for s in data.in_split("train")], policy)
     rows = []
@@ -95,7 +95,8 @@ def _is_labelled(data: DataSet, sample: Sample) -> bool:
     return bool(target.instances)
 
 
-def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count` samples, evenly spread over their order."""
     if not samples:
         return []
     picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)

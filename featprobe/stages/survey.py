@@ -15,6 +15,7 @@ from tqdm import tqdm
 from featprobe.backbones import Backbone
 from featprobe.cache import Row
 from featprobe.datasets import DataSet, Sample
+from featprobe.datasets.duplicates import exact_copies, in_several_splits
 from featprobe.datasets.images import bits_of, hash_image, image_size, read_levels, training_window
 from featprobe.datasets.samples import listed
 from featprobe.errors import DataError
@@ -202,6 +203,10 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
     notes = list(data.notes)
     if clipped is not None and clipped > CLIPPED_WARNING:
         notes.append(f"the intensity window clips {clipped:.1%} of the annotated pixels; see --intensity")
+    copies = exact_copies([f.sample for f in surveyed.found], [f.image_hash for f in surveyed.found])
+    leaking = [own[0].id for own in copies if in_several_splits(own)]
+    if leaking:
+        notes.append(f"{len(leaking)} images stand in more than one split, byte for byte: {listed(leaking)}")
     if surveyed.bad:
         notes.append(f"{len(surveyed.bad)} samples can't be used: {listed([f.sample.id for f in surveyed.bad])}")
     root = str(data.root.resolve())

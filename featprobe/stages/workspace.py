@@ -57,20 +57,22 @@ class Workspace:
         """Short names that can be asked for here."""
         return [*ALIASES, *self.config.get("backbones", {})]
 
-    def data_set(self, name: str, format_name: str | None = None) -> DataSet:
+    def data_set(self, name: str, format_name: str | None = None, complete: bool = True) -> DataSet:
         """A data set by its name in featprobe.toml, by a built-in set's name, or by a path.
 
         Its format is the one named here, else the one that featprobe.toml names, else found by looking. A
-        built-in set is generated into data/ when it is first asked for. Raises DataError.
+        built-in set is generated into data/ when it is first asked for. complete=False leaves the splits as the set
+        has them. Raises DataError.
         """
         table = self.config.get("data", {})
         if name in table:
             own = format_name or table[name].get("format")
-            return read_data(name, Path(self._path(table[name]["path"]) or ""), own)
+            return read_data(name, Path(self._path(table[name]["path"]) or ""), own, complete)
         if name in GENERATED:
-            return read_data(name, self.generated(name), format_name)
+            return read_data(name, self.generated(name), format_name, complete)
         if Path(name).exists():
-            return read_data(re.sub(r"[^\w.-]+", "_", Path(name).resolve().name), Path(name), format_name)
+            own = re.sub(r"[^\w.-]+", "_", Path(name).resolve().name)
+            return read_data(own, Path(name), format_name, complete)
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"

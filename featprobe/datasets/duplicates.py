@@ -1,0 +1,102 @@
+"""Copies among images: the same bytes, and the same picture saved anew, resized, brighter or darker.
+
+Such near copies are found in two steps: a perceptual hash proposes pairs, fine detail confirms them. The hash alone
+takes pictures of one scene for copies: among BSData's 145 crops it proposes 1411 pairs, of which 6 are confirmed.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.fft import dctn
+from scipy.ndimage import uniform_filter
+
+from featprobe.datasets.images import Levels
+from featprobe.datasets.samples import Sample
+
+HASH_SIDE, DETAIL_SIDE = 32, 64  # pixels of the thumbnails
+BITS = 64
+NEAR = 6  # bits by which the hashes of near copies differ at most
+DETAIL_AGREES = 0.95  # correlation of the details, the set's mean taken away
+ENOUGH = 20  # images from which the mean detail of a set is its scene, not its pictures
+CHUNK = 1024  # images that are compared with all others at once
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an image looks. hash: (64,) bits as -1 and 1, int8; detail: (4096,) of mean 0 and norm 1, float16."""
+
+    hash: NDArray[np.int8]
+    detail: NDArray[np.float16]
+
+
+def look_of(levels: Levels) -> Look:
+    """The look of an image's raw levels, (height, width) or (height, width, 3); colours are added up.
+
+    The hash is pHash: signs of the 8x8 lowest frequencies of a 32x32 thumbnail against their median. The detail is a
+    64x64 thumbnail without what 5x5 pixels of it have in common; zeros for a picture of one grey.
+    """
+    planes = [levels] if levels.ndim == 2 else [levels[..., channel] for channel in range(3)]
+    grey = planes[0].astype(np.float32)
+    for plane in planes[1:]:  # several times faster than a mean over the last axis
+        grey += plane
+    image = Image.fromarray(grey)
+    low = dctn(_thumbnail(image, HASH_SIDE), norm="ortho")[:8, :8].ravel()
+    fine = _thumbnail(image, DETAIL_SIDE)
+    fine = (fine - uniform_filter(fine, 5)).ravel()
+    bits = np.where(low > np.median(low[1:]), 1, -1)
+    return Look(bits.astype(np.int8), _normed(fine - fine.mean()).astype(np.float16))
+
+
+def exact_copies(samples: Sequence[Sample], hashes: Sequence[str]) -> list[list[Sample]]:
+    """Samples of the same bytes, two or more each, from the hash of each image's file; "" is no file's."""
+    same: dict[str, list[Sample]] = defaultdict(list)
+    for sample, image_hash in zip(samples, hashes, strict=True):
+        if image_hash:
+            same[image_hash].append(sample)
+    return [own for own in same.values() if len(own) > 1]
+
+
+def in_several_splits(samples: Sequence[Sample]) -> bool:
+    """Whether samples do not all stand in one split."""
+    return len({sample.split for sample in samples}) > 1
+
+
+def near_copies(looks: Sequence[Look]) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of images that look the same. Turned and cropped copies are not seen.
+
+    From 20 images on their mean detail is taken away first: what a fixed camera sees in every picture makes no copy.
+    Pictures of one grey are copies of nothing.
+    """
+    if len(looks) < 2:
+        return []
+    hashes = np.stack([look.hash for look in looks]).astype(np.float32)  # (images, bits)
+    details = np.stack([look.detail for look in looks])  # (images, pixels)
+    scene = details.mean(axis=0, dtype=np.float32) if len(looks) >= ENOUGH else np.zeros(details.shape[1], np.float32)
+    found: list[tuple[int, int]] = []
+    for start in range(0, len(looks), CHUNK):
+        alike = hashes[start : start + CHUNK] @ hashes.T >= BITS - 2 * NEAR
+        rows, columns = np.nonzero(np.triu(alike, k=start + 1))
+        if rows.size:
+            first, second = np.unique(rows), np.unique(columns)
+            agree = _own_detail(details[first + start], scene) @ _own_detail(details[second], scene).T
+            sure = agree[np.searchsorted(first, rows), np.searchsorted(second, columns)] >= DETAIL_AGREES
+            found += [(start + int(i), int(j)) for i, j in zip(rows[sure], columns[sure], strict=True)]
+    return found
+
+
+def _own_detail(details: NDArray[np.float16], scene: NDArray[np.float32]) -> NDArray[np.float32]:
+    return _normed((details - scene) * details.any(axis=1, keepdims=True))
+
+
+def _thumbnail(image: Image.Image, side: int) -> NDArray[np.float32]:
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX))
+
+
+def _normed(rows: NDArray) -> NDArray[np.float32]:
+    """Rows of norm 1; zeros stay."""
+    values = rows.astype(np.float32)
+    return np.asarray(values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-6))
