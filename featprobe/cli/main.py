@@ -15,12 +15,14 @@ from featprobe.cli.options import (
     data_format,
     device,
     feature_options,
+    group_from,
     head_options,
     intensity,
     log,
     names,
     quiet,
     show_json,
+    split_file,
 )
 from featprobe.errors import FeatprobeError
 
@@ -168,6 +170,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --task detect --data surface
       featprobe probe --task semseg --head upsample --fraction 0.1,0.3,1
       torchrun --nproc-per-node 2 -m featprobe probe --task detect --data surface
+      featprobe probe --data xray --split group:5
     """
     from featprobe.processes import is_main
     from featprobe.stages.probe import probe as run
@@ -443,7 +446,7 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
 @cli.group(invoke_without_command=True)
 @click.pass_context
 def data(ctx: click.Context) -> None:
-    """List data sets; describe, check, draw or convert one.
+    """List data sets; describe, check, draw, split or convert one.
 
     \b
     Example:
@@ -473,9 +476,13 @@ def data(ctx: click.Context) -> None:
 @data.command("info")
 @click.argument("name")
 @data_format
+@group_from
+@split_file
 @as_json
 @click.pass_context
-def data_info(ctx: click.Context, name: str, format: str | None, json_: bool) -> None:
+def data_info(
+    ctx: click.Context, name: str, format: str | None, group_from: str | None, split_file: str | None, json_: bool
+) -> None:
     """Describe a data set: images, groups, classes, sizes, splits.
 
     \b
@@ -484,7 +491,7 @@ def data_info(ctx: click.Context, name: str, format: str | None, json_: bool) ->
     """
     from featprobe.stages.data import summarise
 
-    summary = summarise(_workspace(ctx).data_set(name, format))
+    summary = summarise(_workspace(ctx).data_set(name, format, group_from, split_file))
     if json_:
         return show_json(asdict(summary))
     low, high = ("x".join(map(str, size)) for size in summary.sizes)
@@ -511,13 +518,23 @@ def data_info(ctx: click.Context, name: str, format: str | None, json_: bool) ->
 @data.command("show")
 @click.argument("name")
 @data_format
+@group_from
+@split_file
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
 @click.option("--count", type=click.IntRange(1), default=8, show_default=True, help="How many images.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
 @intensity
 @click.pass_context
 def data_show(
-    ctx: click.Context, name: str, format: str | None, out: Path, count: int, split: str, intensity: str | None
+    ctx: click.Context,
+    name: str,
+    format: str | None,
+    group_from: str | None,
+    split_file: str | None,
+    out: Path,
+    count: int,
+    split: str,
+    intensity: str | None,
 ) -> None:
     """Draw images of a data set beside their labels.
 
@@ -529,13 +546,15 @@ def data_show(
 
     workspace = _workspace(ctx)
     policy = intensity or workspace.data_options(name).get("intensity")
-    shown = contact_sheet(workspace.data_set(name, format), out, count, split, policy)
+    shown = contact_sheet(workspace.data_set(name, format, group_from, split_file), out, count, split, policy)
     click.echo(f"{out}: {len(shown)} images of {split}")
 
 
 @data.command("check")
 @click.argument("name")
 @data_format
+@group_from
+@split_file
 @click.option("--size", metavar="HxW", help="What images are resized to, for object sizes. Default: as of `extract`.")
 @click.option(
     "--html", "--out", type=click.Path(dir_okay=False, path_type=Path), help="A page to write, with pictures."
@@ -548,6 +567,8 @@ def data_check(
     ctx: click.Context,
     name: str,
     format: str | None,
+    group_from: str | None,
+    split_file: str | None,
     size: str | None,
     html: Path | None,
     workers: int,
@@ -566,7 +587,7 @@ def data_check(
     from featprobe.geometry import parse_size
     from featprobe.stages.check import check, class_table, entry_texts, head_lines, object_line, object_table
 
-    named = _workspace(ctx).data_set(name, format, complete=False)
+    named = _workspace(ctx).data_set(name, format, group_from, split_file, complete=False)
     found = check(named, size=parse_size(size) if size else None, page=html, workers=workers, quiet=quiet)
     if json_:
         show_json(asdict(found))
@@ -589,13 +610,23 @@ def data_check(
 @data.command("convert")
 @click.argument("name")
 @data_format
+@group_from
+@split_file
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A new or empty folder.")
 @click.option("--link", is_flag=True, help="Link to the images instead of copying them.")
 @quiet
 @as_json
 @click.pass_context
 def data_convert(
-    ctx: click.Context, name: str, format: str | None, out: Path, link: bool, quiet: bool, json_: bool
+    ctx: click.Context,
+    name: str,
+    format: str | None,
+    group_from: str | None,
+    split_file: str | None,
+    out: Path,
+    link: bool,
+    quiet: bool,
+    json_: bool,
 ) -> None:
     """Write a data set as COCO JSON, one file a split, with the same ids, splits, groups, masks and boxes.
 
@@ -605,11 +636,55 @@ def data_convert(
     """
     from featprobe.stages.convert import convert
 
-    done = convert(_workspace(ctx).data_set(name, format), out, link=link, quiet=quiet)
+    done = convert(_workspace(ctx).data_set(name, format, group_from, split_file), out, link=link, quiet=quiet)
     if json_:
         return show_json(asdict(done))
     counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
     click.echo(f"{done.path}: images: {counts}; {sum(done.annotations.values())} annotations")
+
+
+@data.command("split")
+@click.argument("name")
+@data_format
+@group_from
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The CSV file to write.")
+@click.option(
+    "--split",
+    metavar="SPLIT",
+    default="own",
+    show_default=True,
+    help="own, group, stratified (by group, heeding classes) or image; group:5 for the folds of a cross-validation.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of the groups.")
+@as_json
+@click.pass_context
+def data_split(
+    ctx: click.Context,
+    name: str,
+    format: str | None,
+    group_from: str | None,
+    out: Path,
+    split: str,
+    seed: int,
+    json_: bool,
+) -> None:
+    """Write a split to a CSV file with the columns id, group, split, to be edited and used.
+
+    \b
+    Example:
+      featprobe data split xray --out split.csv --split stratified
+      featprobe probe --data xray --split split.csv
+    """
+    from featprobe.stages.data import write_split
+
+    report = write_split(_workspace(ctx).data_set(name, format, group_from), out, split, seed)
+    if json_:
+        return show_json(asdict(report))
+    rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
+    click.echo(columns(rows, ("split", "images", "groups", *next(iter(report.holders.values())))))
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"{out}: {sum(report.images.values())} images; use it:  featprobe probe --data {name} --split {out}")
 
 
 @data.command("make")
@@ -830,7 +905,20 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
     from featprobe.geometry import parse_size
     from featprobe.stages.extract import ExtractOptions
 
-    same = ("format", "fit", "intensity", "batch_size", "workers", "dtype", "precision", "device", "skip_bad", "quiet")
+    same = (
+        "format",
+        "group_from",
+        "split_file",
+        "fit",
+        "intensity",
+        "batch_size",
+        "workers",
+        "dtype",
+        "precision",
+        "device",
+        "skip_bad",
+        "quiet",
+    )
     return ExtractOptions(
         levels=names(options["levels"]),
         size=parse_size(options["size"]) if options["size"] else None,

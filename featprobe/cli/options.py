@@ -23,6 +23,16 @@ intensity = click.option(
     help="window:LO:HI | percentile:LO:HI | minmax | none | log; behind it :log, and :image for each image's own. "
     "Default: none for 8-bit, percentile:0.01:99.99 of the training images for all others.",
 )
+group_from = click.option(
+    "--group-from",
+    metavar="REGEX",
+    help="Groups from the images' ids: the first group of a match, as '(C\\d+)_', or all.",
+)
+split_file = click.option(
+    "--split-file",
+    type=click.Path(dir_okay=False),
+    help="Splits and groups from a CSV file, as `data split` writes it.",
+)
 device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
 
@@ -56,6 +66,8 @@ _BACKBONE = [
 _FEATURES = [
     click.option("--data", required=True, help="A data set's name, or a path; see `featprobe data`."),
     data_format,
+    group_from,
+    split_file,
     click.option("--levels", help="Feature levels, separated by commas. Default: all, as stride4,stride8,…"),
     click.option("--size", metavar="HxW", help="Height x width. Default: the images' own up to 512, else 512x512."),
     click.option("--fit", type=click.Choice(["resize", "letterbox"]), help="How images meet --size. Default: resize."),
@@ -126,7 +138,12 @@ _HEAD = [
         help="Objects of detect and instseg: the set's own, or connected components of its masks.",
     ),
     click.option(
-        "--split", type=click.Choice(["own", "group", "image"]), default="own", show_default=True, help="Whose splits."
+        "--split",
+        metavar="SPLIT",
+        default="own",
+        show_default=True,
+        help="own, group, stratified (by group, heeding classes), image, or FILE.csv of `data split`. "
+        "group:5 is a cross-validation of five folds, group:5/2 its second fold.",
     ),
     click.option(
         "--absent-classes",

@@ -24,7 +24,8 @@ from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
 from featprobe.datasets.magnetic_tile import is_magnetic_tile, read_magnetic_tile
 from featprobe.datasets.samples import DataSet
 from featprobe.datasets.severstal import is_severstal, read_severstal
-from featprobe.datasets.splits import complete_splits
+from featprobe.datasets.split_file import pin, read_split_file
+from featprobe.datasets.splits import complete_splits, regroup
 from featprobe.datasets.surfaces import (
     is_commutators,
     is_kolektor,
@@ -142,12 +143,20 @@ ENTRY_POINTS = "featprobe.datasets"
 """The group under which another package names a Format of its own."""
 
 
-def read_data(name: str, root: Path, format_name: str | None = None, complete: bool = True) -> DataSet:
+def read_data(
+    name: str,
+    root: Path,
+    format_name: str | None = None,
+    group_from: str | None = None,
+    split_file: Path | None = None,
+    complete: bool = True,
+) -> DataSet:
     """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
 
     format_name: FORMAT, or FORMAT:PART for a part or a kind of labels that the format has. Formats of other packages
-    are looked for last, and loaded only then or when they are named. complete=False leaves the splits as the set has
-    them.
+    are looked for last, and loaded only then or when they are named. group_from: a regular expression that finds the
+    groups in the ids, in place of the format's. split_file: whose splits and groups take the place of the set's own.
+    complete=False leaves the splits as they are.
     Raises DataError, with what is known to be read, when no format fits, and with their names when several do.
     """
     own, _, part = (format_name or "").partition(":")
@@ -172,7 +181,11 @@ def read_data(name: str, root: Path, format_name: str | None = None, complete: b
             warnings.warn(letter, stacklevel=2)
         entry = known[fitting[0]]
         data = (entry.parts[part] if part else entry.read)(name, root)
-        return complete_splits(data) if complete else data
+        data = regroup(data, group_from) if group_from else data
+        if split_file is None:
+            return complete_splits(data) if complete else data
+        data = pin(data, read_split_file(split_file))
+        return complete_splits(data, f"the split of {split_file.name}") if complete else data
     layouts = "\n          or ".join(entry.layout for entry in known.values())
     raise DataError(
         f"{root} holds no data set that can be read{f' as {own}' if own else ''}.\n"

@@ -1,30 +1,46 @@
 """Splits by group: deterministic, and never one part in two splits."""
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import xxhash
 
-from featprobe.datasets.samples import SPLITS, DataSet, Sample, listed
+from featprobe.datasets.samples import SPLITS, DataSet, listed
 from featprobe.errors import DataError
 
 SHARES: Mapping[str, float] = {"train": 0.6, "val": 0.2, "test": 0.2}
 VAL_OF_TRAIN = 0.2
 
 
-def split_by_group(groups: Sequence[str], shares: Mapping[str, float] = SHARES) -> list[str]:
-    """A split for each image, from the name of its group alone.
+def split_by_group(
+    groups: Sequence[str],
+    shares: Mapping[str, float] = SHARES,
+    classes: Sequence[Collection[int]] | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """A split for each image, from the name of its group alone; with classes, from those too.
 
     Groups are taken in the order of a hash of their name; each goes to the split that lacks most images
     of its share. Every split gets a group where there are enough of them.
 
+    classes: of each image, to stratify by: groups of the rarest class are placed first, each in a split that has
+    none of that class, else in the one that lacks most of it. So every split gets a class that as many groups hold
+    as there are splits, as far as groups that hold several classes allow; one of fewer groups is given to the splits
+    in the order of `shares`. seed: of the hash.
+
     >>> split_by_group(["a", "a", "b", "c"])
     ['test', 'test', 'train', 'val']
+
+    After Sechidis, Tsoumakas and Vlahavas, On the Stratification of Multi-Label Data (2011).
     """
     sizes: dict[str, int] = defaultdict(int)
-    for group in groups:
+    held_by: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # group -> class -> images
+    for group, own in zip(groups, classes or [()] * len(groups), strict=True):
         sizes[group] += 1
+        for name in set(own):
+            held_by[group][name] += 1
     if len(sizes) < len(shares):
         raise DataError(
             f"{len(sizes)} group(s) of images can't be split into {', '.join(shares)}.\n"
@@ -33,21 +49,77 @@ def split_by_group(groups: Sequence[str], shares: Mapping[str, float] = SHARES) 
             "Give the images a finer group, or name their splits."
         )
     held = dict.fromkeys(shares, 0)
+    seen: dict[tuple[str, int], int] = defaultdict(int)  # images of a class in a split
     chosen: dict[str, str] = {}
-    order = sorted(sizes, key=lambda group: (xxhash.xxh3_64_intdigest(group.encode()), group))
-    for left, group in zip(range(len(order), 0, -1), order, strict=True):
+    by_hash = sorted(sizes, key=lambda group: (xxhash.xxh3_64_intdigest(group.encode(), seed=seed), group))
+    order = _rarest_first(by_hash, held_by)
+    for left, (group, rarest) in zip(range(len(order), 0, -1), order, strict=True):
         empty = [split for split in shares if not held[split]]
         candidates = empty if len(empty) >= left else list(shares)
-        chosen[group] = min(candidates, key=lambda split: held[split] / shares[split])
+        without = [split for split in candidates if rarest is not None and not seen[split, rarest]]
+        filled = {s: (seen[s, rarest] / shares[s] if rarest is not None else 0, held[s] / shares[s]) for s in shares}
+        chosen[group] = without[0] if without else min(candidates, key=lambda split: filled[split])
         held[chosen[group]] += sizes[group]
+        for name, count in held_by[group].items():
+            seen[chosen[group], name] += count
     return [chosen[group] for group in groups]
 
 
-def complete_splits(data: DataSet) -> DataSet:
+def _rarest_first(by_hash: Sequence[str], held_by: Mapping[str, Mapping[int, int]]) -> list[tuple[str, int | None]]:
+    """Groups with the class that each is placed by: those of the class that fewest hold first, those of none last."""
+    found: list[tuple[str, int | None]] = []
+    left = list(by_hash)
+    while left:
+        counts: dict[int, int] = defaultdict(int)
+        for group in left:
+            for name in held_by.get(group, ()):
+                counts[name] += 1
+        rarest = min(counts, key=lambda name: (counts[name], name), default=None)
+        found += [(group, rarest) for group in left if rarest is None or rarest in held_by.get(group, ())]
+        left = [group for group in left if rarest is not None and rarest not in held_by.get(group, ())]
+    return found
+
+
+def fold_splits(
+    groups: Sequence[str],
+    folds: int,
+    fold: int,
+    classes: Sequence[Collection[int]] | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """The split of each image in one fold of a cross-validation by group.
+
+    The test groups of the folds share none and together are all. Of the rest 20 % are validation, by group.
+    fold: 1 <= fold <= folds. Raises DataError for fewer groups than folds.
+    """
+    return splits_of_fold(groups, folds_by_group(groups, folds, classes, seed), fold, classes, seed)
+
+
+def folds_by_group(
+    groups: Sequence[str], folds: int, classes: Sequence[Collection[int]] | None = None, seed: int = 0
+) -> list[str]:
+    """The fold of each image, "1" to the number of folds: of all folds as many images as groups allow."""
+    return split_by_group(groups, {str(fold): 1.0 for fold in range(1, folds + 1)}, classes, seed)
+
+
+def splits_of_fold(
+    groups: Sequence[str],
+    fold_of: Sequence[str],
+    fold: int,
+    classes: Sequence[Collection[int]] | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Test where an image's fold is the one asked for; train and val, carved by group, elsewhere."""
+    splits = ["test" if own == str(fold) else "train" for own in fold_of]
+    return carve_validation(groups, splits, classes, seed)
+
+
+def complete_splits(data: DataSet, called: str = "its own split") -> DataSet:
     """Give every sample of a data set a split, keeping the set's own where it has one.
 
     Without any, 60/20/20 by group. Validation is carved from train by group (20 %), never from test. A
     set of train and val only has its val scored as test. Leaks and choices are told in the notes.
+    called: what the notes call the split that samples have.
     """
     named = {sample.split for sample in data.samples if sample.split}
     notes = list(data.notes)
@@ -69,7 +141,7 @@ def complete_splits(data: DataSet) -> DataSet:
     if "test" not in named:
         splits = ["test" if split == "val" else split for split in splits]
         notes.append("the set has train and val only: its val is scored as test")
-    notes += leaks(data.samples, splits)
+    notes += leaks([sample.group for sample in data.samples], splits, called)
     if "val" not in splits:
         splits = carve_validation([s.group for s in data.samples], splits)
         held = splits.count("val")
@@ -77,25 +149,95 @@ def complete_splits(data: DataSet) -> DataSet:
     return _with_splits(data, splits, notes)
 
 
-def carve_validation(groups: Sequence[str], splits: Sequence[str]) -> list[str]:
+def carve_validation(
+    groups: Sequence[str],
+    splits: Sequence[str],
+    classes: Sequence[Collection[int]] | None = None,
+    seed: int = 0,
+) -> list[str]:
     """Move 20 % of the training images, whole groups of them, to val."""
-    train = [group for group, split in zip(groups, splits, strict=True) if split == "train"]
-    carved = iter(split_by_group(train, {"train": 1 - VAL_OF_TRAIN, "val": VAL_OF_TRAIN}))
-    return [next(carved) if split == "train" else split for split in splits]
+    train = [i for i, split in enumerate(splits) if split == "train"]
+    shares = {"train": 1 - VAL_OF_TRAIN, "val": VAL_OF_TRAIN}
+    own = [classes[i] for i in train] if classes is not None else None
+    found = list(splits)
+    for i, split in zip(train, split_by_group([groups[i] for i in train], shares, own, seed), strict=True):
+        found[i] = split
+    return found
 
 
-def leaks(samples: Sequence[Sample], splits: Sequence[str]) -> list[str]:
-    """A note where groups straddle the splits, none where they do not."""
+def leaks(groups: Sequence[str], splits: Sequence[str], called: str = "its own split") -> list[str]:
+    """A note where groups straddle the splits, none where they do not.
+
+    >>> leaks(["a", "a", "b"], ["train", "test", "test"])
+    ['its own split leaks: 1 of 2 groups stand in more than one split (a); --split group makes one that does not']
+    """
     seen: dict[str, set[str]] = defaultdict(set)
-    for sample, split in zip(samples, splits, strict=True):
-        seen[sample.group].add(split)
+    for group, split in zip(groups, splits, strict=True):
+        seen[group].add(split)
     straddling = [group for group, found in seen.items() if len(found) > 1]
     if not straddling:
         return []
     return [
-        f"its own split leaks: {len(straddling)} of {len(seen)} groups stand in more than one split "
+        f"{called} leaks: {len(straddling)} of {len(seen)} groups stand in more than one split "
         f"({listed(straddling, 3)}); --split group makes one that does not"
     ]
+
+
+def starved(
+    splits: Sequence[str], classes: Sequence[Collection[int]], groups: Sequence[str], names: Sequence[str]
+) -> list[str]:
+    """A note for each split that lacks a class which the others hold, with how many groups hold it in all.
+
+    classes: of each image. names: of the classes, by index.
+
+    >>> starved(["train", "val", "test"], [{1}, {1}, {2}], ["a", "b", "c"], ["ground", "pore", "dent"])
+    ['no train image holds dent (1 group in all)', 'no val image holds dent (1 group in all)', \
+'no test image holds pore (2 groups in all)']
+    """
+    holders: dict[int, set[str]] = defaultdict(set)
+    seen: dict[str, set[int]] = defaultdict(set)
+    for split, own, group in zip(splits, classes, groups, strict=True):
+        seen[split].update(own)
+        for name in own:
+            holders[name].add(group)
+    notes = []
+    for split in SPLITS:
+        lacking = [f"{names[c]} ({_groups(len(holders[c]))} in all)" for c in sorted(holders.keys() - seen[split])]
+        notes += [f"no {split} image holds {', '.join(lacking)}"] if lacking and split in splits else []
+    return notes
+
+
+def _groups(count: int) -> str:
+    return "1 group" if count == 1 else f"{count} groups"
+
+
+def regroup(data: DataSet, pattern: str) -> DataSet:
+    """Give every sample the group that a regular expression finds in its id: its first group, else the whole match.
+
+    A sample that it does not match is a group of its own. Raises DataError for what is no regular expression, and
+    for one that matches no sample.
+    """
+    try:
+        search = re.compile(pattern).search
+    except re.error as error:
+        raise DataError(
+            f"--group-from {pattern!r} is no regular expression: {error}.\n"
+            r"  wanted  one as '(C\d+)_', whose first group, or whole match, is the name of a sample's group"
+        ) from error
+    found = [search(sample.id) for sample in data.samples]
+    names = [match and (match[1] if match.re.groups else match[0]) for match in found]
+    if not any(names):
+        raise DataError(
+            f"--group-from {pattern!r} matches no image of {data.root}.\n"
+            f"  found   {listed([sample.id for sample in data.samples])}\n"
+            "Nothing was read. Write one that matches these ids, from left to right; a \\ before a dot means the dot."
+        )
+    samples = tuple(replace(s, group=name or s.id) for s, name in zip(data.samples, names, strict=True))
+    missed = [sample.id for sample, name in zip(data.samples, names, strict=True) if not name]
+    alone = f"; {len(missed)} of {len(samples)} images do not match and are groups of their own: {listed(missed)}"
+    note = f"groups are from the ids, by --group-from {pattern}{alone if missed else ''}"
+    notes = [note for note in data.notes if not note.startswith("groups are")]
+    return replace(data, samples=samples, notes=(*notes, note))
 
 
 def _with_splits(data: DataSet, splits: Sequence[str], notes: Sequence[str]) -> DataSet:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pandas as pd
 
+from featprobe.specs import SplitChoice
+
 SCORES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "semseg": {"mIoU": ("miou",), "fg mIoU": ("miou_foreground",)},
     "detect": {"AP": ("box", "ap"), "AP50": ("box", "ap50"), "AP75": ("box", "ap75"), "AR100": ("box", "ar100")},
@@ -26,6 +28,8 @@ PER_CLASS = {
 
 def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One line per task, backbone, data set, head, cache and recipe: scores in percent, averaged over seeds.
+
+    Of a cross-validation the scores are averaged over folds too, and n counts a seed once for each fold.
 
     Columns: task, backbone, data, head, cache (its key, where lines would look alike), n (seeds), the task's scores,
     the standard deviation over seeds of the first that counts the defects alone (with two or more), seconds of
@@ -64,7 +68,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data_text(row: Mapping[str, Any]) -> str:
-    notes = [] if row["split"] == "own" else [f"{row['split']} split"]
+    notes = [] if row["split"] == "own" else [SplitChoice.parse(row["split"]).text]
     notes += [] if row["fraction"] == 1 else [f"{row['fraction']:g} of train: {row['images']['train']} images"]
     notes += [] if row["instances"] == "own" else ["connected components"]
     return f"{row['data']} ({', '.join(notes)})" if notes else str(row["data"])

@@ -15,6 +15,7 @@ from featprobe.probes.saved import plain
 from featprobe.report.answer import SURE, answer_of
 from featprobe.report.comparison import difference_frame, result_frame
 from featprobe.report.page import PageSet, write_page
+from featprobe.specs import SplitChoice
 from featprobe.stages.commands import commands_of
 from featprobe.stages.convergence import SHARES, iterations_to, late_rise, still_rising
 from featprobe.stages.results import (
@@ -122,8 +123,7 @@ def _titles(tables: Sequence[Sequence[Result]]) -> list[str]:
 
 
 def _title(row: Mapping[str, Any]) -> str:
-    split = "its own split" if row["split"] == "own" else f"split by {row['split']}"
-    parts = [row["data"], row["task"], split]
+    parts = [row["data"], row["task"], SplitChoice.parse(row["split"]).text]
     parts += ["connected components"] if row["instances"] != "own" else []
     parts += ["absent classes left out"] if row["absent_classes"] != "zero" else []
     return ", ".join(parts)
@@ -139,7 +139,16 @@ def _notes(title: str, table: Sequence[Result]) -> list[str]:
             f"{title}: {groups} test groups. Intervals from fewer than {FEW_GROUPS} rest on guesses about groups that "
             "nobody has seen"
         )
-    if first.row["split"] == "image" and groups < first.row["images"]["test"]:
+    choice = SplitChoice.parse(first.row["split"])
+    if choice.folds:
+        what = "images" if choice.by == "image" else "groups"
+        ranked = "" if first.row["task"] == "semseg" else "; AP ranks what the heads of all folds found together"
+        notes.append(
+            f"{title}: {choice.folds} heads, each scored on the {what} that it was not trained on; all images together "
+            f"are one test set{ranked}. Intervals draw its groups again for these heads, and do not cover that folds "
+            "share training images"
+        )
+    if choice.by == "image" and groups < first.row["images"]["test"]:
         notes.append(f"{title}: a split by image of parts with several images; test holds parts that training saw")
     if len({result.row["trials"] for result in table if result.row["head"] != "ridge"}) > 1:
         notes.append(f"{title}: not all results were chosen from equally many trials; see the column")

@@ -8,9 +8,13 @@ import numpy as np
 
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.images import bits_of, image_size, read_levels, to_unit, training_window
+from featprobe.datasets.samples import SPLITS
+from featprobe.datasets.split_file import write_split_file
+from featprobe.datasets.splits import leaks, starved
 from featprobe.errors import DataError
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import Intensity, default_intensity
+from featprobe.specs import Intensity, SplitChoice, default_intensity
+from featprobe.stages.partition import assigned, classes_in
 from featprobe.targets import IGNORE
 
 
@@ -39,8 +43,10 @@ def summarise(data: DataSet) -> DataSummary:
     sizes = [image_size(sample.image) for sample in data.samples]
     counts = np.zeros(256, dtype=np.int64)
     objects: list[int] = []
+    classes = []
     for sample, size in zip(data.samples, sizes, strict=True):
         target = data.read_target(sample, size)
+        classes.append(classes_in(target))
         if target.semantic is not None:
             counts += np.bincount(target.semantic.ravel(), minlength=256)
         objects += [instance.category for instance in target.instances or ()]
@@ -58,8 +64,58 @@ def summarise(data: DataSet) -> DataSummary:
         depth=bits_of(data.samples[0].image),
         pixels=dict(zip(data.classes, shares, strict=True)) if "semseg" in data.tasks else None,
         instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if "detect" in data.tasks else None,
-        notes=data.notes,
+        notes=(
+            *data.notes,
+            *starved([s.split for s in data.samples], classes, [s.group for s in data.samples], data.classes),
+        ),
     )
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """A split that was written: images and groups of each split or fold, and how many of its images hold each class."""
+
+    images: dict[str, int]
+    groups: dict[str, int]
+    holders: dict[str, dict[str, int]]
+    notes: tuple[str, ...]
+
+
+def write_split(data: DataSet, out: Path, split: str = "own", seed: int = 0) -> SplitReport:
+    """Write a split of a data set to a CSV file, see datasets.split_file.
+
+    split: see specs.SplitChoice; of a cross-validation the file holds the folds. seed: of the order in which groups
+    are placed. Raises DataError where the split can't be made, a file is there already, or a label is bad.
+    """
+    choice = SplitChoice.parse(split)
+    if choice.file or choice.fold:
+        raise DataError(
+            f"{split} is no split to write. wanted: own, group, stratified or image, or all folds: group:K."
+        )
+    if seed and choice.by == "own":
+        raise DataError("--seed would change nothing in the set's own split. Leave it away, or take --split group.")
+    classes = [classes_in(data.read_target(sample, image_size(sample.image))) for sample in data.samples]
+    ids, groups, own = ([getattr(sample, name) for sample in data.samples] for name in ("id", "group", "split"))
+    _, splits = assigned(choice, ids, groups, own, lambda: classes, seed)
+    write_split_file(out, ids, groups, splits)
+    parts = {part: [i for i, found in enumerate(splits) if found == part] for part in _in_order(splits)}
+    return SplitReport(
+        images={part: len(own) for part, own in parts.items()},
+        groups={part: len({groups[i] for i in own}) for part, own in parts.items()},
+        holders={
+            part: {name: sum(c in classes[i] for i in own) for c, name in enumerate(data.classes) if c}
+            for part, own in parts.items()
+        },
+        notes=(
+            *(data.notes if choice.by == "own" else leaks(groups, splits, "this split")),
+            *starved(splits, classes, groups, data.classes),
+        ),
+    )
+
+
+def _in_order(splits: Sequence[str]) -> list[str]:
+    """Train, val and test, or folds by number."""
+    return sorted(set(splits), key=lambda part: SPLITS.index(part) if part in SPLITS else int(part))
 
 
 def contact_sheet(

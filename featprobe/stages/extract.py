@@ -65,6 +65,7 @@ class ExtractOptions:
 
     size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding.
     shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
+    group_from, split_file: where its groups and splits are from, None for the set itself.
     """
 
     levels: tuple[str, ...] = ()
@@ -80,6 +81,8 @@ class ExtractOptions:
     skip_bad: bool = False
     quiet: bool = False
     format: str | None = None
+    group_from: str | None = None
+    split_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def extract(
     if launched()[0]:
         options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
-    data = workspace.data_set(data_name, options.format)
+    data = workspace.data_set(data_name, options.format, options.group_from, options.split_file)
     device = pick_device(options.device)
     backbone = load_backbone(spec, options.levels, device)
     return extract_with(workspace, backbone, data, options, device, load_seconds=time.perf_counter() - begun)
@@ -136,6 +139,7 @@ def extract(
 
 def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOptions:
     """Options with what featprobe.toml says of the data set, where the caller says nothing."""
+    pinned = options.split_file or table.get("split_file")
     size = options.size or (parse_size(str(table["size"])) if "size" in table else None)
     return replace(
         options,
@@ -143,6 +147,8 @@ def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOpti
         fit=options.fit or table.get("fit"),
         intensity=options.intensity or table.get("intensity"),
         format=options.format or table.get("format"),
+        group_from=options.group_from or table.get("group_from"),
+        split_file=str(Path(pinned).resolve()) if pinned else None,
     )
 
 
@@ -526,7 +532,7 @@ def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
         words += ["--levels", ",".join(options.levels)]
     if options.size:
         words += ["--size", f"{options.size[0]}x{options.size[1]}"]
-    for name in ("format", "fit", "intensity", "batch_size", "dtype", "precision"):
+    for name in ("format", "group_from", "split_file", "fit", "intensity", "batch_size", "dtype", "precision"):
         value = getattr(options, name)
         if value != getattr(ExtractOptions, name):
             words += [f"--{name.replace('_', '-')}", str(value)]

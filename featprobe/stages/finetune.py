@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.processes import is_main, together
 from featprobe.stages.logs import check_logs
+from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import ProbeReport, checked, find_caches, notes_of, show
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
@@ -102,17 +104,17 @@ def _asked_for(
     if options.shared_order:
         raise ProbeError("Seeds share no pass where each has a backbone of its own. Leave --shared-order away.")
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
+    splits = single_splits(options.split)
     found = []
     for cache in caches:
         notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, options.split)]
-        for fraction in options.fractions:
-            for seed in range(options.seeds or 1):
-                one = Missing(cache, task, options, seed, fraction)
-                run = one.run(workspace)
-                if run.is_done():
-                    notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
-                else:
-                    found.append(one)
+        for split, fraction, seed in product(splits, options.fractions, range(options.seeds or 1)):
+            one = Missing(cache, task, replace(options, split=split), seed, fraction)
+            run = one.run(workspace)
+            if run.is_done():
+                notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
+            else:
+                found.append(one)
     return found, notes
 
 
@@ -162,7 +164,13 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
 def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a result and its counterparts in other regimes agree in."""
     recipe = row["recipe"]
-    return (*(row[name] for name in CELL), tuple(row["levels"]), recipe["iterations"], recipe["batch_size"])
+    return (
+        *(row[name] for name in CELL),
+        row.get("fold"),
+        tuple(row["levels"]),
+        recipe["iterations"],
+        recipe["batch_size"],
+    )
 
 
 def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
@@ -186,7 +194,7 @@ def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptio
         width=head["width"],
         pyramid=head["pyramid"],
         recipe=TrainRecipe(**row["recipe"]),
-        split=row["split"],
+        split=row["split"] if row.get("fold") is None else f"{row['split']}/{row['fold']}",
         instances=row["instances"],
         absent=row["absent_classes"],
         fractions=(row["fraction"],),

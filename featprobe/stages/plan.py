@@ -65,7 +65,7 @@ class Plan:
 def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: ExtractOptions | None = None) -> Plan:
     """Time a few batches of a data set under a backbone, and say what its cache would cost."""
     options = configured(options or ExtractOptions(), workspace.data_options(data_name))
-    data = workspace.data_set(data_name, options.format)
+    data = workspace.data_set(data_name, options.format, options.group_from, options.split_file)
     device = pick_device(options.device)
     backbone = load_backbone(spec, options.levels, device)
     job = prepare(workspace, backbone, data, options)

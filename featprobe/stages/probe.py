@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeE
 from featprobe.machine import pick_device
 from featprobe.probes import DEFAULT_RECIPES, HeadRecipe, TrainRecipe, build_head, grid_of, kinds_of
 from featprobe.processes import is_main, together
+from featprobe.specs import SplitChoice
 from featprobe.stages.logs import check_logs
-from featprobe.stages.trials import ProbeOptions, Run, Say, split_rows
+from featprobe.stages.partition import single_splits, split_notes, split_rows
+from featprobe.stages.trials import ProbeOptions, Run, Say
 from featprobe.stages.workspace import Workspace
 
 DENSE_ONLY = ("loss", "loss_at", "class_weights")
@@ -49,8 +52,10 @@ def _probe(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions, say: Say
 ) -> ProbeReport:
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
+    splits = single_splits(options.split)
     for cache in caches:  # all of them, before the first is trained on
-        split_rows(cache, options.split)
+        for split in splits:
+            split_rows(cache, split)
         build_head(HeadRecipe(task, str(options.head), cache.data.classes, options.levels, options.width,
                               options.pyramid), cache.levels)  # fmt: skip
     rows: list[dict[str, Any]] = []
@@ -59,8 +64,8 @@ def _probe(
         notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, options.split)]
         for fraction in options.fractions:
             shown = False
-            for seeds in _passes(options):
-                run = Run(workspace, cache, task, options, seeds, fraction)
+            for split, seeds in product(splits, _passes(options)):
+                run = Run(workspace, cache, task, replace(options, split=split), seeds, fraction)
                 rows += run.do(say)
                 notes += run.notes
                 if options.show and not shown and is_main():
@@ -184,10 +189,12 @@ def find_caches(
 
 
 def notes_of(cache: Cache, split: str) -> list[str]:
-    """What a cache says of its data, less what the split by group mends, and the rows it can't use."""
-    notes = [note for note in cache.data.notes if split == "own" or "split" not in note]
+    """What a cache says of its data, less what another split mends, of its split, and the rows it can't use."""
+    by = SplitChoice.parse(split).by
+    notes = [note for note in cache.data.notes if by == "own" or "split" not in note]
+    notes += split_notes(cache, split)
     groups = len({row.group for row in cache.rows})
-    if split == "image" and groups < len(cache):
+    if by == "image" and groups < len(cache):
         notes.append(f"split by image: {len(cache)} images of {groups} groups, so test holds parts that training saw")
     if "detect" in cache.data.tasks and not cache.own_ids:
         notes.append("its files call several images by one id, so predictions.json counts the images from 1")

@@ -4,20 +4,30 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featprobe.errors import FeatprobeError, ProbeError
-from featprobe.metrics import ResampledAp, Statistic, grouped, iou_statistic, jackknifed, mean_of
+from featprobe.metrics import (
+    ResampledAp,
+    Statistic,
+    average_precision,
+    grouped,
+    iou_scores,
+    iou_statistic,
+    jackknifed,
+    mean_of,
+)
 from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
 from featprobe.probes.saved import read_card, read_rows
-from featprobe.specs import digest
+from featprobe.specs import SplitChoice, digest
 from featprobe.stages.convergence import Curve, curve_of, mean_curve
 
 RUN = (
@@ -36,23 +46,120 @@ SCORES: Mapping[str, tuple[str, ...]] = {
     "instseg": ("mask_ap50", "mask_ap"),
 }
 """Scores of each task; the first, the main one, decides, and is what validation curves are read for."""
+PARTS: Mapping[str, tuple[str, Literal["bbox", "segm"]]] = {"detect": ("box", "bbox"), "instseg": ("mask", "segm")}
+"""What each task's own scores are of: in rows, and as pycocotools calls it."""
 REGIMES = {"full": 2, "frozen-online": 1, "frozen": 0}  # by how much is trained or varied
 ROUNDING = 1e-6  # how far a row's score may lie from the one that its files give
+
+
+@dataclass(frozen=True)
+class PixelTest:
+    """What a segmentation head gave for its test images. confusions: (images, classes, classes), pixels."""
+
+    ids: list[str]
+    groups: list[str]
+    confusions: NDArray[np.int64]
+
+    @classmethod
+    def read(cls, folder: Path) -> "PixelTest":
+        """What lies beside a head."""
+        with np.load(io.BytesIO((folder / "scores.npz").read_bytes()), allow_pickle=False) as kept:
+            if not {"ids", "groups"} <= set(kept.files):
+                raise ProbeError("scores.npz names no images and groups: an older featprobe wrote it. Run it again")
+            return cls(kept["ids"].tolist(), kept["groups"].tolist(), kept["confusion"])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Any]) -> "PixelTest":
+        """The test images of several heads as one test set."""
+        ids, groups = ([name for part in parts for name in getattr(part, what)] for what in ("ids", "groups"))
+        return cls(ids, groups, np.concatenate([part.confusions for part in parts]))
+
+    def statistics(self, row: Mapping[str, Any]) -> dict[str, Statistic]:
+        """The task's scores as functions of how often each group counts."""
+        names: tuple[Literal["miou_foreground", "miou"], ...] = ("miou_foreground", "miou")
+        return {name: iou_statistic(self.confusions, self.groups, name, row["absent_classes"]) for name in names}
+
+    def scores(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores as a row's `test` holds them."""
+        found = iou_scores(self.confusions.sum(0), row["absent_classes"])
+        iou = dict(zip(row["classes"], found.per_class, strict=True))
+        return {"miou": found.miou, "miou_foreground": found.miou_foreground, "iou": iou}
+
+
+@dataclass(frozen=True)
+class ObjectTest:
+    """What is in the test images and what a detection head found there, as COCO JSON."""
+
+    truth: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "ObjectTest":
+        """What lies beside a head."""
+        truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+        predictions = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
+        if not all({"file_name", "group"} <= set(image) for image in truth["images"]):
+            raise ProbeError("truth.json names no images and groups: an older featprobe wrote it. Run it again")
+        return cls(truth, predictions)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Any]) -> "ObjectTest":
+        """The test images of several heads as one test set; objects are counted anew."""
+        images = [image for part in parts for image in part.truth["images"]]
+        objects = [annotation for part in parts for annotation in part.truth["annotations"]]
+        numbered = [{**annotation, "id": number} for number, annotation in enumerate(objects, start=1)]
+        truth = {**parts[0].truth, "images": images, "annotations": numbered}
+        return cls(truth, [found for part in parts for found in part.predictions])
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the images."""
+        return [str(image["file_name"]) for image in self.truth["images"]]
+
+    @property
+    def groups(self) -> list[str]:
+        """Of each image."""
+        return [str(image["group"]) for image in self.truth["images"]]
+
+    def statistics(self, row: Mapping[str, Any]) -> dict[str, Statistic]:
+        """The task's scores as functions of how often each group counts."""
+        names, index = grouped(self.groups)
+        part, kind = PARTS[row["task"]]
+        matched = ResampledAp(self.truth, self.predictions, kind)
+
+        def score(name: ScoreName) -> Statistic:
+            return remembered(jackknifed(matched.by_group(name, index, "hold"), names))
+
+        return {f"{part}_ap50": score("ap50"), f"{part}_ap": score("ap")}
+
+    def scores(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores of the task's own kind as a row's `test` holds them."""
+        part, kind = PARTS[row["task"]]
+        found = average_precision(self.truth, self.predictions, kind)
+        return {part: {**asdict(found), "per_class": dict(zip(row["classes"][1:], found.per_class, strict=True))}}
+
+
+Tested = PixelTest | ObjectTest
 
 
 @dataclass(frozen=True)
 class Run:
     """One result row of one seed that can be used.
 
-    tested: digest over ids and groups of its test images. scores: name -> the score as a function of how often each
+    test: what its test images gave. scores: name -> the score as a function of how often each
     group of test images counts. curve: the main score on validation, of the trial that was chosen.
     """
 
     row: Mapping[str, Any]
     card: Mapping[str, Any]
-    tested: str
+    test: Tested
     scores: Mapping[str, Statistic]
     curve: Curve
+
+    @property
+    def tested(self) -> str:
+        """Digest over ids and groups of its test images."""
+        return digest(sorted(zip(self.test.ids, self.test.groups, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -138,29 +245,74 @@ def load_results(probes: Path) -> tuple[list[Result], list[Unusable], list[str]]
     """
     rows, notes = read_rows(probes / "results.jsonl")
     last: dict[str, Mapping[str, Any]] = {}
-    unusable, results = [], dict[tuple[str, str], list[Run]]()
+    unusable, found = [], list[Run]()
     for row in rows:
         missing = [name for name in (*RUN, *NEEDED) if name not in row]
         if missing:
             folder = str(row.get("folder", "a row without a folder"))
             unusable.append(Unusable(folder, f"the row holds no {', '.join(missing)}: an older featprobe wrote it"))
         else:
-            last[digest([[row[name] for name in RUN], row["seed"]])] = row
+            last[digest([[row[name] for name in RUN], row["seed"], row.get("fold")])] = row
     for counted in last.values():
         try:
-            run = read_run(probes, counted)
+            found.append(read_run(probes, counted))
         except FeatprobeError as error:
             unusable.append(Unusable(counted["folder"], str(error)))
-        else:
-            results.setdefault((digest([counted[name] for name in RUN]), run.tested), []).append(run)
     if not rows:
         raise ProbeError(
             f"There is no result in {probes} to compare.\n" + "".join(f"{note}\n" for note in notes)
             + "Make some:  featprobe extract --backbone embedded --data xray\n"
             "            featprobe probe --task semseg"
         )  # fmt: skip
+    results: dict[tuple[str, str], list[Run]] = {}
+    for run in _joined(found, unusable):
+        results.setdefault((digest([run.row[name] for name in RUN]), run.tested), []).append(run)
     whole = [Result(tuple(sorted(runs, key=lambda run: run.row["seed"]))) for runs in results.values()]
     return sorted(whole, key=_order), unusable, notes
+
+
+def _joined(runs: Sequence[Run], unusable: list[Unusable]) -> list[Run]:
+    """Runs with the folds of each cross-validation and seed as one; those that lack a fold become unusable."""
+    whole = [run for run in runs if run.row.get("fold") is None]
+    validations: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        if run.row.get("fold") is not None:
+            key = digest([[run.row[name] for name in RUN], run.row["seed"]])
+            validations.setdefault(key, {})[run.row["fold"]] = run
+    for folds in validations.values():
+        choice = SplitChoice.parse(next(iter(folds.values())).row["split"])
+        missing = [str(fold) for fold in range(1, choice.folds + 1) if fold not in folds]
+        if missing:
+            reason = f"a cross-validation needs all {choice.folds} folds; without a usable result: {', '.join(missing)}"
+            unusable += [Unusable(run.row["folder"], reason) for run in folds.values()]
+        else:
+            whole.append(joined([folds[fold] for fold in sorted(folds)]))
+    return whole
+
+
+def joined(folds: Sequence[Run]) -> Run:
+    """All folds of a cross-validation as one run. Its test set is all images, each scored by the head of its own fold.
+
+    Confusions are summed over all images, and objects found in any image are ranked together: a score is what it is on
+    one test set, no mean over folds. Validation scores, curves and counts of training images are means over folds,
+    seconds of training are sums.
+    """
+    row = folds[0].row
+    every = [fold.row for fold in folds]
+    test: Tested = type(folds[0].test).joined([fold.test for fold in folds])
+    counts = {
+        name: {split: sum(own[name][split] for own in every) // (1 if split == "test" else len(folds))
+               for split in row[name]}
+        for name in ("images", "groups")
+    }  # fmt: skip
+    seconds = {**row["seconds"], "train": sum(own["seconds"]["train"] for own in every)}
+    val = {
+        name: None if any(own["val"].get(name) is None for own in every)
+        else float(np.mean([own["val"][name] for own in every]))
+        for name in row["val"]
+    }  # fmt: skip
+    whole = {**row, **counts, "fold": None, "seconds": seconds, "val": val, "test": test.scores(row)}
+    return Run(whole, folds[0].card, test, test.statistics(row), mean_curve([fold.curve for fold in folds]))
 
 
 def _order(result: Result) -> tuple[Any, ...]:
@@ -180,8 +332,8 @@ def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
     if {**card["result"], "version": None} != {**row, "version": None}:
         raise ProbeError("its folder was written again since, by another run")
     try:
-        reading = _read_semantic if row["task"] == "semseg" else _read_objects
-        ids, groups, scores = reading(folder, row)
+        test: Tested = (PixelTest if row["task"] == "semseg" else ObjectTest).read(folder)
+        scores = test.statistics(row)
         curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
         (chosen,) = [trial["curve"] for trial in curves if trial["chosen"]]
         curve = curve_of(chosen, SCORES[row["task"]][0]) if row["head"] != "ridge" else Curve((), ())
@@ -190,35 +342,7 @@ def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
         raise ProbeError(f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
     _check_scores(row, scores)
-    return Run(row, card, digest(sorted(zip(ids, groups, strict=True))), scores, curve)
-
-
-Read = tuple[list[str], list[str], dict[str, Statistic]]
-
-
-def _read_semantic(folder: Path, row: Mapping[str, Any]) -> Read:
-    with np.load(io.BytesIO((folder / "scores.npz").read_bytes()), allow_pickle=False) as kept:
-        if not {"ids", "groups"} <= set(kept.files):
-            raise ProbeError("scores.npz names no images and groups: an older featprobe wrote it. Run it again")
-        confusions, ids, groups = kept["confusion"], kept["ids"].tolist(), kept["groups"].tolist()
-    names: tuple[Literal["miou_foreground", "miou"], ...] = ("miou_foreground", "miou")
-    return ids, groups, {name: iou_statistic(confusions, groups, name, row["absent_classes"]) for name in names}
-
-
-def _read_objects(folder: Path, row: Mapping[str, Any]) -> Read:
-    truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
-    predictions = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
-    if not all({"file_name", "group"} <= set(image) for image in truth["images"]):
-        raise ProbeError("truth.json names no images and groups: an older featprobe wrote it. Run it again")
-    ids, groups = ([str(image[key]) for image in truth["images"]] for key in ("file_name", "group"))
-    names, index = grouped(groups)
-    matched = ResampledAp(truth, predictions, "segm" if row["task"] == "instseg" else "bbox")
-
-    def score(name: ScoreName) -> Statistic:
-        return remembered(jackknifed(matched.by_group(name, index, "hold"), names))
-
-    part = "mask" if row["task"] == "instseg" else "box"
-    return ids, groups, {f"{part}_ap50": score("ap50"), f"{part}_ap": score("ap")}
+    return Run(row, card, test, scores, curve)
 
 
 def remembered(statistic: Statistic) -> Statistic:

@@ -12,8 +12,10 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, Featpr
 from featprobe.geometry import Size, parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
+from featprobe.specs import SplitChoice
 from featprobe.stages.extract import ExtractOptions, extract
 from featprobe.stages.logs import check_logs
+from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import checked
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
@@ -81,10 +83,13 @@ class Cell:
     regime: str
     fraction: float
     seed: int
+    split: str = "own"
 
     def __str__(self) -> str:
         size = f" at {self.size}" if self.size else ""
         part = "" if self.fraction == 1 else f", {self.fraction:g} of train"
+        choice = SplitChoice.parse(self.split)
+        part += f", fold {choice.fold} of {choice.folds}" if choice.fold else ""
         return f"{self.backbone} on {self.data}{size}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
 
 
@@ -139,6 +144,7 @@ def _faults(study: Study, workspace: Workspace) -> list[str]:
         if name not in workspace.data_names() and not Path(name).exists():
             found.append(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
     checks: list[tuple[Sequence[Any], Any]] = [
+        ([study.split], single_splits),
         (study.backbones, lambda name: _backbone(workspace, name)),
         (study.tasks, kinds_of),
         (study.sizes, parse_size),
@@ -172,13 +178,16 @@ def _faults(study: Study, workspace: Workspace) -> list[str]:
 
 def cells_of(study: Study) -> list[Cell]:
     """Every training of a study, those of one cache together; ridge, which has no other regime, in the frozen one."""
+    splits = single_splits(study.split)
     return [
-        Cell(data, backbone, size, task, kind, regime, float(fraction), seed)
+        Cell(data, backbone, size, task, kind, regime, float(fraction), seed, split)
         for data, backbone, size in itertools.product(study.data, study.backbones, study.sizes or ("",))
         for task, regime in itertools.product(study.tasks, study.regimes)
         for kind in study.kinds(task)
         if kind != "ridge" or regime == "frozen"
-        for fraction, seed in itertools.product(study.fractions, range(1 if kind == "ridge" else study.seeds))
+        for fraction, seed, split in itertools.product(
+            study.fractions, range(1 if kind == "ridge" else study.seeds), splits
+        )
     ]
 
 
@@ -241,8 +250,8 @@ def run_cells(
             notes.append(f"{cell.data} holds no labels for {cell.task}")
             continue
         try:
-            run = Run(workspace, cache, cell.task, study.options(cell.task, cell.head, cell.regime), [cell.seed],
-                      cell.fraction)  # fmt: skip
+            options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
+            run = Run(workspace, cache, cell.task, options, [cell.seed], cell.fraction)
             if _is_done(run):
                 done += 1
                 if not dry_run:

@@ -19,7 +19,6 @@ from featprobe import __version__
 from featprobe.backbones import Backbone, load_backbone, weights_sha256
 from featprobe.cache import Cache, FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
-from featprobe.datasets.splits import split_by_group
 from featprobe.errors import DivergedError, ProbeError
 from featprobe.levels import FeatureLevel, Features
 from featprobe.machine import pick_device
@@ -42,15 +41,16 @@ from featprobe.probes import (
 from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
-from featprobe.probes.train import Rows, Tuned
+from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, count, from_main, is_main, own_part
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import BackboneSpec, digest
+from featprobe.specs import BackboneSpec, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.logs import Recorder
 from featprobe.stages.outcome import Outcome, evaluation_batches, scored_here, spread_over
+from featprobe.stages.partition import regrouped, split_rows
 from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
@@ -116,9 +116,11 @@ class ProbeOptions:
 
     head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
     combinations; empty for the recipe's. seeds: None for 3 with trained dense heads, 1 otherwise. split: "own" as the
-    cache holds it, "group" for featprobe's own split by group, or "image" for one by image, which leaks wherever a
-    group has several images. fractions: of the training rows, each trained on apart. show: how many test images the
-    picture sheet shows. tuning: None for the frozen regime. log: "tensorboard", "wandb" or both; it changes no result.
+    cache holds it, "group" for featprobe's own split by group, "stratified" for one that heeds the classes too, "image"
+    for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all five
+    folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on apart.
+    show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard", "wandb"
+    or both; it changes no result.
     """
 
     head: str | None = None
@@ -167,7 +169,8 @@ class Run:
         seeds: Sequence[int],
         fraction: float,
     ) -> None:
-        self.workspace, self.cache, self.task_name, self.options, self.seeds = workspace, cache, task, options, seeds
+        self.workspace, self.task_name, self.options, self.seeds = workspace, task, options, seeds
+        self.cache, self.choice = regrouped(cache, options.split), SplitChoice.parse(options.split)
         self.fraction, self.notes = fraction, list[str]()
         check_together()
         self.forecast: float | None = None  # seconds of training
@@ -180,13 +183,14 @@ class Run:
         self.treatment = self._treatment()
         key = digest([
             task, self.kind, options.levels, options.width, options.pyramid, self.recipe.to_json(), options.lr,
-            options.weight_decay, options.shared_order, fraction, options.split, options.instances, options.absent,
+            options.weight_decay, options.shared_order, fraction, self.choice.whole, options.instances, options.absent,
             *([self.treatment] if self.treatment else []),
         ])  # fmt: skip
         self.recipe_key = key[:8]
         name = "-".join([task, self.kind, *([] if self.regime == "frozen" else [self.regime]), self.recipe_key])
-        self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name
-        self.rows = split_rows(cache, options.split)
+        fold = f"fold{self.choice.fold}" if self.choice.fold else ""
+        self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name / fold
+        self.rows = split_rows(self.cache, options.split)
         self.task = self._task()
         if self.kind != "ridge":
             check_batch(min(self.recipe.batch_size, len(self.rows["train"])), self.parts)
@@ -592,8 +596,9 @@ class Run:
 
     def _title(self) -> str:
         share = "" if self.fraction == 1 else f", {self.fraction:g} of train"
+        fold = f", fold {self.choice.fold} of {self.choice.folds}" if self.choice.fold else ""
         seeds = ", ".join(map(str, self.seeds))
-        return f"{self.cache.recipe.label} on {self.cache.data.name}{share}, seed {seeds}"
+        return f"{self.cache.recipe.label} on {self.cache.data.name}{share}{fold}, seed {seeds}"
 
     def _row(
         self, trial: Trial, curve: list[CurvePoint], outcome: Outcome, trials: int, seconds: Mapping[str, Any]
@@ -622,7 +627,8 @@ class Run:
             "spread": SHARED_ORDER if options.shared_order else "initialisation and order",
             "trials": trials,
             "weights_from": "end of training",
-            "split": options.split,
+            "split": self.choice.whole,
+            "fold": self.choice.fold or None,
             "fraction": self.fraction,
             "images": {split: len(rows) for split, rows in self.rows.items()},
             "groups": {s: len({cache.rows[r].group for r in rows}) for s, rows in self.rows.items()},
@@ -699,23 +705,6 @@ def _curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> d
         "chosen": chosen,
         "curve": [asdict(point) for point in curve],
     }
-
-
-def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
-    """Usable rows of train, val and test: as the cache holds them, by group, or by image.
-
-    Raises ProbeError when one of them is empty.
-    """
-    usable = cache.usable()
-    if split in ("group", "image"):
-        assigned = split_by_group([cache.rows[r].group if split == "group" else cache.rows[r].id for r in usable])
-    else:
-        assigned = [cache.rows[r].split for r in usable]
-    rows = {s: usable[[a == s for a in assigned]] for s in ("train", "val", "test")}
-    empty = [s for s, found in rows.items() if not len(found)]
-    if empty:
-        raise ProbeError(f"{cache.path}: the {', '.join(empty)} split has no usable image. Nothing was trained.")
-    return rows
 
 
 def extraction_seconds(cache: Cache) -> float | None:

@@ -17,7 +17,15 @@ from featprobe.specs import BackboneSpec
 
 CONFIG = "featprobe.toml"
 ALLOWED: Mapping[str, Mapping[str, type]] = {
-    "data": {"path": str, "size": str, "fit": str, "intensity": str, "format": str},
+    "data": {
+        "path": str,
+        "size": str,
+        "fit": str,
+        "intensity": str,
+        "format": str,
+        "group_from": str,
+        "split_file": str,
+    },
     "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
 }
 
@@ -57,22 +65,30 @@ class Workspace:
         """Short names that can be asked for here."""
         return [*ALIASES, *self.config.get("backbones", {})]
 
-    def data_set(self, name: str, format_name: str | None = None, complete: bool = True) -> DataSet:
+    def data_set(
+        self,
+        name: str,
+        format_name: str | None = None,
+        group_from: str | None = None,
+        split_file: str | None = None,
+        complete: bool = True,
+    ) -> DataSet:
         """A data set by its name in featprobe.toml, by a built-in set's name, or by a path.
 
-        Its format is the one named here, else the one that featprobe.toml names, else found by looking. A
-        built-in set is generated into data/ when it is first asked for. complete=False leaves the splits as the set
-        has them. Raises DataError.
+        Its format is the one named here, else the one that featprobe.toml names, else found by looking; likewise the
+        pattern and the file that give groups and splits, see `read_data`. A built-in set is generated into data/ when
+        it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
         table = self.config.get("data", {})
+        own = self.data_options(name)
+        pinned = split_file or own.get("split_file")
+        how = (format_name or own.get("format"), group_from or own.get("group_from"), Path(pinned) if pinned else None)
         if name in table:
-            own = format_name or table[name].get("format")
-            return read_data(name, Path(self._path(table[name]["path"]) or ""), own, complete)
+            return read_data(name, Path(self._path(table[name]["path"]) or ""), *how, complete)
         if name in GENERATED:
-            return read_data(name, self.generated(name), format_name, complete)
+            return read_data(name, self.generated(name), *how, complete)
         if Path(name).exists():
-            own = re.sub(r"[^\w.-]+", "_", Path(name).resolve().name)
-            return read_data(own, Path(name), format_name, complete)
+            return read_data(re.sub(r"[^\w.-]+", "_", Path(name).resolve().name), Path(name), *how, complete)
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
@@ -84,8 +100,9 @@ class Workspace:
         return [*GENERATED, *self.config.get("data", {})]
 
     def data_options(self, name: str) -> Mapping[str, Any]:
-        """What featprobe.toml says of a data set beside its path (size, fit, intensity, format)."""
-        return {k: v for k, v in self.config.get("data", {}).get(name, {}).items() if k != "path"}
+        """What featprobe.toml says of a data set beside its path; its split file's path as it is from here."""
+        own = {k: v for k, v in self.config.get("data", {}).get(name, {}).items() if k != "path"}
+        return own | ({"split_file": self._path(own["split_file"])} if "split_file" in own else {})
 
     def generated(self, name: str) -> Path:
         """The folder of a built-in set, made whole or not at all when it is not there yet."""

@@ -1,0 +1,131 @@
+"""A split in a file that people can edit: a row an image, with its group and its split or fold."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from featprobe.datasets.files import read_text
+from featprobe.datasets.samples import SPLITS, DataSet, listed
+from featprobe.errors import DataError, nearest
+from featprobe.specs import digest
+
+COLUMNS = ("id", "group", "split")
+SEPARATORS = (",", ";", "\t")  # spreadsheets write each of them
+DIGITS = 8  # of the digest, in the name of a pinned split
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """What a split file says.
+
+    places: id -> (group, split); a group is "" where the file leaves it open. A split is train, val or test, or a
+    fold's number from 1 on in every row. folds: how many; 0 where splits are named.
+    """
+
+    path: Path
+    places: Mapping[str, tuple[str, str]]
+    folds: int
+
+    @property
+    def digest(self) -> str:
+        """The same for files that say the same, in whatever order."""
+        return digest(sorted([name, *place] for name, place in self.places.items()))[:DIGITS]
+
+    def placed(self, ids: Sequence[str], groups: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The group and the split of each image; `groups` are taken where the file leaves them open.
+
+        Raises DataError where the file's images are not those of `ids`.
+        """
+        unlisted = [name for name in ids if name not in self.places]
+        gone = sorted(self.places.keys() - set(ids))
+        if unlisted or gone:
+            found = [f"{len(unlisted)} images that it does not list: {listed(unlisted)}"] if unlisted else []
+            found += [f"{len(gone)} that it lists and that are not there: {listed(gone)}"] if gone else []
+            both = ";\n          ".join(found)
+            raise DataError(
+                f"{self.path} is not the split of these {len(ids)} images.\n"
+                f"  wanted  a row for each image, and none beside\n  found   {both}\n"
+                "Nothing was done. Mend the file, or name the data set that it belongs to with --data NAME."
+            )
+        chosen = [self.places[name] for name in ids]
+        return [own or group for (own, _), group in zip(chosen, groups, strict=True)], [split for _, split in chosen]
+
+
+def read_split_file(path: Path) -> SplitFile:
+    """A CSV file with the columns id and split, and perhaps group. Comma, semicolon or tab separate them.
+
+    Raises DataError for a missing column, an id that stands there twice, an unknown split, an empty one, and a mixture
+    of splits and folds.
+    """
+    text = read_text(path)
+    first = text.partition("\n")[0]
+    separator = next((mark for mark in SEPARATORS if mark in first), ",")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    except csv.Error as error:
+        raise DataError(f"{path} can't be read as CSV: {error}.") from error
+    if not rows or not {"id", "split"} <= rows[0].keys():
+        raise DataError(
+            f"{path} is no split file.\n  wanted  the columns {', '.join(COLUMNS)}, and a row for each image\n"
+            f"  found   {first[:200]!r}, {len(rows)} rows\nWrite one:  featprobe data split NAME --out {path.name}"
+        )
+    places: dict[str, tuple[str, str]] = {}
+    for number, row in enumerate(rows, start=1):
+        name, group, split = (row.get(column) or "" for column in COLUMNS)
+        if not name or name in places:
+            raise DataError(f"{path}, image {number}: {f'{name} stands there twice' if name else 'it has no id'}.")
+        places[name] = group, split.strip()
+    return SplitFile(path, places, _folds_of(path, [split for _, split in places.values()]))
+
+
+def _folds_of(path: Path, splits: Sequence[str]) -> int:
+    """The number of folds, 0 for named splits; raises DataError for what is neither, and for one without images."""
+    known = set(splits)
+    folds = {split for split in known if split.isascii() and split.isdigit()}
+    unknown = sorted(known - set(SPLITS) - folds)
+    if unknown or (folds and folds != known):
+        wrong = unknown or sorted(folds)
+        raise DataError(
+            f"{path} names the splits {listed([split or '(empty)' for split in wrong])}. {nearest(wrong[0], SPLITS)}\n"
+            f"  wanted  {', '.join(SPLITS)}; or 1, 2, 3, … in every row, the folds of a cross-validation"
+        )
+    wanted = [str(fold) for fold in range(1, max(2, len(folds)) + 1)] if folds else ["train", "test"]
+    empty = [split for split in wanted if split not in known]
+    if empty:
+        what = "fold" if folds else "split"
+        raise DataError(f"{path} puts no image into the {what} {empty[0]}. Nothing could be trained and scored.")
+    return len(folds)
+
+
+def write_split_file(path: Path, ids: Sequence[str], groups: Sequence[str], splits: Sequence[str]) -> None:
+    """Write a split file; a mark that tells spreadsheets its encoding is put before text that is not ASCII.
+
+    Raises DataError where something is there already, or nothing can be written.
+    """
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator="\n").writerows([COLUMNS, *zip(ids, groups, splits, strict=True)])
+    text = stream.getvalue()
+    try:
+        with path.open("x", encoding="utf-8" if text.isascii() else "utf-8-sig", newline="") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise DataError(f"{path} is there already. Nothing was changed. Remove it, or name another file.") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be written: {error.strerror}.") from error
+
+
+def pin(data: DataSet, file: SplitFile) -> DataSet:
+    """A data set in the splits of a file, and in its groups where it names them.
+
+    Raises DataError where the file's images are not the set's, or the file holds folds.
+    """
+    if file.folds:
+        raise DataError(
+            f"{file.path} holds {file.folds} folds of a cross-validation, but features are extracted once for all.\n"
+            f"  wanted  {', '.join(SPLITS)}\nGive it to the command that trains:  featprobe probe --split {file.path}"
+        )
+    groups, splits = file.placed([s.id for s in data.samples], [s.group for s in data.samples])
+    samples = tuple(replace(s, group=g, split=p) for s, g, p in zip(data.samples, groups, splits, strict=True))
+    return replace(data, samples=samples)

@@ -1,0 +1,161 @@
+"""Which rows of a cache are trained on, chosen on and scored."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from featprobe.cache import Cache
+from featprobe.datasets.split_file import SplitFile, read_split_file
+from featprobe.datasets.splits import (
+    SHARES,
+    carve_validation,
+    folds_by_group,
+    leaks,
+    split_by_group,
+    splits_of_fold,
+    starved,
+)
+from featprobe.errors import DataError, ProbeError
+from featprobe.probes.train import Rows
+from featprobe.specs import SplitChoice
+from featprobe.targets import IGNORE, Target
+
+SCARCE_FIRST: Mapping[str, float] = {split: SHARES[split] for split in ("train", "test", "val")}
+"""The shares in the order in which they are given a class of fewer than three groups."""
+Classes = list[set[int]]
+_classes: WeakKeyDictionary[Cache, Classes] = WeakKeyDictionary()
+
+
+def single_splits(split: str) -> list[str]:
+    """What a choice of split stands for, one split each: the folds of a cross-validation, a file with its digest.
+
+    Raises DataError for what is no split, and for a file that can't be read or is not what the choice has pinned.
+
+    >>> single_splits("group:3")
+    ['group:3/1', 'group:3/2', 'group:3/3']
+    """
+    choice = SplitChoice.parse(split)
+    if choice.file:
+        file = _file_of(choice)
+        choice = replace(choice, by=f"{choice.file}#{file.digest}", folds=file.folds)
+    if choice.fold or not choice.folds:
+        return [str(choice)]
+    return [str(replace(choice, fold=fold)) for fold in range(1, choice.folds + 1)]
+
+
+def _file_of(choice: SplitChoice) -> SplitFile:
+    file = read_split_file(Path(choice.file))
+    if choice.pinned and not file.digest.startswith(choice.pinned):
+        raise DataError(
+            f"{choice.file} says something else than it did.\n"
+            f"  wanted  digest {choice.pinned}\n  found   digest {file.digest}\n"
+            f"Nothing was trained. Bring the old file back, or take the new one:  --split {choice.file}"
+        )
+    if choice.folds not in (0, file.folds):
+        raise DataError(f"{choice.file} has {file.folds or 'no'} folds. wanted: {choice.folds}, as --split says.")
+    return file
+
+
+def assigned(
+    choice: SplitChoice,
+    ids: Sequence[str],
+    groups: Sequence[str],
+    own: Sequence[str],
+    classes: Callable[[], Classes],
+    seed: int = 0,
+) -> tuple[list[str], list[str]]:
+    """The group and the split of each image; its fold, where the choice has folds and names none of them.
+
+    own: the set's own splits. classes: of each image, asked for only where the choice needs them. seed: of the order
+    in which groups are placed. Raises DataError.
+    """
+    if choice.file:
+        groups, splits = _file_of(choice).placed(ids, groups)
+        if choice.fold:
+            splits = splits_of_fold(groups, splits, choice.fold)
+        elif not choice.folds and "val" not in splits:
+            splits = carve_validation(groups, splits)
+        return list(groups), splits
+    if choice.by == "own":
+        return list(groups), list(own)
+    units = ids if choice.by == "image" else groups
+    held = classes() if choice.by == "stratified" else None
+    if not choice.folds:
+        return list(groups), split_by_group(units, SCARCE_FIRST if held else SHARES, held, seed)
+    folds = folds_by_group(units, choice.folds, held, seed)
+    return list(groups), splits_of_fold(units, folds, choice.fold, held, seed) if choice.fold else folds
+
+
+def _assigned_in(cache: Cache, split: str, rows: Rows) -> tuple[list[str], list[str]]:
+    """The group and the split of each of these rows."""
+    choice = SplitChoice.parse(split)
+    asked = range(len(cache)) if choice.file else rows.tolist()  # a file names rows that can't be used too
+    ids, groups, own = ([getattr(cache.rows[r], name) for r in asked] for name in ("id", "group", "split"))
+    found = assigned(choice, ids, groups, own, lambda: [classes_of(cache)[r] for r in asked])
+    place = {r: i for i, r in enumerate(asked)}
+    return [found[0][place[r]] for r in rows.tolist()], [found[1][place[r]] for r in rows.tolist()]
+
+
+def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
+    """Usable rows of train, val and test under one of the `single_splits`.
+
+    Raises ProbeError when one of them is empty, DataError where the split does not fit the cache's images.
+    """
+    usable = cache.usable()
+    _, splits = _assigned_in(cache, split, usable)
+    rows = {s: usable[[a == s for a in splits]] for s in ("train", "val", "test")}
+    empty = [s for s, found in rows.items() if not len(found)]
+    if empty:
+        raise ProbeError(f"{cache.path}: the {', '.join(empty)} split has no usable image. Nothing was trained.")
+    return rows
+
+
+def regrouped(cache: Cache, split: str) -> Cache:
+    """A cache whose rows have the groups that a split file gives them; the same cache for other splits."""
+    if not SplitChoice.parse(split).file:
+        return cache
+    groups, _ = _assigned_in(cache, split, np.arange(len(cache)))
+    rows = tuple(replace(row, group=group) for row, group in zip(cache.rows, groups, strict=True))
+    return Cache(cache.path, replace(cache.contents, rows=rows))
+
+
+def split_notes(cache: Cache, split: str) -> list[str]:
+    """What a user should know of a split: leaks of a file, classes that a part of it lacks, how folds are scored."""
+    choices, usable = [SplitChoice.parse(single) for single in single_splits(split)], cache.usable()
+    notes = []
+    if len(choices) > 1:
+        notes.append(f"{len(choices)} folds: the table gives means over folds; featprobe compare scores all as one set")
+    elif choices[0].fold:
+        notes.append(f"fold {choices[0].fold} of {choices[0].folds} alone; featprobe compare waits for the others")
+    for one in choices:
+        groups, splits = _assigned_in(cache, str(one), usable)
+        if one.file and one.fold <= 1:
+            notes += leaks(groups, splits, f"the split of {Path(one.file).name}")
+        lacking = starved(splits, [classes_of(cache)[r] for r in usable.tolist()], groups, cache.data.classes)
+        notes += [f"fold {one.fold} of {one.folds}: {note}" if one.fold else note for note in lacking]
+    if choices[0].by == "group" and any(" holds " in note for note in notes):
+        notes.append("--split stratified spreads the groups so that each split sees each class, where groups allow it")
+    return notes
+
+
+def classes_of(cache: Cache) -> Classes:
+    """The classes in each row of a cache but the background, from its masks and its objects."""
+    if cache not in _classes:
+        _classes[cache] = [
+            classes_in(Target(
+                cache.semantic(i) if row.semantic else None, cache.instances(i) if row.instances else None
+            ))
+            for i, row in enumerate(cache.rows)
+        ]  # fmt: skip
+    return _classes[cache]
+
+
+def classes_in(target: Target) -> set[int]:
+    """The classes that an image holds but the background."""
+    found = {instance.category for instance in target.instances or () if not instance.crowd}
+    if target.semantic is not None:
+        found |= set(np.flatnonzero(np.bincount(target.semantic.ravel())).tolist())
+    return found - {0, IGNORE}
