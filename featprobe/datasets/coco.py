@@ -1,5 +1,6 @@
 """Reader for COCO JSON: polygons, uncompressed and compressed RLE, boxes, crowds, groups."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -52,7 +53,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     categories = _categories(loaded)
     classes, index = _class_index(categories)
     samples: list[Sample] = []
-    entries: dict[str, tuple[Path, Mapping[str, Any], list[Mapping[str, Any]]]] = {}
+    entries: dict[str, tuple[Path, bytes]] = {}  # JSON of an image and its annotations: as dicts they fill the memory
     named: set[tuple[str, str]] = set()
     first_of: dict[Path, str] = {}
     things = any(category.thing for category in categories.values() if not category.background)
@@ -81,12 +82,13 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             own = first_of.setdefault(place, identity)  # a file that stands in two splits is one group: it leaks
             group = own if image.get("group") is None else str(image["group"])
             samples.append(Sample(identity, place, group, split))
-            entries[identity] = path, image, by_image[image["id"]]
+            entries[identity] = path, json.dumps([image, by_image[image["id"]]], separators=(",", ":")).encode()
     if not samples:
         raise DataError(f"{root} lists no images.")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        path, image, annotations = entries[sample.id]
+        path, entry = entries[sample.id]
+        image, annotations = json.loads(entry)
         where = f"{path}, image {image['file_name']}"
         if (image.get("height"), image.get("width")) not in (size, (None, None)):
             raise LabelSizeError(

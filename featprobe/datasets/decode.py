@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -60,8 +60,11 @@ def opened(path: Path) -> Iterator[Opened]:
     All that goes wrong, here or in `read`, is a DataError: libraries raise whatever they like on damaged files.
     """
     try:
-        with _kind(path)(path) as image:
-            yield image
+        with path.open("rb") as stream:
+            start = stream.read(132)
+            stream.seek(0)
+            with _kind(start)(path, stream) as image:
+                yield image
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -91,9 +94,8 @@ def _turned(height: int, width: int, turn: int) -> Size:
     return (width, height) if turn in (5, 6, 7, 8) else (height, width)
 
 
-def _kind(path: Path) -> Callable[[Path], AbstractContextManager[Opened]]:
-    with path.open("rb") as stream:
-        start = stream.read(132)
+def _kind(start: bytes) -> Callable[[Path, BinaryIO], AbstractContextManager[Opened]]:
+    """What opens a file that begins like this."""
     if start[:4] in TIFF_STARTS:
         return _open_tiff
     if start.startswith(b"\x93NUMPY"):
@@ -105,10 +107,10 @@ def _kind(path: Path) -> Callable[[Path], AbstractContextManager[Opened]]:
 
 
 @contextmanager
-def _open_pillow(path: Path) -> Iterator[Opened]:
+def _open_pillow(path: Path, stream: BinaryIO) -> Iterator[Opened]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large scans are usual here
-        image = Image.open(path, formats=PILLOW_FORMATS)
+        image = Image.open(stream, formats=PILLOW_FORMATS)
     with image:
         _check_size(path, image.height, image.width)
         _check_count(
@@ -154,8 +156,8 @@ def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
 
 
 @contextmanager
-def _open_tiff(path: Path) -> Iterator[Opened]:
-    with tifffile.TiffFile(path) as file:
+def _open_tiff(path: Path, stream: BinaryIO) -> Iterator[Opened]:
+    with tifffile.TiffFile(stream) as file:
         page: Any = file.pages.first
         _check_size(path, page.imagelength, page.imagewidth)
         _check_count(path, _count_pages(file, path), f", as by libtiff:  tiffsplit {path.name} {path.stem}-")
@@ -219,7 +221,7 @@ def _check_segments(path: Path, page: Any) -> None:
 
 
 @contextmanager
-def _open_npy(path: Path) -> Iterator[Opened]:
+def _open_npy(path: Path, stream: BinaryIO) -> Iterator[Opened]:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)  # no more of it is read than the header
     except ValueError as error:
@@ -236,7 +238,7 @@ def _open_npy(path: Path) -> Iterator[Opened]:
 
 
 @contextmanager
-def _open_dicom(path: Path) -> Iterator[Opened]:
+def _open_dicom(path: Path, stream: BinaryIO) -> Iterator[Opened]:
     try:
         from pydicom import dcmread
         from pydicom.filereader import read_file_meta_info
@@ -334,7 +336,7 @@ def to_levels(values: NDArray[Any], path: Path) -> Levels:
         if values.min() < 0 or values.max() > 65535:
             raise DataError(f"{path} holds grey levels {values.min()} to {values.max()}. wanted: 0 to 65535.")
         return values.astype(np.uint16)
-    if not (np.isfinite(values.min()) and np.isfinite(values.max())):  # NaN is both
+    if not _is_finite(values):
         bad = int((~np.isfinite(values)).sum())
         raise DataError(
             f"{path} holds {bad} values that are not finite (NaN or infinite), of {values.size}.\n"
@@ -347,6 +349,13 @@ def to_levels(values: NDArray[Any], path: Path) -> Levels:
     if not np.array_equal(levels, values):
         raise DataError(f"{path} holds {values.dtype} values that float32 can't hold. Round them:  a.astype('float32')")
     return levels
+
+
+def _is_finite(values: NDArray[Any]) -> bool:
+    """Whether no value is NaN or infinite. The sum of squares tells most arrays in a pass that is quicker than any."""
+    flat = values.ravel()
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
 
 
 def largest(levels: Levels) -> int:

@@ -27,16 +27,17 @@ PER_CLASS = {
 
 
 def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One line per task, backbone, data set, head, cache and recipe: scores in percent, averaged over seeds.
+    """One line per task, backbone, data set, regime, head, cache and recipe: scores in percent, averaged over seeds.
 
     Of a cross-validation the scores are averaged over folds too, and n counts a seed once for each fold.
 
-    Columns: task, backbone, data, head, cache (its key, where lines would look alike), n (seeds), the task's scores,
-    the standard deviation over seeds of the first that counts the defects alone (with two or more), seconds of
-    training, head parameters, the score of each class. A task's columns are nan for the others.
+    Columns: task, backbone, data, regime (where one is not frozen), head, cache (its key, where lines would look
+    alike), n (seeds), the task's scores, the standard deviation over seeds of the first that counts the defects alone
+    (with two or more), seconds of training, head parameters, the score of each class. A task's columns are nan for the
+    others.
     """
     frame = pd.DataFrame([_line(row) for row in rows])
-    keys = ["task", "backbone", "data", "head", "cache", "recipe"]
+    keys = ["task", "backbone", "data", "regime", "head", "cache", "recipe"]
     grouped = frame.groupby(keys, sort=False, dropna=False)
     table = grouped.mean()
     table.insert(0, "n", grouped.size())
@@ -45,7 +46,9 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             name = f"{column.removesuffix(' mIoU')} sd"
             table.insert(list(table.columns).index(column) + 1, name, grouped[column].std())
     table = table.reset_index().drop(columns=["recipe"])
-    alike = table.duplicated(["task", "backbone", "data", "head"], keep=False)
+    if (table["regime"] == "frozen").all():
+        table = table.drop(columns=["regime"])
+    alike = table.duplicated([key for key in keys[:5] if key in table], keep=False)
     return table if alike.any() else table.drop(columns=["cache"])
 
 
@@ -57,6 +60,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "task": task,
         "backbone": row["backbone"],
         "data": _data_text(row),
+        "regime": row["regime"],
         "head": row["head"],
         "cache": row["feature_key"][:8],
         "recipe": row["recipe_key"],
@@ -90,7 +94,7 @@ def show_table(table: pd.DataFrame) -> str:
     blocks = []
     for (_, data), block in table.groupby(["task", "data"], sort=False):
         shown = block.dropna(axis="columns", how="all").drop(columns=["data"])
-        plain = {"task": str, "backbone": str, "head": str, "cache": str}
+        plain = {"task": str, "backbone": str, "regime": str, "head": str, "cache": str}
         formats = dict.fromkeys(("n", "head params"), "{:.0f}".format)
         scores = {name: "{:.1f}".format for name in shown.columns if name not in plain and name not in formats}
         text = shown.to_string(index=False, formatters={**scores, **formats}, na_rep="–")

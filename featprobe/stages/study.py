@@ -16,7 +16,7 @@ from featprobe.specs import SplitChoice
 from featprobe.stages.extract import ExtractOptions, extract
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits
-from featprobe.stages.probe import checked
+from featprobe.stages.probe import checked, show
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
 
@@ -30,7 +30,8 @@ class Study:
     """What a study file asks for; each list is one side of the grid.
 
     heads: of any task; empty for each task's default. sizes: () for each data set's own. train: fields of TrainRecipe
-    by kind of head, "all" for every kind. tuning: fields of Tuning. log: as ProbeOptions has it.
+    by kind of head, "all" for every kind. tuning: fields of Tuning. show: test images on the picture sheet of each
+    first seed, 0 for no sheets. log: as ProbeOptions has it.
     """
 
     data: tuple[str, ...]
@@ -46,6 +47,7 @@ class Study:
     weight_decay: tuple[float, ...] = ()
     train: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
+    show: int = 4
     log: tuple[str, ...] = ()
 
     def kinds(self, task: str) -> list[str]:
@@ -265,6 +267,8 @@ def run_cells(
             else:
                 say(str(cell))
                 rows += run.do(lambda line: None)
+                if study.show and cell.seed == 0:
+                    show(run, study.show, [], notes)
             notes += run.notes
         except FeatprobeError as error:
             failed.append((cell, str(error)))
