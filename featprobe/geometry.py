@@ -1,16 +1,28 @@
-"""Where an image lies in its frame: resize or letterbox, then pad right and bottom.
+"""Which part of an image is shown, and where it lies in its frame: resize or letterbox, then pad right and bottom.
 
 Pixel coordinates are continuous, (x, y), with (0, 0) the top-left corner of the top-left pixel.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from featprobe.errors import DataError
 
 Fit = Literal["resize", "letterbox"]
 Size = tuple[int, int]
+Box = tuple[float, float, float, float]
+IDENTITY = "identity"
+TURNS: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "hflip": lambda pixels: pixels[:, ::-1],
+    "vflip": lambda pixels: pixels[::-1],
+    "rot90": np.rot90,
+}
+"""Views that turn an image: left becomes right, top becomes bottom, a quarter turn against the clock."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,84 @@ def place(original: Size, asked: Size, fit: Fit, multiple: int) -> Placement:
         content = (max(1, round(original[0] * scale)), max(1, round(original[1] * scale)))
     frame = (-(-asked[0] // multiple) * multiple, -(-asked[1] // multiple) * multiple)
     return Placement(original, content, frame)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is shown of an image: a rectangle of its pixels, as it is or turned.
+
+    left, top, height, width: pixels of the image, before it is turned. view: "identity", one of TURNS, or "crop" and a
+    number.
+    """
+
+    left: int
+    top: int
+    height: int
+    width: int
+    view: str = IDENTITY
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in pixels of what is shown."""
+        return (self.width, self.height) if self.view == "rot90" else (self.height, self.width)
+
+    def take(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """What is shown of (height, width, …) pixels of the image.
+
+        >>> Part(1, 0, 2, 2, "hflip").take(np.array([[1, 2, 3], [4, 5, 6]])).tolist()
+        [[3, 2], [6, 5]]
+        """
+        cut = pixels[self.top : self.top + self.height, self.left : self.left + self.width]
+        return np.ascontiguousarray(TURNS[self.view](cut) if self.view in TURNS else cut)
+
+    def take_box(self, box: Box) -> Box:
+        """A box x1 y1 x2 y2 of the image as it is shown, clipped; without area where nothing of it is.
+
+        >>> Part(10, 0, 20, 30, "hflip").take_box((5, 2, 20, 8))
+        (20, 2, 30, 8)
+        """
+        x1, x2 = (min(max(v - self.left, 0), self.width) for v in (box[0], box[2]))
+        y1, y2 = (min(max(v - self.top, 0), self.height) for v in (box[1], box[3]))
+        if self.view == "hflip":
+            return self.width - x2, y1, self.width - x1, y2
+        if self.view == "vflip":
+            return x1, self.height - y2, x2, self.height - y1
+        if self.view == "rot90":
+            return y1, self.width - x2, y2, self.width - x1
+        return x1, y1, x2, y2
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where the tiles of one side of an image begin, pixels: as few as cover it with at least this overlap.
+
+    The last is moved back to end at the border; a side that is no longer than a tile is one tile, as long as itself.
+
+    >>> tile_starts(1000, 512, 64)
+    [0, 448, 488]
+    """
+    count = 1 + max(0, -(-(length - tile) // (tile - overlap)))
+    return [min(i * (tile - overlap), max(0, length - tile)) for i in range(count)]
+
+
+def tiles_of(size: Size, tile: int, overlap: int) -> list[Part]:
+    """The tiles of an image of (height, width), row by row."""
+    height, width = (min(tile, side) for side in size)
+    return [
+        Part(left, top, height, width)
+        for top in tile_starts(size[0], tile, overlap)
+        for left in tile_starts(size[1], tile, overlap)
+    ]
+
+
+def place_tile(part: Size, tile: int, asked: Size, multiple: int) -> Placement:
+    """Place a tile, (height, width), so that every one of a data set has one scale, whole or smaller than asked for.
+
+    >>> place_tile((512, 300), 512, (256, 256), 32).content
+    (256, 150)
+    """
+    scale = min(asked) / tile
+    content = max(1, round(part[0] * scale)), max(1, round(part[1] * scale))
+    return Placement(part, content, place(asked, asked, "letterbox", multiple).frame)
 
 
 def default_size(originals: list[Size]) -> Size:

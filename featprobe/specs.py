@@ -14,7 +14,8 @@ from featprobe.geometry import Fit, Size
 from featprobe.levels import FeatureLevel
 
 CacheDtype = Literal["fp16", "fp32", "bf16"]
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+"""The newest that is read; caches of whole images alone are of version 1."""
 
 BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 
@@ -205,6 +206,8 @@ class FeatureRecipe:
     Its `key` names the cache file. `label` is how people call the backbone; it is not part of the key.
     window: the raw levels that become 0 and 1, where the intensity policy resolved to one for the whole set.
     precision: "fp32", or "amp" for autocast to fp16 on the device that computes.
+    tile, overlap: pixels of the original image; a tile of None stands for whole images. empty_tiles: share of the
+    training tiles without a defect that is kept. views: of the training images; the first is the image as it is.
     """
 
     label: str
@@ -224,12 +227,20 @@ class FeatureRecipe:
     precision: Literal["fp32", "amp"] = "fp32"
     channels: str = "rgb, grey replicated"
     views: tuple[str, ...] = ("identity",)
-    version: int = CACHE_VERSION
+    version: int = 1
+    tile: int | None = None
+    overlap: int = 0
+    empty_tiles: float = 1.0
 
     @property
     def key(self) -> str:
         """64 hex digits over every field but the label."""
-        return digest({k: v for k, v in asdict(self).items() if k != "label"})
+        return digest({k: v for k, v in self.to_json().items() if k != "label"})
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether rows show tiles or views of images, so that they are not the images themselves."""
+        return self.tile is not None or len(self.views) > 1
 
     @property
     def policy(self) -> Intensity:
@@ -243,8 +254,9 @@ class FeatureRecipe:
         return values * BYTES_PER_VALUE[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as the cache and the cards keep them."""
-        return asdict(self)
+        """Plain values, as the cache and the cards keep them; of tiles only where there are some."""
+        idle = ("tile", "overlap", "empty_tiles") if self.tile is None else ()
+        return {name: value for name, value in asdict(self).items() if name not in idle}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "FeatureRecipe":

@@ -18,10 +18,15 @@ from scipy import ndimage
 from torch import Tensor
 
 from featprobe.errors import DataError, ShapeError
-from featprobe.geometry import Placement, Size
+from featprobe.geometry import Part, Placement, Size
 
 IGNORE = 255
 """Pixels of this label take part in no loss and no score."""
+
+LEAST_VISIBLE = 0.25
+"""Share of an object that a part of its image must show; less is neither object nor background."""
+LEAST_SIDE = 2.0
+"""Pixels that the shown part of an object must have on either side, unless it is shown whole."""
 
 Labels = NDArray[np.uint8]
 Rle = Mapping[str, object]
@@ -72,6 +77,64 @@ def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
 def decode_rle(rle: Rle) -> NDArray[np.bool_]:
     """(height, width) mask of a compressed COCO RLE."""
     return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"]}), dtype=bool)
+
+
+def move_rle(rle: Rle, left: int, top: int, size: Size) -> dict[str, object]:
+    """The mask of a tile at (left, top) of an image of (height, width), as a mask of the whole image.
+
+    >>> mask = np.zeros((4, 5), dtype=bool)
+    >>> mask[1:3, 2:5] = True
+    >>> move_rle(encode_rle(np.ones((2, 3), dtype=bool)), 2, 1, (4, 5)) == encode_rle(mask)
+    True
+    """
+    columns, rows = np.nonzero(decode_rle(rle).T)
+    inside = (columns + left) * size[0] + rows + top  # indices of its pixels, column by column
+    first = np.flatnonzero(np.diff(inside, prepend=-2) != 1)  # of each run
+    starts, stops = inside[first], inside[np.append(first[1:], len(inside)) - 1] + 1 if len(inside) else inside
+    edges = np.stack([starts, stops], axis=1).ravel()
+    counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
+    counts = counts[:-1] if counts[-1] == 0 else counts  # no run is empty but the first
+    moved = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
+    return {"size": list(size), "counts": moved["counts"].decode("ascii")}
+
+
+def cut_instances(instances: Sequence[Instance], part: Part) -> tuple[Instance, ...]:
+    """The objects of an image as a part of it shows them, in the part's pixels.
+
+    Boxes are clipped. An object of which less than LEAST_VISIBLE is shown (of its mask's pixels; of its box where it
+    has no mask), or less than LEAST_SIDE pixels of a side, becomes a crowd: nothing is learnt there, neither object nor
+    background. One of which nothing is shown is left out.
+    """
+    found = []
+    for instance in instances:
+        x1, y1, x2, y2 = part.take_box(instance.box_xyxy)
+        if x2 <= x1 or y2 <= y1:
+            continue
+        whole = instance.box_xyxy
+        share = (x2 - x1) * (y2 - y1) / ((whole[2] - whole[0]) * (whole[3] - whole[1]))
+        shown = replace(instance, box_xyxy=(x1, y1, x2, y2))
+        if instance.rle is not None:
+            mask = decode_rle(instance.rle)
+            cut = part.take(mask)
+            if not cut.any():
+                continue
+            pixels = int(mask.sum())
+            shown = replace(shown, rle=encode_rle(cut))
+            if cut.sum() < pixels:
+                share = float(cut.sum()) / pixels
+                shown = replace(shown, box_xyxy=_box_of(cut))
+        if share < 1:
+            x1, y1, x2, y2 = shown.box_xyxy
+            sliver = share < LEAST_VISIBLE or min(x2 - x1, y2 - y1) < LEAST_SIDE
+            shown = replace(shown, crowd=instance.crowd or sliver, area=None)
+        found.append(shown)
+    return tuple(found)
+
+
+def _box_of(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+    """x1 y1 x2 y2 of a mask's pixels."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def semantic_from_instances(instances: Sequence[Instance], size: Size) -> Labels | None:

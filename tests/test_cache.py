@@ -286,10 +286,10 @@ def test_the_identity_does_not_depend_on_what_is_computed_later(tmp_path):
 
 def test_a_newer_version_is_refused_with_both_versions_named(tmp_path):
     path = make_cache(tmp_path / "cache.h5").path
-    edit(path, "version", 2)
+    edit(path, "version", 3)
     with pytest.raises(CacheError, match="newer format") as caught:
         open_cache(path)
-    assert "version 1" in str(caught.value) and "found   version 2" in str(caught.value)
+    assert "version 2" in str(caught.value) and "found   version 3" in str(caught.value)
 
 
 def no_hdf5(path: Path) -> None:

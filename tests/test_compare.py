@@ -361,6 +361,18 @@ def test_full_minus_frozen_is_confounded_unless_augmentation_is_told_apart(
     assert not any(found.values())
 
 
+def test_frozen_features_of_stored_views_are_a_variant_and_tell_augmentation_apart(told: Told) -> None:
+    stored = {"augmentation": {"views": ["hflip"]}, "feature_key": "views", "recipe_key": "v0000000"}
+    for row in ({}, FULL, stored):
+        told.tell(confusions(0.5), **row)
+    report = told.compare()
+    found = {(d["a"], d["b"]): d["confounded"] for d in report.sets[0].differences}
+    stored_name = "frozen, augmented"
+    assert found == {("full", "frozen"): False, ("full", stored_name): False, (stored_name, "frozen"): False}
+    said = " ".join(sentence for _, sentences in report.answer for sentence in sentences)
+    assert "fine-tuning" in said and "against frozen features of augmented views" in said
+
+
 def test_few_groups_are_warned_of(told: Told) -> None:
     assert comparison.FEW_GROUPS == FEW_GROUPS
     told.tell(confusions(0.5), backbone="many")

@@ -1,4 +1,4 @@
-"""The feature cache, format version 1 (cache/README.md). The only part that imports h5py."""
+"""The feature cache, format versions 1 and 2 (cache/README.md). The only part that imports h5py."""
 
 from featprobe.cache.layout import (
     MISSING,

@@ -11,7 +11,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from featprobe.errors import CacheError
-from featprobe.geometry import Placement, Size
+from featprobe.errors import CacheError, ShapeError
+from featprobe.geometry import Part, Placement, Size
 from featprobe.machine import human_bytes
 from featprobe.specs import CACHE_VERSION, DataInfo, FeatureRecipe
 
@@ -40,6 +40,8 @@ class Row:
 
     image: path below the data set's root. image_hash: xxh3_128 of the file. semantic: PNG bytes,
     instances: JSON bytes, each empty where the set has none. reason: why the row can't be read, or "".
+    part: what the row shows of its image, None for all of it; placement and labels are the part's own then, and
+    image_index says which of the cache's images it is a part of.
     """
 
     id: str
@@ -51,6 +53,12 @@ class Row:
     semantic: bytes = b""
     instances: bytes = b""
     reason: str = ""
+    part: Part | None = None
+    image_index: int = -1
+
+    def show(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """What the row shows of its image's pixels, (height, width, …)."""
+        return pixels if self.part is None else self.part.take(pixels)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,13 @@ class Extent:
     rows: int
 
 
-def identity_sha256(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], extents: Mapping[str, Extent]) -> str:
+def identity_sha256(
+    recipe: FeatureRecipe,
+    data: DataInfo,
+    rows: Sequence[Row],
+    extents: Mapping[str, Extent],
+    images: Sequence[Row] = (),
+) -> str:
     """sha256 over all that is written once: recipe, data set, rows, targets, and where the rest has its place.
 
     The last because HDF5 does not guard its own bookkeeping: a flipped address would serve other rows.
@@ -72,10 +86,11 @@ def identity_sha256(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], 
     said = {name: value for name, value in asdict(data).items() if name != "bits" or value}  # older files lack it
     head = {"recipe": recipe.to_json(), "data": said, "extents": places}
     running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
-    for row in rows:
+    for row in (*rows, *images):
         text = [getattr(row, name) for name in TEXT_FIELDS]
         sizes = [row.placement.original, row.placement.content, row.placement.frame]
-        running.update(json.dumps([text, sizes]).encode())
+        parts = [] if row.part is None else [astuple(row.part), row.image_index]
+        running.update(json.dumps([text, sizes, *parts]).encode())
         for kind in TARGET_KINDS:
             blob = getattr(row, kind)
             running.update(len(blob).to_bytes(8, "little"))
@@ -83,13 +98,22 @@ def identity_sha256(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], 
     return running.hexdigest()
 
 
-def create_file(path: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], provenance: Mapping) -> bool:
+def create_file(
+    path: Path,
+    recipe: FeatureRecipe,
+    data: DataInfo,
+    rows: Sequence[Row],
+    provenance: Mapping,
+    images: Sequence[Row] = (),
+) -> bool:
     """Put a new cache in place, its features allocated and missing; False when the name is taken.
+
+    images: the whole images that rows are parts of; none where rows are images.
 
     The file appears under its name whole or not at all. Raises CacheError when the folder can't be
     written or the disk can't hold it; no part of it is left behind then.
     """
-    temporary = make_temporary(path, recipe, data, rows, provenance)
+    temporary = make_temporary(path, recipe, data, rows, provenance, images)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -105,7 +129,14 @@ def create_file(path: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequenc
     return True
 
 
-def make_temporary(path: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], provenance: Mapping) -> Path:
+def make_temporary(
+    path: Path,
+    recipe: FeatureRecipe,
+    data: DataInfo,
+    rows: Sequence[Row],
+    provenance: Mapping,
+    images: Sequence[Row] = (),
+) -> Path:
     """A complete cache file without features, under a unique name beside `path`; see create_file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +148,7 @@ def make_temporary(path: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequ
             "Nothing was changed. Choose another place:  featprobe --workspace DIR extract …"
         ) from error
     try:
-        _fill(temporary, recipe, data, rows, provenance)
+        _fill(temporary, recipe, data, rows, provenance, images)
         with temporary.open("r+b") as stream:
             _allocate_disk(stream.fileno(), temporary.stat().st_size)
             os.fsync(stream.fileno())
@@ -149,26 +180,30 @@ def remove_leftovers(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _fill(temporary: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], provenance: Mapping) -> None:
+def _fill(
+    temporary: Path,
+    recipe: FeatureRecipe,
+    data: DataInfo,
+    rows: Sequence[Row],
+    provenance: Mapping,
+    images: Sequence[Row],
+) -> None:
     count = len(rows)
     with h5py.File(temporary, "w", locking=False, alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
         file.attrs["format"] = FORMAT
-        file.attrs["version"] = CACHE_VERSION
+        file.attrs["version"] = recipe.version
         file.attrs["recipe"] = json.dumps(recipe.to_json())
         file.attrs["recipe_key"] = recipe.key
         file.attrs["data"] = json.dumps(asdict(data))
         file.attrs["provenance"] = json.dumps(dict(provenance))
-        for name in TEXT_FIELDS:
-            texts = [getattr(row, name) for row in rows]
-            file.create_dataset(f"rows/{name}", data=texts, dtype=h5py.string_dtype("utf-8"))
+        _write_texts(file, "rows", rows)
         file["rows/original_size"] = np.array([row.placement.original for row in rows], dtype="<i4").reshape(count, 2)
         file["rows/content_size"] = np.array([row.placement.content for row in rows], dtype="<i4").reshape(count, 2)
         file["rows/affine"] = np.array([row.placement.affine for row in rows], dtype="<f8").reshape(count, 2, 3)
-        for kind in TARGET_KINDS:
-            blobs = [getattr(row, kind) for row in rows]
-            file[f"targets/{kind}"] = np.frombuffer(b"".join(blobs), dtype="u1")
-            file[f"targets/{kind}_offset"] = np.cumsum([0, *map(len, blobs)], dtype="<u8")
+        _write_blobs(file, "targets", rows)
         file["targets/checksum"] = np.array([target_checksums(row) for row in rows], dtype="<u8")
+        if recipe.in_parts:
+            _write_parts(file, rows, images)
         for level in recipe.levels:
             shape = (count, level.channels, *level.cells(recipe.frame))
             _contiguous(file, f"features/{level.name}", shape, STORED_AS[recipe.dtype])
@@ -181,7 +216,34 @@ def _fill(temporary: Path, recipe: FeatureRecipe, data: DataInfo, rows: Sequence
         file["done"][...] = np.array([UNREADABLE if row.reason else MISSING for row in rows], dtype="u1")
         file["checksum"][...] = 0
         file["reason"][...] = np.array([encode_reason(row.reason) for row in rows], dtype=f"S{REASON_BYTES}")
-        file.attrs["identity_sha256"] = identity_sha256(recipe, data, rows, _extents(file, recipe))
+        file.attrs["identity_sha256"] = identity_sha256(recipe, data, rows, _extents(file, recipe), images)
+
+
+def _write_texts(file: h5py.File, group: str, rows: Sequence[Row]) -> None:
+    for name in TEXT_FIELDS:
+        texts = [getattr(row, name) for row in rows]
+        file.create_dataset(f"{group}/{name}", data=texts, dtype=h5py.string_dtype("utf-8"))
+
+
+def _write_blobs(file: h5py.File, group: str, rows: Sequence[Row]) -> None:
+    for kind in TARGET_KINDS:
+        blobs = [getattr(row, kind) for row in rows]
+        file[f"{group}/{kind}"] = np.frombuffer(b"".join(blobs), dtype="u1")
+        file[f"{group}/{kind}_offset"] = np.cumsum([0, *map(len, blobs)], dtype="<u8")
+
+
+def _write_parts(file: h5py.File, rows: Sequence[Row], images: Sequence[Row]) -> None:
+    """What each row shows of which image, and the images themselves."""
+    parts = [row.part for row in rows if row.part is not None]
+    if len(parts) < len(rows) or any(not 0 <= row.image_index < len(images) for row in rows):
+        raise ShapeError("Each row of a cache of tiles or views is a part of one of its images.")
+    boxes = [(part.left, part.top, part.height, part.width) for part in parts]
+    file["rows/part"] = np.array(boxes, dtype="<i4").reshape(len(rows), 4)
+    file.create_dataset("rows/view", data=[part.view for part in parts], dtype=h5py.string_dtype("utf-8"))
+    file["rows/image_index"] = np.array([row.image_index for row in rows], dtype="<i4")
+    _write_texts(file, "images", images)
+    file["images/size"] = np.array([row.placement.original for row in images], dtype="<i4").reshape(len(images), 2)
+    _write_blobs(file, "images", images)
 
 
 def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -208,7 +270,10 @@ def encode_reason(reason: str) -> bytes:
 
 @dataclass(frozen=True)
 class Contents:
-    """All of a cache file but its features, as read once when it is opened. inode: which file it was."""
+    """All of a cache file but its features, as read once when it is opened.
+
+    inode: which file it was. images: what the rows are parts of, placed as they are; none where rows are images.
+    """
 
     recipe: FeatureRecipe
     data: DataInfo
@@ -218,6 +283,7 @@ class Contents:
     identity_sha256: str
     target_checksum: NDArray[np.uint64]
     inode: int
+    images: tuple[Row, ...] = ()
 
     @property
     def command(self) -> str:
@@ -232,7 +298,8 @@ class Contents:
 
     def is_intact(self) -> bool:
         """Whether recipe, data set, rows and targets hash to what was written."""
-        return identity_sha256(self.recipe, self.data, self.rows, self.extents) == self.identity_sha256
+        found = identity_sha256(self.recipe, self.data, self.rows, self.extents, self.images)
+        return found == self.identity_sha256
 
 
 def read_contents(path: Path) -> Contents:
@@ -275,23 +342,46 @@ def _read(file: h5py.File) -> Contents:
     data: dict[str, Any] = json.loads(file.attrs["data"])
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     info = DataInfo(**values)
-    texts = [file[f"rows/{name}"].asstr()[...].tolist() for name in TEXT_FIELDS]
     originals, contents = file["rows/original_size"][...].tolist(), file["rows/content_size"][...].tolist()
-    semantic, instances = (_split_blobs(file, kind) for kind in TARGET_KINDS)
-    rows = tuple(
-        Row(*text, Placement(_size(original), _size(content), recipe.frame), mask, objects)  # type: ignore[call-arg]
-        for text, original, content, mask, objects in zip(
-            zip(*texts, strict=True), originals, contents, semantic, instances, strict=True
-        )
-    )
+    placements = [Placement(_size(o), _size(c), recipe.frame) for o, c in zip(originals, contents, strict=True)]
+    rows = _read_rows(file, "rows", "targets", placements)
+    images: tuple[Row, ...] = ()
+    if recipe.in_parts:
+        sizes = [_size(pair) for pair in file["images/size"][...].tolist()]
+        images = _read_rows(file, "images", "images", [Placement(size, size, size) for size in sizes])
+        rows = _with_parts(file, rows)
+        if any(not 0 <= row.image_index < len(images) for row in rows):
+            raise ValueError("a row is a part of no image")
     extents = _extents(file, recipe)
     status = os.fstat(file.id.get_vfd_handle())
     if any(extent.offset + extent.row_bytes * extent.rows > status.st_size for extent in extents.values()):
         raise ValueError(f"the file is cut short: {status.st_size} bytes")
     return Contents(
         recipe, info, json.loads(file.attrs["provenance"]), rows, extents,
-        str(file.attrs["identity_sha256"]), file["targets/checksum"][...], status.st_ino,
+        str(file.attrs["identity_sha256"]), file["targets/checksum"][...], status.st_ino, images,
     )  # fmt: skip
+
+
+def _read_rows(file: h5py.File, group: str, targets: str, placements: Sequence[Placement]) -> tuple[Row, ...]:
+    texts = [file[f"{group}/{name}"].asstr()[...].tolist() for name in TEXT_FIELDS]
+    blobs = [_split_blobs(file, f"{targets}/{kind}") for kind in TARGET_KINDS]
+    return tuple(
+        Row(*text, placement, mask, objects)  # type: ignore[call-arg]
+        for text, placement, mask, objects in zip(zip(*texts, strict=True), placements, *blobs, strict=True)
+    )
+
+
+def _with_parts(file: h5py.File, rows: Sequence[Row]) -> tuple[Row, ...]:
+    parts = [
+        Part(left, top, height, width, view)
+        for (left, top, height, width), view in zip(
+            file["rows/part"][...].tolist(), file["rows/view"].asstr()[...].tolist(), strict=True
+        )
+    ]
+    indices = file["rows/image_index"][...].tolist()
+    return tuple(
+        replace(row, part=part, image_index=index) for row, part, index in zip(rows, parts, indices, strict=True)
+    )
 
 
 def _size(pair: Sequence[int]) -> Size:
@@ -311,9 +401,9 @@ def _extent(dataset: h5py.Dataset) -> Extent:
     return Extent(offset, int(np.prod(dataset.shape[1:], dtype=np.int64)) * dataset.dtype.itemsize, rows)
 
 
-def _split_blobs(file: h5py.File, kind: str) -> list[bytes]:
-    data = file[f"targets/{kind}"][...].tobytes()
-    offsets = file[f"targets/{kind}_offset"][...].tolist()
+def _split_blobs(file: h5py.File, name: str) -> list[bytes]:
+    data = file[name][...].tobytes()
+    offsets = file[f"{name}_offset"][...].tolist()
     return [data[start:stop] for start, stop in itertools.pairwise(offsets)]
 
 

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from featprobe.cache.layout import MISSING, STORED_AS, UNREADABLE, WHOLE, Contents, read_contents
+from featprobe.cache.layout import MISSING, STORED_AS, UNREADABLE, WHOLE, Contents, Row, read_contents
 from featprobe.errors import CacheError, CacheIncompleteError
 from featprobe.levels import FeatureLevel
 from featprobe.targets import Instance, Labels, decode_instances, decode_semantic
@@ -24,7 +24,8 @@ TORCH_DTYPE = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloa
 class Cache:
     """A feature cache opened for reading. The file is not kept open through HDF5.
 
-    contents: recipe, data set, rows. levels: what it stores, finest first. handle: of the file itself,
+    contents: recipe, data set, rows. images: the whole images, which are the rows unless those show parts; image_of:
+    (rows,), which of them each row shows. levels: what it stores, finest first. handle: of the file itself,
     so that a newer file under the same name does not change what is read; closed with this object.
     """
 
@@ -36,6 +37,9 @@ class Cache:
         if os.fstat(self.handle).st_ino != contents.inode:
             raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
         self.recipe, self.data, self.rows = contents.recipe, contents.data, contents.rows
+        self.images = contents.images if self.recipe.in_parts else contents.rows
+        own = [row.image_index for row in self.rows] if self.recipe.in_parts else range(len(self.rows))
+        self.image_of = np.array(own, dtype=np.intp)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,7 +63,7 @@ class Cache:
         return self._read_all("reason", "u1")[row].tobytes().rstrip(b"\0").decode(errors="replace")
 
     def usable(self, split: str | None = None) -> NDArray[np.intp]:
-        """Indices of whole rows, of one split or of all.
+        """Indices of whole rows, of one split or of all; of an image with an unreadable part none is among them.
 
         Raises CacheIncompleteError when rows are missing.
         """
@@ -71,32 +75,47 @@ class Cache:
                 f"Finish it, it goes on from there:  {self.contents.command}"
             )
         wanted = np.array([split is None or row.split == split for row in self.rows], dtype=bool)
-        return np.flatnonzero((done == WHOLE) & wanted)
+        torn = np.isin(self.image_of, self.image_of[done == UNREADABLE])
+        return np.flatnonzero((done == WHOLE) & wanted & ~torn)
 
     def semantic(self, row: int) -> Labels:
-        """A row's mask at the original image size: (height, width), uint8; raises CacheError without one."""
-        if not self.rows[row].semantic:
-            raise CacheError(f"{self.path} holds no masks, only {', '.join(self.data.tasks)} targets.")
-        return decode_semantic(self.rows[row].semantic)
+        """A row's mask at the size of what it shows: (height, width), uint8; raises CacheError without one."""
+        return self._semantic(self.rows[row])
 
     def instances(self, row: int) -> tuple[Instance, ...]:
-        """A row's objects in pixels of the original image; raises CacheError without any list."""
-        if not self.rows[row].instances:
-            raise CacheError(f"{self.path} holds no instances, only {', '.join(self.data.tasks)} targets.")
-        return decode_instances(self.rows[row].instances)[0]
+        """A row's objects in pixels of what it shows; raises CacheError without any list."""
+        return self._instances(self.rows[row])
 
-    def image_id(self, row: int) -> int | str:
-        """What the set's own annotation calls a row's image; the row's number from 1 where `own_ids` is False."""
-        return self._image_ids[row] if self.own_ids else row + 1
+    def image_semantic(self, image: int) -> Labels:
+        """A whole image's mask: (height, width), uint8; raises CacheError without one."""
+        return self._semantic(self.images[image]) if self.recipe.in_parts else self.semantic(image)
+
+    def image_instances(self, image: int) -> tuple[Instance, ...]:
+        """A whole image's objects in its pixels; raises CacheError without any list."""
+        return self._instances(self.images[image]) if self.recipe.in_parts else self.instances(image)
+
+    def image_id(self, image: int) -> int | str:
+        """What the set's own annotation calls an image; its number from 1 where `own_ids` is False."""
+        return self._image_ids[image] if self.own_ids else image + 1
 
     @property
     def own_ids(self) -> bool:
         """Whether the set's own annotation tells all images apart; not so where several files count from 0 each."""
-        return None not in self._image_ids and len(set(self._image_ids)) == len(self)
+        return None not in self._image_ids and len(set(self._image_ids)) == len(self.images)
 
     @cached_property
     def _image_ids(self) -> list[Any]:
-        return [decode_instances(row.instances)[1] if row.instances else None for row in self.rows]
+        return [decode_instances(image.instances)[1] if image.instances else None for image in self.images]
+
+    def _semantic(self, row: Row) -> Labels:
+        if not row.semantic:
+            raise CacheError(f"{self.path} holds no masks, only {', '.join(self.data.tasks)} targets.")
+        return decode_semantic(row.semantic)
+
+    def _instances(self, row: Row) -> tuple[Instance, ...]:
+        if not row.instances:
+            raise CacheError(f"{self.path} holds no instances, only {', '.join(self.data.tasks)} targets.")
+        return decode_instances(row.instances)[0]
 
     def _read_all(self, name: str, dtype: str) -> NDArray:
         extent = self.contents.extents[name]

@@ -101,6 +101,7 @@ def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
     Example:
       featprobe extract --backbone convnext_dinov3 --data xray
       featprobe extract --backbone embedded --data path/to/set --size 256x640
+      featprobe extract --backbone embedded --data path/to/scans --tile 512 --overlap 64 --views hflip,crop:2
       torchrun --nproc-per-node 4 -m featprobe extract --backbone convnext_in1k --data path/to/set
     """
     from featprobe.stages.extract import extract as run
@@ -791,6 +792,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("levels", levels),
             ("final norm", recipe["final_norm"]),
             ("frame", f"{_size_text(recipe['frame'])} ({recipe['fit']} to {_size_text(recipe['size'])})"),
+            ("shown", _parts_text(recipe)),
             ("dtype", recipe["dtype"]),
             ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
             ("data", f"{origin['name']}: {origin['root']}"),
@@ -904,6 +906,7 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
     from featprobe.geometry import parse_size
     from featprobe.stages.extract import ExtractOptions
+    from featprobe.stages.parts import parse_views
 
     same = (
         "format",
@@ -918,11 +921,15 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         "device",
         "skip_bad",
         "quiet",
+        "tile",
+        "overlap",
+        "empty_tiles",
     )
     return ExtractOptions(
         levels=names(options["levels"]),
         size=parse_size(options["size"]) if options["size"] else None,
         shard=_parse_shard(options.get("shard")),
+        views=parse_views(options["views"]) if options["views"] else (),
         **{name: options[name] for name in same},
     )
 
@@ -951,6 +958,16 @@ def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:
 
 def _size_text(size: Sequence[int]) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def _parts_text(recipe: dict[str, Any]) -> str:
+    tiles = "whole images"
+    if recipe.get("tile"):
+        tiles = (
+            f"tiles of {recipe['tile']} pixels, overlap {recipe['overlap']}, {recipe['empty_tiles']:.0%} of the empty"
+        )
+    views = recipe["views"][1:]
+    return f"{tiles}; of training images also {', '.join(views)}" if views else tiles
 
 
 def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:

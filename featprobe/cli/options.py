@@ -72,6 +72,19 @@ _FEATURES = [
     click.option("--size", metavar="HxW", help="Height x width. Default: the images' own up to 512, else 512x512."),
     click.option("--fit", type=click.Choice(["resize", "letterbox"]), help="How images meet --size. Default: resize."),
     intensity,
+    click.option("--tile", type=click.IntRange(1), metavar="PX", help="Cut images into tiles of this side, pixels."),
+    click.option("--overlap", type=click.IntRange(0), metavar="PX", help="Of tiles, at least.  [default: tile / 8]"),
+    click.option(
+        "--empty-tiles",
+        type=click.FloatRange(0, 1),
+        default=1.0,
+        metavar="SHARE",
+        show_default=True,
+        help="Of the training tiles without a defect, that is kept.",
+    ),
+    click.option(
+        "--views", metavar="LIST", help="Views of the training images to store as well: hflip,vflip,rot90,crop:N."
+    ),
     click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per block."),
     click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images."),
     click.option("--dtype", type=click.Choice(["fp16", "fp32", "bf16"]), default="fp16", show_default=True),

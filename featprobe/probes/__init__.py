@@ -7,7 +7,7 @@ from featprobe.probes.linear import LinearHead
 from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss, start_at_prior
 from featprobe.probes.objects import Detections, ObjectTarget, object_sides
 from featprobe.probes.paste import objects_at_original
-from featprobe.probes.predict import logits_at_original, predict_classes
+from featprobe.probes.predict import best_classes, logits_at_original, predict_classes
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, plain, save_head
 from featprobe.probes.train import DEFAULT_RECIPES, CurvePoint, TrainRecipe, grid_of, train
@@ -27,6 +27,7 @@ __all__ = [
     "TrainRecipe",
     "UpsampleHead",
     "append_row",
+    "best_classes",
     "build_head",
     "fingerprint",
     "grid_of",

@@ -23,14 +23,18 @@ def logits_at_original(logits: Tensor, stride: int, placement: Placement) -> Ten
 
 
 def predict_classes(logits: Tensor, stride: int, placement: Placement) -> Tensor:
-    """Class index of every pixel of the original image: (height, width), uint8; the lowest of equals.
+    """Class index of every pixel of the original image: (height, width), uint8; the lowest of equals."""
+    return best_classes(logits_at_original(logits, stride, placement))
+
+
+def best_classes(logits: Tensor) -> Tensor:
+    """Class index of every pixel, uint8, from logits of (classes, height, width); the lowest of equals.
 
     Class by class, since torch's argmax over the first axis is ten times slower on CPUs.
     """
-    at_original = logits_at_original(logits, stride, placement)
-    best = at_original[0]
+    best = logits[0]
     classes = torch.zeros_like(best, dtype=torch.uint8)
-    for index, own in enumerate(at_original[1:], start=1):
+    for index, own in enumerate(logits[1:], start=1):
         classes.masked_fill_(own > best, index)
         best = torch.maximum(best, own)
     return classes

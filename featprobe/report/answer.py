@@ -8,6 +8,7 @@ from featprobe.report.comparison import FEW_GROUPS, LABELS, interval_text, numbe
 
 SURE = 0.05  # corrected p value up to which a difference is called one
 SMALL = 0.02  # a difference whose whole interval is nearer to 0 makes no difference in practice
+STORED_VIEWS = "frozen, augmented"  # the variant of frozen results on views that a cache holds
 Line = Mapping[str, Any]
 
 
@@ -77,7 +78,7 @@ def _list(names: Sequence[str]) -> str:
 
 def _is_frozen_enough(head: str, differences: Sequence[Line]) -> list[str]:
     """A sentence for each backbone that has a frozen and a full result, or one that says that none has."""
-    full = [d for d in differences if d["a"].startswith("full") and d["b"] == "frozen"]
+    full = [d for d in differences if d["a"].startswith("full") and d["b"] in ("frozen", STORED_VIEWS)]
     if not full:
         return [f"{head}: whether frozen is enough needs a frozen and a full result: featprobe finetune."]
     return [f"{head}: {_verdict(d)}" for d in full]
@@ -87,6 +88,7 @@ def _verdict(difference: Line) -> str:
     low, high, sure = difference["low"], difference["high"], difference["p_holm"] <= SURE
     backbone = difference["within"].rpartition(", ")[0]
     name = f"fine-tuning {backbone}{' (not augmented)' if 'not augmented' in difference['a'] else ''}"
+    name += ", against frozen features of augmented views," if difference["b"] == STORED_VIEWS else ""
     found = f"({100 * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')})"
     cause = (
         " Part of that may be augmentation, which the frozen result lacks: featprobe finetune --regime frozen-online."

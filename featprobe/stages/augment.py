@@ -16,9 +16,8 @@ from torchvision.transforms.v2 import functional as v2
 from featprobe.geometry import Placement, Size, place
 from featprobe.probes import ObjectTarget
 from featprobe.specs import FeatureRecipe
-from featprobe.targets import IGNORE, Instance, Labels, decode_rle
+from featprobe.targets import IGNORE, LEAST_VISIBLE, Instance, Labels, decode_rle
 
-LEAST_VISIBLE = 0.25  # share of an object that a crop must show; less is neither object nor background
 WHOLE = 0.999  # share of a box from which on all of its object is in view
 SMALLEST_SIDE = 1.0  # frame pixels, of a box that is an object
 Warp = Callable[..., Any]

@@ -31,6 +31,10 @@ def _extract(card: Mapping[str, Any], data: str) -> str:
     words = ["featprobe", "extract", *backbone, "--data", data, "--size", _by(features["size"])]
     words += ["--levels", ",".join(level["name"] for level in features["levels"])]
     words += ["--fit", features["fit"], "--intensity", features["intensity"]]
+    for name in ("tile", "overlap", "empty_tiles"):
+        if name in features:
+            words += [_option(name), f"{features[name]:g}"]
+    words += ["--views", ",".join(features["views"][1:])] if features["views"][1:] else []
     for name, usual in (("dtype", "fp16"), ("precision", "fp32")):
         if features[name] != usual and card["result"]["regime"] != "full":  # a full card's features come from no cache
             words += [f"--{name}", features[name]]

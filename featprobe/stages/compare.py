@@ -338,7 +338,7 @@ def confounded(full: Result, frozen: Result, chosen: Sequence[Result]) -> bool:
     if (full.row["regime"], frozen.row["regime"]) != ("full", "frozen") or full.augmented == frozen.augmented:
         return False
     beside = [r for r in chosen if (*r.backbone, r.cell[-2:]) == (*full.backbone, full.cell[-2:])]
-    return not any((r.row["regime"], r.augmented) in (("frozen-online", True), ("full", False)) for r in beside)
+    return not any((r.row["regime"] != "full") == r.augmented for r in beside)
 
 
 # ---- modality gap ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Detection and instance segmentation from a feed: targets in the frame, COCO's scores at the original size."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -19,10 +19,10 @@ from featprobe.processes import from_main, gathered
 from featprobe.report.sheets import Panel
 from featprobe.stages.live import Truth, Views
 from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_here
-from featprobe.targets import Instance, Rle, components, decode_rle, labels_in_frame
+from featprobe.stages.stitch import Objects, by_image, images_of, stitched_objects
+from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
-Objects = list[tuple[Instance, float]]
 
 
 class Detection:
@@ -55,12 +55,22 @@ class Detection:
         return dict(list(zip(self.classes, counts, strict=True))[1:])
 
     def instances(self, row: int) -> tuple[Instance, ...]:
-        """A row's objects, in pixels of the original image; the background is none."""
+        """A row's objects, in pixels of what it shows; the background is none."""
         if row not in self._instances:
-            whole = self.source == "components"
-            found = components(self.cache.semantic(row), len(self.classes)) if whole else self.cache.instances(row)
-            self._instances[row] = tuple(instance for instance in found if instance.category > 0)
+            self._instances[row] = self._objects(row, self.cache.semantic, self.cache.instances)
         return self._instances[row]
+
+    def image_instances(self, image: int) -> tuple[Instance, ...]:
+        """A whole image's objects, in its pixels; the background is none."""
+        if not self.cache.recipe.in_parts:
+            return self.instances(image)
+        return self._objects(image, self.cache.image_semantic, self.cache.image_instances)
+
+    def _objects(
+        self, index: int, semantic: Callable[[int], Labels], own: Callable[[int], tuple[Instance, ...]]
+    ) -> tuple[Instance, ...]:
+        found = components(semantic(index), len(self.classes)) if self.source == "components" else own(index)
+        return tuple(instance for instance in found if instance.category > 0)
 
     def truth_of(self, row: int) -> Truth:
         """What augmented views of a row are labelled from."""
@@ -85,42 +95,50 @@ class Detection:
 
     @torch.inference_mode()
     def predictions(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> Iterable[tuple[int, list[Objects]]]:
-        """(row, what each head finds in it) for each row, in pixels of the original image."""
-        for batch, features in feed(evaluation_batches(rows)):
-            every: list[list[Detections]] = [head(features) for head in heads]
-            for i, row in enumerate(batch.tolist()):
-                yield row, [objects_at_original(own[i], self.cache.rows[row].placement) for own in every]
+        """(image, what each head finds in it) for each image that the rows show, in pixels of the original image."""
+
+        def objects() -> Iterator[tuple[int, list[Objects]]]:
+            for batch, features in feed(evaluation_batches(rows)):
+                every: list[list[Detections]] = [head(features) for head in heads]
+                for i, row in enumerate(batch.tolist()):
+                    yield row, [objects_at_original(own[i], self.cache.rows[row].placement) for own in every]
+
+        for image, found in by_image(self.cache, objects()):
+            pieces = [(self.cache.rows[row].part, own) for row, own in found]
+            size = self.cache.images[image].placement.original
+            yield image, [stitched_objects([(own[k], part) for part, own in pieces], size) for k in range(len(heads))]
 
     def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
-        """COCO's scores of each head on rows, which several processes share out among them."""
+        """COCO's scores of each head on the images that the rows show, which several processes share out among them."""
         results: list[list[dict[str, Any]]] = [[] for _ in heads]
-        for row, found in self.predictions(heads, feed, scored_here(rows)):
+        for image, found in self.predictions(heads, feed, scored_here(self.cache, rows)):
             for own, objects in zip(results, found, strict=True):
-                own += coco_results(objects, self.cache.image_id(row), self.category_ids)
+                own += coco_results(objects, self.cache.image_id(image), self.category_ids)
         every = [gathered(own) for own in results]
         return from_main(lambda: [self._outcome(truth, own) for truth in [self.truth(rows)] for own in every])
 
     def truth(self, rows: Rows) -> dict[str, Any]:
-        """The rows' objects as COCO JSON holds them."""
+        """The objects of the images that rows show, as COCO JSON holds them."""
+        shown = images_of(self.cache, rows).tolist()
         images = [
-            TruthImage(self.cache.image_id(r), self.cache.rows[r].placement.original, self.instances(r))
-            for r in rows.tolist()
+            TruthImage(self.cache.image_id(i), self.cache.images[i].placement.original, self.image_instances(i))
+            for i in shown
         ]
         truth = truth_of(images, self.classes, self.category_ids)
-        for image, row in zip(truth["images"], rows.tolist(), strict=True):
-            image |= {"file_name": self.cache.rows[row].id, "group": self.cache.rows[row].group}
+        for image, index in zip(truth["images"], shown, strict=True):
+            image |= {"file_name": self.cache.images[index].id, "group": self.cache.images[index].group}
         return truth
 
     def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
-        """(row, what draws truth and prediction over its image) for each row."""
-        for row, (objects,) in self.predictions([head], feed, rows):
+        """(image, what draws truth and prediction over it) for each image that the rows show."""
+        for image, (objects,) in self.predictions([head], feed, rows):
             shown = tuple(instance for instance, score in objects if score >= SHOWN_FROM)
-            truth = self.instances(row)
-            yield row, lambda image, t=truth, p=shown: [Panel(image, instances=t), Panel(image, instances=p)]
+            truth = self.image_instances(image)
+            yield image, lambda pixels, t=truth, p=shown: [Panel(pixels, instances=t), Panel(pixels, instances=p)]
 
-    def fullness(self, row: int) -> int:
-        """How much there is to see in a row: its objects."""
-        return len(self.instances(row))
+    def fullness(self, image: int) -> int:
+        """How much there is to see in an image: its objects."""
+        return len(self.image_instances(image))
 
     def _outcome(self, truth: dict[str, Any], results: list[dict[str, Any]]) -> Outcome:
         kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"} | ({"mask": "segm"} if self.masks else {})  # type: ignore[assignment]

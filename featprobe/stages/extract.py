@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,7 @@ from featprobe.geometry import Fit, Size, parse_size
 from featprobe.machine import free_disk, human_bytes, pick_device
 from featprobe.processes import launched
 from featprobe.specs import BackboneSpec, CacheDtype, DataInfo, FeatureRecipe
+from featprobe.stages.parts import Tiling
 from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, survey
 from featprobe.stages.workspace import Workspace
 
@@ -55,6 +57,7 @@ EXPONENT = {
 }
 """Number format -> integers of its size, and the bits of its exponent."""
 AHEAD = 3  # blocks that are decoded before they are needed
+IMAGES_KEPT = 4  # decoded, for their next tiles
 BEHIND = 2  # blocks that may wait for the disk
 DISK_RESERVE = 64_000_000  # bytes left free beside the features
 
@@ -66,6 +69,8 @@ class ExtractOptions:
     size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding.
     shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
     group_from, split_file: where its groups and splits are from, None for the set itself.
+    tile: side of the tiles that images are cut into, None for whole images; overlap: of neighbours, None for an eighth
+    of a tile; both in pixels of the original image. views: of training images, as `parse_views` gives them.
     """
 
     levels: tuple[str, ...] = ()
@@ -83,11 +88,28 @@ class ExtractOptions:
     format: str | None = None
     group_from: str | None = None
     split_file: str | None = None
+    tile: int | None = None
+    overlap: int | None = None
+    empty_tiles: float = 1.0
+    views: tuple[str, ...] = ()
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How images are cut; None for not at all. Raises DataError for what can't be."""
+        if self.tile is None:
+            idle = self.overlap is not None or self.empty_tiles != 1.0
+            if idle:
+                raise DataError("--overlap and --empty-tiles say how tiles are cut. Add --tile, or leave them away.")
+            return None
+        return Tiling(self.tile, self.tile // 8 if self.overlap is None else self.overlap, self.empty_tiles)
 
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction did. seconds: load, look, run, and what `run` waited for: images, disk."""
+    """What an extraction did. seconds: load, look, run, and what `run` waited for: images, disk.
+
+    rows: tiles and views, or else images; images: that they show.
+    """
 
     path: Path
     rows: int
@@ -99,11 +121,15 @@ class ExtractReport:
     seconds: dict[str, float]
     notes: tuple[str, ...]
     device: str
+    images: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that is known of an extraction before anything is computed."""
+    """All that is known of an extraction before anything is computed.
+
+    images: the file of each row. whole: the images that rows are parts of; none where rows are images.
+    """
 
     path: Path
     recipe: FeatureRecipe
@@ -113,6 +139,11 @@ class Job:
     surveyed: Survey
     command: str
     spec: BackboneSpec
+    whole: tuple[Row, ...] = ()
+
+    def size_of(self, row: int) -> Size:
+        """(height, width) of the whole image that a row shows."""
+        return (self.whole[self.rows[row].image_index] if self.whole else self.rows[row]).placement.original
 
     @property
     def feature_bytes(self) -> int:
@@ -154,21 +185,34 @@ def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOpti
 
 def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: ExtractOptions) -> Job:
     """Look at the whole data set and settle the recipe, the rows and the file's name."""
+    tiling = options.tiling
+    if tiling and options.fit == "resize":
+        raise DataError("Tiles keep their scale and shape: --fit resize can't be had with --tile. Leave it away.")
     surveyed = survey(data, workers=options.workers, skip_bad=options.skip_bad, quiet=options.quiet)
     recipe = make_recipe(
         surveyed,
         backbone,
         size=options.size,
-        fit=options.fit or "resize",
+        fit="letterbox" if tiling else options.fit or "resize",
         intensity=options.intensity,
         dtype=options.dtype,
         precision=options.precision,
+        tiling=tiling,
+        views=options.views,
     )
+    if "rot90" in recipe.views and recipe.fit == "resize" and recipe.size[0] != recipe.size[1]:
+        raise DataError(
+            f"The view rot90 would be stretched to {recipe.size[0]}x{recipe.size[1]} pixels. Nothing was computed.\n"
+            "Keep shapes with --fit letterbox, or choose a square --size."
+        )
     path = workspace.cache_folder(data) / f"{recipe.label}-{recipe.key[:8]}.h5"
-    rows = tuple(make_rows(surveyed, recipe, backbone.multiple))
-    images = tuple(sample.image for sample in data.samples)
+    rows, whole = make_rows(surveyed, recipe, backbone.multiple)
+    images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
     command = command_of(backbone.spec, workspace.data_argument(data), options)
-    return Job(path, recipe, describe(surveyed, recipe), rows, images, surveyed, command, _placed(backbone.spec))
+    return Job(
+        path, recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
+        _placed(backbone.spec), tuple(whole),
+    )  # fmt: skip
 
 
 def extract_with(
@@ -216,6 +260,7 @@ def extract_with(
         },
         notes=job.info.notes,
         device=str(device),
+        images=len(job.surveyed.found),
     )
     if report.computed:
         _log_run(report)
@@ -253,18 +298,19 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
     remove_leftovers(job.path)
     if not job.path.exists():
         check_disk(job)
-        create_file(job.path, job.recipe, job.info, job.rows, _provenance(job))
+        create_file(job.path, job.recipe, job.info, job.rows, _provenance(job), job.whole)
     old = read_contents(job.path)
     if old.recipe.key != job.recipe.key:
         raise CacheError(
             f"{job.path} was made by another recipe.\n  wanted  key {job.recipe.key}\n  found   key {old.recipe.key}\n"
             "Nothing was changed. Remove it:  featprobe cache rm FILE"
         )
-    if old.data.fingerprint == job.info.fingerprint and old.is_intact():
+    same_parts = [row.part for row in old.rows] == [row.part for row in job.rows]
+    if old.data.fingerprint == job.info.fingerprint and same_parts and old.is_intact():
         return 0
     locks.claim_all()
     check_disk(job)
-    temporary = make_temporary(job.path, job.recipe, job.info, job.rows, _provenance(job))
+    temporary = make_temporary(job.path, job.recipe, job.info, job.rows, _provenance(job), job.whole)
     try:
         copied = _copy_rows(Cache(job.path, old), temporary, job.rows)
         replace_file(temporary, job.path)
@@ -276,15 +322,15 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
 def _copy_rows(old: Cache, target: Path, rows: Sequence[Row]) -> int:
     """Copy features of images that did not change, where their bytes still hash to what was written."""
     done, stored = old.done, old.stored_checksums()
-    by_hash = {row.image_hash: i for i, row in enumerate(old.rows) if done[i] == WHOLE}
-    wanted = [i for i, row in enumerate(rows) if row.image_hash in by_hash and not row.reason]
+    known = {(row.image_hash, row.part): i for i, row in enumerate(old.rows) if done[i] == WHOLE}
+    wanted = [i for i, row in enumerate(rows) if (row.image_hash, row.part) in known and not row.reason]
     copied = 0
     with CacheWriter(target) as writer:
         for start, stop in runs(np.array(wanted, dtype=np.intp), most=16):
             maps: dict[str, list[NDArray]] = {level.name: [] for level in old.levels}
             sound = []
             for i in range(start, stop):
-                source = by_hash[rows[i].image_hash]
+                source = known[rows[i].image_hash, rows[i].part]
                 parts = [old.read_row(source, level) for level in old.levels]
                 sound.append([xxhash.xxh3_64_intdigest(p.tobytes()) for p in parts] == stored[source].tolist())
                 for level, part in zip(old.levels, parts, strict=True):
@@ -317,6 +363,7 @@ class _Filler:
         self.job, self.writer, self.backbone, self.options, self.device = job, writer, backbone, options, device
         self.done = Cache(job.path, read_contents(job.path)).done
         self.computed, self.waited_images, self.waited_disk = 0, 0.0, 0.0
+        self.read = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
 
     def fill(self, start: int, stop: int) -> None:
         """Compute every block of [start, stop) that misses a row, and write the rows it misses."""
@@ -366,10 +413,11 @@ class _Filler:
         recipe, placement = self.job.recipe, self.job.rows[row].placement
         if self.done[row] == UNREADABLE:
             return self._blank()
-        levels = read_levels(self.job.images[row])
-        if levels.shape[:2] != placement.original:
+        levels = self.read(self.job.images[row])
+        if levels.shape[:2] != self.job.size_of(row):
             raise DataError(f"{self.job.images[row]} changed while features were made. Run the same command again.")
-        return frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
+        shown = self.job.rows[row].show(levels)
+        return frame_image(shown, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
 
     def _result(self, row: int, future: Future[NDArray[np.float32]]) -> NDArray[np.float32]:
         """An image, or a blank in its place (so that its block stays what it is) when it can't be read."""
@@ -493,6 +541,8 @@ def stored_array(m: torch.Tensor) -> NDArray:
 def speed_text(report: ExtractReport) -> str:
     """What an extraction did, for a person: counts, speed, and what waited for what."""
     counts = f"{report.rows} images"
+    if report.rows != report.images:
+        counts = f"{report.rows} parts of {report.images} images"
     if report.copied:
         counts += f", {report.copied} copied from the cache of the set as it was"
     if not report.computed and not report.missing:
@@ -532,10 +582,12 @@ def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
         words += ["--levels", ",".join(options.levels)]
     if options.size:
         words += ["--size", f"{options.size[0]}x{options.size[1]}"]
-    for name in ("format", "group_from", "split_file", "fit", "intensity", "batch_size", "dtype", "precision"):
+    names = ("format", "group_from", "split_file", "fit", "intensity", "batch_size", "dtype", "precision")
+    for name in (*names, "tile", "overlap", "empty_tiles"):
         value = getattr(options, name)
         if value != getattr(ExtractOptions, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--views", ",".join(options.views)] if options.views else []
     return shlex.join([*words, *(["--skip-bad"] if options.skip_bad else [])])
 
 

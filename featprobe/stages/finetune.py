@@ -134,7 +134,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     frozen = {cell_of(row): row for row in rows if row["regime"] == "frozen" and row["head"] != "ridge"}
     assert options.tuning is not None
     treated = (options.regime, options.tuning.augment)
-    there = {cell_of(row) for row in rows if (row["regime"], row.get("augmentation") is not None) == treated}
+    there = {cell_of(row) for row in rows if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated}
     if not frozen:
         raise ProbeError(
             f"There is no frozen result in {workspace.probes} to compare with.\n"

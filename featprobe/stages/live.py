@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from featprobe.stages.augment import Augmentation, View, augment
 from featprobe.targets import Instance, Labels
 
 AHEAD = 2  # batches that are decoded before they are needed
+IMAGES_KEPT = 4  # decoded, for their next tiles
 Truth = tuple[Labels | None, Sequence[Instance] | None]
 
 
@@ -67,9 +68,10 @@ class LiveFeatures:
         self.cache, self.backbone, self.device, self.truth, self.masks = cache, backbone, device, truth, masks
         self.augmentation, self.seed, self.precision = augmentation, seed, precision
         self.pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="image-reader")
-        self._known: set[int] = set()  # rows whose image was found to be the cache's
+        self._known: set[str] = set()  # images that were found to be the cache's
         fits = augmentation is None or cache.recipe.fit == "resize"  # a crop may have another shape than its image
         self._whole = fits and all(row.placement.content == cache.recipe.frame for row in cache.rows)
+        self._levels = lru_cache(maxsize=IMAGES_KEPT if cache.recipe.in_parts else 0)(read_levels)
 
     def __enter__(self) -> "LiveFeatures":
         return self
@@ -118,17 +120,17 @@ class LiveFeatures:
                     future.cancel()
 
     def _read(self, row: int) -> Any:
-        """Raw levels of a row's image."""
+        """Raw levels of what a row shows of its image."""
         own = self.cache.rows[row]
         path = Path(self.cache.data.root) / own.image
-        if row not in self._known:
+        if own.image not in self._known:
             if hash_image(path) != own.image_hash:
                 raise DataError(
                     f"{path} is not the image that {self.cache.path} was made from.\n"
                     f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
                 )
-            self._known.add(row)
-        return read_levels(path)
+            self._known.add(own.image)
+        return own.show(self._levels(path))
 
     def _framed(self, row: int) -> View:
         recipe, placement = self.cache.recipe, self.cache.rows[row].placement

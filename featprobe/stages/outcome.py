@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from featprobe.cache import Cache
 from featprobe.probes.train import Rows
 from featprobe.processes import own_part
 from featprobe.stages.live import Views
+from featprobe.stages.stitch import images_of, rows_of
 
 EVALUATION_BATCH = 8
 Batch = Rows | Views
@@ -33,8 +35,14 @@ def evaluation_batches(rows: Rows) -> list[Rows]:
     return [rows[i : i + EVALUATION_BATCH] for i in range(0, len(rows), EVALUATION_BATCH)] if len(rows) else []
 
 
-def scored_here(rows: Rows) -> Rows:
-    """The rows that this process scores of those that several score together: whole batches, as one process has."""
+def scored_here(cache: Cache, rows: Rows) -> Rows:
+    """The rows that this process scores of those that several score together: whole batches, as one process has.
+
+    Where rows show parts of images, whole images.
+    """
+    if cache.recipe.in_parts:
+        images = images_of(cache, rows)
+        return rows_of(cache, rows, images[own_part(len(images))])
     own = evaluation_batches(rows)[own_part(-(-len(rows) // EVALUATION_BATCH))]
     return np.concatenate([rows[:0], *own])
 

@@ -21,6 +21,7 @@ from featprobe.datasets.splits import (
 from featprobe.errors import DataError, ProbeError
 from featprobe.probes.train import Rows
 from featprobe.specs import SplitChoice
+from featprobe.stages.stitch import images_of
 from featprobe.targets import IGNORE, Target
 
 SCARCE_FIRST: Mapping[str, float] = {split: SHARES[split] for split in ("train", "test", "val")}
@@ -89,23 +90,31 @@ def assigned(
     return list(groups), splits_of_fold(units, folds, choice.fold, held, seed) if choice.fold else folds
 
 
-def _assigned_in(cache: Cache, split: str, rows: Rows) -> tuple[list[str], list[str]]:
-    """The group and the split of each of these rows."""
+def _assigned_in(cache: Cache, split: str, images: Rows) -> tuple[list[str], list[str]]:
+    """The group and the split of each of these images."""
     choice = SplitChoice.parse(split)
-    asked = range(len(cache)) if choice.file else rows.tolist()  # a file names rows that can't be used too
-    ids, groups, own = ([getattr(cache.rows[r], name) for r in asked] for name in ("id", "group", "split"))
-    found = assigned(choice, ids, groups, own, lambda: [classes_of(cache)[r] for r in asked])
-    place = {r: i for i, r in enumerate(asked)}
-    return [found[0][place[r]] for r in rows.tolist()], [found[1][place[r]] for r in rows.tolist()]
+    asked = range(len(cache.images)) if choice.file else images.tolist()  # a file names what can't be used too
+    ids, groups, own = ([getattr(cache.images[i], name) for i in asked] for name in ("id", "group", "split"))
+    found = assigned(choice, ids, groups, own, lambda: [classes_of(cache)[i] for i in asked])
+    place = {image: i for i, image in enumerate(asked)}
+    return [found[0][place[i]] for i in images.tolist()], [found[1][place[i]] for i in images.tolist()]
 
 
 def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
     """Usable rows of train, val and test under one of the `single_splits`.
 
-    Raises ProbeError when one of them is empty, DataError where the split does not fit the cache's images.
+    Raises ProbeError when one of them is empty, or when another split than the cache's would need other rows;
+    DataError where the split does not fit the cache's images.
     """
     usable = cache.usable()
-    _, splits = _assigned_in(cache, split, usable)
+    if split != "own" and (cache.recipe.views[1:] or cache.recipe.empty_tiles < 1):
+        raise ProbeError(
+            f"{cache.path} holds views, or fewer empty tiles, of the training images of the set's own split.\n"
+            f"Leave --split {split} away, which would need others; or extract without --views and --empty-tiles."
+        )
+    images = images_of(cache, usable)
+    split_of = dict(zip(images.tolist(), _assigned_in(cache, split, images)[1], strict=True))
+    splits = [split_of[image] for image in cache.image_of[usable].tolist()]
     rows = {s: usable[[a == s for a in splits]] for s in ("train", "val", "test")}
     empty = [s for s, found in rows.items() if not len(found)]
     if empty:
@@ -114,27 +123,29 @@ def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
 
 
 def regrouped(cache: Cache, split: str) -> Cache:
-    """A cache whose rows have the groups that a split file gives them; the same cache for other splits."""
+    """A cache whose images have the groups that a split file gives them; the same cache for other splits."""
     if not SplitChoice.parse(split).file:
         return cache
-    groups, _ = _assigned_in(cache, split, np.arange(len(cache)))
-    rows = tuple(replace(row, group=group) for row, group in zip(cache.rows, groups, strict=True))
-    return Cache(cache.path, replace(cache.contents, rows=rows))
+    groups, _ = _assigned_in(cache, split, np.arange(len(cache.images)))
+    rows = tuple(replace(r, group=groups[i]) for r, i in zip(cache.rows, cache.image_of.tolist(), strict=True))
+    images = tuple(replace(image, group=group) for image, group in zip(cache.images, groups, strict=True))
+    return Cache(cache.path, replace(cache.contents, rows=rows, images=images if cache.recipe.in_parts else ()))
 
 
 def split_notes(cache: Cache, split: str) -> list[str]:
     """What a user should know of a split: leaks of a file, classes that a part of it lacks, how folds are scored."""
-    choices, usable = [SplitChoice.parse(single) for single in single_splits(split)], cache.usable()
+    choices = [SplitChoice.parse(single) for single in single_splits(split)]
+    images = images_of(cache, cache.usable())
     notes = []
     if len(choices) > 1:
         notes.append(f"{len(choices)} folds: the table gives means over folds; featprobe compare scores all as one set")
     elif choices[0].fold:
         notes.append(f"fold {choices[0].fold} of {choices[0].folds} alone; featprobe compare waits for the others")
     for one in choices:
-        groups, splits = _assigned_in(cache, str(one), usable)
+        groups, splits = _assigned_in(cache, str(one), images)
         if one.file and one.fold <= 1:
             notes += leaks(groups, splits, f"the split of {Path(one.file).name}")
-        lacking = starved(splits, [classes_of(cache)[r] for r in usable.tolist()], groups, cache.data.classes)
+        lacking = starved(splits, [classes_of(cache)[i] for i in images.tolist()], groups, cache.data.classes)
         notes += [f"fold {one.fold} of {one.folds}: {note}" if one.fold else note for note in lacking]
     if choices[0].by == "group" and any(" holds " in note for note in notes):
         notes.append("--split stratified spreads the groups so that each split sees each class, where groups allow it")
@@ -142,13 +153,14 @@ def split_notes(cache: Cache, split: str) -> list[str]:
 
 
 def classes_of(cache: Cache) -> Classes:
-    """The classes in each row of a cache but the background, from its masks and its objects."""
+    """The classes in each image of a cache but the background, from its mask and its objects."""
     if cache not in _classes:
         _classes[cache] = [
             classes_in(Target(
-                cache.semantic(i) if row.semantic else None, cache.instances(i) if row.instances else None
+                cache.image_semantic(i) if image.semantic else None,
+                cache.image_instances(i) if image.instances else None,
             ))
-            for i, row in enumerate(cache.rows)
+            for i, image in enumerate(cache.images)
         ]  # fmt: skip
     return _classes[cache]
 

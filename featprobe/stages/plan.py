@@ -73,7 +73,7 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
     begun = time.perf_counter()
     images = [
         frame_image(
-            read_levels(job.images[i]),
+            job.rows[i].show(read_levels(job.images[i])),
             job.rows[i].placement,
             job.recipe.window,
             job.recipe.interpolation,

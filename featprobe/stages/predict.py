@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from os.path import realpath
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from featprobe.backbones import Backbone, load_backbone
 from featprobe.cache.store import TORCH_DTYPE
 from featprobe.datasets.images import SUFFIXES, bits_of, frame_image, read_levels, to_unit
 from featprobe.errors import DataError, ProbeError
-from featprobe.geometry import Placement, place
+from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.levels import Features
 from featprobe.machine import pick_device
-from featprobe.probes import load_head, objects_at_original, predict_classes
+from featprobe.probes import load_head, objects_at_original
 from featprobe.probes.saved import check_fingerprint
 from featprobe.report.sheets import Panel, colour_of, draw_panel
 from featprobe.specs import BackboneSpec, FeatureRecipe
-from featprobe.stages.detection import Objects, coco_results
+from featprobe.stages.detection import coco_results
+from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.targets import Labels, decode_rle
 
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
@@ -39,6 +41,16 @@ class Prediction:
     size: tuple[int, int]
     semantic: Labels | None
     objects: Objects | None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tile of an image, or all of it where `part` is None. image: its number in the batch. levels: its pixels."""
+
+    image: int
+    levels: NDArray[Any]
+    part: Part | None
+    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -70,34 +82,58 @@ class Predictor:
     def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
         """What the head says of a batch of (image, name); raises DataError for one that does not fit."""
         read = [self._read(path) for path, _ in images]
-        features = self._features([levels for levels, _ in read], [placement for _, placement in read])
-        with torch.inference_mode():
-            found: Any = self.head(features)
+        pieces = [
+            _Piece(i, levels if part is None else part.take(levels), part, self._place(levels, part))
+            for i, levels in enumerate(read)
+            for part in self._parts(levels)
+        ]
         predictions = []
-        for i, ((path, name), (_, placement)) in enumerate(zip(images, read, strict=True)):
+        for i, found in groupby(self._found(pieces, len(images)), lambda pair: pair[0].image):
+            (path, name), size = images[i], (read[i].shape[0], read[i].shape[1])
             if self.task == "semseg":
                 stride: Any = self.head.stride
-                semantic = predict_classes(found[i], stride, placement).cpu().numpy()
-                predictions.append(Prediction(path, name, placement.original, semantic, None))
+                logits = (([own], piece.placement, piece.part) for piece, own in found)
+                (semantic,) = stitched_classes(logits, stride, size)
+                predictions.append(Prediction(path, name, size, semantic.cpu().numpy(), None))
             else:
-                objects = objects_at_original(found[i], placement)
-                predictions.append(Prediction(path, name, placement.original, None, objects))
+                objects = [(objects_at_original(own, piece.placement), piece.part) for piece, own in found]
+                predictions.append(Prediction(path, name, size, None, stitched_objects(objects, size)))
         return predictions
 
     def picture(self, path: Path) -> NDArray[np.float32]:
         """An image as the head's intensity policy shows it, in [0, 1]."""
         return to_unit(read_levels(path), self.recipe.window, self.recipe.policy)
 
-    def _read(self, path: Path) -> tuple[Any, Placement]:
+    @torch.inference_mode()
+    def _found(self, pieces: Sequence["_Piece"], at_once: int) -> Iterator[tuple["_Piece", Any]]:
+        """Each piece and what the head finds in it."""
+        for start in range(0, len(pieces), at_once):
+            some = pieces[start : start + at_once]
+            found: Any = self.head(self._features([p.levels for p in some], [p.placement for p in some]))
+            yield from ((piece, found[k]) for k, piece in enumerate(some))
+
+    def _read(self, path: Path) -> NDArray[Any]:
         bits, wanted = bits_of(path), self.card["data"]["bits"]
         if wanted is not None and bits != wanted:
             raise DataError(
                 f"{path} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
                 f"Its grey levels would mean something else. Give it images of {wanted} bits."
             )
-        levels = read_levels(path)
-        placed = place((levels.shape[0], levels.shape[1]), self.recipe.size, self.recipe.fit, 1)
-        return levels, replace(placed, frame=self.recipe.frame)
+        return read_levels(path)
+
+    def _parts(self, levels: NDArray[Any]) -> list[Part] | list[None]:
+        """The tiles of an image, as the head's training images were cut; None for an image that is not cut."""
+        if self.recipe.tile is None:
+            return [None]
+        return tiles_of((levels.shape[0], levels.shape[1]), self.recipe.tile, self.recipe.overlap)
+
+    def _place(self, levels: NDArray[Any], part: Part | None) -> Placement:
+        recipe = self.recipe
+        if part is None or recipe.tile is None:
+            placed = place((levels.shape[0], levels.shape[1]), recipe.size, recipe.fit, 1)
+        else:
+            placed = place_tile(part.size, recipe.tile, recipe.size, 1)
+        return replace(placed, frame=recipe.frame)
 
     @torch.inference_mode()
     def _features(self, images: Sequence[Any], placements: Sequence[Placement]) -> Features:

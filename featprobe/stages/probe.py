@@ -193,12 +193,13 @@ def notes_of(cache: Cache, split: str) -> list[str]:
     by = SplitChoice.parse(split).by
     notes = [note for note in cache.data.notes if by == "own" or "split" not in note]
     notes += split_notes(cache, split)
-    groups = len({row.group for row in cache.rows})
-    if by == "image" and groups < len(cache):
-        notes.append(f"split by image: {len(cache)} images of {groups} groups, so test holds parts that training saw")
+    count = len(cache.images)
+    groups = len({image.group for image in cache.images})
+    if by == "image" and groups < count:
+        notes.append(f"split by image: {count} images of {groups} groups, so test holds parts that training saw")
     if "detect" in cache.data.tasks and not cache.own_ids:
         notes.append("its files call several images by one id, so predictions.json counts the images from 1")
-    unreadable = int((cache.done == UNREADABLE).sum())
+    unreadable = len(set(cache.image_of[cache.done == UNREADABLE].tolist()))
     if unreadable:
-        notes.append(f"{unreadable} of {len(cache)} images can't be read and take no part")
+        notes.append(f"{unreadable} of {count} images can't be read and take no part")
     return notes

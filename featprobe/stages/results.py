@@ -199,8 +199,8 @@ class Result:
     @property
     def variant(self) -> str:
         """The regime, and whether augmentation is as usual there: none in `frozen`, some in the others."""
-        plain = "" if self.augmented or self.row["regime"] == "frozen" else ", not augmented"
-        return f"{self.row['regime']}{plain}"
+        usual = self.augmented == (self.row["regime"] != "frozen")
+        return f"{self.row['regime']}{'' if usual else ', augmented' if self.augmented else ', not augmented'}"
 
     @property
     def cell(self) -> tuple[Any, ...]:
@@ -209,8 +209,10 @@ class Result:
 
     @property
     def size(self) -> str:
-        """Height x width that images were brought to."""
-        return "x".join(map(str, self.runs[0].card["features"]["size"]))
+        """Height x width that images, or tiles of so many pixels, were brought to."""
+        features = self.runs[0].card["features"]
+        tiles = f" from tiles of {features['tile']}" if features.get("tile") else ""
+        return "x".join(map(str, features["size"])) + tiles
 
     @property
     def validation(self) -> float:

@@ -23,7 +23,6 @@ from featprobe.probes import (
     image_loss,
     inverse_sqrt_weights,
     level_loss,
-    predict_classes,
     start_at_prior,
 )
 from featprobe.probes.train import Feed, Rows
@@ -31,6 +30,7 @@ from featprobe.processes import count, gathered
 from featprobe.report.sheets import Panel
 from featprobe.stages.live import Truth, Views
 from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_here
+from featprobe.stages.stitch import by_image, images_of, stitched_classes
 from featprobe.targets import cell_shares, labels_in_frame
 
 LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
@@ -116,41 +116,48 @@ class Segmentation:
     def predictions(
         self, heads: Sequence[nn.Module], feed: Feed, rows: Rows
     ) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
-        """(row, each head's class of every pixel of the original image) for each row."""
+        """(image, each head's class of every pixel of the original image) for each image that the rows show."""
         stride = _stride(heads[0])
-        for batch, features in feed(evaluation_batches(rows)):
-            every = [head(features) for head in heads]
-            for i, row in enumerate(batch.tolist()):
-                placement = self.cache.rows[row].placement
-                yield row, [predict_classes(own[i], stride, placement).cpu().numpy() for own in every]
+
+        def logits() -> Iterator[tuple[int, list[Tensor]]]:
+            for batch, features in feed(evaluation_batches(rows)):
+                every = [head(features) for head in heads]
+                for i, row in enumerate(batch.tolist()):
+                    yield row, [own[i] for own in every]
+
+        for image, found in by_image(self.cache, logits()):
+            pieces = ((own, self.cache.rows[row].placement, self.cache.rows[row].part) for row, own in found)
+            classes = stitched_classes(pieces, stride, self.cache.images[image].placement.original)
+            yield image, [own.cpu().numpy() for own in classes]
 
     def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
-        """Scores of each head on rows, which several processes share out among them."""
-        classes, here = len(self.classes), scored_here(rows)
-        matrices = np.zeros((len(heads), len(here), classes, classes), dtype=np.int64)
-        for i, (row, found) in enumerate(self.predictions(heads, feed, here)):
-            truth = self.cache.semantic(row)
+        """Scores of each head on the images that the rows show, which several processes share out among them."""
+        classes, here = len(self.classes), scored_here(self.cache, rows)
+        matrices = np.zeros((len(heads), len(images_of(self.cache, here)), classes, classes), dtype=np.int64)
+        for i, (image, found) in enumerate(self.predictions(heads, feed, here)):
+            truth = self.cache.image_semantic(image)
             for own, predicted in zip(matrices, found, strict=True):
                 own[i] = confusion_matrix(truth, predicted, classes)
-        return [self._outcome(own, rows) for own in np.concatenate(gathered([matrices]), axis=1)]
+        images = images_of(self.cache, rows)
+        return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
 
     def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
-        """(row, what draws truth and prediction over its image) for each row."""
-        for row, (predicted,) in self.predictions([head], feed, rows):
-            truth = self.cache.semantic(row)
-            yield row, lambda image, t=truth, p=predicted: [Panel(image, t), Panel(image, p)]
+        """(image, what draws truth and prediction over it) for each image that the rows show."""
+        for image, (predicted,) in self.predictions([head], feed, rows):
+            truth = self.cache.image_semantic(image)
+            yield image, lambda pixels, t=truth, p=predicted: [Panel(pixels, t), Panel(pixels, p)]
 
-    def fullness(self, row: int) -> int:
-        """How much there is to see in a row: labelled foreground pixels."""
-        labels = self.cache.semantic(row)
+    def fullness(self, image: int) -> int:
+        """How much there is to see in an image: labelled foreground pixels."""
+        labels = self.cache.image_semantic(image)
         return int(((labels > 0) & (labels < len(self.classes))).sum())
 
-    def _outcome(self, confusions: NDArray[np.int64], rows: Rows) -> Outcome:
+    def _outcome(self, confusions: NDArray[np.int64], images: Rows) -> Outcome:
         scores = iou_scores(confusions.sum(0), self.absent)
         iou = dict(zip(self.classes, scores.per_class, strict=True))
         means: dict[str, Any] = {"miou": scores.miou, "miou_foreground": scores.miou_foreground}
         stream = io.BytesIO()
-        own = [self.cache.rows[row] for row in rows.tolist()]
+        own = [self.cache.images[image] for image in images.tolist()]
         np.savez_compressed(
             stream, confusion=confusions, ids=np.array([r.id for r in own]), groups=np.array([r.group for r in own])
         )

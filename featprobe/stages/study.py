@@ -307,7 +307,8 @@ def _find(workspace: Workspace, data: str, backbone: str, size: str, notes: list
         try:
             cache = open_cache(path)
             of_data = cache.data.name == data or Path(cache.data.root) == Path(data).resolve()
-            if of_data and cache.recipe.label == spec.label and asked in (None, cache.recipe.size):
+            of_backbone = cache.recipe.label == spec.label and not cache.recipe.in_parts  # a study has whole images
+            if of_data and of_backbone and asked in (None, cache.recipe.size):
                 cache.usable()
                 found.append(cache)
         except CacheIncompleteError:

@@ -19,8 +19,9 @@ from featprobe.datasets.duplicates import exact_copies, in_several_splits
 from featprobe.datasets.images import bits_of, hash_image, image_size, read_levels, training_window
 from featprobe.datasets.samples import listed
 from featprobe.errors import DataError
-from featprobe.geometry import Fit, Size, default_size, place
-from featprobe.specs import CacheDtype, DataInfo, FeatureRecipe, Intensity, default_intensity
+from featprobe.geometry import Fit, Placement, Size, default_size, place
+from featprobe.specs import CACHE_VERSION, CacheDtype, DataInfo, FeatureRecipe, Intensity, default_intensity
+from featprobe.stages.parts import Tiling, parts_of
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
 
 CLIPPED_WARNING = 0.01
@@ -155,11 +156,14 @@ def make_recipe(
     intensity: str | None,
     dtype: CacheDtype,
     precision: str,
+    tiling: Tiling | None = None,
+    views: Sequence[str] = (),
 ) -> FeatureRecipe:
     """All that decides the features of a data set under a backbone."""
-    asked = size or default_size([f.size for f in surveyed.found if not f.reason])
+    whole = default_size([f.size for f in surveyed.found if not f.reason])
+    asked = size or (whole if tiling is None else (tiling.tile, tiling.tile))
     policy, window = choose_intensity(surveyed, intensity)
-    return FeatureRecipe(
+    recipe = FeatureRecipe(
         label=backbone.spec.label,
         backbone=backbone.spec.model,
         weights_sha256=backbone.sha256,
@@ -176,24 +180,37 @@ def make_recipe(
         dtype=dtype,
         precision="amp" if precision == "amp" else "fp32",
     )
+    if tiling:
+        recipe = replace(recipe, tile=tiling.tile, overlap=tiling.overlap, empty_tiles=tiling.empty_tiles)
+    recipe = replace(recipe, views=(*recipe.views, *views))
+    return replace(recipe, version=CACHE_VERSION) if recipe.in_parts else recipe
 
 
-def make_rows(surveyed: Survey, recipe: FeatureRecipe, multiple: int) -> list[Row]:
-    """The cache's rows, in the order of the data set's samples."""
-    return [
+def make_rows(surveyed: Survey, recipe: FeatureRecipe, multiple: int) -> tuple[list[Row], list[Row]]:
+    """The cache's rows, and the images that they are parts of, in the order of the data set's samples.
+
+    No images where the rows are whole images themselves.
+    """
+    images = [
         Row(
             id=f.sample.id,
             group=f.sample.group,
             split=f.sample.split,
             image=_below(f.sample, surveyed.data),
             image_hash=f.image_hash,
-            placement=place(f.size, recipe.size, recipe.fit, multiple),
+            placement=Placement(f.size, f.size, f.size)
+            if recipe.in_parts
+            else place(f.size, recipe.size, recipe.fit, multiple),
             semantic=f.semantic,
             instances=f.instances,
             reason=f.reason,
         )
         for f in surveyed.found
     ]
+    if not recipe.in_parts:
+        return images, []
+    rows = [part for i, image in enumerate(images) for part in parts_of(image, recipe, multiple, i)]
+    return rows, [replace(image, reason="") for image in images]
 
 
 def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:

@@ -20,6 +20,7 @@ from featprobe.backbones import Backbone, load_backbone, weights_sha256
 from featprobe.cache import Cache, FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
 from featprobe.errors import DivergedError, ProbeError
+from featprobe.geometry import IDENTITY
 from featprobe.levels import FeatureLevel, Features
 from featprobe.machine import pick_device
 from featprobe.metrics.semantic import Absent
@@ -52,6 +53,7 @@ from featprobe.stages.logs import Recorder
 from featprobe.stages.outcome import Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.partition import regrouped, split_rows
 from featprobe.stages.segmentation import Segmentation
+from featprobe.stages.stitch import images_of, rows_of
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import IGNORE
@@ -191,6 +193,8 @@ class Run:
         fold = f"fold{self.choice.fold}" if self.choice.fold else ""
         self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name / fold
         self.rows = split_rows(self.cache, options.split)
+        if self.augmentation:  # takes the place of stored views
+            self.rows["train"] = without_views(self.cache, self.rows["train"])
         self.task = self._task()
         if self.kind != "ridge":
             check_batch(min(self.recipe.batch_size, len(self.rows["train"])), self.parts)
@@ -265,12 +269,13 @@ class Run:
         """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
         with self.source(self.head) as source:
             self._take_backbone(source, next(iter(self.weights), 0))
-            chosen = spread_over(self.rows["test"], self.task.fullness, count)
+            test = self.rows["test"]
+            chosen = spread_over(images_of(self.cache, test), self.task.fullness, count)
             panels = []
-            for row, draw in self.task.panels(self.head, source.batches, chosen):
-                path = Path(self.cache.data.root) / self.cache.rows[row].image
-                image = to_unit(read_levels(path), self.cache.recipe.window, self.cache.recipe.policy)
-                panels.append((self.cache.rows[row].id, [Panel(image), *draw(image)]))
+            for image, draw in self.task.panels(self.head, source.batches, rows_of(self.cache, test, chosen)):
+                path = Path(self.cache.data.root) / self.cache.images[image].image
+                pixels = to_unit(read_levels(path), self.cache.recipe.window, self.cache.recipe.policy)
+                panels.append((self.cache.images[image].id, [Panel(pixels), *draw(pixels)]))
         path = self.folder / f"seed{self.seeds[0]}" / "sheet.png"
         save_sheet(path, panels, ["image", "truth", f"prediction ({self.cache.recipe.label})"], self.classes)
         return path
@@ -301,6 +306,14 @@ class Run:
     def augmentation(self) -> Augmentation | None:
         """How training images vary; None for not at all."""
         return Augmentation() if self.tuning and self.tuning.augment else None
+
+    @property
+    def variation(self) -> dict[str, Any] | None:
+        """The same as rows keep it, with the views that the cache holds; None for images as they are."""
+        if self.augmentation:
+            return self.augmentation.to_json()
+        stored = self.cache.recipe.views[1:]
+        return {"views": list(stored)} if stored else None
 
     @property
     def precision(self) -> Literal["fp32", "bf16"]:
@@ -343,10 +356,14 @@ class Run:
     def _take_fraction(self, classes_in: Callable[[int], list[int]]) -> None:
         train = self.rows["train"]
         if self.fraction < 1:
-            groups = [self.cache.rows[r].group for r in train]
-            ids = [self.cache.rows[r].id for r in train]
-            kept = training_subset(ids, groups, [set(classes_in(r)) for r in train.tolist()], self.fraction)
-            self.rows["train"] = train[kept]
+            classes: dict[int, set[int]] = {}
+            for row, image in zip(train.tolist(), self.cache.image_of[train].tolist(), strict=True):
+                classes.setdefault(image, set()).update(classes_in(row))
+            images = [self.cache.images[image] for image in classes]
+            kept = training_subset(
+                [i.id for i in images], [i.group for i in images], list(classes.values()), self.fraction
+            )
+            self.rows["train"] = rows_of(self.cache, train, np.array(list(classes), dtype=np.intp)[kept])
 
     def _trials(self) -> list[Trial]:
         recipes = grid_of(self.recipe, self.options.lr, self.options.weight_decay)
@@ -517,10 +534,11 @@ class Run:
         for parameter in moving.parameters():
             parameter.grad = None
         moving.eval()
-        few = self.rows["val"][:4]
+        val = self.rows["val"]
+        few = rows_of(self.cache, val, images_of(self.cache, val[:4]))  # whole images
         begun = time.perf_counter()
         self.task.evaluate(together, source.batches, few)
-        evaluation = (time.perf_counter() - begun) * len(scored_here(self.rows["val"])) / len(few)
+        evaluation = (time.perf_counter() - begun) * len(scored_here(self.cache, val)) / len(few)
         one = step * self.recipe.iterations + evaluation * self.recipe.evaluations
         self.forecast = one * len(trials) / len(together)
         return self.forecast
@@ -608,7 +626,7 @@ class Run:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "regime": self.regime,
             "tuning": self.treatment,
-            "augmentation": self.augmentation.to_json() if self.augmentation else None,
+            "augmentation": self.variation,
             "task": self.task_name,
             "backbone": cache.recipe.label,
             "model": cache.recipe.backbone,
@@ -630,7 +648,7 @@ class Run:
             "split": self.choice.whole,
             "fold": self.choice.fold or None,
             "fraction": self.fraction,
-            "images": {split: len(rows) for split, rows in self.rows.items()},
+            "images": {split: len(images_of(cache, rows)) for split, rows in self.rows.items()},
             "groups": {s: len({cache.rows[r].group for r in rows}) for s, rows in self.rows.items()},
             "absent_classes": options.absent,
             "instances": options.instances,
@@ -705,6 +723,12 @@ def _curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> d
         "chosen": chosen,
         "curve": [asdict(point) for point in curve],
     }
+
+
+def without_views(cache: Cache, rows: Rows) -> Rows:
+    """Those of the rows that show an image, or a tile of one, as it is."""
+    plain = [(part := cache.rows[row].part) is None or part.view == IDENTITY for row in rows.tolist()]
+    return rows[np.array(plain, dtype=bool)]
 
 
 def extraction_seconds(cache: Cache) -> float | None:

@@ -1,0 +1,131 @@
+"""Tiles and views: which parts of its images a cache holds, with the labels that belong to each."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+
+from featprobe.cache import Row
+from featprobe.errors import DataError
+from featprobe.geometry import IDENTITY, TURNS, Part, place, place_tile, tiles_of
+from featprobe.specs import FeatureRecipe
+from featprobe.stages.augment import Augmentation, choose_crop
+from featprobe.targets import (
+    IGNORE,
+    Labels,
+    cut_instances,
+    decode_instances,
+    decode_semantic,
+    encode_instances,
+    encode_semantic,
+)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images are cut into tiles.
+
+    tile: side, and overlap: of neighbours, at least, pixels of the original image. empty_tiles: share of the training
+    tiles without a defect that is kept.
+    """
+
+    tile: int
+    overlap: int
+    empty_tiles: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.tile >= 1 and 0 <= self.overlap < self.tile and 0 <= self.empty_tiles <= 1):
+            raise DataError(
+                "Images can't be cut like this. Nothing was computed.\n"
+                "  wanted  --tile T >= 1 pixel, 0 <= --overlap < T, 0 <= --empty-tiles <= 1\n"
+                f"  found   --tile {self.tile} --overlap {self.overlap} --empty-tiles {self.empty_tiles:g}"
+            )
+
+
+def parse_views(text: str) -> tuple[str, ...]:
+    """Names of views of training images, as `hflip,vflip,rot90,crop:4`; raises DataError.
+
+    >>> parse_views("hflip, crop:2")
+    ('hflip', 'crop:2')
+    """
+    views = tuple(part.strip() for part in text.split(",") if part.strip())
+    wrong = [view for view in views if view not in TURNS and not re.fullmatch(r"crop:[1-9]\d*", view)]
+    kinds = [view.split(":")[0] for view in views]
+    if wrong or not views or len(set(kinds)) < len(kinds):
+        raise DataError(
+            f"{text!r} are no views of training images.\n"
+            f"  wanted  each at most once: {', '.join(TURNS)}, and crop:N for N random crops\n"
+            f"  found   {', '.join(wrong or kinds) or 'nothing'}"
+        )
+    return views
+
+
+def parts_of(row: Row, recipe: FeatureRecipe, multiple: int, image_index: int) -> list[Row]:
+    """The rows that show an image: its tiles, and for a training image their views, each with labels of its own.
+
+    row: of the whole image, unplaced in any frame. A training tile without a defect stays with the share of
+    `empty_tiles`, by a hash of its id. A crop shows a defect seven times in ten where there is one.
+    """
+    whole = row.placement.original
+    tiles = tiles_of(whole, recipe.tile, recipe.overlap) if recipe.tile else [Part(0, 0, *whole)]
+    if row.reason:
+        tiles = [Part(0, 0, *whole)]
+    found = []
+    for part in tiles:
+        name = f"{row.id}@{part.left},{part.top}" if recipe.tile else row.id
+        own = _cut(replace(row, id=name, image_index=image_index), row, part, recipe, multiple)
+        training = row.split == "train" and not row.reason
+        if training and not _has_defect(own) and _unit_hash(name) >= recipe.empty_tiles:
+            continue
+        found.append(own)
+        if training:
+            views = _views(own, recipe)
+            found += [_cut(replace(own, id=f"{name}~{v.view}"), row, v, recipe, multiple) for v in views]
+    return found
+
+
+def _cut(named: Row, whole: Row, part: Part, recipe: FeatureRecipe, multiple: int) -> Row:
+    """A row that shows a part of a whole image."""
+    if recipe.tile and not part.view.startswith("crop"):
+        placement = place_tile(part.size, recipe.tile, recipe.size, multiple)
+    else:
+        placement = place(part.size, recipe.size, recipe.fit, multiple)
+    labels = encode_semantic(part.take(decode_semantic(whole.semantic))) if whole.semantic else b""
+    objects = b""
+    if whole.instances:
+        instances, image_id = decode_instances(whole.instances)
+        objects = encode_instances(cut_instances(instances, part), image_id)
+    return replace(named, placement=placement, semantic=labels, instances=objects, part=part)
+
+
+def _views(tile: Row, recipe: FeatureRecipe) -> Iterator[Part]:
+    """The views of a tile or image that the recipe asks for."""
+    assert tile.part is not None
+    for view in recipe.views:
+        if view in TURNS:
+            yield replace(tile.part, view=view)
+        elif view != IDENTITY:
+            for number in range(1, int(view.removeprefix("crop:")) + 1):
+                yield _crop(tile, tile.part, number)
+
+
+def _crop(tile: Row, part: Part, number: int) -> Part:
+    labels = decode_semantic(tile.semantic) if tile.semantic else None
+    instances = decode_instances(tile.instances)[0] if tile.instances else None
+    random = np.random.default_rng([xxhash.xxh3_64_intdigest(tile.id.encode()), number])
+    top, left, height, width = choose_crop(part.size, labels, instances, Augmentation(), random)
+    return Part(part.left + left, part.top + top, height, width, f"crop{number}")
+
+
+def _has_defect(row: Row) -> bool:
+    labels: Labels | None = decode_semantic(row.semantic) if row.semantic else None
+    if labels is not None and bool(((labels > 0) & (labels != IGNORE)).any()):
+        return True
+    return bool(row.instances) and any(not instance.crowd for instance in decode_instances(row.instances)[0])
+
+
+def _unit_hash(text: str) -> float:
+    """A number in [0, 1) that follows from a text alone."""
+    return xxhash.xxh3_64_intdigest(text.encode()) / 2**64
