@@ -20,6 +20,7 @@ from PIL import Image
 from test_tasks import write_coco
 from torch import Tensor
 
+from featprobe import processes
 from featprobe.cache import Cache, open_cache
 from featprobe.datasets.images import frame_image, read_levels
 from featprobe.errors import CacheError, DataError, ProbeError
@@ -33,6 +34,8 @@ from featprobe.stages.extract import ExtractOptions
 from featprobe.stages.extract import extract as extract_for_real
 from featprobe.stages.finetune import finetune
 from featprobe.stages.live import LiveFeatures
+from featprobe.stages.outcome import scored_here
+from featprobe.stages.partition import regrouped, single_splits, split_rows
 from featprobe.stages.parts import parse_views
 from featprobe.stages.predict import predict
 from featprobe.stages.probe import probe
@@ -305,6 +308,40 @@ def test_tiles_of_an_image_never_fall_into_two_splits(tiled: Workspace) -> None:
         run = Run(tiled, cache, "semseg", replace(options_of("semseg"), split=split), [0], 1.0)
         sides = [set(cache.image_of[rows].tolist()) for rows in run.rows.values()]
         assert sum(map(len, sides)) == len(set().union(*sides)) == len(cache.images)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_processes_share_out_whole_images(count: int, tiled: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of(tiled)
+    test = cache.usable("test")
+    monkeypatch.setattr(processes, "_count", count)
+    shared = []
+    for rank in range(count):
+        monkeypatch.setattr(processes, "_rank", rank)
+        shared.append(scored_here(cache, test))
+    assert np.concatenate(shared).tolist() == test.tolist()
+    of = [set(cache.image_of[rows].tolist()) for rows in shared]
+    assert sum(map(len, of)) == len(set.union(*of)), "no image is cut between two processes"
+
+
+def test_folds_and_split_files_are_of_whole_images(tiled: Workspace, tmp_path: Path) -> None:
+    cache = cache_of(tiled)
+    names = {
+        image.id: "test" if i % 3 == 0 else "val" if i % 3 == 1 else "train" for i, image in enumerate(cache.images)
+    }
+    lines = [f"{name},g{i // 2},{split}" for i, (name, split) in enumerate(names.items())]
+    file = tmp_path / "mine.csv"
+    file.write_text("\n".join(["id,group,split", *lines]))
+    for split in (str(file), *single_splits("group:3")):
+        rows = split_rows(cache, split)
+        shown = {part: {cache.images[i].id for i in cache.image_of[own]} for part, own in rows.items()}
+        assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(len(cache)))
+        assert sum(map(len, shown.values())) == len(cache.images), "no image stands in two splits"
+        if split == str(file):
+            assert {name: part for part, own in shown.items() for name in own} == names
+    own = regrouped(cache, str(file))
+    assert [image.group for image in own.images] == [line.split(",")[1] for line in lines]
+    assert all(row.group == own.images[row.image_index].group for row in own.rows)
 
 
 def options_of(task: str, **changed: Any) -> ProbeOptions:
@@ -646,6 +683,7 @@ def test_the_recipe_names_tiles_and_views_only_where_there_are_some(tmp_path: Pa
         ({"overlap": 4}, "Add --tile"),
         ({"tile": 8, "fit": "resize"}, "Tiles keep their scale"),
         ({"views": ("rot90",), "size": (16, 32)}, "rot90 would be stretched"),
+        ({"views": ("hflip",), "intensity": "minmax:image"}, "a policy of the whole set"),
     ],
 )
 def test_what_can_not_be_cut_is_refused_before_anything_is_computed(changed: Any, told: str, tmp_path: Path) -> None:

@@ -183,6 +183,11 @@ def make_recipe(
     if tiling:
         recipe = replace(recipe, tile=tiling.tile, overlap=tiling.overlap, empty_tiles=tiling.empty_tiles)
     recipe = replace(recipe, views=(*recipe.views, *views))
+    if recipe.in_parts and policy.image:
+        raise DataError(
+            f"--intensity {policy} would stretch each tile and view of an image in another way.\n"
+            "Take a policy of the whole set (without :image), or leave --tile and --views away."
+        )
     return replace(recipe, version=CACHE_VERSION) if recipe.in_parts else recipe
 
 

@@ -42,7 +42,7 @@ from featprobe.probes import (
 from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
-from featprobe.probes.train import Tuned
+from featprobe.probes.train import Rows, Tuned
 from featprobe.processes import check_batch, check_together, count, from_main, is_main, own_part
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import BackboneSpec, SplitChoice, digest
