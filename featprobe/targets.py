@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,11 +145,13 @@ def semantic_from_instances(instances: Sequence[Instance], size: Size) -> Labels
     """
     if any(instance.rle is None for instance in instances):
         return None
-    masks = [decode_rle(instance.rle) for instance in instances if instance.rle is not None]
+    rles: list[Any] = [instance.rle for instance in instances]
+    areas = [int(area) for area in coco_mask.area(rles)] if rles else []
     painted = np.zeros(size, dtype=np.uint8)  # (height, width)
-    order = sorted(range(len(masks)), key=lambda i: (-int(masks[i].sum()), i))
-    for i in order:
-        painted[masks[i]] = IGNORE if instances[i].crowd else instances[i].category
+    for i in sorted(range(len(rles)), key=lambda i: (-areas[i], i)):
+        left, top, width, height = coco_mask.toBbox(rles[i]).astype(int).tolist()
+        window = (slice(top, top + height), slice(left, left + width))  # most objects are small
+        painted[window][decode_rle(rles[i])[window]] = IGNORE if instances[i].crowd else instances[i].category
     return painted
 
 
