@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featprobe import __version__
+from featprobe.cli.cache import cache
+from featprobe.cli.data import data
 from featprobe.cli.options import (
     as_json,
     columns,
-    data_format,
     device,
     feature_options,
-    group_from,
     head_options,
-    intensity,
     log,
     names,
     quiet,
     show_json,
-    split_file,
+    workspace_of,
 )
 from featprobe.errors import FeatprobeError
 
@@ -71,6 +70,10 @@ def cli(ctx: click.Context, workspace_root: Path, debug: bool) -> None:
     ctx.obj = workspace_root
 
 
+cli.add_command(data)
+cli.add_command(cache)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     cli.main(args=None if arguments is None else list(arguments), prog_name="featprobe")
@@ -78,12 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _to_stderr(line: str) -> None:
     click.echo(line, err=True)
-
-
-def _workspace(ctx: click.Context) -> "Workspace":
-    from featprobe.stages.workspace import Workspace
-
-    return Workspace(ctx.obj)
 
 
 @cli.command()
@@ -107,7 +104,7 @@ def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
     from featprobe.stages.extract import extract as run
     from featprobe.stages.extract import speed_text
 
-    workspace = _workspace(ctx)
+    workspace = workspace_of(ctx)
     report = run(workspace, _backbone(workspace, options), options["data"], _extract_options(options))
     if json_:
         return show_json(asdict(report))
@@ -132,7 +129,7 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
     from featprobe.machine import human_bytes
     from featprobe.stages.plan import plan as run
 
-    workspace = _workspace(ctx)
+    workspace = workspace_of(ctx)
     cost = run(workspace, _backbone(workspace, options), options["data"], _extract_options(options))
     if json_:
         derived = {name: getattr(cost, name) for name in ("fits_disk", "fits_memory", "fits_gpu", "break_even")}
@@ -177,7 +174,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
     from featprobe.stages.probe import probe as run
 
     report = run(
-        _workspace(ctx),
+        workspace_of(ctx),
         options["task"],
         names(options["data"]),
         names(options["backbone"]),
@@ -185,7 +182,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
         lambda line: click.echo(line, err=True),
     )
     if is_main():
-        _show_probe(report, json_, _workspace(ctx).probes)
+        _show_probe(report, json_, workspace_of(ctx).probes)
 
 
 @cli.command()
@@ -242,7 +239,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 
     tuning = Tuning(**{name: options[name] for name in Tuning.__dataclass_fields__})
     report = run(
-        _workspace(ctx),
+        workspace_of(ctx),
         options["task"],
         names(options["data"]),
         names(options["backbone"]),
@@ -253,7 +250,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
     if not is_main():
         return
     if report.rows or json_:
-        return _show_probe(report, json_, _workspace(ctx).probes)
+        return _show_probe(report, json_, workspace_of(ctx).probes)
     for note in report.notes:
         click.echo(f"note: {note}")
 
@@ -296,7 +293,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
 
     if options["slurm"] and options["launcher"] == "local":
         raise click.UsageError("--slurm belongs to --launcher slurm.")
-    workspace = _workspace(ctx)
+    workspace = workspace_of(ctx)
     asked = read_study(file, workspace)
     asked = replace(asked, log=tuple(dict.fromkeys(asked.log + options["log"])))
     handed: dict[str, int] = {}
@@ -355,7 +352,7 @@ def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, 
 
     if (gap is None) != (on is None):
         raise click.UsageError("--gap and --on belong together: --gap A,B --on RGBSET,XRAYSET")
-    report = run(_workspace(ctx), out, names(gap), names(on), quiet)
+    report = run(workspace_of(ctx), out, names(gap), names(on), quiet)
     if json_:
         return show_json(plain_json(report))
     _show_answer(report)
@@ -410,7 +407,7 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
     """
     from featprobe.stages.demo import demo as run
 
-    workspace = _workspace(ctx)
+    workspace = workspace_of(ctx)
     _show_probe(run(workspace, lambda line: click.echo(line, err=json_), device), json_, workspace.probes)
 
 
@@ -428,7 +425,7 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
     """
     from featprobe.backbones import find_backbone, licence_of, matching_models
 
-    workspace = _workspace(ctx)
+    workspace = workspace_of(ctx)
     specs = (
         [find_backbone(n) for n in matching_models(pattern)]
         if pattern
@@ -442,424 +439,6 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
     if not rows:
         raise FeatprobeError(f"No pretrained model of timm matches {pattern!r}. Try a shorter one: '*dinov3*'.")
     click.echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
-
-
-@cli.group(invoke_without_command=True)
-@click.pass_context
-def data(ctx: click.Context) -> None:
-    """List data sets; describe, check, draw, split or convert one.
-
-    \b
-    Example:
-      featprobe data
-      featprobe data info xray
-      featprobe data show xray --out xray.png
-    """
-    if ctx.invoked_subcommand is not None:
-        return
-    from featprobe.datasets.formats import FORMATS, added_formats
-
-    workspace = _workspace(ctx)
-    added, broken = added_formats()
-    entries = workspace.config.get("data", {})
-    rows = [
-        (name, str(workspace.data / name), "built in, there" if (workspace.data / name).is_dir() else "built in")
-        if name not in entries
-        else (name, entries[name]["path"], "featprobe.toml")
-        for name in workspace.data_names()
-    ]
-    click.echo(columns(rows, ("name", "path", "from")))
-    click.echo(f"A path serves as well, to one of the formats {', '.join([*FORMATS, *added])}.")
-    for letter in broken:
-        click.echo(f"warning: {letter}", err=True)
-
-
-@data.command("info")
-@click.argument("name")
-@data_format
-@group_from
-@split_file
-@as_json
-@click.pass_context
-def data_info(
-    ctx: click.Context, name: str, format: str | None, group_from: str | None, split_file: str | None, json_: bool
-) -> None:
-    """Describe a data set: images, groups, classes, sizes, splits.
-
-    \b
-    Example:
-      featprobe data info surface
-    """
-    from featprobe.stages.data import summarise
-
-    summary = summarise(_workspace(ctx).data_set(name, format, group_from, split_file))
-    if json_:
-        return show_json(asdict(summary))
-    low, high = ("x".join(map(str, size)) for size in summary.sizes)
-    click.echo(f"{summary.name}: {summary.root}")
-    sizes = low if low == high else f"{low} to {high}"
-    click.echo(f"  {sum(summary.images.values())} images, {summary.depth}-bit, {sizes} (height x width)")
-    click.echo(f"  labels for {', '.join(summary.tasks)}")
-    for split, count in summary.images.items():
-        click.echo(f"  {split:<6} {count} images, {summary.groups[split]} groups")
-    header = ["class", *(["pixels"] if summary.pixels else []), *(["instances"] if summary.instances else [])]
-    rows = [
-        [
-            name,
-            *([f"{summary.pixels[name]:.2%}"] if summary.pixels else []),
-            *([summary.instances.get(name, "")] if summary.instances else []),
-        ]
-        for name in summary.classes
-    ]
-    click.echo(columns(rows, header))
-    for note in summary.notes:
-        click.echo(f"note: {note}")
-
-
-@data.command("show")
-@click.argument("name")
-@data_format
-@group_from
-@split_file
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
-@click.option("--count", type=click.IntRange(1), default=8, show_default=True, help="How many images.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
-@intensity
-@click.pass_context
-def data_show(
-    ctx: click.Context,
-    name: str,
-    format: str | None,
-    group_from: str | None,
-    split_file: str | None,
-    out: Path,
-    count: int,
-    split: str,
-    intensity: str | None,
-) -> None:
-    """Draw images of a data set beside their labels.
-
-    \b
-    Example:
-      featprobe data show xray --out xray.png
-    """
-    from featprobe.stages.data import contact_sheet
-
-    workspace = _workspace(ctx)
-    policy = intensity or workspace.data_options(name).get("intensity")
-    shown = contact_sheet(workspace.data_set(name, format, group_from, split_file), out, count, split, policy)
-    click.echo(f"{out}: {len(shown)} images of {split}")
-
-
-@data.command("check")
-@click.argument("name")
-@data_format
-@group_from
-@split_file
-@click.option("--size", metavar="HxW", help="What images are resized to, for object sizes. Default: as of `extract`.")
-@click.option(
-    "--html", "--out", type=click.Path(dir_okay=False, path_type=Path), help="A page to write, with pictures."
-)
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
-@quiet
-@as_json
-@click.pass_context
-def data_check(
-    ctx: click.Context,
-    name: str,
-    format: str | None,
-    group_from: str | None,
-    split_file: str | None,
-    size: str | None,
-    html: Path | None,
-    workers: int,
-    quiet: bool,
-    json_: bool,
-) -> None:
-    """Look through a data set; exit code 3 when something would spoil a study.
-
-    That is: a part, a picture or a near copy of it in two splits, an empty split, files that can't be read, masks of
-    another size than their image, boxes out of range, other bad labels, 8-bit and 16-bit images in one set.
-
-    \b
-    Example:
-      featprobe data check path/to/my_set --html check.html
-    """
-    from featprobe.geometry import parse_size
-    from featprobe.stages.check import check, class_table, entry_texts, head_lines, object_line, object_table
-
-    named = _workspace(ctx).data_set(name, format, group_from, split_file, complete=False)
-    found = check(named, size=parse_size(size) if size else None, page=html, workers=workers, quiet=quiet)
-    if json_:
-        show_json(asdict(found))
-    else:
-        click.echo(f"{found.name}: {found.root}")
-        click.echo("\n".join(f"  {line}" for line in head_lines(found)))
-        click.echo(f"\n{_frame_text(class_table(found))}\n")
-        if found.objects:
-            click.echo(f"{object_line(found.objects)}\n{_frame_text(object_table(found.objects))}\n")
-        for note in found.notes:
-            click.echo(f"note: {note}")
-        for finding in found.findings:
-            _show_finding("spoils a study" if finding.spoils else "to know", finding.text, entry_texts(finding))
-        if not found.spoiled:
-            click.echo("Nothing was found that would spoil a study.")
-    if found.spoiled:
-        ctx.exit(3)
-
-
-@data.command("convert")
-@click.argument("name")
-@data_format
-@group_from
-@split_file
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A new or empty folder.")
-@click.option("--link", is_flag=True, help="Link to the images instead of copying them.")
-@quiet
-@as_json
-@click.pass_context
-def data_convert(
-    ctx: click.Context,
-    name: str,
-    format: str | None,
-    group_from: str | None,
-    split_file: str | None,
-    out: Path,
-    link: bool,
-    quiet: bool,
-    json_: bool,
-) -> None:
-    """Write a data set as COCO JSON, one file a split, with the same ids, splits, groups, masks and boxes.
-
-    \b
-    Example:
-      featprobe data convert path/to/my_set --out my_set_coco
-    """
-    from featprobe.stages.convert import convert
-
-    done = convert(_workspace(ctx).data_set(name, format, group_from, split_file), out, link=link, quiet=quiet)
-    if json_:
-        return show_json(asdict(done))
-    counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
-    click.echo(f"{done.path}: images: {counts}; {sum(done.annotations.values())} annotations")
-
-
-@data.command("split")
-@click.argument("name")
-@data_format
-@group_from
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The CSV file to write.")
-@click.option(
-    "--split",
-    metavar="SPLIT",
-    default="own",
-    show_default=True,
-    help="own, group, stratified (by group, heeding classes) or image; group:5 for the folds of a cross-validation.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of the groups.")
-@as_json
-@click.pass_context
-def data_split(
-    ctx: click.Context,
-    name: str,
-    format: str | None,
-    group_from: str | None,
-    out: Path,
-    split: str,
-    seed: int,
-    json_: bool,
-) -> None:
-    """Write a split to a CSV file with the columns id, group, split, to be edited and used.
-
-    \b
-    Example:
-      featprobe data split xray --out split.csv --split stratified
-      featprobe probe --data xray --split split.csv
-    """
-    from featprobe.stages.data import write_split
-
-    report = write_split(_workspace(ctx).data_set(name, format, group_from), out, split, seed)
-    if json_:
-        return show_json(asdict(report))
-    rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
-    click.echo(columns(rows, ("split", "images", "groups", *next(iter(report.holders.values())))))
-    for note in report.notes:
-        click.echo(f"note: {note}")
-    click.echo(f"{out}: {sum(report.images.values())} images; use it:  featprobe probe --data {name} --split {out}")
-
-
-@data.command("make")
-@click.argument("name", type=click.Choice(["xray", "surface"]))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: data/NAME of the workspace.")
-@click.option("--images", type=click.IntRange(12), default=240, show_default=True, help="How many.")
-@click.option("--size", default="256x256", show_default=True, metavar="HxW", help="Height x width, pixels.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.pass_context
-def data_make(ctx: click.Context, name: str, out: Path | None, images: int, size: str, seed: int) -> None:
-    """Generate a built-in set, in another size or with another seed than the default.
-
-    \b
-    Example:
-      featprobe data make xray --images 480 --size 384x384 --out big_xray
-    """
-    from featprobe.geometry import parse_size
-    from featprobe.stages.workspace import make_generated
-
-    folder = out or _workspace(ctx).data / name
-    there = (folder / "annotations").is_dir()
-    if there:
-        raise FeatprobeError(f"{folder} holds a data set already. Nothing was changed. Name another folder with --out.")
-    make_generated(name, folder, images=images, size=parse_size(size), seed=seed)
-    click.echo(f"{folder}: {images} images of {size}")
-
-
-@cli.group()
-def cache() -> None:
-    """Look after feature caches: list, describe, verify, remove.
-
-    \b
-    Example:
-      featprobe cache ls
-      featprobe cache verify xray
-    """
-
-
-@cache.command("ls")
-@as_json
-@click.pass_context
-def cache_ls(ctx: click.Context, json_: bool) -> None:
-    """List the caches of the workspace.
-
-    \b
-    Example:
-      featprobe cache ls
-    """
-    from featprobe.machine import human_bytes
-    from featprobe.stages.caches import describe_cache
-
-    workspace = _workspace(ctx)
-    found, broken = [], []
-    for path in workspace.cache_files():
-        try:
-            found.append(describe_cache(path))
-        except FeatprobeError as error:
-            broken.append({"path": str(path), "error": str(error)})
-    if json_:
-        return show_json(found + broken)
-    rows = [
-        (
-            Path(c["path"]).relative_to(workspace.cache).as_posix(),
-            c["recipe"]["label"],
-            "x".join(map(str, c["recipe"]["frame"])),
-            c["recipe"]["dtype"],
-            f"{c['whole']} of {c['rows']}",
-            human_bytes(c["bytes"]),
-        )
-        for c in found
-    ]
-    if rows:
-        click.echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size")))
-    elif not broken:
-        click.echo(f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray")
-    for entry in broken:
-        click.echo(f"can't be opened: {entry['error'].splitlines()[0]}", err=True)
-
-
-@cache.command("info")
-@click.argument("name")
-@as_json
-@click.pass_context
-def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
-    """Describe caches: recipe, levels, data set, provenance. NAME: a path, or part of a file's name.
-
-    \b
-    Example:
-      featprobe cache info xray
-    """
-    from featprobe.machine import human_bytes
-    from featprobe.stages.caches import describe_cache
-
-    found = [describe_cache(path) for path in _workspace(ctx).find_caches(name)]
-    if json_:
-        return show_json(found)
-    for c in found:
-        recipe, origin = c["recipe"], c["data"]
-        levels = ", ".join(f"{v['name']} ({v['channels']} ch)" for v in recipe["levels"])
-        rows: list[tuple[str, object]] = [
-            ("rows", f"{c['whole']} whole, {c['missing']} missing, {len(c['unreadable'])} unreadable of {c['rows']}"),
-            ("size", human_bytes(c["bytes"])),
-            ("backbone", f"{recipe['label']}: {recipe['backbone']}, weights sha256 {recipe['weights_sha256'][:12]}…"),
-            ("levels", levels),
-            ("final norm", recipe["final_norm"]),
-            ("frame", f"{_size_text(recipe['frame'])} ({recipe['fit']} to {_size_text(recipe['size'])})"),
-            ("shown", _parts_text(recipe)),
-            ("dtype", recipe["dtype"]),
-            ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
-            ("data", f"{origin['name']}: {origin['root']}"),
-            ("classes", ", ".join(origin["classes"])),
-            ("tasks", ", ".join(origin["tasks"])),
-            ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
-            ("key", c["key"]),
-            ("command", c["command"]),
-            ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}"),
-        ]
-        click.echo(columns(rows, (c["path"], "")))
-        for name_, reason in c["unreadable"].items():
-            click.echo(f"unreadable: {name_}: {reason}")
-
-
-@cache.command("verify")
-@click.argument("name", required=False)
-@quiet
-@as_json
-@click.pass_context
-def cache_verify(ctx: click.Context, name: str | None, quiet: bool, json_: bool) -> None:
-    """Hash every row, level and target again; exit code 3 when something is bad.
-
-    Rows whose features are bad are marked missing, so that `extract` computes exactly those anew.
-
-    \b
-    Example:
-      featprobe cache verify xray
-    """
-    from featprobe.stages.caches import verify_cache
-
-    workspace = _workspace(ctx)
-    paths = workspace.find_caches(name) if name else workspace.cache_files()
-    found = {str(path): verify_cache(path, quiet) for path in paths}
-    if json_:
-        show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
-    else:
-        for path, damages in found.items():
-            click.echo(f"{path}: {'sound' if not damages else f'{len(damages)} bad'}")
-            for damage in damages:
-                click.echo(f"  row {damage.row} {damage.id}: {damage.part}" if damage.row >= 0 else f"  {damage.part}")
-        if any(found.values()):
-            click.echo("Mend them: run the `featprobe extract` command that made the file again.")
-    if any(found.values()):
-        ctx.exit(3)
-
-
-@cache.command("rm")
-@click.argument("name")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.pass_context
-def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
-    """Delete caches. NAME: a path, or part of a file's name.
-
-    \b
-    Example:
-      featprobe cache rm xray --yes
-    """
-    from featprobe.machine import human_bytes
-    from featprobe.stages.caches import remove_cache
-
-    paths = _workspace(ctx).find_caches(name)
-    for path in paths:
-        click.echo(f"{path}  {human_bytes(path.stat().st_size)}")
-    if not yes:
-        click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
-    click.echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
 
 
 def _show_answer(report: "Comparison") -> None:
@@ -942,40 +521,6 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         raise click.BadParameter(f"{text!r}. wanted: I/N, as 3/16", param_hint="--shard") from None
     return i, n
-
-
-def _frame_text(table: Any) -> str:
-    return columns(table.to_numpy().tolist(), list(table.columns))
-
-
-def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:
-    click.echo(f"{kind}: {text}")
-    for entry in entries[:5]:
-        click.echo("\n".join(f"  {line}" for line in entry.splitlines()))
-    if len(entries) > 5:
-        click.echo(f"  and {len(entries) - 5} more: --json lists all")
-
-
-def _size_text(size: Sequence[int]) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def _parts_text(recipe: dict[str, Any]) -> str:
-    tiles = "whole images"
-    if recipe.get("tile"):
-        tiles = (
-            f"tiles of {recipe['tile']} pixels, overlap {recipe['overlap']}, {recipe['empty_tiles']:.0%} of the empty"
-        )
-    views = recipe["views"][1:]
-    return f"{tiles}; of training images also {', '.join(views)}" if views else tiles
-
-
-def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:
-    if recipe["window"] is None:
-        return ""
-    low, high = recipe["window"]
-    clipped = "" if origin["clipped"] is None else f", clips {origin['clipped']:.2%} of the annotated pixels"
-    return f", levels {low:g} to {high:g}{clipped}"
 
 
 def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:

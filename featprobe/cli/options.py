@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from featprobe.stages.workspace import Workspace
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -202,3 +205,10 @@ def columns(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     table = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+def workspace_of(ctx: click.Context) -> "Workspace":
+    """The folder that the command works in."""
+    from featprobe.stages.workspace import Workspace
+
+    return Workspace(ctx.obj)

@@ -1,0 +1,188 @@
+"""The commands of `featprobe cache`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featprobe.cli.options import (
+    as_json,
+    columns,
+    quiet,
+    show_json,
+    workspace_of,
+)
+from featprobe.errors import FeatprobeError
+
+
+@click.group()
+def cache() -> None:
+    """Look after feature caches: list, describe, verify, remove.
+
+    \b
+    Example:
+      featprobe cache ls
+      featprobe cache verify xray
+    """
+
+
+@cache.command("ls")
+@as_json
+@click.pass_context
+def cache_ls(ctx: click.Context, json_: bool) -> None:
+    """List the caches of the workspace.
+
+    \b
+    Example:
+      featprobe cache ls
+    """
+    from featprobe.machine import human_bytes
+    from featprobe.stages.caches import describe_cache
+
+    workspace = workspace_of(ctx)
+    found, broken = [], []
+    for path in workspace.cache_files():
+        try:
+            found.append(describe_cache(path))
+        except FeatprobeError as error:
+            broken.append({"path": str(path), "error": str(error)})
+    if json_:
+        return show_json(found + broken)
+    rows = [
+        (
+            Path(c["path"]).relative_to(workspace.cache).as_posix(),
+            c["recipe"]["label"],
+            "x".join(map(str, c["recipe"]["frame"])),
+            c["recipe"]["dtype"],
+            f"{c['whole']} of {c['rows']}",
+            human_bytes(c["bytes"]),
+        )
+        for c in found
+    ]
+    if rows:
+        click.echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size")))
+    elif not broken:
+        click.echo(f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray")
+    for entry in broken:
+        click.echo(f"can't be opened: {entry['error'].splitlines()[0]}", err=True)
+
+
+@cache.command("info")
+@click.argument("name")
+@as_json
+@click.pass_context
+def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
+    """Describe caches: recipe, levels, data set, provenance. NAME: a path, or part of a file's name.
+
+    \b
+    Example:
+      featprobe cache info xray
+    """
+    from featprobe.machine import human_bytes
+    from featprobe.stages.caches import describe_cache
+
+    found = [describe_cache(path) for path in workspace_of(ctx).find_caches(name)]
+    if json_:
+        return show_json(found)
+    for c in found:
+        recipe, origin = c["recipe"], c["data"]
+        levels = ", ".join(f"{v['name']} ({v['channels']} ch)" for v in recipe["levels"])
+        rows: list[tuple[str, object]] = [
+            ("rows", f"{c['whole']} whole, {c['missing']} missing, {len(c['unreadable'])} unreadable of {c['rows']}"),
+            ("size", human_bytes(c["bytes"])),
+            ("backbone", f"{recipe['label']}: {recipe['backbone']}, weights sha256 {recipe['weights_sha256'][:12]}…"),
+            ("levels", levels),
+            ("final norm", recipe["final_norm"]),
+            ("frame", f"{_size_text(recipe['frame'])} ({recipe['fit']} to {_size_text(recipe['size'])})"),
+            ("shown", _parts_text(recipe)),
+            ("dtype", recipe["dtype"]),
+            ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
+            ("data", f"{origin['name']}: {origin['root']}"),
+            ("classes", ", ".join(origin["classes"])),
+            ("tasks", ", ".join(origin["tasks"])),
+            ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
+            ("key", c["key"]),
+            ("command", c["command"]),
+            ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}"),
+        ]
+        click.echo(columns(rows, (c["path"], "")))
+        for name_, reason in c["unreadable"].items():
+            click.echo(f"unreadable: {name_}: {reason}")
+
+
+@cache.command("verify")
+@click.argument("name", required=False)
+@quiet
+@as_json
+@click.pass_context
+def cache_verify(ctx: click.Context, name: str | None, quiet: bool, json_: bool) -> None:
+    """Hash every row, level and target again; exit code 3 when something is bad.
+
+    Rows whose features are bad are marked missing, so that `extract` computes exactly those anew.
+
+    \b
+    Example:
+      featprobe cache verify xray
+    """
+    from featprobe.stages.caches import verify_cache
+
+    workspace = workspace_of(ctx)
+    paths = workspace.find_caches(name) if name else workspace.cache_files()
+    found = {str(path): verify_cache(path, quiet) for path in paths}
+    if json_:
+        show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
+    else:
+        for path, damages in found.items():
+            click.echo(f"{path}: {'sound' if not damages else f'{len(damages)} bad'}")
+            for damage in damages:
+                click.echo(f"  row {damage.row} {damage.id}: {damage.part}" if damage.row >= 0 else f"  {damage.part}")
+        if any(found.values()):
+            click.echo("Mend them: run the `featprobe extract` command that made the file again.")
+    if any(found.values()):
+        ctx.exit(3)
+
+
+@cache.command("rm")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
+    """Delete caches. NAME: a path, or part of a file's name.
+
+    \b
+    Example:
+      featprobe cache rm xray --yes
+    """
+    from featprobe.machine import human_bytes
+    from featprobe.stages.caches import remove_cache
+
+    paths = workspace_of(ctx).find_caches(name)
+    for path in paths:
+        click.echo(f"{path}  {human_bytes(path.stat().st_size)}")
+    if not yes:
+        click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
+    click.echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+
+
+def _parts_text(recipe: dict[str, Any]) -> str:
+    tiles = "whole images"
+    if recipe.get("tile"):
+        tiles = (
+            f"tiles of {recipe['tile']} pixels, overlap {recipe['overlap']}, {recipe['empty_tiles']:.0%} of the empty"
+        )
+    views = recipe["views"][1:]
+    return f"{tiles}; of training images also {', '.join(views)}" if views else tiles
+
+
+def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:
+    if recipe["window"] is None:
+        return ""
+    low, high = recipe["window"]
+    clipped = "" if origin["clipped"] is None else f", clips {origin['clipped']:.2%} of the annotated pixels"
+    return f", levels {low:g} to {high:g}{clipped}"
+
+
+def _size_text(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"

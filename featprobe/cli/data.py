@@ -1,0 +1,302 @@
+"""The commands of `featprobe data`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featprobe.cli.options import (
+    as_json,
+    columns,
+    data_format,
+    group_from,
+    intensity,
+    quiet,
+    show_json,
+    split_file,
+    workspace_of,
+)
+from featprobe.errors import FeatprobeError
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def data(ctx: click.Context) -> None:
+    """List data sets; describe, check, draw, split or convert one.
+
+    \b
+    Example:
+      featprobe data
+      featprobe data info xray
+      featprobe data show xray --out xray.png
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from featprobe.datasets.formats import FORMATS, added_formats
+
+    workspace = workspace_of(ctx)
+    added, broken = added_formats()
+    entries = workspace.config.get("data", {})
+    rows = [
+        (name, str(workspace.data / name), "built in, there" if (workspace.data / name).is_dir() else "built in")
+        if name not in entries
+        else (name, entries[name]["path"], "featprobe.toml")
+        for name in workspace.data_names()
+    ]
+    click.echo(columns(rows, ("name", "path", "from")))
+    click.echo(f"A path serves as well, to one of the formats {', '.join([*FORMATS, *added])}.")
+    for letter in broken:
+        click.echo(f"warning: {letter}", err=True)
+
+
+@data.command("info")
+@click.argument("name")
+@data_format
+@group_from
+@split_file
+@as_json
+@click.pass_context
+def data_info(
+    ctx: click.Context, name: str, format: str | None, group_from: str | None, split_file: str | None, json_: bool
+) -> None:
+    """Describe a data set: images, groups, classes, sizes, splits.
+
+    \b
+    Example:
+      featprobe data info surface
+    """
+    from featprobe.stages.data import summarise
+
+    summary = summarise(workspace_of(ctx).data_set(name, format, group_from, split_file))
+    if json_:
+        return show_json(asdict(summary))
+    low, high = ("x".join(map(str, size)) for size in summary.sizes)
+    click.echo(f"{summary.name}: {summary.root}")
+    sizes = low if low == high else f"{low} to {high}"
+    click.echo(f"  {sum(summary.images.values())} images, {summary.depth}-bit, {sizes} (height x width)")
+    click.echo(f"  labels for {', '.join(summary.tasks)}")
+    for split, count in summary.images.items():
+        click.echo(f"  {split:<6} {count} images, {summary.groups[split]} groups")
+    header = ["class", *(["pixels"] if summary.pixels else []), *(["instances"] if summary.instances else [])]
+    rows = [
+        [
+            name,
+            *([f"{summary.pixels[name]:.2%}"] if summary.pixels else []),
+            *([summary.instances.get(name, "")] if summary.instances else []),
+        ]
+        for name in summary.classes
+    ]
+    click.echo(columns(rows, header))
+    for note in summary.notes:
+        click.echo(f"note: {note}")
+
+
+@data.command("show")
+@click.argument("name")
+@data_format
+@group_from
+@split_file
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
+@click.option("--count", type=click.IntRange(1), default=8, show_default=True, help="How many images.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
+@intensity
+@click.pass_context
+def data_show(
+    ctx: click.Context,
+    name: str,
+    format: str | None,
+    group_from: str | None,
+    split_file: str | None,
+    out: Path,
+    count: int,
+    split: str,
+    intensity: str | None,
+) -> None:
+    """Draw images of a data set beside their labels.
+
+    \b
+    Example:
+      featprobe data show xray --out xray.png
+    """
+    from featprobe.stages.data import contact_sheet
+
+    workspace = workspace_of(ctx)
+    policy = intensity or workspace.data_options(name).get("intensity")
+    shown = contact_sheet(workspace.data_set(name, format, group_from, split_file), out, count, split, policy)
+    click.echo(f"{out}: {len(shown)} images of {split}")
+
+
+@data.command("check")
+@click.argument("name")
+@data_format
+@group_from
+@split_file
+@click.option("--size", metavar="HxW", help="What images are resized to, for object sizes. Default: as of `extract`.")
+@click.option(
+    "--html", "--out", type=click.Path(dir_okay=False, path_type=Path), help="A page to write, with pictures."
+)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@quiet
+@as_json
+@click.pass_context
+def data_check(
+    ctx: click.Context,
+    name: str,
+    format: str | None,
+    group_from: str | None,
+    split_file: str | None,
+    size: str | None,
+    html: Path | None,
+    workers: int,
+    quiet: bool,
+    json_: bool,
+) -> None:
+    """Look through a data set; exit code 3 when something would spoil a study.
+
+    That is: a part, a picture or a near copy of it in two splits, an empty split, files that can't be read, masks of
+    another size than their image, boxes out of range, other bad labels, 8-bit and 16-bit images in one set.
+
+    \b
+    Example:
+      featprobe data check path/to/my_set --html check.html
+    """
+    from featprobe.geometry import parse_size
+    from featprobe.stages.check import check, class_table, entry_texts, head_lines, object_line, object_table
+
+    named = workspace_of(ctx).data_set(name, format, group_from, split_file, complete=False)
+    found = check(named, size=parse_size(size) if size else None, page=html, workers=workers, quiet=quiet)
+    if json_:
+        show_json(asdict(found))
+    else:
+        click.echo(f"{found.name}: {found.root}")
+        click.echo("\n".join(f"  {line}" for line in head_lines(found)))
+        click.echo(f"\n{_frame_text(class_table(found))}\n")
+        if found.objects:
+            click.echo(f"{object_line(found.objects)}\n{_frame_text(object_table(found.objects))}\n")
+        for note in found.notes:
+            click.echo(f"note: {note}")
+        for finding in found.findings:
+            _show_finding("spoils a study" if finding.spoils else "to know", finding.text, entry_texts(finding))
+        if not found.spoiled:
+            click.echo("Nothing was found that would spoil a study.")
+    if found.spoiled:
+        ctx.exit(3)
+
+
+@data.command("convert")
+@click.argument("name")
+@data_format
+@group_from
+@split_file
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A new or empty folder.")
+@click.option("--link", is_flag=True, help="Link to the images instead of copying them.")
+@quiet
+@as_json
+@click.pass_context
+def data_convert(
+    ctx: click.Context,
+    name: str,
+    format: str | None,
+    group_from: str | None,
+    split_file: str | None,
+    out: Path,
+    link: bool,
+    quiet: bool,
+    json_: bool,
+) -> None:
+    """Write a data set as COCO JSON, one file a split, with the same ids, splits, groups, masks and boxes.
+
+    \b
+    Example:
+      featprobe data convert path/to/my_set --out my_set_coco
+    """
+    from featprobe.stages.convert import convert
+
+    done = convert(workspace_of(ctx).data_set(name, format, group_from, split_file), out, link=link, quiet=quiet)
+    if json_:
+        return show_json(asdict(done))
+    counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
+    click.echo(f"{done.path}: images: {counts}; {sum(done.annotations.values())} annotations")
+
+
+@data.command("split")
+@click.argument("name")
+@data_format
+@group_from
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The CSV file to write.")
+@click.option(
+    "--split",
+    metavar="SPLIT",
+    default="own",
+    show_default=True,
+    help="own, group, stratified (by group, heeding classes) or image; group:5 for the folds of a cross-validation.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of the groups.")
+@as_json
+@click.pass_context
+def data_split(
+    ctx: click.Context,
+    name: str,
+    format: str | None,
+    group_from: str | None,
+    out: Path,
+    split: str,
+    seed: int,
+    json_: bool,
+) -> None:
+    """Write a split to a CSV file with the columns id, group, split, to be edited and used.
+
+    \b
+    Example:
+      featprobe data split xray --out split.csv --split stratified
+      featprobe probe --data xray --split split.csv
+    """
+    from featprobe.stages.data import write_split
+
+    report = write_split(workspace_of(ctx).data_set(name, format, group_from), out, split, seed)
+    if json_:
+        return show_json(asdict(report))
+    rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
+    click.echo(columns(rows, ("split", "images", "groups", *next(iter(report.holders.values())))))
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"{out}: {sum(report.images.values())} images; use it:  featprobe probe --data {name} --split {out}")
+
+
+@data.command("make")
+@click.argument("name", type=click.Choice(["xray", "surface"]))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: data/NAME of the workspace.")
+@click.option("--images", type=click.IntRange(12), default=240, show_default=True, help="How many.")
+@click.option("--size", default="256x256", show_default=True, metavar="HxW", help="Height x width, pixels.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.pass_context
+def data_make(ctx: click.Context, name: str, out: Path | None, images: int, size: str, seed: int) -> None:
+    """Generate a built-in set, in another size or with another seed than the default.
+
+    \b
+    Example:
+      featprobe data make xray --images 480 --size 384x384 --out big_xray
+    """
+    from featprobe.geometry import parse_size
+    from featprobe.stages.workspace import make_generated
+
+    folder = out or workspace_of(ctx).data / name
+    there = (folder / "annotations").is_dir()
+    if there:
+        raise FeatprobeError(f"{folder} holds a data set already. Nothing was changed. Name another folder with --out.")
+    make_generated(name, folder, images=images, size=parse_size(size), seed=seed)
+    click.echo(f"{folder}: {images} images of {size}")
+
+
+def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:
+    click.echo(f"{kind}: {text}")
+    for entry in entries[:5]:
+        click.echo("\n".join(f"  {line}" for line in entry.splitlines()))
+    if len(entries) > 5:
+        click.echo(f"  and {len(entries) - 5} more: --json lists all")
+
+
+def _frame_text(table: Any) -> str:
+    return columns(table.to_numpy().tolist(), list(table.columns))
