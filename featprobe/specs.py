@@ -184,6 +184,11 @@ class SplitChoice:
         """The choice without its fold, as result rows keep it."""
         return f"{self.by}:{self.folds}" if self.folds else self.by
 
+    @property
+    def key(self) -> str:
+        """The same for the same choice, wherever its file lies, and whatever it is called."""
+        return re.sub(r".*(?=#[0-9a-f]+(:\d+)?$)", "", self.whole, flags=re.DOTALL) if self.pinned else self.whole
+
     def __str__(self) -> str:
         return f"{self.whole}/{self.fold}" if self.fold else self.whole
 

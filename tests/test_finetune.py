@@ -180,6 +180,17 @@ def test_a_training_may_start_from_a_saved_head(space: Workspace, losses: list[f
         finetune(space, "semseg", options=options_for("semseg", replace(PLAIN, init_head=start), head="upsample"))
 
 
+def test_no_training_starts_from_a_head_that_may_know_its_test_images(space: Workspace) -> None:
+    rows = probe(space, "semseg", options=options_for("semseg", split="group:3")).rows
+    start = str(space.probes / rows[0]["folder"])
+    online = replace(PLAIN, init_head=start)
+    (row,) = finetune(space, "semseg", options=options_for("semseg", online, split="group:3/1")).rows
+    assert row["fold"] == 1
+    for split in ("group:3/2", "own", "stratified"):
+        with pytest.raises(ProbeError, match="may know its test images"):
+            finetune(space, "semseg", options=options_for("semseg", online, split=split))
+
+
 def test_an_image_that_changed_since_is_refused(space: Workspace, tmp_path: Path) -> None:
     (cache,), _ = find_caches(space, "semseg", (), ())
     path = Path(cache.data.root) / cache.rows[0].image

@@ -30,8 +30,9 @@ from featprobe.datasets.splits import (
 from featprobe.errors import DataError, FeatprobeError
 from featprobe.metrics import average_precision, iou_scores
 from featprobe.probes import TrainRecipe
-from featprobe.probes.saved import read_rows
+from featprobe.probes.saved import read_card, read_rows
 from featprobe.specs import SplitChoice
+from featprobe.stages.commands import commands_of
 from featprobe.stages.compare import compare
 from featprobe.stages.data import write_split
 from featprobe.stages.extract import extract_with
@@ -317,6 +318,12 @@ def test_probing_on_a_file_scores_its_test_images_in_its_groups(space: Workspace
     assert set(scores["groups"].tolist()) == {"one"}
     assert set(scores["ids"].tolist()) == {n for n, place in read_split_file(out).places.items() if place[1] == "test"}
     assert row["split"] == f"{out}#{read_split_file(out).digest}" and row["groups"]["test"] == 1
+    moved = tmp_path / "elsewhere" / "other.csv"
+    moved.parent.mkdir()
+    moved.write_bytes(out.read_bytes())
+    (again,) = probe(space, options=brief(str(moved))).rows
+    assert (again["recipe_key"], again["folder"]) == (row["recipe_key"], row["folder"]), "the same split, wherever"
+    assert len(compare(space, quiet=True).sets) == 1
     first = next(i for i, line in enumerate(out.read_text().splitlines()) if line.endswith(",one,test"))
     edited(out, lambda lines: [line.replace(",test", ",train") if i == first else line for i, line in enumerate(lines)])
     with pytest.raises(DataError, match="says something else than it did"):
@@ -375,6 +382,20 @@ def test_all_folds_are_one_test_set_of_a_comparison(space: Workspace) -> None:
     assert sorted(name for k in kept[::2] for name in k["ids"].tolist()) == sorted(row.id for row in cache.rows)
     assert line["test_images"] == len(cache) and line["groups"] == len({row.group for row in cache.rows})
     assert line["seeds"] == 2 and "3 folds, split by group" in one.title and "--split group:3 " in f"{one.commands[1]} "
+
+
+def test_another_version_of_a_set_has_heads_of_its_own_and_commands_say_how_it_was_read(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "parts", 12)
+    workspace = Workspace(tmp_path / "space")
+    for pattern in (None, r"(\d)\.png"):
+        named = workspace.data_set(str(data), group_from=pattern)
+        extract_with(workspace, PoolingBackbone(), named, options(group_from=pattern), CPU)
+        probe(workspace, options=brief("own"))
+    rows, _ = read_rows(workspace.probes / "results.jsonl")
+    assert len({row["folder"] for row in rows}) == 2 and len({row["recipe_key"] for row in rows}) == 1
+    cards = [read_card(workspace.probes / row["folder"]) for row in rows]
+    said = [commands_of(card, [0], str(data))[0] for card in cards]
+    assert "--group-from" not in said[0] and "--group-from '(\\d)\\.png'" in said[1]
 
 
 def test_folds_that_are_missing_make_a_cross_validation_unusable(space: Workspace) -> None:

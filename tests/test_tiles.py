@@ -29,6 +29,7 @@ from featprobe.levels import FeatureLevel, Features
 from featprobe.metrics import confusion_matrix
 from featprobe.probes import TrainRecipe
 from featprobe.specs import BackboneSpec
+from featprobe.stages.augment import Augmentation, augment
 from featprobe.stages.commands import commands_of
 from featprobe.stages.extract import ExtractOptions
 from featprobe.stages.extract import extract as extract_for_real
@@ -404,6 +405,14 @@ def test_an_image_that_is_smaller_than_a_tile_is_one_tile_at_the_same_scale(tmp_
     assert {row.placement for row in cache.rows} == {Placement((24, 32), (12, 16), (16, 16))}
     framed = labels_in_frame(cache.semantic(0), cache.rows[0].placement)
     assert (framed[12:] == IGNORE).all() and not (framed[:12] == IGNORE).any()
+    viewed = open_cache(
+        extract_into(tmp_path / "views", data, tile=32, overlap=0, size=(16, 16), views=("crop:2",)).path
+    )
+    contents = [row.placement.content for row in viewed.rows if row.part and row.part.view.startswith("crop")]
+    assert contents and all(height <= 12 and width <= 16 for height, width in contents), "no larger than the tile lies"
+    unit, random = np.zeros((24, 32), dtype=np.float32), np.random.default_rng(0)
+    varied = [augment(unit, None, None, cache.recipe, Augmentation(), random).content for _ in range(8)]
+    assert all(height <= 12 and width <= 16 for height, width in varied)
 
 
 def test_empty_tiles_are_thinned_by_a_hash_and_only_in_training(coco_set: Path, tmp_path: Path) -> None:

@@ -139,10 +139,11 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
         return "no GPU" if held is None else "fits" if held else "does not fit"
 
     gpu = "" if cost.gpu_memory is None else f" ({human_bytes(cost.gpu_memory)} free)"
+    parts = "" if cost.rows == cost.images else f" in {cost.rows} tiles and views"
     rows = [
         ("file", f"{cost.path}{' (exists)' if cost.exists else ''}"),
-        ("images", f"{cost.images} at {cost.frame[0]}x{cost.frame[1]}, levels {', '.join(cost.levels)}"),
-        ("features", f"{human_bytes(cost.feature_bytes)}, {human_bytes(cost.feature_bytes / cost.images)} an image"),
+        ("images", f"{cost.images}{parts} at {cost.frame[0]}x{cost.frame[1]}, levels {', '.join(cost.levels)}"),
+        ("features", f"{human_bytes(cost.feature_bytes)}, {human_bytes(cost.feature_bytes / cost.rows)} a row"),
         ("disk", f"{fits(cost.fits_disk)} ({human_bytes(cost.free_disk)} free)"),
         ("memory", f"{fits(cost.fits_memory)} ({human_bytes(cost.memory)} available)"),
         ("GPU", f"{fits(cost.fits_gpu)}{gpu}"),

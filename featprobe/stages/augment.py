@@ -13,7 +13,7 @@ from torchvision.ops import box_area
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from featprobe.geometry import Placement, Size, place
+from featprobe.geometry import Placement, Size, place, place_tile
 from featprobe.probes import ObjectTarget
 from featprobe.specs import FeatureRecipe
 from featprobe.targets import IGNORE, LEAST_VISIBLE, Instance, Labels, decode_rle
@@ -75,7 +75,7 @@ def augment(
     in its pixels. masks: whether the objects' masks are wanted.
     """
     crop = choose_crop((unit.shape[0], unit.shape[1]), labels, instances, how, random)
-    placement = replace(place(crop[2:], recipe.size, recipe.fit, 1), frame=recipe.frame)
+    placement = place_crop(crop[2:], (unit.shape[0], unit.shape[1]), recipe)
     flips = [flip for flip, p in ((v2.hflip, how.hflip), (v2.vflip, how.vflip)) if random.random() < p]
 
     def warp(x: Tensor, interpolation: str = "nearest-exact") -> Tensor:
@@ -94,6 +94,17 @@ def augment(
     seen = None if labels is None else _seen(labels, warp, placement, IGNORE)
     objects = None if instances is None else _objects(instances, (unit.shape[0], unit.shape[1]), warp, placement, masks)
     return View(framed, placement.content, seen, objects)
+
+
+def place_crop(crop: Size, shown: Size, recipe: FeatureRecipe) -> Placement:
+    """Place a crop of (height, width) where the image, or the tile, of (height, width) that it is cut from lies.
+
+    A tile that is smaller than others stays at their scale, so a crop of it fills no more than the tile does.
+    """
+    asked, fit = recipe.size, recipe.fit
+    if recipe.tile:
+        asked, fit = place_tile(shown, recipe.tile, recipe.size, 1).content, "letterbox"
+    return replace(place(crop, asked, fit, 1), frame=recipe.frame)
 
 
 def choose_crop(

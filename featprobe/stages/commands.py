@@ -31,6 +31,7 @@ def _extract(card: Mapping[str, Any], data: str) -> str:
     words = ["featprobe", "extract", *backbone, "--data", data, "--size", _by(features["size"])]
     words += ["--levels", ",".join(level["name"] for level in features["levels"])]
     words += ["--fit", features["fit"], "--intensity", features["intensity"]]
+    words += [word for name, value in card.get("read_as", {}).items() for word in (_option(name), value)]
     for name in ("tile", "overlap", "empty_tiles"):
         if name in features:
             words += [_option(name), f"{features[name]:g}"]

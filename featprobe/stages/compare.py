@@ -398,8 +398,9 @@ def _gaps_between(
 
 def _gap_cell(result: Result) -> tuple[Any, ...]:
     row = result.row
-    same = tuple(row[name] for name in ("task", "split", "absent_classes", "instances", "head", "fraction"))
-    return (*same, result.variant, row["backbone"])
+    same = tuple(row[name] for name in ("task", "absent_classes", "instances", "head", "fraction"))
+    split = SplitChoice.parse(row["split"])
+    return (*same, "a file's" if split.file else split.key, result.variant, row["backbone"])
 
 
 def _gap_line(four: Sequence[Result], gap: Sequence[str], on: Sequence[str]) -> Line:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -128,7 +128,8 @@ class ExtractReport:
 class Job:
     """All that is known of an extraction before anything is computed.
 
-    images: the file of each row. whole: the images that rows are parts of; none where rows are images.
+    images: the file of each row. whole: the images that rows are parts of; none where rows are images. read_as: options
+    that say how the data set was read, of those that were given.
     """
 
     path: Path
@@ -140,6 +141,7 @@ class Job:
     command: str
     spec: BackboneSpec
     whole: tuple[Row, ...] = ()
+    read_as: Mapping[str, str] = field(default_factory=dict)
 
     def size_of(self, row: int) -> Size:
         """(height, width) of the whole image that a row shows."""
@@ -171,6 +173,8 @@ def extract(
 def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOptions:
     """Options with what featprobe.toml says of the data set, where the caller says nothing."""
     pinned = options.split_file or table.get("split_file")
+    if options.tile:  # what is said of whole images is not meant for tiles
+        table = {name: value for name, value in table.items() if name not in ("size", "fit")}
     size = options.size or (parse_size(str(table["size"])) if "size" in table else None)
     return replace(
         options,
@@ -209,9 +213,10 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
     command = command_of(backbone.spec, workspace.data_argument(data), options)
+    how = {name: getattr(options, name) for name in ("format", "group_from", "split_file")}
     return Job(
         path, recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
-        _placed(backbone.spec), tuple(whole),
+        _placed(backbone.spec), tuple(whole), {name: value for name, value in how.items() if value},
     )  # fmt: skip
 
 
@@ -322,15 +327,15 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
 def _copy_rows(old: Cache, target: Path, rows: Sequence[Row]) -> int:
     """Copy features of images that did not change, where their bytes still hash to what was written."""
     done, stored = old.done, old.stored_checksums()
-    known = {(row.image_hash, row.part): i for i, row in enumerate(old.rows) if done[i] == WHOLE}
-    wanted = [i for i, row in enumerate(rows) if (row.image_hash, row.part) in known and not row.reason]
+    known = {(row.image_hash, row.part, row.placement): i for i, row in enumerate(old.rows) if done[i] == WHOLE}
+    wanted = [i for i, row in enumerate(rows) if (row.image_hash, row.part, row.placement) in known and not row.reason]
     copied = 0
     with CacheWriter(target) as writer:
         for start, stop in runs(np.array(wanted, dtype=np.intp), most=16):
             maps: dict[str, list[NDArray]] = {level.name: [] for level in old.levels}
             sound = []
             for i in range(start, stop):
-                source = known[rows[i].image_hash, rows[i].part]
+                source = known[rows[i].image_hash, rows[i].part, rows[i].placement]
                 parts = [old.read_row(source, level) for level in old.levels]
                 sound.append([xxhash.xxh3_64_intdigest(p.tobytes()) for p in parts] == stored[source].tolist())
                 for level, part in zip(old.levels, parts, strict=True):
@@ -600,6 +605,7 @@ def _provenance(job: Job) -> dict[str, Any]:
     packages = ("torch", "timm", "numpy", "h5py")
     return {
         "command": job.command,
+        "read_as": dict(job.read_as),
         "backbone": asdict(job.spec),
         "featprobe": __version__,
         **{name: version(name) for name in packages},

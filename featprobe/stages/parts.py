@@ -9,9 +9,9 @@ import xxhash
 
 from featprobe.cache import Row
 from featprobe.errors import DataError
-from featprobe.geometry import IDENTITY, TURNS, Part, place, place_tile, tiles_of
+from featprobe.geometry import IDENTITY, TURNS, Part, Placement, place, place_tile, tiles_of
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.augment import Augmentation, choose_crop
+from featprobe.stages.augment import Augmentation, choose_crop, place_crop
 from featprobe.targets import (
     IGNORE,
     Labels,
@@ -72,32 +72,38 @@ def parts_of(row: Row, recipe: FeatureRecipe, multiple: int, image_index: int) -
     tiles = tiles_of(whole, recipe.tile, recipe.overlap) if recipe.tile else [Part(0, 0, *whole)]
     if row.reason:
         tiles = [Part(0, 0, *whole)]
+    labels = decode_semantic(row.semantic) if row.semantic else None
+    objects = decode_instances(row.instances) if row.instances else None
+
+    def cut(named: Row, part: Part) -> Row:
+        return replace(
+            named,
+            part=part,
+            semantic=b"" if labels is None else encode_semantic(part.take(labels)),
+            instances=b"" if objects is None else encode_instances(cut_instances(objects[0], part), objects[1]),
+            placement=_placed(part, named.part or part, recipe, multiple),
+        )
+
     found = []
     for part in tiles:
         name = f"{row.id}@{part.left},{part.top}" if recipe.tile else row.id
-        own = _cut(replace(row, id=name, image_index=image_index), row, part, recipe, multiple)
+        own = cut(replace(row, id=name, image_index=image_index), part)
         training = row.split == "train" and not row.reason
         if training and not _has_defect(own) and _unit_hash(name) >= recipe.empty_tiles:
             continue
         found.append(own)
         if training:
-            views = _views(own, recipe)
-            found += [_cut(replace(own, id=f"{name}~{v.view}"), row, v, recipe, multiple) for v in views]
+            found += [cut(replace(own, id=f"{name}~{view.view}"), view) for view in _views(own, recipe)]
     return found
 
 
-def _cut(named: Row, whole: Row, part: Part, recipe: FeatureRecipe, multiple: int) -> Row:
-    """A row that shows a part of a whole image."""
-    if recipe.tile and not part.view.startswith("crop"):
-        placement = place_tile(part.size, recipe.tile, recipe.size, multiple)
-    else:
-        placement = place(part.size, recipe.size, recipe.fit, multiple)
-    labels = encode_semantic(part.take(decode_semantic(whole.semantic))) if whole.semantic else b""
-    objects = b""
-    if whole.instances:
-        instances, image_id = decode_instances(whole.instances)
-        objects = encode_instances(cut_instances(instances, part), image_id)
-    return replace(named, placement=placement, semantic=labels, instances=objects, part=part)
+def _placed(part: Part, tile: Part, recipe: FeatureRecipe, multiple: int) -> Placement:
+    """Where a part lies in its frame. tile: what it is a view of, or itself."""
+    if part.view.startswith("crop"):
+        return place_crop(part.size, tile.size, recipe)
+    if recipe.tile:
+        return place_tile(part.size, recipe.tile, recipe.size, multiple)
+    return place(part.size, recipe.size, recipe.fit, multiple)
 
 
 def _views(tile: Row, recipe: FeatureRecipe) -> Iterator[Part]:

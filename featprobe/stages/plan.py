@@ -21,6 +21,7 @@ TIMED_BATCHES = 3
 class Plan:
     """Cost of a cache: bytes, and seconds as timed on a few batches of this machine.
 
+    rows: of the cache: the images, or their tiles and views.
     epoch_live: seconds that one pass over all images would take with the backbone run every time;
     epoch_cached: one pass over the cached features, as this memory copies them. break_even: passes from
     which on the cache is the quicker way, extraction included.
@@ -29,6 +30,7 @@ class Plan:
     path: str
     exists: bool
     images: int
+    rows: int
     frame: tuple[int, int]
     levels: tuple[str, ...]
     feature_bytes: int
@@ -93,7 +95,8 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
     return Plan(
         path=str(job.path),
         exists=job.path.exists(),
-        images=count,
+        images=len(job.whole or job.rows),
+        rows=count,
         frame=job.recipe.frame,
         levels=tuple(level.name for level in job.recipe.levels),
         feature_bytes=job.feature_bytes,

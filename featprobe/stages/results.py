@@ -184,7 +184,8 @@ class Result:
     @property
     def comparable(self) -> str:
         """The same for results that may stand in one table."""
-        return digest([*(self.row[name] for name in SAME_TEST), self.runs[0].tested])
+        same = [SplitChoice.parse(self.row[name]).key if name == "split" else self.row[name] for name in SAME_TEST]
+        return digest([*same, self.runs[0].tested])
 
     @property
     def backbone(self) -> tuple[str, str]:

@@ -185,11 +185,12 @@ class Run:
         self.treatment = self._treatment()
         key = digest([
             task, self.kind, options.levels, options.width, options.pyramid, self.recipe.to_json(), options.lr,
-            options.weight_decay, options.shared_order, fraction, self.choice.whole, options.instances, options.absent,
+            options.weight_decay, options.shared_order, fraction, self.choice.key, options.instances, options.absent,
             *([self.treatment] if self.treatment else []),
         ])  # fmt: skip
         self.recipe_key = key[:8]
-        name = "-".join([task, self.kind, *([] if self.regime == "frozen" else [self.regime]), self.recipe_key])
+        own = digest([key, cache.data.fingerprint])[:8]  # a set under other labels or splits has heads of its own
+        name = "-".join([task, self.kind, *([] if self.regime == "frozen" else [self.regime]), own])
         fold = f"fold{self.choice.fold}" if self.choice.fold else ""
         self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name / fold
         self.rows = split_rows(self.cache, options.split)
@@ -386,7 +387,20 @@ class Run:
                 f"{folder} holds another head than is trained here. Nothing was trained.\n"
                 f"  wanted  {plain(self.head_recipe.to_json())}\n  found   {card['head']}"
             )
+        self._check_unseen(folder, card)
         head.load_state_dict(saved.state_dict())
+
+    def _check_unseen(self, folder: Path, card: Mapping[str, Any]) -> None:
+        """Raise ProbeError for a head that was trained on another split of this set: it may know the test images."""
+        result, data = card["result"], card["data"]
+        own = [self.cache.data.fingerprint, self.choice.key, self.choice.fold or None]
+        found = [data["fingerprint"], SplitChoice.parse(result["split"]).key, result.get("fold")]
+        if data["root"] == self.cache.data.root and found != own:
+            raise ProbeError(
+                f"{folder} was trained on another split or version of {self.cache.data.name}, and may know its test "
+                f"images. Nothing was trained.\n  wanted  fingerprint, split and fold {own}\n  found   {found}\n"
+                "Take a head of the same split and fold, or leave --init-head away."
+            )
 
     @property
     def fresh(self) -> bool:
@@ -682,6 +696,7 @@ class Run:
             "features": recipe.to_json(),
             "backbone": spec,
             "data": asdict(self.cache.data),
+            "read_as": self.cache.contents.provenance.get("read_as", {}),
             "result": row,
             "curve": [asdict(point) for point in curve],
             "versions": versions,
