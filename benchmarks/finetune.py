@@ -96,7 +96,7 @@ def by_hand(
         )
         for step in range(options.steps):
             for group, lr in zip(optimizer.param_groups, (LR, BACKBONE_LR), strict=True):
-                group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * step / options.steps))
+                group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * step / max(1, options.steps - 1)))
             x = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
             maps = model.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
             names = [level.name for level in cache.levels]
