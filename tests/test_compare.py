@@ -100,6 +100,7 @@ class Told:
     ) -> dict[str, Any]:
         base = self.base(task)
         card = read_card(self.bases / "probes" / base["folder"])
+        card["features"] = {**card["features"], **changed.pop("features", {})}
         row = plain({**base, **changed})
         row["folder"] = f"told/{digest([row[k] for k in sorted(row) if k not in ('test', 'folder', 'time')])[:12]}"
         folder = self.probes / row["folder"]
@@ -326,6 +327,22 @@ def test_of_several_recipes_the_best_on_validation_is_paired(told: Told) -> None
         "weak": False, "strong": True,
     }  # fmt: skip
     assert any("best on validation" in note for note in report.notes)
+
+
+def test_backbones_meet_at_one_input_size_and_where_there_is_none_it_is_marked(told: Told) -> None:
+    told.tell(confusions(0.9), curve=(0.1, 0.9), backbone="a", feature_key="large", features={"size": [128, 128]})
+    told.tell(confusions(0.3), curve=(0.1, 0.2), backbone="a", feature_key="small", features={"size": [64, 64]})
+    told.tell(confusions(0.6), curve=(0.1, 0.3), backbone="b", feature_key="b", features={"size": [64, 64]})
+    (difference,) = told.compare().sets[0].differences
+    assert difference["difference"] < 0 and difference["scale_a"] == difference["scale_b"] == "64x64"
+    told.tell(confusions(0.5), curve=(0.1, 0.3), backbone="c", feature_key="c", features={"size": [32, 32]})
+    report = told.compare()
+    marks = {frozenset((d["a"], d["b"])): comparison.marks_of(d) for d in report.sets[0].differences}
+    assert [pair for pair, own in marks.items() if "another input size" in own] == [
+        pair for pair in marks if "c" in pair
+    ]
+    ((_, sentences),) = report.answer
+    assert any("at another input size" in sentence for sentence in sentences)
 
 
 # ---- marks and words -------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tm
     assert len(set(kinds)) == len(cells) and ("semseg", "ridge", "full", 1.0, 0) not in kinds
     lines = (workspace.probes / "results.jsonl").read_text().splitlines(keepends=True)
     (workspace.probes / "results.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])  # as a kill leaves it
-    done = next(workspace.probes.rglob("*-full-*/seed0"))
+    done = workspace.probes / next(row["folder"] for row in rows if row["regime"] == "full")
     (done / "checkpoint0.pt").write_bytes(b"of a training that was killed right after its end")
     again = run_study(workspace, study)
     assert not list(workspace.probes.rglob("checkpoint*"))
@@ -86,10 +86,13 @@ def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tm
 
 def test_all_that_does_not_exist_is_said_at_once_and_nothing_is_run(workspace: Workspace, tmp_path: Path) -> None:
     text = 'data = ["surfase"]\nbackbones = ["embeded"]\ntasks = ["segment"]\nheads = ["liner"]\nregimes = ["ful"]\n'
-    text += 'sizes = ["64"]\n[train.linear]\nlearning_rate = 1\n[tuning]\nbackbone = 1\n'
+    text += (
+        'sizes = ["64"]\nfractions = [2]\nsplits = ["own"]\n[train.linear]\nlearning_rate = 1\n[tuning]\nbackbone = 1\n'
+    )
     with pytest.raises(DataError) as error:
         read_study(written(tmp_path, text), workspace)
-    for name in ("surfase", "embeded", "segment", "liner", "'ful'", "'64'", "learning_rate", "'backbone'"):
+    for name in ("surfase", "embeded", "segment", "liner", "'ful'", "'64'", "fractions: 2", "'splits'", "learning_rate",
+                 "'backbone'"):  # fmt: skip
         assert name in str(error.value)
     with pytest.raises(DataError, match=r"no setting 'backbone'(.|\n)*data is missing"):
         read_study(written(tmp_path, 'backbone = ["embedded"]'), workspace)

@@ -662,6 +662,15 @@ def test_heads_train_on_views_and_are_scored_without(viewed: Workspace) -> None:
         probe(viewed, options=options_of("semseg", split="group"))
 
 
+def test_a_cache_of_views_stands_aside_where_another_serves_the_split(coco_set: Path, tmp_path: Path) -> None:
+    extract_into(tmp_path, coco_set, views=("hflip",))
+    plain = open_cache(extract_into(tmp_path, coco_set).path)
+    report = probe(Workspace(tmp_path), options=options_of("semseg", split="group"))
+    assert [row["feature_key"] for row in report.rows] == [plain.recipe.key]
+    assert any(note.startswith("left aside: ") and "views" in note for note in report.notes)
+    assert len(probe(Workspace(tmp_path), options=options_of("semseg")).rows) == 2
+
+
 def test_a_live_backbone_sees_what_the_rows_of_views_and_tiles_show(viewed: Workspace) -> None:
     cache = cache_of(viewed)
     rows = np.arange(0, len(cache), 3, dtype=np.intp)

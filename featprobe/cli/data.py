@@ -181,6 +181,8 @@ def data_check(
             _show_finding("spoils a study" if finding.spoils else "to know", finding.text, entry_texts(finding))
         if not found.spoiled:
             click.echo("Nothing was found that would spoil a study.")
+        if html:
+            click.echo(f"page: {html}")
     if found.spoiled:
         ctx.exit(3)
 

@@ -69,7 +69,12 @@ def _other(difference: Line, best: Line) -> str:
     first = difference["a"] == best["backbone"]
     sign, name = (1, difference["b"]) if first else (-1, difference["a"])
     low, high = sorted((sign * difference["low"], sign * difference["high"]))
-    return f"{name} ({100 * sign * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')})"
+    other = ", at another input size" if _other_scale(difference) else ""
+    return f"{name} ({100 * sign * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')}{other})"
+
+
+def _other_scale(difference: Line) -> bool:
+    return bool(difference.get("scale_a") != difference.get("scale_b"))
 
 
 def _list(names: Sequence[str]) -> str:
@@ -96,6 +101,7 @@ def _verdict(difference: Line) -> str:
         else ""
     )
     cause += " Not both had converged." if difference["not_converged"] else ""
+    cause += " The two saw images of another size." if _other_scale(difference) else ""
     if sure and difference["difference"] < 0:
         return f"{name} loses {found}: frozen is enough.{cause}"
     if sure and low > SMALL:

@@ -29,7 +29,8 @@ def result_frame(lines: Sequence[Line]) -> pd.DataFrame:
 def difference_frame(lines: Sequence[Line]) -> pd.DataFrame:
     """One row per difference, modality gaps (kind `gap`) included: differences in [-1, 1]."""
     columns = ["set", "kind", "within", "head", "fraction", "score", "a", "b", "difference", "low", "high", "p",
-               "p_holm", "groups", "confounded", "not_converged", "a_reaches_b", "b_reaches_a"]  # fmt: skip
+               "p_holm", "groups", "scale_a", "scale_b", "confounded", "not_converged", "a_reaches_b",
+               "b_reaches_a"]  # fmt: skip
     gaps = {"kind": "gap"}
     rows = [line if "kind" in line else gaps | {**line, "set": f"{line['first']} - {line['second']}"} for line in lines]
     return pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], columns=columns).convert_dtypes()
@@ -45,6 +46,7 @@ def marks_of(line: Line) -> list[str]:
     marks = {
         "not converged": line.get("not_converged"),
         "confounded by augmentation": line.get("confounded"),
+        "another input size": line.get("scale_a") != line.get("scale_b"),
         f"few groups ({line['groups']})": line["groups"] < FEW_GROUPS,
     }
     return [name for name, holds in marks.items() if holds]

@@ -155,7 +155,7 @@ def _notes(title: str, table: Sequence[Result]) -> list[str]:
     if len(representatives(table)) < len(table):
         notes.append(
             f"{title}: where a backbone has several results that differ in recipe or input size alone, differences are "
-            "taken of the one that is best on validation (marked *)"
+            "taken at the size that most of them have, then of the one that is best on validation (marked *)"
         )
     return notes
 
@@ -312,6 +312,8 @@ def _difference_line(
         "a": names[a.backbone] if kind == "backbones" else a.variant,
         "b": names[b.backbone] if kind == "backbones" else b.variant,
         **_difference_values(found),
+        "scale_a": a.scale,
+        "scale_b": b.scale,
         "confounded": kind == "regimes" and confounded(a, b, chosen),
         "not_converged": still_rising(a.curve) or still_rising(b.curve),
         "a_reaches_b": iterations_to(a.curve, b.curve.final),

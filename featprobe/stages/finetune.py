@@ -14,7 +14,7 @@ from featprobe.probes.saved import read_card, read_rows
 from featprobe.processes import is_main, together
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits
-from featprobe.stages.probe import ProbeReport, checked, find_caches, notes_of, show
+from featprobe.stages.probe import ProbeReport, checked, find_caches, notes_of, show, splittable
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
 
@@ -106,7 +106,7 @@ def _asked_for(
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
     splits = single_splits(options.split)
     found = []
-    for cache in caches:
+    for cache in splittable(caches, options.split, notes):
         notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, options.split)]
         for split, fraction, seed in product(splits, options.fractions, range(options.seeds or 1)):
             one = Missing(cache, task, replace(options, split=split), seed, fraction)

@@ -53,6 +53,7 @@ def _probe(
 ) -> ProbeReport:
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
     splits = single_splits(options.split)
+    caches = splittable(caches, options.split, notes)
     for cache in caches:  # all of them, before the first is trained on
         for split in splits:
             split_rows(cache, split)
@@ -72,6 +73,15 @@ def _probe(
                     shown = True
                     show(run, options.show, sheets, notes)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
+
+
+def splittable(caches: Sequence[Cache], split: str, notes: list[str]) -> list[Cache]:
+    """The caches less those of views or thinned tiles, where the split needs other rows and another cache serves it."""
+    bound = {cache for cache in caches if cache.recipe.views[1:] or cache.recipe.empty_tiles < 1}
+    free = {cache.data.fingerprint for cache in caches if cache not in bound}
+    aside = [c for c in bound if split != "own" and c.data.fingerprint in free]
+    notes += [f"left aside: {c.path.name} has views or few empty tiles, of its own split alone" for c in aside]
+    return [cache for cache in caches if cache not in aside]
 
 
 def show(run: Run, count: int, sheets: list[Path], notes: list[str]) -> None:

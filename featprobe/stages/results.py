@@ -27,7 +27,7 @@ from featprobe.metrics import (
 from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
 from featprobe.probes.saved import read_card, read_rows
-from featprobe.specs import SplitChoice, digest
+from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
 from featprobe.stages.convergence import Curve, curve_of, mean_curve
 
 RUN = (
@@ -209,11 +209,22 @@ class Result:
         return (*self.backbone, self.variant, self.row["head"], self.row["fraction"])
 
     @property
-    def size(self) -> str:
+    def scale(self) -> str:
         """Height x width that images, or tiles of so many pixels, were brought to."""
         features = self.runs[0].card["features"]
         tiles = f" from tiles of {features['tile']}" if features.get("tile") else ""
         return "x".join(map(str, features["size"])) + tiles
+
+    @property
+    def size(self) -> str:
+        """The scale, and what else tells features of one backbone apart: how tiles were cut, views, the intensity."""
+        features = self.runs[0].card["features"]
+        parts = [self.scale]
+        if features.get("tile"):
+            parts += [f"overlap {features['overlap']}"]
+            parts += [f"{features['empty_tiles']:.0%} of the empty"] if features["empty_tiles"] < 1 else []
+        usual = ("none", str(DEFAULT_16BIT))
+        return ", ".join([*parts, *features["views"][1:], *{features["intensity"]}.difference(usual)])
 
     @property
     def validation(self) -> float:
@@ -391,9 +402,20 @@ def comparable_sets(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def representatives(results: Sequence[Result]) -> dict[tuple[Any, ...], Result]:
-    """Of the results of each cell of a table, which differ in recipe or input size, the best on validation."""
-    found: dict[tuple[Any, ...], Result] = {}
+    """Of the results of each cell of a table, which differ in recipe or input size, one that stands for it.
+
+    Results of one head and share are taken at the scale that most of their cells have, of several such scales the best
+    on validation, so that backbones and regimes meet at one scale; of those, or where a cell has none, the best on
+    validation.
+    """
+    cells: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Result]]] = {}  # by head and share, then by scale
     for result in results:
-        if result.cell not in found or result.validation > found[result.cell].validation:
-            found[result.cell] = result
-    return found
+        own = cells.setdefault(result.cell[-2:], {}).setdefault(result.scale, {})
+        if result.cell not in own or result.validation > own[result.cell].validation:
+            own[result.cell] = result
+    found: dict[tuple[Any, ...], Result] = {}
+    for scales in cells.values():
+        shared = max(scales.values(), key=lambda own: (len(own), np.mean([r.validation for r in own.values()])))
+        others = [result for own in scales.values() for result in own.values() if result.cell not in shared]
+        found |= {result.cell: result for result in sorted(others, key=lambda r: r.validation)} | shared
+    return {result.cell: found[result.cell] for result in results}

@@ -124,16 +124,17 @@ def read_study(path: Path, workspace: Workspace) -> Study:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     known = [entry.name for entry in fields(Study)]
     faults = [f"there is no setting {name!r}. {nearest(name, known)}" for name in values if name not in known]
+    values = {name: value for name, value in values.items() if name in known}
     faults += [f"{name} is missing" for name in ("data", "backbones") if not values.get(name)]
     faults += [
         f"{n} is no list"
         for n in (*GRID, "lr", "weight_decay", "log")
         if n in values and not isinstance(values[n], list)
     ]
-    if not faults:
+    if not any("is no list" in fault or "is missing" in fault for fault in faults):
         sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         study = Study(**sides)
-        faults = list(_faults(study, workspace))
+        faults += _faults(study, workspace)
     if faults:
         raise DataError(f"{path} can't be run. Nothing was computed.\n" + "\n".join(f"  {fault}" for fault in faults))
     return study
@@ -160,7 +161,14 @@ def _faults(study: Study, workspace: Workspace) -> list[str]:
     kinds = {kind for _, kind in HEADS}
     found += [f"there is no head {kind!r}. {nearest(kind, kinds)}" for kind in study.heads if kind not in kinds]
     found += [f"there is no regime {r!r}. {nearest(r, REGIMES)}" for r in study.regimes if r not in REGIMES]
-    found += [f"{kind!r} under train is no head" for kind in study.train if kind not in {"all", *kinds}]
+    found += [
+        f"{kind!r} under train is no head. {nearest(kind, kinds)}"
+        for kind in study.train
+        if kind not in {"all", *kinds}
+    ]
+    found += [
+        f"fractions: {share} is none. wanted: 0 < fraction <= 1" for share in study.fractions if not 0 < share <= 1
+    ]
     for kind, values in study.train.items():
         wrong = [name for name in values if name not in TrainRecipe.__dataclass_fields__]
         found += [
