@@ -7,11 +7,10 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from featprobe.datasets.files import is_missing, read_table, read_text
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.objects import check_size, mask_instance
+from featprobe.datasets.objects import check_size, mask_instance, stored_pixels
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -94,13 +93,7 @@ def read_mask(path: Path) -> Labels:
 
     Raises DataError for a missing, unreadable or coloured mask.
     """
-    if not path.is_file():
-        raise DataError(f"There is no mask {path} for the image of that name.")
-    try:
-        with Image.open(path) as image:
-            mode, values = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} can't be read as a mask: {error}.") from error
+    mode, values = stored_pixels(path)
     if mode not in ("P", "L", "1") and not mode.startswith("I"):
         raise DataError(f"{path} is a coloured mask ({mode}). wanted: class indices, as grey levels or a palette.")
     if values.max(initial=0) > 255 or values.min(initial=0) < 0:

@@ -89,15 +89,20 @@ def check_size(found: Size, size: Size, where: object) -> None:
         )
 
 
-def read_pixels(path: Path, modes: Sequence[str], wanted: str) -> NDArray[np.uint8]:
-    """An 8-bit mask's values as stored, indices for a palette. Raises DataError for another pixel format."""
+def stored_pixels(path: Path) -> tuple[str, NDArray[Any]]:
+    """A mask's pixel format, as Pillow calls it, and its values as stored. Raises DataError where it can't be read."""
     if not path.is_file():
         raise DataError(f"There is no mask {path} for the image of that name.")
     try:
         with Image.open(path) as image:
-            mode, values = image.mode, np.asarray(image)
+            return image.mode, np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} can't be read as a mask: {error}.") from error
+
+
+def read_pixels(path: Path, modes: Sequence[str], wanted: str) -> NDArray[np.uint8]:
+    """An 8-bit mask's values as stored, indices for a palette. Raises DataError for another pixel format."""
+    mode, values = stored_pixels(path)
     if mode not in modes:
         raise DataError(f"{path} is a mask of the pixel format {mode}. wanted: {wanted}.")
     return values.astype(np.uint8)

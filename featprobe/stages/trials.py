@@ -395,7 +395,8 @@ class Run:
         result, data = card["result"], card["data"]
         own = [self.cache.data.fingerprint, self.choice.key, self.choice.fold or None]
         found = [data["fingerprint"], SplitChoice.parse(result["split"]).key, result.get("fold")]
-        if data["root"] == self.cache.data.root and found != own:
+        same = data["root"] == self.cache.data.root or data["fingerprint"] == self.cache.data.fingerprint
+        if same and found != own:
             raise ProbeError(
                 f"{folder} was trained on another split or version of {self.cache.data.name}, and may know its test "
                 f"images. Nothing was trained.\n  wanted  fingerprint, split and fold {own}\n  found   {found}\n"
@@ -491,7 +492,7 @@ class Run:
         return Tuned(backbone, groups, how.clip, how.accumulate, how.ema)
 
     def _checkpoint(self, index: int) -> Checkpoint | None:
-        """Where a training with a live backbone keeps its state, at the end of every pass over the training rows."""
+        """Where a training with a live backbone keeps its state, at the end of a pass over the training rows."""
         if self.tuning is None:
             return None
         identity = digest([self.recipe_key, self.cache.recipe.key, self.cache.data.fingerprint, self.seeds, index])
