@@ -109,12 +109,14 @@ def write_check_page(
 
     Raises FeatprobeError where it can't be written.
     """
-    answer = [f"{'Would spoil a study: ' if spoils else 'To know: '}{text}" for spoils, text, _ in findings]
+    told = [
+        _entries(f"{'Would spoil a study: ' if spoils else 'To know: '}{text}", entries)
+        for spoils, text, entries in findings
+    ]
     body = [
         f"<h1>{escape(title)}</h1>",
         _paragraphs(facts),
-        f'<div class="answer">{_paragraphs(answer or ["Nothing was found that would spoil a study."])}</div>',
-        *(_entries(text, entries) for _, text, entries in findings if entries),
+        f'<div class="answer">{"".join(told) or _paragraphs(["Nothing was found that would spoil a study."])}</div>',
         *(f"<h2>{escape(heading)}</h2>{_table(table)}" for heading, table in tables),
         *(f"<h2>{escape(caption)}</h2>{_picture(caption, sheet)}" for caption, sheet in sheets),
         *([f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"] if notes else []),
@@ -138,6 +140,8 @@ def _write(path: Path, title: str, body: Sequence[str]) -> None:
 
 
 def _entries(text: str, entries: Sequence[str]) -> str:
+    if not entries:
+        return _paragraphs([text])
     rows = "".join(f"<li>{escape(entry)}</li>" for entry in entries[:LISTED])
     more = f"<p>and {len(entries) - LISTED} more: --json lists all</p>" if len(entries) > LISTED else ""
     return f"<details><summary>{escape(text)}</summary><ul>{rows}</ul>{more}</details>"
