@@ -19,6 +19,7 @@ from featprobe.targets import IGNORE, Instance, Labels, Rle, Target, decode_rle,
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
+READ = {"id", "file_name", "height", "width", "category_id", "segmentation", "bbox", "area", "iscrowd", "isthing"}
 SLACK = 1.0  # pixels by which a coordinate may pass the image's edge: rounding of common exporters
 
 
@@ -53,22 +54,22 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     categories = _categories(loaded)
     classes, index = _class_index(categories)
     samples: list[Sample] = []
-    entries: dict[str, tuple[Path, bytes]] = {}  # JSON of an image and its annotations: as dicts they fill the memory
+    known: set[str] = set()
     named: set[tuple[str, str]] = set()
     first_of: dict[Path, str] = {}
     things = any(category.thing for category in categories.values() if not category.background)
     masks, annotated = True, not things
-    for path, data in loaded:
+    for number, (path, data) in enumerate(loaded):
         by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
         for annotation in data["annotations"]:
             by_image[annotation["image_id"]].append(annotation)
             masks &= bool(annotation.get("segmentation"))
             annotated = True
-        numbers = {image["id"] for image in data["images"]}
-        unknown = sorted(str(number) for number in by_image.keys() - numbers)
+        ids = {image["id"] for image in data["images"]}
+        unknown = sorted(str(own) for own in by_image.keys() - ids)
         if unknown:
             raise DataError(f"{path} has annotations of images that it does not list: {listed(unknown)}.")
-        if len(numbers) < len(data["images"]):
+        if len(ids) < len(data["images"]):
             raise DataError(f"{path} gives several images the same id, so that their annotations can't be told apart.")
         for image in data["images"]:
             split = str(image.get("split") or _split_word(path, root))
@@ -77,19 +78,21 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             if (split, identity) in named:
                 raise DataError(f"{path} lists the image {identity} twice.")
             named.add((split, identity))
-            if identity in entries:
+            if identity in known:
                 identity = f"{split}/{identity}"
+            known.add(identity)
             own = first_of.setdefault(place, identity)  # a file that stands in two splits is one group: it leaks
             group = own if image.get("group") is None else str(image["group"])
-            samples.append(Sample(identity, place, group, split))
-            entries[identity] = path, json.dumps([image, by_image[image["id"]]], separators=(",", ":")).encode()
+            labels = json.dumps(
+                [number, _kept(image), [_kept(a) for a in by_image[image["id"]]]], separators=(",", ":")
+            )
+            samples.append(Sample(identity, place, group, split, labels))
     if not samples:
         raise DataError(f"{root} lists no images.")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        path, entry = entries[sample.id]
-        image, annotations = json.loads(entry)
-        where = f"{path}, image {image['file_name']}"
+        number, image, annotations = json.loads(sample.labels)
+        where = f"{files[number]}, image {image['file_name']}"
         if (image.get("height"), image.get("width")) not in (size, (None, None)):
             raise LabelSizeError(
                 f"{where}: the annotation is of another size than the image.\n"
@@ -106,8 +109,8 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             f"{root} has regions (isthing 0) without a segmentation, and no objects. Nothing can be learnt."
         )
     tasks = tasks_of(masks=masks and annotated, instances=things)
-    ids = tuple(number for number, i in sorted(index.items(), key=lambda item: item[1]) if i)
-    return DataSet(name, root, classes, tuple(samples), tasks, read_target, category_ids=ids)
+    category_ids = tuple(own for own, i in sorted(index.items(), key=lambda item: item[1]) if i)
+    return DataSet(name, root, classes, samples, tasks, read_target, category_ids=category_ids)
 
 
 def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
@@ -126,6 +129,11 @@ def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Pat
     if not places:
         named_below(root, file_name, f"{annotations}, file_name")
     return next((place for place in places if place.is_file()), places[0])
+
+
+def _kept(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is read of an image's entry, or of an annotation."""
+    return {name: value for name, value in entry.items() if name in READ}
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def read_colours(name: str, root: Path) -> DataSet:
     table = own_table(root)
     several = len({pair.split for pair in pairs}) > 1
     samples: list[Sample] = []
-    masks: dict[str, Path] = {}
+    masks: list[Path] = []
     notes: list[str] = []
     for pair in pairs:
         mask_of = {_stem(path, pair.masks): path for path in files_below(root, pair.masks)}
@@ -60,16 +60,16 @@ def read_colours(name: str, root: Path) -> DataSet:
             identity = image.relative_to(root).as_posix()
             row = table.get(identity) or table.get(image.name) or {}
             split = pair.split if several else row.get("split") or ""
-            samples.append(Sample(identity, image, row.get("group") or identity, split))
             stem = _stem(image, pair.images)
-            masks[identity] = mask_of.pop(stem, pair.masks / f"{stem}.png")
+            masks.append(mask_of.pop(stem, pair.masks / f"{stem}.png"))
+            samples.append(Sample(identity, image, row.get("group") or identity, split, str(masks[-1])))
         if mask_of:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images beside coloured masks.")
     named = _read_colour_names(root / "classes.txt")
     if named is None:
-        named = _colours_in(masks.values(), root)
+        named = _colours_in(masks, root)
         notes.append(
             f"colours are the classes, {', '.join(named.values())}, of which {next(iter(named.values()))} counts as "
             "background; name them in classes.txt, `R,G,B name` a line, the background first"
@@ -77,12 +77,13 @@ def read_colours(name: str, root: Path) -> DataSet:
     classes = check_classes([n for n in named.values() if n != LEFT_OUT], f"{root}: its colours")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        codes = read_codes(masks[sample.id])
-        check_size((codes.shape[0], codes.shape[1]), size, masks[sample.id])
-        return Target(_labels(codes, named, classes, masks[sample.id]), None)
+        mask = Path(sample.labels)
+        codes = read_codes(mask)
+        check_size((codes.shape[0], codes.shape[1]), size, mask)
+        return Target(_labels(codes, named, classes, mask), None)
 
     tasks = tasks_of(masks=True, instances=False)
-    return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+    return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
 def read_codes(path: Path) -> NDArray[np.int32]:

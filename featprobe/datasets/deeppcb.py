@@ -29,7 +29,7 @@ def read_deeppcb(name: str, root: Path) -> DataSet:
     """
     folder = _folder(root)
     samples: list[Sample] = []
-    boxes: dict[str, Path] = {}
+    known: set[str] = set()
     missing: list[str] = []
     for list_name, split in LISTS.items():
         path = kept_below(root, folder / list_name)
@@ -37,25 +37,26 @@ def read_deeppcb(name: str, root: Path) -> DataSet:
             where = f"{path}, entry {number}"
             image = _image_of(root, folder, image_name, where)
             identity = image.relative_to(folder).as_posix()
-            if identity in boxes:
+            if identity in known:
                 raise DataError(f"{where} lists the image {image_name} again.")
             if not image.is_file():
                 missing.append(image_name)
                 continue
-            boxes[identity] = below(root, box_name, where, folder)
-            samples.append(Sample(identity, image, image_name.replace("\\", "/").split("/")[0], split))
+            known.add(identity)
+            boxes = below(root, box_name, where, folder)
+            samples.append(Sample(identity, image, image_name.replace("\\", "/").split("/")[0], split, str(boxes)))
     if not samples:
         raise DataError(f"{folder}: none of the {len(missing)} images that its lists name are here.")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        return Target(None, read_boxes(boxes[sample.id], size))
+        return Target(None, read_boxes(Path(sample.labels), size))
 
     notes = ["groups are the folders, a board each"]
     if missing:
         total = len(missing) + len(samples)
         notes.append(f"the lists name {total} images; {len(missing)} of them are not here: {listed(missing, 3)}")
     tasks = tasks_of(masks=False, instances=True)
-    return DataSet(name, root, CLASSES, tuple(samples), tasks, read_target, tuple(notes))
+    return DataSet(name, root, CLASSES, samples, tasks, read_target, tuple(notes))
 
 
 def read_boxes(path: Path, size: Size) -> tuple[Instance, ...]:

@@ -1,9 +1,9 @@
 """Reader for folders of images and masks with the same stems, or with a mask an object."""
 
+import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,9 @@ def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
     """
     table = read_table(root / "samples.csv")
     samples: list[Sample] = []
-    masks: dict[str, Path] = {}
-    objects: dict[str, list[Path]] = {}
-    whole: list[str] = []
+    of_images: list[Path] = []
+    of_objects: list[Path] = []
+    free: list[str] = []
     notes: list[str] = []
     for split, folder in folders.items():
         images = sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -50,26 +50,27 @@ def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
             row = table.get(identity, {})
             if split:
                 identity = f"{split}/{identity}"
-            samples.append(Sample(identity, image, row.get("group") or identity, split or row.get("split") or ""))
             stem = _stem(image, folder / "images")
-            masks[identity] = mask_of.pop(stem, folder / "masks" / f"{stem}.png")
-            objects[identity] = objects_of.get(stem, [])
-            whole += [] if stem in bare else [identity]
+            masks = objects_of.get(stem, []) if stem in bare else [mask_of.pop(stem, folder / "masks" / f"{stem}.png")]
+            free += [] if masks else [identity]
+            (of_objects if stem in bare else of_images).extend(masks)
+            labels = json.dumps([str(path) for path in masks])
+            own = split or row.get("split") or ""
+            samples.append(Sample(identity, image, row.get("group") or identity, own, labels))
         if mask_of:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images. wanted: files ending in {', '.join(SUFFIXES)} in images/.")
     classes = _read_classes(root / "classes.txt")
-    of_objects = list(chain.from_iterable(objects.values()))
-    if of_objects and whole:
+    if of_objects and of_images:
         raise DataError(
             f"{root} has masks of objects and of whole images.\n  wanted  one kind for all images\n"
-            f"  found   {of_objects[0].name} of an object, and the mask of {listed(whole)}"
+            f"  found   {of_objects[0].name} of an object, and the mask of {listed([m.name for m in of_images])}"
         )
-    if of_objects:
-        free = [identity for identity, own in objects.items() if not own]
-        notes += [f"{len(free)} images have no mask and count as free of objects: {listed(free)}"] if free else []
-    binary = len(classes) == 2 and _is_binary(of_objects or list(masks.values()))
+    if of_objects and free:
+        notes.append(f"{len(free)} images have no mask and count as free of objects: {listed(free)}")
+    instances_too = bool(of_objects)
+    binary = len(classes) == 2 and _is_binary(of_objects or of_images)
 
     def read_labels(path: Path, size: Size) -> Labels:
         labels = read_mask(path)
@@ -79,13 +80,14 @@ def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
         return labels
 
     def read_target(sample: Sample, size: Size) -> Target:
-        if not of_objects:
-            return Target(read_labels(masks[sample.id], size), None)
-        instances = tuple(_object(read_labels(path, size), path) for path in objects[sample.id])
-        return Target(semantic_from_instances(instances, size), instances)
+        masks = [Path(text) for text in json.loads(sample.labels)]
+        if instances_too:
+            instances = tuple(_object(read_labels(path, size), path) for path in masks)
+            return Target(semantic_from_instances(instances, size), instances)
+        return Target(read_labels(masks[0] if masks else _missing_mask(sample.image, folders.values()), size), None)
 
-    tasks = tasks_of(masks=True, instances=bool(of_objects))
-    return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+    tasks = tasks_of(masks=True, instances=instances_too)
+    return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
 def read_mask(path: Path) -> Labels:
@@ -121,6 +123,12 @@ def _object(labels: Labels, path: Path) -> Instance:
 
 def _stem(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _missing_mask(image: Path, folders: Iterable[Path]) -> Path:
+    """Where the mask of an image that has none would be."""
+    folder = next(folder for folder in folders if image.is_relative_to(folder / "images"))
+    return folder / "masks" / f"{_stem(image, folder / 'images')}.png"
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:

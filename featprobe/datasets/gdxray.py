@@ -3,6 +3,7 @@
 The masks of the welds W0001 are the images of W0002 (Mery et al., 2015, table 5).
 """
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -38,7 +39,6 @@ def read_gdxray(name: str, root: Path) -> DataSet:
     if welds is not None and {folder.resolve().name for folder in find_series(root)} <= {WELDS}:
         return read_welds(name, root)
     samples: list[Sample] = []
-    boxes: dict[str, list[tuple[str, tuple[float, ...]]]] = {}
     mended, gone = 0, 0
     for folder in find_series(root):
         path = kept_below(root, folder / TRUTH)
@@ -47,8 +47,8 @@ def read_gdxray(name: str, root: Path) -> DataSet:
         for image in files_below(root, folder, (".png",)):
             if image.parent == folder and image.stem.rpartition("_")[2].isdecimal():
                 identity = image.relative_to(root).as_posix()
-                samples.append(Sample(identity, image, folder.resolve().name))
-                boxes[identity] = rows.pop(int(image.stem.rpartition("_")[2]), [])
+                boxes = rows.pop(int(image.stem.rpartition("_")[2]), [])
+                samples.append(Sample(identity, image, folder.resolve().name, labels=json.dumps(boxes)))
         gone += sum(len(own) for own in rows.values())
     bare = _without_truth(root, {sample.group for sample in samples})
     notes = ["groups are the series"]
@@ -62,10 +62,10 @@ def read_gdxray(name: str, root: Path) -> DataSet:
         notes.append(f"the masks of {WELDS}, in {WELD_MASKS}, are left aside: --format gdxray:masks reads them alone")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        return Target(None, tuple(box_instance(1, box, size, where) for where, box in boxes[sample.id]))
+        return Target(None, tuple(box_instance(1, box, size, where) for where, box in json.loads(sample.labels)))
 
     tasks = tasks_of(masks=False, instances=True)
-    return DataSet(name, root, CLASSES, tuple(samples), tasks, read_target, tuple(notes))
+    return DataSet(name, root, CLASSES, samples, tasks, read_target, tuple(notes))
 
 
 def find_welds(root: Path) -> Path | None:
@@ -94,7 +94,7 @@ def read_welds(name: str, root: Path) -> DataSet:
         return Target(labels, None)
 
     identities = {path.relative_to(root).as_posix(): path for path in images}
-    samples = tuple(Sample(identity, path, identity) for identity, path in identities.items())
+    samples = [Sample(identity, path, identity) for identity, path in identities.items()]
     notes = (f"labels are the masks {WELD_MASKS} of {WELDS}", "it names no parts to group by")
     return DataSet(name, root, CLASSES, samples, tasks_of(masks=True, instances=False), read_target, notes)
 

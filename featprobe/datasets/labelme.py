@@ -81,19 +81,19 @@ def read_labelme(name: str, root: Path) -> DataSet:
         notes.append(f"{len(bare)} images have no labelme file and are left out: {listed(bare)}")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        drawing = _read_drawing(file_of[sample.image], root)
+        drawing = _read_drawing(Path(sample.labels), root)
         stated = tuple(s if s else own for s, own in zip(drawing.size, size, strict=True))
         check_size((stated[0], stated[1]), size, f"{drawing.path}: the drawing")
         instances = tuple(_instances(drawing, classes, size))
         return Target(semantic_from_instances(instances, size), instances)
 
     samples = []
-    for image in file_of:
+    for image, path in file_of.items():
         identity = image.relative_to(root).as_posix()
         row = table.get(identity) or table.get(image.name) or {}
-        samples.append(Sample(identity, image, row.get("group") or identity, row.get("split") or ""))
+        samples.append(Sample(identity, image, row.get("group") or identity, row.get("split") or "", str(path)))
     tasks = tasks_of(masks=True, instances=True)
-    return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+    return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
 def _looks_like_labelme(path: Path) -> bool:

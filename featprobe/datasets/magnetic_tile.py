@@ -45,7 +45,7 @@ def read_magnetic_tile(name: str, root: Path) -> DataSet:
     classes = check_classes(["background", *kinds], f"{root}: its MT_ folders")
     identities = {path.relative_to(root).as_posix(): path for path in images}
     tiles = tile_groups(images)
-    samples = tuple(Sample(i, path, tiles[path]) for i, path in identities.items())
+    samples = [Sample(i, path, tiles[path]) for i, path in identities.items()]
 
     def read_target(sample: Sample, size: Size) -> Target:
         path = kept_below(root, sample.image.with_suffix(".png"))

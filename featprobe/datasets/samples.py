@@ -1,9 +1,14 @@
 """A data set: samples with splits and groups, and a way to read their labels."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
+import numpy as np
+
+from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import Target
 
@@ -12,12 +17,62 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Sample:
-    """One image. `id` is unique in its data set; images of one `group` never belong in two splits."""
+    """One image. `id` is unique in its data set; images of one `group` never belong in two splits.
+
+    labels: whatever its reader needs to find its labels: a path, or the labels themselves.
+    """
 
     id: str
     image: Path
     group: str
     split: str = ""
+    labels: str = ""
+
+
+class Samples(Sequence[Sample]):
+    """Samples as one array of text a field, from which each is made when it is asked for.
+
+    So the index of a large set takes its texts and 16 bytes for each, where objects would take ten times that.
+    """
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        """Raises DataError for a name that is no text."""
+        rows = [(s.id, str(s.image), s.group, s.split, s.labels) for s in samples]
+        self._columns = [_Column(texts) for texts in (zip(*rows, strict=True) if rows else [()] * 5)]
+
+    def __len__(self) -> int:
+        return len(self._columns[0].rest)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Samples": ...
+
+    def __getitem__(self, index: int | slice) -> "Sample | Samples":
+        if isinstance(index, slice):
+            return Samples(self[i] for i in range(len(self))[index])
+        own, image, group, split, labels = (column[index] for column in self._columns)
+        return Sample(own, Path(image), group, split, labels)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Samples) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Column:
+    """Texts without the beginning that all of them share, which most paths have."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.shared = os.path.commonprefix(texts)  # noqa: RUF071  # characters are meant, not folders
+        try:
+            self.rest = np.array([text[len(self.shared) :] for text in texts], dtype=np.dtypes.StringDType())
+        except UnicodeEncodeError as error:
+            raise DataError(f"The name {error.object!r} is no UTF-8 text. Rename the file.") from error
+
+    def __getitem__(self, index: int) -> str:
+        return self.shared + self.rest[index]
 
 
 @dataclass(frozen=True)
@@ -25,6 +80,7 @@ class DataSet:
     """What a reader found.
 
     classes: names by class index, the background first.
+    samples: any sequence of them; kept as Samples.
     tasks: which of semseg, detect, instseg its labels can serve.
     read_target: labels of a sample whose image has this (height, width); raises DataError.
     notes: what a user should know of it: leaks, files left aside.
@@ -34,11 +90,15 @@ class DataSet:
     name: str
     root: Path
     classes: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     tasks: tuple[str, ...]
     read_target: Callable[[Sample, Size], Target]
     notes: tuple[str, ...] = field(default=())
     category_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samples, Samples):
+            object.__setattr__(self, "samples", Samples(self.samples))
 
     def in_split(self, split: str) -> list[Sample]:
         """The samples of a split, in order."""

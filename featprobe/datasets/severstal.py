@@ -1,5 +1,6 @@
 """Reader for Severstal's steel sheets: train_images/ and train.csv with run lengths, column by column from pixel 1."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -37,15 +38,17 @@ def read_severstal(name: str, root: Path) -> DataSet:
     classes = ("background", *(f"class {kind}" for kind in range(1, most + 1)))
 
     def read_target(sample: Sample, size: Size) -> Target:
-        own = runs.get(sample.image.name, {})
-        masks = {kind: decode_runs(text, size, f"{path}, {sample.id}, class {kind}") for kind, text in own.items()}
+        masks = [
+            (int(kind), decode_runs(text, size, f"{path}, {sample.id}, class {kind}"))
+            for kind, text in json.loads(sample.labels).items()
+        ]
         box = (0.0, 0.0, float(size[1]), float(size[0]))
-        layers = [Instance(kind, box, encode_rle(mask)) for kind, mask in masks.items()]
+        layers = [Instance(kind, box, encode_rle(mask)) for kind, mask in masks]
         return Target(semantic_from_instances(layers, size), None)
 
     missing = sorted(runs.keys() - images.keys())
     notes = [f"train.csv has defects of {len(missing)} images that are not here: {listed(missing)}"] if missing else []
-    samples = tuple(Sample(identity, image, identity) for identity, image in images.items())
+    samples = [Sample(own, image, own, labels=json.dumps(runs.get(own, {}))) for own, image in images.items()]
     tasks = tasks_of(masks=True, instances=False)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 

@@ -37,7 +37,7 @@ def read_kolektor(name: str, root: Path) -> DataSet:
         return Target(labels, None)
 
     tasks = tasks_of(masks=True, instances=False)
-    return DataSet(name, root, ("background", "defect"), tuple(samples), tasks, read_target)
+    return DataSet(name, root, ("background", "defect"), samples, tasks, read_target)
 
 
 def is_commutators(root: Path) -> bool:
@@ -61,7 +61,7 @@ def read_commutators(name: str, root: Path) -> DataSet:
         check_size((labels.shape[0], labels.shape[1]), size, path)
         return Target(labels, None)
 
-    samples = tuple(Sample(path.relative_to(root).as_posix(), path, path.parent.name) for path in images)
+    samples = [Sample(path.relative_to(root).as_posix(), path, path.parent.name) for path in images]
     tasks = tasks_of(masks=True, instances=False)
     notes = ("groups are the commutators, a folder each",)
     return DataSet(name, root, ("background", "defect"), samples, tasks, read_target, notes)
@@ -96,7 +96,7 @@ def read_mvtec(name: str, root: Path) -> DataSet:
         return Target(labels * np.uint8(classes.index(kind)), None)
 
     identities = {path.relative_to(root).as_posix(): path for path in images}
-    samples = tuple(Sample(identity, path, identity) for identity, path in identities.items())
+    samples = [Sample(identity, path, identity) for identity, path in identities.items()]
     notes = ("its own training split has no defects: all its images are split anew, and it names no parts to group by",)
     return DataSet(name, root, classes, samples, tasks_of(masks=True, instances=False), read_target, notes)
 

@@ -37,7 +37,7 @@ def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
         raise DataError(f"{root} has no split_csv/2cls_{' or 2cls_'.join(shots)}.csv, in it or beside it.")
     one = root.resolve().name if _is_object(root) else None
     samples: list[Sample] = []
-    masks: dict[str, Path | None] = {}
+    known: set[str] = set()
     gone: set[str] = set()
     for number, row in enumerate(read_csv(kept_below(table.parent.parent, table), COLUMNS), start=2):
         where = f"{table}, row {number}"
@@ -46,19 +46,20 @@ def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
         elif one in (None, row["object"]):
             image = _place(root, row["image"], one, where)
             identity = image.relative_to(root).as_posix()
-            if identity in masks:
+            if identity in known:
                 raise DataError(f"{where} lists the image {row['image']} again.")
             if (row["label"] == "normal") != (not row["mask"]):
                 raise DataError(f"{where}: wanted a mask for every image but normal ones, found {list(row.values())}.")
-            masks[identity] = _place(root, row["mask"], one, where) if row["mask"] else None
-            samples.append(Sample(identity, image, identity, row["split"]))
+            known.add(identity)
+            mask = str(_place(root, row["mask"], one, where)) if row["mask"] else ""
+            samples.append(Sample(identity, image, identity, row["split"], mask))
     if not samples:
         raise DataError(f"{table} lists no image that belongs to {root}.")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        path = masks[sample.id]
-        if path is None:
+        if not sample.labels:
             return Target(np.zeros(size, dtype=np.uint8), None)
+        path = Path(sample.labels)
         labels = read_binary(path)
         check_size((labels.shape[0], labels.shape[1]), size, path)
         return Target(labels, None)
@@ -66,9 +67,7 @@ def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
     notes = [f"the split is that of {table.name}; it names no parts to group by", "all kinds of anomaly are one class"]
     if gone:
         notes.append(f"{len(gone)} objects of {table.name} are not here: {listed(sorted(gone))}")
-    return DataSet(
-        name, root, CLASSES, tuple(samples), tasks_of(masks=True, instances=False), read_target, tuple(notes)
-    )
+    return DataSet(name, root, CLASSES, samples, tasks_of(masks=True, instances=False), read_target, tuple(notes))
 
 
 def _is_object(root: Path) -> bool:

@@ -4,6 +4,7 @@ GC10-DET (Lv et al., 2020) has lable/*.xml, spelled so, beside the folders 1/ to
 the same image.
 """
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ ANNOTATIONS = ("annotations", "annotation", GC10)  # folders, in any case
 IMAGES = ("jpegimages", "images", "imgs", "image")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LISTS = ("train", "val", "test")
+CLASS_MASKS, OBJECT_MASKS = "SegmentationClass", "SegmentationObject"
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def read_voc(name: str, root: Path) -> DataSet:
     """
     table = own_table(root)
     samples: list[Sample] = []
-    xml_of: dict[str, Path] = {}
+    drawings: list[Path] = []
     notes: list[str] = []
     for place in find_voc(root):
         split_of = _split_lists(root, place.annotations.parent / "ImageSets" / "Main")
@@ -98,8 +100,8 @@ def read_voc(name: str, root: Path) -> DataSet:
             row = table.get(identity) or table.get(image.name) or {}
             split = split_of.get(stem) or place.split or row.get("split") or ""
             if not split_of or stem in split_of:
-                samples.append(Sample(identity, image, row.get("group") or identity, split))
-                xml_of[identity] = path
+                samples.append(Sample(identity, image, row.get("group") or identity, split, str(path)))
+                drawings.append(path)
         unlisted = sorted(files.keys() - split_of.keys()) if split_of else []
         left_out = {
             "images lie in several folders and are counted once": sorted(path.stem for path in copies),
@@ -111,12 +113,12 @@ def read_voc(name: str, root: Path) -> DataSet:
         notes += [f"{len(stems)} {what}: {listed(stems)}" for what, stems in left_out.items() if stems]
     if not samples:
         raise DataError(f"{root} holds no XML files of VOC, or none that its lists name.")
-    if len(xml_of) < len(samples):
+    if len({sample.id for sample in samples}) < len(samples):
         raise DataError(f"{root}: several XML files are of one image. wanted: one XML file an image.")
-    classes = _classes(root, list(xml_of.values()))
+    classes = _classes(root, drawings)
 
     def read_target(sample: Sample, size: Size) -> Target:
-        one = read_xml(xml_of[sample.id])
+        one = read_xml(Path(sample.labels))
         if one.size and any(one.size):
             check_size((int(one.size[0]), int(one.size[1])), size, f"{one.path}: the drawing")
         boxes = (
@@ -126,7 +128,7 @@ def read_voc(name: str, root: Path) -> DataSet:
         return Target(None, tuple(boxes))
 
     tasks = tasks_of(masks=False, instances=True)
-    return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+    return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
 def _classes(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
@@ -240,7 +242,7 @@ def find_segmentation(root: Path) -> Path | None:
     if not root.is_dir():
         return None
     tops = [root, *sorted(root.glob("VOC2*")), *sorted(root.glob("VOCdevkit/VOC*"))]
-    fitting = [top for top in tops if (top / "SegmentationClass").is_dir() and (top / "JPEGImages").is_dir()]
+    fitting = [top for top in tops if (top / CLASS_MASKS).is_dir() and (top / "JPEGImages").is_dir()]
     return fitting[-1] if fitting else None
 
 
@@ -252,10 +254,10 @@ def read_segmentation(name: str, root: Path) -> DataSet:
     """
     top = find_segmentation(root) or root
     split_of = _split_lists(root, top / "ImageSets" / "Segmentation")
-    masks = {path.stem: path for path in files_below(root, top / "SegmentationClass", (".png",))}
+    masks = {path.stem: path for path in files_below(root, top / CLASS_MASKS, (".png",))}
     numbered = {}
-    if (top / "SegmentationObject").is_dir():
-        numbered = {path.stem: path for path in files_below(root, top / "SegmentationObject", (".png",))}
+    if (top / OBJECT_MASKS).is_dir():
+        numbered = {path.stem: path for path in files_below(root, top / OBJECT_MASKS, (".png",))}
     image_of = _by_stem(files_below(root, top / "JPEGImages"))
     stems = sorted(split_of or masks)
     table = own_table(root)
@@ -264,23 +266,22 @@ def read_segmentation(name: str, root: Path) -> DataSet:
         image = image_of.get(stem, top / "JPEGImages" / f"{stem}.jpg")
         row = table.get(image.name, {})
         identity = image.relative_to(root).as_posix()
-        samples.append(
-            Sample(identity, image, row.get("group") or identity, split_of.get(stem) or row.get("split") or "")
-        )
+        split = split_of.get(stem) or row.get("split") or ""
+        labels = json.dumps([str(masks.get(stem, top / CLASS_MASKS / f"{stem}.png")), str(numbered.get(stem, ""))])
+        samples.append(Sample(identity, image, row.get("group") or identity, split, labels))
     if not samples:
         raise DataError(f"{top} holds no masks. wanted: PNG files in SegmentationClass/.")
     classes = read_classes(root / "classes.txt") or ("background", *VOC_CLASSES)
     with_objects = all(stem in numbered for stem in stems)
 
     def read_target(sample: Sample, size: Size) -> Target:
-        stem = sample.image.stem
-        path = masks.get(stem, top / "SegmentationClass" / f"{stem}.png")
+        path, objects = map(Path, json.loads(sample.labels))
         labels = _indices(path, size)
         check_labels(labels, len(classes), str(path))
-        return Target(labels, _objects(labels, numbered[stem], size) if with_objects else None)
+        return Target(labels, _objects(labels, objects, size) if with_objects else None)
 
     tasks = tasks_of(masks=True, instances=with_objects)
-    return DataSet(name, root, classes, tuple(samples), tasks, read_target)
+    return DataSet(name, root, classes, samples, tasks, read_target)
 
 
 def _indices(path: Path, size: Size) -> Labels:

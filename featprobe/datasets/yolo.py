@@ -44,7 +44,7 @@ def read_yolo(name: str, root: Path) -> DataSet:
     classes = _classes(data, path)
     table = own_table(root)
     samples: list[Sample] = []
-    label_of: dict[str, Path] = {}
+    label_of: dict[str, Path] = {}  # by the image's id
     for key, split in SPLIT_KEYS.items():
         for image in _images(root, data, key, path):
             own = image.relative_to(root).as_posix()
@@ -52,8 +52,8 @@ def read_yolo(name: str, root: Path) -> DataSet:
             if identity in label_of:
                 raise DataError(f"{path} lists the image {own} twice in {split}.")
             row = table.get(own) or table.get(image.name) or {}
-            samples.append(Sample(identity, image, row.get("group") or own, split))
             label_of[identity] = kept_below(root, _label_path(root, image))
+            samples.append(Sample(identity, image, row.get("group") or own, split, str(label_of[identity])))
     if not samples:
         raise DataError(
             f"{path} names no image that is here. wanted: train, val and test as folders or lists below it."
@@ -65,7 +65,7 @@ def read_yolo(name: str, root: Path) -> DataSet:
     masks = _all_polygons(label_of.values())
 
     def read_target(sample: Sample, size: Size) -> Target:
-        label = label_of[sample.id]
+        label = Path(sample.labels)
         lines = read_text(label).splitlines() if label.is_file() else []
         instances = tuple(
             _instance(line.split(), classes, size, f"{label}, line {number}")
@@ -75,7 +75,7 @@ def read_yolo(name: str, root: Path) -> DataSet:
         return Target(semantic_from_instances(instances, size) if masks else None, instances)
 
     tasks = tasks_of(masks=masks, instances=True)
-    return DataSet(name, root, classes, tuple(samples), tasks, read_target, tuple(notes))
+    return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
