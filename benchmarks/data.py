@@ -5,8 +5,9 @@
 
 Each kind of file is read by the product (`read_levels`: what is in the file is told by its content, and checked,
 turned, kept at its depth) and by the library alone, in turn, by two threads each. Before that all must give the same
-arrays. Beside it stand four readers of labels: what an image costs with its boxes and polygons as instances and as a
-mask, over the bare decoding of the image. --scale counts instead the memory that the index of a large set takes.
+arrays. Beside it stand readers of labels: what an image costs with its boxes and polygons as instances and as a mask,
+over the bare decoding of the image; for folders of masks, of the image and its mask. --scale counts instead the memory
+that the index of a large set takes.
 """
 
 import argparse
@@ -27,16 +28,16 @@ import tifffile
 from _bench import Timings, interleave, positive, quartile_text, report, timed
 from extract import texture
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from featprobe.datasets import DataSet, Sample, read_data
-from featprobe.datasets.images import image_size, read_levels
+from featprobe.datasets.images import read_levels
 
 TARGET = 0.9
 BUDGET = 1280  # bytes of an image in an index, the text of its five polygons included
 WORKERS = 2
 OBJECTS = 5  # an image, triangles
-READERS = ("coco", "labelme", "yolo", "voc")
+RGB, FOLDERS = "PNG, 8-bit RGB", "folders"
 
 Triangles = NDArray[np.float64]  # (objects, 3, 2): pixels, x y
 Decode = Callable[[Path], NDArray[Any]]
@@ -49,7 +50,7 @@ def pillow(path: Path) -> NDArray[Any]:
 
 
 KINDS: Mapping[str, tuple[str, Decode]] = {
-    "PNG, 8-bit RGB": ("rgb.png", pillow),
+    RGB: ("rgb.png", pillow),
     "PNG, 16-bit grey": ("deep.png", pillow),
     "JPEG": ("rgb.jpg", pillow),
     "TIFF, 16-bit grey": ("deep.tif", tifffile.imread),
@@ -128,7 +129,20 @@ def write_voc(root: Path, drawn: Mapping[str, Triangles], side: int) -> None:
         (root / "Annotations" / name).with_suffix(".xml").write_text(text)
 
 
-WRITE = {"coco": write_coco, "labelme": write_labelme, "yolo": write_yolo, "voc": write_voc}
+def write_folders(root: Path, drawn: Mapping[str, Triangles], side: int) -> None:
+    """masks/ of one class."""
+    (root / "masks").mkdir()
+    for name, objects in drawn.items():
+        mask = Image.new("L", (side, side))
+        for corners in objects:
+            ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=1)
+        mask.save(root / "masks" / name)
+
+
+READERS = {
+    "coco": write_coco, "labelme": write_labelme, "yolo": write_yolo, "voc": write_voc, "folders": write_folders,
+}  # fmt: skip
+"""Format -> what writes a set of it."""
 
 
 def label_sets(folder: Path, pictures: Sequence[Path], side: int) -> dict[str, DataSet]:
@@ -141,10 +155,11 @@ def label_sets(folder: Path, pictures: Sequence[Path], side: int) -> dict[str, D
         (root / "images").mkdir(parents=True)
         for path in pictures:
             os.link(path, root / "images" / path.name)
-        WRITE[name](root, drawn, side)
+        READERS[name](root, drawn, side)
         sets[name] = read_data(name, root, name)
-        found = {len(sets[name].read_target(s, (side, side)).instances or ()) for s in sets[name].samples}
-        if found != {OBJECTS} or len(sets[name].samples) != len(pictures):
+        targets = [sets[name].read_target(sample, (side, side)) for sample in sets[name].samples]
+        found = {len(t.instances) if t.instances is not None else "a mask of" for t in targets}
+        if found != {"a mask of" if name == "folders" else OBJECTS} or len(targets) != len(pictures):
             raise RuntimeError(f"{name} reads {found} objects an image, not {OBJECTS}")
     return sets
 
@@ -162,11 +177,11 @@ def measure(folder: Path, options: argparse.Namespace) -> Timings:
     """Seconds of every arm in turn, each over all files of its kind."""
     files = write_images(folder / "files", options.images, options.side)
     check_equal(files)
-    sets = label_sets(folder, files["PNG, 8-bit RGB"], options.side)
+    sets = label_sets(folder, files[RGB], options.side)
 
     def labelled(data: DataSet, sample: Sample) -> None:
-        read_levels(sample.image)
-        data.read_target(sample, image_size(sample.image))
+        height, width = read_levels(sample.image).shape[:2]
+        data.read_target(sample, (height, width))
 
     with ThreadPoolExecutor(WORKERS) as pool:
 
@@ -178,6 +193,8 @@ def measure(folder: Path, options: argparse.Namespace) -> Timings:
             arms[f"{kind}: bare"] = over(KINDS[kind][1], paths)
             arms[kind] = over(read_levels, paths)
         arms |= {name: over(partial(labelled, data), data.samples) for name, data in sets.items()}
+        masked = [(s.image, folder / "folders" / "masks" / s.image.name) for s in sets["folders"].samples]
+        arms[f"{FOLDERS}: bare"] = over(lambda pair: [pillow(path) for path in pair], masked)
         return interleave(arms, options.rounds)
 
 
@@ -237,7 +254,7 @@ def main() -> None:
         if options.scale:
             return scale(Path(folder), options)
         timings = measure(Path(folder), options)
-    bare = {arm: f"{arm}: bare" if arm in KINDS else "PNG, 8-bit RGB: bare" for arm in (*KINDS, *READERS)}
+    bare = {arm: f"{arm}: bare" if arm in (*KINDS, FOLDERS) else f"{RGB}: bare" for arm in (*KINDS, *READERS)}
     rows = [
         {
             "arm": arm if arm in KINDS else f"PNG and {arm} labels",
@@ -250,7 +267,7 @@ def main() -> None:
     ratios = {arm: timings.ratio(own, arm) for arm, own in bare.items()}
     report(
         "data",
-        min(ratios[kind] for kind in KINDS),
+        min(ratios.values()),
         TARGET,
         rows,
         workers=WORKERS,

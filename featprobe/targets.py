@@ -80,6 +80,52 @@ def decode_rle(rle: Rle) -> NDArray[np.bool_]:
     return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"]}), dtype=bool)
 
 
+def decode_window(rle: Rle) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """The rows and columns that the mask of a compressed COCO RLE covers, and the mask there.
+
+    Only those columns are decoded: the runs of background before and after them, which the first number and the last
+    one give, are shortened in the string.
+
+    >>> mask = np.zeros((90, 100), dtype=bool)
+    >>> mask[20:22, 50:53] = True
+    >>> decode_window(encode_rle(mask))
+    ((slice(20, 22, None), slice(50, 53, None)), array([[ True,  True,  True],
+           [ True,  True,  True]]))
+    """
+    whole: Any = rle
+    (rows, columns), counts = whole["size"], whole["counts"]
+    left, top, width, height = coco_mask.toBbox(whole).astype(int).tolist()
+    window = slice(top, top + height), slice(left, left + width)
+    if left + width < columns and width:
+        start = len(counts) - 1
+        while start and ord(counts[start - 1]) - 48 & 32:
+            start -= 1
+        last = _number(counts[start:]) - (columns - left - width) * rows
+        counts = counts[:start] + _digits(last)
+    if left and width:
+        stop = next(i for i, digit in enumerate(counts, start=1) if not ord(digit) - 48 & 32)
+        counts = _digits(_number(counts[:stop]) - left * rows) + counts[stop:]
+    mask = coco_mask.decode({"size": [rows, width], "counts": counts}) if width else np.zeros((rows, 0), np.uint8)
+    return window, mask[window[0]].view(bool)
+
+
+def _number(digits: str) -> int:
+    """A number of a compressed RLE: five bits a character from "0" on, the lowest first; the last has the sign."""
+    value = 0
+    for place, digit in enumerate(digits):
+        value |= (ord(digit) - 48 & 31) << 5 * place
+    return value - (1 << 5 * len(digits)) if ord(digits[-1]) - 48 & 16 else value
+
+
+def _digits(value: int) -> str:
+    """The number as `_number` reads it."""
+    digits = ""
+    while not -16 <= value < 16:
+        digits += chr((value & 31 | 32) + 48)
+        value >>= 5
+    return digits + chr((value & 31) + 48)
+
+
 def move_rle(rle: Rle, left: int, top: int, size: Size) -> dict[str, object]:
     """The mask of a tile at (left, top) of an image of (height, width), as a mask of the whole image.
 
@@ -149,9 +195,8 @@ def semantic_from_instances(instances: Sequence[Instance], size: Size) -> Labels
     areas = [int(area) for area in coco_mask.area(rles)] if rles else []
     painted = np.zeros(size, dtype=np.uint8)  # (height, width)
     for i in sorted(range(len(rles)), key=lambda i: (-areas[i], i)):
-        left, top, width, height = coco_mask.toBbox(rles[i]).astype(int).tolist()
-        window = (slice(top, top + height), slice(left, left + width))  # most objects are small
-        painted[window][decode_rle(rles[i])[window]] = IGNORE if instances[i].crowd else instances[i].category
+        window, mask = decode_window(rles[i])  # most objects are small
+        np.copyto(painted[window], IGNORE if instances[i].crowd else instances[i].category, where=mask)
     return painted
 
 

@@ -33,7 +33,7 @@ from featprobe.errors import DataError
 from featprobe.geometry import place
 from featprobe.specs import Intensity
 from featprobe.stages.survey import choose_intensity, survey
-from featprobe.targets import Instance, Target, decode_rle, encode_rle, semantic_from_instances
+from featprobe.targets import Instance, Target, decode_rle, decode_window, encode_rle, semantic_from_instances
 
 HEIGHT, WIDTH = SIZE = (12, 16)
 SPLITS = ("train", "val", "test")
@@ -385,6 +385,18 @@ def runs_of(counts: str) -> list[int]:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
     return runs
+
+
+@given(mask=masks, margins=st.tuples(*[st.integers(0, 70)] * 4))
+def test_a_mask_is_what_its_window_holds(mask: NDArray[np.bool_], margins: tuple[int, int, int, int]) -> None:
+    whole = np.pad(mask, (margins[:2], margins[2:]))
+    window, shown = decode_window(encode_rle(whole))
+    found = np.zeros_like(whole)
+    found[window] = shown
+    assert np.array_equal(found, whole)
+    assert (
+        all(edge.any() for edge in (shown[0], shown[-1], shown[:, 0], shown[:, -1])) if mask.any() else shown.size == 0
+    )
 
 
 @given(seed=st.integers(0, 999), count=st.integers(1, 6))

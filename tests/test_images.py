@@ -216,6 +216,20 @@ def test_images_are_turned_as_their_orientation_asks(tmp_path: Path, name: str, 
     assert np.abs(read.astype(int) - shown).max() <= (8 if name == "a.jpg" else 0)
 
 
+@pytest.mark.parametrize("transparent", [False, True])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1"])
+def test_a_png_is_read_as_by_pillow(tmp_path: Path, mode: str, transparent: bool) -> None:
+    path = tmp_path / "a.png"
+    colours = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    transparency = {"L": 3, "P": 3, "RGB": (3, 4, 5)}.get(mode) if transparent else None
+    options = {} if transparency is None else {"transparency": transparency}
+    Image.fromarray(colours).convert(mode).save(path, **options)
+    with Image.open(path) as stored:
+        grey = mode in ("L", "LA", "1")
+        wanted = np.asarray(stored.convert("L")) if grey else np.asarray(stored.convert("RGBA"))[:, :, :3]
+    assert np.array_equal(read_levels(path), wanted)
+
+
 def test_an_orientation_behind_the_pixels_of_a_png_is_refused(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pycocotools import mask as coco_mask
 
 from featprobe.datasets.files import named_below, read_json, start_of
@@ -259,8 +258,12 @@ def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
         short = [len(polygon) for polygon in segmentation if len(polygon) < 6 or len(polygon) % 2]
         if short:  # pycocotools would take four numbers for a box
             raise DataError(f"{where}: a polygon of {short[0]} numbers. wanted: x y of three points or more.")
-        points = np.concatenate([np.asarray(polygon, dtype=float).reshape(-1, 2) for polygon in segmentation])
-        if not ((points >= -SLACK) & (points <= np.array([width, height]) + SLACK)).all():
+        inside = (
+            -SLACK <= x <= width + SLACK and -SLACK <= y <= height + SLACK
+            for polygon in segmentation
+            for x, y in zip(polygon[::2], polygon[1::2], strict=True)
+        )
+        if not all(inside):
             raise OutOfImageError(f"{where}: the polygon leaves the image of {width}x{height} pixels (width x height).")
         merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     else:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -23,7 +24,8 @@ Levels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-PNG_DEPTH = 24  # byte offset in a PNG's header
+PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG
+PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I")  # Pillow's, of channels that are levels as they are
 ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # what a TIFF says of its samples that are levels as they are
 CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
@@ -118,8 +120,8 @@ def _open_pillow(path: Path, stream: BinaryIO) -> Iterator[Opened]:
         )  # MPO: a photo and its previews
         turn = _orientation(image)
         size = _turned(image.height, image.width, turn)
-        if image.format == "PNG" and image.mode in ("RGB", "RGBA", "LA") and _png_depth(path) == 16:
-            yield Opened(size, 16, lambda: _without_alpha(imagecodecs.png_decode(path.read_bytes())), turn)
+        if image.format == "PNG" and image.mode in PNG_MODES and _png_depth(stream) in (8, 16):
+            yield Opened(size, _png_depth(stream), lambda: _png_levels(image, stream, path, turn), turn)
         else:
             bits = 32 if image.mode == "F" else 16 if image.mode.startswith("I") else 8
             yield Opened(size, bits, lambda: _pillow_levels(image, path, turn), turn)
@@ -133,10 +135,35 @@ def _orientation(image: Image.Image) -> int:
     return turn if turn in range(1, 9) else 1
 
 
-def _png_depth(path: Path) -> int:
+def _png_depth(stream: BinaryIO) -> int:
     """Bits per channel, from the header: Pillow reads 16-bit colour as 8-bit and does not tell."""
-    with path.open("rb") as header:
-        return header.read(PNG_DEPTH + 1)[PNG_DEPTH]
+    place = stream.tell()
+    stream.seek(PNG_DEPTH)
+    depth = stream.read(1)[0]
+    stream.seek(place)
+    return depth
+
+
+def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int) -> Levels:
+    """Pixels of a PNG of plain channels, at their depth: all in one call, in which other threads can run."""
+    stream.seek(0)
+    data = stream.read()
+    if _tells_behind_pixels(data):
+        stream.seek(0)
+        return _pillow_levels(Image.open(stream, formats=("PNG",)), path, turn)
+    return _without_alpha(imagecodecs.png_decode(data))
+
+
+def _tells_behind_pixels(data: bytes) -> bool:
+    """Whether a PNG has a chunk behind its pixels that may hold an orientation."""
+    place, seen = PNG_CHUNKS, False
+    while place + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        if seen and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        seen |= name == b"IDAT"
+        place += length + 12
+    return False
 
 
 def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
@@ -145,7 +172,9 @@ def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
         raise DataError(f"{path} has its orientation tag behind its pixels, where few programs look. Write it before.")
     if image.mode in ("L", "RGB", "F") or image.mode.startswith("I"):
         return to_levels(np.asarray(image), path)
-    if image.mode in ("P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr"):
+    if image.mode in ("P", "PA"):
+        return _without_alpha(np.asarray(image.convert("RGBA")))  # by RGB Pillow would warn of some palettes
+    if image.mode in ("RGBA", "RGBX", "CMYK", "YCbCr"):
         return np.asarray(image.convert("RGB"))
     if image.mode in ("1", "LA", "La"):
         return np.asarray(image.convert("L"))

@@ -36,10 +36,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One labelme file. size: (height, width) that it states, None for what it does not."""
+    """One labelme file. named: its imagePath; size: (height, width) that it states, None for what it does not."""
 
     path: Path
-    image: Path
+    named: Any
     size: tuple[Any, Any]
     shapes: tuple[Shape, ...]
 
@@ -66,7 +66,7 @@ def read_labelme(name: str, root: Path) -> DataSet:
     images = files_below(root, root)
     stems = {path.stem for path in images}  # a JSON file of such a name is labelme's, or damaged
     files = [p for p in files_below(root, root, (".json",)) if p.stem in stems or _looks_like_labelme(p)]
-    drawings, file_of = _read_drawings(root, files, images)
+    drawings, file_of, damaged = _read_drawings(root, files, images)
     if is_bsdata(root):
         here = [image.name for image in file_of if image.is_file()]
         table, notes = _read_bsdata(kept_below(root, root / BSDATA), here)
@@ -81,7 +81,9 @@ def read_labelme(name: str, root: Path) -> DataSet:
         notes.append(f"{len(bare)} images have no labelme file and are left out: {listed(bare)}")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        drawing = _read_drawing(Path(sample.labels), root)
+        drawing = _read_drawing(Path(sample.labels))
+        if drawing.path in damaged:
+            _image_of(drawing, root)
         stated = tuple(s if s else own for s, own in zip(drawing.size, size, strict=True))
         check_size((stated[0], stated[1]), size, f"{drawing.path}: the drawing")
         instances = tuple(_instances(drawing, classes, size))
@@ -100,42 +102,46 @@ def _looks_like_labelme(path: Path) -> bool:
     return re.search(rb'"shapes"\s*:', start_of(path, LOOKED_AT)) is not None
 
 
-def _read_drawings(root: Path, files: Sequence[Path], images: Sequence[Path]) -> tuple[list[Drawing], dict[Path, Path]]:
-    """The drawings, and the file of each image. A damaged file belongs to the image of its name.
+def _read_drawings(
+    root: Path, files: Sequence[Path], images: Sequence[Path]
+) -> tuple[list[Drawing], dict[Path, Path], set[Path]]:
+    """The drawings, the file of each image, and damaged files, each of which belongs to the image of its name.
 
-    It is met again, by name, when its labels are wanted. Raises DataError where that image can't be told.
+    They are met again, by name, when their labels are wanted. Raises DataError where that image can't be told.
     """
+    damaged: set[Path] = set()
     drawings: list[Drawing] = []
     file_of: dict[Path, Path] = {}
     for path in files:
         try:
-            drawings.append(_read_drawing(path, root))
-            image = drawings[-1].image
+            drawing = _read_drawing(path)
+            image = _image_of(drawing, root)
+            drawings.append(drawing)
         except DataError:
             alike = [image for image in images if image.stem == path.stem]
             if len(alike) != 1:
                 raise
             image = alike[0]
+            damaged.add(path)
         if image in file_of:
             raise DataError(f"{path} and {file_of[image]}: several labelme files name one image. wanted: one an image.")
         file_of[image] = path
     if files and not drawings:
-        _read_drawing(files[0], root)
-    return drawings, file_of
+        _image_of(_read_drawing(files[0]), root)
+    return drawings, file_of, damaged
 
 
-def _read_drawing(path: Path, root: Path) -> Drawing:
+def _read_drawing(path: Path) -> Drawing:
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
         raise DataError(f"{path} is not a labelme file. wanted: a list called shapes.")
     shapes = tuple(_shape(entry, f"{path}, shapes[{i}]", i) for i, entry in enumerate(data["shapes"]))
-    return Drawing(
-        path, _image_of(path, root, data.get("imagePath")), (data.get("imageHeight"), data.get("imageWidth")), shapes
-    )
+    return Drawing(path, data.get("imagePath"), (data.get("imageHeight"), data.get("imageWidth")), shapes)
 
 
-def _image_of(path: Path, root: Path, named: Any) -> Path:
+def _image_of(drawing: Drawing, root: Path) -> Path:
     """Where the image of a labelme file lies; the first place tried when it lies nowhere."""
+    path, named = drawing.path, drawing.named
     text = named if isinstance(named, str) and named else path.stem
     first = below(root, text, f"{path}, imagePath", path.parent)
     folders = [base / folder for base in (path.parent, path.parent.parent, root) for folder in IMAGE_FOLDERS]
@@ -151,16 +157,14 @@ def _shape(entry: Any, where: str, number: int) -> Shape:
     kind = entry.get("shape_type") or "polygon"
     if kind not in ("polygon", "rectangle"):
         raise DataError(f"{where} is a {kind}. wanted: polygon or rectangle.")
-    try:
-        points = np.array([to_numbers(point, where) for point in entry["points"]], dtype=float)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: wanted points of two numbers, found {str(entry['points'])[:200]}.") from error
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise DataError(f"{where}: wanted points of two numbers, found {str(entry['points'])[:200]}.")
+    drawn = entry["points"]
+    if not isinstance(drawn, list) or any(not isinstance(point, list) or len(point) != 2 for point in drawn):
+        raise DataError(f"{where}: wanted points of two numbers, found {str(drawn)[:200]}.")
+    points = np.array(to_numbers([value for point in drawn for value in point], where)).reshape(-1, 2)
     if kind == "rectangle":
         (x1, y1), (x2, y2) = points.min(axis=0), points.max(axis=0)
         if not (x1 < x2 and y1 < y2):
-            raise DataError(f"{where}: the rectangle is empty. found: {str(entry['points'])[:200]}")
+            raise DataError(f"{where}: the rectangle is empty. found: {str(drawn)[:200]}")
         points = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
     joined = entry.get("group_id")
     return Shape(entry["label"], f"shape {number}" if joined is None else f"group {joined}", points)

@@ -54,18 +54,19 @@ def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: 
     short = [len(part) for part in parts if len(part) < 3]
     if short:
         raise DataError(f"{where}: a polygon of {short[0]} points. wanted: three or more.")
-    points = np.concatenate(list(parts))
-    if not ((points >= -SLACK) & (points <= np.array([width, height]) + SLACK)).all():
+    flat = [part.ravel().tolist() for part in parts]
+    xs, ys = ([value for part in flat for value in part[axis::2]] for axis in (0, 1))
+    x1, x2, y1, y2 = min(xs), max(xs), min(ys), max(ys)
+    if not (-SLACK <= x1 and x2 <= width + SLACK and -SLACK <= y1 and y2 <= height + SLACK):
         raise OutOfImageError(
             f"{where}: the polygon leaves the image.\n"
             f"  wanted  0 <= x <= {width}, 0 <= y <= {height} pixels\n"
-            f"  found   x {points[:, 0].min():g} to {points[:, 0].max():g}, "
-            f"y {points[:, 1].min():g} to {points[:, 1].max():g}"
+            f"  found   x {x1:g} to {x2:g}, y {y1:g} to {y2:g}"
         )
-    clipped = [part.clip(0, (width, height)) for part in parts]
-    rle = coco_mask.merge(coco_mask.frPyObjects([part.ravel().tolist() for part in clipped], height, width))
-    low, high = np.concatenate(clipped).min(axis=0), np.concatenate(clipped).max(axis=0)
-    box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+    box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    if box != (x1, y1, x2, y2):
+        flat = [part.clip(0, (width, height)).ravel().tolist() for part in parts]
+    rle = coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
     return Instance(category, box, _text_rle(rle))
 
 
