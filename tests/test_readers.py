@@ -24,7 +24,7 @@ from featprobe.cli.main import cli
 from featprobe.datasets import FORMATS, DataSet, read_data
 from featprobe.datasets.images import image_size
 from featprobe.datasets.samples import Sample
-from featprobe.errors import DataError
+from featprobe.errors import DataError, FeatprobeError
 from featprobe.stages.convert import convert
 from featprobe.stages.data import DataSummary, summarise
 from featprobe.stages.survey import survey
@@ -1150,6 +1150,38 @@ def labels_of(data: DataSet) -> dict[str, Any]:
         objects = target.instances and [(i.category, i.box_xyxy, i.rle, i.crowd) for i in target.instances]
         found[sample.id] = sample.split, sample.group, sample.image.read_bytes(), semantic, objects
     return found
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("folders", ["ground", "flaw", "other"]),
+        ("colours", ["255,0,0 rock", "0,0,255 open pore", "1,1,1 ignore"]),
+        ("labelme", ["ground", "spare", "pore", "crack"]),
+        ("voc", ["ground", "spare", "pore"]),
+        ("voc-segmentation", ["ground", "flaw", "other"]),
+    ],
+)
+def test_classes_named_in_the_workspace_stand_for_a_classes_txt(tmp_path: Path, name: str, lines: list[str]) -> None:
+    root = MADE[name](tmp_path / "parts")
+    (root / "classes.txt").unlink(missing_ok=True)
+    plain = read_data("parts", root).classes
+    text(tmp_path / "featprobe.toml", f"[data.parts]\npath = 'parts'\nclasses = {json.dumps(lines)}\n")
+    named = Workspace(tmp_path).data_set("parts")
+    text(root / "classes.txt", "\n".join(lines))
+    assert labels_of(named) == labels_of(read_data("parts", root)) and named.classes != plain
+    text(root / "classes.txt", "nothing\nof this\n")
+    assert labels_of(Workspace(tmp_path).data_set("parts")) == labels_of(named)
+
+
+def test_classes_can_not_be_named_where_the_format_names_them(tmp_path: Path) -> None:
+    coco_set(tmp_path / "parts")
+    text(tmp_path / "featprobe.toml", "[data.parts]\npath = 'parts'\nclasses = ['ground', 'pore']\n")
+    with pytest.raises(DataError, match="its format coco says itself what they are called"):
+        Workspace(tmp_path).data_set("parts")
+    text(tmp_path / "featprobe.toml", "[data.parts]\npath = 'parts'\nclasses = ['ground', 1]\n")
+    with pytest.raises(FeatprobeError, match=r"classes = \['ground', 1\]"):
+        Workspace(tmp_path)
 
 
 @pytest.mark.parametrize("name", TO_COCO)

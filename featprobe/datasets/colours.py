@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.files import files_below, folders_in, is_missing, kept_below, own_table, read_text
+from featprobe.datasets.files import files_below, folders_in, own_table
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.objects import check_classes, check_size, read_pixels, to_numbers
+from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels, to_numbers
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -42,10 +42,10 @@ def find_pairs(root: Path) -> list[Pair]:
     return pairs if first is not None and _is_coloured(first) else []
 
 
-def read_colours(name: str, root: Path) -> DataSet:
+def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> DataSet:
     """The data set of coloured masks with the same stems as their images.
 
-    classes.txt names the colours, `R,G,B name` a line, the background first. Without it the colours that occur
+    The colours are named, `R,G,B name` a line, the background first. Without that the colours that occur
     are the classes, sorted, black first where there is black. samples.csv (image,split,group) is optional.
     """
     pairs = find_pairs(root)
@@ -67,12 +67,12 @@ def read_colours(name: str, root: Path) -> DataSet:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images beside coloured masks.")
-    named = _read_colour_names(root / "classes.txt")
+    named = _read_colour_names(root, lines)
     if named is None:
         named = _colours_in(masks, root)
         notes.append(
             f"colours are the classes, {', '.join(named.values())}, of which {next(iter(named.values()))} counts as "
-            "background; name them in classes.txt, `R,G,B name` a line, the background first"
+            "background; name them in classes.txt or featprobe.toml, `R,G,B name` a line, the background first"
         )
     classes = check_classes([n for n in named.values() if n != LEFT_OUT], f"{root}: its colours")
 
@@ -101,7 +101,7 @@ def _labels(codes: NDArray[np.int32], named: Mapping[int, str], classes: Sequenc
             f"{path} holds colours that are no class.\n"
             f"  wanted  {', '.join(f'{_hex(code)} {name}' for code, name in named.items())}\n"
             f"  found   {listed(unknown)}\n"
-            "Nothing was written. Name them in classes.txt, or mend the mask."
+            "Nothing was written. Name them in classes.txt or featprobe.toml, or mend the mask."
         )
     names = [named[int(code)] for code in found]
     index = np.array([IGNORE if n == LEFT_OUT else classes.index(n) for n in names], dtype=np.uint8)
@@ -122,21 +122,22 @@ def _colours_in(paths: Iterable[Path], root: Path) -> dict[int, str]:
     return {code: _hex(code) for code in sorted(found)}
 
 
-def _read_colour_names(path: Path) -> dict[int, str] | None:
-    """Names by colour from lines of `R,G,B name`; None when there is no such file. Raises DataError."""
-    if is_missing(path):
+def _read_colour_names(root: Path, given: Sequence[str] | None) -> dict[int, str] | None:
+    """Names by colour from lines of `R,G,B name`; None when there are no such lines. Raises DataError."""
+    found = class_lines(root, given)
+    if found is None:
         return None
     named: dict[int, str] = {}
-    for number, line in enumerate(read_text(kept_below(path.parent, path)).splitlines(), start=1):
-        if line.strip():
-            colour, _, name = line.strip().partition(" ")
-            parts = to_numbers(colour.split(","), f"{path}, line {number}")
-            if len(parts) != 3 or not all(v in range(256) for v in parts) or not name.strip():
-                raise DataError(f"{path}, line {number}: wanted R,G,B of 0 to 255 and a name, found {line[:200]!r}.")
-            code = int(parts[0]) << 16 | int(parts[1]) << 8 | int(parts[2])
-            if code in named:
-                raise DataError(f"{path}, line {number} names the colour {colour} again.")
-            named[code] = name.strip()
+    for number, line in enumerate(found[0], start=1):
+        where = f"{found[1]}, line {number}"
+        colour, _, name = line.partition(" ")
+        parts = to_numbers(colour.split(","), where)
+        if len(parts) != 3 or not all(v in range(256) for v in parts) or not name.strip():
+            raise DataError(f"{where}: wanted R,G,B of 0 to 255 and a name, found {line[:200]!r}.")
+        code = int(parts[0]) << 16 | int(parts[1]) << 8 | int(parts[2])
+        if code in named:
+            raise DataError(f"{where} names the colour {colour} again.")
+        named[code] = name.strip()
     return named
 
 

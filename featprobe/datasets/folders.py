@@ -2,15 +2,15 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from featprobe.datasets.files import is_missing, read_table, read_text
+from featprobe.datasets.files import read_table
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.objects import check_size, mask_instance, stored_pixels
+from featprobe.datasets.objects import check_size, mask_instance, read_classes, stored_pixels
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -27,13 +27,14 @@ def find_folders(root: Path) -> dict[str, Path]:
     return {split: path for split, path in inside if (path / "images").is_dir() and (path / "masks").is_dir()}
 
 
-def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
+def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
     """The data set of images/ and masks/ with the same stems, or with masks NAME_1, NAME_2, … of the objects of NAME.
 
-    Masks hold class indices, palette masks included, or 0 and 255 throughout for one class. Class names
-    stand one a line in classes.txt, the background first. samples.csv (image,split,group) is optional. Where a
+    Masks hold class indices, palette masks included, or 0 and 255 throughout for one class. Classes are those named,
+    the background first; without them one defect. samples.csv (image,split,group) is optional. Where a
     mask is an object, an image without any has none. Raises DataError where some masks are objects and some are not.
     """
+    folders = find_folders(root)
     table = read_table(root / "samples.csv")
     samples: list[Sample] = []
     of_images: list[Path] = []
@@ -61,7 +62,7 @@ def read_folders(name: str, root: Path, folders: Mapping[str, Path]) -> DataSet:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images. wanted: files ending in {', '.join(SUFFIXES)} in images/.")
-    classes = _read_classes(root / "classes.txt")
+    classes = read_classes(root, named) or ("background", "defect")
     if of_objects and of_images:
         raise DataError(
             f"{root} has masks of objects and of whole images.\n  wanted  one kind for all images\n"
@@ -129,15 +130,6 @@ def _missing_mask(image: Path, folders: Iterable[Path]) -> Path:
     """Where the mask of an image that has none would be."""
     folder = next(folder for folder in folders if image.is_relative_to(folder / "images"))
     return folder / "masks" / f"{_stem(image, folder / 'images')}.png"
-
-
-def _read_classes(path: Path) -> tuple[str, ...]:
-    if is_missing(path):
-        return "background", "defect"
-    names = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
-    if not 2 <= len(names) <= 254 or len(set(names)) < len(names):
-        raise DataError(f"{path} names {len(names)} classes. wanted: 2 to 254, each once, the background first.")
-    return names
 
 
 def _is_binary(paths: Sequence[Path]) -> bool:

@@ -1,7 +1,7 @@
 """The formats that can be read, and finding which one a folder holds."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -44,6 +44,7 @@ from featprobe.errors import DataError, nearest
 class Format:
     """One format: what is looked for, whether a path has it, and its reader (of a set's name and path).
 
+    read_named: the reader where classes are named beside the set (their lines last), None where a format names its own.
     gives_way_to: formats that are meant, unless this one is named, where a path has theirs too.
     parts: readers of a part or a kind of its labels alone, which FORMAT:PART names.
     """
@@ -51,6 +52,7 @@ class Format:
     layout: str
     fits: Callable[[Path], bool]
     read: Callable[[str, Path], DataSet]
+    read_named: Callable[[str, Path, Sequence[str]], DataSet] | None = None
     gives_way_to: tuple[str, ...] = ()
     parts: Mapping[str, Callable[[str, Path], DataSet]] = field(default_factory=dict)
 
@@ -58,10 +60,6 @@ class Format:
 def _fits_folders(root: Path) -> bool:
     """Coloured masks in the same folders are another format."""
     return root.is_dir() and bool(find_folders(root)) and not find_pairs(root)
-
-
-def _read_folders(name: str, root: Path) -> DataSet:
-    return read_folders(name, root, find_folders(root))
 
 
 def _fits_coco(root: Path) -> bool:
@@ -76,7 +74,8 @@ FORMATS: Mapping[str, Format] = {
     "folders": Format(
         "images/ and masks/ with the same stems, or the same inside train/, val/ and test/",
         _fits_folders,
-        _read_folders,
+        read_folders,
+        read_folders,
     ),
     "pidray": Format(
         "PIDray: annotations/xray_train.json and xray_test_*.json beside train/, easy/, hard/, hidden/",
@@ -100,9 +99,10 @@ FORMATS: Mapping[str, Format] = {
         "coloured masks: images/ and masks/, or NAME_images/ and NAME_masks/, and classes.txt of `R,G,B name`",
         lambda root: bool(find_pairs(root)),
         read_colours,
+        read_colours,
         gives_way_to=("coco",),
     ),
-    "labelme": Format("labelme: one JSON file an image, with shapes", is_labelme, read_labelme),
+    "labelme": Format("labelme: one JSON file an image, with shapes", is_labelme, read_labelme, read_labelme),
     "deeppcb": Format("DeepPCB: trainval.txt and test.txt, with or without PCBData/", is_deeppcb, read_deeppcb),
     "magnetic-tile": Format(
         "magnetic tile: MT_<class>/Imgs/NAME.jpg with NAME.png", is_magnetic_tile, read_magnetic_tile
@@ -111,10 +111,12 @@ FORMATS: Mapping[str, Format] = {
         "Pascal VOC: Annotations/*.xml beside JPEGImages/ or images/, NEU-DET's and GC10-DET's folders too",
         lambda root: bool(find_voc(root)),
         read_voc,
+        read_voc,
     ),
     "voc-segmentation": Format(
         "Pascal VOC: SegmentationClass/ beside JPEGImages/",
         lambda root: find_segmentation(root) is not None,
+        read_segmentation,
         read_segmentation,
     ),
     "yolo": Format(
@@ -150,13 +152,14 @@ def read_data(
     group_from: str | None = None,
     split_file: Path | None = None,
     complete: bool = True,
+    classes: Sequence[str] | None = None,
 ) -> DataSet:
     """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
 
     format_name: FORMAT, or FORMAT:PART for a part or a kind of labels that the format has. Formats of other packages
     are looked for last, and loaded only then or when they are named. group_from: a regular expression that finds the
     groups in the ids, in place of the format's. split_file: whose splits and groups take the place of the set's own.
-    complete=False leaves the splits as they are.
+    complete=False leaves the splits as they are. classes: what stands in classes.txt otherwise, line by line.
     Raises DataError, with what is known to be read, when no format fits, and with their names when several do.
     """
     own, _, part = (format_name or "").partition(":")
@@ -180,7 +183,7 @@ def read_data(
         for letter in broken:
             warnings.warn(letter, stacklevel=2)
         entry = known[fitting[0]]
-        data = (entry.parts[part] if part else entry.read)(name, root)
+        data = _read(entry, part, fitting[0], name, root, classes)
         data = regroup(data, group_from) if group_from else data
         if split_file is None:
             return complete_splits(data) if complete else data
@@ -193,6 +196,18 @@ def read_data(
         f"  found   {', '.join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else root.name}"
         + "".join(f"\n{letter}" for letter in broken)
     )
+
+
+def _read(entry: Format, part: str, format_name: str, name: str, root: Path, classes: Sequence[str] | None) -> DataSet:
+    if classes is None:
+        return (entry.parts[part] if part else entry.read)(name, root)
+    if entry.read_named is None or part:
+        named = [name for name, known in FORMATS.items() if known.read_named]
+        raise DataError(
+            f"The classes of {root} were named, but its format {format_name} says itself what they are called.\n"
+            f"  wanted  no names, or one of the formats {', '.join(named)}\nNothing was read. Leave the names away."
+        )
+    return entry.read_named(name, root, classes)
 
 
 def _fitting(known: Mapping[str, Format], root: Path) -> list[str]:

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from featprobe.datasets.files import below, files_below, kept_below, own_table, read_json, start_of
 from featprobe.datasets.grouping import components
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.objects import check_classes, check_size, polygon_instance, read_classes, to_numbers
+from featprobe.datasets.objects import (
+    check_classes,
+    check_known,
+    check_size,
+    polygon_instance,
+    read_classes,
+    to_numbers,
+)
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -57,11 +64,11 @@ def is_bsdata(root: Path) -> bool:
     return (root / BSDATA).is_file() and (root / "label").is_dir()
 
 
-def read_labelme(name: str, root: Path) -> DataSet:
+def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
     """The data set of labelme files: their image is the one that imagePath names, or lies at an image's usual place.
 
     Shapes of one label and group_id are one object; `__ignore__` is ignored. Classes are the labels, sorted, or
-    those of classes.txt. samples.csv (image,split,group) or BSData's image_data.json gives splits and groups.
+    those named. samples.csv (image,split,group) or BSData's image_data.json gives splits and groups.
     """
     images = files_below(root, root)
     stems = {path.stem for path in images}  # a JSON file of such a name is labelme's, or damaged
@@ -75,7 +82,7 @@ def read_labelme(name: str, root: Path) -> DataSet:
         table, notes = own_table(root), []
     if not file_of:
         raise DataError(f"{root} holds no labelme files whose images are here.")
-    classes = _classes(root, drawings)
+    classes = _classes(root, drawings, named)
     bare = [path.name for path in images if path not in file_of]
     if bare:
         notes.append(f"{len(bare)} images have no labelme file and are left out: {listed(bare)}")
@@ -170,14 +177,12 @@ def _shape(entry: Any, where: str, number: int) -> Shape:
     return Shape(entry["label"], f"shape {number}" if joined is None else f"group {joined}", points)
 
 
-def _classes(root: Path, drawings: Sequence[Drawing]) -> tuple[str, ...]:
+def _classes(root: Path, drawings: Sequence[Drawing], named: Sequence[str] | None) -> tuple[str, ...]:
     labels = {shape.label for drawing in drawings for shape in drawing.shapes} - {IGNORED}
-    given = read_classes(root / "classes.txt")
+    given = read_classes(root, named)
     if given is None:
         return check_classes(["background", *sorted(labels - {BACKGROUND, "background"})], f"{root}: its labels")
-    unknown = sorted(labels - {*given, BACKGROUND})
-    if unknown:
-        raise DataError(f"{root / 'classes.txt'} does not name {listed(unknown)}. It names: {', '.join(given)}.")
+    check_known(labels - {BACKGROUND}, given, root)
     return given
 
 

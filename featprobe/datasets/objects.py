@@ -1,7 +1,7 @@
 """What readers share of labels: boxes and polygons that lie in their image, numbers, sizes, class names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from featprobe.datasets.coco import SLACK
 from featprobe.datasets.files import is_missing, kept_below, read_text
+from featprobe.datasets.samples import listed
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
@@ -125,10 +126,29 @@ def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def read_classes(path: Path) -> tuple[str, ...] | None:
-    """Names of a classes.txt, one a line, the background first; None when there is none. Raises DataError."""
-    if is_missing(path):
+def class_lines(root: Path, given: Sequence[str] | None = None) -> tuple[list[str], str] | None:
+    """The lines that name a set's classes and where they stand: those given, else of its classes.txt; None without.
+
+    Raises DataError.
+    """
+    path = root / "classes.txt"
+    if given is None and is_missing(path):
         return None
-    return check_classes(
-        [line.strip() for line in read_text(kept_below(path.parent, path)).splitlines() if line.strip()], path
-    )
+    lines = read_text(kept_below(root, path)).splitlines() if given is None else given
+    where = f"{path}" if given is None else f"What names the classes of {root}"
+    return [line.strip() for line in lines if line.strip()], where
+
+
+def read_classes(root: Path, given: Sequence[str] | None = None) -> tuple[str, ...] | None:
+    """Class names, one a line, the background first, as `class_lines` finds them. Raises DataError."""
+    found = class_lines(root, given)
+    return None if found is None else check_classes(*found)
+
+
+def check_known(labels: Collection[str], classes: Sequence[str], root: Path) -> None:
+    """Raise DataError where labels are none of the classes that were named."""
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        raise DataError(
+            f"What names the classes of {root} does not name {listed(unknown)}. It names: {', '.join(classes)}."
+        )

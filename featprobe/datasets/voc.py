@@ -19,6 +19,7 @@ from featprobe.datasets.images import hash_image
 from featprobe.datasets.objects import (
     box_instance,
     check_classes,
+    check_known,
     check_size,
     mask_instance,
     read_classes,
@@ -76,12 +77,12 @@ def find_voc(root: Path) -> list[Place]:
     return places
 
 
-def read_voc(name: str, root: Path) -> DataSet:
+def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
     """The data set of VOC's XML files; an image is found by the stem of its XML file, never by what that says.
 
     Boxes count pixels from 1 and include their last. A `difficult` object becomes a crowd: it is neither asked for nor
     held against a head. ImageSets/Main/*.txt names the splits where there is one, else the folders do; samples.csv
-    (image,split,group) may name both splits and groups. Classes are the names, sorted, or those of classes.txt.
+    (image,split,group) may name both splits and groups. Classes are the names, sorted, or those named.
     """
     table = own_table(root)
     samples: list[Sample] = []
@@ -115,7 +116,7 @@ def read_voc(name: str, root: Path) -> DataSet:
         raise DataError(f"{root} holds no XML files of VOC, or none that its lists name.")
     if len({sample.id for sample in samples}) < len(samples):
         raise DataError(f"{root}: several XML files are of one image. wanted: one XML file an image.")
-    classes = _classes(root, drawings)
+    classes = _classes(root, drawings, named)
 
     def read_target(sample: Sample, size: Size) -> Target:
         one = read_xml(Path(sample.labels))
@@ -131,7 +132,7 @@ def read_voc(name: str, root: Path) -> DataSet:
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
-def _classes(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
+def _classes(root: Path, files: Sequence[Path], named: Sequence[str] | None) -> tuple[str, ...]:
     """Class names, the background first. A file that can't be read has no say; it is met again, by name."""
     names: set[str] = set()
     for path in files:
@@ -139,12 +140,10 @@ def _classes(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
             names |= {box[0] for box in read_xml(path).boxes}
     if not names:
         read_xml(files[0])
-    given = read_classes(root / "classes.txt")
+    given = read_classes(root, named)
     if given is None:
         return check_classes(["background", *sorted(names)], f"{root}: its names")
-    unknown = sorted(names - set(given[1:]))
-    if unknown:
-        raise DataError(f"{root / 'classes.txt'} does not name {listed(unknown)}. It names: {', '.join(given)}.")
+    check_known(names, given[1:], root)
     return given
 
 
@@ -246,11 +245,11 @@ def find_segmentation(root: Path) -> Path | None:
     return fitting[-1] if fitting else None
 
 
-def read_segmentation(name: str, root: Path) -> DataSet:
+def read_segmentation(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
     """The data set of SegmentationClass/ and, where they are there for all, SegmentationObject/ masks.
 
     Palette masks are read as class indices; 255 is ignored. ImageSets/Segmentation/*.txt names the splits where
-    there is one. Classes stand in classes.txt, the background first; without it they are VOC's own twenty.
+    there is one. Classes are those named, the background first; without them VOC's own twenty.
     """
     top = find_segmentation(root) or root
     split_of = _split_lists(root, top / "ImageSets" / "Segmentation")
@@ -271,7 +270,7 @@ def read_segmentation(name: str, root: Path) -> DataSet:
         samples.append(Sample(identity, image, row.get("group") or identity, split, labels))
     if not samples:
         raise DataError(f"{top} holds no masks. wanted: PNG files in SegmentationClass/.")
-    classes = read_classes(root / "classes.txt") or ("background", *VOC_CLASSES)
+    classes = read_classes(root, named) or ("background", *VOC_CLASSES)
     with_objects = all(stem in numbered for stem in stems)
 
     def read_target(sample: Sample, size: Size) -> Target:

@@ -82,13 +82,13 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
     """
 
     def look(sample: Sample) -> Found:
-        found = Found(sample)
+        found = Found(replace(sample, labels=""))  # they are kept as the cache keeps them
         try:
             image_hash = hash_image(sample.image)
             size = image_size(sample.image)
             target = data.read_target(sample, size)
             semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances, target.image_id)
-            found = Found(sample, image_hash, size, bits_of(sample.image), semantic, instances)
+            found = Found(found.sample, image_hash, size, bits_of(sample.image), semantic, instances)
             if skip_bad:
                 read_levels(sample.image)  # a truncated one must not spoil the intensity window
         except DataError as error:

@@ -25,6 +25,7 @@ ALLOWED: Mapping[str, Mapping[str, type]] = {
         "format": str,
         "group_from": str,
         "split_file": str,
+        "classes": list,
     },
     "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
 }
@@ -84,7 +85,8 @@ class Workspace:
         pinned = split_file or own.get("split_file")
         how = (format_name or own.get("format"), group_from or own.get("group_from"), Path(pinned) if pinned else None)
         if name in table:
-            return read_data(name, Path(self._path(table[name]["path"]) or ""), *how, complete)
+            root = Path(self._path(table[name]["path"]) or "")
+            return read_data(name, root, *how, complete, own.get("classes"))
         if name in GENERATED:
             return read_data(name, self.generated(name), *how, complete)
         if Path(name).exists():
@@ -167,7 +169,12 @@ def _fault_of(section: str, entry: Any) -> str:
         return f"unknown {', '.join(unknown)}"
     if required not in entry:
         return f"{required} is missing"
-    wrong = [key for key, value in entry.items() if not isinstance(value, known[key])]
+    texts = {key: value if isinstance(value, list) else [] for key, value in entry.items()}
+    wrong = [
+        key
+        for key, value in entry.items()
+        if not isinstance(value, known[key]) or not all(isinstance(text, str) for text in texts[key])
+    ]
     if wrong:
         return f"{wrong[0]} = {entry[wrong[0]]!r}"
     if entry.get("fit", "resize") not in ("resize", "letterbox"):
