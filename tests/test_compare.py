@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import warnings
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from io import BytesIO
@@ -43,6 +44,7 @@ from featprobe.probes.saved import read_card
 from featprobe.report import comparison
 from featprobe.report.answer import answer_of
 from featprobe.report.page import efficiency_of
+from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 from featprobe.specs import digest
 from featprobe.stages.compare import Comparison, compare
 from featprobe.stages.convergence import Curve, late_rise, still_rising
@@ -388,6 +390,25 @@ def test_frozen_features_of_stored_views_are_a_variant_and_tell_augmentation_apa
     assert found == {("full", "frozen"): False, ("full", stored_name): False, (stored_name, "frozen"): False}
     said = " ".join(sentence for _, sentences in report.answer for sentence in sentences)
     assert "fine-tuning" in said and "against frozen features of augmented views" in said
+
+
+def test_stored_views_are_named_where_they_were_trained_on(told: Told) -> None:
+    cached = {"features": {"views": ["identity", "hflip", "crop:2"], "tile": 32, "overlap": 4, "empty_tiles": 1.0}}
+    told.tell(confusions(0.5), augmentation={"views": ["hflip", "crop:2"]}, **cached)
+    told.tell(confusions(0.6), **FULL, **cached)
+    sizes = {line["regime"]: line["size"] for line in told.compare().sets[0].lines}
+    assert sizes == {"frozen, augmented": "64x64 from tiles of 32, overlap 4, hflip, crop:2",
+                     "full": "64x64 from tiles of 32, overlap 4"}  # fmt: skip
+
+
+def test_long_labels_leave_the_plots_their_room() -> None:
+    labels = [f"backbone{i}, frozen, augmented, 512x512 from tiles of 512, overlap 64, hflip, vflip" for i in range(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that finds no room
+        drawn = dot_plot([Dot(label, 5.0, 0.0, 10.0, label) for label in labels], "x", "dots")
+        lines = line_plot([Series(label, [1, 2], [3, 4]) for label in labels], "x", "y", "lines")
+    for i in range(8):
+        assert f"backbone{i}" in drawn and f"backbone{i}" in lines
 
 
 def test_few_groups_are_warned_of(told: Told) -> None:

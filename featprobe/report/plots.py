@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-WIDTH = 4.6  # inches: as wide as a phone, so that text keeps its size there
+WIDTH = 4.6  # inches: as wide as a phone, so that text keeps its size there; labels are folded to fit it
+LINE = 0.15  # inches, of a label's text
 INK = "#010203"  # stands for the page's own text colour until the SVG is written
 COLOURS = ("#2f7ed8", "#e07b00", "#2a9d5c", "#c64fb5", "#d1443c", "#8a7f00", "#159aa8", "#7a6be0")
 DASHES = ("-", "--", ":", "-.")
@@ -55,13 +57,15 @@ class Series:
 def dot_plot(dots: Sequence[Dot], axis: str, name: str) -> str:
     """Values and their intervals, one below the other, each under its label. name: for screen readers."""
     hues = list(dict.fromkeys(dot.hue for dot in dots))
-    with _axes(0.5 * len(dots) + 0.7) as (figure, axes):
+    labels = [textwrap.fill(dot.label, 64) for dot in dots]
+    row = 0.35 + LINE * max(label.count("\n") + 1 for label in labels)  # inches
+    with _axes(row * len(dots) + 0.7) as (figure, axes):
         for place, dot in enumerate(dots):
             colour = COLOURS[hues.index(dot.hue) % len(COLOURS)]
             axes.plot([dot.low, dot.high], [-place, -place], color=colour, linewidth=2, solid_capstyle="round")
             axes.plot([dot.value], [-place], "o", color=colour, markersize=7)
             at = axes.get_yaxis_transform()
-            axes.text(0, -place + 0.24, dot.label, transform=at, fontsize=9, verticalalignment="bottom")
+            axes.text(0, -place + 0.12 / row, labels[place], transform=at, fontsize=9, verticalalignment="bottom")
         axes.set_ylim(-len(dots) + 0.5, 0.8)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -72,10 +76,11 @@ def dot_plot(dots: Sequence[Dot], axis: str, name: str) -> str:
 
 def line_plot(series: Sequence[Series], x_axis: str, y_axis: str, name: str, shares: bool = False) -> str:
     """Lines with a mark at every point that there is. shares: x is a share of 1, on a logarithmic axis."""
-    with _axes(3.0 + 0.2 * len(series)) as (figure, axes):
+    labels = [textwrap.fill(own.label, 56) for own in series]
+    with _axes(3.0 + 0.2 * len(series) + LINE * sum(label.count("\n") for label in labels)) as (figure, axes):
         for i, own in enumerate(series):
             colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-            axes.plot(own.x, own.y, dash, marker="o", markersize=4, color=colour, label=own.label)
+            axes.plot(own.x, own.y, dash, marker="o", markersize=4, color=colour, label=labels[i])
             if own.low is not None and own.high is not None:
                 axes.fill_between(own.x, own.low, own.high, color=colour, alpha=0.15, linewidth=0)
         if shares:

@@ -31,10 +31,10 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Of a cross-validation the scores are averaged over folds too, and n counts a seed once for each fold.
 
-    Columns: task, backbone, data, regime (where one is not frozen), head, cache (its key, where lines would look
-    alike), n (seeds), the task's scores, the standard deviation over seeds of the first that counts the defects alone
-    (with two or more), seconds of training, head parameters, the score of each class. A task's columns are nan for the
-    others.
+    Columns: task, backbone, data, regime (where one is not frozen), head, cache (its key, tiles and views, where lines
+    would look alike), n (seeds), the task's scores, the standard deviation over seeds of the first that counts the
+    defects alone (with two or more), seconds of training, head parameters, the score of each class. A task's columns
+    are nan for the others.
     """
     frame = pd.DataFrame([_line(row) for row in rows])
     keys = ["task", "backbone", "data", "regime", "head", "cache", "recipe"]
@@ -62,7 +62,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "data": _data_text(row),
         "regime": row["regime"],
         "head": row["head"],
-        "cache": row["feature_key"][:8],
+        "cache": _cache_text(row),
         "recipe": row["recipe_key"],
         **{name: percent(_at(row["test"], own)) for name, own in SCORES[task].items()},
         "seconds": row["seconds"]["train"],
@@ -76,6 +76,11 @@ def _data_text(row: Mapping[str, Any]) -> str:
     notes += [] if row["fraction"] == 1 else [f"{row['fraction']:g} of train: {row['images']['train']} images"]
     notes += [] if row["instances"] == "own" else ["connected components"]
     return f"{row['data']} ({', '.join(notes)})" if notes else str(row["data"])
+
+
+def _cache_text(row: Mapping[str, Any]) -> str:
+    tiles = [f"tiles of {row['tile']}"] if row.get("tile") else []  # rows of an older featprobe do not say
+    return ", ".join([row["feature_key"][:8], *tiles, *(row["augmentation"] or {}).get("views", [])])
 
 
 def _at(values: Any, place: Sequence[str]) -> Any:

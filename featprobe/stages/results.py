@@ -217,14 +217,15 @@ class Result:
 
     @property
     def size(self) -> str:
-        """The scale, and what else tells features of one backbone apart: how tiles were cut, views, the intensity."""
+        """The scale, and what else tells results of one backbone apart: how tiles were cut, stored views, intensity."""
         features = self.runs[0].card["features"]
         parts = [self.scale]
         if features.get("tile"):
             parts += [f"overlap {features['overlap']}"]
             parts += [f"{features['empty_tiles']:.0%} of the empty"] if features["empty_tiles"] < 1 else []
+        parts += (self.row["augmentation"] or {}).get("views", [])  # of the cache, where they were trained on
         usual = ("none", str(DEFAULT_16BIT))
-        return ", ".join([*parts, *features["views"][1:], *{features["intensity"]}.difference(usual)])
+        return ", ".join([*parts, *{features["intensity"]}.difference(usual)])
 
     @property
     def validation(self) -> float:

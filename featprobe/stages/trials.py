@@ -649,6 +649,7 @@ class Run:
             "data": cache.data.name,
             "data_fingerprint": cache.data.fingerprint,
             "feature_key": cache.recipe.key,
+            "tile": cache.recipe.tile,
             "head": self.kind,
             "levels": [level.name for level in head.levels],  # type: ignore[union-attr]
             "parameters": parameter_count(head),
