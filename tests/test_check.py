@@ -86,13 +86,29 @@ def test_a_sound_set_ends_with_0_and_its_numbers(tmp_path: Path) -> None:
 def test_objects_are_held_against_the_cells_of_each_level(tmp_path: Path) -> None:
     found, _ = checked(make_set(tmp_path / "set"))
     assert found["objects"] == {
-        "of": "components", "count": 27, "frame": [SIDE, SIDE], "median": 12.0,
+        "of": "components", "count": 27, "frame": [SIDE, SIDE], "tile": None, "median": 12.0,
         "smaller_than_cell": {"4": 0, "8": 9, "16": 18, "32": 27},
     }  # fmt: skip
     found, _ = checked(tmp_path / "set", "--size", f"{SIDE // 2}x{SIDE * 2}")
     assert found["objects"]["median"] == 12 and found["objects"]["frame"] == [SIDE // 2, SIDE * 2]
     found, _ = checked(tmp_path / "set", "--size", f"{SIDE // 2}x{SIDE // 2}")
     assert found["objects"]["smaller_than_cell"] == {"4": 9, "8": 18, "16": 27, "32": 27}
+
+
+def test_objects_are_as_large_as_the_configurations_tiles_show_them(tmp_path: Path) -> None:
+    make_set(tmp_path / "set")
+    entry = f"[data.parts]\npath = 'set'\ntile = {SIDE // 4}\n"
+
+    def objects(text: str, *more: str) -> Any:
+        (tmp_path / "featprobe.toml").write_text(text)
+        words = ["--workspace", str(tmp_path), "data", "check", "parts", "--quiet", "--json", *more]
+        return json.loads(CliRunner().invoke(cli, words).stdout)["objects"]
+
+    own = objects(entry)
+    assert (own["frame"], own["tile"], own["median"]) == ([SIDE // 4] * 2, SIDE // 4, 12)
+    half = f"{SIDE // 8}x{SIDE // 8}"
+    for found in (objects(entry, "--size", half), objects(f"{entry}size = '{half}'\n")):
+        assert (found["frame"], found["median"]) == ([SIDE // 8] * 2, 6)
 
 
 def cut(path: Path) -> None:

@@ -217,6 +217,17 @@ def test_without_any_cache_the_way_to_one_is_told(tmp_path: Path) -> None:
         ("[data.x]\npath = 3", "[data.x]: path = 3"),
         ("[data.x]\npath = 'a'\nsize = 64", "[data.x]: size = 64"),
         ("[data.x]\npath = 'a'\nfit = 'crop'", "fit = 'crop' (resize and letterbox are known)"),
+        ("[data.x]\npath = 'a'\nsize = '64'", "[data.x]: '64' is not a size"),
+        ("[data.x]\npath = 'a'\nintensity = 'bright'", "[data.x]: 'bright' is not an intensity policy"),
+        ("[data.x]\npath = 'a'\ntile = 0.5", "[data.x]: tile = 0.5"),
+        ("[data.x]\npath = 'a'\ntile = true", "[data.x]: tile = True"),
+        ("[data.x]\npath = 'a'\ntile = -8", "[data.x]: Images can't be cut into tiles of -8 pixels"),
+        ("[data.x]\npath = 'a'\ntile = 8\noverlap = 8", "0 <= --overlap < T"),
+        ("[data.x]\npath = 'a'\ntile = 8\nempty_tiles = 2", "--empty-tiles 2"),
+        ("[data.x]\npath = 'a'\noverlap = 8", "[data.x]: --overlap and --empty-tiles say how tiles are cut"),
+        ("[data.x]\npath = 'a'\ntile = 8\nfit = 'resize'", "[data.x]: Tiles keep their scale"),
+        ("[data.x]\npath = 'a'\nviews = ['hflip']", "[data.x]: views = ['hflip']"),
+        ("[data.x]\npath = 'a'\nviews = 'sideways'", "[data.x]: 'sideways' are no views"),
         ("[backbones.x]\nweights = 'a.pth'", "[backbones.x]: model is missing"),
         ("[backbones.x]\nmodel = 'resnet18'\nfinal_norm = 'yes'", "[backbones.x]: final_norm = 'yes'"),
     ],
@@ -243,6 +254,28 @@ def test_names_of_the_configuration_can_be_asked_for(images: Path, tmp_path: Pat
     assert result.exit_code == 0
     recipe = read_contents(find_file(tmp_path)).recipe
     assert (recipe.label, recipe.size, recipe.fit) == ("ours-random", (64, 96), "letterbox")
+
+
+def test_tiles_and_views_of_the_configuration_give_the_cache_of_the_same_options(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "featprobe.toml").write_text(
+        f"[data.scans]\npath = '{images}'\nsize = '24x24'\ntile = 16\noverlap = 4\nempty_tiles = 1\nviews = 'hflip'\n"
+        f"[data.whole]\npath = '{images}'\nsize = '32x32'\n"
+    )
+
+    def planned(data: str, *options: object) -> tuple[str, int]:
+        plan = json.loads(call(tmp_path, "plan", *NETWORK, "--data", data, *options, "--quiet", "--json").stdout)
+        return Path(plan["path"]).name, plan["rows"]
+
+    same = ("--size", "24x24", "--tile", "16", "--overlap", "4", "--empty-tiles", "1.0", "--views", "hflip")
+    assert planned("scans") == planned("whole", *same)
+    assert planned("scans", "--tile", "0", "--views", "none") == planned("whole", "--size", "32x32")
+    assert planned("scans", "--tile", "0") == planned("whole", "--size", "32x32", "--views", "hflip")
+    tile = ("--tile", "32", "--overlap", "4", "--views", "vflip")
+    assert planned("scans", "--tile", "32", "--views", "vflip") == planned("whole", *tile)
+    assert len({planned("scans"), planned("whole"), planned("scans", "--tile", "0"), planned("whole", *tile)}) == 4
+    made = call(tmp_path, "extract", *NETWORK, "--data", "scans", "--quiet", "--json")
+    assert Path(json.loads(made.stdout)["path"]).name == planned("scans")[0]
+    assert "--tile 16 --overlap 4 --empty-tiles 1 --views hflip" in read_contents(find_file(tmp_path)).command
 
 
 @pytest.mark.parametrize(

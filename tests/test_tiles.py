@@ -28,16 +28,15 @@ from featprobe.geometry import Part, Placement, place, place_tile, tile_starts, 
 from featprobe.levels import FeatureLevel, Features
 from featprobe.metrics import confusion_matrix
 from featprobe.probes import TrainRecipe
-from featprobe.specs import BackboneSpec
+from featprobe.specs import BackboneSpec, parse_views
 from featprobe.stages.augment import Augmentation, augment
 from featprobe.stages.commands import commands_of
-from featprobe.stages.extract import ExtractOptions
+from featprobe.stages.extract import ExtractOptions, configured
 from featprobe.stages.extract import extract as extract_for_real
 from featprobe.stages.finetune import finetune
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.outcome import scored_here
 from featprobe.stages.partition import regrouped, single_splits, split_rows
-from featprobe.stages.parts import parse_views
 from featprobe.stages.predict import predict
 from featprobe.stages.probe import probe
 from featprobe.stages.stitch import stitched_classes, stitched_logits, stitched_objects
@@ -490,7 +489,7 @@ def test_rows_cards_and_files_are_about_whole_images(task: str, tiled: Workspace
     folder = tiled.probes / row["folder"]
     card = json.loads((folder / "card.json").read_text())
     assert (card["features"]["tile"], card["features"]["overlap"]) == (40, 8)
-    assert "--tile 40 --overlap 8" in commands_of(card, [0], "parts")[0]
+    assert "--tile 40 --overlap 8" in commands_of(card, [0], "parts")[0] and row["tile"] == 40
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.width > 700
     if task == "semseg":
@@ -656,6 +655,11 @@ def test_heads_train_on_views_and_are_scored_without(viewed: Workspace) -> None:
     assert row["images"] == {"train": 8, "val": 4, "test": 9}
     card = json.loads((viewed.probes / row["folder"] / "card.json").read_text())
     assert "--views hflip,vflip,rot90,crop:3" in commands_of(card, [0], "parts")[0]
+    plain = {**card, "features": recipe_of().to_json()}
+    table = {"tile": 512, "views": "hflip"}
+    assert commands_of(plain, [0], "parts", table)[0].endswith("--tile 0 --views none"), (
+        "what featprobe.toml adds is not wanted"
+    )
     live = Run(viewed, cache, "semseg", options_of("semseg", tuning=Tuning(regime="frozen-online")), [0], 1.0)
     assert not any("~" in cache.rows[row].id for row in live.rows["train"].tolist()), "augmentation takes their place"
     with pytest.raises(ProbeError, match="--split group"):
@@ -709,6 +713,36 @@ def test_what_can_not_be_cut_is_refused_before_anything_is_computed(changed: Any
     with pytest.raises(DataError, match=re.escape(told)):
         extract_into(tmp_path / "space", data, **changed)
     assert not list((tmp_path / "space").rglob("*.h5"))
+
+
+settings_of_tiles = st.fixed_dictionaries(
+    {},
+    optional={
+        "tile": st.sampled_from([0, 32, 64]),
+        "overlap": st.sampled_from([0, 8]),
+        "empty_tiles": st.sampled_from([0.0, 0.5, 1.0]),
+        "views": st.sampled_from([(), ("hflip",), ("hflip", "crop:2")]),
+        "size": st.sampled_from([(32, 32), (64, 96)]),
+        "fit": st.just("letterbox"),
+    },
+)
+
+
+def in_toml(asked: dict[str, Any]) -> dict[str, Any]:
+    own = dict(asked)
+    own |= {"size": f"{own['size'][0]}x{own['size'][1]}"} if "size" in own else {}
+    return own | ({"views": ",".join(own["views"]) or "none"} if "views" in own else {})
+
+
+@given(own=settings_of_tiles, asked=settings_of_tiles)
+def test_the_configuration_says_what_the_caller_leaves_open(own: dict[str, Any], asked: dict[str, Any]) -> None:
+    own = own if own.get("tile") else {k: v for k, v in own.items() if k not in ("overlap", "empty_tiles")}
+    assert configured(ExtractOptions(), in_toml(own)) == ExtractOptions(**own), "as if the caller had said it"
+    found = configured(ExtractOptions(**asked), in_toml(own))
+    assert configured(found, in_toml(own)) == found
+    assert all(getattr(found, name) == value for name, value in asked.items()), "the caller wins"
+    if (found.tile or 0) != own.get("tile", 0):
+        assert found.size == asked.get("size"), "a size of the configuration is of its own tiles"
 
 
 @pytest.mark.parametrize("text", ["sideways", "crop", "crop:0", "hflip,hflip", "crop:2,crop:3", ","])

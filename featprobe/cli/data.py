@@ -164,9 +164,12 @@ def data_check(
     """
     from featprobe.geometry import parse_size
     from featprobe.stages.check import check, class_table, entry_texts, head_lines, object_line, object_table
+    from featprobe.stages.extract import ExtractOptions, configured
 
-    named = workspace_of(ctx).data_set(name, format, group_from, split_file, complete=False)
-    found = check(named, size=parse_size(size) if size else None, page=html, workers=workers, quiet=quiet)
+    workspace = workspace_of(ctx)
+    named = workspace.data_set(name, format, group_from, split_file, complete=False)
+    how = configured(ExtractOptions(size=parse_size(size) if size else None), workspace.data_options(name))
+    found = check(named, size=how.size, fit=how.fit, tile=how.tile, page=html, workers=workers, quiet=quiet)
     if json_:
         show_json(asdict(found))
     else:

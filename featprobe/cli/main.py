@@ -276,7 +276,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 @as_json
 @click.pass_context
 def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options: Any) -> None:
-    """Run a grid of backbones, data sets, tasks, heads, regimes, seeds, fractions and sizes from one file.
+    """Run a grid of backbones, data sets, their features, tasks, heads, regimes, seeds and fractions from one file.
 
     What is done already is skipped, so the same command goes on after a stop; a cell that fails does not stop the
     others, and makes the exit code 3. In the end all results of the workspace are put side by side on a page, as
@@ -485,8 +485,8 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 
 def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
     from featprobe.geometry import parse_size
+    from featprobe.specs import parse_views
     from featprobe.stages.extract import ExtractOptions
-    from featprobe.stages.parts import parse_views
 
     same = (
         "format",
@@ -509,7 +509,7 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         levels=names(options["levels"]),
         size=parse_size(options["size"]) if options["size"] else None,
         shard=_parse_shard(options.get("shard")),
-        views=parse_views(options["views"]) if options["views"] else (),
+        views=None if options["views"] is None else parse_views(options["views"]),
         **{name: options[name] for name in same},
     )
 

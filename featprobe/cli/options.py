@@ -75,18 +75,20 @@ _FEATURES = [
     click.option("--size", metavar="HxW", help="Height x width. Default: the images' own up to 512, else 512x512."),
     click.option("--fit", type=click.Choice(["resize", "letterbox"]), help="How images meet --size. Default: resize."),
     intensity,
-    click.option("--tile", type=click.IntRange(1), metavar="PX", help="Cut images into tiles of this side, pixels."),
+    click.option(
+        "--tile", type=click.IntRange(0), metavar="PX", help="Cut images into tiles of this side, pixels; 0: do not."
+    ),
     click.option("--overlap", type=click.IntRange(0), metavar="PX", help="Of tiles, at least.  [default: tile / 8]"),
     click.option(
         "--empty-tiles",
         type=click.FloatRange(0, 1),
-        default=1.0,
         metavar="SHARE",
-        show_default=True,
-        help="Of the training tiles without a defect, that is kept.",
+        help="Of the training tiles without a defect, that is kept.  [default: 1]",
     ),
     click.option(
-        "--views", metavar="LIST", help="Views of the training images to store as well: hflip,vflip,rot90,crop:N."
+        "--views",
+        metavar="LIST",
+        help="Views of the training images to store too: hflip,vflip,rot90,crop:N, or none.",
     ),
     click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per block."),
     click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images."),

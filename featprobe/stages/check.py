@@ -19,7 +19,7 @@ from featprobe.datasets.images import hash_image, read_levels, to_unit
 from featprobe.datasets.samples import SPLITS, listed
 from featprobe.datasets.splits import complete_splits, leaks
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
-from featprobe.geometry import Size, default_size, place
+from featprobe.geometry import Fit, Size, default_size, place, place_tile
 from featprobe.report.page import write_check_page
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.stages.data import contact_sheet, spread
@@ -78,14 +78,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Objects:
-    """Side lengths of objects, the square root of the box area, in pixels of images resized to `frame`.
+    """Side lengths of objects, the square root of the box area, in pixels of images, or tiles, resized to `frame`.
 
-    of: `instances` of the set, or `components` of its masks. smaller_than_cell: how many are, by stride.
+    of: `instances` of the set, or `components` of its masks. tile: side of the tiles in pixels of the original image,
+    None for whole images. smaller_than_cell: how many are, by stride.
     """
 
     of: str
     count: int
     frame: Size
+    tile: int | None
     median: float
     smaller_than_cell: dict[int, int]
 
@@ -115,11 +117,18 @@ class DataCheck:
 
 
 def check(
-    named: DataSet, *, size: Size | None = None, page: Path | None = None, workers: int = 2, quiet: bool = False
+    named: DataSet,
+    *,
+    size: Size | None = None,
+    fit: Fit | None = None,
+    tile: int | None = None,
+    page: Path | None = None,
+    workers: int = 2,
+    quiet: bool = False,
 ) -> DataCheck:
     """Read every image and label of a data set, and say what would spoil a study on it.
 
-    named: the set with the splits that it names itself, if any. size: (height, width) that images are resized to,
+    named: the set with the splits that it names itself, if any. size, fit, tile: as images are brought to features,
     default `extract`'s. page: where to write it as HTML. Raises FeatprobeError when the page can't be written.
     """
     data, findings = named, []
@@ -144,7 +153,7 @@ def check(
         splits=splits,
         sizes=(sizes[0], sizes[-1]) if sizes else None,
         depths=dict(Counter(f.depth for f in found if f.depth)),
-        objects=_objects(found, size or default_size(sizes)) if sizes else None,
+        objects=_objects(found, size, fit or "resize", tile or None) if sizes else None,
         findings=tuple(findings),
         notes=tuple(note for note in data.notes if note not in own_leak),
         spoiled=any(finding.spoils for finding in findings),
@@ -213,15 +222,17 @@ def _sides(target: Target, classes: Sequence[int]) -> tuple[tuple[int, float, fl
     return tuple(found)
 
 
-def _objects(found: Sequence[Looked], frame: Size) -> Objects:
+def _objects(found: Sequence[Looked], size: Size | None, fit: Fit, tile: int | None) -> Objects:
     sides = []
+    frame = size or ((tile, tile) if tile else default_size([f.size for f in found if f.size]))
     for f in found:
         if f.size:
-            (scale_x, _, _), (_, scale_y, _) = place(f.size, frame, "resize", 1).affine
+            placed = place_tile((tile, tile), tile, frame, 1) if tile else place(f.size, frame, fit, 1)
+            (scale_x, _, _), (_, scale_y, _) = placed.affine
             sides += [(width * scale_x * height * scale_y) ** 0.5 for _, width, height in f.objects]
     smaller = {stride: sum(side < stride for side in sides) for stride in STRIDES}
     of = "instances" if any(f.own_objects for f in found) else "components"
-    return Objects(of, len(sides), frame, float(np.median(sides)) if sides else 0.0, smaller)
+    return Objects(of, len(sides), frame, tile, float(np.median(sides)) if sides else 0.0, smaller)
 
 
 def _other_splits(data: DataSet) -> list[str]:
@@ -388,4 +399,5 @@ def object_line(objects: Objects) -> str:
     """What the table of objects is of."""
     kind = "objects" if objects.of == "instances" else "connected components of the masks"
     height, width = objects.frame
-    return f"{objects.count} {kind}, at {height}x{width} pixels: median side {objects.median:.1f}"
+    tiles = f" from tiles of {objects.tile}" if objects.tile else ""
+    return f"{objects.count} {kind}, at {height}x{width} pixels{tiles}: median side {objects.median:.1f}"

@@ -13,19 +13,22 @@ ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_a
 Words = list[str]
 
 
-def commands_of(card: Mapping[str, Any], seeds: Sequence[int], data: str) -> tuple[str, ...]:
+def commands_of(
+    card: Mapping[str, Any], seeds: Sequence[int], data: str, table: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
     """Command lines that extract the features and train the heads of one result again.
 
     seeds: that it has; the command trains all from 0 to the last of them. data: the name of its data set where the
-    commands are to run, or its path. What only Python can say, such as another warm-up, stands in a comment behind.
+    commands are to run, or its path. table: what featprobe.toml says of it there. What only Python can say, such as
+    another warm-up, stands in a comment behind.
     """
     row = card["result"]
     train = [*_train(card), "--seeds", str(max(seeds) + 1)]
     train += [] if row["regime"] == "frozen" else _tuning(row)
-    return _extract(card, data), shlex.join(train) + _unsaid(row)
+    return _extract(card, data, table or {}), shlex.join(train) + _unsaid(row)
 
 
-def _extract(card: Mapping[str, Any], data: str) -> str:
+def _extract(card: Mapping[str, Any], data: str, table: Mapping[str, Any]) -> str:
     features, spec = card["features"], card["backbone"] or {}
     backbone = spec.get("arguments") or ["--backbone", features["label"]]
     words = ["featprobe", "extract", *backbone, "--data", data, "--size", _by(features["size"])]
@@ -35,7 +38,9 @@ def _extract(card: Mapping[str, Any], data: str) -> str:
     for name in ("tile", "overlap", "empty_tiles"):
         if name in features:
             words += [_option(name), f"{features[name]:g}"]
-    words += ["--views", ",".join(features["views"][1:])] if features["views"][1:] else []
+    words += ["--tile", "0"] if table.get("tile") and "tile" not in features else []
+    views = ",".join(features["views"][1:]) or ("none" if "views" in table else "")
+    words += ["--views", views] if views else []
     for name, usual in (("dtype", "fp16"), ("precision", "fp32")):
         if features[name] != usual and card["result"]["regime"] != "full":  # a full card's features come from no cache
             words += [f"--{name}", features[name]]

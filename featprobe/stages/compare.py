@@ -181,7 +181,8 @@ def _commands(workspace: Workspace, result: Result) -> tuple[str, ...]:
     card = result.runs[0].card
     name, root = card["data"]["name"], card["data"]["root"]
     known = name in workspace.config.get("data", {}) or Path(root).resolve() == (workspace.data / name).resolve()
-    return commands_of(card, [run.row["seed"] for run in result.runs], name if known else root)
+    seeds = [run.row["seed"] for run in result.runs]
+    return commands_of(card, seeds, name if known else root, workspace.data_options(name) if known else {})
 
 
 def backbone_names(table: Sequence[Result]) -> dict[tuple[str, str], str]:

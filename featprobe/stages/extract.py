@@ -44,8 +44,7 @@ from featprobe.errors import BackboneError, CacheError, DataError, OverflowsDtyp
 from featprobe.geometry import Fit, Size, parse_size
 from featprobe.machine import free_disk, human_bytes, pick_device
 from featprobe.processes import launched
-from featprobe.specs import BackboneSpec, CacheDtype, DataInfo, FeatureRecipe
-from featprobe.stages.parts import Tiling
+from featprobe.specs import BackboneSpec, CacheDtype, DataInfo, FeatureRecipe, Intensity, Tiling, parse_views
 from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, survey
 from featprobe.stages.workspace import Workspace
 
@@ -69,8 +68,10 @@ class ExtractOptions:
     size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding.
     shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
     group_from, split_file: where its groups and splits are from, None for the set itself.
-    tile: side of the tiles that images are cut into, None for whole images; overlap: of neighbours, None for an eighth
-    of a tile; both in pixels of the original image. views: of training images, as `parse_views` gives them.
+    tile: side of the tiles that images are cut into, 0 for whole images; overlap: of neighbours, by default an eighth
+    of a tile; both in pixels of the original image. empty_tiles: share of the training tiles without a defect that is
+    kept, by default all. views: of training images, as `parse_views` gives them. What is None is as featprobe.toml
+    says, where it names the set.
     """
 
     levels: tuple[str, ...] = ()
@@ -90,18 +91,24 @@ class ExtractOptions:
     split_file: str | None = None
     tile: int | None = None
     overlap: int | None = None
-    empty_tiles: float = 1.0
-    views: tuple[str, ...] = ()
+    empty_tiles: float | None = None
+    views: tuple[str, ...] | None = None
 
     @property
     def tiling(self) -> Tiling | None:
         """How images are cut; None for not at all. Raises DataError for what can't be."""
-        if self.tile is None:
-            idle = self.overlap is not None or self.empty_tiles != 1.0
-            if idle:
-                raise DataError("--overlap and --empty-tiles say how tiles are cut. Add --tile, or leave them away.")
-            return None
-        return Tiling(self.tile, self.tile // 8 if self.overlap is None else self.overlap, self.empty_tiles)
+        return Tiling.of(self.tile, self.overlap, self.empty_tiles, self.fit)
+
+    def check(self) -> None:
+        """Raise DataError for what can't be had together, as far as it can be told without the images."""
+        policy = Intensity.parse(self.intensity) if self.intensity else None
+        if policy and policy.image and (self.tiling or self.views):
+            raise DataError(
+                f"--intensity {policy} would stretch each tile and view of an image in another way.\n"
+                "Take a policy of the whole set (without :image), or whole images alone: --tile 0 --views none."
+            )
+        if self.size and not self.tiling:
+            _check_turns(self.views or (), self.size, self.fit or "resize")
 
 
 @dataclass(frozen=True)
@@ -171,14 +178,24 @@ def extract(
 
 
 def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOptions:
-    """Options with what featprobe.toml says of the data set, where the caller says nothing."""
+    """Options with what featprobe.toml says of the data set, where the caller says nothing.
+
+    What it says of size and fit is meant for its own tiles, or for whole images where it names none: it does not count
+    where the caller wants others. Nor do overlap and empty tiles where the caller wants whole images.
+    """
     pinned = options.split_file or table.get("split_file")
-    if options.tile:  # what is said of whole images is not meant for tiles
-        table = {name: value for name, value in table.items() if name not in ("size", "fit")}
-    size = options.size or (parse_size(str(table["size"])) if "size" in table else None)
+    tile = table.get("tile") if options.tile is None else options.tile
+    idle = [] if (tile or 0) == table.get("tile", 0) else ["size", "fit"]
+    idle += [] if tile else ["overlap", "empty_tiles"]
+    table = {name: value for name, value in table.items() if name not in idle}
+    views = parse_views(table["views"]) if options.views is None and "views" in table else options.views
     return replace(
         options,
-        size=size,
+        size=options.size or (parse_size(table["size"]) if "size" in table else None),
+        tile=tile,
+        overlap=table.get("overlap") if options.overlap is None else options.overlap,
+        empty_tiles=table.get("empty_tiles") if options.empty_tiles is None else options.empty_tiles,
+        views=views,
         fit=options.fit or table.get("fit"),
         intensity=options.intensity or table.get("intensity"),
         format=options.format or table.get("format"),
@@ -189,9 +206,8 @@ def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOpti
 
 def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: ExtractOptions) -> Job:
     """Look at the whole data set and settle the recipe, the rows and the file's name."""
+    options.check()
     tiling = options.tiling
-    if tiling and options.fit == "resize":
-        raise DataError("Tiles keep their scale and shape: --fit resize can't be had with --tile. Leave it away.")
     surveyed = survey(data, workers=options.workers, skip_bad=options.skip_bad, quiet=options.quiet)
     recipe = make_recipe(
         surveyed,
@@ -202,13 +218,9 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
         dtype=options.dtype,
         precision=options.precision,
         tiling=tiling,
-        views=options.views,
+        views=options.views or (),
     )
-    if "rot90" in recipe.views and recipe.fit == "resize" and recipe.size[0] != recipe.size[1]:
-        raise DataError(
-            f"The view rot90 would be stretched to {recipe.size[0]}x{recipe.size[1]} pixels. Nothing was computed.\n"
-            "Keep shapes with --fit letterbox, or choose a square --size."
-        )
+    _check_turns(recipe.views, recipe.size, recipe.fit)
     path = workspace.cache_folder(data) / f"{recipe.label}-{recipe.key[:8]}.h5"
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
@@ -218,6 +230,15 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
         path, recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
         _placed(backbone.spec), tuple(whole), {name: value for name, value in how.items() if value},
     )  # fmt: skip
+
+
+def _check_turns(views: Sequence[str], size: Size, fit: Fit) -> None:
+    """Raise DataError where a quarter turn would not keep the image's shape."""
+    if "rot90" in views and fit == "resize" and size[0] != size[1]:
+        raise DataError(
+            f"The view rot90 would be stretched to {size[0]}x{size[1]} pixels. Nothing was computed.\n"
+            "Keep shapes with --fit letterbox, or choose a square --size."
+        )
 
 
 def extract_with(
@@ -592,7 +613,7 @@ def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
         value = getattr(options, name)
         if value != getattr(ExtractOptions, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--views", ",".join(options.views)] if options.views else []
+    words += [] if options.views is None else ["--views", ",".join(options.views) or "none"]
     return shlex.join([*words, *(["--skip-bad"] if options.skip_bad else [])])
 
 

@@ -1,14 +1,12 @@
 """Tiles and views: which parts of its images a cache holds, with the labels that belong to each."""
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import xxhash
 
 from featprobe.cache import Row
-from featprobe.errors import DataError
 from featprobe.geometry import IDENTITY, TURNS, Part, Placement, place, place_tile, tiles_of
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.augment import Augmentation, choose_crop, place_crop
@@ -21,45 +19,6 @@ from featprobe.targets import (
     encode_instances,
     encode_semantic,
 )
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How images are cut into tiles.
-
-    tile: side, and overlap: of neighbours, at least, pixels of the original image. empty_tiles: share of the training
-    tiles without a defect that is kept.
-    """
-
-    tile: int
-    overlap: int
-    empty_tiles: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.tile >= 1 and 0 <= self.overlap < self.tile and 0 <= self.empty_tiles <= 1):
-            raise DataError(
-                "Images can't be cut like this. Nothing was computed.\n"
-                "  wanted  --tile T >= 1 pixel, 0 <= --overlap < T, 0 <= --empty-tiles <= 1\n"
-                f"  found   --tile {self.tile} --overlap {self.overlap} --empty-tiles {self.empty_tiles:g}"
-            )
-
-
-def parse_views(text: str) -> tuple[str, ...]:
-    """Names of views of training images, as `hflip,vflip,rot90,crop:4`; raises DataError.
-
-    >>> parse_views("hflip, crop:2")
-    ('hflip', 'crop:2')
-    """
-    views = tuple(part.strip() for part in text.split(",") if part.strip())
-    wrong = [view for view in views if view not in TURNS and not re.fullmatch(r"crop:[1-9]\d*", view)]
-    kinds = [view.split(":")[0] for view in views]
-    if wrong or not views or len(set(kinds)) < len(kinds):
-        raise DataError(
-            f"{text!r} are no views of training images.\n"
-            f"  wanted  each at most once: {', '.join(TURNS)}, and crop:N for N random crops\n"
-            f"  found   {', '.join(wrong or kinds) or 'nothing'}"
-        )
-    return views
 
 
 def parts_of(row: Row, recipe: FeatureRecipe, multiple: int, image_index: int) -> list[Row]:

@@ -20,8 +20,8 @@ from featprobe.datasets.images import bits_of, hash_image, image_size, read_leve
 from featprobe.datasets.samples import listed
 from featprobe.errors import DataError
 from featprobe.geometry import Fit, Placement, Size, default_size, place
-from featprobe.specs import CACHE_VERSION, CacheDtype, DataInfo, FeatureRecipe, Intensity, default_intensity
-from featprobe.stages.parts import Tiling, parts_of
+from featprobe.specs import CACHE_VERSION, CacheDtype, DataInfo, FeatureRecipe, Intensity, Tiling, default_intensity
+from featprobe.stages.parts import parts_of
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
 
 CLIPPED_WARNING = 0.01
@@ -183,11 +183,6 @@ def make_recipe(
     if tiling:
         recipe = replace(recipe, tile=tiling.tile, overlap=tiling.overlap, empty_tiles=tiling.empty_tiles)
     recipe = replace(recipe, views=(*recipe.views, *views))
-    if recipe.in_parts and policy.image:
-        raise DataError(
-            f"--intensity {policy} would stretch each tile and view of an image in another way.\n"
-            "Take a policy of the whole set (without :image), or leave --tile and --views away."
-        )
     return replace(recipe, version=CACHE_VERSION) if recipe.in_parts else recipe
 
 

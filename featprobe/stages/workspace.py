@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from featprobe.backbones import ALIASES, find_backbone
 from featprobe.datasets import GENERATED, DataSet, generate, read_data
 from featprobe.errors import CacheError, DataError, FeatprobeError, nearest
-from featprobe.specs import BackboneSpec
+from featprobe.geometry import parse_size
+from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
 
 CONFIG = "featprobe.toml"
 ALLOWED: Mapping[str, Mapping[str, type]] = {
@@ -26,6 +27,10 @@ ALLOWED: Mapping[str, Mapping[str, type]] = {
         "group_from": str,
         "split_file": str,
         "classes": list,
+        "tile": int,
+        "overlap": int,
+        "empty_tiles": float,
+        "views": str,
     },
     "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
 }
@@ -156,6 +161,10 @@ class Workspace:
                 if found:
                     wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in ALLOWED[section].items())
                     raise FeatprobeError(f"{path}, [{section}.{name}]: {found}. wanted: {wanted}.")
+                try:
+                    _check_values(entry)
+                except DataError as error:
+                    raise FeatprobeError(f"{path}, [{section}.{name}]: {error}") from error
         return config
 
 
@@ -169,17 +178,33 @@ def _fault_of(section: str, entry: Any) -> str:
         return f"unknown {', '.join(unknown)}"
     if required not in entry:
         return f"{required} is missing"
-    texts = {key: value if isinstance(value, list) else [] for key, value in entry.items()}
-    wrong = [
-        key
-        for key, value in entry.items()
-        if not isinstance(value, known[key]) or not all(isinstance(text, str) for text in texts[key])
-    ]
+    wrong = [key for key, value in entry.items() if not is_of(value, known[key])]
     if wrong:
         return f"{wrong[0]} = {entry[wrong[0]]!r}"
     if entry.get("fit", "resize") not in ("resize", "letterbox"):
         return f"fit = {entry['fit']!r} (resize and letterbox are known)"
     return ""
+
+
+def _check_values(entry: Mapping[str, Any]) -> None:
+    """Raise DataError for the first value that makes no sense."""
+    parsers: Mapping[str, Callable[[str], object]] = {
+        "size": parse_size,
+        "intensity": Intensity.parse,
+        "views": parse_views,
+    }
+    for key, parse in parsers.items():
+        if key in entry:
+            parse(entry[key])
+    Tiling.of(*(entry.get(key) for key in ("tile", "overlap", "empty_tiles", "fit")))
+
+
+def is_of(value: object, kind: type) -> bool:
+    """Whether a value of a TOML file is of a kind: true is no number there, a whole number is a fraction too, and a list
+    is one of texts."""
+    if isinstance(value, list):
+        return kind is list and all(isinstance(text, str) for text in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def make_generated(
