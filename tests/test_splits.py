@@ -475,10 +475,10 @@ def test_a_split_is_written_edited_and_used_from_the_command_line(space: Workspa
 def test_a_study_runs_every_fold(made: Workspace) -> None:
     from featprobe.stages.study import Study, cells_of
 
-    cells = cells_of(Study(("surface",), ("pooling",), regimes=("frozen",), seeds=2, split="group:3"))
+    cells = cells_of(Study(("surface",), ("pooling",), regimes=("frozen",), seeds=2, split="group:3"), made)
     assert [(cell.split, cell.seed) for cell in cells] == [(f"group:3/{f}", s) for s in (0, 1) for f in (1, 2, 3)]
     with pytest.raises(FeatprobeError):
-        cells_of(Study(("surface",), ("pooling",), split="grup"))
+        cells_of(Study(("surface",), ("pooling",), split="grup"), made)
 
 
 @pytest.mark.parametrize("name", ["dir#1/x.csv", "X.CSV", "a.csv#b.csv"])

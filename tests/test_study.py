@@ -5,12 +5,14 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from featprobe.cli.main import cli
 from featprobe.errors import DataError
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
+from featprobe.report.tables import result_table
 from featprobe.stages import trials
-from featprobe.stages.study import cells_of, read_study, run_study
+from featprobe.stages.compare import compare
+from featprobe.stages.study import Study, cells_of, left_out, read_study, run_study
 from featprobe.stages.workspace import Workspace, make_generated
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +66,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tmp_path: Path) -> None:
     study = read_study(written(tmp_path, SMALL), workspace)
-    cells = cells_of(study)
+    cells = cells_of(study, workspace)
     said: list[str] = []
     plan = run_study(workspace, study, said.append, dry_run=True)
     assert not plan.rows and any(line.startswith("to extract") for line in said)
@@ -114,7 +118,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(workspace: Workspace, tmp_pa
     (folder / "images").mkdir(parents=True)
     study = read_study(written(tmp_path, text.replace('["surface"]', f'["{folder}", "surface"]')), workspace)
     report = run_study(workspace, study)
-    assert {cell.data for cell, _ in report.failed} == {str(folder)}
+    assert {cell.place.data for cell, _ in report.failed} == {str(folder)}
     assert {row["data"] for row in report.rows} == {"surface"} and report.rows
 
 
@@ -149,6 +153,155 @@ def test_a_plan_goes_past_a_damaged_cache(workspace: Workspace, tmp_path: Path) 
         str(whole),
         str(other),
     }
+
+
+# ---- tiles and views -------------------------------------------------------------------------------------------------
+
+CUT = """
+data = ["surface"]
+backbones = ["tf_efficientnet_lite0-random"]
+heads = ["linear"]
+regimes = ["frozen", "full"]
+seeds = 1
+sizes = ["32x32"]
+tiles = [0, 32]
+overlap = 4
+empty_tiles = 0.5
+views = ["none", "hflip, crop:1"]
+show = 0
+[train.all]
+iterations = 2
+batch_size = 4
+evaluations = 1
+loss_at = "level"
+"""
+
+
+def arms(workspace: Workspace) -> set[tuple[str, int | None, tuple[str, ...]]]:
+    """(regime, tile, stored views that were trained on) of each result, each of which stands there once."""
+    rows, _ = read_rows(workspace.probes / "results.jsonl")
+    found = [(r["regime"], r["tile"], tuple((r["augmentation"] or {}).get("views", ()))) for r in rows]
+    assert len(set(found)) == len(found)
+    return set(found)
+
+
+def test_a_study_of_tiles_and_views_trains_each_arm_once_and_tells_them_apart(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    study = read_study(written(tmp_path, CUT), workspace)
+    said: list[str] = []
+    plan = run_study(workspace, study, said.append, dry_run=True)
+    assert said[0] == "6 trainings on 4 caches" and said[1].startswith("left out: full augments images anew")
+    assert sum("to extract" in line for line in said) == 4 and not plan.failed
+    assert sum("tiles of 32 (overlap 4, 50% of the empty)" in line for line in said) == 2
+    run_study(workspace, replace(study, tiles=(0,), views=("none",)))
+    said.clear()
+    plan = run_study(workspace, study, said.append, dry_run=True)
+    assert plan.done == 2 and sum("to extract" in line for line in said) == 3, "no cache stands for another"
+    report = run_study(workspace, study)
+    assert not report.failed and (report.done, len(report.rows)) == (2, 4)
+    views = ("hflip", "crop:1")
+    assert arms(workspace) == {
+        ("frozen", None, ()), ("frozen", None, views), ("full", None, ()),
+        ("frozen", 32, ()), ("frozen", 32, views), ("full", 32, ()),
+    }  # fmt: skip
+    for dry_run in (True, False):
+        assert run_study(workspace, study, dry_run=dry_run).done == 6
+    assert len(run_study(workspace, replace(study, overlap=8), dry_run=True).missing) == 3
+    table = result_table(report.rows)
+    assert (
+        table["cache"].str.contains("tiles of 32").sum() == 3
+        and table["cache"].str.contains("hflip, crop:1").sum() == 2
+    )
+    compared = compare(workspace, quiet=True)
+    (whole,) = compared.sets
+    assert len({(line["regime"], line["size"]) for line in whole.lines}) == 6, "all see the same test images"
+    assert {(d["a"], d["b"]) for d in whole.differences} == {
+        ("frozen, augmented", "frozen"), ("full", "frozen"), ("full", "frozen, augmented")
+    }  # fmt: skip
+    assert not any(d["confounded"] for d in whole.differences)
+
+
+def test_a_study_takes_tiles_and_views_of_the_configuration_unless_it_names_others(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    (workspace.root / "featprobe.toml").write_text(
+        f'[data.scans]\npath = "{workspace.data / "surface"}"\ntile = 32\nempty_tiles = 0.5\nviews = "hflip"\n'
+    )
+    space = Workspace(workspace.root)
+    text = CUT.replace('"surface"', '"scans"').replace('"frozen", "full"', '"frozen"')
+    for name in ("sizes", "tiles", "overlap", "empty_tiles", "views"):
+        text = re.sub(rf"^{name} = .*\n", "", text, flags=re.MULTILINE)
+    run_study(space, read_study(written(tmp_path, text), space))
+    assert arms(space) == {("frozen", 32, ("hflip",))}
+    (path,) = space.cache_files()
+    recipe = read_contents(path).recipe
+    assert (recipe.size, recipe.overlap, recipe.empty_tiles) == ((32, 32), 4, 0.5)
+    whole = read_study(written(tmp_path, 'tiles = [0]\nviews = ["none"]\nsizes = ["32x32"]\n' + text), space)
+    assert run_study(space, whole, dry_run=True).done == 0
+    run_study(space, whole)
+    assert arms(space) == {("frozen", 32, ("hflip",)), ("frozen", None, ())}
+    own = read_study(written(tmp_path, text), space)
+    assert run_study(space, own, dry_run=True).done == run_study(space, whole, dry_run=True).done == 1
+
+
+def test_full_on_stored_views_alone_or_without_augmentation(workspace: Workspace) -> None:
+    study = Study(("surface",), ("tf_efficientnet_lite0-random",), seeds=1, views=("hflip", "hflip,vflip"))
+
+    def trained(asked: Study) -> list[tuple[str, int]]:
+        return [(cell.regime, len(cell.place.options.views or ())) for cell in cells_of(asked, workspace)]
+
+    assert trained(study) == [("frozen", 1), ("full", 1), ("frozen", 2)], "with the fewest views that there are"
+    every = replace(study, tuning={"augment": False})
+    assert trained(every) == [("frozen", 1), ("full", 1), ("frozen", 2), ("full", 2)], "stored views are looked at"
+    assert left_out(study, workspace) and not left_out(every, workspace)
+
+
+def test_views_and_thinned_tiles_are_left_out_of_another_split(workspace: Workspace, tmp_path: Path) -> None:
+    text = CUT.replace("empty_tiles = 0.5", 'split = "group:3"')
+    study = read_study(written(tmp_path, text), workspace)
+    assert {cell.place.options.views for cell in cells_of(study, workspace)} == {()}
+    assert any("the set's own split alone" in reason for reason in left_out(study, workspace))
+    with pytest.raises(DataError, match="nothing is left to train: stored views and thinned tiles"):
+        read_study(written(tmp_path, text.replace('"none", ', "")), workspace)
+    thinned = read_study(written(tmp_path, text + "\n"), workspace)
+    thinned = replace(thinned, empty_tiles=0.5)
+    assert {cell.place.options.tile for cell in cells_of(thinned, workspace)} == {0}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("tiles = [0, 32]", 'tiles = ["32/4"]', "tiles: '32/4' is no int"),
+        ("tiles = [0, 32]", "tiles = 32", "tiles is no list"),
+        ("tiles = [0, 32]", "tiles = [-1]", "surface: Images can't be cut into tiles of -1 pixels"),
+        ("tiles = [0, 32]", "", "surface: --overlap and --empty-tiles say how tiles are cut"),
+        ("overlap = 4", "overlap = 32", "tiles of 32 pixels that overlap by 32"),
+        ("overlap = 4", "overlap = [4]", "overlap is no single value"),
+        ("empty_tiles = 0.5", "empty_tiles = 1.5", "with 1.5 of the empty ones"),
+        ('"none", ', '"sideways", ', "'sideways' are no views"),
+        ('"none", ', "3, ", "views: 3 is no str"),
+        ('"32x32"]\n', '"32x64"]\n', "The view rot90 would be stretched to 32x64"),
+        ('"32x32"', "32", "sizes: 32 is no str"),
+    ],
+)
+def test_what_can_not_be_cut_or_seen_is_told_when_the_study_is_read(
+    old: str, new: str, said: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    text = CUT.replace("crop:1", "rot90")
+    assert old in text and read_study(written(tmp_path, text), workspace)
+    with pytest.raises(DataError) as caught:
+        read_study(written(tmp_path, text.replace(old, new)), workspace)
+    assert said in str(caught.value)
+
+
+def test_an_intensity_of_each_image_is_no_policy_for_tiles_and_views(workspace: Workspace, tmp_path: Path) -> None:
+    (workspace.root / "featprobe.toml").write_text(
+        f'[data.scans]\npath = "{workspace.data / "surface"}"\nintensity = "minmax:image"\n'
+    )
+    space = Workspace(workspace.root)
+    with pytest.raises(DataError, match="scans: --intensity minmax:image would stretch"):
+        read_study(written(tmp_path, CUT.replace('"surface"', '"scans"')), space)
 
 
 # ---- several processes, and kills ------------------------------------------------------------------------------------
@@ -363,6 +516,28 @@ def test_a_study_runs_as_jobs(workspace: Workspace, tmp_path: Path, slurm: Path)
     assert "There is no cache to train on" in failed and Path(failed.rpartition("see ")[2].rstrip(")")).is_file()
 
 
+def test_jobs_of_whole_images_and_of_tiles_are_not_taken_for_each_other(
+    workspace: Workspace, tmp_path: Path, slurm: Path
+) -> None:
+    (slurm / "held").touch()
+    text = CUT.replace('"frozen", "full"', '"frozen"')
+    few = hand_over(workspace, written(tmp_path, text.replace("[0, 32]", "[0]").replace(', "hflip, crop:1"', "")))
+    assert "1 extractions and 1 trainings" in few.stderr
+    all_of_it = hand_over(workspace, written(tmp_path, text))
+    assert "1 trainings are in the queue already" in all_of_it.stderr
+    assert "3 extractions and 3 trainings" in all_of_it.stderr
+    again = hand_over(workspace, written(tmp_path, text.replace("overlap = 4", "overlap = 8")))
+    assert "2 trainings are in the queue already" in again.stderr, "those of whole images"
+    assert "2 extractions and 2 trainings" in again.stderr
+    (slurm / "held").unlink()
+    wait_for(lambda: not list(slurm.glob("queue/*")))
+    rows, _ = read_rows(workspace.probes / "results.jsonl")
+    assert sorted((r["tile"] or 0, bool(r["augmentation"])) for r in rows) == [
+        (0, False), (0, True), (32, False), (32, False), (32, True), (32, True)
+    ]  # fmt: skip
+    assert len({r["feature_key"] for r in rows}) == 6
+
+
 def wait_for(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
     while not holds():
@@ -401,4 +576,5 @@ def test_the_examples_are_studies(path: Path, tmp_path: Path) -> None:
     for name in ("path/to/severstal", "path/to/gdxray"):
         (tmp_path / name).mkdir(parents=True)
         text = text.replace(name, str(tmp_path / name))
-    assert cells_of(read_study(written(tmp_path, text), Workspace(tmp_path)))
+    workspace = Workspace(tmp_path)
+    assert cells_of(read_study(written(tmp_path, text), workspace), workspace)

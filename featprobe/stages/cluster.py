@@ -15,7 +15,7 @@ from featprobe.errors import FeatprobeError
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.specs import digest
-from featprobe.stages.study import Cell, Study, StudyReport, by_cache, make_cache, run_cells, run_study
+from featprobe.stages.study import Cell, Place, Study, StudyReport, by_cache, make_cache, run_cells, run_study
 from featprobe.stages.trials import Say
 from featprobe.stages.workspace import Workspace
 
@@ -51,13 +51,13 @@ class _Again(ABC):
 
 @dataclass(frozen=True)
 class Extraction(_Again):
-    """Makes the cache of a cell, or goes on with it; returns where it is."""
+    """Makes the cache of a place, or goes on with it; returns where it is."""
 
     root: Path
-    cell: Cell
+    place: Place
 
     def __call__(self) -> Path:
-        return make_cache(Workspace(self.root), self.cell.data, self.cell.backbone, self.cell.size).path
+        return make_cache(Workspace(self.root), self.place).path
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,12 @@ def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], s
         if _key(study, cell) in latest:
             say(f"failed before: {cell}: {_reason(workspace, latest[_key(study, cell)])}")
     groups = by_cache(wanted)
-    running = {place: latest[digest(place)] for place in groups if latest.get(digest(place)) in queue}
+    keys = {place: digest(asdict(place)) for place in groups}
+    running = {place: latest[keys[place]] for place in groups if latest.get(keys[place]) in queue}
     missing = [place for place in groups if place not in running]
-    made = _submit(executor, [Extraction(root, groups[place][0]) for place in missing])
+    made = _submit(executor, [Extraction(root, place) for place in missing])
     for place, job in zip(missing, made, strict=True):
-        append_row(root / JOBS / "jobs.jsonl", {"what": digest(place), "job": job, "text": " ".join(place)})
+        append_row(root / JOBS / "jobs.jsonl", {"what": keys[place], "job": job, "text": str(place)})
     jobs: list[tuple[Cell, str]] = []
     for place, extraction in (running | dict(zip(missing, made, strict=True))).items():
         executor.update_parameters(dependency=f"afterany:{extraction}")

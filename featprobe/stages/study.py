@@ -1,4 +1,4 @@
-"""A study: a grid of backbones, data sets, tasks, heads, regimes, seeds, fractions and sizes from one file."""
+"""A study: a grid of data sets, backbones, their features, tasks, heads, regimes, seeds and fractions from one file."""
 
 import itertools
 import tomllib
@@ -9,29 +9,37 @@ from typing import Any
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, nearest
-from featprobe.geometry import Size, parse_size
+from featprobe.geometry import parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
-from featprobe.specs import SplitChoice
-from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse_views
+from featprobe.stages.extract import ExtractOptions, configured, extract
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import checked, show
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import Workspace, is_of
 
 REGIMES = ("frozen", "frozen-online", "full")
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
-GRID = ("data", "backbones", "tasks", "heads", "regimes", "fractions", "sizes")
+GRID = ("data", "backbones", "tasks", "heads", "regimes", "fractions", "sizes", "tiles", "views")
+LISTS = (*GRID, "lr", "weight_decay", "log")
+KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("seeds", "show", "tiles", "overlap"), int),
+    **dict.fromkeys(("fractions", "lr", "weight_decay", "empty_tiles"), float),
+    **dict.fromkeys(("train", "tuning"), dict),
+}
+"""Settings of a study, and entries of its lists, that are no text."""
 
 
 @dataclass(frozen=True)
 class Study:
     """What a study file asks for; each list is one side of the grid.
 
-    heads: of any task; empty for each task's default. sizes: () for each data set's own. train: fields of TrainRecipe
-    by kind of head, "all" for every kind. tuning: fields of Tuning. show: test images on the picture sheet of each
-    first seed, 0 for no sheets. log: as ProbeOptions has it.
+    heads: of any task; empty for each task's default. sizes, tiles, views: () for what featprobe.toml says of each data
+    set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
+    train: fields of TrainRecipe by kind of head, "all" for every kind. tuning: fields of Tuning. show: test images on
+    the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions has it.
     """
 
     data: tuple[str, ...]
@@ -42,6 +50,10 @@ class Study:
     seeds: int = 3
     fractions: tuple[float, ...] = (1.0,)
     sizes: tuple[str, ...] = ()
+    tiles: tuple[int, ...] = ()
+    overlap: int | None = None
+    empty_tiles: float | None = None
+    views: tuple[str, ...] = ()
     split: str = "own"
     lr: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
@@ -74,12 +86,25 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One training of a study."""
+class Place:
+    """What names a cache in a study. options: as the study and featprobe.toml together say."""
 
     data: str
     backbone: str
-    size: str
+    options: ExtractOptions
+
+    def __str__(self) -> str:
+        options, text = self.options, f"{self.backbone} on {self.data}"
+        text += f" at {options.size[0]}x{options.size[1]}" if options.size else ""
+        text += f" in {options.tiling}" if options.tiling else ""
+        return text + (f" with {', '.join(options.views)}" if options.views else "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a study."""
+
+    place: Place
     task: str
     head: str
     regime: str
@@ -88,14 +113,10 @@ class Cell:
     split: str = "own"
 
     def __str__(self) -> str:
-        size = f" at {self.size}" if self.size else ""
         part = "" if self.fraction == 1 else f", {self.fraction:g} of train"
         choice = SplitChoice.parse(self.split)
         part += f", fold {choice.fold} of {choice.folds}" if choice.fold else ""
-        return f"{self.backbone} on {self.data}{size}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
-
-
-Place = tuple[str, str, str]  # data set, backbone and size: what names a cache in a study
+        return f"{self.place}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -125,19 +146,25 @@ def read_study(path: Path, workspace: Workspace) -> Study:
     known = [entry.name for entry in fields(Study)]
     faults = [f"there is no setting {name!r}. {nearest(name, known)}" for name in values if name not in known]
     values = {name: value for name, value in values.items() if name in known}
-    faults += [f"{name} is missing" for name in ("data", "backbones") if not values.get(name)]
-    faults += [
-        f"{n} is no list"
-        for n in (*GRID, "lr", "weight_decay", "log")
-        if n in values and not isinstance(values[n], list)
-    ]
-    if not any("is no list" in fault or "is missing" in fault for fault in faults):
+    broken = [f"{name} is missing" for name in ("data", "backbones") if not values.get(name)]
+    broken += [fault for name, value in values.items() for fault in _type_faults(name, value)]
+    faults += broken
+    if not broken:
         sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         study = Study(**sides)
         faults += _faults(study, workspace)
     if faults:
         raise DataError(f"{path} can't be run. Nothing was computed.\n" + "\n".join(f"  {fault}" for fault in faults))
     return study
+
+
+def _type_faults(name: str, value: Any) -> list[str]:
+    """What is wrong with the kind of a setting's value."""
+    if isinstance(value, list) != (name in LISTS):
+        return [f"{name} is no {'list' if name in LISTS else 'single value'}"]
+    kind = KINDS.get(name, str)
+    entries = value if isinstance(value, list) else [value]
+    return [f"{name}: {entry!r} is no {kind.__name__}" for entry in entries if not is_of(entry, kind)]
 
 
 def _faults(study: Study, workspace: Workspace) -> list[str]:
@@ -151,6 +178,7 @@ def _faults(study: Study, workspace: Workspace) -> list[str]:
         (study.backbones, lambda name: _backbone(workspace, name)),
         (study.tasks, kinds_of),
         (study.sizes, parse_size),
+        (study.views, parse_views),
     ]
     for names, check in checks:
         for name in names:
@@ -183,18 +211,63 @@ def _faults(study: Study, workspace: Workspace) -> list[str]:
                     study.options(task, kind, regime)
                 except FeatprobeError as error:
                     found.append(str(error).splitlines()[0])
-    return found
+        for place in places_of(study, workspace):
+            try:
+                place.options.check()
+            except FeatprobeError as error:
+                found.append(f"{place.data}: {str(error).splitlines()[0]}")
+    if not found and not cells_of(study, workspace):
+        found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
+    return list(dict.fromkeys(found))
 
 
-def cells_of(study: Study) -> list[Cell]:
-    """Every training of a study, those of one cache together; ridge, which has no other regime, in the frozen one."""
+def places_of(study: Study, workspace: Workspace) -> list[Place]:
+    """Every cache that a study may need."""
+    places = []
+    sides = (study.data, study.backbones, study.sizes or (None,), study.tiles or (None,), study.views or (None,))
+    for data, backbone, size, tile, views in itertools.product(*sides):
+        asked = ExtractOptions(
+            size=None if size is None else parse_size(size),
+            tile=tile,
+            overlap=None if tile == 0 else study.overlap,
+            empty_tiles=None if tile == 0 else study.empty_tiles,
+            views=None if views is None else parse_views(views),
+            quiet=True,
+        )
+        places.append(Place(data, backbone, configured(asked, workspace.data_options(data))))
+    return places
+
+
+def _why_not(study: Study, place: Place, regime: str) -> str:
+    """Why a study trains nothing on a cache in a regime; "" where it does."""
+    options = place.options
+    bound = options.views or (options.tiling and options.tiling.empty_tiles < 1)
+    if study.split != "own" and bound:
+        return f"stored views and thinned tiles have the set's own split alone: none with split = {study.split!r}"
+    fewest = min((parse_views(views) for views in study.views), key=len, default=options.views or ())
+    if regime != "frozen" and study.tuning.get("augment", True) and (options.views or ()) != fewest:
+        return f"{regime} augments images anew, whatever views are stored: trained once, with the fewest of them"
+    return ""
+
+
+def left_out(study: Study, workspace: Workspace) -> list[str]:
+    """Which parts of the grid are not trained, and why."""
+    pairs = itertools.product(places_of(study, workspace), study.regimes)
+    return list(dict.fromkeys(filter(None, (_why_not(study, place, regime) for place, regime in pairs))))
+
+
+def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
+    """Every training of a study, those of one cache together, less those that are `left_out`.
+
+    Ridge, which has no other regime, is in the frozen one.
+    """
     splits = single_splits(study.split)
     return [
-        Cell(data, backbone, size, task, kind, regime, float(fraction), seed, split)
-        for data, backbone, size in itertools.product(study.data, study.backbones, study.sizes or ("",))
+        Cell(place, task, kind, regime, float(fraction), seed, split)
+        for place in places_of(study, workspace)
         for task, regime in itertools.product(study.tasks, study.regimes)
         for kind in study.kinds(task)
-        if kind != "ridge" or regime == "frozen"
+        if (kind != "ridge" or regime == "frozen") and not _why_not(study, place, regime)
         for fraction, seed, split in itertools.product(
             study.fractions, range(1 if kind == "ridge" else study.seeds), splits
         )
@@ -205,7 +278,7 @@ def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
     """The cells of each cache."""
     groups: dict[Place, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.data, cell.backbone, cell.size), []).append(cell)
+        groups.setdefault(cell.place, []).append(cell)
     return groups
 
 
@@ -219,25 +292,27 @@ def run_study(
     """
     check_logs(study.log)
     check_together()
-    cells = cells_of(study)
+    cells = cells_of(study, workspace)
     groups = by_cache(cells)
     say(f"{len(cells)} trainings on {len(groups)} caches")
+    for reason in left_out(study, workspace):
+        say(f"left out: {reason}")
     report = StudyReport(tuple(cells))
-    for (data, backbone, size), own in groups.items():
+    for place, own in groups.items():
         notes: list[str] = []
         try:
             if dry_run:
-                cache = _find(workspace, data, backbone, size, notes)
+                cache = _find(workspace, place, notes)
             else:
-                cache = make_cache(workspace, data, backbone, size)
+                cache = make_cache(workspace, place)
         except FeatprobeError as error:
             report += StudyReport(failed=tuple((cell, str(error)) for cell in own))
-            say(f"failed: {backbone} on {data}: {str(error).splitlines()[0]}")
+            say(f"failed: {place}: {str(error).splitlines()[0]}")
             continue
         report += StudyReport(notes=tuple(notes))
         if cache is None:
             report += StudyReport(missing=tuple(own))
-            say(f"to extract: {backbone} on {data}{f' at {size}' if size else ''}, then {len(own)} trainings")
+            say(f"to extract: {place}, then {len(own)} trainings")
             continue
         report += run_cells(workspace, study, cache, own, say, dry_run=dry_run)
     if report.done:
@@ -257,7 +332,7 @@ def run_cells(
     done = 0
     for cell in cells:
         if cell.task not in cache.data.tasks:
-            notes.append(f"{cell.data} holds no labels for {cell.task}")
+            notes.append(f"{cell.place.data} holds no labels for {cell.task}")
             continue
         try:
             options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
@@ -300,23 +375,20 @@ def _backbone(workspace: Workspace, name: str) -> Any:
     return workspace.backbone(name)
 
 
-def make_cache(workspace: Workspace, data: str, backbone: str, size: str) -> Cache:
-    """The complete cache of a study's data set, backbone and size, made where it is missing; raises FeatprobeError."""
-    options = ExtractOptions(size=parse_size(size) if size else None, quiet=True)
-    return open_cache(extract(workspace, _backbone(workspace, backbone), data, options).path)
+def make_cache(workspace: Workspace, place: Place) -> Cache:
+    """The complete cache of a study's place, made where it is missing; raises FeatprobeError."""
+    return open_cache(extract(workspace, _backbone(workspace, place.backbone), place.data, place.options).path)
 
 
-def _find(workspace: Workspace, data: str, backbone: str, size: str, notes: list[str]) -> Cache | None:
-    """The complete cache of a cell that is there already, or None; one that can't be read is noted."""
-    spec = _backbone(workspace, backbone)
-    asked: Size | None = parse_size(size) if size else None
+def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
+    """The complete cache of a place that is there already, or None; one that can't be read is noted."""
+    label, root = _backbone(workspace, place.backbone).label, Path(place.data).resolve()
     found = []
     for path in workspace.cache_files():
         try:
             cache = open_cache(path)
-            of_data = cache.data.name == data or Path(cache.data.root) == Path(data).resolve()
-            of_backbone = cache.recipe.label == spec.label and not cache.recipe.in_parts  # a study has whole images
-            if of_data and of_backbone and asked in (None, cache.recipe.size):
+            of_data = cache.data.name == place.data or Path(cache.data.root) == root
+            if of_data and cache.recipe.label == label and _is_made_so(cache.recipe, place.options):
                 cache.usable()
                 found.append(cache)
         except CacheIncompleteError:
@@ -324,3 +396,14 @@ def _find(workspace: Workspace, data: str, backbone: str, size: str, notes: list
         except CacheError as error:
             notes.append(f"left aside: {str(error).splitlines()[0]}")
     return min(found, key=lambda cache: len(cache.contents.command), default=None)  # with the fewest options
+
+
+def _is_made_so(recipe: FeatureRecipe, options: ExtractOptions) -> bool:
+    """Whether features are those that a study asks for; any size will do where neither it nor tiles say one."""
+    tiling = options.tiling
+    size = options.size or ((tiling.tile, tiling.tile) if tiling else recipe.size)
+    fit = "letterbox" if tiling else options.fit or "resize"
+    policy = str(Intensity.parse(options.intensity)) if options.intensity else recipe.intensity
+    cut = Tiling(recipe.tile, recipe.overlap, recipe.empty_tiles) if recipe.tile else None
+    asked = (size, fit, policy, tiling, options.views or ())
+    return asked == (recipe.size, recipe.fit, recipe.intensity, cut, recipe.views[1:])
