@@ -200,8 +200,7 @@ def _check_values(entry: Mapping[str, Any]) -> None:
 
 
 def is_of(value: object, kind: type) -> bool:
-    """Whether a value of a TOML file is of a kind: true is no number there, a whole number is a fraction too, and a list
-    is one of texts."""
+    """Whether a value of TOML is of a kind: true is no number, a whole number is a fraction too, lists are of texts."""
     if isinstance(value, list):
         return kind is list and all(isinstance(text, str) for text in value)
     return type(value) is kind or (kind is float and type(value) is int)
