@@ -24,10 +24,10 @@ from cache_read import FRAME, LEVELS, write_cache
 from linear_head import Case
 from torch import Tensor
 
-from featprobe.cache import Cache, FeatureLoader
-from featprobe.levels import Features
+from featprobe.cache import Cache
+from featprobe.cache.reader import FeatureLoader
+from featprobe.features import Features, cell_shares
 from featprobe.probes import LinearBank, LinearHead, image_loss, level_loss
-from featprobe.targets import cell_shares
 
 RATES = tuple(product((1e-4, 1e-3, 1e-2), (1e-4, 1e-3, 1e-2)))  # learning rate, weight decay
 TARGET = 3.6

@@ -26,8 +26,8 @@ import torch
 from _bench import Timings, interleave, positive, quartile_text, report, timed
 from numpy.typing import NDArray
 
-from featprobe.cache import Cache, CacheWriter, FeatureLoader, Row, RowReader, create_file, open_cache
-from featprobe.cache.reader import RING
+from featprobe.cache import Cache, CacheWriter, Row, create_file, open_cache
+from featprobe.cache.reader import RING, FeatureLoader, RowReader
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.specs import DataInfo, FeatureRecipe

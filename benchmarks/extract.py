@@ -22,9 +22,11 @@ from _bench import Timings, interleave, positive, quartile_text, report, timed
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.backbones import Backbone, find_backbone, load_backbone
+from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.catalog import find_backbone
 from featprobe.cache import open_cache
-from featprobe.stages.extract import ExtractOptions, ExtractReport, extract_with
+from featprobe.stages.extract import ExtractReport, extract_with
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.workspace import Workspace
 
 TARGET = 0.95

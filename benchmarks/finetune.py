@@ -22,15 +22,16 @@ from _bench import interleave, positive, quartile_text, report
 from extract import CPU, load_images, write_set
 from torch import nn
 
-from featprobe.backbones import find_backbone, load_backbone
+from featprobe.backbones.backbone import load_backbone
+from featprobe.backbones.catalog import find_backbone
 from featprobe.cache import Cache, open_cache
-from featprobe.levels import Features
+from featprobe.features import Features, cell_shares
 from featprobe.probes import LinearHead, TrainRecipe, level_loss, train
 from featprobe.probes.train import Tuned
-from featprobe.stages.extract import ExtractOptions, extract_with
+from featprobe.stages.extract import extract_with
 from featprobe.stages.live import LiveFeatures
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.workspace import Workspace
-from featprobe.targets import cell_shares
 
 TARGET = 0.95
 TOLERANCE = 1e-3  # relative, of the losses of the two arms

@@ -35,9 +35,11 @@ from tqdm import tqdm
 
 from featprobe.cache import MISSING, WHOLE, Cache, CacheWriter, read_contents
 from featprobe.errors import CacheError
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.specs import BackboneSpec, digest
-from featprobe.stages.extract import ExtractOptions, extract_with
+from featprobe.stages.extract import extract_with
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.workspace import Workspace
 
 IMAGES, BLOCK, SIDE = 24, 2, 128  # images of a set, images per block, pixels

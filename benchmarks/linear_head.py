@@ -18,10 +18,11 @@ from _bench import Timings, interleave, positive, quartile_text, report, timed
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features, cell_shares
+from featprobe.levels import FeatureLevel
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.losses import image_loss, level_loss
-from featprobe.targets import IGNORE, cell_shares
+from featprobe.targets import IGNORE
 
 LEVELS = tuple(FeatureLevel(f"stride{stride}", 24 * stride, stride) for stride in (4, 8, 16, 32))  # ConvNeXt-T's
 TARGET = 5.0

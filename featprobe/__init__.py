@@ -14,7 +14,7 @@ _PUBLIC = {
     "ExtractOptions": "featprobe.stages.extract",
     "FeatprobeError": "featprobe.errors",
     "FeatureLevel": "featprobe.levels",
-    "Features": "featprobe.levels",
+    "Features": "featprobe.features",
     "HeadRecipe": "featprobe.probes",
     "ProbeOptions": "featprobe.stages.trials",
     "TrainRecipe": "featprobe.probes",

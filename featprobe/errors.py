@@ -69,6 +69,15 @@ class ShapeError(FeatprobeError):
     """Tensors that belong together disagree in shape."""
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number of things in words; several of them are `one` with an s, where nothing else is given.
+
+    >>> counted(1, "group"), counted(0, "image stands", "images stand")
+    ('1 group', '0 images stand')
+    """
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that names the known names nearest to `name`, or all of them when few.
 

@@ -1,13 +1,8 @@
-"""What this machine has: memory and disk, in bytes, and devices to compute on."""
+"""What this machine has: memory and disk, in bytes."""
 
 import os
-import re
 import shutil
 from pathlib import Path
-
-import torch
-
-from featprobe.errors import BackboneError
 
 
 def available_memory() -> int:
@@ -42,21 +37,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of this name, or the best there is; under torchrun, the GPU of the local rank.
-
-    Raises BackboneError when the device that is asked for is not here.
-    """
-    kind = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not re.fullmatch(r"[a-z]+(:\d+)?", kind) or not present.get(kind.split(":")[0], False):
-        raise BackboneError(
-            f"There is no device {kind!r} here.\n"
-            f"  wanted  one of {', '.join(k for k, here in present.items() if here)}\n"
-            "Leave --device away to take the best there is."
-        )
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        kind = f"cuda:{os.environ['LOCAL_RANK']}"
-    return torch.device(kind)

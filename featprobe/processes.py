@@ -11,6 +11,7 @@ and waits for no other; the launcher then ends the others.
 
 import atexit
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,24 @@ LONGEST_WAIT = timedelta(hours=2)  # for the main process while it solves, score
 T = TypeVar("T")
 
 _rank, _count = 0, 1  # of the group that this process has joined
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of this name, or the best there is; under torchrun, the GPU of the local rank.
+
+    Raises BackboneError when the device that is asked for is not here.
+    """
+    kind = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not re.fullmatch(r"[a-z]+(:\d+)?", kind) or not present.get(kind.split(":")[0], False):
+        raise BackboneError(
+            f"There is no device {kind!r} here.\n"
+            f"  wanted  one of {', '.join(k for k, here in present.items() if here)}\n"
+            "Leave --device away to take the best there is."
+        )
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        kind = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(kind)
 
 
 def launched() -> tuple[int, int]:

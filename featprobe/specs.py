@@ -9,11 +9,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featprobe.errors import DataError, nearest
 from featprobe.geometry import TURNS, Fit, Size
 from featprobe.levels import FeatureLevel
 
 CacheDtype = Literal["fp16", "fp32", "bf16"]
+Rows = NDArray[np.intp]
+"""Indices of a cache's rows."""
 CACHE_VERSION = 2
 """The newest that is read; caches of whole images alone are of version 1."""
 
@@ -227,6 +232,11 @@ class SplitChoice:
         found = re.fullmatch(r"(.+?)(?::(\d+)(?:/(\d+))?)?", text, re.DOTALL)
         by, folds, fold = (found[1], int(found[2] or 0), int(found[3] or 0)) if found else (text, 0, 0)
         choice = cls(by, folds, fold)
+        if fold > folds >= 2:
+            raise DataError(
+                f"{text!r} is not a split: there is no fold {fold} of {folds}.\n"
+                f"  wanted  {by}:{folds}/1 to {by}:{folds}/{folds}, or {by}:{folds} for all of them"
+            )
         counted = bool(found) and (found[2] is None or folds >= 2) and (found[3] is None or 1 <= fold <= folds)  # type: ignore[index]
         if not counted or not (choice.file or by in SPLITS_BY) or (folds and by == "own"):
             raise DataError(

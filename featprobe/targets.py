@@ -1,4 +1,4 @@
-"""What a sample is labelled with, and how labels are laid on a grid of cells.
+"""What a sample is labelled with.
 
 Class indices count from 0, the background; 255 is ignored. RLE is COCO's: column-major, run lengths
 from the background, as pycocotools writes it.
@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
-from torch import Tensor
 
 from featprobe.errors import DataError, ShapeError
 from featprobe.geometry import Part, Placement, Size
@@ -261,31 +259,6 @@ def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
     framed = np.full(placement.frame, IGNORE, dtype=np.uint8)
     framed[: len(rows), : len(columns)] = labels[np.ix_(rows, columns)]
     return framed
-
-
-def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:
-    """Area share of each class in each cell of a level.
-
-    labels: (batch, height, width), uint8, frame pixels; 255 is ignored.
-    Returns (batch, classes, height / stride, width / stride), float32, in [0, 1]. The shares of a
-    cell sum to the share of its pixels that are not ignored: they are not renormalised.
-
-    >>> cell_shares(torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8), 2, 2).flatten().tolist()
-    [0.25, 0.5]
-    """
-    batch, height, width = labels.shape
-    if height % stride or width % stride:
-        raise ShapeError(f"Labels of {height}x{width} pixels do not tile into cells of {stride}.")
-    rows, columns = height // stride, width // stride
-    row = torch.arange(height, device=labels.device) // stride
-    column = torch.arange(width, device=labels.device) // stride
-    cell = row[:, None] * columns + column  # (height, width)
-    image = torch.arange(batch, device=labels.device)[:, None, None] * (classes + 1)
-    label = labels.long().clamp_(max=classes)  # the last slot gathers what is ignored
-    slot = (image + label) * (rows * columns) + cell
-    counts = torch.bincount(slot.flatten(), minlength=batch * (classes + 1) * rows * columns)
-    counts = counts.view(batch, classes + 1, rows, columns)[:, :classes]
-    return counts.to(torch.float32) / (stride * stride)
 
 
 def check_labels(labels: Labels, classes: int, where: str) -> None:

@@ -16,7 +16,8 @@ from featprobe.cache import Cache, CacheWriter, Row, create_file, read_contents
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
-from featprobe.stages.extract import ExtractOptions, ExtractReport, extract_with
+from featprobe.stages.extract import ExtractReport, extract_with
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import encode_instances, encode_semantic
 

@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from featprobe.backbones import ALIASES, Backbone, find_backbone, licence_of, load_backbone, matching_models
+from featprobe.backbones import ALIASES
 from featprobe.backbones import backbone as backbone_module
-from featprobe.backbones.catalog import EMBEDDED_PACKAGE
+from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.catalog import EMBEDDED_PACKAGE, find_backbone, licence_of, matching_models
 from featprobe.backbones.weights import read_embedded, read_weights, weights_sha256
 from featprobe.errors import BackboneError
-from featprobe.machine import pick_device
+from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec
 
 SMALL = "test_convnext.r160_in1k"  # 0.3 million parameters; its classifier is head.fc
@@ -187,7 +188,7 @@ def test_a_final_norm_that_is_not_there_is_refused() -> None:
 
 def test_seeded_random_weights_are_the_same_in_every_process() -> None:
     code = (
-        "from featprobe.backbones import load_backbone; from featprobe.specs import BackboneSpec\n"
+        "from featprobe.backbones.backbone import load_backbone; from featprobe.specs import BackboneSpec\n"
         "for seed in (0, 1):\n"
         f"    print(load_backbone(BackboneSpec('a', {SMALL!r}, 'random', seed=seed)).sha256)"
     )

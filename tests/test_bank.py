@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featprobe.errors import ShapeError
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.probes import LinearBank, LinearHead, level_loss
 
 SEVERAL = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 5), (8, 7), (16, 11)))

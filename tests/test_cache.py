@@ -33,8 +33,6 @@ from numpy.typing import NDArray
 from featprobe.cache import (
     Cache,
     CacheWriter,
-    FeatureLoader,
-    RowReader,
     create_file,
     make_temporary,
     open_cache,
@@ -42,7 +40,7 @@ from featprobe.cache import (
     remove_leftovers,
     replace_file,
 )
-from featprobe.cache.reader import _direct_works
+from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.specs import FeatureRecipe

@@ -206,8 +206,8 @@ def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"https?://|<script|<link rel=\"stylesheet|url\(", text)
     assert text.count('src="data:image/png;base64,') == text.count("<img") == 2  # the contact sheet, and the pair
-    for said in ("Would spoil a study: 1 of 9 images can&#x27;t be read", "val1.png", "1 pairs of images look the same",
-                 "3 / 2 / 3", "objects smaller than a cell"):  # fmt: skip
+    for said in ("Would spoil a study: 1 of 9 images can&#x27;t be read", "val1.png", "3 / 2 / 3",
+                 "1 pair of images that look the same", "objects smaller than a cell"):  # fmt: skip
         assert said in text, said
     assert "can't be written" in check(root, "--out", str(root / "classes.txt" / "page.html")).stderr
 
@@ -232,7 +232,7 @@ def test_extract_notes_the_same_bytes_in_two_splits(tmp_path: Path) -> None:
     arguments = "extract --backbone tf_efficientnet_lite0 --random-init --levels stride32 --quiet --json --data".split()
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), *arguments, str(root)], catch_exceptions=False)
     notes = json.loads(result.stdout)["notes"]
-    assert any("1 images stand in more than one split, byte for byte: " in note for note in notes)
+    assert any("1 image stands in more than one split, byte for byte: " in note for note in notes)
 
 
 # ---- near copies -----------------------------------------------------------------------------------------------------
@@ -283,6 +283,38 @@ def test_many_pictures_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert near_copies(looks) == wanted
     monkeypatch.setattr("featprobe.datasets.duplicates.CHUNK", 7)
     assert near_copies(looks) == wanted
+
+
+def test_a_split_that_is_written_tells_of_copies_across_it(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set")
+    resaved(root, "train")
+    cut(root / "val/images/val1.png")
+    pair = ["train/train0.png", "train/train1.png"]
+
+    def split(name: str, *more: str) -> Result:
+        words = [
+            "--workspace",
+            str(tmp_path),
+            "data",
+            "split",
+            str(root),
+            "--out",
+            str(tmp_path / name),
+            "--quiet",
+            *more,
+        ]
+        return CliRunner().invoke(cli, words, catch_exceptions=False)
+
+    own = json.loads(split("own.csv", "--json").stdout)
+    assert own["near_copies"] == [] and own["notes"] == ["1 image can't be read"]
+    found = json.loads(split("folds.csv", "--split", "image:9", "--json").stdout)
+    assert found["near_copies"] == [pair]
+    places = dict(line.split(",")[::2] for line in (tmp_path / "folds.csv").read_text().splitlines())
+    told = " and ".join(f"{name} ({places[name]})" for name in pair)
+    assert (
+        f"note: 1 pair of images that look the same in two splits: {told}"
+        in split("again.csv", "--split", "image:9").stdout.splitlines()
+    )
 
 
 # ---- real sets -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,17 @@
 """The command line as a user meets it: help, exit codes, one paragraph for every mistake, and the whole way once."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +21,7 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from helpers import find_file, flip_byte, write_set
+from helpers import filled_cache, find_file, flip_byte, write_set
 from PIL import Image
 
 import featprobe
@@ -125,6 +132,76 @@ def test_help_version_and_usage_errors_answer_without_torch() -> None:
         assert result.returncode == exit_code, result.stderr
         assert said in result.stdout + result.stderr
         assert result.stdout.rstrip().endswith("HEAVY []")
+
+
+def test_looking_after_data_and_caches_needs_neither_torch_nor_timm(images: Path, tmp_path: Path) -> None:
+    cache = filled_cache(tmp_path / "cache" / "parts-000000" / "some-00000000.h5")
+    lines = [
+        ["data"],
+        ["data", "info", images],
+        ["data", "show", images, "--out", tmp_path / "sheet.png"],
+        ["data", "check", images, "--quiet"],
+        ["data", "split", images, "--out", tmp_path / "split.csv", "--split", "stratified"],
+        ["data", "convert", images, "--out", tmp_path / "coco", "--quiet"],
+        ["data", "make", "surface", "--out", tmp_path / "made", "--images", 12, "--size", "32x32"],
+        ["cache", "ls"],
+        ["cache", "info", cache.path, "--json"],
+        ["cache", "verify", "--quiet"],
+        ["cache", "rm", cache.path, "--yes"],
+    ]
+    code = (
+        "import contextlib, json, sys\nfrom featprobe.cli.main import cli\n"
+        "for words in json.loads(sys.argv[2]):\n"
+        "    with contextlib.redirect_stdout(sys.stderr):\n"
+        "        cli(['--workspace', sys.argv[1], *words], standalone_mode=False)\n"
+        "    print(words[:2], sorted({'torch', 'torchvision', 'timm'} & set(sys.modules)))"
+    )
+    result = child(tmp_path, json.dumps([list(map(str, words)) for words in lines]), code=code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"{list(map(str, words))[:2]} []" for words in lines]
+
+
+# ---- terminals and pipes ---------------------------------------------------------------------------------------------
+
+
+def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "parts", 6, (32, 32))
+    name = "a_defect_with_a_long_name_as_some_have"
+    (folder / "classes.txt").write_text(f"background\n{name}\n")
+    piped = child("data", "check", folder, "--quiet").stdout
+    assert any(len(line) > 70 and "pixels" in line for line in piped.splitlines())
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 70, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("FEATPROBE_WORKSPACE", "COLUMNS")}
+    command = [sys.executable, "-m", "featprobe", "data", "check", str(folder), "--quiet"]
+    with subprocess.Popen(command, stdout=ours, stderr=ours, env=environment) as process:
+        os.close(ours)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other side was closed
+            while part := os.read(terminal, 4096):
+                shown += part
+    os.close(terminal)
+    tables = shown.decode().replace("\r", "").partition("class")[2].partition("pixels: median")[0]
+    assert name in tables and tables.count("background") == 2
+    assert max(map(len, tables.splitlines())) <= 70, tables
+    assert process.returncode == child("data", "check", folder, "--quiet").returncode
+
+
+def test_a_closed_pipe_and_an_interruption_end_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "featprobe", "--workspace", str(tmp_path)]
+    with subprocess.Popen([*command, "cache", "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+    wanted = [*command, "data", "make", "surface", "--images", "20000", "--size", "512x512"]  # minutes
+    with subprocess.Popen(wanted, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (tmp_path / "data").is_dir():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == (b"", b"\nAborted!\n")
+    assert process.returncode == 1
+    assert not list((tmp_path / "data").iterdir())
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------

@@ -331,8 +331,11 @@ def test_a_missing_image_is_named_when_it_is_looked_at(tmp_path: Path) -> None:
 
 def test_what_is_no_data_set_is_answered_with_what_would_be(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(DataError, match=r"(?s)images/ and masks/.*COCO JSON.*found   notes\.txt"):
+    with pytest.raises(DataError, match=r"found   notes\.txt\n  wanted  one of the formats folders, .*coco, "):
         read_data("set", tmp_path)
+    for name, layout in (("folders", "images/ and masks/"), ("coco", "COCO JSON")):
+        with pytest.raises(DataError, match=rf"found   notes\.txt\n  wanted  {layout}"):
+            read_data("set", tmp_path, name)
     with pytest.raises(DataError, match="no folder or file"):
         read_data("set", tmp_path / "nowhere")
 

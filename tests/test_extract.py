@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import featprobe.stages.extract as stage
-from featprobe.backbones import Backbone, load_backbone
-from featprobe.cache import MISSING, UNREADABLE, WHOLE, CacheWriter, FeatureLoader, open_cache
+from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.cache import MISSING, UNREADABLE, WHOLE, CacheWriter, open_cache
+from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import BackboneError, CacheError, CacheIncompleteError, DataError, OverflowsDtypeError
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extract import share_of
+from featprobe.stages.workspace import Workspace, make_generated
 
 SIZE = (32, 40)
 
@@ -340,7 +342,10 @@ def test_fp32_and_bf16_hold_the_same_features_each_in_its_precision(data, tmp_pa
 
 
 def truncate(data: Path, name: str) -> None:
-    path = data / "images" / name
+    truncate_file(data / "images" / name)
+
+
+def truncate_file(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
@@ -358,7 +363,7 @@ BAD = [(truncate, "truncated or damaged"), (empty, "empty file"), (wrong_mask, "
 @pytest.mark.parametrize(("spoil", "reason"), BAD)
 def test_a_bad_image_stops_extraction_by_name(data, tmp_path, spoil, reason):
     spoil(data, "part03.png")
-    with pytest.raises(DataError, match=rf"part03\.png .*{reason}"):
+    with pytest.raises(DataError, match=rf"(?s)part03\.png .*{reason}.*go on without .*--skip-bad"):
         extract(tmp_path, data)
 
 
@@ -399,6 +404,14 @@ def test_a_truncated_image_found_without_skip_bad_can_be_set_aside_afterwards(da
     report = extract(tmp_path, data, skip_bad=True)
     assert report.computed == 6 - kept and report.copied == 0
     assert [name for name, _ in report.unreadable] == ["part05.png"]
+
+
+def test_a_truncated_16_bit_image_that_the_window_needs_is_told_with_how_to_leave_it_out(tmp_path):
+    make_generated("xray", tmp_path / "xray", images=12, size=(32, 32))
+    data = Workspace(tmp_path).data_set(str(tmp_path / "xray"))
+    truncate_file(data.in_split("train")[0].image)
+    with pytest.raises(DataError, match=r"(?s)truncated or damaged.*--skip-bad"):
+        extract(tmp_path, tmp_path / "xray")
 
 
 def test_a_truncated_16_bit_image_does_not_spoil_the_sets_intensity_window(data, tmp_path):

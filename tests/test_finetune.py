@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from featprobe.backbones import load_backbone
-from featprobe.cache import FeatureLoader, open_cache
+from featprobe.backbones.backbone import load_backbone
+from featprobe.cache import CacheWriter, open_cache
+from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
 from featprobe.errors import BackboneError, DataError, ProbeError
 from featprobe.probes import TrainRecipe, load_head
@@ -30,9 +31,10 @@ from featprobe.report.sheets import GAP, LINE, TILE, Panel, draw_panel
 from featprobe.specs import BackboneSpec, FeatureRecipe, Intensity
 from featprobe.stages import trials
 from featprobe.stages.augment import Augmentation, augment, choose_crop
-from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.stages.extract import extract
 from featprobe.stages.finetune import finetune
 from featprobe.stages.live import LiveFeatures
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.predict import Predictor, predict
 from featprobe.stages.probe import checked, find_caches, probe
 from featprobe.stages.trials import ProbeOptions, Tuning
@@ -217,6 +219,9 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(space: Work
     said: list[str] = []
     finetune(workspace, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
     assert len(said) == 3 and "2 trainings" in said[-1] and "min" in said[-1]
+    (cache,) = workspace.cache_files()
+    for line, task in zip(said, ("semseg linear", "detect fcos"), strict=False):
+        assert f"lite0 on xray, seed 0 ({cache}): {task}, full" in line, line
     rows = finetune(workspace, options=ProbeOptions(quiet=True)).rows
     frozen = [r for r in read_rows(workspace.probes / "results.jsonl")[0] if r["regime"] == "frozen"]
     assert [(r["task"], r["recipe"]["lr"]) for r in rows] == [
@@ -230,6 +235,19 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(space: Work
     plain = finetune(workspace, options=ProbeOptions(quiet=True, tuning=Tuning(augment=False)))
     assert [r["task"] for r in plain.rows] == ["semseg"] and plain.rows[0]["augmentation"] is None
     assert any("left aside" in note for note in plain.notes)
+
+
+def test_a_result_whose_cache_lacks_rows_by_now_is_left_aside_with_what_completes_it(
+    space: Workspace, tmp_path: Path
+) -> None:
+    workspace = Workspace(tmp_path)
+    shutil.copytree(space.cache, workspace.cache)
+    probe(workspace, "semseg", options=options_for("semseg"))
+    (path,) = workspace.cache_files()
+    with CacheWriter(path) as writer:
+        writer.mark_missing(0)
+    with pytest.raises(ProbeError, match=r"left aside: .* 1 of 24 rows are missing\. Finish it, .*featprobe extract"):
+        finetune(workspace, options=ProbeOptions(quiet=True))
 
 
 def test_what_is_there_already_is_not_trained_again(space: Workspace) -> None:

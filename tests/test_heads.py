@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
-from featprobe.backbones import load_backbone
+from featprobe.backbones.backbone import load_backbone
 from featprobe.errors import ProbeError
+from featprobe.features import Features
 from featprobe.geometry import Placement
-from featprobe.levels import FeatureLevel, Features
+from featprobe.levels import FeatureLevel
 from featprobe.probes import (
     DEFAULT_RECIPES,
     HEADS,

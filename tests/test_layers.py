@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "featprobe"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "levels"),
+    ("errors", "levels", "features"),
     ("specs", "geometry", "targets", "machine", "processes"),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),
     ("stages",),

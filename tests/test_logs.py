@@ -20,8 +20,9 @@ from featprobe.probes.saved import read_rows
 from featprobe.probes.train import _Loop, learning_rate
 from featprobe.specs import BackboneSpec
 from featprobe.stages import trials
-from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.stages.extract import extract
 from featprobe.stages.finetune import finetune
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.probe import probe
 from featprobe.stages.study import Study, run_study
 from featprobe.stages.trials import ProbeOptions, Tuning

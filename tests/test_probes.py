@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import PoolingBackbone, options, recipe_of
+from helpers import PoolingBackbone, filled_cache, make_cache, options, recipe_of
 from helpers import extract as extract_into
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,12 +22,14 @@ from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, interpolate, one_hot
 
-from featprobe.backbones import load_backbone
-from featprobe.cache import Cache, FeatureLoader
+from featprobe.backbones.backbone import load_backbone
+from featprobe.cache import Cache
+from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import frame_image, read_levels
-from featprobe.errors import ProbeError, ShapeError
+from featprobe.errors import CacheIncompleteError, ProbeError, ShapeError
+from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement, place
-from featprobe.levels import FeatureLevel, Features
+from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix, iou_scores
 from featprobe.probes import (
     CurvePoint,
@@ -55,7 +57,7 @@ from featprobe.stages.extract import extract_with
 from featprobe.stages.probe import find_caches, probe
 from featprobe.stages.trials import REHEARSED, ProbeOptions, extraction_seconds
 from featprobe.stages.workspace import Workspace, make_generated
-from featprobe.targets import IGNORE, cell_shares
+from featprobe.targets import IGNORE
 
 LEVELS = (FeatureLevel("stride4", 5, 4), FeatureLevel("stride8", 7, 8), FeatureLevel("stride16", 11, 16))
 FRAME = (32, 48)
@@ -961,3 +963,33 @@ def test_a_class_predicted_but_absent_scores_0_or_takes_no_part_as_asked() -> No
 def test_a_confusion_matrix_refuses_masks_of_two_sizes() -> None:
     with pytest.raises(ShapeError, match="disagree"):
         confusion_matrix(np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8), 2)
+
+
+# ---- which caches ----------------------------------------------------------------------------------------------------
+
+
+def test_an_incomplete_cache_is_a_note_unless_its_name_then_stands_for_none(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    whole = filled_cache(workspace.cache / "parts-000000" / "some-00000000.h5")
+    begun = make_cache(workspace.cache / "parts-000000" / "other-00000000.h5", replace(recipe_of(), label="other"))
+    for data, backbones in (((), ()), (("parts",), ()), ((), ("some",)), (("parts",), ("some",))):
+        found, notes = find_caches(workspace, "semseg", data, backbones)
+        assert [cache.path for cache in found] == [whole.path]
+        wanted = [] if backbones else [f"left aside: {begun.path} is not complete: 4 of 4 rows are missing."]
+        assert [note.partition(" Finish it")[0] for note in notes] == wanted
+        assert all("featprobe extract --backbone other --data parts" in note for note in notes)
+    for data, backbones in (((), ("other",)), ((), ("some", "other")), (("parts",), ("some", "other"))):
+        with pytest.raises(CacheIncompleteError, match="featprobe extract --backbone other --data parts"):
+            find_caches(workspace, "semseg", data, backbones)
+    whole.path.unlink()
+    for data in ((), ("parts",)):
+        with pytest.raises(CacheIncompleteError, match="4 of 4 rows are missing"):
+            find_caches(workspace, "semseg", data, ())
+
+
+def test_a_task_that_no_cache_serves_names_each_set_once(tmp_path: Path) -> None:
+    for label in ("some", "other"):
+        path = Workspace(tmp_path).cache / "parts-000000" / f"{label}-00000000.h5"
+        filled_cache(path, replace(recipe_of(), label=label))
+    with pytest.raises(ProbeError, match=r"(?m)^  found   parts: semseg$"):
+        find_caches(Workspace(tmp_path), "detect", (), ())

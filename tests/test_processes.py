@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from featprobe import processes
-from featprobe.backbones import load_backbone
-from featprobe.cache import FeatureLoader
+from featprobe.backbones.backbone import load_backbone
+from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import BackboneError, DivergedError, ProbeError
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features, cell_shares
+from featprobe.levels import FeatureLevel
 from featprobe.probes import (
     DEFAULT_RECIPES,
     HeadRecipe,
@@ -40,12 +41,12 @@ from featprobe.probes import (
 from featprobe.probes.saved import Checkpoint, read_rows
 from featprobe.probes.train import _Loop, train
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.stages.extract import extract
 from featprobe.stages.finetune import finetune
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.probe import checked, find_caches, probe
 from featprobe.stages.trials import ProbeOptions, Run, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
-from featprobe.targets import cell_shares
 
 CPU = torch.device("cpu")
 LEVELS = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 5), (8, 7), (16, 11)))

@@ -1334,7 +1334,12 @@ def test_another_packages_format_is_looked_for_last_and_its_errors_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = boxes_csv(tmp_path)
-    assert "holds no data set that can be read" in refused(root)
+    said = refused(root)
+    assert re.search(
+        r"holds no data set that can be read\.\n  found   boxes\.csv.*\n  wanted .*folders, pidray, ", said
+    )
+    assert f"featprobe data info {root} --format NAME" in said and len(said.splitlines()) == 4
+    assert "  wanted  YOLO: data.yaml" in refused(root, "yolo")
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert objects_of(read_data("set", root), "p1.png")[0].box_xyxy == (1, 2, 5.5, 8)
     assert "Did you mean boxes-csv?" in refused(root, "boxes-cvs")

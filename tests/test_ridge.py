@@ -11,7 +11,8 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.probes.linear import EPSILON, LinearHead
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose, foreground_iou
 

@@ -124,6 +124,11 @@ def test_what_is_no_choice_of_split_is_refused(text: str) -> None:
         SplitChoice.parse(text)
 
 
+def test_a_fold_beyond_the_last_is_told_which_there_are() -> None:
+    with pytest.raises(DataError, match=r"no fold 9 of 3\.\n  wanted  group:3/1 to group:3/3, or group:3 for all"):
+        SplitChoice.parse("group:3/9")
+
+
 # ---- groups from a pattern -------------------------------------------------------------------------------------------
 
 
@@ -396,6 +401,29 @@ def test_another_version_of_a_set_has_heads_of_its_own_and_commands_say_how_it_w
     cards = [read_card(workspace.probes / row["folder"]) for row in rows]
     said = [commands_of(card, [0], str(data))[0] for card in cards]
     assert "--group-from" not in said[0] and "--group-from '(\\d)\\.png'" in said[1]
+
+
+def test_one_partition_of_several_names_is_one_table_as_long_as_a_cache_tells(tmp_path: Path) -> None:
+    """A set whose images are groups of their own and that names no splits: its own, by group and by image are one."""
+    data = write_set(tmp_path / "parts", 12)
+    workspace = Workspace(tmp_path / "space")
+    extract_with(workspace, PoolingBackbone(), workspace.data_set(str(data)), options(), CPU)
+    ids, groups = zip(*((row.id, row.group) for row in cache_of(workspace).rows), strict=True)
+    placed = split_by_group(groups)
+    write_split_file(tmp_path / "same.csv", ids, groups, placed)
+    moved = [{"train": "val", "val": "train"}.get(split, split) for split in placed]  # the same test images
+    write_split_file(tmp_path / "other.csv", ids, groups, moved)
+    for split in ("own", "group", "image", str(tmp_path / "same.csv"), str(tmp_path / "other.csv")):
+        probe(workspace, options=brief(split))
+    one, other = sorted(compare(workspace, quiet=True).sets, key=lambda item: -len(item.lines))
+    assert [line["split"].partition("#")[0] for line in one.lines] == [
+        str(tmp_path / "same.csv"), "group", "image", "own",
+    ]  # fmt: skip
+    assert "also" in one.title and "its own split" in one.title and len(other.lines) == 1
+    assert other.lines[0]["split"].startswith(str(tmp_path / "other.csv"))
+    assert sum(line["chosen"] for line in one.lines) == 1
+    cache_of(workspace).path.unlink()
+    assert len(compare(workspace, quiet=True).sets) == 5
 
 
 def test_folds_that_are_missing_make_a_cross_validation_unusable(space: Workspace) -> None:

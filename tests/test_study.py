@@ -86,6 +86,11 @@ def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tm
     after = [(r["task"], r["head"], r["regime"], r["fraction"], r["seed"]) for r in
              read_rows(workspace.probes / "results.jsonl")[0]]  # fmt: skip
     assert sorted(after) == sorted(kinds)
+    assert sorted(again.folders) == sorted(row["folder"] for row in rows)
+    part = run_study(workspace, replace(study, tasks=("semseg",), heads=("ridge",), regimes=("frozen",)))
+    assert part.done == len(part.cells) and not part.rows
+    told = compare(workspace, tmp_path / "page", quiet=True, folders=part.folders)
+    assert {line["head"] for item in told.sets for line in item.lines} == {"ridge"}, "a study answers of its own cells"
 
 
 def test_all_that_does_not_exist_is_said_at_once_and_nothing_is_run(workspace: Workspace, tmp_path: Path) -> None:
@@ -511,7 +516,7 @@ def test_a_study_runs_as_jobs(workspace: Workspace, tmp_path: Path, slurm: Path)
 
     (slurm / "held").touch()
     later = hand_over(workspace, written(tmp_path, text))
-    assert "1 trainings are there already" in later.stderr and "1 extractions and 1 trainings" in later.stderr
+    assert "1 training is there already" in later.stderr and "1 extraction and 1 training;" in later.stderr
     (failed,) = [line for line in later.stderr.splitlines() if line.startswith("failed before")]
     assert "There is no cache to train on" in failed and Path(failed.rpartition("see ")[2].rstrip(")")).is_file()
 

@@ -20,13 +20,14 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from featprobe.cache import FeatureLoader, open_cache
+from featprobe.cache import open_cache
+from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import DataError, ProbeError
 from featprobe.probes import TrainRecipe, load_head
 from featprobe.report.tables import result_table
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extract import ExtractOptions
 from featprobe.stages.extract import extract as extract_for_real
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.predict import Predictor, find_images, predict
 from featprobe.stages.probe import find_caches, probe
 from featprobe.stages.subset import training_subset
@@ -507,6 +508,15 @@ def test_predict_takes_folders_keeps_names_apart_and_goes_on_past_bad_images(
     assert report.images == 2 and sorted(Path(name).name for name, _ in report.left_out) == ["eight.png", "torn.png"]
     masks = tmp_path / "second" / "masks"
     assert {p.relative_to(masks).as_posix() for p in masks.rglob("*.png")} == {"a.png", "left/a.png"}
+    (scans / "torn.png").unlink()
+    (scans / "eight.png").unlink()
+    Image.open(source[0]).save(scans / "a.tif")
+    assert predict(folder, [scans], tmp_path / "third", quiet=True).images == 3
+    masks = tmp_path / "third" / "masks"
+    assert {p.relative_to(masks).as_posix() for p in masks.rglob("*.png")} == {"a.png.png", "a.tif.png", "left/a.png"}
+    predict(workspace.probes / rows["detect"]["folder"], [scans], tmp_path / "fourth", quiet=True)
+    written = json.loads((tmp_path / "fourth" / "predictions.json").read_text())
+    assert [image["file_name"] for image in written["images"]] == ["a.png", "a.tif", "left/a.png"]
     with pytest.raises(DataError, match="no image and no folder"):
         find_images([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="would both be written as a"):

@@ -24,17 +24,18 @@ from featprobe import processes
 from featprobe.cache import Cache, open_cache
 from featprobe.datasets.images import frame_image, read_levels
 from featprobe.errors import CacheError, DataError, ProbeError
+from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tile_starts, tiles_of
-from featprobe.levels import FeatureLevel, Features
+from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
 from featprobe.probes import TrainRecipe
 from featprobe.specs import BackboneSpec, parse_views
 from featprobe.stages.augment import Augmentation, augment
 from featprobe.stages.commands import commands_of
-from featprobe.stages.extract import ExtractOptions, configured
 from featprobe.stages.extract import extract as extract_for_real
 from featprobe.stages.finetune import finetune
 from featprobe.stages.live import LiveFeatures
+from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.outcome import scored_here
 from featprobe.stages.partition import regrouped, single_splits, split_rows
 from featprobe.stages.predict import predict

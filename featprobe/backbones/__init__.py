@@ -1,7 +1,5 @@
-"""Backbones from timm. The only part that imports timm."""
+"""Backbones from timm. The only part that imports timm, which takes seconds: its modules are asked for by name."""
 
-from featprobe.backbones.backbone import Backbone, load_backbone
-from featprobe.backbones.catalog import ALIASES, find_backbone, licence_of, matching_models
-from featprobe.backbones.weights import weights_sha256
+from featprobe.backbones.aliases import ALIASES
 
-__all__ = ["ALIASES", "Backbone", "find_backbone", "licence_of", "load_backbone", "matching_models", "weights_sha256"]
+__all__ = ["ALIASES"]

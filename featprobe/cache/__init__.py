@@ -1,4 +1,7 @@
-"""The feature cache, format versions 1 and 2 (cache/README.md). The only part that imports h5py."""
+"""The feature cache, format versions 1 and 2 (cache/README.md). The only part that imports h5py.
+
+Handing features to torch is featprobe.cache.reader's: looking after caches needs none of it.
+"""
 
 from featprobe.cache.layout import (
     MISSING,
@@ -11,7 +14,6 @@ from featprobe.cache.layout import (
     remove_leftovers,
     replace_file,
 )
-from featprobe.cache.reader import FeatureLoader, RowReader
 from featprobe.cache.store import Cache, Damage, damaged_rows, open_cache, verify
 from featprobe.cache.writer import CacheWriter, RowLocks
 
@@ -22,10 +24,8 @@ __all__ = [
     "Cache",
     "CacheWriter",
     "Damage",
-    "FeatureLoader",
     "Row",
     "RowLocks",
-    "RowReader",
     "create_file",
     "damaged_rows",
     "make_temporary",

@@ -17,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from featprobe.cache.layout import ALIGNMENT, Extent
-from featprobe.cache.store import TORCH_DTYPE, Cache
+from featprobe.cache.store import Cache
 from featprobe.errors import CacheError
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
 
+TORCH_DTYPE = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 Mode = Literal["memmap", "preadv", "direct"]
 ReadRows = Callable[[NDArray[np.intp], NDArray[np.uint8]], None]
 MEMORY_SHARE = 0.7  # of the available memory that a mapped file may take

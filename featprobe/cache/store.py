@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 
@@ -17,8 +16,6 @@ from featprobe.cache.layout import MISSING, STORED_AS, UNREADABLE, WHOLE, Conten
 from featprobe.errors import CacheError, CacheIncompleteError
 from featprobe.levels import FeatureLevel
 from featprobe.targets import Instance, Labels, decode_instances, decode_semantic
-
-TORCH_DTYPE = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Cache:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -16,9 +15,10 @@ from featprobe.cli.options import (
     quiet,
     show_json,
     split_file,
+    terminal_width,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError
+from featprobe.errors import FeatprobeError, counted
 
 
 @click.group(invoke_without_command=True)
@@ -75,10 +75,10 @@ def data_info(
     low, high = ("x".join(map(str, size)) for size in summary.sizes)
     click.echo(f"{summary.name}: {summary.root}")
     sizes = low if low == high else f"{low} to {high}"
-    click.echo(f"  {sum(summary.images.values())} images, {summary.depth}-bit, {sizes} (height x width)")
+    click.echo(f"  {counted(sum(summary.images.values()), 'image')}, {summary.depth}-bit, {sizes} (height x width)")
     click.echo(f"  labels for {', '.join(summary.tasks)}")
     for split, count in summary.images.items():
-        click.echo(f"  {split:<6} {count} images, {summary.groups[split]} groups")
+        click.echo(f"  {split:<6} {counted(count, 'image')}, {counted(summary.groups[split], 'group')}")
     header = ["class", *(["pixels"] if summary.pixels else []), *(["instances"] if summary.instances else [])]
     rows = [
         [
@@ -125,7 +125,7 @@ def data_show(
     workspace = workspace_of(ctx)
     policy = intensity or workspace.data_options(name).get("intensity")
     shown = contact_sheet(workspace.data_set(name, format, group_from, split_file), out, count, split, policy)
-    click.echo(f"{out}: {len(shown)} images of {split}")
+    click.echo(f"{out}: {counted(len(shown), 'image')} of {split}")
 
 
 @data.command("check")
@@ -163,21 +163,23 @@ def data_check(
       featprobe data check path/to/my_set --html check.html
     """
     from featprobe.geometry import parse_size
+    from featprobe.report.text import table_text
     from featprobe.stages.check import check, class_table, entry_texts, head_lines, object_line, object_table
-    from featprobe.stages.extract import ExtractOptions, configured
+    from featprobe.stages.options import ExtractOptions, configured
 
     workspace = workspace_of(ctx)
     named = workspace.data_set(name, format, group_from, split_file, complete=False)
     how = configured(ExtractOptions(size=parse_size(size) if size else None), workspace.data_options(name))
     found = check(named, size=how.size, fit=how.fit, tile=how.tile, page=html, workers=workers, quiet=quiet)
+    width = terminal_width()
     if json_:
         show_json(asdict(found))
     else:
         click.echo(f"{found.name}: {found.root}")
         click.echo("\n".join(f"  {line}" for line in head_lines(found)))
-        click.echo(f"\n{_frame_text(class_table(found))}\n")
+        click.echo(f"\n{table_text(class_table(found), width)}\n")
         if found.objects:
-            click.echo(f"{object_line(found.objects)}\n{_frame_text(object_table(found.objects))}\n")
+            click.echo(f"{object_line(found.objects)}\n{table_text(object_table(found.objects), width)}\n")
         for note in found.notes:
             click.echo(f"note: {note}")
         for finding in found.findings:
@@ -223,7 +225,7 @@ def data_convert(
     if json_:
         return show_json(asdict(done))
     counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
-    click.echo(f"{done.path}: images: {counts}; {sum(done.annotations.values())} annotations")
+    click.echo(f"{done.path}: images: {counts}; {counted(sum(done.annotations.values()), 'annotation')}")
 
 
 @data.command("split")
@@ -239,6 +241,8 @@ def data_convert(
     help="own, group, stratified (by group, heeding classes) or image; group:5 for the folds of a cross-validation.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of the groups.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@quiet
 @as_json
 @click.pass_context
 def data_split(
@@ -249,9 +253,13 @@ def data_split(
     out: Path,
     split: str,
     seed: int,
+    workers: int,
+    quiet: bool,
     json_: bool,
 ) -> None:
     """Write a split to a CSV file with the columns id, group, split, to be edited and used.
+
+    Then all images are read, as by `data check`, and those that look the same and stand in two splits are told.
 
     \b
     Example:
@@ -260,14 +268,17 @@ def data_split(
     """
     from featprobe.stages.data import write_split
 
-    report = write_split(workspace_of(ctx).data_set(name, format, group_from), out, split, seed)
+    named = workspace_of(ctx).data_set(name, format, group_from)
+    report = write_split(named, out, split, seed, workers=workers, quiet=quiet)
     if json_:
         return show_json(asdict(report))
     rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
     click.echo(columns(rows, ("split", "images", "groups", *next(iter(report.holders.values())))))
     for note in report.notes:
         click.echo(f"note: {note}")
-    click.echo(f"{out}: {sum(report.images.values())} images; use it:  featprobe probe --data {name} --split {out}")
+    click.echo(
+        f"{out}: {counted(sum(report.images.values()), 'image')}; use it:  featprobe probe --data {name} --split {out}"
+    )
 
 
 @data.command("make")
@@ -301,7 +312,3 @@ def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:
         click.echo("\n".join(f"  {line}" for line in entry.splitlines()))
     if len(entries) > 5:
         click.echo(f"  and {len(entries) - 5} more: --json lists all")
-
-
-def _frame_text(table: Any) -> str:
-    return columns(table.to_numpy().tolist(), list(table.columns))

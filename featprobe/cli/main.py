@@ -21,13 +21,14 @@ from featprobe.cli.options import (
     names,
     quiet,
     show_json,
+    terminal_width,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError
+from featprobe.errors import FeatprobeError, counted
 
 if TYPE_CHECKING:
     from featprobe.stages.compare import Comparison
-    from featprobe.stages.extract import ExtractOptions
+    from featprobe.stages.options import ExtractOptions
     from featprobe.stages.probe import ProbeReport
     from featprobe.stages.trials import ProbeOptions, Tuning
     from featprobe.stages.workspace import Workspace
@@ -279,9 +280,9 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
     """Run a grid of backbones, data sets, their features, tasks, heads, regimes, seeds and fractions from one file.
 
     What is done already is skipped, so the same command goes on after a stop; a cell that fails does not stop the
-    others, and makes the exit code 3. In the end all results of the workspace are put side by side on a page, as
-    `compare` does. With SLURM, the same command again tells what failed, and hands over what is
-    missing and not in the queue.
+    others, and makes the exit code 3. In the end the results of its cells are put side by side, as `compare` does with
+    all of the workspace, on a page in probes/report/STUDY. With SLURM, the same command again tells what failed, and
+    hands over what is missing and not in the queue.
 
     \b
     Example:
@@ -305,7 +306,8 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
         report, handed = sent.plan, {"handed_over": len(sent.jobs), "queued": len(sent.queued)}
     else:
         report = run_study(workspace, asked, _to_stderr, dry_run=dry_run)
-    told = compare_all(workspace, quiet=json_) if report.rows else None
+    page = workspace.probes / "report" / file.stem
+    told = compare_all(workspace, page, quiet=json_, folders=report.folders) if report.rows else None
     if json_:
         show_json({
             "cells": len(report.cells), "trained": len(report.rows), "done": report.done,
@@ -360,7 +362,7 @@ def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, 
     for note in (*report.notes, *(f"could not be used: {item.folder}: {item.reason}" for item in report.unusable)):
         click.echo(f"note: {note}")
     click.echo("\nTest split, percent; 95 %: over groups of test images.\n")
-    click.echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps))
+    click.echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps, terminal_width()))
     click.echo(f"\nreport: {report.files[0]}")
 
 
@@ -392,7 +394,7 @@ def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **option
         return show_json(asdict(report))
     for name, reason in report.left_out:
         click.echo(f"left out: {name}: {reason}")
-    click.echo(f"{report.out}: {report.images} images, {', '.join(report.files)}")
+    click.echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
 
 
 @cli.command()
@@ -424,7 +426,7 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
       featprobe backbones
       featprobe backbones "*dinov3*"
     """
-    from featprobe.backbones import find_backbone, licence_of, matching_models
+    from featprobe.backbones.catalog import find_backbone, licence_of, matching_models
 
     workspace = workspace_of(ctx)
     specs = (
@@ -486,7 +488,7 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
     from featprobe.geometry import parse_size
     from featprobe.specs import parse_views
-    from featprobe.stages.extract import ExtractOptions
+    from featprobe.stages.options import ExtractOptions
 
     same = (
         "format",
@@ -525,14 +527,14 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
 
 
 def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
-    from featprobe.report.tables import result_table, show_table
+    from featprobe.report.tables import result_text
 
     if json_:
         return show_json(report.rows)
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
-    click.echo(show_table(result_table(report.rows)))
+    click.echo(result_text(report.rows, terminal_width()))
     click.echo()
     for folder in dict.fromkeys(Path(row["folder"]).parent for row in report.rows):
         seeds = ", ".join(Path(r["folder"]).name for r in report.rows if Path(r["folder"]).parent == folder)

@@ -1,6 +1,8 @@
 """Options that several commands share. Nothing here imports torch: `--help` must be quick."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -207,6 +209,11 @@ def columns(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     table = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+def terminal_width() -> int | None:
+    """Characters in a line of the terminal that stdout is; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def workspace_of(ctx: click.Context) -> "Workspace":

@@ -22,7 +22,7 @@ from featprobe.datasets.folders import find_folders, read_folders
 from featprobe.datasets.gdxray import find_series, find_welds, read_gdxray, read_welds
 from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
 from featprobe.datasets.magnetic_tile import is_magnetic_tile, read_magnetic_tile
-from featprobe.datasets.samples import DataSet
+from featprobe.datasets.samples import DataSet, listed
 from featprobe.datasets.severstal import is_severstal, read_severstal
 from featprobe.datasets.split_file import pin, read_split_file
 from featprobe.datasets.splits import complete_splits, regroup
@@ -189,11 +189,12 @@ def read_data(
             return complete_splits(data) if complete else data
         data = pin(data, read_split_file(split_file))
         return complete_splits(data, f"the split of {split_file.name}") if complete else data
-    layouts = "\n          or ".join(entry.layout for entry in known.values())
+    inside = listed(sorted(p.name for p in root.iterdir()), 8) if root.is_dir() else "a file"
+    wanted = known[own].layout if own else f"one of the formats {', '.join(known)}"
+    to_do = "" if own else f"\nWhat each looks for is told by naming it:  featprobe data info {root} --format NAME"
     raise DataError(
         f"{root} holds no data set that can be read{f' as {own}' if own else ''}.\n"
-        f"  wanted  {layouts}\n"
-        f"  found   {', '.join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else root.name}"
+        f"  found   {inside or 'nothing: it is empty'}\n  wanted  {wanted}{to_do}"
         + "".join(f"\n{letter}" for letter in broken)
     )
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import xxhash
 
 from featprobe.datasets.samples import SPLITS, DataSet, listed
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 
 SHARES: Mapping[str, float] = {"train": 0.6, "val": 0.2, "test": 0.2}
 VAL_OF_TRAIN = 0.2
@@ -43,7 +43,7 @@ def split_by_group(
             held_by[group][name] += 1
     if len(sizes) < len(shares):
         raise DataError(
-            f"{len(sizes)} group(s) of images can't be split into {', '.join(shares)}.\n"
+            f"{counted(len(sizes), 'group')} of images can't be split into {', '.join(shares)}.\n"
             f"  wanted  at least {len(shares)} groups, so that no part stands in two splits\n"
             f"  found   {listed(sorted(sizes))}\n"
             "Give the images a finer group, or name their splits."
@@ -202,13 +202,11 @@ def starved(
             holders[name].add(group)
     notes = []
     for split in SPLITS:
-        lacking = [f"{names[c]} ({_groups(len(holders[c]))} in all)" for c in sorted(holders.keys() - seen[split])]
+        lacking = [
+            f"{names[c]} ({counted(len(holders[c]), 'group')} in all)" for c in sorted(holders.keys() - seen[split])
+        ]
         notes += [f"no {split} image holds {', '.join(lacking)}"] if lacking and split in splits else []
     return notes
-
-
-def _groups(count: int) -> str:
-    return "1 group" if count == 1 else f"{count} groups"
 
 
 def regroup(data: DataSet, pattern: str) -> DataSet:

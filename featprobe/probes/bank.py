@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from featprobe.errors import ShapeError
-from featprobe.levels import Features
+from featprobe.features import Features
 from featprobe.probes.linear import LinearHead, fold, sum_of_levels
 from featprobe.probes.losses import level_loss
 from featprobe.processes import summed

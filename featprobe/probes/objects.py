@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_area
 
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.probes.pyramid import PyramidKind, SimplePyramid, TopDown, make_pyramid
 
 MOST_DETECTIONS = 100  # an image, as COCO counts

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
 
 from featprobe.errors import ProbeError
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.probes.linear import LevelNorm
 
 PyramidKind = Literal["auto", "levels", "simple"]

@@ -14,7 +14,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_area, box_iou, roi_align
 
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.probes.objects import (
     MOST_DETECTIONS,
     Detections,

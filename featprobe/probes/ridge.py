@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.probes.linear import EPSILON, LinearHead
 
 STRENGTHS = tuple(10.0**k for k in range(-6, 2))

@@ -9,17 +9,16 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featprobe.errors import DivergedError, ProbeError
-from featprobe.levels import Features
+from featprobe.features import Features
 from featprobe.probes.losses import parse_loss
 from featprobe.processes import check_batch, check_norms, is_main, sum_gradients, summed
+from featprobe.specs import Rows
 
-Rows = NDArray[np.intp]
 Feed = Callable[[Iterable[Rows]], Iterator[tuple[Rows, Features]]]
 """Yields (rows, their features) for each array of row indices that it is given."""
 TrainingFeed = Callable[[Iterable[Rows], int], Generator[tuple[Any, Features]]]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from featprobe.levels import FeatureLevel, Features
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
 from featprobe.probes.linear import over_padding
 from featprobe.probes.pyramid import ConvBlock, PyramidKind, make_pyramid
 

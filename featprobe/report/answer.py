@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
+from featprobe.errors import counted
 from featprobe.report.comparison import FEW_GROUPS, LABELS, interval_text, number, scores_of
 
 SURE = 0.05  # corrected p value up to which a difference is called one
@@ -23,7 +24,7 @@ def answer_of(lines: Sequence[Line], differences: Sequence[Line]) -> tuple[str, 
     sentences = []
     for head in dict.fromkeys(line["head"] for line in shown):
         sentences += _of_head([line for line in shown if line["head"] == head], [d for d in own if d["head"] == head])
-    few = f"All of this rests on {lines[0]['groups']} test groups only: take it as a hint."
+    few = f"All of this rests on {counted(lines[0]['groups'], 'test group')} only: take it as a hint."
     return (*sentences, few) if lines[0]["groups"] < FEW_GROUPS else tuple(sentences)
 
 

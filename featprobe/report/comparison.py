@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from featprobe.report.text import table_text
+
 LABELS: Mapping[str, str] = {
     "miou_foreground": "fg mIoU",
     "miou": "mIoU",
@@ -58,14 +60,15 @@ def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
     brief: for a terminal: without the interval of the second score, and without columns that are alike throughout.
     """
     table = pd.DataFrame([_result_cells(line, brief) for line in lines])
-    usual = {"of train": {"100 %"}, "*": {"*"}, "size": set(table["size"][:1]) if brief else set()}
+    usual = {"of train": {"100 %"}, "*": {"*"}, "split": set(table["split"][:1])}
+    usual |= {"size": set(table["size"][:1])} if brief else {}
     table = table.drop(columns=[name for name, values in usual.items() if set(table[name]) == values])
     return table if table["marks"].any() or not brief else table.drop(columns="marks")
 
 
 def _result_cells(line: Line, brief: bool) -> dict[str, str]:
-    cells = {"backbone": line["backbone"], "regime": line["regime"], "head": line["head"], "size": line["size"],
-             "of train": f"{100 * line['fraction']:g} %", "*": "*" if line["chosen"] else "",
+    cells = {"backbone": line["backbone"], "regime": line["regime"], "head": line["head"], "split": line["split"],
+             "size": line["size"], "of train": f"{100 * line['fraction']:g} %", "*": "*" if line["chosen"] else "",
              "seeds": str(line["seeds"])}  # fmt: skip
     for i, name in enumerate(scores_of(line)):
         cells[LABELS[name]] = number(100 * line[name])
@@ -146,13 +149,15 @@ def _whole(value: int | None) -> str:
     return NONE if value is None else str(value)
 
 
-def comparison_text(sets: Sequence[tuple[str, Sequence[Line], Sequence[Line]]], gaps: Sequence[Line]) -> str:
-    """All tables as text for a terminal: of each set its title, its results, its differences."""
+def comparison_text(
+    sets: Sequence[tuple[str, Sequence[Line], Sequence[Line]]], gaps: Sequence[Line], width: int | None = None
+) -> str:
+    """All tables as text for a terminal: of each set its title, its results, its differences; see `table_text`."""
     blocks = []
     for title, lines, differences in sets:
-        blocks.append(f"{title}\n{result_table(lines, brief=True).to_string(index=False)}")
+        blocks.append(f"{title}\n{table_text(result_table(lines, brief=True), width)}")
         if differences:
-            blocks.append(difference_table(differences).to_string(index=False))
+            blocks.append(table_text(difference_table(differences), width))
     if gaps:
-        blocks.append(f"Modality gaps\n{gap_table(gaps).to_string(index=False)}")
+        blocks.append(f"Modality gaps\n{table_text(gap_table(gaps), width)}")
     return "\n\n".join(blocks)

@@ -43,7 +43,9 @@ def save_sheet(
     width = max(len(columns) * (TILE + GAP) + GAP, 480)
     tiles = [(caption, [draw_panel(panel, TILE) for panel in panels]) for caption, panels in rows]
     heights = [max(tile.height for tile in row) + LINE + GAP for _, row in tiles]
-    sheet = Image.new("RGB", (width, LINE + GAP + sum(heights) + LINE * (1 + len(classes) // 5)), "white")
+    ignored = any(panel.labels is not None and IGNORE in panel.labels for _, panels in rows for panel in panels)
+    legend = draw_legend(classes, width, ignored=ignored)
+    sheet = Image.new("RGB", (legend.width, LINE + GAP + sum(heights) + legend.height), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(columns):
         draw.text((GAP + column * (TILE + GAP), 2), title, fill="black", font=font)
@@ -53,7 +55,7 @@ def save_sheet(
             sheet.paste(tile, (GAP + column * (TILE + GAP), top))
         draw.text((GAP, top + height - LINE - GAP + 1), caption, fill="black", font=font)
         top += height
-    _legend(draw, top, width, classes, font)
+    sheet.paste(legend, (0, top))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path, format="PNG")
@@ -67,21 +69,39 @@ def colour_of(index: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _legend(
-    draw: ImageDraw.ImageDraw,
-    top: int,
-    width: int,
-    classes: Sequence[str],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
-    x = GAP
-    for index, name in enumerate(classes[1:], start=1):
-        length = int(draw.textlength(name, font=font)) + 28
+def draw_legend(classes: Sequence[str], width: int, *, ignored: bool = False) -> Image.Image:
+    """The colours of the classes but the background, in lines of this many pixels, or of as many as the longest takes.
+
+    ignored: whether the colour of what is ignored is among them.
+    """
+    font = ImageFont.load_default(13)
+    entries = [(name, colour_of(index)) for index, name in enumerate(classes) if index]
+    entries += [("ignored", IGNORED)] if ignored else []
+    lengths = [int(font.getlength(name)) + 28 for name, _ in entries]
+    width = max([width, *(GAP + length for length in lengths)])
+    places: list[tuple[int, int]] = []  # x, y of each
+    x, y = GAP, 0
+    for length in lengths:
         if x + length > width:
-            x, top = GAP, top + LINE
-        draw.rectangle((x, top + 3, x + 12, top + 13), fill=colour_of(index))
-        draw.text((x + 17, top), name, fill="black", font=font)
+            x, y = GAP, y + LINE
+        places.append((x, y))
         x += length
+    strip = Image.new("RGB", (width, y + LINE if entries else 0), "white")
+    draw = ImageDraw.Draw(strip)
+    for (name, colour), (x, y) in zip(entries, places, strict=True):
+        draw.rectangle((x, y + 3, x + 12, y + 13), fill=colour)
+        draw.text((x + 17, y), name, fill="black", font=font)
+    return strip
+
+
+def draw_overlay(panel: Panel, classes: Sequence[str]) -> Image.Image:
+    """A panel at its image's own size, with the classes' colours on a strip below it."""
+    picture = draw_panel(panel)
+    legend = draw_legend(classes, picture.width)
+    whole = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
+    whole.paste(picture, (0, 0))
+    whole.paste(legend, (0, picture.height))
+    return whole
 
 
 def draw_panel(panel: Panel, longest: int | None = None) -> Image.Image:

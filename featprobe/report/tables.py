@@ -5,6 +5,9 @@ from typing import Any
 
 import pandas as pd
 
+from featprobe.errors import counted
+from featprobe.report.comparison import NONE
+from featprobe.report.text import table_text
 from featprobe.specs import SplitChoice
 
 SCORES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -73,7 +76,8 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _data_text(row: Mapping[str, Any]) -> str:
     notes = [] if row["split"] == "own" else [SplitChoice.parse(row["split"]).text]
-    notes += [] if row["fraction"] == 1 else [f"{row['fraction']:g} of train: {row['images']['train']} images"]
+    images = counted(row["images"]["train"], "image")
+    notes += [] if row["fraction"] == 1 else [f"{row['fraction']:g} of train: {images}"]
     notes += [] if row["instances"] == "own" else ["connected components"]
     return f"{row['data']} ({', '.join(notes)})" if notes else str(row["data"])
 
@@ -94,14 +98,22 @@ def percent(share: float | None) -> float:
     return float("nan") if share is None else 100 * share
 
 
-def show_table(table: pd.DataFrame) -> str:
-    """A table as text, one block per task and data set, so that each shows its own columns only."""
-    blocks = []
-    for (_, data), block in table.groupby(["task", "data"], sort=False):
-        shown = block.dropna(axis="columns", how="all").drop(columns=["data"])
-        plain = {"task": str, "backbone": str, "regime": str, "head": str, "cache": str}
-        formats = dict.fromkeys(("n", "head params"), "{:.0f}".format)
-        scores = {name: "{:.1f}".format for name in shown.columns if name not in plain and name not in formats}
-        text = shown.to_string(index=False, formatters={**scores, **formats}, na_rep="–")
-        blocks.append(f"{data}\n{text}")
-    return "\n\n".join(blocks)
+def result_text(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
+    """Result rows as text: a table per task and data set, with the classes in its own order; see `table_text`."""
+    blocks: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        blocks.setdefault((row["task"], _data_text(row)), []).append(row)
+    return "\n\n".join(f"{data}\n{table_text(_texts(result_table(own)), width)}" for (_, data), own in blocks.items())
+
+
+def _texts(table: pd.DataFrame) -> pd.DataFrame:
+    """A result table of one task and data set for people, without columns that have no value."""
+    shown = table.dropna(axis="columns", how="all").drop(columns=["data"])
+    whole = ("n", "head params")
+
+    def text(name: str, value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        return NONE if pd.isna(value) else format(value, ".0f" if name in whole else ".1f")
+
+    return pd.DataFrame({name: [text(name, value) for value in shown[name]] for name in shown.columns})

@@ -18,12 +18,12 @@ from featprobe.datasets.duplicates import Look, exact_copies, in_several_splits,
 from featprobe.datasets.images import hash_image, read_levels, to_unit
 from featprobe.datasets.samples import SPLITS, listed
 from featprobe.datasets.splits import complete_splits, leaks
-from featprobe.errors import DataError, LabelSizeError, OutOfImageError
+from featprobe.errors import DataError, LabelSizeError, OutOfImageError, counted
 from featprobe.geometry import Fit, Size, default_size, place, place_tile
 from featprobe.report.page import write_check_page
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.stages.data import contact_sheet, spread
-from featprobe.stages.survey import in_threads
+from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE, Target
 
 STRIDES = (4, 8, 16, 32)
@@ -288,10 +288,10 @@ def _copies(found: Sequence[Looked]) -> list[Finding]:
     within = [own for own in sets if not in_several_splits(own)]
     findings = []
     if across:
-        text = f"{len(across)} images stand in more than one split, byte for byte"
+        text = f"{counted(len(across), 'image stands', 'images stand')} in more than one split, byte for byte"
         findings.append(Finding("copy_leak", True, text, tuple(tuple(_placed(s) for s in own) for own in across)))
     if within:
-        text = f"{len(within)} images stand more than once in one split, byte for byte"
+        text = f"{counted(len(within), 'image stands', 'images stand')} more than once in one split, byte for byte"
         findings.append(Finding("copies", False, text, tuple(tuple(_placed(s) for s in own) for own in within)))
     return findings
 
@@ -308,10 +308,10 @@ def _near(pairs: Sequence[tuple[Sample, Sample]]) -> list[Finding]:
     within = [pair for pair in pairs if not in_several_splits(pair)]
     findings = []
     if across:
-        text = f"{len(across)} pairs of images look the same and stand in two splits"
+        text = f"{counted(len(across), 'pair')} of images that look the same in two splits"
         findings.append(Finding("near_copy_leak", True, text, tuple((_placed(a), _placed(b)) for a, b in across)))
     if within:
-        text = f"{len(within)} pairs of images look the same, each within one split"
+        text = f"{counted(len(within), 'pair')} of images that look the same within one split"
         findings.append(Finding("near_copies", False, text, tuple((_placed(a), _placed(b)) for a, b in within)))
     return findings
 
@@ -383,13 +383,13 @@ def head_lines(checked: DataCheck) -> list[str]:
     depths = ", ".join(f"{count} {depth}" for depth, count in checked.depths.items()) or "none that can be read"
     low, high = ("x".join(map(str, size)) for size in checked.sizes) if checked.sizes else ("", "")
     sizes = f", {low if low == high else f'{low} to {high}'} (height x width)" if checked.sizes else ""
-    instances = "" if checked.instances is None else f", {checked.instances} instances"
+    instances = "" if checked.instances is None else f", {counted(checked.instances, 'instance')}"
     return [
-        f"{checked.images} images{instances}: {depths}{sizes}",
+        f"{counted(checked.images, 'image')}{instances}: {depths}{sizes}",
         f"labels for {', '.join(checked.tasks)}",
         *(
-            f"{split or 'no split'}: {own['images']} images, {own['groups']} groups, "
-            f"{own['without_objects']} images without objects"
+            f"{split or 'no split'}: {counted(own['images'], 'image')}, {counted(own['groups'], 'group')}, "
+            f"{counted(own['without_objects'], 'image')} without objects"
             for split, own in checked.splits.items()
         ),
     ]
@@ -397,7 +397,8 @@ def head_lines(checked: DataCheck) -> list[str]:
 
 def object_line(objects: Objects) -> str:
     """What the table of objects is of."""
-    kind = "objects" if objects.of == "instances" else "connected components of the masks"
+    parts = ("connected component of the masks", "connected components of the masks")
+    kind = counted(objects.count, *(("object",) if objects.of == "instances" else parts))
     height, width = objects.frame
     tiles = f" from tiles of {objects.tile}" if objects.tile else ""
-    return f"{objects.count} {kind}, at {height}x{width} pixels{tiles}: median side {objects.median:.1f}"
+    return f"{kind}, at {height}x{width} pixels{tiles}: median side {objects.median:.1f}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import open_cache
-from featprobe.errors import FeatprobeError
+from featprobe.errors import FeatprobeError, counted
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.specs import digest
@@ -99,7 +99,7 @@ def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], s
     queued = [cell for cell in plan.missing if latest.get(_key(study, cell)) in queue]
     wanted = [cell for cell in plan.missing if cell not in queued]
     if queued:
-        say(f"{len(queued)} trainings are in the queue already")
+        say(f"{counted(len(queued), 'training is', 'trainings are')} in the queue already")
     for cell in wanted:
         if _key(study, cell) in latest:
             say(f"failed before: {cell}: {_reason(workspace, latest[_key(study, cell)])}")
@@ -117,7 +117,8 @@ def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], s
         for task, job in zip(tasks, _submit(executor, tasks), strict=True):
             append_row(root / JOBS / "jobs.jsonl", {"what": _key(study, task.cell), "job": job, "text": str(task.cell)})
             jobs.append((task.cell, job))
-    say(f"handed over: {len(made)} extractions and {len(jobs)} trainings; their logs: {root / JOBS}")
+    what = f"{counted(len(made), 'extraction')} and {counted(len(jobs), 'training')}"
+    say(f"handed over: {what}; their logs: {root / JOBS}")
     return Handed(plan, tuple(made), tuple(jobs), tuple(queued))
 
 

@@ -1,6 +1,7 @@
 """Scored heads to an answer: tables with intervals, paired differences, curves, a page."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from featprobe.errors import FeatprobeError, ProbeError, nearest
+from featprobe.cache import open_cache
+from featprobe.errors import FeatprobeError, ProbeError, counted, nearest
 from featprobe.metrics import FEW_GROUPS, Difference, Statistic, holm, modality_gap, paired_difference, score_interval
 from featprobe.probes.saved import plain
 from featprobe.report.answer import SURE, answer_of
 from featprobe.report.comparison import difference_frame, result_frame
 from featprobe.report.page import PageSet, write_page
-from featprobe.specs import SplitChoice
+from featprobe.specs import SplitChoice, digest
 from featprobe.stages.commands import commands_of
 from featprobe.stages.convergence import SHARES, iterations_to, late_rise, still_rising
+from featprobe.stages.partition import partition_of
 from featprobe.stages.results import (
     REGIMES,
     SCORES,
@@ -71,20 +74,22 @@ def compare(
     gap: Sequence[str] = (),
     on: Sequence[str] = (),
     quiet: bool = False,
+    folders: Collection[str] | None = None,
 ) -> Comparison:
     """Put the results of probes/results.jsonl side by side; write tables and a page into a folder.
 
     out: the folder, probes/report by default. gap: two backbones, on: two data sets; by how much more the first
     backbone is ahead of the second on the first set than on the second set; unasked where all results are of two
     backbones on two sets. quiet: no progress bar; average precision
-    takes minutes where a test split has hundreds of groups.
+    takes minutes where a test split has hundreds of groups. folders: of the results to compare, as rows name them; None
+    for all.
     Raises ProbeError when there is no result, or none that can be used, or no gap can be made of those that there are.
     """
-    results, unusable, notes = load_results(workspace.probes)
+    results, unusable, notes = load_results(workspace.probes, folders)
     if not results:
         reasons = "\n".join(f"  {item.folder}: {item.reason}" for item in unusable)
         raise ProbeError(f"None of the results in {workspace.probes} can be compared.\n{reasons}\nRun them again.")
-    tables = comparable_sets(results)
+    tables = _met(workspace, comparable_sets(results))
     titles = _titles(tables)
     with tqdm(total=len(results), desc="intervals", unit="result", disable=quiet, leave=False) as bar:
         sets = [_compared(workspace, title, table, bar) for title, table in zip(titles, tables, strict=True)]
@@ -108,22 +113,55 @@ def plain_json(report: Comparison) -> dict[str, Any]:
     return plain(values | {"files": [str(path) for path in report.files]})
 
 
+def _met(workspace: Workspace, tables: Sequence[list[Result]]) -> list[list[Result]]:
+    """The tables, those whose splits are one partition under several names as one.
+
+    Rows keep the images that were tested, not those that were trained and chosen on: their caches tell. Where a cache
+    is not here any more, or is not what it was, the split stands alone.
+    """
+    alike = Counter(table[0].tested_alike for table in tables)
+    found: dict[str, list[Result]] = {}
+    for table in tables:
+        key = _partition(workspace, table[0]) if alike[table[0].tested_alike] > 1 else table[0].comparable
+        found.setdefault(key, []).extend(table)
+    return list(found.values())
+
+
+def _partition(workspace: Workspace, result: Result) -> str:
+    """The same for results of one table, by what their splits are where the cache tells, else by their names."""
+    row = result.row
+    place = "/".join(Path(row["folder"]).parts[:2])  # as of its cache
+    try:
+        cache = open_cache(workspace.cache / f"{place}.h5")
+        partition, tested = partition_of(cache, row["split"])
+    except FeatprobeError:
+        return result.comparable
+    known = cache.data.fingerprint == row["data_fingerprint"] and tested == set(result.runs[0].test.ids)
+    return digest([partition, result.tested_alike]) if known else result.comparable
+
+
 def _titles(tables: Sequence[Sequence[Result]]) -> list[str]:
     """What people call each table; where two would be called alike, what tells them apart is added."""
     rows = [table[0].row for table in tables]
-    plain = [_title(row) for row in rows]
+    plain = [_title(table) for table in tables]
     titles = []
     for table, row, title in zip(tables, rows, plain, strict=True):
         alike = [other for other, its in zip(tables, plain, strict=True) if its == title]
-        more = f" [data {row['data_fingerprint'][:6]}, {row['images']['test']} test images]" if len(alike) > 1 else ""
+        images = counted(row["images"]["test"], "test image")
+        more = f" [data {row['data_fingerprint'][:6]}, {images}]" if len(alike) > 1 else ""
         same = [other for other in alike if other[0].row["data_fingerprint"] == row["data_fingerprint"]]
         more += f" [set {table[0].comparable[:6]}]" if len(same) > 1 else ""
         titles.append(title + more)
     return titles
 
 
-def _title(row: Mapping[str, Any]) -> str:
-    parts = [row["data"], row["task"], SplitChoice.parse(row["split"]).text]
+def _title(table: Sequence[Result]) -> str:
+    row = table[0].row
+    splits: dict[str, str] = {}
+    for choice in (SplitChoice.parse(result.row["split"]) for result in table):
+        splits.setdefault(choice.key, choice.text)
+    first, *others = splits.values()
+    parts = [row["data"], row["task"], f"{first} (also {', '.join(others)})" if others else first]
     parts += ["connected components"] if row["instances"] != "own" else []
     parts += ["absent classes left out"] if row["absent_classes"] != "zero" else []
     return ", ".join(parts)
@@ -136,8 +174,8 @@ def _notes(title: str, table: Sequence[Result]) -> list[str]:
     notes = []
     if groups < FEW_GROUPS:
         notes.append(
-            f"{title}: {groups} test groups. Intervals from fewer than {FEW_GROUPS} rest on guesses about groups that "
-            "nobody has seen"
+            f"{title}: {counted(groups, 'test group')}. Intervals from fewer than {FEW_GROUPS} rest on guesses about "
+            "groups that nobody has seen"
         )
     choice = SplitChoice.parse(first.row["split"])
     if choice.folds:
@@ -154,8 +192,9 @@ def _notes(title: str, table: Sequence[Result]) -> list[str]:
         notes.append(f"{title}: not all results were chosen from equally many trials; see the column")
     if len(representatives(table)) < len(table):
         notes.append(
-            f"{title}: where a backbone has several results that differ in recipe or input size alone, differences are "
-            "taken at the size that most of them have, then of the one that is best on validation (marked *)"
+            f"{title}: where a backbone has several results that differ in recipe, input size or the name of one split "
+            "alone, differences are taken at the size that most of them have, then of the one best on validation "
+            "(marked *)"
         )
     return notes
 

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
+from featprobe.datasets.duplicates import Look, look_of, near_copies
 from featprobe.datasets.images import bits_of, image_size, read_levels, to_unit, training_window
-from featprobe.datasets.samples import SPLITS
+from featprobe.datasets.samples import SPLITS, listed
 from featprobe.datasets.split_file import write_split_file
 from featprobe.datasets.splits import leaks, starved
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import Intensity, SplitChoice, default_intensity
 from featprobe.stages.partition import assigned, classes_in
+from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE
 
 
@@ -73,19 +76,26 @@ def summarise(data: DataSet) -> DataSummary:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """A split that was written: images and groups of each split or fold, and how many of its images hold each class."""
+    """A split that was written: images and groups of each split or fold, and how many of its images hold each class.
+
+    near_copies: ids of images that look the same and stand in two splits, see datasets.duplicates.
+    """
 
     images: dict[str, int]
     groups: dict[str, int]
     holders: dict[str, dict[str, int]]
+    near_copies: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
 
-def write_split(data: DataSet, out: Path, split: str = "own", seed: int = 0) -> SplitReport:
-    """Write a split of a data set to a CSV file, see datasets.split_file.
+def write_split(
+    data: DataSet, out: Path, split: str = "own", seed: int = 0, *, workers: int = 2, quiet: bool = False
+) -> SplitReport:
+    """Write a split of a data set to a CSV file, see datasets.split_file; then look for copies across it.
 
     split: see specs.SplitChoice; of a cross-validation the file holds the folds. seed: of the order in which groups
-    are placed. Raises DataError where the split can't be made, a file is there already, or a label is bad.
+    are placed. workers: threads that decode the images. Raises DataError where the split can't be made, a file is there
+    already, or a label is bad; an image that can't be read is noted.
     """
     choice = SplitChoice.parse(split)
     if choice.file or choice.fold:
@@ -98,6 +108,10 @@ def write_split(data: DataSet, out: Path, split: str = "own", seed: int = 0) -> 
     ids, groups, own = ([getattr(sample, name) for sample in data.samples] for name in ("id", "group", "split"))
     _, splits = assigned(choice, ids, groups, own, lambda: classes, seed)
     write_split_file(out, ids, groups, splits)
+    looks = _looks(data.samples, workers, quiet)
+    seen = [i for i, look in enumerate(looks) if look]
+    pairs = [(seen[a], seen[b]) for a, b in near_copies([look for look in looks if look])]
+    across = [(a, b) for a, b in pairs if splits[a] != splits[b]]
     parts = {part: [i for i, found in enumerate(splits) if found == part] for part in _in_order(splits)}
     return SplitReport(
         images={part: len(own) for part, own in parts.items()},
@@ -106,11 +120,35 @@ def write_split(data: DataSet, out: Path, split: str = "own", seed: int = 0) -> 
             part: {name: sum(c in classes[i] for i in own) for c, name in enumerate(data.classes) if c}
             for part, own in parts.items()
         },
+        near_copies=tuple((ids[a], ids[b]) for a, b in across),
         notes=(
             *(data.notes if choice.by == "own" else leaks(groups, splits, "this split")),
             *starved(splits, classes, groups, data.classes),
+            *_alike([tuple(f"{ids[i]} ({splits[i]})" for i in pair) for pair in across]),
+            *([f"{counted(len(looks) - len(seen), 'image')} can't be read"] if len(seen) < len(looks) else []),
         ),
     )
+
+
+def _looks(samples: Sequence[Sample], workers: int, quiet: bool) -> list[Look | None]:
+    """How each image looks, None for one that can't be read."""
+
+    def look(sample: Sample) -> Look | None:
+        try:
+            return look_of(read_levels(sample.image))
+        except DataError:
+            return None
+
+    with in_threads(look, samples, workers) as results:
+        return list(tqdm(results, total=len(samples), desc="comparing", unit="img", disable=quiet, leave=False))
+
+
+def _alike(pairs: Sequence[Sequence[str]]) -> list[str]:
+    """A note on images that look the same in two splits."""
+    if not pairs:
+        return []
+    shown = listed([" and ".join(pair) for pair in pairs], 3)
+    return [f"{counted(len(pairs), 'pair')} of images that look the same in two splits: {shown}"]
 
 
 def _in_order(splits: Sequence[str]) -> list[str]:

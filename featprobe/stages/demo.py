@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from featprobe.stages.extract import ExtractOptions, extract
+from featprobe.errors import counted
+from featprobe.stages.extract import extract
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.probe import ProbeReport, probe
 from featprobe.stages.trials import ProbeOptions
 from featprobe.stages.workspace import Workspace
@@ -22,6 +24,6 @@ def demo(
             spec = workspace.backbone("embedded", random_init=random_init)
             report = extract(workspace, spec, name, options)
             labels.append(spec.label)
-            made = f"{report.computed} images" if report.computed else "there already"
+            made = counted(report.computed, "image") if report.computed else "there already"
             say(f"{spec.label} on {name}: {made}, {report.path}")
     return probe(workspace, "semseg", data, sorted(set(labels)), ProbeOptions(seeds=1, device=device, show=4), say)

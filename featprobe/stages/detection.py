@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from featprobe.cache import Cache
+from featprobe.features import Features
 from featprobe.geometry import Placement
-from featprobe.levels import Features
 from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
 from featprobe.probes import Detections, ObjectTarget, object_sides, objects_at_original
-from featprobe.probes.train import Feed, Rows
+from featprobe.probes.train import Feed
 from featprobe.processes import from_main, gathered
 from featprobe.report.sheets import Panel
+from featprobe.specs import Rows
 from featprobe.stages.live import Truth, Views
 from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_here
-from featprobe.stages.stitch import Objects, by_image, images_of, stitched_objects
+from featprobe.stages.rows import by_image, images_of
+from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture

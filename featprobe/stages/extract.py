@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from featprobe import __version__
-from featprobe.backbones import Backbone, load_backbone
+from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.cache import (
     MISSING,
     UNREADABLE,
@@ -38,17 +38,18 @@ from featprobe.cache import (
     remove_leftovers,
     replace_file,
 )
+from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets import DataSet
 from featprobe.datasets.images import frame_image, read_levels
-from featprobe.errors import BackboneError, CacheError, DataError, OverflowsDtypeError
-from featprobe.geometry import Fit, Size, parse_size
-from featprobe.machine import free_disk, human_bytes, pick_device
-from featprobe.processes import launched
-from featprobe.specs import BackboneSpec, CacheDtype, DataInfo, FeatureRecipe, Intensity, Tiling, parse_views
-from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, survey
+from featprobe.errors import BackboneError, CacheError, DataError, OverflowsDtypeError, counted
+from featprobe.geometry import Size
+from featprobe.machine import free_disk, human_bytes
+from featprobe.processes import launched, pick_device
+from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
+from featprobe.stages.options import ExtractOptions, check_turns, configured
+from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, skippable, survey
 from featprobe.stages.workspace import Workspace
 
-TORCH_DTYPE = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 EXPONENT = {
     torch.float16: (torch.int16, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -59,56 +60,6 @@ AHEAD = 3  # blocks that are decoded before they are needed
 IMAGES_KEPT = 4  # decoded, for their next tiles
 BEHIND = 2  # blocks that may wait for the disk
 DISK_RESERVE = 64_000_000  # bytes left free beside the features
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """How features are made; see `featprobe extract --help` for each.
-
-    size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding.
-    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
-    group_from, split_file: where its groups and splits are from, None for the set itself.
-    tile: side of the tiles that images are cut into, 0 for whole images; overlap: of neighbours, by default an eighth
-    of a tile; both in pixels of the original image. empty_tiles: share of the training tiles without a defect that is
-    kept, by default all. views: of training images, as `parse_views` gives them. What is None is as featprobe.toml
-    says, where it names the set.
-    """
-
-    levels: tuple[str, ...] = ()
-    size: Size | None = None
-    fit: Fit | None = None
-    intensity: str | None = None
-    batch_size: int = 16
-    workers: int = 2
-    dtype: CacheDtype = "fp16"
-    precision: Literal["fp32", "amp"] = "fp32"
-    device: str | None = None
-    shard: tuple[int, int] | None = None
-    skip_bad: bool = False
-    quiet: bool = False
-    format: str | None = None
-    group_from: str | None = None
-    split_file: str | None = None
-    tile: int | None = None
-    overlap: int | None = None
-    empty_tiles: float | None = None
-    views: tuple[str, ...] | None = None
-
-    @property
-    def tiling(self) -> Tiling | None:
-        """How images are cut; None for not at all. Raises DataError for what can't be."""
-        return Tiling.of(self.tile, self.overlap, self.empty_tiles, self.fit)
-
-    def check(self) -> None:
-        """Raise DataError for what can't be had together, as far as it can be told without the images."""
-        policy = Intensity.parse(self.intensity) if self.intensity else None
-        if policy and policy.image and (self.tiling or self.views):
-            raise DataError(
-                f"--intensity {policy} would stretch each tile and view of an image in another way.\n"
-                "Take a policy of the whole set (without :image), or whole images alone: --tile 0 --views none."
-            )
-        if self.size and not self.tiling:
-            _check_turns(self.views or (), self.size, self.fit or "resize")
 
 
 @dataclass(frozen=True)
@@ -177,33 +128,6 @@ def extract(
     return extract_with(workspace, backbone, data, options, device, load_seconds=time.perf_counter() - begun)
 
 
-def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOptions:
-    """Options with what featprobe.toml says of the data set, where the caller says nothing.
-
-    What it says of size and fit is meant for its own tiles, or for whole images where it names none: it does not count
-    where the caller wants others. Nor do overlap and empty tiles where the caller wants whole images.
-    """
-    pinned = options.split_file or table.get("split_file")
-    tile = table.get("tile") if options.tile is None else options.tile
-    idle = [] if (tile or 0) == table.get("tile", 0) else ["size", "fit"]
-    idle += [] if tile else ["overlap", "empty_tiles"]
-    table = {name: value for name, value in table.items() if name not in idle}
-    views = parse_views(table["views"]) if options.views is None and "views" in table else options.views
-    return replace(
-        options,
-        size=options.size or (parse_size(table["size"]) if "size" in table else None),
-        tile=tile,
-        overlap=table.get("overlap") if options.overlap is None else options.overlap,
-        empty_tiles=table.get("empty_tiles") if options.empty_tiles is None else options.empty_tiles,
-        views=views,
-        fit=options.fit or table.get("fit"),
-        intensity=options.intensity or table.get("intensity"),
-        format=options.format or table.get("format"),
-        group_from=options.group_from or table.get("group_from"),
-        split_file=str(Path(pinned).resolve()) if pinned else None,
-    )
-
-
 def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: ExtractOptions) -> Job:
     """Look at the whole data set and settle the recipe, the rows and the file's name."""
     options.check()
@@ -220,7 +144,7 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
         tiling=tiling,
         views=options.views or (),
     )
-    _check_turns(recipe.views, recipe.size, recipe.fit)
+    check_turns(recipe.views, recipe.size, recipe.fit)
     path = workspace.cache_folder(data) / f"{recipe.label}-{recipe.key[:8]}.h5"
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
@@ -230,15 +154,6 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
         path, recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
         _placed(backbone.spec), tuple(whole), {name: value for name, value in how.items() if value},
     )  # fmt: skip
-
-
-def _check_turns(views: Sequence[str], size: Size, fit: Fit) -> None:
-    """Raise DataError where a quarter turn would not keep the image's shape."""
-    if "rot90" in views and fit == "resize" and size[0] != size[1]:
-        raise DataError(
-            f"The view rot90 would be stretched to {size[0]}x{size[1]} pixels. Nothing was computed.\n"
-            "Keep shapes with --fit letterbox, or choose a square --size."
-        )
 
 
 def extract_with(
@@ -451,7 +366,7 @@ class _Filler:
             return future.result()
         except DataError as error:
             if not self.options.skip_bad:
-                raise
+                raise skippable(error) from error
             self.writer.mark_unreadable(row, str(error))
             self.done[row] = UNREADABLE
             return self._blank()
@@ -566,9 +481,9 @@ def stored_array(m: torch.Tensor) -> NDArray:
 
 def speed_text(report: ExtractReport) -> str:
     """What an extraction did, for a person: counts, speed, and what waited for what."""
-    counts = f"{report.rows} images"
+    counts = counted(report.rows, "image")
     if report.rows != report.images:
-        counts = f"{report.rows} parts of {report.images} images"
+        counts = f"{counted(report.rows, 'part')} of {counted(report.images, 'image')}"
     if report.copied:
         counts += f", {report.copied} copied from the cache of the set as it was"
     if not report.computed and not report.missing:
@@ -586,7 +501,8 @@ def speed_text(report: ExtractReport) -> str:
         lines.append(f"Decoding images was what waited: {share:.0%} of the time; try more --workers.")
     if report.missing:
         lines.append(
-            f"{report.missing} rows are still missing: other shards make them, or run this again without --shard."
+            f"{counted(report.missing, 'row is', 'rows are')} still missing: other shards make them, "
+            "or run this again without --shard."
         )
     return "\n".join(lines)
 

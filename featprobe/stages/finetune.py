@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import Cache, open_cache
-from featprobe.errors import CacheError, FeatprobeError, ProbeError
-from featprobe.machine import pick_device
+from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
 from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import read_card, read_rows
-from featprobe.processes import is_main, together
+from featprobe.processes import is_main, pick_device, together
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits
-from featprobe.stages.probe import ProbeReport, checked, find_caches, notes_of, show, splittable
+from featprobe.stages.probe import ProbeReport, checked, find_caches, left_aside, notes_of, show, splittable
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
 from featprobe.stages.workspace import Workspace
 
@@ -82,7 +81,7 @@ def _finetune(
         run = one.run(workspace)
         forecasts.append(run.foresee())
         say(run.forecast_text)
-    say(f"{len(wanted)} trainings, about {sum(forecasts) / 60:.1f} min in all")
+    say(f"{counted(len(wanted), 'training')}, about {sum(forecasts) / 60:.1f} min in all")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     for one, seconds in zip(wanted, forecasts, strict=True) if not dry_run else ():
@@ -150,12 +149,15 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         try:
             if cache is None:
                 raise CacheError("its cache is not here any more")
+            cache.usable()
             own = _as_frozen(workspace, row, options)
             found.append(Missing(cache, row["task"], own, row["seed"], row["fraction"]))
+        except CacheIncompleteError as error:
+            notes.append(left_aside(error))
         except FeatprobeError as error:
             notes.append(f"{row['folder']} was left aside: {str(error).splitlines()[0]}")
     if not found:
-        raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(notes))
+        raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(dict.fromkeys(notes)))
     for one in found:
         notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.options.split)]
     return found, notes

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featprobe.backbones import Backbone
+from featprobe.backbones.backbone import Backbone
 from featprobe.cache import Cache
 from featprobe.datasets.images import frame_image, hash_image, read_levels, to_unit
 from featprobe.errors import DataError
-from featprobe.levels import Features
+from featprobe.features import Features
 from featprobe.probes import ObjectTarget
-from featprobe.probes.train import Rows
 from featprobe.processes import own_part
+from featprobe.specs import Rows
 from featprobe.stages.augment import Augmentation, View, augment
 from featprobe.targets import Instance, Labels
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from featprobe.cache import Cache
-from featprobe.probes.train import Rows
 from featprobe.processes import own_part
+from featprobe.specs import Rows
 from featprobe.stages.live import Views
-from featprobe.stages.stitch import images_of, rows_of
+from featprobe.stages.rows import images_of, rows_of
 
 EVALUATION_BATCH = 8
 Batch = Rows | Views

@@ -19,9 +19,8 @@ from featprobe.datasets.splits import (
     starved,
 )
 from featprobe.errors import DataError, ProbeError
-from featprobe.probes.train import Rows
-from featprobe.specs import SplitChoice
-from featprobe.stages.stitch import images_of
+from featprobe.specs import Rows, SplitChoice, digest
+from featprobe.stages.rows import images_of
 from featprobe.targets import IGNORE, Target
 
 SCARCE_FIRST: Mapping[str, float] = {split: SHARES[split] for split in ("train", "test", "val")}
@@ -98,6 +97,18 @@ def _assigned_in(cache: Cache, split: str, images: Rows) -> tuple[list[str], lis
     found = assigned(choice, ids, groups, own, lambda: [classes_of(cache)[i] for i in asked])
     place = {image: i for i, image in enumerate(asked)}
     return [found[0][place[i]] for i in images.tolist()], [found[1][place[i]] for i in images.tolist()]
+
+
+def partition_of(cache: Cache, split: str) -> tuple[str, set[str]]:
+    """A digest over the group and the split of each usable image, in each fold, and the ids of those that are tested.
+
+    The same digest for the same partition, whatever it is called. Raises FeatprobeError where that can't be told now.
+    """
+    images = images_of(cache, cache.usable())
+    ids = [cache.images[i].id for i in images.tolist()]
+    folds = [_assigned_in(cache, single, images) for single in single_splits(split)]
+    tested = {name for _, splits in folds for name, own in zip(ids, splits, strict=True) if own == "test"}
+    return digest(sorted(zip(ids, *(column for fold in folds for column in fold), strict=True))), tested
 
 
 def split_rows(cache: Cache, split: str) -> dict[str, Rows]:

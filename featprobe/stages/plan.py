@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from featprobe.backbones import load_backbone
+from featprobe.backbones.backbone import load_backbone
 from featprobe.datasets.images import frame_image, read_levels
-from featprobe.machine import available_memory, free_disk, pick_device
+from featprobe.machine import available_memory, free_disk
+from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extract import ExtractOptions, configured, prepare
+from featprobe.stages.extract import prepare
+from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.workspace import Workspace
 
 TIMED_BATCHES = 3

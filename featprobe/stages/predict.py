@@ -1,6 +1,7 @@
 """A saved head on new images: masks, COCO JSON, overlays."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -14,19 +15,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from featprobe.backbones import Backbone, load_backbone
-from featprobe.cache.store import TORCH_DTYPE
+from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets.images import SUFFIXES, bits_of, frame_image, read_levels, to_unit
 from featprobe.errors import DataError, ProbeError
+from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
-from featprobe.levels import Features
-from featprobe.machine import pick_device
 from featprobe.probes import load_head, objects_at_original
 from featprobe.probes.saved import check_fingerprint
-from featprobe.report.sheets import Panel, colour_of, draw_panel
+from featprobe.processes import pick_device
+from featprobe.report.sheets import Panel, colour_of, draw_overlay
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.detection import coco_results
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
+from featprobe.stages.survey import skippable
 from featprobe.targets import Labels, decode_rle
 
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
@@ -222,35 +224,39 @@ def predict(
 def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Path, str]]:
     """(image, name) of files and of all images below folders; a name is the path without its suffix.
 
+    Where images differ in nothing but the suffix, their names keep it.
     out: a folder that is not looked into: what an earlier run has written is no input. Raises DataError for a path that
     is not there, a folder without images, or two images of one name.
     """
     found: list[tuple[Path, str]] = []
     for path in paths:
         if path.is_file():
-            found.append((path, path.stem))
+            found.append((path, path.name))
         elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
             if out is not None and out.resolve() != path.resolve():
                 inside = [p for p in inside if not Path(realpath(p)).is_relative_to(out.resolve())]
             if not inside:
                 raise DataError(f"{path} holds no images. wanted: files ending in {', '.join(SUFFIXES)}.")
-            found += [(p, p.relative_to(path).with_suffix("").as_posix()) for p in inside]
+            found += [(p, p.relative_to(path).as_posix()) for p in inside]
         else:
             raise DataError(f"There is no image and no folder {path}. Nothing was computed.")
+    stems = [Path(file).with_suffix("").as_posix() for _, file in found]
+    alike = {stem for stem, count in Counter(stems).items() if count > 1}
+    named = [(path, file if stem in alike else stem) for (path, file), stem in zip(found, stems, strict=True)]
     taken: dict[str, Path] = {}
-    for path, name in found:
+    for path, name in named:
         if name in taken:
             raise DataError(f"{taken[name]} and {path} would both be written as {name}. Give them in two runs.")
         taken[name] = path
-    return found
+    return named
 
 
 def coco_of(predictions: Sequence[Prediction], classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
     """Objects of many images as COCO JSON: images, categories, and annotations with a score each."""
     ids = list(category_ids) or list(range(1, len(classes)))
     images = [
-        {"id": i, "file_name": p.name + p.image.suffix, "height": p.size[0], "width": p.size[1]}
+        {"id": i, "file_name": _file_name(p), "height": p.size[0], "width": p.size[1]}
         for i, p in enumerate(predictions, start=1)
     ]
     annotations = [r for i, p in enumerate(predictions, start=1) for r in coco_results(p.objects or [], i, ids)]
@@ -262,6 +268,11 @@ def coco_of(predictions: Sequence[Prediction], classes: Sequence[str], category_
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
+def _file_name(prediction: Prediction) -> str:
+    """The path of an image below the folder that was asked for."""
+    return (Path(prediction.name).parent / prediction.image.name).as_posix()
+
+
 def _predicted(
     predictor: Predictor, batch: Sequence[tuple[Path, str]], skip_bad: bool, left_out: list[tuple[str, str]]
 ) -> Iterator[Prediction]:
@@ -270,7 +281,7 @@ def _predicted(
         yield from predictor.predict(batch)
     except DataError as error:
         if not skip_bad:
-            raise
+            raise skippable(error) from error
         if len(batch) == 1:
             left_out.append((str(batch[0][0]), str(error).splitlines()[0]))
             return
@@ -282,7 +293,8 @@ def _write(out: Path, prediction: Prediction, predictor: Predictor) -> None:
     overlay = out / "overlays" / f"{prediction.name}.png"
     overlay.parent.mkdir(parents=True, exist_ok=True)
     shown = tuple(instance for instance, score in prediction.objects or [] if score >= SHOWN_FROM)
-    draw_panel(Panel(predictor.picture(prediction.image), prediction.semantic, shown)).save(overlay)
+    panel = Panel(predictor.picture(prediction.image), prediction.semantic, shown)
+    draw_overlay(panel, predictor.classes).save(overlay)
     if prediction.semantic is not None:
         mask = out / "masks" / f"{prediction.name}.png"
         mask.parent.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import UNREADABLE, Cache, open_cache
-from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, nearest
-from featprobe.machine import pick_device
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, counted, nearest
 from featprobe.probes import DEFAULT_RECIPES, HeadRecipe, TrainRecipe, build_head, grid_of, kinds_of
-from featprobe.processes import is_main, together
+from featprobe.processes import is_main, pick_device, together
 from featprobe.specs import SplitChoice
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits, split_notes, split_rows
@@ -142,7 +141,8 @@ def find_caches(
 ) -> tuple[list[Cache], list[str]]:
     """Complete caches that serve a task, and notes on those left aside.
 
-    Raises CacheIncompleteError or ProbeError when all that was asked for falls away.
+    Raises CacheIncompleteError where a data set, a backbone, or, where both are named, a pair of them has no complete
+    cache, or where none is named and none is complete; ProbeError when all that was asked for falls away.
     """
     found, broken = [], []
     for path in workspace.cache_files():
@@ -175,7 +175,8 @@ def find_caches(
     served = {"semseg"} if instances == "components" else {task}
     able = [cache for cache in asked_for if served & set(cache.data.tasks)]
     if not able:
-        holds = "; ".join(f"{c.data.name}: {', '.join(c.data.tasks)}" for c in asked_for[:5])
+        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks)}" for c in asked_for)
+        holds = "; ".join(list(each)[:5])
         raise ProbeError(
             f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
             "semseg and instseg need masks in the data set's files, detect needs boxes or objects with "
@@ -184,18 +185,28 @@ def find_caches(
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
     notes += [f"left aside: {str(error).splitlines()[0]}" for error in broken]
-    complete = []
+    complete, incomplete = [], []
     for cache in able:
         try:
             cache.usable()
             complete.append(cache)
         except CacheIncompleteError as error:
-            if data or backbones or len(able) == 1:
-                raise
-            notes.append(f"left aside: {str(error).splitlines()[0]}")
-    if not complete:
-        raise CacheIncompleteError(f"None of the {len(able)} caches for {task} is complete.\n" + "\n".join(notes))
+            incomplete.append((cache, error))
+
+    def named(cache: Cache) -> tuple[str, str]:
+        return cache.data.name if data else "", cache.recipe.label if backbones else ""
+
+    served_by = {named(cache) for cache in complete}
+    for cache, lack in incomplete:
+        if named(cache) not in served_by:
+            raise lack
+        notes.append(left_aside(lack))
     return complete, notes
+
+
+def left_aside(error: CacheIncompleteError) -> str:
+    """A note on a cache that is passed over: what it lacks, and how to complete it."""
+    return f"left aside: {' '.join(str(error).splitlines())}"
 
 
 def notes_of(cache: Cache, split: str) -> list[str]:
@@ -206,7 +217,10 @@ def notes_of(cache: Cache, split: str) -> list[str]:
     count = len(cache.images)
     groups = len({image.group for image in cache.images})
     if by == "image" and groups < count:
-        notes.append(f"split by image: {count} images of {groups} groups, so test holds parts that training saw")
+        notes.append(
+            f"split by image: {counted(count, 'image')} of {counted(groups, 'group')}, so test holds parts that "
+            "training saw"
+        )
     if "detect" in cache.data.tasks and not cache.own_ids:
         notes.append("its files call several images by one id, so predictions.json counts the images from 1")
     unreadable = len(set(cache.image_of[cache.done == UNREADABLE].tolist()))

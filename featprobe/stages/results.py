@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -183,9 +183,13 @@ class Result:
 
     @property
     def comparable(self) -> str:
-        """The same for results that may stand in one table."""
-        same = [SplitChoice.parse(self.row[name]).key if name == "split" else self.row[name] for name in SAME_TEST]
-        return digest([*same, self.runs[0].tested])
+        """The same for results that may stand in one table, as far as the names of their splits tell."""
+        return digest([SplitChoice.parse(self.row["split"]).key, self.tested_alike])
+
+    @property
+    def tested_alike(self) -> str:
+        """The same for results with the same test images, groups, labels and rules of scoring, whatever the split."""
+        return digest([*(self.row[name] for name in SAME_TEST if name != "split"), self.runs[0].tested])
 
     @property
     def backbone(self) -> tuple[str, str]:
@@ -253,12 +257,16 @@ class Result:
         return train, taken, train + taken
 
 
-def load_results(probes: Path) -> tuple[list[Result], list[Unusable], list[str]]:
+def load_results(
+    probes: Path, folders: Collection[str] | None = None
+) -> tuple[list[Result], list[Unusable], list[str]]:
     """Results in a stable order, rows that can't be used, and what is wrong with lines of results.jsonl.
 
-    Of rows that are the same run of the same seed the last counts. Raises ProbeError where there is no row at all.
+    Of rows that are the same run of the same seed the last counts. folders: of the rows that are looked at, None for
+    all. Raises ProbeError where there is no row at all.
     """
     rows, notes = read_rows(probes / "results.jsonl")
+    rows = [row for row in rows if folders is None or row.get("folder") in folders]
     last: dict[str, Mapping[str, Any]] = {}
     unusable, found = [], list[Run]()
     for row in rows:

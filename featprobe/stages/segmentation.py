@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from featprobe.cache import Cache
-from featprobe.levels import Features
+from featprobe.features import Features, cell_shares
 from featprobe.machine import available_memory
 from featprobe.metrics import confusion_matrix, iou_scores
 from featprobe.metrics.semantic import Absent
@@ -25,13 +25,15 @@ from featprobe.probes import (
     level_loss,
     start_at_prior,
 )
-from featprobe.probes.train import Feed, Rows
+from featprobe.probes.train import Feed
 from featprobe.processes import count, gathered
 from featprobe.report.sheets import Panel
+from featprobe.specs import Rows
 from featprobe.stages.live import Truth, Views
 from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_here
-from featprobe.stages.stitch import by_image, images_of, stitched_classes
-from featprobe.targets import cell_shares, labels_in_frame
+from featprobe.stages.rows import by_image, images_of
+from featprobe.stages.stitch import stitched_classes
+from featprobe.targets import labels_in_frame
 
 LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
 

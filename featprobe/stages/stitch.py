@@ -1,19 +1,16 @@
 """From what heads say of tiles to what they say of the whole image."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, groupby
+from itertools import chain
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
-from featprobe.cache import Cache
 from featprobe.geometry import Part, Placement, Size
 from featprobe.probes import best_classes, logits_at_original, predict_classes
-from featprobe.probes.train import Rows
 from featprobe.targets import Instance, move_rle
 
 T = TypeVar("T")
@@ -24,24 +21,6 @@ SAME_OBJECT_WITHIN = 0.7
 """Share of the smaller box within the larger from where on, in two tiles, it is a fragment of the same object."""
 AT_EDGE = 2.0
 """Pixels from a tile's inner border within which a box is taken to be cut by it."""
-
-
-def images_of(cache: Cache, rows: Rows) -> Rows:
-    """The images that rows show, each once, in order."""
-    return np.array(list(dict.fromkeys(cache.image_of[rows].tolist())), dtype=np.intp)
-
-
-def rows_of(cache: Cache, rows: Rows, images: Rows) -> Rows:
-    """Those of the rows that show some of the images, in the order of these."""
-    order = {image: place for place, image in enumerate(images.tolist())}
-    places = np.array([order.get(image, -1) for image in cache.image_of[rows].tolist()], dtype=np.intp)
-    shown = np.flatnonzero(places >= 0)
-    return rows[shown[np.argsort(places[shown], kind="stable")]]
-
-
-def by_image(cache: Cache, found: Iterable[tuple[int, T]]) -> Iterator[tuple[int, Iterator[tuple[int, T]]]]:
-    """(image, its (row, what was found there)), from the same of rows in order; one row is held at a time."""
-    return groupby(found, lambda pair: int(cache.image_of[pair[0]]))
 
 
 def stitched_logits(

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import Cache, open_cache
-from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, nearest
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.geometry import parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
 from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse_views
-from featprobe.stages.extract import ExtractOptions, configured, extract
+from featprobe.stages.extract import extract
 from featprobe.stages.logs import check_logs
+from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import checked, show
 from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
@@ -123,7 +124,7 @@ class Cell:
 class StudyReport:
     """What a study did. rows: of this run. done: cells that were there already. failed: (cell, reason).
 
-    missing: cells that a plan found to be trained.
+    missing: cells that a plan found to be trained. folders: of the results that its cells have, below probes/.
     """
 
     cells: tuple[Cell, ...] = ()
@@ -132,6 +133,7 @@ class StudyReport:
     failed: tuple[tuple[Cell, str], ...] = ()
     notes: tuple[str, ...] = ()
     missing: tuple[Cell, ...] = ()
+    folders: tuple[str, ...] = ()
 
     def __add__(self, other: "StudyReport") -> "StudyReport":
         return StudyReport(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
@@ -294,7 +296,7 @@ def run_study(
     check_together()
     cells = cells_of(study, workspace)
     groups = by_cache(cells)
-    say(f"{len(cells)} trainings on {len(groups)} caches")
+    say(f"{counted(len(cells), 'training')} on {counted(len(groups), 'cache')}")
     for reason in left_out(study, workspace):
         say(f"left out: {reason}")
     report = StudyReport(tuple(cells))
@@ -312,11 +314,11 @@ def run_study(
         report += StudyReport(notes=tuple(notes))
         if cache is None:
             report += StudyReport(missing=tuple(own))
-            say(f"to extract: {place}, then {len(own)} trainings")
+            say(f"to extract: {place}, then {counted(len(own), 'training')}")
             continue
         report += run_cells(workspace, study, cache, own, say, dry_run=dry_run)
     if report.done:
-        say(f"{report.done} trainings are there already")
+        say(f"{counted(report.done, 'training is', 'trainings are')} there already")
     return replace(report, notes=tuple(dict.fromkeys(report.notes)))
 
 
@@ -328,6 +330,7 @@ def run_cells(
     failed: list[tuple[Cell, str]] = []
     notes: list[str] = []
     missing: list[Cell] = []
+    folders: list[str] = []
     minutes: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
     done = 0
     for cell in cells:
@@ -337,8 +340,9 @@ def run_cells(
         try:
             options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
             run = Run(workspace, cache, cell.task, options, [cell.seed], cell.fraction)
-            if _is_done(run):
+            if there := _done(run):
                 done += 1
+                folders += there.folders
                 if not dry_run:
                     run.forget()
             elif dry_run:
@@ -350,22 +354,24 @@ def run_cells(
             else:
                 say(str(cell))
                 rows += run.do(lambda line: None)
+                folders += run.folders
                 if study.show and cell.seed == 0:
                     show(run, study.show, [], notes)
             notes += run.notes
         except FeatprobeError as error:
             failed.append((cell, str(error)))
             say(f"failed: {cell}: {str(error).splitlines()[0]}")
-    return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing))
+    return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), tuple(folders))
 
 
-def _is_done(run: Run) -> bool:
-    """Whether a cell is there; where the study names no precision, in the one that another device takes as well."""
+def _done(run: Run) -> Run | None:
+    """A cell's run that is there; where the study names no precision, in the one that another device takes as well."""
     if run.is_done() or run.tuning is None or run.tuning.precision:
-        return run.is_done()
+        return run if run.is_done() else None
     other: Any = "fp32" if run.precision == "bf16" else "bf16"
     options = replace(run.options, tuning=replace(run.tuning, precision=other))
-    return Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction).is_done()
+    twin = Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction)
+    return twin if twin.is_done() else None
 
 
 def _backbone(workspace: Workspace, name: str) -> Any:

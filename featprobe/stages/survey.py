@@ -2,31 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os.path import realpath
 from pathlib import Path
-from typing import TypeVar
 
 from tqdm import tqdm
 
-from featprobe.backbones import Backbone
+from featprobe.backbones.backbone import Backbone
 from featprobe.cache import Row
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import exact_copies, in_several_splits
 from featprobe.datasets.images import bits_of, hash_image, image_size, read_levels, training_window
 from featprobe.datasets.samples import listed
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 from featprobe.geometry import Fit, Placement, Size, default_size, place
 from featprobe.specs import CACHE_VERSION, CacheDtype, DataInfo, FeatureRecipe, Intensity, Tiling, default_intensity
 from featprobe.stages.parts import parts_of
+from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
 
 CLIPPED_WARNING = 0.01
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,6 @@ class Survey:
         return running.hexdigest()
 
 
-@contextmanager
-def in_threads(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[Iterator[R]]:
-    """Results of `work` for every item, in order; what is not begun is dropped when the block ends."""
-    pool = ThreadPoolExecutor(max(1, workers))
-    try:
-        yield pool.map(work, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Survey:
     """Hash every image, read its size and encode its labels.
 
@@ -93,7 +79,7 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
                 read_levels(sample.image)  # a truncated one must not spoil the intensity window
         except DataError as error:
             if not skip_bad:
-                raise
+                raise skippable(error) from error
             return replace(found, reason=str(error))
         return found
 
@@ -103,6 +89,11 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
     if len(result.bad) == len(found):
         raise DataError(f"No image of {data.root} can be used. The first: {found[0].reason}")
     return result
+
+
+def skippable(error: DataError) -> DataError:
+    """The error of one sample, with how to go on without it."""
+    return type(error)(f"{error}\nTo go on without what can't be used, and have it listed:  --skip-bad")
 
 
 def training_images(surveyed: Survey) -> list[Sample]:
@@ -127,7 +118,10 @@ def choose_intensity(surveyed: Survey, asked: str | None) -> tuple[Intensity, tu
             "  wanted  an intensity policy with a window\n  found   none\n"
             "Levels in [0, 1] are taken as they are by --intensity window:0:1"
         )
-    return policy, training_window((s.image for s in training_images(surveyed)), policy)
+    try:
+        return policy, training_window((s.image for s in training_images(surveyed)), policy)
+    except DataError as error:
+        raise skippable(error) from error
 
 
 def clipped_share(surveyed: Survey, window: tuple[float, float] | None) -> float | None:
@@ -223,9 +217,14 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
     copies = exact_copies([f.sample for f in surveyed.found], [f.image_hash for f in surveyed.found])
     leaking = [own[0].id for own in copies if in_several_splits(own)]
     if leaking:
-        notes.append(f"{len(leaking)} images stand in more than one split, byte for byte: {listed(leaking)}")
+        notes.append(
+            f"{counted(len(leaking), 'image stands', 'images stand')} in more than one split, byte for byte: "
+            f"{listed(leaking)}"
+        )
     if surveyed.bad:
-        notes.append(f"{len(surveyed.bad)} samples can't be used: {listed([f.sample.id for f in surveyed.bad])}")
+        notes.append(
+            f"{counted(len(surveyed.bad), 'sample')} can't be used: {listed([f.sample.id for f in surveyed.bad])}"
+        )
     root = str(data.root.resolve())
     return DataInfo(
         data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes), data.category_ids,

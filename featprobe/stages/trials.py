@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featprobe import __version__
-from featprobe.backbones import Backbone, load_backbone, weights_sha256
-from featprobe.cache import Cache, FeatureLoader
+from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.weights import weights_sha256
+from featprobe.cache import Cache
+from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
 from featprobe.errors import DivergedError, ProbeError
+from featprobe.features import Features
 from featprobe.geometry import IDENTITY
-from featprobe.levels import FeatureLevel, Features
-from featprobe.machine import pick_device
+from featprobe.levels import FeatureLevel
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
     CurvePoint,
@@ -42,18 +44,18 @@ from featprobe.probes import (
 from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
-from featprobe.probes.train import Rows, Tuned
-from featprobe.processes import check_batch, check_together, count, from_main, is_main, own_part
+from featprobe.probes.train import Tuned
+from featprobe.processes import check_batch, check_together, count, from_main, is_main, own_part, pick_device
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import BackboneSpec, SplitChoice, digest
+from featprobe.specs import BackboneSpec, Rows, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.logs import Recorder
 from featprobe.stages.outcome import Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.partition import regrouped, split_rows
+from featprobe.stages.rows import images_of, rows_of
 from featprobe.stages.segmentation import Segmentation
-from featprobe.stages.stitch import images_of, rows_of
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import IGNORE
@@ -255,15 +257,19 @@ class Run:
         for path in (self.folder / f"seed{self.seeds[0]}").glob("checkpoint*"):
             path.unlink(missing_ok=True)
 
+    @property
+    def folders(self) -> list[str]:
+        """Of its results, one a seed, as rows name them."""
+        own = self.folder.relative_to(self.workspace.probes)
+        return [(own / f"seed{seed}").as_posix() for seed in self.seeds]
+
     def is_done(self) -> bool:
         """Whether results.jsonl and the folders hold this very run."""
         rows, _ = read_rows(self.workspace.probes / "results.jsonl")
         there = {(r["folder"], r["data_fingerprint"]) for r in rows}
-        folders = [self.folder / f"seed{seed}" for seed in self.seeds]
         return all(
-            (f.relative_to(self.workspace.probes).as_posix(), self.cache.data.fingerprint) in there
-            and (f / "card.json").is_file()
-            for f in folders
+            (folder, self.cache.data.fingerprint) in there and (self.workspace.probes / folder / "card.json").is_file()
+            for folder in self.folders
         )
 
     def show(self, count: int) -> Path:
@@ -565,9 +571,10 @@ class Run:
         how = "one after another" if self.regime == "full" else "at once"
         many = f", {count} heads {how}" if count > 1 else ""
         regime = "" if self.regime == "frozen" else f", {self.regime}"
+        split = "" if self.options.split == "own" or self.choice.fold else f", {self.choice.text}"
         return (
-            f"{self._title()}: {self.kind}{regime}{many}, {self.recipe.iterations} iterations, "
-            f"about {(self.forecast or 0) / 60:.1f} min on {self.device}"
+            f"{self._title()} ({self.cache.path}): {self.task_name} {self.kind}{regime}{many}{split}, "
+            f"{self.recipe.iterations} iterations, about {(self.forecast or 0) / 60:.1f} min on {self.device}"
         )
 
     def _rehearse(self, moving: nn.Module, loss: Callable[[Features, Any], Tensor], source: Source) -> float:

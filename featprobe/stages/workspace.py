@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from featprobe.backbones import ALIASES, find_backbone
+from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, generate, read_data
 from featprobe.errors import CacheError, DataError, FeatprobeError, nearest
 from featprobe.geometry import parse_size
@@ -48,6 +48,8 @@ class Workspace:
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None
     ) -> BackboneSpec:
         """The backbone that a name and options mean; raises BackboneError."""
+        from featprobe.backbones.catalog import find_backbone  # timm takes seconds, and most commands need none of it
+
         table = self.config.get("backbones", {})
         arguments = ["--backbone", name, *(["--weights", str(Path(weights).resolve())] if weights else [])]
         arguments += ["--random-init"] if random_init else []

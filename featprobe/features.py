@@ -1,0 +1,79 @@
+"""Features of a batch of images, and its labels on the same grid of cells: what heads are fed and held against."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from featprobe.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Features:
+    """Feature maps of a batch, as every head takes them.
+
+    maps: level name -> (batch, channels, height / stride, width / stride).
+    frame: (height, width) of the frame in pixels, padding included.
+    content: (batch, 2), pixels: (height, width) of each image's own part of the frame, at its top
+        left; None when every image fills the frame. Cells beyond it are padding.
+    """
+
+    maps: Mapping[str, Tensor]
+    frame: tuple[int, int]
+    content: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {name: tuple(m.shape[2:]) for name, m in self.maps.items()}
+        for name, size in sizes.items():
+            if 0 in size or self.frame[0] % size[0] or self.frame[1] % size[1]:
+                raise ShapeError(f"Level {name} has {size} cells, which do not tile a frame of {self.frame} pixels.")
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return next(iter(self.maps.values())).shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Features":
+        """The same features on another device, and in another number format where one is given."""
+        maps = {n: m.to(device=device, dtype=dtype, non_blocking=True) for n, m in self.maps.items()}
+        content = None if self.content is None else self.content.to(device, non_blocking=True)
+        return replace(self, maps=maps, content=content)
+
+    def valid_share(self, stride: int) -> Tensor | None:
+        """Share of each cell that is image and not padding: (batch, rows, columns) in [0, 1], float32.
+
+        None when every image fills the frame.
+        """
+        if self.content is None:
+            return None
+        rows, columns = self.frame[0] // stride, self.frame[1] // stride
+        content = self.content.to(torch.float32)
+        row = (content[:, :1] / stride - torch.arange(rows, device=content.device)).clamp(0, 1)
+        column = (content[:, 1:] / stride - torch.arange(columns, device=content.device)).clamp(0, 1)
+        return row[:, :, None] * column[:, None, :]  # (batch, rows, columns)
+
+
+def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:
+    """Area share of each class in each cell of a level.
+
+    labels: (batch, height, width), uint8, frame pixels; 255 is ignored.
+    Returns (batch, classes, height / stride, width / stride), float32, in [0, 1]. The shares of a
+    cell sum to the share of its pixels that are not ignored: they are not renormalised.
+
+    >>> cell_shares(torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8), 2, 2).flatten().tolist()
+    [0.25, 0.5]
+    """
+    batch, height, width = labels.shape
+    if height % stride or width % stride:
+        raise ShapeError(f"Labels of {height}x{width} pixels do not tile into cells of {stride}.")
+    rows, columns = height // stride, width // stride
+    row = torch.arange(height, device=labels.device) // stride
+    column = torch.arange(width, device=labels.device) // stride
+    cell = row[:, None] * columns + column  # (height, width)
+    image = torch.arange(batch, device=labels.device)[:, None, None] * (classes + 1)
+    label = labels.long().clamp_(max=classes)  # the last slot gathers what is ignored
+    slot = (image + label) * (rows * columns) + cell
+    counts = torch.bincount(slot.flatten(), minlength=batch * (classes + 1) * rows * columns)
+    counts = counts.view(batch, classes + 1, rows, columns)[:, :classes]
+    return counts.to(torch.float32) / (stride * stride)

@@ -1,0 +1,96 @@
+"""How features are made: what a caller says, and what featprobe.toml says where the caller does not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from featprobe.errors import DataError
+from featprobe.geometry import Fit, Size, parse_size
+from featprobe.specs import CacheDtype, Intensity, Tiling, parse_views
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """How features are made; see `featprobe extract --help` for each.
+
+    size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding.
+    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
+    group_from, split_file: where its groups and splits are from, None for the set itself.
+    tile: side of the tiles that images are cut into, 0 for whole images; overlap: of neighbours, by default an eighth
+    of a tile; both in pixels of the original image. empty_tiles: share of the training tiles without a defect that is
+    kept, by default all. views: of training images, as `parse_views` gives them. What is None is as featprobe.toml
+    says, where it names the set.
+    """
+
+    levels: tuple[str, ...] = ()
+    size: Size | None = None
+    fit: Fit | None = None
+    intensity: str | None = None
+    batch_size: int = 16
+    workers: int = 2
+    dtype: CacheDtype = "fp16"
+    precision: Literal["fp32", "amp"] = "fp32"
+    device: str | None = None
+    shard: tuple[int, int] | None = None
+    skip_bad: bool = False
+    quiet: bool = False
+    format: str | None = None
+    group_from: str | None = None
+    split_file: str | None = None
+    tile: int | None = None
+    overlap: int | None = None
+    empty_tiles: float | None = None
+    views: tuple[str, ...] | None = None
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How images are cut; None for not at all. Raises DataError for what can't be."""
+        return Tiling.of(self.tile, self.overlap, self.empty_tiles, self.fit)
+
+    def check(self) -> None:
+        """Raise DataError for what can't be had together, as far as it can be told without the images."""
+        policy = Intensity.parse(self.intensity) if self.intensity else None
+        if policy and policy.image and (self.tiling or self.views):
+            raise DataError(
+                f"--intensity {policy} would stretch each tile and view of an image in another way.\n"
+                "Take a policy of the whole set (without :image), or whole images alone: --tile 0 --views none."
+            )
+        if self.size and not self.tiling:
+            check_turns(self.views or (), self.size, self.fit or "resize")
+
+
+def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOptions:
+    """Options with what featprobe.toml says of the data set, where the caller says nothing.
+
+    What it says of size and fit is meant for its own tiles, or for whole images where it names none: it does not count
+    where the caller wants others. Nor do overlap and empty tiles where the caller wants whole images.
+    """
+    pinned = options.split_file or table.get("split_file")
+    tile = table.get("tile") if options.tile is None else options.tile
+    idle = [] if (tile or 0) == table.get("tile", 0) else ["size", "fit"]
+    idle += [] if tile else ["overlap", "empty_tiles"]
+    table = {name: value for name, value in table.items() if name not in idle}
+    views = parse_views(table["views"]) if options.views is None and "views" in table else options.views
+    return replace(
+        options,
+        size=options.size or (parse_size(table["size"]) if "size" in table else None),
+        tile=tile,
+        overlap=table.get("overlap") if options.overlap is None else options.overlap,
+        empty_tiles=table.get("empty_tiles") if options.empty_tiles is None else options.empty_tiles,
+        views=views,
+        fit=options.fit or table.get("fit"),
+        intensity=options.intensity or table.get("intensity"),
+        format=options.format or table.get("format"),
+        group_from=options.group_from or table.get("group_from"),
+        split_file=str(Path(pinned).resolve()) if pinned else None,
+    )
+
+
+def check_turns(views: Sequence[str], size: Size, fit: Fit) -> None:
+    """Raise DataError where a quarter turn would not keep the image's shape."""
+    if "rot90" in views and fit == "resize" and size[0] != size[1]:
+        raise DataError(
+            f"The view rot90 would be stretched to {size[0]}x{size[1]} pixels. Nothing was computed.\n"
+            "Keep shapes with --fit letterbox, or choose a square --size."
+        )

@@ -1,0 +1,62 @@
+"""Tables for a terminal: nothing is lost when they are made to fit, and class columns are in the set's own order."""
+
+import re
+
+import pandas as pd
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featprobe.report.tables import result_text
+from featprobe.report.text import table_text
+
+WORDS = st.text("abcdefg0123456789.", min_size=1, max_size=9)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> pd.DataFrame:
+    names = draw(st.lists(WORDS, min_size=1, max_size=7, unique=True))
+    rows = draw(st.integers(1, 4))
+    cells = [draw(st.one_of(st.lists(WORDS, min_size=rows, max_size=rows), st.just(["same"] * rows))) for _ in names]
+    return pd.DataFrame(dict(zip(names, cells, strict=True)))
+
+
+@given(table=tables(), width=st.integers(40, 70))
+def test_a_table_that_is_made_to_fit_says_all_that_it_said(table: pd.DataFrame, width: int) -> None:
+    text = table_text(table, width)
+    assert max(map(len, text.splitlines())) <= width  # two of these columns fit, and those that name the rows may not
+    said = set(re.split(r"\s+|[:,]", text))
+    for name in table:
+        assert name in said and set(table[name]) <= said
+    whole = table_text(table)
+    assert len(whole.splitlines()) == len(table) + 1
+    if max(map(len, whole.splitlines())) <= width:
+        assert text == whole
+
+
+def test_what_is_the_same_in_all_rows_is_said_once_and_parts_name_their_rows() -> None:
+    table = pd.DataFrame({
+        "backbone": ["small", "small"], "regime": ["frozen", "full"], "seeds": ["3", "3"], "marks": ["", ""],
+        "first": ["11111", "22222"], "second": ["33333", "44444"],
+    })  # fmt: skip
+    assert table_text(table, 26).splitlines() == [
+        "seeds: 3", "",
+        "backbone  regime  first", "   small  frozen  11111", "   small    full  22222", "",
+        "backbone  regime  second", "   small  frozen   33333", "   small    full   44444",
+    ]  # fmt: skip
+
+
+def row_of(data: str, classes: list[str]) -> dict[str, object]:
+    iou = dict.fromkeys(classes, 0.5)
+    return {
+        "task": "semseg", "backbone": "some", "data": data, "regime": "frozen", "head": "linear", "classes": classes,
+        "feature_key": "f" * 64, "recipe_key": "r", "test": {"miou": 0.5, "miou_foreground": 0.5, "iou": iou},
+        "seconds": {"train": 1.0},
+        "images": {"train": 3}, "parameters": 7, "split": "own", "fraction": 1, "instances": "own",
+    }  # fmt: skip
+
+
+def test_each_sets_classes_are_in_its_own_order() -> None:
+    orders = {"first": ["ground", "pore", "dent"], "second": ["ground", "dent", "crack", "pore"]}
+    text = result_text([row_of(data, classes) for data, classes in orders.items()])
+    for block, classes in zip(text.split("\n\n"), orders.values(), strict=True):
+        assert re.findall(r"IoU (?!fg)(\w+)", block.splitlines()[1].partition("head params")[2]) == classes
