@@ -435,7 +435,7 @@ def test_a_set_without_any_usable_image_is_refused(data, tmp_path):
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_made(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("featprobe.stages.extract.free_disk", lambda folder: 64_000_000)
+    monkeypatch.setattr("featprobe.stages.job.free_disk", lambda folder: 64_000_000)
     with pytest.raises(CacheError, match=r"can't hold these features. Nothing was started") as caught:
         extract(tmp_path, data)
     assert "wanted" in str(caught.value) and "64.0 MB free" in str(caught.value)

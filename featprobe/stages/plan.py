@@ -12,7 +12,7 @@ from featprobe.datasets.images import frame_image, read_levels
 from featprobe.machine import available_memory, free_disk
 from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extract import prepare
+from featprobe.stages.job import prepare
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.workspace import Workspace
 

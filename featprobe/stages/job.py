@@ -1,0 +1,136 @@
+"""An extraction, settled before anything is computed: its recipe, its rows, its file, the command that repeats it."""
+
+import platform
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featprobe import __version__
+from featprobe.backbones.backbone import Backbone
+from featprobe.cache import Row
+from featprobe.datasets import DataSet
+from featprobe.errors import CacheError
+from featprobe.geometry import Size
+from featprobe.machine import free_disk, human_bytes
+from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
+from featprobe.stages.options import ExtractOptions, check_turns
+from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, survey
+from featprobe.stages.workspace import Workspace
+
+DISK_RESERVE = 64_000_000  # bytes left free beside the features
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is known of an extraction before anything is computed.
+
+    images: the file of each row. whole: the images that rows are parts of; none where rows are images. read_as: options
+    that say how the data set was read, of those that were given.
+    """
+
+    path: Path
+    recipe: FeatureRecipe
+    info: DataInfo
+    rows: tuple[Row, ...]
+    images: tuple[Path, ...]
+    surveyed: Survey
+    command: str
+    spec: BackboneSpec
+    whole: tuple[Row, ...] = ()
+    read_as: Mapping[str, str] = field(default_factory=dict)
+
+    def size_of(self, row: int) -> Size:
+        """(height, width) of the whole image that a row shows."""
+        return (self.whole[self.rows[row].image_index] if self.whole else self.rows[row]).placement.original
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of all features."""
+        return self.recipe.row_bytes * len(self.rows)
+
+
+def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: ExtractOptions) -> Job:
+    """Look at the whole data set and settle the recipe, the rows and the file's name."""
+    options.check()
+    tiling = options.tiling
+    surveyed = survey(data, workers=options.workers, skip_bad=options.skip_bad, quiet=options.quiet)
+    recipe = make_recipe(
+        surveyed,
+        backbone,
+        size=options.size,
+        fit="letterbox" if tiling else options.fit or "resize",
+        intensity=options.intensity,
+        dtype=options.dtype,
+        precision=options.precision,
+        tiling=tiling,
+        views=options.views or (),
+    )
+    check_turns(recipe.views, recipe.size, recipe.fit)
+    path = workspace.cache_folder(data) / f"{recipe.label}-{recipe.key[:8]}.h5"
+    rows, whole = make_rows(surveyed, recipe, backbone.multiple)
+    images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
+    command = command_of(backbone.spec, workspace.data_argument(data), options)
+    how = {name: getattr(options, name) for name in ("format", "group_from", "split_file")}
+    return Job(
+        path, recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
+        _placed(backbone.spec), tuple(whole), {name: value for name, value in how.items() if value},
+    )  # fmt: skip
+
+
+def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
+    """The command line that makes the same cache.
+
+    >>> command_of(BackboneSpec("embedded", "m"), "xray", ExtractOptions(size=(64, 96), skip_bad=True))
+    'featprobe extract --backbone embedded --data xray --size 64x96 --skip-bad'
+    """
+    words = ["featprobe", "extract", *(spec.arguments or ("--backbone", spec.label)), "--data", data]
+    if options.levels:
+        words += ["--levels", ",".join(options.levels)]
+    if options.size:
+        words += ["--size", f"{options.size[0]}x{options.size[1]}"]
+    names = ("format", "group_from", "split_file", "fit", "intensity", "batch_size", "dtype", "precision")
+    for name in (*names, "tile", "overlap", "empty_tiles"):
+        value = getattr(options, name)
+        if value != getattr(ExtractOptions, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [] if options.views is None else ["--views", ",".join(options.views) or "none"]
+    return shlex.join([*words, *(["--skip-bad"] if options.skip_bad else [])])
+
+
+def _placed(spec: BackboneSpec) -> BackboneSpec:
+    """The spec with a weights file's whole path, so that it can be found from anywhere."""
+    return spec if spec.weights is None else replace(spec, weights=str(Path(spec.weights).resolve()))
+
+
+def check_disk(job: Job) -> None:
+    """Raise CacheError when the disk can't hold the features of a job."""
+    free = free_disk(job.path.parent)
+    if job.feature_bytes + DISK_RESERVE > free:
+        raise CacheError(
+            f"The disk of {job.path.parent} can't hold these features. Nothing was started.\n"
+            f"  wanted  {human_bytes(job.feature_bytes)} for {len(job.rows)} images at "
+            f"{job.recipe.frame[0]}x{job.recipe.frame[1]}, {job.recipe.dtype}\n"
+            f"  found   {human_bytes(free)} free\n"
+            "Choose fewer levels (--levels), a smaller --size, or another disk (featprobe --workspace DIR extract …)."
+        )
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    packages = ("torch", "timm", "numpy", "h5py")
+    return {
+        "command": job.command,
+        "read_as": dict(job.read_as),
+        "backbone": asdict(job.spec),
+        "featprobe": __version__,
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
