@@ -1,11 +1,12 @@
-"""Image files of every kind: size and depth from the header, levels from the pixels, nothing lost in silence."""
+"""Images of every kind: size and depth from the header, levels from the pixels, nothing lost in silence."""
 
+import json
 import logging
 import math
 import struct
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,16 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from featprobe.datasets.pages import (
+    MAX_PAGES,
+    TIFF_STARTS,
+    misnamed,
+    once_a_file,
+    page_of,
+    page_path,
+    tiff_images,
+    too_many,
+)
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 
@@ -23,10 +34,11 @@ Levels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG
 PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I")  # Pillow's, of channels that are levels as they are
 ORIENTATION = 0x0112  # EXIF's and TIFF's tag
+PLACES = (273, 324, 330)  # a TIFF's tags that say where in the file something lies: strips, tiles, further IFDs
+STK_PLANES = 33629  # MetaMorph's tag with an entry for each plane behind an IFD
 PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # what a TIFF says of its samples that are levels as they are
 CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
 DICOM_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -38,17 +50,20 @@ for library in ("tifffile", "pydicom"):  # what they log of a damaged file stand
 
 @dataclass(frozen=True)
 class Opened:
-    """An image file that is open.
+    """An image that is open: a file, or a page of one.
 
     size: (height, width) in pixels, as it is to be looked at. bits: of a channel as `load` gives it: 8, 16, or 32 for
     float32. load: the pixels, (height, width) or (height, width, 3), in the stored orientation. turn: EXIF's
-    orientation, 1 to 8.
+    orientation, 1 to 8. raw: the bytes of its file that make a page what it is. stored: of a page of a TIFF, its pixel
+    format as Pillow calls it, and its values as they are stored, palette indices for a palette.
     """
 
     size: Size
     bits: int
     load: Callable[[], Levels]
     turn: int = 1
+    raw: Callable[[], Iterable[bytes]] = tuple
+    stored: Callable[[], tuple[str, NDArray[Any]]] | None = None
 
     def read(self) -> Levels:
         """The pixels as they are to be looked at."""
@@ -57,15 +72,16 @@ class Opened:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Opened]:
-    """An image file by its content, whatever its suffix; closed in the end.
+    """An image file by its content, whatever its suffix, or a page of one (see datasets.pages); closed in the end.
 
     All that goes wrong, here or in `read`, is a DataError: libraries raise whatever they like on damaged files.
     """
+    file, page = page_of(path)
     try:
-        with path.open("rb") as stream:
+        with file.open("rb") as stream:
             start = stream.read(132)
             stream.seek(0)
-            with _kind(start)(path, stream) as image:
+            with _kind(start)(path, stream, page) as image:
                 yield image
     except DataError:
         raise
@@ -77,8 +93,16 @@ def opened(path: Path) -> Iterator[Opened]:
         raise DataError(f"{path} asks for more memory than there is. Cut it into smaller images.") from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
-            raise DataError(f"{path} can't be read as an image: {error.strerror}.") from error
+            raise DataError(misnamed(path) or f"{path} can't be read as an image: {error.strerror}.") from error
         raise DataError(f"{path} is truncated or damaged: {' '.join(str(error).split())[:300]}.") from error
+
+
+def stored_page(path: Path) -> tuple[str, NDArray[Any]]:
+    """The pixel format of a TIFF's page, as Pillow calls it, and its values as they are stored. Raises DataError."""
+    with opened(path) as image:
+        if image.stored is None:
+            raise DataError(f"{path} can't be read as a mask. wanted: a page of a TIFF.")
+        return image.stored()
 
 
 def oriented(levels: NDArray[Any], turn: int) -> NDArray[Any]:
@@ -96,8 +120,8 @@ def _turned(height: int, width: int, turn: int) -> Size:
     return (width, height) if turn in (5, 6, 7, 8) else (height, width)
 
 
-def _kind(start: bytes) -> Callable[[Path, BinaryIO], AbstractContextManager[Opened]]:
-    """What opens a file that begins like this."""
+def _kind(start: bytes) -> Callable[[Path, BinaryIO, int | None], AbstractContextManager[Opened]]:
+    """What opens a file that begins like this, or a page of it, named by the path."""
     if start[:4] in TIFF_STARTS:
         return _open_tiff
     if start.startswith(b"\x93NUMPY"):
@@ -109,15 +133,16 @@ def _kind(start: bytes) -> Callable[[Path, BinaryIO], AbstractContextManager[Ope
 
 
 @contextmanager
-def _open_pillow(path: Path, stream: BinaryIO) -> Iterator[Opened]:
+def _open_pillow(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened]:
+    _check_page(path, page, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large scans are usual here
         image = Image.open(stream, formats=PILLOW_FORMATS)
     with image:
         _check_size(path, image.height, image.width)
-        _check_count(
-            path, 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        )  # MPO: a photo and its previews
+        count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its previews
+        if count > 1:
+            raise DataError(f"{_several(path, count)}Cut it into one file an image.")
         turn = _orientation(image)
         size = _turned(image.height, image.width, turn)
         if image.format == "PNG" and image.mode in PNG_MODES and _png_depth(stream) in (8, 16):
@@ -185,27 +210,48 @@ def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
 
 
 @contextmanager
-def _open_tiff(path: Path, stream: BinaryIO) -> Iterator[Opened]:
+def _open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Opened]:
+    offsets = tiff_images(path if number is None else path.parent)
+    _check_page(path, number, len(offsets), f", as by libtiff:  tiffsplit {path.name} {path.stem}-")
+    number = number or 0
+    behind_one = offsets.count(offsets[0]) > 1
+    plane = number if behind_one else 0
     with tifffile.TiffFile(stream) as file:
         page: Any = file.pages.first
+        if page.offset != offsets[number]:
+            file.filehandle.seek(offsets[number])
+            page = tifffile.TiffPage(file, number)
         _check_size(path, page.imagelength, page.imagewidth)
-        _check_count(path, _count_pages(file, path), f", as by libtiff:  tiffsplit {path.name} {path.stem}-")
-        _check_segments(path, page)
+        _check_planes(path, page, plane, behind_one)
         kind = getattr(page.photometric, "name", str(page.photometric))
         known = kind in PLAIN or (page.bitspersample <= 8 and kind in CONVERTED)
         if not known or page.dtype is None or page.samplesperpixel > 4 or page.imagedepth > 1:
             raise DataError(_unusable(path, f"{kind}, {page.samplesperpixel} x {page.bitspersample} bits"))
         turn = page.tags.valueof("Orientation", default=1)
         turn = turn if turn in range(1, 9) else 1
-        size = _turned(page.imagelength, page.imagewidth, turn)
-        yield Opened(size, bits_of_dtype(page.dtype, path), lambda: _tiff_levels(page, kind, path), turn)
+        yield Opened(
+            _turned(page.imagelength, page.imagewidth, turn),
+            bits_of_dtype(page.dtype, path),
+            lambda: _tiff_levels(page, _tiff_values(page, plane), kind, path),
+            turn,
+            lambda: _tiff_bytes(page, plane),
+            lambda: _tiff_mask(page, _tiff_values(page, plane), kind),
+        )
 
 
-def _tiff_levels(page: Any, kind: str, path: Path) -> Levels:
-    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over."""
-    values = page.asarray(maxworkers=1)
+def _tiff_values(page: Any, plane: int) -> NDArray[Any]:
+    """Values of a page as they are stored, (height, width) or (height, width, samples)."""
+    if plane:
+        values = np.frombuffer(_plane_bytes(page, plane), page.parent.byteorder + page.dtype.char).reshape(page.shape)
+    else:
+        values = page.asarray(maxworkers=1)
     if page.planarconfig == 2 and page.samplesperpixel > 1:
         values = np.moveaxis(values, 0, -1)
+    return values
+
+
+def _tiff_levels(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
+    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over."""
     if kind == "SEPARATED":
         return np.asarray(Image.fromarray(np.ascontiguousarray(values), mode="CMYK").convert("RGB"))
     if kind == "PALETTE":
@@ -223,16 +269,58 @@ def _tiff_levels(page: Any, kind: str, path: Path) -> Levels:
     return levels.dtype.type(largest(levels)) - levels
 
 
-def _count_pages(file: tifffile.TiffFile, path: Path) -> int:
-    """Images in a TIFF: its full-size pages, or what ImageJ says of a stack behind one page."""
-    count, seen = 0, set[int]()
-    with suppress(IndexError):  # tifffile's own count does not end where pages lead in a circle
-        while (page := file.pages[len(seen)]).offset not in seen:
-            seen.add(page.offset)
-            count += not getattr(page, "is_reduced", False)
-        raise DataError(f"{path} is truncated or damaged: its pages lead in a circle.")
-    stack = int((file.imagej_metadata or {}).get("images", 1)) if file.is_imagej else 1
-    return max(stack, count)
+def _tiff_mask(page: Any, values: NDArray[Any], kind: str) -> tuple[str, NDArray[Any]]:
+    """The pixel format and the values of a page as Pillow would give them, were it a file of its own."""
+    if kind == "PALETTE":
+        return "P", values
+    if values.ndim == 3:
+        return {2: "LA", 3: "RGB", 4: "RGBA"}.get(values.shape[2], kind) if kind != "SEPARATED" else "CMYK", values
+    if page.bitspersample in (2, 4):
+        values = values * np.uint8(255 // (2**page.bitspersample - 1))
+    if kind == "MINISWHITE" and values.dtype in (np.bool_, np.uint8):
+        values = ~values
+    modes = {np.dtype(np.bool_): "1", np.dtype(np.uint8): "L", np.dtype(np.uint16): "I;16"}
+    return modes.get(values.dtype, "F" if values.dtype.kind == "f" else "I"), values
+
+
+def _tiff_bytes(page: Any, plane: int) -> Iterator[bytes]:
+    """The bytes of a page: its tags, those left out that say where it lies, and its strips or tiles."""
+    stream = page.parent.filehandle
+    yield page.parent.byteorder.encode()
+    for tag in page.tags:
+        if tag.code not in PLACES:
+            stream.seek(tag.valueoffset)
+            yield f"{tag.code} {int(tag.dtype)} {tag.count} ".encode() + stream.read(tag.valuebytecount)
+    if plane:
+        yield _plane_bytes(page, plane)
+        return
+    wanted = math.prod(page.chunked)
+    for offset, count in zip(page.dataoffsets[:wanted], page.databytecounts[:wanted], strict=True):
+        stream.seek(offset)
+        yield stream.read(count)
+
+
+def _plane_bytes(page: Any, plane: int) -> bytes:
+    page.parent.filehandle.seek(page.dataoffsets[0] + plane * page.nbytes)
+    return bytes(page.parent.filehandle.read(page.nbytes))
+
+
+def _check_planes(path: Path, page: Any, plane: int, behind_one: bool) -> None:
+    """Raise DataError for pages that are not in the file, and for such of which only the first could be read.
+
+    behind_one: whether the file's images all are planes behind one IFD, as ImageJ writes stacks beyond 4 GB.
+    """
+    _check_segments(path, page)
+    shaped = page.shaped_description or ""
+    hidden = '"truncated": true' in shaped and math.prod(json.loads(shaped)["shape"]) > page.size
+    planes = page.tags.get(STK_PLANES)
+    if hidden or (planes is not None and planes.count > 1) or (behind_one and not page.is_contiguous):
+        raise DataError(
+            f"{path} holds several images behind one page (as MetaMorph and tifffile's truncate write them), of which\n"
+            "only the first would be read. Save it as a TIFF with a page for each image."
+        )
+    if page.dataoffsets[0] + (plane + 1) * page.nbytes > page.parent.filehandle.size and behind_one:
+        raise DataError(f"{path} is truncated or damaged: it is not in the file.")
 
 
 def _check_segments(path: Path, page: Any) -> None:
@@ -250,7 +338,8 @@ def _check_segments(path: Path, page: Any) -> None:
 
 
 @contextmanager
-def _open_npy(path: Path, stream: BinaryIO) -> Iterator[Opened]:
+def _open_npy(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened]:
+    _check_page(path, page, 1)
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)  # no more of it is read than the header
     except ValueError as error:
@@ -267,34 +356,62 @@ def _open_npy(path: Path, stream: BinaryIO) -> Iterator[Opened]:
 
 
 @contextmanager
-def _open_dicom(path: Path, stream: BinaryIO) -> Iterator[Opened]:
+def _open_dicom(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened]:
+    file = path if page is None else path.parent
+    header, start = _dicom_header(file)
+    if not {"Rows", "Columns", "BitsAllocated", "PhotometricInterpretation"} <= set(header.dir()):
+        raise DataError(f"{path} is a DICOM file without an image.")
+    _check_size(path, header.Rows, header.Columns)
+    _check_page(path, page, int(header.get("NumberOfFrames") or 1))
+    photometric, bits = header.PhotometricInterpretation, header.BitsAllocated
+    if photometric not in ("MONOCHROME1", "MONOCHROME2", *DICOM_COLOURS) or bits not in (8, 16):
+        raise DataError(_unusable(path, f"{photometric}, {bits} bits"))
+    _check_decoder(path, header.file_meta.get("TransferSyntaxUID"))
+    rescale = _rescale(header, page or 0)
+    signed = bool(header.get("PixelRepresentation", 0)) or rescale is not None
+    yield Opened(
+        (header.Rows, header.Columns),
+        32 if signed else bits,
+        lambda: _dicom_levels(_dicom_values(file, stream, page), header, rescale, path),
+        raw=lambda: _dicom_bytes(stream, start, header, page or 0),
+    )
+
+
+@once_a_file(8)
+def _dicom_header(file: Path) -> tuple[Any, int]:
+    """All of a DICOM file but its pixel data, and where that begins, bytes."""
     try:
         from pydicom import dcmread
         from pydicom.filereader import read_file_meta_info
     except ImportError as error:
         raise DataError(
-            f"{path} is a DICOM file, and the package that reads it is not installed.\n"
+            f"{file} is a DICOM file, and the package that reads it is not installed.\n"
             "Install it:  pip install 'featprobe[dicom]'"
         ) from error
-    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
-    if syntax == DEFLATED:
-        raise DataError(f"{path} is deflated as a whole. Store it as Explicit VR Little Endian.")
-    header = dcmread(path, stop_before_pixels=True)
-    if not {"Rows", "Columns", "BitsAllocated", "PhotometricInterpretation"} <= set(header.dir()):
-        raise DataError(f"{path} is a DICOM file without an image.")
-    _check_size(path, header.Rows, header.Columns)
-    _check_count(path, int(header.get("NumberOfFrames") or 1))
-    photometric, bits = header.PhotometricInterpretation, header.BitsAllocated
-    if photometric not in ("MONOCHROME1", "MONOCHROME2", *DICOM_COLOURS) or bits not in (8, 16):
-        raise DataError(_unusable(path, f"{photometric}, {bits} bits"))
-    _check_decoder(path, syntax)
-    signed = bool(header.get("PixelRepresentation", 0)) or _is_rescaled(header)
-    yield Opened((header.Rows, header.Columns), 32 if signed else bits, lambda: _dicom_levels(dcmread(path), path))
+    if read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
+        raise DataError(f"{file} is deflated as a whole. Store it as Explicit VR Little Endian.")
+    with file.open("rb") as stream:
+        return dcmread(stream, stop_before_pixels=True), stream.tell()
 
 
-def _is_rescaled(header: Any) -> bool:
-    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
-    return "ModalityLUTSequence" in header or float(slope or 1) != 1 or float(intercept or 0) != 0
+def _rescale(header: Any, frame: int) -> Any:
+    """What holds the modality's rescaling of a frame: its functional group, the one of all frames, or the data set.
+
+    None where levels are stored as they are. Where frames are rescaled one by one, all of them are, by 1 and 0 too:
+    a file's levels are of one kind.
+    """
+    each, common = (header.get(f"{whose}FunctionalGroupsSequence") or [] for whose in ("PerFrame", "Shared"))
+    own = each[frame].get("PixelValueTransformationSequence") if frame < len(each) else None
+    if own:
+        return own[0]
+    of_all = common[0].get("PixelValueTransformationSequence") if common else None
+    found = of_all[0] if of_all else header
+    return found if _changes(found) else None
+
+
+def _changes(rescale: Any) -> bool:
+    slope, intercept = rescale.get("RescaleSlope"), rescale.get("RescaleIntercept")
+    return "ModalityLUTSequence" in rescale or float(slope or 1) != 1 or float(intercept or 0) != 0
 
 
 def _check_decoder(path: Path, syntax: Any) -> None:
@@ -315,25 +432,54 @@ def _check_decoder(path: Path, syntax: Any) -> None:
         )
 
 
-def _dicom_levels(data: Any, path: Path) -> Levels:
-    """Stored values, turned over where 0 is white, then through the modality's rescaling."""
-    from pydicom.pixels import apply_modality_lut, pixel_array
+def _dicom_values(file: Path, stream: BinaryIO, frame: int | None) -> NDArray[Any]:
+    """Stored values of a file, or of one of its frames, of which no more is read. Bits beyond those stored are 0."""
+    from pydicom import dcmread
+    from pydicom.pixels import pixel_array
 
+    if frame is not None:
+        return pixel_array(stream, index=frame)
+    data = dcmread(file)
     if "PixelData" not in data:
-        raise DataError(f"{path} is a DICOM file without pixel data.")
-    values = pixel_array(data)  # bits beyond those stored are cleared
-    if data.PhotometricInterpretation == "MONOCHROME1":
-        stored = int(data.get("BitsStored", data.BitsAllocated))
-        low = -(1 << stored - 1) if data.get("PixelRepresentation") else 0
+        raise DataError(f"{file} is a DICOM file without pixel data.")
+    return pixel_array(data)
+
+
+def _dicom_levels(values: NDArray[Any], header: Any, rescale: Any, path: Path) -> Levels:
+    """Stored values, turned over where 0 is white, then through the modality's rescaling."""
+    from pydicom.pixels import apply_modality_lut
+
+    if header.PhotometricInterpretation == "MONOCHROME1":
+        stored = int(header.get("BitsStored", header.BitsAllocated))
+        low = -(1 << stored - 1) if header.get("PixelRepresentation") else 0
         high = low + (1 << stored) - 1
         values = (low + high - values.astype(np.int32)).astype(values.dtype)
-    if not _is_rescaled(data):
+    if rescale is None:
         return to_levels(values, path)
-    rescaled = np.asarray(apply_modality_lut(values, data), dtype=np.float64)
-    slope = abs(float(data.get("RescaleSlope") or 1))
-    if "ModalityLUTSequence" not in data and not np.spacing(np.float32(np.abs(rescaled).max(initial=0.0))) < slope:
+    rescaled = np.asarray(apply_modality_lut(values, rescale), dtype=np.float64)
+    slope = abs(float(rescale.get("RescaleSlope") or 1))
+    if "ModalityLUTSequence" not in rescale and not np.spacing(np.float32(np.abs(rescaled).max(initial=0.0))) < slope:
         raise DataError(f"{path}: its rescaling (slope {slope:g}) makes levels that float32 can't tell apart.")
     return to_levels(rescaled.astype(np.float32), path)
+
+
+def _dicom_bytes(stream: BinaryIO, start: int, header: Any, frame: int) -> Iterator[bytes]:
+    """The bytes of a frame: all of the file before the pixel data, its number, and its part of the pixel data."""
+    from pydicom.encaps import get_frame
+
+    stream.seek(0)
+    yield stream.read(start)
+    yield f" {frame} ".encode()
+    syntax = header.file_meta.TransferSyntaxUID
+    element = stream.read(8 if syntax.is_implicit_VR else 12)  # DICOM PS3.5, 7.1.2: tag, VR, length
+    frames = int(header.NumberOfFrames)
+    if syntax.is_compressed:
+        tables = header.get("ExtendedOffsetTable"), header.get("ExtendedOffsetTableLengths")
+        yield get_frame(stream, frame, extended_offsets=tables if all(tables) else None, number_of_frames=frames)
+        return
+    length = int.from_bytes(element[-4:], "little" if syntax.is_little_endian else "big") // frames
+    stream.seek(length * frame, 1)
+    yield stream.read(length)
 
 
 # ---- what all have in common -----------------------------------------------------------------------------------------
@@ -406,13 +552,27 @@ def _check_size(path: Path, height: int, width: int) -> None:
         raise DataError(_too_large(path, f"{width}x{height} = {height * width}"))
 
 
-def _check_count(path: Path, images: int, how: str = "") -> None:
-    if images > 1:
+def _check_page(path: Path, page: int | None, count: int, how: str = "") -> None:
+    """Raise DataError where a path doesn't name one of the `count` images of its file. how: to cut it, as a command."""
+    if count > MAX_PAGES:
+        raise DataError(too_many(path, str(count)))
+    file = path if page is None else path.parent
+    first, last = page_path(Path(file.name), 0), page_path(Path(file.name), count - 1)
+    if page is None and count > 1:
         raise DataError(
-            f"{path} holds {images} images (pages, slices or frames).\n"
-            "  wanted  one image a file, so that each has its own labels, group and split\n"
-            f"Cut it into one file an image{how}"
+            f"{_several(path, count)}"
+            f"Name one as if the file were a folder, from {first.as_posix()} to {last.as_posix()};\n"
+            "put it into images/ and its masks, page for page, into masks/ (formats folders and colours);\n"
+            f"or cut it into one file an image{how}"
         )
+    if page is not None and count == 1:
+        raise DataError(f"{path} is no page: {file.name} holds one image. Name the file alone.")
+    if page is not None and page >= count:
+        raise DataError(f"{path} is not there: {file.name} holds {count} pages. wanted: {first.name} to {last.name}")
+
+
+def _several(path: Path, count: int) -> str:
+    return f"{path} holds {count} images (pages, slices or frames).\n  wanted  one image, with labels of its own\n"
 
 
 def _too_large(path: Path, found: str) -> str:

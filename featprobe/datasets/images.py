@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
 from featprobe.datasets.decode import Levels, largest, opened
+from featprobe.datasets.pages import misnamed, page_of
 from featprobe.errors import DataError
 from featprobe.geometry import Placement, Size
 from featprobe.specs import Intensity
@@ -25,11 +27,20 @@ GREY_LEVELS = 1 << 16
 
 
 def hash_image(path: Path) -> str:
-    """xxh3_128 of the file's bytes: 32 hex digits. Raises DataError when it can't be read or is empty."""
+    """xxh3_128 of the bytes of a file, or of those that a page of one is made of: 32 hex digits.
+
+    A page of a TIFF keeps its hash when others are appended. Raises DataError when it can't be read or is empty.
+    """
+    if page_of(path)[1] is not None:
+        with opened(path) as image:
+            running = xxhash.xxh3_128()
+            for data in image.raw():
+                running.update(data)
+            return running.hexdigest()
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+        raise DataError(misnamed(path) or f"{path} can't be read: {error.strerror}.") from error
     if not data:
         raise DataError(f"{path} is an empty file (0 bytes). wanted: an image.")
     return xxhash.xxh3_128_hexdigest(data)
@@ -57,6 +68,12 @@ def read_levels(path: Path) -> Levels:
     """
     with opened(path) as image:
         return image.read()
+
+
+def write_levels(path: Path, levels: Levels) -> None:
+    """Write raw levels as a TIFF that reads back the same, whatever its suffix."""
+    photometric = "rgb" if levels.ndim == 3 else "minisblack"
+    tifffile.imwrite(path, levels, photometric=photometric, compression="zlib", predictor=True, metadata=None)
 
 
 def training_window(paths: Iterable[Path], policy: Intensity) -> tuple[float, float] | None:

@@ -11,7 +11,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from featprobe.datasets.coco import SLACK
+from featprobe.datasets.decode import stored_page
 from featprobe.datasets.files import is_missing, kept_below, read_text
+from featprobe.datasets.pages import count_pages, page_of
 from featprobe.datasets.samples import listed
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
@@ -92,11 +94,20 @@ def check_size(found: Size, size: Size, where: object) -> None:
 
 
 def stored_pixels(path: Path) -> tuple[str, NDArray[Any]]:
-    """A mask's pixel format, as Pillow calls it, and its values as stored. Raises DataError where it can't be read."""
-    if not path.is_file():
+    """A mask's pixel format, as Pillow calls it, and its values as stored.
+
+    Raises DataError where it can't be read, and for a file of several images.
+    """
+    file, page = page_of(path)
+    if not file.is_file():
         raise DataError(f"There is no mask {path} for the image of that name.")
+    if page is not None:
+        return stored_page(path)
     try:
         with Image.open(path) as image:
+            count = count_pages(path) if image.format == "TIFF" else getattr(image, "n_frames", 1)
+            if count > 1:
+                raise DataError(f"{path} holds {count} images. wanted: one mask, or as many as its image has pages.")
             return image.mode, np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} can't be read as a mask: {error}.") from error

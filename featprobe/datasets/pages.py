@@ -1,0 +1,259 @@
+"""Files of several images: how a page is named, how many there are, and where those of a TIFF lie.
+
+A page is named as if its file were a folder, by four digits from 0 on: images/stack.tif/0003. In a TIFF it is an IFD
+that is no reduced copy and no transparency mask, or a plane of an ImageJ stack behind a lone IFD; in DICOM, a frame.
+"""
+
+import re
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from featprobe.errors import DataError
+
+T = TypeVar("T")
+
+DIGITS = 4
+MAX_PAGES = 10**DIGITS
+PAGED = (".tif", ".tiff", ".dcm", ".dicom")  # the only files that are looked into for pages where a folder is listed
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_TAGS = 4096  # of an IFD; tifffile takes more for damage, too
+SUBFILE, OLD_SUBFILE, DESCRIPTION = 254, 255, 270  # tags
+COPY_OR_MASK, OLD_COPY = 0b101, 2  # bits of NewSubfileType; what SubfileType says of a reduced copy
+SHORT = 3  # the type of two bytes
+LOOKED_AT = 1 << 16  # bytes of a description
+USUAL = 512  # bytes that most IFDs are shorter than
+RACY = 2_000_000_000  # nanoseconds after which a file that is written again has another time, on any file system
+FRAMES = 0x00280008  # DICOM's NumberOfFrames
+
+
+def page_of(path: Path) -> tuple[Path, int | None]:
+    """The file of an image, and the page of it that the image is; None where it is the file itself.
+
+    >>> page_of(Path("images/0003"))[1] is None  # no file is called images here
+    True
+    """
+    if is_page_name(path.name) and path.parent.is_file():
+        return path.parent, int(path.name)
+    return path, None
+
+
+def is_page_name(name: str) -> bool:
+    """Whether a page may be called so: by four digits."""
+    return len(name) == DIGITS and name.isascii() and name.isdecimal()
+
+
+def page_path(file: Path, number: int) -> Path:
+    """The path of a page; raises ValueError for a number that has no name.
+
+    >>> page_path(Path("stack.tif"), 3).as_posix()
+    'stack.tif/0003'
+    """
+    if not 0 <= number < MAX_PAGES:
+        raise ValueError(f"wanted 0 <= page < {MAX_PAGES}, found {number}")
+    return file / f"{number:0{DIGITS}d}"
+
+
+def pages_of(file: Path) -> list[Path]:
+    """The images in a file: its pages, or itself where it holds one.
+
+    A few bytes of each page are read. What can't be read stands for itself: it is met again, by name, when its pixels
+    are wanted.
+    """
+    count = 1
+    if file.suffix.lower() in PAGED:
+        with suppress(DataError, OSError):
+            count = count_pages(file)
+    return [page_path(file, number) for number in range(count)] if 1 < count <= MAX_PAGES else [file]
+
+
+def group_of(identity: str, image: Path) -> str:
+    """The group of an image for which none is named: its own id, or for a page the id of its file."""
+    return identity if page_of(image)[1] is None else identity[: -DIGITS - 1]
+
+
+def count_pages(file: Path) -> int:
+    """How many images a TIFF or a DICOM file holds; 1 for any other. Raises DataError, and OSError as `open` does."""
+    with file.open("rb", buffering=0) as stream:
+        start = stream.read(132)
+        if start[128:] == b"DICM":
+            try:
+                return _count_frames(stream)
+            except Exception as error:  # pydicom raises whatever it likes on damaged files, and may not be there
+                raise DataError(f"{file} can't be read as DICOM: {error}.") from error
+    return len(tiff_images(file)) if start[:4] in TIFF_STARTS else 1
+
+
+def can_be_counted(file: Path) -> bool:
+    """Whether it can be told how many images a file holds."""
+    try:
+        return count_pages(file) <= MAX_PAGES
+    except (DataError, OSError):
+        return False
+
+
+def once_a_file(most: int) -> Callable[[Callable[[Path], T]], Callable[[Path], T]]:
+    """A reader of files that remembers what it found in the last `most`, so that a page costs no look at all others.
+
+    A file is looked at again when its time, size or inode is another, and each time within two seconds after it was
+    written, when its time can't tell yet.
+    """
+
+    def remembering(read: Callable[[Path], T]) -> Callable[[Path], T]:
+        known = lru_cache(maxsize=most)(lambda file, *stamp: read(file))
+
+        @wraps(read)
+        def asked(file: Path) -> T:
+            now = file.stat()
+            if time.time_ns() - now.st_mtime_ns < RACY:
+                return read(file)
+            return known(file, now.st_mtime_ns, now.st_size, now.st_ino)
+
+        return asked
+
+    return remembering
+
+
+def misnamed(path: Path) -> str:
+    """What is said of a path below a file that is no page's; "" for any other path."""
+    if not path.parent.is_file():
+        return ""
+    return (
+        f"{path} is no page of {path.parent.name}.\n"
+        f"  wanted  its number from 0 on, of four digits, as 0003\n  found   {path.name}"
+    )
+
+
+def _count_frames(stream: BinaryIO) -> int:
+    from pydicom.filereader import read_partial
+
+    stream.seek(0)
+    header = read_partial(stream, stop_when=lambda tag, vr, length: tag > FRAMES, specific_tags=[FRAMES])
+    return int(header.get("NumberOfFrames") or 1)
+
+
+# ---- TIFF ------------------------------------------------------------------------------------------------------------
+
+
+@once_a_file(64)
+def tiff_images(file: Path) -> tuple[int, ...]:
+    """Where the IFDs of a TIFF's images begin, bytes: one number again and again for planes behind a lone IFD.
+
+    No more is read than the IFDs, each once, and ImageJ's description. Raises DataError for IFDs that are not in the
+    file or lead in a circle, for more than 10,000, and where ImageJ counts more images than there are.
+    """
+    with file.open("rb", buffering=0) as stream:
+        tiff = _Tiff(stream, file)
+        found: list[int] = []
+        seen: set[int] = set()
+        planes, offset = 1, tiff.first
+        while offset:
+            if offset in seen:
+                raise DataError(f"{file} is truncated or damaged: its pages lead in a circle.")
+            if len(seen) == MAX_PAGES:
+                raise DataError(too_many(file, f"more than {MAX_PAGES}"))
+            directory = tiff.directory(offset)
+            planes = planes if seen else tiff.imagej_images(directory)
+            seen.add(offset)
+            found += [offset] if tiff.is_image(directory) else []
+            offset = directory.following
+    found = found or [tiff.first]
+    if planes > len(found) and len(seen) > 1:
+        raise DataError(
+            f"{file} is truncated or damaged: ImageJ counts {planes} images in it, and {len(seen)} are there."
+        )
+    if planes > MAX_PAGES:
+        raise DataError(too_many(file, str(planes)))
+    return tuple(found) if planes <= len(found) else (tiff.first,) * planes
+
+
+def too_many(file: Path, found: str) -> str:
+    """What is said of a file of more pages than have names."""
+    return (
+        f"{file} holds {found} images (pages, slices or frames), or its header is damaged.\n"
+        f"  wanted  at most {MAX_PAGES}, as four digits name\nCut it into several files."
+    )
+
+
+@dataclass(frozen=True)
+class _Directory:
+    """An IFD. tags: in their order; entries: bytes of all of them; following: where the next one begins, 0 for none."""
+
+    tags: tuple[int, ...]
+    entries: bytes
+    following: int
+
+
+class _Tiff:
+    """The IFDs of an open TIFF, of either byte order and of either size of offsets."""
+
+    def __init__(self, stream: BinaryIO, file: Path) -> None:
+        self._stream, self._file = stream, file
+        start = self._read(0, 16)
+        self._order, self._big = "<" if start[:2] == b"II" else ">", start[2:4] in (b"+\0", b"\0+")
+        self._count, self._size, self._offset = ("Q", 20, "Q") if self._big else ("H", 12, "I")
+        self.first = self._number("Q", start[8:16]) if self._big else self._number("I", start[4:8])
+        if not self.first:
+            raise DataError(self._damaged("it holds no page"))
+
+    def directory(self, offset: int) -> _Directory:
+        """The IFD at an offset. Raises DataError for one that is not there, or of thousands of tags."""
+        data = self._read(offset, USUAL)
+        before = struct.calcsize("=" + self._count)
+        count = self._number(self._count, data[:before])
+        if count > MAX_TAGS:
+            raise DataError(self._damaged(f"one of its pages has {count} tags"))
+        after = before + count * self._size
+        end = after + struct.calcsize("=" + self._offset)
+        data = self._read(offset, end) if end > USUAL else data
+        following = self._number(self._offset, data[after:end])
+        return _Directory(
+            struct.unpack_from(self._order + f"H{self._size - 2}x" * count, data, before), data[before:after], following
+        )
+
+    def is_image(self, directory: _Directory) -> bool:
+        """Whether an IFD is of an image of its own: neither a reduced copy of one nor a transparency mask."""
+        kind = self._value(directory, SUBFILE)
+        return not kind & COPY_OR_MASK if kind else self._value(directory, OLD_SUBFILE) != OLD_COPY
+
+    def imagej_images(self, directory: _Directory) -> int:
+        """How many images ImageJ's description counts; 1 where there is none."""
+        if DESCRIPTION not in directory.tags:
+            return 1
+        length, place = struct.unpack(
+            f"{self._order}4x{self._offset}{self._offset}", self._entry(directory, DESCRIPTION)
+        )
+        text = self._read(place, min(length, LOOKED_AT)) if length > struct.calcsize("=" + self._offset) else b""
+        found = re.search(rb"\nimages=(\d{1,18})", text) if text.startswith(b"ImageJ=") else None
+        return int(found[1]) if found else 1
+
+    def _value(self, directory: _Directory, tag: int) -> int:
+        """The number of a tag of type SHORT or LONG; 0 where there is none."""
+        if tag not in directory.tags:
+            return 0
+        entry = self._entry(directory, tag)
+        at = self._size - struct.calcsize("=" + self._offset)
+        short = self._number("H", entry[2:4]) == SHORT
+        return self._number("H", entry[at : at + 2]) if short else self._number("I", entry[at : at + 4])
+
+    def _entry(self, directory: _Directory, tag: int) -> bytes:
+        at = directory.tags.index(tag) * self._size
+        return directory.entries[at : at + self._size]
+
+    def _number(self, format_: str, data: bytes) -> int:
+        try:
+            return int(struct.unpack(self._order + format_, data)[0])
+        except struct.error as error:
+            raise DataError(self._damaged("one of its pages is not there")) from error
+
+    def _read(self, offset: int, count: int) -> bytes:
+        self._stream.seek(offset)
+        return self._stream.read(count)
+
+    def _damaged(self, what: str) -> str:
+        return f"{self._file} is truncated or damaged: {what}."
