@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from pycocotools.coco import COCO
 
 from featprobe.cli.main import cli
 from featprobe.datasets import FORMATS, DataSet, read_data
-from featprobe.datasets.images import image_size
+from featprobe.datasets.images import image_size, read_levels
 from featprobe.datasets.samples import Sample
 from featprobe.errors import DataError, FeatprobeError
 from featprobe.stages.convert import convert
@@ -1055,6 +1057,188 @@ MADE = {
     "visa": visa_set,
     "kolektorsdd": commutator_set,
 }
+
+
+# ---- pages of files --------------------------------------------------------------------------------------------------
+
+
+def stack(path: Path, pages: int, seed: int = 0, coloured: bool | None = None) -> Path:
+    """A TIFF of 16-bit pages, of 0 and 1 where coloured is False, red on blue where it is True."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 65536, (pages, *SIZE), dtype=np.uint16)
+    if coloured is not None:
+        values = (values > 40_000).astype(np.uint8)
+        values = np.where(values[..., None], RED, BLUE).astype(np.uint8) if coloured else values
+    tifffile.imwrite(path, values, photometric="rgb" if coloured else "minisblack", compression="zlib")
+    return path
+
+
+def stack_set(root: Path, coloured: bool = False) -> Path:
+    """Three stacks of three pages beside stacks of masks, and one image alone."""
+    for i in range(3):
+        stack(root / "images" / f"s{i}.tif", 3, seed=i)
+        stack(root / "masks" / f"s{i}.tiff", 3, seed=i, coloured=coloured)
+    tifffile.imwrite(root / "images" / "alone.tif", np.zeros(SIZE, np.uint16))
+    mask(root / "masks" / "alone.png", np.where(square(2, 3, 5)[..., None], RED, BLUE) if coloured else square(2, 3, 5))
+    if coloured:
+        text(root / "classes.txt", "0,0,255 rock\n255,0,0 pore\n")
+    return root
+
+
+@pytest.mark.parametrize("name", ["folders", "colours"])
+def test_pages_of_a_file_are_images_of_one_group(tmp_path: Path, name: str) -> None:
+    data = read_data("set", stack_set(tmp_path, name == "colours"), name)
+    top = "images/" if name == "colours" else ""
+    assert [s.id for s in data.samples] == [
+        f"{top}{file}" for file in ("alone.tif", *(f"s{i}.tif/{page:04d}" for i in range(3) for page in range(3)))
+    ]
+    assert [s.group for s in data.samples] == [
+        f"{top}{file}" for file in ("alone.tif", *(f"s{i // 3}.tif" for i in range(9)))
+    ]
+    assert all(len({s.split for s in data.samples if s.group == f"{top}s{i}.tif"}) == 1 for i in range(3))
+    for i in range(3):
+        levels = np.random.default_rng(i).integers(0, 65536, (3, *SIZE), dtype=np.uint16)
+        for page in range(3):
+            sample = next(s for s in data.samples if s.id == f"{top}s{i}.tif/{page:04d}")
+            assert np.array_equal(read_levels(sample.image), levels[page])
+            assert np.array_equal(data.read_target(sample, SIZE).semantic, levels[page] > 40_000)
+    assert len({f.image_hash for f in survey(data, workers=2, skip_bad=False, quiet=True).found}) == 10
+
+
+@pytest.mark.parametrize("name", ["folders", "colours"])
+def test_masks_of_another_number_of_pages_are_refused(tmp_path: Path, name: str) -> None:
+    stack_set(tmp_path, name == "colours")
+    stack(tmp_path / "masks" / "s1.tiff", 2, coloured=name == "colours")
+    assert re.search(
+        r"s1\.tiff is not the mask of .*s1\.tif: .*\n  wanted  3 pages.*\n  found   2", refused(tmp_path, name)
+    )
+    (tmp_path / "masks" / "s1.tiff").unlink()
+    assert "There is no mask" in refused(tmp_path, name)
+    stack(tmp_path / "masks" / "s1.tiff", 3, coloured=name == "colours")
+    stack(tmp_path / "masks" / "alone.tif", 3, coloured=name == "colours")
+    assert re.search(r"\n  wanted  1 page.*\n  found   3", refused(tmp_path, name))
+
+
+@pytest.mark.parametrize("name", ["folders", "colours"])
+@pytest.mark.parametrize(("torn", "left"), [("images/s1.tif", 7), ("masks/s1.tiff", 7)])
+def test_a_damaged_stack_is_set_aside_alone(tmp_path: Path, name: str, torn: str, left: int) -> None:
+    path = stack_set(tmp_path, name == "colours") / torn
+    os.truncate(path, path.stat().st_size // 2)
+    found = survey(read_data("set", tmp_path, name), workers=1, skip_bad=True, quiet=True)
+    assert sum(not f.reason for f in found.found) == left and len(found.bad) == (1 if "images" in torn else 3)
+    assert all(f"{Path(torn).name} is truncated or damaged" in f.reason for f in found.bad)
+
+
+@pytest.mark.parametrize("name", ["folders", "colours"])
+def test_a_table_names_pages_or_their_file(tmp_path: Path, name: str) -> None:
+    top = "images/" if name == "colours" else ""
+    rows = [f"{top}s0.tif,test,part", f"{top}s1.tif,train,part2", f"{top}s1.tif/0002,val,other"]
+    text(stack_set(tmp_path, name == "colours") / "samples.csv", "\n".join(["image,split,group", *rows]))
+    found = {s.id: (s.split, s.group) for s in read_data("set", tmp_path, name, complete=False).samples}
+    assert found[f"{top}s0.tif/0001"] == ("test", "part") and found[f"{top}s1.tif/0001"] == ("train", "part2")
+    assert found[f"{top}s1.tif/0002"] == ("val", "other") and found[f"{top}s2.tif/0000"] == ("", f"{top}s2.tif")
+
+
+def test_pages_pair_with_a_folder_of_masks_and_their_objects(tmp_path: Path) -> None:
+    stack(tmp_path / "images" / "part.tif", 3)
+    for number in range(3):
+        mask(tmp_path / "masks" / "part" / f"000{number}_1.png", square(number, 3, 5))
+        picture(tmp_path / "images" / f"p{number}.png")
+        mask(tmp_path / "masks" / f"p{number}_1.png", square(number, 3, 5))
+    data = read_data("set", tmp_path)
+    assert data.tasks == ("semseg", "detect", "instseg")
+    assert objects_of(data, "part.tif/0002")[0].box_xyxy == (3, 2, 8, 7)
+
+
+def named_pages(root: Path, name: str) -> Path:
+    """A set that names pages of a stack, where its format names files."""
+    stack(root / "images" / "part.tif", 3)
+    pages = [f"part.tif/000{i}" for i in range(3)]
+    for i in range(3):
+        picture(root / "images" / f"p{i}.png", seed=i)
+    names = [*pages, *(f"p{i}.png" for i in range(3))]
+    if name == "coco":
+        images = [{"id": i, "file_name": file} for i, file in enumerate(names)]
+        boxes = [{"id": i + 1, "image_id": i, "category_id": 1, "bbox": [3, 2, 5, 5]} for i in range(len(names))]
+        known = [{"id": 1, "name": "pore"}]
+        text(root / "all.json", json.dumps({"images": images, "annotations": boxes, "categories": known}))
+    elif name == "labelme":
+        for i, file in enumerate(names):
+            text(root / "images" / f"drawing{i}.json", drawing(file, [shape("pore", RING)]))
+    else:
+        text(root / "data.yaml", "train: all.txt\nnames: [pore]\n")
+        text(root / "all.txt", "\n".join(f"images/{file}" for file in names))
+        for file in names:
+            text((root / "labels" / file).with_suffix(".txt"), "0 0.5 0.5 0.25 0.5\n")
+    return root
+
+
+@pytest.mark.parametrize("name", ["coco", "labelme", "yolo"])
+def test_pages_may_be_named_where_a_format_names_files(tmp_path: Path, name: str) -> None:
+    data = read_data("set", named_pages(tmp_path / "set", name), complete=False)
+    top = "" if name == "coco" else "images/"
+    groups = {s.id: s.group for s in data.samples}
+    assert groups == {f"{top}part.tif/000{i}": f"{top}part.tif" for i in range(3)} | {
+        f"{top}p{i}.png": f"{top}p{i}.png" for i in range(3)
+    }
+    levels = np.random.default_rng(0).integers(0, 65536, (3, *SIZE), dtype=np.uint16)
+    for sample in (s for s in data.samples if s.group == f"{top}part.tif"):
+        assert np.array_equal(read_levels(sample.image), levels[int(sample.image.name)])
+        assert len(data.read_target(sample, SIZE).instances or ()) == 1
+    assert not any("left out" in note for note in data.notes)
+    if name != "coco":  # whose images may be links, as those of `data convert --link` are
+        shutil.move(tmp_path / "set" / "images" / "part.tif", tmp_path / "secret.tif")
+        (tmp_path / "set" / "images" / "part.tif").symlink_to(tmp_path / "secret.tif")
+        assert "is a link out of the data folder" in refused(tmp_path / "set")
+
+
+def test_a_page_that_is_not_there_is_named_by_its_format(tmp_path: Path) -> None:
+    path = named_pages(tmp_path, "coco") / "all.json"
+    plain = path.read_text()
+    for page, said in {
+        "0007": "0007 is not there: part.tif holds 3 pages",
+        "7": "is no page of part.tif",
+        "": "holds 3 images",
+    }.items():
+        path.write_text(plain.replace("part.tif/0001", f"part.tif/{page}".rstrip("/")))
+        assert said in refused(tmp_path)
+    path.write_text(plain.replace("part.tif/0001", "part.tif/../../../../../etc/0001"))
+    assert "not below the data folder" in refused(tmp_path)
+
+
+def test_a_stack_in_two_splits_of_coco_is_a_leak(tmp_path: Path) -> None:
+    root = named_pages(tmp_path, "coco")
+    value = json.loads((root / "all.json").read_text())
+    (root / "all.json").unlink()
+    for split, images in (("train", value["images"][1:]), ("test", value["images"][:1])):
+        numbers = {image["id"] for image in images}
+        own = [a for a in value["annotations"] if a["image_id"] in numbers]
+        text(root / "annotations" / f"{split}.json", json.dumps(value | {"images": images, "annotations": own}))
+    data = read_data("set", root)
+    assert any("1 of 4 groups" in note for note in data.notes), data.notes
+
+
+def test_pages_come_back_from_coco_as_images_of_their_own(tmp_path: Path) -> None:
+    data = read_data("set", stack_set(tmp_path / "set"))
+    rng = np.random.default_rng(0)
+    tifffile.imwrite(
+        tmp_path / "set" / "images" / "s0.tif", rng.random((3, *SIZE), np.float32), photometric="minisblack"
+    )
+    tifffile.imwrite(
+        tmp_path / "set" / "images" / "s1.tif", rng.integers(0, 256, (3, *SIZE, 3), dtype=np.uint8), photometric="rgb"
+    )
+    for link in (False, True):
+        out = tmp_path / f"out{link}"
+        convert(data, out, link=link, quiet=True)
+        for back, sample in zip(read_data("set", out).in_split("train"), data.in_split("train"), strict=True):
+            assert (back.id, back.group) == (sample.id, sample.group)
+            before, after = read_levels(sample.image), read_levels(back.image)
+            assert before.dtype == after.dtype and np.array_equal(before, after)
+            labels = (data.read_target(sample, SIZE), read_data("set", out).read_target(back, SIZE))
+            assert np.array_equal(*(target.semantic for target in labels))
+        assert (out / "images" / "alone.tif").is_symlink() is link and (out / "images" / "s0.tif" / "0001").is_file()
+    convert(read_data("set", tmp_path / "outFalse"), tmp_path / "again", quiet=True)
+    assert {s.id for s in read_data("set", tmp_path / "again").samples} == {s.id for s in data.samples}
 
 
 def test_every_format_is_tried_here() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from featprobe.datasets.files import named_below, read_json, start_of
+from featprobe.datasets.pages import group_of, page_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
@@ -80,7 +81,8 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             if identity in known:
                 identity = f"{split}/{identity}"
             known.add(identity)
-            own = first_of.setdefault(place, identity)  # a file that stands in two splits is one group: it leaks
+            file, _ = page_of(place)  # a file that stands in two splits is one group: it leaks
+            own = first_of.setdefault(file, group_of(identity, place))
             group = own if image.get("group") is None else str(image["group"])
             labels = json.dumps(
                 [number, _kept(image), [_kept(a) for a in by_image[image["id"]]]], separators=(",", ":")
@@ -127,7 +129,7 @@ def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Pat
             places.append(named_below(root, file_name, annotations, base))
     if not places:
         named_below(root, file_name, f"{annotations}, file_name")
-    return next((place for place in places if place.is_file()), places[0])
+    return next((place for place in places if place.is_file() or place.parent.is_file()), places[0])
 
 
 def _kept(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.files import files_below, folders_in, own_table
+from featprobe.datasets.files import files_below, folders_in, own_table, paired, stem_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels, to_numbers
+from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -46,7 +47,8 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
     """The data set of coloured masks with the same stems as their images.
 
     The colours are named, `R,G,B name` a line, the background first. Without that the colours that occur
-    are the classes, sorted, black first where there is black. samples.csv (image,split,group) is optional.
+    are the classes, sorted, black first where there is black. samples.csv (image,split,group) is optional. The pages
+    of a file are images of one group, and go with the pages of its mask.
     """
     pairs = find_pairs(root)
     table = own_table(root)
@@ -55,14 +57,16 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
     masks: list[Path] = []
     notes: list[str] = []
     for pair in pairs:
-        mask_of = {_stem(path, pair.masks): path for path in files_below(root, pair.masks)}
-        for image in files_below(root, pair.images):
+        files = files_below(root, pair.images)
+        images, mask_of = paired(files, pair.images, files_below(root, pair.masks), pair.masks)
+        for image in images:
             identity = image.relative_to(root).as_posix()
-            row = table.get(identity) or table.get(image.name) or {}
+            own = group_of(identity, image)
+            row = table.get(identity) or table.get(own) or table.get(PurePath(own).name) or {}
             split = pair.split if several else row.get("split") or ""
-            stem = _stem(image, pair.images)
+            stem = stem_of(image, pair.images)
             masks.append(mask_of.pop(stem, pair.masks / f"{stem}.png"))
-            samples.append(Sample(identity, image, row.get("group") or identity, split, str(masks[-1])))
+            samples.append(Sample(identity, image, row.get("group") or own, split, str(masks[-1])))
         if mask_of:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
@@ -158,10 +162,6 @@ def _is_coloured(path: Path) -> bool:
             return image.mode in COLOURED
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
-
-
-def _stem(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def _hex(code: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.pages import can_be_counted, page_of, page_path, pages_of
 from featprobe.errors import DataError
 
 
@@ -128,6 +129,38 @@ def files_below(root: Path, folder: Path, suffixes: Collection[str] = SUFFIXES) 
     found = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
     chosen = sorted(path for path in found if path.suffix.lower() in suffixes)
     return [kept_below(root, path) if path.is_symlink() else path for path in chosen]
+
+
+def stem_of(path: Path, folder: Path) -> str:
+    """An image's path below a folder without its file's suffix: `a/stack/0003` of `a/stack.tif/0003`."""
+    file, page = page_of(path)
+    stem = file.relative_to(folder).with_suffix("").as_posix()
+    return stem if page is None else f"{stem}/{path.name}"
+
+
+def paired(
+    images: Sequence[Path], image_folder: Path, masks: Sequence[Path], mask_folder: Path
+) -> tuple[list[Path], dict[str, Path]]:
+    """All images of files, page by page, and all masks of files by stem; damaged files are met again, by name.
+
+    Raises DataError where a file of images has a mask of another number of pages.
+    """
+    pages = {file: pages_of(file) for file in images}
+    drawn = {stem_of(file, mask_folder): (file, pages_of(file)) for file in masks}
+    for image, own in pages.items():
+        stem = stem_of(image, image_folder)
+        mask, found = drawn.get(stem, (image, own))
+        if len(found) == len(own) or not can_be_counted(image):
+            continue
+        if can_be_counted(mask):
+            raise DataError(
+                f"{mask} is not the mask of {image}: they go page by page.\n"
+                f"  wanted  {len(own)} pages, as the image has\n  found   {len(found)}\n"
+                "Nothing was read. Mend the mask, or the image."
+            )
+        drawn[stem] = mask, [page_path(mask, number) for number in range(len(own))]
+    mask_of = {stem_of(page, mask_folder): page for _, own in drawn.values() for page in own}
+    return [page for own in pages.values() for page in own], mask_of
 
 
 def words_of(text: str, where: object, count: int) -> list[list[str]]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from featprobe.datasets.files import read_table
+from featprobe.datasets.files import paired, read_table, stem_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_size, mask_instance, read_classes, stored_pixels
+from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -32,7 +33,8 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
 
     Masks hold class indices, palette masks included, or 0 and 255 throughout for one class. Classes are those named,
     the background first; without them one defect. samples.csv (image,split,group) is optional. Where a
-    mask is an object, an image without any has none. Raises DataError where some masks are objects and some are not.
+    mask is an object, an image without any has none. The pages of a file are images of one group, and go with the pages
+    of its mask. Raises DataError where some masks are objects and some are not, or pages do not match.
     """
     folders = find_folders(root)
     table = read_table(root / "samples.csv")
@@ -42,22 +44,23 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
     free: list[str] = []
     notes: list[str] = []
     for split, folder in folders.items():
-        images = sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in SUFFIXES)
-        mask_of = {_stem(p, folder / "masks"): p for p in sorted((folder / "masks").rglob("*")) if p.is_file()}
-        bare = {_stem(image, folder / "images") for image in images} - mask_of.keys()
+        files = sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in SUFFIXES)
+        drawn = sorted(p for p in (folder / "masks").rglob("*") if p.is_file())
+        images, mask_of = paired(files, folder / "images", drawn, folder / "masks")
+        bare = {stem_of(image, folder / "images") for image in images} - mask_of.keys()
         objects_of = _take_objects(mask_of, bare)
         for image in images:
             identity = image.relative_to(folder / "images").as_posix()
-            row = table.get(identity, {})
+            row = table.get(identity) or table.get(group_of(identity, image)) or {}
             if split:
                 identity = f"{split}/{identity}"
-            stem = _stem(image, folder / "images")
+            stem = stem_of(image, folder / "images")
             masks = objects_of.get(stem, []) if stem in bare else [mask_of.pop(stem, folder / "masks" / f"{stem}.png")]
             free += [] if masks else [identity]
             (of_objects if stem in bare else of_images).extend(masks)
             labels = json.dumps([str(path) for path in masks])
-            own = split or row.get("split") or ""
-            samples.append(Sample(identity, image, row.get("group") or identity, own, labels))
+            group = row.get("group") or group_of(identity, image)
+            samples.append(Sample(identity, image, group, split or row.get("split") or "", labels))
         if mask_of:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
@@ -122,14 +125,10 @@ def _object(labels: Labels, path: Path) -> Instance:
     return mask_instance(int(kinds[0]), labels > 0)
 
 
-def _stem(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).with_suffix("").as_posix()
-
-
 def _missing_mask(image: Path, folders: Iterable[Path]) -> Path:
     """Where the mask of an image that has none would be."""
     folder = next(folder for folder in folders if image.is_relative_to(folder / "images"))
-    return folder / "masks" / f"{_stem(image, folder / 'images')}.png"
+    return folder / "masks" / f"{stem_of(image, folder / 'images')}.png"
 
 
 def _is_binary(paths: Sequence[Path]) -> bool:

@@ -21,6 +21,7 @@ from featprobe.datasets.objects import (
     read_classes,
     to_numbers,
 )
+from featprobe.datasets.pages import group_of, page_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -83,7 +84,8 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
     if not file_of:
         raise DataError(f"{root} holds no labelme files whose images are here.")
     classes = _classes(root, drawings, named)
-    bare = [path.name for path in images if path not in file_of]
+    drawn = {page_of(image)[0] for image in file_of}
+    bare = [path.name for path in images if path not in drawn]
     if bare:
         notes.append(f"{len(bare)} images have no labelme file and are left out: {listed(bare)}")
 
@@ -100,7 +102,8 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
     for image, path in file_of.items():
         identity = image.relative_to(root).as_posix()
         row = table.get(identity) or table.get(image.name) or {}
-        samples.append(Sample(identity, image, row.get("group") or identity, row.get("split") or "", str(path)))
+        group = row.get("group") or group_of(identity, image)
+        samples.append(Sample(identity, image, group, row.get("split") or "", str(path)))
     tasks = tasks_of(masks=True, instances=True)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 

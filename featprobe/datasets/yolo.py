@@ -12,6 +12,7 @@ import yaml
 from featprobe.datasets.files import below, files_below, kept_below, own_table, read_text, start_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import box_instance, check_classes, polygon_instance, to_numbers
+from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -53,7 +54,9 @@ def read_yolo(name: str, root: Path) -> DataSet:
                 raise DataError(f"{path} lists the image {own} twice in {split}.")
             row = table.get(own) or table.get(image.name) or {}
             label_of[identity] = kept_below(root, _label_path(root, image))
-            samples.append(Sample(identity, image, row.get("group") or own, split, str(label_of[identity])))
+            samples.append(
+                Sample(identity, image, row.get("group") or group_of(own, image), split, str(label_of[identity]))
+            )
     if not samples:
         raise DataError(
             f"{path} names no image that is here. wanted: train, val and test as folders or lists below it."
