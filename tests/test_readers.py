@@ -1186,7 +1186,11 @@ def test_pages_may_be_named_where_a_format_names_files(tmp_path: Path, name: str
         assert np.array_equal(read_levels(sample.image), levels[int(sample.image.name)])
         assert len(data.read_target(sample, SIZE).instances or ()) == 1
     assert not any("left out" in note for note in data.notes)
-    if name != "coco":  # whose images may be links, as those of `data convert --link` are
+    if name != "coco":
+        text(tmp_path / "set" / "samples.csv", "image,group\nimages/part.tif,casting\nimages/part.tif/0001,other\n")
+        groups = {s.id: s.group for s in read_data("set", tmp_path / "set", complete=False).samples}
+        assert [groups[f"images/part.tif/000{i}"] for i in range(3)] == ["casting", "other", "casting"]
+        # images of COCO may be links, as those of `data convert --link` are
         shutil.move(tmp_path / "set" / "images" / "part.tif", tmp_path / "secret.tif")
         (tmp_path / "set" / "images" / "part.tif").symlink_to(tmp_path / "secret.tif")
         assert "is a link out of the data folder" in refused(tmp_path / "set")

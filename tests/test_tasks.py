@@ -1,6 +1,7 @@
 """The probe stage for every task: scores as stock tools compute them, trials, fractions, new images, bad input."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from helpers import PoolingBackbone
 from helpers import extract as extract_into
@@ -22,6 +24,7 @@ from pycocotools.cocoeval import COCOeval
 
 from featprobe.cache import open_cache
 from featprobe.cache.reader import FeatureLoader
+from featprobe.datasets.images import read_levels
 from featprobe.errors import DataError, ProbeError
 from featprobe.probes import TrainRecipe, load_head
 from featprobe.report.tables import result_table
@@ -521,6 +524,40 @@ def test_predict_takes_folders_keeps_names_apart_and_goes_on_past_bad_images(
         find_images([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="would both be written as a"):
         find_images([scans / "a.png", scans / "left" / "a.png"])
+
+
+def test_predict_takes_every_page_of_a_stack(
+    trained: tuple[Workspace, dict[str, dict[str, Any]]], tmp_path: Path
+) -> None:
+    workspace, rows = trained
+    images = sorted((workspace.data / "xray" / "images").glob("*.png"))[:3]
+    path = tmp_path / "scans" / "stack.tif"
+    path.parent.mkdir()
+    tifffile.imwrite(path, np.stack([read_levels(image) for image in images]), photometric="minisblack")
+    for asked, names in (
+        (path, ["0000", "0001", "0002"]),
+        (path.parent, ["0000", "0001", "0002"]),
+        (path / "0001", ["0001"]),
+    ):
+        out = tmp_path / f"of {asked.name}"
+        for task in ("semseg", "detect"):
+            report = predict(workspace.probes / rows[task]["folder"], [asked], out, quiet=True)
+            assert report.images == len(names)
+        written = json.loads((out / "predictions.json").read_text())
+        assert [image["file_name"] for image in written["images"]] == [f"stack.tif/{name}" for name in names]
+        for folder in ("masks", "overlays"):
+            assert sorted(p.relative_to(out / folder).as_posix() for p in (out / folder).rglob("*.png")) == [
+                f"stack/{name}.png" for name in names
+            ]
+    predict(workspace.probes / rows["semseg"]["folder"], images, tmp_path / "alone", quiet=True)
+    for i, image in enumerate(images):
+        alone = (tmp_path / "alone" / "masks" / f"{image.stem}.png").read_bytes()
+        assert (tmp_path / "of stack.tif" / "masks" / "stack" / f"{i:04d}.png").read_bytes() == alone
+    with pytest.raises(DataError, match=r"is no page of stack\.tif"):
+        find_images([path / "1"])
+    (tmp_path / "pages" / "stack.tif").mkdir(parents=True)
+    shutil.copy(images[0], tmp_path / "pages" / "stack.tif" / "0000")  # as `data convert` writes a page
+    assert [name for _, name in find_images([tmp_path / "pages"])] == ["stack.tif/0000"]
 
 
 def test_predict_refuses_a_backbone_of_other_weights(

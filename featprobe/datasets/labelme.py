@@ -101,9 +101,9 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
     samples = []
     for image, path in file_of.items():
         identity = image.relative_to(root).as_posix()
-        row = table.get(identity) or table.get(image.name) or {}
-        group = row.get("group") or group_of(identity, image)
-        samples.append(Sample(identity, image, group, row.get("split") or "", str(path)))
+        whole = group_of(identity, image)
+        row = table.get(identity) or table.get(whole) or table.get(image.name) or {}
+        samples.append(Sample(identity, image, row.get("group") or whole, row.get("split") or "", str(path)))
     tasks = tasks_of(masks=True, instances=True)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 

@@ -52,11 +52,10 @@ def read_yolo(name: str, root: Path) -> DataSet:
             identity = f"{split}/{own}" if own in label_of else own
             if identity in label_of:
                 raise DataError(f"{path} lists the image {own} twice in {split}.")
-            row = table.get(own) or table.get(image.name) or {}
+            whole = group_of(own, image)
+            row = table.get(own) or table.get(whole) or table.get(image.name) or {}
             label_of[identity] = kept_below(root, _label_path(root, image))
-            samples.append(
-                Sample(identity, image, row.get("group") or group_of(own, image), split, str(label_of[identity]))
-            )
+            samples.append(Sample(identity, image, row.get("group") or whole, split, str(label_of[identity])))
     if not samples:
         raise DataError(
             f"{path} names no image that is here. wanted: train, val and test as folders or lists below it."

@@ -1,5 +1,7 @@
 """A data set of any format as COCO: one JSON file a split, masks as run lengths, images copied or linked.
 
+A page of a file becomes a file of its own, a TIFF of the same levels, at the place that the page's name means.
+
 What COCO has no word for is written so that the reader takes it back: `split` and `group` of an image, `isthing` 0 for
 what belongs to the mask of classes and is no object, `background` for a class 0 of another name.
 """
@@ -16,7 +18,8 @@ from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.files import named_below
-from featprobe.datasets.images import image_size
+from featprobe.datasets.images import image_size, read_levels, write_levels
+from featprobe.datasets.pages import page_of
 from featprobe.datasets.samples import SPLITS
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -38,8 +41,8 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
     """Write a data set as COCO JSON: annotations/instances_SPLIT.json and images/, whole or not at all.
 
     Ids, splits, groups, classes, boxes and masks come back as they were; images and categories are numbered from 1.
-    link: make symbolic links to the images instead of copies. Raises DataError for a sample that can't be used, and for
-    a folder that holds something or can't be written.
+    link: make symbolic links to the images instead of copies; pages are written all the same. Raises DataError for a
+    sample that can't be used, and for a folder that holds something or can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is there and not an empty folder. Nothing was changed. Name another one.")
@@ -139,7 +142,9 @@ def _image(sample: Sample, number: int, size: Size) -> dict[str, Any]:
 
 def _place(image: Path, place: Path, link: bool) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    if link:
+    if page_of(image)[1] is not None:
+        write_levels(place, read_levels(image))
+    elif link:
         place.symlink_to(image.resolve())
     else:
         shutil.copyfile(image, place)

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.cache.reader import TORCH_DTYPE
+from featprobe.datasets.files import stem_of
 from featprobe.datasets.images import SUFFIXES, bits_of, frame_image, read_levels, to_unit
+from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.errors import DataError, ProbeError
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
@@ -222,34 +224,47 @@ def predict(
 
 
 def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Path, str]]:
-    """(image, name) of files and of all images below folders; a name is the path without its suffix.
+    """(image, name) of files, pages, and all images below folders; a name is the path without its file's suffix.
 
-    Where images differ in nothing but the suffix, their names keep it.
-    out: a folder that is not looked into: what an earlier run has written is no input. Raises DataError for a path that
-    is not there, a folder without images, or two images of one name.
+    Where images differ in nothing but the suffix, their names keep it. All pages of a file are taken, and of folders
+    called like an image file what is called like its pages. out: a folder that is not looked into: what an earlier run
+    has written is no input. Raises DataError for a path that is not there, a folder without images, or two images of
+    one name.
     """
-    found: list[tuple[Path, str]] = []
+    found: list[tuple[Path, Path]] = []  # an image and the folder that its name begins at
     for path in paths:
-        if path.is_file():
-            found.append((path, path.name))
+        file, page = page_of(path)
+        if page is not None:
+            found.append((path, file.parent))
+        elif path.is_file():
+            found += [(p, path.parent) for p in pages_of(path)]
         elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if _is_called_an_image(p) and not p.is_dir())
             if out is not None and out.resolve() != path.resolve():
                 inside = [p for p in inside if not Path(realpath(p)).is_relative_to(out.resolve())]
             if not inside:
                 raise DataError(f"{path} holds no images. wanted: files ending in {', '.join(SUFFIXES)}.")
-            found += [(p, p.relative_to(path).as_posix()) for p in inside]
+            found += [(p, path) for file in inside for p in pages_of(file)]
         else:
-            raise DataError(f"There is no image and no folder {path}. Nothing was computed.")
-    stems = [Path(file).with_suffix("").as_posix() for _, file in found]
-    alike = {stem for stem, count in Counter(stems).items() if count > 1}
-    named = [(path, file if stem in alike else stem) for (path, file), stem in zip(found, stems, strict=True)]
+            raise DataError(misnamed(path) or f"There is no image and no folder {path}. Nothing was computed.")
+    stems = [stem_of(image, folder) for image, folder in found]
+    counts = Counter(stems)
+    named = [
+        (image, stem if counts[stem] == 1 else image.relative_to(folder).as_posix())
+        for (image, folder), stem in zip(found, stems, strict=True)
+    ]
     taken: dict[str, Path] = {}
     for path, name in named:
         if name in taken:
             raise DataError(f"{taken[name]} and {path} would both be written as {name}. Give them in two runs.")
         taken[name] = path
     return named
+
+
+def _is_called_an_image(path: Path) -> bool:
+    """Whether a path ends like an image's, or like that of a page, which `data convert` writes as a file."""
+    named = path.parent if is_page_name(path.name) else path
+    return named.suffix.lower() in SUFFIXES
 
 
 def coco_of(predictions: Sequence[Prediction], classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
@@ -269,8 +284,10 @@ def coco_of(predictions: Sequence[Prediction], classes: Sequence[str], category_
 
 
 def _file_name(prediction: Prediction) -> str:
-    """The path of an image below the folder that was asked for."""
-    return (Path(prediction.name).parent / prediction.image.name).as_posix()
+    """The path of an image, or of a page of one, below the folder that was asked for."""
+    file, page = page_of(prediction.image)
+    folder = Path(prediction.name).parent
+    return (folder / file.name if page is None else folder.parent / file.name / prediction.image.name).as_posix()
 
 
 def _predicted(
