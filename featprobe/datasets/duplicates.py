@@ -22,7 +22,7 @@ BITS = 64
 NEAR = 6  # bits by which the hashes of near copies differ at most
 DETAIL_AGREES = 0.95  # correlation of the details, the set's mean taken away
 ENOUGH = 20  # images from which the mean detail of a set is its scene, not its pictures
-CHUNK = 1024  # images that are compared with all others at once
+CHUNK = 1024  # images that are compared with as many others at once
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,26 @@ def near_copies(looks: Sequence[Look]) -> list[tuple[int, int]]:
     if len(looks) < 2:
         return []
     hashes = np.stack([look.hash for look in looks]).astype(np.float32)  # (images, bits)
-    details = np.stack([look.detail for look in looks])  # (images, pixels)
-    scene = details.mean(axis=0, dtype=np.float32) if len(looks) >= ENOUGH else np.zeros(details.shape[1], np.float32)
+    scene = np.zeros(DETAIL_SIDE**2, np.float32)
+    if len(looks) >= ENOUGH:
+        for look in looks:
+            scene += look.detail / np.float32(len(looks))
     found: list[tuple[int, int]] = []
-    for start in range(0, len(looks), CHUNK):
-        alike = hashes[start : start + CHUNK] @ hashes.T >= BITS - 2 * NEAR
-        rows, columns = np.nonzero(np.triu(alike, k=start + 1))
+    starts = range(0, len(looks), CHUNK)
+    for top, left in ((top, left) for top in starts for left in starts if top <= left):
+        alike = hashes[top : top + CHUNK] @ hashes[left : left + CHUNK].T >= BITS - 2 * NEAR
+        rows, columns = np.nonzero(np.triu(alike, k=1) if top == left else alike)
         if rows.size:
             first, second = np.unique(rows), np.unique(columns)
-            agree = _own_detail(details[first + start], scene) @ _own_detail(details[second], scene).T
+            agree = _own_detail(looks, first + top, scene) @ _own_detail(looks, second + left, scene).T
             sure = agree[np.searchsorted(first, rows), np.searchsorted(second, columns)] >= DETAIL_AGREES
-            found += [(start + int(i), int(j)) for i, j in zip(rows[sure], columns[sure], strict=True)]
-    return found
+            found += [(top + int(i), left + int(j)) for i, j in zip(rows[sure], columns[sure], strict=True)]
+    return sorted(found)
 
 
-def _own_detail(details: NDArray[np.float16], scene: NDArray[np.float32]) -> NDArray[np.float32]:
+def _own_detail(looks: Sequence[Look], chosen: NDArray[np.intp], scene: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(chosen, pixels) details of norm 1 without the scene; zeros for pictures of one grey."""
+    details = np.stack([looks[i].detail for i in chosen])
     return _normed((details - scene) * details.any(axis=1, keepdims=True))
 
 

@@ -24,7 +24,7 @@ from featprobe.report.page import write_check_page
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.stages.data import contact_sheet, spread
 from featprobe.stages.threads import in_threads
-from featprobe.targets import IGNORE, Target
+from featprobe.targets import Target
 
 STRIDES = (4, 8, 16, 32)
 FAULTS: Mapping[str, str] = {
@@ -41,7 +41,7 @@ SHOWN = 12  # images, and pairs of copies, on a page's sheets
 class Looked:
     """What one sample's files hold. fault: one of FAULTS, "" when there is none; reason: its first error.
 
-    pixels: (256,) how many pixels each label has, None without masks; objects: class and box side lengths (width,
+    pixels: (classes,) how many pixels each has, None without masks; objects: class and box side lengths (width,
     height) in pixels, crowds left out; own_objects: whether they are the set's, not connected components of its masks.
     """
 
@@ -60,7 +60,7 @@ class Looked:
     def classes(self) -> set[int]:
         """Classes that occur, the background left out."""
         seen = set() if self.pixels is None else set(np.flatnonzero(self.pixels).tolist())
-        return (seen | {category for category, _, _ in self.objects}) - {0, IGNORE}
+        return (seen | {category for category, _, _ in self.objects}) - {0}
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,8 @@ def _look_at(data: DataSet, sample: Sample) -> Looked:
     except DataError as error:
         kinds = {LabelSizeError: "label_size", OutOfImageError: "out_of_image"}
         return replace(found, fault=kinds.get(type(error), "bad_labels"), reason=str(error))
-    pixels = None if target.semantic is None else np.bincount(target.semantic.ravel(), minlength=256)
+    count = len(data.classes)
+    pixels = None if target.semantic is None else np.bincount(target.semantic.ravel(), minlength=count)[:count]
     here = [] if pixels is None else [i for i in range(1, len(data.classes)) if pixels[i]]
     return replace(found, pixels=pixels, objects=_sides(target, here), own_objects=target.instances is not None)
 
@@ -241,7 +242,7 @@ def _other_splits(data: DataSet) -> list[str]:
 
 def _of_split(data: DataSet, found: Sequence[Looked], split: str) -> dict[str, Any]:
     own = [f for f in found if f.sample.split == split]
-    masks = [f.pixels[: len(data.classes)] for f in own if f.pixels is not None]
+    masks = [f.pixels for f in own if f.pixels is not None]
     labelled = np.sum(masks, axis=0) if masks else np.zeros(len(data.classes))
     holding = Counter(index for f in own for index in f.classes)
     objects = Counter(category for f in own for category, _, _ in f.objects)
@@ -297,10 +298,11 @@ def _copies(found: Sequence[Looked]) -> list[Finding]:
 
 
 def _near_pairs(found: Sequence[Looked]) -> list[tuple[Sample, Sample]]:
-    """Images that look the same and are not the same bytes."""
+    """Images that look the same and are not the same bytes; those of a group in one split are meant to."""
     seen = [f for f in found if f.look]
-    pairs = near_copies([f.look for f in seen if f.look])
-    return [(seen[a].sample, seen[b].sample) for a, b in pairs if seen[a].image_hash != seen[b].image_hash]
+    pairs = [(seen[a], seen[b]) for a, b in near_copies([f.look for f in seen if f.look])]
+    told = [(a.sample, b.sample) for a, b in pairs if a.image_hash != b.image_hash]
+    return [(a, b) for a, b in told if a.group != b.group or a.split != b.split]
 
 
 def _near(pairs: Sequence[tuple[Sample, Sample]]) -> list[Finding]:
