@@ -529,7 +529,7 @@ def test_jobs_of_whole_images_and_of_tiles_are_not_taken_for_each_other(
     few = hand_over(workspace, written(tmp_path, text.replace("[0, 32]", "[0]").replace(', "hflip, crop:1"', "")))
     assert "1 extraction and 1 training" in few.stderr
     all_of_it = hand_over(workspace, written(tmp_path, text))
-    assert "1 trainings are in the queue already" in all_of_it.stderr
+    assert "1 training is in the queue already" in all_of_it.stderr
     assert "3 extractions and 3 trainings" in all_of_it.stderr
     again = hand_over(workspace, written(tmp_path, text.replace("overlap = 4", "overlap = 8")))
     assert "2 trainings are in the queue already" in again.stderr, "those of whole images"

@@ -50,7 +50,7 @@ def row_of(data: str, classes: list[str]) -> dict[str, object]:
     return {
         "task": "semseg", "backbone": "some", "data": data, "regime": "frozen", "head": "linear", "classes": classes,
         "feature_key": "f" * 64, "recipe_key": "r", "test": {"miou": 0.5, "miou_foreground": 0.5, "iou": iou},
-        "seconds": {"train": 1.0},
+        "seconds": {"train": 1.0}, "augmentation": None,
         "images": {"train": 3}, "parameters": 7, "split": "own", "fraction": 1, "instances": "own",
     }  # fmt: skip
 
