@@ -49,7 +49,7 @@ from featprobe.specs import digest
 from featprobe.stages.compare import Comparison, compare
 from featprobe.stages.convergence import Curve, late_rise, still_rising
 from featprobe.stages.probe import probe
-from featprobe.stages.trials import ProbeOptions
+from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace, make_generated
 
 GROUPS = 24

@@ -37,7 +37,7 @@ from featprobe.stages.live import LiveFeatures
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.predict import Predictor, predict
 from featprobe.stages.probe import checked, find_caches, probe
-from featprobe.stages.trials import ProbeOptions, Tuning
+from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import Instance, encode_rle
 
@@ -291,7 +291,7 @@ featprobe.stages.trials.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
 from featprobe.probes import TrainRecipe
 from featprobe.stages.finetune import finetune
-from featprobe.stages.trials import ProbeOptions, Tuning
+from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 recipe = TrainRecipe(iterations=24, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)
 options = ProbeOptions(head="fasterrcnn", recipe=recipe, seeds=1, quiet=True, tuning=Tuning(ema=0.9, accumulate=2))

@@ -24,8 +24,8 @@ from featprobe.stages.extract import extract
 from featprobe.stages.finetune import finetune
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.probe import probe
+from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.study import Study, run_study
-from featprobe.stages.trials import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
 
 NETWORK = "tf_efficientnet_lite0-random"

@@ -54,8 +54,10 @@ from featprobe.probes.linear import EPSILON, MOMENTUM
 from featprobe.probes.train import batches_of, learning_rate
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extract import extract_with
+from featprobe.stages.forecast import REHEARSED
 from featprobe.stages.probe import find_caches, probe
-from featprobe.stages.trials import REHEARSED, ProbeOptions, extraction_seconds
+from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.records import extraction_seconds
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import IGNORE
 

@@ -45,7 +45,8 @@ from featprobe.stages.extract import extract
 from featprobe.stages.finetune import finetune
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.probe import checked, find_caches, probe
-from featprobe.stages.trials import ProbeOptions, Run, Tuning
+from featprobe.stages.probe_options import ProbeOptions, Tuning
+from featprobe.stages.trials import Run
 from featprobe.stages.workspace import Workspace, make_generated
 
 CPU = torch.device("cpu")
@@ -125,7 +126,7 @@ from pathlib import Path
 from featprobe.probes import TrainRecipe
 from featprobe.stages.finetune import finetune
 from featprobe.stages.probe import probe
-from featprobe.stages.trials import ProbeOptions
+from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 workspace = Workspace(Path(sys.argv[1]))
 recipe = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, clip=10.0, evaluations=1)
@@ -170,6 +171,7 @@ from featprobe.processes import is_main
 from featprobe.stages import trials
 from featprobe.stages.finetune import finetune
 from featprobe.stages.live import LiveFeatures
+from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 trials.CHECKPOINT_SECONDS = 0.0
 framed = LiveFeatures._augmented
@@ -180,7 +182,7 @@ def failing(self, row, number, place):
     return framed(self, row, number, place)
 LiveFeatures._augmented = failing
 recipe = TrainRecipe(iterations=6, batch_size=4, lr=1e-3, evaluations=1)
-options = trials.ProbeOptions(recipe=recipe, seeds=1, quiet=True, tuning=trials.Tuning(ema=0.5))
+options = ProbeOptions(recipe=recipe, seeds=1, quiet=True, tuning=Tuning(ema=0.5))
 finetune(Workspace(Path(sys.argv[1])), "semseg", options=options)
 """
 
@@ -478,7 +480,8 @@ def test_processes_that_would_each_train_everything_are_refused(
 def test_one_process_does_not_load_accelerate(space: Workspace, tmp_path: Path) -> None:
     workspace = beside(space, tmp_path / "alone")
     code = (
-        "import sys; from featprobe.stages.probe import probe; from featprobe.stages.trials import ProbeOptions\n"
+        "import sys; from featprobe.stages.probe import probe\n"
+        "from featprobe.stages.probe_options import ProbeOptions\n"
         "from featprobe.stages.workspace import Workspace; from pathlib import Path\n"
         "probe(Workspace(Path(sys.argv[1])), 'semseg', options=ProbeOptions(head='ridge', quiet=True))\n"
         "print('accelerate' in sys.modules)"

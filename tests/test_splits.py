@@ -39,8 +39,8 @@ from featprobe.stages.extract import extract_with
 from featprobe.stages.finetune import missing_counterparts
 from featprobe.stages.partition import SCARCE_FIRST, classes_of, single_splits, split_notes, split_rows
 from featprobe.stages.probe import probe
+from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.results import ObjectTest, load_results
-from featprobe.stages.trials import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import Target
 

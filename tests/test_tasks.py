@@ -30,11 +30,12 @@ from featprobe.probes import TrainRecipe, load_head
 from featprobe.report.tables import result_table
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extract import extract as extract_for_real
+from featprobe.stages.forecast import largest_that_fits
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.predict import Predictor, find_images, predict
 from featprobe.stages.probe import find_caches, probe
+from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.subset import training_subset
-from featprobe.stages.trials import ProbeOptions, largest_that_fits
 from featprobe.stages.workspace import Workspace, make_generated
 
 BRIEF = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, evaluations=2, clip=10.0)

@@ -40,8 +40,9 @@ from featprobe.stages.outcome import scored_here
 from featprobe.stages.partition import regrouped, single_splits, split_rows
 from featprobe.stages.predict import predict
 from featprobe.stages.probe import probe
+from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.stitch import stitched_classes, stitched_logits, stitched_objects
-from featprobe.stages.trials import ProbeOptions, Run, Tuning
+from featprobe.stages.trials import Run
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import (
     IGNORE,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from featprobe.stages.compare import Comparison
     from featprobe.stages.options import ExtractOptions
     from featprobe.stages.probe import ProbeReport
-    from featprobe.stages.trials import ProbeOptions, Tuning
+    from featprobe.stages.probe_options import ProbeOptions, Tuning
     from featprobe.stages.workspace import Workspace
 
 
@@ -237,7 +237,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
     """
     from featprobe.processes import is_main
     from featprobe.stages.finetune import finetune as run
-    from featprobe.stages.trials import Tuning
+    from featprobe.stages.probe_options import Tuning
 
     tuning = Tuning(**{name: options[name] for name in Tuning.__dataclass_fields__})
     report = run(
@@ -451,7 +451,7 @@ def _show_answer(report: "Comparison") -> None:
 
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
     from featprobe.probes import DEFAULT_RECIPES, kinds_of
-    from featprobe.stages.trials import ProbeOptions
+    from featprobe.stages.probe_options import ProbeOptions
 
     kinds = kinds_of(options["task"] or "semseg")
     default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])

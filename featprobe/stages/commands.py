@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from featprobe.probes import DEFAULT_RECIPES
-from featprobe.stages.trials import Tuning
+from featprobe.stages.probe_options import Tuning
 
 ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_at", "class_weights")
 """Parts of a training recipe that the command line can say."""

@@ -6,7 +6,7 @@ from featprobe.errors import counted
 from featprobe.stages.extract import extract
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.probe import ProbeReport, probe
-from featprobe.stages.trials import ProbeOptions
+from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 
 

@@ -14,7 +14,8 @@ from featprobe.processes import is_main, pick_device, together
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import ProbeReport, checked, find_caches, left_aside, notes_of, show, splittable
-from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
+from featprobe.stages.probe_options import ProbeOptions, Tuning
+from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace
 
 CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")

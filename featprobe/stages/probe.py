@@ -13,7 +13,8 @@ from featprobe.processes import is_main, pick_device, together
 from featprobe.specs import SplitChoice
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits, split_notes, split_rows
-from featprobe.stages.trials import ProbeOptions, Run, Say
+from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace
 
 DENSE_ONLY = ("loss", "loss_at", "class_weights")

@@ -18,7 +18,8 @@ from featprobe.stages.logs import check_logs
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import checked, show
-from featprobe.stages.trials import ProbeOptions, Run, Say, Tuning
+from featprobe.stages.probe_options import ProbeOptions, Tuning
+from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace, is_of
 
 REGIMES = ("frozen", "frozen-online", "full")

@@ -1,12 +1,10 @@
 """Trials of heads over one cache: train, choose on validation, score on test once, save. Every regime goes this way."""
 
 import json
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featprobe import __version__
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.weights import weights_sha256
 from featprobe.cache import Cache
@@ -25,14 +22,12 @@ from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
 from featprobe.geometry import IDENTITY
 from featprobe.levels import FeatureLevel
-from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
     CurvePoint,
     HeadRecipe,
     TrainRecipe,
     append_row,
     build_head,
-    fingerprint,
     grid_of,
     load_head,
     make_folder,
@@ -41,115 +36,31 @@ from featprobe.probes import (
     save_head,
     train,
 )
-from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
-from featprobe.processes import check_batch, check_together, count, from_main, is_main, own_part, pick_device
+from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import BackboneSpec, Rows, SplitChoice, digest
+from featprobe.specs import Rows, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
+from featprobe.stages.forecast import foresee
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.logs import Recorder
-from featprobe.stages.outcome import Outcome, evaluation_batches, scored_here, spread_over
+from featprobe.stages.outcome import Outcome, evaluation_batches, spread_over
 from featprobe.stages.partition import regrouped, split_rows
+from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.records import card_of, curve_json, extraction_seconds, row_of
 from featprobe.stages.rows import images_of, rows_of
 from featprobe.stages.segmentation import Segmentation
+from featprobe.stages.sources import Source, feed_of, spec_of
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import IGNORE
 
 Say = Callable[[str], None]
-Source = FeatureLoader | LiveFeatures
-Regime = Literal["frozen", "frozen-online", "full"]
-SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
-OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing")
 CHECKPOINT_SECONDS = 60.0  # at least, between two states that are kept
 MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
-REHEARSED = 3  # training steps that are timed before training starts, the first not counted
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What is done with images and a live backbone; see `featprobe finetune --help` for each.
-
-    regime: "full" trains the backbone too; "frozen-online" does not, so that augmentation alone tells it from the
-    frozen regime. backbone_lr: the backbone's learning rate, as a multiple of the head's. clip: largest L2 norm of the
-    backbone's gradient. accumulate: parts of a batch. precision: None for bf16 on a GPU that has it, else fp32.
-    init_head: folder of a saved head that training starts from.
-    """
-
-    regime: Literal["full", "frozen-online"] = "full"
-    augment: bool = True
-    backbone_lr: float = 0.1
-    layer_decay: float = 1.0
-    bn: Literal["frozen", "train"] = "frozen"
-    clip: float = 1.0
-    accumulate: int = 1
-    ema: float = 0.0
-    checkpointing: bool = False
-    precision: Literal["fp32", "bf16"] | None = None
-    init_head: str | None = None
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        limits = {
-            "backbone_lr": 0 < self.backbone_lr < float("inf"),
-            "layer_decay": 0 < self.layer_decay <= 1,
-            "clip": 0 <= self.clip < float("inf"),
-            "accumulate": self.accumulate >= 1,
-            "ema": 0 <= self.ema < 1,
-        }
-        wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
-        if wrong:
-            raise ProbeError(f"This can't be trained: {', '.join(wrong)}. See  featprobe finetune --help")
-        plain = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
-        idle = [name for name in OF_THE_BACKBONE if getattr(self, name) != plain[name]]
-        if idle and self.regime == "frozen-online":
-            raise ProbeError(f"{', '.join(idle)} would change nothing for a frozen backbone. Leave it away.")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values that decide the result, as rows keep them."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpointing")}
-
-
-@dataclass(frozen=True)
-class ProbeOptions:
-    """How to probe; see `featprobe probe --help` for each.
-
-    head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
-    combinations; empty for the recipe's. seeds: None for 3 with trained dense heads, 1 otherwise. split: "own" as the
-    cache holds it, "group" for featprobe's own split by group, "stratified" for one that heeds the classes too, "image"
-    for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all five
-    folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on apart.
-    show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard", "wandb"
-    or both; it changes no result.
-    """
-
-    head: str | None = None
-    levels: tuple[str, ...] = ()
-    width: int | None = None
-    pyramid: PyramidKind = "auto"
-    recipe: TrainRecipe | None = None
-    lr: tuple[float, ...] = ()
-    weight_decay: tuple[float, ...] = ()
-    seeds: int | None = None
-    shared_order: bool = False
-    fractions: tuple[float, ...] = (1.0,)
-    split: str = "own"
-    instances: Literal["own", "components"] = "own"
-    absent: Absent = "zero"
-    device: str | None = None
-    show: int = 0
-    quiet: bool = False
-    tuning: Tuning | None = None
-    log: tuple[str, ...] = ()
-
-    @property
-    def regime(self) -> Regime:
-        """What moves, and what is looked at."""
-        return self.tuning.regime if self.tuning else "frozen"
 
 
 @dataclass(frozen=True)
@@ -241,12 +152,14 @@ class Run:
         """Write the chosen heads and their rows; returns the rows."""
         rows = []
         for seed, index, outcome in zip(self.seeds, chosen, outcomes, strict=True):
-            row = self._row(trials[index], curves[index], outcome, len(curves) // len(self.seeds), seconds)
+            row = row_of(self, trials[index], curves[index], outcome, len(curves) // len(self.seeds), seconds)
             own = [i for i, trial in enumerate(trials) if trial.seed == seed]
-            kept = [_curve_json(trials[i].recipe, curves[i], i == index) for i in own]
+            kept = [curve_json(trials[i].recipe, curves[i], i == index) for i in own]
             files = {**outcome.files, "curves.json": json.dumps(plain(kept)).encode()}
             tensors = self.weights.get(index, {})
-            save_head(self.folder / f"seed{seed}", trials[index].head, self._card(row, curves[index]), files, tensors)
+            save_head(
+                self.folder / f"seed{seed}", trials[index].head, card_of(self, row, curves[index]), files, tensors
+            )
             append_row(self.workspace.probes / "results.jsonl", row)
             rows.append(row)
         self.forget()
@@ -415,7 +328,7 @@ class Run:
         return not (self.tuning and self.tuning.init_head)
 
     def _note_absent(self, head: nn.Module) -> None:
-        absent = [name for name, count in self._counts(head).items() if not count]
+        absent = [name for name, count in self.counts(head).items() if not count]
         if absent:
             self.notes.append(f"{self.cache.data.name}: no training example of {', '.join(absent)}")
 
@@ -426,7 +339,7 @@ class Run:
         if self.kind == "ridge":
             return self._solve(trials, source)
         if self.forecast is None:
-            self._foresee(trials, source)
+            self.forecast = foresee(self, trials, source)
             say(self.forecast_text)
         if self.regime != "full":
             return self._train(trials, source)
@@ -446,7 +359,7 @@ class Run:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads, fresh=self.fresh)
         bar = tqdm(
-            total=self.parts * self.recipe.iterations, desc=self._title(), unit="it",
+            total=self.parts * self.recipe.iterations, desc=self.title, unit="it",
             disable=self.options.quiet or not is_main(), leave=False,
         )  # fmt: skip
         with bar, self._recorder(trials, index) as recorder:
@@ -469,7 +382,7 @@ class Run:
             checkpoint = self._checkpoint(index)
             curves = train(
                 heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], counted, self.seeds[0],
-                evaluate, progress, self._tuned(source, trials[0].recipe), checkpoint,
+                evaluate, progress, self.tuned(source, trials[0].recipe), checkpoint,
             )  # fmt: skip
             self.seconds_before += checkpoint.before if checkpoint else 0.0
             return curves
@@ -482,12 +395,12 @@ class Run:
             folder = self.folder / f"seed{trial.seed}" / "log" / (f"trial{index % grid}" if grid > 1 else "")
             what = {"task": self.task_name, "head": self.kind, "regime": self.regime, "fraction": self.fraction}
             config = {**what, "backbone": self.cache.recipe.label, "data": self.cache.data.name, "seed": trial.seed}
-            name = f"{self._title()}: {self.kind}, {self.regime}"
+            name = f"{self.title}: {self.kind}, {self.regime}"
             places.append((folder, name, {**config, **trial.recipe.to_json(), "tuning": self.treatment}))
         parts = min(self.parts, self.recipe.batch_size, len(self.rows["train"]))
         return Recorder(self.options.log, places, [trial.recipe for trial in trials], parts)
 
-    def _tuned(self, source: Source, recipe: TrainRecipe) -> Tuned | None:
+    def tuned(self, source: Source, recipe: TrainRecipe) -> Tuned | None:
         """The backbone as training moves it; None where it is frozen."""
         if self.tuning is None or self.regime != "full" or isinstance(source, FeatureLoader):
             return None
@@ -542,27 +455,7 @@ class Run:
         """Seconds that training will take, from a few steps; raises ProbeError where one does not fit the memory."""
         trials = self._trials()
         with self.source(trials[0].head) as source:
-            return self._foresee(trials, source)
-
-    def _foresee(self, trials: Sequence[Trial], source: Source) -> float:
-        """The same with what is there already; the effect of the steps is undone."""
-        together = [trial.head for trial in (trials[:1] if self.regime == "full" else trials)]
-        tuned = self._tuned(source, self.recipe)
-        moving = nn.ModuleList([*together, *([tuned.backbone] if tuned else [])])
-        before = {name: value.clone() for name, value in moving.state_dict().items()}
-        step = self._rehearse(moving, self.task.start(together, fresh=self.fresh), source)
-        moving.load_state_dict(before)
-        for parameter in moving.parameters():
-            parameter.grad = None
-        moving.eval()
-        val = self.rows["val"]
-        few = rows_of(self.cache, val, images_of(self.cache, val[:4]))  # whole images
-        begun = time.perf_counter()
-        self.task.evaluate(together, source.batches, few)
-        evaluation = (time.perf_counter() - begun) * len(scored_here(self.cache, val)) / len(few)
-        one = step * self.recipe.iterations + evaluation * self.recipe.evaluations
-        self.forecast = one * len(trials) / len(together)
-        return self.forecast
+            return foresee(self, trials, source)
 
     @property
     def forecast_text(self) -> str:
@@ -573,45 +466,8 @@ class Run:
         regime = "" if self.regime == "frozen" else f", {self.regime}"
         split = "" if self.options.split == "own" or self.choice.fold else f", {self.choice.text}"
         return (
-            f"{self._title()} ({self.cache.path}): {self.task_name} {self.kind}{regime}{many}{split}, "
+            f"{self.title} ({self.cache.path}): {self.task_name} {self.kind}{regime}{many}{split}, "
             f"{self.recipe.iterations} iterations, about {(self.forecast or 0) / 60:.1f} min on {self.device}"
-        )
-
-    def _rehearse(self, moving: nn.Module, loss: Callable[[Features, Any], Tensor], source: Source) -> float:
-        """Seconds of a training step; raises ProbeError with a batch size that fits where this one does not."""
-        parts = self.parts
-        rows = self.rows["train"][: -(-min(self.recipe.batch_size, len(self.rows["train"])) // parts)]
-        moving.train()
-
-        def steps(count: int, times: int) -> Iterator[float]:
-            optimizer = torch.optim.AdamW(moving.parameters(), lr=0.0, fused=True)
-            begun = time.perf_counter()
-            for batch, features in feed_of(source)([rows[:count]] * times, 0):
-                optimizer.zero_grad(set_to_none=True)
-                loss(features, batch).sum().backward()
-                optimizer.step()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                now = time.perf_counter()
-                yield now - begun
-                begun = now
-
-        try:
-            return parts * float(np.mean(list(steps(len(rows), REHEARSED))[1:]))
-        except torch.OutOfMemoryError as error:
-            found = str(error).splitlines()[0]
-        # out here, where nothing holds the tensors of the step that failed any more
-        # several processes would wait for each other in steps that do not fit all of them
-        fits = 0 if count() > 1 else largest_that_fits(len(rows), lambda images: sum(steps(images, 1)))
-        advice = f"--batch-size {fits * parts}" if fits else "fewer --levels, a smaller --width, or --device cpu"
-        if count() > 1:
-            advice = "a smaller --batch-size, more processes, or --device cpu"
-        elif self.regime == "full":
-            advice = f"--accumulate {-(-parts * len(rows) // fits)}" if fits else "--checkpointing, or --device cpu"
-        raise ProbeError(
-            f"{self._title()}: the memory of {self.device} does not hold a training step.\n"
-            f"  wanted  {len(rows[own_part(len(rows))])} images at once\n"
-            f"  found   {found}\nNothing was trained. What fits:  {advice}"
         )
 
     def _ends(self, trials: Sequence[Trial], curves: Sequence[list[CurvePoint]]) -> dict[int, float]:
@@ -629,136 +485,22 @@ class Run:
             raise DivergedError(f"No trial of seed {seed} ended with a finite loss. Try smaller --lr.")
         return max(ends, key=lambda i: (-1.0 if np.isnan(ends[i]) else ends[i], -i))
 
-    def _counts(self, head: nn.Module) -> dict[str, int]:
+    def counts(self, head: nn.Module) -> dict[str, int]:
+        """Training examples of each class."""
         if isinstance(self.task, Segmentation):
             return self.task.train_counts(head.stride)  # type: ignore[arg-type]
         return self.task.train_counts()
 
-    def _title(self) -> str:
+    @property
+    def title(self) -> str:
+        """Backbone, data, share, fold and seeds, for a person."""
         share = "" if self.fraction == 1 else f", {self.fraction:g} of train"
         fold = f", fold {self.choice.fold} of {self.choice.folds}" if self.choice.fold else ""
         seeds = ", ".join(map(str, self.seeds))
         return f"{self.cache.recipe.label} on {self.cache.data.name}{share}{fold}, seed {seeds}"
-
-    def _row(
-        self, trial: Trial, curve: list[CurvePoint], outcome: Outcome, trials: int, seconds: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        cache, options, head = self.cache, self.options, trial.head
-        row: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "regime": self.regime,
-            "tuning": self.treatment,
-            "augmentation": self.variation,
-            "task": self.task_name,
-            "backbone": cache.recipe.label,
-            "model": cache.recipe.backbone,
-            "weights_sha256": cache.recipe.weights_sha256,
-            "data": cache.data.name,
-            "data_fingerprint": cache.data.fingerprint,
-            "feature_key": cache.recipe.key,
-            "tile": cache.recipe.tile,
-            "head": self.kind,
-            "levels": [level.name for level in head.levels],  # type: ignore[union-attr]
-            "parameters": parameter_count(head),
-            "backbone_parameters": self.backbone_parameters,
-            "recipe": trial.recipe.to_json(),
-            "grid": {"lr": list(options.lr), "weight_decay": list(options.weight_decay)},
-            "recipe_key": self.recipe_key,
-            "seed": trial.seed,
-            "spread": SHARED_ORDER if options.shared_order else "initialisation and order",
-            "trials": trials,
-            "weights_from": "end of training",
-            "split": self.choice.whole,
-            "fold": self.choice.fold or None,
-            "fraction": self.fraction,
-            "images": {split: len(images_of(cache, rows)) for split, rows in self.rows.items()},
-            "groups": {s: len({cache.rows[r].group for r in rows}) for s, rows in self.rows.items()},
-            "absent_classes": options.absent,
-            "instances": options.instances,
-            "classes": list(self.classes),
-            "train_counts": self._counts(head),
-            "val": curve[-1].scores,
-            "test": outcome.scores,
-            "seconds": dict(seconds),
-            "device": str(self.device),
-            "processes": count(),
-            "folder": (self.folder / f"seed{trial.seed}").relative_to(self.workspace.probes).as_posix(),
-        }
-        if self.kind == "ridge":
-            row |= {"ridge": self.ridge, "trials": self.ridge["tried"], "weights_from": "closed form"}
-        return plain(row)
-
-    def _card(self, row: dict[str, Any], curve: list[CurvePoint]) -> dict[str, Any]:
-        packages = ("torch", "torchvision", "timm", "numpy")
-        versions = {"featprobe": __version__, **{p: version(p) for p in packages}, "python": platform.python_version()}
-        assignment = {} if isinstance(self.task, Segmentation) else {"assignment": self.head.assignment}
-        recipe, spec = self.cache.recipe, self.cache.contents.provenance.get("backbone")
-        if self.weights:  # a backbone of its own, whose features no cache rounds
-            recipe = replace(recipe, weights_sha256=self.tuned_sha256, dtype="fp32", precision="fp32")
-            spec = asdict(replace(spec_of(self.cache), source="file", weights="backbone.safetensors"))
-        return {
-            "format": "featprobe-head",
-            "version": 1,
-            "head": self.head_recipe.to_json(),
-            **assignment,
-            "fingerprint": fingerprint(recipe),
-            "features": recipe.to_json(),
-            "backbone": spec,
-            "data": asdict(self.cache.data),
-            "read_as": self.cache.contents.provenance.get("read_as", {}),
-            "result": row,
-            "curve": [asdict(point) for point in curve],
-            "versions": versions,
-        }
-
-
-def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
-    """The largest half, quarter, … of a batch of `count` images whose step does not run out of memory; 0 for none."""
-    while count := count // 2:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        try:
-            step(count)
-            return count
-        except torch.OutOfMemoryError:
-            continue
-    return 0
-
-
-def feed_of(source: Source) -> Any:
-    """What a source gives to training, see probes.train.TrainingFeed."""
-    if isinstance(source, LiveFeatures):
-        return source.training
-    return lambda orders, first: source.batches(rows[own_part(len(rows))] for rows in orders)
-
-
-def spec_of(cache: Cache) -> BackboneSpec:
-    """What loads the network that a cache was made with; raises ProbeError where it does not say."""
-    values = cache.contents.provenance.get("backbone")
-    if values is None:
-        raise ProbeError(f"{cache.path} does not say where its backbone comes from. Extract it again.")
-    return BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
-
-
-def _curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> dict[str, Any]:
-    return {
-        "lr": recipe.lr,
-        "weight_decay": recipe.weight_decay,
-        "chosen": chosen,
-        "curve": [asdict(point) for point in curve],
-    }
 
 
 def without_views(cache: Cache, rows: Rows) -> Rows:
     """Those of the rows that show an image, or a tile of one, as it is."""
     plain = [(part := cache.rows[row].part) is None or part.view == IDENTITY for row in rows.tolist()]
     return rows[np.array(plain, dtype=bool)]
-
-
-def extraction_seconds(cache: Cache) -> float | None:
-    """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
-    log = cache.path.with_suffix(".runs.jsonl")
-    try:
-        return sum(json.loads(line)["seconds"]["run"] for line in log.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):  # a kill can tear a line
-        return None

@@ -1,0 +1,94 @@
+"""How heads are trained and scored: what a caller of `probe` and `finetune` says."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from featprobe.errors import ProbeError
+from featprobe.metrics.semantic import Absent
+from featprobe.probes import TrainRecipe
+from featprobe.probes.pyramid import PyramidKind
+
+Regime = Literal["frozen", "frozen-online", "full"]
+OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is done with images and a live backbone; see `featprobe finetune --help` for each.
+
+    regime: "full" trains the backbone too; "frozen-online" does not, so that augmentation alone tells it from the
+    frozen regime. backbone_lr: the backbone's learning rate, as a multiple of the head's. clip: largest L2 norm of the
+    backbone's gradient. accumulate: parts of a batch. precision: None for bf16 on a GPU that has it, else fp32.
+    init_head: folder of a saved head that training starts from.
+    """
+
+    regime: Literal["full", "frozen-online"] = "full"
+    augment: bool = True
+    backbone_lr: float = 0.1
+    layer_decay: float = 1.0
+    bn: Literal["frozen", "train"] = "frozen"
+    clip: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.0
+    checkpointing: bool = False
+    precision: Literal["fp32", "bf16"] | None = None
+    init_head: str | None = None
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        limits = {
+            "backbone_lr": 0 < self.backbone_lr < float("inf"),
+            "layer_decay": 0 < self.layer_decay <= 1,
+            "clip": 0 <= self.clip < float("inf"),
+            "accumulate": self.accumulate >= 1,
+            "ema": 0 <= self.ema < 1,
+        }
+        wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
+        if wrong:
+            raise ProbeError(f"This can't be trained: {', '.join(wrong)}. See  featprobe finetune --help")
+        plain = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
+        idle = [name for name in OF_THE_BACKBONE if getattr(self, name) != plain[name]]
+        if idle and self.regime == "frozen-online":
+            raise ProbeError(f"{', '.join(idle)} would change nothing for a frozen backbone. Leave it away.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that decide the result, as rows keep them."""
+        return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpointing")}
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How to probe; see `featprobe probe --help` for each.
+
+    head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
+    combinations; empty for the recipe's. seeds: None for 3 with trained dense heads, 1 otherwise. split: "own" as the
+    cache holds it, "group" for featprobe's own split by group, "stratified" for one that heeds the classes too, "image"
+    for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all five
+    folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on apart.
+    show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard", "wandb"
+    or both; it changes no result.
+    """
+
+    head: str | None = None
+    levels: tuple[str, ...] = ()
+    width: int | None = None
+    pyramid: PyramidKind = "auto"
+    recipe: TrainRecipe | None = None
+    lr: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    seeds: int | None = None
+    shared_order: bool = False
+    fractions: tuple[float, ...] = (1.0,)
+    split: str = "own"
+    instances: Literal["own", "components"] = "own"
+    absent: Absent = "zero"
+    device: str | None = None
+    show: int = 0
+    quiet: bool = False
+    tuning: Tuning | None = None
+    log: tuple[str, ...] = ()
+
+    @property
+    def regime(self) -> Regime:
+        """What moves, and what is looked at."""
+        return self.tuning.regime if self.tuning else "frozen"
