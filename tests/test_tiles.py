@@ -33,7 +33,7 @@ from featprobe.specs import BackboneSpec, parse_views
 from featprobe.stages.augment import Augmentation, augment
 from featprobe.stages.commands import commands_of
 from featprobe.stages.extract import extract as extract_for_real
-from featprobe.stages.finetune import finetune
+from featprobe.stages.finetune import finetune, missing_counterparts
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.outcome import scored_here
@@ -675,6 +675,23 @@ def test_a_cache_of_views_stands_aside_where_another_serves_the_split(coco_set: 
     assert [row["feature_key"] for row in report.rows] == [plain.recipe.key]
     assert any(note.startswith("left aside: ") and "views" in note for note in report.notes)
     assert len(probe(Workspace(tmp_path), options=options_of("semseg")).rows) == 2
+
+
+def test_a_counterpart_that_augments_is_trained_once_for_results_with_and_without_views(
+    coco_set: Path, tmp_path: Path
+) -> None:
+    plain, viewed = (open_cache(extract_into(tmp_path, coco_set, views=views).path) for views in ((), ("hflip",)))
+    workspace = Workspace(tmp_path)
+
+    def wanted(**tuning: Any) -> list[Cache]:
+        found, _ = missing_counterparts(workspace, ProbeOptions(tuning=Tuning(**tuning)))
+        return [one.cache for one in found]
+
+    probe(workspace, options=options_of("semseg"))
+    assert [cache.path for cache in wanted()] == [plain.path]
+    assert {cache.path for cache in wanted(augment=False)} == {plain.path, viewed.path}
+    plain.path.unlink()
+    assert [cache.path for cache in wanted()] == [viewed.path], "there is no other"
 
 
 def test_a_live_backbone_sees_what_the_rows_of_views_and_tiles_show(viewed: Workspace) -> None:

@@ -121,7 +121,8 @@ def _asked_for(
 def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[list[Missing], list[str]]:
     """What frozen results have no counterpart of in the regime that is asked for; raises ProbeError for none at all.
 
-    Of several frozen results of one kind the last counts.
+    Of several frozen results of one kind the last counts. Where images are augmented anew, stored views make no kind of
+    their own if the cache without them is here.
     """
     plain = ProbeOptions()
     given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
@@ -131,8 +132,11 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
             "  featprobe finetune --task TASK --data NAME …"
         )
     rows, notes = read_rows(workspace.probes / "results.jsonl")
-    frozen = {cell_of(row): row for row in rows if row["regime"] == "frozen" and row["head"] != "ridge"}
     assert options.tuning is not None
+    caches = _caches_by_key(workspace)
+    if options.tuning.augment:
+        rows = [{**row, "feature_key": _without_views(row, caches)} for row in rows]
+    frozen = {cell_of(row): row for row in rows if row["regime"] == "frozen" and row["head"] != "ridge"}
     treated = (options.regime, options.tuning.augment)
     there = {cell_of(row) for row in rows if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated}
     if not frozen:
@@ -143,7 +147,6 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     left = [row for cell, row in frozen.items() if cell not in there]
     if not left:
         raise ProbeError(f"Each of the {len(frozen)} frozen results has its counterpart ({options.regime}).")
-    caches = _caches_by_key(workspace)
     found = []
     for row in left:
         cache = caches.get((row["feature_key"], row["data_fingerprint"]))
@@ -185,6 +188,17 @@ def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
             continue  # a row that needs it is told to be left aside
         found[cache.recipe.key, cache.data.fingerprint] = cache
     return found
+
+
+def _without_views(row: Mapping[str, Any], caches: Mapping[tuple[str, str], Cache]) -> str:
+    """The key of the features that a result is of, or of the same ones without stored views where they are here."""
+    cache = caches.get((row["feature_key"], row["data_fingerprint"]))
+    if cache is not None:
+        wanted = replace(cache.recipe, views=cache.recipe.views[:1], version=0)
+        for (key, fingerprint), other in caches.items():
+            if fingerprint == row["data_fingerprint"] and replace(other.recipe, version=0) == wanted:
+                return key
+    return str(row["feature_key"])
 
 
 def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
