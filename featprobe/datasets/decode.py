@@ -25,6 +25,7 @@ from featprobe.datasets.pages import (
     page_of,
     page_path,
     tiff_images,
+    tiff_images_in,
     too_many,
 )
 from featprobe.errors import DataError
@@ -211,7 +212,8 @@ def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
 
 @contextmanager
 def _open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Opened]:
-    offsets = tiff_images(path if number is None else path.parent)
+    offsets = tiff_images_in(stream, path) if number is None else tiff_images(path.parent)
+    stream.seek(0)
     _check_page(path, number, len(offsets), f", as by libtiff:  tiffsplit {path.name} {path.stem}-")
     number = number or 0
     behind_one = offsets.count(offsets[0]) > 1

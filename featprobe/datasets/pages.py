@@ -142,26 +142,31 @@ def _count_frames(stream: BinaryIO) -> int:
 
 @once_a_file(64)
 def tiff_images(file: Path) -> tuple[int, ...]:
-    """Where the IFDs of a TIFF's images begin, bytes: one number again and again for planes behind a lone IFD.
+    """`tiff_images_in` a file."""
+    with file.open("rb", buffering=0) as stream:
+        return tiff_images_in(stream, file)
+
+
+def tiff_images_in(stream: BinaryIO, file: Path) -> tuple[int, ...]:
+    """Where the IFDs of an open TIFF's images begin, bytes: one number again and again for planes behind a lone IFD.
 
     No more is read than the IFDs, each once, and ImageJ's description. Raises DataError for IFDs that are not in the
     file or lead in a circle, for more than 10,000, and where ImageJ counts more images than there are.
     """
-    with file.open("rb", buffering=0) as stream:
-        tiff = _Tiff(stream, file)
-        found: list[int] = []
-        seen: set[int] = set()
-        planes, offset = 1, tiff.first
-        while offset:
-            if offset in seen:
-                raise DataError(f"{file} is truncated or damaged: its pages lead in a circle.")
-            if len(seen) == MAX_PAGES:
-                raise DataError(too_many(file, f"more than {MAX_PAGES}"))
-            directory = tiff.directory(offset)
-            planes = planes if seen else tiff.imagej_images(directory)
-            seen.add(offset)
-            found += [offset] if tiff.is_image(directory) else []
-            offset = directory.following
+    tiff = _Tiff(stream, file)
+    found: list[int] = []
+    seen: set[int] = set()
+    planes, offset = 1, tiff.first
+    while offset:
+        if offset in seen:
+            raise DataError(f"{file} is truncated or damaged: its pages lead in a circle.")
+        if len(seen) == MAX_PAGES:
+            raise DataError(too_many(file, f"more than {MAX_PAGES}"))
+        directory = tiff.directory(offset)
+        planes = planes if seen else tiff.imagej_images(directory)
+        seen.add(offset)
+        found += [offset] if tiff.is_image(directory) else []
+        offset = directory.following
     found = found or [tiff.first]
     if planes > len(found) and len(seen) > 1:
         raise DataError(
