@@ -36,7 +36,7 @@ from featprobe.datasets.images import read_levels
 TARGET = 0.9
 BUDGET = 1280  # bytes of an image in an index, the text of its five polygons included
 WORKERS = 2
-OBJECTS = 5  # an image, triangles
+OBJECTS, SHARE = 5, 0.06  # triangles an image, and their share of its sides: 0.03 to 0.08 in BSData and DeepPCB
 RGB, FOLDERS = "PNG, 8-bit RGB", "folders"
 
 Triangles = NDArray[np.float64]  # (objects, 3, 2): pixels, x y
@@ -78,8 +78,8 @@ def write_images(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
 
 def triangles(rng: np.random.Generator, side: int) -> Triangles:
     """Objects of an image."""
-    corners = rng.uniform(0, 0.8 * side, (OBJECTS, 1, 2)).round(2)
-    return corners + np.array([(0, 0), (0.2, 0), (0.1, 0.2)]) * side
+    corners = rng.uniform(0, (1 - SHARE) * side, (OBJECTS, 1, 2)).round(2)
+    return corners + np.array([(0, 0), (1, 0), (0.5, 1)]) * SHARE * side
 
 
 def write_coco(root: Path, drawn: Mapping[str, Triangles], side: int) -> None:
@@ -244,7 +244,7 @@ def scale(folder: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=positive, default=32, help="of each kind")
-    parser.add_argument("--side", type=positive, default=512, help="pixels")
+    parser.add_argument("--side", type=positive, default=640, help="pixels")
     parser.add_argument("--rounds", type=positive, default=11)
     parser.add_argument(
         "--scale", type=positive, nargs="?", const=20_000, help="count the index of this many images instead"

@@ -556,20 +556,22 @@ def _check_size(path: Path, height: int, width: int) -> None:
 
 def _check_page(path: Path, page: int | None, count: int, how: str = "") -> None:
     """Raise DataError where a path doesn't name one of the `count` images of its file. how: to cut it, as a command."""
+    if page is None and count == 1:
+        return
     if count > MAX_PAGES:
         raise DataError(too_many(path, str(count)))
     file = path if page is None else path.parent
     first, last = page_path(Path(file.name), 0), page_path(Path(file.name), count - 1)
-    if page is None and count > 1:
+    if page is None:
         raise DataError(
             f"{_several(path, count)}"
             f"Name one as if the file were a folder, from {first.as_posix()} to {last.as_posix()};\n"
             "put it into images/ and its masks, page for page, into masks/ (formats folders and colours);\n"
             f"or cut it into one file an image{how}"
         )
-    if page is not None and count == 1:
+    if count == 1:
         raise DataError(f"{path} is no page: {file.name} holds one image. Name the file alone.")
-    if page is not None and page >= count:
+    if page >= count:
         raise DataError(f"{path} is not there: {file.name} holds {count} pages. wanted: {first.name} to {last.name}")
 
 
