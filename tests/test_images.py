@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -235,6 +236,18 @@ def test_a_png_is_read_as_by_pillow(tmp_path: Path, mode: str, transparent: bool
         grey = mode in ("L", "LA", "1")
         wanted = np.asarray(stored.convert("L")) if grey else np.asarray(stored.convert("RGBA"))[:, :, :3]
     assert np.array_equal(read_levels(path), wanted)
+
+
+@pytest.mark.parametrize("text", [b"date:create\x002024", b"XML:com.adobe.xmp\x00<x/>"])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (4, 5, 4)])
+def test_a_text_behind_the_pixels_of_a_png_costs_no_depth(tmp_path: Path, shape: tuple[int, ...], text: bytes) -> None:
+    levels = np.random.default_rng(0).integers(0, 1 << 16, shape).astype(np.uint16)
+    path = tmp_path / "a.png"
+    data = imagecodecs.png_encode(levels)
+    path.write_bytes(data[:-12] + chunk(b"tEXt", text) + data[-12:])
+    found = read_levels(path)
+    assert found.dtype == np.uint16
+    assert np.array_equal(found, levels if levels.ndim == 2 else levels[:, :, :3])
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_is_refused(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
 PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG
 PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I")  # Pillow's, of channels that are levels as they are
+PNG_ORIENTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may hold one
 ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 PLACES = (273, 324, 330)  # a TIFF's tags that say where in the file something lies: strips, tiles, further IFDs
 STK_PLANES = 33629  # MetaMorph's tag with an entry for each plane behind an IFD
@@ -45,7 +46,7 @@ CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
 DICOM_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax that packs all of a DICOM file, without a bound
 
-for library in ("tifffile", "pydicom"):  # what they log of a damaged file stands in our error
+for library in ("tifffile", "pydicom", "imagecodecs"):  # what they log of a damaged file stands in our error
     logging.getLogger(library).addHandler(logging.NullHandler())
 
 
@@ -176,7 +177,7 @@ def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int) -> 
     data = stream.read()
     if _tells_behind_pixels(data):
         stream.seek(0)
-        return _pillow_levels(Image.open(stream, formats=("PNG",)), path, turn)
+        _pillow_levels(Image.open(stream, formats=("PNG",)), path, turn)  # refuses one; it would cut colours to 8 bits
     return _without_alpha(imagecodecs.png_decode(data))
 
 
@@ -185,7 +186,8 @@ def _tells_behind_pixels(data: bytes) -> bool:
     place, seen = PNG_CHUNKS, False
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
-        if seen and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+        text = name in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(PNG_ORIENTATIONS, place + 8)
+        if seen and (text or name == b"eXIf"):
             return True
         seen |= name == b"IDAT"
         place += length + 12
