@@ -402,6 +402,17 @@ def test_a_mask_is_what_its_window_holds(mask: NDArray[np.bool_], margins: tuple
     )
 
 
+@given(rows=st.integers(1, 7), runs=st.lists(st.integers(0, 9), min_size=1, max_size=12))
+def test_a_window_holds_a_mask_of_any_runs_empty_ones_too(rows: int, runs: list[int]) -> None:
+    size = rows, -(-max(1, sum(runs)) // rows)
+    runs = [*runs, rows * size[1] - sum(runs)]
+    counts = coco_mask.frPyObjects({"size": size, "counts": runs}, *size)["counts"].decode()
+    window, shown = decode_window({"size": list(size), "counts": counts})
+    found = np.zeros(size, dtype=bool)
+    found[window] = shown
+    assert np.array_equal(found, np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order="F"))
+
+
 @given(seed=st.integers(0, 999), count=st.integers(1, 6))
 def test_painting_order_depends_on_area_alone(seed: int, count: int) -> None:
     """Every pixel belongs to the smallest object that covers it."""
