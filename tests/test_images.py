@@ -47,7 +47,7 @@ from featprobe.datasets.images import (
     training_window,
 )
 from featprobe.datasets.objects import stored_pixels
-from featprobe.datasets.pages import pages_of
+from featprobe.datasets.pages import pages_of, tiff_images
 from featprobe.errors import DataError
 from featprobe.geometry import place
 from featprobe.specs import Intensity
@@ -461,9 +461,21 @@ def test_what_is_remembered_of_a_stack_is_forgotten_with_it(tmp_path: Path) -> N
     for pages, compression in ((3, None), (5, "zlib"), (2, "lzw")):
         stack = np.random.default_rng(pages).integers(0, 999, (pages, 20, 30), dtype=np.uint16)
         tifffile.imwrite(path, stack, compression=compression, photometric="minisblack")
-        for age in (0, 10_000 * pages):
+        for age in (0, 10_000 * pages, -10_000 * pages):
             os.utime(path, (time.time() - age,) * 2)
             assert all(np.array_equal(read_levels(p), own) for p, own in zip(pages_of(path), stack, strict=True))
+
+
+@pytest.mark.parametrize("age", [10_000, -10_000])
+def test_a_stack_is_looked_at_once_in_the_future_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float
+) -> None:
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(path, np.zeros((3, 20, 30), np.uint16), photometric="minisblack")
+    os.utime(path, (time.time() - age,) * 2)
+    found = tiff_images(path)
+    monkeypatch.setattr("featprobe.datasets.pages._Tiff", None)
+    assert tiff_images(path) == found and len(found) == 3
 
 
 def test_listing_looks_at_nothing_but_ifds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,6 +574,7 @@ def test_hostile_stacks_end_with_the_clear_error_soon_and_in_little_memory(tmp_p
         "circle.tif": (long[: 8 + size * 9] + page + struct.pack("<I", 8 + size), "lead in a circle"),
         "cut.tif": (long[: 8 + size * 9], "one of its pages is not there"),
         "far.tif": (tiff(GREY_TIFF, b"\0" * 500, following=2**32 - 1), "one of its pages is not there"),
+        "beyond.tif": (b"II+\0\x08\0\0\0" + b"\xff" * 99, "one of its pages is not there"),
         "tags.tif": (bigtiff + b"\0" * 99, "tags"),
         "imagej.tif": (described, "holds 4000000000 images"),
         "none.tif": (b"II*\0\0\0\0\0", "holds no page"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.pages import can_be_counted, page_of, page_path, pages_of
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 
 
 def start_of(path: Path, count: int) -> bytes:
@@ -155,7 +155,7 @@ def paired(
         if can_be_counted(mask):
             raise DataError(
                 f"{mask} is not the mask of {image}: they go page by page.\n"
-                f"  wanted  {len(own)} pages, as the image has\n  found   {len(found)}\n"
+                f"  wanted  {counted(len(own), 'page')}, as the image has\n  found   {len(found)}\n"
                 "Nothing was read. Mend the mask, or the image."
             )
         drawn[stem] = mask, [page_path(mask, number) for number in range(len(own))]

@@ -100,7 +100,7 @@ def can_be_counted(file: Path) -> bool:
 def once_a_file(most: int) -> Callable[[Callable[[Path], T]], Callable[[Path], T]]:
     """A reader of files that remembers what it found in the last `most`, so that a page costs no look at all others.
 
-    A file is looked at again when its time, size or inode is another, and each time within two seconds after it was
+    A file is looked at again when its time, size or inode is another, and each time within two seconds of when it was
     written, when its time can't tell yet.
     """
 
@@ -110,7 +110,7 @@ def once_a_file(most: int) -> Callable[[Callable[[Path], T]], Callable[[Path], T
         @wraps(read)
         def asked(file: Path) -> T:
             now = file.stat()
-            if time.time_ns() - now.st_mtime_ns < RACY:
+            if abs(time.time_ns() - now.st_mtime_ns) < RACY:  # a file may be dated in the future
                 return read(file)
             return known(file, now.st_mtime_ns, now.st_size, now.st_ino)
 
@@ -257,7 +257,10 @@ class _Tiff:
             raise DataError(self._damaged("one of its pages is not there")) from error
 
     def _read(self, offset: int, count: int) -> bytes:
-        self._stream.seek(offset)
+        try:
+            self._stream.seek(offset)
+        except (OSError, OverflowError) as error:  # of a place that no file has
+            raise DataError(self._damaged("one of its pages is not there")) from error
         return self._stream.read(count)
 
     def _damaged(self, what: str) -> str:
