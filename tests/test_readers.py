@@ -1196,6 +1196,18 @@ def test_pages_may_be_named_where_a_format_names_files(tmp_path: Path, name: str
         assert "is a link out of the data folder" in refused(tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    ("drawing", "image"), [("part.json", "part.tif"), ("label/a.json", "images/part.tif"), ("label/a.json", "part.tif")]
+)
+def test_a_page_that_labelme_names_is_found_like_a_file(tmp_path: Path, drawing: str, image: str) -> None:
+    stack(tmp_path / image, 3)
+    shape = {"label": "crack", "points": [[1, 1], [5, 1], [5, 5]], "shape_type": "polygon"}
+    text(tmp_path / drawing, json.dumps({"shapes": [shape], "imagePath": "part.tif/0002"}))
+    found = read_data("set", tmp_path, "labelme", complete=False)
+    assert [(s.id, s.group) for s in found.samples] == [(f"{image}/0002", image)]
+    assert not found.notes
+
+
 def test_a_page_that_is_not_there_is_named_by_its_format(tmp_path: Path) -> None:
     path = named_pages(tmp_path, "coco") / "all.json"
     plain = path.read_text()

@@ -21,7 +21,7 @@ from featprobe.datasets.objects import (
     read_classes,
     to_numbers,
 )
-from featprobe.datasets.pages import group_of, page_of
+from featprobe.datasets.pages import group_of, is_page_name, page_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -155,9 +155,10 @@ def _image_of(drawing: Drawing, root: Path) -> Path:
     text = named if isinstance(named, str) and named else path.stem
     first = below(root, text, f"{path}, imagePath", path.parent)
     folders = [base / folder for base in (path.parent, path.parent.parent, root) for folder in IMAGE_FOLDERS]
-    places = [first, *(folder / first.name for folder in folders if folder.is_relative_to(root))]
+    own = Path(*first.parts[-2 if is_page_name(first.name) else -1 :])
+    places = [first, *(folder / own for folder in folders if folder.is_relative_to(root))]
     places += [path.with_suffix(suffix) for suffix in SUFFIXES]
-    found = next((place for place in places if place.is_file()), first)
+    found = next((place for place in places if page_of(place)[0].is_file()), first)
     return below(root, found.relative_to(root).as_posix(), path)
 
 
