@@ -27,9 +27,10 @@ from featprobe.datasets.images import (
     to_unit,
     training_window,
 )
+from featprobe.datasets.objects import polygon_instance
 from featprobe.datasets.samples import Sample
 from featprobe.datasets.splits import SHARES, carve_validation, complete_splits, split_by_group
-from featprobe.errors import DataError
+from featprobe.errors import DataError, OutOfImageError
 from featprobe.geometry import place
 from featprobe.specs import Intensity
 from featprobe.stages.survey import choose_intensity, survey
@@ -411,6 +412,14 @@ def test_a_window_holds_a_mask_of_any_runs_empty_ones_too(rows: int, runs: list[
     found = np.zeros(size, dtype=bool)
     found[window] = shown
     assert np.array_equal(found, np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order="F"))
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_polygon_of_no_number_is_out_of_its_image(place: int) -> None:
+    points = np.array([[1.0, 1.0], [5.0, 1.0], [5.0, 5.0]])
+    points.flat[place] = np.nan
+    with pytest.raises(OutOfImageError):
+        polygon_instance(1, [points], (20, 20), "here")
 
 
 @given(seed=st.integers(0, 999), count=st.integers(1, 6))

@@ -60,7 +60,8 @@ def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: 
     flat = [part.ravel().tolist() for part in parts]
     xs, ys = ([value for part in flat for value in part[axis::2]] for axis in (0, 1))
     x1, x2, y1, y2 = min(xs), max(xs), min(ys), max(ys)
-    if not (-SLACK <= x1 and x2 <= width + SLACK and -SLACK <= y1 and y2 <= height + SLACK):
+    inside = -SLACK <= x1 and x2 <= width + SLACK and -SLACK <= y1 and y2 <= height + SLACK
+    if not inside or math.isnan(sum(xs) + sum(ys)):  # of nan there is no smallest, and pycocotools would never end
         raise OutOfImageError(
             f"{where}: the polygon leaves the image.\n"
             f"  wanted  0 <= x <= {width}, 0 <= y <= {height} pixels\n"
