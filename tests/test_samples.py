@@ -31,15 +31,18 @@ def test_samples_come_back_as_they_were(samples: list[Sample]) -> None:
 
 
 def test_an_index_holds_no_object_an_image() -> None:
-    images = 5000
+    images, indices, held = 5000, [], []
     tracemalloc.start()
-    index = Samples(
-        Sample(f"p{i}", Path(f"/set/images/p{i}.png"), f"p{i}", "", f"masks/p{i}.png") for i in range(images)
-    )
-    gc.collect()
-    held, _ = tracemalloc.get_traced_memory()
+    for _ in range(2):  # the first also grows tables of the interpreter's own
+        indices.append(
+            Samples(
+                Sample(f"p{i}", Path(f"/set/images/p{i}.png"), f"p{i}", "", f"masks/p{i}.png") for i in range(images)
+            )
+        )
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert held / images < 150 and len(index) == images
+    assert (held[1] - held[0]) / images < 150 and len(indices[1]) == images
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX alone")
