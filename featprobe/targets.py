@@ -79,9 +79,10 @@ def decode_rle(rle: Rle) -> NDArray[np.bool_]:
 
 
 def decode_window(rle: Rle) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
-    """The rows and columns that the mask of a compressed COCO RLE covers, and the mask there.
+    """Rows and columns that the mask of a compressed COCO RLE covers, and the mask there.
 
-    Only those columns are decoded. Runs without a pixel, which other programs write, are left out.
+    Only those columns are decoded: the runs of background before and after them, which the first number and the last
+    one give, are shortened in the string.
 
     >>> mask = np.zeros((90, 100), dtype=bool)
     >>> mask[20:22, 50:53] = True
@@ -90,36 +91,43 @@ def decode_window(rle: Rle) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
            [ True,  True,  True]]))
     """
     whole: Any = rle
-    rows = whole["size"][0]
-    edges = np.cumsum(_runs(whole["counts"]))
-    edges = edges[: len(edges) // 2 * 2].reshape(-1, 2)  # of each run of the mask: its first pixel, the one behind it
-    edges = edges[edges[:, 0] < edges[:, 1]]
-    if not len(edges):
+    (rows, columns), counts = whole["size"], whole["counts"]
+    left, top, width, height = coco_mask.toBbox(whole).astype(int).tolist()
+    window = slice(top, top + height), slice(left, left + width)
+    if not width:
         return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), dtype=bool)
-    columns, places = np.divmod(edges - (0, 1), rows)  # of each run's first and last pixel
-    left, right = int(columns[0, 0]), int(columns[-1, 1]) + 1
-    crossing = (columns[:, 0] < columns[:, 1]).any()
-    top, bottom = (0, rows) if crossing else (int(places[:, 0].min()), int(places[:, 1].max()) + 1)
-    lengths = np.diff(edges.ravel() - left * rows, prepend=0, append=(right - left) * rows)
-    mask = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(-1, rows).T
-    return (slice(top, bottom), slice(left, right)), mask[top:bottom]
+    if left + width > columns:  # a box of billions of columns, which pycocotools makes of empty runs alone
+        return (slice(0, rows), slice(0, columns)), decode_rle(rle)
+    if left + width < columns:
+        start = len(counts) - 1
+        while start and ord(counts[start - 1]) - 48 & 32:
+            start -= 1
+        counts = counts[:start] + _digits(_number(counts[start:]) - (columns - left - width) * rows)
+    if left:
+        stop = next(i for i, digit in enumerate(counts, start=1) if not ord(digit) - 48 & 32)
+        counts = _digits(_number(counts[:stop]) - left * rows) + counts[stop:]
+    try:
+        mask = coco_mask.decode({"size": [rows, width], "counts": counts})
+    except ValueError:  # a run that became negative: what other programs write may begin or end with empty ones
+        return window, decode_rle(rle)[window]
+    return window, mask[window[0]].view(bool)
 
 
-def _runs(counts: str) -> NDArray[np.int64]:
-    """Run lengths of a compressed RLE, from the background.
+def _number(digits: str) -> int:
+    """A number of a compressed RLE: five bits a character from "0" on, the lowest first; the last has the sign."""
+    value = 0
+    for place, digit in enumerate(digits):
+        value |= (ord(digit) - 48 & 31) << 5 * place
+    return value - (1 << 5 * len(digits)) if ord(digits[-1]) - 48 & 16 else value
 
-    Each is five bits a character from "0" on, the lowest first, and the last has the sign; from the fourth on it is the
-    difference to the one two before.
-    """
-    digits = np.frombuffer(counts.encode(), dtype=np.uint8) - 48
-    stops = np.flatnonzero(digits < 32) + 1
-    lengths = np.diff(stops, prepend=0)
-    places = np.arange(len(digits)) - np.repeat(stops - lengths, lengths)
-    runs = np.add.reduceat((digits & 31).astype(np.int64) << 5 * places, stops - lengths)
-    runs -= (digits[stops - 1] & 16).astype(np.int64) << 5 * lengths - 4
-    for first in (1, 2):
-        runs[first::2] = np.cumsum(runs[first::2])
-    return runs
+
+def _digits(value: int) -> str:
+    """The number as `_number` reads it."""
+    digits = ""
+    while not -16 <= value < 16:
+        digits += chr((value & 31 | 32) + 48)
+        value >>= 5
+    return digits + chr((value & 31) + 48)
 
 
 def move_rle(rle: Rle, left: int, top: int, size: Size) -> dict[str, object]:

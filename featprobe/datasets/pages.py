@@ -259,7 +259,7 @@ class _Tiff:
     def _read(self, offset: int, count: int) -> bytes:
         try:
             self._stream.seek(offset)
-        except (OSError, OverflowError) as error:  # of a place that no file has
+        except (OSError, OverflowError, ValueError) as error:  # of a place that no file has
             raise DataError(self._damaged("one of its pages is not there")) from error
         return self._stream.read(count)
 
