@@ -193,7 +193,7 @@ def test_labelme_files_may_lie_beside_the_folder_of_images(tmp_path: Path, named
     picture(tmp_path / "images" / "bare.png")
     data = read_data("set", tmp_path)
     assert [sample.id for sample in data.samples] == [f"images/p{i}.png" for i in range(3)]
-    assert "1 images have no labelme file and are left out: bare.png" in data.notes
+    assert "1 image has no labelme file and is left out: bare.png" in data.notes
 
 
 @pytest.mark.parametrize("named", ["/etc/passwd", "C:\\scans\\a.png", "../../a.png", "a/../../b.png", "a\0.png"])
@@ -702,7 +702,7 @@ def test_yolo_polygons_and_images_without_labels(tmp_path: Path) -> None:
     wanted[3:9, 4:12] = 1
     assert np.array_equal(target_of(data, "images/train/p0.png").semantic, wanted)
     assert objects_of(data, "images/val/p0.png") == ()
-    assert "1 images have no label file and count as free of objects: images/val/p0.png" in data.notes
+    assert "1 image has no label file and counts as free of objects: images/val/p0.png" in data.notes
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_masks_of_objects_are_objects(tmp_path: Path) -> None:
     assert [(i.category, i.box_xyxy, i.area) for i in found] == [(1, (0, 0, 4, 4), 16.0), (1, (2, 2, 5, 5), 9.0)]
     assert np.array_equal(target_of(data, "p0.png").semantic, square(0, 0, 4) | square(2, 2, 3))
     assert objects_of(data, "p3.png") == ()
-    assert "1 images have no mask and count as free of objects: p3.png" in data.notes
+    assert "1 image has no mask and counts as free of objects: p3.png" in data.notes
 
 
 def test_masks_of_objects_hold_their_class(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_size, mask_instance, read_classes, stored_pixels
 from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances
 
@@ -72,7 +72,8 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
             f"  found   {of_objects[0].name} of an object, and the mask of {listed([m.name for m in of_images])}"
         )
     if of_objects and free:
-        notes.append(f"{len(free)} images have no mask and count as free of objects: {listed(free)}")
+        counts = counted(len(free), "image has no mask and counts", "images have no mask and count")
+        notes.append(f"{counts} as free of objects: {listed(free)}")
     instances_too = bool(of_objects)
     binary = len(classes) == 2 and _is_binary(of_objects or of_images)
 

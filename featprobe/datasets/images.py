@@ -29,7 +29,8 @@ GREY_LEVELS = 1 << 16
 def hash_image(path: Path) -> str:
     """xxh3_128 of the bytes of a file, or of those that a page of one is made of: 32 hex digits.
 
-    A page of a TIFF keeps its hash when others are appended. Raises DataError when it can't be read or is empty.
+    A page of a TIFF keeps its hash when others are appended, but for the first of an ImageJ stack, which tells their
+    number. Raises DataError when it can't be read or is empty.
     """
     if page_of(path)[1] is not None:
         with opened(path) as image:

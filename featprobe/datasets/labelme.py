@@ -23,7 +23,7 @@ from featprobe.datasets.objects import (
 )
 from featprobe.datasets.pages import group_of, is_page_name, page_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.targets import Instance, Target, semantic_from_instances
 
@@ -87,7 +87,8 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
     drawn = {page_of(image)[0] for image in file_of}
     bare = [path.name for path in images if path not in drawn]
     if bare:
-        notes.append(f"{len(bare)} images have no labelme file and are left out: {listed(bare)}")
+        counts = counted(len(bare), "image has no labelme file and is", "images have no labelme file and are")
+        notes.append(f"{counts} left out: {listed(bare)}")
 
     def read_target(sample: Sample, size: Size) -> Target:
         drawing = _read_drawing(Path(sample.labels))

@@ -14,7 +14,7 @@ from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import box_instance, check_classes, polygon_instance, to_numbers
 from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.targets import Instance, Target, semantic_from_instances
 
@@ -63,7 +63,8 @@ def read_yolo(name: str, root: Path) -> DataSet:
     bare = [identity for identity, label in label_of.items() if not label.is_file()]
     if len(bare) == len(label_of):
         raise DataError(f"{root} has no label files. wanted: {label_of[bare[0]]} and its like.")
-    notes = [f"{len(bare)} images have no label file and count as free of objects: {listed(bare)}"] if bare else []
+    counts = counted(len(bare), "image has no label file and counts", "images have no label file and count")
+    notes = [f"{counts} as free of objects: {listed(bare)}"] if bare else []
     masks = _all_polygons(label_of.values())
 
     def read_target(sample: Sample, size: Size) -> Target:
