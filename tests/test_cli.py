@@ -187,6 +187,13 @@ def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(tmp_path: Path) -> None
     assert process.returncode == child("data", "check", folder, "--quiet").returncode
 
 
+HEARD = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell has its background jobs ignore
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 def test_a_closed_pipe_and_an_interruption_end_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "featprobe", "--workspace", str(tmp_path)]
     with subprocess.Popen([*command, "cache", "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -195,7 +202,8 @@ def test_a_closed_pipe_and_an_interruption_end_without_a_traceback(tmp_path: Pat
         assert process.stderr.read() == b""
     assert process.returncode == 1
     wanted = [*command, "data", "make", "surface", "--images", "20000", "--size", "512x512"]  # minutes
-    with subprocess.Popen(wanted, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    heard = [sys.executable, "-c", HEARD, *wanted]
+    with subprocess.Popen(heard, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not (tmp_path / "data").is_dir():
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
