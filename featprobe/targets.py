@@ -276,5 +276,5 @@ def check_labels(labels: Labels, classes: int, where: str) -> None:
             f"{where} holds labels {beyond}, beyond the classes.\n"
             f"  wanted  0 to {classes - 1}, or {IGNORE} for what is to be ignored\n"
             f"  found   {[int(v) for v in found]}\n"
-            "Nothing was written. Add the missing classes, or mend the mask."
+            "Nothing was written. Name all classes in classes.txt or featprobe.toml, or mend the mask."
         )

@@ -213,6 +213,14 @@ def test_images_are_found_where_exporters_put_them(tmp_path: Path) -> None:
         assert read_data("set", root).in_split("train")[0].image == root / place_of.format("a.png")
 
 
+def test_images_of_cvat_lie_in_a_folder_of_the_subset(tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"part {i}.png"} for i in range(3)]
+    write_json(tmp_path / "annotations" / "instances_default.json", coco([], images))
+    for i in range(3):
+        picture(tmp_path / "images" / "default" / f"part {i}.png")
+    assert all(sample.image.is_file() for sample in read_data("set", tmp_path).samples)
+
+
 def refusal(root: Path, *annotations: dict[str, Any], size: tuple[int, int] = SIZE) -> str:
     """The message that the labels of an image with these annotations are refused with; it names file and image."""
     with pytest.raises(DataError) as error:
@@ -536,10 +544,66 @@ def test_a_table_that_can_not_be_used_is_refused(tmp_path: Path, table: str, sai
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(("top", "separator"), [("", ";"), ("images/", "\t"), ("images\\", ",")])
+def test_tables_are_read_as_spreadsheets_write_them(tmp_path: Path, top: str, separator: str) -> None:
+    mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(3)})
+    rows = [["image", "split", "group"], *([f"{top}p{i}.png", SPLITS[i], f"c{i}"] for i in range(3))]
+    table = "\ufeff" + "".join(separator.join(row) + "\r\n" for row in rows)
+    (tmp_path / "samples.csv").write_bytes(table.encode())
+    data = read_data("set", tmp_path)
+    assert [(s.split, s.group) for s in data.samples] == [(SPLITS[i], f"c{i}") for i in range(3)]
+    assert data.notes == ()
+
+
+def test_a_table_of_folders_per_split_names_images_with_or_without_them(tmp_path: Path) -> None:
+    for folder in SPLITS:
+        mask_set(tmp_path, {"a": grid(0)}, folder=folder)
+    (tmp_path / "samples.csv").write_text("image,group\ntrain/a.png,one\nval/images/a.png,two\na.png,other\n")
+    assert [s.group for s in read_data("set", tmp_path).samples] == ["one", "two", "other"]
+
+
+def test_rows_of_a_table_and_images_that_do_not_meet_are_told(tmp_path: Path) -> None:
+    mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(5)})
+    (tmp_path / "samples.csv").write_text("image,group\np0.png,a\np1.png,a\np9.png,b\n")
+    notes = read_data("set", tmp_path).notes
+    assert "samples.csv names 1 image that is not here: p9.png" in notes
+    assert "samples.csv has no row for 3 images: p2.png, p3.png, p4.png" in notes
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("part/p0.png,train\npart/p1.png,test\n", "names no image that is here"),
+        ("p0.png,train\np1.png,test\np0.png,test\n", "image 3: p0.png stands there twice"),
+        ("p0.png,train\n,test\n", "image 2: it has no name"),
+    ],
+)
+def test_a_table_of_other_images_is_refused(tmp_path: Path, rows: str, said: str) -> None:
+    mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(3)})
+    (tmp_path / "samples.csv").write_text("image,split\n" + rows)
+    with pytest.raises(DataError) as error:
+        read_data("set", tmp_path)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("twin", ["images/p1.bmp", "masks/p1.tif"])
+def test_two_files_of_one_name_are_refused(tmp_path: Path, twin: str) -> None:
+    mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(3)})
+    Image.fromarray(grid(1, 0)).save(tmp_path / twin)
+    with pytest.raises(DataError, match="have one name"):
+        read_data("set", tmp_path)
+
+
+def test_a_note_beside_a_mask_is_no_mask(tmp_path: Path) -> None:
+    mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(3)})
+    (tmp_path / "masks" / "p1.txt").write_text("drawn by hand")
+    assert np.array_equal(labels_of(read_data("set", tmp_path), "p1.png"), grid(0, 1))
+
+
 def test_a_table_that_is_no_text_is_refused(tmp_path: Path) -> None:
     mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(3)})
     (tmp_path / "samples.csv").write_bytes("image,group\np0.png,Gehäuse\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"samples\.csv can't be read as CSV"):
+    with pytest.raises(DataError, match=r"samples\.csv can't be read as text: .* wanted: UTF-8"):
         read_data("set", tmp_path)
 
 
@@ -703,7 +767,7 @@ def test_a_set_without_test_has_its_val_scored_as_test() -> None:
     data = complete_splits(data_set(*own))
     assert [sample.group for sample in data.in_split("test")] == ["v1", "v2"]
     assert len(data.in_split("val")) == 2 and len(data.in_split("train")) == 8
-    assert data.notes[0] == "the set has train and val only: its val is scored as test"
+    assert data.notes[0] == "the set has the splits train and val only: its val is scored as test"
 
 
 def test_one_training_group_can_not_give_a_validation_split() -> None:

@@ -648,9 +648,11 @@ def test_voc_segmentation_pairs(tmp_path: Path) -> None:
     assert [(i.category, i.box_xyxy) for i in found.instances or ()] == [
         (1, (0, 0, 2, 4)), (1, (2, 0, 4, 4)), (2, (8, 6, 11, 9))
     ]  # fmt: skip
+    assert any(note.startswith("classes are called as VOC's own twenty") for note in data.notes)
     (tmp_path / "SegmentationObject" / "p3.png").unlink()
     text(tmp_path / "classes.txt", "background\npore\ncrack\n")
     data = read_data("set", tmp_path)
+    assert not any("VOC" in note for note in data.notes)
     assert data.tasks == ("semseg",) and data.classes == ("background", "pore", "crack")
 
 
@@ -1115,6 +1117,7 @@ def test_masks_of_another_number_of_pages_are_refused(tmp_path: Path, name: str)
     (tmp_path / "masks" / "s1.tiff").unlink()
     assert "There is no mask" in refused(tmp_path, name)
     stack(tmp_path / "masks" / "s1.tiff", 3, coloured=name == "colours")
+    (tmp_path / "masks" / "alone.png").unlink()
     stack(tmp_path / "masks" / "alone.tif", 3, coloured=name == "colours")
     assert re.search(r"\n  wanted  1 page.*\n  found   3", refused(tmp_path, name))
 

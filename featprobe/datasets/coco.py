@@ -117,10 +117,11 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
 def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
     """Where an image of a COCO file lies; the first place tried when it lies nowhere.
 
-    PIDray's images lie in folders of the last word of a file's name, RarePlanes' in PS-RGB_tiled of a split's. Raises
-    DataError for a name that is absolute, or leads out of the data folder by `..` from every place.
+    PIDray's and CVAT's images lie in folders of the last word of a file's name, RarePlanes' in PS-RGB_tiled of a
+    split's. Raises DataError for a name that is absolute, or leads out of the data folder by `..` from every place.
     """
-    folders = ["images", f"images/{annotations.stem}", ".", "data", annotations.stem.rpartition("_")[2]]
+    last = annotations.stem.rpartition("_")[2]
+    folders = ["images", f"images/{annotations.stem}", f"images/{last}", ".", "data", last]
     if split:
         folders[1:1] = [f"images/{split}", split, f"{split}2017", f"{split}/PS-RGB_tiled"]
     places = []

@@ -62,7 +62,7 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
         for image in images:
             identity = image.relative_to(root).as_posix()
             own = group_of(identity, image)
-            row = table.get(identity) or table.get(own) or table.get(PurePath(own).name) or {}
+            row = table.row(identity, own, PurePath(own).name)
             split = pair.split if several else row.get("split") or ""
             stem = stem_of(image, pair.images)
             masks.append(mask_of.pop(stem, pair.masks / f"{stem}.png"))
@@ -71,6 +71,7 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images beside coloured masks.")
+    notes += table.notes()
     named = _read_colour_names(root, lines)
     if named is None:
         named = _colours_in(masks, root)

@@ -1,15 +1,20 @@
 """What readers share of files: text, tables, and paths that never lead out of the data folder."""
 
 import csv
+import io
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.pages import can_be_counted, page_of, page_path, pages_of
+from featprobe.datasets.samples import listed
 from featprobe.errors import DataError, counted
+
+SEPARATORS = (",", ";", "\t")  # of columns: spreadsheets write each of them
 
 
 def start_of(path: Path, count: int) -> bytes:
@@ -53,18 +58,64 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def read_table(path: Path) -> dict[str, dict[str, str]]:
-    """Rows of a samples.csv (image,split,group) by image; empty when there is none. Raises DataError."""
-    if is_missing(path):
-        return {}
+def rows_of(text: str, path: Path) -> list[dict[str, str]]:
+    """Rows of a table that a spreadsheet may have written: comma, semicolon or tab separate. Raises DataError."""
+    first = text.partition("\n")[0]
+    separator = next((mark for mark in SEPARATORS if mark in first), ",")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    except csv.Error as error:
         raise DataError(f"{path} can't be read as CSV: {error}.") from error
+
+
+@dataclass
+class Table:
+    """Rows of a table of images by what it calls them; it remembers which were met, and which images it lacks."""
+
+    path: Path
+    rows: Mapping[str, Mapping[str, str]]
+    met: set[str] = field(default_factory=set)
+    lacked: list[str] = field(default_factory=list)
+
+    def row(self, *names: str) -> Mapping[str, str]:
+        """The row of an image under the first of its names that has one; empty where none has."""
+        here = [name for name in names if name in self.rows]
+        self.met.update(here)
+        if not here:
+            self.lacked.append(names[0])
+        return self.rows[here[0]] if here else {}
+
+    def notes(self) -> list[str]:
+        """What does not fit, once all images were asked for. Raises DataError where no row is of an image here."""
+        gone = [name for name in self.rows if name not in self.met]
+        if gone and not self.met:
+            raise DataError(
+                f"{self.path} names no image that is here.\n  wanted  {listed(self.lacked)}\n"
+                f"  found   {listed(gone)}\nNothing was read. Mend the names, or take the file away."
+            )
+        bare = self.lacked if self.rows else []
+        told = (
+            (gone, "names", counted(len(gone), "image that is not here", "images that are not here")),
+            (bare, "has no row for", counted(len(bare), "image")),
+        )
+        return [f"{self.path.name} {verb} {count}: {listed(names)}" for names, verb, count in told if names]
+
+
+def read_table(path: Path) -> Table:
+    """A samples.csv (image,split,group), as `rows_of` reads it; empty when there is none.
+
+    Raises DataError for a table without images, and one that names an image twice.
+    """
+    rows = [] if is_missing(path) else rows_of(read_text(path), path)
     if rows and "image" not in rows[0]:
         raise DataError(f"{path} has the columns {', '.join(map(str, rows[0]))}. wanted: image, and split or group.")
-    return {row["image"]: row for row in rows}
+    named: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(rows, start=1):
+        name = (row["image"] or "").replace("\\", "/")
+        if not name or name in named:
+            raise DataError(f"{path}, image {number}: {f'{name} stands there twice' if name else 'it has no name'}.")
+        named[name] = row
+    return Table(path, named)
 
 
 def is_missing(path: Path) -> bool:
@@ -72,8 +123,8 @@ def is_missing(path: Path) -> bool:
     return not path.is_file() and not path.is_symlink()
 
 
-def own_table(root: Path) -> dict[str, dict[str, str]]:
-    """Rows of the samples.csv that lies in a data folder itself. Raises DataError."""
+def own_table(root: Path) -> Table:
+    """The samples.csv that lies in a data folder itself. Raises DataError."""
     return read_table(kept_below(root, root / "samples.csv"))
 
 
@@ -143,10 +194,10 @@ def paired(
 ) -> tuple[list[Path], dict[str, Path]]:
     """All images of files, page by page, and all masks of files by stem; damaged files are met again, by name.
 
-    Raises DataError where a file of images has a mask of another number of pages.
+    Raises DataError where a file of images has a mask of another number of pages, and where a stem stands for several.
     """
-    pages = {file: pages_of(file) for file in images}
-    drawn = {stem_of(file, mask_folder): (file, pages_of(file)) for file in masks}
+    pages = {file: pages_of(file) for file in _by_stem(images, image_folder).values()}
+    drawn = {stem: (file, pages_of(file)) for stem, file in _by_stem(masks, mask_folder).items()}
     for image, own in pages.items():
         stem = stem_of(image, image_folder)
         mask, found = drawn.get(stem, (image, own))
@@ -161,6 +212,22 @@ def paired(
         drawn[stem] = mask, [page_path(mask, number) for number in range(len(own))]
     mask_of = {stem_of(page, mask_folder): page for _, own in drawn.values() for page in own}
     return [page for own in pages.values() for page in own], mask_of
+
+
+def _by_stem(files: Sequence[Path], folder: Path) -> dict[str, Path]:
+    """Files by stem, one with an image's suffix before others. Raises DataError for two such of one stem."""
+    found: dict[str, Path] = {}
+    for file in files:
+        stem = stem_of(file, folder)
+        known, new = (path.suffix.lower() in SUFFIXES for path in (found.get(stem, Path()), file))
+        if known and new:
+            raise DataError(
+                f"{found[stem]} and {file} have one name, so that images and masks can't be told apart.\n"
+                "Nothing was read. Rename one, or take it away."
+            )
+        if not known:
+            found[stem] = file
+    return found
 
 
 def words_of(text: str, where: object, count: int) -> list[list[str]]:

@@ -50,10 +50,10 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
         bare = {stem_of(image, folder / "images") for image in images} - mask_of.keys()
         objects_of = _take_objects(mask_of, bare)
         for image in images:
-            identity = image.relative_to(folder / "images").as_posix()
-            row = table.get(identity) or table.get(group_of(identity, image)) or {}
-            if split:
-                identity = f"{split}/{identity}"
+            own = image.relative_to(folder / "images").as_posix()
+            identity = f"{split}/{own}" if split else own
+            names = (identity, image.relative_to(root).as_posix(), own)
+            row = table.row(*names, *(group_of(name, image) for name in names))
             stem = stem_of(image, folder / "images")
             masks = objects_of.get(stem, []) if stem in bare else [mask_of.pop(stem, folder / "masks" / f"{stem}.png")]
             free += [] if masks else [identity]
@@ -65,6 +65,7 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images. wanted: files ending in {', '.join(SUFFIXES)} in images/.")
+    notes += table.notes()
     classes = read_classes(root, named) or ("background", "defect")
     if of_objects and of_images:
         raise DataError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.datasets.files import below, files_below, kept_below, own_table, read_json, start_of
+from featprobe.datasets.files import Table, below, files_below, kept_below, own_table, read_json, start_of
 from featprobe.datasets.grouping import components
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import (
@@ -103,8 +103,9 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
     for image, path in file_of.items():
         identity = image.relative_to(root).as_posix()
         whole = group_of(identity, image)
-        row = table.get(identity) or table.get(whole) or table.get(image.name) or {}
+        row = table.row(identity, whole, image.name)
         samples.append(Sample(identity, image, row.get("group") or whole, row.get("split") or "", str(path)))
+    notes += [] if is_bsdata(root) else table.notes()
     tasks = tasks_of(masks=True, instances=True)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
@@ -208,7 +209,7 @@ def _instances(drawing: Drawing, classes: Sequence[str], size: Size) -> list[Ins
     return found
 
 
-def _read_bsdata(path: Path, here: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _read_bsdata(path: Path, here: Sequence[str]) -> tuple[Table, list[str]]:
     """Split and group by image name from BSData's own list, and what it lists that is not here.
 
     Its wear chains that share an image show one place and are one group; an image of no chain is grouped with
@@ -235,7 +236,7 @@ def _read_bsdata(path: Path, here: Sequence[str]) -> tuple[dict[str, dict[str, s
     unlisted = sorted(set(here) - table.keys())
     if unlisted:
         raise DataError(f"{path} does not list the annotated images {listed(unlisted)}.")
-    return table, notes
+    return Table(path, table), notes
 
 
 def _checked(entry: Any, path: Path) -> Mapping[str, Any]:

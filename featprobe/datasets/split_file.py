@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featprobe.datasets.files import read_text
+from featprobe.datasets.files import read_text, rows_of
 from featprobe.datasets.samples import SPLITS, DataSet, listed
 from featprobe.errors import DataError, nearest
 from featprobe.specs import digest
 
 COLUMNS = ("id", "group", "split")
-SEPARATORS = (",", ";", "\t")  # spreadsheets write each of them
 DIGITS = 8  # of the digest, in the name of a pinned split
 
 
@@ -60,12 +59,8 @@ def read_split_file(path: Path) -> SplitFile:
     of splits and folds.
     """
     text = read_text(path)
+    rows = rows_of(text, path)
     first = text.partition("\n")[0]
-    separator = next((mark for mark in SEPARATORS if mark in first), ",")
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
-    except csv.Error as error:
-        raise DataError(f"{path} can't be read as CSV: {error}.") from error
     if not rows or not {"id", "split"} <= rows[0].keys():
         raise DataError(
             f"{path} is no split file.\n  wanted  the columns {', '.join(COLUMNS)}, and a row for each image\n"

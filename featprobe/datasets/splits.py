@@ -140,12 +140,13 @@ def complete_splits(data: DataSet, called: str = "its own split") -> DataSet:
     splits = [sample.split for sample in data.samples]
     if "test" not in named:
         splits = ["test" if split == "val" else split for split in splits]
-        notes.append("the set has train and val only: its val is scored as test")
+        notes.append("the set has the splits train and val only: its val is scored as test")
     notes += leaks([sample.group for sample in data.samples], splits, called)
     if "val" not in splits:
         splits = carve_validation([s.group for s in data.samples], splits)
         held = splits.count("val")
-        notes.append(f"validation was carved from train by group: {held} of {held + splits.count('train')} images")
+        share = f"{held} of {held + splits.count('train')} images"
+        notes.append(f"validation was carved from train by group, as no split is val: {share}")
     return _with_splits(data, splits, notes)
 
 

@@ -98,7 +98,7 @@ def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataS
         for stem, path in files.items():
             image = image_of.pop(stem, place.images / f"{stem}.jpg")
             identity = image.relative_to(root).as_posix()
-            row = table.get(identity) or table.get(image.name) or {}
+            row = table.row(identity, image.name)
             split = split_of.get(stem) or place.split or row.get("split") or ""
             if not split_of or stem in split_of:
                 samples.append(Sample(identity, image, row.get("group") or identity, split, str(path)))
@@ -116,6 +116,7 @@ def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataS
         raise DataError(f"{root} holds no XML files of VOC, or none that its lists name.")
     if len({sample.id for sample in samples}) < len(samples):
         raise DataError(f"{root}: several XML files are of one image. wanted: one XML file an image.")
+    notes += table.notes()
     classes = _classes(root, drawings, named)
 
     def read_target(sample: Sample, size: Size) -> Target:
@@ -263,14 +264,18 @@ def read_segmentation(name: str, root: Path, named: Sequence[str] | None = None)
     samples = []
     for stem in stems:
         image = image_of.get(stem, top / "JPEGImages" / f"{stem}.jpg")
-        row = table.get(image.name, {})
         identity = image.relative_to(root).as_posix()
+        row = table.row(identity, image.name)
         split = split_of.get(stem) or row.get("split") or ""
         labels = json.dumps([str(masks.get(stem, top / CLASS_MASKS / f"{stem}.png")), str(numbered.get(stem, ""))])
         samples.append(Sample(identity, image, row.get("group") or identity, split, labels))
     if not samples:
         raise DataError(f"{top} holds no masks. wanted: PNG files in SegmentationClass/.")
-    classes = read_classes(root, named) or ("background", *VOC_CLASSES)
+    notes = table.notes()
+    classes = read_classes(root, named)
+    if classes is None:
+        classes = ("background", *VOC_CLASSES)
+        notes.append("classes are called as VOC's own twenty; name yours in classes.txt or featprobe.toml")
     with_objects = all(stem in numbered for stem in stems)
 
     def read_target(sample: Sample, size: Size) -> Target:
@@ -280,7 +285,7 @@ def read_segmentation(name: str, root: Path, named: Sequence[str] | None = None)
         return Target(labels, _objects(labels, objects, size) if with_objects else None)
 
     tasks = tasks_of(masks=True, instances=with_objects)
-    return DataSet(name, root, classes, samples, tasks, read_target)
+    return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
 def _indices(path: Path, size: Size) -> Labels:

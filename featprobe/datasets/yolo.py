@@ -53,7 +53,7 @@ def read_yolo(name: str, root: Path) -> DataSet:
             if identity in label_of:
                 raise DataError(f"{path} lists the image {own} twice in {split}.")
             whole = group_of(own, image)
-            row = table.get(own) or table.get(whole) or table.get(image.name) or {}
+            row = table.row(own, whole, image.name)
             label_of[identity] = kept_below(root, _label_path(root, image))
             samples.append(Sample(identity, image, row.get("group") or whole, split, str(label_of[identity])))
     if not samples:
@@ -65,6 +65,7 @@ def read_yolo(name: str, root: Path) -> DataSet:
         raise DataError(f"{root} has no label files. wanted: {label_of[bare[0]]} and its like.")
     counts = counted(len(bare), "image has no label file and counts", "images have no label file and count")
     notes = [f"{counts} as free of objects: {listed(bare)}"] if bare else []
+    notes += table.notes()
     masks = _all_polygons(label_of.values())
 
     def read_target(sample: Sample, size: Size) -> Target:
