@@ -26,7 +26,7 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import frame_image, read_levels
-from featprobe.errors import CacheIncompleteError, ProbeError, ShapeError
+from featprobe.errors import CacheError, CacheIncompleteError, ProbeError, ShapeError
 from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement, place
 from featprobe.levels import FeatureLevel
@@ -58,7 +58,7 @@ from featprobe.stages.forecast import REHEARSED
 from featprobe.stages.probe import find_caches, probe
 from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.records import extraction_seconds
-from featprobe.stages.workspace import Workspace, make_generated
+from featprobe.stages.workspace import Workspace, make_generated, name_of
 from featprobe.targets import IGNORE
 
 LEVELS = (FeatureLevel("stride4", 5, 4), FeatureLevel("stride8", 7, 8), FeatureLevel("stride16", 11, 16))
@@ -987,6 +987,20 @@ def test_an_incomplete_cache_is_a_note_unless_its_name_then_stands_for_none(tmp_
     for data in ((), ("parts",)):
         with pytest.raises(CacheIncompleteError, match="4 of 4 rows are missing"):
             find_caches(workspace, "semseg", data, ())
+
+
+def test_a_path_means_the_set_that_lies_there_and_no_other_of_its_name(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    roots = [tmp_path / place / "parts" for place in ("one", "two", "new parts")]
+    folders = [workspace.cache_folder(name_of(root), root) for root in roots[:2]]
+    for folder in folders:
+        filled_cache(folder / "some-00000000.h5")
+    for root, folder in zip(roots, folders, strict=False):
+        found, _ = find_caches(workspace, "semseg", (str(root),), ())
+        assert [cache.path.parent for cache in found] == [folder]
+    assert len(find_caches(workspace, "semseg", ("parts",), ())[0]) == 2
+    with pytest.raises(CacheError, match=r"no cache of the data set '.*new parts/parts'.*Known: parts"):
+        find_caches(workspace, "semseg", (str(roots[2]),), ())
 
 
 def test_a_task_that_no_cache_serves_names_each_set_once(tmp_path: Path) -> None:

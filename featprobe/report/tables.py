@@ -1,5 +1,6 @@
 """Result rows as tables."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     defects alone (with two or more), seconds of training, head parameters, the score of each class. A task's columns
     are nan for the others.
     """
-    frame = pd.DataFrame([_line(row) for row in rows])
+    frame = pd.DataFrame([_line(row) for row in _told_apart(rows)])
     keys = ["task", "backbone", "data", "regime", "head", "cache", "recipe"]
     grouped = frame.groupby(keys, sort=False, dropna=False)
     table = grouped.mean()
@@ -74,6 +75,14 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _told_apart(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows whose data set has a name of its own: that of its folder where one name stands for several sets."""
+    folder_of = [str(row["folder"]).partition("/")[0] for row in rows]
+    sets = {(row["data"], folder) for row, folder in zip(rows, folder_of, strict=True)}
+    several = {name for name, count in Counter(name for name, _ in sets).items() if count > 1}
+    return [{**r, "data": f} if r["data"] in several else r for r, f in zip(rows, folder_of, strict=True)]
+
+
 def _data_text(row: Mapping[str, Any]) -> str:
     notes = [] if row["split"] == "own" else [SplitChoice.parse(row["split"]).text]
     images = counted(row["images"]["train"], "image")
@@ -101,7 +110,7 @@ def percent(share: float | None) -> float:
 def result_text(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
     """Result rows as text: a table per task and data set, with the classes in its own order; see `table_text`."""
     blocks: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in _told_apart(rows):
         blocks.setdefault((row["task"], _data_text(row)), []).append(row)
     return "\n\n".join(f"{data}\n{table_text(_texts(result_table(own)), width)}" for (_, data), own in blocks.items())
 

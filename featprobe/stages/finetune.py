@@ -107,7 +107,7 @@ def _asked_for(
     splits = single_splits(options.split)
     found = []
     for cache in splittable(caches, options.split, notes):
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, options.split)]
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
         for split, fraction, seed in product(splits, options.fractions, range(options.seeds or 1)):
             one = Missing(cache, task, replace(options, split=split), seed, fraction)
             run = one.run(workspace)
@@ -163,7 +163,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     if not found:
         raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(dict.fromkeys(notes)))
     for one in found:
-        notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.options.split)]
+        notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.task, one.options.split)]
     return found, notes
 
 

@@ -72,10 +72,10 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
         views=options.views or (),
     )
     check_turns(recipe.views, recipe.size, recipe.fit)
-    path = workspace.cache_folder(data) / f"{recipe.label}-{recipe.key[:8]}.h5"
+    path = workspace.cache_folder(data.name, data.root) / f"{recipe.label}-{recipe.key[:8]}.h5"
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
-    command = command_of(backbone.spec, workspace.data_argument(data), options)
+    command = command_of(backbone.spec, workspace.data_argument(data.name, data.root), options)
     how = {name: getattr(options, name) for name in ("format", "group_from", "split_file")}
     return Job(
         path, recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,

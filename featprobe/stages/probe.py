@@ -15,7 +15,7 @@ from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits, split_notes, split_rows
 from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.trials import Run, Say
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import Workspace, name_of
 
 DENSE_ONLY = ("loss", "loss_at", "class_weights")
 
@@ -62,7 +62,7 @@ def _probe(
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     for cache in caches:
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, options.split)]
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
         for fraction in options.fractions:
             shown = False
             for split, seeds in product(splits, _passes(options)):
@@ -153,9 +153,10 @@ def find_caches(
             broken.append(error)
     names = {cache.data.name for cache in found}
     labels = {cache.recipe.label for cache in found}
-    wanted_data = [Path(name).resolve().name if name not in names else name for name in data]
-    for asked, known, what in ((wanted_data, names, "data set"), (backbones, labels, "backbone")):
-        unknown = [name for name in asked if name not in known]
+    folders = {n: workspace.cache_folder(name_of(Path(n)), Path(n)).name for n in data if n not in names}
+    here = {cache.path.parent.name for cache in found}
+    for asked, known, what in ((data, names, "data set"), (backbones, labels, "backbone")):
+        unknown = [name for name in asked if name not in known and folders.get(name) not in here]
         if unknown and broken:
             raise broken[0]
         if unknown:
@@ -163,9 +164,12 @@ def find_caches(
                 f"There is no cache of the {what} {unknown[0]!r} in {workspace.cache}. {nearest(unknown[0], known)}\n"
                 "Make one:  featprobe extract --backbone NAME --data NAME"
             )
-    asked_for = [
-        c for c in found if (not data or c.data.name in wanted_data) and (not backbones or c.recipe.label in backbones)
-    ]
+
+    def is_asked_for(cache: Cache) -> bool:
+        by_data = not data or cache.data.name in data or cache.path.parent.name in folders.values()
+        return by_data and (not backbones or cache.recipe.label in backbones)
+
+    asked_for = [cache for cache in found if is_asked_for(cache)]
     if not asked_for and broken:
         raise broken[0]
     if not asked_for:
@@ -210,7 +214,7 @@ def left_aside(error: CacheIncompleteError) -> str:
     return f"left aside: {' '.join(str(error).splitlines())}"
 
 
-def notes_of(cache: Cache, split: str) -> list[str]:
+def notes_of(cache: Cache, task: str, split: str) -> list[str]:
     """What a cache says of its data, less what another split mends, of its split, and the rows it can't use."""
     by = SplitChoice.parse(split).by
     notes = [note for note in cache.data.notes if by == "own" or "split" not in note]
@@ -222,7 +226,7 @@ def notes_of(cache: Cache, split: str) -> list[str]:
             f"split by image: {counted(count, 'image')} of {counted(groups, 'group')}, so test holds parts that "
             "training saw"
         )
-    if "detect" in cache.data.tasks and not cache.own_ids:
+    if task != "semseg" and not cache.own_ids:
         notes.append("its files call several images by one id, so predictions.json counts the images from 1")
     unreadable = len(set(cache.image_of[cache.done == UNREADABLE].tolist()))
     if unreadable:

@@ -97,7 +97,7 @@ class Workspace:
         if name in GENERATED:
             return read_data(name, self.generated(name), *how, complete)
         if Path(name).exists():
-            return read_data(re.sub(r"[^\w.-]+", "_", Path(name).resolve().name), Path(name), *how, complete)
+            return read_data(name_of(Path(name)), Path(name), *how, complete)
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
@@ -117,14 +117,14 @@ class Workspace:
         """The folder of a built-in set, made whole or not at all when it is not there yet."""
         return make_generated(name, self.data / name)
 
-    def cache_folder(self, data: DataSet) -> Path:
-        """cache/<data>: the set's name and 6 hex digits of who it is."""
-        return self.cache / f"{data.name}-{hashlib.sha256(self.data_argument(data).encode()).hexdigest()[:6]}"
+    def cache_folder(self, name: str, root: Path) -> Path:
+        """cache/<data>: a set's name and 6 hex digits of who it is."""
+        return self.cache / f"{name}-{hashlib.sha256(self.data_argument(name, root).encode()).hexdigest()[:6]}"
 
-    def data_argument(self, data: DataSet) -> str:
+    def data_argument(self, name: str, root: Path) -> str:
         """What names this very set on the command line: its name where it has one here, else its path."""
-        known = data.name in self.config.get("data", {}) or data.root == self.data / data.name
-        return data.name if known else str(data.root.resolve())
+        known = name in self.config.get("data", {}) or root == self.data / name
+        return name if known else str(root.resolve())
 
     def cache_files(self) -> list[Path]:
         """Every cache file here, by data set and name."""
@@ -168,6 +168,15 @@ class Workspace:
                 except DataError as error:
                     raise FeatprobeError(f"{path}, [{section}.{name}]: {error}") from error
         return config
+
+
+def name_of(path: Path) -> str:
+    """What a data set is called that is named by its path.
+
+    >>> name_of(Path("/scans/new castings"))
+    'new_castings'
+    """
+    return re.sub(r"[^\w.-]+", "_", path.resolve().name)
 
 
 def _fault_of(section: str, entry: Any) -> str:
