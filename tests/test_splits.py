@@ -4,17 +4,30 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import CPU, PoolingBackbone, opened, options, spy_on_writes, write_set
+from helpers import (
+    CPU,
+    PoolingBackbone,
+    data_info,
+    opened,
+    options,
+    random_maps,
+    recipe_of,
+    rows_of,
+    spy_on_writes,
+    write_set,
+)
 from helpers import extract as extract_into
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featprobe.cache import CacheWriter, create_file
 from featprobe.cli.main import cli
 from featprobe.datasets import DataSet, read_data
 from featprobe.datasets.samples import Sample
@@ -38,7 +51,7 @@ from featprobe.stages.data import write_split
 from featprobe.stages.extract import extract_with
 from featprobe.stages.finetune import missing_counterparts
 from featprobe.stages.partition import SCARCE_FIRST, classes_of, single_splits, split_notes, split_rows
-from featprobe.stages.probe import probe
+from featprobe.stages.probe import notes_of, probe
 from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.results import ObjectTest, load_results
 from featprobe.stages.workspace import Workspace, make_generated
@@ -233,6 +246,20 @@ def test_a_split_file_must_list_the_images_that_are_there() -> None:
         file.placed(["a", "b", "c", "d"], list("abcd"))
     assert "2 images that it does not list: c, d" in str(caught.value)
     assert "1 that it lists and that are not there: x" in str(caught.value)
+
+
+def test_another_split_is_not_told_what_the_own_one_lacks(tmp_path: Path) -> None:
+    places = {name: ("", "val" if name == "c" else "train") for name in "abc"}
+    path = tmp_path / "a.h5"
+    own = complete_splits(pin(set_of(*"abc"), SplitFile(Path("mine.csv"), places, 0)))
+    assert [note.split(",")[0].split(":")[0] for note in own.notes] == [
+        "the set has the splits train and val only", "validation was carved from train by group"
+    ]  # fmt: skip
+    assert create_file(path, recipe_of(), replace(data_info(), notes=own.notes), rows_of(4), {})
+    with CacheWriter(path) as writer:
+        writer.write(0, random_maps(recipe_of(), 4))
+    assert notes_of(opened(path), "semseg", "own")[:2] == list(own.notes)
+    assert not set(own.notes) & set(notes_of(opened(path), "semseg", "image"))
 
 
 def test_a_file_that_leaks_is_used_and_told_and_one_without_val_gets_it_from_train() -> None:

@@ -1,5 +1,6 @@
 """The commands of `featprobe data`."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -277,7 +278,8 @@ def data_split(
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo(
-        f"{out}: {counted(sum(report.images.values()), 'image')}; use it:  featprobe probe --data {name} --split {out}"
+        f"{out}: {counted(sum(report.images.values()), 'image')}; use it:  "
+        + shlex.join(["featprobe", "probe", "--data", name, "--split", str(out)])
     )
 
 

@@ -189,7 +189,7 @@ def read_data(
             return complete_splits(data) if complete else data
         data = pin(data, read_split_file(split_file))
         return complete_splits(data, f"the split of {split_file.name}") if complete else data
-    inside = listed(sorted(p.name for p in root.iterdir()), 8) if root.is_dir() else "a file"
+    inside = listed(sorted(p.name for p in root.iterdir()), 8) if root.is_dir() else "a file, and no folder"
     wanted = known[own].layout if own else f"one of the formats {', '.join(known)}"
     to_do = "" if own else f"\nWhat each looks for is told by naming it:  featprobe data info {root} --format NAME"
     raise DataError(
