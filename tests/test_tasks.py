@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 
 from featprobe.cache import open_cache
 from featprobe.cache.reader import FeatureLoader
-from featprobe.datasets.images import read_levels
+from featprobe.datasets.images import read_levels, write_levels
 from featprobe.errors import DataError, ProbeError
 from featprobe.probes import TrainRecipe, load_head
 from featprobe.report.tables import result_table
@@ -525,6 +525,22 @@ def test_predict_takes_folders_keeps_names_apart_and_goes_on_past_bad_images(
         find_images([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="would both be written as a"):
         find_images([scans / "a.png", scans / "left" / "a.png"])
+
+
+def test_predict_tells_levels_that_the_head_has_not_seen(
+    trained: tuple[Workspace, dict[str, dict[str, Any]]], tmp_path: Path
+) -> None:
+    workspace, rows = trained
+    source = next((workspace.data / "xray" / "images").glob("*.png"))
+    levels = read_levels(source)
+    (tmp_path / "scans").mkdir()
+    write_levels(tmp_path / "scans" / "same.tif", levels)
+    folder = workspace.probes / rows["semseg"]["folder"]
+    assert predict(folder, [tmp_path / "scans"], tmp_path / "first", quiet=True).notes == ()
+    write_levels(tmp_path / "scans" / "darker.tif", levels // 50)
+    (note,) = predict(folder, [tmp_path / "scans"], tmp_path / "second", quiet=True).notes
+    assert note.startswith("more than 10% of the pixels lie outside") and " in 1 image, " in note
+    assert "darker.tif" in note and "same.tif" not in note
 
 
 def test_predict_takes_every_page_of_a_stack(

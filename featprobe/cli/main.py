@@ -394,6 +394,8 @@ def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **option
         return show_json(asdict(report))
     for name, reason in report.left_out:
         click.echo(f"left out: {name}: {reason}")
+    for note in report.notes:
+        click.echo(f"note: {note}")
     click.echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
 
 

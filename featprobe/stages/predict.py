@@ -20,7 +20,8 @@ from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images import SUFFIXES, bits_of, frame_image, read_levels, to_unit
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
-from featprobe.errors import DataError, ProbeError
+from featprobe.datasets.samples import listed
+from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.probes import load_head, objects_at_original
@@ -33,18 +34,23 @@ from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.survey import skippable
 from featprobe.targets import Labels, decode_rle
 
+CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a head says of one image, at its original size: class indices or objects with scores."""
+    """What a head says of one image, at its original size: class indices or objects with scores.
+
+    clipped: share of its pixels outside of the head's intensity window; 0 where there is none.
+    """
 
     image: Path
     name: str
     size: tuple[int, int]
     semantic: Labels | None
     objects: Objects | None
+    clipped: float
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,13 @@ class _Piece:
 
 @dataclass(frozen=True)
 class PredictReport:
-    """What was written where; left_out: images that can't be read, with the reason."""
+    """What was written where; left_out: images that can't be read, with the reason; notes: what to know of the rest."""
 
     out: Path
     images: int
     files: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
 
 
 class Predictor:
@@ -94,14 +101,15 @@ class Predictor:
         predictions = []
         for i, found in groupby(self._found(pieces, len(images)), lambda pair: pair[0].image):
             (path, name), size = images[i], (read[i].shape[0], read[i].shape[1])
+            clipped = self._clipped(read[i])
             if self.task == "semseg":
                 stride: Any = self.head.stride
                 logits = (([own], piece.placement, piece.part) for piece, own in found)
                 (semantic,) = stitched_classes(logits, stride, size)
-                predictions.append(Prediction(path, name, size, semantic.cpu().numpy(), None))
+                predictions.append(Prediction(path, name, size, semantic.cpu().numpy(), None, clipped))
             else:
                 objects = [(objects_at_original(own, piece.placement), piece.part) for piece, own in found]
-                predictions.append(Prediction(path, name, size, None, stitched_objects(objects, size)))
+                predictions.append(Prediction(path, name, size, None, stitched_objects(objects, size), clipped))
         return predictions
 
     def picture(self, path: Path) -> NDArray[np.float32]:
@@ -124,6 +132,12 @@ class Predictor:
                 f"Its grey levels would mean something else. Give it images of {wanted} bits."
             )
         return read_levels(path)
+
+    def _clipped(self, levels: NDArray[Any]) -> float:
+        if self.recipe.window is None:
+            return 0.0
+        low, high = self.recipe.window
+        return float(np.mean((levels < low) | (levels > high)))
 
     def _parts(self, levels: NDArray[Any]) -> list[Part] | list[None]:
         """The tiles of an image, as the head's training images were cut; None for an image that is not cut."""
@@ -220,7 +234,13 @@ def predict(
         written = coco_of(done, predictor.classes, ids)
         (out / "predictions.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")
-    return PredictReport(out, len(done), files, tuple(left_out))
+    clipped = [str(one.image) for one in done if one.clipped > CLIPPED_WARNING]
+    notes = [
+        f"more than {CLIPPED_WARNING:.0%} of the pixels lie outside of the levels that the head knows "
+        f"({' to '.join(f'{level:g}' for level in predictor.recipe.window or ())}) in "
+        f"{counted(len(clipped), 'image')}, and what it says there counts for little: {listed(clipped)}"
+    ]
+    return PredictReport(out, len(done), files, tuple(left_out), tuple(notes if clipped else ()))
 
 
 def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Path, str]]:
