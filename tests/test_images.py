@@ -1,14 +1,11 @@
 """Images of every kind: nothing lost in decoding, one intensity policy wherever they are read, and hostile files."""
 
-import io
 import os
 import struct
 import sys
-import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +27,20 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGLosslessSV1,
-    RLELossless,
     generate_uid,
 )
 
 from featprobe.datasets import DataSet, read_data
-from featprobe.datasets.decode import MAX_PIXELS
 from featprobe.datasets.images import (
     bits_of,
     frame_image,
-    hash_image,
     image_size,
     image_window,
     read_levels,
     to_unit,
     training_window,
 )
-from featprobe.datasets.objects import stored_pixels
-from featprobe.datasets.pages import pages_of, tiff_images
+from featprobe.datasets.pixels import MAX_PIXELS
 from featprobe.errors import DataError
 from featprobe.geometry import place
 from featprobe.specs import Intensity
@@ -310,308 +303,6 @@ def test_a_tiff_of_several_pages_says_how_many_and_how_to_cut_it(tmp_path: Path,
     for look in (read_levels, image_size, bits_of):
         with pytest.raises(DataError, match=r"(?s)holds 3 images.*tiffsplit scan\.tif scan-"):
             look(path)
-
-
-# ---- files of several pages ------------------------------------------------------------------------------------------
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "little": {},
-    "big": {"byteorder": ">"},
-    "bigtiff": {"bigtiff": True},
-    "big bigtiff": {"bigtiff": True, "byteorder": ">"},
-    "lzw": {"compression": "lzw", "predictor": True},
-    "strips": {"compression": "zlib", "rowsperstrip": 3},
-    "tiles": {"compression": "zstd", "tile": (16, 16), "byteorder": ">"},
-}
-PAGES = st.lists(
-    st.one_of(DEEP, nst.arrays(np.uint8, st.tuples(SIDES, SIDES)), nst.arrays(np.uint8, (7, 5, 3))),
-    min_size=2,
-    max_size=5,
-)
-
-
-def write_pages(path: Path, pages: list[NDArray[Any]], **layout: Any) -> None:
-    """A TIFF of a page for each array, of whatever sizes, with a smaller copy and a transparency mask behind each."""
-    with tifffile.TiffWriter(
-        path, **{name: layout.pop(name) for name in ("bigtiff", "byteorder") & layout.keys()}
-    ) as t:
-        for values in pages:
-            colour = "rgb" if values.ndim == 3 else "minisblack"
-            t.write(values, photometric=colour, metadata=None, **layout)
-            t.write(values[::2, ::2], photometric=colour, metadata=None, subfiletype=1, **layout)
-            opaque = np.ones(values.shape[:2], dtype=bool)
-            t.write(opaque, photometric="mask", metadata=None, subfiletype=4)
-
-
-@FEW
-@given(pages=PAGES, layout=st.sampled_from(list(LAYOUTS)))
-def test_page_i_of_a_stack_is_array_i(tmp_path: Path, pages: list[NDArray[Any]], layout: str) -> None:
-    path = tmp_path / "stack.tif"
-    write_pages(path, pages[:-1], **LAYOUTS[layout])
-    before = [hash_image(page) for page in pages_of(path)] if len(pages) > 2 else []
-    write_pages(path, pages, **LAYOUTS[layout])
-    found = pages_of(path)
-    assert [page.relative_to(tmp_path).as_posix() for page in found] == [
-        f"stack.tif/{i:04d}" for i in range(len(pages))
-    ]
-    for page, values in zip(found, pages, strict=True):
-        read = read_levels(page)
-        assert read.dtype == values.dtype and np.array_equal(read, values)
-        assert (image_size(page), bits_of(page)) == (values.shape[:2], 8 * values.dtype.itemsize)
-        tifffile.imwrite(tmp_path / "one.tif", values, photometric="rgb" if values.ndim == 3 else "minisblack")
-        mode, labels = stored_pixels(page)
-        alone, wanted = stored_pixels(tmp_path / "one.tif")
-        assert mode == alone and np.array_equal(labels, wanted)
-    hashes = [hash_image(page) for page in found]
-    assert hashes[: len(before)] == before, "a page's hash is its own, whatever follows"
-    for i, j in combinations(range(len(pages)), 2):
-        same = pages[i].dtype == pages[j].dtype and np.array_equal(pages[i], pages[j])
-        assert (hashes[i] == hashes[j]) == same
-    for look in (read_levels, image_size, bits_of):
-        with pytest.raises(DataError, match=f"holds {len(pages)} images"):
-            look(path)
-    said = "can't be read as a mask" if layout == "big bigtiff" else f"holds {len(pages)} images"  # beyond Pillow
-    with pytest.raises(DataError, match=said):
-        stored_pixels(path)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "write"),
-    [
-        (bool, {"photometric": "minisblack"}),
-        (bool, {"photometric": "miniswhite"}),
-        (np.uint8, {"photometric": "miniswhite"}),
-        (np.uint8, {"photometric": "minisblack", "bitspersample": 4}),
-        (np.uint8, {"photometric": "palette", "colormap": np.arange(768, dtype=np.uint16).reshape(3, 256)}),
-        (np.int16, {"photometric": "minisblack"}),
-        (np.int32, {"photometric": "minisblack"}),
-        (np.float32, {"photometric": "minisblack"}),
-    ],
-)
-def test_a_page_of_masks_is_read_like_a_mask_of_its_own(tmp_path: Path, dtype: Any, write: dict[str, Any]) -> None:
-    masks = np.random.default_rng(0).integers(0, 2 if dtype is bool else 16, (3, 8, 10)).astype(dtype)
-    tifffile.imwrite(tmp_path / "masks.tif", masks, metadata=None, **write)
-    for page, values in zip(pages_of(tmp_path / "masks.tif"), masks, strict=True):
-        tifffile.imwrite(tmp_path / "one.tif", values, metadata=None, **write)
-        (mode, found), (alone, wanted) = stored_pixels(page), stored_pixels(tmp_path / "one.tif")
-        assert mode == alone and np.array_equal(found, wanted)
-    with pytest.raises(DataError, match="holds 3 images"):
-        stored_pixels(tmp_path / "masks.tif")
-    with pytest.raises(DataError, match=r"frames\.dcm/0001 can't be read as a mask"):
-        stored_pixels(frames_of(tmp_path / "frames.dcm", np.zeros((2, 4, 4), np.uint8))[1])
-
-
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("colour", [False, True])
-def test_imagej_stacks_behind_one_ifd_are_read_plane_by_plane(tmp_path: Path, order: str, colour: bool) -> None:
-    path = tmp_path / "stack.tif"
-    kind = (np.uint8, (6, 9, 8, 3)) if colour else (np.uint16, (6, 9, 8))
-    stack = np.random.default_rng(0).integers(0, 256, kind[1]).astype(kind[0])
-    photometric = "rgb" if colour else "minisblack"
-    tifffile.imwrite(path, stack, imagej=True, truncate=True, byteorder=order, photometric=photometric)
-    with tifffile.TiffFile(path) as file:
-        assert len(file.pages) == 1
-    pages = pages_of(path)
-    assert len(pages) == 6 and len({hash_image(page) for page in pages}) == 6
-    for page, values in zip(pages, stack, strict=True):
-        assert np.array_equal(read_levels(page), values) and np.array_equal(stored_pixels(page)[1], values)
-    os.truncate(path, path.stat().st_size - values.nbytes - 1)
-    assert np.array_equal(read_levels(pages[3]), stack[3])
-    with pytest.raises(DataError, match=r"0005 is truncated or damaged"):
-        read_levels(pages[5])
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_images_that_hide_behind_a_page_are_refused(tmp_path: Path, count: int) -> None:
-    stack = np.zeros((count, 8, 9), np.uint16)
-    tifffile.imwrite(tmp_path / "shaped.tif", stack, truncate=True, photometric="minisblack")
-    planes = (33629, 5, count, (1, 1) * count, True)
-    tifffile.imwrite(tmp_path / "a.stk", stack[0], photometric="minisblack", metadata=None, extratags=[planes])
-    for name in ("shaped.tif", "a.stk"):
-        if count == 1:
-            assert np.array_equal(read_levels(tmp_path / name), stack[0])
-            continue
-        with pytest.raises(DataError, match="several images behind one page"):
-            read_levels(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["3", "003", "00003", "+003", " 003", "-001", "0x03", "000a", "٠٠٠٣"])
-def test_a_page_has_one_name(tmp_path: Path, name: str) -> None:
-    write_pages(tmp_path / "stack.tif", [np.eye(9, dtype=np.uint8)] * 4)
-    for look in (read_levels, hash_image, image_size):
-        with pytest.raises(DataError, match=r"is no page of stack\.tif\.\n  wanted .* of four digits, as 0003"):
-            look(tmp_path / "stack.tif" / name)
-    with pytest.raises(DataError, match=r"0004 is not there: stack\.tif holds 4 pages\. wanted: 0000 to 0003"):
-        read_levels(tmp_path / "stack.tif" / "0004")
-    for alone in ("a.tif", "a.png", "a.npy", "a.dcm"):
-        WRITERS[alone](tmp_path / alone, np.eye(9, dtype=np.uint16))
-        with pytest.raises(DataError, match=r"holds one image\. Name the file alone"):
-            read_levels(tmp_path / alone / "0000")
-
-
-def test_a_folder_that_is_called_like_a_stack_holds_files(tmp_path: Path) -> None:
-    levels = np.arange(81, dtype=np.uint16).reshape(9, 9)
-    (tmp_path / "stack.tif").mkdir()
-    Image.fromarray(levels).save(tmp_path / "stack.tif" / "0003", format="PNG")
-    assert np.array_equal(read_levels(tmp_path / "stack.tif" / "0003"), levels)
-
-
-def test_what_is_remembered_of_a_stack_is_forgotten_with_it(tmp_path: Path) -> None:
-    path = tmp_path / "stack.tif"
-    for pages, compression in ((3, None), (5, "zlib"), (2, "lzw")):
-        stack = np.random.default_rng(pages).integers(0, 999, (pages, 20, 30), dtype=np.uint16)
-        tifffile.imwrite(path, stack, compression=compression, photometric="minisblack")
-        for age in (0, 10_000 * pages, -10_000 * pages):
-            os.utime(path, (time.time() - age,) * 2)
-            assert all(np.array_equal(read_levels(p), own) for p, own in zip(pages_of(path), stack, strict=True))
-
-
-@pytest.mark.parametrize("age", [10_000, -10_000])
-def test_a_stack_is_looked_at_once_in_the_future_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float
-) -> None:
-    path = tmp_path / "stack.tif"
-    tifffile.imwrite(path, np.zeros((3, 20, 30), np.uint16), photometric="minisblack")
-    os.utime(path, (time.time() - age,) * 2)
-    found = tiff_images(path)
-    monkeypatch.setattr("featprobe.datasets.pages._Tiff", None)
-    assert tiff_images(path) == found and len(found) == 3
-
-
-def test_listing_looks_at_nothing_but_ifds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, layout in LAYOUTS.items():
-        write_pages(tmp_path / f"{name}.tif", [np.zeros((64, 64), np.uint16)] * 3, **layout)
-        tifffile.imwrite(tmp_path / f"{name} alone.tif", np.zeros((64, 64), np.uint16), **layout)
-    monkeypatch.setattr(tifffile, "TiffFile", None)
-    read: list[int] = []
-    plain = io.FileIO.read
-
-    class Counting(io.FileIO):
-        def read(self, count: int | None = -1) -> bytes:
-            data = plain(self, count)
-            read.append(len(data))
-            return data
-
-    monkeypatch.setattr(Path, "open", lambda path, mode, buffering=-1: Counting(path, mode))
-    for name in LAYOUTS:
-        assert len(pages_of(tmp_path / f"{name}.tif")) == 3
-        read.clear()
-        assert pages_of(tmp_path / f"{name} alone.tif") == [tmp_path / f"{name} alone.tif"]
-        assert len(read) <= 4 and sum(read) < 2000, name
-
-
-def frames_of(path: Path, frames: NDArray[Any], syntax: str = ExplicitVRLittleEndian, **more: Any) -> list[Path]:
-    """A DICOM file of several frames, and its pages."""
-    big = syntax == ExplicitVRBigEndian
-    stored = frames.astype(frames.dtype.newbyteorder(">" if big else "<")).tobytes()
-    more = {"PixelData": stored + b"\0" * (len(stored) % 2), "NumberOfFrames": len(frames)} | more
-    write_dicom(path, frames[0], syntax, **more)
-    return pages_of(path)
-
-
-def rescaling(slope: float, intercept: float) -> Dataset:
-    """A functional group of DICOM that rescales."""
-    group, transformation = Dataset(), Dataset()
-    transformation.RescaleSlope, transformation.RescaleIntercept, transformation.RescaleType = slope, intercept, "US"
-    group.PixelValueTransformationSequence = [transformation]
-    return group
-
-
-@FEW
-@given(
-    frames=nst.arrays(np.uint16, st.tuples(st.integers(2, 4), SIDES, SIDES))
-    | nst.arrays(np.uint8, st.tuples(st.integers(2, 4), st.just(3), st.sampled_from([3, 5]))),
-    syntax=st.sampled_from([ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian]),
-    packed=st.booleans(),
-)
-def test_frame_i_of_a_dicom_file_is_array_i(tmp_path: Path, frames: NDArray[Any], syntax: str, packed: bool) -> None:
-    path = tmp_path / "scan.dcm"
-    pages = frames_of(path, frames, syntax)
-    if packed and syntax == ExplicitVRLittleEndian:
-        data = pydicom.dcmread(path)
-        data.compress(RLELossless)
-        data.save_as(path)
-    assert [page.name for page in pages] == [f"{i:04d}" for i in range(len(frames))]
-    for page, values in zip(pages, frames, strict=True):
-        assert np.array_equal(read_levels(page), values) and image_size(page) == values.shape
-        assert bits_of(page) == 8 * values.dtype.itemsize
-    assert len({hash_image(page) for page in pages}) == len(pages)
-    with pytest.raises(DataError, match=f"holds {len(frames)} images"):
-        read_levels(path)
-
-
-def test_frames_of_dicom_are_rescaled_one_by_one_or_all_alike(tmp_path: Path) -> None:
-    frames = np.random.default_rng(0).integers(0, 65536, (3, 8, 9), dtype=np.uint16)
-    own = [(1.0, 0.0), (2.0, -7.0), (0.5, 3.0)]
-    groups = [rescaling(*each) for each in own]
-    pages = frames_of(tmp_path / "each.dcm", frames, PerFrameFunctionalGroupsSequence=groups)
-    for page, values, (slope, intercept) in zip(pages, frames, own, strict=True):
-        assert bits_of(page) == 32 and np.allclose(read_levels(page), values.astype(float) * slope + intercept)
-    for shared, bits in (((2.0, -7.0), 32), ((1.0, 0.0), 16)):
-        pages = frames_of(tmp_path / "all.dcm", frames, SharedFunctionalGroupsSequence=[rescaling(*shared)])
-        assert {bits_of(page) for page in pages} == {bits}
-        assert np.allclose(read_levels(pages[2]), frames[2].astype(float) * shared[0] + shared[1])
-    write_dicom(tmp_path / "one.dcm", frames[0], SharedFunctionalGroupsSequence=[rescaling(2, 1)])
-    assert np.allclose(read_levels(tmp_path / "one.dcm"), frames[0].astype(float) * 2 + 1)
-    pages = frames_of(tmp_path / "white.dcm", frames, PhotometricInterpretation="MONOCHROME1")
-    assert np.array_equal(read_levels(pages[1]), 65535 - frames[1])
-
-
-def test_hostile_stacks_end_with_the_clear_error_soon_and_in_little_memory(tmp_path: Path) -> None:
-    page = tiff(GREY_TIFF)[8:-4]  # an IFD without the pointer to the next
-    size = len(page) + 4
-    chain = b"".join(page + struct.pack("<I", 8 + (i + 1) * size) for i in range(20_000))
-    long = b"II*\0" + struct.pack("<I", 8) + chain
-    bigtiff = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 1 << 60)
-    counts = b"ImageJ=1.54f\nimages=4000000000\n\0"
-    described = tiff(GREY_TIFF | {270: 0}, b"\0" * 500)
-    at = described.index(struct.pack("<HHI", 270, 4, 1))
-    described = (
-        described[:at] + struct.pack("<HHII", 270, 2, len(counts), len(described)) + described[at + 12 :] + counts
-    )
-    files = {
-        "long.tif": (long, "holds more than 10000 images"),
-        "circle.tif": (long[: 8 + size * 9] + page + struct.pack("<I", 8 + size), "lead in a circle"),
-        "cut.tif": (long[: 8 + size * 9], "one of its pages is not there"),
-        "far.tif": (tiff(GREY_TIFF, b"\0" * 500, following=2**32 - 1), "one of its pages is not there"),
-        "beyond.tif": (b"II+\0\x08\0\0\0" + b"\xff" * 99, "one of its pages is not there"),
-        "tags.tif": (bigtiff + b"\0" * 99, "tags"),
-        "imagej.tif": (described, "holds 4000000000 images"),
-        "none.tif": (b"II*\0\0\0\0\0", "holds no page"),
-    }
-    tracemalloc.start()
-    began = time.monotonic()
-    for name, (data, said) in files.items():
-        path = tmp_path / name
-        path.write_bytes(data)
-        assert pages_of(path) == [path]
-        for image in (path, path / "0001"):
-            with pytest.raises(DataError, match=said):
-                read_levels(image)
-    frames_of(tmp_path / "frames.dcm", np.zeros((2, 4, 4), np.uint16), NumberOfFrames=2_000_000_000)
-    assert pages_of(tmp_path / "frames.dcm") == [tmp_path / "frames.dcm"]
-    with pytest.raises(DataError, match="holds 2000000000 images"):
-        read_levels(tmp_path / "frames.dcm" / "0001")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 50_000_000 and time.monotonic() - began < 30
-
-
-def test_smaller_copies_of_a_page_are_no_pages(tmp_path: Path) -> None:
-    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
-    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
-        tiff.write(levels, tile=(16, 16), subifds=1)
-        tiff.write(levels[::2, ::2], tile=(16, 16), subfiletype=1)
-        tiff.write(levels[::4, ::4], subfiletype=1)
-    assert np.array_equal(read_levels(tmp_path / "a.tif"), levels)
-
-
-def test_a_suffix_means_nothing_and_the_content_all(tmp_path: Path) -> None:
-    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 200
-    for wrong, right in {"a.dcm": "a.png", "a.png": "a.tif", "a.jpg": "a.npy", "a.tif": "a.dcm"}.items():
-        WRITERS[right](tmp_path / f"x{right[1:]}", levels)
-        os.replace(tmp_path / f"x{right[1:]}", tmp_path / wrong)
-        assert np.array_equal(read_levels(tmp_path / wrong), levels)
 
 
 # ---- the intensity policy --------------------------------------------------------------------------------------------

@@ -989,7 +989,9 @@ def test_an_incomplete_cache_is_a_note_unless_its_name_then_stands_for_none(tmp_
             find_caches(workspace, "semseg", data, ())
 
 
-def test_a_path_means_the_set_that_lies_there_and_no_other_of_its_name(tmp_path: Path) -> None:
+def test_a_path_means_the_set_that_lies_there_and_no_other_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = Workspace(tmp_path)
     roots = [tmp_path / place / "parts" for place in ("one", "two", "new parts")]
     folders = [workspace.cache_folder(name_of(root), root) for root in roots[:2]]
@@ -999,6 +1001,9 @@ def test_a_path_means_the_set_that_lies_there_and_no_other_of_its_name(tmp_path:
         found, _ = find_caches(workspace, "semseg", (str(root),), ())
         assert [cache.path.parent for cache in found] == [folder]
     assert len(find_caches(workspace, "semseg", ("parts",), ())[0]) == 2
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    assert [c.path.parent for c in find_caches(workspace, "semseg", ("parts",), ())[0]] == folders[:1], "it lies here"
     with pytest.raises(CacheError, match=r"no cache of the data set '.*new parts/parts'.*Known: parts"):
         find_caches(workspace, "semseg", (str(roots[2]),), ())
 

@@ -48,10 +48,7 @@ def read_json(path: Path) -> Any:
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Rows of a CSV file that has these columns, all of them filled or empty texts. Raises DataError."""
-    try:
-        rows = list(csv.DictReader(read_text(path).splitlines()))
-    except csv.Error as error:
-        raise DataError(f"{path} can't be read as CSV: {error}.") from error
+    rows = rows_of(read_text(path), path)
     for number, row in enumerate(rows, start=2):
         if any(not isinstance(row.get(column), str) for column in columns):
             raise DataError(f"{path}, row {number} can't be read. wanted: {', '.join(columns)}. found: {row}")

@@ -10,8 +10,9 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.decode import Levels, largest, opened
+from featprobe.datasets.decode import opened
 from featprobe.datasets.pages import misnamed, page_of
+from featprobe.datasets.pixels import Levels, largest
 from featprobe.errors import DataError
 from featprobe.geometry import Placement, Size
 from featprobe.specs import Intensity

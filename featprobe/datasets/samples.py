@@ -58,8 +58,6 @@ class Samples(Sequence[Sample]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Samples) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 class _Column:
     """Texts without the beginning that all of them share, which most paths have."""

@@ -234,13 +234,20 @@ def predict(
         written = coco_of(done, predictor.classes, ids)
         (out / "predictions.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")
+    notes = _clipped_notes(done, predictor.recipe.window)
+    return PredictReport(out, len(done), files, tuple(left_out), tuple(notes))
+
+
+def _clipped_notes(done: Sequence[Prediction], window: tuple[float, float] | None) -> list[str]:
+    """A note on images of other levels than the head was trained on."""
     clipped = [str(one.image) for one in done if one.clipped > CLIPPED_WARNING]
-    notes = [
+    if window is None or not clipped:
+        return []
+    return [
         f"more than {CLIPPED_WARNING:.0%} of the pixels lie outside of the levels that the head knows "
-        f"({' to '.join(f'{level:g}' for level in predictor.recipe.window or ())}) in "
-        f"{counted(len(clipped), 'image')}, and what it says there counts for little: {listed(clipped)}"
+        f"({window[0]:g} to {window[1]:g}) in {counted(len(clipped), 'image')}, and what it says there counts for "
+        f"little: {listed(clipped)}"
     ]
-    return PredictReport(out, len(done), files, tuple(left_out), tuple(notes if clipped else ()))
 
 
 def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Path, str]]:

@@ -153,10 +153,11 @@ def find_caches(
             broken.append(error)
     names = {cache.data.name for cache in found}
     labels = {cache.recipe.label for cache in found}
-    folders = {n: workspace.cache_folder(name_of(Path(n)), Path(n)).name for n in data if n not in names}
     here = {cache.path.parent.name for cache in found}
-    for asked, known, what in ((data, names, "data set"), (backbones, labels, "backbone")):
-        unknown = [name for name in asked if name not in known and folders.get(name) not in here]
+    folder_of = {name: workspace.cache_folder(name_of(Path(name)), Path(name)).name for name in data}
+    at_paths = {name: folder for name, folder in folder_of.items() if folder in here}  # a path comes before a name
+    for asked, known, what in ((data, names | at_paths.keys(), "data set"), (backbones, labels, "backbone")):
+        unknown = [name for name in asked if name not in known]
         if unknown and broken:
             raise broken[0]
         if unknown:
@@ -166,7 +167,8 @@ def find_caches(
             )
 
     def is_asked_for(cache: Cache) -> bool:
-        by_data = not data or cache.data.name in data or cache.path.parent.name in folders.values()
+        by_name = cache.data.name in set(data) - at_paths.keys()
+        by_data = not data or by_name or cache.path.parent.name in at_paths.values()
         return by_data and (not backbones or cache.recipe.label in backbones)
 
     asked_for = [cache for cache in found if is_asked_for(cache)]
