@@ -36,7 +36,8 @@ from featprobe.datasets.images import read_levels
 TARGET = 0.9
 BUDGET = 1280  # bytes of an image in an index, the text of its five polygons included
 WORKERS = 2
-OBJECTS, SHARE = 5, 0.06  # triangles an image, and their share of its sides: 0.03 to 0.08 in BSData and DeepPCB
+OBJECTS = 5  # an image, triangles
+SHARE = 0.06  # of an image's sides that an object has: 0.03 to 0.08 in BSData and DeepPCB
 RGB, FOLDERS = "PNG, 8-bit RGB", "folders"
 
 Triangles = NDArray[np.float64]  # (objects, 3, 2): pixels, x y
@@ -76,10 +77,10 @@ def write_images(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
     return {kind: [folder / f"{i:04}-{name}" for i in range(count)] for kind, (name, _) in KINDS.items()}
 
 
-def triangles(rng: np.random.Generator, side: int) -> Triangles:
-    """Objects of an image."""
-    corners = rng.uniform(0, (1 - SHARE) * side, (OBJECTS, 1, 2)).round(2)
-    return corners + np.array([(0, 0), (1, 0), (0.5, 1)]) * SHARE * side
+def triangles(rng: np.random.Generator, side: int, share: float = SHARE) -> Triangles:
+    """Objects of an image; share: of its sides."""
+    corners = rng.uniform(0, (1 - share) * side, (OBJECTS, 1, 2)).round(2)
+    return corners + np.array([(0, 0), (1, 0), (0.5, 1)]) * share * side
 
 
 def write_coco(root: Path, drawn: Mapping[str, Triangles], side: int) -> None:
@@ -145,10 +146,10 @@ READERS = {
 """Format -> what writes a set of it."""
 
 
-def label_sets(folder: Path, pictures: Sequence[Path], side: int) -> dict[str, DataSet]:
+def label_sets(folder: Path, pictures: Sequence[Path], side: int, share: float) -> dict[str, DataSet]:
     """The same pictures with the same objects in every format: format -> its data set."""
     rng = np.random.default_rng(0)
-    drawn = {path.name: triangles(rng, side) for path in pictures}
+    drawn = {path.name: triangles(rng, side, share) for path in pictures}
     sets = {}
     for name in READERS:
         root = folder / name
@@ -177,7 +178,7 @@ def measure(folder: Path, options: argparse.Namespace) -> Timings:
     """Seconds of every arm in turn, each over all files of its kind."""
     files = write_images(folder / "files", options.images, options.side)
     check_equal(files)
-    sets = label_sets(folder, files[RGB], options.side)
+    sets = label_sets(folder, files[RGB], options.side, options.share)
 
     def labelled(data: DataSet, sample: Sample) -> None:
         height, width = read_levels(sample.image).shape[:2]
@@ -245,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=positive, default=32, help="of each kind")
     parser.add_argument("--side", type=positive, default=640, help="pixels")
+    parser.add_argument("--share", type=float, default=SHARE, help="of an image's sides that an object has")
     parser.add_argument("--rounds", type=positive, default=11)
     parser.add_argument(
         "--scale", type=positive, nargs="?", const=20_000, help="count the index of this many images instead"
