@@ -1,6 +1,6 @@
 """Few training images with the defaults, against short trainings whose last weights are kept.
 
-    python benchmarks/fractions.py
+    python benchmarks/few_images.py
 
 The defaults look for the number of iterations on validation and keep the weights of the best validation point. On a few
 images that has to be about as good as the better of two numbers that were chosen with the test scores in sight, 60 and
@@ -65,7 +65,7 @@ def main() -> None:
                     "difference": f"{difference:+.1f}",
                 }
             )
-    report("fractions: defaults less the better of short trainings, points", worst, TARGET, table, seeds=options.seeds)
+    report("few_images: defaults less the better of short trainings, points", worst, TARGET, table, seeds=options.seeds)
 
 
 if __name__ == "__main__":
