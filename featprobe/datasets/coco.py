@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from featprobe.datasets.files import named_below, read_json, start_of
 from featprobe.datasets.objects import SLACK, Tally, box_instance, check_stated, partly
 from featprobe.datasets.pages import group_of, page_of
-from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, tasks_of
 from featprobe.datasets.values import (
     NOTHING,
     check_names,
@@ -31,7 +31,6 @@ from featprobe.errors import DataError, LabelSizeError, OutOfImageError, looks_l
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Rle, Target, decode_rle, semantic_from_instances
 
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
 OPTIONAL = {
     "images": ("height", "width", "split", "group"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import xxhash
 
-from featprobe.datasets.samples import SPLITS, DataSet, listed
+from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
 from featprobe.errors import DataError, counted
 
 SHARES: Mapping[str, float] = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -121,6 +121,7 @@ def complete_splits(data: DataSet, called: str = "its own split") -> DataSet:
     set of train and val only has its val scored as test. Leaks and choices are told in the notes.
     called: what the notes call the split that samples have.
     """
+    data = replace(data, samples=tuple(replace(sample, split=split_of(sample.split)) for sample in data.samples))
     named = {sample.split for sample in data.samples if sample.split}
     notes = list(data.notes)
     if not named:
