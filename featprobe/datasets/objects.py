@@ -149,8 +149,13 @@ def read_pixels(path: Path, modes: Sequence[str], wanted: str) -> NDArray[np.uin
 
 
 def read_binary(path: Path, above: int = 0) -> Labels:
-    """A mask of 0 and 1 from a grey one: 1 where it is brighter than `above`. Raises DataError."""
+    """A mask of 0 and 1 from a grey one: 1 where it is brighter than `above`.
+
+    Raises DataError, also where something is drawn and nothing of it is as bright.
+    """
     values = read_pixels(path, ("L", "P", "1"), "8-bit grey")
+    if 0 < values.max(initial=0) <= above:
+        raise DataError(f"{path} is a mask of levels up to {values.max()}. wanted: 0 and 255, or 0 alone.")
     return (values > above).astype(np.uint8)  # (height, width)
 
 

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
@@ -20,7 +20,7 @@ from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import checked, show
 from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.trials import Run, Say
-from featprobe.stages.workspace import Workspace, is_of
+from featprobe.stages.workspace import Workspace, fits, is_of
 
 REGIMES = ("frozen", "frozen-online", "full")
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
@@ -167,7 +167,28 @@ def _type_faults(name: str, value: Any) -> list[str]:
         return [f"{name} is no {'list' if name in LISTS else 'single value'}"]
     kind = KINDS.get(name, str)
     entries = value if isinstance(value, list) else [value]
-    return [f"{name}: {entry!r} is no {kind.__name__}" for entry in entries if not is_of(entry, kind)]
+    wrong = [f"{name}: {entry!r} is no {kind.__name__}" for entry in entries if not is_of(entry, kind)]
+    wrong += [f"{name} holds an empty text" for entry in entries if entry == ""]
+    if name == "train" and not wrong:
+        wrong = [f"train.{kind}: {own!r} is no section" for kind, own in value.items() if not isinstance(own, dict)]
+        wrong += [fault for kind, own in value.items() if isinstance(own, dict) for fault in _misfits(kind, own)]
+    return wrong + (_misfits("tuning", value, Tuning) if name == "tuning" and not wrong else [])
+
+
+def _misfits(where: str, values: Mapping[str, Any], of: type = TrainRecipe) -> list[str]:
+    """Values that are not what the fields of a dataclass take; names that are none of them are told elsewhere."""
+    hints = get_type_hints(of)
+    place = "tuning" if of is Tuning else f"train.{where}"
+    return [
+        f"{place}: {name} = {value!r} is no {_said(hints[name])}"
+        for name, value in values.items()
+        if name in hints and not fits(value, hints[name])
+    ]
+
+
+def _said(hint: Any) -> str:
+    """An annotation in words: int, or the values that it allows."""
+    return hint.__name__ if isinstance(hint, type) else " or ".join(map(str, get_args(hint)))
 
 
 def _faults(study: Study, workspace: Workspace) -> list[str]:
