@@ -70,8 +70,8 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     A file's split is named by its stem or folder (train, val, test); an image's entry may also carry
     `split` and `group`. What is `isthing` 0, itself or by its category, is painted over the objects and is none; a
     set whose categories all are has no objects. A category that is `background`, or called so, is class 0. Of several
-    categories of one name those without annotations are left out. Numbers may be written as texts. Raises DataError when
-    the files disagree on their categories, or two categories of one name have annotations.
+    categories of one name those without annotations are left out. Numbers may be written as texts. Raises DataError
+    when the files disagree on their categories, or two categories of one name have annotations.
     """
     loaded = [(path, _load(path)) for path in files]
     used = {same_id(annotation["category_id"]) for _, data in loaded for annotation in data["annotations"]}
@@ -143,7 +143,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             f"  wanted  a segmentation for each\n  found   none for {bare}"
         )
     tasks = tasks_of(masks=masks and (bool(outlined.count) or not things), instances=things)
-    category_ids = tuple(own for own, i in sorted(index.items(), key=lambda item: item[1]) if i)
+    category_ids: tuple[Any, ...] = tuple(own for own, i in sorted(index.items(), key=lambda item: item[1]) if i)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes), category_ids)
 
 

@@ -75,7 +75,7 @@ def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[st
     if long:
         raise DataError(
             f"{path}, row {long[0]} has more cells than there are columns. A name with a {separator!r} in it stands in "
-            f'quotes.\n  wanted  {", ".join(header)}\n  found   {separator.join(rows[long[0] - 1])[:200]}'
+            f"quotes.\n  wanted  {', '.join(header)}\n  found   {separator.join(rows[long[0] - 1])[:200]}"
         )
     needed = max(header.index(name) for name in columns)
     short = [number for number, row in enumerate(rows, start=1) if any(row) and len(row) <= needed]

@@ -149,8 +149,8 @@ def _is_binary(paths: Sequence[Path], root: Path) -> tuple[bool, list[str]]:
                 kind = full if seen == {IGNORE} else both if IGNORE in seen else index
                 kind.add(path.relative_to(root))
     if full.count and both.count:
-        said = f"{counted(full.count, 'mask holds', 'masks hold')} 255 and no class ({full}): 255 is ignored, as {both} "
-        return False, [f"{said}{'says' if both.count == 1 else 'say'} by 1 and 255 in one mask"]
+        held = counted(full.count, "mask holds", "masks hold")
+        return False, [f"{held} 255 and no class ({full}): it is ignored, as by 1 and 255 in one mask ({both})"]
     if full.count and index.count:
         raise DataError(
             f"{root} has masks of 0 and 255 beside masks of 0 and 1, so that 255 may be the class or `ignore`.\n"

@@ -39,7 +39,9 @@ class Labelmap:
         """
         mode, values = stored_pixels(path)
         if mode not in (*COLOURED, *INDEXED):
-            raise DataError(f"{path} is a mask of the pixel format {mode}. wanted: RGB colours, a palette or 8-bit grey.")
+            raise DataError(
+                f"{path} is a mask of the pixel format {mode}. wanted: RGB colours, a palette or 8-bit grey."
+            )
         if mode in COLOURED:
             return self._named(_coded(values), self.of_colour, "#{:06x}", path)
         by_line = {**dict(enumerate(self.of_line)), IGNORE: IGNORE}
@@ -62,7 +64,7 @@ class Labelmap:
 
 
 def read_labelmap(root: Path, *folders: Path) -> Labelmap | None:
-    """The labelmap.txt of the first of these folders, all below `root`, that has one; None without. Raises DataError."""
+    """The labelmap.txt of the first of these folders below `root` that has one; None without. Raises DataError."""
     path = next((folder / NAME for folder in (*folders, root) if not is_missing(folder / NAME)), None)
     if path is None:
         return None

@@ -35,8 +35,8 @@ def box_instance(
 ) -> Instance:
     """An object of a box x1 y1 x2 y2, pixels; it may pass the image's edge by a pixel, which is clipped.
 
-    rle, area: of its mask, as Instance has them. Raises OutOfImageError, naming `where`, for a box that is empty or lies
-    elsewhere, and for a mask without a pixel: nothing that is found could ever match such an object.
+    rle, area: of its mask, as Instance has them. Raises OutOfImageError, naming `where`, for a box that is empty or
+    lies elsewhere, and for a mask without a pixel: nothing that is found could ever match such an object.
     """
     if rle is not None and not coco_mask.area(rle):
         raise OutOfImageError(f"{where}: the mask is empty. wanted: one pixel or more, else nothing can match it.")

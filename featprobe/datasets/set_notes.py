@@ -1,4 +1,4 @@
-"""What can be said of labels as a set, alike for all formats: copies of objects, classes alike, parts without groups."""
+"""What can be said of labels as a set, in all formats: copies of objects, classes alike, parts without groups."""
 
 import re
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ OF_FOLDERS = PATTERNS[1]
 
 
 def copies_in(target: Target, classes: Sequence[str]) -> list[str]:
-    """Objects of an image that stand there more than once: of one class, one box and one mask. Crowds are left aside."""
+    """Objects of an image that stand there more than once: of one class, one box and one mask. No crowds."""
     objects = (i for i in target.instances or () if not i.crowd)
     seen = Counter((i.category, i.box_xyxy, i.rle and str(i.rle["counts"])) for i in objects)
     return [

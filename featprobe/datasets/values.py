@@ -1,4 +1,4 @@
-"""Values of label files and tables, read as what they plainly mean or refused with their place; never by Python's truth.
+"""Values of label files and tables: read as what they plainly mean, or refused with their place.
 
 Exporters write numbers as texts, and truth as 1, "1" or "true". A boolean is no number, `1_000` and an empty text are
 none either, and "0" is not true.
@@ -16,7 +16,7 @@ T = TypeVar("T")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 ENDLESS = re.compile(r"[+-]?(inf(inity)?|nan)", re.IGNORECASE)
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-NOTHING = (None, "", [], {})
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = 200
 
@@ -101,7 +101,7 @@ def to_name(value: Any, where: object) -> str:
 
 def stated_side(value: Any, where: object) -> int | None:
     """A side of an image as its labels state it, pixels; None for 0 and nothing, by which exporters say "unknown"."""
-    return None if value in NOTHING and not isinstance(value, bool) else to_whole(value, where) or None
+    return None if value in NOTHING else to_whole(value, where) or None
 
 
 def gathered(makers: Iterable[Callable[[], T]]) -> list[T]:

@@ -87,10 +87,10 @@ def find_voc(root: Path) -> list[Place]:
 def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
     """The data set of VOC's XML files; an image is found by the stem of its XML file, never by what that says.
 
-    Boxes count pixels from 1 and include their last, but where corners at 0, or between pixels, say that they count from
-    0: `counts_from`. A `difficult` object becomes a crowd: it is neither asked for nor
-    held against a head. ImageSets/Main/*.txt names the splits where there is one, else the folders do; samples.csv
-    (image,split,group) may name both splits and groups. Classes are the names, sorted, or those named.
+    Boxes count pixels from 1 and include their last, but where corners say that they count from 0: `counts_from`. A
+    `difficult` object becomes a crowd: it is neither asked for nor held against a head. ImageSets/Main/*.txt names the
+    splits where there is one, else the folders do; samples.csv (image,split,group) may name both splits and groups.
+    Classes are the names, sorted, or those named.
     """
     table = own_table(root)
     samples: list[Sample] = []
@@ -203,7 +203,7 @@ def read_xml(path: Path) -> Drawn:
     stated = None if size is None else _texts(size, ("height", "width"), f"{path}, size")
     objects = enumerate(top.findall("object"), start=1)
     boxes = gathered(partial(_box, thing, f"{path}, object {i}") for i, thing in objects)
-    return Drawn(path, stated and (stated[0], stated[1]), tuple(boxes))
+    return Drawn(path, None if stated is None else (stated[0], stated[1]), tuple(boxes))
 
 
 def _box(thing: ET.Element, where: str) -> tuple[str, tuple[float, ...], bool]:

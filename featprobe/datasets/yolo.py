@@ -113,7 +113,7 @@ def read_yolo(name: str, root: Path) -> DataSet:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(read_text(path), PlainLoader)  # noqa: S506  # a SafeLoader
+        data = yaml.load(read_text(path), PlainLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read as YAML: {error}.") from error
     if not isinstance(data, dict):
@@ -233,7 +233,9 @@ def _instance(words: Sequence[str], classes: Sequence[str], size: Size, where: s
     if kind not in range(len(classes) - 1):
         raise DataError(f"{where}: wanted a class of 0 to {len(classes) - 2}, found {words[0]}.")
     if keypoints and len(words) not in (BOX_WORDS, BOX_WORDS + keypoints):
-        raise DataError(f"{where}: wanted a class, a box and {keypoints} numbers of keypoints, found {len(words)} words.")
+        raise DataError(
+            f"{where}: wanted a class, a box and {keypoints} numbers of keypoints, found {len(words)} words."
+        )
     height, width = size
     if keypoints or len(words) == BOX_WORDS:
         x, y, w, h = (v * side for v, side in zip(values[:4], (width, height) * 2, strict=True))

@@ -142,7 +142,15 @@ def check(
     with in_threads(lambda sample: _look_at(data, sample), data.samples, workers) as results:
         found = list(tqdm(results, total=len(data.samples), desc="checking", unit="img", disable=quiet, leave=False))
     near = _near_pairs(found)
-    findings += [*_faults(found), *_object_copies(found), *_leaks(data), *_copies(found), *_near(near), *_mixed(found), *_missing(data, found)]
+    findings += [
+        *_faults(found),
+        *_object_copies(found),
+        *_leaks(data),
+        *_copies(found),
+        *_near(near),
+        *_mixed(found),
+        *_missing(data, found),
+    ]
     own_leak = leaks([sample.group for sample in data.samples], [sample.split for sample in data.samples])
     splits = {split: _of_split(data, found, split) for split in [*SPLITS, *_other_splits(data)]}
     sizes = sorted(f.size for f in found if f.size)

@@ -215,7 +215,7 @@ def _senseless(entry: Mapping[str, Any]) -> list[str]:
         "intensity": Intensity.parse,
         "views": parse_views,
     }
-    checks = [partial(parse, entry[key]) for key, parse in parsers.items() if key in entry]
+    checks: list[Callable[[], object]] = [partial(parse, entry[key]) for key, parse in parsers.items() if key in entry]
     checks.append(partial(Tiling.of, *(entry.get(key) for key in ("tile", "overlap", "empty_tiles", "fit"))))
     found = []
     for check in checks:
