@@ -47,6 +47,11 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} can't be read as JSON: {error}.") from error
 
 
+def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a CSV file that has these columns, as `rows_of` reads them. Raises DataError."""
+    return rows_of(read_text(path), path, columns, optional)
+
+
 def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
     """Rows of a table that a spreadsheet may have written: comma, semicolon or tab separate, blanks around are no part.
 
@@ -125,7 +130,7 @@ def read_table(path: Path) -> Table:
 
     Raises DataError for a table without images, and one that names an image twice.
     """
-    rows = [] if is_missing(path) else rows_of(read_text(path), path, ("image",), ("split", "group"))
+    rows = [] if is_missing(path) else read_csv(path, ("image",), ("split", "group"))
     return Table(path, by_name(rows, "image", path))
 
 

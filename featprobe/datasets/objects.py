@@ -16,6 +16,7 @@ from featprobe.datasets.files import is_missing, kept_below, read_text
 from featprobe.datasets.pages import count_pages, page_of
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import stated_side
+from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages take it from here
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle

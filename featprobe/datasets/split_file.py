@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featprobe.datasets.files import by_name, read_text, rows_of
+from featprobe.datasets.files import by_name, read_csv
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
 from featprobe.errors import DataError, nearest
 from featprobe.specs import digest
@@ -59,9 +59,8 @@ def read_split_file(path: Path) -> SplitFile:
     Raises DataError for a missing column, an id that stands there twice, an unknown split, an empty one, and a mixture
     of splits and folds.
     """
-    text = read_text(path)
     try:
-        rows = rows_of(text, path, ("id", "split"), ("group",))
+        rows = read_csv(path, ("id", "split"), ("group",))
         if not rows:
             raise DataError(f"{path} has no rows. wanted: a row for each image.")
     except DataError as error:

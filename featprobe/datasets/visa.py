@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featprobe.datasets.files import below, is_missing, kept_below, read_text, rows_of
+from featprobe.datasets.files import below, is_missing, kept_below, read_csv
 from featprobe.datasets.objects import check_size, read_binary
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
@@ -39,7 +39,7 @@ def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
     samples: list[Sample] = []
     known: set[str] = set()
     gone: set[str] = set()
-    rows = rows_of(read_text(kept_below(table.parent.parent, table)), table, COLUMNS)
+    rows = read_csv(kept_below(table.parent.parent, table), COLUMNS)
     for number, row in enumerate(rows, start=2):
         where = f"{table}, row {number}"
         if one is None and not below(root, row["object"], where).is_dir():
