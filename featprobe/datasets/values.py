@@ -14,6 +14,7 @@ from featprobe.errors import DataError, looks_like
 
 T = TypeVar("T")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+DIGITS = re.compile(r"[+-]?\d{1,4000}", re.ASCII)
 ENDLESS = re.compile(r"[+-]?(inf(inity)?|nan)", re.IGNORECASE)
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 NOTHING: tuple[Any, ...] = (None, "", [], {})
@@ -66,11 +67,11 @@ def to_whole(value: Any, where: object, least: int = 0, wanted: str = "") -> int
     """A whole number from `least` on; 96.0 and "96" are 96. Raises DataError, naming `where`."""
     said = wanted or f"a whole number from {least} on"
     number = to_number(value, where, said)
-    if number != int(number) or number < least:
+    digits = isinstance(value, int) or (isinstance(value, str) and DIGITS.fullmatch(value.strip()))
+    whole = int(value) if digits else int(number)  # of a large one the float is another number
+    if (not digits and number != whole) or whole < least:
         raise DataError(f"{where}: wanted {said}, found {shown(value)}.")
-    plain = value.strip() if isinstance(value, str) else value
-    exact = isinstance(plain, int) or (isinstance(plain, str) and plain.lstrip("+").isdecimal())
-    return int(plain) if exact else int(number)
+    return whole
 
 
 def to_truth(value: Any, where: object, default: bool = False) -> bool:
