@@ -1,6 +1,7 @@
 """Reader for COCO JSON: polygons, uncompressed and compressed RLE, boxes, crowds, groups."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ OPTIONAL = {
 READ = {"id", "file_name", "height", "width", "category_id", "segmentation", "bbox", "area", "iscrowd", "isthing"}
 
 
+PLAIN_NUMBER = re.compile(r"0|-?[1-9]\d{0,99}", re.ASCII)
 T = TypeVar("T")
 Id = int | str
 """What a file calls an image or a category; `same_id` tells which are the same."""
@@ -154,7 +156,7 @@ def same_id(value: Any) -> Id:
     (7, 7, '07')
     """
     if isinstance(value, str):
-        return int(value) if value.isascii() and value.isdecimal() and str(int(value)) == value else value
+        return int(value) if PLAIN_NUMBER.fullmatch(value) else value
     return int(value)
 
 

@@ -15,6 +15,7 @@ from featprobe.datasets.samples import listed
 from featprobe.datasets.values import raise_all
 from featprobe.errors import DataError, counted, looks_like
 
+LONGEST, LONGEST_NAME = 2048, 255  # bytes of a path, half of what systems take, and of a name in it
 SEPARATORS = (",", ";", "\t")  # of columns: spreadsheets write each of them
 
 
@@ -175,6 +176,11 @@ def named_below(root: Path, text: str, where: object, base: Path | None = None) 
     plain = text.replace("\\", "/")
     absolute = plain.startswith("/") or plain[1:2] == ":"
     relative = Path(os.path.normpath((base or root).relative_to(root) / plain))
+    names = [part.encode("utf-8", "replace") for part in relative.parts]
+    if len(b"/".join(names)) > LONGEST or any(len(name) > LONGEST_NAME for name in names):
+        raise DataError(
+            f"{where} names a path that is too long for any file: {text[:80]!r}… of {len(text)} characters."
+        )
     if absolute or not plain or "\0" in plain or relative.parts[:1] == ("..",):
         raise DataError(
             f"{where} names a path that is not below the data folder.\n"
