@@ -406,18 +406,19 @@ HEADERS = [
     " Image ,SPLIT,Group",
     "\ufeffimage\tsplit\tgroup",
     "group;note;image;split",
+    "sep=;\nimage;split;group",
 ]
 
 
 @pytest.mark.parametrize("header", HEADERS)
 def test_headers_are_known_in_any_case_and_with_blanks(tmp_path: Path, header: str) -> None:
     folder_set(tmp_path)
-    mark = next(m for m in ";\t," if m in header)
+    mark, columns = next(m for m in ";\t," if m in header), header.rpartition("\n")[2]
     places = {"image": "p{i}.png", "split": "Train", "group": "part", "note": "x, y"}
     rows = [header]
     for i in range(4):
         cells = {**places, "split": ("Train", "training", "VALID", " test")[i], "group": f"part{i // 2}"}
-        names = [name.strip("\ufeff ").lower() for name in header.split(mark)]
+        names = [name.strip("\ufeff ").lower() for name in columns.split(mark)]
         rows.append(f"{mark} ".join(cells[name].format(i=i) for name in names))
     text(tmp_path / "samples.csv", "\n".join([*rows, mark * 2, ""]))
     data = read_data("set", tmp_path)
@@ -759,3 +760,22 @@ def test_a_set_that_names_its_groups_is_asked_for_none(tmp_path: Path) -> None:
     rows = "".join(f"part{i // 3}_{i}.png,{SPLITS[i % 3]},part{i // 3}\n" for i in range(12))
     text(tmp_path / "set" / "samples.csv", "image,split,group\n" + rows)
     assert not any("own group" in note for note in read_data("set", tmp_path / "set").notes)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path) -> None:
+    text(tmp_path / "featprobe.toml", "\ufeff[data.parts]\npath = 'set'\n")
+    assert Workspace(tmp_path).data_names()[-1] == "parts"
+
+
+def test_the_name_of_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    said = "names a path that is too long for any file"
+    assert said in refused(yolo_set(tmp_path / "a", data=YAML.replace("images/val", "x" * 9999)))
+    assert said in refused(labelme_set(tmp_path / "b", imagePath="x" * 300 + ".png"))
+
+
+def test_rectangles_alone_are_told_to_be_no_outlines(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(tmp_path / f"p{i}.png", seed=i)
+        box = {"label": "pore", "points": [[3, 2], [8, 7]], "shape_type": "rectangle"}
+        text(tmp_path / f"p{i}.json", json.dumps({"shapes": [box], "imagePath": f"p{i}.png"}))
+    assert "every shape is a rectangle: masks are whole boxes" in read_data("set", tmp_path).notes

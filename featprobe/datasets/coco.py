@@ -93,7 +93,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             kind = bare if annotation.get("segmentation") in NOTHING else outlined
             kind.add(f"{path.name}, annotation {annotation.get('id', f'at place {i}')}")
         ids = {same_id(image["id"]) for image in data["images"]}
-        unknown = sorted(str(own) for own in by_image.keys() - ids)
+        unknown = sorted(map(shown, by_image.keys() - ids))
         if unknown:
             raise DataError(f"{path} has annotations of images that it does not list: {listed(unknown)}.")
         if len(ids) < len(data["images"]):

@@ -59,8 +59,10 @@ def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[st
     Columns are known in any case. Rows of empty cells are none. Raises DataError for a column that is missing, stands
     there twice, or looks like a known one that is missing, and for rows of more cells than columns.
     """
-    first = text.partition("\n")[0]
-    separator = next((mark for mark in SEPARATORS if mark in first), ",")
+    first, _, rest = text.partition("\n")
+    stated = first.strip().removeprefix("sep=") if first.startswith("sep=") else ""  # a spreadsheet's own word for it
+    text, first = (rest, "") if stated else (text, first)
+    separator = next((mark for mark in SEPARATORS if mark in (stated or first)), ",")
     try:
         cells = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
     except csv.Error as error:

@@ -97,6 +97,7 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
             kind = rectangles if shape.kind == "rectangle" else polygons
             kind.add(f"{drawing.path.name}, {shape.part_of}")
     notes += partly("whole boxes are read as masks", rectangles, "as rectangles", polygons)
+    notes += ["every shape is a rectangle: masks are whole boxes"] if rectangles.count and not polygons.count else []
     bare = [path.name for path in images if path not in drawn]
     if bare:
         counts = counted(len(bare), "image has no labelme file and is", "images have no labelme file and are")

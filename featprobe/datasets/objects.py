@@ -162,9 +162,11 @@ def read_binary(path: Path, above: int = 0) -> Labels:
 
 def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
     """Class names, the background first. Raises DataError when they are too many, too few, or not distinct."""
-    if not 2 <= len(classes) < IGNORE or len(set(classes)) < len(classes):
+    twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
+    if not 2 <= len(classes) < IGNORE or twice:
+        said = f", of which several are called {listed(twice)}" if twice else ""
         raise DataError(
-            f"{where} names {len(classes)} classes ({', '.join(classes)[:200]}).\n"
+            f"{where} names {len(classes)} classes ({', '.join(classes)[:200]}){said}.\n"
             f"  wanted  2 to {IGNORE - 1}, each once, the background first"
         )
     return tuple(classes)

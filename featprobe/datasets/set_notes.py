@@ -81,9 +81,10 @@ def _groups(ids: Sequence[str], pattern: str) -> dict[str, list[str]]:
     It does where it matches all ids, the parts are three or more, none is more than half of all images, and most images
     share theirs with another.
     """
-    found = [re.search(pattern, own) for own in ids]
+    search = re.compile(pattern).search
     groups: dict[str, list[str]] = defaultdict(list)
-    for own, match in zip(ids, found, strict=True):
+    for own in ids:
+        match = search(own)
         if match is None:
             return {}
         groups[match[1]].append(own)

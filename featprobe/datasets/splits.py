@@ -121,8 +121,10 @@ def complete_splits(data: DataSet, called: str = "its own split") -> DataSet:
     set of train and val only has its val scored as test. Leaks and choices are told in the notes.
     called: what the notes call the split that samples have.
     """
-    data = replace(data, samples=tuple(replace(sample, split=split_of(sample.split)) for sample in data.samples))
     named = {sample.split for sample in data.samples if sample.split}
+    if any(split_of(word) != word for word in named):
+        data = replace(data, samples=tuple(replace(sample, split=split_of(sample.split)) for sample in data.samples))
+        named = set(map(split_of, named))
     notes = list(data.notes)
     if not named:
         splits = split_by_group([s.group for s in data.samples])

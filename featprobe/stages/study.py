@@ -143,7 +143,7 @@ class StudyReport:
 def read_study(path: Path, workspace: Workspace) -> Study:
     """A study file, checked; raises DataError that lists everything in it that does not exist."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     known = [entry.name for entry in fields(Study)]

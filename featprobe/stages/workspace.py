@@ -152,7 +152,7 @@ class Workspace:
         if not path.is_file():
             return {}
         try:
-            config = tomllib.loads(path.read_text(encoding="utf-8"))
+            config = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
         faults = _faults_in(config)
