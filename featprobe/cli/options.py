@@ -135,7 +135,7 @@ _HEAD = [
         "--iterations",
         metavar="N|auto",
         callback=iterations,
-        help="Training steps; auto: train ever longer until validation gains no more; it is the default where --fraction "
+        help="Training steps; auto: train ever longer until validation gains no more; the default where --fraction "
         "is below 1.  [default: 1000 linear, 400 fcos, 300 others]",
     ),
     click.option(
