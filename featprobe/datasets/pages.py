@@ -21,6 +21,11 @@ T = TypeVar("T")
 DIGITS = 4
 MAX_PAGES = 10**DIGITS
 PAGED = (".tif", ".tiff", ".dcm", ".dicom")  # the only files that are looked into for pages where a folder is listed
+LOOKED_AT_FIRST = 132  # bytes that tell a TIFF and a DICOM file from others
+VALUE_TYPES = frozenset(
+    "AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
+)
+LONG_TYPES = frozenset("OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two bytes, and a length of four
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_TAGS = 4096  # of an IFD; tifffile takes more for damage, too
 SUBFILE, OLD_SUBFILE, DESCRIPTION = 254, 255, 270  # tags
@@ -80,8 +85,8 @@ def group_of(identity: str, image: Path) -> str:
 def count_pages(file: Path) -> int:
     """How many images a TIFF or a DICOM file holds; 1 for any other. Raises DataError, and OSError as `open` does."""
     with file.open("rb", buffering=0) as stream:
-        start = stream.read(132)
-        if start[128:] == b"DICM":
+        start = stream.read(LOOKED_AT_FIRST)
+        if is_dicom(start):
             try:
                 return _count_frames(stream)
             except Exception as error:  # pydicom raises whatever it likes on damaged files, and may not be there
@@ -133,8 +138,32 @@ def _count_frames(stream: BinaryIO) -> int:
     from pydicom.filereader import read_partial
 
     stream.seek(0)
-    header = read_partial(stream, stop_when=lambda tag, vr, length: tag > FRAMES, specific_tags=[FRAMES])
+    header = read_partial(stream, stop_when=lambda tag, vr, length: tag > FRAMES, specific_tags=[FRAMES], force=True)
     return int(header.get("NumberOfFrames") or 1)
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that begins with these 132 bytes is DICOM: `DICM` behind a preamble, or a bare data set.
+
+    A bare one, as older systems write, is told by its first two elements: the first is of group 2 or 8, tags rise, and
+    lengths are even, in little endian.
+    """
+    if start[128:] == b"DICM":
+        return True
+    place, last, met = 0, -1, 0
+    while place + 8 <= len(start) and met < 2:
+        group, element, kind, length = struct.unpack_from("<HH2sH", start, place)
+        tag = group << 16 | element
+        if not (tag > last and (met or group in (2, 8)) and group < 0x7FE0):
+            return False
+        if kind.decode("latin-1") not in VALUE_TYPES:  # implicit: four bytes of length follow the tag
+            length = struct.unpack_from("<I", start, place + 4)[0]
+        elif kind.decode("latin-1") in LONG_TYPES:
+            length = int.from_bytes(start[place + 8 : place + 12], "little") + 4
+        if length % 2:
+            return False
+        place, last, met = place + 8 + length, tag, met + 1
+    return met == 2
 
 
 # ---- TIFF ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featprobe.datasets.files import read_text, rows_of
+from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import SPLITS, DataSet, listed
 from featprobe.errors import DataError, nearest
 from featprobe.specs import digest
@@ -37,8 +38,9 @@ class SplitFile:
 
         Raises DataError where the file's images are not those of `ids`.
         """
-        unlisted = [name for name in ids if name not in self.places]
-        gone = sorted(self.places.keys() - set(ids))
+        places = renamed(self.places, ids)
+        unlisted = [name for name in ids if name not in places]
+        gone = sorted(places.keys() - set(ids))
         if unlisted or gone:
             found = [f"{len(unlisted)} images that it does not list: {listed(unlisted)}"] if unlisted else []
             found += [f"{len(gone)} that it lists and that are not there: {listed(gone)}"] if gone else []
@@ -48,7 +50,7 @@ class SplitFile:
                 f"  wanted  a row for each image, and none beside\n  found   {both}\n"
                 "Nothing was done. Mend the file, or name the data set that it belongs to with --data NAME."
             )
-        chosen = [self.places[name] for name in ids]
+        chosen = [places[name] for name in ids]
         return [own or group for (own, _), group in zip(chosen, groups, strict=True)], [split for _, split in chosen]
 
 

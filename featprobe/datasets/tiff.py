@@ -26,13 +26,23 @@ from featprobe.datasets.pixels import (
     turned,
     unusable,
     without_alpha,
+    without_empty,
 )
 from featprobe.errors import DataError
+from featprobe.targets import IGNORE
 
 PLACES = (273, 324, 330)  # tags that say where in the file something lies: strips, tiles, further IFDs
 STK_PLANES = 33629  # MetaMorph's tag with an entry for each plane behind an IFD
 PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # what a TIFF says of its samples that are levels as they are
 CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
+BANDS = {"RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # samples that it needs; of the others, one
+BITS, INKS, NUMBER_FORMAT, NODATA = 258, 332, 339, 42113  # tags
+CMYK, JPEG = 1, (6, 7)  # an ink set, and compressions that decode to RGB
+ALPHA = (1, 2)  # what ExtraSamples says of an alpha channel: premultiplied, or not
+EXTREME, NEAR = (
+    1e30,
+    1e-5,
+)  # beyond it no level lies by chance, and texts of few digits are meant: a relative difference
 
 
 @contextmanager
@@ -52,19 +62,100 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
         check_extent(path, page.imagelength, page.imagewidth)
         _check_planes(path, page, plane, behind_one)
         kind = getattr(page.photometric, "name", str(page.photometric))
-        known = kind in PLAIN or (page.bitspersample <= 8 and kind in CONVERTED)
-        if not known or page.dtype is None or page.samplesperpixel > 4 or page.imagedepth > 1:
-            raise DataError(unusable(path, f"{kind}, {page.samplesperpixel} x {page.bitspersample} bits"))
+        bits = _only_one(page, BITS, page.bitspersample)
+        known = kind in PLAIN or (kind in CONVERTED and bits is not None and bits <= 8)
+        other_colours = (kind == "SEPARATED" and page.tags.valueof(INKS, default=CMYK) != CMYK) or (
+            kind == "YCBCR" and page.compression not in JPEG
+        )
+        same = bits is not None and _only_one(page, NUMBER_FORMAT, page.sampleformat) is not None
+        if not known or other_colours or not same or page.dtype is None or page.imagedepth > 1:
+            each = f"{page.samplesperpixel} x {bits}" if bits is not None else page.tags.valueof(BITS)
+            raise DataError(unusable(path, f"{kind}, {each} bits"))
+        bands = _bands(page, kind, path)
         turn = page.tags.valueof("Orientation", default=1)
         turn = turn if turn in range(1, 9) else 1
+        nodata = _nodata(page, path)
         yield Opened(
             turned(page.imagelength, page.imagewidth, turn),
             bits_of_dtype(page.dtype, path),
-            lambda: _levels(page, _values(page, plane), kind, path),
+            1 if kind in PLAIN and bands == 1 else 3,
+            lambda: _levels(page, _values(page, plane), kind, nodata, path),
             turn,
             lambda: _bytes(page, plane),
-            lambda: _mask(page, _values(page, plane), kind),
+            lambda: _mask(page, _values(page, plane), kind, nodata),
+            empty="" if nodata is None else f"GDAL_NODATA {nodata:g}",
+            unnamed=kind != "RGB" and kind in PLAIN and bands == 3,
         )
+
+
+def _only_one(page: Any, tag: int, value: Any) -> Any:
+    """The value of a tag that has one for each sample; None where they differ."""
+    each = page.tags.valueof(tag, default=value)
+    return value if not isinstance(each, tuple) or len(set(each)) == 1 else None
+
+
+def _bands(page: Any, kind: str, path: Path) -> int:
+    """How many samples of a pixel hold levels: all but an alpha channel behind them, that ExtraSamples calls so.
+
+    Raises DataError for others than one of grey and three of colour, or what its colours need.
+    """
+    count, wanted = page.samplesperpixel, BANDS.get(kind, 1)
+    extra = [int(code) for code in page.extrasamples][: count - wanted]
+    extra = [0] * (count - wanted - len(extra)) + extra
+    alpha = bool(extra) and extra[-1] in ALPHA
+    bands = count - alpha
+    grey_or_three = bands == wanted or (kind in ("MINISBLACK", "MINISWHITE") and bands == 3)
+    if not grey_or_three or any(code in ALPHA for code in extra[:-1]) or (alpha and kind in CONVERTED):
+        said = ", ".join({0: "unspecified", 1: "alpha", 2: "alpha"}.get(code, str(code)) for code in extra)
+        raise DataError(
+            f"{path} holds {count} bands: {kind}, and behind it {len(extra)} that ExtraSamples calls {said}.\n"
+            "  wanted  1 band of grey or 3 of colour, and at most an alpha channel behind them that is called so\n"
+            f"  found   {bands} bands that hold data\nNothing was read, for a band would be dropped. Write those that are "
+            "meant into a file of their own, as by\n  gdal_translate -b 1 IN OUT\nor set ExtraSamples to 2 (alpha) where "
+            "the last is one."
+        )
+    return bands
+
+
+def _nodata(page: Any, path: Path) -> float | None:
+    """The stored value that GDAL_NODATA calls empty; None for none, and for one that no pixel can have.
+
+    Raises DataError for a text that is no number.
+    """
+    value = page.tags.valueof(NODATA, default="")
+    text = (value.decode("latin-1") if isinstance(value, bytes) else str(value)).strip("\0 ")
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise DataError(
+            f"{path} calls {text[:80]!r} the level of its empty pixels (tag GDAL_NODATA).\n  wanted  a number, or nan\n"
+            "Which pixels are empty can't be told. Mend the tag, or take it away:  gdal_edit.py -unsetnodata FILE"
+        ) from error
+    if page.dtype.kind == "f":
+        return number
+    low, high = (0, 1) if page.dtype.kind == "b" else (np.iinfo(page.dtype).min, np.iinfo(page.dtype).max)
+    return number if number.is_integer() and low <= number <= high else None
+
+
+def _empty(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
+    """(height, width): where all bands of a pixel hold the value that is called empty; None where nothing is.
+
+    Far from all levels (1e30) a few digits of it will do, for GDAL_NODATA is a text.
+    """
+    if nodata is None:
+        return None
+    if np.isnan(nodata):
+        found = np.isnan(values)
+    elif values.dtype.kind == "f" and np.isfinite(nodata) and abs(nodata) > EXTREME:
+        most = float(np.finfo(values.dtype).max)
+        wanted, upwards = min(abs(nodata), most), values if nodata > 0 else -values
+        found = (upwards >= wanted * (1 - NEAR)) & (upwards <= min(wanted * (1 + NEAR), most))
+    else:
+        with np.errstate(over="ignore"):
+            found = values == np.asarray(nodata).astype(values.dtype)
+    return found if found.ndim == 2 else found.all(axis=2)
 
 
 def _values(page: Any, plane: int) -> NDArray[Any]:
@@ -78,8 +169,13 @@ def _values(page: Any, plane: int) -> NDArray[Any]:
     return values
 
 
-def _levels(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
-    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over."""
+def _levels(page: Any, values: NDArray[Any], kind: str, nodata: float | None, path: Path) -> Levels:
+    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over; empty ones masked."""
+    levels = values if kind == "SEPARATED" else without_alpha(values)
+    return without_empty(levels, _empty(levels, nodata), lambda filled: _converted(page, filled, kind, path))
+
+
+def _converted(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
     if kind == "SEPARATED":
         return np.asarray(Image.fromarray(np.ascontiguousarray(values), mode="CMYK").convert("RGB"))
     if kind == "PALETTE":
@@ -87,7 +183,7 @@ def _levels(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
         if (colours & 255).any() and (colours & 255 != colours >> 8).any():
             raise DataError(unusable(path, "a palette of 16 bits"))
         return np.moveaxis((colours >> 8).astype(np.uint8)[:, values.astype(np.intp)], 0, -1)
-    levels = to_levels(without_alpha(values), path)
+    levels = to_levels(values, path)
     if page.bitspersample in (2, 4):
         levels = levels * np.uint8(255 // (2**page.bitspersample - 1))
     if kind != "MINISWHITE":
@@ -97,8 +193,17 @@ def _levels(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
     return levels.dtype.type(largest(levels)) - levels
 
 
-def _mask(page: Any, values: NDArray[Any], kind: str) -> tuple[str, NDArray[Any]]:
-    """The pixel format and the values of a page as Pillow would give them, were it a file of its own."""
+def _mask(page: Any, values: NDArray[Any], kind: str, nodata: float | None) -> tuple[str, NDArray[Any]]:
+    """The pixel format and the values of a page as Pillow would give them, were it a file of its own.
+
+    Empty pixels are IGNORE, but where 0 is called empty: a mask's background.
+    """
+    mode, found = _as_pillow(page, values, kind)
+    empty = _empty(values, nodata) if nodata and values.ndim == 2 and values.dtype.kind in "iu" else None
+    return mode, found if empty is None else np.where(empty, IGNORE, found)
+
+
+def _as_pillow(page: Any, values: NDArray[Any], kind: str) -> tuple[str, NDArray[Any]]:
     if kind == "PALETTE":
         return "P", values
     if values.ndim == 3:
