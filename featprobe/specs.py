@@ -341,10 +341,8 @@ class FeatureRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the cache and the cards keep them; of tiles and empty pixels only where there are some."""
-        idle = [
-            *(("tile", "overlap", "empty_tiles") if self.tile is None else ()),
-            *([] if self.empty_pixels else ["empty_pixels"]),
-        ]
+        idle = [] if self.empty_pixels else ["empty_pixels"]
+        idle += ["tile", "overlap", "empty_tiles"] if self.tile is None else []
         return {name: value for name, value in asdict(self).items() if name not in idle}
 
     @classmethod

@@ -91,7 +91,7 @@ def _padding(header: Any, path: Path) -> tuple[int, int] | None:
         if not low <= found[-1] < low + (1 << stored):
             raise DataError(
                 f"{path} pads its picture with a value that none of its pixels can have.\n"
-                f"  wanted  {low} <= PixelPaddingValue, PixelPaddingRangeLimit < {low + (1 << stored)}, for {stored} bits\n"
+                f"  wanted  PixelPaddingValue and PixelPaddingRangeLimit of {low} to {low + (1 << stored) - 1}\n"
                 f"  found   {number}\nWhich pixels are empty can't be told. Mend the tag, or take it away."
             )
     return min(found), max(found)

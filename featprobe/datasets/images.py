@@ -235,15 +235,16 @@ def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensit
 
     With a window, its lower level becomes 0 and its upper 1, and what lies outside is clipped. Without
     one, levels are divided by the largest value of their number format. policy: whether the window is the image's own
-    (where that is one level, what is above it becomes 1), and whether logarithms are taken; None for neither. Empty pixels become 0.
+    (where that is one level, what is above it becomes 1), and whether logarithms are taken; None for neither. Empty
+    pixels become 0.
     """
     if policy is not None and policy.image:
         window = image_window(levels, policy)
     if isinstance(levels, np.ma.MaskedArray):
         whole: Levels = levels.data
-        unit = to_unit(whole, window, replace(policy, image=False) if policy is not None else None)
-        unit[np.ma.getmaskarray(levels)] = 0.0
-        return unit
+        filled = to_unit(whole, window, replace(policy, image=False) if policy is not None else None)
+        filled[np.ma.getmaskarray(levels)] = 0.0
+        return filled
     if window is None and levels.dtype == np.float32:
         raise DataError("Images of fractions have no largest value to be divided by: they need an intensity window.")
     low, high = window if window is not None else (0.0, float(largest(levels)))
@@ -251,10 +252,10 @@ def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensit
         return (levels > low).astype(np.float32)
     log = policy is not None and policy.log
     number = np.float64 if log or levels.dtype == np.float32 else np.float32  # a difference of fractions might overflow
-    values: NDArray[Any] = levels.astype(number)
+    values: Any = levels.astype(number)
     if log:
         values, low, high = np.log(np.maximum(values, low)), float(np.log(low)), float(np.log(high))
-    unit = (values - number(low)) * number(1.0 / (high - low))
+    unit: NDArray[Any] = (values - number(low)) * number(1.0 / (high - low))
     return np.clip(unit, 0.0, 1.0, out=unit).astype(np.float32, copy=False)
 
 

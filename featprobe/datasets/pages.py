@@ -29,7 +29,7 @@ LONG_TYPES = frozenset("OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_TAGS = 4096  # of an IFD; tifffile takes more for damage, too
 SUBFILE, OLD_SUBFILE, DESCRIPTION = 254, 255, 270  # tags
-COPY_OR_MASK, OLD_COPY = 0b101, 2  # bits of NewSubfileType; what SubfileType says of a reduced copy
+COPY_OR_MASK, MASK, OLD_COPY = 0b101, 0b100, 2  # bits of NewSubfileType; what SubfileType says of a reduced copy
 SHORT = 3  # the type of two bytes
 LOOKED_AT = 1 << 16  # bytes of a description
 USUAL = 512  # bytes that most IFDs are shorter than
@@ -206,6 +206,24 @@ def tiff_images_in(stream: BinaryIO, file: Path) -> tuple[int, ...]:
     return tuple(found) if planes <= len(found) else (tiff.first,) * planes
 
 
+def tiff_mask_behind(stream: BinaryIO, file: Path, image: int) -> int:
+    """Where the IFD of the transparency mask begins that follows an image's IFD; 0 where none does. Raises DataError.
+
+    A mask of a reduced copy is another's. It is looked for up to the next image.
+    """
+    tiff = _Tiff(stream, file)
+    offset, seen = tiff.directory(image).following, {image}
+    while offset and offset not in seen:
+        directory = tiff.directory(offset)
+        if tiff.is_image(directory):
+            return 0
+        if tiff.is_mask(directory):
+            return offset
+        seen.add(offset)
+        offset = directory.following
+    return 0
+
+
 def too_many(file: Path, found: str) -> str:
     """What is said of a file of more pages than have names."""
     return (
@@ -254,6 +272,10 @@ class _Tiff:
         """Whether an IFD is of an image of its own: neither a reduced copy of one nor a transparency mask."""
         kind = self._value(directory, SUBFILE)
         return not kind & COPY_OR_MASK if kind else self._value(directory, OLD_SUBFILE) != OLD_COPY
+
+    def is_mask(self, directory: _Directory) -> bool:
+        """Whether an IFD is the transparency mask of an image that is no reduced copy."""
+        return self._value(directory, SUBFILE) & COPY_OR_MASK == MASK
 
     def imagej_images(self, directory: _Directory) -> int:
         """How many images ImageJ's description counts; 1 where there is none."""

@@ -12,7 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.pages import tiff_images, tiff_images_in
+from featprobe.datasets.pages import tiff_images, tiff_images_in, tiff_mask_behind
 from featprobe.datasets.pixels import (
     MAX_PIXELS,
     Levels,
@@ -39,10 +39,7 @@ BANDS = {"RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # samples that it needs; of the 
 BITS, INKS, NUMBER_FORMAT, NODATA = 258, 332, 339, 42113  # tags
 CMYK, JPEG = 1, (6, 7)  # an ink set, and compressions that decode to RGB
 ALPHA = (1, 2)  # what ExtraSamples says of an alpha channel: premultiplied, or not
-EXTREME, NEAR = (
-    1e30,
-    1e-5,
-)  # beyond it no level lies by chance, and texts of few digits are meant: a relative difference
+EXTREME, NEAR = 1e30, 1e-5  # beyond it no level lies by chance, and a few digits will do: a relative difference
 
 
 @contextmanager
@@ -54,6 +51,8 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
     number = number or 0
     behind_one = offsets.count(offsets[0]) > 1
     plane = number if behind_one else 0
+    mask_at = 0 if behind_one else tiff_mask_behind(stream, path, offsets[number])
+    stream.seek(0)
     with tifffile.TiffFile(stream) as file:
         page: Any = file.pages.first
         if page.offset != offsets[number]:
@@ -75,15 +74,18 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
         turn = page.tags.valueof("Orientation", default=1)
         turn = turn if turn in range(1, 9) else 1
         nodata = _nodata(page, path)
+        shown = _mask_at(file, mask_at, page, path)
+        called = [f"GDAL_NODATA {nodata:g}"] if nodata is not None else []
+        called += ["a transparency mask"] if shown else []
         yield Opened(
             turned(page.imagelength, page.imagewidth, turn),
             bits_of_dtype(page.dtype, path),
             1 if kind in PLAIN and bands == 1 else 3,
-            lambda: _levels(page, _values(page, plane), kind, nodata, path),
+            lambda: _levels(page, _values(page, plane), kind, nodata, shown, path),
             turn,
-            lambda: _bytes(page, plane),
+            lambda: (piece for own in (page, shown) if own for piece in _bytes(own, plane)),
             lambda: _mask(page, _values(page, plane), kind, nodata),
-            empty="" if nodata is None else f"GDAL_NODATA {nodata:g}",
+            empty=" and ".join(called),
             unnamed=kind != "RGB" and kind in PLAIN and bands == 3,
         )
 
@@ -95,9 +97,9 @@ def _only_one(page: Any, tag: int, value: Any) -> Any:
 
 
 def _bands(page: Any, kind: str, path: Path) -> int:
-    """How many samples of a pixel hold levels: all but an alpha channel behind them, that ExtraSamples calls so.
+    """How many samples of a pixel hold levels: all but an alpha channel behind them that ExtraSamples calls so.
 
-    Raises DataError for others than one of grey and three of colour, or what its colours need.
+    Raises DataError for another number than one of grey, three of colour, or what its colours need.
     """
     count, wanted = page.samplesperpixel, BANDS.get(kind, 1)
     extra = [int(code) for code in page.extrasamples][: count - wanted]
@@ -110,9 +112,9 @@ def _bands(page: Any, kind: str, path: Path) -> int:
         raise DataError(
             f"{path} holds {count} bands: {kind}, and behind it {len(extra)} that ExtraSamples calls {said}.\n"
             "  wanted  1 band of grey or 3 of colour, and at most an alpha channel behind them that is called so\n"
-            f"  found   {bands} bands that hold data\nNothing was read, for a band would be dropped. Write those that are "
-            "meant into a file of their own, as by\n  gdal_translate -b 1 IN OUT\nor set ExtraSamples to 2 (alpha) where "
-            "the last is one."
+            f"  found   {bands} bands that hold data\n"
+            "Nothing was read, for a band would be dropped. Write those that are meant into a file of their own\n"
+            "(gdal_translate -b 1 IN OUT), or set ExtraSamples to 2 (alpha) where the last one is alpha."
         )
     return bands
 
@@ -137,6 +139,23 @@ def _nodata(page: Any, path: Path) -> float | None:
         return number
     low, high = (0, 1) if page.dtype.kind == "b" else (np.iinfo(page.dtype).min, np.iinfo(page.dtype).max)
     return number if number.is_integer() and low <= number <= high else None
+
+
+def _mask_at(file: Any, offset: int, page: Any, path: Path) -> Any:
+    """The page of a transparency mask, which is 0 where the image is empty; None for the offset 0. Raises DataError."""
+    if not offset:
+        return None
+    file.filehandle.seek(offset)
+    mask = tifffile.TiffPage(file, 0)
+    found = mask.imagelength, mask.imagewidth, mask.samplesperpixel, mask.imagedepth
+    if found != (page.imagelength, page.imagewidth, 1, 1) or mask.dtype is None:
+        size = f"{page.imagelength}x{page.imagewidth} pixels (height x width)"
+        raise DataError(
+            f"{path} has a transparency mask that is not the image's.\n  wanted  {size}, one band\n"
+            f"  found   {found[0]}x{found[1]}, {found[2]} bands"
+        )
+    _check_segments(path, mask)
+    return mask
 
 
 def _empty(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
@@ -169,10 +188,17 @@ def _values(page: Any, plane: int) -> NDArray[Any]:
     return values
 
 
-def _levels(page: Any, values: NDArray[Any], kind: str, nodata: float | None, path: Path) -> Levels:
-    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over; empty ones masked."""
+def _levels(page: Any, values: NDArray[Any], kind: str, nodata: float | None, shown: Any, path: Path) -> Levels:
+    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over; empty ones masked.
+
+    shown: the page of its transparency mask, None without one.
+    """
     levels = values if kind == "SEPARATED" else without_alpha(values)
-    return without_empty(levels, _empty(levels, nodata), lambda filled: _converted(page, filled, kind, path))
+    empty = _empty(levels, nodata)
+    if shown:
+        hidden = shown.asarray(maxworkers=1) == 0
+        empty = hidden if empty is None else empty | hidden
+    return without_empty(levels, empty, lambda filled: _converted(page, filled, kind, path))
 
 
 def _converted(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:

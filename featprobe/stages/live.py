@@ -133,8 +133,9 @@ class LiveFeatures:
         levels = self._levels(path)
         if isinstance(levels, np.ma.MaskedArray) and not self.cache.recipe.empty_pixels:
             raise DataError(
-                f"{path} has pixels that its header calls empty, and {self.cache.path} was made when featprobe took them\n"
-                f"for levels. Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
+                f"{path} has pixels that its header calls empty, and {self.cache.path} was made\n"
+                "by a featprobe that took them for levels.\n"
+                f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
             )
         return own.show(levels)
 

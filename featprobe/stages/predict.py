@@ -22,7 +22,7 @@ from featprobe.datasets.images import SUFFIXES, Header, frame_image, header_of, 
 from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.pixels import counted_levels
-from featprobe.datasets.samples import listed
+from featprobe.datasets.samples import check_names, listed
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
@@ -260,9 +260,9 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Pa
     """(image, name) of files, pages, and all images below folders; a name is the path without its file's suffix.
 
     Where images differ in nothing but the suffix, their names keep it. All pages of a file are taken, and of folders
-    called like an image file what is called like its pages. Hidden files are passed over where they aren't named. out:
-    a folder that is not looked into: what an earlier run has written is no input. Raises DataError for a path that is not there, a folder without images, or two images of
-    one name.
+    called like an image file what is called like its pages. Hidden files are read only where they are named. out: a
+    folder that is not looked into: what an earlier run has written is no input. Raises DataError for a path that is not
+    there, a folder without images, two images of one name, or a name that is no UTF-8.
     """
     found: list[tuple[Path, Path]] = []  # an image and the folder that its name begins at
     for path in paths:
@@ -286,6 +286,7 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Pa
         (image, stem if counts[stem] == 1 else image.relative_to(folder).as_posix())
         for (image, folder), stem in zip(found, stems, strict=True)
     ]
+    check_names(str(path) for path, _ in named)
     taken: dict[str, Path] = {}
     for path, name in named:
         if name in taken:
