@@ -161,7 +161,7 @@ def _image_of(drawing: Drawing, root: Path) -> Path:
     own = Path(*first.parts[-2 if is_page_name(first.name) else -1 :])
     places = [first, *(folder / own for folder in folders if folder.is_relative_to(root))]
     places += [path.with_suffix(suffix) for suffix in SUFFIXES]
-    found = first_there(root, [place for place in places if not place.is_dir()]) or first
+    found = first_there(root, places) or first
     return below(root, found.relative_to(root).as_posix(), path)
 
 

@@ -47,10 +47,9 @@ def as_on_disk(root: Path, path: Path) -> Path:
 
 
 def first_there(root: Path, places: Collection[Path]) -> Path | None:
-    """The first of these paths below `root` that is there, else the first that `as_on_disk` finds; None without."""
-    there = (place for place in places if _is_there(place))
-    found = (place for place in (as_on_disk(root, place) for place in places) if _is_there(place))
-    return next(there, None) or next(found, None)
+    """The first of these paths below `root` that leads to a file, else the first that `as_on_disk` finds; or None."""
+    found = (as_on_disk(root, place) for place in places)
+    return next(filter(_leads_to_file, places), None) or next(filter(_leads_to_file, found), None)
 
 
 def meant(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
@@ -98,6 +97,10 @@ def _only(names: Collection[str], what: str) -> str:
 
 def _is_there(path: Path) -> bool:
     return os.path.lexists(path) or path.parent.is_file()  # what is below a file is a page, or is told to be none
+
+
+def _leads_to_file(path: Path) -> bool:
+    return path.is_file() or path.parent.is_file()
 
 
 def _plain(name: str) -> str:

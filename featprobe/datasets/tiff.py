@@ -36,7 +36,7 @@ STK_PLANES = 33629  # MetaMorph's tag with an entry for each plane behind an IFD
 PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # what a TIFF says of its samples that are levels as they are
 CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
 BANDS = {"RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # samples that it needs; of the others, one
-BITS, INKS, NUMBER_FORMAT, NODATA = 258, 332, 339, 42113  # tags
+BITS, INKS, NODATA = 258, 332, 42113  # tags
 CMYK, JPEG = 1, (6, 7)  # an ink set, and compressions that decode to RGB
 ALPHA = (1, 2)  # what ExtraSamples says of an alpha channel: premultiplied, or not
 EXTREME, NEAR = 1e30, 1e-5  # beyond it no level lies by chance, and a few digits will do: a relative difference
@@ -61,15 +61,15 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
         check_extent(path, page.imagelength, page.imagewidth)
         _check_planes(path, page, plane, behind_one)
         kind = getattr(page.photometric, "name", str(page.photometric))
-        bits = _only_one(page, BITS, page.bitspersample)
+        each = page.tags.valueof(BITS, default=page.bitspersample)
+        bits = page.bitspersample if not isinstance(each, tuple) or len(set(each)) == 1 else None
         known = kind in PLAIN or (kind in CONVERTED and bits is not None and bits <= 8)
         other_colours = (kind == "SEPARATED" and page.tags.valueof(INKS, default=CMYK) != CMYK) or (
             kind == "YCBCR" and page.compression not in JPEG
         )
-        same = bits is not None and _only_one(page, NUMBER_FORMAT, page.sampleformat) is not None
-        if not known or other_colours or not same or page.dtype is None or page.imagedepth > 1:
-            each = f"{page.samplesperpixel} x {bits}" if bits is not None else page.tags.valueof(BITS)
-            raise DataError(unusable(path, f"{kind}, {each} bits"))
+        if not known or other_colours or bits is None or page.dtype is None or page.imagedepth > 1:
+            depths = each if bits is None else f"{page.samplesperpixel} x {bits}"
+            raise DataError(unusable(path, f"{kind}, {depths} bits"))
         bands = _bands(page, kind, path)
         turn = page.tags.valueof("Orientation", default=1)
         turn = turn if turn in range(1, 9) else 1
@@ -88,12 +88,6 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
             empty=" and ".join(called),
             unnamed=kind != "RGB" and kind in PLAIN and bands == 3,
         )
-
-
-def _only_one(page: Any, tag: int, value: Any) -> Any:
-    """The value of a tag that has one for each sample; None where they differ."""
-    each = page.tags.valueof(tag, default=value)
-    return value if not isinstance(each, tuple) or len(set(each)) == 1 else None
 
 
 def _bands(page: Any, kind: str, path: Path) -> int:
@@ -135,6 +129,8 @@ def _nodata(page: Any, path: Path) -> float | None:
             f"{path} calls {text[:80]!r} the level of its empty pixels (tag GDAL_NODATA).\n  wanted  a number, or nan\n"
             "Which pixels are empty can't be told. Mend the tag, or take it away:  gdal_edit.py -unsetnodata FILE"
         ) from error
+    if np.isinf(number) and "inf" not in text.lower():  # the lowest float64 in fifteen digits
+        number = math.copysign(np.finfo(float).max, number)
     if page.dtype.kind == "f":
         return number
     low, high = (0, 1) if page.dtype.kind == "b" else (np.iinfo(page.dtype).min, np.iinfo(page.dtype).max)
