@@ -154,7 +154,9 @@ def test_windows_are_those_of_the_pixels_that_are_not_empty(tmp_path: Path, data
             low, high = by_sorting(own, *policy.percent)
             if low < high:
                 assert training_window([path], policy) == (low, high)
-                assert np.array_equal(to_unit(levels, None, one)[~empty], to_unit(np.array(levels), (low, high))[~empty])
+                assert np.array_equal(
+                    to_unit(levels, None, one)[~empty], to_unit(np.array(levels), (low, high))[~empty]
+                )
         assert (to_unit(levels, None, one)[empty] == 0).all()
     if empty.all():
         with pytest.raises(DataError, match="hold no pixel that is not empty"):

@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.names import as_on_disk, is_hidden, meant, renamed, visible
+from featprobe.datasets.names import alike, as_on_disk, by_form, is_hidden, renamed, visible
 from featprobe.datasets.pages import can_be_counted, page_of, page_path, pages_of
 from featprobe.datasets.samples import listed
 from featprobe.errors import DataError, counted
@@ -80,29 +81,35 @@ def rows_of(text: str, path: Path) -> list[dict[str, str]]:
 class Table:
     """Rows of a table of images by what it calls them; it remembers which were met, and which images it lacks.
 
-    lent: names of rows that were met by an image whose name is of another form.
+    lent: by its name, the name of another form by which a row was met.
     """
 
     path: Path
     rows: Mapping[str, Mapping[str, str]]
     met: set[str] = field(default_factory=set)
     lacked: list[str] = field(default_factory=list)
-    lent: set[str] = field(default_factory=set)
+    lent: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def forms(self) -> Mapping[str, Sequence[str]]:
+        """Names of rows, see names.by_form."""
+        return by_form(self.rows)
 
     def row(self, *names: str) -> Mapping[str, str]:
         """The row of an image under the first of its names that has one; empty where none has.
 
-        A name of the same form comes first, see names.meant. Raises DataError for a row that two images could mean.
+        A name of the same form comes first. Raises DataError for a row that two images could mean.
         """
-        here = [name for name in names if name in self.rows]
+        asked_as = {name: name for name in names if name in self.rows}
+        if not asked_as:
+            found = {name: alike(name, self.forms) for name in names}
+            asked_as = {own: name for name, own in found.items() if own and (own in self.lent or own not in self.met)}
+            self.lent = asked_as | self.lent
+        here = list(asked_as)
         self.met.update(here)
-        if not here:
-            here = [name for name in dict.fromkeys(meant(names, self.rows).values()) if name in self.rows]
-            here = [name for name in here if name in self.lent or name not in self.met]
-            self.met.update(here)
-            self.lent.update(here)
-        elif lent := self.lent.intersection(here):
-            raise DataError(f"{self.path} has a row for {lent.pop()}, and two images have names that look like that.")
+        twice = [own for own, name in asked_as.items() if self.lent.get(own, name) != name]
+        if twice:
+            raise DataError(f"{self.path} has a row for {twice[0]}, and two images have names that look like that.")
         if not here:
             self.lacked.append(names[0])
         return self.rows[here[0]] if here else {}

@@ -3,7 +3,7 @@
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
@@ -63,7 +63,7 @@ def meant(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     names, exact = list(names), set(known)
     if exact.issuperset(names):
         return {name: name for name in names}
-    free = _by_form(exact.difference(names))
+    free = by_form(exact.difference(names))
     found = {n: n if n in exact else _only(free.get(_plain(n)) or (n,), f"There is no {n}, and") for n in names}
     by: dict[str, list[str]] = defaultdict(list)
     for name, known_name in found.items():
@@ -71,6 +71,12 @@ def meant(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     for known_name, several in by.items():
         _only(several, f"{known_name} has one place, and")
     return found
+
+
+def alike(name: str, forms: Mapping[str, Sequence[str]]) -> str | None:
+    """The only name of `by_form` that looks like this one; None without. Raises DataError where several do."""
+    found = forms.get(_plain(name))
+    return _only(found, f"There is no {name}, and") if found else None
 
 
 def renamed(own: Mapping[str, T], known: Collection[str]) -> dict[str, T]:
@@ -83,7 +89,8 @@ def not_there(path: Path) -> str:
     """What is said of a path where no file is; "" where that is not what is wrong."""
     if (said := misnamed(path)) or _is_there(path) or not path.parent.is_dir():
         return said
-    alike = [name for name in os.listdir(path.parent) if _plain(name).casefold() == _plain(path.name).casefold()]
+    wanted = _plain(path.name).casefold()
+    alike = [name for form, own in _inside(path.parent).items() if form.casefold() == wanted for name in own]
     if not alike:
         return ""
     return f"There is no {path}. Did you mean {' or '.join(sorted(alike))}? Upper and lower case are told apart."
@@ -108,7 +115,8 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", unquote(name, errors="surrogateescape"))
 
 
-def _by_form(names: Iterable[str]) -> Mapping[str, list[str]]:
+def by_form(names: Iterable[str]) -> Mapping[str, list[str]]:
+    """Names by the one form of all that look alike."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         found[_plain(name)].append(name)
@@ -117,7 +125,7 @@ def _by_form(names: Iterable[str]) -> Mapping[str, list[str]]:
 
 @once_a_file(64)
 def _listing(folder: Path) -> Mapping[str, list[str]]:
-    return _by_form(os.listdir(folder))
+    return by_form(os.listdir(folder))
 
 
 def _inside(folder: Path) -> Mapping[str, list[str]]:
