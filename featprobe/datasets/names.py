@@ -32,18 +32,11 @@ def as_on_disk(root: Path, path: Path) -> Path:
     Such forms are Unicode's (composed and decomposed) and percent-encoding. A name that differs in nothing comes first.
     Raises DataError where several files are meant.
     """
-    if _is_there(path):
+    if path == root or _is_there(path):
         return path
-    found = root
-    for part in path.relative_to(root).parts:
-        own = found / part
-        if not _is_there(own):
-            alike = _inside(found).get(_plain(part), ())
-            if not alike:
-                return path
-            own = found / _only(alike, f"{path} is not there, and")
-        found = own
-    return found
+    folder = as_on_disk(root, path.parent)
+    found = _inside(folder).get(_plain(path.name), ())
+    return folder / _only(found, f"{path} is not there, and") if found else path
 
 
 def first_there(root: Path, places: Collection[Path]) -> Path | None:
