@@ -89,7 +89,8 @@ class Part:
         [[3, 2], [6, 5]]
         """
         cut = pixels[self.top : self.top + self.height, self.left : self.left + self.width]
-        return np.ascontiguousarray(TURNS[self.view](cut) if self.view in TURNS else cut)
+        turned = TURNS[self.view](cut) if self.view in TURNS else cut
+        return np.asanyarray(turned, order="C")  # a masked array stays one
 
     def take_box(self, box: Box) -> Box:
         """A box x1 y1 x2 y2 of the image as it is shown, clipped; without area where nothing of it is.

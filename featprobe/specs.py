@@ -292,6 +292,7 @@ class FeatureRecipe:
     precision: "fp32", or "amp" for autocast to fp16 on the device that computes.
     tile, overlap: pixels of the original image; a tile of None stands for whole images. empty_tiles: share of the
     training tiles without a defect that is kept. views: of the training images; the first is the image as it is.
+    empty_pixels: what pixels become that a header calls empty, `0`; "" for a set that has no such headers.
     """
 
     label: str
@@ -315,6 +316,7 @@ class FeatureRecipe:
     tile: int | None = None
     overlap: int = 0
     empty_tiles: float = 1.0
+    empty_pixels: str = ""
 
     @property
     def key(self) -> str:
@@ -338,8 +340,9 @@ class FeatureRecipe:
         return values * BYTES_PER_VALUE[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as the cache and the cards keep them; of tiles only where there are some."""
-        idle = ("tile", "overlap", "empty_tiles") if self.tile is None else ()
+        """Plain values, as the cache and the cards keep them; of tiles and empty pixels only where there are some."""
+        idle = [] if self.empty_pixels else ["empty_pixels"]
+        idle += ["tile", "overlap", "empty_tiles"] if self.tile is None else []
         return {name: value for name, value in asdict(self).items() if name not in idle}
 
     @classmethod

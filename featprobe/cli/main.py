@@ -1,6 +1,8 @@
 """The commands. Each parses, calls one stage, and prints one thing."""
 
+import io
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -77,6 +79,8 @@ cli.add_command(cache)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     cli.main(args=None if arguments is None else list(arguments), prog_name="featprobe")
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pycocotools import mask as coco_mask
 
 from featprobe.datasets.files import named_below, read_json, start_of
+from featprobe.datasets.names import first_there, visible
 from featprobe.datasets.objects import SLACK, Tally, box_instance, check_stated, partly
 from featprobe.datasets.pages import group_of, page_of
 from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, tasks_of
@@ -60,8 +61,8 @@ def find_coco(root: Path) -> list[Path]:
     """COCO JSON files of a folder: at its top, in annotations/, or in one folder per split."""
     if root.is_file():
         return [root] if root.suffix == ".json" else []
-    found = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
-    found += sorted(path for path in root.glob("*/*.json") if path.parent.name in SPLIT_WORDS)
+    found = visible(root, [*root.glob("*.json"), *root.glob("annotations/*.json")])
+    found += visible(root, (path for path in root.glob("*/*.json") if path.parent.name in SPLIT_WORDS))
     instances = [path for path in found if path.name.startswith("instances")]
     return [path for path in instances or found if _looks_like_coco(path)]
 
@@ -176,7 +177,7 @@ def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Pat
             places.append(named_below(root, file_name, annotations, base))
     if not places:
         named_below(root, file_name, f"{annotations}, file_name")
-    return next((place for place in places if place.is_file() or place.parent.is_file()), places[0])
+    return first_there(root, places) or places[0]
 
 
 def _kept(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.files import files_below, folders_in, own_table, paired, stem_of
+from featprobe.datasets.files import files_below, files_in, folders_in, own_table, paired, stem_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels
 from featprobe.datasets.pages import group_of
@@ -39,7 +39,7 @@ def find_pairs(root: Path) -> list[Pair]:
         return []
     inside = [path for path in folders_in(root) if not path.is_symlink()]
     pairs = [pair for folder in (root, *inside) for pair in _pairs_in(folder, root)]
-    masks = (path for pair in pairs for path in sorted(pair.masks.rglob("*")))
+    masks = (path for pair in pairs for path in files_in(pair.masks))
     first = next((path for path in masks if path.suffix.lower() in SUFFIXES and not path.is_symlink()), None)
     return pairs if first is not None and _is_coloured(first) else []
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from featprobe.datasets.dicom import open_dicom
-from featprobe.datasets.pages import TIFF_STARTS, misnamed, page_of
+from featprobe.datasets.names import not_there
+from featprobe.datasets.pages import LOOKED_AT_FIRST, TIFF_STARTS, is_dicom, page_of
 from featprobe.datasets.pixels import (
     Levels,
     Opened,
@@ -27,6 +28,7 @@ from featprobe.datasets.pixels import (
     turned,
     unusable,
     without_alpha,
+    without_empty,
 )
 from featprobe.datasets.tiff import open_tiff
 from featprobe.errors import DataError
@@ -50,7 +52,7 @@ def opened(path: Path) -> Iterator[Opened]:
     file, page = page_of(path)
     try:
         with file.open("rb") as stream:
-            start = stream.read(132)
+            start = stream.read(LOOKED_AT_FIRST)
             stream.seek(0)
             with _kind(start)(path, stream, page) as image:
                 yield image
@@ -64,7 +66,7 @@ def opened(path: Path) -> Iterator[Opened]:
         raise DataError(f"{path} asks for more memory than there is. Cut it into smaller images.") from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
-            raise DataError(misnamed(path) or f"{path} can't be read as an image: {error.strerror}.") from error
+            raise DataError(not_there(path) or f"{path} can't be read as an image: {error.strerror}.") from error
         raise DataError(f"{path} is truncated or damaged: {' '.join(str(error).split())[:300]}.") from error
 
 
@@ -82,7 +84,7 @@ def _kind(start: bytes) -> Callable[[Path, BinaryIO, int | None], AbstractContex
         return open_tiff
     if start.startswith(b"\x93NUMPY"):
         return _open_npy
-    return open_dicom if start[128:] == b"DICM" else _open_pillow
+    return open_dicom if is_dicom(start) else _open_pillow
 
 
 @contextmanager
@@ -98,11 +100,22 @@ def _open_pillow(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Ope
             raise DataError(f"{several(path, count)}Cut it into one file an image.")
         turn = _orientation(image)
         size = turned(image.height, image.width, turn)
+        channels = 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
         if image.format == "PNG" and image.mode in PNG_MODES and _png_depth(stream) in (8, 16):
-            yield Opened(size, _png_depth(stream), lambda: _png_levels(image, stream, path, turn), turn)
+            shown = image.info.get("transparency")
+            yield Opened(
+                size,
+                _png_depth(stream),
+                channels,
+                lambda: _png_levels(image, stream, path, turn),
+                turn,
+                empty="" if shown is None else f"tRNS {shown}",
+            )
         else:
+            if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+                raise DataError(unusable(path, "CMYK without Adobe's marker, which says whether 0 is full ink"))
             bits = 32 if image.mode == "F" else 16 if image.mode.startswith("I") else 8
-            yield Opened(size, bits, lambda: _pillow_levels(image, path, turn), turn)
+            yield Opened(size, bits, channels, lambda: _pillow_levels(image, path, turn), turn)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -123,13 +136,18 @@ def _png_depth(stream: BinaryIO) -> int:
 
 
 def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int) -> Levels:
-    """Pixels of a PNG of plain channels, at their depth: all in one call, in which other threads can run."""
+    """Pixels of a PNG of plain channels, at their depth: all in one call, in which other threads can run.
+
+    The level or colour that tRNS calls transparent is empty; an alpha channel is dropped.
+    """
     stream.seek(0)
     data = stream.read()
     if _tells_behind_pixels(data):
         stream.seek(0)
         _pillow_levels(Image.open(stream, formats=("PNG",)), path, turn)  # refuses one; it would cut colours to 8 bits
-    return without_alpha(imagecodecs.png_decode(data))
+    values = imagecodecs.png_decode(data)  # tRNS comes as an alpha channel
+    empty = values[:, :, -1] == 0 if "transparency" in image.info else None
+    return without_empty(without_alpha(values), empty, lambda levels: levels)
 
 
 def _tells_behind_pixels(data: bytes) -> bool:
@@ -175,4 +193,5 @@ def _open_npy(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened
     check_extent(path, *values.shape[:2])
     plane = values[:, :, 0] if values.shape[2:] == (1,) else values
     size, bits = (values.shape[0], values.shape[1]), bits_of_dtype(values.dtype, path)
-    yield Opened(size, bits, lambda: to_levels(np.array(plane), path))  # a copy: the file may change under a map
+    channels = 1 if plane.ndim == 2 else 3
+    yield Opened(size, bits, channels, lambda: to_levels(np.array(plane), path))  # a copy: the file may change

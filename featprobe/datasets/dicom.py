@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.datasets.pages import once_a_file
-from featprobe.datasets.pixels import Levels, Opened, check_extent, check_page, to_levels, unusable
+from featprobe.datasets.pixels import Levels, Opened, check_extent, check_page, to_levels, unusable, without_empty
 from featprobe.errors import DataError
 
 DICOM_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -26,34 +26,75 @@ def open_dicom(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opene
     check_extent(path, header.Rows, header.Columns)
     check_page(path, page, int(header.get("NumberOfFrames") or 1))
     photometric, bits = header.PhotometricInterpretation, header.BitsAllocated
-    if photometric not in ("MONOCHROME1", "MONOCHROME2", *DICOM_COLOURS) or bits not in (8, 16):
-        raise DataError(unusable(path, f"{photometric}, {bits} bits"))
+    channels = 3 if photometric in DICOM_COLOURS else 1
+    samples = int(header.get("SamplesPerPixel") or 1)
+    known = photometric in ("MONOCHROME1", "MONOCHROME2", *DICOM_COLOURS)
+    if not known or bits not in (8, 16) or samples != channels:
+        raise DataError(unusable(path, f"{photometric}, {samples} x {bits} bits"))
     _check_decoder(path, header.file_meta.get("TransferSyntaxUID"))
     rescale = _rescale(header, page or 0)
     signed = bool(header.get("PixelRepresentation", 0)) or rescale is not None
+    padding = _padding(header, path) if channels == 1 else None
     yield Opened(
         (header.Rows, header.Columns),
         32 if signed else bits,
-        lambda: _levels(_values(file, stream, page), header, rescale, path),
+        channels,
+        lambda: _levels(_values(file, stream, page, header), header, rescale, padding, path),
         raw=lambda: _bytes(stream, start, header, page or 0),
+        empty="" if padding is None else f"PixelPaddingValue {' to '.join(map(str, dict.fromkeys(padding)))}",
     )
 
 
 @once_a_file(8)
 def _header(file: Path) -> tuple[Any, int]:
-    """All of a DICOM file but its pixel data, and where that begins, bytes."""
+    """All of a DICOM file but its pixel data, and where that begins, bytes.
+
+    A bare data set, without preamble and file meta information, gets the transfer syntax that it was read by.
+    """
     try:
         from pydicom import dcmread
         from pydicom.filereader import read_file_meta_info
+        from pydicom.misc import is_dicom as is_file_format
+        from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
     except ImportError as error:
         raise DataError(
             f"{file} is a DICOM file, and the package that reads it is not installed.\n"
             "Install it:  pip install 'featprobe[dicom]'"
         ) from error
-    if read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
+    bare = not is_file_format(file)
+    if not bare and read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
         raise DataError(f"{file} is deflated as a whole. Store it as Explicit VR Little Endian.")
     with file.open("rb") as stream:
-        return dcmread(stream, stop_before_pixels=True), stream.tell()
+        header, start = dcmread(stream, stop_before_pixels=True, force=bare), stream.tell()
+    if bare and "TransferSyntaxUID" not in header.file_meta:
+        implicit, _ = header.original_encoding
+        header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    return header, start
+
+
+def _padding(header: Any, path: Path) -> tuple[int, int] | None:
+    """The stored values, lowest and highest, that mark pixels outside of the picture; None for none.
+
+    They are of the sign of the pixels, whatever sign they are written with. Raises DataError for one that no stored
+    pixel can have.
+    """
+    value, limit = header.get("PixelPaddingValue"), header.get("PixelPaddingRangeLimit")
+    if value is None:
+        return None
+    signed, stored = bool(header.get("PixelRepresentation")), int(header.get("BitsStored", header.BitsAllocated))
+    low = -(1 << stored - 1) if signed else 0
+    found = []
+    for number in (value, value if limit is None else limit):
+        plain = int.from_bytes(number, "little") if isinstance(number, bytes) else int(number)
+        plain %= 1 << header.BitsAllocated
+        found.append(plain - (1 << header.BitsAllocated) if signed and plain >> header.BitsAllocated - 1 else plain)
+        if not low <= found[-1] < low + (1 << stored):
+            raise DataError(
+                f"{path} pads its picture with a value that none of its pixels can have.\n"
+                f"  wanted  PixelPaddingValue and PixelPaddingRangeLimit of {low} to {low + (1 << stored) - 1}\n"
+                f"  found   {number}\nWhich pixels are empty can't be told. Mend the tag, or take it away."
+            )
+    return min(found), max(found)
 
 
 def _rescale(header: Any, frame: int) -> Any:
@@ -94,21 +135,27 @@ def _check_decoder(path: Path, syntax: Any) -> None:
         )
 
 
-def _values(file: Path, stream: BinaryIO, frame: int | None) -> NDArray[Any]:
+def _values(file: Path, stream: BinaryIO, frame: int | None, header: Any) -> NDArray[Any]:
     """Stored values of a file, or of one of its frames, of which no more is read. Bits beyond those stored are 0."""
     from pydicom import dcmread
     from pydicom.pixels import pixel_array
 
     if frame is not None:
-        return pixel_array(stream, index=frame)
-    data = dcmread(file)
+        return pixel_array(stream, index=frame, transfer_syntax_uid=header.file_meta.TransferSyntaxUID)
+    data = dcmread(file, force=True)
     if "PixelData" not in data:
         raise DataError(f"{file} is a DICOM file without pixel data.")
+    data.file_meta.TransferSyntaxUID = header.file_meta.TransferSyntaxUID
     return pixel_array(data)
 
 
-def _levels(values: NDArray[Any], header: Any, rescale: Any, path: Path) -> Levels:
-    """Stored values, turned over where 0 is white, then through the modality's rescaling."""
+def _levels(values: NDArray[Any], header: Any, rescale: Any, padding: tuple[int, int] | None, path: Path) -> Levels:
+    """Stored values, turned over where 0 is white, then through the modality's rescaling; padding is masked."""
+    empty = None if padding is None else (values >= padding[0]) & (values <= padding[1])
+    return without_empty(values, empty, lambda filled: _rescaled(filled, header, rescale, path))
+
+
+def _rescaled(values: NDArray[Any], header: Any, rescale: Any, path: Path) -> Levels:
     from pydicom.pixels import apply_modality_lut
 
     if header.PhotometricInterpretation == "MONOCHROME1":

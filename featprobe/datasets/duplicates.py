@@ -22,6 +22,7 @@ BITS = 64
 NEAR = 6  # bits by which the hashes of near copies differ at most
 DETAIL_AGREES = 0.95  # correlation of the details, the set's mean taken away
 ENOUGH = 20  # images from which the mean detail of a set is its scene, not its pictures
+HUGE = 1e30
 CHUNK = 1024  # images that are compared with as many others at once
 
 
@@ -34,7 +35,8 @@ class Look:
 
 
 def look_of(levels: Levels) -> Look:
-    """The look of an image's raw levels, (height, width) or (height, width, 3); colours are added up.
+    """The look of an image's raw levels, (height, width) or (height, width, 3); colours are added up, and empty pixels
+    take the mean of the others.
 
     The hash is pHash: signs of the 8x8 lowest frequencies of a 32x32 thumbnail against their median. The detail is a
     64x64 thumbnail without what 5x5 pixels of it have in common; zeros for a picture of one grey.
@@ -43,6 +45,11 @@ def look_of(levels: Levels) -> Look:
     grey = planes[0].astype(np.float32)
     for plane in planes[1:]:  # several times faster than a mean over the last axis
         grey += plane
+    if isinstance(grey, np.ma.MaskedArray):
+        grey = grey.filled(0.0 if grey.mask.all() else grey.mean(dtype=np.float64))
+    peak = float(max(grey.max(), -grey.min()))
+    if peak > HUGE:  # float32 could not add up so much
+        grey /= np.float32(peak)
     image = Image.fromarray(grey)
     low = dctn(_thumbnail(image, HASH_SIDE), norm="ortho")[:8, :8].ravel()
     fine = _thumbnail(image, DETAIL_SIDE)

@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.names import alike, as_on_disk, by_form, is_hidden, renamed, visible
 from featprobe.datasets.pages import can_be_counted, page_of, page_path, pages_of
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import raise_all
@@ -42,10 +45,19 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises DataError."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read as JSON: {error}.") from error
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # escapes of which only pairs are characters
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path} holds {error.object[error.start]!a}, which is half a character, in a text."
+            ) from error
+    return value
 
 
 def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -97,17 +109,39 @@ def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[st
 
 @dataclass
 class Table:
-    """Rows of a table of images by what it calls them; it remembers which were met, and which images it lacks."""
+    """Rows of a table of images by what it calls them; it remembers which were met, and which images it lacks.
+
+    lent: by its name, the name of another form by which a row was met.
+    """
 
     path: Path
     rows: Mapping[str, Mapping[str, str]]
     met: set[str] = field(default_factory=set)
     lacked: list[str] = field(default_factory=list)
+    lent: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def forms(self) -> Mapping[str, Sequence[str]]:
+        """Names of rows, see names.by_form."""
+        return by_form(self.rows)
 
     def row(self, *names: str) -> Mapping[str, str]:
-        """The row of an image under the first of its names that has one; empty where none has."""
-        here = [name for name in map(str.strip, names) if name in self.rows]
+        """The row of an image under the first of its names that has one; empty where none has.
+
+        Blanks around a name are no part of it. A name of the same form comes first. Raises DataError for a row that two
+        images could mean.
+        """
+        names = tuple(map(str.strip, names))
+        asked_as = {name: name for name in names if name in self.rows}
+        if not asked_as:
+            found = {name: alike(name, self.forms) for name in names}
+            asked_as = {own: name for name, own in found.items() if own and (own in self.lent or own not in self.met)}
+            self.lent = asked_as | self.lent
+        here = list(asked_as)
         self.met.update(here)
+        twice = [own for own, name in asked_as.items() if self.lent.get(own, name) != name]
+        if twice:
+            raise DataError(f"{self.path} has a row for {twice[0]}, and two images have names that look like that.")
         if not here:
             self.lacked.append(names[0])
         return self.rows[here[0]] if here else {}
@@ -193,7 +227,8 @@ def named_below(root: Path, text: str, where: object, base: Path | None = None) 
 
 
 def kept_below(root: Path, path: Path) -> Path:
-    """The same path. Raises DataError when a link on its way leads out of `root`, or to itself."""
+    """The path as it lies on the disk, see names. Raises DataError when a link leads out of `root`, or to itself."""
+    path = as_on_disk(root, path)
     try:
         inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError) as error:
@@ -204,20 +239,30 @@ def kept_below(root: Path, path: Path) -> Path:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Folders in a folder, linked ones too, sorted. Quick where thousands of files lie beside them."""
+    """Folders in a folder, linked ones too, sorted, no hidden ones. Quick where thousands of files lie beside them."""
     with os.scandir(folder) as entries:  # an entry that links to itself is asked as a path, which answers no
-        return sorted(folder / e.name for e in entries if (Path(e) if e.is_symlink() else e).is_dir())
+        found = [folder / e.name for e in entries if (Path(e) if e.is_symlink() else e).is_dir()]
+    return visible(folder, found)
 
 
 def files_below(root: Path, folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """Files of these suffixes (lower case) in a folder and the folders in it, sorted; linked folders are not entered.
 
-    Raises DataError for a link out of `root`, or to itself.
+    Hidden ones are passed over, see names. Raises DataError for a link out of `root`, or to itself.
     """
     kept_below(root, folder)
-    found = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
-    chosen = sorted(path for path in found if path.suffix.lower() in suffixes)
+    chosen = [path for path in files_in(folder) if path.suffix.lower() in suffixes]
     return [kept_below(root, path) if path.is_symlink() else path for path in chosen]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files in a folder and the folders in it but hidden ones, sorted, links among them; folders are not entered
+    through a link."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [Path(place, name) for name in names if not is_hidden(name)]
+    return sorted(found)
 
 
 def stem_of(path: Path, folder: Path) -> str:
@@ -234,8 +279,9 @@ def paired(
 
     Raises DataError where a file of images has a mask of another number of pages, and where a stem stands for several.
     """
-    pages = {file: pages_of(file) for file in _by_stem(images, image_folder).values()}
-    drawn = {stem: (file, pages_of(file)) for stem, file in _by_stem(masks, mask_folder).items()}
+    image_of, mask_files = _by_stem(images, image_folder), _by_stem(masks, mask_folder)
+    pages = {file: pages_of(file) for file in image_of.values()}
+    drawn = {stem: (file, pages_of(file)) for stem, file in renamed(mask_files, image_of).items()}
     for image, own in pages.items():
         stem = stem_of(image, image_folder)
         mask, found = drawn.get(stem, (image, own))
@@ -248,7 +294,9 @@ def paired(
                 "Nothing was read. Mend the mask, or the image."
             )
         drawn[stem] = mask, [page_path(mask, number) for number in range(len(own))]
-    mask_of = {stem_of(page, mask_folder): page for _, own in drawn.values() for page in own}
+    mask_of = {
+        stem if page == mask else f"{stem}/{page.name}": page for stem, (mask, own) in drawn.items() for page in own
+    }
     return [page for own in pages.values() for page in own], mask_of
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from featprobe.datasets.files import paired, read_table, stem_of
+from featprobe.datasets.files import files_in, paired, read_table, stem_of
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.names import meant
 from featprobe.datasets.objects import Tally, check_size, mask_instance, read_classes, stored_pixels
 from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
@@ -44,8 +45,8 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
     free: list[str] = []
     notes: list[str] = []
     for split, folder in folders.items():
-        files = sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in SUFFIXES)
-        drawn = sorted(p for p in (folder / "masks").rglob("*") if p.is_file())
+        files = [path for path in files_in(folder / "images") if path.suffix.lower() in SUFFIXES]
+        drawn = [path for path in files_in(folder / "masks") if path.is_file()]
         images, mask_of = paired(files, folder / "images", drawn, folder / "masks")
         bare = {stem_of(image, folder / "images") for image in images} - mask_of.keys()
         objects_of = _take_objects(mask_of, bare)
@@ -114,8 +115,10 @@ def read_mask(path: Path) -> Labels:
 def _take_objects(mask_of: dict[str, Path], images: Collection[str]) -> dict[str, list[Path]]:
     """Masks NAME_<number> of the images NAME that have no other, by number; they are taken out of `mask_of`."""
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    named = meant(dict.fromkeys(stem.rpartition("_")[0] for stem in mask_of), images)
     for stem in mask_of:
         image, _, number = stem.rpartition("_")
+        image = named[image]
         if image in images and number.isascii() and number.isdecimal():
             found[image].append((int(number), stem))
     return {image: [mask_of.pop(stem) for _, stem in sorted(own)] for image, own in found.items()}

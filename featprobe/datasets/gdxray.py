@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from featprobe.datasets.files import files_below, kept_below, read_text, words_of
+from featprobe.datasets.names import visible
 from featprobe.datasets.objects import Tally, box_instance, check_size, partly, read_binary
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.datasets.values import gathered, to_numbers
@@ -25,10 +26,11 @@ def find_series(root: Path) -> list[Path]:
     """Folders of a series' ground truth: the folder itself, or one or two folders down; each once."""
     if not root.is_dir():
         return []
-    found = [path.parent for pattern in (TRUTH, f"*/{TRUTH}", f"*/*/{TRUTH}") for path in sorted(root.glob(pattern))]
+    patterns = (TRUTH, f"*/{TRUTH}", f"*/*/{TRUTH}")
+    found = [path.parent for pattern in patterns for path in visible(root, root.glob(pattern))]
     once = {folder.resolve(): folder for folder in reversed(found)}  # a link to another of them is not a second one
     own = [folder for folder in found if once[folder.resolve()] == folder]
-    return [folder for folder in own if next(folder.glob(f"{folder.resolve().name}_*.png"), None) is not None]
+    return [folder for folder in own if visible(root, folder.glob(f"{folder.resolve().name}_*.png"))]
 
 
 def read_gdxray(name: str, root: Path) -> DataSet:
@@ -79,7 +81,7 @@ def find_welds(root: Path) -> Path | None:
     """The folder that holds W0001 and W0002: the folder itself, or one in it."""
     if not root.is_dir():
         return None
-    found = [path.parent for pattern in (WELDS, f"*/{WELDS}") for path in sorted(root.glob(pattern))]
+    found = [path.parent for pattern in (WELDS, f"*/{WELDS}") for path in visible(root, root.glob(pattern))]
     images = (folder for folder in found if next((folder / WELDS).glob(f"{WELDS}_*.png"), None) is not None)
     return next((folder for folder in images if (folder / WELD_MASKS).is_dir()), None)
 
@@ -125,5 +127,6 @@ def read_truth(path: Path) -> tuple[dict[int, list[tuple[str, tuple[float, ...]]
 
 def _without_truth(root: Path, known: set[str]) -> list[str]:
     """Series beside the known ones that have no ground truth."""
-    folders = {path.parent for pattern in ("*/*_0001.png", "*/*/*_0001.png") for path in root.glob(pattern)}
+    patterns = ("*/*_0001.png", "*/*/*_0001.png")
+    folders = {path.parent for pattern in patterns for path in visible(root, root.glob(pattern))}
     return sorted(folder.name for folder in folders if folder.name not in known)

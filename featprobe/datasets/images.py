@@ -1,6 +1,8 @@
 """Reading images of every kind, grey and colour, into [0, 1] by a stated policy."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featprobe.datasets.decode import opened
-from featprobe.datasets.pages import misnamed, page_of
-from featprobe.datasets.pixels import Levels, largest
-from featprobe.errors import DataError
+from featprobe.datasets.names import not_there
+from featprobe.datasets.pages import page_of
+from featprobe.datasets.pixels import Levels, counted_levels, largest
+from featprobe.datasets.samples import listed
+from featprobe.datasets.tiff import NODATA
+from featprobe.errors import DataError, counted
 from featprobe.geometry import Placement, Size
 from featprobe.specs import Intensity
 
@@ -42,10 +47,57 @@ def hash_image(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(misnamed(path) or f"{path} can't be read: {error.strerror}.") from error
+        raise DataError(not_there(path) or f"{path} can't be read: {error.strerror}.") from error
     if not data:
         raise DataError(f"{path} is an empty file (0 bytes). wanted: an image.")
     return xxhash.xxh3_128_hexdigest(data)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image's header says of it; see pixels.Opened."""
+
+    size: Size
+    bits: int
+    channels: int
+    empty: str
+    unnamed: bool
+
+
+def header_of(path: Path) -> Header:
+    """What an image's header says of it. Raises DataError."""
+    with opened(path) as image:
+        return Header(image.size, image.bits, image.channels, image.empty, image.unnamed)
+
+
+def pixel_notes(headers: Sequence[tuple[str, Header]]) -> list[str]:
+    """What a user should know of a set's pixels, from (id, header) of its images: the exceptions, and empty pixels."""
+    notes = []
+    for what in ("bits", "channels"):
+        by_kind: dict[int, list[str]] = defaultdict(list)
+        for own, header in headers:
+            by_kind[getattr(header, what)].append(own)
+        kinds = sorted(by_kind.items(), key=lambda kind: len(kind[1]), reverse=True)
+        for value, names in kinds[1:]:
+            texts = {"bits": f"of {value} bits", "channels": "in colour" if value == 3 else "grey"}
+            usual = {"bits": f"of {kinds[0][0]}", "channels": "in colour" if kinds[0][0] == 3 else "grey"}
+            count = counted(len(names), "image is", "images are")
+            notes.append(f"{count} {texts[what]}, where {len(kinds[0][1])} are {usual[what]}: {listed(names)}")
+    unnamed = [own for own, header in headers if header.unnamed]
+    if unnamed:
+        bands = counted(len(unnamed), "image holds", "images hold")
+        notes.append(
+            f"{bands} three bands without a colour, which are taken for red, green and blue: {listed(unnamed)}"
+        )
+    empty = [own for own, header in headers if header.empty]
+    if empty:
+        tags = listed(sorted({header.empty for _, header in headers if header.empty}), 3)
+        names_level = counted(len(empty), "image names", "images name")
+        notes.append(
+            f"{names_level} a level of empty pixels ({tags}): they take no part in the intensity window, and become 0: "
+            f"{listed(empty)}"
+        )
+    return notes
 
 
 def image_size(path: Path) -> Size:
@@ -65,23 +117,40 @@ def read_levels(path: Path) -> Levels:
 
     The format is told by the content. The image is turned as its orientation tag says; levels grow with brightness;
     palettes and CMYK become RGB and an alpha channel is dropped; signed levels and those that DICOM rescales become
-    float32. Raises DataError for a file that is no image, holds several, is truncated, has pixels that are not finite,
-    or is of a kind that would lose its depth in silence.
+    float32. Where the header calls pixels empty, and some are, a masked array (numpy.ma) masks them. Raises DataError
+    for a file that is no image, holds several, is truncated, has pixels that are not finite, or is of a kind that would
+    lose its depth, or a band, in silence.
     """
     with opened(path) as image:
         return image.read()
 
 
 def write_levels(path: Path, levels: Levels) -> None:
-    """Write raw levels as a TIFF that reads back the same, whatever its suffix."""
+    """Write raw levels as a TIFF that reads back the same, empty pixels too, whatever its suffix."""
+    more: dict[str, Any] = {}
+    if isinstance(levels, np.ma.MaskedArray):
+        value = "nan" if levels.dtype == np.float32 else str(_unused(levels, path))
+        levels, more = levels.filled(float(value)), {"extratags": [(NODATA, "s", 0, value, True)]}
     photometric = "rgb" if levels.ndim == 3 else "minisblack"
-    tifffile.imwrite(path, levels, photometric=photometric, compression="zlib", predictor=True, metadata=None)
+    tifffile.imwrite(path, levels, photometric=photometric, compression="zlib", predictor=True, metadata=None, **more)
+
+
+def _unused(levels: "np.ma.MaskedArray[Any, Any]", path: Path) -> int:
+    """A level of which no pixel is in all channels, to stand for empty ones. Raises DataError where all are taken."""
+    bands = levels.reshape(levels.shape[0] * levels.shape[1], -1)
+    filled = bands.data[~np.ma.getmaskarray(bands).any(axis=1)]
+    counts = np.bincount(filled[(filled == filled[:, :1]).all(axis=1), 0], minlength=largest(levels) + 1)
+    if counts.all():
+        raise DataError(
+            f"{path} can't be written: its pixels have all {len(counts)} levels, none is left for empty ones."
+        )
+    return int(counts.argmin())
 
 
 def training_window(paths: Iterable[Path], policy: Intensity) -> tuple[float, float] | None:
     """The raw levels that become 0 and 1, one window for a whole data set; None where there is no such.
 
-    percentile and minmax are taken over every pixel of the images given, which are the training ones.
+    percentile and minmax are taken over every pixel that is not empty of the images given, the training ones.
     """
     if policy.kind == "none" or policy.image:
         return None
@@ -121,7 +190,8 @@ def _window_of_all(paths: list[Path], policy: Intensity) -> tuple[float, float]:
         counts += np.bincount(ordered(path) >> shift, minlength=GREY_LEVELS)
     cumulated = np.cumsum(counts)
     if not cumulated[-1]:
-        raise DataError(f"The training images hold no level above 0: no {policy} window can be set.")
+        level = "level above 0" if policy.log else "pixel that is not empty"
+        raise DataError(f"The training images hold no {level}: no {policy} window can be set.")
     below, above = (percent / 100 * cumulated[-1] for percent in policy.percent)
     low, high = int(np.searchsorted(cumulated, below, "right")), int(np.searchsorted(cumulated, above, "left"))
     low = min(low, GREY_LEVELS - 1)
@@ -142,7 +212,7 @@ def _window_of_all(paths: list[Path], policy: Intensity) -> tuple[float, float]:
 
 def _counted(levels: Levels, policy: Intensity) -> Levels:
     """The levels that percentiles are of, (pixels,): of a logarithm, those that have one."""
-    flat = levels.ravel()
+    flat = counted_levels(levels)
     return flat[flat > 0] if policy.log else flat
 
 
@@ -165,10 +235,16 @@ def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensit
 
     With a window, its lower level becomes 0 and its upper 1, and what lies outside is clipped. Without
     one, levels are divided by the largest value of their number format. policy: whether the window is the image's own
-    (where that is one level, what is above it becomes 1), and whether logarithms are taken; None for neither.
+    (where that is one level, what is above it becomes 1), and whether logarithms are taken; None for neither. Empty
+    pixels become 0.
     """
     if policy is not None and policy.image:
         window = image_window(levels, policy)
+    if isinstance(levels, np.ma.MaskedArray):
+        whole: Levels = levels.data
+        filled = to_unit(whole, window, replace(policy, image=False) if policy is not None else None)
+        filled[np.ma.getmaskarray(levels)] = 0.0
+        return filled
     if window is None and levels.dtype == np.float32:
         raise DataError("Images of fractions have no largest value to be divided by: they need an intensity window.")
     low, high = window if window is not None else (0.0, float(largest(levels)))
@@ -176,10 +252,10 @@ def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensit
         return (levels > low).astype(np.float32)
     log = policy is not None and policy.log
     number = np.float64 if log or levels.dtype == np.float32 else np.float32  # a difference of fractions might overflow
-    values: NDArray[Any] = levels.astype(number)
+    values: Any = levels.astype(number)
     if log:
         values, low, high = np.log(np.maximum(values, low)), float(np.log(low)), float(np.log(high))
-    unit = (values - number(low)) * number(1.0 / (high - low))
+    unit: NDArray[Any] = (values - number(low)) * number(1.0 / (high - low))
     return np.clip(unit, 0.0, 1.0, out=unit).astype(np.float32, copy=False)
 
 

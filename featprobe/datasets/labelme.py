@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from featprobe.datasets.files import Table, below, files_below, kept_below, own_table, read_json, start_of
 from featprobe.datasets.grouping import components
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.names import first_there, visible
 from featprobe.datasets.objects import (
     Tally,
     check_classes,
@@ -62,7 +63,7 @@ def is_labelme(root: Path) -> bool:
     """Whether a folder holds a labelme file, at its top or up to two folders down."""
     if not root.is_dir():
         return False
-    files = (path for pattern in ("*.json", "*/*.json", "*/*/*.json") for path in sorted(root.glob(pattern))[:20])
+    files = (p for pattern in ("*.json", "*/*.json", "*/*/*.json") for p in visible(root, root.glob(pattern))[:20])
     return any(_looks_like_labelme(path) for path in files if not path.is_symlink())
 
 
@@ -173,7 +174,7 @@ def _image_of(drawing: Drawing, root: Path) -> Path:
     own = Path(*first.parts[-2 if is_page_name(first.name) else -1 :])
     places = [first, *(folder / own for folder in folders if folder.is_relative_to(root))]
     places += [path.with_suffix(suffix) for suffix in SUFFIXES]
-    found = next((place for place in places if page_of(place)[0].is_file()), first)
+    found = first_there(root, places) or first
     return below(root, found.relative_to(root).as_posix(), path)
 
 

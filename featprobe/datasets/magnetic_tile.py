@@ -12,6 +12,7 @@ from PIL import Image
 from featprobe.datasets.files import files_below, kept_below
 from featprobe.datasets.grouping import components
 from featprobe.datasets.images import read_levels
+from featprobe.datasets.names import visible
 from featprobe.datasets.objects import check_classes, check_size, read_binary
 from featprobe.datasets.samples import DataSet, Sample, tasks_of
 from featprobe.errors import DataError
@@ -28,7 +29,7 @@ SIDE = 32  # pixels of a thumbnail
 
 def is_magnetic_tile(root: Path) -> bool:
     """Whether a folder holds MT_<class>/Imgs."""
-    return root.is_dir() and any(path.is_dir() for path in root.glob("MT_*/Imgs"))
+    return root.is_dir() and any(path.is_dir() for path in visible(root, root.glob("MT_*/Imgs")))
 
 
 def read_magnetic_tile(name: str, root: Path) -> DataSet:
@@ -37,7 +38,7 @@ def read_magnetic_tile(name: str, root: Path) -> DataSet:
     The group is the tile: names hold a running frame number, and pictures up to 400 frames apart are one tile, as are
     pictures that are nearly identical. A picture without a frame number is grouped by its look alone.
     """
-    folders = sorted(path for path in root.glob("MT_*/Imgs") if path.is_dir())
+    folders = [path for path in visible(root, root.glob("MT_*/Imgs")) if path.is_dir()]
     images = [path for folder in folders for path in files_below(root, folder, (".jpg", ".jpeg"))]
     if not images:
         raise DataError(f"{root} holds no images. wanted: MT_<class>/Imgs/NAME.jpg with NAME.png.")

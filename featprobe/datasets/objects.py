@@ -15,6 +15,7 @@ from featprobe.datasets.decode import stored_page
 from featprobe.datasets.files import is_missing, kept_below, read_text
 from featprobe.datasets.pages import count_pages, page_of
 from featprobe.datasets.samples import listed
+from featprobe.datasets.tiff import NODATA
 from featprobe.datasets.values import stated_side
 from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages take it from here
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
@@ -133,6 +134,8 @@ def stored_pixels(path: Path) -> tuple[str, NDArray[Any]]:
         return stored_page(path)
     try:
         with Image.open(path) as image:
+            if NODATA in getattr(image, "tag_v2", ()):
+                return stored_page(path)
             count = count_pages(path) if image.format == "TIFF" else getattr(image, "n_frames", 1)
             if count > 1:
                 raise DataError(f"{path} holds {count} images. wanted: one mask, or as many as its image has pages.")

@@ -21,10 +21,15 @@ T = TypeVar("T")
 DIGITS = 4
 MAX_PAGES = 10**DIGITS
 PAGED = (".tif", ".tiff", ".dcm", ".dicom")  # the only files that are looked into for pages where a folder is listed
+LOOKED_AT_FIRST = 132  # bytes that tell a TIFF and a DICOM file from others
+VALUE_TYPES = frozenset(
+    "AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
+)
+LONG_TYPES = frozenset("OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two bytes, and a length of four
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_TAGS = 4096  # of an IFD; tifffile takes more for damage, too
 SUBFILE, OLD_SUBFILE, DESCRIPTION = 254, 255, 270  # tags
-COPY_OR_MASK, OLD_COPY = 0b101, 2  # bits of NewSubfileType; what SubfileType says of a reduced copy
+COPY_OR_MASK, MASK, OLD_COPY = 0b101, 0b100, 2  # bits of NewSubfileType; what SubfileType says of a reduced copy
 SHORT = 3  # the type of two bytes
 LOOKED_AT = 1 << 16  # bytes of a description
 USUAL = 512  # bytes that most IFDs are shorter than
@@ -80,8 +85,8 @@ def group_of(identity: str, image: Path) -> str:
 def count_pages(file: Path) -> int:
     """How many images a TIFF or a DICOM file holds; 1 for any other. Raises DataError, and OSError as `open` does."""
     with file.open("rb", buffering=0) as stream:
-        start = stream.read(132)
-        if start[128:] == b"DICM":
+        start = stream.read(LOOKED_AT_FIRST)
+        if is_dicom(start):
             try:
                 return _count_frames(stream)
             except Exception as error:  # pydicom raises whatever it likes on damaged files, and may not be there
@@ -133,8 +138,32 @@ def _count_frames(stream: BinaryIO) -> int:
     from pydicom.filereader import read_partial
 
     stream.seek(0)
-    header = read_partial(stream, stop_when=lambda tag, vr, length: tag > FRAMES, specific_tags=[FRAMES])
+    header = read_partial(stream, stop_when=lambda tag, vr, length: tag > FRAMES, specific_tags=[FRAMES], force=True)
     return int(header.get("NumberOfFrames") or 1)
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that begins with these 132 bytes is DICOM: `DICM` behind a preamble, or a bare data set.
+
+    A bare one, as older systems write, is told by its first two elements: the first is of group 2 or 8, tags rise, and
+    lengths are even, in little endian.
+    """
+    if start[128:] == b"DICM":
+        return True
+    place, last, met = 0, -1, 0
+    while place + 8 <= len(start) and met < 2:
+        group, element, kind, length = struct.unpack_from("<HH2sH", start, place)
+        tag = group << 16 | element
+        if not (tag > last and (met or group in (2, 8)) and group < 0x7FE0):
+            return False
+        if kind.decode("latin-1") not in VALUE_TYPES:  # implicit: four bytes of length follow the tag
+            length = struct.unpack_from("<I", start, place + 4)[0]
+        elif kind.decode("latin-1") in LONG_TYPES:
+            length = int.from_bytes(start[place + 8 : place + 12], "little") + 4
+        if length % 2:
+            return False
+        place, last, met = place + 8 + length, tag, met + 1
+    return met == 2
 
 
 # ---- TIFF ------------------------------------------------------------------------------------------------------------
@@ -175,6 +204,24 @@ def tiff_images_in(stream: BinaryIO, file: Path) -> tuple[int, ...]:
     if planes > MAX_PAGES:
         raise DataError(too_many(file, str(planes)))
     return tuple(found) if planes <= len(found) else (tiff.first,) * planes
+
+
+def tiff_mask_behind(stream: BinaryIO, file: Path, image: int) -> int:
+    """Where the IFD of the transparency mask begins that follows an image's IFD; 0 where none does. Raises DataError.
+
+    A mask of a reduced copy is another's. It is looked for up to the next image.
+    """
+    tiff = _Tiff(stream, file)
+    offset, seen = tiff.directory(image).following, {image}
+    while offset and offset not in seen:
+        directory = tiff.directory(offset)
+        if tiff.is_image(directory):
+            return 0
+        if tiff.is_mask(directory):
+            return offset
+        seen.add(offset)
+        offset = directory.following
+    return 0
 
 
 def too_many(file: Path, found: str) -> str:
@@ -225,6 +272,10 @@ class _Tiff:
         """Whether an IFD is of an image of its own: neither a reduced copy of one nor a transparency mask."""
         kind = self._value(directory, SUBFILE)
         return not kind & COPY_OR_MASK if kind else self._value(directory, OLD_SUBFILE) != OLD_COPY
+
+    def is_mask(self, directory: _Directory) -> bool:
+        """Whether an IFD is the transparency mask of an image that is no reduced copy."""
+        return self._value(directory, SUBFILE) & COPY_OR_MASK == MASK
 
     def imagej_images(self, directory: _Directory) -> int:
         """How many images ImageJ's description counts; 1 where there is none."""

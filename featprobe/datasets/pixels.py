@@ -13,6 +13,8 @@ from featprobe.errors import DataError
 from featprobe.geometry import Size
 
 Levels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
+"""(height, width) or (height, width, 3). Where the header calls pixels empty, a masked array (`numpy.ma`) that masks
+them; beneath the mask is the lowest level of the others."""
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 
@@ -22,17 +24,22 @@ class Opened:
     """An image that is open: a file, or a page of one.
 
     size: (height, width) in pixels, as it is to be looked at. bits: of a channel as `load` gives it: 8, 16, or 32 for
-    float32. load: the pixels, (height, width) or (height, width, 3), in the stored orientation. turn: EXIF's
-    orientation, 1 to 8. raw: the bytes of its file that make a page what it is. stored: of a page of a TIFF, its pixel
-    format as Pillow calls it, and its values as they are stored, palette indices for a palette.
+    float32. channels: 1 or 3. load: the pixels, (height, width) or (height, width, 3), in the stored orientation. turn:
+    EXIF's orientation, 1 to 8. raw: the bytes of its file that make a page what it is. stored: of a page of a TIFF, its
+    pixel format as Pillow calls it, and its values as they are stored, palette indices for a palette. empty: what the
+    header calls empty, as `GDAL_NODATA -9999`; "" where it calls nothing so. unnamed: whether its three channels are
+    bands that the header gives no colours.
     """
 
     size: Size
     bits: int
+    channels: int
     load: Callable[[], Levels]
     turn: int = 1
     raw: Callable[[], Iterable[bytes]] = tuple
     stored: Callable[[], tuple[str, NDArray[Any]]] | None = None
+    empty: str = ""
+    unnamed: bool = False
 
     def read(self) -> Levels:
         """The pixels as they are to be looked at."""
@@ -47,7 +54,7 @@ def oriented(levels: NDArray[Any], turn: int) -> NDArray[Any]:
         levels = levels[:, ::-1]
     if turn in (3, 4, 7, 8):
         levels = levels[::-1]
-    return np.ascontiguousarray(levels)
+    return np.asanyarray(levels, order="C")  # a masked array stays one
 
 
 def turned(height: int, width: int, turn: int) -> Size:
@@ -94,6 +101,29 @@ def to_levels(values: NDArray[Any], path: Path) -> Levels:
     if not np.array_equal(levels, values):
         raise DataError(f"{path} holds {values.dtype} values that float32 can't hold. Round them:  a.astype('float32')")
     return levels
+
+
+def without_empty(
+    values: NDArray[Any], empty: NDArray[np.bool_] | None, convert: Callable[[NDArray[Any]], Levels]
+) -> Levels:
+    """What `convert` makes of stored values, those masked that are `empty`, (height, width); see Levels.
+
+    It meets 0 in place of empty values, and is all that is done where there are none.
+    """
+    if empty is None or not empty.any():
+        return convert(values)
+    filled = values.copy()
+    filled[empty] = 0
+    levels = convert(filled)
+    mask = empty if levels.ndim == 2 else np.repeat(empty[:, :, None], levels.shape[2], axis=2)
+    masked = np.ma.MaskedArray(levels, mask)
+    masked.data[mask] = 0 if empty.all() else masked.min()
+    return masked
+
+
+def counted_levels(levels: Levels) -> Levels:
+    """The levels that are not empty, (values,)."""
+    return levels.compressed() if isinstance(levels, np.ma.MaskedArray) else levels.ravel()
 
 
 def _is_finite(values: NDArray[Any]) -> bool:

@@ -71,10 +71,23 @@ class _Column:
         try:
             self.rest = np.array([text[len(self.shared) :] for text in texts], dtype=np.dtypes.StringDType())
         except UnicodeEncodeError as error:
-            raise DataError(f"The name {error.object!r} is no UTF-8 text. Rename the file.") from error
+            raise _no_text(error.object) from error
 
     def __getitem__(self, index: int) -> str:
         return self.shared + self.rest[index]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise DataError for a name whose bytes are no UTF-8, which neither caches nor results could hold."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise _no_text(name) from error
+
+
+def _no_text(name: str) -> DataError:
+    return DataError(f"The name {name!a} is no UTF-8 text. Rename the file or the folder. Nothing was computed.")
 
 
 @dataclass(frozen=True)
@@ -99,8 +112,11 @@ class DataSet:
     category_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_names([os.path.abspath(self.root)])
         if not isinstance(self.samples, Samples):
             object.__setattr__(self, "samples", Samples(self.samples))
+        told = tuple(note.encode("utf-8", "backslashreplace").decode() for note in self.notes)
+        object.__setattr__(self, "notes", told)  # a file that is passed over may have a name that no text can hold
 
     def in_split(self, split: str) -> list[Sample]:
         """The samples of a split, in order."""

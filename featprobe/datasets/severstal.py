@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.datasets.files import files_below, kept_below, read_text, rows_of, start_of
+from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.datasets.values import gathered, to_whole
 from featprobe.errors import DataError
@@ -49,6 +50,7 @@ def read_severstal(name: str, root: Path) -> DataSet:
         layers = [Instance(kind, box, encode_rle(mask)) for kind, mask in masks]
         return Target(semantic_from_instances(layers, size), None)
 
+    runs = renamed(runs, images)
     missing = sorted(runs.keys() - images.keys())
     notes = [f"train.csv has defects of {len(missing)} images that are not here: {listed(missing)}"] if missing else []
     samples = [Sample(own, image, own, labels=json.dumps(runs.get(own, {}))) for own, image in images.items()]

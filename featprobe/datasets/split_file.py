@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featprobe.datasets.files import by_name, read_csv
+from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
 from featprobe.errors import DataError, nearest
 from featprobe.specs import digest
@@ -38,8 +39,9 @@ class SplitFile:
         Raises DataError where the file's images are not those of `ids`.
         """
         names = [name.strip() for name in ids]
-        unlisted = [name for name in names if name not in self.places]
-        gone = sorted(self.places.keys() - set(names))
+        places = renamed(self.places, names)
+        unlisted = [name for name in names if name not in places]
+        gone = sorted(places.keys() - set(names))
         if unlisted or gone:
             found = [f"{len(unlisted)} images that it does not list: {listed(unlisted)}"] if unlisted else []
             found += [f"{len(gone)} that it lists and that are not there: {listed(gone)}"] if gone else []
@@ -49,7 +51,7 @@ class SplitFile:
                 f"  wanted  a row for each image, and none beside\n  found   {both}\n"
                 "Nothing was done. Mend the file, or name the data set that it belongs to with --data NAME."
             )
-        chosen = [self.places[name] for name in names]
+        chosen = [places[name] for name in names]
         return [own or group for (own, _), group in zip(chosen, groups, strict=True)], [split for _, split in chosen]
 
 

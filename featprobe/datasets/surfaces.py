@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from featprobe.datasets.files import files_below, kept_below
+from featprobe.datasets.names import visible
 from featprobe.datasets.objects import check_classes, check_size, read_binary
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
@@ -18,7 +19,7 @@ GOOD = "good"
 
 def is_kolektor(root: Path) -> bool:
     """Whether a folder holds train/ and test/ with masks ID_GT.png."""
-    return all(next((root / split).glob(f"*{KOLEKTOR_MASK}.png"), None) is not None for split in ("train", "test"))
+    return all(visible(root, (root / split).glob(f"*{KOLEKTOR_MASK}.png")) for split in ("train", "test"))
 
 
 def read_kolektor(name: str, root: Path) -> DataSet:
@@ -42,7 +43,7 @@ def read_kolektor(name: str, root: Path) -> DataSet:
 
 def is_commutators(root: Path) -> bool:
     """Whether a folder is the first KolektorSDD: kosNN/PartN.jpg with PartN_label.bmp."""
-    return next(root.glob(f"kos*/*{KOLEKTOR_LABEL}"), None) is not None
+    return bool(visible(root, root.glob(f"kos*/*{KOLEKTOR_LABEL}")))
 
 
 def read_commutators(name: str, root: Path) -> DataSet:
@@ -50,7 +51,7 @@ def read_commutators(name: str, root: Path) -> DataSet:
 
     Layout: Tabernik et al., 2019, and the dataset's page at vicos.si. Whatever is not 0 in a mask is the defect.
     """
-    folders = sorted(path for path in root.glob("kos*") if path.is_dir())
+    folders = [path for path in visible(root, root.glob("kos*")) if path.is_dir()]
     images = [path for folder in folders for path in files_below(root, folder, (".jpg",))]
     if not images:
         raise DataError(f"{root} holds no images. wanted: kosNN/PartN.jpg with PartN{KOLEKTOR_LABEL}.")
@@ -106,4 +107,4 @@ def _is_category(root: Path) -> bool:
 
 
 def _categories(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if _is_category(path)) if root.is_dir() else []
+    return [path.name for path in visible(root, root.iterdir()) if _is_category(path)] if root.is_dir() else []

@@ -12,7 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.pages import tiff_images, tiff_images_in
+from featprobe.datasets.pages import tiff_images, tiff_images_in, tiff_mask_behind
 from featprobe.datasets.pixels import (
     MAX_PIXELS,
     Levels,
@@ -26,13 +26,20 @@ from featprobe.datasets.pixels import (
     turned,
     unusable,
     without_alpha,
+    without_empty,
 )
 from featprobe.errors import DataError
+from featprobe.targets import IGNORE
 
 PLACES = (273, 324, 330)  # tags that say where in the file something lies: strips, tiles, further IFDs
 STK_PLANES = 33629  # MetaMorph's tag with an entry for each plane behind an IFD
 PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # what a TIFF says of its samples that are levels as they are
 CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
+BANDS = {"RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # samples that it needs; of the others, one
+BITS, INKS, NODATA = 258, 332, 42113  # tags
+CMYK, JPEG = 1, (6, 7)  # an ink set, and compressions that decode to RGB
+ALPHA = (1, 2)  # what ExtraSamples says of an alpha channel: premultiplied, or not
+EXTREME, NEAR = 1e30, 1e-5  # beyond it no level lies by chance, and a few digits will do: a relative difference
 
 
 @contextmanager
@@ -44,6 +51,8 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
     number = number or 0
     behind_one = offsets.count(offsets[0]) > 1
     plane = number if behind_one else 0
+    mask_at = 0 if behind_one else tiff_mask_behind(stream, path, offsets[number])
+    stream.seek(0)
     with tifffile.TiffFile(stream) as file:
         page: Any = file.pages.first
         if page.offset != offsets[number]:
@@ -52,19 +61,116 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
         check_extent(path, page.imagelength, page.imagewidth)
         _check_planes(path, page, plane, behind_one)
         kind = getattr(page.photometric, "name", str(page.photometric))
-        known = kind in PLAIN or (page.bitspersample <= 8 and kind in CONVERTED)
-        if not known or page.dtype is None or page.samplesperpixel > 4 or page.imagedepth > 1:
-            raise DataError(unusable(path, f"{kind}, {page.samplesperpixel} x {page.bitspersample} bits"))
+        each = page.tags.valueof(BITS, default=page.bitspersample)
+        bits = page.bitspersample if not isinstance(each, tuple) or len(set(each)) == 1 else None
+        known = kind in PLAIN or (kind in CONVERTED and bits is not None and bits <= 8)
+        other_colours = (kind == "SEPARATED" and page.tags.valueof(INKS, default=CMYK) != CMYK) or (
+            kind == "YCBCR" and page.compression not in JPEG
+        )
+        if not known or other_colours or bits is None or page.dtype is None or page.imagedepth > 1:
+            depths = each if bits is None else f"{page.samplesperpixel} x {bits}"
+            raise DataError(unusable(path, f"{kind}, {depths} bits"))
+        bands = _bands(page, kind, path)
         turn = page.tags.valueof("Orientation", default=1)
         turn = turn if turn in range(1, 9) else 1
+        nodata = _nodata(page, path)
+        shown = _mask_at(file, mask_at, page, path)
+        called = [f"GDAL_NODATA {nodata:g}"] if nodata is not None else []
+        called += ["a transparency mask"] if shown else []
         yield Opened(
             turned(page.imagelength, page.imagewidth, turn),
             bits_of_dtype(page.dtype, path),
-            lambda: _levels(page, _values(page, plane), kind, path),
+            1 if kind in PLAIN and bands == 1 else 3,
+            lambda: _levels(page, _values(page, plane), kind, nodata, shown, path),
             turn,
-            lambda: _bytes(page, plane),
-            lambda: _mask(page, _values(page, plane), kind),
+            lambda: (piece for own in (page, shown) if own for piece in _bytes(own, plane)),
+            lambda: _mask(page, _values(page, plane), kind, nodata),
+            empty=" and ".join(called),
+            unnamed=kind != "RGB" and kind in PLAIN and bands == 3,
         )
+
+
+def _bands(page: Any, kind: str, path: Path) -> int:
+    """How many samples of a pixel hold levels: all but an alpha channel behind them that ExtraSamples calls so.
+
+    Raises DataError for another number than one of grey, three of colour, or what its colours need.
+    """
+    count, wanted = page.samplesperpixel, BANDS.get(kind, 1)
+    extra = [int(code) for code in page.extrasamples][: count - wanted]
+    extra = [0] * (count - wanted - len(extra)) + extra
+    alpha = bool(extra) and extra[-1] in ALPHA
+    bands = count - alpha
+    grey_or_three = bands == wanted or (kind in ("MINISBLACK", "MINISWHITE") and bands == 3)
+    if not grey_or_three or any(code in ALPHA for code in extra[:-1]) or (alpha and kind in CONVERTED):
+        said = ", ".join({0: "unspecified", 1: "alpha", 2: "alpha"}.get(code, str(code)) for code in extra)
+        raise DataError(
+            f"{path} holds {count} bands: {kind}, and behind it {len(extra)} that ExtraSamples calls {said}.\n"
+            "  wanted  1 band of grey or 3 of colour, and at most an alpha channel behind them that is called so\n"
+            f"  found   {bands} bands that hold data\n"
+            "Nothing was read, for a band would be dropped. Write those that are meant into a file of their own\n"
+            "(gdal_translate -b 1 IN OUT), or set ExtraSamples to 2 (alpha) where the last one is alpha."
+        )
+    return bands
+
+
+def _nodata(page: Any, path: Path) -> float | None:
+    """The stored value that GDAL_NODATA calls empty; None for none, and for one that no pixel can have.
+
+    Raises DataError for a text that is no number.
+    """
+    value = page.tags.valueof(NODATA, default="")
+    text = (value.decode("latin-1") if isinstance(value, bytes) else str(value)).strip("\0 ")
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise DataError(
+            f"{path} calls {text[:80]!r} the level of its empty pixels (tag GDAL_NODATA).\n  wanted  a number, or nan\n"
+            "Which pixels are empty can't be told. Mend the tag, or take it away:  gdal_edit.py -unsetnodata FILE"
+        ) from error
+    if np.isinf(number) and "inf" not in text.lower():  # the lowest float64 in fifteen digits
+        number = math.copysign(np.finfo(float).max, number)
+    if page.dtype.kind == "f":
+        return number
+    low, high = (0, 1) if page.dtype.kind == "b" else (np.iinfo(page.dtype).min, np.iinfo(page.dtype).max)
+    return number if number.is_integer() and low <= number <= high else None
+
+
+def _mask_at(file: Any, offset: int, page: Any, path: Path) -> Any:
+    """The page of a transparency mask, which is 0 where the image is empty; None for the offset 0. Raises DataError."""
+    if not offset:
+        return None
+    file.filehandle.seek(offset)
+    mask = tifffile.TiffPage(file, 0)
+    found = mask.imagelength, mask.imagewidth, mask.samplesperpixel, mask.imagedepth
+    if found != (page.imagelength, page.imagewidth, 1, 1) or mask.dtype is None:
+        size = f"{page.imagelength}x{page.imagewidth} pixels (height x width)"
+        raise DataError(
+            f"{path} has a transparency mask that is not the image's.\n  wanted  {size}, one band\n"
+            f"  found   {found[0]}x{found[1]}, {found[2]} bands"
+        )
+    _check_segments(path, mask)
+    return mask
+
+
+def _empty(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
+    """(height, width): where all bands of a pixel hold the value that is called empty; None where nothing is.
+
+    Far from all levels (1e30) a few digits of it will do, for GDAL_NODATA is a text.
+    """
+    if nodata is None:
+        return None
+    if np.isnan(nodata):
+        found = np.isnan(values)
+    elif values.dtype.kind == "f" and np.isfinite(nodata) and abs(nodata) > EXTREME:
+        most = float(np.finfo(values.dtype).max)
+        wanted, upwards = min(abs(nodata), most), values if nodata > 0 else -values
+        found = (upwards >= wanted * (1 - NEAR)) & (upwards <= min(wanted * (1 + NEAR), most))
+    else:
+        with np.errstate(over="ignore"):
+            found = values == np.asarray(nodata).astype(values.dtype)
+    return found if found.ndim == 2 else found.all(axis=2)
 
 
 def _values(page: Any, plane: int) -> NDArray[Any]:
@@ -78,8 +184,20 @@ def _values(page: Any, plane: int) -> NDArray[Any]:
     return values
 
 
-def _levels(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
-    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over."""
+def _levels(page: Any, values: NDArray[Any], kind: str, nodata: float | None, shown: Any, path: Path) -> Levels:
+    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over; empty ones masked.
+
+    shown: the page of its transparency mask, None without one.
+    """
+    levels = values if kind == "SEPARATED" else without_alpha(values)
+    empty = _empty(levels, nodata)
+    if shown:
+        hidden = shown.asarray(maxworkers=1) == 0
+        empty = hidden if empty is None else empty | hidden
+    return without_empty(levels, empty, lambda filled: _converted(page, filled, kind, path))
+
+
+def _converted(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
     if kind == "SEPARATED":
         return np.asarray(Image.fromarray(np.ascontiguousarray(values), mode="CMYK").convert("RGB"))
     if kind == "PALETTE":
@@ -87,7 +205,7 @@ def _levels(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
         if (colours & 255).any() and (colours & 255 != colours >> 8).any():
             raise DataError(unusable(path, "a palette of 16 bits"))
         return np.moveaxis((colours >> 8).astype(np.uint8)[:, values.astype(np.intp)], 0, -1)
-    levels = to_levels(without_alpha(values), path)
+    levels = to_levels(values, path)
     if page.bitspersample in (2, 4):
         levels = levels * np.uint8(255 // (2**page.bitspersample - 1))
     if kind != "MINISWHITE":
@@ -97,8 +215,17 @@ def _levels(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels:
     return levels.dtype.type(largest(levels)) - levels
 
 
-def _mask(page: Any, values: NDArray[Any], kind: str) -> tuple[str, NDArray[Any]]:
-    """The pixel format and the values of a page as Pillow would give them, were it a file of its own."""
+def _mask(page: Any, values: NDArray[Any], kind: str, nodata: float | None) -> tuple[str, NDArray[Any]]:
+    """The pixel format and the values of a page as Pillow would give them, were it a file of its own.
+
+    Empty pixels are IGNORE, but where 0 is called empty: a mask's background.
+    """
+    mode, found = _as_pillow(page, values, kind)
+    empty = _empty(values, nodata) if nodata and values.ndim == 2 and values.dtype.kind in "iu" else None
+    return mode, found if empty is None else np.where(empty, IGNORE, found)
+
+
+def _as_pillow(page: Any, values: NDArray[Any], kind: str) -> tuple[str, NDArray[Any]]:
     if kind == "PALETTE":
         return "P", values
     if values.ndim == 3:

@@ -18,6 +18,7 @@ import numpy as np
 from featprobe.datasets.files import below, files_below, folders_in, own_table, read_text
 from featprobe.datasets.images import hash_image
 from featprobe.datasets.labelmap import Labelmap, codes_of, read_labelmap
+from featprobe.datasets.names import renamed, visible
 from featprobe.datasets.objects import (
     Tally,
     box_instance,
@@ -102,7 +103,8 @@ def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataS
         copies, differing = _copies(found) if place.by_class else ([], set())
         image_of = _by_stem([path for path in found if path not in copies and path.stem not in differing])
         every = files_below(root, place.annotations, (".xml",))
-        files = {path.stem: path for path in every if path.stem not in differing}
+        files = renamed({path.stem: path for path in every if path.stem not in differing}, image_of)
+        split_of = renamed(split_of, files)
         for stem, path in files.items():
             image = image_of.pop(stem, place.images / f"{stem}.jpg")
             identity = image.relative_to(root).as_posix()
@@ -232,7 +234,7 @@ def _places_in(folder: Path, split: str) -> list[Place]:
     images = next((inside[name] for name in IMAGES if name in inside), None)
     by_class = annotations is not None and annotations.name.lower() == GC10
     images = folder if by_class and images is None else images
-    if annotations is None or images is None or next(annotations.rglob("*.xml"), None) is None:
+    if annotations is None or images is None or not visible(annotations, annotations.rglob("*.xml")):
         return []
     return [Place(annotations, images, split, by_class)]
 
@@ -304,6 +306,8 @@ def read_segmentation(name: str, root: Path, named: Sequence[str] | None = None)
     if (top / OBJECT_MASKS).is_dir():
         numbered = {path.stem: path for path in files_below(root, top / OBJECT_MASKS, (".png",))}
     image_of = _by_stem(files_below(root, top / "JPEGImages"))
+    masks, numbered = renamed(masks, image_of), renamed(numbered, image_of)
+    split_of = renamed(split_of, {*image_of, *masks})
     stems = sorted(split_of or masks)
     table = own_table(root)
     samples = []

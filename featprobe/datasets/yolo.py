@@ -12,6 +12,7 @@ import yaml
 
 from featprobe.datasets.files import below, files_below, kept_below, own_table, read_text, start_of
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.names import visible
 from featprobe.datasets.objects import Tally, box_instance, check_classes, partly, polygon_instance
 from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
@@ -47,7 +48,7 @@ def find_yolo(root: Path) -> Path | None:
     """The YAML file of a folder that names classes and a training split; data.yaml before others."""
     if not root.is_dir():
         return None
-    found = [path for path in sorted(root.iterdir()) if path.suffix in (".yaml", ".yml") and path.is_file()]
+    found = [path for path in visible(root, root.iterdir()) if path.suffix in (".yaml", ".yml") and path.is_file()]
     found.sort(key=lambda path: path.stem not in ("data", "dataset"))
     return next((path for path in found if not path.is_symlink() and _names_a_set(path)), None)
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import Look, exact_copies, in_several_splits, look_of, near_copies
-from featprobe.datasets.images import hash_image, read_levels, to_unit
+from featprobe.datasets.images import Header, hash_image, header_of, pixel_notes, read_levels, to_unit
+from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import SPLITS, listed
 from featprobe.datasets.set_notes import copies_in
 from featprobe.datasets.splits import complete_splits, leaks
@@ -49,6 +50,7 @@ class Looked:
 
     sample: Sample
     image_hash: str = ""
+    header: Header | None = None
     size: Size | None = None
     depth: str = ""
     look: Look | None = None
@@ -154,6 +156,7 @@ def check(
     own_leak = leaks([sample.group for sample in data.samples], [sample.split for sample in data.samples])
     splits = {split: _of_split(data, found, split) for split in [*SPLITS, *_other_splits(data)]}
     sizes = sorted(f.size for f in found if f.size)
+    headers = [(f.sample.id, replace(f.header, bits=0)) for f in found if f.header]  # of depths there is a finding
     result = DataCheck(
         name=data.name,
         root=str(data.root),
@@ -166,7 +169,7 @@ def check(
         depths=dict(Counter(f.depth for f in found if f.depth)),
         objects=_objects(found, size, fit or "resize", tile or None) if sizes else None,
         findings=tuple(findings),
-        notes=tuple(note for note in data.notes if note not in own_leak),
+        notes=(*(note for note in data.notes if note not in own_leak), *pixel_notes(headers)),
         spoiled=any(finding.spoils for finding in findings),
     )
     if page:
@@ -203,12 +206,12 @@ def entry_texts(finding: Finding) -> list[str]:
 def _look_at(data: DataSet, sample: Sample) -> Looked:
     """Everything about one sample; what is wrong with it stands in the result."""
     try:
-        image_hash, levels = hash_image(sample.image), read_levels(sample.image)
+        image_hash, header, levels = hash_image(sample.image), header_of(sample.image), read_levels(sample.image)
     except DataError as error:
         return Looked(sample, fault="unreadable_image", reason=str(error))
     size = (levels.shape[0], levels.shape[1])
     depth = f"{8 * levels.dtype.itemsize}-bit {'grey' if levels.ndim == 2 else 'colour'}"
-    found = Looked(sample, image_hash, size, depth, look_of(levels))
+    found = Looked(sample, image_hash, header, size, depth, look_of(levels))
     try:
         target = data.read_target(sample, size)
     except DataError as error:
@@ -400,7 +403,8 @@ def _write_page(
 
 def _panel(sample: Sample) -> Panel:
     levels = read_levels(sample.image)
-    low, high = float(levels.min()), float(levels.max())
+    own = counted_levels(levels)
+    low, high = (float(own.min()), float(own.max())) if own.size else (0.0, 1.0)
     return Panel(to_unit(levels, (low, max(high, low + 1))))
 
 

@@ -9,7 +9,15 @@ from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import Look, look_of, near_copies
-from featprobe.datasets.images import bits_of, image_size, read_levels, to_unit, training_window
+from featprobe.datasets.images import (
+    bits_of,
+    header_of,
+    image_size,
+    pixel_notes,
+    read_levels,
+    to_unit,
+    training_window,
+)
 from featprobe.datasets.samples import SPLITS, listed
 from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.datasets.split_file import write_split_file
@@ -44,7 +52,8 @@ class DataSummary:
 
 def summarise(data: DataSet) -> DataSummary:
     """Read all the labels of a data set and count; raises DataError for the first that is bad."""
-    sizes = [image_size(sample.image) for sample in data.samples]
+    headers = [header_of(sample.image) for sample in data.samples]
+    sizes = [header.size for header in headers]
     counts = np.zeros(256, dtype=np.int64)
     objects: list[int] = []
     copies: list[tuple[str, list[str]]] = []
@@ -67,11 +76,12 @@ def summarise(data: DataSet) -> DataSummary:
         images={split: len(data.in_split(split)) for split in splits},
         groups={split: len({s.group for s in data.in_split(split)}) for split in splits},
         sizes=(min(sizes), max(sizes)),
-        depth=bits_of(data.samples[0].image),
+        depth=headers[0].bits,
         pixels=dict(zip(data.classes, shares, strict=True)) if "semseg" in data.tasks else None,
         instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if "detect" in data.tasks else None,
         notes=(
             *data.notes,
+            *pixel_notes([(sample.id, header) for sample, header in zip(data.samples, headers, strict=True)]),
             *copy_notes(copies),
             *starved([s.split for s in data.samples], classes, [s.group for s in data.samples], data.classes),
         ),

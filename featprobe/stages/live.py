@@ -130,7 +130,14 @@ class LiveFeatures:
                     f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
                 )
             self._known.add(own.image)
-        return own.show(self._levels(path))
+        levels = self._levels(path)
+        if isinstance(levels, np.ma.MaskedArray) and not self.cache.recipe.empty_pixels:
+            raise DataError(
+                f"{path} has pixels that its header calls empty, and {self.cache.path} was made\n"
+                "by a featprobe that took them for levels.\n"
+                f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
+            )
+        return own.show(levels)
 
     def _framed(self, row: int) -> View:
         recipe, placement = self.cache.recipe, self.cache.rows[row].placement

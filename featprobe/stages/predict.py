@@ -18,9 +18,11 @@ from tqdm import tqdm
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets.files import stem_of
-from featprobe.datasets.images import SUFFIXES, bits_of, frame_image, read_levels, to_unit
+from featprobe.datasets.images import SUFFIXES, Header, frame_image, header_of, pixel_notes, read_levels, to_unit
+from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
-from featprobe.datasets.samples import listed
+from featprobe.datasets.pixels import counted_levels
+from featprobe.datasets.samples import check_names, listed
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
@@ -51,6 +53,7 @@ class Prediction:
     semantic: Labels | None
     objects: Objects | None
     clipped: float
+    header: Header
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Predictor:
 
     def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
         """What the head says of a batch of (image, name); raises DataError for one that does not fit."""
-        read = [self._read(path) for path, _ in images]
+        headers = [header_of(path) for path, _ in images]
+        read = [self._read(path, header) for (path, _), header in zip(images, headers, strict=True)]
         pieces = [
             _Piece(i, levels if part is None else part.take(levels), part, self._place(levels, part))
             for i, levels in enumerate(read)
@@ -106,10 +110,11 @@ class Predictor:
                 stride: Any = self.head.stride
                 logits = (([own], piece.placement, piece.part) for piece, own in found)
                 (semantic,) = stitched_classes(logits, stride, size)
-                predictions.append(Prediction(path, name, size, semantic.cpu().numpy(), None, clipped))
+                predictions.append(Prediction(path, name, size, semantic.cpu().numpy(), None, clipped, headers[i]))
             else:
                 objects = [(objects_at_original(own, piece.placement), piece.part) for piece, own in found]
-                predictions.append(Prediction(path, name, size, None, stitched_objects(objects, size), clipped))
+                merged = stitched_objects(objects, size)
+                predictions.append(Prediction(path, name, size, None, merged, clipped, headers[i]))
         return predictions
 
     def picture(self, path: Path) -> NDArray[np.float32]:
@@ -124,8 +129,8 @@ class Predictor:
             found: Any = self.head(self._features([p.levels for p in some], [p.placement for p in some]))
             yield from ((piece, found[k]) for k, piece in enumerate(some))
 
-    def _read(self, path: Path) -> NDArray[Any]:
-        bits, wanted = bits_of(path), self.card["data"]["bits"]
+    def _read(self, path: Path, header: Header) -> NDArray[Any]:
+        bits, wanted = header.bits, self.card["data"]["bits"]
         if wanted is not None and bits != wanted:
             raise DataError(
                 f"{path} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
@@ -137,7 +142,8 @@ class Predictor:
         if self.recipe.window is None:
             return 0.0
         low, high = self.recipe.window
-        return float(np.mean((levels < low) | (levels > high)))
+        own = counted_levels(levels)
+        return float(np.mean((own < low) | (own > high))) if own.size else 0.0
 
     def _parts(self, levels: NDArray[Any]) -> list[Part] | list[None]:
         """The tiles of an image, as the head's training images were cut; None for an image that is not cut."""
@@ -234,7 +240,7 @@ def predict(
         written = coco_of(done, predictor.classes, ids)
         (out / "predictions.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")
-    notes = _clipped_notes(done, predictor.recipe.window)
+    notes = _clipped_notes(done, predictor.recipe.window) + pixel_notes([(str(one.image), one.header) for one in done])
     return PredictReport(out, len(done), files, tuple(left_out), tuple(notes))
 
 
@@ -254,9 +260,9 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Pa
     """(image, name) of files, pages, and all images below folders; a name is the path without its file's suffix.
 
     Where images differ in nothing but the suffix, their names keep it. All pages of a file are taken, and of folders
-    called like an image file what is called like its pages. out: a folder that is not looked into: what an earlier run
-    has written is no input. Raises DataError for a path that is not there, a folder without images, or two images of
-    one name.
+    called like an image file what is called like its pages. Hidden files are read only where they are named. out: a
+    folder that is not looked into: what an earlier run has written is no input. Raises DataError for a path that is not
+    there, a folder without images, two images of one name, or a name that is no UTF-8.
     """
     found: list[tuple[Path, Path]] = []  # an image and the folder that its name begins at
     for path in paths:
@@ -266,7 +272,7 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Pa
         elif path.is_file():
             found += [(p, path.parent) for p in pages_of(path)]
         elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if _is_called_an_image(p) and not p.is_dir())
+            inside = visible(path, (p for p in path.rglob("*") if _is_called_an_image(p) and not p.is_dir()))
             if out is not None and out.resolve() != path.resolve():
                 inside = [p for p in inside if not Path(realpath(p)).is_relative_to(out.resolve())]
             if not inside:
@@ -280,6 +286,7 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Pa
         (image, stem if counts[stem] == 1 else image.relative_to(folder).as_posix())
         for (image, folder), stem in zip(found, stems, strict=True)
     ]
+    check_names(str(path) for path, _ in named)
     taken: dict[str, Path] = {}
     for path, name in named:
         if name in taken:

@@ -13,7 +13,8 @@ from featprobe.backbones.backbone import Backbone
 from featprobe.cache import Row
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import exact_copies, in_several_splits
-from featprobe.datasets.images import bits_of, hash_image, image_size, read_levels, training_window
+from featprobe.datasets.images import Header, hash_image, header_of, pixel_notes, read_levels, training_window
+from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import listed
 from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.errors import DataError, counted
@@ -24,23 +25,28 @@ from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
 
 CLIPPED_WARNING = 0.01
+UNREAD = Header((1, 1), 0, 1, "", False)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one sample's files hold: bits of a channel; `reason` tells why it can't be used, "" when it can.
+    """What one sample's files hold; `reason` tells why it can't be used, "" when it can.
 
     copies: objects that stand there more than once.
     """
 
     sample: Sample
     image_hash: str = ""
-    size: Size = (1, 1)
-    bits: int = 0
+    header: Header = UNREAD
     semantic: bytes = b""
     instances: bytes = b""
     reason: str = ""
     copies: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in pixels."""
+        return self.header.size
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class Survey:
     def bad(self) -> list[Found]:
         """What can't be used."""
         return [found for found in self.found if found.reason]
+
+    @property
+    def headers(self) -> list[tuple[str, Header]]:
+        """Id and header of each image that can be used."""
+        return [(found.sample.id, found.header) for found in self.found if not found.reason]
 
     @property
     def fingerprint(self) -> str:
@@ -76,11 +87,11 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
         found = Found(replace(sample, labels=""))  # they are kept as the cache keeps them
         try:
             image_hash = hash_image(sample.image)
-            size = image_size(sample.image)
-            target = data.read_target(sample, size)
+            header = header_of(sample.image)
+            target = data.read_target(sample, header.size)
             semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances, target.image_id)
             copies = tuple(copies_in(target, data.classes))
-            found = Found(found.sample, image_hash, size, bits_of(sample.image), semantic, instances, copies=copies)
+            found = Found(found.sample, image_hash, header, semantic, instances, copies=copies)
             if skip_bad:
                 read_levels(sample.image)  # a truncated one must not spoil the intensity window
         except DataError as error:
@@ -113,10 +124,14 @@ def choose_intensity(surveyed: Survey, asked: str | None) -> tuple[Intensity, tu
     Raises DataError when images of 8 bits, of 16 bits or of fractions stand in one set, which no single window can
     serve, and for fractions that are to be divided by the largest value of their number format.
     """
-    bits = sorted({f.bits for f in surveyed.found if not f.reason})
+    bits = sorted({header.bits for _, header in surveyed.headers})
     if len(bits) > 1:
         mixed = " and ".join(f"{b}-bit" for b in bits)
-        raise DataError(f"{surveyed.data.root} mixes {mixed} images: no one intensity window serves both.")
+        raise DataError(
+            f"{surveyed.data.root} mixes {mixed} images: no one intensity window serves both.\n"
+            f"  wanted  images of one depth\n  found   {pixel_notes(surveyed.headers)[0]}\n"
+            "Nothing was computed. Take the few out, or write all in one depth."
+        )
     policy = Intensity.parse(asked) if asked else default_intensity(bits[0])
     if policy.kind == "none" and bits == [32]:
         raise DataError(
@@ -131,7 +146,7 @@ def choose_intensity(surveyed: Survey, asked: str | None) -> tuple[Intensity, tu
 
 
 def clipped_share(surveyed: Survey, window: tuple[float, float] | None) -> float | None:
-    """Share of the training images' annotated foreground pixels that lie outside of the window.
+    """Share of the training images' annotated foreground pixels that lie outside of the window; empty ones don't count.
 
     None without a window, without masks, or without foreground.
     """
@@ -141,7 +156,7 @@ def clipped_share(surveyed: Survey, window: tuple[float, float] | None) -> float
     for f in surveyed.found:
         if f.semantic and f.sample.split == "train" and not f.reason:
             labels = decode_semantic(f.semantic)
-            levels = read_levels(f.sample.image)[(labels > 0) & (labels != IGNORE)]
+            levels = counted_levels(read_levels(f.sample.image)[(labels > 0) & (labels != IGNORE)])
             annotated += levels.size
             clipped += int(((levels < window[0]) | (levels > window[1])).sum())
     return clipped / annotated if annotated else None
@@ -182,6 +197,8 @@ def make_recipe(
     )
     if tiling:
         recipe = replace(recipe, tile=tiling.tile, overlap=tiling.overlap, empty_tiles=tiling.empty_tiles)
+    if any(header.empty for _, header in surveyed.headers):
+        recipe = replace(recipe, empty_pixels="0")
     recipe = replace(recipe, views=(*recipe.views, *views))
     return replace(recipe, version=CACHE_VERSION) if recipe.in_parts else recipe
 
@@ -217,7 +234,7 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
     """What the cache says of its data set, with what the intensity window clips."""
     data = surveyed.data
     clipped = clipped_share(surveyed, recipe.window)
-    notes = list(data.notes)
+    notes = [*data.notes, *pixel_notes(surveyed.headers)]
     if clipped is not None and clipped > CLIPPED_WARNING:
         notes.append(f"the intensity window clips {clipped:.1%} of the annotated pixels; see --intensity")
     copies = exact_copies([f.sample for f in surveyed.found], [f.image_hash for f in surveyed.found])
@@ -235,7 +252,7 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
     root = str(data.root.resolve())
     return DataInfo(
         data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes), data.category_ids,
-        next(f.bits for f in surveyed.found if not f.reason),
+        surveyed.headers[0][1].bits,
     )  # fmt: skip
 
 
