@@ -1,18 +1,21 @@
 """Images and masks in any folders: found by their names, described by patterns, or refused with what is lacking."""
 
 import json
+import shlex
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from layouts import LAYOUTS, SIZE, Builder, Layout
+from layouts import LAYOUTS, SIZE, Builder
 from PIL import Image
 
+from featprobe import open_cache
 from featprobe.cli.main import cli
 from featprobe.datasets import DataSet, read_data
 from featprobe.errors import DataError
+from featprobe.stages.workspace import Workspace
 
 
 def areas_of(data: DataSet) -> dict[str, list[int]]:
@@ -55,3 +58,311 @@ def test_a_public_set_that_can_not_be_read_is_refused_with_the_reason(tmp_path: 
     with pytest.raises(DataError) as error:
         read_data("set", tmp_path)
     assert all(part in str(error.value) for part in LAYOUTS[name].said), str(error.value)
+
+
+# ---- folder names, splits, names of files ----------------------------------------------------------------------------
+
+IMAGE_FOLDERS = ("image", "images", "Img", "imgs", "img_dir", "JPEGImages", "data", "src")
+MASK_FOLDERS = (
+    "mask", "masks", "Label", "labels", "annotation", "annotations", "ann_dir", "seg", "segmentation", "gt", "GT",
+    "groundTruth", "ground_truth",
+)  # fmt: skip
+SPLIT_FOLDERS = (("train", "val", "test"), ("training", "validation", "testing"), ("Train", "valid", "Test"))
+PLACES = ("{split}/{folder}", "{folder}/{split}", "top/{split}/{folder}", "{split}_{folder}", "{folder}/{split}/site1")
+STEMS = (
+    ("{}", "{}_mask"), ("{}", "{}_label"), ("{}", "{}_GT"), ("{}", "{}_seg"), ("{}", "{}_0"), ("{}", "{}_1"),
+    ("{}", "{}-anno-v2"), ("{}_img", "{}"), ("{}_image", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}", "mask_{}"),
+    ("{}", "gt_{}"), ("ISIC_00{}", "ISIC_00{}_segmentation"),
+)  # fmt: skip
+
+
+def paired_set(
+    root: Path,
+    images: str = "images",
+    masks: str = "masks",
+    stems: tuple[str, str] = ("{}", "{}"),
+    splits: tuple[str, ...] = ("",),
+    place: str = "{folder}",
+) -> dict[str, int]:
+    """Three images in each split with their masks; the area of each image's mask."""
+    to, areas = Builder(root), {}
+    for split in splits:
+        for i in range(3):
+            image, mask = (place.format(split=split, folder=folder) for folder in (images, masks))
+            drawn = to.mask(f"{mask}/{stems[1].format(f'p{i}7')}.png")
+            areas[to.image(f"{image}/{stems[0].format(f'p{i}7')}.jpg")] = to.areas[drawn]
+    return areas
+
+
+def check_pairs(root: Path, areas: dict[str, int], **how: str) -> DataSet:
+    """That each image has the mask of this area."""
+    data = read_data("set", root, complete=False, **how)  # type: ignore[arg-type]
+    assert {name: own[0] for name, own in areas_of(data).items()} == areas
+    return data
+
+
+@pytest.mark.parametrize("masks", MASK_FOLDERS)
+@pytest.mark.parametrize("images", IMAGE_FOLDERS)
+def test_the_folders_of_the_field_are_found(tmp_path: Path, images: str, masks: str) -> None:
+    check_pairs(tmp_path, paired_set(tmp_path, images, masks), format_name="pairs")
+    assert len(read_data("set", tmp_path).samples) == 3
+
+
+@pytest.mark.parametrize("splits", SPLIT_FOLDERS)
+@pytest.mark.parametrize("place", PLACES)
+def test_splits_are_found_above_and_below_the_folders_and_in_their_names(
+    tmp_path: Path, place: str, splits: tuple[str, ...]
+) -> None:
+    areas = paired_set(tmp_path, "img_dir", "ann_dir", splits=splits, place=place)
+    data = check_pairs(tmp_path, areas)
+    wanted = dict(zip(splits, ("train", "val", "test"), strict=True))
+    assert all(
+        s.split == wanted[next(w for w in splits if w in s.id.split("/")[0] or f"/{w}" in s.id)] for s in data.samples
+    )
+    assert {s.split for s in data.samples} == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize("stems", STEMS)
+def test_what_stands_around_the_stems_is_found_from_the_names(tmp_path: Path, stems: tuple[str, str]) -> None:
+    check_pairs(tmp_path, paired_set(tmp_path, "imgs", "labels", stems))
+
+
+@pytest.mark.parametrize("stems", STEMS)
+def test_the_folders_that_were_read_before_take_such_names_too(tmp_path: Path, stems: tuple[str, str]) -> None:
+    check_pairs(tmp_path, paired_set(tmp_path, stems=stems), format_name="pairs")
+
+
+@pytest.mark.parametrize(
+    "stems", [("{}", "{}_mask"), ("{}", "{}_GT"), ("{}_sat", "{}_mask"), ("img_{}", "mask_{}"), ("{}", "{}")]
+)
+def test_images_and_masks_beside_each_other_are_told_apart(tmp_path: Path, stems: tuple[str, str]) -> None:
+    check_pairs(tmp_path, paired_set(tmp_path, "shots", "shots", stems))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("gt", "{}_{}"), ("gt", "{}_mask_{}"), ("gt", "{}_obj{}"), ("imgs", "{}_mask_{}")]
+)
+def test_several_masks_of_a_name_are_objects(tmp_path: Path, folder: str, name: str) -> None:
+    to = Builder(tmp_path)
+    wanted = {}
+    for i in range(4):
+        image = to.image(f"imgs/s{i}.jpg")
+        wanted[image] = [to.areas[to.mask(f"{folder}/{name.format(f's{i}', k)}.png")] for k in range(i % 3 + 1)]
+    data = read_data("set", tmp_path)
+    assert data.tasks == ("semseg", "detect", "instseg") and areas_of(data) == wanted
+
+
+def test_masks_may_be_indices_or_colours(tmp_path: Path) -> None:
+    for kind, colour in (("indices", None), ("colours", (0, 128, 0))):
+        to = Builder(tmp_path / kind)
+        for i in range(3):
+            to.image(f"img_dir/p{i}.png")
+            to.mask(f"ann_dir/p{i}.png", 1, colour)
+        data = read_data("set", tmp_path / kind)
+        assert data.classes == (("background", "defect") if colour is None else ("#000000", "#008000"))
+        assert sorted(own[0] for own in areas_of(data).values()) == [1, 2, 3]
+
+
+def test_pages_of_a_stack_go_with_those_of_its_mask(tmp_path: Path) -> None:
+    for folder, value in (("scans", 7), ("gt", 1)):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b", "c"):
+            pages = [Image.fromarray(np.full(SIZE, value * (i == 1), np.uint8)) for i in range(2)]
+            suffix = "_gt" if folder == "gt" else ""
+            pages[0].save(tmp_path / folder / f"{name}{suffix}.tif", save_all=True, append_images=pages[1:])
+    data = read_data("set", tmp_path)
+    assert {s.id: (s.group, int(data.read_target(s, SIZE).semantic.max())) for s in data.samples} == {  # type: ignore[union-attr]
+        f"scans/{name}.tif/{page:04d}": (f"scans/{name}.tif", page) for name in "abc" for page in range(2)
+    }
+
+
+def test_what_has_no_partner_is_told(tmp_path: Path) -> None:
+    areas = paired_set(tmp_path, "imgs", "gt", splits=("train", "test"), place="{split}/{folder}")
+    to = Builder(tmp_path)
+    to.image("train/imgs/bare.jpg")
+    to.mask("test/gt/free.png")
+    for split, folder in (("val", "imgs"), ("val", "depth")):
+        to.image(f"{split}/{folder}/v.jpg")
+    data = read_data("set", tmp_path)
+    said = "\n".join(data.notes)
+    assert "1 image has no mask" in said and "train/imgs/bare.jpg" in said
+    assert "1 mask has no image: test/gt/free.png" in said
+    assert "no image of the split val has a mask: it is omitted, with 1 image" in said
+    assert "1 of val/depth/" in said
+    assert {s.id for s in data.samples} == {*areas, "train/imgs/bare.jpg"}
+    with pytest.raises(DataError, match=r"no mask .*train/gt/bare\.png[\s\S]*wanted  7 masks\n  found   6"):
+        data.read_target(next(s for s in data.samples if "bare" in s.id), SIZE)
+
+
+# ---- sets that are described -----------------------------------------------------------------------------------------
+
+
+def test_any_layout_may_be_described_instead(tmp_path: Path) -> None:
+    to, wanted = Builder(tmp_path), {}
+    for site in ("north", "south"):
+        for i in range(3):
+            image = to.image(f"shots/{site}/C{i}_a{site}.JPG")
+            wanted[image] = to.areas[to.mask(f"seg/C{i}_a{site}_m.png")]
+    data = check_pairs(tmp_path, wanted, images="shots/*/*.jpg", masks="seg/{stem}_m.png")
+    assert not [note for note in data.notes if "found by" in note]
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        ("**/scan_{stem}.jpg", "drawn/{stem}.*"),
+        ("raw/{dir}/scan_{stem}.jpg", "drawn/{stem}.png"),
+        ("raw/**/*_{stem}.jpg", "**/{stem}.png"),
+        ("{dir}/scan_{stem}.jpg", "drawn/{stem}.png"),
+        ("RAW/**/*.JPG", "drawn/{stem}.png"),
+    ],
+)
+def test_descriptions_of_one_layout(tmp_path: Path, images: str, masks: str) -> None:
+    to, wanted = Builder(tmp_path), {}
+    for i in range(3):
+        stem = f"{i}" if "{stem}" in images else f"scan_{i}"
+        image = to.image(f"raw/day{i % 2}/x/scan_{i}.jpg")
+        wanted[image] = to.areas[to.mask(f"drawn/{stem}.png")]
+    check_pairs(tmp_path, wanted, images=images, masks=masks)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "said"),
+    [
+        ("/etc/*.jpg", "{stem}.png", "is no path below the data folder"),
+        ("../*.jpg", "{stem}.png", "is no path below the data folder"),
+        ("imgs/*.jpg", "gt/../../{stem}.png", "is no path below the data folder"),
+        ("C:/imgs/*.jpg", "{stem}.png", "is no path below the data folder"),
+        ("imgs//*.jpg", "{stem}.png", "a part without a name"),
+        ("imgs/*.jpg", "gt/{stme}.png", "a field {stme}. Did you mean stem?"),
+        ("imgs/{parent}/*.jpg", "gt/{stem}.png", "a field {parent}."),
+        ("imgs/{stem.jpg", "gt/{stem}.png", "a brace without its other half"),
+        ("imgs**/*.jpg", "gt/{stem}.png", "beside other text"),
+        ("imgs/**", "gt/{stem}.png", "ends with folders"),
+        ("{split}/{split}/*.jpg", "gt/{stem}.png", "has {split} twice"),
+        ("imgs/*.jpg", "gt/*.png", "does not say of which image a mask is"),
+        ("imgs/*.jpg", "{split}/{stem}.png", "a field {split}, and images"),
+        ("", "gt/{stem}.png", "is no path below the data folder"),
+        ("shots/*.jpg", "gt/{stem}.png", "fits no file of"),
+        ("imgs/*.jpg", "seg/{stem}_m.png", "wanted  seg/p07_m.png for imgs/p07.jpg\n  found   no file that fits"),
+        ("imgs/*.jpg", "gt/{stem}_m.*", "wanted  gt/p07_m.* for imgs/p07.jpg"),
+        ("**/*.jpg", "g*/{stem}.*", "gives one image the masks"),
+        ("**/*.jpg", "gt/{stem}.png", "the same masks, gt/p07.png"),
+    ],
+)
+def test_a_description_that_can_not_be_followed_is_refused(tmp_path: Path, images: str, masks: str, said: str) -> None:
+    paired_set(tmp_path, "imgs", "gt")
+    if said == "gives one image the masks":
+        Builder(tmp_path).mask("gt2/p07.png")
+    if said.startswith("the same"):
+        Builder(tmp_path).image("other/p07.jpg")
+    with pytest.raises(DataError) as error:
+        read_data("set", tmp_path, images=images, masks=masks)
+    assert said in str(error.value), str(error.value)
+
+
+def test_a_described_set_never_leads_out_of_its_folder(tmp_path: Path) -> None:
+    paired_set(tmp_path / "set", "imgs", "gt")
+    Builder(tmp_path).mask("secret.png")
+    (tmp_path / "set" / "gt" / "p07.png").unlink()
+    (tmp_path / "set" / "gt" / "p07.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataError, match="is a link out of the data folder"):
+        read_data("set", tmp_path / "set", images="imgs/*.jpg", masks="gt/{stem}.png")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"images": "imgs/*.jpg"}, "masks is missing beside images = 'imgs/*.jpg'"),
+        ({"masks": "gt/{stem}.png"}, "images is missing beside masks"),
+        ({"images": "imgs/*.jpg", "masks": "gt/{stem}.png", "format_name": "coco"}, "the format coco was named too"),
+    ],
+)
+def test_half_a_description_and_one_beside_a_format_are_refused(tmp_path: Path, how: dict[str, str], said: str) -> None:
+    paired_set(tmp_path, "imgs", "gt")
+    with pytest.raises(DataError) as error:
+        read_data("set", tmp_path, **how)  # type: ignore[arg-type]
+    assert said in str(error.value)
+
+
+def run(workspace: Path, *words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(cli, ["--workspace", str(workspace), *words])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def described(data: DataSet) -> list[tuple[object, ...]]:
+    samples = [(s.id, s.group, s.split, str(s.image)) for s in data.samples]
+    return [*samples, data.classes, data.tasks, *sorted(areas_of(data).items())]
+
+
+@pytest.mark.parametrize("name", [n for n, own in LAYOUTS.items() if own.pairs and n != "DAGM"])
+def test_the_description_that_data_info_prints_reads_the_very_same(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "the set's"
+    LAYOUTS[name].build(Builder(root))
+    printed = run(tmp_path, "data", "info", str(root))
+    toml = printed[printed.index("[data.") :]
+    told = json.loads(run(tmp_path, "data", "info", str(root), "--json"))["description"]
+    assert tomllib.loads(toml)["data"] == {"the_set_s": told} and {"path", "images", "masks"} == told.keys()
+    (tmp_path / "featprobe.toml").write_text(toml.replace("[data.the_set_s]", "[data.again]"), encoding="utf-8")
+    workspace = Workspace(tmp_path)
+    assert described(workspace.data_set("again")) == described(workspace.data_set(str(root)))
+
+
+def test_a_description_holds_groups_splits_and_classes_too(tmp_path: Path) -> None:
+    paired_set(tmp_path / "set", "imgs", "gt", ("C{}_a", "C{}_a_m"))
+    ids = [f"imgs/Cp{i}7_a.jpg" for i in range(3)]
+    rows = "".join(f"{own},,{split}\n" for own, split in zip(ids, ("train", "val", "test"), strict=True))
+    (tmp_path / "split.csv").write_text(f"id,group,split\n{rows}", encoding="utf-8")
+    lines = ["path = 'set'", r"group_from = '(C\w\d)'", "split_file = 'split.csv'", 'classes = ["good", "bad"]']
+    (tmp_path / "featprobe.toml").write_text("[data.one]\n" + "\n".join(lines), encoding="utf-8")
+    printed = run(tmp_path, "data", "info", "one")
+    toml = printed[printed.index("[data.one]") :]
+    assert tomllib.loads(toml)["data"]["one"].keys() == {
+        "path", "images", "masks", "group_from", "split_file", "classes",
+    }  # fmt: skip
+    before = described(Workspace(tmp_path).data_set("one"))
+    (tmp_path / "featprobe.toml").write_text(toml, encoding="utf-8")
+    assert described(Workspace(tmp_path).data_set("one")) == before
+    assert [s.group for s in Workspace(tmp_path).data_set("one").samples] == ["Cp0", "Cp1", "Cp2"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("images = 'a/*.jpg'", "images without masks"),
+        ("masks = 'a/{stem}.png'", "masks without images"),
+        ("images = 'a/*.jpg'\nmasks = 'b/{stem}.png'\nformat = 'coco'", "omit one of the two"),
+        ("images = 'a/*.jpg'\nmasks = 'b/{stme}.png'", "Did you mean stem?"),
+        ("images = '../*.jpg'\nmasks = 'b/{stem}.png'", "is no path below the data folder"),
+        ("images = 3\nmasks = 'b/{stem}.png'", "images = 3"),
+        ("groups = '(C\\d+)'", "Did you mean group_from?"),
+        ("mask = 'b/{stem}.png'", "Did you mean masks"),
+    ],
+)
+def test_a_bad_description_in_the_workspace_is_refused(tmp_path: Path, lines: str, said: str) -> None:
+    (tmp_path / "featprobe.toml").write_text(f"[data.one]\npath = 'set'\n{lines}\n", encoding="utf-8")
+    result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "data"])
+    assert result.exit_code == 1 and said in result.output and "[data.one]" in result.output, result.output
+
+
+def test_every_command_takes_a_description_and_the_cache_keeps_it(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    areas = paired_set(root, "shots", "drawings", ("{}", "{}_m"), splits=("a", "b"), place="{folder}/{split}")
+    words = ["--images", "shots/{dir}/*.jpg", "--masks", "drawings/{dir}/{stem}_m.png"]
+    assert "6 images" in run(tmp_path, "data", "info", str(root), *words)
+    run(tmp_path, "data", "show", str(root), "--out", str(tmp_path / "s.png"), *words)
+    run(tmp_path, "data", "check", str(root), "--quiet", *words)
+    run(tmp_path, "data", "split", str(root), "--out", str(tmp_path / "s.csv"), "--split", "group", "--quiet", *words)
+    run(tmp_path, "data", "convert", str(root), "--out", str(tmp_path / "coco"), "--quiet", *words)
+    converted = read_data("set", tmp_path / "coco")
+    assert {s.id for s in converted.samples} == {*areas}
+    backbone = ["--backbone", "test_vit", "--random-init", "--data", str(root), "--size", "64x64"]
+    run(tmp_path, "plan", *backbone, *words, "--quiet")
+    run(tmp_path, "extract", *backbone, *words, "--quiet")
+    cache = open_cache(Workspace(tmp_path).cache_files()[0])
+    provenance = cache.contents.provenance
+    assert provenance["read_as"] == {"images": words[1], "masks": words[3]}
+    assert shlex.join(words) in provenance["command"]
+    run(tmp_path, *shlex.split(provenance["command"])[1:], "--quiet")
+    assert len(Workspace(tmp_path).cache_files()) == 1

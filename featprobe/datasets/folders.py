@@ -128,7 +128,13 @@ def index_targets(
         if instances_too:
             instances = tuple(_object(read_labels(path, size), path) for path in masks)
             return Target(semantic_from_instances(instances, size), instances)
-        return Target(read_labels(masks[0] if masks else free[sample.id], size), None)
+        if not masks:
+            raise DataError(
+                f"There is no mask {free[sample.id]} for the image of that name.\n"
+                f"  wanted  {counted(len(samples), 'mask')}\n  found   {len(samples) - len(free)}\n"
+                "Draw it; one of background alone where there is no defect. Or go on without such images: --skip-bad."
+            )
+        return Target(read_labels(masks[0], size), None)
 
     tasks = tasks_of(masks=True, instances=instances_too)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))

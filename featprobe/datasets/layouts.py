@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import product
+from itertools import compress, product
 from pathlib import PurePosixPath
 
 from featprobe.datasets.patterns import MASK_SUFFIXES, SPLIT_WORDS, Description, Pairs, Pattern, pair
@@ -179,7 +179,9 @@ def _beside(images: _Kind, masks: _Kind, files: Sequence[str]) -> Iterator[Descr
 def _named_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Description]:
     """Of folders that are called images and masks; other words of their names must be the same, or one have none."""
     for images, masks in product(_of_role(folders, "images"), _of_role(folders, "masks")):
-        one, other = (_words(kind.name) - MASK_WORDS - IMAGE_WORDS - {"jpeg", "ground", "dir"} for kind in (images, masks))
+        one, other = (
+            _words(kind.name) - MASK_WORDS - IMAGE_WORDS - {"jpeg", "ground", "dir"} for kind in (images, masks)
+        )
         if one == other or not one or not other:
             yield from _beside(images, masks, files)
 
@@ -208,8 +210,9 @@ def _shared_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Descri
     names = _names(place, files, ("dir", "split"))
     marks = Counter(mark for _, stem, _ in names for mark in _mask_marks(stem))
     for mark in marks:
-        masks = [name for name in names if mark in _mask_marks(name[1])]
-        yield from _affixed(place, [name for name in names if name not in {*masks}], place, masks)
+        drawn = [mark in _mask_marks(stem) for _, stem, _ in names]
+        images = [name for name, is_mask in zip(names, drawn, strict=True) if not is_mask]
+        yield from _affixed(place, images, place, [*compress(names, drawn)])
     lossy = [name for name in names if name[2] in LOSSY]
     yield from _affixed(place, lossy, place, [name for name in names if name[2] not in LOSSY])
 
@@ -238,14 +241,14 @@ def _names(place: str, files: Sequence[str], shared: Sequence[str]) -> list[Name
     for file in files:
         fields = pattern.match(file)
         if fields is not None:
-            key = tuple(SPLIT_WORDS.get(fields.get(n, "").lower(), "") if n == "split" else fields.get(n, "") for n in shared)
+            key = tuple(
+                SPLIT_WORDS.get(fields.get(n, "").lower(), "") if n == "split" else fields.get(n, "") for n in shared
+            )
             found.append((key, PurePosixPath(file).stem, PurePosixPath(file).suffix.lower()))
     return found
 
 
-def _affixed(
-    image_place: str, images: Sequence[Name], mask_place: str, masks: Sequence[Name]
-) -> Iterator[Description]:
+def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: Sequence[Name]) -> Iterator[Description]:
     """The description of what stands before and behind the stems, that pairs most images; the shorter of equal ones."""
     if not images or not masks:
         return
@@ -264,9 +267,7 @@ def _affixed(
         if both and (best is None or score > best[0]):
             best = score, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}"
     if best:
-        yield Description.of(
-            f"{image_place}{best[1]}{_suffix(images)}", f"{mask_place}{best[2]}{_suffix(masks)}"
-        )
+        yield Description.of(f"{image_place}{best[1]}{_suffix(images)}", f"{mask_place}{best[2]}{_suffix(masks)}")
     in_folders = "{dir}" in image_place and "{dir}" in mask_place
     if in_folders and not best and max(Counter(key for key, _, _ in images).values()) == 1:  # a folder is an image
         yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}*{_suffix(masks)}")
@@ -335,5 +336,3 @@ def _of_splits_with_masks(candidate: Candidate, files: Sequence[str]) -> Candida
     other = (masks.match(first) or {}).get("split", word)
     description = Description.of(images.text.replace("{split}", word), masks.text.replace("{split}", other))
     return Candidate(description, pair(description, files))
-
-

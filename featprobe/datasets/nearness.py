@@ -55,7 +55,9 @@ def nearest_pairs(root: Path) -> Near:
     if masks:
         return Near(found, "names that meet: no mask is called as an image, whatever stands before or behind its name")
     if others:
-        (folder, suffix), count = others.most_common(1)[0]
-        return Near(found, f"masks that are images: {folder} holds {counted(count, 'file')} of {suffix}")
+        each = [f"{counted(n, 'file')} of {suffix} in {folder}" for (folder, suffix), n in sorted(others.items())]
+        return Near(found, f"masks that are images; there are {listed(each)}")
     wanted = "a folder called masks, labels, annotations, seg or gt, or names as NAME_mask"
-    return Near(found, f"masks: {wanted}; there are {listed([f'{n} images in {f}' for f, n in images.most_common()], 3)}")
+    return Near(
+        found, f"masks: {wanted}; there are {listed([f'{n} images in {f}' for f, n in images.most_common()], 3)}"
+    )

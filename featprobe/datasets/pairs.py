@@ -93,9 +93,10 @@ def read_pairs(
                 masks.free[identity] = root / pairs.wanted[text]
     notes = [] if description else [f"images and masks were found by their names: {described}"]
     for split, count in sorted(omitted.items()):
-        images = counted(count, "image", "images")
-        notes.append(f"the masks of the split {split} are not here, and its {images} are omitted")
-    notes += [f"{counted(len(pairs.free), 'mask has', 'masks have')} no image: {listed(pairs.free)}"] if pairs.free else []
+        notes.append(f"no image of the split {split} has a mask: it is omitted, with {counted(count, 'image')}")
+    notes += (
+        [f"{counted(len(pairs.free), 'mask has', 'masks have')} no image: {listed(pairs.free)}"] if pairs.free else []
+    )
     notes += [*_aside(root, pairs), *table.notes()]
     data = (
         colour_targets(name, root, samples, notes, named)

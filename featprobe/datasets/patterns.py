@@ -142,7 +142,9 @@ class Description:
                 "  wanted  {stem}, {dir} or both in it, as 'masks/{stem}.png'"
             )
         if "split" in self.masks.fields and "split" not in self.images.fields:
-            raise DataError(f"masks = {self.masks.text!r} has a field {{split}}, and images = {self.images.text!r} none.")
+            raise DataError(
+                f"masks = {self.masks.text!r} has a field {{split}}, and images = {self.images.text!r} none."
+            )
 
     @property
     def of_objects(self) -> bool:

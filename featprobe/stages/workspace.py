@@ -7,14 +7,17 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, generate, read_data
+from featprobe.datasets.patterns import Pattern
 from featprobe.errors import CacheError, DataError, FeatprobeError, nearest
 from featprobe.geometry import parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
+from featprobe.stages.options import read_as
 
 CONFIG = "featprobe.toml"
 ALLOWED: Mapping[str, Mapping[str, type]] = {
@@ -24,6 +27,8 @@ ALLOWED: Mapping[str, Mapping[str, type]] = {
         "fit": str,
         "intensity": str,
         "format": str,
+        "images": str,
+        "masks": str,
         "group_from": str,
         "split_file": str,
         "classes": list,
@@ -80,24 +85,31 @@ class Workspace:
         group_from: str | None = None,
         split_file: str | None = None,
         complete: bool = True,
+        images: str | None = None,
+        masks: str | None = None,
     ) -> DataSet:
         """A data set by its name in featprobe.toml, by a built-in set's name, or by a path.
 
         Its format is the one named here, else the one that featprobe.toml names, else found by looking; likewise the
-        pattern and the file that give groups and splits, see `read_data`. A built-in set is generated into data/ when
+        patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is generated into data/ when
         it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
         table = self.config.get("data", {})
         own = self.data_options(name)
-        pinned = split_file or own.get("split_file")
-        how = (format_name or own.get("format"), group_from or own.get("group_from"), Path(pinned) if pinned else None)
+        given = {"format": format_name, "images": images, "masks": masks}
+        how = read_as(given | {"group_from": group_from, "split_file": split_file}, own)
+        pinned = Path(how["split_file"]) if how["split_file"] else None
         if name in table:
-            root = Path(self._path(table[name]["path"]) or "")
-            return read_data(name, root, *how, complete, own.get("classes"))
-        if name in GENERATED:
-            return read_data(name, self.generated(name), *how, complete)
-        if Path(name).exists():
-            return read_data(name_of(Path(name)), Path(name), *how, complete)
+            called, root = name, Path(self._path(table[name]["path"]) or "")
+        elif name in GENERATED:
+            called, root = name, self.generated(name)
+        else:
+            called, root = name_of(Path(name)), Path(name)
+        if name in table or name in GENERATED or root.exists():
+            patterns = how["images"], how["masks"]
+            return read_data(
+                called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns
+            )
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
@@ -186,12 +198,17 @@ def _fault_of(section: str, entry: Any) -> str:
     required, known = "path" if section == "data" else "model", ALLOWED[section]
     unknown = sorted(entry.keys() - known.keys())
     if unknown:
-        return f"unknown {', '.join(unknown)}"
+        return f"unknown {', '.join(unknown)}. {nearest(unknown[0], known)}".rstrip(" .")
     if required not in entry:
         return f"{required} is missing"
     wrong = [key for key, value in entry.items() if not is_of(value, known[key])]
     if wrong:
         return f"{wrong[0]} = {entry[wrong[0]]!r}"
+    if len({"images", "masks"} & entry.keys()) == 1:
+        there = "images" if "images" in entry else "masks"
+        return f"{there} without {'masks' if there == 'images' else 'images'}, which describe a set together"
+    if "images" in entry and entry.get("format", "pairs") != "pairs":
+        return f"images and masks describe a set beside format = {entry['format']!r}; omit one of the two"
     if entry.get("fit", "resize") not in ("resize", "letterbox"):
         return f"fit = {entry['fit']!r} (resize and letterbox are known)"
     return ""
@@ -203,6 +220,8 @@ def _check_values(entry: Mapping[str, Any]) -> None:
         "size": parse_size,
         "intensity": Intensity.parse,
         "views": parse_views,
+        "images": partial(Pattern, called="images"),
+        "masks": partial(Pattern, called="masks"),
     }
     for key, parse in parsers.items():
         if key in entry:
