@@ -366,3 +366,106 @@ def test_every_command_takes_a_description_and_the_cache_keeps_it(tmp_path: Path
     assert shlex.join(words) in provenance["command"]
     run(tmp_path, *shlex.split(provenance["command"])[1:], "--quiet")
     assert len(Workspace(tmp_path).cache_files()) == 1
+
+
+# ---- what can't be told from the names -------------------------------------------------------------------------------
+
+
+def said_of(root: Path) -> str:
+    with pytest.raises(DataError) as error:
+        read_data("set", root)
+    return str(error.value)
+
+
+def test_masks_of_several_kinds_are_listed_with_their_pairs(tmp_path: Path) -> None:
+    """As in Cityscapes (Cordts et al., 2016)."""
+    to = Builder(tmp_path)
+    for split in ("train", "val"):
+        for i in range(3):
+            name = f"{split}/ulm/ulm_00000{i}_000019"
+            to.image(f"leftImg8bit/{name}_leftImg8bit.png")
+            for kind in ("labelIds", "instanceIds", "color"):
+                to.mask(f"gtFine/{name}_gtFine_{kind}.png")
+            to.text(f"gtFine/{name}_gtFine_polygons.json", "{}")
+    said = said_of(tmp_path)
+    assert said.count("6 pairs of ") == 3 and "--masks 'gtFine/{split}/{dir}/{stem}_gtFine_labelIds.png'" in said
+    how = {
+        "images": "leftImg8bit/{split}/{dir}/{stem}_leftImg8bit.png",
+        "masks": "gtFine/{split}/{dir}/{stem}_gtFine_labelIds.png",
+    }
+    assert len(read_data("set", tmp_path, **how).samples) == 6  # type: ignore[arg-type]
+
+
+def test_numbers_tell_images_apart_and_are_never_set_aside(tmp_path: Path) -> None:
+    to = Builder(tmp_path)
+    for i in range(4):
+        to.image(f"imgs/{i}_000_01.png")
+        to.mask(f"gt/{i}_002_00.png")
+    assert "lacks   names that meet" in said_of(tmp_path)
+
+
+def test_two_images_of_one_mask_are_both_named(tmp_path: Path) -> None:
+    to = Builder(tmp_path)
+    for i in range(3):
+        to.image(f"imgs/p{i}.jpg")
+        to.image(f"imgs/p{i}.png")
+        to.mask(f"gt/p{i}.png")
+    assert "imgs/p0.jpg and imgs/p0.png the same masks, gt/p0.png" in said_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("imgs/train/p{}.png", "gt/p{}.png"), ("imgs/day{}/p{}.png", "gt/p{}.png"),
+        ("imgs/day{}/p{}.png", "gt/day{}/p{}.png"),
+        ("set/photos/p{}.png", "set/labels/p{}.png"), ("p{}.png", "label/p{}.png"), ("b{}/x.jpg", "b{}/x_mask.png"),
+        ("b{}/img/x.png", "b{}/gt/x.png"), ("2{}_Nov.v1/imgs/x.png", "2{}_Nov.v1/gt/x.png"),
+    ],
+)  # fmt: skip
+def test_places_that_are_less_alike(tmp_path: Path, image: str, mask: str) -> None:
+    to, wanted = Builder(tmp_path), {}
+    for i in range(4):
+        drawn = to.mask(mask.format(i, i))
+        wanted[to.image(image.format(i, i))] = to.areas[drawn]
+    check_pairs(tmp_path, wanted)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["images/a.png", "images/b.png", "labels/a.txt", "labels/b.txt"], ["nearest yolo", "lacks   *.yaml"]),
+        (["images/a.png", "masks/b.png"], ["nearest pairs", "1 image in images/", "lacks   names that meet"]),
+        (
+            ["images/a.png", "gt/a.mat"],
+            ["nearest pairs", "lacks   masks that are images; there are 1 file of .mat in gt/"],
+        ),
+        (["images/a.png"], ["nearest pairs", "lacks   masks: a folder called masks", "1 images in images/"]),
+        (["masks/a.png"], ["lacks   images"]),
+        (["Annotations/a.xml", "pictures/a.jpg"], ["nearest", "lacks"]),
+        (["train/good/0.png", "test/cut/0.png"], ["nearest mvtec-ad", "lacks   ground_truth"]),
+        (["notes.txt"], ["in a format that `featprobe data` lists"]),
+    ],
+)
+def test_a_refusal_names_the_nearest_format_and_what_it_lacks_first(
+    tmp_path: Path, files: list[str], said: list[str]
+) -> None:
+    for file in files:
+        (Builder(tmp_path).image if file.endswith(("png", "jpg")) else Builder(tmp_path).text)(file)
+    found = said_of(tmp_path)
+    assert all(part in found for part in said), found
+    assert "severstal" not in found and len(found.splitlines()) <= 8
+
+
+def test_a_set_in_a_folder_of_the_one_that_was_named_is_pointed_to(tmp_path: Path) -> None:
+    for i in range(3):
+        Builder(tmp_path).image(f"release/p{i}.png")
+        Builder(tmp_path).text(f"release/labels/p{i}.txt", "0 0.5 0.5 0.2 0.2\n")
+    Builder(tmp_path).text("release/data.yaml", "train: .\nval: .\nnames: [pore]\n")
+    Builder(tmp_path).text("README.md")
+    assert f"nearest yolo, in {tmp_path / 'release'}\nNothing was read. Name that folder." in said_of(tmp_path)
+
+
+def test_a_refusal_of_a_named_format_says_what_that_one_lacks(tmp_path: Path) -> None:
+    Builder(tmp_path).image("images/a.png")
+    with pytest.raises(DataError, match=r"read as voc\.[\s\S]*wanted  Pascal VOC[\s\S]*lacks   Annotations/\*\.xml"):
+        read_data("set", tmp_path, "voc")

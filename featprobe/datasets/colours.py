@@ -76,7 +76,7 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
 def colour_targets(
     name: str, root: Path, samples: Sequence[Sample], notes: Sequence[str], lines: Sequence[str] | None
 ) -> DataSet:
-    """The data set of samples whose labels are the path of a coloured mask; lines name the colours, see `read_colours`."""
+    """The data set of samples whose labels are the path of a coloured mask. lines: of colours, see `read_colours`."""
     named, notes = _read_colour_names(root, lines), [*notes]
     if named is None:
         named = _colours_in([Path(sample.labels) for sample in samples], root)

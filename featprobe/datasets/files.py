@@ -193,30 +193,18 @@ def paired(
 
     Raises DataError where a file of images has a mask of another number of pages, and where a stem stands for several.
     """
-    pages = {stem: (file, pages_of(file)) for stem, file in _by_stem(images, image_folder).items()}
-    drawn = [
-        page
-        for stem, mask in _by_stem(masks, mask_folder).items()
-        for page in (mask_pages(*pages[stem], mask) if stem in pages else pages_of(mask))
-    ]
-    return [page for _, own in pages.values() for page in own], {stem_of(page, mask_folder): page for page in drawn}
-
-
-def mask_pages(image: Path, pages: Sequence[Path], mask: Path) -> list[Path]:
-    """The pages of a mask, as many as its image has; damaged files are met again, by name.
-
-    Raises DataError for another number.
-    """
-    found = pages_of(mask)
-    if len(found) == len(pages) or not can_be_counted(image):
-        return found
-    if can_be_counted(mask):
-        raise DataError(
-            f"{mask} is not the mask of {image}: they go page by page.\n"
-            f"  wanted  {counted(len(pages), 'page')}, as the image has\n  found   {len(found)}\n"
-            "Nothing was read. Mend the mask, or the image."
-        )
-    return [page_path(mask, number) for number in range(len(pages))]
+    pages = {file: pages_of(file) for file in _by_stem(images, image_folder).values()}
+    drawn = {stem: (file, pages_of(file)) for stem, file in _by_stem(masks, mask_folder).items()}
+    for image, own in pages.items():
+        stem = stem_of(image, image_folder)
+        mask, found = drawn.get(stem, (image, own))
+        if len(found) == len(own) or not can_be_counted(image):
+            continue
+        if can_be_counted(mask):
+            raise DataError(_of_other_pages(image, len(own), mask, len(found)))
+        drawn[stem] = mask, [page_path(mask, number) for number in range(len(own))]
+    mask_of = {stem_of(page, mask_folder): page for _, own in drawn.values() for page in own}
+    return [page for own in pages.values() for page in own], mask_of
 
 
 def _by_stem(files: Sequence[Path], folder: Path) -> dict[str, Path]:
@@ -242,3 +230,24 @@ def words_of(text: str, where: object, count: int) -> list[list[str]]:
         if len(row) != count:
             raise DataError(f"{where}, entry {number}: wanted {count} values, found {' '.join(row)[:200]!r}.")
     return rows
+
+
+def mask_pages(image: Path, pages: Sequence[Path], mask: Path) -> list[Path]:
+    """The pages of a mask, as many as its image has; damaged files are met again, by name.
+
+    Raises DataError for another number.
+    """
+    found = pages_of(mask)
+    if len(found) == len(pages) or not can_be_counted(image):
+        return found
+    if can_be_counted(mask):
+        raise DataError(_of_other_pages(image, len(pages), mask, len(found)))
+    return [page_path(mask, number) for number in range(len(pages))]
+
+
+def _of_other_pages(image: Path, pages: int, mask: Path, found: int) -> str:
+    return (
+        f"{mask} is not the mask of {image}: they go page by page.\n"
+        f"  wanted  {counted(pages, 'page')}, as the image has\n  found   {found}\n"
+        "Nothing was read. Mend the mask, or the image."
+    )

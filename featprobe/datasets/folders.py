@@ -47,7 +47,7 @@ def meet(places: Sequence[tuple[Path, Path]]) -> bool:
     for images, masks in places:
         stems = {stem_of(path, images) for path in images.rglob("*") if path.suffix.lower() in SUFFIXES}
         drawn = [stem_of(path, masks) for path in masks.rglob("*") if path.is_file()]
-        if any(stem in stems or _image_of(stem) in stems for stem in drawn):
+        if not stems.isdisjoint(drawn) or _take_objects(dict.fromkeys(drawn, masks), stems):
             return True
         any_images = any_images or bool(stems)
     return bool(places) and not any_images
@@ -157,15 +157,10 @@ def _take_objects(mask_of: dict[str, Path], images: Collection[str]) -> dict[str
     """Masks NAME_<number> of the images NAME that have no other, by number; they are taken out of `mask_of`."""
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for stem in mask_of:
-        if (image := _image_of(stem)) in images:
-            found[image].append((int(stem[len(image) + 1 :]), stem))
+        image, _, number = stem.rpartition("_")
+        if image in images and number.isascii() and number.isdecimal():
+            found[image].append((int(number), stem))
     return {image: [mask_of.pop(stem) for _, stem in sorted(own)] for image, own in found.items()}
-
-
-def _image_of(stem: str) -> str:
-    """The stem of the image of an object's mask NAME_<number>; "" for another name."""
-    image, _, number = stem.rpartition("_")
-    return image if number.isascii() and number.isdecimal() else ""
 
 
 def _object(labels: Labels, path: Path) -> Instance:

@@ -273,7 +273,7 @@ def read_data(
 
 
 def _described(images: str | None, masks: str | None, format_name: str | None) -> Description | None:
-    """The description of two patterns; None where there are none. Raises DataError for one alone, or beside a format."""
+    """The description of two patterns, None without. Raises DataError for one alone, and for two beside a format."""
     if images is None and masks is None:
         return None
     if images is None or masks is None:

@@ -1,14 +1,13 @@
 """Finding the description of a set in the names of its folders and files.
 
-Three kinds of places are looked at in turn, and the first that gives pairs is taken: a folder of images and one of masks
-beside each other, both called so; a folder of masks in or beside one of images that is called otherwise; images and masks
-in one folder. Words for splits may be folders above or below these, or parts of their names.
+Three kinds of places are looked at in turn, and the first that gives pairs is taken: a folder of images and one of
+masks beside each other, both called so; a folder of masks in or beside one of images that is called otherwise; images
+and masks in one folder. Words for splits may be folders above or below these, or parts of their names.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, product
 from pathlib import PurePosixPath
@@ -26,7 +25,7 @@ WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 SPLIT = re.compile("|".join(SPLIT_WORDS), re.IGNORECASE)
 LOSSY = (".jpg", ".jpeg")
 ENOUGH = 0.5  # of the images have a mask, or of the masks an image
-COMMON = 0.5  # of the names have a prefix or a suffix that is tried
+COMMON = 0.2  # of the names have a prefix or a suffix that is tried
 
 Parts = tuple[str, ...]  # of a folder's path below the data folder
 Name = tuple[Parts, str, str]  # of a file: what its folder shares with that of its mask or image, stem, suffix
@@ -50,20 +49,25 @@ def find_layouts(files: Iterable[str]) -> list[Candidate]:
     """The descriptions that fit files, given as paths relative to the data folder; those that give most pairs first.
 
     There are several where the names do not tell which one is meant. Those where few files meet are given only where
-    there are no others.
+    there are no others. Raises DataError where nothing fits because images can't be told apart by their names.
     """
-    files = [file for file in files if PurePosixPath(file).suffix.lower() in MASK_SUFFIXES]
+    files = [f for f in files if PurePosixPath(f).suffix.lower() in MASK_SUFFIXES and not re.search(r"[*{}\\]", f)]
     folders = _folders(files)
     few: list[Candidate] = []
     for look in (_named_places, _unnamed_places, _shared_places):
         found: dict[str, Candidate] = {}
+        faults: list[DataError] = []
         for description in look(folders, files):
-            with suppress(DataError):  # a guess that gives an image several masks is none
+            try:
                 candidate = _of_splits_with_masks(Candidate(description, pair(description, files)), files)
                 found[str(candidate.description)] = candidate
+            except DataError as error:  # it gives two images one mask, or an image two
+                faults.append(error)
         some = sorted((own for own in found.values() if own.pairs.count), key=lambda own: -own.pairs.count)
         if enough := [own for own in some if own.enough]:
             return enough
+        if faults:
+            raise faults[0]
         few += some
     return few
 
@@ -91,9 +95,9 @@ def _folders(files: Iterable[str]) -> set[Parts]:
     """The folders that hold files; {split} stands for a part that is a word for a split, or that two differ in."""
     paths = {PurePosixPath(file).parent.parts for file in files}
     seen: dict[Parts, set[str]] = defaultdict(set)  # a part with {split}, behind those before it -> the splits
-    for path in {path[:end] for path in paths for end in range(1, len(path) + 1)}:
-        for text, split in _with_split(path[-1]):
-            seen[(*path[:-1], text.lower())].add(split)
+    for start in {path[:end] for path in paths for end in range(1, len(path) + 1)}:
+        for text, split in _with_split(start[-1]):
+            seen[(*start[:-1], text.lower())].add(split)
 
     def general(path: Parts) -> Parts:
         choices = [
@@ -172,8 +176,11 @@ def _beside(images: _Kind, masks: _Kind, files: Sequence[str]) -> Iterator[Descr
     bases = images.bases.keys() & masks.bases.keys()
     if bases:
         base = _merged(bases)
-        deep = any(kind.bases[own] for kind in (images, masks) for own in bases)
-        yield from _described(images.place(base, deep), masks.place(base, deep), files)
+        deep, deep_masks = (any(kind.bases[own] for own in bases) for kind in (images, masks))
+        found = [*_described(images.place(base, deep or deep_masks), masks.place(base, deep or deep_masks), files)]
+        if deep and not deep_masks and not found:  # the masks of many folders lie in one
+            found += _described(images.place(base, True).replace("{dir}", "**"), masks.place(base, False), files)
+        yield from found
 
 
 def _named_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Description]:
@@ -249,27 +256,40 @@ def _names(place: str, files: Sequence[str], shared: Sequence[str]) -> list[Name
 
 
 def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: Sequence[Name]) -> Iterator[Description]:
-    """The description of what stands before and behind the stems, that pairs most images; the shorter of equal ones."""
+    """Descriptions of what stands before and behind the stems, of those that pair most images.
+
+    Of those that take the same masks the shortest is given; there are several where masks of several kinds are there.
+    What the names of images share without a letter in it is kept: numbers tell images apart.
+    """
     if not images or not masks:
         return
-    best: tuple[tuple[int, ...], str, str] | None = None
     drawn = [(*around, "") for around in _affixes([stem for _, stem, _ in masks])]
     numbered = [stem.rstrip("0123456789") for _, stem, _ in masks if stem[-1:].isdecimal()]
     if len(numbered) == len(masks):
         drawn += [(*around, "*") for around in _affixes(numbered) if around[1]]
-    for (before, after), (left, right, number) in product(_affixes([stem for _, stem, _ in images]), drawn):
-        cores = {(key, _inner(stem, before, after)) for key, stem, _ in images} - {None}
-        met = Counter(
-            (key, _inner(stem.rstrip("0123456789") if number else stem, left, right)) for key, stem, _ in masks
-        )
-        both = [core for core in met if core in cores and core[1]]
-        score = (len(both), sum(met[core] for core in both), -len(number), -len(before + after + left + right))
-        if both and (best is None or score > best[0]):
-            best = score, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}"
-    if best:
-        yield Description.of(f"{image_place}{best[1]}{_suffix(images)}", f"{mask_place}{best[2]}{_suffix(masks)}")
+    around = [
+        own for own in _affixes([stem for _, stem, _ in images]) if all(re.search("[^\\W\\d_]", t) for t in own if t)
+    ]
+    best: dict[int, tuple[int, str, str]] = {}  # which masks are taken -> length, names of images and of masks
+    most = (0, 0)
+    for (before, after), (left, right, number) in product(around, drawn):
+        cores = {(key, _inner(stem, before, after)) for key, stem, _ in images}
+        ends = ((key, stem.rstrip("0123456789") if number else stem) for key, stem, _ in masks)
+        own = [(key, _inner(stem, left, right)) for key, stem in ends]
+        taken = [i for i, core in enumerate(own) if core[1] and core in cores]
+        pairs = len({own[i] for i in taken}), len(taken)
+        if not taken or pairs < most:
+            continue
+        best, most = (best if pairs == most else {}), pairs
+        length = len(before + after + left + right + number)
+        found = (length, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}")
+        best[hash(tuple(taken))] = min(best.get(hash(tuple(taken)), found), found)
+    for _, image, mask in best.values():
+        yield Description.of(f"{image_place}{image}{_suffix(images)}", f"{mask_place}{mask}{_suffix(masks)}")
     in_folders = "{dir}" in image_place and "{dir}" in mask_place
-    if in_folders and not best and max(Counter(key for key, _, _ in images).values()) == 1:  # a folder is an image
+    keys = Counter(key for key, _, _ in images)
+    alone = max(keys.values()) == 1 and not keys.keys().isdisjoint(key for key, _, _ in masks)
+    if in_folders and not best and alone:  # a folder is an image
         yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}*{_suffix(masks)}")
 
 
@@ -281,11 +301,10 @@ def _suffix(names: Iterable[Name]) -> str:
 
 def _affixes(stems: Sequence[str]) -> list[tuple[str, str]]:
     """Texts that stand before and behind most of the stems, whole words of them, none too."""
-    options = []
-    for cut in (_starts, _ends):
-        counts = Counter(text for stem in stems for text in cut(stem))
-        options.append(["", *(text for text, count in counts.items() if count >= COMMON * len(stems))])
-    return list(product(*options))
+    starts, ends = (Counter(text for stem in stems for text in cut(stem)) for cut in (_starts, _ends))
+    common = (["", *(t for t, count in found.items() if count >= COMMON * len(stems))] for found in (starts, ends))
+    before, after = common
+    return list(product(before, after))
 
 
 def _inner(stem: str, before: str, after: str) -> str:

@@ -39,7 +39,8 @@ def seek(*wanted: str, then: str = "") -> Callable[[Path], Near]:
 def nearest_pairs(root: Path) -> Near:
     """How near a folder is to pairs of images and masks."""
     images, masks, others = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
-    for place, _, names in os.walk(root):
+    for place, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         folder = PurePosixPath(Path(place).relative_to(root).as_posix())
         role = next((role_of(part) for part in reversed(folder.parts) if role_of(part)), "")
         for suffix in (Path(name).suffix.lower() for name in names):

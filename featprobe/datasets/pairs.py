@@ -37,7 +37,7 @@ def choose(root: Path, found: Sequence[Candidate]) -> Description:
     if len(found) > 1:
         raise DataError(
             f"{root} can be read in {len(found)} ways.\n  wanted  one\n  found   " + "\n          ".join(each) + "\n"
-            "Nothing was read. Take the two options of the one that is meant, or set images and masks in featprobe.toml."
+            "Nothing was read. Take the two options of the one that is meant, or images and masks in featprobe.toml."
         )
     pairs = found[0].pairs
     if not found[0].enough:
@@ -107,7 +107,7 @@ def read_pairs(
 
 
 def _files(root: Path, description: Description | None = None) -> list[str]:
-    """All files that may be images or masks, as text relative to the data folder. Raises DataError for links out of it."""
+    """All files that may be images or masks, relative to the data folder. Raises DataError for links out of it."""
     more = (*description.images.suffixes, *description.masks.suffixes) if description else ()
     return [path.relative_to(root).as_posix() for path in files_below(root, root, {*SUFFIXES, *MASK_SUFFIXES, *more})]
 

@@ -63,7 +63,7 @@ class Pattern:
         if fault:
             raise DataError(
                 f"{self.called} = {self.text[:200]!r} {fault}.\n"
-                f"  wanted  a path as 'shots/*/*.jpg' or 'seg/{{stem}}_m.png', of *, **, {{stem}}, {{dir}} and {{split}}"
+                f"  wanted  a path as 'shots/*/*.jpg' or 'seg/{{stem}}_m.png', with *, **, {{stem}}, {{dir}}, {{split}}"
             )
 
     @property
@@ -204,7 +204,7 @@ def pair(description: Description, files: Iterable[str]) -> Pairs:
             )
         image_of[key] = name
     found_masks: dict[str, list[str]] = defaultdict(list)
-    free = []
+    free: list[str] = []
     for name, own in drawn.items():
         image = _image_of(masks, name, own, image_of)
         (found_masks[image] if image else free).append(names[name])

@@ -91,7 +91,7 @@ READ_AS = ("format", "images", "masks", "group_from", "split_file")
 """Options that say how a data set is read, by their names in featprobe.toml."""
 
 
-def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[str, str | None]:
+def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[str, Any]:
     """How a data set is read: as the caller says, and as featprobe.toml does where the caller does not.
 
     A format and a description by images and masks exclude each other: the caller's takes the place of the table's.

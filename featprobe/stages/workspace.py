@@ -91,8 +91,8 @@ class Workspace:
         """A data set by its name in featprobe.toml, by a built-in set's name, or by a path.
 
         Its format is the one named here, else the one that featprobe.toml names, else found by looking; likewise the
-        patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is generated into data/ when
-        it is first asked for. complete=False leaves the splits as they are. Raises DataError.
+        patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is
+        generated into data/ when it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
         table = self.config.get("data", {})
         own = self.data_options(name)
@@ -204,13 +204,20 @@ def _fault_of(section: str, entry: Any) -> str:
     wrong = [key for key, value in entry.items() if not is_of(value, known[key])]
     if wrong:
         return f"{wrong[0]} = {entry[wrong[0]]!r}"
-    if len({"images", "masks"} & entry.keys()) == 1:
-        there = "images" if "images" in entry else "masks"
-        return f"{there} without {'masks' if there == 'images' else 'images'}, which describe a set together"
-    if "images" in entry and entry.get("format", "pairs") != "pairs":
-        return f"images and masks describe a set beside format = {entry['format']!r}; omit one of the two"
+    if described := _described(entry):
+        return described
     if entry.get("fit", "resize") not in ("resize", "letterbox"):
         return f"fit = {entry['fit']!r} (resize and letterbox are known)"
+    return ""
+
+
+def _described(entry: Mapping[str, Any]) -> str:
+    """What is wrong with the description of a set, whatever its patterns are; "" when nothing is."""
+    there = [name for name in ("images", "masks") if name in entry]
+    if len(there) == 1:
+        return f"{there[0]} without {'masks' if there == ['images'] else 'images'}, which describe a set together"
+    if there and entry.get("format", "pairs") != "pairs":
+        return f"images and masks describe a set beside format = {entry['format']!r}; omit one of the two"
     return ""
 
 
