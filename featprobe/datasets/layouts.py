@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, product
-from pathlib import PurePosixPath
+from posixpath import basename, dirname, splitext
 
 from featprobe.datasets.patterns import MASK_SUFFIXES, SPLIT_WORDS, Description, Pairs, Pattern, pair
 from featprobe.errors import DataError
@@ -25,6 +25,7 @@ WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 SPLIT = re.compile("|".join(SPLIT_WORDS), re.IGNORECASE)
 LOSSY = (".jpg", ".jpeg")
 ENOUGH = 0.5  # of the images have a mask, or of the masks an image
+SAMPLE = 1000  # images whose names are looked at, where these tell enough
 COMMON = 0.2  # of the names have a prefix or a suffix that is tried
 
 Parts = tuple[str, ...]  # of a folder's path below the data folder
@@ -51,9 +52,9 @@ def find_layouts(files: Iterable[str]) -> list[Candidate]:
     There are several where the names do not tell which one is meant. Those where few files meet are given only where
     there are no others. Raises DataError where nothing fits because images can't be told apart by their names.
     """
-    files = [f for f in files if PurePosixPath(f).suffix.lower() in MASK_SUFFIXES and not re.search(r"[*{}\\]", f)]
+    files = [f for f in files if splitext(f)[1].lower() in MASK_SUFFIXES and not re.search(r"[*{}\\]", f)]
     folders = _folders(files)
-    few: list[Candidate] = []
+    few: dict[str, Candidate] = {}
     for look in (_named_places, _unnamed_places, _shared_places):
         found: dict[str, Candidate] = {}
         faults: list[DataError] = []
@@ -68,8 +69,8 @@ def find_layouts(files: Iterable[str]) -> list[Candidate]:
             return enough
         if faults:
             raise faults[0]
-        few += some
-    return few
+        few |= {str(own.description): own for own in some}
+    return list(few.values())
 
 
 def role_of(folder: str) -> str:
@@ -93,7 +94,7 @@ def _words(text: str) -> set[str]:
 
 def _folders(files: Iterable[str]) -> set[Parts]:
     """The folders that hold files; {split} stands for a part that is a word for a split, or that two differ in."""
-    paths = {PurePosixPath(file).parent.parts for file in files}
+    paths = {tuple(filter(None, folder.split("/"))) for folder in {dirname(file) for file in files}}
     seen: dict[Parts, set[str]] = defaultdict(set)  # a part with {split}, behind those before it -> the splits
     for start in {path[:end] for path in paths for end in range(1, len(path) + 1)}:
         for text, split in _with_split(start[-1]):
@@ -200,10 +201,10 @@ def _unnamed_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Descr
         around = {base: False for base in masks.bases if base in others}
         kinds = [_Kind("", masks.below, around)] if around else []
         kinds += _kinds(
-            (base, path[len(base)], path[len(base) + 1 :])
-            for base in masks.bases
+            (path[:at], path[at], path[at + 1 :])
             for path in sorted(others)
-            if path[: len(base)] == base and len(path) > len(base)
+            for at in range(len(path))
+            if path[:at] in masks.bases
         )
         for images in kinds:
             yield from _beside(images, masks, files)
@@ -251,7 +252,8 @@ def _names(place: str, files: Sequence[str], shared: Sequence[str]) -> list[Name
             key = tuple(
                 SPLIT_WORDS.get(fields.get(n, "").lower(), "") if n == "split" else fields.get(n, "") for n in shared
             )
-            found.append((key, PurePosixPath(file).stem, PurePosixPath(file).suffix.lower()))
+            stem, suffix = splitext(basename(file))
+            found.append((key, stem, suffix.lower()))
     return found
 
 
@@ -263,34 +265,52 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
     """
     if not images or not masks:
         return
-    drawn = [(*around, "") for around in _affixes([stem for _, stem, _ in masks])]
-    numbered = [stem.rstrip("0123456789") for _, stem, _ in masks if stem[-1:].isdecimal()]
-    if len(numbered) == len(masks):
-        drawn += [(*around, "*") for around in _affixes(numbered) if around[1]]
-    around = [
-        own for own in _affixes([stem for _, stem, _ in images]) if all(re.search("[^\\W\\d_]", t) for t in own if t)
-    ]
-    best: dict[int, tuple[int, str, str]] = {}  # which masks are taken -> length, names of images and of masks
-    most = (0, 0)
-    for (before, after), (left, right, number) in product(around, drawn):
-        cores = {(key, _inner(stem, before, after)) for key, stem, _ in images}
-        ends = ((key, stem.rstrip("0123456789") if number else stem) for key, stem, _ in masks)
-        own = [(key, _inner(stem, left, right)) for key, stem in ends]
-        taken = [i for i, core in enumerate(own) if core[1] and core in cores]
-        pairs = len({own[i] for i in taken}), len(taken)
-        if not taken or pairs < most:
-            continue
-        best, most = (best if pairs == most else {}), pairs
-        length = len(before + after + left + right + number)
-        found = (length, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}")
-        best[hash(tuple(taken))] = min(best.get(hash(tuple(taken)), found), found)
-    for _, image, mask in best.values():
+    some, others = sorted(images)[:SAMPLE], sorted(masks)[: SAMPLE * (1 + len(masks) // len(images))]
+    best, met = _best_affixes(some, others)
+    if not best and len(images) > SAMPLE:
+        best, met = _best_affixes(images, masks)
+    for image, mask in best:
         yield Description.of(f"{image_place}{image}{_suffix(images)}", f"{mask_place}{mask}{_suffix(masks)}")
     in_folders = "{dir}" in image_place and "{dir}" in mask_place
     keys = Counter(key for key, _, _ in images)
     alone = max(keys.values()) == 1 and not keys.keys().isdisjoint(key for key, _, _ in masks)
-    if in_folders and not best and alone:  # a folder is an image
+    if in_folders and alone and met < ENOUGH * min(len(some), len(others)):  # a folder is an image
         yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}*{_suffix(masks)}")
+
+
+def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[tuple[str, str]], int]:
+    """Names of images and of masks around their stems, the shortest of those that pair the same; the most pairs."""
+    around = [
+        own for own in _affixes([stem for _, stem, _ in images]) if all(_has_letter(text) for text in own if text)
+    ]
+    drawn = [(*own, "") for own in _affixes([stem for _, stem, _ in masks])]
+    numbered = [stem.rstrip("0123456789") for _, stem, _ in masks if stem[-1:].isdecimal()]
+    if len(numbered) == len(masks):
+        drawn += [(*own, "*") for own in _affixes(numbered) if own[1]]
+    inner = {
+        (left, right, number): [
+            (key, _inner(stem.rstrip("0123456789") if number else stem, left, right)) for key, stem, _ in masks
+        ]
+        for left, right, number in drawn
+    }
+    best: dict[int, tuple[int, str, str]] = {}  # what is paired -> length, names of images and of masks
+    most = (0, 0)
+    for before, after in around:
+        cores = {(key, _inner(stem, before, after)): i for i, (key, stem, _) in enumerate(images)}
+        for (left, right, number), own in inner.items():
+            met = tuple((i, cores[core]) for i, core in enumerate(own) if core[1] and core in cores)
+            pairs = len({image for _, image in met}), len(met)
+            if not met or pairs < most:
+                continue
+            best, most = (best if pairs == most else {}), pairs
+            length = len(before + after + left + right + number)
+            found = (length, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}")
+            best[hash(met)] = min(best.get(hash(met), found), found)
+    return [(image, mask) for _, image, mask in best.values()], most[0]
+
+
+def _has_letter(text: str) -> bool:
+    return any(character.isalpha() for character in text)
 
 
 def _suffix(names: Iterable[Name]) -> str:

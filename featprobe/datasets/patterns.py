@@ -19,8 +19,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from functools import cached_property, lru_cache
+from posixpath import basename, dirname, splitext
 
 from featprobe.datasets.images import SUFFIXES
 from featprobe.errors import DataError, nearest
@@ -66,21 +66,21 @@ class Pattern:
                 f"  wanted  a path as 'shots/*/*.jpg' or 'seg/{{stem}}_m.png', with *, **, {{stem}}, {{dir}}, {{split}}"
             )
 
-    @property
+    @cached_property
     def fields(self) -> tuple[str, ...]:
         """The fields that stand in it."""
         return tuple(name for name in FIELDS if f"{{{name}}}" in self.text)
 
-    @property
+    @cached_property
     def suffixes(self) -> tuple[str, ...]:
         """The suffix that its files have, in small letters; none where it leaves that open."""
-        suffix = PurePosixPath(self.text).suffix.lower()
+        suffix = splitext(self.text)[1].lower()
         return () if not suffix or re.search(r"[*{}]", suffix) else (suffix,)
 
-    @property
+    @cached_property
     def open_name(self) -> bool:
         """Whether the name of the file holds a *, its suffix aside."""
-        return "*" in PurePosixPath(self.text).name.removesuffix(".*")
+        return "*" in basename(self.text).removesuffix(".*")
 
     def match(self, path: str, longest: int = MOST) -> dict[str, str] | None:
         """The text of each field in a path, {stem} as long as it can be up to `longest`; None where it does not fit.
@@ -193,9 +193,7 @@ def pair(description: Description, files: Iterable[str]) -> Pairs:
         found = _fits(images, name, SUFFIXES) if name not in drawn else None
         if found is None:
             continue
-        path = PurePosixPath(name)
-        folder = path.parent.as_posix()
-        fields[name] = {"stem": path.stem, "dir": "" if folder == "." else folder, **found}
+        fields[name] = {"stem": splitext(basename(name))[0], "dir": dirname(name), **found}
         key = _key(fields[name], masks.fields)
         if key in image_of:
             raise DataError(
@@ -225,7 +223,7 @@ def pair(description: Description, files: Iterable[str]) -> Pairs:
 def _fits(pattern: Pattern, path: str, suffixes: Sequence[str]) -> dict[str, str] | None:
     """The fields of a path that has one of the suffixes, or that which the pattern names."""
     named = pattern.suffixes or suffixes
-    return pattern.match(path) if Path(path).suffix.lower() in named else None
+    return pattern.match(path) if splitext(path)[1].lower() in named else None
 
 
 def _key(fields: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
