@@ -15,6 +15,8 @@ from featprobe import open_cache
 from featprobe.cli.main import cli
 from featprobe.datasets import DataSet, read_data
 from featprobe.errors import DataError
+from featprobe.stages.commands import _extract
+from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.workspace import Workspace
 
 
@@ -469,3 +471,48 @@ def test_a_refusal_of_a_named_format_says_what_that_one_lacks(tmp_path: Path) ->
     Builder(tmp_path).image("images/a.png")
     with pytest.raises(DataError, match=r"read as voc\.[\s\S]*wanted  Pascal VOC[\s\S]*lacks   Annotations/\*\.xml"):
         read_data("set", tmp_path, "voc")
+
+
+def test_images_of_several_kinds_are_listed_too(tmp_path: Path) -> None:
+    to = Builder(tmp_path)
+    for i in range(3):
+        for kind in ("flair", "t1"):
+            to.image(f"p{i}/p{i}_{kind}.png")
+        to.mask(f"p{i}/p{i}_seg.png")
+    said = said_of(tmp_path)
+    assert all(f"3 pairs of --images '{{dir}}/{{stem}}_{kind}.png'" in said for kind in ("flair", "t1"))
+
+
+def test_a_folder_of_each_image_needs_no_names_that_meet(tmp_path: Path) -> None:
+    to, wanted = Builder(tmp_path), {}
+    for i in range(5):
+        masks = [to.mask(f"set/s{i}/masks/{i * 31 + k:x}.png") for k in range(2)]  # one is called as its image
+        wanted[to.image(f"set/s{i}/images/{i * 31 + 1:x}.png" if not i else f"set/s{i}/images/x{i}.png")] = masks
+    assert areas_of(read_data("set", tmp_path)) == {name: [to.areas[m] for m in own] for name, own in wanted.items()}
+
+
+def test_a_study_and_compare_keep_to_a_description() -> None:
+    table = {"images": "shots/*.jpg", "masks": "seg/{stem}_m.png", "group_from": "C"}
+    made = configured(ExtractOptions(), table)
+    assert (made.images, made.masks, made.group_from, made.format) == (*table.values(), None)
+    named = configured(ExtractOptions(format="coco"), table)
+    assert (named.images, named.masks, named.format) == (None, None, "coco")
+    told = configured(ExtractOptions(images="*.png", masks="{stem}_gt.png"), {"format": "coco"})
+    assert (told.images, told.masks, told.format) == ("*.png", "{stem}_gt.png", None)
+    features = {
+        "label": "b", "size": [64, 64], "levels": [{"name": "stride4"}], "fit": "resize", "intensity": "none",
+        "views": ["none"], "dtype": "fp16", "precision": "fp32",
+    }  # fmt: skip
+    card = {"features": features, "backbone": None, "read_as": table, "result": {"regime": "frozen"}}
+    assert "--images 'shots/*.jpg' --masks 'seg/{stem}_m.png' --group-from C" in _extract(card, "set", {})
+
+
+def test_a_set_of_which_few_images_have_masks_is_refused_with_the_first_that_has_none(tmp_path: Path) -> None:
+    to = Builder(tmp_path)
+    for i in range(9):
+        to.image(f"imgs/p{i}.png")
+        to.mask(f"gt/p{i}.png" if i < 2 else f"gt/p{i + 50}.png")
+    said = said_of(tmp_path)
+    assert "wanted  9 masks: imgs/p2.png wants gt/p2.png\n  found   2 pairs of --images 'imgs/{stem}.png'" in said
+    how = {"images": "imgs/{stem}.png", "masks": "gt/{stem}.png"}
+    assert len(read_data("set", tmp_path, **how).samples) == 9  # type: ignore[arg-type]

@@ -261,7 +261,8 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
     """Descriptions of what stands before and behind the stems, of those that pair most images.
 
     Of those that take the same masks the shortest is given; there are several where masks of several kinds are there.
-    What the names of images share without a letter in it is kept: numbers tell images apart.
+    What the names of images share without a letter in it is kept: numbers tell images apart. Where few are paired,
+    names must be the same: what stands around these stems is by chance.
     """
     if not images or not masks:
         return
@@ -269,12 +270,13 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
     best, met = _best_affixes(some, others)
     if not best and len(images) > SAMPLE:
         best, met = _best_affixes(images, masks)
-    for image, mask in best:
+    enough = met >= ENOUGH * min(len(some), len(others))
+    for image, mask in best if enough else [own for own in best if own == ("{stem}", "{stem}")]:
         yield Description.of(f"{image_place}{image}{_suffix(images)}", f"{mask_place}{mask}{_suffix(masks)}")
     in_folders = "{dir}" in image_place and "{dir}" in mask_place
     keys = Counter(key for key, _, _ in images)
     alone = max(keys.values()) == 1 and not keys.keys().isdisjoint(key for key, _, _ in masks)
-    if in_folders and alone and met < ENOUGH * min(len(some), len(others)):  # a folder is an image
+    if in_folders and alone and not enough:  # a folder is an image
         yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}*{_suffix(masks)}")
 
 
