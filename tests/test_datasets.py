@@ -340,7 +340,7 @@ def test_a_missing_image_is_named_when_it_is_looked_at(tmp_path: Path) -> None:
 
 def test_what_is_no_data_set_is_answered_with_what_would_be(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(DataError, match=r"found   notes\.txt\n  wanted  one of the formats folders, .*coco, "):
+    with pytest.raises(DataError, match=r"found   notes\.txt\n  wanted  images and their labels, in a format that "):
         read_data("set", tmp_path)
     for name, layout in (("folders", "images/ and masks/"), ("coco", "COCO JSON")):
         with pytest.raises(DataError, match=rf"found   notes\.txt\n  wanted  {layout}"):

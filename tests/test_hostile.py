@@ -46,6 +46,7 @@ HOSTILE = {
         "paths": ("split_csv/2cls_highshot.csv", "candle/Data/Images/Normal/000.JPG"),
     },
     "kolektorsdd": {"cut": "kos01/Part0_label.bmp", "gone": "kos01/Part0_label.bmp"},
+    "pairs": {"cut": "train_lab/p0_gt.png", "gone": "train_lab/p0_gt.png"},
 }  # fmt: skip
 """By format: a file that is cut off, one in another encoding, one that is missing, a file and the path it names.
 

@@ -1026,6 +1026,14 @@ def coco_set(root: Path) -> Path:
     return root
 
 
+def pairs_set(root: Path) -> Path:
+    """Images and masks in folders and of names that no other format has."""
+    for i, split in enumerate(SPLITS * 2):
+        picture(root / f"{split}_img" / f"p{i}.jpg", seed=i)
+        mask(root / f"{split}_lab" / f"p{i}_gt.png", square(2, 3, 5) * 255)
+    return root
+
+
 MADE = {
     "folders": folder_set,
     "coco": coco_set,
@@ -1045,4 +1053,5 @@ MADE = {
     "rareplanes": rareplanes_set,
     "visa": visa_set,
     "kolektorsdd": commutator_set,
+    "pairs": pairs_set,
 }

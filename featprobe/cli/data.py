@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,14 +13,20 @@ from featprobe.cli.options import (
     columns,
     data_format,
     group_from,
+    images_at,
     intensity,
+    masks_at,
     quiet,
+    read_options,
     show_json,
-    split_file,
     terminal_width,
     workspace_of,
 )
 from featprobe.errors import FeatprobeError, counted
+
+if TYPE_CHECKING:
+    from featprobe.datasets import DataSet
+    from featprobe.stages.workspace import Workspace
 
 
 @click.group(invoke_without_command=True)
@@ -54,14 +61,10 @@ def data(ctx: click.Context) -> None:
 
 @data.command("info")
 @click.argument("name")
-@data_format
-@group_from
-@split_file
+@read_options
 @as_json
 @click.pass_context
-def data_info(
-    ctx: click.Context, name: str, format: str | None, group_from: str | None, split_file: str | None, json_: bool
-) -> None:
+def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> None:
     """Describe a data set: images, groups, classes, sizes, splits.
 
     \b
@@ -70,7 +73,7 @@ def data_info(
     """
     from featprobe.stages.data import summarise
 
-    summary = summarise(workspace_of(ctx).data_set(name, format, group_from, split_file))
+    summary = summarise(_read(workspace_of(ctx), name, how))
     if json_:
         return show_json(asdict(summary))
     low, high = ("x".join(map(str, size)) for size in summary.sizes)
@@ -92,13 +95,12 @@ def data_info(
     click.echo(columns(rows, header))
     for note in summary.notes:
         click.echo(f"note: {note}")
+    click.echo(f"\nIts description, for featprobe.toml:\n\n{summary.toml}")
 
 
 @data.command("show")
 @click.argument("name")
-@data_format
-@group_from
-@split_file
+@read_options
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
 @click.option("--count", type=click.IntRange(1), default=8, show_default=True, help="How many images.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
@@ -107,13 +109,11 @@ def data_info(
 def data_show(
     ctx: click.Context,
     name: str,
-    format: str | None,
-    group_from: str | None,
-    split_file: str | None,
     out: Path,
     count: int,
     split: str,
     intensity: str | None,
+    **how: str | None,
 ) -> None:
     """Draw images of a data set beside their labels.
 
@@ -125,15 +125,13 @@ def data_show(
 
     workspace = workspace_of(ctx)
     policy = intensity or workspace.data_options(name).get("intensity")
-    shown = contact_sheet(workspace.data_set(name, format, group_from, split_file), out, count, split, policy)
+    shown = contact_sheet(_read(workspace, name, how), out, count, split, policy)
     click.echo(f"{out}: {counted(len(shown), 'image')} of {split}")
 
 
 @data.command("check")
 @click.argument("name")
-@data_format
-@group_from
-@split_file
+@read_options
 @click.option("--size", metavar="HxW", help="What images are resized to, for object sizes. Default: as of `extract`.")
 @click.option(
     "--html", "--out", type=click.Path(dir_okay=False, path_type=Path), help="A page to write, with pictures."
@@ -145,14 +143,12 @@ def data_show(
 def data_check(
     ctx: click.Context,
     name: str,
-    format: str | None,
-    group_from: str | None,
-    split_file: str | None,
     size: str | None,
     html: Path | None,
     workers: int,
     quiet: bool,
     json_: bool,
+    **how: str | None,
 ) -> None:
     """Look through a data set; exit code 3 when something would spoil a study.
 
@@ -170,9 +166,9 @@ def data_check(
     from featprobe.stages.options import ExtractOptions, configured
 
     workspace = workspace_of(ctx)
-    named = workspace.data_set(name, format, group_from, split_file, complete=False)
-    how = configured(ExtractOptions(size=parse_size(size) if size else None), workspace.data_options(name))
-    found = check(named, size=how.size, fit=how.fit, tile=how.tile, page=html, workers=workers, quiet=quiet)
+    named = _read(workspace, name, how, complete=False)
+    made = configured(ExtractOptions(size=parse_size(size) if size else None), workspace.data_options(name))
+    found = check(named, size=made.size, fit=made.fit, tile=made.tile, page=html, workers=workers, quiet=quiet)
     width = terminal_width()
     if json_:
         show_json(asdict(found))
@@ -196,9 +192,7 @@ def data_check(
 
 @data.command("convert")
 @click.argument("name")
-@data_format
-@group_from
-@split_file
+@read_options
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A new or empty folder.")
 @click.option("--link", is_flag=True, help="Link to the images instead of copying them.")
 @quiet
@@ -207,13 +201,11 @@ def data_check(
 def data_convert(
     ctx: click.Context,
     name: str,
-    format: str | None,
-    group_from: str | None,
-    split_file: str | None,
     out: Path,
     link: bool,
     quiet: bool,
     json_: bool,
+    **how: str | None,
 ) -> None:
     """Write a data set as COCO JSON, one file a split, with the same ids, splits, groups, masks and boxes.
 
@@ -223,7 +215,7 @@ def data_convert(
     """
     from featprobe.stages.convert import convert
 
-    done = convert(workspace_of(ctx).data_set(name, format, group_from, split_file), out, link=link, quiet=quiet)
+    done = convert(_read(workspace_of(ctx), name, how), out, link=link, quiet=quiet)
     if json_:
         return show_json(asdict(done))
     counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
@@ -233,6 +225,8 @@ def data_convert(
 @data.command("split")
 @click.argument("name")
 @data_format
+@images_at
+@masks_at
 @group_from
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The CSV file to write.")
 @click.option(
@@ -250,14 +244,13 @@ def data_convert(
 def data_split(
     ctx: click.Context,
     name: str,
-    format: str | None,
-    group_from: str | None,
     out: Path,
     split: str,
     seed: int,
     workers: int,
     quiet: bool,
     json_: bool,
+    **how: str | None,
 ) -> None:
     """Write a split to a CSV file with the columns id, group, split, to be edited and used.
 
@@ -270,7 +263,7 @@ def data_split(
     """
     from featprobe.stages.data import write_split
 
-    named = workspace_of(ctx).data_set(name, format, group_from)
+    named = _read(workspace_of(ctx), name, how)
     report = write_split(named, out, split, seed, workers=workers, quiet=quiet)
     if json_:
         return show_json(asdict(report))
@@ -307,6 +300,11 @@ def data_make(ctx: click.Context, name: str, out: Path | None, images: int, size
         raise FeatprobeError(f"{folder} holds a data set already. Nothing was changed. Name another folder with --out.")
     make_generated(name, folder, images=images, size=parse_size(size), seed=seed)
     click.echo(f"{folder}: {images} images of {size}")
+
+
+def _read(workspace: "Workspace", name: str, how: dict[str, str | None], complete: bool = True) -> "DataSet":
+    how = {**how}
+    return workspace.data_set(name, how.pop("format"), complete=complete, **how)
 
 
 def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:

@@ -499,6 +499,8 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
 
     same = (
         "format",
+        "images",
+        "masks",
         "group_from",
         "split_file",
         "fit",

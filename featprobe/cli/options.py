@@ -38,6 +38,16 @@ split_file = click.option(
     type=click.Path(dir_okay=False),
     help="Splits and groups from a CSV file, as `data split` writes it.",
 )
+images_at = click.option(
+    "--images",
+    metavar="PATTERN",
+    help="Where the images lie below the data folder, as 'shots/*/*.jpg'; with --masks, in place of --format.",
+)
+masks_at = click.option(
+    "--masks",
+    metavar="PATTERN",
+    help="Where the mask of an image lies, as 'seg/{stem}_m.png'; also {dir} and {split}, see the README.",
+)
 device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
 
@@ -80,6 +90,8 @@ _BACKBONE = [
 _FEATURES = [
     click.option("--data", required=True, help="A data set's name, or a path; see `featprobe data`."),
     data_format,
+    images_at,
+    masks_at,
     group_from,
     split_file,
     click.option("--levels", help="Feature levels, separated by commas. Default: all, as stride4,stride8,…"),
@@ -200,6 +212,13 @@ _HEAD = [
 def feature_options(command: Command) -> Command:
     """All options that decide which features are made, and how."""
     for option in reversed([*_BACKBONE, *_FEATURES]):
+        command = option(command)
+    return command
+
+
+def read_options(command: Command) -> Command:
+    """All options that say how a data set is read."""
+    for option in reversed([data_format, images_at, masks_at, group_from, split_file]):
         command = option(command)
     return command
 

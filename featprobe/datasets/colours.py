@@ -41,7 +41,7 @@ def find_pairs(root: Path) -> list[Pair]:
     pairs = [pair for folder in (root, *inside) for pair in _pairs_in(folder, root)]
     masks = (path for pair in pairs for path in files_in(pair.masks))
     first = next((path for path in masks if path.suffix.lower() in SUFFIXES and not path.is_symlink()), None)
-    return pairs if first is not None and _is_coloured(first) else []
+    return pairs if first is not None and is_coloured(first) else []
 
 
 def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> DataSet:
@@ -55,7 +55,6 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
     table = own_table(root)
     several = len({pair.split for pair in pairs}) > 1
     samples: list[Sample] = []
-    masks: list[Path] = []
     notes: list[str] = []
     for pair in pairs:
         files = files_below(root, pair.images)
@@ -66,16 +65,22 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
             row = table.row(identity, own, PurePath(own).name)
             split = pair.split if several else row.get("split") or ""
             stem = stem_of(image, pair.images)
-            masks.append(mask_of.pop(stem, pair.masks / f"{stem}.png"))
-            samples.append(Sample(identity, image, row.get("group") or own, split, str(masks[-1])))
+            mask = mask_of.pop(stem, pair.masks / f"{stem}.png")
+            samples.append(Sample(identity, image, row.get("group") or own, split, str(mask)))
         if mask_of:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images beside coloured masks.")
-    notes += table.notes()
-    named = _read_colour_names(root, lines)
+    return colour_targets(name, root, samples, [*notes, *table.notes()], lines)
+
+
+def colour_targets(
+    name: str, root: Path, samples: Sequence[Sample], notes: Sequence[str], lines: Sequence[str] | None
+) -> DataSet:
+    """The data set of samples whose labels are the path of a coloured mask. lines: of colours, see `read_colours`."""
+    named, notes = _read_colour_names(root, lines), [*notes]
     if named is None:
-        named = _colours_in(masks, root)
+        named = _colours_in([Path(sample.labels) for sample in samples], root)
         notes.append(
             f"colours are the classes, {', '.join(named.values())}, of which {next(iter(named.values()))} counts as "
             "background; name them in classes.txt or featprobe.toml, `R,G,B name` a line, the background first"
@@ -158,7 +163,8 @@ def _pairs_in(folder: Path, root: Path) -> list[Pair]:
     return pairs
 
 
-def _is_coloured(path: Path) -> bool:
+def is_coloured(path: Path) -> bool:
+    """Whether a mask's pixel format is one of colours."""
     try:
         with Image.open(path) as image:
             return image.mode in COLOURED

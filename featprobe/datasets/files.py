@@ -288,11 +288,7 @@ def paired(
         if len(found) == len(own) or not can_be_counted(image):
             continue
         if can_be_counted(mask):
-            raise DataError(
-                f"{mask} is not the mask of {image}: they go page by page.\n"
-                f"  wanted  {counted(len(own), 'page')}, as the image has\n  found   {len(found)}\n"
-                "Nothing was read. Mend the mask, or the image."
-            )
+            raise DataError(_of_other_pages(image, len(own), mask, len(found)))
         drawn[stem] = mask, [page_path(mask, number) for number in range(len(own))]
     mask_of = {
         stem if page == mask else f"{stem}/{page.name}": page for stem, (mask, own) in drawn.items() for page in own
@@ -323,3 +319,24 @@ def words_of(text: str, where: object, count: int) -> list[list[str]]:
         if len(row) != count:
             raise DataError(f"{where}, entry {number}: wanted {count} values, found {' '.join(row)[:200]!r}.")
     return rows
+
+
+def mask_pages(image: Path, pages: Sequence[Path], mask: Path) -> list[Path]:
+    """The pages of a mask, as many as its image has; damaged files are met again, by name.
+
+    Raises DataError for another number.
+    """
+    found = pages_of(mask)
+    if len(found) == len(pages) or not can_be_counted(image):
+        return found
+    if can_be_counted(mask):
+        raise DataError(_of_other_pages(image, len(pages), mask, len(found)))
+    return [page_path(mask, number) for number in range(len(pages))]
+
+
+def _of_other_pages(image: Path, pages: int, mask: Path, found: int) -> str:
+    return (
+        f"{mask} is not the mask of {image}: they go page by page.\n"
+        f"  wanted  {counted(pages, 'page')}, as the image has\n  found   {found}\n"
+        "Nothing was read. Mend the mask, or the image."
+    )

@@ -2,8 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,16 @@ from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Files of masks: of whole images and of objects; free: where the mask of an image without any would be, by id."""
+
+    of_images: list[Path] = field(default_factory=list)
+    of_objects: list[Path] = field(default_factory=list)
+    free: dict[str, Path] = field(default_factory=dict)
 
 
 def find_folders(root: Path) -> dict[str, Path]:
@@ -27,6 +37,21 @@ def find_folders(root: Path) -> dict[str, Path]:
         return {"": root}
     inside = [(split, root / name) for name, split in SPLIT_FOLDERS.items()]
     return {split: path for split, path in inside if (path / "images").is_dir() and (path / "masks").is_dir()}
+
+
+def meet(places: Sequence[tuple[Path, Path]]) -> bool:
+    """Whether a mask in one of these folders of images and of masks is called as an image, or as an object in it.
+
+    Folders without an image meet too: that is said when they are read.
+    """
+    any_images = False
+    for images, masks in places:
+        stems = {stem_of(path, images) for path in files_in(images) if path.suffix.lower() in SUFFIXES}
+        drawn = [stem_of(path, masks) for path in files_in(masks)]
+        if not stems.isdisjoint(meant(drawn, stems).values()) or _take_objects(dict.fromkeys(drawn, masks), stems):
+            return True
+        any_images = any_images or bool(stems)
+    return bool(places) and not any_images
 
 
 def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
@@ -40,9 +65,7 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
     folders = find_folders(root)
     table = read_table(root / "samples.csv")
     samples: list[Sample] = []
-    of_images: list[Path] = []
-    of_objects: list[Path] = []
-    free: list[str] = []
+    found = Masks()
     notes: list[str] = []
     for split, folder in folders.items():
         files = [path for path in files_in(folder / "images") if path.suffix.lower() in SUFFIXES]
@@ -57,8 +80,9 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
             row = table.row(*names, *(group_of(name, image) for name in names))
             stem = stem_of(image, folder / "images")
             masks = objects_of.get(stem, []) if stem in bare else [mask_of.pop(stem, folder / "masks" / f"{stem}.png")]
-            free += [] if masks else [identity]
-            (of_objects if stem in bare else of_images).extend(masks)
+            if not masks:
+                found.free[identity] = folder / "masks" / f"{stem}.png"
+            (found.of_objects if stem in bare else found.of_images).extend(masks)
             labels = json.dumps([str(path) for path in masks])
             group = row.get("group") or group_of(identity, image)
             samples.append(Sample(identity, image, group, split or row.get("split") or "", labels))
@@ -67,6 +91,17 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
     if not samples:
         raise DataError(f"{root} holds no images. wanted: files ending in {', '.join(SUFFIXES)} in images/.")
     notes += table.notes()
+    return index_targets(name, root, samples, found, notes, named)
+
+
+def index_targets(
+    name: str, root: Path, samples: Sequence[Sample], masks: Masks, notes: Sequence[str], named: Sequence[str] | None
+) -> DataSet:
+    """The data set of samples whose labels are the paths of their masks, a JSON list of text.
+
+    Raises DataError where some masks are objects and some are not, and for classes that can't be used.
+    """
+    of_images, of_objects, free, notes = masks.of_images, masks.of_objects, masks.free, [*notes]
     classes = read_classes(root, named) or ("background", "defect")
     if of_objects and of_images:
         raise DataError(
@@ -75,7 +110,10 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
         )
     if of_objects and free:
         counts = counted(len(free), "image has no mask and counts", "images have no mask and count")
-        notes.append(f"{counts} as free of objects: {listed(free)}")
+        notes.append(f"{counts} as free of objects: {listed([*free])}")
+    elif free:
+        counts = counted(len(free), "image has no mask", "images have no mask")
+        notes.append(f"{counts}, which is an error where labels are read (--skip-bad omits them): {listed([*free])}")
     instances_too = bool(of_objects)
     binary, said = (False, []) if of_objects or len(classes) > 2 else _is_binary(of_images, root)
     notes += said
@@ -93,7 +131,13 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
         if instances_too:
             instances = tuple(_object(read_labels(path, size), path) for path in masks)
             return Target(semantic_from_instances(instances, size), instances)
-        return Target(read_labels(masks[0] if masks else _missing_mask(sample.image, folders.values()), size), None)
+        if not masks:
+            raise DataError(
+                f"There is no mask {free[sample.id]} for the image of that name.\n"
+                f"  wanted  {counted(len(samples), 'mask')}\n  found   {len(samples) - len(free)}\n"
+                "Draw it; one of background alone where there is no defect. Or go on without such images: --skip-bad."
+            )
+        return Target(read_labels(masks[0], size), None)
 
     tasks = tasks_of(masks=True, instances=instances_too)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
@@ -130,12 +174,6 @@ def _object(labels: Labels, path: Path) -> Instance:
     if len(kinds) != 1 or kinds[0] == IGNORE:
         raise DataError(f"{path} is not the mask of one object. wanted: 0 and one class. found: {kinds.tolist()}.")
     return mask_instance(int(kinds[0]), labels > 0)
-
-
-def _missing_mask(image: Path, folders: Iterable[Path]) -> Path:
-    """Where the mask of an image that has none would be."""
-    folder = next(folder for folder in folders if image.is_relative_to(folder / "images"))
-    return folder / "masks" / f"{stem_of(image, folder / 'images')}.png"
 
 
 def _is_binary(paths: Sequence[Path], root: Path) -> tuple[bool, list[str]]:

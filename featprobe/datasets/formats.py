@@ -18,10 +18,15 @@ from featprobe.datasets.coco_sets import (
 )
 from featprobe.datasets.colours import find_pairs, read_colours
 from featprobe.datasets.deeppcb import is_deeppcb, read_deeppcb
-from featprobe.datasets.folders import find_folders, read_folders
+from featprobe.datasets.files import folders_in
+from featprobe.datasets.folders import find_folders, meet, read_folders
 from featprobe.datasets.gdxray import find_series, find_welds, read_gdxray, read_welds
 from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
 from featprobe.datasets.magnetic_tile import is_magnetic_tile, read_magnetic_tile
+from featprobe.datasets.names import visible
+from featprobe.datasets.nearness import Near, nearest_pairs, seek
+from featprobe.datasets.pairs import EXAMPLE, found_pairs, read_pairs
+from featprobe.datasets.patterns import Description
 from featprobe.datasets.samples import DataSet, listed
 from featprobe.datasets.set_notes import alike_classes, unnamed_parts
 from featprobe.datasets.severstal import is_severstal, read_severstal
@@ -48,6 +53,8 @@ class Format:
     read_named: the reader where classes are named beside the set (their lines last), None where a format names its own.
     gives_way_to: formats that are meant, unless this one is named, where a path has theirs too.
     parts: readers of a part or a kind of its labels alone, which FORMAT:PART names.
+    near: how much of what it looks for a path has, and what it lacks first, for a refusal; None where it does not say.
+    last: whether it is looked for only where no other format fits.
     """
 
     layout: str
@@ -56,11 +63,18 @@ class Format:
     read_named: Callable[[str, Path, Sequence[str]], DataSet] | None = None
     gives_way_to: tuple[str, ...] = ()
     parts: Mapping[str, Callable[[str, Path], DataSet]] = field(default_factory=dict)
+    near: Callable[[Path], Near] | None = None
+    last: bool = False
 
 
 def _fits_folders(root: Path) -> bool:
-    """Coloured masks in the same folders are another format."""
-    return root.is_dir() and bool(find_folders(root)) and not find_pairs(root)
+    """Coloured masks in the same folders are another format, as are names that do not meet."""
+    places = [(place / "images", place / "masks") for place in find_folders(root).values()]
+    return root.is_dir() and meet(places) and not find_pairs(root)
+
+
+def _fits_colours(root: Path) -> bool:
+    return meet([(pair.images, pair.masks) for pair in find_pairs(root)])
 
 
 def _fits_coco(root: Path) -> bool:
@@ -77,71 +91,126 @@ FORMATS: Mapping[str, Format] = {
         _fits_folders,
         read_folders,
         read_folders,
+        near=seek("images|train/images", "masks|train/masks", then="masks with the stems of the images"),
     ),
     "pidray": Format(
         "PIDray: annotations/xray_train.json and xray_test_*.json beside train/, easy/, hard/, hidden/",
         lambda root: bool(find_pidray(root)),
         read_pidray,
         parts={part: partial(read_pidray, test_sets=(part,)) for part in TEST_SETS},
+        near=seek("annotations/xray_train.json", "annotations/xray_test_*.json", "train"),
     ),
     "rareplanes": Format(
         "RarePlanes: metadata_annotations/instances_{train,test}_role.json beside {train,test}/PS-RGB_tiled/",
         lambda root: bool(find_rareplanes(root)),
         read_rareplanes,
         parts={part: partial(read_rareplanes, labels=(part,)) for part in PLANE_LABELS},
+        near=seek("metadata_annotations/instances_train_role.json", "train/PS-RGB_tiled"),
     ),
     "coco": Format(
         "COCO JSON: *.json, annotations/*.json, or in one folder per split",
         _fits_coco,
         _read_coco,
         gives_way_to=("pidray",),
+        near=seek("*.json|annotations/*.json|train/*.json", then="JSON files with images, annotations and categories"),
     ),
     "colours": Format(
         "coloured masks: images/ and masks/, or NAME_images/ and NAME_masks/, and classes.txt of `R,G,B name`",
-        lambda root: bool(find_pairs(root)),
+        _fits_colours,
         read_colours,
         read_colours,
         gives_way_to=("coco",),
+        near=seek("images|*images|*/*images", "masks|*masks|*/*masks", then="RGB masks with the stems of the images"),
     ),
-    "labelme": Format("labelme: one JSON file an image, with shapes", is_labelme, read_labelme, read_labelme),
-    "deeppcb": Format("DeepPCB: trainval.txt and test.txt, with or without PCBData/", is_deeppcb, read_deeppcb),
+    "labelme": Format(
+        "labelme: one JSON file an image, with shapes",
+        is_labelme,
+        read_labelme,
+        read_labelme,
+        near=seek("*.json|*/*.json|*/*/*.json", then="JSON files with shapes and imagePath"),
+    ),
+    "deeppcb": Format(
+        "DeepPCB: trainval.txt and test.txt, with or without PCBData/",
+        is_deeppcb,
+        read_deeppcb,
+        near=seek("trainval.txt|PCBData/trainval.txt", "test.txt|PCBData/test.txt"),
+    ),
     "magnetic-tile": Format(
-        "magnetic tile: MT_<class>/Imgs/NAME.jpg with NAME.png", is_magnetic_tile, read_magnetic_tile
+        "magnetic tile: MT_<class>/Imgs/NAME.jpg with NAME.png",
+        is_magnetic_tile,
+        read_magnetic_tile,
+        near=seek("MT_*", "MT_*/Imgs"),
     ),
     "voc": Format(
         "Pascal VOC: Annotations/*.xml beside JPEGImages/ or images/, NEU-DET's and GC10-DET's folders too",
         lambda root: bool(find_voc(root)),
         read_voc,
         read_voc,
+        near=seek("Annotations/*.xml|*/Annotations/*.xml", "JPEGImages|images|*/JPEGImages|*/images"),
     ),
     "voc-segmentation": Format(
         "Pascal VOC: SegmentationClass/ beside JPEGImages/",
         lambda root: find_segmentation(root) is not None,
         read_segmentation,
         read_segmentation,
+        near=seek("JPEGImages|*/JPEGImages", "SegmentationClass|*/SegmentationClass"),
     ),
     "yolo": Format(
-        "YOLO: data.yaml, images/ and labels/ with the same stems", lambda root: find_yolo(root) is not None, read_yolo
+        "YOLO: data.yaml, images/ and labels/ with the same stems",
+        lambda root: find_yolo(root) is not None,
+        read_yolo,
+        near=seek("images", "labels/*.txt|labels/*/*.txt", "*.yaml|*.yml", then="a YAML file with names and train"),
     ),
-    "severstal": Format("Severstal: train.csv with EncodedPixels, train_images/", is_severstal, read_severstal),
+    "severstal": Format(
+        "Severstal: train.csv with EncodedPixels, train_images/",
+        is_severstal,
+        read_severstal,
+        near=seek("train_images", "train.csv", then="train.csv with the columns of Severstal"),
+    ),
     "gdxray": Format(
         "GDXray: SERIES/SERIES_NNNN.png and SERIES/ground_truth.txt, or the welds W0001 with their masks W0002",
         lambda root: bool(find_series(root)) or find_welds(root) is not None,
         read_gdxray,
         parts={"masks": read_welds},
+        near=seek("*/ground_truth.txt|*/*/ground_truth.txt", then="images SERIES_NNNN.png in the folder SERIES"),
     ),
-    "kolektorsdd": Format("KolektorSDD: kosNN/PartN.jpg with PartN_label.bmp", is_commutators, read_commutators),
-    "kolektorsdd2": Format("KolektorSDD2: train/ and test/ with ID.png and ID_GT.png", is_kolektor, read_kolektor),
-    "mvtec-ad": Format("MVTec AD: a category's train/good/, test/ and ground_truth/", is_mvtec, read_mvtec),
+    "kolektorsdd": Format(
+        "KolektorSDD: kosNN/PartN.jpg with PartN_label.bmp",
+        is_commutators,
+        read_commutators,
+        near=seek("kos*", "kos*/*_label.bmp"),
+    ),
+    "kolektorsdd2": Format(
+        "KolektorSDD2: train/ and test/ with ID.png and ID_GT.png",
+        is_kolektor,
+        read_kolektor,
+        near=seek("train/*_GT.png", "test/*_GT.png"),
+    ),
+    "mvtec-ad": Format(
+        "MVTec AD: a category's train/good/, test/ and ground_truth/",
+        is_mvtec,
+        read_mvtec,
+        near=seek("ground_truth", "train/good", "test"),
+    ),
     "visa": Format(
         "VisA: split_csv/2cls_*.csv, and OBJECT/Data/Images, or the folder of one object beside split_csv/",
         lambda root: find_visa(root) is not None,
         read_visa,
         parts={part: partial(read_visa, shots=(part,)) for part in SHOTS},
+        near=seek("split_csv/2cls_*.csv", "*/Data/Images|Data/Images"),
+    ),
+    "pairs": Format(
+        "images and masks in any folders whose names say so, or where `images` and `masks` say",
+        lambda root: bool(found_pairs(root)),
+        read_pairs,
+        read_pairs,
+        near=nearest_pairs,
+        last=True,
     ),
 }
 """In the order in which they are looked for; what several of them fit has to be named."""
 
+MOST_INSIDE = 20  # folders that are looked into where the one that was named holds no set
 ENTRY_POINTS = "featprobe.datasets"
 """The group under which another package names a Format of its own."""
 
@@ -154,6 +223,8 @@ def read_data(
     split_file: Path | None = None,
     complete: bool = True,
     classes: Sequence[str] | None = None,
+    images: str | None = None,
+    masks: str | None = None,
 ) -> DataSet:
     """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
 
@@ -161,8 +232,11 @@ def read_data(
     are looked for last, and loaded only then or when they are named. group_from: a regular expression that finds the
     groups in the ids, in place of the format's. split_file: whose splits and groups take the place of the set's own.
     complete=False leaves the splits as they are. classes: what stands in classes.txt otherwise, line by line.
-    Raises DataError, with what is known to be read, when no format fits, and with their names when several do.
+    images, masks: patterns that describe the set, see `datasets.patterns`; its format is `pairs`.
+    Raises DataError when no format fits, with the nearest and what it lacks, and with their names when several do.
     """
+    described = _described(images, masks, format_name)
+    format_name = "pairs" if described else format_name
     own, _, part = (format_name or "").partition(":")
     known: Mapping[str, Format] = FORMATS if format_name is None else {own: find_format(own)}
     if part and part not in known[own].parts:
@@ -170,35 +244,80 @@ def read_data(
     if not root.exists():
         raise DataError(f"There is no folder or file {root} (data set {name}).")
     broken: list[str] = []
-    fitting = _fitting(known, root)
+    fitting = [own] if described else _fitting(known, root, last=format_name is not None)
     if not fitting and format_name is None:
         added, broken = added_formats()
         fitting, known = _fitting(added, root), {**known, **added}
+        fitting = fitting or _fitting(FORMATS, root, last=True)
     if len(fitting) > 1:
         each = "\n          ".join(f"{name}: {known[name].layout}" for name in fitting)
         raise DataError(
             f"{root} can be read in {len(fitting)} formats.\n  wanted  one\n  found   {each}\n"
             f"Nothing was read. Name the one that is meant:  --format {' or --format '.join(fitting)}"
         )
-    if fitting:
-        for letter in broken:
-            warnings.warn(letter, stacklevel=2)
-        entry = known[fitting[0]]
-        data = _read(entry, part, fitting[0], name, root, classes)
-        data = regroup(data, group_from) if group_from else data
-        pinned = None if split_file is None else read_split_file(split_file)
-        data = data if pinned is None else pin(data, pinned)
-        data = replace(data, notes=(*data.notes, *alike_classes(data), *([] if group_from else unnamed_parts(data))))
-        if split_file is None:
-            return complete_splits(data) if complete else data
-        return complete_splits(data, f"the split of {split_file.name}") if complete else data
-    inside = listed(sorted(p.name for p in root.iterdir()), 8) if root.is_dir() else "a file, and no folder"
-    wanted = known[own].layout if own else f"one of the formats {', '.join(known)}"
-    to_do = "" if own else f"\nWhat each looks for is told by naming it:  featprobe data info {root} --format NAME"
-    raise DataError(
+    if not fitting:
+        raise DataError(_refusal(known, own, root) + "".join(f"\n{letter}" for letter in broken))
+    for letter in broken:
+        warnings.warn(letter, stacklevel=2)
+    if described:
+        data = read_pairs(name, root, classes, described)
+    else:
+        data = _read(known[fitting[0]], part, fitting[0], name, root, classes)
+    how = data.description or {"format": format_name or fitting[0]}
+    how = {**how, **({} if classes is None else {"classes": [*classes]})}
+    if group_from:
+        data, how = regroup(data, group_from), {**how, "group_from": group_from}
+    if split_file is not None:
+        data, how = pin(data, read_split_file(split_file)), {**how, "split_file": str(split_file.resolve())}
+    notes = [*alike_classes(data), *([] if group_from else unnamed_parts(data))]
+    data = replace(data, description=how, notes=(*data.notes, *notes))
+    called = "its own split" if split_file is None else f"the split of {split_file.name}"
+    return complete_splits(data, called) if complete else data
+
+
+def _described(images: str | None, masks: str | None, format_name: str | None) -> Description | None:
+    """The description of two patterns, None without. Raises DataError for one alone, and for two beside a format."""
+    if images is None and masks is None:
+        return None
+    if images is None or masks is None:
+        there, lacking = ("images", "masks") if masks is None else ("masks", "images")
+        raise DataError(
+            f"A set is described by two patterns, and {lacking} is missing beside {there} = {images or masks!r}.\n"
+            f"  wanted  both, as  {EXAMPLE}"
+        )
+    if format_name not in (None, "pairs"):
+        raise DataError(
+            f"images = {images!r} describes a set of the format pairs, and the format {format_name} was named too.\n"
+            "Nothing was read. Omit one of the two."
+        )
+    return Description.of(images, masks)
+
+
+def _refusal(known: Mapping[str, Format], own: str, root: Path) -> str:
+    """What is said of a folder that no format fits, or not the one that was named: what is nearest, what that lacks."""
+    inside = listed([p.name for p in visible(root, root.iterdir())], 8) if root.is_dir() else "a file, and no folder"
+    said = (
         f"{root} holds no data set that can be read{f' as {own}' if own else ''}.\n"
-        f"  found   {inside or 'nothing: it is empty'}\n  wanted  {wanted}{to_do}"
-        + "".join(f"\n{letter}" for letter in broken)
+        f"  found   {inside or 'nothing: it is empty'}\n"
+    )
+    if own:
+        near = known[own].near
+        lacks = near(root).lacks if near else ""
+        return f"{said}  wanted  {known[own].layout}" + (f"\n  lacks   {lacks}" if lacks else "")
+    for folder in folders_in(root)[:MOST_INSIDE] if root.is_dir() else []:
+        fitting = _fitting(FORMATS, folder)
+        if fitting:
+            return f"{said}  nearest {' and '.join(fitting)}, in {folder}\nNothing was read. Name that folder."
+    nears = {name: entry.near(root) for name, entry in known.items() if entry.near and root.is_dir()}
+    name = max(nears, key=lambda name: (len(nears[name].found), name == "pairs"), default="")
+    if name and nears[name].found:
+        said += f"  nearest {name}: {known[name].layout}\n  there   {', '.join(nears[name].found)}\n"
+        said += f"  lacks   {nears[name].lacks}\n"
+    else:
+        said += "  wanted  images and their labels, in a format that `featprobe data` lists\n"
+    return (
+        f"{said}Nothing was read. Masks in any folders can be described:  {EXAMPLE}\n"
+        f"What another format looks for, by its name:  featprobe data info {root} --format NAME"
     )
 
 
@@ -214,9 +333,9 @@ def _read(entry: Format, part: str, format_name: str, name: str, root: Path, cla
     return entry.read_named(name, root, classes)
 
 
-def _fitting(known: Mapping[str, Format], root: Path) -> list[str]:
-    """The formats that a folder can be read in."""
-    found = [name for name, entry in known.items() if entry.fits(root)]
+def _fitting(known: Mapping[str, Format], root: Path, *, last: bool = False) -> list[str]:
+    """The formats that a folder can be read in; those that are looked for last only if asked."""
+    found = [name for name, entry in known.items() if (last or not entry.last) and entry.fits(root)]
     return [name for name in found if not set(known[name].gives_way_to) & set(found)]
 
 

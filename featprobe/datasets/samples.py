@@ -1,10 +1,10 @@
 """A data set: samples with splits and groups, and a way to read their labels."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -100,6 +100,7 @@ class DataSet:
     read_target: labels of a sample whose image has this (height, width); raises DataError.
     notes: what a user should know of it: leaks, files left aside.
     category_ids: what its annotations call each class but the background; empty where they call it nothing.
+    description: what featprobe.toml would say beside its path, so that it is read in this very way.
     """
 
     name: str
@@ -110,6 +111,7 @@ class DataSet:
     read_target: Callable[[Sample, Size], Target]
     notes: tuple[str, ...] = field(default=())
     category_ids: tuple[int, ...] = ()
+    description: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_names([os.path.abspath(self.root)])

@@ -1,8 +1,11 @@
 """Looking at data sets: what they hold, and how they look."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -34,7 +37,8 @@ from featprobe.targets import IGNORE
 class DataSummary:
     """A data set in numbers. pixels: share of each class among labelled pixels, None without masks.
 
-    sizes: smallest and largest (height, width) in pixels.
+    sizes: smallest and largest (height, width) in pixels. description: its path, and how it was read, by the names of
+    featprobe.toml.
     """
 
     name: str
@@ -48,6 +52,26 @@ class DataSummary:
     pixels: dict[str, float] | None
     instances: dict[str, int] | None
     notes: tuple[str, ...]
+    description: Mapping[str, Any]
+
+    @property
+    def toml(self) -> str:
+        """The section of featprobe.toml by which the set is read in the same way."""
+        lines = (f"{key} = {toml_text(value)}" for key, value in self.description.items())
+        name = self.name if re.fullmatch(r"[A-Za-z0-9_-]+", self.name) else json.dumps(self.name, ensure_ascii=False)
+        return "\n".join([f"[data.{name}]", *lines])
+
+
+def toml_text(value: str | Sequence[str]) -> str:
+    r"""A text or a list of texts in TOML; with single quotes, in which a backslash stays one, where it can be.
+
+    >>> print(toml_text([r"(C\d+)_", "it's"]))
+    ['(C\d+)_', "it's"]
+    """
+    if not isinstance(value, str):
+        return f"[{', '.join(map(toml_text, value))}]"
+    plain = "'" not in value and value.isprintable()
+    return f"'{value}'" if plain else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def summarise(data: DataSet) -> DataSummary:
@@ -85,6 +109,7 @@ def summarise(data: DataSet) -> DataSummary:
             *copy_notes(copies),
             *starved([s.split for s in data.samples], classes, [s.group for s in data.samples], data.classes),
         ),
+        description={"path": str(data.root.resolve()), **data.description},
     )
 
 

@@ -31,7 +31,7 @@ from featprobe.errors import BackboneError, CacheError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
 from featprobe.specs import BackboneSpec
-from featprobe.stages.job import Job, check_disk, prepare, provenance
+from featprobe.stages.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.pipeline import Filler, runs
 from featprobe.stages.workspace import Workspace
@@ -68,7 +68,7 @@ def extract(
     if launched()[0]:
         options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
-    data = workspace.data_set(data_name, options.format, options.group_from, options.split_file)
+    data = read_set(workspace, data_name, options)
     device = pick_device(options.device)
     backbone = load_backbone(spec, options.levels, device)
     return extract_with(workspace, backbone, data, options, device, load_seconds=time.perf_counter() - begun)

@@ -19,7 +19,7 @@ from featprobe.errors import CacheError
 from featprobe.geometry import Size
 from featprobe.machine import free_disk, human_bytes
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
-from featprobe.stages.options import ExtractOptions, check_turns
+from featprobe.stages.options import READ_AS, ExtractOptions, check_turns
 from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, survey
 from featprobe.stages.workspace import Workspace
 
@@ -76,11 +76,17 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
     command = command_of(backbone.spec, workspace.data_argument(data.name, data.root), options)
-    how = {name: getattr(options, name) for name in ("format", "group_from", "split_file")}
+    how = {name: getattr(options, name) for name in READ_AS}
     return Job(
         path, recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
         _placed(backbone.spec), tuple(whole), {name: value for name, value in how.items() if value},
     )  # fmt: skip
+
+
+def read_set(workspace: Workspace, name: str, options: ExtractOptions) -> DataSet:
+    """The data set of a name, read as options say."""
+    how = {name: getattr(options, name) for name in READ_AS if name != "format"}
+    return workspace.data_set(name, options.format, **how)
 
 
 def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
@@ -94,8 +100,8 @@ def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
         words += ["--levels", ",".join(options.levels)]
     if options.size:
         words += ["--size", f"{options.size[0]}x{options.size[1]}"]
-    names = ("format", "group_from", "split_file", "fit", "intensity", "batch_size", "dtype", "precision")
-    for name in (*names, "tile", "overlap", "empty_tiles"):
+    names = ("fit", "intensity", "batch_size", "dtype", "precision", "tile", "overlap", "empty_tiles")
+    for name in (*READ_AS, *names):
         value = getattr(options, name)
         if value != getattr(ExtractOptions, name):
             words += [f"--{name.replace('_', '-')}", str(value)]

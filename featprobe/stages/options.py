@@ -16,7 +16,8 @@ class ExtractOptions:
 
     size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding.
     shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
-    group_from, split_file: where its groups and splits are from, None for the set itself.
+    group_from, split_file: where its groups and splits are from, None for the set itself. images, masks: patterns that
+    describe where they lie, see datasets.patterns.
     tile: side of the tiles that images are cut into, 0 for whole images; overlap: of neighbours, by default an eighth
     of a tile; both in pixels of the original image. empty_tiles: share of the training tiles without a defect that is
     kept, by default all. views: of training images, as `parse_views` gives them. What is None is as featprobe.toml
@@ -38,6 +39,8 @@ class ExtractOptions:
     format: str | None = None
     group_from: str | None = None
     split_file: str | None = None
+    images: str | None = None
+    masks: str | None = None
     tile: int | None = None
     overlap: int | None = None
     empty_tiles: float | None = None
@@ -66,7 +69,6 @@ def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOpti
     What it says of size and fit is meant for its own tiles, or for whole images where it names none: it does not count
     where the caller wants others. Nor do overlap and empty tiles where the caller wants whole images.
     """
-    pinned = options.split_file or table.get("split_file")
     tile = table.get("tile") if options.tile is None else options.tile
     idle = [] if (tile or 0) == table.get("tile", 0) else ["size", "fit"]
     idle += [] if tile else ["overlap", "empty_tiles"]
@@ -81,10 +83,27 @@ def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOpti
         views=views,
         fit=options.fit or table.get("fit"),
         intensity=options.intensity or table.get("intensity"),
-        format=options.format or table.get("format"),
-        group_from=options.group_from or table.get("group_from"),
-        split_file=str(Path(pinned).resolve()) if pinned else None,
+        **read_as({name: getattr(options, name) for name in READ_AS}, table),
     )
+
+
+READ_AS = ("format", "images", "masks", "group_from", "split_file")
+"""Options that say how a data set is read, by their names in featprobe.toml."""
+
+
+def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[str, Any]:
+    """How a data set is read: as the caller says, and as featprobe.toml does where the caller does not.
+
+    A format and a description by images and masks exclude each other: the caller's takes the place of the table's.
+
+    >>> {k: v for k, v in read_as({"images": "*.jpg", "masks": "{stem}_m.png"}, {"format": "coco"}).items() if v}
+    {'images': '*.jpg', 'masks': '{stem}_m.png'}
+    """
+    described, named = given.get("images") or given.get("masks"), given.get("format")
+    idle = {*(("format",) if described else ()), *(("images", "masks") if named not in (None, "pairs") else ())}
+    found = {n: given.get(n) or (None if n in idle else table.get(n)) for n in READ_AS}
+    pinned = found["split_file"]
+    return found | {"split_file": str(Path(pinned).resolve()) if pinned else None}
 
 
 def check_turns(views: Sequence[str], size: Size, fit: Fit) -> None:

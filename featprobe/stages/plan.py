@@ -12,7 +12,7 @@ from featprobe.datasets.images import frame_image, read_levels
 from featprobe.machine import available_memory, free_disk
 from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec
-from featprobe.stages.job import prepare
+from featprobe.stages.job import prepare, read_set
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.workspace import Workspace
 
@@ -69,7 +69,7 @@ class Plan:
 def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: ExtractOptions | None = None) -> Plan:
     """Time a few batches of a data set under a backbone, and say what its cache would cost."""
     options = configured(options or ExtractOptions(), workspace.data_options(data_name))
-    data = workspace.data_set(data_name, options.format, options.group_from, options.split_file)
+    data = read_set(workspace, data_name, options)
     device = pick_device(options.device)
     backbone = load_backbone(spec, options.levels, device)
     job = prepare(workspace, backbone, data, options)

@@ -14,9 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, generate, read_data
+from featprobe.datasets.patterns import Pattern
 from featprobe.errors import CacheError, DataError, FeatprobeError, looks_like, nearest
 from featprobe.geometry import parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
+from featprobe.stages.options import read_as
 
 CONFIG = "featprobe.toml"
 ALLOWED: Mapping[str, Mapping[str, type]] = {
@@ -26,6 +28,8 @@ ALLOWED: Mapping[str, Mapping[str, type]] = {
         "fit": str,
         "intensity": str,
         "format": str,
+        "images": str,
+        "masks": str,
         "group_from": str,
         "split_file": str,
         "classes": list,
@@ -82,24 +86,31 @@ class Workspace:
         group_from: str | None = None,
         split_file: str | None = None,
         complete: bool = True,
+        images: str | None = None,
+        masks: str | None = None,
     ) -> DataSet:
         """A data set by its name in featprobe.toml, by a built-in set's name, or by a path.
 
         Its format is the one named here, else the one that featprobe.toml names, else found by looking; likewise the
-        pattern and the file that give groups and splits, see `read_data`. A built-in set is generated into data/ when
-        it is first asked for. complete=False leaves the splits as they are. Raises DataError.
+        patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is
+        generated into data/ when it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
         table = self.config.get("data", {})
         own = self.data_options(name)
-        pinned = split_file or own.get("split_file")
-        how = (format_name or own.get("format"), group_from or own.get("group_from"), Path(pinned) if pinned else None)
+        given = {"format": format_name, "images": images, "masks": masks}
+        how = read_as(given | {"group_from": group_from, "split_file": split_file}, own)
+        pinned = Path(how["split_file"]) if how["split_file"] else None
         if name in table:
-            root = Path(self._path(table[name]["path"]) or "")
-            return read_data(name, root, *how, complete, own.get("classes"))
-        if name in GENERATED:
-            return read_data(name, self.generated(name), *how, complete)
-        if Path(name).exists():
-            return read_data(name_of(Path(name)), Path(name), *how, complete)
+            called, root = name, Path(self._path(table[name]["path"]) or "")
+        elif name in GENERATED:
+            called, root = name, self.generated(name)
+        else:
+            called, root = name_of(Path(name)), Path(name)
+        if name in table or name in GENERATED or root.exists():
+            patterns = how["images"], how["masks"]
+            return read_data(
+                called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns
+            )
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
@@ -194,12 +205,13 @@ def _faults_of(section: str, entry: Any) -> list[str]:
     required, known = "path" if section == "data" else "model", ALLOWED[section]
     close = looks_like(entry, known)
     found = [
-        f"unknown {key}. Did you mean {close[key]}?" if key in close else f"unknown {key}"
+        f"unknown {key}. {f'Did you mean {close[key]}?' if key in close else nearest(key, known)}".rstrip(" .")
         for key in sorted(entry.keys() - known.keys())
     ]
     found += [f"{required} is missing"] if required not in entry else []
     found += [f"{key} = {value!r}" for key, value in entry.items() if key in known and not is_of(value, known[key])]
     found += [f"{key} is an empty text" for key, value in entry.items() if value == "" and known.get(key) is str]
+    found += [fault] if (fault := _described(entry)) else []
     if is_of(entry.get("fit"), str) and entry["fit"] not in ("", "resize", "letterbox"):
         found.append(f"fit = {entry['fit']!r} (resize and letterbox are known)")
     if found:
@@ -208,12 +220,24 @@ def _faults_of(section: str, entry: Any) -> list[str]:
     return _senseless(entry)
 
 
+def _described(entry: Mapping[str, Any]) -> str:
+    """What is wrong with the description of a set, whatever its patterns are; "" when nothing is."""
+    there = [name for name in ("images", "masks") if name in entry]
+    if len(there) == 1:
+        return f"{there[0]} without {'masks' if there == ['images'] else 'images'}, which describe a set together"
+    if there and entry.get("format", "pairs") != "pairs":
+        return f"images and masks describe a set beside format = {entry['format']!r}; omit one of the two"
+    return ""
+
+
 def _senseless(entry: Mapping[str, Any]) -> list[str]:
     """Values of an entry that are of the right kind and make no sense."""
     parsers: Mapping[str, Callable[[str], object]] = {
         "size": parse_size,
         "intensity": Intensity.parse,
         "views": parse_views,
+        "images": partial(Pattern, called="images"),
+        "masks": partial(Pattern, called="masks"),
     }
     checks: list[Callable[[], object]] = [partial(parse, entry[key]) for key, parse in parsers.items() if key in entry]
     checks.append(partial(Tiling.of, *(entry.get(key) for key in ("tile", "overlap", "empty_tiles", "fit"))))

@@ -1,0 +1,379 @@
+"""Finding the description of a set in the names of its folders and files.
+
+Three kinds of places are looked at in turn, and the first that gives pairs is taken: a folder of images and one of
+masks beside each other, both called so; a folder of masks in or beside one of images that is called otherwise; images
+and masks in one folder. Words for splits may be folders above or below these, or parts of their names.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import compress, product
+from posixpath import basename, dirname, splitext
+
+from featprobe.datasets.patterns import MASK_SUFFIXES, SPLIT_WORDS, Description, Pairs, Pattern, pair
+from featprobe.errors import DataError
+
+IMAGE_WORDS = {"image", "images", "img", "imgs", "jpegimages", "data", "src"}
+MASK_WORDS = {
+    "mask", "masks", "label", "labels", "lab", "annotation", "annotations", "annot", "ann", "seg", "segmentation",
+    "segmentations", "semantic", "gt", "groundtruth", "truth", "manual",
+}  # fmt: skip
+DRAWN_WORDS = {"visualization", "visualisation", "vis", "viz", "overlay", "overlays", "preview", "previews"}
+WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
+SPLIT = re.compile("|".join(SPLIT_WORDS), re.IGNORECASE)
+LOSSY = (".jpg", ".jpeg")
+ENOUGH = 0.5  # of the images have a mask, or of the masks an image
+SAMPLE = 1000  # images whose names are looked at, where these tell enough
+COMMON = 0.2  # of the names have a prefix or a suffix that is tried
+
+Parts = tuple[str, ...]  # of a folder's path below the data folder
+Name = tuple[Parts, str, str]  # of a file: what its folder shares with that of its mask or image, stem, suffix
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A description that fits, and the pairs that it gives."""
+
+    description: Description
+    pairs: Pairs
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many images have masks, or masks images, that this may be how the set is meant."""
+        masks = sum(map(len, self.pairs.masks.values()))
+        return self.pairs.count >= ENOUGH * min(len(self.pairs.masks), masks + len(self.pairs.free))
+
+
+def find_layouts(files: Iterable[str]) -> list[Candidate]:
+    """The descriptions that fit files, given as paths relative to the data folder; those that give most pairs first.
+
+    There are several where the names do not tell which one is meant. Those where few files meet are given only where
+    there are no others. Raises DataError where nothing fits because images can't be told apart by their names.
+    """
+    files = [f for f in files if splitext(f)[1].lower() in MASK_SUFFIXES and not re.search(r"[*{}\\]", f)]
+    folders = _folders(files)
+    few: dict[str, Candidate] = {}
+    for look in (_named_places, _unnamed_places, _shared_places):
+        found: dict[str, Candidate] = {}
+        faults: list[DataError] = []
+        for description in look(folders, files):
+            try:
+                candidate = _of_splits_with_masks(Candidate(description, pair(description, files)), files)
+                found[str(candidate.description)] = candidate
+            except DataError as error:  # it gives two images one mask, or an image two
+                faults.append(error)
+        some = sorted((own for own in found.values() if own.pairs.count), key=lambda own: -own.pairs.count)
+        if enough := [own for own in some if own.enough]:
+            return enough
+        if faults:
+            raise faults[0]
+        few |= {str(own.description): own for own in some}
+    return list(few.values())
+
+
+def role_of(folder: str) -> str:
+    """What the name of a folder says that it holds: "masks", "images", or "" where it does not say.
+
+    >>> [role_of(name) for name in ("img_dir", "JPEGImages", "{split}_lab", "groundTruth", "Mask_images", "depth")]
+    ['images', 'images', 'masks', 'masks', 'masks', '']
+    """
+    words = _words(folder)
+    if words & DRAWN_WORDS:
+        return ""
+    return "masks" if words & MASK_WORDS else "images" if words & IMAGE_WORDS else ""
+
+
+def _words(text: str) -> set[str]:
+    return {word.lower() for word in WORD.findall(text.replace("{split}", " "))}
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _folders(files: Iterable[str]) -> set[Parts]:
+    """The folders that hold files; {split} stands for a part that is a word for a split, or that two differ in."""
+    paths = {tuple(filter(None, folder.split("/"))) for folder in {dirname(file) for file in files}}
+    seen: dict[Parts, set[str]] = defaultdict(set)  # a part with {split}, behind those before it -> the splits
+    for start in {path[:end] for path in paths for end in range(1, len(path) + 1)}:
+        for text, split in _with_split(start[-1]):
+            seen[(*start[:-1], text.lower())].add(split)
+
+    def general(path: Parts) -> Parts:
+        choices = [
+            (text != "{split}", at, text)
+            for at, part in enumerate(path)
+            for text, _ in _with_split(part)
+            if text == "{split}" or len(seen[(*path[:at], text.lower())]) > 1
+        ]
+        _, at, text = min(choices, default=(False, len(path), ""))
+        return (*path[:at], *([text] if text else []), *path[at + 1 :])
+
+    return {general(path) for path in paths}
+
+
+def _with_split(part: str) -> Iterator[tuple[str, str]]:
+    """A folder's name with {split} for a word for a split that begins a word of it, and that split."""
+    for found in SPLIT.finditer(part):
+        before = part[: found.start()]
+        if not before[-1:].isalpha() or (before[-1].islower() and found[0][0].isupper()):
+            yield f"{before}{{split}}{part[found.end() :]}", SPLIT_WORDS[found[0].lower()]
+
+
+@dataclass
+class _Kind:
+    """Folders of one name and of one way to go on below it. bases: what is above them -> whether {dir} is below."""
+
+    name: str
+    below: Parts
+    bases: dict[Parts, bool]
+
+    def place(self, base: Parts, deep: bool) -> str:
+        """The pattern of these folders, with a / at its end."""
+        below = [] if "{dir}" in base else [*self.below]
+        below += ["{dir}"] if deep and "{dir}" not in (*base, *below) else []
+        return "".join(f"{part}/" for part in (*base, self.name, *below) if part)
+
+
+def _kinds(split: Iterable[tuple[Parts, str, Parts]]) -> list[_Kind]:
+    """Folders, given as what is above, a name and what is below, by name; capitals do not matter."""
+    found: dict[tuple[str, Parts], _Kind] = {}
+    for above, name, below in split:
+        at = below.index("{split}") if "{split}" in below else -1
+        way = () if at < 0 else ("{split}",) if at == 0 else ("{dir}", "{split}")
+        kind = found.setdefault((name.lower(), way), _Kind(name, way, {}))
+        kind.bases[above] = kind.bases.get(above, False) or len(below) > len(way)
+    return list(found.values())
+
+
+def _of_role(folders: Iterable[Parts], role: str) -> list[_Kind]:
+    """Folders of which the last name that says what it holds says this."""
+    split = []
+    for path in sorted(folders):
+        at = next((i for i in reversed(range(len(path))) if role_of(path[i])), None)
+        if at is not None and role_of(path[at]) == role:
+            split.append((path[:at], path[at], path[at + 1 :]))
+    return _kinds(split)
+
+
+def _merged(bases: Iterable[Parts]) -> Parts:
+    """One path for several: what they share at both ends, and {dir} between.
+
+    >>> _merged([("Class1", "{split}"), ("Class2", "{split}")])
+    ('{dir}', '{split}')
+    """
+    found = sorted(bases)
+    first, least = found[0], min(map(len, found))
+    if len(found) == 1:
+        return first
+    head = next((i for i in range(least) if len({base[i] for base in found}) > 1), least)
+    tail = next((i for i in range(least - head) if len({base[-1 - i] for base in found}) > 1), least - head)
+    return (*first[:head], "{dir}", *first[len(first) - tail :])
+
+
+def _beside(images: _Kind, masks: _Kind, files: Sequence[str]) -> Iterator[Description]:
+    """Descriptions of images and masks that lie below the same folders."""
+    bases = images.bases.keys() & masks.bases.keys()
+    if bases:
+        base = _merged(bases)
+        deep, deep_masks = (any(kind.bases[own] for own in bases) for kind in (images, masks))
+        found = [*_described(images.place(base, deep or deep_masks), masks.place(base, deep or deep_masks), files)]
+        if deep and not deep_masks and not found:  # the masks of many folders lie in one
+            found += _described(images.place(base, True).replace("{dir}", "**"), masks.place(base, False), files)
+        yield from found
+
+
+def _named_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Description]:
+    """Of folders that are called images and masks; other words of their names must be the same, or one have none."""
+    for images, masks in product(_of_role(folders, "images"), _of_role(folders, "masks")):
+        one, other = (
+            _words(kind.name) - MASK_WORDS - IMAGE_WORDS - {"jpeg", "ground", "dir"} for kind in (images, masks)
+        )
+        if one == other or not one or not other:
+            yield from _beside(images, masks, files)
+
+
+def _unnamed_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Description]:
+    """Of folders that are called masks, in the folder of the images or beside it."""
+    others = {path for path in folders if not any(role_of(p) == "masks" or _words(p) & DRAWN_WORDS for p in path)}
+    for masks in _of_role(folders, "masks"):
+        around = {base: False for base in masks.bases if base in others}
+        kinds = [_Kind("", masks.below, around)] if around else []
+        kinds += _kinds(
+            (path[:at], path[at], path[at + 1 :])
+            for path in sorted(others)
+            for at in range(len(path))
+            if path[:at] in masks.bases
+        )
+        for images in kinds:
+            yield from _beside(images, masks, files)
+
+
+def _shared_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Description]:
+    """Of images and masks in one folder: a word for masks stands at an end of their names, or they are no JPEGs."""
+    if not folders:
+        return
+    place = "".join(f"{part}/" for part in _merged(folders))
+    names = _names(place, files, ("dir", "split"))
+    marks = Counter(mark for _, stem, _ in names for mark in _mask_marks(stem))
+    for mark in marks:
+        drawn = [mark in _mask_marks(stem) for _, stem, _ in names]
+        images = [name for name, is_mask in zip(names, drawn, strict=True) if not is_mask]
+        yield from _affixed(place, images, place, [*compress(names, drawn)])
+    lossy = [name for name in names if name[2] in LOSSY]
+    yield from _affixed(place, lossy, place, [name for name in names if name[2] not in LOSSY])
+
+
+def _mask_marks(stem: str) -> set[str]:
+    """The words for masks that a file's name begins or ends with, a number behind aside."""
+    ends = (*_ends(stem)[:1], *_ends(stem.rstrip("0123456789"))[:1], *_starts(stem)[:1])
+    return {end for end in ends if len(_words(end)) == 1 and _words(end) <= MASK_WORDS}
+
+
+# ---- names of files --------------------------------------------------------------------------------------------------
+
+
+def _described(image_place: str, mask_place: str, files: Sequence[str]) -> Iterator[Description]:
+    """Descriptions of images and masks that lie in folders of these patterns."""
+    shared = [name for name in ("dir", "split") if all(f"{{{name}}}" in place for place in (image_place, mask_place))]
+    masks = _names(mask_place, files, shared)
+    inside = Pattern(f"{mask_place}*", "masks")
+    images = _names(image_place, [file for file in files if inside.match(file) is None], shared)
+    yield from _affixed(image_place, images, mask_place, masks)
+
+
+def _names(place: str, files: Sequence[str], shared: Sequence[str]) -> list[Name]:
+    pattern = Pattern(f"{place}*", "images")
+    found = []
+    for file in files:
+        fields = pattern.match(file)
+        if fields is not None:
+            key = tuple(
+                SPLIT_WORDS.get(fields.get(n, "").lower(), "") if n == "split" else fields.get(n, "") for n in shared
+            )
+            stem, suffix = splitext(basename(file))
+            found.append((key, stem, suffix.lower()))
+    return found
+
+
+def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: Sequence[Name]) -> Iterator[Description]:
+    """Descriptions of what stands before and behind the stems, of those that pair most images.
+
+    Of those that take the same masks the shortest is given; there are several where masks of several kinds are there.
+    What the names of images share without a letter in it is kept: numbers tell images apart. Where few are paired,
+    names must be the same: what stands around these stems is by chance.
+    """
+    if not images or not masks:
+        return
+    some, others = sorted(images)[:SAMPLE], sorted(masks)[: SAMPLE * (1 + len(masks) // len(images))]
+    best, met = _best_affixes(some, others)
+    if not best and len(images) > SAMPLE:
+        best, met = _best_affixes(images, masks)
+    enough = met >= ENOUGH * min(len(some), len(others))
+    for image, mask in best if enough else [own for own in best if own == ("{stem}", "{stem}")]:
+        yield Description.of(f"{image_place}{image}{_suffix(images)}", f"{mask_place}{mask}{_suffix(masks)}")
+    in_folders = "{dir}" in image_place and "{dir}" in mask_place
+    keys = Counter(key for key, _, _ in images)
+    alone = max(keys.values()) == 1 and not keys.keys().isdisjoint(key for key, _, _ in masks)
+    if in_folders and alone and not enough:  # a folder is an image
+        yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}*{_suffix(masks)}")
+
+
+def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[tuple[str, str]], int]:
+    """Names of images and of masks around their stems, the shortest of those that pair the same; the most pairs."""
+    around = [
+        own for own in _affixes([stem for _, stem, _ in images]) if all(_has_letter(text) for text in own if text)
+    ]
+    drawn = [(*own, "") for own in _affixes([stem for _, stem, _ in masks])]
+    numbered = [stem.rstrip("0123456789") for _, stem, _ in masks if stem[-1:].isdecimal()]
+    if len(numbered) == len(masks):
+        drawn += [(*own, "*") for own in _affixes(numbered) if own[1]]
+    inner = {
+        (left, right, number): [
+            (key, _inner(stem.rstrip("0123456789") if number else stem, left, right)) for key, stem, _ in masks
+        ]
+        for left, right, number in drawn
+    }
+    best: dict[int, tuple[int, str, str]] = {}  # what is paired -> length, names of images and of masks
+    most = (0, 0)
+    for before, after in around:
+        cores = {(key, _inner(stem, before, after)): i for i, (key, stem, _) in enumerate(images)}
+        for (left, right, number), own in inner.items():
+            met = tuple((i, cores[core]) for i, core in enumerate(own) if core[1] and core in cores)
+            pairs = len({image for _, image in met}), len(met)
+            if not met or pairs < most:
+                continue
+            best, most = (best if pairs == most else {}), pairs
+            length = len(before + after + left + right + number)
+            found = (length, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}")
+            best[hash(met)] = min(best.get(hash(met), found), found)
+    return [(image, mask) for _, image, mask in best.values()], most[0]
+
+
+def _has_letter(text: str) -> bool:
+    return any(character.isalpha() for character in text)
+
+
+def _suffix(names: Iterable[Name]) -> str:
+    """The suffix that all files have, else any."""
+    found = {suffix for _, _, suffix in names}
+    return found.pop() if len(found) == 1 else ".*"
+
+
+def _affixes(stems: Sequence[str]) -> list[tuple[str, str]]:
+    """Texts that stand before and behind most of the stems, whole words of them, none too."""
+    starts, ends = (Counter(text for stem in stems for text in cut(stem)) for cut in (_starts, _ends))
+    common = (["", *(t for t, count in found.items() if count >= COMMON * len(stems))] for found in (starts, ends))
+    before, after = common
+    return list(product(before, after))
+
+
+def _inner(stem: str, before: str, after: str) -> str:
+    """A stem without what stands before and behind it; "" where it has other ends."""
+    fits = stem.startswith(before) and stem.endswith(after) and len(stem) > len(before) + len(after)
+    return stem[len(before) : len(stem) - len(after)] if fits else ""
+
+
+def _ends(stem: str) -> list[str]:
+    """The ends of a name that are whole words, with what parts them from the rest; shorter ones first.
+
+    >>> _ends("ISIC_001_mask")
+    ['_mask', '_001_mask']
+    """
+    starts = [found.start() for found in re.finditer(r"[\W_]*(?:[^\W\d_]+|\d+)", stem)]
+    return [stem[start:] for start in reversed(starts[1:])] + ([] if stem[-1:].isalnum() else _lone_end(stem))
+
+
+def _lone_end(stem: str) -> list[str]:
+    found = re.search(r"[\W_]+$", stem)
+    return [found[0]] if found and found.start() else []
+
+
+def _starts(stem: str) -> list[str]:
+    """The beginnings of a name that are whole words, with what parts them from the rest; shorter ones first.
+
+    >>> _starts("gt_001_a")
+    ['gt_', 'gt_001_']
+    """
+    return [stem[: found.end()] for found in re.finditer(r"(?:[^\W\d_]+|\d+)[\W_]*", stem)][:-1]
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+def _of_splits_with_masks(candidate: Candidate, files: Sequence[str]) -> Candidate:
+    """The same for the one split that has masks, where a set has no other to train or to score on."""
+    images, masks, splits = candidate.description.images, candidate.description.masks, candidate.pairs.splits
+    drawn = [image for image, own in candidate.pairs.masks.items() if own]
+    named = {splits[image] for image in drawn}
+    if "split" not in images.fields or {"train"} < named or not drawn:
+        return candidate
+    words = {word for image in drawn if (found := images.match(image)) for word in [found["split"]]}
+    if len(words) > 1:
+        return candidate
+    word = words.pop()
+    first = candidate.pairs.masks[drawn[0]][0]
+    other = (masks.match(first) or {}).get("split", word)
+    description = Description.of(images.text.replace("{split}", word), masks.text.replace("{split}", other))
+    return Candidate(description, pair(description, files))

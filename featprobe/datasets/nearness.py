@@ -1,0 +1,67 @@
+"""How near a folder is to a format, for the refusal of one that none fits."""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.layouts import role_of
+from featprobe.datasets.names import is_hidden, visible
+from featprobe.datasets.patterns import MASK_SUFFIXES
+from featprobe.datasets.samples import listed
+from featprobe.errors import counted
+
+
+@dataclass(frozen=True)
+class Near:
+    """What a folder has of the things that a format looks for, and the first that it lacks."""
+
+    found: tuple[str, ...]
+    lacks: str
+
+
+def seek(*wanted: str, then: str = "") -> Callable[[Path], Near]:
+    """What looks for things in their order: each a pattern of `Path.glob`, or several with | between.
+
+    then: what their contents must be, which is lacking where all are there and the format does not fit.
+    """
+
+    def look(root: Path) -> Near:
+        there = {
+            each: next((p for glob in each.split("|") for p in visible(root, root.glob(glob))), None) for each in wanted
+        }
+        found = tuple(path.relative_to(root).as_posix() for path in there.values() if path)
+        lacking = [" or ".join(each.split("|")) for each, path in there.items() if not path]
+        return Near(found, lacking[0] if lacking else then or "files that are as their names say")
+
+    return look
+
+
+def nearest_pairs(root: Path) -> Near:
+    """How near a folder is to pairs of images and masks."""
+    images, masks, others = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
+    for place, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        folder = PurePosixPath(Path(place).relative_to(root).as_posix())
+        role = next((role_of(part) for part in reversed(folder.parts) if role_of(part)), "")
+        for suffix in (Path(name).suffix.lower() for name in names if not is_hidden(name)):
+            if role == "masks" and suffix in MASK_SUFFIXES:
+                masks[f"{folder}/"] += 1
+            elif role == "masks":
+                others[f"{folder}/", suffix or "no suffix"] += 1
+            elif suffix in SUFFIXES:
+                images[f"{folder}/"] += 1
+    found = tuple(f"{counted(n, 'image')} in {folder}" for held in (images, masks) for folder, n in held.most_common(1))
+    if not images:
+        return Near(found, f"images (files ending in {', '.join(SUFFIXES)})")
+    if masks:
+        return Near(found, "names that meet: no mask is called as an image, whatever stands before or behind its name")
+    if others:
+        each = [f"{counted(n, 'file')} of {suffix} in {folder}" for (folder, suffix), n in sorted(others.items())]
+        return Near(found, f"masks that are images; there are {listed(each)}")
+    wanted = "a folder called masks, labels, annotations, seg or gt, or names as NAME_mask"
+    return Near(
+        found, f"masks: {wanted}; there are {listed([f'{n} images in {f}' for f, n in images.most_common()], 3)}"
+    )
