@@ -25,7 +25,7 @@ from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
 from featprobe.datasets.magnetic_tile import is_magnetic_tile, read_magnetic_tile
 from featprobe.datasets.names import visible
 from featprobe.datasets.nearness import Near, nearest_pairs, seek
-from featprobe.datasets.pairs import EXAMPLE, found_pairs, read_pairs
+from featprobe.datasets.pairs import EXAMPLE, has_pairs, read_pairs
 from featprobe.datasets.patterns import Description
 from featprobe.datasets.samples import DataSet, listed
 from featprobe.datasets.set_notes import alike_classes, unnamed_parts
@@ -201,7 +201,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "pairs": Format(
         "images and masks in any folders whose names say so, or where `images` and `masks` say",
-        lambda root: bool(found_pairs(root)),
+        has_pairs,
         read_pairs,
         read_pairs,
         near=nearest_pairs,

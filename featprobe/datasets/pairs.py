@@ -26,6 +26,14 @@ def found_pairs(root: Path) -> list[Candidate]:
     return find_layouts(_files(root)) if root.is_dir() else []
 
 
+def has_pairs(root: Path) -> bool:
+    """Whether names of a folder's files pair images with masks, even where reading them then says what is wrong."""
+    try:
+        return bool(found_pairs(root))
+    except DataError:
+        return True
+
+
 def choose(root: Path, found: Sequence[Candidate]) -> Description:
     """The one description that fits. Raises DataError, with what each would give, where there are several, or none."""
     if not found:
