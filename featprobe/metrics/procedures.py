@@ -1,0 +1,264 @@
+"""Whether two procedures differ: a backbone with its head and recipe, whatever the seed that trains it.
+
+Two heads that differ by the seed alone do differ: a bootstrap over groups says so, and is right about these two heads.
+Of the procedures that made them it says nothing: a difference of procedures has to hold the seeds, too. Seeds and
+groups are crossed, all heads being scored on the same test groups:
+
+    score(A, s, g) = mean(A) + seed(A, s) + group(g) + procedure x group(A, g) + seed x group(A, s, g)
+
+The bootstrap over groups holds what groups do to the difference of two means over seeds, V_g, and in it what seed x
+group does. What is left is the variance of the seeds themselves; a mean over k seeds has a k-th of it. It is the
+variance between the scores of seeds, S2, less what seed x group explains of that, M. Both are pooled over the results
+of a table, since few seeds say little of a variance. With c = 1/k_A + 1/k_B the variance of a difference is
+
+    max(V_g + c (S2 - M), V_g, c S2)
+
+since S2 - M is uncertain, and its true value is not below 0. benchmarks/coverage.py measures how often equals are found
+to differ.
+
+Searle, Casella and McCulloch, Variance Components (1992); Satterthwaite, An approximate distribution of estimates of
+variance components (1946).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+from featprobe.errors import ShapeError
+from featprobe.metrics.intervals import (
+    LEVEL,
+    RESAMPLES,
+    SAME,
+    Difference,
+    Floats,
+    Names,
+    Resamples,
+    Statistic,
+    apart,
+    can_be_resampled,
+    check_paired,
+    difference_of,
+    distance_of_zero,
+    group_variances,
+    interval_within,
+    least_p_value,
+    mean_of,
+    no_difference,
+    paired_difference,
+    reach_of,
+    resample,
+    share_beyond,
+)
+
+
+@dataclass(frozen=True)
+class SeedVariance:
+    """Variance between the scores of seeds of one procedure, and what it is made of.
+
+    between: of the scores, each on all test groups. by_groups: what seed x group explains of it; it would vanish with
+    ever more test groups. degrees: of freedom that both rest on; with 0 nothing is known of them.
+    """
+
+    between: float
+    by_groups: float
+    degrees: int
+
+    @property
+    def of_seeds(self) -> float:
+        """What seeds would do on test splits without end, >= 0."""
+        return max(self.between - self.by_groups, 0.0)
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """What seeds do to the results of one table.
+
+    sets: of the groups that the results were scored on. own: of a result's seeds. shared: number of seeds -> of results
+    that ran the same seeds, less what a seed does to all of them; where the seed picks the training images, that is
+    much. Half the variance of a difference of two results with one and the same seed.
+    """
+
+    sets: tuple[Names, ...]
+    own: SeedVariance
+    shared: Mapping[int, SeedVariance]
+
+
+def seed_spread(results: Sequence[Sequence[Statistic]]) -> SeedSpread:
+    """The seed variance of results that share task, head, fraction and data, pooled.
+
+    results: of each a statistic per seed, all over the same groups. One with one seed says nothing of seeds, and a seed
+    without a score (nan) is left out. For `shared`, results with equally many seeds are taken to have run the same ones
+    in the same order; where they did not, it is too large rather than too small.
+    Raises ShapeError where there is no result, or where they were scored on other groups.
+    """
+    runs = [run for result in results for run in result]
+    if not runs:
+        raise ShapeError("There is no result whose seeds could be compared.")
+    for run in runs[1:]:
+        check_paired(runs[0], run)
+    sizes = runs[0].sizes
+    known = [_known_seeds(result) for result in results]
+    own = [seeds - seeds.mean(0) for seeds in known if len(seeds) > 1]
+    shared = {}
+    for count in sorted({len(seeds) for seeds in own}):
+        alike = np.stack([seeds for seeds in own if len(seeds) == count])  # (results, seeds, 1 + groups)
+        shared[count] = _pooled(alike - alike.mean(0), (len(alike) - 1) * (count - 1), sizes)
+    return SeedSpread(runs[0].sets, _pooled(own, sum(len(seeds) - 1 for seeds in own), sizes), shared)
+
+
+def _known_seeds(result: Sequence[Statistic]) -> Floats:
+    """Score and influences of each seed that has a score, (seeds, 1 + groups)."""
+    ones = [np.ones((1, sum(run.sizes))) for run in result]
+    every = [np.hstack([run.value(one)[:, None], run.influence(one)]) for run, one in zip(result, ones, strict=True)]
+    return np.concatenate([seed for seed in every if not np.isnan(seed[0, 0])] or [np.empty((0, 1))])
+
+
+def _pooled(deviations: Sequence[Floats] | Floats, degrees: int, sizes: Sequence[int]) -> SeedVariance:
+    """From deviations of scores and influences, of each result (seeds, 1 + groups)."""
+    if not degrees:
+        return SeedVariance(np.nan, np.nan, 0)
+    every = np.concatenate(list(deviations))
+    by_groups = group_variances(every[:, 1:], sizes).sum()
+    return SeedVariance(float((every[:, 0] ** 2).sum() / degrees), float(by_groups / degrees), degrees)
+
+
+def procedure_difference(
+    a: Sequence[Statistic],
+    b: Sequence[Statistic],
+    spread: SeedSpread | None,
+    *,
+    same_seeds: bool = False,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Mean over seeds of a less that of b, as other test groups and other seeds might have given it.
+
+    a, b: a statistic per seed. spread: the seed_spread of their table; None where neither has seed variance (solved
+    heads on all training images): then groups alone count, as in paired_difference. same_seeds: both ran the same
+    seeds, in this order, and a seed does something to both (it picks the training images): what it does to both
+    cancels. low, high and p_value are nan where nothing is known of seeds: no result of the table has two.
+    Raises ShapeError where they were scored on other groups, or same_seeds have other numbers of seeds.
+    """
+    if spread is None:
+        return paired_difference(mean_of(a), mean_of(b), level, resamples, seed)
+    return _claim([_side(a, b, spread, same_seeds)], level, resamples, seed)
+
+
+def procedure_gap(
+    first: tuple[Sequence[Statistic], Sequence[Statistic]],
+    second: tuple[Sequence[Statistic], Sequence[Statistic]],
+    spreads: tuple[SeedSpread | None, SeedSpread | None],
+    *,
+    same_seeds: bool = False,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """By how much more a procedure is ahead on a first test set than on a second; compare modality_gap.
+
+    first, second: a and b on that set, a statistic per seed; the heads of the two sets were trained apart, so that
+    neither groups nor seeds of one say anything of the other. spreads: of the table of each. Else as
+    procedure_difference.
+    """
+    sides = [_side(*pair, spread, same_seeds) for pair, spread in zip((first, second), spreads, strict=True)]
+    return _claim(sides, level, resamples, seed)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A difference on one test set. seeds: variance of a seed's score; share: how much of it the difference has."""
+
+    difference: Statistic
+    seeds: SeedVariance | None
+    share: float
+
+
+def _side(a: Sequence[Statistic], b: Sequence[Statistic], spread: SeedSpread | None, same_seeds: bool) -> _Side:
+    difference = difference_of(mean_of(a), mean_of(b))
+    if spread is None:
+        return _Side(difference, None, 0.0)
+    if spread.sets != difference.sets:
+        raise ShapeError("The spread over seeds is of results on other test groups than those of the difference.")
+    if same_seeds and len(a) != len(b):
+        raise ShapeError(f"{len(a)} and {len(b)} seeds are not the same seeds.")
+    unknown = SeedVariance(np.nan, np.nan, 0)
+    seeds = spread.shared.get(len(a), unknown) if same_seeds else spread.own
+    return _Side(difference, seeds, 1 / len(a) + 1 / len(b))
+
+
+@dataclass(frozen=True)
+class _Error:
+    """How far off a difference may be.
+
+    variance: of the difference. degrees: of freedom of that. by_groups: degrees of freedom of what groups do alone, 0
+    where they do nothing.
+    """
+
+    variance: float
+    degrees: float
+    by_groups: float
+
+    def stretched(self, reach: float) -> float:
+        """A distance that so large a share of resamples of the groups exceeds, as seeds make it; in standard errors."""
+        return (
+            reach if self.degrees == self.by_groups else _exceeded(self.degrees, float(stdtr(self.by_groups, -reach)))
+        )
+
+    def shrunk(self, distance: float) -> float:
+        """What `stretched` makes this distance of."""
+        if self.degrees == self.by_groups:
+            return distance
+        return _exceeded(self.by_groups, float(stdtr(self.degrees, -distance)))
+
+
+def _exceeded(degrees: float, share: float) -> float:
+    """What Student's t exceeds with this probability <= 0.5."""
+    return abs(float(stdtrit(degrees, share)))  # of 0 scipy gives inf, without a sign
+
+
+def _claim(sides: Sequence[_Side], level: float, resamples: int, seed: int) -> Difference:
+    """The difference, or the difference of two differences, with groups and seeds.
+
+    The shape of the distribution comes from resamples of the groups. Seeds make it wider, and have fewer degrees of
+    freedom: distances grow as quantiles of Student's t do from the degrees of groups to those of both.
+    """
+    statistic = sides[0].difference if len(sides) == 1 else apart(sides[0].difference, sides[1].difference)
+    if not can_be_resampled(statistic) or any(side.seeds and not side.seeds.degrees for side in sides):
+        return no_difference(statistic)
+    sample = resample(statistic, resamples, seed)
+    error = _error(sides, sample)
+    standard_error = float(np.sqrt(error.variance))
+    distance = distance_of_zero(sample, standard_error)
+    if error.by_groups:
+        reach = error.stretched(reach_of(sample, level))
+        p_value = share_beyond(sample, error.shrunk(distance))
+    else:
+        reach = _exceeded(error.degrees, (1 - level) / 2)
+        p_value = 2 * float(stdtr(error.degrees, -distance))
+    low, high = interval_within(sample, standard_error, reach)
+    p_value = max(p_value, least_p_value(statistic))
+    return Difference(sample.estimate, low, high, p_value, min(statistic.sizes), statistic.bounds)
+
+
+def _error(sides: Sequence[_Side], sample: Resamples) -> _Error:
+    """Variances of the sides added; Satterthwaite's degrees of freedom, in which seeds always count."""
+    variance = groups = doubt = groups_doubt = 0.0  # doubt: sum of variance^2 / degrees of freedom
+    begin = 0
+    for side in sides:
+        sizes = side.difference.sizes
+        of_groups = group_variances(sample.influence[None, begin : begin + sum(sizes)], sizes)[0]
+        begin += sum(sizes)
+        own_doubt = float((of_groups**2 / (np.array(sizes) - 1)).sum())
+        own = float(of_groups.sum())
+        groups, groups_doubt = groups + own, groups_doubt + own_doubt
+        if side.seeds is None:
+            variance, doubt = variance + own, doubt + own_doubt
+            continue
+        with_seeds, alone = own + side.share * side.seeds.of_seeds, side.share * side.seeds.between
+        variance += max(with_seeds, alone)
+        doubt += (own_doubt if with_seeds >= alone else 0) + alone**2 / side.seeds.degrees
+    by_groups = groups**2 / groups_doubt if groups > SAME**2 else 0.0
+    return _Error(variance, variance**2 / doubt if doubt else by_groups, by_groups)
