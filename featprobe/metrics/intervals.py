@@ -146,7 +146,7 @@ def iou_statistic(
     confusions: NDArray[np.int64],
     groups: Sequence[str] | None = None,
     score: IouName = "miou_foreground",
-    absent: Absent = "zero",
+    absent: Absent = "ignore",
 ) -> Statistic:
     """Mean IoU of one system: what iou_scores gives for the images of a resample.
 

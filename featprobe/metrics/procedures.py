@@ -237,7 +237,7 @@ def _claim(sides: Sequence[_Side], level: float, resamples: int, seed: int) -> D
         p_value = share_beyond(sample, error.shrunk(distance))
     else:
         reach = _exceeded(error.degrees, (1 - level) / 2)
-        p_value = 2 * float(stdtr(error.degrees, -distance))
+        p_value = 2 * float(stdtr(error.degrees, -distance)) if distance else 1.0  # equals have no degrees of freedom
     low, high = interval_within(sample, standard_error, reach)
     p_value = max(p_value, least_p_value(statistic))
     return Difference(sample.estimate, low, high, p_value, min(statistic.sizes), statistic.bounds)
