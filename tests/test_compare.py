@@ -800,6 +800,13 @@ def test_p_values_are_corrected_for_all_sentences_of_the_answer(told: Told) -> N
     assert [line["p_holm"] for line in every] == list(holm([line["p"] for line in every]))
 
 
+def test_it_is_said_where_resamples_are_too_few_for_so_many_differences(told: Told) -> None:
+    truth, found = objects(0.8)
+    for i in range(11):
+        told.tell_objects(truth, found, backbone=f"b{i:02}", feature_key=str(i))
+        assert i < 9 or any("none can be sure" in note for note in told.compare().notes) is (i == 10)  # 45, 55 pairs
+
+
 def test_gaps_are_of_procedures_where_there_are_seeds_and_of_nothing_across_recipes(told: Told) -> None:
     scores: dict[str, list[list[Any]]] = {"r": [], "x": []}
     for i, (data, backbone) in enumerate([(d, b) for d in "rx" for b in "ab"]):

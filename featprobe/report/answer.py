@@ -69,10 +69,14 @@ def _which_backbone(lines: Sequence[Line], score: str, differences: Sequence[Lin
             f"{within}: of the heads that were trained ({_seeds(told['heads'])}), the one on {best['backbone']} is "
             f"{'; '.join(says)}. That says nothing yet of the backbones: {_what_tells(told['heads'])}."
         )
-    for names, why in _by(told["none"], lambda d: d["recipes"]):
-        others = _list([_other(d, best) for d in names])
+    for alike in _by(told["none"], lambda d: (d["recipes"], d["a"] == best["backbone"])):
+        first = alike[0]["a"] == best["backbone"]
+        sides = [best["backbone"], _list([d["b" if first else "a"] for d in alike])]
+        which = " | ".join(sides if first else sides[::-1])
+        others = _list([_other(d, best) for d in alike])
         sentences.append(
-            f"{within}: no verdict on {best['backbone']} against {others}: the recipes differ ({why}). {ACROSS}"
+            f"{within}: no verdict on {best['backbone']} against {others}: the recipes differ "
+            f"({which}: {alike[0]['recipes']}). {ACROSS}"
         )
     return sentences
 
@@ -110,6 +114,10 @@ def _at(*iterations: int | None) -> str:
     return f" at {budget_text(iterations)}" if any(iterations) else ""
 
 
+def _at_both(frozen: int, full: int) -> str:
+    return _at(frozen) if frozen == full else f" at {budget_text([frozen])} frozen and {full} fine-tuned"
+
+
 def _seeds(differences: Sequence[Line]) -> str:
     return "; ".join(dict.fromkeys(d["seeds"] for d in differences))
 
@@ -122,8 +130,8 @@ def _what_tells(differences: Sequence[Line]) -> str:
     return "; ".join([*tells, *([orders] if why - {"one seed"} else [])])
 
 
-def _by(lines: Sequence[Line], key: Callable[[Line], str]) -> list[tuple[list[Line], str]]:
-    return [([line for line in lines if key(line) == value], value) for value in dict.fromkeys(map(key, lines))]
+def _by(lines: Sequence[Line], key: Callable[[Line], Any]) -> list[list[Line]]:
+    return [[line for line in lines if key(line) == value] for value in dict.fromkeys(map(key, lines))]
 
 
 def _other_scale(difference: Line) -> bool:
@@ -147,7 +155,8 @@ def _is_frozen_enough(lines: Sequence[Line], score: str, differences: Sequence[L
     if not full:
         return [f"{head}: whether frozen is enough needs a frozen and a full result: featprobe finetune."]
     return [
-        f"{head}{_at(d['iterations_b'], d['iterations_a'])}: {_verdict(d, lines, score, differences)}" for d in full
+        f"{head}{_at_both(d['iterations_b'], d['iterations_a'])}: {_verdict(d, lines, score, differences)}"
+        for d in full
     ]
 
 
@@ -179,7 +188,7 @@ def _verdict(difference: Line, lines: Sequence[Line], score: str, differences: S
 def _no_verdict(difference: Line, full: Line, frozen: Line, score: str) -> str:
     """Why two results do not tell whether frozen is enough, whatever their scores; empty where they may."""
     if difference["claim"] == "none":
-        return f"the recipes differ ({difference['recipes']}). {ACROSS}"
+        return f"the recipes differ (fine-tuned | frozen: {difference['recipes']}). {ACROSS}"
     sides = {"frozen": frozen, "fine-tuned": full}
     rising = [f"the {name} one" for name, line in sides.items() if line["not_converged"]]
     small = [f"the {name} one" for name, line in sides.items() if line["iterations_needed"]]

@@ -200,7 +200,7 @@ def _plots(item: PageSet, number: int) -> str:
     shares = efficiency_of(item.lines, score)
     if shares:
         plot = line_plot(shares, "share of the training split", f"{label}, percent", f"label efficiency {number}", True)
-        found.append(("Label efficiency, at equal iterations", plot))
+        found.append(("Label efficiency", plot))
     figures = (f"<figure><figcaption>{escape(title)}</figcaption>{plot}</figure>" for title, plot in found)
     return f'<div class="plots">{"".join(figures)}</div>'
 

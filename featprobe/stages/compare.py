@@ -13,7 +13,7 @@ from featprobe.cache import open_cache
 from featprobe.errors import FeatprobeError, ProbeError, counted
 from featprobe.metrics import FEW_GROUPS, Statistic, score_interval
 from featprobe.probes.saved import plain
-from featprobe.report.answer import answer_of, gap_sentences
+from featprobe.report.answer import SURE, answer_of, gap_sentences
 from featprobe.report.comparison import LABELS, difference_frame, result_frame
 from featprobe.report.page import PageSet, write_page
 from featprobe.specs import SplitChoice, digest
@@ -94,6 +94,7 @@ def compare(
         sets = [_compared(workspace, table, bar, across_recipes) for table in tables]
     gaps = modality_gaps(tables, gap, on, across_recipes)
     corrected([*(line for item in sets for line in item.differences), *gaps])
+    notes += _of_the_family([*(line for item in sets for line in item.differences), *gaps])
     notes += [note for table in tables for note in _notes(workspace, table)]
     answer = [(item.title, answer_of(item.lines, item.differences)) for item in sets]
     answer += [("Modality gap", gap_sentences(gaps))] if gaps else []
@@ -172,6 +173,17 @@ def _notes(workspace: Workspace, table: Table) -> list[str]:
             "(marked *)"
         )
     return [f"{table.title}: {text}" for text in said]
+
+
+def _of_the_family(lines: Sequence[Line]) -> list[str]:
+    """That so many differences are corrected together that resamples are too few for any of them to be sure."""
+    tested = [line for line in lines if not np.isnan(line["p"])]
+    dear = [name for name, own in SCORES.items() if len(tested) > SURE * (1 + RESAMPLES[name])
+            and any(line["score"] == own[0] for line in tested)]  # fmt: skip
+    return [
+        f"{', '.join(dear)}: p values of {RESAMPLES[dear[0]]} resamples are corrected for {len(tested)} differences and"
+        " gaps, so that none can be sure. Compare fewer results at once: a study compares its own alone"
+    ] if dear else []  # fmt: skip
 
 
 def _of_the_split(table: Table) -> list[str]:
