@@ -261,7 +261,7 @@ def mean_of(runs: Sequence[Statistic]) -> Statistic:
         check_paired(runs[0], run)
     return Statistic(
         lambda weights: np.mean([run.value(weights) for run in runs], axis=0),
-        lambda weights: np.mean([run.influence(weights) for run in runs], axis=0),
+        lambda weights: sum((run.influence(weights) for run in runs[1:]), runs[0].influence(weights)) / len(runs),
         runs[0].sets,
         runs[0].bounds,
     )
@@ -390,14 +390,14 @@ def studentised_interval(sample: Resamples, level: float = LEVEL) -> tuple[float
 
     Hall (1992), sections 3.5 and 3.6.
     """
-    return interval_within(sample, sample.standard_error, reach_of(sample, level))
+    return interval_within(sample, sample.standard_error, reach_of(distances_of(sample), level))
 
 
-def reach_of(sample: Resamples, level: float) -> float:
-    """How many of their own standard errors a share `level` of the resampled values stays within."""
-    distances = np.sort(_distances(sample))
-    within = int(np.ceil(level * (len(distances) + 1) - SAME))  # the estimate itself counts as one of the draws
-    return float(distances[within - 1]) if within <= len(distances) else np.inf
+def reach_of(distances: Floats, level: float) -> float:
+    """How far from the estimate a share `level` of the draws stays, in standard errors."""
+    farther = np.sort(np.abs(distances))
+    within = int(np.ceil(level * (len(farther) + 1) - SAME))  # the estimate itself counts as one of the draws
+    return float(farther[within - 1]) if within <= len(farther) else np.inf
 
 
 def interval_within(sample: Resamples, standard_error: float, reach: float) -> tuple[float, float]:
@@ -411,13 +411,13 @@ def interval_within(sample: Resamples, standard_error: float, reach: float) -> t
     return low, high
 
 
-def _distances(sample: Resamples) -> Floats:
-    """Of each resampled value from the estimate, (resamples,), in its own standard errors on the scale of the logit."""
+def distances_of(sample: Resamples) -> Floats:
+    """Each resampled value less the estimate, (resamples,), in its own standard errors on the scale of the logit."""
     estimate, _ = _on_logit(np.array(sample.estimate), sample.bounds)
     values, slopes = _on_logit(sample.values, sample.bounds)
     errors = sample.standard_errors * slopes
     told = sample.standard_errors > SAME  # False for nan
-    distances = np.divide(np.abs(values - estimate), errors, out=np.full(len(values), np.inf), where=told)
+    distances = np.divide(values - estimate, errors, out=np.full(len(values), np.inf), where=told)
     return np.where(np.abs(sample.values - sample.estimate) <= SAME, 0, distances)
 
 
@@ -437,9 +437,9 @@ def distance_of_zero(sample: Resamples, standard_error: float) -> float:
     return float(np.abs(estimate - zero) / (standard_error * slope)) if standard_error > SAME else np.inf
 
 
-def share_beyond(sample: Resamples, distance: float) -> float:
-    """The share of resamples so many of their own standard errors away from the estimate, or farther."""
-    return (1 + int(np.sum(_distances(sample) >= distance))) / (1 + len(sample.values))
+def share_beyond(distances: Floats, distance: float) -> float:
+    """The share of draws that are so far from the estimate, or farther; it counts as one of them."""
+    return (1 + int(np.sum(np.abs(distances) >= distance))) / (1 + len(distances))
 
 
 def least_p_value(statistic: Statistic) -> float:
@@ -510,7 +510,7 @@ def _difference(statistic: Statistic, level: float, resamples: int, seed: int) -
         return no_difference(statistic)
     sample = resample(statistic, resamples, seed)
     low, high = studentised_interval(sample, level)
-    share = share_beyond(sample, distance_of_zero(sample, sample.standard_error))
+    share = share_beyond(distances_of(sample), distance_of_zero(sample, sample.standard_error))
     p_value = max(share, least_p_value(statistic))
     return Difference(sample.estimate, low, high, p_value, min(statistic.sizes), statistic.bounds)
 
