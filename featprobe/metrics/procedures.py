@@ -11,12 +11,12 @@ group does. The variance between the scores of seeds, S2, holds that too: so muc
 Both are pooled over the results of a table, since few seeds say little of a variance. With c = 1/k_A + 1/k_B for k
 seeds a side, the difference has the variance
 
-    max(V_g - c min(M, S2), 0) + c S2
+    max(V_g - c M, 0) + c S2
 
-which is the same as max(V_g + c (S2 - M), V_g, c S2): no less than what either shows alone. The second term is that of
-seeds, from few of them, so that its error is drawn from Student's t; the error of the first is drawn again with the
-groups, and the two are added (Behrens and Fisher's problem). benchmarks/coverage.py measures how often equals are found
-to differ.
+The error of the second term is drawn from Student's t, since seeds are few; that of the first is drawn again with the
+groups, and both are added (Behrens and Fisher's problem). Where seeds happen to agree that may come out surer than the
+bootstrap over groups alone. Then the latter counts: nothing is surer of procedures than of the heads that they made.
+benchmarks/coverage.py measures how often equals are found to differ.
 
 Searle, Casella and McCulloch, Variance Components (1992); Fisher, The comparison of samples with possibly unequal
 variances (1939).
@@ -41,17 +41,12 @@ from featprobe.metrics.intervals import (
     can_be_resampled,
     check_paired,
     difference_of,
-    distance_of_zero,
     distances_of,
     group_variances,
-    interval_within,
-    least_p_value,
     mean_of,
     no_difference,
-    paired_difference,
-    reach_of,
     resample,
-    share_beyond,
+    widest,
 )
 
 
@@ -71,6 +66,9 @@ class SeedVariance:
     def of_seeds(self) -> float:
         """What seeds would do on test splits without end, >= 0."""
         return max(self.between - self.by_groups, 0.0)
+
+
+UNKNOWN, NO_VARIANCE = SeedVariance(np.nan, np.nan, 0), SeedVariance(0.0, 0.0, 1)
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def _known_seeds(result: Sequence[Statistic]) -> Floats:
 def _pooled(deviations: Sequence[Floats] | Floats, degrees: int, sizes: Sequence[int]) -> SeedVariance:
     """From deviations of scores and influences, of each result (seeds, 1 + groups)."""
     if not degrees:
-        return SeedVariance(np.nan, np.nan, 0)
+        return UNKNOWN
     every = np.concatenate(list(deviations))
     by_groups = group_variances(every[:, 1:], sizes).sum()
     return SeedVariance(float((every[:, 0] ** 2).sum() / degrees), float(by_groups / degrees), degrees)
@@ -144,8 +142,6 @@ def procedure_difference(
     cancels. low, high and p_value are nan where nothing is known of seeds: no result of the table has two.
     Raises ShapeError where they were scored on other groups, or same_seeds have other numbers of seeds.
     """
-    if spread is None:
-        return paired_difference(mean_of(a), mean_of(b), level, resamples, seed)
     return _claim([_side(a, b, spread, same_seeds)], level, resamples, seed)
 
 
@@ -174,54 +170,49 @@ class _Side:
     """A difference on one test set. seeds: variance of a seed's score; share: how much of it the difference has."""
 
     difference: Statistic
-    seeds: SeedVariance | None
+    seeds: SeedVariance
     share: float
 
 
 def _side(a: Sequence[Statistic], b: Sequence[Statistic], spread: SeedSpread | None, same_seeds: bool) -> _Side:
     difference = difference_of(mean_of(a), mean_of(b))
     if spread is None:
-        return _Side(difference, None, 0.0)
+        return _Side(difference, NO_VARIANCE, 0.0)
     if spread.sets != difference.sets:
         raise ShapeError("The spread over seeds is of results on other test groups than those of the difference.")
     if same_seeds and len(a) != len(b):
         raise ShapeError(f"{len(a)} and {len(b)} seeds are not the same seeds.")
-    unknown = SeedVariance(np.nan, np.nan, 0)
-    seeds = spread.shared.get(len(a), unknown) if same_seeds else spread.own
+    seeds = spread.shared.get(len(a), UNKNOWN) if same_seeds else spread.own
     return _Side(difference, seeds, 1 / len(a) + 1 / len(b))
 
 
 def _claim(sides: Sequence[_Side], level: float, resamples: int, seed: int) -> Difference:
     """The difference, or the difference of two differences, with an interval that holds groups and seeds."""
     statistic = sides[0].difference if len(sides) == 1 else apart(sides[0].difference, sides[1].difference)
-    if not can_be_resampled(statistic) or any(side.seeds and not side.seeds.degrees for side in sides):
+    if not can_be_resampled(statistic) or any(not side.seeds.degrees for side in sides):
         return no_difference(statistic)
     sample = resample(statistic, resamples, seed)
     groups, seeds = _variances(sides, sample)
     variance = groups + sum(seeds)
     distances = distances_of(sample)
+    views = [(sample.standard_error, distances)]
     if sum(seeds) > SAME**2:
-        drawn = _seed_errors(sides, seeds, variance, resamples, seed) / np.sqrt(variance)
         by_groups = distances * np.sqrt(groups / variance) if groups > SAME**2 else np.zeros(resamples)
-        distances = np.concatenate([by_groups + drawn, by_groups - drawn])  # both signs: b - a mirrors a - b
-    standard_error = float(np.sqrt(variance))
-    low, high = interval_within(sample, standard_error, reach_of(distances, level))
-    share = share_beyond(distances, distance_of_zero(sample, standard_error))
-    p_value = max(share, least_p_value(statistic))
-    return Difference(sample.estimate, low, high, p_value, min(statistic.sizes), statistic.bounds)
+        by_seeds = _seed_errors(sides, seeds, variance, resamples, seed) / np.sqrt(variance)
+        either = np.concatenate([by_groups + by_seeds, by_groups - by_seeds])  # so that b - a mirrors a - b
+        views.append((float(np.sqrt(variance)), either))
+    return widest(statistic, sample, views, level)
 
 
 def _variances(sides: Sequence[_Side], sample: Resamples) -> tuple[float, list[float]]:
-    """Parts of the variance of the difference: of groups, less what the seeds' hold of it; of the seeds of each side."""
+    """What groups give to the variance beyond what the seeds' hold of it, and the seeds' of each side."""
     of_sets = group_variances(sample.influence[None], [size for side in sides for size in side.difference.sizes])[0]
-    groups, seeds, begin = 0.0, [], 0
-    for side in sides:
-        end = begin + len(side.difference.sizes)
-        of_groups, begin = float(of_sets[begin:end].sum()), end
-        held = side.share * min(side.seeds.by_groups, side.seeds.between) if side.seeds else 0.0
-        groups += max(of_groups - held, 0.0)
-        seeds.append(side.share * side.seeds.between if side.seeds else 0.0)
-    return groups, seeds
+    of_sides = np.split(of_sets, np.cumsum([len(side.difference.sizes) for side in sides])[:-1])
+    groups = [
+        max(float(own.sum()) - side.share * side.seeds.by_groups, 0.0)
+        for own, side in zip(of_sides, sides, strict=True)
+    ]
+    return sum(groups), [side.share * side.seeds.between for side in sides]
 
 
 def _seed_errors(sides: Sequence[_Side], seeds: Sequence[float], variance: float, resamples: int, seed: int) -> Floats:
@@ -233,7 +224,7 @@ def _seed_errors(sides: Sequence[_Side], seeds: Sequence[float], variance: float
     sets = sum(len(side.difference.sizes) for side in sides)  # which have random numbers of their own
     total = np.zeros(resamples)
     for i, (side, own) in enumerate(zip(sides, seeds, strict=True)):
-        if side.seeds and own > SAME**2:
+        if own > SAME**2:
             degrees = side.seeds.degrees * np.sqrt(variance / own)
             total += np.sqrt(own) * np.random.default_rng([seed, sets + i]).standard_t(degrees, resamples)
     return total
