@@ -97,7 +97,7 @@ class Interval:
     @property
     def has_interval(self) -> bool:
         """Whether low and high say where the score lies: both are known, and neither is a bound of the scale."""
-        return _within(self.low, self.high, self.bounds)
+        return _inside(self.low, self.high, self.bounds)
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ class Difference:
     @property
     def has_interval(self) -> bool:
         """Whether low and high say where the difference lies: both are known, and neither is a bound of the scale."""
-        return _within(self.low, self.high, self.bounds)
+        return _inside(self.low, self.high, self.bounds)
 
 
-def _within(low: float, high: float, bounds: tuple[float, float]) -> bool:
+def _inside(low: float, high: float, bounds: tuple[float, float]) -> bool:
     edge = EDGE * (bounds[1] - bounds[0])
     return bounds[0] + edge < low and high < bounds[1] - edge  # False for nan
 
@@ -261,7 +261,7 @@ def mean_of(runs: Sequence[Statistic]) -> Statistic:
         check_paired(runs[0], run)
     return Statistic(
         lambda weights: np.mean([run.value(weights) for run in runs], axis=0),
-        lambda weights: np.mean([run.influence(weights) for run in runs], axis=0),
+        lambda weights: sum((run.influence(weights) for run in runs[1:]), runs[0].influence(weights)) / len(runs),
         runs[0].sets,
         runs[0].bounds,
     )
@@ -390,17 +390,17 @@ def studentised_interval(sample: Resamples, level: float = LEVEL) -> tuple[float
 
     Hall (1992), sections 3.5 and 3.6.
     """
-    return interval_within(sample, sample.standard_error, reach_of(sample, level))
+    return _within(sample, sample.standard_error, _reach(distances_of(sample), level))
 
 
-def reach_of(sample: Resamples, level: float) -> float:
-    """How many of their own standard errors a share `level` of the resampled values stays within."""
-    distances = np.sort(_distances(sample))
-    within = int(np.ceil(level * (len(distances) + 1) - SAME))  # the estimate itself counts as one of the draws
-    return float(distances[within - 1]) if within <= len(distances) else np.inf
+def _reach(distances: Floats, level: float) -> float:
+    """How far from the estimate a share `level` of the draws stays, in standard errors."""
+    farther = np.sort(np.abs(distances))
+    within = int(np.ceil(level * (len(farther) + 1) - SAME))  # the estimate itself counts as one of the draws
+    return float(farther[within - 1]) if within <= len(farther) else np.inf
 
 
-def interval_within(sample: Resamples, standard_error: float, reach: float) -> tuple[float, float]:
+def _within(sample: Resamples, standard_error: float, reach: float) -> tuple[float, float]:
     """So many standard errors to both sides of the estimate, on the scale of the logit."""
     if standard_error <= SAME:
         return sample.estimate, sample.estimate
@@ -411,13 +411,13 @@ def interval_within(sample: Resamples, standard_error: float, reach: float) -> t
     return low, high
 
 
-def _distances(sample: Resamples) -> Floats:
-    """Of each resampled value from the estimate, (resamples,), in its own standard errors on the scale of the logit."""
+def distances_of(sample: Resamples) -> Floats:
+    """Each resampled value less the estimate, (resamples,), in its own standard errors on the scale of the logit."""
     estimate, _ = _on_logit(np.array(sample.estimate), sample.bounds)
     values, slopes = _on_logit(sample.values, sample.bounds)
     errors = sample.standard_errors * slopes
     told = sample.standard_errors > SAME  # False for nan
-    distances = np.divide(np.abs(values - estimate), errors, out=np.full(len(values), np.inf), where=told)
+    distances = np.divide(values - estimate, errors, out=np.full(len(values), np.inf), where=told)
     return np.where(np.abs(sample.values - sample.estimate) <= SAME, 0, distances)
 
 
@@ -428,7 +428,7 @@ def _on_logit(values: Floats, bounds: tuple[float, float]) -> tuple[Floats, Floa
     return logit(place), 1 / (width * place * (1 - place))
 
 
-def distance_of_zero(sample: Resamples, standard_error: float) -> float:
+def _distance_of_zero(sample: Resamples, standard_error: float) -> float:
     """How many standard errors the estimate is away from 0, on the scale of the logit."""
     if abs(sample.estimate) <= SAME:
         return 0.0
@@ -437,14 +437,9 @@ def distance_of_zero(sample: Resamples, standard_error: float) -> float:
     return float(np.abs(estimate - zero) / (standard_error * slope)) if standard_error > SAME else np.inf
 
 
-def share_beyond(sample: Resamples, distance: float) -> float:
-    """The share of resamples so many of their own standard errors away from the estimate, or farther."""
-    return (1 + int(np.sum(_distances(sample) >= distance))) / (1 + len(sample.values))
-
-
-def least_p_value(statistic: Statistic) -> float:
-    """2^(1 - groups): of groups whose differences might as well have had the other sign, no test can say more."""
-    return 2.0 ** (1 - sum(statistic.sizes))
+def _share_beyond(distances: Floats, distance: float) -> float:
+    """The share of draws that are so far from the estimate, or farther; it counts as one of them."""
+    return (1 + int(np.sum(np.abs(distances) >= distance))) / (1 + len(distances))
 
 
 INTERVALS: dict[Method, Callable[[Resamples, float], tuple[float, float]]] = {
@@ -509,10 +504,19 @@ def _difference(statistic: Statistic, level: float, resamples: int, seed: int) -
     if not can_be_resampled(statistic):
         return no_difference(statistic)
     sample = resample(statistic, resamples, seed)
-    low, high = studentised_interval(sample, level)
-    share = share_beyond(sample, distance_of_zero(sample, sample.standard_error))
-    p_value = max(share, least_p_value(statistic))
-    return Difference(sample.estimate, low, high, p_value, min(statistic.sizes), statistic.bounds)
+    return widest(statistic, sample, [(sample.standard_error, distances_of(sample))], level)
+
+
+def widest(statistic: Statistic, sample: Resamples, errors: Sequence[tuple[float, Floats]], level: float) -> Difference:
+    """A difference with the widest interval and the largest p-value that some views of its error give.
+
+    errors: a standard error, and draws in it (as of distances_of, but however many), of each view. No p-value is less
+    than 2^(1 - groups): of groups whose differences might as well have had the other sign, no test can say more.
+    """
+    lows, highs = zip(*(_within(sample, error, _reach(draws, level)) for error, draws in errors), strict=True)
+    shares = [_share_beyond(draws, _distance_of_zero(sample, error)) for error, draws in errors]
+    p_value = max(*shares, 2.0 ** (1 - sum(statistic.sizes)))
+    return Difference(sample.estimate, min(lows), max(highs), p_value, min(statistic.sizes), statistic.bounds)
 
 
 def can_be_resampled(statistic: Statistic) -> bool:

@@ -6,25 +6,26 @@ groups are crossed, all heads being scored on the same test groups:
 
     score(A, s, g) = mean(A) + seed(A, s) + group(g) + procedure x group(A, g) + seed x group(A, s, g)
 
-The bootstrap over groups holds what groups do to the difference of two means over seeds, V_g, and in it what seed x
-group does. What is left is the variance of the seeds themselves; a mean over k seeds has a k-th of it. It is the
-variance between the scores of seeds, S2, less what seed x group explains of that, M. Both are pooled over the results
-of a table, since few seeds say little of a variance. With c = 1/k_A + 1/k_B the variance of a difference is
+What groups do to the difference of two means over seeds, V_g, the bootstrap over groups holds, and in it what seed x
+group does. The variance between the scores of seeds, S2, holds that too: so much of it as seed x group explains, M.
+Both are pooled over the results of a table, since few seeds say little of a variance. With c = 1/k_A + 1/k_B for k
+seeds a side, the difference has the variance
 
-    max(V_g + c (S2 - M), V_g, c S2)
+    max(V_g - c M, 0) + c S2
 
-since S2 - M is uncertain, and its true value is not below 0. benchmarks/coverage.py measures how often equals are found
-to differ.
+The error of the second term is drawn from Student's t, since seeds are few; that of the first is drawn again with the
+groups, and both are added (Behrens and Fisher's problem). Where seeds happen to agree that may come out surer than the
+bootstrap over groups alone. Then the latter counts: nothing is surer of procedures than of the heads that they made.
+benchmarks/coverage.py measures how often equals are found to differ.
 
-Searle, Casella and McCulloch, Variance Components (1992); Satterthwaite, An approximate distribution of estimates of
-variance components (1946).
+Searle, Casella and McCulloch, Variance Components (1992); Fisher, The comparison of samples with possibly unequal
+variances (1939).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
 
 from featprobe.errors import ShapeError
 from featprobe.metrics.intervals import (
@@ -40,16 +41,12 @@ from featprobe.metrics.intervals import (
     can_be_resampled,
     check_paired,
     difference_of,
-    distance_of_zero,
+    distances_of,
     group_variances,
-    interval_within,
-    least_p_value,
     mean_of,
     no_difference,
-    paired_difference,
-    reach_of,
     resample,
-    share_beyond,
+    widest,
 )
 
 
@@ -71,6 +68,9 @@ class SeedVariance:
         return max(self.between - self.by_groups, 0.0)
 
 
+UNKNOWN, NO_VARIANCE = SeedVariance(np.nan, np.nan, 0), SeedVariance(0.0, 0.0, 1)
+
+
 @dataclass(frozen=True)
 class SeedSpread:
     """What seeds do to the results of one table.
@@ -80,7 +80,7 @@ class SeedSpread:
     much. Half the variance of a difference of two results with one and the same seed.
     """
 
-    sets: tuple[Names, ...]
+    sets: tuple[Names, ...] = field(repr=False)
     own: SeedVariance
     shared: Mapping[int, SeedVariance]
 
@@ -118,7 +118,7 @@ def _known_seeds(result: Sequence[Statistic]) -> Floats:
 def _pooled(deviations: Sequence[Floats] | Floats, degrees: int, sizes: Sequence[int]) -> SeedVariance:
     """From deviations of scores and influences, of each result (seeds, 1 + groups)."""
     if not degrees:
-        return SeedVariance(np.nan, np.nan, 0)
+        return UNKNOWN
     every = np.concatenate(list(deviations))
     by_groups = group_variances(every[:, 1:], sizes).sum()
     return SeedVariance(float((every[:, 0] ** 2).sum() / degrees), float(by_groups / degrees), degrees)
@@ -142,8 +142,6 @@ def procedure_difference(
     cancels. low, high and p_value are nan where nothing is known of seeds: no result of the table has two.
     Raises ShapeError where they were scored on other groups, or same_seeds have other numbers of seeds.
     """
-    if spread is None:
-        return paired_difference(mean_of(a), mean_of(b), level, resamples, seed)
     return _claim([_side(a, b, spread, same_seeds)], level, resamples, seed)
 
 
@@ -172,93 +170,61 @@ class _Side:
     """A difference on one test set. seeds: variance of a seed's score; share: how much of it the difference has."""
 
     difference: Statistic
-    seeds: SeedVariance | None
+    seeds: SeedVariance
     share: float
 
 
 def _side(a: Sequence[Statistic], b: Sequence[Statistic], spread: SeedSpread | None, same_seeds: bool) -> _Side:
     difference = difference_of(mean_of(a), mean_of(b))
     if spread is None:
-        return _Side(difference, None, 0.0)
+        return _Side(difference, NO_VARIANCE, 0.0)
     if spread.sets != difference.sets:
         raise ShapeError("The spread over seeds is of results on other test groups than those of the difference.")
     if same_seeds and len(a) != len(b):
         raise ShapeError(f"{len(a)} and {len(b)} seeds are not the same seeds.")
-    unknown = SeedVariance(np.nan, np.nan, 0)
-    seeds = spread.shared.get(len(a), unknown) if same_seeds else spread.own
+    seeds = spread.shared.get(len(a), UNKNOWN) if same_seeds else spread.own
     return _Side(difference, seeds, 1 / len(a) + 1 / len(b))
 
 
-@dataclass(frozen=True)
-class _Error:
-    """How far off a difference may be.
-
-    variance: of the difference. degrees: of freedom of that. by_groups: degrees of freedom of what groups do alone, 0
-    where they do nothing.
-    """
-
-    variance: float
-    degrees: float
-    by_groups: float
-
-    def stretched(self, reach: float) -> float:
-        """A distance that so large a share of resamples of the groups exceeds, as seeds make it; in standard errors."""
-        return (
-            reach if self.degrees == self.by_groups else _exceeded(self.degrees, float(stdtr(self.by_groups, -reach)))
-        )
-
-    def shrunk(self, distance: float) -> float:
-        """What `stretched` makes this distance of."""
-        if self.degrees == self.by_groups:
-            return distance
-        return _exceeded(self.by_groups, float(stdtr(self.degrees, -distance)))
-
-
-def _exceeded(degrees: float, share: float) -> float:
-    """What Student's t exceeds with this probability <= 0.5."""
-    return abs(float(stdtrit(degrees, share)))  # of 0 scipy gives inf, without a sign
-
-
 def _claim(sides: Sequence[_Side], level: float, resamples: int, seed: int) -> Difference:
-    """The difference, or the difference of two differences, with groups and seeds.
-
-    The shape of the distribution comes from resamples of the groups. Seeds make it wider, and have fewer degrees of
-    freedom: distances grow as quantiles of Student's t do from the degrees of groups to those of both.
-    """
+    """The difference, or the difference of two differences, with an interval that holds groups and seeds."""
     statistic = sides[0].difference if len(sides) == 1 else apart(sides[0].difference, sides[1].difference)
-    if not can_be_resampled(statistic) or any(side.seeds and not side.seeds.degrees for side in sides):
+    if not can_be_resampled(statistic) or any(not side.seeds.degrees for side in sides):
         return no_difference(statistic)
     sample = resample(statistic, resamples, seed)
-    error = _error(sides, sample)
-    standard_error = float(np.sqrt(error.variance))
-    distance = distance_of_zero(sample, standard_error)
-    if error.by_groups:
-        reach = error.stretched(reach_of(sample, level))
-        p_value = share_beyond(sample, error.shrunk(distance))
-    else:
-        reach = _exceeded(error.degrees, (1 - level) / 2)
-        p_value = 2 * float(stdtr(error.degrees, -distance)) if distance else 1.0  # equals have no degrees of freedom
-    low, high = interval_within(sample, standard_error, reach)
-    p_value = max(p_value, least_p_value(statistic))
-    return Difference(sample.estimate, low, high, p_value, min(statistic.sizes), statistic.bounds)
+    groups, seeds = _variances(sides, sample)
+    variance = groups + sum(seeds)
+    distances = distances_of(sample)
+    views = [(sample.standard_error, distances)]
+    if sum(seeds) > SAME**2:
+        by_groups = distances * np.sqrt(groups / variance) if groups > SAME**2 else np.zeros(resamples)
+        by_seeds = _seed_errors(sides, seeds, variance, resamples, seed) / np.sqrt(variance)
+        either = np.concatenate([by_groups + by_seeds, by_groups - by_seeds])  # so that b - a mirrors a - b
+        views.append((float(np.sqrt(variance)), either))
+    return widest(statistic, sample, views, level)
 
 
-def _error(sides: Sequence[_Side], sample: Resamples) -> _Error:
-    """Variances of the sides added; Satterthwaite's degrees of freedom, in which seeds always count."""
-    variance = groups = doubt = groups_doubt = 0.0  # doubt: sum of variance^2 / degrees of freedom
-    begin = 0
-    for side in sides:
-        sizes = side.difference.sizes
-        of_groups = group_variances(sample.influence[None, begin : begin + sum(sizes)], sizes)[0]
-        begin += sum(sizes)
-        own_doubt = float((of_groups**2 / (np.array(sizes) - 1)).sum())
-        own = float(of_groups.sum())
-        groups, groups_doubt = groups + own, groups_doubt + own_doubt
-        if side.seeds is None:
-            variance, doubt = variance + own, doubt + own_doubt
-            continue
-        with_seeds, alone = own + side.share * side.seeds.of_seeds, side.share * side.seeds.between
-        variance += max(with_seeds, alone)
-        doubt += (own_doubt if with_seeds >= alone else 0) + alone**2 / side.seeds.degrees
-    by_groups = groups**2 / groups_doubt if groups > SAME**2 else 0.0
-    return _Error(variance, variance**2 / doubt if doubt else by_groups, by_groups)
+def _variances(sides: Sequence[_Side], sample: Resamples) -> tuple[float, list[float]]:
+    """What groups give to the variance beyond what the seeds' hold of it, and the seeds' of each side."""
+    of_sets = group_variances(sample.influence[None], [size for side in sides for size in side.difference.sizes])[0]
+    of_sides = np.split(of_sets, np.cumsum([len(side.difference.sizes) for side in sides])[:-1])
+    groups = [
+        max(float(own.sum()) - side.share * side.seeds.by_groups, 0.0)
+        for own, side in zip(of_sides, sides, strict=True)
+    ]
+    return sum(groups), [side.share * side.seeds.between for side in sides]
+
+
+def _seed_errors(sides: Sequence[_Side], seeds: Sequence[float], variance: float, resamples: int, seed: int) -> Floats:
+    """Errors that the seeds of each side make, (resamples,): Student's t, since their variance is only estimated.
+
+    The less of the variance they are, the less does doubt about their own matter: degrees of freedom grow with the
+    ratio of both standard errors.
+    """
+    sets = sum(len(side.difference.sizes) for side in sides)  # which have random numbers of their own
+    total = np.zeros(resamples)
+    for i, (side, own) in enumerate(zip(sides, seeds, strict=True)):
+        if own > SAME**2:
+            degrees = side.seeds.degrees * np.sqrt(variance / own)
+            total += np.sqrt(own) * np.random.default_rng([seed, sets + i]).standard_t(degrees, resamples)
+    return total
