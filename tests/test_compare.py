@@ -697,7 +697,7 @@ def test_1000_iterations_with_12_seeds_against_20_with_one_get_no_verdict_unaske
     ("changed", "named"),
     [
         ({"grid": {"lr": [0.001, 0.01], "weight_decay": []}, "trials": 2}, "lr 0.001,0.01 | 0.002; trials 2 | 1"),
-        ({"weights_from": "best validation"}, "weights from best validation | end of training"),
+        ({"weights_from": "end of training"}, "weights from end of training | best validation"),
         ({"loss": "ce+dice"}, "loss ce+dice | ce"),
         ({"lr": 0.5, "grid": {"lr": [0.001, 0.5], "weight_decay": []}}, "lr 0.001,0.5 | 0.002"),
         ({"augmentation": {"views": ["hflip"]}}, ""),

@@ -541,7 +541,7 @@ def test_the_curve_has_its_points_and_evaluates_in_eval_mode() -> None:
 
     curve = train_one(head, feed_of(random_features(), 3), np.arange(3), lambda logits, rows: logits.square().mean(),
                       TrainRecipe(iterations=20, evaluations=4), evaluate)  # fmt: skip
-    assert [point.iteration for point in curve] == [5, 10, 15, 20]
+    assert [point.iteration for point in curve] == [7, 10, 14, 20]
     assert modes == [False] * 4 and not head.training
     assert curve[-1].loss < curve[0].loss
 

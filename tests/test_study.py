@@ -72,7 +72,7 @@ def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tm
     assert not plan.rows and any(line.startswith("to extract") for line in said)
     assert not workspace.cache_files() and not workspace.probes.exists(), "a plan leaves nothing behind"
     report = run_study(workspace, study)
-    assert not report.failed and len(report.rows) == len(cells) == 2 * (2 + 2 + 1) + 2 * (2 + 2)
+    assert not report.failed and len(report.rows) == len(cells) == 4 * 4 + (2 + 1)
     rows, _ = read_rows(workspace.probes / "results.jsonl")
     kinds = [(r["task"], r["head"], r["regime"], r["fraction"], r["seed"]) for r in rows]
     assert len(set(kinds)) == len(cells) and ("semseg", "ridge", "full", 1.0, 0) not in kinds

@@ -469,8 +469,8 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
 
     kinds = kinds_of(options["task"] or "semseg")
     default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])
-    trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at")
-    given = {name: options[name] for name in trained if options[name] is not None}
+    trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at", "weights_from")
+    given = {name: options[name] for name in trained if options[name] not in (None, "auto")}
     return ProbeOptions(
         head=options["head"],
         levels=names(options["levels"]),
@@ -479,6 +479,7 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
         recipe=replace(default, **given) if given else None,
         lr=options["lr"],
         weight_decay=options["weight_decay"],
+        budget="auto" if options["iterations"] == "auto" else "fixed" if options["iterations"] else None,
         seeds=options["seeds"],
         shared_order=options["shared_order"],
         fractions=options["fraction"] or (1.0,),

@@ -58,6 +58,15 @@ def numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tup
         raise click.BadParameter(f"{text!r}. wanted: numbers separated by commas", ctx, param) from None
 
 
+def iterations(ctx: click.Context, param: click.Parameter, text: str | None) -> int | str | None:
+    """A number of iterations, or auto."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text!r}. wanted: a whole number from 1 on, or auto", ctx, param)
+    return int(text)
+
+
 _BACKBONE = [
     click.option("--backbone", required=True, help="An alias or any timm model; see `featprobe backbones`."),
     click.option("--weights", type=click.Path(dir_okay=False), help="Own weights: .safetensors or .pth, tensors only."),
@@ -123,7 +132,16 @@ _HEAD = [
         help="What the head stands on: the levels as they are, or a simple pyramid of the last one (auto: for a ViT).",
     ),
     click.option(
-        "--iterations", type=click.IntRange(1), help="Training steps.  [default: 1000 linear, 400 fcos, 300 others]"
+        "--iterations",
+        metavar="N|auto",
+        callback=iterations,
+        help="Training steps; auto: train ever longer until validation gains no more; it is the default where --fraction "
+        "is below 1.  [default: 1000 linear, 400 fcos, 300 others]",
+    ),
+    click.option(
+        "--weights-from",
+        type=click.Choice(["best", "end"]),
+        help="Point of the validation curve whose weights are kept.  [default: best]",
     ),
     click.option(
         "--batch-size",
@@ -142,7 +160,7 @@ _HEAD = [
         help="Grid of the loss; level is several times faster.  [default: image linear, level others]",
     ),
     click.option(
-        "--seeds", type=click.IntRange(1), help="How many, from 0 on.  [default: 3 linear, upsample; 1 others]"
+        "--seeds", type=click.IntRange(1), help="How many, from 0 on.  [default: 3; ridge on all training images: 1]"
     ),
     click.option(
         "--shared-order", is_flag=True, help="One order of the images for all seeds: faster, a narrower spread."

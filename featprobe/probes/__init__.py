@@ -10,7 +10,7 @@ from featprobe.probes.paste import objects_at_original
 from featprobe.probes.predict import best_classes, logits_at_original, predict_classes
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, plain, save_head
-from featprobe.probes.train import DEFAULT_RECIPES, CurvePoint, TrainRecipe, grid_of, train
+from featprobe.probes.train import DEFAULT_RECIPES, CurvePoint, TrainRecipe, grid_of, kept_point, train
 from featprobe.probes.upsample import UpsampleHead
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "grid_of",
     "image_loss",
     "inverse_sqrt_weights",
+    "kept_point",
     "kinds_of",
     "level_loss",
     "load_head",

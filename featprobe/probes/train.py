@@ -1,10 +1,10 @@
 """The one training loop, wherever features come from, for one head or for many over the same batches."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from math import cos, isfinite, pi
+from math import cos, isfinite, isnan, pi
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -34,7 +34,8 @@ class TrainRecipe:
     batch_size: images a step, of all processes together. warmup: share of the iterations over which the learning rate
     rises from 0. loss, loss_at, class_weights: of dense
     heads. clip: largest L2 norm of a head's gradient, 0 for no limit. evaluations: how many points the validation
-    curve has. Weights are kept from the end of training.
+    curve has, see `evaluation_points`. weights_from: the point of that curve whose weights are kept, the best or the
+    last.
     """
 
     iterations: int = 1000
@@ -47,6 +48,7 @@ class TrainRecipe:
     class_weights: Literal["none", "inverse-sqrt"] = "inverse-sqrt"
     clip: float = 0.0
     evaluations: int = 8
+    weights_from: Literal["best", "end"] = "best"
 
     def __post_init__(self) -> None:
         limits = {
@@ -55,22 +57,31 @@ class TrainRecipe:
             "lr": 0 < self.lr < float("inf"),
             "weight_decay": 0 <= self.weight_decay < float("inf"),
             "clip": 0 <= self.clip < float("inf"),
+            "evaluations": self.evaluations >= 1,
+            "weights_from": self.weights_from in ("best", "end"),
         }
         wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
         if wrong:
             raise ProbeError(
-                f"This can't be trained: {', '.join(wrong)}. wanted: at least one iteration and image, positive rates."
+                f"This can't be trained: {', '.join(wrong)}.\n"
+                "wanted: at least one iteration, image and evaluation, positive rates, weights_from best or end."
             )
         parse_loss(self.loss)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as cards keep them."""
-        return asdict(self)
+        """Plain values, as cards keep them. Weights of the end are not named, as in rows from before any choice."""
+        values = asdict(self)
+        return values if self.weights_from == "best" else {k: v for k, v in values.items() if k != "weights_from"}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainRecipe":
+        """The recipe that a row or a card keeps."""
+        return cls(**{"weights_from": "end", **values})
 
 
 DEFAULT_RECIPES = {
     "linear": TrainRecipe(loss_at="image"),
-    "ridge": TrainRecipe(iterations=1, evaluations=1),
+    "ridge": TrainRecipe(iterations=1, evaluations=1, weights_from="end"),
     "upsample": TrainRecipe(iterations=300, batch_size=8, lr=1e-3),
     "fcos": TrainRecipe(iterations=400, batch_size=8, lr=2e-3, clip=10.0, evaluations=4),
     "fasterrcnn": TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
@@ -99,6 +110,29 @@ def learning_rate(step: int, recipe: TrainRecipe) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + cos(pi * (step + 1 - warmup) / max(1, recipe.iterations - warmup)))
+
+
+def evaluation_points(recipe: TrainRecipe) -> tuple[int, ...]:
+    """Iterations after which heads are scored on validation: the last one, and earlier ones, each by a factor of √2.
+
+    >>> evaluation_points(TrainRecipe(iterations=1000))
+    (88, 125, 177, 250, 354, 500, 707, 1000)
+    """
+    return tuple(sorted({max(1, round(recipe.iterations * 2 ** (-k / 2))) for k in range(recipe.evaluations)}))
+
+
+def kept_point(curve: Sequence[CurvePoint], recipe: TrainRecipe, score: str) -> CurvePoint:
+    """The point of a validation curve whose weights are kept: the best by a score, the last of equals; or the last.
+
+    A score of nan is below all others.
+    """
+    if recipe.weights_from == "end":
+        return curve[-1]
+    return max(curve, key=lambda point: (_rank(point.scores[score]), point.iteration))
+
+
+def _rank(score: float) -> float:
+    return -1.0 if isnan(score) else score
 
 
 def grid_of(recipe: TrainRecipe, rates: Sequence[float], decays: Sequence[float]) -> list[TrainRecipe]:
@@ -162,21 +196,24 @@ def train(
     progress: Callable[[int, float], None] = lambda step, loss: None,
     tuned: Tuned | None = None,
     keeper: Keeper | None = None,
+    best_by: str | None = None,
 ) -> list[list[CurvePoint]]:
     """Train heads on the same batches of a feed and return the validation curve of each.
 
     recipes: one a head, which may differ in learning rate and weight decay alone. loss: from features and what the feed
     gives with them to the losses, (heads,). seed: of the order of rows. evaluate: scores of every head on validation.
     tuned: the backbone behind the feed, where it is trained as well. progress: told the step and the mean loss.
-    Several processes take their part of each batch: losses add up over them, and every one ends with the same weights.
+    best_by: the validation score whose best point gives each head its weights (and the backbone its own), see
+    `kept_point`; None for the weights of the end. Several processes take their part of each batch: losses add up over
+    them, and every one ends with the same weights.
 
     A head whose loss is not finite any more is given up: its curve ends, the others go on. Raises DivergedError when
     that holds for all of them.
     """
     recipe = recipes[0]
-    loop = _Loop(heads, recipes, seed, tuned)
+    loop = _Loop(heads, recipes, seed, tuned, best_by)
     loop.restore(keeper.load() if keeper else None)
-    marks = {round(recipe.iterations * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
+    marks = set(evaluation_points(recipe))
     sizes = [len(part) for part in _parts(next(batches_of(rows, recipe, seed)), tuned)]
     left = islice(batches_of(rows, recipe, seed), loop.step, None)
     loop.mode(training=True)
@@ -205,9 +242,16 @@ class _Loop:
     """The state of a training, and what a step does to it."""
 
     def __init__(
-        self, heads: Sequence[nn.Module], recipes: Sequence[TrainRecipe], seed: int, tuned: Tuned | None
+        self,
+        heads: Sequence[nn.Module],
+        recipes: Sequence[TrainRecipe],
+        seed: int,
+        tuned: Tuned | None,
+        best_by: str | None,
     ) -> None:
         self.heads, self.recipes, self.tuned, self.step = heads, recipes, tuned, 0
+        self.best_by = best_by
+        self.best: list[dict[str, Tensor]] = [{} for _ in heads]  # of each head, and of the backbone that moves with it
         torch.manual_seed(seed)
         groups: list[dict[str, Any]] = [
             {"params": list(head.parameters()), "lr": own.lr, "weight_decay": own.weight_decay}
@@ -261,11 +305,24 @@ class _Loop:
         if not any(self.alive):
             rates = ", ".join(f"{r.lr:g}" for r in self.recipes)
             raise DivergedError(f"The loss is {means[0]} after {self.step} iterations. Try smaller --lr than {rates}.")
-        for curve, mean, scores, is_alive in zip(self.curves, means, evaluate(), self.alive, strict=True):
+        for i, (mean, scores, is_alive) in enumerate(zip(means, evaluate(), self.alive, strict=True)):
             if is_alive:
-                curve.append(CurvePoint(self.step, mean, scores))
+                self.curves[i].append(CurvePoint(self.step, mean, scores))
+                self._keep_best(i)
         self.losses.clear()
         return float(np.mean([mean for mean, own in zip(means, self.alive, strict=True) if own]))
+
+    def _keep_best(self, index: int) -> None:
+        """Keep the weights of a head's last point where it is its best."""
+        if self.best_by is not None:
+            curve = self.curves[index]
+            if kept_point(curve, self.recipes[index], self.best_by) is curve[-1]:
+                own = self._with_backbone(index).state_dict()
+                self.best[index] = {name: value.clone() for name, value in own.items()}
+
+    def _with_backbone(self, index: int) -> nn.ModuleList:
+        """A head and what moves with it."""
+        return nn.ModuleList([self.heads[index], *([self.tuned.backbone] if self.tuned else [])])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -282,6 +339,9 @@ class _Loop:
         """Leave the weights that are kept, in evaluation mode."""
         if self.average is not None:
             self.moving.load_state_dict(self.average.module.state_dict())
+        for index, best in enumerate(self.best):
+            if best:
+                self._with_backbone(index).load_state_dict(best)
         self.mode(training=False)
 
     def state(self) -> dict[str, Any]:
@@ -297,6 +357,7 @@ class _Loop:
             "curves": [[asdict(point) for point in curve] for curve in self.curves],
             "alive": self.alive,
             "losses": self.losses,
+            "best": self.best,
             "random": [torch.get_rng_state(), *cuda],
         }
 
@@ -313,6 +374,7 @@ class _Loop:
         self.curves = [[CurvePoint(**point) for point in curve] for curve in state["curves"]]
         self.alive = list(state["alive"])
         self.losses = [values.to(next(self.moving.parameters()).device) for values in state["losses"]]
+        self.best = state.get("best", self.best)
         own, *cuda = state["random"]
         torch.set_rng_state(own)
         for kept in cuda:

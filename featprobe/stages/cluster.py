@@ -5,17 +5,28 @@ import pickle
 import shutil
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from featprobe.cache import open_cache
+from featprobe.cache import Cache, open_cache
 from featprobe.errors import FeatprobeError, counted
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.specs import digest
-from featprobe.stages.study import Cell, Place, Study, StudyReport, by_cache, make_cache, run_cells, run_study
+from featprobe.stages.study import (
+    Cell,
+    Place,
+    Study,
+    StudyReport,
+    by_cache,
+    ladder_of,
+    make_cache,
+    run_cells,
+    run_study,
+)
 from featprobe.stages.trials import Say
 from featprobe.stages.workspace import Workspace
 
@@ -27,10 +38,13 @@ LISTS = ("setup", "teardown", "srun_args")
 
 @dataclass(frozen=True)
 class Handed:
-    """What was handed over. plan: of the whole study. jobs: (cell, its job). queued: cells that are in the queue."""
+    """What was handed over. plan: of the whole study. ladders: jobs that find iterations. jobs: (cell, its job).
+    queued: cells that are in the queue.
+    """
 
     plan: StudyReport
     extractions: tuple[str, ...]
+    ladders: tuple[str, ...]
     jobs: tuple[tuple[Cell, str], ...]
     queued: tuple[Cell, ...]
 
@@ -61,6 +75,22 @@ class Extraction(_Again):
 
 
 @dataclass(frozen=True)
+class Climb(_Again):
+    """Finds the iterations of a cell on the cache that a job has made; rungs that are known are not trained again."""
+
+    root: Path
+    study: Study
+    cell: Cell
+    extraction: str
+
+    def __call__(self) -> None:
+        workspace = Workspace(self.root)
+        ladder = ladder_of(workspace, self.study, _made(workspace, self.extraction), self.cell)
+        assert ladder is not None  # the plan names none but those that climb
+        ladder.climb(print)
+
+
+@dataclass(frozen=True)
 class Training(_Again):
     """Trains a cell on the cache that a job has made; returns what the study's own launcher reports of it."""
 
@@ -71,10 +101,7 @@ class Training(_Again):
 
     def __call__(self) -> StudyReport:
         workspace = Workspace(self.root)
-        how, made = _result(workspace, self.extraction)
-        if how != "success":
-            raise FeatprobeError(f"There is no cache to train on: {_reason(workspace, self.extraction)}")
-        report = run_cells(workspace, self.study, open_cache(made), [self.cell], print)
+        report = run_cells(workspace, self.study, _made(workspace, self.extraction), [self.cell], print)
         for note in report.notes:
             print(f"note: {note}")
         if report.failed:
@@ -83,11 +110,12 @@ class Training(_Again):
 
 
 def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], say: Say) -> Handed:
-    """Hand what is missing of a study over to SLURM: an array of extractions, and one of trainings a cache behind it.
+    """Hand what is missing of a study over to SLURM: an array of extractions, and behind it arrays of each cache.
 
-    Each training waits for its own extraction alone, which ends at once where the cache is complete. What is in the
-    queue already is not handed over again. slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch.
-    say: told the plan first. Raises FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
+    Each training waits for its own extraction, which ends at once where the cache is complete, and for the ladders that
+    find the iterations of all backbones it is compared with. What is in the queue already is not handed over again.
+    slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: told the plan first. Raises
+    FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
     """
     root = workspace.root.resolve()
     executor = _executor(root / JOBS, slurm)
@@ -103,23 +131,53 @@ def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], s
     for cell in wanted:
         if _key(study, cell) in latest:
             say(f"failed before: {cell}: {_reason(workspace, latest[_key(study, cell)])}")
-    groups = by_cache(wanted)
+    waiting = {cell: latest.get(_ladder_key(study, cell), "") for cell in plan.ladders}
+    unknown = [cell for cell, job in waiting.items() if job not in queue]
+    groups = by_cache(dict.fromkeys([*unknown, *wanted]))
     keys = {place: digest(asdict(place)) for place in groups}
     running = {place: latest[keys[place]] for place in groups if latest.get(keys[place]) in queue}
     missing = [place for place in groups if place not in running]
     made = _submit(executor, [Extraction(root, place) for place in missing])
     for place, job in zip(missing, made, strict=True):
         append_row(root / JOBS / "jobs.jsonl", {"what": keys[place], "job": job, "text": str(place)})
-    jobs: list[tuple[Cell, str]] = []
-    for place, extraction in (running | dict(zip(missing, made, strict=True))).items():
-        executor.update_parameters(dependency=f"afterany:{extraction}")
-        tasks = [Training(root, study, cell, extraction) for cell in groups[place]]
-        for task, job in zip(tasks, _submit(executor, tasks), strict=True):
-            append_row(root / JOBS / "jobs.jsonl", {"what": _key(study, task.cell), "job": job, "text": str(task.cell)})
-            jobs.append((task.cell, job))
+    extractions = running | dict(zip(missing, made, strict=True))
+    climbs = [Climb(root, study, cell, extractions[cell.place]) for cell in unknown]
+    own = _hand_over(executor, root, climbs, lambda cell: _ladder_key(study, cell))
+    trainings = [Training(root, study, cell, extractions[cell.place]) for cell in wanted]
+    jobs = _hand_over(executor, root, trainings, lambda cell: _key(study, cell), waiting | dict(own))
     what = f"{counted(len(made), 'extraction')} and {counted(len(jobs), 'training')}"
+    what += f", behind {counted(len(own), 'search', 'searches')} for iterations" if own else ""
     say(f"handed over: {what}; their logs: {root / JOBS}")
-    return Handed(plan, tuple(made), tuple(jobs), tuple(queued))
+    return Handed(plan, tuple(made), tuple(job for _, job in own), tuple(jobs), tuple(queued))
+
+
+def _hand_over(
+    executor: Any,
+    root: Path,
+    tasks: Sequence[Any],
+    key: Callable[[Cell], str],
+    ladders: Mapping[Cell, str] = MappingProxyType({}),
+) -> list[tuple[Cell, str]]:
+    """The jobs of tasks, (cell, its job). Those that wait for the same jobs go over as one array.
+
+    ladders: the jobs that find iterations, by the cell that they find them for.
+    """
+    arrays: dict[str, list[Any]] = {}  # by the jobs that they wait for
+    for task in tasks:
+        behind = [task.extraction, *(job for cell, job in ladders.items() if _compared(cell) == _compared(task.cell))]
+        arrays.setdefault(":".join(behind), []).append(task)
+    jobs = []
+    for waited, array in arrays.items():
+        executor.update_parameters(dependency=f"afterany:{waited}")
+        for task, job in zip(array, _submit(executor, array), strict=True):
+            append_row(root / JOBS / "jobs.jsonl", {"what": key(task.cell), "job": job, "text": str(task.cell)})
+            jobs.append((task.cell, job))
+    return jobs
+
+
+def _compared(cell: Cell) -> tuple[Any, ...]:
+    """The same for cells whose backbones share a number of iterations."""
+    return cell.place.data, cell.task, cell.head, cell.regime, cell.fraction, cell.split
 
 
 def parameters(words: Sequence[str]) -> dict[str, Any]:
@@ -190,6 +248,19 @@ def _key(study: Study, cell: Cell) -> str:
     """What tells a cell from those of studies that train otherwise."""
     alike = replace(study, seeds=1, log=())
     return digest([asdict(cell), asdict(alike.options(cell.task, cell.head, cell.regime))])
+
+
+def _ladder_key(study: Study, cell: Cell) -> str:
+    """The same for the ladder of a cell."""
+    return digest(["ladder", _key(study, cell)])
+
+
+def _made(workspace: Workspace, extraction: str) -> Cache:
+    """The cache that a job has made; raises FeatprobeError."""
+    how, made = _result(workspace, extraction)
+    if how != "success":
+        raise FeatprobeError(f"There is no cache to train on: {_reason(workspace, extraction)}")
+    return open_cache(made)
 
 
 def _result(workspace: Workspace, job: str) -> tuple[str, Any]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from featprobe.probes import DEFAULT_RECIPES
+from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
 from featprobe.stages.probe_options import Tuning
 
-ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_at", "class_weights")
+ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_at", "class_weights", "weights_from")
 """Parts of a training recipe that the command line can say."""
 Words = list[str]
 
@@ -85,15 +85,14 @@ def _train(card: Mapping[str, Any]) -> Words:
 
 
 def _recipe(row: Mapping[str, Any]) -> Words:
-    usual = asdict(DEFAULT_RECIPES[row["head"]])
-    tried = {name: row["grid"][name] or [row["recipe"][name]] for name in ("lr", "weight_decay")}
+    usual, recipe = asdict(DEFAULT_RECIPES[row["head"]]), asdict(TrainRecipe.from_json(row["recipe"]))
+    climbed = row["fraction"] < 1 and row["head"] != "ridge"  # where nothing is said of iterations
     words = []
     for name in ON_THE_LINE:
-        values = tried.get(name, [row["recipe"][name]])
+        values = row["grid"].get(name) or [recipe[name]]
         if name == "iterations" and row.get("budget"):
-            values = ["auto"]
-        fixed = name == "iterations" and row["fraction"] < 1 and row["head"] != "ridge"  # auto is the default there
-        if values != [usual[name]] or row["grid"].get(name) or fixed:
+            words += ["--iterations", "auto"]
+        elif values != [usual[name]] or row["grid"].get(name) or (name == "iterations" and climbed):
             words += [_option(name), ",".join(map(str, values))]
     return words
 
@@ -118,5 +117,6 @@ def _tuning(row: Mapping[str, Any]) -> Words:
 def _unsaid(row: Mapping[str, Any]) -> str:
     """A comment on parts of the recipe that are not the default and that the command line can't say."""
     usual = asdict(DEFAULT_RECIPES[row["head"]])
-    other = [f"{k}={v}" for k, v in row["recipe"].items() if k not in ON_THE_LINE and v != usual[k]]
+    recipe = asdict(TrainRecipe.from_json(row["recipe"]))
+    other = [f"{k}={v}" for k, v in recipe.items() if k not in ON_THE_LINE and v != usual[k]]
     return f"  # and from Python: {', '.join(other)}" if other and row["head"] != "ridge" else ""

@@ -247,8 +247,7 @@ def _of_the_budgets(workspace: Workspace, table: Table) -> list[str]:
     """Budgets that were found and are too small, each with the command that mends it."""
     said = []
     for result, needed in table.short.items():
-        kind = (*result.cell[-2:], result.row["regime"])
-        beside = [r for r in table.results if r.budget and (*r.cell[-2:], r.row["regime"]) == kind]
+        beside = [r for r in table.results if r.budget and r.compared_budgets == result.compared_budgets]
         had = int(result.row["recipe"]["iterations"])
         what = f"{table.names[result.backbone]}, {result.variant}, {result.row['head']}"
         if had < needed:

@@ -8,9 +8,10 @@ from typing import Any
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
-from featprobe.probes import TrainRecipe
+from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.processes import is_main, pick_device, together
+from featprobe.stages.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import ProbeReport, checked, find_caches, left_aside, notes_of, show, splittable
@@ -20,7 +21,7 @@ from featprobe.stages.workspace import Workspace
 
 CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
 """What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
-FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log")
+FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget")
 """Options that a counterpart does not take from its frozen result."""
 
 
@@ -37,6 +38,17 @@ class Missing:
     def run(self, workspace: Workspace) -> Run:
         """The training, with nothing computed yet."""
         return Run(workspace, self.cache, self.task, self.options, [self.seed], self.fraction)
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """The same for trainings that differ in nothing but the seed."""
+        return self.cache.path, self.task, self.options, self.fraction
+
+    def ladder(self, workspace: Workspace) -> Ladder | None:
+        """What finds its iterations; None where they are given."""
+        if not self.options.climbs(self.fraction):
+            return None
+        return Ladder(workspace, self.cache, self.task, self.options, self.fraction)
 
 
 def finetune(
@@ -77,21 +89,32 @@ def _finetune(
         wanted, notes = _asked_for(workspace, task or "semseg", data, backbones, options)
     else:
         wanted, notes = missing_counterparts(workspace, options)
+    alike = {one.alike: one.ladder(workspace) for one in wanted}
+    ladders = [ladder for ladder in alike.values() if ladder]
+    if dry_run:
+        for ladder in {ladder.key: ladder for ladder in ladders if not ladder.is_climbed()}.values():
+            say(f"{ladder.title}: {ladder.cost_text(ladder.scores())}")
+    else:
+        climb_all(ladders, say)
+    found = {how: ladder.found() for how, ladder in alike.items() if ladder and ladder.is_climbed()}
+    wanted = [replace(one, options=found.get(one.alike, one.options)) for one in wanted]
     forecasts = []
     for one in wanted:  # all of them are tried for a few steps, before the first is trained
         run = one.run(workspace)
         forecasts.append(run.foresee())
         say(run.forecast_text)
-    say(f"{counted(len(wanted), 'training')}, about {sum(forecasts) / 60:.1f} min in all")
+    minutes = sum(own.seconds(one.run(workspace).recipe) for own, one in zip(forecasts, wanted, strict=True)) / 60
+    say(f"{counted(len(wanted), 'training')}, about {minutes:.1f} min in all")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for one, seconds in zip(wanted, forecasts, strict=True) if not dry_run else ():
+    for one, forecast in zip(wanted, forecasts, strict=True) if not dry_run else ():
         run = one.run(workspace)
-        run.forecast = seconds
+        run.forecast = forecast
         rows += run.do(say)
         notes += run.notes
         if options.show and is_main():
             show(run, options.show, sheets, notes)
+    notes += left_behind(workspace, [ladder for ladder in ladders if ladder.is_climbed()])
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
@@ -108,13 +131,17 @@ def _asked_for(
     found = []
     for cache in splittable(caches, options.split, notes):
         notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
-        for split, fraction, seed in product(splits, options.fractions, range(options.seeds or 1)):
-            one = Missing(cache, task, replace(options, split=split), seed, fraction)
-            run = one.run(workspace)
-            if run.is_done():
-                notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
-            else:
-                found.append(one)
+        for split, fraction in product(splits, options.fractions):
+            first = Missing(cache, task, replace(options, split=split), 0, fraction)
+            ladder = first.ladder(workspace)
+            own = ladder.found() if ladder and ladder.is_climbed() else first.options
+            for seed in range(options.seeds_at(fraction)):
+                one = replace(first, seed=seed)
+                run = replace(one, options=own).run(workspace)
+                if run.is_done():
+                    notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
+                else:
+                    found.append(one)
     return found, notes
 
 
@@ -136,7 +163,12 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     caches = _caches_by_key(workspace)
     if options.tuning.augment:
         rows = [{**row, "feature_key": _without_views(row, caches)} for row in rows]
-    frozen = {cell_of(row): row for row in rows if row["regime"] == "frozen" and row["head"] != "ridge"}
+    climbs = options.budget == "auto"
+    frozen = {
+        cell_of({**row, "budget": row.get("budget") or climbs}): row
+        for row in rows
+        if row["regime"] == "frozen" and row["head"] != "ridge"
+    }
     treated = (options.regime, options.tuning.augment)
     there = {cell_of(row) for row in rows if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated}
     if not frozen:
@@ -154,6 +186,8 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
             if cache is None:
                 raise CacheError("its cache is not here any more")
             cache.usable()
+            if row["fraction"] < 1 and not row.get("subset"):
+                raise ProbeError("its part of the training split does not follow the seed: probe it again")
             own = _as_frozen(workspace, row, options)
             found.append(Missing(cache, row["task"], own, row["seed"], row["fraction"]))
         except CacheIncompleteError as error:
@@ -168,14 +202,15 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
 
 
 def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a result and its counterparts in other regimes agree in."""
+    """What a result and its counterparts in other regimes agree in. Each regime has a ladder of its own."""
     recipe = row["recipe"]
     return (
         *(row[name] for name in CELL),
         row.get("fold"),
         tuple(row["levels"]),
-        recipe["iterations"],
+        "ladder" if row.get("budget") else recipe["iterations"],
         recipe["batch_size"],
+        row.get("weights_from"),
     )
 
 
@@ -204,13 +239,16 @@ def _without_views(row: Mapping[str, Any], caches: Mapping[tuple[str, str], Cach
 def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
     """The options that train what a frozen row trained, but for the regime."""
     head = read_card(workspace.probes / row["folder"])["head"]
+    recipe, climbs = TrainRecipe.from_json(row["recipe"]), bool(row.get("budget")) or options.budget == "auto"
+    usual = DEFAULT_RECIPES[row["head"]].iterations
     return replace(
         options,
         head=row["head"],
         levels=tuple(head["levels"]),
         width=head["width"],
         pyramid=head["pyramid"],
-        recipe=TrainRecipe(**row["recipe"]),
+        recipe=replace(recipe, iterations=usual) if climbs else recipe,
+        budget="auto" if climbs else "fixed",
         split=row["split"] if row.get("fold") is None else f"{row['split']}/{row['fold']}",
         instances=row["instances"],
         absent=row["absent_classes"],

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from featprobe.errors import ProbeError
 from featprobe.features import Features
+from featprobe.probes import TrainRecipe
+from featprobe.probes.train import evaluation_points
 from featprobe.processes import count, own_part
 from featprobe.stages.outcome import scored_here
 from featprobe.stages.rows import images_of, rows_of
@@ -21,8 +24,20 @@ if TYPE_CHECKING:
 REHEARSED = 3  # training steps that are timed before training starts, the first not counted
 
 
-def foresee(run: "Run", trials: Sequence["Trial"], source: Source) -> float:
-    """Seconds that training will take, from a few steps, whose effect is undone.
+@dataclass(frozen=True)
+class Forecast:
+    """How long the trials of a run take together. iteration, evaluation: seconds of one."""
+
+    iteration: float
+    evaluation: float
+
+    def seconds(self, recipe: TrainRecipe) -> float:
+        """Of a whole training."""
+        return self.iteration * recipe.iterations + self.evaluation * len(evaluation_points(recipe))
+
+
+def foresee(run: "Run", trials: Sequence["Trial"], source: Source) -> Forecast:
+    """How long training will take, from a few steps, whose effect is undone.
 
     Raises ProbeError where a step does not fit the memory.
     """
@@ -40,8 +55,8 @@ def foresee(run: "Run", trials: Sequence["Trial"], source: Source) -> float:
     begun = time.perf_counter()
     run.task.evaluate(together, source.batches, few)
     evaluation = (time.perf_counter() - begun) * len(scored_here(run.cache, val)) / len(few)
-    one = step * run.recipe.iterations + evaluation * run.recipe.evaluations
-    return one * len(trials) / len(together)
+    times = len(trials) / len(together)
+    return Forecast(times * step, times * evaluation)
 
 
 def _rehearse(run: "Run", moving: nn.Module, loss: Callable[[Features, Any], Tensor], source: Source) -> float:

@@ -11,6 +11,7 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeE
 from featprobe.probes import DEFAULT_RECIPES, HeadRecipe, TrainRecipe, build_head, grid_of, kinds_of
 from featprobe.processes import is_main, pick_device, together
 from featprobe.specs import SplitChoice
+from featprobe.stages.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits, split_notes, split_rows
 from featprobe.stages.probe_options import ProbeOptions
@@ -59,19 +60,25 @@ def _probe(
             split_rows(cache, split)
         build_head(HeadRecipe(task, str(options.head), cache.data.classes, options.levels, options.width,
                               options.pyramid), cache.levels)  # fmt: skip
+    every = [(cache, fraction) for cache in caches for fraction in options.fractions]
+    ladders = [Ladder(workspace, c, task, options, fraction) for c, fraction in every if options.climbs(fraction)]
+    climb_all(ladders, say)
+    found = {(ladder.cache.path, ladder.fraction): ladder.found() for ladder in ladders}
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     for cache in caches:
         notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
         for fraction in options.fractions:
             shown = False
-            for split, seeds in product(splits, _passes(options)):
-                run = Run(workspace, cache, task, replace(options, split=split), seeds, fraction)
+            own = found.get((cache.path, fraction), options)
+            for split, seeds in product(splits, _passes(own, fraction)):
+                run = Run(workspace, cache, task, replace(own, split=split), seeds, fraction)
                 rows += run.do(say)
                 notes += run.notes
                 if options.show and not shown and is_main():
                     shown = True
                     show(run, options.show, sheets, notes)
+    notes += left_behind(workspace, ladders)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
@@ -101,17 +108,18 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
     if head == "ridge":
         if options.lr or options.weight_decay:
             raise ProbeError("ridge is solved, not trained: it has no --lr and no --weight-decay to try.")
-        recipe = replace(recipe, iterations=1, evaluations=1)
+        if options.budget == "auto":
+            raise ProbeError("ridge is solved, not trained: it has no iterations to look for. Omit --iterations auto.")
+        recipe = replace(recipe, iterations=1, evaluations=1, weights_from="end")
     _check_meaning(task, head, options, recipe)
     check_logs(options.log)
     grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
-    seeds = options.seeds if options.seeds is not None else 3 if task == "semseg" and head != "ridge" else 1
-    if seeds < 1:
-        raise ProbeError(f"{seeds} seeds can't be trained. wanted: --seeds 1 or more.")
+    if options.seeds is not None and options.seeds < 1:
+        raise ProbeError(f"{options.seeds} seeds can't be trained. wanted: --seeds 1 or more.")
     wrong = [f for f in options.fractions if not 0 < f <= 1]
     if wrong or not options.fractions:
         raise ProbeError(f"{wrong or 'nothing'} is no fraction of the training split. wanted: 0 < F <= 1.")
-    return replace(options, head=head, seeds=seeds, recipe=recipe)
+    return replace(options, head=head, recipe=recipe)
 
 
 def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRecipe) -> None:
@@ -131,9 +139,9 @@ def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRec
         raise ProbeError(f"{', '.join(given)} would change nothing for {task} with the head {head}. Leave it away.")
 
 
-def _passes(options: ProbeOptions) -> list[list[int]]:
+def _passes(options: ProbeOptions, fraction: float) -> list[list[int]]:
     """The seeds that share one pass over the rows."""
-    seeds = list(range(options.seeds or 1))
+    seeds = list(range(options.seeds_at(fraction)))
     return [seeds] if options.shared_order else [[seed] for seed in seeds]
 
 

@@ -5,10 +5,11 @@ from typing import Any, Literal
 
 from featprobe.errors import ProbeError
 from featprobe.metrics.semantic import Absent
-from featprobe.probes import TrainRecipe
+from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
 from featprobe.probes.pyramid import PyramidKind
 
 Regime = Literal["frozen", "frozen-online", "full"]
+SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the caller says nothing
 OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing")
 
 
@@ -57,11 +58,31 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a ladder of iterations found for one backbone, see `stages.ladder`.
+
+    needed: iterations of the smallest rung that is as good as the best. open: the last rung there is still gained, so
+    that more iterations might be better. comparison: the same for the ladders of all backbones that are compared.
+    """
+
+    needed: int
+    open: bool
+    comparison: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as rows keep them."""
+        return {"rule": "ladder", **asdict(self)}
+
+
+@dataclass(frozen=True)
 class ProbeOptions:
     """How to probe; see `featprobe probe --help` for each.
 
     head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
-    combinations; empty for the recipe's. seeds: None for 3 with trained dense heads, 1 otherwise. split: "own" as the
+    combinations; empty for the recipe's. budget: "fixed" for the recipe's iterations, "auto" for those that a ladder
+    around them finds, None for a ladder on parts of the training split where the recipe has its kind's usual
+    iterations, and fixed otherwise; a Budget once it is found. seeds: None for 3; of the closed form 1, as all are
+    alike, but on a part of the training split, which follows the seed. split: "own" as the
     cache holds it, "group" for featprobe's own split by group, "stratified" for one that heeds the classes too, "image"
     for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all five
     folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on apart.
@@ -76,6 +97,7 @@ class ProbeOptions:
     recipe: TrainRecipe | None = None
     lr: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
+    budget: Literal["auto", "fixed"] | Budget | None = None
     seeds: int | None = None
     shared_order: bool = False
     fractions: tuple[float, ...] = (1.0,)
@@ -92,3 +114,16 @@ class ProbeOptions:
     def regime(self) -> Regime:
         """What moves, and what is looked at."""
         return self.tuning.regime if self.tuning else "frozen"
+
+    def seeds_at(self, fraction: float) -> int:
+        """How many seeds are trained on a fraction of the training split."""
+        return self.seeds or (1 if self.head == "ridge" and fraction == 1 else SEEDS)
+
+    def climbs(self, fraction: float) -> bool:
+        """Whether a ladder is to find the iterations. Of options whose head and recipe are filled in."""
+        usual = (
+            self.head is not None
+            and self.recipe is not None
+            and (self.recipe.iterations == DEFAULT_RECIPES[self.head].iterations)
+        )
+        return self.budget == "auto" or (self.budget is None and fraction < 1 and usual and self.head != "ridge")

@@ -20,6 +20,7 @@ from featprobe.stages.sources import spec_of
 if TYPE_CHECKING:
     from featprobe.stages.trials import Run, Trial
 
+WEIGHTS = {"best": "best validation", "end": "end of training"}
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
 
 
@@ -28,6 +29,7 @@ def row_of(
 ) -> dict[str, Any]:
     """The result row of a chosen trial. trials: how many its seed had."""
     cache, options, head = run.cache, run.options, trial.head
+    kept = run.kept(trial, curve)
     row: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "regime": run.regime,
@@ -51,17 +53,20 @@ def row_of(
         "seed": trial.seed,
         "spread": SHARED_ORDER if options.shared_order else "initialisation and order",
         "trials": trials,
-        "weights_from": "end of training",
+        "budget": run.budget and run.budget.to_json(),
+        "weights_from": WEIGHTS[trial.recipe.weights_from],
+        "weights_at": kept.iteration,
         "split": run.choice.whole,
         "fold": run.choice.fold or None,
         "fraction": run.fraction,
+        "subset": run.subset,
         "images": {split: len(images_of(cache, rows)) for split, rows in run.rows.items()},
         "groups": {s: len({cache.rows[r].group for r in rows}) for s, rows in run.rows.items()},
         "absent_classes": options.absent,
         "instances": options.instances,
         "classes": list(run.classes),
         "train_counts": run.counts(head),
-        "val": curve[-1].scores,
+        "val": kept.scores,
         "test": outcome.scores,
         "seconds": dict(seconds),
         "device": str(run.device),

@@ -309,6 +309,11 @@ class Result:
         """How its number of iterations was found; None where it was fixed, and no one knows whether it is enough."""
         return self.row.get("budget")
 
+    @property
+    def compared_budgets(self) -> tuple[Any, ...]:
+        """The same for results whose numbers of iterations were found for one comparison."""
+        return (*self.cell[-2:], self.row["regime"], (self.budget or {}).get("comparison"))
+
     def each(self, name: str) -> list[Statistic]:
         """A score of each seed."""
         return [run.scores[name] for run in self.runs]
@@ -516,11 +521,11 @@ def _meeting(results: Sequence[Result]) -> tuple[str, str]:
 def shortfalls(results: Sequence[Result]) -> dict[Result, int]:
     """Results of a table whose number of iterations was found and is too small, and how many are known to be needed.
 
-    Another backbone of the same head, share and regime needed more; or the search ended at its top, and more than that
+    Another backbone of the same head, share, regime and recipe needed more; or the search ended at its top, and more than that
     is needed: then the number is the one that was trained.
     """
     most: dict[tuple[Any, ...], int] = {}
-    kinds = {result: (*result.cell[-2:], result.row["regime"]) for result in results if result.budget}
+    kinds = {result: result.compared_budgets for result in results if result.budget}
     for result, kind in kinds.items():
         most[kind] = max(most.get(kind, 0), int((result.budget or {})["needed"]))
     return {

@@ -42,7 +42,7 @@ class Segmentation:
     """The labels of a cache's rows as dense heads are trained and scored on them.
 
     train: rows that heads are trained on. views: whether they are trained on augmented views, which bring labels of
-    their own. chooses_by: the validation score that the best trial is chosen by.
+    their own. chooses_by: the validation score that trials and weights are chosen by.
     """
 
     chooses_by = "miou_foreground"

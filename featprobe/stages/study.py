@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
@@ -14,6 +14,7 @@ from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
 from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse_views
 from featprobe.stages.extract import extract
+from featprobe.stages.ladder import Ladder
 from featprobe.stages.logs import check_logs
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.partition import single_splits
@@ -22,6 +23,7 @@ from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace, is_of
 
+AUTO = "auto"
 REGIMES = ("frozen", "frozen-online", "full")
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 GRID = ("data", "backbones", "tasks", "heads", "regimes", "fractions", "sizes", "tiles", "views")
@@ -40,8 +42,9 @@ class Study:
 
     heads: of any task; empty for each task's default. sizes, tiles, views: () for what featprobe.toml says of each data
     set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
-    train: fields of TrainRecipe by kind of head, "all" for every kind. tuning: fields of Tuning. show: test images on
-    the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions has it.
+    train: fields of TrainRecipe by kind of head, "all" for every kind; iterations may be "auto", for a ladder. tuning:
+    fields of Tuning. show: test images on the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions
+    has it.
     """
 
     data: tuple[str, ...]
@@ -68,9 +71,20 @@ class Study:
         """The heads of a task."""
         return [kind for kind in self.heads if (task, kind) in HEADS] or kinds_of(task)[:1]
 
+    def said(self, kind: str) -> dict[str, Any]:
+        """What the study says of the training of a kind of head."""
+        return {**self.train.get("all", {}), **self.train.get(kind, {})}
+
     def recipe(self, kind: str) -> TrainRecipe:
-        """How a kind of head is trained."""
-        return replace(DEFAULT_RECIPES[kind], **{**self.train.get("all", {}), **self.train.get(kind, {})})
+        """How a kind of head is trained; with its usual iterations where a ladder is to find them."""
+        said = self.said(kind)
+        found = {"iterations"} if said.get("iterations") == AUTO else set()
+        return replace(DEFAULT_RECIPES[kind], **{name: v for name, v in said.items() if name not in found})
+
+    def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
+        """Whether the iterations of a kind of head are said, or to be found."""
+        said = self.said(kind).get("iterations")
+        return None if said is None or kind == "ridge" else "auto" if said == AUTO else "fixed"
 
     def options(self, task: str, kind: str, regime: str) -> ProbeOptions:
         """How a head is probed in a regime; raises ProbeError for what can't be."""
@@ -81,8 +95,8 @@ class Study:
             task,
             ProbeOptions(
                 head=kind, recipe=recipe, lr=() if solved else self.lr,
-                weight_decay=() if solved else self.weight_decay, seeds=self.seeds, split=self.split, tuning=tuning,
-                quiet=True, log=() if solved else self.log,
+                weight_decay=() if solved else self.weight_decay, budget=self.budget(kind), seeds=self.seeds,
+                split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
             ),
         )  # fmt: skip
 
@@ -125,7 +139,8 @@ class Cell:
 class StudyReport:
     """What a study did. rows: of this run. done: cells that were there already. failed: (cell, reason).
 
-    missing: cells that a plan found to be trained. folders: of the results that its cells have, below probes/.
+    missing: cells that a plan found to be trained. ladders: cells, of the first seed, whose iterations a plan found not
+    to be known. folders: of the results that its cells have, below probes/.
     """
 
     cells: tuple[Cell, ...] = ()
@@ -134,6 +149,7 @@ class StudyReport:
     failed: tuple[tuple[Cell, str], ...] = ()
     notes: tuple[str, ...] = ()
     missing: tuple[Cell, ...] = ()
+    ladders: tuple[Cell, ...] = ()
     folders: tuple[str, ...] = ()
 
     def __add__(self, other: "StudyReport") -> "StudyReport":
@@ -219,6 +235,10 @@ def _faults(study: Study, workspace: Workspace) -> list[str]:
                 place.options.check()
             except FeatprobeError as error:
                 found.append(f"{place.data}: {str(error).splitlines()[0]}")
+        if SplitChoice.parse(study.split).folds and climbing(study, cells_of(study, workspace)):
+            found.append(
+                "a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all"
+            )
     if not found and not cells_of(study, workspace):
         found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
     return list(dict.fromkeys(found))
@@ -271,9 +291,8 @@ def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
         for task, regime in itertools.product(study.tasks, study.regimes)
         for kind in study.kinds(task)
         if (kind != "ridge" or regime == "frozen") and not _why_not(study, place, regime)
-        for fraction, seed, split in itertools.product(
-            study.fractions, range(1 if kind == "ridge" else study.seeds), splits
-        )
+        for fraction, seed, split in itertools.product(study.fractions, range(study.seeds), splits)
+        if seed == 0 or kind != "ridge" or fraction < 1
     ]
 
 
@@ -300,7 +319,7 @@ def run_study(
     say(f"{counted(len(cells), 'training')} on {counted(len(groups), 'cache')}")
     for reason in left_out(study, workspace):
         say(f"left out: {reason}")
-    report = StudyReport(tuple(cells))
+    report, caches = StudyReport(tuple(cells)), dict[Place, Cache]()
     for place, own in groups.items():
         notes: list[str] = []
         try:
@@ -314,13 +333,51 @@ def run_study(
             continue
         report += StudyReport(notes=tuple(notes))
         if cache is None:
-            report += StudyReport(missing=tuple(own))
+            report += StudyReport(missing=tuple(own), ladders=tuple(climbing(study, own)))
             say(f"to extract: {place}, then {counted(len(own), 'training')}")
             continue
-        report += run_cells(workspace, study, cache, own, say, dry_run=dry_run)
+        caches[place] = cache
+    for place, cache in caches.items():  # all of them, before the first cell: backbones share the largest number
+        report += climb_ladders(workspace, study, cache, groups[place], say, dry_run=dry_run)
+    for place, cache in caches.items():
+        report += run_cells(workspace, study, cache, groups[place], say, dry_run=dry_run)
     if report.done:
         say(f"{counted(report.done, 'training is', 'trainings are')} there already")
     return replace(report, notes=tuple(dict.fromkeys(report.notes)))
+
+
+def climbing(study: Study, cells: Iterable[Cell]) -> list[Cell]:
+    """The cells of the first seed whose iterations a ladder finds."""
+    return [
+        cell
+        for cell in cells
+        if cell.seed == 0 and study.options(cell.task, cell.head, cell.regime).climbs(cell.fraction)
+    ]
+
+
+def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> Ladder | None:
+    """What finds the iterations of a cell; None where the study says them."""
+    options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
+    return Ladder(workspace, cache, cell.task, options, cell.fraction) if options.climbs(cell.fraction) else None
+
+
+def climb_ladders(
+    workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, dry_run: bool = False
+) -> StudyReport:
+    """Find the iterations of the cells of one cache where they are not known; a plan names those that are not."""
+    unknown = []
+    for cell in climbing(study, cells):
+        try:
+            ladder = ladder_of(workspace, study, cache, cell) if cell.task in cache.data.tasks else None
+            if ladder is not None and not ladder.is_climbed():
+                unknown.append(cell)
+                if dry_run:
+                    say(f"{ladder.title}: {ladder.cost_text(ladder.scores())}")
+                else:
+                    ladder.climb(say)
+        except FeatprobeError as error:  # its cells fail, and the others go on
+            say(f"failed: the iterations of {cell}: {str(error).splitlines()[0]}")
+    return StudyReport(ladders=tuple(unknown))
 
 
 def run_cells(
@@ -333,14 +390,23 @@ def run_cells(
     missing: list[Cell] = []
     folders: list[str] = []
     minutes: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
+    ladders: dict[Cell, Ladder | None] = {}  # of the same
     done = 0
     for cell in cells:
         if cell.task not in cache.data.tasks:
             notes.append(f"{cell.place.data} holds no labels for {cell.task}")
             continue
         try:
-            options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
-            run = Run(workspace, cache, cell.task, options, [cell.seed], cell.fraction)
+            alike = replace(cell, seed=0)
+            if alike not in ladders:
+                ladders[alike] = ladder_of(workspace, study, cache, cell)
+            ladder = ladders[alike]
+            if dry_run and ladder and not ladder.is_climbed():
+                missing.append(cell)
+                say(f"to train: {cell}, once its iterations are found")
+                continue
+            options = ladder.found() if ladder else study.options(cell.task, cell.head, cell.regime)
+            run = Run(workspace, cache, cell.task, replace(options, split=cell.split), [cell.seed], cell.fraction)
             if there := _done(run):
                 done += 1
                 folders += there.folders
@@ -348,9 +414,8 @@ def run_cells(
                     run.forget()
             elif dry_run:
                 missing.append(cell)
-                alike = replace(cell, seed=0)
                 if alike not in minutes:
-                    minutes[alike] = run.foresee() / 60 if cell.head != "ridge" else 0.0
+                    minutes[alike] = run.foresee().seconds(run.recipe) / 60 if cell.head != "ridge" else 0.0
                 say(f"to train: {cell}, about {minutes[alike]:.1f} min")
             else:
                 say(str(cell))
@@ -362,7 +427,7 @@ def run_cells(
         except FeatprobeError as error:
             failed.append((cell, str(error)))
             say(f"failed: {cell}: {str(error).splitlines()[0]}")
-    return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), tuple(folders))
+    return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
 
 
 def _done(run: Run) -> Run | None:

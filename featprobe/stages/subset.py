@@ -8,20 +8,22 @@ from numpy.typing import NDArray
 
 
 def training_subset(
-    ids: Sequence[str], groups: Sequence[str], classes: Sequence[Collection[int]], fraction: float
+    ids: Sequence[str], groups: Sequence[str], classes: Sequence[Collection[int]], fraction: float, seed: int | None
 ) -> NDArray[np.intp]:
     """Indices of the images that stand for a fraction of a training split, ascending.
 
     First, for each class from the rarest on, an image that holds it; then group after group, in the order of a hash of
-    their names, as if fewer parts had been annotated. So of two fractions the smaller is contained in the larger, and
-    no subset lacks a class, even where that takes more images than the fraction says.
+    their names and a seed, as if fewer parts had been annotated. So of two fractions of one seed the smaller is
+    contained in the larger, and no subset lacks a class, even where that takes more images than the fraction says.
+    Other seeds draw other images: the spread over seeds holds the choice of images.
 
-    classes: of each image.
+    classes: of each image. seed: None for the one subset that seeds of a shared order have in common.
 
-    >>> training_subset(["a", "b", "c", "d"], ["p", "p", "q", "q"], [{0}, {0, 1}, {0}, {0}], 0.5).tolist()
+    >>> training_subset(["a", "b", "c", "d"], ["p", "p", "q", "q"], [{0}, {0, 1}, {0}, {0}], 0.5, 0).tolist()
     [0, 1]
     """
-    order = sorted(range(len(ids)), key=lambda i: (_hash(groups[i]), groups[i], _hash(ids[i]), ids[i]))
+    salt = "" if seed is None else f"{seed}/"
+    order = sorted(range(len(ids)), key=lambda i: (_hash(salt + groups[i]), groups[i], _hash(salt + ids[i]), ids[i]))
     every = sorted(set().union(*classes), key=lambda c: (sum(c in own for own in classes), c))
     cover: list[int] = []
     for wanted in every:

@@ -29,6 +29,7 @@ from featprobe.probes import (
     append_row,
     build_head,
     grid_of,
+    kept_point,
     load_head,
     make_folder,
     parameter_count,
@@ -44,12 +45,12 @@ from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import Rows, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
-from featprobe.stages.forecast import foresee
+from featprobe.stages.forecast import Forecast, foresee
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.logs import Recorder
 from featprobe.stages.outcome import Outcome, evaluation_batches, spread_over
 from featprobe.stages.partition import regrouped, split_rows
-from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.probe_options import Budget, ProbeOptions
 from featprobe.stages.records import card_of, curve_json, extraction_seconds, row_of
 from featprobe.stages.rows import images_of, rows_of
 from featprobe.stages.segmentation import Segmentation
@@ -88,7 +89,8 @@ class Run:
         self.cache, self.choice = regrouped(cache, options.split), SplitChoice.parse(options.split)
         self.fraction, self.notes = fraction, list[str]()
         check_together()
-        self.forecast: float | None = None  # seconds of training
+        self.forecast: Forecast | None = None
+        self.rehearsal = False  # whether nothing is to be written, neither of the heads nor on the way
         self.weights: dict[int, dict[str, Tensor]] = {}  # of the best trial's own backbone
         self.tuned_sha256, self.backbone_parameters, self.seconds_before = "", 0, 0.0
         self.classes, self.tuning, self.regime = cache.data.classes, options.tuning, options.regime
@@ -96,12 +98,16 @@ class Run:
         self.recipe, self.kind = options.recipe, options.head
         self.device = pick_device(options.device)
         self.treatment = self._treatment()
-        key = digest([
-            task, self.kind, options.levels, options.width, options.pyramid, self.recipe.to_json(), options.lr,
-            options.weight_decay, options.shared_order, fraction, self.choice.key, options.instances, options.absent,
-            *([self.treatment] if self.treatment else []),
-        ])  # fmt: skip
+        self.subset = "by seed" if fraction < 1 and not options.shared_order else None
+        how = [
+            options.width, options.pyramid, self.recipe.to_json(), options.lr, options.weight_decay,
+            options.shared_order, fraction, self.choice.key, options.instances, options.absent,
+            *([self.treatment] if self.treatment else []), *([self.subset] if self.subset else []),
+            *([] if task == "semseg" else ["chosen by AP50"]), *(["ladder"] if self.budget else []),
+        ]  # fmt: skip
+        key = digest([task, self.kind, options.levels, *how])
         self.recipe_key = key[:8]
+        self.comparison = digest([task, self.kind, *how, cache.data.fingerprint])  # the same for every backbone
         own = digest([key, cache.data.fingerprint])[:8]  # a set under other labels or splits has heads of its own
         name = "-".join([task, self.kind, *([] if self.regime == "frozen" else [self.regime]), own])
         fold = f"fold{self.choice.fold}" if self.choice.fold else ""
@@ -140,6 +146,24 @@ class Run:
         }
         self.head = trials[chosen[0]].head
         return from_main(lambda: self._keep(trials, curves, chosen, outcomes, seconds))
+
+    def validated(self) -> list[float]:
+        """Train, choose on validation, and return each seed's score there; writes nothing, scores nothing on test."""
+        self.rehearsal = True
+        trials = self._trials()
+        with self.source(trials[0].head) as source:
+            curves = self._fit(trials, source, lambda line: None)
+        chosen = [self._best(trials, curves, seed) for seed in self.seeds]
+        return [self.kept(trials[i], curves[i]).scores[self.task.chooses_by] for i in chosen]
+
+    def kept(self, trial: Trial, curve: Sequence[CurvePoint]) -> CurvePoint:
+        """The point of a trial's curve whose weights are kept."""
+        return kept_point(curve, trial.recipe, self.task.chooses_by)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What a ladder found; None for a number of iterations that was given."""
+        return self.options.budget if isinstance(self.options.budget, Budget) else None
 
     def _keep(
         self,
@@ -281,8 +305,9 @@ class Run:
                 classes.setdefault(image, set()).update(classes_in(row))
             images = [self.cache.images[image] for image in classes]
             kept = training_subset(
-                [i.id for i in images], [i.group for i in images], list(classes.values()), self.fraction
-            )
+                [i.id for i in images], [i.group for i in images], list(classes.values()), self.fraction,
+                self.seeds[0] if self.subset else None,
+            )  # fmt: skip
             self.rows["train"] = rows_of(self.cache, train, np.array(list(classes), dtype=np.intp)[kept])
 
     def _trials(self) -> list[Trial]:
@@ -351,7 +376,7 @@ class Run:
                 curves += self._train([trial], source, index)
             except DivergedError:
                 curves.append([])
-            if index in self._ends(trials, curves) and self._best(trials, curves, trial.seed) == index:
+            if index in self._scores(trials, curves) and self._best(trials, curves, trial.seed) == index:
                 self.weights = {index: source.backbone.tensors()}  # type: ignore[union-attr]
         return curves
 
@@ -383,6 +408,7 @@ class Run:
             curves = train(
                 heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], counted, self.seeds[0],
                 evaluate, progress, self.tuned(source, trials[0].recipe), checkpoint,
+                self.task.chooses_by if self.recipe.weights_from == "best" else None,
             )  # fmt: skip
             self.seconds_before += checkpoint.before if checkpoint else 0.0
             return curves
@@ -412,7 +438,7 @@ class Run:
 
     def _checkpoint(self, index: int) -> Checkpoint | None:
         """Where a training with a live backbone keeps its state, at the end of a pass over the training rows."""
-        if self.tuning is None:
+        if self.tuning is None or self.rehearsal:
             return None
         identity = digest([self.recipe_key, self.cache.recipe.key, self.cache.data.fingerprint, self.seeds, index])
         every = max(1, len(self.rows["train"]) // self.recipe.batch_size)
@@ -451,11 +477,12 @@ class Run:
         state = {name: value.cpu() for name, value in solved[index].state_dict().items()}
         return state, {"strength": STRENGTHS[index], "offsets": offsets.tolist(), "tried": len(solved)}
 
-    def foresee(self) -> float:
-        """Seconds that training will take, from a few steps; raises ProbeError where one does not fit the memory."""
+    def foresee(self) -> Forecast:
+        """How long training will take, from a few steps; raises ProbeError where one does not fit the memory."""
         trials = self._trials()
         with self.source(trials[0].head) as source:
-            return foresee(self, trials, source)
+            self.forecast = foresee(self, trials, source)
+        return self.forecast
 
     @property
     def forecast_text(self) -> str:
@@ -465,25 +492,26 @@ class Run:
         many = f", {count} heads {how}" if count > 1 else ""
         regime = "" if self.regime == "frozen" else f", {self.regime}"
         split = "" if self.options.split == "own" or self.choice.fold else f", {self.choice.text}"
+        minutes = "" if self.forecast is None else f", about {self.forecast.seconds(self.recipe) / 60:.1f} min"
         return (
             f"{self.title} ({self.cache.path}): {self.task_name} {self.kind}{regime}{many}{split}, "
-            f"{self.recipe.iterations} iterations, about {(self.forecast or 0) / 60:.1f} min on {self.device}"
+            f"{self.recipe.iterations} iterations{minutes} on {self.device}"
         )
 
-    def _ends(self, trials: Sequence[Trial], curves: Sequence[list[CurvePoint]]) -> dict[int, float]:
-        """Validation score in the end of every trial that has one so far."""
+    def _scores(self, trials: Sequence[Trial], curves: Sequence[list[CurvePoint]]) -> dict[int, float]:
+        """Validation score of the weights that are kept, of every trial that has ended so far."""
         return {
-            i: curve[-1].scores[self.task.chooses_by]
+            i: self.kept(trials[i], curve).scores[self.task.chooses_by]
             for i, (_, curve) in enumerate(zip(trials, curves, strict=False))
             if curve and curve[-1].iteration == self.recipe.iterations
         }
 
     def _best(self, trials: Sequence[Trial], curves: Sequence[list[CurvePoint]], seed: int) -> int:
-        """The trial of a seed whose end scores highest on validation, the first of equals; raises ProbeError."""
-        ends = {i: score for i, score in self._ends(trials, curves).items() if trials[i].seed == seed}
-        if not ends:
+        """The trial of a seed that scores highest on validation, the first of equals; raises DivergedError."""
+        scores = {i: score for i, score in self._scores(trials, curves).items() if trials[i].seed == seed}
+        if not scores:
             raise DivergedError(f"No trial of seed {seed} ended with a finite loss. Try smaller --lr.")
-        return max(ends, key=lambda i: (-1.0 if np.isnan(ends[i]) else ends[i], -i))
+        return max(scores, key=lambda i: (-1.0 if np.isnan(scores[i]) else scores[i], -i))
 
     def counts(self, head: nn.Module) -> dict[str, int]:
         """Training examples of each class."""

@@ -1,0 +1,269 @@
+"""How many iterations a head needs: trainings of ever more of them, until the validation score gains no more.
+
+A cosine ends every curve flat, so one training can't tell whether a longer one would have been better. Each rung of a
+ladder is a whole training with a schedule of its own. Rungs are kept in probes/ladders.jsonl (probes/README.md), so
+that a ladder that was stopped goes on, and its answer is known without training.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from featprobe.cache import Cache
+from featprobe.errors import DivergedError, ProbeError, counted
+from featprobe.probes import append_row, plain
+from featprobe.probes.saved import read_card, read_rows
+from featprobe.processes import from_main, is_main
+from featprobe.specs import SplitChoice, digest
+from featprobe.stages.commands import commands_of
+from featprobe.stages.probe_options import Budget, ProbeOptions
+from featprobe.stages.trials import Run, Say
+from featprobe.stages.workspace import Workspace
+
+GAIN = 0.005  # of the validation score, half a point: what a rung must gain, and how near to the best is as good
+IDLE = 2  # rungs in a row that gain less end a ladder
+OCTAVES = {"dense": 4, "others": 2}  # below and above the usual iterations
+FILE = "ladders.jsonl"
+Scores = Mapping[int, float]  # by iterations; nan for a rung without a score
+
+
+def rungs_of(usual: int, octaves: int) -> tuple[int, ...]:
+    """Iterations from so many halvings of the usual number to so many doublings.
+
+    >>> rungs_of(1000, 2)
+    (250, 500, 1000, 2000, 4000)
+    """
+    return tuple(sorted({max(1, round(usual * 2.0**k)) for k in range(-octaves, octaves + 1)}))
+
+
+def next_rung(rungs: Sequence[int], usual: int, scores: Scores) -> int | None:
+    """The rung to train next; None when the ladder has ended.
+
+    It ends after two rungs in a row that gain less than half a point on all before; rungs below the usual number of
+    iterations do not count, as a detector finds nothing for long.
+
+    >>> next_rung((250, 500, 1000, 2000, 4000), 1000, {250: 0.0, 500: 0.0, 1000: 0.0})
+    2000
+    >>> next_rung((250, 500, 1000, 2000, 4000), 1000, {250: 0.3, 500: 0.4, 1000: 0.403, 2000: 0.404})
+    """
+    best, idle = -1.0, 0
+    for rung in rungs:
+        if rung not in scores:
+            return rung
+        gained = _known(scores[rung]) - best >= GAIN
+        idle = 0 if gained or rung < usual else idle + 1
+        best = max(best, _known(scores[rung]))
+        if idle == IDLE:
+            return None
+    return None
+
+
+def budget_of(rungs: Sequence[int], scores: Scores) -> Budget:
+    """The answer of a ladder that has ended: the smallest rung within half a point of the best.
+
+    >>> budget_of((250, 500, 1000, 2000, 4000), {250: 0.3, 500: 0.4, 1000: 0.403, 2000: 0.404})
+    Budget(needed=500, open=False)
+    >>> budget_of((250, 500), {250: 0.3, 500: 0.4})
+    Budget(needed=500, open=True)
+    """
+    best = max(map(_known, scores.values()))
+    needed = min(rung for rung, score in scores.items() if best - _known(score) <= GAIN)
+    return Budget(needed, needed == rungs[-1])
+
+
+def _known(score: float) -> float:
+    return -1.0 if np.isnan(score) else score
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The ladder of a backbone, data set, task, head, regime and fraction. options: checked, with the usual recipe.
+
+    Heads of segmentation on cached features climb with all seeds and from a sixteenth of the usual iterations to
+    sixteen times as many; all others with one seed, from a quarter to four times.
+    """
+
+    workspace: Workspace
+    cache: Cache
+    task: str
+    options: ProbeOptions
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if SplitChoice.parse(self.options.split).folds:
+            raise ProbeError(
+                "A cross-validation finds no number of iterations: the validation images of one fold are test images "
+                "of others.\nNothing was trained. Give one:  --iterations N"
+            )
+
+    @cached_property
+    def run(self) -> Run:
+        """The training of the usual rung."""
+        return self._run(self.usual, [0])
+
+    @property
+    def usual(self) -> int:
+        """Iterations in the middle of the ladder."""
+        assert self.options.recipe is not None  # filled in by checked
+        return self.options.recipe.iterations
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it climbs with all seeds, and far."""
+        return self.task == "semseg" and self.options.tuning is None
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Iterations, ascending."""
+        return rungs_of(self.usual, OCTAVES["dense" if self.is_dense else "others"])
+
+    @cached_property
+    def key(self) -> str:
+        """The same for ladders that climb the same trainings."""
+        return digest([self.run.comparison, self.cache.recipe.key, self.options.levels])
+
+    @cached_property
+    def comparison(self) -> str:
+        """The same for ladders whose backbones are compared: all but backbone, levels and input size agree."""
+        return self.run.comparison
+
+    @property
+    def title(self) -> str:
+        """Backbone, data, head, regime and fraction, for a person."""
+        regime = "" if self.options.tuning is None else f", {self.options.regime}"
+        share = "" if self.fraction == 1 else f", {self.fraction:g} of train"
+        return f"{self.cache.recipe.label} on {self.cache.data.name}: {self.task} {self.options.head}{regime}{share}"
+
+    def climb(self, say: Say) -> None:
+        """Train rung after rung until the ladder ends; rungs that are known are not trained again."""
+        scores = dict(self.scores())
+        rung = next_rung(self.rungs, self.usual, scores)
+        if rung is None:
+            return
+        say(f"{self.title}: {self.cost_text(scores)}")
+        while rung is not None:
+            begun = time.perf_counter()
+            seeds = self._validated(rung)
+            scores[rung] = float(np.mean(seeds))
+            if is_main():
+                self._keep(rung, seeds, time.perf_counter() - begun)
+            say(f"  {rung} iterations: {self.run.task.chooses_by} {100 * scores[rung]:.1f} % on validation")
+            rung = next_rung(self.rungs, self.usual, scores)
+        if all(np.isnan(score) for score in scores.values()):
+            raise ProbeError(f"{self.title}: validation has no score at any rung. Give a number:  --iterations N")
+
+    def cost_text(self, scores: Scores) -> str:
+        """What climbing on from the rungs that are known will cost, for a person."""
+        left = [rung for rung in self.rungs if rung not in scores]
+        forecast = self.run.foresee()
+        minutes = [len(self._seeds()) * forecast.seconds(self._recipe(rung)) / 60 for rung in left]
+        first = self.rungs[min(len(self.rungs), self.rungs.index(self.usual) + IDLE) - 1]  # the earliest end
+        soon = sum(m for rung, m in zip(left, minutes, strict=True) if rung <= first)
+        return (
+            f"looking for the iterations it needs, {left[0]} to at most {left[-1]}, "
+            f"{counted(len(self._seeds()), 'seed')}: about {soon:.1f} to {sum(minutes):.1f} min"
+        )
+
+    def scores(self) -> dict[int, float]:
+        """Mean validation score of every rung that was trained."""
+        return self._scores_of(self._rows()).get(self.key, {})
+
+    def is_climbed(self) -> bool:
+        """Whether the answer is known."""
+        return next_rung(self.rungs, self.usual, self.scores()) is None
+
+    def found(self) -> ProbeOptions:
+        """The options with the largest number of iterations that any backbone of the comparison needs.
+
+        Raises ProbeError before the ladder has ended.
+        """
+        rows = self._rows()
+        every = self._scores_of(rows)
+        if next_rung(self.rungs, self.usual, every.get(self.key, {})) is not None:
+            raise ProbeError(f"{self.title}: the ladder of its iterations has not ended. Run the same command again.")
+        rivals = {row["ladder"] for row in rows if row["comparison"] == self.comparison}
+        ended = [every[key] for key in rivals if next_rung(self.rungs, self.usual, every[key]) is None]
+        most = max(budget_of(self.rungs, scores).needed for scores in ended)
+        own = replace(budget_of(self.rungs, every[self.key]), comparison=self.comparison)
+        return replace(self.options, recipe=self._recipe(most), budget=own)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return from_main(lambda: read_rows(self.workspace.probes / FILE)[0])
+
+    @staticmethod
+    def _scores_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+        """Mean score of each rung by ladder; of rungs that were trained twice the last counts."""
+        found: dict[str, dict[int, float]] = {}
+        for row in rows:
+            score = float("nan") if row["score"] is None else float(row["score"])
+            found.setdefault(row["ladder"], {})[row["iterations"]] = score
+        return found
+
+    def _validated(self, rung: int) -> list[float]:
+        """The validation score of each seed of a rung; nan where no trial ended with a finite loss."""
+        found: list[float] = []
+        for seeds in self._passes():
+            run = self._run(rung, seeds)
+            run.forecast = self.run.forecast
+            try:
+                found += run.validated()
+            except DivergedError:
+                found += [float("nan")] * len(seeds)
+        return found
+
+    def _keep(self, rung: int, seeds: Sequence[float], seconds: float) -> None:
+        own = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "ladder": self.key,
+            "comparison": self.comparison, "backbone": self.cache.recipe.label, "data": self.cache.data.name,
+            "task": self.task, "head": self.options.head, "regime": self.options.regime, "fraction": self.fraction,
+            "split": self.run.choice.whole, "score_name": self.run.task.chooses_by, "iterations": rung,
+            "score": float(np.mean(seeds)), "seed_scores": list(seeds), "seconds": seconds,
+        }  # fmt: skip
+        append_row(self.workspace.probes / FILE, plain(own))
+
+    def _seeds(self) -> list[int]:
+        return list(range(self.options.seeds_at(self.fraction))) if self.is_dense else [0]
+
+    def _passes(self) -> list[list[int]]:
+        """The seeds that share one pass over the rows."""
+        return [self._seeds()] if self.options.shared_order else [[seed] for seed in self._seeds()]
+
+    def _recipe(self, rung: int) -> Any:
+        assert self.options.recipe is not None
+        return replace(self.options.recipe, iterations=rung)
+
+    def _run(self, rung: int, seeds: Sequence[int]) -> Run:
+        options = replace(self.options, recipe=self._recipe(rung), budget="fixed", log=(), show=0)
+        return Run(self.workspace, self.cache, self.task, options, seeds, self.fraction)
+
+
+def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
+    """Notes on results of other backbones that were trained with fewer iterations than a later backbone needs."""
+    most = {ladder.comparison: ladder.found().recipe for ladder in ladders}
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in read_rows(workspace.probes / "results.jsonl")[0] if most else ():
+        comparison = (row.get("budget") or {}).get("comparison")
+        if comparison in most:
+            known = latest.setdefault((comparison, row["feature_key"]), row)
+            if row["recipe"]["iterations"] >= known["recipe"]["iterations"]:
+                latest[comparison, row["feature_key"]] = row
+    notes = []
+    for (comparison, _), row in latest.items():
+        needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
+        if has < needed:
+            again = commands_of(read_card(workspace.probes / row["folder"]), [row["seed"]], row["data"])[1]
+            notes.append(
+                f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
+                f"with needs {needed}. To bring it level:  {again}"
+            )
+    return notes
+
+
+def climb_all(ladders: Iterable[Ladder], say: Callable[[str], None]) -> None:
+    """Climb ladders, each once."""
+    for ladder in {ladder.key: ladder for ladder in ladders}.values():
+        ladder.climb(say)
