@@ -1013,6 +1013,20 @@ def test_real_results_of_every_task_are_compared_by_the_command(real: Path, tmp_
     assert Parsed((tmp_path / "index.html").read_text()).addresses.count("data:,") == 1
 
 
+def test_the_command_gives_verdicts_across_recipes_when_asked_and_files_name_the_claim(told: Told) -> None:
+    for i, name in enumerate("ab"):
+        told.tell_seeds(0.7 - 0.2 * i, 9 * i, backbone=name, feature_key=name, recipe=told.recipe(iterations=9 + i))
+    root, probes = told.workspace.root, told.probes
+    plain_ = call(root, "compare", "--quiet")
+    assert plain_.exit_code == 0 and "no verdict on a against b" in plain_.stdout and "none" in plain_.stdout
+    asked = call(root, "compare", "--quiet", "--across-recipes")
+    assert asked.exit_code == 0 and "a scores highest" in asked.stdout and "beyond chance" in asked.stdout
+    table = pd.read_csv(probes / "report" / "differences.csv")
+    assert table[["claim", "recipes"]].to_numpy().tolist() == [["procedures", "iterations 9 | 10"]]
+    value = json.loads(call(root, "compare", "--json").stdout)
+    assert value["sets"][0]["differences"][0]["p"] is None and value["sets"][0]["differences"][0]["claim"] == "none"
+
+
 def test_wrong_calls_are_answered_in_one_paragraph(tmp_path: Path, real: Path) -> None:
     empty = call(tmp_path, "compare")
     assert empty.exit_code == 1 and empty.stderr.startswith("featprobe: There is no result in") and not empty.stdout

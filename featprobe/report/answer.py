@@ -205,7 +205,8 @@ def _floor(frozen: Line, lines: Sequence[Line], score: str, differences: Sequenc
     """
     controls = [
         line["backbone"] for line in lines
-        if line["random_weights"] and line["model"] == frozen["model"] and line["regime"] == frozen["regime"]
+        if line["random_weights"] and line["regime"] == frozen["regime"]
+        and line["model"] == frozen["model"] is not None
     ]  # fmt: skip
     within = f"{frozen['regime']}, {frozen['head']}"
     for control in controls if not frozen["random_weights"] else []:

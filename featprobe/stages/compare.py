@@ -296,7 +296,7 @@ def line_of(result: Result, table: Table) -> Line:
         "set": table.title,
         **{name: row[name] for name in ("data", "task", "split")},
         "backbone": table.names[result.backbone],
-        "model": row["model"],
+        "model": row.get("model"),
         "random_weights": result.random_weights,
         "regime": result.variant,
         "head": row["head"],

@@ -46,7 +46,7 @@ def fields_that_differ(
     ladders = all(row.get("budget") for row, _ in (a, b))
     fields = [] if ladders else list(_differing({"iterations": _iterations(a[0])}, {"iterations": _iterations(b[0])}))
     fields += _differing(_shared(*a), _shared(*b))
-    if a[0]["model"] == b[0]["model"]:
+    if a[0].get("model") == b[0].get("model"):  # levels follow the network
         fields += _differing({"levels": a[0].get("levels")}, {"levels": b[0].get("levels")})
     fields += _differing(_tried(a[0]), _tried(b[0]), bars=not regimes)
     if not regimes:

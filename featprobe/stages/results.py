@@ -521,8 +521,8 @@ def _meeting(results: Sequence[Result]) -> tuple[str, str]:
 def shortfalls(results: Sequence[Result]) -> dict[Result, int]:
     """Results of a table whose number of iterations was found and is too small, and how many are known to be needed.
 
-    Another backbone of the same head, share, regime and recipe needed more; or the search ended at its top, and more than that
-    is needed: then the number is the one that was trained.
+    Another backbone of the same head, share, regime and recipe needed more; or the search ended at its top, and more
+    than that is needed: then the number is the one that was trained.
     """
     most: dict[tuple[Any, ...], int] = {}
     kinds = {result: result.compared_budgets for result in results if result.budget}
