@@ -521,6 +521,24 @@ def test_a_study_runs_as_jobs(workspace: Workspace, tmp_path: Path, slurm: Path)
     assert "There is no cache to train on" in failed and Path(failed.rpartition("see ")[2].rstrip(")")).is_file()
 
 
+def test_trainings_wait_for_the_iterations_of_all_backbones(workspace: Workspace, tmp_path: Path, slurm: Path) -> None:
+    (slurm / "held").touch()
+    text = ON_A_CLUSTER.replace('"full"', '"frozen"').replace("iterations = 3", 'iterations = "auto"')
+    text = text.replace('-random"]', '-random", "mobilenetv2_100-random"]').replace("[1.0]", "[0.5]")
+    study = written(tmp_path, text)
+    first = hand_over(workspace, study)
+    assert "2 extractions and 2 trainings, behind 2 searches for iterations" in first.stderr, first.stderr
+    jobs = [path.read_text() for path in sorted(slurm.glob("*.sh"))]
+    waits = [found[1] if (found := re.search(r"--dependency=afterany:(\S+)", job)) else "" for job in jobs]
+    assert waits == ["", "1_0", "1_1", "1_0:2:3", "1_1:2:3"]
+    again = hand_over(workspace, study)
+    assert "0 extractions and 0 trainings;" in again.stderr and "searches" not in again.stderr
+    for path in slurm.glob("queue/3*"):
+        path.unlink()  # as scancel does
+    more = hand_over(workspace, study)
+    assert "0 extractions and 0 trainings, behind 1 search for iterations" in more.stderr
+
+
 def test_jobs_of_whole_images_and_of_tiles_are_not_taken_for_each_other(
     workspace: Workspace, tmp_path: Path, slurm: Path
 ) -> None:

@@ -333,8 +333,10 @@ def run_study(
             continue
         report += StudyReport(notes=tuple(notes))
         if cache is None:
-            report += StudyReport(missing=tuple(own), ladders=tuple(climbing(study, own)))
-            say(f"to extract: {place}, then {counted(len(own), 'training')}")
+            unknown = climbing(study, own)
+            report += StudyReport(missing=tuple(own), ladders=tuple(unknown))
+            search = f"{counted(len(unknown), 'search', 'searches')} for iterations and " if unknown else ""
+            say(f"to extract: {place}, then {search}{counted(len(own), 'training')}")
             continue
         caches[place] = cache
     for place, cache in caches.items():  # all of them, before the first cell: backbones share the largest number
