@@ -32,7 +32,7 @@ Names = tuple[str, ...]  # of groups
 FEW_GROUPS = 20  # with fewer, every interval rests on guesses about groups that nobody has seen
 LEVEL = 0.95
 RESAMPLES = 10_000
-AT_ONCE = 2**20  # weights of one step: 8 MiB
+AT_ONCE = 2**16  # weights of one step: 512 KiB, which stay in a processor's cache
 SAME = 1e-12  # scores this near are the same: what rounding leaves of a difference of equals
 EDGE = 1e-9  # how near to 0 and 1 the logit looks
 
