@@ -93,8 +93,9 @@ def compare(
     with tqdm(total=len(results), desc="intervals", unit="result", disable=quiet, leave=False) as bar:
         sets = [_compared(workspace, table, bar, across_recipes) for table in tables]
     gaps = modality_gaps(tables, gap, on, across_recipes)
-    corrected([*(line for item in sets for line in item.differences), *gaps])
-    notes += _of_the_family([*(line for item in sets for line in item.differences), *gaps])
+    family = [*(line for item in sets for line in item.differences), *gaps]
+    corrected(family)
+    notes += _of_the_family(family)
     notes += [note for table in tables for note in _notes(workspace, table)]
     answer = [(item.title, answer_of(item.lines, item.differences)) for item in sets]
     answer += [("Modality gap", gap_sentences(gaps))] if gaps else []
@@ -178,12 +179,13 @@ def _notes(workspace: Workspace, table: Table) -> list[str]:
 def _of_the_family(lines: Sequence[Line]) -> list[str]:
     """That so many differences are corrected together that resamples are too few for any of them to be sure."""
     tested = [line for line in lines if not np.isnan(line["p"])]
-    dear = [name for name, own in SCORES.items() if len(tested) > SURE * (1 + RESAMPLES[name])
-            and any(line["score"] == own[0] for line in tested)]  # fmt: skip
+    scores = {line["score"] for line in tested}
     return [
-        f"{', '.join(dear)}: p values of {RESAMPLES[dear[0]]} resamples are corrected for {len(tested)} differences and"
-        " gaps, so that none can be sure. Compare fewer results at once: a study compares its own alone"
-    ] if dear else []  # fmt: skip
+        f"{task}: p values of {resamples} resamples are corrected for {len(tested)} differences and gaps, so that none "
+        "can be sure. Compare fewer results at once: a study compares its own alone"
+        for task, resamples in RESAMPLES.items()
+        if SCORES[task][0] in scores and len(tested) > SURE * (1 + resamples)
+    ]
 
 
 def _of_the_split(table: Table) -> list[str]:
