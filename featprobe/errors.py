@@ -17,7 +17,7 @@ A message is a letter: what, where, what was wanted, what was found, what was do
 do. Nothing that was written before is lost by any of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 
@@ -76,6 +76,22 @@ def counted(count: int, one: str, many: str = "") -> str:
     ('1 group', '0 images stand')
     """
     return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
+def looks_like(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Names that are not known and look like a known one that is missing, with that one: slips of the pen.
+
+    >>> looks_like(["image", "Spilt", "camera"], ["image", "split", "group"])
+    {'Spilt': 'split'}
+    """
+    given = list(names)
+    missing = {name.casefold(): name for name in known if name not in given}
+    found = {}
+    for name in given:
+        close = get_close_matches(" ".join(name.split()).casefold(), missing, n=1, cutoff=0.8)
+        if close and name not in known:
+            found[name] = missing[close[0]]
+    return found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

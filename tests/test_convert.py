@@ -148,8 +148,10 @@ def test_any_labels_come_back_from_coco(
     rng, root = np.random.default_rng(seed), tmp_path_factory.mktemp("any")
     objects = []
     for _ in range(rng.integers(1, 5)):
-        (x1, x2), (y1, y2) = (np.sort(rng.integers(0, 64 * side + 1, 2)) / 64 for side in (WIDTH, HEIGHT))
-        drawn = None if kind == "boxes" else encode_rle(rng.random(SIZE) < rng.choice([0, 0.1, 0.9]))
+        corners = (np.sort(rng.choice(64 * side + 1, 2, replace=False)) / 64 for side in (WIDTH, HEIGHT))
+        (x1, x2), (y1, y2) = corners
+        levels = rng.random(SIZE)
+        drawn = None if kind == "boxes" else encode_rle(levels <= rng.choice([levels.min(), 0.1, 0.9]))
         objects.append(Instance(int(rng.integers(1, 3)), (x1, y1, x2, y2), drawn, crowd=bool(rng.random() < 0.2)))
     labels = rng.choice(np.array([0, 1, 2, 255], np.uint8), SIZE)
     semantic = {"boxes": None, "objects": semantic_from_instances(objects, SIZE)}.get(kind, labels)

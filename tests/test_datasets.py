@@ -249,12 +249,12 @@ def test_an_annotation_of_another_size_than_the_image_is_refused(tmp_path: Path)
     ("segmentation", "said"),
     [
         (polygon(3, 3, 14), "leaves the image"),
-        ([[1, 1, float("nan"), 5, 6, 6]], "leaves the image"),
-        ([[1, 1, float("inf"), 5, 6, 6]], "leaves the image"),
+        ([[1, 1, float("nan"), 5, 6, 6]], "wanted finite numbers"),
+        ([[1, 1, float("inf"), 5, 6, 6]], "wanted finite numbers"),
         ([[2, 2, 5, 5]], "a polygon of 4 numbers"),
         ([[1, 1, 5, 5, 9, 9, 3]], "a polygon of 7 numbers"),
         ([[]], "a polygon of 0 numbers"),
-        ([["a", "b", "c", "d", "e", "f"]], "can't be read"),
+        ([["a", "b", "c", "d", "e", "f"]], "wanted numbers"),
         ([1, 2, 3, 4, 5, 6], "can't be read"),
         ("a string", "can't be read"),
         ({"counts": [HEIGHT * WIDTH]}, "can't be read"),
@@ -263,7 +263,7 @@ def test_an_annotation_of_another_size_than_the_image_is_refused(tmp_path: Path)
         ({"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]}, "of another size"),
         ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH - 1]}, "covers 191 pixels, wanted 192"),
         ({"size": [HEIGHT, WIDTH], "counts": [-8, HEIGHT * WIDTH + 8]}, "covers 192 pixels"),
-        ({"size": [HEIGHT, WIDTH], "counts": ["x"]}, "can't be read"),
+        ({"size": [HEIGHT, WIDTH], "counts": ["x"]}, "wanted a whole number"),
         ({"size": [HEIGHT, WIDTH], "counts": encode_rle(square(2, 3, 5))["counts"][:-1]}, "damaged"),
         ({"size": [HEIGHT, WIDTH], "counts": "\0" + encode_rle(square(2, 3, 5))["counts"]}, "damaged"),
         ({"size": [HEIGHT, WIDTH], "counts": "é" * 20}, "damaged"),
@@ -283,11 +283,11 @@ def test_a_zero_byte_does_not_hide_that_pixels_are_missing(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"bbox": [1, 2, 3]}, "can't be read"),
-        ({"bbox": "box"}, "can't be read"),
-        ({"bbox": [1, 2, float("nan"), 3]}, "outside"),
-        ({"bbox": [5, 5, -2, 3]}, "outside"),
-        ({"category_id": 4, "bbox": [1, 2, 3, 4]}, "category 4 is not listed. Known: [3, 9]"),
+        ({"bbox": [1, 2, 3]}, "wanted 4 numbers"),
+        ({"bbox": "box"}, "wanted 4 numbers"),
+        ({"bbox": [1, 2, float("nan"), 3]}, "wanted 4 finite numbers"),
+        ({"bbox": [5, 5, -2, 3]}, "the box is empty or leaves the image"),
+        ({"category_id": 4, "bbox": [1, 2, 3, 4]}, "category 4 is not listed. Known: 3, 9"),
         ({}, "neither a box nor a mask"),
     ],
 )
@@ -496,9 +496,17 @@ def test_masks_of_0_and_255_throughout_mean_one_class(tmp_path: Path) -> None:
     assert np.array_equal(labels_of(data, "c.png"), grid(1))
 
 
-def test_one_mask_with_a_1_makes_255_mean_ignore_in_the_whole_set(tmp_path: Path) -> None:
-    data = read_data("set", mask_set(tmp_path, {"a": grid(0, 255), "b": grid(0, 1), "c": grid(0)}))
+def test_a_mask_of_1_and_255_makes_255_mean_ignore_in_the_whole_set(tmp_path: Path) -> None:
+    data = read_data("set", mask_set(tmp_path, {"a": grid(0, 255), "b": grid(0, 1, 255), "c": grid(0, 1)}))
     assert np.array_equal(labels_of(data, "a.png"), grid(0, 255))
+    said = "1 mask holds 255 and no class (masks/a.png): it is ignored, as by 1 and 255 in one mask (masks/b.png)"
+    assert said in data.notes
+
+
+def test_masks_of_0_and_255_beside_masks_of_0_and_1_are_refused_with_both_names(tmp_path: Path) -> None:
+    mask_set(tmp_path, {"a": grid(0, 255), "b": grid(0, 1), "c": grid(0)})
+    with pytest.raises(DataError, match=r"0 and 255 in masks/a\.png; 0 and 1 in masks/b\.png"):
+        read_data("set", tmp_path)
 
 
 def test_masks_of_one_bit_are_read(tmp_path: Path) -> None:

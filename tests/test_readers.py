@@ -760,7 +760,6 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (YAML.replace("nc: 2", "nc: 3"), "nc is 3, and 2 names"),
         (BOMB + YAML.replace("[pore, crack]", "*j"), "wanted names as a list"),
         (BOMB + YAML.replace("images/train", "*j"), "wanted train as a path"),
-        (YAML.replace("pore", "0x" + "f" * 9999), "wanted names as a list"),
         (YAML.replace("[pore, crack]", "\n  0: pore\n  ? 0x" + "f" * 9999 + "\n  : crack"), "wanted names as a list"),
         (YAML.replace("images/train", "/etc"), "not below the data folder"),
         (YAML.replace("images/train", "../../etc"), "not below the data folder"),

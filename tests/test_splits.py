@@ -185,7 +185,8 @@ def test_groups_from_a_pattern_show_the_leak_of_an_official_split(tmp_path: Path
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 
-texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
+texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).map(str.strip)
+texts = texts.filter(bool)  # blanks around a cell are no part of it
 
 
 @settings(max_examples=60)
@@ -225,7 +226,8 @@ def test_what_spreadsheets_write_is_read(tmp_path: Path, mark: str) -> None:
         ("id,split\na,train\na,test\n", "image 2: a stands there twice"),
         ("id,split\na,train\n,test\n", "image 2: it has no id"),
         ("id,split\na,train\nb,tset\n", "names the splits tset. Did you mean test"),
-        ("id,split\na,train\nb\n", r"names the splits \(empty\)"),
+        ("id,split\na,train\nb\n", r"row 3 can't be read. wanted: id, split"),
+        ("id,split\na,train\nb,\n", r"names the splits \(empty\)"),
         ("id,split\na,1\nb,test\n", "names the splits 1"),
         ("id,split\na,val\nb,test\n", "no image into the split train"),
         ("id,split\na,train\nb,val\n", "no image into the split test"),

@@ -157,7 +157,8 @@ def data_check(
     """Look through a data set; exit code 3 when something would spoil a study.
 
     That is: a part, a picture or a near copy of it in two splits, an empty split, files that can't be read, masks of
-    another size than their image, boxes out of range, other bad labels, 8-bit and 16-bit images in one set.
+    another size than their image, boxes out of range, other bad labels, an object that stands in an image twice, 8-bit
+    and 16-bit images in one set.
 
     \b
     Example:

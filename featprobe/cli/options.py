@@ -135,8 +135,8 @@ _HEAD = [
         "--iterations",
         metavar="N|auto",
         callback=iterations,
-        help="Training steps; auto: train ever longer until validation gains no more; it is the default where "
-        "--fraction is below 1.  [default: 1000 linear, 400 fcos, 300 others]",
+        help="Training steps; auto: train ever longer until validation gains no more; the default where --fraction "
+        "is below 1.  [default: 1000 linear, 400 fcos, 300 others]",
     ),
     click.option(
         "--weights-from",

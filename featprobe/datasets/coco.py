@@ -1,26 +1,50 @@
 """Reader for COCO JSON: polygons, uncompressed and compressed RLE, boxes, crowds, groups."""
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pycocotools import mask as coco_mask
 
 from featprobe.datasets.files import named_below, read_json, start_of
+from featprobe.datasets.objects import SLACK, Tally, box_instance, check_stated, partly
 from featprobe.datasets.pages import group_of, page_of
-from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
-from featprobe.errors import DataError, LabelSizeError, OutOfImageError
+from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, tasks_of
+from featprobe.datasets.values import (
+    NOTHING,
+    check_names,
+    gathered,
+    raise_all,
+    shown,
+    to_name,
+    to_number,
+    to_numbers,
+    to_truth,
+    to_whole,
+)
+from featprobe.errors import DataError, LabelSizeError, OutOfImageError, looks_like
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Rle, Target, decode_rle, semantic_from_instances
 
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
+OPTIONAL = {
+    "images": ("height", "width", "split", "group"),
+    "annotations": ("id", "segmentation", "bbox", "area", "iscrowd", "isthing"),
+    "categories": ("isthing", "background", "supercategory"),
+}
 READ = {"id", "file_name", "height", "width", "category_id", "segmentation", "bbox", "area", "iscrowd", "isthing"}
-SLACK = 1.0  # pixels by which a coordinate may pass the image's edge: rounding of common exporters
+
+
+PLAIN_NUMBER = re.compile(r"0|-?[1-9]\d{0,99}", re.ASCII)
+T = TypeVar("T")
+Id = int | str
+"""What a file calls an image or a category; `same_id` tells which are the same."""
 
 
 @dataclass(frozen=True)
@@ -47,32 +71,36 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
 
     A file's split is named by its stem or folder (train, val, test); an image's entry may also carry
     `split` and `group`. What is `isthing` 0, itself or by its category, is painted over the objects and is none; a
-    set whose categories all are has no objects. A category that is `background`, or called so, is class 0. Raises
-    DataError when the files disagree on their categories.
+    set whose categories all are has no objects. A category that is `background`, or called so, is class 0. Of several
+    categories of one name those without annotations are left out. Numbers may be written as texts. Raises DataError
+    when the files disagree on their categories, or two categories of one name have annotations.
     """
     loaded = [(path, _load(path)) for path in files]
-    categories = _categories(loaded)
+    used = {same_id(annotation["category_id"]) for _, data in loaded for annotation in data["annotations"]}
+    categories, notes = _once_each(_categories(loaded), used, root)
     classes, index = _class_index(categories)
+    known_as = {same_id(own): own for own in categories}
     samples: list[Sample] = []
     known: set[str] = set()
     named: set[tuple[str, str]] = set()
     first_of: dict[Path, str] = {}
     things = any(category.thing for category in categories.values() if not category.background)
-    masks, annotated = True, not things
+    outlined, bare = Tally(), Tally()
     for number, (path, data) in enumerate(loaded):
         by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-        for annotation in data["annotations"]:
-            by_image[annotation["image_id"]].append(annotation)
-            masks &= bool(annotation.get("segmentation"))
-            annotated = True
-        ids = {image["id"] for image in data["images"]}
-        unknown = sorted(str(own) for own in by_image.keys() - ids)
+        for i, annotation in enumerate(data["annotations"]):
+            by_image[same_id(annotation["image_id"])].append(annotation)
+            kind = bare if annotation.get("segmentation") in NOTHING else outlined
+            kind.add(f"{path.name}, annotation {annotation.get('id', f'at place {i}')}")
+        ids = {same_id(image["id"]) for image in data["images"]}
+        unknown = sorted(map(shown, by_image.keys() - ids))
         if unknown:
             raise DataError(f"{path} has annotations of images that it does not list: {listed(unknown)}.")
         if len(ids) < len(data["images"]):
             raise DataError(f"{path} gives several images the same id, so that their annotations can't be told apart.")
         for image in data["images"]:
-            split = str(image.get("split") or _split_word(path, root))
+            where = f"{path}, image {image['file_name']}"
+            split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
             place = find_image(root if root.is_dir() else root.parent, path, split, str(image["file_name"]))
             identity = str(image["file_name"])
             if (split, identity) in named:
@@ -83,35 +111,53 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
             known.add(identity)
             file, _ = page_of(place)  # a file that stands in two splits is one group: it leaks
             own = first_of.setdefault(file, group_of(identity, place))
-            group = own if image.get("group") is None else str(image["group"])
-            labels = json.dumps(
-                [number, _kept(image), [_kept(a) for a in by_image[image["id"]]]], separators=(",", ":")
-            )
+            group = to_name(image.get("group"), f"{where}, group") or own
+            annotations = [_kept(a) for a in by_image[same_id(image["id"])]]
+            labels = json.dumps([number, _kept(image), annotations], separators=(",", ":"))
             samples.append(Sample(identity, place, group, split, labels))
     if not samples:
         raise DataError(f"{root} lists no images.")
 
+    masks = not bare.count
+    notes += partly("no masks are read, boxes alone", bare, "without a segmentation", outlined)
+
+    def read_one(annotation: Mapping[str, Any], size: Size, where: str) -> tuple[Instance, bool]:
+        category = known_as.get(same_id(annotation["category_id"]))
+        if category is None:
+            listed_ids = ", ".join(map(shown, sorted(categories)))
+            raise DataError(f"{where}: category {shown(annotation['category_id'])} is not listed. Known: {listed_ids}.")
+        thing = categories[category].thing and to_truth(annotation.get("isthing"), f"{where}, isthing", default=True)
+        return _instance(annotation, index[category], size, where), thing
+
     def read_target(sample: Sample, size: Size) -> Target:
         number, image, annotations = json.loads(sample.labels)
         where = f"{files[number]}, image {image['file_name']}"
-        if (image.get("height"), image.get("width")) not in (size, (None, None)):
-            raise LabelSizeError(
-                f"{where}: the annotation is of another size than the image.\n"
-                f"  wanted  {size[0]}x{size[1]} pixels, as the image has (height x width)\n"
-                f"  found   {image.get('height')}x{image.get('width')}"
-            )
-        read = [(_read_instance(a, index, size, where), _is_thing(a, categories)) for a in annotations]
+        check_stated(image.get("height"), image.get("width"), size, f"{where}: what it states")
+        each = (partial(_read, read_one, a, size, f"{where}, annotation {a.get('id')}") for a in annotations)
+        read = gathered(each)
         instances = tuple(instance for instance, thing in read if thing)
         semantic = _painted(instances, [instance for instance, thing in read if not thing], size) if masks else None
         return Target(semantic, instances if things else None, image["id"])
 
     if not (masks or things):
         raise DataError(
-            f"{root} has regions (isthing 0) without a segmentation, and no objects. Nothing can be learnt."
+            f"{root} has regions (isthing 0) without a segmentation, and no objects. Nothing can be learnt.\n"
+            f"  wanted  a segmentation for each\n  found   none for {bare}"
         )
-    tasks = tasks_of(masks=masks and annotated, instances=things)
-    category_ids = tuple(own for own, i in sorted(index.items(), key=lambda item: item[1]) if i)
-    return DataSet(name, root, classes, samples, tasks, read_target, category_ids=category_ids)
+    tasks = tasks_of(masks=masks and (bool(outlined.count) or not things), instances=things)
+    category_ids: tuple[Any, ...] = tuple(own for own, i in sorted(index.items(), key=lambda item: item[1]) if i)
+    return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes), category_ids)
+
+
+def same_id(value: Any) -> Id:
+    """What an id is compared by: the number 7, 7.0 and the text "7" are one id.
+
+    >>> same_id("7"), same_id(7.0), same_id("07")
+    (7, 7, '07')
+    """
+    if isinstance(value, str):
+        return int(value) if PLAIN_NUMBER.fullmatch(value) else value
+    return int(value)
 
 
 def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
@@ -139,17 +185,35 @@ def _kept(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """The value of a COCO file whose entries have what they need; raises DataError for all that is wrong with them."""
     data = read_json(path)
     if not isinstance(data, dict) or any(not isinstance(data.get(part), list) for part in FIELDS):
-        raise DataError(f"{path} is not COCO JSON. wanted: lists called {', '.join(FIELDS)}.")
+        alike = looks_like(data, FIELDS) if isinstance(data, dict) else {}
+        said = "".join(f" {name!r} looks like {own!r}: rename it." for name, own in alike.items())
+        raise DataError(f"{path} is not COCO JSON. wanted: lists called {', '.join(FIELDS)}.{said}")
+    faults = [
+        DataError(
+            f"{path}, {part}[{i}] can't be read.\n"
+            f"  wanted  {', '.join(names)}, each a whole number or a text\n  found   {str(entry)[:200]}"
+        )
+        for part, names in FIELDS.items()
+        for i, entry in enumerate(data[part])
+        if not isinstance(entry, dict) or not all(_is_id(entry.get(name)) for name in names)
+    ]
+    raise_all(faults)
     for part, names in FIELDS.items():
-        for i, entry in enumerate(data[part]):
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(n), int | float | str) for n in names):
-                raise DataError(
-                    f"{path}, {part}[{i}] can't be read.\n"
-                    f"  wanted  {', '.join(names)}, each a number or a text\n  found   {str(entry)[:200]}"
-                )
+        known = (*names, *OPTIONAL[part])
+        if looks_like(set().union(*data[part]) - set(known), known):  # seldom, so that entries are looked at one by one
+            each = (partial(check_names, entry, known, f"{path}, {part}[{i}]") for i, entry in enumerate(data[part]))
+            gathered(each)
     return data
+
+
+def _is_id(value: Any) -> bool:
+    """Whether a value can be an id or a name: a whole number, or a text that is not blank."""
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, int | str) and not isinstance(value, bool) and bool(str(value).strip())
 
 
 def _looks_like_coco(path: Path) -> bool:
@@ -166,11 +230,11 @@ def _split_word(path: Path, root: Path) -> str:
     return next((SPLIT_WORDS[word] for word in stripped if word in SPLIT_WORDS), "")
 
 
-def _categories(loaded: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[int, Category]:
+def _categories(loaded: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[Id, Category]:
     first_path, first = loaded[0]
-    categories = _categories_of(first)
+    categories = _categories_of(first, first_path)
     for path, data in loaded[1:]:
-        others = _categories_of(data)
+        others = _categories_of(data, path)
         if others != categories:
             raise DataError(
                 f"{path} and {first_path} name other categories:\n"
@@ -179,18 +243,48 @@ def _categories(loaded: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[int, C
     return categories
 
 
-def _categories_of(data: Mapping[str, Any]) -> dict[int, Category]:
-    """Categories by id. Where none is marked as the background, one called so is."""
-    marked = any(entry.get("background") is True for entry in data["categories"])
-    found = {}
+def _categories_of(data: Mapping[str, Any], path: Path) -> dict[Id, Category]:
+    """Categories by id. Where none is marked as the background, one called so is. Raises DataError."""
+
+    def says(entry: Mapping[str, Any], field: str, default: bool) -> bool:
+        return to_truth(entry.get(field), f"{path}, category {entry['id']}, {field}", default)
+
+    marked = any(says(entry, "background", False) for entry in data["categories"])
+    found: dict[Id, Category] = {}
     for entry in data["categories"]:
         named = not marked and str(entry["name"]).lower() == "background"
         name = "background" if named else str(entry["name"])
-        found[entry["id"]] = Category(name, entry.get("isthing", 1) != 0, named or entry.get("background") is True)
+        if entry["id"] in found:
+            raise DataError(f"{path} lists the category {shown(entry['id'])} twice: {found[entry['id']].name}, {name}.")
+        found[entry["id"]] = Category(name, says(entry, "isthing", True), named or says(entry, "background", False))
     return found
 
 
-def _class_index(categories: Mapping[int, Category]) -> tuple[tuple[str, ...], dict[int, int]]:
+def _once_each(
+    categories: Mapping[Id, Category], used: Collection[Id], root: Path
+) -> tuple[dict[Id, Category], list[str]]:
+    """Categories of which no two have one name, and a note on each that was left out for it: none has annotations.
+
+    Raises DataError where two of one name have.
+    """
+    kept, notes = dict(categories), []
+    for name in dict.fromkeys(c.name for c in categories.values()):
+        own = [number for number, c in categories.items() if c.name == name and not c.background]
+        drawn = [number for number in own if same_id(number) in used]
+        if len(drawn) > 1:
+            raise DataError(
+                f"{root} has {len(drawn)} categories of the name {name!r} with annotations, so that they can't be told "
+                f"apart.\n  wanted  a name for each\n  found   {', '.join(map(shown, drawn))}\n"
+                "Nothing was read. Rename one, or give its annotations to the other."
+            )
+        for number in own:
+            if number != (drawn or own)[0]:
+                del kept[number]
+                notes.append(f"the category {number} ({name}) has another's name and no annotation, and is left out")
+    return kept, notes
+
+
+def _class_index(categories: Mapping[Id, Category]) -> tuple[tuple[str, ...], dict[Id, int]]:
     """Class names, the background first, and the class index of each category id."""
     try:
         order = sorted(categories)
@@ -206,10 +300,6 @@ def _class_index(categories: Mapping[int, Category]) -> tuple[tuple[str, ...], d
     return (background, *(categories[number].name for number in named)), index
 
 
-def _is_thing(annotation: Mapping[str, Any], categories: Mapping[int, Category]) -> bool:
-    return categories[annotation["category_id"]].thing and annotation.get("isthing", 1) != 0
-
-
 def _painted(objects: Sequence[Instance], regions: Sequence[Instance], size: Size) -> Labels | None:
     """The (height, width) mask of objects with regions over it, in their order."""
     painted = semantic_from_instances(objects, size)
@@ -219,70 +309,64 @@ def _painted(objects: Sequence[Instance], regions: Sequence[Instance], size: Siz
     return painted
 
 
-def _read_instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Size, where: str) -> Instance:
-    """One annotation, checked; whatever is wrong with it is a DataError."""
-    where = f"{where}, annotation {annotation.get('id')}"
+def _read(
+    read: Callable[[Mapping[str, Any], Size, str], T], annotation: Mapping[str, Any], size: Size, where: str
+) -> T:
+    """What is read of an annotation; whatever is wrong with it is a DataError."""
     try:
-        return _instance(annotation, index, size, where)
+        return read(annotation, size, where)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{where} can't be read: {type(error).__name__}: {error}.") from error
 
 
-def _instance(annotation: Mapping[str, Any], index: Mapping[int, int], size: Size, where: str) -> Instance:
-    if annotation["category_id"] not in index:
-        raise DataError(f"{where}: category {annotation['category_id']} is not listed. Known: {sorted(index)}.")
+def _instance(annotation: Mapping[str, Any], category: int, size: Size, where: str) -> Instance:
     rle = _rle(annotation.get("segmentation"), size, where)
-    if annotation.get("bbox"):
-        x, y, w, h = (float(v) for v in annotation["bbox"])
-    elif rle is not None:
-        x, y, w, h = (float(v) for v in coco_mask.toBbox(rle))
-    else:
+    stated = annotation.get("bbox")
+    if stated in NOTHING and rle is None:
         raise DataError(f"{where} has neither a box nor a mask.")
-    height, width = size
-    box = (x, y, x + w, y + h)
-    if not (w >= 0 and h >= 0 and -SLACK <= x and x + w <= width + SLACK and -SLACK <= y and y + h <= height + SLACK):
-        raise OutOfImageError(
-            f"{where}: the box lies outside of the image.\n"
-            f"  wanted  0 <= x1 <= x2 <= {width}, 0 <= y1 <= y2 <= {height} pixels\n"
-            f"  found   x1, y1, x2, y2 = {', '.join(f'{v:g}' for v in box)}"
-        )
-    x1, x2 = (min(max(v, 0.0), float(width)) for v in (box[0], box[2]))
-    y1, y2 = (min(max(v, 0.0), float(height)) for v in (box[1], box[3]))
-    area = None if annotation.get("area") is None else float(annotation["area"])
-    return Instance(index[annotation["category_id"]], (x1, y1, x2, y2), rle, bool(annotation.get("iscrowd", 0)), area)
+    x, y, w, h = coco_mask.toBbox(rle).tolist() if stated in NOTHING else to_numbers(stated, f"{where}, bbox", 4)
+    area = annotation.get("area")
+    return box_instance(
+        category, (x, y, x + w, y + h), size, where,
+        crowd=to_truth(annotation.get("iscrowd"), f"{where}, iscrowd"),
+        rle=rle, area=None if area in NOTHING else to_number(area, f"{where}, area"),
+    )  # fmt: skip
 
 
 def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
     """Compressed RLE of any of COCO's three forms of a mask; None when there is none."""
-    if not segmentation:
+    if segmentation in NOTHING:
         return None
     height, width = size
     if isinstance(segmentation, list):
         short = [len(polygon) for polygon in segmentation if len(polygon) < 6 or len(polygon) % 2]
         if short:  # pycocotools would take four numbers for a box
             raise DataError(f"{where}: a polygon of {short[0]} numbers. wanted: x y of three points or more.")
+        polygons = [to_numbers(polygon, f"{where}, segmentation") for polygon in segmentation]
         inside = (
             -SLACK <= x <= width + SLACK and -SLACK <= y <= height + SLACK
-            for polygon in segmentation
+            for polygon in polygons
             for x, y in zip(polygon[::2], polygon[1::2], strict=True)
         )
         if not all(inside):
             raise OutOfImageError(f"{where}: the polygon leaves the image of {width}x{height} pixels (width x height).")
-        merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        merged = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     else:
-        if list(segmentation["size"]) != [height, width]:
+        if [to_whole(side, f"{where}, segmentation, size") for side in segmentation["size"]] != [height, width]:
             raise LabelSizeError(
                 f"{where}: the RLE mask is of another size than the image.\n"
                 f"  wanted  {[height, width]} (height, width)\n  found   {segmentation['size']}"
             )
         counts = segmentation["counts"]
         if isinstance(counts, list):
+            if any(type(count) is not int for count in counts):
+                counts = [to_whole(count, f"{where}, segmentation, counts") for count in counts]
             if sum(counts) != height * width or min(counts) < 0:
                 raise DataError(f"{where}: the RLE covers {sum(counts)} pixels, wanted {height * width}.")
-            merged = coco_mask.frPyObjects(segmentation, height, width)
+            merged = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         else:
             _check_compressed(counts, height * width, where)
-            merged = segmentation
+            merged = {"size": [height, width], "counts": counts}
     counts = merged["counts"]
     return {"size": [height, width], "counts": counts if isinstance(counts, str) else counts.decode("ascii")}
 

@@ -35,7 +35,8 @@ def read_pidray(name: str, root: Path, test_sets: Sequence[str] = TEST_SETS) -> 
         raise DataError(f"{root / 'annotations'} lacks xray_train.json or xray_test_{' or '.join(test_sets)}.json.")
     tests = [path.stem.removeprefix("xray_test_") for path in files[1:]]
     notes = (f"the test split is PIDray's {', '.join(tests)}", "it names no parts to group by")
-    return replace(read_coco(name, root, files), notes=notes)
+    data = read_coco(name, root, files)
+    return replace(data, notes=(*notes, *data.notes))
 
 
 def find_rareplanes(root: Path, labels: Sequence[str] = PLANE_LABELS) -> list[Path]:
@@ -56,7 +57,7 @@ def read_rareplanes(name: str, root: Path, labels: Sequence[str] = PLANE_LABELS)
     data = read_coco(name, root, files)
     label = files[0].stem.rpartition("_")[2]
     notes = (f"classes are those of instances_*_{label}.json", "groups are the scenes, PLACE_SCENE of a tile's name")
-    return replace(data, samples=tuple(replace(s, group=_scene(s)) for s in data.samples), notes=notes)
+    return replace(data, samples=tuple(replace(s, group=_scene(s)) for s in data.samples), notes=(*notes, *data.notes))
 
 
 def _scene(sample: Sample) -> str:

@@ -11,9 +11,10 @@ from PIL import Image
 
 from featprobe.datasets.files import files_below, folders_in, own_table, paired, stem_of
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels, to_numbers
+from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels
 from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.values import to_numbers
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Target

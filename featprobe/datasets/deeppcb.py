@@ -1,10 +1,12 @@
 """Reader for DeepPCB: two lists of images and of box files, `x1 y1 x2 y2 type` a line, one folder a board."""
 
+from functools import partial
 from pathlib import Path
 
 from featprobe.datasets.files import below, kept_below, read_text, start_of, words_of
-from featprobe.datasets.objects import box_instance, to_numbers
+from featprobe.datasets.objects import box_instance
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.values import gathered, to_numbers
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import Instance, Target
@@ -61,13 +63,15 @@ def read_deeppcb(name: str, root: Path) -> DataSet:
 
 def read_boxes(path: Path, size: Size) -> tuple[Instance, ...]:
     """The objects of a box file; its types count from 1, as the classes do. Raises DataError."""
-    found = []
-    for number, words in enumerate(words_of(read_text(path), path, 5), start=1):
-        *box, kind = to_numbers(words, f"{path}, entry {number}")
+
+    def read(words: list[str], where: str) -> Instance:
+        *box, kind = to_numbers(words, where)
         if kind not in range(1, len(CLASSES)):
-            raise DataError(f"{path}, entry {number}: wanted a type of 1 to {len(CLASSES) - 1}, found {words[-1]}.")
-        found.append(box_instance(int(kind), box, size, f"{path}, entry {number}"))
-    return tuple(found)
+            raise DataError(f"{where}: wanted a type of 1 to {len(CLASSES) - 1}, found {words[-1]}.")
+        return box_instance(int(kind), box, size, where)
+
+    rows = enumerate(words_of(read_text(path), path, 5), start=1)
+    return tuple(gathered(partial(read, words, f"{path}, entry {number}") for number, words in rows))
 
 
 def _folder(root: Path) -> Path:

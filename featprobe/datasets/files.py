@@ -12,8 +12,10 @@ from typing import Any
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.pages import can_be_counted, page_of, page_path, pages_of
 from featprobe.datasets.samples import listed
-from featprobe.errors import DataError, counted
+from featprobe.datasets.values import raise_all
+from featprobe.errors import DataError, counted, looks_like
 
+LONGEST, LONGEST_NAME = 2048, 255  # bytes of a path, half of what systems take, and of a name in it
 SEPARATORS = (",", ";", "\t")  # of columns: spreadsheets write each of them
 
 
@@ -46,23 +48,51 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} can't be read as JSON: {error}.") from error
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file that has these columns, all of them filled or empty texts. Raises DataError."""
-    rows = rows_of(read_text(path), path)
-    for number, row in enumerate(rows, start=2):
-        if any(not isinstance(row.get(column), str) for column in columns):
-            raise DataError(f"{path}, row {number} can't be read. wanted: {', '.join(columns)}. found: {row}")
-    return rows
+def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a CSV file that has these columns, as `rows_of` reads them. Raises DataError."""
+    return rows_of(read_text(path), path, columns, optional)
 
 
-def rows_of(text: str, path: Path) -> list[dict[str, str]]:
-    """Rows of a table that a spreadsheet may have written: comma, semicolon or tab separate. Raises DataError."""
-    first = text.partition("\n")[0]
-    separator = next((mark for mark in SEPARATORS if mark in first), ",")
+def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a table that a spreadsheet may have written: comma, semicolon or tab separate, blanks around are no part.
+
+    Columns are known in any case. Rows of empty cells are none. Raises DataError for a column that is missing, stands
+    there twice, or looks like a known one that is missing, and for rows of more cells than columns.
+    """
+    first, _, rest = text.partition("\n")
+    stated = first.strip().removeprefix("sep=") if first.startswith("sep=") else ""  # a spreadsheet's own word for it
+    text, first = (rest, "") if stated else (text, first)
+    separator = next((mark for mark in SEPARATORS if mark in (stated or first)), ",")
     try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+        cells = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
     except csv.Error as error:
         raise DataError(f"{path} can't be read as CSV: {error}.") from error
+    rows = [[cell.strip() for cell in row] for row in cells]
+    known = {name.casefold(): name for name in (*columns, *optional)}
+    header = [known.get(name.casefold(), name) for name in (rows[0] if rows else [])]
+    alike = looks_like(header, tuple(known.values()))
+    faults = [f"{name!r}, which looks like {own!r}" for name, own in alike.items()]
+    faults += [f"{name!r} twice" for name in dict.fromkeys(header) if name and header.count(name) > 1]
+    if faults or not set(columns) <= set(header):
+        also = f", and perhaps {', '.join(optional)}" if optional else ""
+        raise DataError(
+            f"{path} has the columns {', '.join(header) or '(none)'}. wanted: {', '.join(columns)}{also}."
+            + (f"\n  found   {'; '.join(faults)}\nRename what is meant, and take the rest away." if faults else "")
+        )
+    long = [number for number, row in enumerate(rows, start=1) if any(row[len(header) :])]
+    if long:
+        raise DataError(
+            f"{path}, row {long[0]} has more cells than there are columns. A name with a {separator!r} in it stands in "
+            f"quotes.\n  wanted  {', '.join(header)}\n  found   {separator.join(rows[long[0] - 1])[:200]}"
+        )
+    needed = max(header.index(name) for name in columns)
+    short = [number for number, row in enumerate(rows, start=1) if any(row) and len(row) <= needed]
+    if short:
+        raise DataError(
+            f"{path}, row {short[0]} can't be read. wanted: {', '.join(columns)}. "
+            f"found: {separator.join(rows[short[0] - 1])[:200]!r}"
+        )
+    return [dict(zip(header, [*row, *[""] * len(header)], strict=False)) for row in rows[1:] if any(row)]
 
 
 @dataclass
@@ -76,7 +106,7 @@ class Table:
 
     def row(self, *names: str) -> Mapping[str, str]:
         """The row of an image under the first of its names that has one; empty where none has."""
-        here = [name for name in names if name in self.rows]
+        here = [name for name in map(str.strip, names) if name in self.rows]
         self.met.update(here)
         if not here:
             self.lacked.append(names[0])
@@ -103,16 +133,22 @@ def read_table(path: Path) -> Table:
 
     Raises DataError for a table without images, and one that names an image twice.
     """
-    rows = [] if is_missing(path) else rows_of(read_text(path), path)
-    if rows and "image" not in rows[0]:
-        raise DataError(f"{path} has the columns {', '.join(map(str, rows[0]))}. wanted: image, and split or group.")
+    rows = [] if is_missing(path) else read_csv(path, ("image",), ("split", "group"))
+    return Table(path, by_name(rows, "image", path))
+
+
+def by_name(rows: Sequence[dict[str, str]], column: str, path: Path) -> dict[str, dict[str, str]]:
+    """Rows by the image that a column names. Raises DataError for all that have none, or one of another row."""
     named: dict[str, dict[str, str]] = {}
+    faults = []
     for number, row in enumerate(rows, start=1):
-        name = (row["image"] or "").replace("\\", "/")
+        name = row[column].replace("\\", "/") if column == "image" else row[column]
         if not name or name in named:
-            raise DataError(f"{path}, image {number}: {f'{name} stands there twice' if name else 'it has no name'}.")
+            called = "name" if column == "image" else column
+            faults.append(f"{path}, image {number}: {f'{name} stands there twice' if name else f'it has no {called}'}.")
         named[name] = row
-    return Table(path, named)
+    raise_all([DataError(fault) for fault in faults])
+    return named
 
 
 def is_missing(path: Path) -> bool:
@@ -142,6 +178,11 @@ def named_below(root: Path, text: str, where: object, base: Path | None = None) 
     plain = text.replace("\\", "/")
     absolute = plain.startswith("/") or plain[1:2] == ":"
     relative = Path(os.path.normpath((base or root).relative_to(root) / plain))
+    names = [part.encode("utf-8", "replace") for part in relative.parts]
+    if len(b"/".join(names)) > LONGEST or any(len(name) > LONGEST_NAME for name in names):
+        raise DataError(
+            f"{where} names a path that is too long for any file: {text[:80]!r}… of {len(text)} characters."
+        )
     if absolute or not plain or "\0" in plain or relative.parts[:1] == ("..",):
         raise DataError(
             f"{where} names a path that is not below the data folder.\n"

@@ -10,7 +10,7 @@ import numpy as np
 
 from featprobe.datasets.files import paired, read_table, stem_of
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.objects import check_size, mask_instance, read_classes, stored_pixels
+from featprobe.datasets.objects import Tally, check_size, mask_instance, read_classes, stored_pixels
 from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError, counted
@@ -76,12 +76,14 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
         counts = counted(len(free), "image has no mask and counts", "images have no mask and count")
         notes.append(f"{counts} as free of objects: {listed(free)}")
     instances_too = bool(of_objects)
-    binary = len(classes) == 2 and _is_binary(of_objects or of_images)
+    binary, said = (False, []) if of_objects or len(classes) > 2 else _is_binary(of_images, root)
+    notes += said
 
     def read_labels(path: Path, size: Size) -> Labels:
         labels = read_mask(path)
         check_size((labels.shape[0], labels.shape[1]), size, path)
-        labels = (labels > 0).astype(np.uint8) if binary else labels
+        if binary or (instances_too and len(classes) == 2 and set(np.unique(labels).tolist()) <= {0, IGNORE}):
+            labels = (labels > 0).astype(np.uint8)
         check_labels(labels, len(classes), str(path))
         return labels
 
@@ -133,15 +135,26 @@ def _missing_mask(image: Path, folders: Iterable[Path]) -> Path:
     return folder / "masks" / f"{stem_of(image, folder / 'images')}.png"
 
 
-def _is_binary(paths: Sequence[Path]) -> bool:
-    """Whether masks use 0 and 255 only, all of them: then 255 is the one class and not `ignore`.
+def _is_binary(paths: Sequence[Path], root: Path) -> tuple[bool, list[str]]:
+    """Whether masks use 0 and 255 only, all of them: then 255 is the one class and not `ignore`; and a note on others.
 
-    Masks that can't be read have no say; they are met again, by name, when their labels are wanted.
+    Masks that can't be read have no say; they are met again, by name, when their labels are wanted. Raises DataError
+    where some masks hold 0 and 255 and others 0 and 1, and none holds both, so that 255 may mean either.
     """
-    seen: set[int] = set()
+    full, index, both = Tally(), Tally(), Tally()
     for path in paths:
         with suppress(DataError):
-            seen |= set(np.flatnonzero(np.bincount(read_mask(path).ravel(), minlength=256)).tolist())
-        if not seen <= {0, 255}:
-            return False
-    return 255 in seen
+            seen = set(np.flatnonzero(np.bincount(read_mask(path).ravel(), minlength=256)).tolist()) - {0}
+            if seen:
+                kind = full if seen == {IGNORE} else both if IGNORE in seen else index
+                kind.add(path.relative_to(root))
+    if full.count and both.count:
+        held = counted(full.count, "mask holds", "masks hold")
+        return False, [f"{held} 255 and no class ({full}): it is ignored, as by 1 and 255 in one mask ({both})"]
+    if full.count and index.count:
+        raise DataError(
+            f"{root} has masks of 0 and 255 beside masks of 0 and 1, so that 255 may be the class or `ignore`.\n"
+            f"  wanted  masks of one kind: 0 and 1 where 255 is to be ignored, or 0 and 255 throughout\n"
+            f"  found   0 and 255 in {full}; 0 and 1 in {index}\nNothing was read. Mend the fewer ones."
+        )
+    return bool(full.count), []

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -23,6 +23,7 @@ from featprobe.datasets.gdxray import find_series, find_welds, read_gdxray, read
 from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
 from featprobe.datasets.magnetic_tile import is_magnetic_tile, read_magnetic_tile
 from featprobe.datasets.samples import DataSet, listed
+from featprobe.datasets.set_notes import alike_classes, unnamed_parts
 from featprobe.datasets.severstal import is_severstal, read_severstal
 from featprobe.datasets.split_file import pin, read_split_file
 from featprobe.datasets.splits import complete_splits, regroup
@@ -185,9 +186,11 @@ def read_data(
         entry = known[fitting[0]]
         data = _read(entry, part, fitting[0], name, root, classes)
         data = regroup(data, group_from) if group_from else data
+        pinned = None if split_file is None else read_split_file(split_file)
+        data = data if pinned is None else pin(data, pinned)
+        data = replace(data, notes=(*data.notes, *alike_classes(data), *([] if group_from else unnamed_parts(data))))
         if split_file is None:
             return complete_splits(data) if complete else data
-        data = pin(data, read_split_file(split_file))
         return complete_splits(data, f"the split of {split_file.name}") if complete else data
     inside = listed(sorted(p.name for p in root.iterdir()), 8) if root.is_dir() else "a file, and no folder"
     wanted = known[own].layout if own else f"one of the formats {', '.join(known)}"

@@ -5,11 +5,13 @@ The masks of the welds W0001 are the images of W0002 (Mery et al., 2015, table 5
 
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 from featprobe.datasets.files import files_below, kept_below, read_text, words_of
-from featprobe.datasets.objects import box_instance, check_size, read_binary, to_numbers
+from featprobe.datasets.objects import Tally, box_instance, check_size, partly, read_binary
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.values import gathered, to_numbers
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import Target
@@ -40,10 +42,13 @@ def read_gdxray(name: str, root: Path) -> DataSet:
         return read_welds(name, root)
     samples: list[Sample] = []
     mended, gone = 0, 0
+    at_zero, others = Tally(), Tally()
     for folder in find_series(root):
         path = kept_below(root, folder / TRUTH)
         rows, swapped = read_truth(path)
         mended += swapped
+        for where, (x1, y1, _, _) in (row for own in rows.values() for row in own):
+            (at_zero if min(x1, y1) < 0 else others).add(where)
         for image in files_below(root, folder, (".png",)):
             if image.parent == folder and image.stem.rpartition("_")[2].isdecimal():
                 identity = image.relative_to(root).as_posix()
@@ -54,6 +59,7 @@ def read_gdxray(name: str, root: Path) -> DataSet:
     notes = ["groups are the series"]
     if mended:
         notes.append(f"{mended} boxes stood with their sides in the wrong order and were mended")
+    notes += partly("boxes count pixels from 1 and are clipped", at_zero, "with a corner at 0", others)
     if gone:
         notes.append(f"{gone} boxes belong to images that are not here")
     if bare:
@@ -62,7 +68,8 @@ def read_gdxray(name: str, root: Path) -> DataSet:
         notes.append(f"the masks of {WELDS}, in {WELD_MASKS}, are left aside: --format gdxray:masks reads them alone")
 
     def read_target(sample: Sample, size: Size) -> Target:
-        return Target(None, tuple(box_instance(1, box, size, where) for where, box in json.loads(sample.labels)))
+        rows = json.loads(sample.labels)
+        return Target(None, tuple(gathered(partial(box_instance, 1, box, size, where) for where, box in rows)))
 
     tasks = tasks_of(masks=False, instances=True)
     return DataSet(name, root, CLASSES, samples, tasks, read_target, tuple(notes))

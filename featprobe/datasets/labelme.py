@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,25 @@ from featprobe.datasets.files import Table, below, files_below, kept_below, own_
 from featprobe.datasets.grouping import components
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import (
+    Tally,
     check_classes,
     check_known,
-    check_size,
+    check_stated,
+    partly,
     polygon_instance,
     read_classes,
-    to_numbers,
 )
 from featprobe.datasets.pages import group_of, is_page_name, page_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.values import check_names, gathered, shown, to_name, to_numbers
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.targets import Instance, Target, semantic_from_instances
 
 BSDATA = "image_data.json"
 IMAGE_FOLDERS = (".", "images", "data", "imgs", "JPEGImages")
+FIELDS = ("version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
+SHAPE_FIELDS = ("label", "points", "group_id", "shape_type", "flags", "description", "mask")
 IGNORED, BACKGROUND = "__ignore__", "_background_"  # labelme's own words
 LOOKED_AT = 1 << 24  # bytes in which "shapes" is looked for; the picture may come before
 
@@ -40,6 +45,7 @@ class Shape:
     label: str
     part_of: str
     points: NDArray[np.float64]
+    kind: str = "polygon"
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,13 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
         raise DataError(f"{root} holds no labelme files whose images are here.")
     classes = _classes(root, drawings, named)
     drawn = {page_of(image)[0] for image in file_of}
+    rectangles, polygons = Tally(), Tally()
+    for drawing in drawings:
+        for shape in drawing.shapes:
+            kind = rectangles if shape.kind == "rectangle" else polygons
+            kind.add(f"{drawing.path.name}, {shape.part_of}")
+    notes += partly("whole boxes are read as masks", rectangles, "as rectangles", polygons)
+    notes += ["every shape is a rectangle: masks are whole boxes"] if rectangles.count and not polygons.count else []
     bare = [path.name for path in images if path not in drawn]
     if bare:
         counts = counted(len(bare), "image has no labelme file and is", "images have no labelme file and are")
@@ -94,8 +107,7 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
         drawing = _read_drawing(Path(sample.labels))
         if drawing.path in damaged:
             _image_of(drawing, root)
-        stated = tuple(s if s else own for s, own in zip(drawing.size, size, strict=True))
-        check_size((stated[0], stated[1]), size, f"{drawing.path}: the drawing")
+        check_stated(*drawing.size, size, f"{drawing.path}: the drawing")
         instances = tuple(_instances(drawing, classes, size))
         return Target(semantic_from_instances(instances, size), instances)
 
@@ -147,8 +159,9 @@ def _read_drawing(path: Path) -> Drawing:
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
         raise DataError(f"{path} is not a labelme file. wanted: a list called shapes.")
-    shapes = tuple(_shape(entry, f"{path}, shapes[{i}]", i) for i, entry in enumerate(data["shapes"]))
-    return Drawing(path, data.get("imagePath"), (data.get("imageHeight"), data.get("imageWidth")), shapes)
+    check_names(data, FIELDS, path)
+    shapes = gathered(partial(_shape, entry, f"{path}, shapes[{i}]", i) for i, entry in enumerate(data["shapes"]))
+    return Drawing(path, data.get("imagePath"), (data.get("imageHeight"), data.get("imageWidth")), tuple(shapes))
 
 
 def _image_of(drawing: Drawing, root: Path) -> Path:
@@ -165,22 +178,25 @@ def _image_of(drawing: Drawing, root: Path) -> Path:
 
 
 def _shape(entry: Any, where: str, number: int) -> Shape:
-    if not isinstance(entry, dict) or not isinstance(entry.get("label"), str) or not entry.get("points"):
+    if isinstance(entry, dict):
+        check_names(entry, SHAPE_FIELDS, where)
+    label = entry.get("label") if isinstance(entry, dict) else None
+    if not isinstance(label, str) or not label.strip() or not entry.get("points"):
         raise DataError(f"{where} can't be read. wanted: label, a text, and points. found: {str(entry)[:200]}")
     kind = entry.get("shape_type") or "polygon"
     if kind not in ("polygon", "rectangle"):
         raise DataError(f"{where} is a {kind}. wanted: polygon or rectangle.")
     drawn = entry["points"]
     if not isinstance(drawn, list) or any(not isinstance(point, list) or len(point) != 2 for point in drawn):
-        raise DataError(f"{where}: wanted points of two numbers, found {str(drawn)[:200]}.")
+        raise DataError(f"{where}: wanted points of two numbers, found {shown(drawn)}.")
     points = np.array(to_numbers([value for point in drawn for value in point], where)).reshape(-1, 2)
     if kind == "rectangle":
         (x1, y1), (x2, y2) = points.min(axis=0), points.max(axis=0)
         if not (x1 < x2 and y1 < y2):
-            raise DataError(f"{where}: the rectangle is empty. found: {str(drawn)[:200]}")
+            raise DataError(f"{where}: the rectangle is empty. found: {shown(drawn)}")
         points = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
-    joined = entry.get("group_id")
-    return Shape(entry["label"], f"shape {number}" if joined is None else f"group {joined}", points)
+    joined = to_name(entry.get("group_id"), f"{where}, group_id")
+    return Shape(label, f"group {joined}" if joined else f"shape {number}", points, kind)
 
 
 def _classes(root: Path, drawings: Sequence[Drawing], named: Sequence[str] | None) -> tuple[str, ...]:
@@ -198,15 +214,17 @@ def _instances(drawing: Drawing, classes: Sequence[str], size: Size) -> list[Ins
     for shape in drawing.shapes:
         if shape.label not in (BACKGROUND, classes[0]):
             parts.setdefault((shape.label, shape.part_of), []).append(shape.points)
-    found = []
-    for (label, part_of), points in parts.items():
+
+    def read(label: str, part_of: str, points: list[NDArray[np.float64]]) -> list[Instance]:
         if label not in (IGNORED, *classes):
             raise DataError(f"{drawing.path}, {part_of}: {label!r} is none of the classes {', '.join(classes)}.")
         category = 1 if label == IGNORED else classes.index(label)
         one = polygon_instance(category, points, size, f"{drawing.path}, {part_of} ({label})")
         crowds = [replace(one, category=c, crowd=True) for c in range(1, len(classes))]
-        found += crowds if label == IGNORED else [one]
-    return found
+        return crowds if label == IGNORED else [one]
+
+    found = gathered(partial(read, *named, points) for named, points in parts.items())
+    return [instance for own in found for instance in own]
 
 
 def _read_bsdata(path: Path, here: Sequence[str]) -> tuple[Table, list[str]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,68 +11,85 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from featprobe.datasets.coco import SLACK
 from featprobe.datasets.decode import stored_page
 from featprobe.datasets.files import is_missing, kept_below, read_text
 from featprobe.datasets.pages import count_pages, page_of
 from featprobe.datasets.samples import listed
+from featprobe.datasets.values import stated_side
+from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages take it from here
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
 
-
-def to_numbers(values: Sequence[Any], where: object) -> list[float]:
-    """Finite numbers. Raises DataError, naming `where`."""
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{where}: wanted numbers, found {str(list(values))[:200]}.") from error
-    if not all(math.isfinite(number) for number in numbers):
-        raise DataError(f"{where}: wanted finite numbers, found {str(list(values))[:200]}.")
-    return numbers
+SHOWN = 3  # places of objects in a note
+SLACK = 1.0  # pixels by which a coordinate may pass the image's edge: rounding of common exporters
 
 
-def box_instance(category: int, box: Sequence[float], size: Size, where: object, crowd: bool = False) -> Instance:
+def box_instance(
+    category: int,
+    box: Sequence[float],
+    size: Size,
+    where: object,
+    crowd: bool = False,
+    rle: Rle | None = None,
+    area: float | None = None,
+) -> Instance:
     """An object of a box x1 y1 x2 y2, pixels; it may pass the image's edge by a pixel, which is clipped.
 
-    Raises OutOfImageError, naming `where`, for a box that is empty or lies elsewhere.
+    rle, area: of its mask, as Instance has them. Raises OutOfImageError, naming `where`, for a box that is empty or
+    lies elsewhere, and for a mask without a pixel: nothing that is found could ever match such an object.
     """
+    if rle is not None and not coco_mask.area(rle):
+        raise OutOfImageError(f"{where}: the mask is empty. wanted: one pixel or more, else nothing can match it.")
     height, width = size
     x1, y1, x2, y2 = box
-    if not (-SLACK <= x1 < x2 <= width + SLACK and -SLACK <= y1 < y2 <= height + SLACK):
+    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    if not (_is_inside(box, size) and clipped[0] < clipped[2] and clipped[1] < clipped[3]):
         raise OutOfImageError(
             f"{where}: the box is empty or leaves the image.\n"
             f"  wanted  0 <= x1 < x2 <= {width}, 0 <= y1 < y2 <= {height} pixels\n"
             f"  found   x1, y1, x2, y2 = {', '.join(f'{v:g}' for v in box)}"
         )
-    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    return Instance(category, clipped, crowd=crowd)
+    return Instance(category, clipped, rle, crowd, area)
 
 
 def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: Size, where: object) -> Instance:
     """An object of polygons, each (points, 2), pixels, x y; they may pass the image's edge by a pixel.
 
-    Raises DataError, naming `where`, for fewer than three points; OutOfImageError for points elsewhere.
+    Raises DataError, naming `where`, for fewer than three points; OutOfImageError for points elsewhere, and for
+    polygons that cover no pixel.
     """
-    height, width = size
     short = [len(part) for part in parts if len(part) < 3]
     if short:
         raise DataError(f"{where}: a polygon of {short[0]} points. wanted: three or more.")
+    height, width = size
     flat = [part.ravel().tolist() for part in parts]
     xs, ys = ([value for part in flat for value in part[axis::2]] for axis in (0, 1))
-    x1, x2, y1, y2 = min(xs), max(xs), min(ys), max(ys)
-    inside = -SLACK <= x1 and x2 <= width + SLACK and -SLACK <= y1 and y2 <= height + SLACK
-    if not inside or math.isnan(sum(xs) + sum(ys)):  # of nan there is no smallest, and pycocotools would never end
+    box = (min(xs), min(ys), max(xs), max(ys))
+    if math.isnan(sum(xs) + sum(ys)) or not _is_inside(box, size):  # of nan there is no smallest
         raise OutOfImageError(
             f"{where}: the polygon leaves the image.\n"
             f"  wanted  0 <= x <= {width}, 0 <= y <= {height} pixels\n"
-            f"  found   x {x1:g} to {x2:g}, y {y1:g} to {y2:g}"
+            f"  found   x {box[0]:g} to {box[2]:g}, y {box[1]:g} to {box[3]:g}"
         )
-    box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    if box != (x1, y1, x2, y2):
+    clipped = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height)))
+    if clipped != box:
         flat = [part.clip(0, (width, height)).ravel().tolist() for part in parts]
-    rle = coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
-    return Instance(category, box, _text_rle(rle))
+    rle = _text_rle(coco_mask.merge(coco_mask.frPyObjects(flat, height, width)))
+    if not coco_mask.area(rle):
+        raise OutOfImageError(
+            f"{where}: the polygon covers no pixel.\n"
+            f"  wanted  three distinct points or more around the middle of a pixel\n"
+            f"  found   {len(set(zip(xs, ys, strict=True)))} distinct points, x {box[0]:g} to {box[2]:g}, "
+            f"y {box[1]:g} to {box[3]:g}"
+        )
+    return Instance(category, clipped, rle)
+
+
+def _is_inside(box: Sequence[float], size: Size) -> bool:
+    """Whether a box x1 y1 x2 y2 lies in an image of (height, width), up to a pixel."""
+    x1, y1, x2, y2 = box
+    return -SLACK <= x1 and x2 <= size[1] + SLACK and -SLACK <= y1 and y2 <= size[0] + SLACK
 
 
 def mask_instance(category: int, mask: NDArray[np.bool_]) -> Instance:
@@ -83,6 +101,15 @@ def mask_instance(category: int, mask: NDArray[np.bool_]) -> Instance:
 
 def _text_rle(rle: Any) -> Rle:
     return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def check_stated(height: Any, width: Any, size: Size, where: object) -> None:
+    """Raise LabelSizeError, naming `where`, when labels state another size than their image's; 0 and null state none.
+
+    Raises DataError for what is no whole number.
+    """
+    stated = stated_side(height, where), stated_side(width, where)
+    check_size((stated[0] or size[0], stated[1] or size[1]), size, where)
 
 
 def check_size(found: Size, size: Size, where: object) -> None:
@@ -123,16 +150,23 @@ def read_pixels(path: Path, modes: Sequence[str], wanted: str) -> NDArray[np.uin
 
 
 def read_binary(path: Path, above: int = 0) -> Labels:
-    """A mask of 0 and 1 from a grey one: 1 where it is brighter than `above`. Raises DataError."""
+    """A mask of 0 and 1 from a grey one: 1 where it is brighter than `above`.
+
+    Raises DataError, also where something is drawn and nothing of it is as bright.
+    """
     values = read_pixels(path, ("L", "P", "1"), "8-bit grey")
+    if 0 < values.max(initial=0) <= above:
+        raise DataError(f"{path} is a mask of levels up to {values.max()}. wanted: 0 and 255, or 0 alone.")
     return (values > above).astype(np.uint8)  # (height, width)
 
 
 def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
     """Class names, the background first. Raises DataError when they are too many, too few, or not distinct."""
-    if not 2 <= len(classes) < IGNORE or len(set(classes)) < len(classes):
+    twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
+    if not 2 <= len(classes) < IGNORE or twice:
+        said = f", of which several are called {listed(twice)}" if twice else ""
         raise DataError(
-            f"{where} names {len(classes)} classes ({', '.join(classes)[:200]}).\n"
+            f"{where} names {len(classes)} classes ({', '.join(classes)[:200]}){said}.\n"
             f"  wanted  2 to {IGNORE - 1}, each once, the background first"
         )
     return tuple(classes)
@@ -164,3 +198,35 @@ def check_known(labels: Collection[str], classes: Sequence[str], root: Path) -> 
         raise DataError(
             f"What names the classes of {root} does not name {listed(unknown)}. It names: {', '.join(classes)}."
         )
+
+
+@dataclass
+class Tally:
+    """How many objects are of a kind, and where the first of them stand."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: object) -> None:
+        """One more, which stands at `where`."""
+        self.count += 1
+        if self.count <= SHOWN:
+            self.first.append(str(where))
+
+    def __str__(self) -> str:
+        more = f" and {self.count - SHOWN} more" if self.count > SHOWN else ""
+        return ", ".join(self.first) + more
+
+
+def partly(so: str, these: Tally, how: str, others: Tally) -> list[str]:
+    """A note where some objects of a set are of another kind than the rest, which decides for all of it.
+
+    so: what follows; how: what these are, as against the others; where the fewer stand is named.
+
+    >>> partly("boxes alone are read", Tally(1, ["a.txt, line 4"]), "as polygons", Tally(9))
+    ['boxes alone are read: 1 of 10 objects as polygons (a.txt, line 4)']
+    """
+    if not these.count or not others.count:
+        return []
+    named = these if these.count <= others.count else f"all but {others}"
+    return [f"{so}: {these.count} of {these.count + others.count} objects {how} ({named})"]

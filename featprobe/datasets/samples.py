@@ -13,6 +13,10 @@ from featprobe.geometry import Size
 from featprobe.targets import Target
 
 SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,12 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """The first few of a list of names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def split_of(text: str) -> str:
+    """The split that a word names, in any case; the text itself where it names none.
+
+    >>> split_of("Train"), split_of("validation"), split_of("holdout")
+    ('train', 'val', 'holdout')
+    """
+    return SPLIT_WORDS.get(text.strip().lower(), text)

@@ -2,13 +2,16 @@
 
 import json
 from collections import defaultdict
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.datasets.files import files_below, kept_below, read_csv, start_of
+from featprobe.datasets.files import files_below, kept_below, read_text, rows_of, start_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.values import gathered, to_whole
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Target, encode_rle, semantic_from_instances
@@ -81,22 +84,31 @@ def decode_runs(text: str, size: Size, where: str) -> NDArray[np.bool_]:
 
 
 def _read_runs(path: Path) -> dict[str, dict[int, str]]:
-    """Run lengths by image and class; rows without any are left away. Raises DataError."""
-    rows = read_csv(path, ("EncodedPixels",))
+    """Run lengths by image and class; rows without any are left aside. Raises DataError for all that can't be read."""
+    text = read_text(path)
+    joined = "imageid_classid" in text.partition("\n")[0].lower()
+    rows = rows_of(text, path, (*(("ImageId_ClassId",) if joined else ("ImageId", "ClassId")), "EncodedPixels"))
     found: dict[str, dict[int, str]] = defaultdict(dict)
-    for number, row in enumerate(rows, start=2):
-        image, kind = row.get("ImageId"), row.get("ClassId")
-        if image is None or kind is None:
-            image, _, kind = (row.get("ImageId_ClassId") or "").rpartition("_")
-        kind = kind.strip()
-        if not image or not (kind.isascii() and kind.isdecimal() and len(kind) < 4 and 0 < int(kind) < IGNORE - 1):
+
+    def take(row: dict[str, str], where: str) -> None:
+        image, kind = row.get("ImageId", ""), row.get("ClassId", "")
+        if joined:
+            image, _, kind = row["ImageId_ClassId"].rpartition("_")
+        if image and not kind and not row["EncodedPixels"]:
+            return  # no class and no pixels: an image without defects
+        number = 0
+        with suppress(DataError):
+            number = to_whole(kind, where)
+        if not image or not 0 < number < IGNORE - 1:
             raise DataError(
-                f"{path}, row {number} can't be read.\n"
+                f"{where} can't be read.\n"
                 "  wanted  ImageId,ClassId,EncodedPixels or ImageId_ClassId,EncodedPixels, classes from 1 on\n"
                 f"  found   {str(row)[:200]}"
             )
-        if int(kind) in found[image]:
-            raise DataError(f"{path}, row {number} has the class {kind} of {image} again.")
-        if row["EncodedPixels"].strip():
-            found[image][int(kind)] = row["EncodedPixels"]
-    return {image: own for image, own in found.items() if own}
+        if number in found[image]:
+            raise DataError(f"{where} has the class {number} of {image} again.")
+        found[image][number] = row["EncodedPixels"]
+
+    gathered(partial(take, row, f"{path}, row {number}") for number, row in enumerate(rows, start=2))
+    drawn = {image: {kind: runs for kind, runs in own.items() if runs} for image, own in found.items()}
+    return {image: own for image, own in drawn.items() if own}

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featprobe.datasets.files import read_text, rows_of
-from featprobe.datasets.samples import SPLITS, DataSet, listed
+from featprobe.datasets.files import by_name, read_csv
+from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
 from featprobe.errors import DataError, nearest
 from featprobe.specs import digest
 
@@ -37,8 +37,9 @@ class SplitFile:
 
         Raises DataError where the file's images are not those of `ids`.
         """
-        unlisted = [name for name in ids if name not in self.places]
-        gone = sorted(self.places.keys() - set(ids))
+        names = [name.strip() for name in ids]
+        unlisted = [name for name in names if name not in self.places]
+        gone = sorted(self.places.keys() - set(names))
         if unlisted or gone:
             found = [f"{len(unlisted)} images that it does not list: {listed(unlisted)}"] if unlisted else []
             found += [f"{len(gone)} that it lists and that are not there: {listed(gone)}"] if gone else []
@@ -48,7 +49,7 @@ class SplitFile:
                 f"  wanted  a row for each image, and none beside\n  found   {both}\n"
                 "Nothing was done. Mend the file, or name the data set that it belongs to with --data NAME."
             )
-        chosen = [self.places[name] for name in ids]
+        chosen = [self.places[name] for name in names]
         return [own or group for (own, _), group in zip(chosen, groups, strict=True)], [split for _, split in chosen]
 
 
@@ -58,20 +59,15 @@ def read_split_file(path: Path) -> SplitFile:
     Raises DataError for a missing column, an id that stands there twice, an unknown split, an empty one, and a mixture
     of splits and folds.
     """
-    text = read_text(path)
-    rows = rows_of(text, path)
-    first = text.partition("\n")[0]
-    if not rows or not {"id", "split"} <= rows[0].keys():
-        raise DataError(
-            f"{path} is no split file.\n  wanted  the columns {', '.join(COLUMNS)}, and a row for each image\n"
-            f"  found   {first[:200]!r}, {len(rows)} rows\nWrite one:  featprobe data split NAME --out {path.name}"
-        )
-    places: dict[str, tuple[str, str]] = {}
-    for number, row in enumerate(rows, start=1):
-        name, group, split = (row.get(column) or "" for column in COLUMNS)
-        if not name or name in places:
-            raise DataError(f"{path}, image {number}: {f'{name} stands there twice' if name else 'it has no id'}.")
-        places[name] = group, split.strip()
+    try:
+        rows = read_csv(path, ("id", "split"), ("group",))
+        if not rows:
+            raise DataError(f"{path} has no rows. wanted: a row for each image.")
+    except DataError as error:
+        to_do = f"Write one:  featprobe data split NAME --out {path.name}"
+        raise DataError(f"{path} is no split file. {error}\n{to_do}") from error
+    named = by_name(rows, "id", path)
+    places = {name: (row.get("group", ""), split_of(row["split"])) for name, row in named.items()}
     return SplitFile(path, places, _folds_of(path, [split for _, split in places.values()]))
 
 

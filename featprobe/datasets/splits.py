@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import xxhash
 
-from featprobe.datasets.samples import SPLITS, DataSet, listed
+from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
 from featprobe.errors import DataError, counted
 
 SHARES: Mapping[str, float] = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -122,6 +122,9 @@ def complete_splits(data: DataSet, called: str = "its own split") -> DataSet:
     called: what the notes call the split that samples have.
     """
     named = {sample.split for sample in data.samples if sample.split}
+    if any(split_of(word) != word for word in named):
+        data = replace(data, samples=tuple(replace(sample, split=split_of(sample.split)) for sample in data.samples))
+        named = set(map(split_of, named))
     notes = list(data.notes)
     if not named:
         splits = split_by_group([s.group for s in data.samples])

@@ -39,7 +39,8 @@ def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
     samples: list[Sample] = []
     known: set[str] = set()
     gone: set[str] = set()
-    for number, row in enumerate(read_csv(kept_below(table.parent.parent, table), COLUMNS), start=2):
+    rows = read_csv(kept_below(table.parent.parent, table), COLUMNS)
+    for number, row in enumerate(rows, start=2):
         where = f"{table}, row {number}"
         if one is None and not below(root, row["object"], where).is_dir():
             gone.add(row["object"])
@@ -48,7 +49,7 @@ def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
             identity = image.relative_to(root).as_posix()
             if identity in known:
                 raise DataError(f"{where} lists the image {row['image']} again.")
-            if (row["label"] == "normal") != (not row["mask"]):
+            if (row["label"].lower() == "normal") != (not row["mask"]):
                 raise DataError(f"{where}: wanted a mask for every image but normal ones, found {list(row.values())}.")
             known.add(identity)
             mask = str(_place(root, row["mask"], one, where)) if row["mask"] else ""

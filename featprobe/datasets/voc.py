@@ -10,23 +10,27 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from featprobe.datasets.files import below, files_below, folders_in, own_table, read_text
 from featprobe.datasets.images import hash_image
+from featprobe.datasets.labelmap import Labelmap, codes_of, read_labelmap
 from featprobe.datasets.objects import (
+    Tally,
     box_instance,
     check_classes,
     check_known,
     check_size,
+    check_stated,
     mask_instance,
     read_classes,
     read_pixels,
-    to_numbers,
 )
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.values import check_names, gathered, to_numbers, to_truth
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels
@@ -58,10 +62,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One XML file. boxes: class name, x1 y1 x2 y2 in pixels from 0, and whether it is marked difficult."""
+    """One XML file. boxes: class name, x1 y1 x2 y2 as written, and whether it is marked difficult.
+
+    size: height and width as texts, if stated.
+    """
 
     path: Path
-    size: tuple[float, float] | None
+    size: tuple[str, str] | None
     boxes: tuple[tuple[str, tuple[float, ...], bool], ...]
 
 
@@ -80,9 +87,10 @@ def find_voc(root: Path) -> list[Place]:
 def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
     """The data set of VOC's XML files; an image is found by the stem of its XML file, never by what that says.
 
-    Boxes count pixels from 1 and include their last. A `difficult` object becomes a crowd: it is neither asked for nor
-    held against a head. ImageSets/Main/*.txt names the splits where there is one, else the folders do; samples.csv
-    (image,split,group) may name both splits and groups. Classes are the names, sorted, or those named.
+    Boxes count pixels from 1 and include their last, but where corners say that they count from 0: `counts_from`. A
+    `difficult` object becomes a crowd: it is neither asked for nor held against a head. ImageSets/Main/*.txt names the
+    splits where there is one, else the folders do; samples.csv (image,split,group) may name both splits and groups.
+    Classes are the names, sorted, or those named.
     """
     table = own_table(root)
     samples: list[Sample] = []
@@ -117,35 +125,69 @@ def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataS
     if len({sample.id for sample in samples}) < len(samples):
         raise DataError(f"{root}: several XML files are of one image. wanted: one XML file an image.")
     notes += table.notes()
-    classes = _classes(root, drawings, named)
+    drawn = _read_all(drawings)
+    classes = _classes(root, drawn, named)
+    first, said = counts_from(drawn)
+    notes += said
 
     def read_target(sample: Sample, size: Size) -> Target:
         one = read_xml(Path(sample.labels))
-        if one.size and any(one.size):
-            check_size((int(one.size[0]), int(one.size[1])), size, f"{one.path}: the drawing")
+        if one.size:
+            check_stated(*one.size, size, f"{one.path}: the drawing")
         boxes = (
-            box_instance(classes.index(kind), box, size, f"{one.path}, object {i} ({kind})", difficult)
-            for i, (kind, box, difficult) in enumerate(one.boxes, start=1)
-        )
-        return Target(None, tuple(boxes))
+            partial(
+                box_instance, classes.index(kind), (x1 - first, y1 - first, x2, y2), size,
+                f"{one.path}, object {i} ({kind})", difficult,
+            )
+            for i, (kind, (x1, y1, x2, y2), difficult) in enumerate(one.boxes, start=1)
+        )  # fmt: skip
+        return Target(None, tuple(gathered(boxes)))
 
     tasks = tasks_of(masks=False, instances=True)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
-def _classes(root: Path, files: Sequence[Path], named: Sequence[str] | None) -> tuple[str, ...]:
-    """Class names, the background first. A file that can't be read has no say; it is met again, by name."""
-    names: set[str] = set()
+def _read_all(files: Sequence[Path]) -> list[Drawn]:
+    """The files that can be read. The others have no say; they are met again, by name. Raises DataError for none."""
+    drawn = []
     for path in files:
         with suppress(DataError):
-            names |= {box[0] for box in read_xml(path).boxes}
-    if not names:
+            drawn.append(read_xml(path))
+    if not drawn:
         read_xml(files[0])
+    return drawn
+
+
+def _classes(root: Path, drawn: Sequence[Drawn], named: Sequence[str] | None) -> tuple[str, ...]:
+    """Class names, the background first."""
+    names = {box[0] for one in drawn for box in one.boxes}
     given = read_classes(root, named)
     if given is None:
         return check_classes(["background", *sorted(names)], f"{root}: its names")
     check_known(names, given[1:], root)
     return given
+
+
+def counts_from(drawn: Sequence[Drawn]) -> tuple[int, list[str]]:
+    """The number of the first pixel, 1 or 0, and a note where a box speaks for 0.
+
+    A corner at 0, or between two pixels, speaks for 0, a first corner at 1 for 1: boxes at an image's edge are many
+    where there is one. The more decide; where none speaks it is 1, as VOC says.
+    """
+    from_0, from_1 = Tally(), Tally()
+    for one in drawn:
+        for i, (_, corners, _) in enumerate(one.boxes, start=1):
+            if min(corners[:2]) < 1 or any(not v.is_integer() for v in corners):
+                from_0.add(f"{one.path.name}, object {i}")
+            elif 1 in corners[:2]:
+                from_1.add(f"{one.path.name}, object {i}")
+    if not from_0.count:
+        return 1, []
+    said = f"{from_0.count} have a corner at 0 or between pixels ({from_0})"
+    against = f", and {from_1.count} begin at 1 ({from_1})" if from_1.count else ""
+    if from_0.count < from_1.count:
+        return 1, [f"boxes count pixels from 1 and include their last; {said}, which does not fit{against}"]
+    return 0, [f"boxes count pixels from 0, and x2, y2 are where they end: {said}{against}"]
 
 
 def read_xml(path: Path) -> Drawn:
@@ -159,21 +201,23 @@ def read_xml(path: Path) -> Drawn:
         raise DataError(f"{path} can't be read as XML: {error}.") from error
     size = top.find("size")
     stated = None if size is None else _texts(size, ("height", "width"), f"{path}, size")
-    numbers = None if stated is None else to_numbers(stated, f"{path}, size")
-    boxes = tuple(_box(thing, f"{path}, object {i}") for i, thing in enumerate(top.findall("object"), start=1))
-    return Drawn(path, None if numbers is None else (numbers[0], numbers[1]), boxes)
+    objects = enumerate(top.findall("object"), start=1)
+    boxes = gathered(partial(_box, thing, f"{path}, object {i}") for i, thing in objects)
+    return Drawn(path, None if stated is None else (stated[0], stated[1]), tuple(boxes))
 
 
 def _box(thing: ET.Element, where: str) -> tuple[str, tuple[float, ...], bool]:
+    check_names({part.tag: part for part in thing}, ("name", "difficult", "bndbox"), where)
     kind = (thing.findtext("name") or "").strip()
     corners = thing.find("bndbox")
     if not kind or corners is None:
         raise DataError(f"{where} can't be read. wanted: a name and a bndbox.")
-    x1, y1, x2, y2 = to_numbers(_texts(corners, ("xmin", "ymin", "xmax", "ymax"), where), where)
-    return kind, (x1 - 1, y1 - 1, x2, y2), (thing.findtext("difficult") or "").strip() == "1"
+    box = to_numbers(_texts(corners, ("xmin", "ymin", "xmax", "ymax"), f"{where}, bndbox"), f"{where}, bndbox")
+    return kind, tuple(box), to_truth(thing.findtext("difficult"), f"{where}, difficult")
 
 
 def _texts(element: ET.Element, names: Sequence[str], where: str) -> list[str]:
+    check_names({part.tag: part for part in element}, names, where)
     found = [element.findtext(name) for name in names]
     if any(text is None for text in found):
         raise DataError(f"{where} can't be read. wanted: {', '.join(names)}.")
@@ -250,7 +294,8 @@ def read_segmentation(name: str, root: Path, named: Sequence[str] | None = None)
     """The data set of SegmentationClass/ and, where they are there for all, SegmentationObject/ masks.
 
     Palette masks are read as class indices; 255 is ignored. ImageSets/Segmentation/*.txt names the splits where
-    there is one. Classes are those named, the background first; without them VOC's own twenty.
+    there is one. Classes are those named, the background first; without them those of CVAT's labelmap.txt, whose
+    colours masks may have too; without that VOC's own twenty.
     """
     top = find_segmentation(root) or root
     split_of = _split_lists(root, top / "ImageSets" / "Segmentation")
@@ -272,36 +317,46 @@ def read_segmentation(name: str, root: Path, named: Sequence[str] | None = None)
     if not samples:
         raise DataError(f"{top} holds no masks. wanted: PNG files in SegmentationClass/.")
     notes = table.notes()
-    classes = read_classes(root, named)
-    if classes is None:
-        classes = ("background", *VOC_CLASSES)
+    given, labelmap = read_classes(root, named), read_labelmap(root, top)
+    classes = given or (labelmap.classes if labelmap else ("background", *VOC_CLASSES))
+    if labelmap and len(classes) != len(labelmap.classes):
+        raise DataError(
+            f"{labelmap.path} names {len(labelmap.classes)} classes with the background, "
+            f"and {len(classes)} are named for {root}.\n"
+            f"  wanted  as many\n  found   {', '.join(labelmap.classes)}; {', '.join(classes)}"
+        )
+    if not given and not labelmap:
         notes.append("classes are called as VOC's own twenty; name yours in classes.txt or featprobe.toml")
-    with_objects = all(stem in numbered for stem in stems)
+    bare = [stem for stem in stems if stem not in numbered]
+    if numbered and bare:
+        notes.append(f"no objects are read: {len(bare)} of {len(stems)} images have no {OBJECT_MASKS}: {listed(bare)}")
 
     def read_target(sample: Sample, size: Size) -> Target:
         path, objects = map(Path, json.loads(sample.labels))
-        labels = _indices(path, size)
+        labels = _indices(path, size, labelmap)
         check_labels(labels, len(classes), str(path))
-        return Target(labels, _objects(labels, objects, size) if with_objects else None)
+        return Target(labels, None if bare else _objects(labels, objects, size))
 
-    tasks = tasks_of(masks=True, instances=with_objects)
+    tasks = tasks_of(masks=True, instances=not bare)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
-def _indices(path: Path, size: Size) -> Labels:
-    labels = read_pixels(path, ("P", "L"), "class indices, as grey levels or a palette")
+def _indices(path: Path, size: Size, labelmap: Labelmap | None) -> Labels:
+    wanted = "class indices, as grey levels or a palette; colours where labelmap.txt names them"
+    labels = labelmap.read(path) if labelmap else read_pixels(path, ("P", "L"), wanted)
     check_size((labels.shape[0], labels.shape[1]), size, path)
     return labels
 
 
 def _objects(labels: Labels, path: Path, size: Size) -> tuple[Instance, ...]:
-    """One object for each number of a SegmentationObject mask, its class from the other mask.
+    """One object for each number, or colour, of a SegmentationObject mask, its class from the other mask.
 
     Raises DataError when a number covers several classes.
     """
-    numbers = _indices(path, size)
+    numbers, void = codes_of(path)
+    check_size((numbers.shape[0], numbers.shape[1]), size, path)
     found = []
-    for number in np.unique(numbers[(numbers > 0) & (numbers < IGNORE)]):
+    for number in np.unique(numbers[(numbers > 0) & (numbers != void)]):
         own = numbers == number
         kinds = np.unique(labels[own & (labels != IGNORE)])
         if len(kinds) != 1 or kinds[0] == 0:

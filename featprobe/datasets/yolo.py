@@ -1,9 +1,10 @@
 """Reader for YOLO: data.yaml, images/ and labels/ with the same stems, boxes and polygons in shares of the image."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,35 @@ import yaml
 
 from featprobe.datasets.files import below, files_below, kept_below, own_table, read_text, start_of
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.objects import box_instance, check_classes, polygon_instance, to_numbers
+from featprobe.datasets.objects import Tally, box_instance, check_classes, partly, polygon_instance
 from featprobe.datasets.pages import group_of
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
-from featprobe.errors import DataError, counted
+from featprobe.datasets.values import check_names, gathered, shown, to_numbers, to_whole
+from featprobe.errors import DataError, counted, looks_like
 from featprobe.geometry import Size
 from featprobe.targets import Instance, Target, semantic_from_instances
 
-SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
+SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+KEYS = (*SPLIT_KEYS, "names", "path", "nc", "kpt_shape")
+EMPTY = ("", "~", "null", "Null", "NULL")  # YAML's words for nothing
 BOX_WORDS = 5  # class, centre x, centre y, width, height
+ROTATED_WORDS = 9  # class, four corners
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML in which every plain word is a text, for class names: `no`, `010` and `1_000` are names, and `null` is one.
+
+    A key that a mapping has twice is an error.
+    """
+
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        again = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if again:
+            raise yaml.constructor.ConstructorError(problem=f"{shown(again[0])} stands there twice")
+        return super().construct_mapping(node, deep)
 
 
 def find_yolo(root: Path) -> Path | None:
@@ -35,14 +56,16 @@ def read_yolo(name: str, root: Path) -> DataSet:
     """The data set of a YOLO folder. A label line is `class x y width height` (centre), or `class x1 y1 x2 y2 …`.
 
     Paths begin at `path` where that is a folder in the data folder, else at the data folder itself. An image without a
-    label file has no objects. With a polygon for every object the set serves masks, else boxes. samples.csv
-    (image,split,group) may name groups.
+    label file has no objects. With a polygon for every object the set serves masks, else boxes. Of labels with
+    keypoints, which `kpt_shape` announces, the boxes are read. samples.csv (image,split,group) may name groups.
     """
     path = find_yolo(root)
     if path is None:
         raise DataError(f"{root} holds no YAML file that names classes and a training split.")
     data = _read_yaml(path)
+    check_names(data, KEYS, path)
     classes = _classes(data, path)
+    keypoints = _keypoint_words(data, path)
     table = own_table(root)
     samples: list[Sample] = []
     label_of: dict[str, Path] = {}  # by the image's id
@@ -66,16 +89,22 @@ def read_yolo(name: str, root: Path) -> DataSet:
     counts = counted(len(bare), "image has no label file and counts", "images have no label file and count")
     notes = [f"{counts} as free of objects: {listed(bare)}"] if bare else []
     notes += table.notes()
-    masks = _all_polygons(label_of.values())
+    masks = False
+    if keypoints:
+        notes.append(f"keypoints (kpt_shape of {path.name}) are left aside, and boxes alone are read")
+    else:
+        masks, said = _kinds(label_of.values(), root)
+        notes += said
 
     def read_target(sample: Sample, size: Size) -> Target:
         label = Path(sample.labels)
         lines = read_text(label).splitlines() if label.is_file() else []
-        instances = tuple(
-            _instance(line.split(), classes, size, f"{label}, line {number}")
+        each = (
+            partial(_instance, line.split(), classes, size, f"{label}, line {number}", keypoints)
             for number, line in enumerate(lines, start=1)
             if line.strip()
         )
+        instances = tuple(gathered(each))
         return Target(semantic_from_instances(instances, size) if masks else None, instances)
 
     tasks = tasks_of(masks=masks, instances=True)
@@ -84,42 +113,48 @@ def read_yolo(name: str, root: Path) -> DataSet:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(read_text(path))
+        data = yaml.load(read_text(path), PlainLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read as YAML: {error}.") from error
     if not isinstance(data, dict):
         raise DataError(f"{path} is not a YOLO file. wanted: names, train, val, test.")
-    return data
+    return {key: value for key, value in data.items() if key == "names" or value not in EMPTY}
 
 
 def _names_a_set(path: Path) -> bool:
+    """Whether a file names classes and a training split, or has slips of these beside a folder of labels."""
     lines = start_of(path, 1 << 16).splitlines()
-    return all(any(line.startswith(word) for line in lines) for word in (b"names", b"train"))
+    if all(any(line.startswith(word) for line in lines) for word in (b"names", b"train")):
+        return True
+    keys = [line.partition(b":")[0].decode(errors="replace").strip() for line in lines if b":" in line]
+    slips = looks_like(keys, ("names", "train")).values()
+    labelled = any(next(path.parent.glob(pattern), None) for pattern in ("labels", "*/labels"))
+    return labelled and {"names", "train"} <= {*keys, *slips}
 
 
 def _classes(data: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """Class names, the background first. Raises DataError."""
     names = data.get("names")
-    if isinstance(names, dict) and set(names) == set(range(len(names))):
-        names = [names[i] for i in range(len(names))]
-    if not isinstance(names, list) or not all(_is_name(name) for name in names):
-        raise DataError(f"{path}: wanted names as a list, or by number from 0 on. found: {_shown(names)}")
-    if data.get("nc", len(names)) != len(names):
-        raise DataError(f"{path}: nc is {_shown(data['nc'])}, and {len(names)} names are given.")
-    return check_classes(["background", *map(str, names)], path)
+    if isinstance(names, dict):
+        with suppress(DataError):
+            numbered = {to_whole(number, path): name for number, name in names.items()}
+            names = [numbered[i] for i in range(len(names))] if set(numbered) == set(range(len(names))) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise DataError(f"{path}: wanted names as a list, or by number from 0 on. found: {shown(names)}")
+    if "nc" in data and to_whole(data["nc"], f"{path}, nc") != len(names):
+        raise DataError(f"{path}: nc is {data['nc']}, and {len(names)} names are given.")
+    return check_classes(["background", *(name.strip() for name in names)], path)
 
 
-def _shown(value: Any) -> str:
-    """A YAML value, shortened: one of a few lines can stand for a text of gigabytes."""
-    try:
-        return shortened(value)
-    except ValueError:  # Python writes no number of thousands of digits
-        return "a number of thousands of digits"
-
-
-def _is_name(value: Any) -> bool:
-    """Whether a YAML value can be a class's name; `1` is one, too."""
-    return isinstance(value, str) or (isinstance(value, int) and abs(value) < 1 << 31)
+def _keypoint_words(data: Mapping[str, Any], path: Path) -> int:
+    """How many words of a line are keypoints, as `kpt_shape` says: points times 2 or 3; 0 without. Raises DataError."""
+    if "kpt_shape" not in data:
+        return 0
+    where, stated = f"{path}, kpt_shape", data["kpt_shape"]
+    shape = [to_whole(v, where, 1) for v in stated] if isinstance(stated, list) else []
+    if len(shape) != 2 or shape[1] not in (2, 3):
+        raise DataError(f"{where}: wanted the number of points, and 2 or 3 numbers for each, found {shown(stated)}.")
+    return shape[0] * shape[1]
 
 
 def _base(root: Path, data: Mapping[str, Any]) -> Path:
@@ -138,7 +173,7 @@ def _images(root: Path, data: Mapping[str, Any], key: str, path: Path) -> list[P
     named = data.get(key) or []
     texts = named if isinstance(named, list) else [named]
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{path}: wanted {key} as a path or a list of paths, found {_shown(named)}.")
+        raise DataError(f"{path}: wanted {key} as a path or a list of paths, found {shown(named)}.")
     images: list[Path] = []
     for text in texts:
         place = _place(root, base, text, f"{path}, {key}")
@@ -170,22 +205,40 @@ def _label_path(root: Path, image: Path) -> Path:
     return root.joinpath(*parts)
 
 
-def _all_polygons(paths: Iterable[Path]) -> bool:
-    """Whether every object is a polygon, and there is one. Files that can't be read are met again, by name."""
-    counts: set[bool] = set()
+def _kinds(paths: Iterable[Path], root: Path) -> tuple[bool, list[str]]:
+    """Whether every object is a polygon, and there is one; and notes on those that are of another kind.
+
+    Files that can't be read are met again, by name.
+    """
+    boxes, polygons, rotated = Tally(), Tally(), Tally()
     for path in paths:
         with suppress(DataError):
-            counts |= {len(line.split()) > BOX_WORDS for line in read_text(path).splitlines() if line.strip()}
-    return counts == {True}
+            for number, line in enumerate(read_text(path).splitlines(), start=1):
+                words = len(line.split())
+                if words:
+                    kind = boxes if words <= BOX_WORDS else polygons
+                    kind.add(f"{path.relative_to(root)}, line {number}")
+                    if words == ROTATED_WORDS:
+                        rotated.add(path)
+    notes = partly("no masks are read, boxes alone", polygons, "as polygons", boxes)
+    if rotated.count and rotated.count == polygons.count:
+        notes.append(
+            "every polygon has four corners, as rotated boxes (OBB) have: if they are, masks are boxes and no outlines"
+        )
+    return bool(polygons.count) and not boxes.count, notes
 
 
-def _instance(words: Sequence[str], classes: Sequence[str], size: Size, where: str) -> Instance:
+def _instance(words: Sequence[str], classes: Sequence[str], size: Size, where: str, keypoints: int = 0) -> Instance:
     kind, *values = to_numbers(words, where)
     if kind not in range(len(classes) - 1):
         raise DataError(f"{where}: wanted a class of 0 to {len(classes) - 2}, found {words[0]}.")
+    if keypoints and len(words) not in (BOX_WORDS, BOX_WORDS + keypoints):
+        raise DataError(
+            f"{where}: wanted a class, a box and {keypoints} numbers of keypoints, found {len(words)} words."
+        )
     height, width = size
-    if len(words) == BOX_WORDS:
-        x, y, w, h = (v * side for v, side in zip(values, (width, height) * 2, strict=True))
+    if keypoints or len(words) == BOX_WORDS:
+        x, y, w, h = (v * side for v, side in zip(values[:4], (width, height) * 2, strict=True))
         return box_instance(int(kind) + 1, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), size, where)
     if len(values) % 2 or len(values) < 6:
         raise DataError(

@@ -17,6 +17,7 @@ from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import Look, exact_copies, in_several_splits, look_of, near_copies
 from featprobe.datasets.images import hash_image, read_levels, to_unit
 from featprobe.datasets.samples import SPLITS, listed
+from featprobe.datasets.set_notes import copies_in
 from featprobe.datasets.splits import complete_splits, leaks
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError, counted
 from featprobe.geometry import Fit, Size, default_size, place, place_tile
@@ -42,7 +43,8 @@ class Looked:
     """What one sample's files hold. fault: one of FAULTS, "" when there is none; reason: its first error.
 
     pixels: (classes,) how many pixels each has, None without masks; objects: class and box side lengths (width,
-    height) in pixels, crowds left out; own_objects: whether they are the set's, not connected components of its masks.
+    height) in pixels, crowds left out; own_objects: whether they are the set's, not connected components of its masks;
+    copies: objects that stand there more than once.
     """
 
     sample: Sample
@@ -53,6 +55,7 @@ class Looked:
     pixels: NDArray[np.int64] | None = None
     objects: tuple[tuple[int, float, float], ...] = ()
     own_objects: bool = False
+    copies: tuple[str, ...] = ()
     fault: str = ""
     reason: str = ""
 
@@ -139,7 +142,15 @@ def check(
     with in_threads(lambda sample: _look_at(data, sample), data.samples, workers) as results:
         found = list(tqdm(results, total=len(data.samples), desc="checking", unit="img", disable=quiet, leave=False))
     near = _near_pairs(found)
-    findings += [*_faults(found), *_leaks(data), *_copies(found), *_near(near), *_mixed(found), *_missing(data, found)]
+    findings += [
+        *_faults(found),
+        *_object_copies(found),
+        *_leaks(data),
+        *_copies(found),
+        *_near(near),
+        *_mixed(found),
+        *_missing(data, found),
+    ]
     own_leak = leaks([sample.group for sample in data.samples], [sample.split for sample in data.samples])
     splits = {split: _of_split(data, found, split) for split in [*SPLITS, *_other_splits(data)]}
     sizes = sorted(f.size for f in found if f.size)
@@ -206,7 +217,10 @@ def _look_at(data: DataSet, sample: Sample) -> Looked:
     count = len(data.classes)
     pixels = None if target.semantic is None else np.bincount(target.semantic.ravel(), minlength=count)[:count]
     here = [] if pixels is None else [i for i in range(1, len(data.classes)) if pixels[i]]
-    return replace(found, pixels=pixels, objects=_sides(target, here), own_objects=target.instances is not None)
+    return replace(
+        found, pixels=pixels, objects=_sides(target, here), own_objects=target.instances is not None,
+        copies=tuple(copies_in(target, data.classes)),
+    )  # fmt: skip
 
 
 def _sides(target: Target, classes: Sequence[int]) -> tuple[tuple[int, float, float], ...]:
@@ -268,6 +282,16 @@ def _faults(found: Sequence[Looked]) -> list[Finding]:
         for kind, own in by_kind.items()
         if own
     ]
+
+
+def _object_copies(found: Sequence[Looked]) -> list[Finding]:
+    """Images in which an object stands more than once; what is found can match one of them alone."""
+    entries = tuple((f.sample.id, text) for f in found for text in f.copies)
+    if not entries:
+        return []
+    held = len({own for own, _ in entries})
+    text = f"{counted(held, 'image holds', 'images hold')} an object more than once: same class, same box, same mask"
+    return [Finding("object_copies", True, text, entries)]
 
 
 def _leaks(data: DataSet) -> list[Finding]:

@@ -11,6 +11,7 @@ from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import Look, look_of, near_copies
 from featprobe.datasets.images import bits_of, image_size, read_levels, to_unit, training_window
 from featprobe.datasets.samples import SPLITS, listed
+from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.datasets.split_file import write_split_file
 from featprobe.datasets.splits import leaks, starved
 from featprobe.errors import DataError, counted
@@ -46,10 +47,12 @@ def summarise(data: DataSet) -> DataSummary:
     sizes = [image_size(sample.image) for sample in data.samples]
     counts = np.zeros(256, dtype=np.int64)
     objects: list[int] = []
+    copies: list[tuple[str, list[str]]] = []
     classes = []
     for sample, size in zip(data.samples, sizes, strict=True):
         target = data.read_target(sample, size)
         classes.append(classes_in(target))
+        copies.append((sample.id, copies_in(target, data.classes)))
         if target.semantic is not None:
             counts += np.bincount(target.semantic.ravel(), minlength=256)
         objects += [instance.category for instance in target.instances or ()]
@@ -69,6 +72,7 @@ def summarise(data: DataSet) -> DataSummary:
         instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if "detect" in data.tasks else None,
         notes=(
             *data.notes,
+            *copy_notes(copies),
             *starved([s.split for s in data.samples], classes, [s.group for s in data.samples], data.classes),
         ),
     )

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
@@ -21,7 +21,7 @@ from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import checked, show
 from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.trials import Run, Say
-from featprobe.stages.workspace import Workspace, is_of
+from featprobe.stages.workspace import Workspace, fits, is_of
 
 AUTO = "auto"
 REGIMES = ("frozen", "frozen-online", "full")
@@ -159,7 +159,7 @@ class StudyReport:
 def read_study(path: Path, workspace: Workspace) -> Study:
     """A study file, checked; raises DataError that lists everything in it that does not exist."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     known = [entry.name for entry in fields(Study)]
@@ -183,7 +183,30 @@ def _type_faults(name: str, value: Any) -> list[str]:
         return [f"{name} is no {'list' if name in LISTS else 'single value'}"]
     kind = KINDS.get(name, str)
     entries = value if isinstance(value, list) else [value]
-    return [f"{name}: {entry!r} is no {kind.__name__}" for entry in entries if not is_of(entry, kind)]
+    wrong = [f"{name}: {entry!r} is no {kind.__name__}" for entry in entries if not is_of(entry, kind)]
+    wrong += [f"{name} holds an empty text" for entry in entries if entry == ""]
+    if name == "train" and not wrong:
+        wrong = [f"train.{kind}: {own!r} is no section" for kind, own in value.items() if not isinstance(own, dict)]
+        wrong += [fault for kind, own in value.items() if isinstance(own, dict) for fault in _misfits(kind, own)]
+    return wrong + (_misfits("tuning", value, Tuning) if name == "tuning" and not wrong else [])
+
+
+def _misfits(where: str, values: Mapping[str, Any], of: type = TrainRecipe) -> list[str]:
+    """Values that are not what the fields of a dataclass take; names that are none of them are told elsewhere."""
+    hints = get_type_hints(of) | ({"iterations": int | Literal["auto"]} if of is TrainRecipe else {})
+    place = "tuning" if of is Tuning else f"train.{where}"
+    return [
+        f"{place}: {name} = {value!r} is no {_said(hints[name])}"
+        for name, value in values.items()
+        if name in hints and not fits(value, hints[name])
+    ]
+
+
+def _said(hint: Any) -> str:
+    """An annotation in words: int, or the values that it allows."""
+    if isinstance(hint, type):
+        return hint.__name__
+    return " or ".join(_said(part) for part in get_args(hint)) or str(hint)
 
 
 def _faults(study: Study, workspace: Workspace) -> list[str]:

@@ -15,6 +15,7 @@ from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import exact_copies, in_several_splits
 from featprobe.datasets.images import bits_of, hash_image, image_size, read_levels, training_window
 from featprobe.datasets.samples import listed
+from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Fit, Placement, Size, default_size, place
 from featprobe.specs import CACHE_VERSION, CacheDtype, DataInfo, FeatureRecipe, Intensity, Tiling, default_intensity
@@ -27,7 +28,10 @@ CLIPPED_WARNING = 0.01
 
 @dataclass(frozen=True)
 class Found:
-    """What one sample's files hold: bits of a channel; `reason` tells why it can't be used, "" when it can."""
+    """What one sample's files hold: bits of a channel; `reason` tells why it can't be used, "" when it can.
+
+    copies: objects that stand there more than once.
+    """
 
     sample: Sample
     image_hash: str = ""
@@ -36,6 +40,7 @@ class Found:
     semantic: bytes = b""
     instances: bytes = b""
     reason: str = ""
+    copies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
             size = image_size(sample.image)
             target = data.read_target(sample, size)
             semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances, target.image_id)
-            found = Found(found.sample, image_hash, size, bits_of(sample.image), semantic, instances)
+            copies = tuple(copies_in(target, data.classes))
+            found = Found(found.sample, image_hash, size, bits_of(sample.image), semantic, instances, copies=copies)
             if skip_bad:
                 read_levels(sample.image)  # a truncated one must not spoil the intensity window
         except DataError as error:
@@ -221,6 +227,7 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
             f"{counted(len(leaking), 'image stands', 'images stand')} in more than one split, byte for byte: "
             f"{listed(leaking)}"
         )
+    notes += copy_notes([(f.sample.id, f.copies) for f in surveyed.found])
     if surveyed.bad:
         notes.append(
             f"{counted(len(surveyed.bad), 'sample')} can't be used: {listed([f.sample.id for f in surveyed.bad])}"

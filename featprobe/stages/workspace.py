@@ -7,12 +7,14 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, generate, read_data
-from featprobe.errors import CacheError, DataError, FeatprobeError, nearest
+from featprobe.errors import CacheError, DataError, FeatprobeError, looks_like, nearest
 from featprobe.geometry import parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
 
@@ -150,23 +152,12 @@ class Workspace:
         if not path.is_file():
             return {}
         try:
-            config = tomllib.loads(path.read_text(encoding="utf-8"))
+            config = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
-        for section, entries in config.items():
-            if section not in ALLOWED:
-                raise FeatprobeError(f"{path}: there is no section [{section}]. {nearest(section, ALLOWED)}")
-            if not isinstance(entries, dict):
-                raise FeatprobeError(f"{path}: {section} is no section. wanted: [{section}.NAME] and entries below it.")
-            for name, entry in entries.items():
-                found = _fault_of(section, entry)
-                if found:
-                    wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in ALLOWED[section].items())
-                    raise FeatprobeError(f"{path}, [{section}.{name}]: {found}. wanted: {wanted}.")
-                try:
-                    _check_values(entry)
-                except DataError as error:
-                    raise FeatprobeError(f"{path}, [{section}.{name}]: {error}") from error
+        faults = _faults_in(config)
+        if faults:
+            raise FeatprobeError("\n".join(f"{path}{fault}" for fault in faults))
         return config
 
 
@@ -179,35 +170,60 @@ def name_of(path: Path) -> str:
     return re.sub(r"[^\w.-]+", "_", path.resolve().name)
 
 
-def _fault_of(section: str, entry: Any) -> str:
-    """What is wrong with an entry of featprobe.toml; "" when nothing is."""
+def _faults_in(config: Mapping[str, Any]) -> list[str]:
+    """All that is wrong in a featprobe.toml, each behind its place."""
+    faults = []
+    for section, entries in config.items():
+        if section not in ALLOWED:
+            faults.append(f": there is no section [{section}]. {nearest(section, ALLOWED)}")
+        elif not isinstance(entries, dict):
+            faults.append(f": {section} is no section. wanted: [{section}.NAME] and entries below it.")
+        else:
+            faults += [
+                f", [{section}.{name}]: {fault}"
+                for name, entry in entries.items()
+                for fault in _faults_of(section, entry)
+            ]
+    return faults
+
+
+def _faults_of(section: str, entry: Any) -> list[str]:
+    """What is wrong with an entry of featprobe.toml, and what is wanted; none when nothing is."""
     if not isinstance(entry, dict):
-        return "it is no section"
+        return ["it is no section"]
     required, known = "path" if section == "data" else "model", ALLOWED[section]
-    unknown = sorted(entry.keys() - known.keys())
-    if unknown:
-        return f"unknown {', '.join(unknown)}"
-    if required not in entry:
-        return f"{required} is missing"
-    wrong = [key for key, value in entry.items() if not is_of(value, known[key])]
-    if wrong:
-        return f"{wrong[0]} = {entry[wrong[0]]!r}"
-    if entry.get("fit", "resize") not in ("resize", "letterbox"):
-        return f"fit = {entry['fit']!r} (resize and letterbox are known)"
-    return ""
+    close = looks_like(entry, known)
+    found = [
+        f"unknown {key}. Did you mean {close[key]}?" if key in close else f"unknown {key}"
+        for key in sorted(entry.keys() - known.keys())
+    ]
+    found += [f"{required} is missing"] if required not in entry else []
+    found += [f"{key} = {value!r}" for key, value in entry.items() if key in known and not is_of(value, known[key])]
+    found += [f"{key} is an empty text" for key, value in entry.items() if value == "" and known.get(key) is str]
+    if is_of(entry.get("fit"), str) and entry["fit"] not in ("", "resize", "letterbox"):
+        found.append(f"fit = {entry['fit']!r} (resize and letterbox are known)")
+    if found:
+        wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in known.items())
+        return [*found[:-1], f"{found[-1]}. wanted: {wanted}."]
+    return _senseless(entry)
 
 
-def _check_values(entry: Mapping[str, Any]) -> None:
-    """Raise DataError for the first value that makes no sense."""
+def _senseless(entry: Mapping[str, Any]) -> list[str]:
+    """Values of an entry that are of the right kind and make no sense."""
     parsers: Mapping[str, Callable[[str], object]] = {
         "size": parse_size,
         "intensity": Intensity.parse,
         "views": parse_views,
     }
-    for key, parse in parsers.items():
-        if key in entry:
-            parse(entry[key])
-    Tiling.of(*(entry.get(key) for key in ("tile", "overlap", "empty_tiles", "fit")))
+    checks: list[Callable[[], object]] = [partial(parse, entry[key]) for key, parse in parsers.items() if key in entry]
+    checks.append(partial(Tiling.of, *(entry.get(key) for key in ("tile", "overlap", "empty_tiles", "fit"))))
+    found = []
+    for check in checks:
+        try:
+            check()
+        except DataError as error:
+            found.append(str(error))
+    return found
 
 
 def is_of(value: object, kind: type) -> bool:
@@ -215,6 +231,19 @@ def is_of(value: object, kind: type) -> bool:
     if isinstance(value, list):
         return kind is list and all(isinstance(text, str) for text in value)
     return type(value) is kind or (kind is float and type(value) is int)
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value of TOML is what a field's annotation says, by the rules of `is_of`.
+
+    >>> fits(True, int), fits(1, float), fits("auto", int | Literal["auto"]), fits("400", int)
+    (False, True, True, False)
+    """
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(own) and value == own for own in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return any(fits(value, own) for own in get_args(hint))
+    return isinstance(hint, type) and is_of(value, hint)
 
 
 def make_generated(

@@ -1,0 +1,120 @@
+"""CVAT's labelmap.txt: `name:R,G,B:parts:actions` a line; class masks in these colours, or in indices of its lines."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from featprobe.datasets.files import is_missing, kept_below, read_text
+from featprobe.datasets.objects import check_classes, stored_pixels
+from featprobe.datasets.samples import listed
+from featprobe.datasets.values import gathered, to_whole
+from featprobe.errors import DataError
+from featprobe.targets import IGNORE, Labels
+
+NAME = "labelmap.txt"
+IGNORED = ("ignored", "ignore")  # CVAT's word for VOC's void, and ours
+VOID = 0xE0E0C0  # VOC's colour of what is ignored
+COLOURED = ("RGB", "RGBA")
+INDEXED = ("P", "L", "1")
+
+
+@dataclass(frozen=True)
+class Labelmap:
+    """What the file says. classes: the background first; of_colour, of_line: class index, or IGNORE, of each."""
+
+    path: Path
+    classes: tuple[str, ...]
+    of_colour: Mapping[int, int]
+    of_line: tuple[int, ...]
+
+    def read(self, path: Path) -> Labels:
+        """(height, width) class indices of a mask; a palette's colours are taken where all are named, else its indices.
+
+        Raises DataError for a colour or an index that is not named.
+        """
+        mode, values = stored_pixels(path)
+        if mode not in (*COLOURED, *INDEXED):
+            raise DataError(
+                f"{path} is a mask of the pixel format {mode}. wanted: RGB colours, a palette or 8-bit grey."
+            )
+        if mode in COLOURED:
+            return self._named(_coded(values), self.of_colour, "#{:06x}", path)
+        by_line = {**dict(enumerate(self.of_line)), IGNORE: IGNORE}
+        palette = _palette(path) if mode == "P" else {}
+        found = np.unique(values).tolist()
+        if all(palette.get(index) in self.of_colour for index in found):
+            by_line = {index: self.of_colour[palette[index]] for index in found}
+        return self._named(values.astype(np.int64), by_line, "{}", path)
+
+    def _named(self, values: NDArray, named: Mapping[int, int], form: str, path: Path) -> Labels:
+        found, inverse = np.unique(values, return_inverse=True)
+        unknown = [form.format(value) for value in found.tolist() if value not in named]
+        if unknown:
+            raise DataError(
+                f"{path} holds what {self.path.name} does not name.\n"
+                f"  wanted  {', '.join(form.format(value) for value in named)}\n  found   {listed(unknown)}"
+            )
+        index = np.array([named[value] for value in found.tolist()], dtype=np.uint8)
+        return index[inverse.reshape(values.shape)]
+
+
+def read_labelmap(root: Path, *folders: Path) -> Labelmap | None:
+    """The labelmap.txt of the first of these folders below `root` that has one; None without. Raises DataError."""
+    path = next((folder / NAME for folder in (*folders, root) if not is_missing(folder / NAME)), None)
+    if path is None:
+        return None
+    lines = enumerate(read_text(kept_below(root, path)).splitlines(), start=1)
+    named = gathered(
+        partial(_line, line, f"{path}, line {number}")
+        for number, line in lines
+        if line.strip() and not line.startswith("#")
+    )
+    for what in zip(*named, strict=True):
+        again = [str(value) for i, value in enumerate(what) if value in what[:i]]
+        if again:
+            raise DataError(f"{path} names {listed(again)} twice. wanted: each name and each colour once.")
+    back = next((i for i, (name, _) in enumerate(named) if name.lower() == "background"), None)
+    back = next((i for i, (_, colour) in enumerate(named) if not colour), None) if back is None else back
+    if back is None:
+        named, back = [("background", 0), *named], 0
+    plain = [name for i, (name, _) in enumerate(named) if i != back and name.lower() not in IGNORED]
+    classes = check_classes([named[back][0], *plain], path)
+    indices = [IGNORE if name.lower() in IGNORED else classes.index(name) for name, _ in named]
+    return Labelmap(path, classes, {c: i for (_, c), i in zip(named, indices, strict=True)}, tuple(indices))
+
+
+def codes_of(path: Path) -> tuple[NDArray, int]:
+    """(height, width) numbers of a mask's objects, or their colours as numbers, and the one that is ignored."""
+    mode, values = stored_pixels(path)
+    if mode not in (*COLOURED, *INDEXED):
+        raise DataError(f"{path} is a mask of the pixel format {mode}. wanted: RGB colours, a palette or 8-bit grey.")
+    return (_coded(values), VOID) if mode in COLOURED else (values.astype(np.int64), IGNORE)
+
+
+def _line(line: str, where: str) -> tuple[str, int]:
+    """The name and the colour, 65536 R + 256 G + B, of a line. Raises DataError."""
+    name, _, rest = line.partition(":")
+    colour = rest.partition(":")[0].split(",")
+    if not name.strip() or len(colour) != 3:
+        raise DataError(f"{where}: wanted name:R,G,B::, found {line[:200]!r}.")
+    parts = [to_whole(part, where) for part in colour]
+    if max(parts) > 255:
+        raise DataError(f"{where}: wanted R,G,B of 0 to 255, found {line[:200]!r}.")
+    return name.strip(), parts[0] << 16 | parts[1] << 8 | parts[2]
+
+
+def _coded(values: NDArray) -> NDArray:
+    return np.asarray(values[..., :3].astype(np.int64) @ np.array([0x10000, 0x100, 1]))
+
+
+def _palette(path: Path) -> dict[int, int]:
+    """The colour of each index of a palette image."""
+    with Image.open(path) as image:
+        colours: Sequence[int] = image.getpalette() or []
+    table = np.array(colours, dtype=np.uint8).reshape(-1, 3)
+    return dict(enumerate(_coded(table).tolist()))

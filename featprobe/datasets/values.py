@@ -1,0 +1,138 @@
+"""Values of label files and tables: read as what they plainly mean, or refused with their place.
+
+Exporters write numbers as texts, and truth as 1, "1" or "true". A boolean is no number, `1_000` and an empty text are
+none either, and "0" is not true.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from reprlib import Repr
+from typing import Any, TypeVar
+
+from featprobe.errors import DataError, looks_like
+
+T = TypeVar("T")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+DIGITS = re.compile(r"[+-]?\d{1,4000}", re.ASCII)
+ENDLESS = re.compile(r"[+-]?(inf(inity)?|nan)", re.IGNORECASE)
+TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = 200
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, shortened; a text is quoted, so that "1" is told from 1.
+
+    A YAML value of a few lines can stand for a text of gigabytes.
+
+    >>> shown("96"), shown(96)
+    ("'96'", '96')
+    """
+    try:
+        return SHORT.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
+
+
+def to_number(value: Any, where: object, wanted: str = "a number") -> float:
+    """A finite number, which may be written as a text. Raises DataError, naming `where`.
+
+    >>> to_number(" 1.5e1 ", "here"), to_number(7, "here")
+    (15.0, 7.0)
+    """
+    plain = value.strip() if isinstance(value, str) else value
+    written = isinstance(plain, str) and (NUMBER.fullmatch(plain) or ENDLESS.fullmatch(plain))
+    if not written and (isinstance(plain, bool) or not isinstance(plain, int | float)):
+        raise DataError(f"{where}: wanted {wanted}, found {shown(value)}.")
+    try:
+        number = float(plain)
+    except OverflowError as error:
+        raise DataError(f"{where}: wanted {wanted}, found {shown(value)}.") from error
+    if not math.isfinite(number):
+        raise DataError(f"{where}: wanted {wanted.replace('number', 'finite number')}, found {shown(value)}.")
+    return number
+
+
+def to_numbers(values: Any, where: object, count: int | None = None) -> list[float]:
+    """Finite numbers of a list, of `count` where one is given. Raises DataError, naming `where`."""
+    wanted = f"{count} numbers" if count else "numbers"
+    if not isinstance(values, list | tuple) or (count and len(values) != count):
+        raise DataError(f"{where}: wanted {wanted}, found {shown(values)}.")
+    return [to_number(value, where, wanted) for value in values]
+
+
+def to_whole(value: Any, where: object, least: int = 0, wanted: str = "") -> int:
+    """A whole number from `least` on; 96.0 and "96" are 96. Raises DataError, naming `where`."""
+    said = wanted or f"a whole number from {least} on"
+    number = to_number(value, where, said)
+    digits = isinstance(value, int) or (isinstance(value, str) and DIGITS.fullmatch(value.strip()))
+    whole = int(value) if digits else int(number)  # of a large one the float is another number
+    if (not digits and number != whole) or whole < least:
+        raise DataError(f"{where}: wanted {said}, found {shown(value)}.")
+    return whole
+
+
+def to_truth(value: Any, where: object, default: bool = False) -> bool:
+    """True or false, which may be a number or a text; the default for null and an empty text. Raises DataError.
+
+    >>> to_truth("0", "here"), to_truth("True", "here"), to_truth(None, "here")
+    (False, True, False)
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return default
+    word = str(int(value)) if isinstance(value, int | float) and value in (0, 1) else value
+    found = TRUTH.get(word.strip().lower()) if isinstance(word, str) else None
+    if found is None:
+        raise DataError(f"{where}: wanted 0 or 1, true or false, found {shown(value)}.")
+    return found
+
+
+def to_name(value: Any, where: object) -> str:
+    """A name as a text, "" for null and blanks; a whole number is its digits. Raises DataError, naming `where`.
+
+    >>> to_name(7.0, "here"), to_name(" 7 ", "here"), to_name(None, "here")
+    ('7', '7', '')
+    """
+    if isinstance(value, str):
+        return value.strip()
+    return "" if value is None else str(to_whole(value, where, -(1 << 62), "a text or a whole number"))
+
+
+def stated_side(value: Any, where: object) -> int | None:
+    """A side of an image as its labels state it, pixels; None for 0 and nothing, by which exporters say "unknown"."""
+    return None if value in NOTHING else to_whole(value, where) or None
+
+
+def gathered(makers: Iterable[Callable[[], T]]) -> list[T]:
+    """What each of these makes. Raises their DataErrors as one, so that all faults of a file are told at once."""
+    made: list[T] = []
+    faults: list[DataError] = []
+    for make in makers:
+        try:
+            made.append(make())
+        except DataError as error:
+            faults.append(error)
+    raise_all(faults)
+    return made
+
+
+def raise_all(faults: Sequence[DataError], most: int = 10) -> None:
+    """Raise errors as one, of their kind where they are of one; nothing where there is none."""
+    if faults:
+        kinds = {type(fault) for fault in faults}
+        more = [f"and {len(faults) - most} more"] if len(faults) > most else []
+        kind = kinds.pop() if len(kinds) == 1 else DataError
+        raise kind("\n".join([*map(str, faults[:most]), *more])) from faults[0]
+
+
+def check_names(entry: Mapping[Any, Any], known: Sequence[str], where: object) -> None:
+    """Raise DataError where a field of an entry is none of the known, but looks like one that the entry lacks.
+
+    Other fields are anybody's and are left aside.
+    """
+    alike = looks_like(map(str, entry), known)
+    if alike:
+        said = ", ".join(f"{name!r} (did you mean {own!r}?)" for name, own in alike.items())
+        raise DataError(f"{where} has a field that is not known and looks like one that is: {said}. Rename it.")
