@@ -7,6 +7,10 @@ background and three defects that some parts have and others lack, areas from a 
 which a defect is hard to find or false alarms are frequent. From each split every kind of interval is made, and it is
 counted how often it holds the world's score. Two systems that are equal in distribution, but not on any one part, are
 tested for a difference on the same images; and two such pairs, each on a test set of its own, for a modality gap.
+
+In another world systems are trained: each seed has a part of its own. There procedures that are equal, each with a few
+seeds, are tested for a difference by the function that `compare` calls (see _seeds.py). --groups-only counts groups
+alone there, as if seeds did nothing: a control, which must fail.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from multiprocessing import get_context
 
 import numpy as np
 from _bench import positive, print_table
+from _seeds import RESULTS, TABLES, json_of_seeds, look_at_seeds, power, rows_of_seeds, seeds_hold
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
@@ -276,20 +281,18 @@ def true_scores(world: World, seed: int) -> dict[str, float]:
     return {FOREGROUND: scores.miou_foreground, MEAN: scores.miou}
 
 
-def run(replications: int, seed: int, workers: int) -> dict[Key, Tally]:
-    """All tallies, from processes that share the work."""
+def run(pool: ProcessPoolExecutor, replications: int, seed: int) -> dict[Key, Tally]:
+    """All tallies of the worlds of parts."""
     tasks: list[Task] = []
     for name, world in WORLDS.items():
         truth = true_scores(world, seed)
         for groups in reversed(SIZES):  # the longest first
             for begin in range(0, replications, CHUNK):
                 tasks.append(Task(name, groups, truth, min(CHUNK, replications - begin), (seed, len(tasks))))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the children: their matrices are too small to be shared out
     tallies: dict[Key, Tally] = defaultdict(Tally)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for part in pool.map(look_often, tasks):
-            for key, tally in part.items():
-                tallies[key].add(tally)
+    for part in pool.map(look_often, tasks):
+        for key, tally in part.items():
+            tallies[key].add(tally)
     return dict(tallies)
 
 
@@ -315,25 +318,37 @@ def shares(tallies: Mapping[Key, Tally]) -> dict[str, dict[str, dict[int, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--replications", type=positive, default=2400, help="test splits of each size")
+    parser.add_argument("--replications", type=positive, default=TABLES, help="test splits of each size")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--groups-only", action="store_true", help="count no seeds; a control that must fail")
     options = parser.parse_args()
-    tallies = run(options.replications, options.seed, options.workers)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the children: their matrices are too small to be shared out
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        tallies = run(pool, options.replications, options.seed)
+        counts = look_at_seeds(pool, options.replications, options.seed, counted=not options.groups_only)
     print("percent of the test splits whose interval holds the score, or that show a difference (mean width in points)")
     print_table(rows_of(tallies))
+    print("\npercent of the tables that show equal procedures to differ, and that show a lead of a point")
+    print("P: sd of procedure x group in points; +: looked at again with more tables; !: outside its limits")
+    print_table(rows_of_seeds(counts))
+    for results in RESULTS:
+        ours, by_t = power(counts, results)
+        print(f"mean power with {results} results: {100 * ours:.1f} (Student's t over seed means {100 * by_t:.1f})")
     covered = {groups: tallies["common", FOREGROUND, groups, DEFAULT].share for groups in SIZES}
     rejected = tallies["common", DIFFERENCE, AT, DEFAULT].share
+    parts_hold = all(covered[n] >= least for n, least in LEAST.items()) and abs(rejected - REJECTED) <= WITHIN
     result = {
         "name": "coverage",
         "ratio": round(covered[AT], 4),
         "target": LEAST[AT],
-        "holds": all(covered[n] >= least for n, least in LEAST.items()) and abs(rejected - REJECTED) <= WITHIN,
+        "holds": parts_hold and seeds_hold(counts),
         "cpus": os.cpu_count(),
         "replications": options.replications,
         "resamples": RESAMPLES,
         "rejected": round(rejected, 4),
         "shares": shares(tallies),
+        **json_of_seeds(counts),
     }
     print(json.dumps(result))
 

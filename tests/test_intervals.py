@@ -276,6 +276,21 @@ def test_the_mean_of_equal_runs_is_the_run_and_of_others_lies_between() -> None:
 # Degenerate splits
 
 
+def test_a_limit_at_the_bound_of_the_scale_is_no_interval() -> None:
+    a, b = (iou_statistic(random_confusions(seed), parts(24)) for seed in (1, 2))
+    two = iou_statistic(np.array([binary(50, 5, 0), binary(30, 30, 2)]))
+    one = iou_statistic(random_confusions(0, 3), ["only"] * 3)
+    assert score_interval(a).has_interval and paired_difference(a, b).has_interval
+    assert modality_gap((a, b), (b, a)).has_interval
+    for unknown in (score_interval(two), score_interval(one), paired_difference(one, one)):
+        assert not unknown.has_interval
+    other = iou_statistic(np.array([binary(51, 5, 0), binary(30, 35, 2)]))
+    found = paired_difference(two, other)
+    assert (found.low, found.high) == (-1, 1) and not found.has_interval
+    gap = modality_gap((two, other), (other, two))
+    assert (gap.low, gap.high) == gap.bounds == (-2, 2) and not gap.has_interval
+
+
 def test_one_group_has_a_score_and_no_interval() -> None:
     score = iou_statistic(random_confusions(0, 3), ["only"] * 3)
     found, difference = score_interval(score), paired_difference(score, score)

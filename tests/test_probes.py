@@ -720,7 +720,7 @@ def test_seeds_and_recipes_have_folders_of_their_own_and_heads_differ(pooled: Wo
     for changed in (
         {"recipe": replace(BRIEF, lr=0.1)},
         {"split": "group"},
-        {"absent": "ignore"},
+        {"absent": "zero"},
         {"levels": ("stride8",)},
     ):
         rows += probe(pooled, options=ProbeOptions(**{"recipe": BRIEF, "seeds": 1, "quiet": True, **changed})).rows  # type: ignore[arg-type]
@@ -957,8 +957,10 @@ def test_scores_are_sklearns_also_with_absent_classes(seed: int, classes: int, a
 
 def test_a_class_predicted_but_absent_scores_0_or_takes_no_part_as_asked() -> None:
     matrix = np.array([[8, 0, 2], [0, 0, 0], [0, 0, 0]])
-    assert iou_scores(matrix).per_class[::2] == (0.8, 0.0)
-    assert iou_scores(matrix).miou == 0.4 and iou_scores(matrix, "ignore").miou == 0.8
+    assert iou_scores(matrix, "zero").per_class[::2] == (0.8, 0.0)
+    assert (
+        iou_scores(matrix, "zero").miou == 0.4 and iou_scores(matrix).miou == iou_scores(matrix, "ignore").miou == 0.8
+    )
     assert np.isnan(iou_scores(matrix).per_class[1])
 
 

@@ -339,14 +339,23 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: probes/report.")
 @click.option("--gap", metavar="A,B", help="Two backbones: how their difference depends on the images.")
 @click.option("--on", metavar="RGBSET,XRAYSET", help="The two data sets that --gap is about.")
+@click.option("--across-recipes", is_flag=True, help="Give a verdict also where the recipes of two results differ.")
 @quiet
 @as_json
 @click.pass_context
-def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, on: str | None, quiet: bool) -> None:
+def compare(
+    ctx: click.Context,
+    json_: bool,
+    out: Path | None,
+    gap: str | None,
+    on: str | None,
+    across_recipes: bool,
+    quiet: bool,
+) -> None:
     """Put all results side by side: intervals, differences, a page with plots, the answer in words.
 
-    Only results on the same test images stand in one table. Writes index.html, results.csv, results.parquet and
-    differences.csv.
+    Only results on the same test images stand in one table. Differences between recipes get no verdict unasked. Writes
+    index.html, results.csv, results.parquet and differences.csv.
 
     \b
     Example:
@@ -359,13 +368,16 @@ def compare(ctx: click.Context, json_: bool, out: Path | None, gap: str | None, 
 
     if (gap is None) != (on is None):
         raise click.UsageError("--gap and --on belong together: --gap A,B --on RGBSET,XRAYSET")
-    report = run(workspace_of(ctx), out, names(gap), names(on), quiet)
+    report = run(workspace_of(ctx), out, names(gap), names(on), quiet, across_recipes=across_recipes)
     if json_:
         return show_json(plain_json(report))
     _show_answer(report)
     for note in (*report.notes, *(f"could not be used: {item.folder}: {item.reason}" for item in report.unusable)):
         click.echo(f"note: {note}")
-    click.echo("\nTest split, percent; 95 %: over groups of test images.\n")
+    click.echo(
+        "\nTest split, percent. 95 % of a score: other test groups, these heads. Verdict on any seed: other seeds "
+        "too.\n"
+    )
     click.echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps, terminal_width()))
     click.echo(f"\nreport: {report.files[0]}")
 

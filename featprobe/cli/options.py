@@ -198,9 +198,9 @@ _HEAD = [
     click.option(
         "--absent-classes",
         type=click.Choice(["zero", "ignore"]),
-        default="zero",
+        default="ignore",
         show_default=True,
-        help="What a class scores that is predicted, but not in the test split.",
+        help="Classes that are predicted, but that the split lacks: ignore leaves them out, zero counts them as 0.",
     ),
     click.option("--show", type=click.IntRange(0), default=0, metavar="K", help="Write a sheet of K test images."),
     log,

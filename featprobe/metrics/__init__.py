@@ -22,6 +22,13 @@ from featprobe.metrics.intervals import (
     score_interval,
     studentised_interval,
 )
+from featprobe.metrics.procedures import (
+    SeedSpread,
+    SeedVariance,
+    procedure_difference,
+    procedure_gap,
+    seed_spread,
+)
 from featprobe.metrics.resampled import ResampledAp, ResampledScores
 from featprobe.metrics.semantic import IouScores, confusion_matrix, iou_scores
 
@@ -34,6 +41,8 @@ __all__ = [
     "ResampledAp",
     "ResampledScores",
     "Resamples",
+    "SeedSpread",
+    "SeedVariance",
     "Statistic",
     "TruthImage",
     "average_precision",
@@ -50,8 +59,11 @@ __all__ = [
     "modality_gap",
     "paired_difference",
     "percentile_interval",
+    "procedure_difference",
+    "procedure_gap",
     "resample",
     "score_interval",
+    "seed_spread",
     "studentised_interval",
     "truth_of",
 ]

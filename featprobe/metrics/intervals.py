@@ -6,8 +6,8 @@ for every score; differences and means of statistics are statistics again, over 
 
 The interval that everything here uses by default is the studentised one (see `studentised_interval`): of those compared
 in benchmarks/coverage.py it is the only one that covers what it says with a dozen groups, and its test of a difference
-the only one that keeps its level. Seeds are averaged, not drawn again: an interval says what other test groups would
-have given to these trained heads, and the spread over seeds stands beside it.
+the only one that keeps its level. Seeds are averaged here, not drawn again: an interval says what other test groups
+would have given to these trained heads. What other seeds would have given is in procedures.py.
 
 Efron and Tibshirani, An Introduction to the Bootstrap (1993); Hall, The Bootstrap and Edgeworth Expansion (1992);
 Field and Welsh, Bootstrapping clustered data (2007).
@@ -32,7 +32,7 @@ Names = tuple[str, ...]  # of groups
 FEW_GROUPS = 20  # with fewer, every interval rests on guesses about groups that nobody has seen
 LEVEL = 0.95
 RESAMPLES = 10_000
-AT_ONCE = 2**20  # weights of one step: 8 MiB
+AT_ONCE = 2**16  # weights of one step: 512 KiB, which stay in a processor's cache
 SAME = 1e-12  # scores this near are the same: what rounding leaves of a difference of equals
 EDGE = 1e-9  # how near to 0 and 1 the logit looks
 
@@ -80,18 +80,24 @@ class Resamples:
 class Interval:
     """A score and where it lies; low and high are nan where it has no interval: one group, or no score.
 
-    groups: how many the interval rests on.
+    groups: how many the interval rests on. bounds: the least and the largest score that there can be.
     """
 
     estimate: float
     low: float
     high: float
     groups: int
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     @property
     def few_groups(self) -> bool:
         """Whether it rests on too few groups to be taken at its word."""
         return self.groups < FEW_GROUPS
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether low and high say where the score lies: both are known, and neither is a bound of the scale."""
+        return _inside(self.low, self.high, self.bounds)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Difference:
     """A difference of scores, its interval, and the two-sided p-value of there being none; nan as in Interval.
 
     From 6 groups on the interval leaves 0 out exactly when p_value <= 1 - level.
-    groups: how many it rests on; the fewer of two sets.
+    groups: how many it rests on; the fewer of two sets. bounds: the least and the largest difference that there can be.
     """
 
     estimate: float
@@ -107,11 +113,22 @@ class Difference:
     high: float
     p_value: float
     groups: int
+    bounds: tuple[float, float] = (-1.0, 1.0)
 
     @property
     def few_groups(self) -> bool:
         """Whether it rests on too few groups to be taken at its word."""
         return self.groups < FEW_GROUPS
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether low and high say where the difference lies: both are known, and neither is a bound of the scale."""
+        return _inside(self.low, self.high, self.bounds)
+
+
+def _inside(low: float, high: float, bounds: tuple[float, float]) -> bool:
+    edge = EDGE * (bounds[1] - bounds[0])
+    return bounds[0] + edge < low and high < bounds[1] - edge  # False for nan
 
 
 def grouped(groups: Sequence[str]) -> tuple[Names, NDArray[np.intp]]:
@@ -129,7 +146,7 @@ def iou_statistic(
     confusions: NDArray[np.int64],
     groups: Sequence[str] | None = None,
     score: IouName = "miou_foreground",
-    absent: Absent = "zero",
+    absent: Absent = "ignore",
 ) -> Statistic:
     """Mean IoU of one system: what iou_scores gives for the images of a resample.
 
@@ -241,10 +258,10 @@ def mean_of(runs: Sequence[Statistic]) -> Statistic:
     if not runs:
         raise ShapeError("There is no run to take the mean of.")
     for run in runs[1:]:
-        _checkdifference_of(runs[0], run)
+        check_paired(runs[0], run)
     return Statistic(
         lambda weights: np.mean([run.value(weights) for run in runs], axis=0),
-        lambda weights: np.mean([run.influence(weights) for run in runs], axis=0),
+        lambda weights: sum((run.influence(weights) for run in runs[1:]), runs[0].influence(weights)) / len(runs),
         runs[0].sets,
         runs[0].bounds,
     )
@@ -255,7 +272,7 @@ def difference_of(a: Statistic, b: Statistic) -> Statistic:
 
     Raises ShapeError when they were scored on other groups.
     """
-    _checkdifference_of(a, b)
+    check_paired(a, b)
     return Statistic(
         lambda weights: a.value(weights) - b.value(weights),
         lambda weights: a.influence(weights) - b.influence(weights),
@@ -264,7 +281,7 @@ def difference_of(a: Statistic, b: Statistic) -> Statistic:
     )
 
 
-def _apart(a: Statistic, b: Statistic) -> Statistic:
+def apart(a: Statistic, b: Statistic) -> Statistic:
     """a - b of two test sets, each drawn for itself."""
     end = sum(a.sizes)
     return Statistic(
@@ -275,7 +292,8 @@ def _apart(a: Statistic, b: Statistic) -> Statistic:
     )
 
 
-def _checkdifference_of(a: Statistic, b: Statistic) -> None:
+def check_paired(a: Statistic, b: Statistic) -> None:
+    """Raise ShapeError when two systems were scored on other groups."""
     if a.sets != b.sets:
         raise ShapeError(
             f"Scores on {sum(a.sizes)} and on {sum(b.sizes)} groups can't be paired: the groups are not the same.\n"
@@ -303,6 +321,16 @@ def resample(statistic: Statistic, resamples: int = RESAMPLES, seed: int = 0) ->
     blocks = [measured(weights)[:2] for weights in draw_weights(sizes, resamples, seed)]
     values, standard_errors = (np.concatenate(part) for part in zip(*blocks, strict=True))
     return Resamples(float(estimate), float(standard_error), influence, values, standard_errors, statistic.bounds)
+
+
+def group_variances(influence: Floats, sizes: Sequence[int]) -> Floats:
+    """Variance that the groups of each set give to statistics, (statistics, sets); influence: (statistics, groups).
+
+    A set of one group gives none that could be known, and counts as 0.
+    """
+    squares = np.split(influence**2, np.cumsum(sizes)[:-1], axis=1)
+    pairs = zip(squares, sizes, strict=True)
+    return np.stack([own.sum(1) * size / max(1, size - 1) for own, size in pairs], axis=1)
 
 
 def draw_weights(sizes: Sequence[int], resamples: int, seed: int) -> Iterator[Floats]:
@@ -362,25 +390,34 @@ def studentised_interval(sample: Resamples, level: float = LEVEL) -> tuple[float
 
     Hall (1992), sections 3.5 and 3.6.
     """
-    if sample.standard_error <= SAME:
+    return _within(sample, sample.standard_error, _reach(distances_of(sample), level))
+
+
+def _reach(distances: Floats, level: float) -> float:
+    """How far from the estimate a share `level` of the draws stays, in standard errors."""
+    farther = np.sort(np.abs(distances))
+    within = int(np.ceil(level * (len(farther) + 1) - SAME))  # the estimate itself counts as one of the draws
+    return float(farther[within - 1]) if within <= len(farther) else np.inf
+
+
+def _within(sample: Resamples, standard_error: float, reach: float) -> tuple[float, float]:
+    """So many standard errors to both sides of the estimate, on the scale of the logit."""
+    if standard_error <= SAME:
         return sample.estimate, sample.estimate
-    distances = np.sort(_distances(sample))
-    within = int(np.ceil(level * (len(distances) + 1) - SAME))  # the estimate itself counts as one of the draws
-    reach = distances[within - 1] if within <= len(distances) else np.inf
     centre, slope = _on_logit(np.array(sample.estimate), sample.bounds)
-    ends = centre + np.array([-1, 1]) * reach * sample.standard_error * slope
+    ends = centre + np.array([-1, 1]) * reach * standard_error * slope
     lowest, highest = sample.bounds
     low, high = (lowest + (highest - lowest) * expit(ends)).tolist()
     return low, high
 
 
-def _distances(sample: Resamples) -> Floats:
-    """Of each resampled value from the estimate, (resamples,), in its own standard errors on the scale of the logit."""
+def distances_of(sample: Resamples) -> Floats:
+    """Each resampled value less the estimate, (resamples,), in its own standard errors on the scale of the logit."""
     estimate, _ = _on_logit(np.array(sample.estimate), sample.bounds)
     values, slopes = _on_logit(sample.values, sample.bounds)
     errors = sample.standard_errors * slopes
     told = sample.standard_errors > SAME  # False for nan
-    distances = np.divide(np.abs(values - estimate), errors, out=np.full(len(values), np.inf), where=told)
+    distances = np.divide(values - estimate, errors, out=np.full(len(values), np.inf), where=told)
     return np.where(np.abs(sample.values - sample.estimate) <= SAME, 0, distances)
 
 
@@ -391,20 +428,18 @@ def _on_logit(values: Floats, bounds: tuple[float, float]) -> tuple[Floats, Floa
     return logit(place), 1 / (width * place * (1 - place))
 
 
-def _p_value(sample: Resamples, groups: int) -> float:
-    """Two-sided p-value of the statistic being 0: the share of resamples as far from the estimate as 0 is, or farther.
-
-    It is the studentised interval turned round. No less than 2^(1 - groups): of groups whose differences might as well
-    have had the other sign, no test can say more.
-    """
+def _distance_of_zero(sample: Resamples, standard_error: float) -> float:
+    """How many standard errors the estimate is away from 0, on the scale of the logit."""
     if abs(sample.estimate) <= SAME:
-        return 1.0
+        return 0.0
     estimate, slope = _on_logit(np.array(sample.estimate), sample.bounds)
     zero, _ = _on_logit(np.array(0.0), sample.bounds)
-    error = sample.standard_error * slope
-    distance = np.abs(estimate - zero) / error if sample.standard_error > SAME else np.inf
-    farther = int(np.sum(_distances(sample) >= distance))
-    return max((1 + farther) / (1 + len(sample.values)), 2.0 ** (1 - groups))
+    return float(np.abs(estimate - zero) / (standard_error * slope)) if standard_error > SAME else np.inf
+
+
+def _share_beyond(distances: Floats, distance: float) -> float:
+    """The share of draws that are so far from the estimate, or farther; it counts as one of them."""
+    return (1 + int(np.sum(np.abs(distances) >= distance))) / (1 + len(distances))
 
 
 INTERVALS: dict[Method, Callable[[Resamples, float], tuple[float, float]]] = {
@@ -429,11 +464,11 @@ def score_interval(
     >>> found.estimate, round(found.low, 2), round(found.high, 2), found.groups
     (0.5, 0.31, 0.69, 24)
     """
-    estimate, groups = _estimate(statistic), min(statistic.sizes)
-    if np.isnan(estimate) or groups < 2:
-        return Interval(estimate, np.nan, np.nan, groups)
-    low, high = INTERVALS[method](resample(statistic, resamples, seed), level)
-    return Interval(estimate, low, high, groups)
+    groups = min(statistic.sizes)
+    if not can_be_resampled(statistic):
+        return Interval(_estimate(statistic), np.nan, np.nan, groups, statistic.bounds)
+    sample = resample(statistic, resamples, seed)
+    return Interval(sample.estimate, *INTERVALS[method](sample, level), groups, statistic.bounds)
 
 
 def paired_difference(
@@ -458,16 +493,40 @@ def modality_gap(
     first, second: a and b on that set, paired; the two sets are drawn independently. Raises ShapeError when a and b of
     one set were scored on other groups.
     """
-    return _difference(_apart(difference_of(*first), difference_of(*second)), level, resamples, seed)
+    return _difference(apart(difference_of(*first), difference_of(*second)), level, resamples, seed)
 
 
 def _difference(statistic: Statistic, level: float, resamples: int, seed: int) -> Difference:
-    estimate, groups = _estimate(statistic), min(statistic.sizes)
-    if np.isnan(estimate) or groups < 2:
-        return Difference(estimate, np.nan, np.nan, np.nan, groups)
+    """A difference, its interval, and its p-value: the share of resamples as far from it as 0 is, or farther.
+
+    The p-value is the studentised interval turned round.
+    """
+    if not can_be_resampled(statistic):
+        return no_difference(statistic)
     sample = resample(statistic, resamples, seed)
-    low, high = studentised_interval(sample, level)
-    return Difference(estimate, low, high, _p_value(sample, sum(statistic.sizes)), groups)
+    return widest(statistic, sample, [(sample.standard_error, distances_of(sample))], level)
+
+
+def widest(statistic: Statistic, sample: Resamples, errors: Sequence[tuple[float, Floats]], level: float) -> Difference:
+    """A difference with the widest interval and the largest p-value that some views of its error give.
+
+    errors: a standard error, and draws in it (as of distances_of, but however many), of each view. No p-value is less
+    than 2^(1 - groups): of groups whose differences might as well have had the other sign, no test can say more.
+    """
+    lows, highs = zip(*(_within(sample, error, _reach(draws, level)) for error, draws in errors), strict=True)
+    shares = [_share_beyond(draws, _distance_of_zero(sample, error)) for error, draws in errors]
+    p_value = max(*shares, 2.0 ** (1 - sum(statistic.sizes)))
+    return Difference(sample.estimate, min(lows), max(highs), p_value, min(statistic.sizes), statistic.bounds)
+
+
+def can_be_resampled(statistic: Statistic) -> bool:
+    """Whether it has a score, and two groups or more in each test set."""
+    return min(statistic.sizes) >= 2 and not np.isnan(_estimate(statistic))
+
+
+def no_difference(statistic: Statistic) -> Difference:
+    """A difference of which nothing but its estimate is known."""
+    return Difference(_estimate(statistic), np.nan, np.nan, np.nan, min(statistic.sizes), statistic.bounds)
 
 
 def _estimate(statistic: Statistic) -> float:

@@ -39,12 +39,13 @@ def confusion_matrix(truth: Labels, predicted: Labels, classes: int) -> NDArray[
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def iou_scores(matrix: NDArray[np.int64], absent: Absent = "zero") -> IouScores:
+def iou_scores(matrix: NDArray[np.int64], absent: Absent = "ignore") -> IouScores:
     """IoU per class and their means, from a confusion matrix.
 
-    A class that is predicted but absent from the truth scores 0 with absent="zero" (as DINOv3's
-    evaluation counts it) and takes no part with "ignore" (as Detectron2's). A class in neither never
-    takes part.
+    The classes are those of the truth with absent="ignore" (as Detectron2 counts them): one that is predicted but
+    absent from the truth takes no part, and each of its pixels counts against the class that it was taken from. With
+    "zero" (as DINOv3's evaluation has it) it scores 0, so that a single pixel can cost many points. A class in neither
+    never takes part.
     """
     hit = np.diag(matrix).astype(float)
     truth, predicted = matrix.sum(1), matrix.sum(0)

@@ -43,6 +43,8 @@ class HeadRecipe:
         return cls(**values)
 
 
+WIDTHS: Mapping[str, int] = {"upsample": 128, "fcos": 64, "fasterrcnn": 64, "maskrcnn": 64}
+"""Channels of each kind's pyramid where the recipe names none."""
 Build = Callable[[Sequence[FeatureLevel], HeadRecipe], nn.Module]
 
 
@@ -51,16 +53,20 @@ def _linear(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
 
 
 def _upsample(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
-    return UpsampleHead(levels, len(recipe.classes), recipe.width or 128, recipe.pyramid)
+    return UpsampleHead(levels, len(recipe.classes), recipe.width or WIDTHS[recipe.kind], recipe.pyramid)
 
 
 def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
-    return FcosHead(levels, len(recipe.classes), recipe.width or 64, sides=recipe.sides, pyramid=recipe.pyramid)
+    return FcosHead(
+        levels, len(recipe.classes), recipe.width or WIDTHS[recipe.kind], sides=recipe.sides, pyramid=recipe.pyramid
+    )
 
 
 def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
     masks = recipe.task == "instseg"
-    return RcnnHead(levels, len(recipe.classes), recipe.width or 64, recipe.sides, recipe.pyramid, masks)
+    return RcnnHead(
+        levels, len(recipe.classes), recipe.width or WIDTHS[recipe.kind], recipe.sides, recipe.pyramid, masks
+    )
 
 
 HEADS: Mapping[tuple[str, str], Build] = {

@@ -1,14 +1,17 @@
 """The answer in plain language, worded from intervals and p values, honest where they tell nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from typing import Any
 
 from featprobe.errors import counted
-from featprobe.report.comparison import FEW_GROUPS, LABELS, interval_text, number, scores_of
+from featprobe.report.comparison import FEW_GROUPS, LABELS, budget_text, interval_text, number, scores_of
 
 SURE = 0.05  # corrected p value up to which a difference is called one
-SMALL = 0.02  # a difference whose whole interval is nearer to 0 makes no difference in practice
+SMALL, PART = 0.02, 0.1  # points, and share of the higher score: a smaller gain makes no difference in practice
+FLOOR = 0.05  # a score whose interval reaches below may be one of nothing found
+ACROSS = "To have one all the same:  featprobe compare --across-recipes"
+SEEDS = 3  # that are proposed where there is one
 STORED_VIEWS = "frozen, augmented"  # the variant of frozen results on views that a cache holds
 Line = Mapping[str, Any]
 
@@ -33,37 +36,60 @@ def _of_head(lines: Sequence[Line], differences: Sequence[Line]) -> list[str]:
     scored = [line for line in lines if not isnan(line[score])]
     head = lines[0]["head"]
     if not scored:
-        return [f"{head}: no {LABELS[score]} exists on this test split."]
+        return [f"{head}: this test split has no {LABELS[score]}: it holds no object to find."]
     if max(line[score] for line in scored) == 0:
-        return [f"{head}: {LABELS[score]} is 0 throughout. Nothing was found, so nothing is told."]
-    regimes = list(dict.fromkeys(line["regime"] for line in scored))
+        return [f"{head}: {LABELS[score]} is 0 for all: nothing was found, so there is nothing to compare."]
     sentences = []
+    regimes = list(dict.fromkeys(line["regime"] for line in scored))
     for regime in regimes:
         own = [line for line in scored if line["regime"] == regime]
         if len(own) > 1 or regime == regimes[0]:
-            sentences.append(_which_backbone(own, score, [d for d in differences if d["kind"] == "backbones"]))
-    if head != "ridge":
-        sentences += _is_frozen_enough(head, [d for d in differences if d["kind"] == "regimes"])
+            sentences += _which_backbone(own, score, [d for d in differences if d["kind"] == "backbones"])
+    return sentences + (_is_frozen_enough(scored, score, differences) if head != "ridge" else [])
+
+
+# ---- which backbone --------------------------------------------------------------------------------------------------
+
+
+def _which_backbone(lines: Sequence[Line], score: str, differences: Sequence[Line]) -> list[str]:
+    """What is to be said of the backbones of one regime and head."""
+    best = max(lines, key=lambda line: line[score])
+    within = f"{best['regime']}, {best['head']}"
+    value = f"{number(100 * best[score])} % {LABELS[score]} ({_interval_of(best, score)})"
+    start = f"{within}{_at(best['iterations'])}: {best['backbone']}"
+    if len(lines) == 1:
+        return [f"{start} reaches {value}. There is no other backbone here to compare it with."]
+    own = [d for d in differences if d["within"] == within and best["backbone"] in (d["a"], d["b"])]
+    told = {claim: [d for d in own if d["claim"] == claim] for claim in ("procedures", "heads", "none")}
+    says = _ranks(told["procedures"], best, "", " beyond chance")
+    sentences = [f"{start} scores highest, {value}{': ' if says else ''}{'; '.join(says)}."]
+    if told["heads"]:
+        says = _ranks(told["heads"], best, "the head on ", "")
+        sentences.append(
+            f"{within}: of the heads that were trained ({_seeds(told['heads'])}), the one on {best['backbone']} is "
+            f"{'; '.join(says)}. That says nothing yet of the backbones: {_what_tells(told['heads'])}."
+        )
+    for alike in _by(told["none"], lambda d: (d["recipes"], d["a"] == best["backbone"])):
+        first = alike[0]["a"] == best["backbone"]
+        sides = [best["backbone"], _list([d["b" if first else "a"] for d in alike])]
+        which = " | ".join(sides if first else sides[::-1])
+        others = _list([_other(d, best) for d in alike])
+        sentences.append(
+            f"{within}: no verdict on {best['backbone']} against {others}: the recipes differ "
+            f"({which}: {alike[0]['recipes']}). {ACROSS}"
+        )
     return sentences
 
 
-def _which_backbone(lines: Sequence[Line], score: str, differences: Sequence[Line]) -> str:
-    """A sentence on the backbones of one regime and head."""
-    best = max(lines, key=lambda line: line[score])
-    within = f"{best['regime']}, {best['head']}"
-    interval = f"95 % interval {interval_text(best[f'{score}_low'], best[f'{score}_high'])}"
-    told = "no interval: one test group" if isnan(best[f"{score}_low"]) else interval
-    value = f"{number(100 * best[score])} % {LABELS[score]} ({told})"
-    if len(lines) == 1:
-        return f"{within}: {best['backbone']} reaches {value}. There is no other backbone here to compare it with."
-    own = [d for d in differences if d["within"] == within and best["backbone"] in (d["a"], d["b"])]
-    ahead = [_other(d, best) for d in own if d["p_holm"] <= SURE]
-    perhaps = [_other(d, best) for d in own if d["p"] <= SURE < d["p_holm"]]
-    untold = [_other(d, best) for d in own if not d["p"] <= SURE]
-    says = [f"ahead of {_list(ahead)} beyond chance"] if ahead else []
-    says += [f"perhaps ahead of {_list(perhaps)}, not surely among so many differences"] if perhaps else []
-    says += [f"not to be told from {_list(untold)} with these test groups"] if untold else []
-    return f"{within}: {best['backbone']} scores highest, {value}: {'; '.join(says)}."
+def _ranks(differences: Sequence[Line], best: Line, the: str, sure: str) -> list[str]:
+    """How the best backbone stands to the others. the: before each of their names; sure: after those that are
+    behind."""
+    ahead = [the + _other(d, best) for d in differences if d["p_holm"] <= SURE]
+    before = [the + _other(d, best) for d in differences if d["p"] <= SURE < d["p_holm"]]
+    untold = [the + _other(d, best) for d in differences if not d["p"] <= SURE]
+    says = [f"ahead of {_list(ahead)}{sure}"] if ahead else []
+    says += [f"ahead of {_list(before)} before, but not after, correction for multiple comparisons"] if before else []
+    return says + ([f"not distinguishable from {_list(untold)} with these test groups"] if untold else [])
 
 
 def _other(difference: Line, best: Line) -> str:
@@ -71,7 +97,41 @@ def _other(difference: Line, best: Line) -> str:
     sign, name = (1, difference["b"]) if first else (-1, difference["a"])
     low, high = sorted((sign * difference["low"], sign * difference["high"]))
     other = ", at another input size" if _other_scale(difference) else ""
-    return f"{name} ({100 * sign * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')}{other})"
+    return f"{name} ({_points(sign * difference['difference'], low, high)}{other})"
+
+
+def _points(difference: float, low: float, high: float) -> str:
+    return f"{100 * difference:+.1f} points, {interval_text(low, high, '+.1f')}"
+
+
+def _interval_of(line: Line, score: str) -> str:
+    text = interval_text(line[f"{score}_low"], line[f"{score}_high"])
+    return "no interval: one test group" if line["groups"] == 1 else f"95 % interval {text}" if "to" in text else text
+
+
+def _at(*iterations: int | None) -> str:
+    """How long was trained; nothing for heads that are solved."""
+    return f" at {budget_text(iterations)}" if any(iterations) else ""
+
+
+def _at_both(frozen: int, full: int) -> str:
+    return _at(frozen) if frozen == full else f" at {budget_text([frozen])} frozen and {full} fine-tuned"
+
+
+def _seeds(differences: Sequence[Line]) -> str:
+    return "; ".join(dict.fromkeys(d["seeds"] for d in differences))
+
+
+def _what_tells(differences: Sequence[Line]) -> str:
+    """What to run for a verdict on backbones or regimes."""
+    why = {d["of_heads"] for d in differences}
+    tells = [f"another seed gives another head. --seeds {SEEDS} would tell"] if "one seed" in why else []
+    orders = "all seeds saw the images in one order. The same seeds without --shared-order would tell"
+    return "; ".join([*tells, *([orders] if why - {"one seed"} else [])])
+
+
+def _by(lines: Sequence[Line], key: Callable[[Line], Any]) -> list[list[Line]]:
+    return [[line for line in lines if key(line) == value] for value in dict.fromkeys(map(key, lines))]
 
 
 def _other_scale(difference: Line) -> bool:
@@ -82,35 +142,141 @@ def _list(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _is_frozen_enough(head: str, differences: Sequence[Line]) -> list[str]:
+# ---- is frozen enough ------------------------------------------------------------------------------------------------
+
+
+def _is_frozen_enough(lines: Sequence[Line], score: str, differences: Sequence[Line]) -> list[str]:
     """A sentence for each backbone that has a frozen and a full result, or one that says that none has."""
-    full = [d for d in differences if d["a"].startswith("full") and d["b"] in ("frozen", STORED_VIEWS)]
+    head = lines[0]["head"]
+    full = [
+        d for d in differences
+        if d["kind"] == "regimes" and d["a"].startswith("full") and d["b"] in ("frozen", STORED_VIEWS)
+    ]  # fmt: skip
     if not full:
         return [f"{head}: whether frozen is enough needs a frozen and a full result: featprobe finetune."]
-    return [f"{head}: {_verdict(d)}" for d in full]
+    return [
+        f"{head}{_at_both(d['iterations_b'], d['iterations_a'])}: {_verdict(d, lines, score, differences)}"
+        for d in full
+    ]
 
 
-def _verdict(difference: Line) -> str:
-    low, high, sure = difference["low"], difference["high"], difference["p_holm"] <= SURE
+def _verdict(difference: Line, lines: Sequence[Line], score: str, differences: Sequence[Line]) -> str:
     backbone = difference["within"].rpartition(", ")[0]
+    of = {line["regime"]: line for line in lines if line["backbone"] == backbone}
+    full, frozen = of[difference["a"]], of[difference["b"]]
     name = f"fine-tuning {backbone}{' (not augmented)' if 'not augmented' in difference['a'] else ''}"
     name += ", against frozen features of augmented views," if difference["b"] == STORED_VIEWS else ""
-    found = f"({100 * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')})"
+    found = f"({_points(difference['difference'], difference['low'], difference['high'])})"
     cause = (
         " Part of that may be augmentation, which the frozen result lacks: featprobe finetune --regime frozen-online."
         if difference["confounded"]
         else ""
     )
-    cause += " Not both had converged." if difference["not_converged"] else ""
     cause += " The two saw images of another size." if _other_scale(difference) else ""
+    why = _no_verdict(difference, full, frozen, score)
+    if why:
+        return f"no verdict on {name} {found}: {why}"
+    floor = _floor(frozen, lines, score, differences)
+    margin = min(SMALL, PART * max(full[score], frozen[score]))
+    if floor and not (full[f"{score}_low"] >= FLOOR and difference["p_holm"] <= SURE and difference["low"] > margin):
+        return f"no verdict on {name} {found}: {floor}, so there is nothing that could be enough.{cause}"
+    if difference["claim"] == "heads":
+        return _of_two_heads(difference, name, found) + cause
+    return _worded(difference, name, found, margin) + (f" {floor[0].upper()}{floor[1:]}." if floor else "") + cause
+
+
+def _no_verdict(difference: Line, full: Line, frozen: Line, score: str) -> str:
+    """Why two results do not tell whether frozen is enough, whatever their scores; empty where they may."""
+    if difference["claim"] == "none":
+        return f"the recipes differ (fine-tuned | frozen: {difference['recipes']}). {ACROSS}"
+    sides = {"frozen": frozen, "fine-tuned": full}
+    rising = [f"the {name} one" for name, line in sides.items() if line["not_converged"]]
+    small = [f"the {name} one" for name, line in sides.items() if line["iterations_needed"]]
+    text = f"{_list(rising)} had not converged. Train with more iterations." if rising else ""
+    notes = "the notes name the commands"
+    return text or (f"{_list(small)} had too few iterations: {notes}." if small else "")
+
+
+def _floor(frozen: Line, lines: Sequence[Line], score: str, differences: Sequence[Line]) -> str:
+    """That a frozen backbone may have found nothing; empty where it surely found something.
+
+    It did where it is ahead of the same network with random weights; where no such control can be compared, where its
+    interval stays clear of the floor.
+    """
+    controls = [
+        line["backbone"] for line in lines
+        if line["random_weights"] and line["regime"] == frozen["regime"]
+        and line["model"] == frozen["model"] is not None
+    ]  # fmt: skip
+    within = f"{frozen['regime']}, {frozen['head']}"
+    for control in controls if not frozen["random_weights"] else []:
+        for d in differences:
+            if d["within"] == within and {d["a"], d["b"]} == {control, frozen["backbone"]} and d["claim"] != "none":
+                lead = d["difference"] if d["b"] == control else -d["difference"]
+                ahead = d["p_holm"] <= SURE and lead > 0
+                return "" if ahead else f"frozen is not shown to be ahead of random weights ({control})"
+    low = frozen[f"{score}_low"]
+    value = f"{number(100 * frozen[score])} % {LABELS[score]}, {_interval_of(frozen, score)}"
+    return "" if low >= FLOOR else f"frozen may have found nothing ({value})"
+
+
+def _of_two_heads(difference: Line, name: str, found: str) -> str:
+    """What one seed tells: something of these heads, and nothing of what made them."""
+    if not difference["p_holm"] <= SURE:
+        said = (
+            f"with these two heads ({difference['seeds']}), these test groups cannot show whether {name} helps {found}"
+        )
+    else:
+        gains = "gained" if difference["difference"] > 0 else "lost"
+        said = f"with these two heads ({difference['seeds']}) {name} {gains} {found}"
+    return f"{said}. That says nothing yet of the regimes: {_what_tells([difference])}."
+
+
+def _worded(difference: Line, name: str, found: str, margin: float) -> str:
+    low, high, sure = difference["low"], difference["high"], difference["p_holm"] <= SURE
+    most = f"{100 * margin:.2g} points{'' if margin == SMALL else ' (a tenth of the higher score)'}"
     if sure and difference["difference"] < 0:
-        return f"{name} loses {found}: frozen is enough.{cause}"
-    if sure and low > SMALL:
-        return f"{name} gains {found}: frozen is not enough for the best score.{cause}"
-    if sure and high <= SMALL:
-        return f"{name} gains less than {100 * SMALL:g} points {found}: frozen is nearly enough.{cause}"
+        return f"{name} loses {found}: frozen is enough."
+    if sure and low > margin:
+        return f"{name} gains more than {most} {found}: frozen is not enough for the best score."
+    if sure and high <= margin:
+        return f"{name} gains less than {most} {found}: frozen is nearly enough."
     if sure:
-        return f"{name} gains, but perhaps less than {100 * SMALL:g} points {found}.{cause}"
-    if low < high and -SMALL <= low and high <= SMALL and difference["groups"] >= FEW_GROUPS:
-        return f"{name} makes no difference beyond {100 * SMALL:g} points {found}: frozen is enough.{cause}"
-    return f"whether {name} gains anything, these test groups do not tell {found}.{cause}"
+        return f"{name} gains, but perhaps less than {most} {found}."
+    if low < high and -margin <= low and high <= margin and difference["groups"] >= FEW_GROUPS:
+        return f"{name} makes no difference beyond {most} {found}: frozen is enough."
+    if difference["p"] <= SURE:
+        gains = "gains" if difference["difference"] > 0 else "loses"
+        return f"{name} {gains} before, but not after, correction for multiple comparisons {found}."
+    return f"these test groups cannot show whether {name} helps {found}."
+
+
+# ---- modality gaps ---------------------------------------------------------------------------------------------------
+
+
+def gap_sentences(gaps: Sequence[Line]) -> tuple[str, ...]:
+    """Each gap in words."""
+    return tuple(_gap_sentence(gap) for gap in gaps)
+
+
+def _gap_sentence(gap: Line) -> str:
+    share = "" if gap["fraction"] == 1 else f", {100 * gap['fraction']:g} % of train"
+    start = f"{gap['task']}, {gap['regime']}, {gap['head']}{share}{_at(gap['iterations_a'], gap['iterations_b'])}:"
+    found = f"({_points(gap['difference'], gap['low'], gap['high'])})"
+    lead = f"the lead of {gap['a']} over {gap['b']}"
+    where = f"{gap['first']} than on {gap['second']}"
+    if gap["claim"] == "none":
+        return (
+            f"{start} no verdict on whether {lead} is larger on {where} {found}: the recipes differ "
+            f"({gap['recipes']}). {ACROSS}"
+        )
+    of_heads = gap["claim"] == "heads"
+    lead = f"{lead}, of these heads ({gap['seeds']})," if of_heads else lead
+    caution = f" That says nothing yet of the backbones: {_what_tells([gap])}." if of_heads else ""
+    if gap["p_holm"] <= SURE:
+        return f"{start} {lead} is {'larger' if gap['difference'] > 0 else 'smaller'} on {where} {found}.{caution}"
+    if gap["p"] <= SURE:
+        larger = "larger" if gap["difference"] > 0 else "smaller"
+        late = "before, but not after, correction for multiple comparisons"
+        return f"{start} {lead} is {larger} on {where} {late} {found}.{caution}"
+    return f"{start} {lead} is not shown to differ between {gap['first']} and {gap['second']} {found}.{caution}"

@@ -20,6 +20,10 @@ LABELS: Mapping[str, str] = {
 FEW_GROUPS = 20  # below, an interval can't be taken at its word (metrics.FEW_GROUPS, which a test compares)
 NOT_KEPT = ("curve", "classes")  # parts of a line that are no column
 NONE = "–"
+VERDICTS_ON = {"procedures": "any seed", "heads": "these heads", "none": "none"}
+"""For people, what a difference may be claimed of."""
+NO_INTERVAL = "no interval"
+REACHED = "iterations to 90/95/99 %"
 Line = Mapping[str, Any]
 
 
@@ -31,8 +35,9 @@ def result_frame(lines: Sequence[Line]) -> pd.DataFrame:
 def difference_frame(lines: Sequence[Line]) -> pd.DataFrame:
     """One row per difference, modality gaps (kind `gap`) included: differences in [-1, 1]."""
     columns = ["set", "kind", "within", "head", "fraction", "score", "a", "b", "difference", "low", "high", "p",
-               "p_holm", "groups", "scale_a", "scale_b", "confounded", "not_converged", "a_reaches_b",
-               "b_reaches_a"]  # fmt: skip
+               "p_holm", "groups", "claim", "of_heads", "seeds", "recipes", "named", "scale_a", "scale_b",
+               "iterations_a", "iterations_b", "confounded", "not_converged", "budget_unchecked", "budget_small",
+               "a_reaches_b", "b_reaches_a"]  # fmt: skip
     gaps = {"kind": "gap"}
     rows = [line if "kind" in line else gaps | {**line, "set": f"{line['first']} - {line['second']}"} for line in lines]
     return pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], columns=columns).convert_dtypes()
@@ -45,8 +50,16 @@ def scores_of(line: Line) -> list[str]:
 
 def marks_of(line: Line) -> list[str]:
     """What a reader must know before believing a line of either table."""
+    needed = line.get("iterations_needed")
+    more = f"needs {needed} iterations" if needed != line.get("iterations") else f"needs more than {needed} iterations"
     marks = {
+        f"recipes differ: {line.get('recipes')}": line.get("recipes"),
+        f"of these heads alone: {line.get('of_heads')}": line.get("claim") == "heads",
+        str(line.get("named")): line.get("named"),
         "not converged": line.get("not_converged"),
+        "budget not checked": line.get("budget_unchecked"),
+        more: needed,
+        "too few iterations": line.get("budget_small"),
         "confounded by augmentation": line.get("confounded"),
         "another input size": line.get("scale_a") != line.get("scale_b"),
         f"few groups ({line['groups']})": line["groups"] < FEW_GROUPS,
@@ -62,6 +75,7 @@ def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
     table = pd.DataFrame([_result_cells(line, brief) for line in lines])
     usual = {"of train": {"100 %"}, "*": {"*"}, "split": set(table["split"][:1])}
     usual |= {"size": set(table["size"][:1])} if brief else {}
+    usual[REACHED] = {"–/–/–"}
     table = table.drop(columns=[name for name, values in usual.items() if set(table[name]) == values])
     return table if table["marks"].any() or not brief else table.drop(columns="marks")
 
@@ -79,7 +93,8 @@ def _result_cells(line: Line, brief: bool) -> dict[str, str]:
             )
     cells |= {"groups": str(line["groups"]), "trials": str(line["trials"])}
     cells |= {"head params": str(line["head_parameters"]), "backbone params": str(line["backbone_parameters"])}
-    cells["iterations to 90/95/99 %"] = "/".join(_whole(line[f"iterations_{share}"]) for share in (90, 95, 99))
+    cells["iterations"] = f"{_whole(line['iterations'])}{', found' if line['iterations_found'] else ''}"
+    cells[REACHED] = "/".join(_whole(line[f"iterations_{share}"]) for share in (90, 95, 99))
     cells |= {f"{part} s": number(line[f"{part}_seconds"]) for part in ("train", "extract", "total")}
     return cells | {"marks": ", ".join(marks_of(line))}
 
@@ -96,7 +111,7 @@ def class_table(lines: Sequence[Line]) -> pd.DataFrame:
 
 def difference_table(lines: Sequence[Line]) -> pd.DataFrame:
     """Differences as text for people, in points (percent). Iterations: the first's before the bar."""
-    return pd.DataFrame([
+    table = pd.DataFrame([
         {
             "within": line["within"] + ("" if line["fraction"] == 1 else f", {100 * line['fraction']:g} % of train"),
             "difference": f"{line['a']} − {line['b']}",
@@ -104,11 +119,14 @@ def difference_table(lines: Sequence[Line]) -> pd.DataFrame:
             "95 %": interval_text(line["low"], line["high"], "+.1f"),
             "p": number(line["p"], ".3g"),
             "p (Holm)": number(line["p_holm"], ".3g"),
+            "verdict on": VERDICTS_ON[line["claim"]],
             "iterations to the rival's end": f"{_whole(line['a_reaches_b'])} | {_whole(line['b_reaches_a'])}",
             "marks": ", ".join(marks_of(line)),
         }
         for line in lines
     ])  # fmt: skip
+    reached = "iterations to the rival's end"
+    return table.drop(columns=reached) if set(table[reached]) == {"– | –"} else table
 
 
 def gap_table(lines: Sequence[Line]) -> pd.DataFrame:
@@ -121,6 +139,7 @@ def gap_table(lines: Sequence[Line]) -> pd.DataFrame:
             f"{LABELS[line['score']]}": f"{100 * line['difference']:+.1f}",
             "95 %": interval_text(line["low"], line["high"], "+.1f"),
             "p": number(line["p"], ".3g"), "p (Holm)": number(line["p_holm"], ".3g"),
+            "verdict on": VERDICTS_ON[line["claim"]],
             "marks": ", ".join(marks_of(line)),
         }
         for line in lines
@@ -137,12 +156,22 @@ def number(value: float | None, form: str = ".1f") -> str:
 
 
 def interval_text(low: float, high: float, form: str = ".1f") -> str:
-    """An interval of shares in percent.
+    """An interval of shares in percent; nan where there is none, or where it would reach to a bound of the scale.
 
-    >>> interval_text(0.1, 0.25)
-    '10.0 to 25.0'
+    >>> interval_text(0.1, 0.25), interval_text(float("nan"), float("nan"))
+    ('10.0 to 25.0', 'no interval')
     """
-    return NONE if isnan(low) else f"{100 * low:{form}} to {100 * high:{form}}"
+    return NO_INTERVAL if isnan(low) else f"{100 * low:{form}} to {100 * high:{form}}"
+
+
+def budget_text(iterations: Sequence[int | None]) -> str:
+    """Numbers of iterations for people, those of the frozen regime first.
+
+    >>> budget_text([400, 400]), budget_text([400, 50])
+    ('400 iterations', '400 and 50 iterations')
+    """
+    numbers = dict.fromkeys(str(value) for value in iterations if value is not None)
+    return f"{' and '.join(numbers)} iteration{'' if list(numbers) == ['1'] else 's'}"
 
 
 def _whole(value: int | None) -> str:

@@ -41,20 +41,33 @@ pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .8re
 li, p { overflow-wrap: anywhere; } .small { font-size: .85rem; }
 """
 HOW_TO_READ = (
-    "Scores are of the test split, in percent: the mean over seeds, and sd, the standard deviation over seeds. 95 "
-    "% is a bootstrap interval over groups of test images (a group is a part, a film, a series): what other test "
-    "groups would have given to these trained heads. Differences are paired over the same groups; p (Holm) is "
-    "corrected for all differences of a set.",
-    "Iterations to 90/95/99 % of the own final value are the first point of the validation curve (mean over "
-    "seeds) that is not below it, so they are no finer than the points of the curve. Not converged: over the last "
-    "20 % of its iterations the curve still rises by more than a point; the value at 80 % is read from the "
-    "straight line between the points around it.",
+    "Scores are of the test split, in percent: the mean over seeds, and sd, the standard deviation over seeds. The 95"
+    " % interval of a score is a bootstrap over groups of test images (a group is a part, a film, a series): what "
+    "other test groups would have given to these trained heads. It does not hold what other seeds would have given. "
+    "No interval: there is one test group, or the interval would reach to the end of the scale. The classes are those"
+    " of the test split's truth; a pixel that was given another class counts against the one that it was taken from. "
+    "AP50 is the score of detection and instance segmentation: trials are chosen by it, and it is compared. "
+    "Inspection asks whether a flaw is found, and labels of flaws that are a few pixels wide do not tell outlines "
+    "apart at an IoU of 0.75 and more.",
+    "Differences are paired over the same groups. A verdict on any seed holds what other test groups and what other "
+    "seeds might have given: it is of the backbone or the regime with its head and recipe. Where a side has one seed,"
+    " or all its seeds saw the images in one order, the verdict is on these heads, and says nothing of others. Where "
+    "recipes differ there is none, unless --across-recipes asks for it. p (Holm) is corrected for all differences and"
+    " modality gaps of this page. Frozen is called enough where fine-tuning gains less than 2 points, or less than a "
+    "tenth of the higher score where that is less.",
+    "Budget not checked: the number of iterations was given, and nobody has looked whether more would give more "
+    "(--iterations auto does). Needs N iterations: that was looked at, and another backbone, or this one, needs more."
+    " Not converged: over the last 20 % of its iterations the validation curve still rises by more than a point; "
+    "between points it is taken to rise as the learning rates add up. Iterations to 90/95/99 % of the own final value"
+    " are given where the budget was checked: the first point of the curve (mean over seeds, of the weights that were"
+    " kept) that is not below it.",
     "Confounded by augmentation: fine-tuning saw augmented images and the frozen run did not, and no run that "
     "would tell the two apart stands beside them.",
     "Seconds: of one training pass with all its trials (mean over seeds), of the extraction of the features, and "
     "of both. Features are extracted once and serve every head.",
 )
-WORDS = {"backbone", "regime", "head", "within", "difference", "gap", "task"}  # columns that are read, not compared
+WORDS = {"backbone", "regime", "head", "within", "difference", "gap", "task", "verdict on"}
+"""Columns that are read, not compared."""
 LISTED = 200  # entries of a finding on a page
 
 
@@ -187,7 +200,7 @@ def _plots(item: PageSet, number: int) -> str:
     shares = efficiency_of(item.lines, score)
     if shares:
         plot = line_plot(shares, "share of the training split", f"{label}, percent", f"label efficiency {number}", True)
-        found.append(("Label efficiency, at equal iterations", plot))
+        found.append(("Label efficiency", plot))
     figures = (f"<figure><figcaption>{escape(title)}</figcaption>{plot}</figure>" for title, plot in found)
     return f'<div class="plots">{"".join(figures)}</div>'
 

@@ -28,6 +28,26 @@ def commands_of(
     return _extract(card, data, table or {}), shlex.join(train) + _unsaid(row)
 
 
+def level_command(
+    card: Mapping[str, Any],
+    seeds: Sequence[int],
+    data: str,
+    table: Mapping[str, Any] | None = None,
+    *,
+    backbones: Sequence[str] = (),
+    iterations: int | None = None,
+) -> str:
+    """The command that trains one result with more iterations. Arguments as of commands_of.
+
+    backbones: that are to have equally many, found by doubling. iterations: this many instead.
+    """
+    row = card["result"]
+    found = row.get("budget") if iterations is None else None
+    recipe = row["recipe"] if iterations is None else {**row["recipe"], "iterations": iterations}
+    more = {**row, "backbone": ",".join(backbones) or row["backbone"], "recipe": recipe, "budget": found}
+    return commands_of({**card, "result": more}, seeds, data, table)[1]
+
+
 def _extract(card: Mapping[str, Any], data: str, table: Mapping[str, Any]) -> str:
     features, spec = card["features"], card["backbone"] or {}
     backbone = spec.get("arguments") or ["--backbone", features["label"]]
@@ -61,7 +81,7 @@ def _train(card: Mapping[str, Any]) -> Words:
     words += _recipe(row)
     words += ["--shared-order"] if row["spread"] == "initialisation" else []
     words += ["--fraction", f"{row['fraction']:g}"] if row["fraction"] != 1 else []
-    return words + _unusual(row, {"instances": "own", "split": "own", "absent_classes": "zero"})
+    return words + _unusual(row, {"instances": "own", "split": "own", "absent_classes": "ignore"})
 
 
 def _recipe(row: Mapping[str, Any]) -> Words:

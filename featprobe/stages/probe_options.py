@@ -103,7 +103,7 @@ class ProbeOptions:
     fractions: tuple[float, ...] = (1.0,)
     split: str = "own"
     instances: Literal["own", "components"] = "own"
-    absent: Absent = "zero"
+    absent: Absent = "ignore"
     device: str | None = None
     show: int = 0
     quiet: bool = False

@@ -28,7 +28,8 @@ from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
-from featprobe.stages.convergence import Curve, curve_of, mean_curve
+from featprobe.stages.convergence import Curve, best_so_far, curve_of, mean_curve
+from featprobe.stages.recipes import shared_recipe
 
 RUN = (
     "backbone", "weights_sha256", "feature_key", "head", "regime", "augmentation", "fraction", "recipe_key",
@@ -38,14 +39,18 @@ RUN = (
 NEEDED = ("seed", "folder", "test", "val", "trials", "seconds", "data", "images", "parameters", "backbone_parameters",
           "recipe", "grid", "spread", "tuning", "device")  # fmt: skip
 """What else a row must hold."""
-SAME_TEST = RUN[-6:]
-"""What results must agree in to be compared, beside the test images."""
+SAME_TEST = ("data_fingerprint", "split", "task", "instances", "classes")
+"""What results must agree in to be compared, beside the test images. Classes that the test split lacks take no part in
+any comparison, whatever `absent_classes` a row was scored with."""
 SCORES: Mapping[str, tuple[str, ...]] = {
     "semseg": ("miou_foreground", "miou"),
     "detect": ("box_ap50", "box_ap"),
     "instseg": ("mask_ap50", "mask_ap"),
 }
-"""Scores of each task; the first, the main one, decides, and is what validation curves are read for."""
+"""Scores of each task. The first, the main one, is what trials are chosen by and what is compared, and what validation
+curves are read for. Of objects it is AP50: inspection asks whether a flaw is found, and the labels of flaws that are a
+few pixels wide do not tell outlines apart at an IoU of 0.75, so that AP over ten thresholds is also about the
+labels."""
 PARTS: Mapping[str, tuple[str, Literal["bbox", "segm"]]] = {"detect": ("box", "bbox"), "instseg": ("mask", "segm")}
 """What each task's own scores are of: in rows, and as pycocotools calls it."""
 REGIMES = {"full": 2, "frozen-online": 1, "frozen": 0}  # by how much is trained or varied
@@ -75,15 +80,19 @@ class PixelTest:
         return cls(ids, groups, np.concatenate([part.confusions for part in parts]))
 
     def statistics(self, row: Mapping[str, Any]) -> dict[str, Statistic]:
-        """The task's scores as functions of how often each group counts."""
+        """The task's scores as functions of how often each group counts, over the classes of the truth."""
         names: tuple[Literal["miou_foreground", "miou"], ...] = ("miou_foreground", "miou")
-        return {name: iou_statistic(self.confusions, self.groups, name, row["absent_classes"]) for name in names}
+        return {name: iou_statistic(self.confusions, self.groups, name, "ignore") for name in names}
 
     def scores(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The scores as a row's `test` holds them."""
+        """The scores as a row's `test` holds them, with the row's own rule for classes that the truth lacks."""
         found = iou_scores(self.confusions.sum(0), row["absent_classes"])
         iou = dict(zip(row["classes"], found.per_class, strict=True))
         return {"miou": found.miou, "miou_foreground": found.miou_foreground, "iou": iou}
+
+    def per_class(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """IoU of each class; nan for one that the truth lacks."""
+        return dict(zip(row["classes"], iou_scores(self.confusions.sum(0), "ignore").per_class, strict=True))
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,11 @@ class ObjectTest:
         found = average_precision(self.truth, self.predictions, kind)
         return {part: {**asdict(found), "per_class": dict(zip(row["classes"][1:], found.per_class, strict=True))}}
 
+    def per_class(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """AP of each class; nan for one that the truth lacks, as pycocotools takes it."""
+        stated = row["test"][PARTS[row["task"]][0]]["per_class"]
+        return {name: np.nan if value is None else value for name, value in stated.items()}
+
 
 Tested = PixelTest | ObjectTest
 
@@ -146,8 +160,8 @@ Tested = PixelTest | ObjectTest
 class Run:
     """One result row of one seed that can be used.
 
-    test: what its test images gave. scores: name -> the score as a function of how often each
-    group of test images counts. curve: the main score on validation, of the trial that was chosen.
+    test: what its test images gave. scores: name -> the score as a function of how often each group of test images
+    counts, over the classes of the truth. curve: the main score on validation, of the trial that was chosen.
     """
 
     row: Mapping[str, Any]
@@ -170,9 +184,9 @@ class Unusable:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
-    """The seeds of one run: what a line of the comparison stands for."""
+    """The seeds of one run: what a line of the comparison stands for. Each is equal to itself alone."""
 
     runs: tuple[Run, ...]
 
@@ -180,6 +194,17 @@ class Result:
     def row(self) -> Mapping[str, Any]:
         """The row of the first seed; the others differ in seed, scores, and the trial that was chosen."""
         return self.runs[0].row
+
+    @cached_property
+    def shared_recipe(self) -> str:
+        """The same for results whose recipes meet, whatever the regime."""
+        return shared_recipe(self.row, self.head)
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        """The recipe of its head."""
+        found: Mapping[str, Any] = self.runs[0].card["head"]
+        return found
 
     @property
     def comparable(self) -> str:
@@ -242,9 +267,60 @@ class Result:
         """Mean over seeds of the main score on validation."""
         return mean_curve([run.curve for run in self.runs])
 
+    @cached_property
+    def kept(self) -> Curve:
+        """The same of the weights that each seed would have kept if its training had ended at that point."""
+        best = self.weights_from == "best validation"
+        return mean_curve([best_so_far(run.curve) if best else run.curve for run in self.runs])
+
+    @property
+    def main(self) -> str:
+        """The score that decides."""
+        return SCORES[self.row["task"]][0]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Numbers of its seeds, ascending."""
+        return tuple(run.row["seed"] for run in self.runs)
+
+    @property
+    def weights_from(self) -> str:
+        """Of which point of the validation curve the weights are; rows of an older featprobe hold those of the end."""
+        return str(self.row.get("weights_from", "end of training"))
+
+    @property
+    def own_subsets(self) -> bool:
+        """Whether each seed was trained on a share of the training images of its own."""
+        return self.row["fraction"] < 1 and self.row.get("subset") == "by seed"
+
+    @property
+    def solved(self) -> bool:
+        """Whether another seed would give the same head: it has a closed form, and the same training images."""
+        return self.row["head"] == "ridge" and not self.own_subsets
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether its backbone was never trained: a control."""
+        spec = self.runs[0].card["backbone"] or {}
+        return spec.get("source") == "random" or str(self.row["backbone"]).endswith("-random")
+
+    @property
+    def budget(self) -> Mapping[str, Any] | None:
+        """How its number of iterations was found; None where it was fixed, and no one knows whether it is enough."""
+        return self.row.get("budget")
+
+    @property
+    def compared_budgets(self) -> tuple[Any, ...]:
+        """The same for results whose numbers of iterations were found for one comparison."""
+        return (*self.cell[-2:], self.row["regime"], (self.budget or {}).get("comparison"))
+
+    def each(self, name: str) -> list[Statistic]:
+        """A score of each seed."""
+        return [run.scores[name] for run in self.runs]
+
     def score(self, name: str) -> Statistic:
         """Mean over seeds of a score."""
-        return mean_of([run.scores[name] for run in self.runs])
+        return mean_of(self.each(name))
 
     def seconds(self) -> tuple[float, float, float]:
         """Of training (mean over the seeds' passes), of extraction, and of both; nan where not kept.
@@ -364,7 +440,7 @@ def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
         raise ProbeError(f"{Path(str(error.filename)).name} is not beside its head") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
         raise ProbeError(f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
-    _check_scores(row, scores)
+    _check_scores(row, test, scores)
     return Run(row, card, test, scores, curve)
 
 
@@ -385,14 +461,14 @@ def _remembering(function: Callable[[Floats], Floats]) -> Callable[[Floats], Flo
     return lookup
 
 
-def _check_scores(row: Mapping[str, Any], scores: Mapping[str, Statistic]) -> None:
-    """Raise ProbeError where the files beside a head do not give the scores that its row states."""
+def _check_scores(row: Mapping[str, Any], test: Tested, scores: Mapping[str, Statistic]) -> None:
+    """Raise ProbeError where the files beside a head do not give the scores that its row states, by the row's rule."""
+    own = {**row, "test": test.scores(row)} if isinstance(test, PixelTest) else None
     for name, statistic in scores.items():
-        found = float(statistic.value(np.ones((1, sum(statistic.sizes))))[0])
-        wanted = stated_score(row, name)
-        same = np.isnan(found) if wanted is None else abs(found - wanted) <= ROUNDING
-        if not same:
-            raise ProbeError(f"what lies beside its head gives {name} {found:.6f}, its row says {wanted}")
+        found = stated_score(own, name) if own else float(statistic.value(np.ones((1, sum(statistic.sizes))))[0])
+        known = [value for value in (found, stated_score(row, name)) if value is not None and not np.isnan(value)]
+        if len(known) == 1 or (known and abs(known[0] - known[1]) > ROUNDING):
+            raise ProbeError(f"what lies beside its head gives {name} {found}, its row says {stated_score(row, name)}")
 
 
 def stated_score(row: Mapping[str, Any], name: str) -> float | None:
@@ -413,18 +489,47 @@ def comparable_sets(results: Sequence[Result]) -> list[list[Result]]:
 def representatives(results: Sequence[Result]) -> dict[tuple[Any, ...], Result]:
     """Of the results of each cell of a table, which differ in recipe or input size, one that stands for it.
 
-    Results of one head and share are taken at the scale that most of their cells have, of several such scales the best
-    on validation, so that backbones and regimes meet at one scale; of those, or where a cell has none, the best on
-    validation.
+    Backbones and regimes are to meet: results of one head and share are taken at the recipe and scale that most of
+    their cells have, of several such the best on validation. Where a cell has none of these, one of that recipe comes
+    before one of that scale; and of what is left the best on validation, a budget that was found small last.
     """
-    cells: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Result]]] = {}  # by head and share, then by scale
-    for result in results:
-        own = cells.setdefault(result.cell[-2:], {}).setdefault(result.scale, {})
-        if result.cell not in own or result.validation > own[result.cell].validation:
-            own[result.cell] = result
     found: dict[tuple[Any, ...], Result] = {}
-    for scales in cells.values():
-        shared = max(scales.values(), key=lambda own: (len(own), np.mean([r.validation for r in own.values()])))
-        others = [result for own in scales.values() for result in own.values() if result.cell not in shared]
-        found |= {result.cell: result for result in sorted(others, key=lambda r: r.validation)} | shared
+    for part in dict.fromkeys(result.cell[-2:] for result in results):
+        own = [result for result in results if result.cell[-2:] == part]
+        recipe, scale = _meeting(own)
+        short = shortfalls(own)
+
+        def fit(result: Result, recipe: str = recipe, scale: str = scale, short: Any = short) -> tuple[Any, ...]:
+            same = (result.shared_recipe == recipe, result.scale == scale)
+            return (all(same), *same, result not in short, result.validation)
+
+        for result in own:
+            if result.cell not in found or fit(result) > fit(found[result.cell]):
+                found[result.cell] = result
     return {result.cell: found[result.cell] for result in results}
+
+
+def _meeting(results: Sequence[Result]) -> tuple[str, str]:
+    """The recipe and scale that most cells of these results have, of several the best on validation."""
+    places: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
+    for result in results:
+        own = places.setdefault((result.shared_recipe, result.scale), {})
+        own[result.cell] = max(own.get(result.cell, -1.0), result.validation)
+    return max(places, key=lambda place: (len(places[place]), np.mean(list(places[place].values()))))
+
+
+def shortfalls(results: Sequence[Result]) -> dict[Result, int]:
+    """Results of a table whose number of iterations was found and is too small, and how many are known to be needed.
+
+    Another backbone of the same head, share, regime and recipe needed more; or the search ended at its top, and more
+    than that is needed: then the number is the one that was trained.
+    """
+    most: dict[tuple[Any, ...], int] = {}
+    kinds = {result: result.compared_budgets for result in results if result.budget}
+    for result, kind in kinds.items():
+        most[kind] = max(most.get(kind, 0), int((result.budget or {})["needed"]))
+    return {
+        result: max(most[kind], result.row["recipe"]["iterations"])
+        for result, kind in kinds.items()
+        if result.row["recipe"]["iterations"] < most[kind] or (result.budget or {}).get("open")
+    }
