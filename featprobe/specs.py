@@ -292,6 +292,7 @@ class FeatureRecipe:
     precision: "fp32", or "amp" for autocast to fp16 on the device that computes.
     tile, overlap: pixels of the original image; a tile of None stands for whole images. empty_tiles: share of the
     training tiles without a defect that is kept. views: of the training images; the first is the image as it is.
+    sized: whether timm built the network for the frame, since as it was it would have computed something else.
     """
 
     label: str
@@ -315,6 +316,7 @@ class FeatureRecipe:
     tile: int | None = None
     overlap: int = 0
     empty_tiles: float = 1.0
+    sized: bool = False
 
     @property
     def key(self) -> str:
@@ -338,8 +340,8 @@ class FeatureRecipe:
         return values * BYTES_PER_VALUE[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as the cache and the cards keep them; of tiles only where there are some."""
-        idle = ("tile", "overlap", "empty_tiles") if self.tile is None else ()
+        """Plain values, as the cache and the cards keep them; of tiles, and `sized`, only where it is so."""
+        idle = (("tile", "overlap", "empty_tiles") if self.tile is None else ()) + ("sized",) * (not self.sized)
         return {name: value for name, value in asdict(self).items() if name not in idle}
 
     @classmethod

@@ -192,6 +192,7 @@ class Predictor:
         missing = [level for level in backbone.levels if level not in self.recipe.levels]
         if missing:
             raise ProbeError(f"{folder}: the backbone's level {missing[0]} is another than the head was trained on.")
+        backbone.fit(self.recipe.frame, self.recipe.sized)
         return backbone
 
 
