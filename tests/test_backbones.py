@@ -370,7 +370,7 @@ def test_the_hash_tells_names_shapes_and_number_formats_apart_and_nothing_else()
     ]
     assert len(set(kinds)) == len(kinds)
     assert of(a=zeros, b=torch.ones(2)) == of(b=torch.ones(2), a=zeros)
-    x = torch.rand(2, 3, 4, 4)
+    x = images(4, 4, batch=2)
     assert of(a=x) == of(a=x.contiguous(memory_format=torch.channels_last)), "layout in memory is no part of a weight"
 
 

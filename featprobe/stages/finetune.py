@@ -80,7 +80,8 @@ def _finetune(
     forecasts = []
     for one in wanted:  # all of them are tried for a few steps, before the first is trained
         run = one.run(workspace)
-        forecasts.append(run.foresee())
+        run.forecast = run.foresee()
+        forecasts.append(run.forecast)
         say(run.forecast_text)
     say(f"{counted(len(wanted), 'training')}, about {sum(forecasts) / 60:.1f} min in all")
     rows: list[dict[str, Any]] = []

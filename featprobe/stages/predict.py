@@ -344,5 +344,5 @@ def _write(out: Path, prediction: Prediction, predictor: Predictor) -> None:
         mask = out / "masks" / f"{prediction.name}.png"
         mask.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(prediction.semantic, mode="P")
-        picture.putpalette([value for index in range(256) for value in colour_of(index)])
+        picture.putpalette([value for index in range(256) for value in colour_of(index, predictor.classes)])
         picture.save(mask)
