@@ -98,16 +98,23 @@ def compare(name: str) -> list[Outcome]:
     multiple = backbone.multiple
     near = tuple(-(-side // multiple) * multiple for side in own)
     other = max(multiple, near[0] // 2 // multiple * multiple), max(multiple, near[1] // 2 // multiple * multiple)
-    outcomes = [at_size(backbone, model, name, near, own)]
+    lacking: list[list[int]] = []
+    outcomes = [at_size(backbone, model, name, near, own, lacking)]
     for size in ((other[0] + multiple, other[1] + 2 * multiple), other, (2 * near[0], 2 * near[1])):
-        outcome = at_size(backbone, model, name, size, own)
+        outcome = at_size(backbone, model, name, size, own, lacking)
         if not outcome.text.startswith("refused, as") or size[0] > near[0]:
             break  # where timm fails too, another size may do
     return [*outcomes, outcome]
 
 
-def at_size(backbone: nn.Module, model: nn.Module, name: str, size: Size, own: Size) -> Outcome:
-    """Compare all levels at one size."""
+def at_size(
+    backbone: nn.Module, model: nn.Module, name: str, size: Size, own: Size, lacking: list[list[int]]
+) -> Outcome:
+    """Compare all levels at one size.
+
+    lacking: gets the rows and columns that timm's levels have fewer than their strides say. A model for which they are
+    not as many at each size brings its images to a size of its own, and so fails at the others.
+    """
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     wanted: list[Tensor] = []
     failed = ""
@@ -118,8 +125,9 @@ def at_size(backbone: nn.Module, model: nn.Module, name: str, size: Size, own: S
                 (images - backbone._mean) / backbone._std, indices=backbone.indices, norm=backbone.final_norm,
                 output_fmt="NCHW", intermediates_only=True,
             )  # fmt: skip
-        heights = [(m.shape[2], level.cells(size)[0]) for level, m in zip(backbone.levels, wanted, strict=True)]
-        if not all(cells / 2 <= height <= cells for height, cells in heights):
+        cells = [side for level in backbone.levels for side in level.cells(size)]
+        lacking.append([a - b for a, b in zip(cells, (side for m in wanted for side in m.shape[2:]), strict=True)])
+        if lacking[-1] != lacking[0]:
             failed = "its maps do not follow the image"
     except Exception as error:  # timm refuses in many ways
         failed = f"{type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"[:60]

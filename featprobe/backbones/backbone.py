@@ -147,6 +147,8 @@ class Backbone(nn.Module):
         """
         if not _takes(self.spec.model, img_size=frame):
             return None
+        if self.own[0] != self.own[1]:  # timm takes weights to be those of square images
+            raise BackboneError("weights that were trained at a size that is not square can't be resized")
         state, config = model.state_dict(), model.pretrained_cfg
         classes = getattr(model, "num_classes", config["num_classes"])
         source = {"state_dict": dict(state), "input_size": (3, *self.own), "num_classes": classes, "label_offset": 0}
