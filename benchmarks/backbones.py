@@ -65,7 +65,8 @@ def timms_own(model: nn.Module, name: str, size: Size, own: Size) -> nn.Module:
     if size == own:
         return model
     try:
-        timm.create_model(name, pretrained=False, img_size=size)
+        with torch.device("meta"):
+            timm.create_model(name, pretrained=False, img_size=size)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
