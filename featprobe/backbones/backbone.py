@@ -2,6 +2,7 @@
 
 import socket
 import urllib.request
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +119,8 @@ class Backbone(nn.Module):
             built = None if frame == self.own or sized is False else self._built(model, frame)
             if sized is None and built is not None and self._agree(model, built, frame):
                 built = None
+            if sized and built is None and frame != self.own:
+                raise BackboneError("timm resized its weights once, and does so no more")
             if built is not None and self.learns:
                 raise BackboneError("it is in training on another size")
             self._try(built or model, frame)
@@ -149,12 +152,13 @@ class Backbone(nn.Module):
             return None
         if self.own[0] != self.own[1]:  # timm takes weights to be those of square images
             raise BackboneError("weights that were trained at a size that is not square can't be resized")
-        state, config = model.state_dict(), model.pretrained_cfg
+        state, config = {name: tensor.cpu() for name, tensor in model.state_dict().items()}, model.pretrained_cfg
         classes = getattr(model, "num_classes", config["num_classes"])
         source = {"state_dict": dict(state), "input_size": (3, *self.own), "num_classes": classes, "label_offset": 0}
         options = {} if classes == config["num_classes"] else {"num_classes": classes}
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch's, on how timm resizes tables
                 built = timm.create_model(
                     self.spec.model, pretrained=True, img_size=frame, pretrained_cfg_overlay=source, **options
                 )
@@ -163,7 +167,7 @@ class Backbone(nn.Module):
         built.pretrained_cfg = config
         now = built.state_dict()
         kept = [name for name in state if name in now and now[name].shape == state[name].shape]
-        if now.keys() != state.keys() or not all(torch.equal(now[n].cpu(), state[n].cpu()) for n in kept):
+        if now.keys() != state.keys() or not all(torch.equal(now[n], state[n]) for n in kept):
             raise BackboneError("timm changes weights that it should only load")
         return self._placed(built)
 
