@@ -6,7 +6,8 @@ A family is a module of timm and a class in it. Each level of featprobe is compa
 made for and at another, with what `forward_intermediates` of timm's own model gives: the model as `timm.create_model`
 builds it at its own size; at the other size the one that is built with `img_size` for it and loaded with the same
 weights through timm's checkpoint filter, or, where a model takes no `img_size` or timm resizes no such weights, the
-model as it is. A size that featprobe refuses in words counts where timm fails at it too. The weights are random.
+model as it is; in channels-last memory on both sides, since random weights of some families multiply what another order
+of additions rounds. A size that featprobe refuses in words counts where timm fails at it too. The weights are random.
 """
 
 import argparse
@@ -120,10 +121,11 @@ def at_size(
     wanted: list[Tensor] = []
     failed = ""
     try:
-        built = timms_own(model, name, size, own)
+        built = timms_own(model, name, size, own).to(memory_format=torch.channels_last)
+        normalised = ((images - backbone._mean) / backbone._std).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             wanted = built.forward_intermediates(
-                (images - backbone._mean) / backbone._std, indices=backbone.indices, norm=backbone.final_norm,
+                normalised, indices=backbone.indices, norm=backbone.final_norm,
                 output_fmt="NCHW", intermediates_only=True,
             )  # fmt: skip
         cells = [side for level in backbone.levels for side in level.cells(size)]
