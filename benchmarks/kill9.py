@@ -66,6 +66,7 @@ class PoolingBackbone:
     interpolation = "bilinear"
     final_norm = False
     multiple = 8
+    sized = False
 
     def __init__(self, pause: float = 0.0, gain: float = 1.0, channels: tuple[int, int] = (6, 9)) -> None:
         self.pause, self.gain = pause, gain
@@ -81,6 +82,9 @@ class PoolingBackbone:
             factors = self.gain * (1 + torch.arange(level.channels) // 3)
             maps[level.name] = cells * factors[:, None, None]  # (batch, channels, rows, columns)
         return Features(maps, (images.shape[2], images.shape[3]), content)
+
+    def fit(self, frame: tuple[int, int], sized: bool | None = None) -> None:
+        """Any frame will do."""
 
 
 def write_set(root: Path, count: int, size: tuple[int, int] = (SIDE, SIDE), seed: int = 0) -> Path:

@@ -293,6 +293,7 @@ class FeatureRecipe:
     tile, overlap: pixels of the original image; a tile of None stands for whole images. empty_tiles: share of the
     training tiles without a defect that is kept. views: of the training images; the first is the image as it is.
     empty_pixels: what pixels become that a header calls empty, `0`; "" for a set that has no such headers.
+    sized: whether timm built the network for the frame, since as it was it would have computed something else.
     """
 
     label: str
@@ -317,6 +318,7 @@ class FeatureRecipe:
     overlap: int = 0
     empty_tiles: float = 1.0
     empty_pixels: str = ""
+    sized: bool = False
 
     @property
     def key(self) -> str:
@@ -340,8 +342,8 @@ class FeatureRecipe:
         return values * BYTES_PER_VALUE[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as the cache and the cards keep them; of tiles and empty pixels only where there are some."""
-        idle = [] if self.empty_pixels else ["empty_pixels"]
+        """Plain values, as the cache and the cards keep them; tiles, empty pixels and `sized` only where they say something."""
+        idle = [name for name in ("empty_pixels", "sized") if not getattr(self, name)]
         idle += ["tile", "overlap", "empty_tiles"] if self.tile is None else []
         return {name: value for name, value in asdict(self).items() if name not in idle}
 

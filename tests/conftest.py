@@ -1,9 +1,27 @@
-"""One thread for every test and every process that it starts, so that bits can be compared; and paths."""
+"""One thread for every test and every process that it starts, so that bits can be compared; named seeds; and paths."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+import numpy as np
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the suite itself runs in two processes
+SEED = 20
+"""Of whatever randomness a test does not seed itself, as the weights that a head begins with."""
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # tests share the benchmarks' harnesses
+settings.register_profile("named", derandomize=True, print_blob=True)  # the examples follow from the test itself
+settings.load_profile("named")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed all generators before a test's fixtures are made: no test depends on those before it, nor on its process."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(SEED)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from backbones import compare
+from helpers import opened, options, write_set
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,8 +30,11 @@ from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.catalog import EMBEDDED_PACKAGE, find_backbone, licence_of, matching_models
 from featprobe.backbones.weights import read_embedded, read_weights, weights_sha256
 from featprobe.errors import BackboneError
+from featprobe.probes.saved import save_head
 from featprobe.processes import pick_device
-from featprobe.specs import BackboneSpec
+from featprobe.specs import BackboneSpec, FeatureRecipe
+from featprobe.stages.extract import extract as run_extraction
+from featprobe.stages.workspace import Workspace
 
 SMALL = "test_convnext.r160_in1k"  # 0.3 million parameters; its classifier is head.fc
 DINOV3 = "convnext_tiny.dinov3_lvd1689m"
@@ -181,6 +186,103 @@ def test_the_final_norm_is_on_by_default_where_the_authors_evaluate_with_it(mode
 def test_a_final_norm_that_is_not_there_is_refused() -> None:
     with pytest.raises(BackboneError, match="no final norm that featprobe knows"):
         load_backbone(random_spec("resnet18", final_norm=True))
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+UNLIKE = {
+    "test_convnext": "equal",
+    "test_vit": "equal",
+    "test_byobnet": "equal",
+    "xcit_nano_12_p8_224": "equal",
+    "efficientvit_m0": "equal",
+    "inception_v3": "equal",
+    "test_vit_relpos": "as built for it",
+    "test_coatnet": "as built for it",
+    "swin_tiny_patch4_window7_224": "as built for it",
+    "coat_tiny": "as built for it",
+    "levit_128s": "refused",
+    "crossvit_tiny_240": "refused",
+}
+"""Models of unlike families -> what is to happen at a size that is not their own; the smaller ones of benchmarks/."""
+
+
+@pytest.mark.parametrize("model", UNLIKE)
+def test_levels_at_two_sizes_are_timms_own(model: str) -> None:
+    at_own, at_other = compare(model)
+    assert at_own.right and at_own.text == "equal", at_own
+    assert at_other.right and at_other.text.startswith(UNLIKE[model]), at_other
+
+
+def test_a_size_that_can_not_be_had_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "set", 3, (64, 64))
+    workspace = Workspace(tmp_path)
+    with pytest.raises(BackboneError, match=r"(?s)can't take frames of 64x64.*Nothing was computed.*--size 224x224"):
+        run_extraction(workspace, random_spec("levit_128s"), str(data), options())
+    assert not list(tmp_path.rglob("*.h5"))
+    assert run_extraction(workspace, random_spec("levit_128s"), str(data), options(size=(224, 224))).computed == 3
+
+
+def test_a_backbone_that_refused_a_size_still_takes_its_own() -> None:
+    backbone = load_backbone(random_spec("efficientformerv2_s0"))
+    batch = images(224, 224)
+    before = maps_of(backbone, batch)
+    with pytest.raises(BackboneError, match="its own, 224x224"):
+        backbone.fit((256, 256))
+    for name, m in maps_of(backbone, batch).items():
+        assert torch.equal(m, before[name])
+
+
+def test_only_what_was_built_for_its_frame_says_so_in_its_key(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "set", 3, (64, 64))
+    for model, sized in (("test_vit", False), (SMALL, False), ("test_coatnet", True)):
+        path = run_extraction(Workspace(tmp_path), random_spec(model), str(data), options()).path
+        recipe = opened(path).recipe
+        assert recipe.sized is sized and ("sized" in recipe.to_json()) is sized
+        assert FeatureRecipe.from_json(recipe.to_json()) == recipe
+
+
+def test_the_way_that_a_cache_was_made_is_kept() -> None:
+    """Caches of windowed models at other sizes were once made by the model as it is: their heads still need it."""
+    batch, model = images(64, 96), "swin_tiny_patch4_window7_224"
+    once, now = load_backbone(random_spec(model), ("stride16",)), load_backbone(random_spec(model), ("stride16",))
+    once.fit((64, 96), sized=False)
+    now.fit((64, 96))
+    assert (once.sized, now.sized) == (False, True) and once.sha256 == now.sha256
+    assert not torch.allclose(maps_of(once, batch)["stride16"], maps_of(now, batch)["stride16"], atol=1e-3)
+
+
+def test_refits_begin_at_the_pretrained_weights() -> None:
+    backbone, batch = load_backbone(random_spec("test_vit_relpos")), images(64, 96)
+    wanted = maps_of(backbone, batch)
+    for frame in ((32, 32), (160, 160), (192, 64)):
+        maps_of(backbone, images(*frame))
+    for name, m in maps_of(backbone, batch).items():
+        assert torch.equal(m, wanted[name])
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 96)])
+def test_tuned_weights_of_another_size_are_read_at_that_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    tuned, batch = load_backbone(random_spec("test_coatnet")), images(*size)
+    tuned.fit(size)
+    tuned.unfreeze()
+    with pytest.raises(BackboneError, match="in training"):
+        tuned.fit((32, 32))
+    with torch.no_grad():
+        for parameter in tuned.model.parameters():
+            parameter.add_(0.01)
+    card = {"features": {"frame": size}}
+    save_head(tmp_path, nn.Linear(1, 1), card, {}, tuned.tensors())
+    spec = BackboneSpec("tuned", "test_coatnet", "file", str(tmp_path / "backbone.safetensors"))
+    again = load_backbone(spec)
+    assert again.own == size and again.sha256 == weights_sha256(tuned.model)
+    for name, m in maps_of(tuned.eval(), batch).items():
+        assert torch.equal(maps_of(again, batch)[name], m)
+    if size[0] == size[1]:
+        assert maps_of(again, images(96, 160))["stride32"].isfinite().all() and again.sized
+    else:
+        with pytest.raises(BackboneError, match="not square can't be resized"):
+            again.fit((96, 160))
 
 
 # ---- random weights --------------------------------------------------------------------------------------------------
@@ -370,7 +472,7 @@ def test_the_hash_tells_names_shapes_and_number_formats_apart_and_nothing_else()
     ]
     assert len(set(kinds)) == len(kinds)
     assert of(a=zeros, b=torch.ones(2)) == of(b=torch.ones(2), a=zeros)
-    x = torch.rand(2, 3, 4, 4)
+    x = images(4, 4, batch=2)
     assert of(a=x) == of(a=x.contiguous(memory_format=torch.channels_last)), "layout in memory is no part of a weight"
 
 

@@ -53,7 +53,11 @@ def test_losses_gradients_and_statistics_are_those_of_the_heads_alone(
     levels: Any, padded: bool, weighted: bool, count: int, classes: int, seed: int
 ) -> None:
     features, shares = features_of(levels, padded, seed), shares_of(levels, classes, seed)
-    weights = torch.rand(classes, dtype=torch.float64) + 0.1 if weighted else None
+    weights = (
+        torch.rand(classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.1
+        if weighted
+        else None
+    )
     heads = heads_of(levels, classes, count)
     alone = copy.deepcopy(heads)
     found = LinearBank(heads).loss(features, shares, weights)

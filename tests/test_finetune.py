@@ -208,7 +208,9 @@ def test_an_image_that_changed_since_is_refused(space: Workspace, tmp_path: Path
 # ---- counterparts ----------------------------------------------------------------------------------------------------
 
 
-def test_without_arguments_the_missing_counterparts_are_trained_once(space: Workspace, tmp_path: Path) -> None:
+def test_without_arguments_the_missing_counterparts_are_trained_once(
+    space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = Workspace(tmp_path)
     workspace.cache.symlink_to(space.cache.resolve())
     with pytest.raises(ProbeError, match="no frozen result"):
@@ -222,6 +224,10 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(space: Work
     (cache,) = workspace.cache_files()
     for line, task in zip(said, ("semseg linear", "detect fcos"), strict=False):
         assert f"lite0 on xray, seed 0 ({cache}): {task}, full" in line, line
+    with monkeypatch.context() as patch:
+        patch.setattr(trials.Run, "foresee", lambda run: 90.0 if run.task_name == "semseg" else 30.0)
+        finetune(workspace, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
+    assert ["about 1.5 min" in said[3], "about 0.5 min" in said[4], "about 2.0 min in all" in said[5]] == [True] * 3
     rows = finetune(workspace, options=ProbeOptions(quiet=True)).rows
     frozen = [r for r in read_rows(workspace.probes / "results.jsonl")[0] if r["regime"] == "frozen"]
     assert [(r["task"], r["recipe"]["lr"]) for r in rows] == [
@@ -276,7 +282,7 @@ def test_a_backbone_moves_where_it_should_and_nowhere_else() -> None:
     backbone.unfreeze(batch_norm="train")
     backbone.train()
     before = backbone.model.bn1.running_mean.clone()  # type: ignore[union-attr,operator]
-    backbone(torch.rand(2, 3, 64, 64))
+    backbone(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert not torch.equal(backbone.model.bn1.running_mean, before)  # type: ignore[union-attr,arg-type]
     with pytest.raises(BackboneError, match="twice"):
         backbone.unfreeze(batch_norm="train", checkpointing=True)

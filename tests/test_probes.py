@@ -761,6 +761,7 @@ def test_a_torn_log_of_extractions_makes_their_seconds_unknown_and_nothing_else(
 def saved(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Module, FeatureRecipe]:
     """A head of two levels in a folder, with the card that belongs to it."""
     recipe = recipe or recipe_of()
+    torch.manual_seed(0)
     head = build_head(SEMSEG, recipe.levels).eval()
     with torch.no_grad():
         for parameter in head.parameters():
@@ -771,7 +772,8 @@ def saved(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Module,
 
 
 def features_of(recipe: FeatureRecipe) -> Features:
-    maps = {level.name: torch.randn(2, level.channels, *level.cells(recipe.frame)) for level in recipe.levels}
+    rng = generator(0)
+    maps = {v.name: torch.randn(2, v.channels, *v.cells(recipe.frame), generator=rng) for v in recipe.levels}
     return Features(maps, recipe.frame)
 
 

@@ -5,10 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw
 
-from featprobe.report.sheets import COLOURS, IGNORED, LINE, Panel, colour_of, draw_legend, draw_overlay, save_sheet
-from featprobe.targets import IGNORE
+from featprobe.report.sheets import (
+    COLOURS,
+    FONT,
+    GAP,
+    IGNORED,
+    LINE,
+    TILE,
+    Panel,
+    colour_of,
+    draw_legend,
+    draw_overlay,
+    save_sheet,
+)
+from featprobe.targets import IGNORE, Instance
 
 
 def colours_in(picture: Image.Image) -> set[tuple[int, ...]]:
@@ -36,6 +48,42 @@ def test_an_overlay_keeps_the_images_pixels_in_their_place() -> None:
     assert whole.height == 20 + LINE and whole.width >= 30
     assert whole.getpixel((0, 0)) == (128, 128, 128) and whole.getpixel((5, 5)) == colour_of(1)
     assert colour_of(1) in colours_in(whole.crop((0, 20, whole.width, whole.height)))
+
+
+def test_classes_that_are_named_by_a_colour_are_drawn_in_it() -> None:
+    classes = ["#000000", "#0000ff", "crack", "#FF0000", "white", "#12"]
+    wanted = [(0, 0, 255), colour_of(2), (255, 0, 0), (255, 255, 255), colour_of(5)]
+    image: NDArray[np.float32] = np.full((40, 60), 0.5, np.float32)
+    for index, colour in enumerate(wanted, start=1):
+        labels = np.zeros((40, 60), np.uint8)
+        labels[5:30, 5:30] = index
+        panels = Panel(image, labels), Panel(image, instances=(Instance(index, (5, 5, 30, 30)),))
+        for panel in panels:
+            whole = draw_overlay(panel, classes)
+            assert whole.getpixel((5, 5)) == colour
+            assert colour in colours_in(whole.crop((0, 40, whole.width, whole.height))), "its legend"
+
+
+@pytest.mark.parametrize("caption", ["short", "line 3, belt 7, taken 2024-03-05 at 13:45 " * 4, "no_space_in_it" * 30])
+def test_captions_and_titles_are_shown_whole(tmp_path: Path, caption: str) -> None:
+    image: NDArray[np.float32] = np.zeros((20, 30), np.float32)
+
+    def sheet(caption: str, title: str) -> Image.Image:
+        save_sheet(tmp_path / "sheet.png", [(caption, [Panel(image)] * 2)] * 2, ["image", title], ["ground", "pore"])
+        with Image.open(tmp_path / "sheet.png") as picture:
+            return picture.convert("RGB")
+
+    def ink(picture: Image.Image) -> int:
+        return int((np.asarray(ImageChops.invert(picture)).max(2) > 0).sum())
+
+    plain, written = sheet("", ""), sheet(caption, caption)
+    right = np.asarray(written)[:, -3:]
+    assert (right == 255).all(), "nothing is cut at the right"
+    lines = -(-FONT.getlength(caption) // (TILE + GAP))
+    assert plain.height < written.height or lines == 1
+    one_line = Image.new("RGB", (int(FONT.getlength(caption)) + 20, LINE), "white")
+    ImageDraw.Draw(one_line).text((2, 0), caption, fill="black", font=FONT)
+    assert ink(written) - ink(plain) == pytest.approx(3 * ink(one_line), rel=0.02), "twice as caption, once as title"
 
 
 def test_a_sheet_names_what_is_ignored_where_something_is(tmp_path: Path) -> None:

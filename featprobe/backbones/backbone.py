@@ -2,6 +2,7 @@
 
 import socket
 import urllib.request
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,10 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from featprobe.backbones.weights import load_strictly, read_embedded, read_weights, weights_sha256
+from featprobe.backbones.weights import fits, frame_of, load_strictly, read_embedded, read_weights, weights_sha256
 from featprobe.errors import BackboneError, nearest
 from featprobe.features import Features
+from featprobe.geometry import Size
 from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.processes import check_norms, count
 from featprobe.specs import BackboneSpec
@@ -25,6 +27,7 @@ from featprobe.specs import BackboneSpec
 HUB_FILE = "model.safetensors"
 STRIDES = (4, 8, 16, 32)
 UNIFORM_LEVELS = 4
+SAME = 1e-4  # of a level's largest value: what two ways of computing the same features may differ by
 
 FINAL_NORM = {"ConvNeXt": "head.norm", "VisionTransformer": "norm", "Eva": "norm"}
 """Class of timm model -> its last normalisation layer. A ViT's is applied to every level."""
@@ -34,17 +37,22 @@ class Backbone(nn.Module):
     """A timm model that yields the feature levels of a batch of images; frozen until `unfreeze`.
 
     levels: what `forward` returns, finest first. multiple: frames must be a multiple of this, pixels.
-    mean, std: of the pretraining, per RGB channel, for images in [0, 1].
+    mean, std: of the pretraining, per RGB channel, for images in [0, 1]. own: the size that the weights were made for;
+    frame: the one that the model is set up for, (height, width) in pixels. sized: whether timm built it for that frame.
     """
 
     _mean: Tensor
     _std: Tensor
 
-    def __init__(self, model: nn.Module, spec: BackboneSpec, level_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, spec: BackboneSpec, level_names: Sequence[str] = (), own: Size | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.sha256 = weights_sha256(model)
-        available, indices = _available_levels(model)
+        config: Any = model.pretrained_cfg
+        self.own: Size = own or tuple(config["input_size"][1:])
+        available, indices = _available_levels(model, self.own)
         try:
             self.levels = choose_levels(available, level_names)
         except KeyError as error:
@@ -52,16 +60,16 @@ class Backbone(nn.Module):
                 f"{spec.model} has no level {error.args[0]!r}. {nearest(error.args[0], [lv.name for lv in available])}"
             ) from None
         self.multiple = max(level.stride for level in available)
-        config: Any = model.pretrained_cfg
+        self.frame: Size | None = None
+        self.sized = self.learns = False
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.interpolation = str(config["interpolation"])
         self.uniform = len({level.stride for level in available}) == 1
         self.final_norm = _default_final_norm(spec) if spec.final_norm is None else spec.final_norm
-        norm_name = FINAL_NORM.get(type(model).__name__)
-        if self.final_norm and norm_name is None:
-            raise BackboneError(f"{spec.model} has no final norm that featprobe knows. Leave --final-norm away.")
-        last = available[-1] in self.levels and not self.uniform
-        self.norm = model.get_submodule(norm_name) if self.final_norm and norm_name and last else None
+        self._norm_name = FINAL_NORM.get(type(model).__name__)
+        if self.final_norm and self._norm_name is None:
+            raise BackboneError(f"{spec.model} has no final norm that featprobe knows. Omit --final-norm.")
+        self._norm_last = self.final_norm and available[-1] in self.levels and not self.uniform
         self.indices = [indices[available.index(level)] for level in self.levels]
         self.model = model
         self._frozen: list[nn.Module] = []  # BatchNorms that keep what they have in training too
@@ -74,8 +82,17 @@ class Backbone(nn.Module):
         images: (batch, 3, height, width), values in [0, 1]; sides are multiples of `multiple` pixels.
         content: (batch, 2), see Features.
         """
+        frame = (images.shape[2], images.shape[3])
+        self.fit(frame)
+        maps = [
+            _filled(m, level.cells(frame)) for m, level in zip(self._maps(self.model, images), self.levels, strict=True)
+        ]
+        return Features({level.name: m for level, m in zip(self.levels, maps, strict=True)}, frame, content)
+
+    def _maps(self, model: Any, images: Tensor) -> list[Tensor]:
+        """The levels as a model gives them: each (batch, channels, rows, columns)."""
         normalised = ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-        maps = self.model.forward_intermediates(  # type: ignore[operator]
+        maps: list[Tensor] = model.forward_intermediates(
             normalised,
             indices=self.indices,
             norm=self.final_norm and self.uniform,
@@ -83,10 +100,111 @@ class Backbone(nn.Module):
             output_fmt="NCHW",
             intermediates_only=True,
         )
-        if self.norm is not None:
-            maps[-1] = self.norm(maps[-1])
-        frame = (images.shape[2], images.shape[3])
-        return Features({level.name: m for level, m in zip(self.levels, maps, strict=True)}, frame, content)
+        if self._norm_last:
+            maps[-1] = model.get_submodule(self._norm_name)(maps[-1])
+        return maps
+
+    @torch.inference_mode(False)
+    def fit(self, frame: Size, sized: bool | None = None) -> None:
+        """Set the model up for frames of (height, width) pixels.
+
+        The model stays as it is where it computes at that size what timm's own, built for that size, computes from the
+        same weights; otherwise timm's own takes its place. sized: which of the two it was, where that is known.
+        Raises BackboneError where neither can be had; the model then stays as it was.
+        """
+        if frame == self.frame and sized in (None, self.sized):
+            return
+        model = self._placed(_create(self.spec)[0]) if self.sized else self.model
+        try:
+            built = None if frame == self.own or sized is False else self._built(model, frame)
+            if sized is None and built is not None and self._agree(model, built, frame):
+                built = None
+            if sized and built is None and frame != self.own:
+                raise BackboneError("timm resized its weights once, and does so no more")
+            if built is not None and self.learns:
+                raise BackboneError("it is in training on another size")
+            self._try(built or model, frame)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # timm refuses a size in many ways; the cause is kept for --debug
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+            own = f"{self.own[0]}x{self.own[1]}"
+            raise BackboneError(
+                f"{self.spec.model} can't take frames of {frame[0]}x{frame[1]} pixels, and timm can't resize it for "
+                "them. Nothing was computed.\n"
+                f"  wanted  a size that it takes, as its own, {own}\n"
+                f"  found   {frame[0]}x{frame[1]}: {type(error).__name__}: {reason}\n"
+                f"Take its own size, --size {own}, or another backbone."
+            ) from error
+        self.model, self.frame, self.sized = built or model, frame, built is not None
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        """A model of the same weights, where and as this one is."""
+        model = model.requires_grad_(False).to(self._mean.device)
+        return model.to(memory_format=torch.channels_last).train(self.training)
+
+    def _built(self, model: Any, frame: Size) -> nn.Module | None:
+        """timm's own model for a frame with the weights of `model`; None where timm resizes no such weights.
+
+        Raises what timm raises where it can't build the model for that frame at all.
+        """
+        if not _takes(self.spec.model, img_size=frame):
+            return None
+        if self.own[0] != self.own[1]:  # timm takes weights to be those of square images
+            raise BackboneError("weights that were trained at a size that is not square can't be resized")
+        state, config = {name: tensor.cpu() for name, tensor in model.state_dict().items()}, model.pretrained_cfg
+        classes = getattr(model, "num_classes", config["num_classes"])
+        source = {"state_dict": dict(state), "input_size": (3, *self.own), "num_classes": classes, "label_offset": 0}
+        options = {} if classes == config["num_classes"] else {"num_classes": classes}
+        try:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch's, on how timm resizes tables
+                built = timm.create_model(
+                    self.spec.model, pretrained=True, img_size=frame, pretrained_cfg_overlay=source, **options
+                )
+        except Exception:  # of the weights: it was built without them just now
+            return None
+        built.pretrained_cfg = config
+        now = built.state_dict()
+        kept = [name for name in state if name in now and now[name].shape == state[name].shape]
+        if now.keys() != state.keys() or not all(torch.equal(now[n], state[n]) for n in kept):
+            raise BackboneError("timm changes weights that it should only load")
+        return self._placed(built)
+
+    def _agree(self, model: nn.Module, built: nn.Module, frame: Size) -> bool:
+        """Whether a model as it is computes at a frame what timm's own for that frame does."""
+        wanted = self._try(built, frame)
+        try:
+            found = self._try(model, frame)
+        except Exception:  # as it is it can't take that size
+            return False
+        return all(bool((a - b).abs().max() <= SAME * b.abs().max()) for a, b in zip(found, wanted, strict=True))
+
+    @torch.no_grad()
+    def _try(self, model: nn.Module, frame: Size) -> list[Tensor]:
+        """The levels of one image of noise; raises BackboneError where they do not lie on the cells of the frame.
+
+        A network without padding lacks cells, as many at every size: at its own, at most half of them.
+        """
+        noise = torch.rand(1, 3, *frame, generator=torch.Generator().manual_seed(0)).to(self._mean.device)
+        try:
+            maps = self._maps(model.eval(), noise)
+        finally:
+            model.train(self.training)
+            self.train(self.training)
+        lacking = self._lacking(maps, frame)
+        if any(lacking):
+            usual: Any = tuple(-(-side // self.multiple) * self.multiple for side in self.own)
+            at_own = self._lacking(maps if frame == usual else self._try(model, usual), usual)
+            cells = [side for level in self.levels for side in level.cells(usual)]
+            if lacking != at_own or not all(0 <= n <= wanted / 2 for n, wanted in zip(at_own, cells, strict=True)):
+                raise BackboneError("the cells of its maps do not follow the size of its images")
+        return maps
+
+    def _lacking(self, maps: Sequence[Tensor], frame: Size) -> list[int]:
+        """How many rows, and how many columns, each level has fewer than its stride says."""
+        cells = [side for level in self.levels for side in level.cells(frame)]
+        return [wanted - found for wanted, found in zip(cells, (n for m in maps for n in m.shape[2:]), strict=True)]
 
     def unfreeze(self, *, batch_norm: Literal["frozen", "train"] = "frozen", checkpointing: bool = False) -> None:
         """Let the model be trained.
@@ -100,6 +218,7 @@ class Backbone(nn.Module):
             raise BackboneError(
                 "BatchNorm would count each batch twice under activation checkpointing. Take one of them."
             )
+        self.learns = True
         self.model.requires_grad_(True)
         self._frozen = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and batch_norm == "frozen"]
         for norm in self._frozen:
@@ -108,7 +227,7 @@ class Backbone(nn.Module):
             self._synchronise()
         if checkpointing:
             if not callable(getattr(self.model, "set_grad_checkpointing", None)):
-                raise BackboneError(f"{self.spec.model} has no activation checkpointing in timm. Leave it away.")
+                raise BackboneError(f"{self.spec.model} has no activation checkpointing in timm. Omit --checkpointing.")
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self._leave_idle_frozen()
 
@@ -124,10 +243,10 @@ class Backbone(nn.Module):
         """Freeze what no level stands on, as the classifier: it has no gradient, and needs no state."""
         was = self.training
         self.eval()
-        side = 4 * self.multiple
+        frame = self.frame or self.own
         with torch.enable_grad():
-            maps = self(torch.zeros(1, 3, side, side, device=self._mean.device)).maps
-            torch.stack([m.float().sum() for m in maps.values()]).sum().backward()
+            maps = self._maps(self.model, torch.zeros(1, 3, *frame, device=self._mean.device))
+            torch.stack([m.float().sum() for m in maps]).sum().backward()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
@@ -163,34 +282,52 @@ def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: t
 
     Raises BackboneError when weights can't be had or do not fit, or when a level does not exist.
     """
-    model = _create(spec)
-    backbone = Backbone(model, spec, level_names).eval().to(device)
+    model, own = _create(spec)
+    backbone = Backbone(model, spec, level_names, own).eval().to(device)
     backbone.requires_grad_(False)
     return backbone.to(memory_format=torch.channels_last)
 
 
-def _create(spec: BackboneSpec) -> nn.Module:
-    config = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
-    options: dict[str, Any] = {}
-    if config is not None and config.fixed_input_size:
-        options["dynamic_img_size"] = True
+def _create(spec: BackboneSpec) -> tuple[nn.Module, Size | None]:
+    """A model with its weights, and the size that those were made for where that is not the pretraining's."""
+    options: dict[str, Any] = {"dynamic_img_size": True} if _takes(spec.model, dynamic_img_size=True) else {}
     if spec.source == "hub":
-        return _from_hub(spec, options)
+        return _from_hub(spec, options), None
     if spec.source == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            return timm.create_model(spec.model, pretrained=False, **options)
+            return timm.create_model(spec.model, pretrained=False, **options), None
     if spec.source == "file":
-        tensors = read_weights(Path(str(spec.weights)))
-        classifier = None if config is None else config.classifier
-        head = tensors.get(f"{classifier}.weight")
-        options["num_classes"] = 0 if head is None else head.shape[0]
-        model = timm.create_model(spec.model, pretrained=False, **options)
-        load_strictly(model, tensors, str(spec.weights))
-        return model
+        return _from_file(spec, options)
     model = timm.create_model(spec.model, pretrained=False, **options)
     load_strictly(model, read_embedded(model), "The embedded weights file")
-    return model
+    return model, None
+
+
+def _takes(name: str, **option: Any) -> bool:
+    """Whether a timm model is built with an option; raises what timm raises for a value that it can't be built with."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # without weights: that takes no time
+            timm.create_model(name, pretrained=False, **option)
+    except TypeError as error:
+        if not any(key in str(error) for key in option):
+            raise
+        return False
+    return True
+
+
+def _from_file(spec: BackboneSpec, options: dict[str, Any]) -> tuple[nn.Module, Size | None]:
+    path = Path(str(spec.weights))
+    tensors, frame = read_weights(path), frame_of(path)
+    config = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
+    head = tensors.get(f"{None if config is None else config.classifier}.weight")
+    options["num_classes"] = 0 if head is None else head.shape[0]
+    model = timm.create_model(spec.model, pretrained=False, **options)
+    own = None
+    if frame is not None and not fits(model, tensors) and _takes(spec.model, img_size=frame):
+        model, own = timm.create_model(spec.model, pretrained=False, img_size=frame, **options), frame
+    load_strictly(model, tensors, str(path))
+    return model, own
 
 
 def _from_hub(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:
@@ -219,8 +356,11 @@ def _resolve_hub() -> None:
         socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
 
 
-def _available_levels(model: nn.Module) -> tuple[list[FeatureLevel], list[int]]:
-    """Levels that a model can give, finest first, with their index among timm's intermediates."""
+def _available_levels(model: nn.Module, own: Size) -> tuple[list[FeatureLevel], list[int]]:
+    """Levels that a model can give, finest first, with their index among timm's intermediates.
+
+    own: the size that its weights were made for, (height, width) in pixels.
+    """
     info = getattr(model, "feature_info", None)
     if info is None or not callable(getattr(model, "forward_intermediates", None)):
         raise BackboneError(f"{type(model).__name__} gives no intermediate feature maps in timm. Choose another model.")
@@ -230,9 +370,23 @@ def _available_levels(model: nn.Module) -> tuple[list[FeatureLevel], list[int]]:
         count = min(UNIFORM_LEVELS, len(entries))
         indices = [len(entries) * (k + 1) // count - 1 for k in range(count)]
         return [FeatureLevel(f"block{i}", entries[i]["num_chs"], strides[i]) for i in indices], indices
-    last_of_stride = {stride: i for i, stride in enumerate(strides) if stride in STRIDES}
+    usable = [s for s in STRIDES if s in strides] or [s for s in strides if not any(side % s for side in own)]
+    if not usable:
+        raise BackboneError(f"{type(model).__name__} gives no map whose cells tile an image. Choose another model.")
+    last_of_stride = {stride: i for i, stride in enumerate(strides) if stride in usable}
     indices = sorted(last_of_stride.values())
     return [FeatureLevel(f"stride{strides[i]}", entries[i]["num_chs"], strides[i]) for i in indices], indices
+
+
+def _filled(m: Tensor, cells: Size) -> Tensor:
+    """A map with its outermost cells repeated up to these (rows, columns).
+
+    Networks without padding see no cells near the border; they lack as many on either side, and the odd one at the end.
+    """
+    rows, columns = (wanted - found for wanted, found in zip(cells, m.shape[2:], strict=True))
+    if not rows and not columns:
+        return m
+    return nn.functional.pad(m, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), mode="replicate")
 
 
 def _default_final_norm(spec: BackboneSpec) -> bool:

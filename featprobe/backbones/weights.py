@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE
 from featprobe.errors import BackboneError
+from featprobe.geometry import Size, parse_size
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 
@@ -51,6 +53,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise BackboneError(f"{path} does not hold a dictionary of tensors, but {type(loaded).__name__}.")
     return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
+
+
+def frame_of(path: Path) -> Size | None:
+    """The (height, width) in pixels that a file says its weights were trained at; None where it says nothing."""
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("frame")
+    return parse_size(text) if text else None
+
+
+def fits(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have the names and shapes of a model's own."""
+    return {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in model.state_dict().items()}
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -48,7 +48,8 @@ def save_head(
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
     for name, tensors in (("head", own), ("backbone", dict(backbone or {}))):
         if tensors:
-            save_file(tensors, folder / f".{name}.tmp", metadata={"format": HEAD_FORMAT})
+            size = {"frame": "{}x{}".format(*card["features"]["frame"])} if name == "backbone" else {}
+            save_file(tensors, folder / f".{name}.tmp", metadata={"format": HEAD_FORMAT, **size})
             (folder / f".{name}.tmp").replace(folder / f"{name}.safetensors")
     for name, data in files.items():
         (folder / f".{name}.tmp").write_bytes(data)

@@ -1,12 +1,13 @@
 """Picture sheets: images beside their labels and predictions."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from featprobe.errors import FeatprobeError
 from featprobe.targets import IGNORE, Instance, Labels, semantic_from_instances
@@ -18,6 +19,7 @@ COLOURS = np.array(
 )  # fmt: skip
 IGNORED = (150, 150, 150)
 TILE, GAP, LINE = 256, 6, 18  # pixels
+FONT = ImageFont.load_default(13)
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,27 @@ def save_sheet(
 ) -> None:
     """Write a sheet as a PNG: a caption and panels per row, a title per column, the classes' colours below.
 
-    Labels are drawn as translucent colour with a full outline; class 0 is left clear.
+    Labels are drawn as translucent colour with a full outline; class 0 is left clear. Captions and titles that are
+    longer than their place go on in the next line.
     """
-    font = ImageFont.load_default(13)
     width = max(len(columns) * (TILE + GAP) + GAP, 480)
-    tiles = [(caption, [draw_panel(panel, TILE) for panel in panels]) for caption, panels in rows]
-    heights = [max(tile.height for tile in row) + LINE + GAP for _, row in tiles]
     ignored = any(panel.labels is not None and IGNORE in panel.labels for _, panels in rows for panel in panels)
     legend = draw_legend(classes, width, ignored=ignored)
-    sheet = Image.new("RGB", (legend.width, LINE + GAP + sum(heights) + legend.height), "white")
+    titles = [_lines(title, TILE) for title in columns]
+    tiles = [
+        (_lines(caption, legend.width - 2 * GAP), [draw_panel(panel, TILE, classes) for panel in panels])
+        for caption, panels in rows
+    ]
+    heights = [max(tile.height for tile in row) + LINE * len(caption) + GAP for caption, row in tiles]
+    top = LINE * max(map(len, titles), default=1) + GAP
+    sheet = Image.new("RGB", (legend.width, top + sum(heights) + legend.height), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(columns):
-        draw.text((GAP + column * (TILE + GAP), 2), title, fill="black", font=font)
-    top = LINE + GAP
+    for column, title in enumerate(titles):
+        _write(draw, (GAP + column * (TILE + GAP), 2), title)
     for (caption, row), height in zip(tiles, heights, strict=True):
         for column, tile in enumerate(row):
             sheet.paste(tile, (GAP + column * (TILE + GAP), top))
-        draw.text((GAP, top + height - LINE - GAP + 1), caption, fill="black", font=font)
+        _write(draw, (GAP, top + height - LINE * len(caption) - GAP + 1), caption)
         top += height
     sheet.paste(legend, (0, top))
     try:
@@ -63,10 +69,38 @@ def save_sheet(
         raise FeatprobeError(f"The picture sheet {path} can't be written: {error.strerror}.") from error
 
 
-def colour_of(index: int) -> tuple[int, int, int]:
-    """A class's colour; colours repeat after the eleventh class, the background is never among them."""
-    red, green, blue = COLOURS[index if index < len(COLOURS) else 1 + (index - 1) % (len(COLOURS) - 1)].tolist()
+def colour_of(index: int, classes: Sequence[str] = ()) -> tuple[int, int, int]:
+    """A class's colour: the one that it is named by, as #ff0000 or red, else its own among COLOURS.
+
+    Those repeat after the eleventh class, the background is never among them.
+
+    >>> colour_of(2, ("#000000", "crack", "#ff0000")), colour_of(1, ("#000000", "crack", "#ff0000"))
+    ((255, 0, 0), (230, 60, 50))
+    """
+    name = classes[index].strip().lower() if index < len(classes) else ""
+    if name in ImageColor.colormap or re.fullmatch("#[0-9a-f]{6}", name):
+        red, green, blue = ImageColor.getrgb(name)[:3]
+    else:
+        red, green, blue = COLOURS[index if index < len(COLOURS) else 1 + (index - 1) % (len(COLOURS) - 1)].tolist()
     return red, green, blue
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """A text in lines of at most this many pixels, broken between words, or within one that is longer itself."""
+    lines = [""]
+    for word in re.findall(r"\S+\s*", text):
+        if FONT.getlength((lines[-1] + word).rstrip()) > width and lines[-1]:
+            lines.append("")
+        for letter in word:
+            if FONT.getlength((lines[-1] + letter).rstrip()) > width and lines[-1]:
+                lines.append("")
+            lines[-1] += letter
+    return [line.rstrip() for line in lines]
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str]) -> None:
+    for number, line in enumerate(lines):
+        draw.text((place[0], place[1] + number * LINE), line, fill="black", font=FONT)
 
 
 def draw_legend(classes: Sequence[str], width: int, *, ignored: bool = False) -> Image.Image:
@@ -74,10 +108,9 @@ def draw_legend(classes: Sequence[str], width: int, *, ignored: bool = False) ->
 
     ignored: whether the colour of what is ignored is among them.
     """
-    font = ImageFont.load_default(13)
-    entries = [(name, colour_of(index)) for index, name in enumerate(classes) if index]
+    entries = [(name, colour_of(index, classes)) for index, name in enumerate(classes) if index]
     entries += [("ignored", IGNORED)] if ignored else []
-    lengths = [int(font.getlength(name)) + 28 for name, _ in entries]
+    lengths = [int(FONT.getlength(name)) + 28 for name, _ in entries]
     width = max([width, *(GAP + length for length in lengths)])
     places: list[tuple[int, int]] = []  # x, y of each
     x, y = GAP, 0
@@ -90,13 +123,13 @@ def draw_legend(classes: Sequence[str], width: int, *, ignored: bool = False) ->
     draw = ImageDraw.Draw(strip)
     for (name, colour), (x, y) in zip(entries, places, strict=True):
         draw.rectangle((x, y + 3, x + 12, y + 13), fill=colour)
-        draw.text((x + 17, y), name, fill="black", font=font)
+        draw.text((x + 17, y), name, fill="black", font=FONT)
     return strip
 
 
 def draw_overlay(panel: Panel, classes: Sequence[str]) -> Image.Image:
     """A panel at its image's own size, with the classes' colours on a strip below it."""
-    picture = draw_panel(panel)
+    picture = draw_panel(panel, classes=classes)
     legend = draw_legend(classes, picture.width)
     whole = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
     whole.paste(picture, (0, 0))
@@ -104,8 +137,11 @@ def draw_overlay(panel: Panel, classes: Sequence[str]) -> Image.Image:
     return whole
 
 
-def draw_panel(panel: Panel, longest: int | None = None) -> Image.Image:
-    """A panel as a picture, at its image's own size or with its longest side this many pixels."""
+def draw_panel(panel: Panel, longest: int | None = None, classes: Sequence[str] = ()) -> Image.Image:
+    """A panel as a picture, at its image's own size or with its longest side this many pixels.
+
+    classes: their names, for the colours of those that are named by one.
+    """
     image = panel.image if panel.image.ndim == 3 else np.repeat(panel.image[:, :, None], 3, axis=2)
     scale = 1.0 if longest is None else longest / max(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
@@ -113,23 +149,23 @@ def draw_panel(panel: Panel, longest: int | None = None) -> Image.Image:
     if longest is not None:
         picture = picture.resize(size, Image.Resampling.BILINEAR)
     if panel.labels is not None:
-        picture = _overlay(picture, panel.labels)
+        picture = _overlay(picture, panel.labels, classes)
     painted = semantic_from_instances(panel.instances, image.shape[:2]) if panel.instances else None
     if painted is not None:
-        picture = _overlay(picture, painted)
+        picture = _overlay(picture, painted, classes)
     draw = ImageDraw.Draw(picture)
     for instance in panel.instances:
-        draw.rectangle([v * scale for v in instance.box_xyxy], outline=colour_of(instance.category))
+        draw.rectangle([v * scale for v in instance.box_xyxy], outline=colour_of(instance.category, classes))
     return picture
 
 
-def _overlay(tile: Image.Image, labels: Labels) -> Image.Image:
+def _overlay(tile: Image.Image, labels: Labels, classes: Sequence[str]) -> Image.Image:
     small = np.asarray(Image.fromarray(labels).resize(tile.size, Image.Resampling.NEAREST))
     pixels = np.asarray(tile).astype(np.float32)
     for index in np.unique(small):
         if index == 0:
             continue
-        colour = np.array(IGNORED if index == IGNORE else colour_of(int(index)), dtype=np.float32)
+        colour = np.array(IGNORED if index == IGNORE else colour_of(int(index), classes), dtype=np.float32)
         inside = small == index
         padded = np.pad(inside, 1)
         core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

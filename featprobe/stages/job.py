@@ -72,6 +72,8 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
         views=options.views or (),
     )
     check_turns(recipe.views, recipe.size, recipe.fit)
+    backbone.fit(recipe.frame)
+    recipe = replace(recipe, sized=backbone.sized)
     path = workspace.cache_folder(data.name, data.root) / f"{recipe.label}-{recipe.key[:8]}.h5"
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]

@@ -198,6 +198,7 @@ class Predictor:
         missing = [level for level in backbone.levels if level not in self.recipe.levels]
         if missing:
             raise ProbeError(f"{folder}: the backbone's level {missing[0]} is another than the head was trained on.")
+        backbone.fit(self.recipe.frame, self.recipe.sized)
         return backbone
 
 
@@ -350,5 +351,5 @@ def _write(out: Path, prediction: Prediction, predictor: Predictor) -> None:
         mask = out / "masks" / f"{prediction.name}.png"
         mask.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(prediction.semantic, mode="P")
-        picture.putpalette([value for index in range(256) for value in colour_of(index)])
+        picture.putpalette([value for index in range(256) for value in colour_of(index, predictor.classes)])
         picture.save(mask)

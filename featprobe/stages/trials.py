@@ -274,6 +274,7 @@ class Run:
                 f"{self.cache.path} was made from other weights than {spec.label} has now. Nothing was trained.\n"
                 f"  wanted  sha256 {self.cache.recipe.weights_sha256[:16]}…\n  found   sha256 {backbone.sha256[:16]}…"
             )
+        backbone.fit(self.cache.recipe.frame, self.cache.recipe.sized)
         return backbone
 
     def _take_backbone(self, source: Source, index: int) -> None:
