@@ -342,7 +342,7 @@ class FeatureRecipe:
         return values * BYTES_PER_VALUE[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as the cache and the cards keep them; tiles, empty pixels and `sized` only where they say something."""
+        """Plain values, as the cache and the cards keep them; of tiles, empty pixels, `sized` only what holds."""
         idle = [name for name in ("empty_pixels", "sized") if not getattr(self, name)]
         idle += ["tile", "overlap", "empty_tiles"] if self.tile is None else []
         return {name: value for name, value in asdict(self).items() if name not in idle}
