@@ -20,7 +20,7 @@ def training_subset(
     classes: of each image. seed: None for the one subset that seeds of a shared order have in common.
 
     >>> training_subset(["a", "b", "c", "d"], ["p", "p", "q", "q"], [{0}, {0, 1}, {0}, {0}], 0.5, 0).tolist()
-    [0, 1]
+    [1, 2]
     """
     salt = "" if seed is None else f"{seed}/"
     order = sorted(range(len(ids)), key=lambda i: (_hash(salt + groups[i]), groups[i], _hash(salt + ids[i]), ids[i]))
