@@ -33,6 +33,7 @@ from featprobe.stages import trials
 from featprobe.stages.augment import Augmentation, augment, choose_crop
 from featprobe.stages.extract import extract
 from featprobe.stages.finetune import finetune
+from featprobe.stages.forecast import Forecast
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.predict import Predictor, predict
@@ -225,7 +226,7 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(
     for line, task in zip(said, ("semseg linear", "detect fcos"), strict=False):
         assert f"lite0 on xray, seed 0 ({cache}): {task}, full" in line, line
     with monkeypatch.context() as patch:
-        patch.setattr(trials.Run, "foresee", lambda run: 90.0 if run.task_name == "semseg" else 30.0)
+        patch.setattr(trials.Run, "foresee", lambda run: Forecast(0.0, (90 if run.task_name == "semseg" else 30) / 2))
         finetune(workspace, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
     assert ["about 1.5 min" in said[3], "about 0.5 min" in said[4], "about 2.0 min in all" in said[5]] == [True] * 3
     rows = finetune(workspace, options=ProbeOptions(quiet=True)).rows
@@ -297,6 +298,7 @@ featprobe.stages.trials.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
 from featprobe.probes import TrainRecipe
 from featprobe.stages.finetune import finetune
+from featprobe.stages.forecast import Forecast
 from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 recipe = TrainRecipe(iterations=24, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)

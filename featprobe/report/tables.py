@@ -88,7 +88,7 @@ def _data_text(row: Mapping[str, Any]) -> str:
     images = counted(row["images"]["train"], "image")
     notes += [] if row["fraction"] == 1 else [f"{row['fraction']:g} of train: {images}"]
     notes += [] if row["instances"] == "own" else ["connected components"]
-    notes += ["absent classes 0"] if row["task"] == "semseg" and row["absent_classes"] == "zero" else []
+    notes += ["absent classes 0"] if row["task"] == "semseg" and row.get("absent_classes") == "zero" else []
     return f"{row['data']} ({', '.join(notes)})" if notes else str(row["data"])
 
 

@@ -101,7 +101,8 @@ def _finetune(
     forecasts = []
     for one in wanted:  # all of them are tried for a few steps, before the first is trained
         run = one.run(workspace)
-        forecasts.append(run.foresee())
+        run.forecast = run.foresee()
+        forecasts.append(run.forecast)
         say(run.forecast_text)
     minutes = sum(own.seconds(one.run(workspace).recipe) for own, one in zip(forecasts, wanted, strict=True)) / 60
     say(f"{counted(len(wanted), 'training')}, about {minutes:.1f} min in all")

@@ -66,9 +66,9 @@ def budget_of(rungs: Sequence[int], scores: Scores) -> Budget:
     """The answer of a ladder that has ended: the smallest rung within half a point of the best.
 
     >>> budget_of((250, 500, 1000, 2000, 4000), {250: 0.3, 500: 0.4, 1000: 0.403, 2000: 0.404})
-    Budget(needed=500, open=False)
+    Budget(needed=500, open=False, comparison='')
     >>> budget_of((250, 500), {250: 0.3, 500: 0.4})
-    Budget(needed=500, open=True)
+    Budget(needed=500, open=True, comparison='')
     """
     best = max(map(_known, scores.values()))
     needed = min(rung for rung, score in scores.items() if best - _known(score) <= GAIN)
@@ -159,7 +159,7 @@ class Ladder:
     def cost_text(self, scores: Scores) -> str:
         """What climbing on from the rungs that are known will cost, for a person."""
         left = [rung for rung in self.rungs if rung not in scores]
-        forecast = self.run.foresee()
+        self.run.forecast = forecast = self.run.foresee()
         minutes = [len(self._seeds()) * forecast.seconds(self._recipe(rung)) / 60 for rung in left]
         first = self.rungs[min(len(self.rungs), self.rungs.index(self.usual) + IDLE) - 1]  # the earliest end
         soon = sum(m for rung, m in zip(left, minutes, strict=True) if rung <= first)

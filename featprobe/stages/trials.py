@@ -482,8 +482,7 @@ class Run:
         """How long training will take, from a few steps; raises ProbeError where one does not fit the memory."""
         trials = self._trials()
         with self.source(trials[0].head) as source:
-            self.forecast = foresee(self, trials, source)
-        return self.forecast
+            return foresee(self, trials, source)
 
     @property
     def forecast_text(self) -> str:
