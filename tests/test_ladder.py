@@ -70,7 +70,7 @@ def test_a_ladder_ends_after_two_rungs_that_gain_nothing_and_answers_with_the_sm
     best = max(known)
     assert scores[found.needed] >= best - GAIN or best == -1.0
     assert all(known[rungs.index(r)] < best - GAIN for r in scores if r < found.needed)
-    assert found.open == (found.needed == 16000)
+    assert found.open == (found.needed == 16000 or best == 0)
 
 
 def test_a_detector_that_finds_nothing_for_long_still_climbs_to_where_it_does() -> None:
@@ -240,6 +240,7 @@ def test_all_backbones_get_what_the_neediest_needs_and_older_results_are_named(p
     for rung, score in zip((1, 2, 4, 8, 16, 32, 64), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6), strict=True):
         append_row(pooled.probes / "ladders.jsonl", {
             "ladder": ladder.key, "comparison": ladder.comparison, "iterations": rung, "score": score,
+            "seed_scores": [score, score],
         })  # fmt: skip
     assert first < 32
     report = probe(pooled, backbones=("hungry",), options=AUTO)

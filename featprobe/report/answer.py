@@ -93,10 +93,13 @@ def _ranks(differences: Sequence[Line], best: Line, the: str, sure: str) -> list
 
 
 def _other(difference: Line, best: Line) -> str:
+    """The other side of a difference, with what sets it apart from the best one."""
     first = difference["a"] == best["backbone"]
     sign, name = (1, difference["b"]) if first else (-1, difference["a"])
     low, high = sorted((sign * difference["low"], sign * difference["high"]))
     other = ", at another input size" if _other_scale(difference) else ""
+    if difference["recipes"] and difference["claim"] != "none":
+        other += f"; the recipes differ, {difference['a']} | {difference['b']}: {difference['recipes']}"
     return f"{name} ({_points(sign * difference['difference'], low, high)}{other})"
 
 
@@ -126,8 +129,9 @@ def _what_tells(differences: Sequence[Line]) -> str:
     """What to run for a verdict on backbones or regimes."""
     why = {d["of_heads"] for d in differences}
     tells = [f"another seed gives another head. --seeds {SEEDS} would tell"] if "one seed" in why else []
-    orders = "all seeds saw the images in one order. The same seeds without --shared-order would tell"
-    return "; ".join([*tells, *([orders] if why - {"one seed"} else [])])
+    others = " and ".join(sorted(why - {"one seed"}))
+    tells += [f"there was {others}. The same seeds without --shared-order would tell"] if others else []
+    return "; ".join(tells)
 
 
 def _by(lines: Sequence[Line], key: Callable[[Line], Any]) -> list[list[Line]]:
@@ -217,7 +221,8 @@ def _floor(frozen: Line, lines: Sequence[Line], score: str, differences: Sequenc
                 return "" if ahead else f"frozen is not shown to be ahead of random weights ({control})"
     low = frozen[f"{score}_low"]
     value = f"{number(100 * frozen[score])} % {LABELS[score]}, {_interval_of(frozen, score)}"
-    return "" if low >= FLOOR else f"frozen may have found nothing ({value})"
+    found = frozen[score] >= FLOOR if isnan(low) else low >= FLOOR  # none reaches to the end of the scale
+    return "" if found else f"frozen may have found nothing ({value})"
 
 
 def _of_two_heads(difference: Line, name: str, found: str) -> str:

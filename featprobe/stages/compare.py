@@ -234,8 +234,8 @@ def _of_the_seeds(table: Table) -> list[str]:
     said = []
     if any(result.row["fraction"] < 1 and not result.own_subsets for result in table.results):
         said.append(
-            "some heads on a share of the training images had the same images for all seeds: their spread over seeds, "
-            "and verdicts on them, hold no other choice of images. Run them again to have it in"
+            "some heads on a share of the training images had the same images for all seeds: their spread over seeds "
+            "holds no other choice of images: there is no verdict on backbones or regimes. Run them again to have one"
         )
     if any(result.row["spread"] == SHARED_ORDER and not result.solved for result in table.results):
         said.append(
@@ -250,15 +250,20 @@ def _of_the_budgets(workspace: Workspace, table: Table) -> list[str]:
     said = []
     for result, needed in table.short.items():
         beside = [r for r in table.results if r.budget and r.compared_budgets == result.compared_budgets]
+        if any(r.cell == result.cell and r.scale == result.scale and r not in table.short for r in beside):
+            continue  # it was brought level since
         had = int(result.row["recipe"]["iterations"])
         what = f"{table.names[result.backbone]}, {result.variant}, {result.row['head']}"
+        backbones = list(dict.fromkeys(r.row["backbone"] for r in beside))
         if had < needed:
-            backbones = dict.fromkeys(r.row["backbone"] for r in beside)
-            command = level_command(*_described(workspace, result), backbones=list(backbones))
+            command = level_command(*_described(workspace, result), backbones=backbones)
             said.append(f"{what} had {had} iterations, and {needed} are needed. To bring it level:  {command}")
         else:
-            command = level_command(*_described(workspace, result), iterations=2 * had)
-            said.append(f"{what} still gained when the search for its iterations ended at {had}. Go on:  {command}")
+            command = level_command(*_described(workspace, result), backbones=backbones, iterations=2 * had)
+            said.append(
+                f"{what} still gained, or found nothing yet, when the search for its iterations ended at {had}. To "
+                f"train all backbones with a given number, more than that:  {command}"
+            )
     return said
 
 

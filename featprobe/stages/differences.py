@@ -33,6 +33,7 @@ Line = dict[str, Any]
 Kind = Literal["backbones", "regimes"]
 Names = Mapping[tuple[str, str], str]
 ONE_SEED, ONE_ORDER = "one seed", "one order of the images for all seeds"  # why a claim is of the heads alone
+ONE_SHARE = "one share of the training images for all seeds"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ class Pair:
         trained = [result for result in self.sides if not result.solved]
         if any(len(result.runs) == 1 for result in trained):
             return ONE_SEED
-        return ONE_ORDER if any(result.row["spread"] == SHARED_ORDER for result in trained) else ""
+        if any(result.row["spread"] == SHARED_ORDER for result in trained):
+            return ONE_ORDER
+        return ONE_SHARE if any(result.row["fraction"] < 1 and not result.own_subsets for result in self.sides) else ""
 
     @property
     def same_seeds(self) -> bool:

@@ -91,26 +91,25 @@ def _finetune(
         wanted, notes = missing_counterparts(workspace, options)
     alike = {one.alike: one.ladder(workspace) for one in wanted}
     ladders = [ladder for ladder in alike.values() if ladder]
-    if dry_run:
-        for ladder in {ladder.key: ladder for ladder in ladders if not ladder.is_climbed()}.values():
-            say(f"{ladder.title}: {ladder.cost_text(ladder.scores())}")
-    else:
-        climb_all(ladders, say)
+    climb_all(ladders, say, dry_run)
     found = {how: ladder.found() for how, ladder in alike.items() if ladder and ladder.is_climbed()}
     wanted = [replace(one, options=found.get(one.alike, one.options)) for one in wanted]
-    forecasts = []
+    runs, seconds, later = [], 0.0, 0
     for one in wanted:  # all of them are tried for a few steps, before the first is trained
         run = one.run(workspace)
+        runs.append(run)
+        if one.alike in alike and one.options.climbs(one.fraction):
+            later += 1
+            say(f"{run.title}: {run.task_name} {run.kind}, {run.regime}, once its iterations are found")
+            continue
         run.forecast = run.foresee()
-        forecasts.append(run.forecast)
+        seconds += run.forecast.seconds(run.recipe)
         say(run.forecast_text)
-    minutes = sum(own.seconds(one.run(workspace).recipe) for own, one in zip(forecasts, wanted, strict=True)) / 60
-    say(f"{counted(len(wanted), 'training')}, about {minutes:.1f} min in all")
+    more = f" and {later} whose iterations are not found yet" if later else ""
+    say(f"{counted(len(wanted) - later, 'training')}, about {seconds / 60:.1f} min in all{more}")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for one, forecast in zip(wanted, forecasts, strict=True) if not dry_run else ():
-        run = one.run(workspace)
-        run.forecast = forecast
+    for run in runs if not dry_run else ():
         rows += run.do(say)
         notes += run.notes
         if options.show and is_main():
@@ -139,7 +138,7 @@ def _asked_for(
             for seed in range(options.seeds_at(fraction)):
                 one = replace(first, seed=seed)
                 run = replace(one, options=own).run(workspace)
-                if run.is_done():
+                if not own.climbs(fraction) and run.is_done():
                     notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
                 else:
                     found.append(one)
@@ -190,6 +189,8 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
             if row["fraction"] < 1 and not row.get("subset"):
                 raise ProbeError("its part of the training split does not follow the seed: probe it again")
             own = _as_frozen(workspace, row, options)
+            if own.climbs(row["fraction"]) and row.get("fold") is not None:
+                raise ProbeError("no iterations can be looked for in a cross-validation; omit --iterations auto for it")
             found.append(Missing(cache, row["task"], own, row["seed"], row["fraction"]))
         except CacheIncompleteError as error:
             notes.append(left_aside(error))
@@ -211,7 +212,8 @@ def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
         tuple(row["levels"]),
         "ladder" if row.get("budget") else recipe["iterations"],
         recipe["batch_size"],
-        row.get("weights_from"),
+        row.get("weights_from", "end of training"),
+        row.get("subset"),
     )
 
 
@@ -242,6 +244,7 @@ def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptio
     head = read_card(workspace.probes / row["folder"])["head"]
     recipe, climbs = TrainRecipe.from_json(row["recipe"]), bool(row.get("budget")) or options.budget == "auto"
     usual = DEFAULT_RECIPES[row["head"]].iterations
+    grid = row["grid"]
     return replace(
         options,
         head=row["head"],
@@ -249,6 +252,7 @@ def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptio
         width=head["width"],
         pyramid=head["pyramid"],
         recipe=replace(recipe, iterations=usual) if climbs else recipe,
+        chosen_from=(tuple(grid["lr"]), tuple(grid["weight_decay"])) if any(grid.values()) else None,
         budget="auto" if climbs else "fixed",
         split=row["split"] if row.get("fold") is None else f"{row['split']}/{row['fold']}",
         instances=row["instances"],

@@ -19,7 +19,7 @@ from featprobe.probes import append_row, plain
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.processes import from_main, is_main
 from featprobe.specs import SplitChoice, digest
-from featprobe.stages.commands import commands_of
+from featprobe.stages.commands import level_command
 from featprobe.stages.probe_options import Budget, ProbeOptions
 from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace
@@ -65,6 +65,8 @@ def next_rung(rungs: Sequence[int], usual: int, scores: Scores) -> int | None:
 def budget_of(rungs: Sequence[int], scores: Scores) -> Budget:
     """The answer of a ladder that has ended: the smallest rung within half a point of the best.
 
+    Where all rungs score 0 more iterations might find something.
+
     >>> budget_of((250, 500, 1000, 2000, 4000), {250: 0.3, 500: 0.4, 1000: 0.403, 2000: 0.404})
     Budget(needed=500, open=False, comparison='')
     >>> budget_of((250, 500), {250: 0.3, 500: 0.4})
@@ -72,7 +74,7 @@ def budget_of(rungs: Sequence[int], scores: Scores) -> Budget:
     """
     best = max(map(_known, scores.values()))
     needed = min(rung for rung, score in scores.items() if best - _known(score) <= GAIN)
-    return Budget(needed, needed == rungs[-1])
+    return Budget(needed, needed == rungs[-1] or best == 0)
 
 
 def _known(score: float) -> float:
@@ -124,11 +126,11 @@ class Ladder:
     @cached_property
     def key(self) -> str:
         """The same for ladders that climb the same trainings."""
-        return digest([self.run.comparison, self.cache.recipe.key, self.options.levels])
+        return digest([self.comparison, self.cache.recipe.key, self.options.levels])
 
     @cached_property
     def comparison(self) -> str:
-        """The same for ladders whose backbones are compared: all but backbone, levels and input size agree."""
+        """The same for ladders whose backbones are compared."""
         return self.run.comparison
 
     @property
@@ -139,12 +141,14 @@ class Ladder:
         return f"{self.cache.recipe.label} on {self.cache.data.name}: {self.task} {self.options.head}{regime}{share}"
 
     def climb(self, say: Say) -> None:
-        """Train rung after rung until the ladder ends; rungs that are known are not trained again."""
+        """Train rung after rung until the ladder ends; rungs that are known are not trained again.
+
+        Raises ProbeError where no rung has a score.
+        """
         scores = dict(self.scores())
         rung = next_rung(self.rungs, self.usual, scores)
-        if rung is None:
-            return
-        say(f"{self.title}: {self.cost_text(scores)}")
+        if rung is not None:
+            say(self.title)
         while rung is not None:
             begun = time.perf_counter()
             seeds = self._validated(rung)
@@ -153,24 +157,28 @@ class Ladder:
                 self._keep(rung, seeds, time.perf_counter() - begun)
             say(f"  {rung} iterations: {self.run.task.chooses_by} {100 * scores[rung]:.1f} % on validation")
             rung = next_rung(self.rungs, self.usual, scores)
+        self._check_scored(scores)
+
+    def _check_scored(self, scores: Scores) -> None:
         if all(np.isnan(score) for score in scores.values()):
             raise ProbeError(f"{self.title}: validation has no score at any rung. Give a number:  --iterations N")
 
-    def cost_text(self, scores: Scores) -> str:
+    def cost_text(self) -> str:
         """What climbing on from the rungs that are known will cost, for a person."""
+        scores = self.scores()
         left = [rung for rung in self.rungs if rung not in scores]
         self.run.forecast = forecast = self.run.foresee()
         minutes = [len(self._seeds()) * forecast.seconds(self._recipe(rung)) / 60 for rung in left]
         first = self.rungs[min(len(self.rungs), self.rungs.index(self.usual) + IDLE) - 1]  # the earliest end
         soon = sum(m for rung, m in zip(left, minutes, strict=True) if rung <= first)
         return (
-            f"looking for the iterations it needs, {left[0]} to at most {left[-1]}, "
+            f"{self.title}: looking for the iterations it needs, {left[0]} to at most {left[-1]}, "
             f"{counted(len(self._seeds()), 'seed')}: about {soon:.1f} to {sum(minutes):.1f} min"
         )
 
     def scores(self) -> dict[int, float]:
-        """Mean validation score of every rung that was trained."""
-        return self._scores_of(self._rows()).get(self.key, {})
+        """Mean validation score of every rung that was trained with as many seeds as are asked for."""
+        return self._own_scores(self._rows())
 
     def is_climbed(self) -> bool:
         """Whether the answer is known."""
@@ -182,17 +190,23 @@ class Ladder:
         Raises ProbeError before the ladder has ended.
         """
         rows = self._rows()
-        every = self._scores_of(rows)
-        if next_rung(self.rungs, self.usual, every.get(self.key, {})) is not None:
+        scores, every = self._own_scores(rows), self._scores_of(rows)
+        if next_rung(self.rungs, self.usual, scores) is not None:
             raise ProbeError(f"{self.title}: the ladder of its iterations has not ended. Run the same command again.")
-        rivals = {row["ladder"] for row in rows if row["comparison"] == self.comparison}
+        self._check_scored(scores)
+        rivals = {row["ladder"] for row in rows if row["comparison"] == self.comparison} - {self.key}
         ended = [every[key] for key in rivals if next_rung(self.rungs, self.usual, every[key]) is None]
-        most = max(budget_of(self.rungs, scores).needed for scores in ended)
-        own = replace(budget_of(self.rungs, every[self.key]), comparison=self.comparison)
+        most = max(budget_of(self.rungs, known).needed for known in (scores, *ended))
+        own = replace(budget_of(self.rungs, scores), comparison=self.comparison)
         return replace(self.options, recipe=self._recipe(most), budget=own)
 
     def _rows(self) -> list[dict[str, Any]]:
         return from_main(lambda: read_rows(self.workspace.probes / FILE)[0])
+
+    def _own_scores(self, rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+        seeds = len(self._seeds())
+        whole = [row for row in rows if row["ladder"] == self.key and len(row.get("seed_scores", [])) >= seeds]
+        return self._scores_of(whole).get(self.key, {})
 
     @staticmethod
     def _scores_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
@@ -244,18 +258,18 @@ class Ladder:
 def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     """Notes on results of other backbones that were trained with fewer iterations than a later backbone needs."""
     most = {ladder.comparison: ladder.found().recipe for ladder in ladders}
-    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in read_rows(workspace.probes / "results.jsonl")[0] if most else ():
         comparison = (row.get("budget") or {}).get("comparison")
         if comparison in most:
-            known = latest.setdefault((comparison, row["feature_key"]), row)
-            if row["recipe"]["iterations"] >= known["recipe"]["iterations"]:
-                latest[comparison, row["feature_key"]] = row
+            results.setdefault((comparison, row["feature_key"]), []).append(row)
     notes = []
-    for (comparison, _), row in latest.items():
+    for (comparison, _), rows in results.items():
+        row = max(rows, key=lambda row: row["recipe"]["iterations"])
         needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
-        if has < needed:
-            again = commands_of(read_card(workspace.probes / row["folder"]), [row["seed"]], row["data"])[1]
+        if has < needed and (workspace.probes / row["folder"] / "card.json").is_file():  # else it is in no table either
+            seeds = [own["seed"] for own in rows if own["recipe"]["iterations"] == has]
+            again = level_command(read_card(workspace.probes / row["folder"]), seeds, row["data"])
             notes.append(
                 f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
                 f"with needs {needed}. To bring it level:  {again}"
@@ -263,7 +277,11 @@ def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     return notes
 
 
-def climb_all(ladders: Iterable[Ladder], say: Callable[[str], None]) -> None:
-    """Climb ladders, each once."""
-    for ladder in {ladder.key: ladder for ladder in ladders}.values():
+def climb_all(ladders: Iterable[Ladder], say: Callable[[str], None], dry_run: bool = False) -> None:
+    """Climb ladders, each once, after what all of them will cost is said. dry_run: say that alone."""
+    every = {ladder.key: ladder for ladder in ladders}.values()
+    for ladder in every:
+        if not ladder.is_climbed():
+            say(ladder.cost_text())
+    for ladder in every if not dry_run else ():
         ladder.climb(say)

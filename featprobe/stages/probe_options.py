@@ -79,15 +79,16 @@ class ProbeOptions:
     """How to probe; see `featprobe probe --help` for each.
 
     head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
-    combinations; empty for the recipe's. budget: "fixed" for the recipe's iterations, "auto" for those that a ladder
-    around them finds, None for a ladder on parts of the training split where the recipe has its kind's usual
-    iterations, and fixed otherwise; a Budget once it is found. seeds: None for 3; of the closed form 1, as all are
-    alike, but on a part of the training split, which follows the seed. split: "own" as the
-    cache holds it, "group" for featprobe's own split by group, "stratified" for one that heeds the classes too, "image"
-    for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all five
-    folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on apart.
-    show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard", "wandb"
-    or both; it changes no result.
+    combinations; empty for the recipe's. chosen_from: learning rates and weight decays that another regime chose the
+    recipe's from; they stand for the recipe's own where results are compared. budget: "fixed" for the recipe's
+    iterations, "auto" for those that a ladder around them finds, None for a ladder on parts of the training split where
+    the recipe has its kind's usual iterations, and fixed otherwise; a Budget once it is found. seeds: None for 3; of
+    the closed form 1, as all are alike, but on a part of the training split, which follows the seed. split: "own" as
+    the cache holds it, "group" for featprobe's own split by group, "stratified" for one that looks at the classes too,
+    "image" for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all
+    five folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on
+    apart. show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard",
+    "wandb" or both; it changes no result.
     """
 
     head: str | None = None
@@ -97,6 +98,7 @@ class ProbeOptions:
     recipe: TrainRecipe | None = None
     lr: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
+    chosen_from: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     budget: Literal["auto", "fixed"] | Budget | None = None
     seeds: int | None = None
     shared_order: bool = False

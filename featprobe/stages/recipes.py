@@ -11,6 +11,7 @@ Row = Mapping[str, Any]
 Head = Mapping[str, Any]  # a head's recipe, as cards keep it
 OF_TRIALS = ("lr", "weight_decay", "iterations", "weights_from")  # of a training recipe; taken from elsewhere in a row
 LADDER = "found by doubling"
+OLD_CHOICE = {"semseg": "miou_foreground", "detect": "box_ap", "instseg": "mask_ap"}  # of rows that do not say
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def fields_that_differ(
     if a[0].get("model") == b[0].get("model"):  # levels follow the network
         fields += _differing({"levels": a[0].get("levels")}, {"levels": b[0].get("levels")})
     fields += _differing(_tried(a[0]), _tried(b[0]), bars=not regimes)
+    if all(row["trials"] > 1 and row["head"] != "ridge" for row, _ in (a, b)):
+        fields += _differing(_chosen_by(a[0]), _chosen_by(b[0]))
     if not regimes:
         fields += _differing(_treatment(a[0]), _treatment(b[0]))
     return tuple(fields)
@@ -57,7 +60,7 @@ def fields_that_differ(
 def _shared(row: Row, head: Head) -> dict[str, Any]:
     """The part of a recipe that is not its regime's, without the iterations."""
     loop = {} if row["head"] == "ridge" else {k: v for k, v in row["recipe"].items() if k not in OF_TRIALS}
-    share = {"subsets of": row.get("subset") or "one for all seeds"} if row["fraction"] < 1 else {}
+    share = {"images of the share": row.get("subset") or "one for all seeds"} if row["fraction"] < 1 else {}
     return {
         **{name.replace("_", " "): value for name, value in loop.items()},
         "weights from": row.get("weights_from", "end of training"),
@@ -73,8 +76,13 @@ def _iterations(row: Row) -> Any:
 
 def _tried(row: Row) -> dict[str, Any]:
     """What the chosen trial was chosen from."""
-    rates = {} if row["head"] == "ridge" else {n: row["grid"].get(n) or [row["recipe"][n]] for n in OF_TRIALS[:2]}
+    grid = row.get("chosen_from") or row["grid"]
+    rates = {} if row["head"] == "ridge" else {n: list(grid.get(n) or [row["recipe"][n]]) for n in OF_TRIALS[:2]}
     return {**{name.replace("_", " "): value for name, value in rates.items()}, "trials": row["trials"]}
+
+
+def _chosen_by(row: Row) -> dict[str, Any]:
+    return {"trials chosen by": row.get("chosen_by") or OLD_CHOICE[row["task"]]}
 
 
 def _treatment(row: Row) -> dict[str, Any]:

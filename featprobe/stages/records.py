@@ -49,6 +49,8 @@ def row_of(
         "backbone_parameters": run.backbone_parameters,
         "recipe": trial.recipe.to_json(),
         "grid": {"lr": list(options.lr), "weight_decay": list(options.weight_decay)},
+        "chosen_from": options.chosen_from and dict(zip(("lr", "weight_decay"), options.chosen_from, strict=True)),
+        "chosen_by": run.task.chooses_by,
         "recipe_key": run.recipe_key,
         "seed": trial.seed,
         "spread": SHARED_ORDER if options.shared_order else "initialisation and order",

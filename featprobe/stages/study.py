@@ -14,7 +14,7 @@ from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
 from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse_views
 from featprobe.stages.extract import extract
-from featprobe.stages.ladder import Ladder
+from featprobe.stages.ladder import Ladder, climb_all
 from featprobe.stages.logs import check_logs
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.partition import single_splits
@@ -396,10 +396,7 @@ def climb_ladders(
             ladder = ladder_of(workspace, study, cache, cell) if cell.task in cache.data.tasks else None
             if ladder is not None and not ladder.is_climbed():
                 unknown.append(cell)
-                if dry_run:
-                    say(f"{ladder.title}: {ladder.cost_text(ladder.scores())}")
-                else:
-                    ladder.climb(say)
+                climb_all([ladder], say, dry_run)
         except FeatprobeError as error:  # its cells fail, and the others go on
             say(f"failed: the iterations of {cell}: {str(error).splitlines()[0]}")
     return StudyReport(ladders=tuple(unknown))

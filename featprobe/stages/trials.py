@@ -60,6 +60,7 @@ from featprobe.stages.workspace import Workspace
 from featprobe.targets import IGNORE
 
 Say = Callable[[str], None]
+LADDERS = "ladders"  # folder of the states of searches for iterations, below probes/
 CHECKPOINT_SECONDS = 60.0  # at least, between two states that are kept
 MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
 
@@ -90,7 +91,8 @@ class Run:
         self.fraction, self.notes = fraction, list[str]()
         check_together()
         self.forecast: Forecast | None = None
-        self.rehearsal = False  # whether nothing is to be written, neither of the heads nor on the way
+        self.rehearsal = False  # whether the heads are not to be kept
+        self.states = list[Path]()  # of a rehearsal, on the way
         self.weights: dict[int, dict[str, Tensor]] = {}  # of the best trial's own backbone
         self.tuned_sha256, self.backbone_parameters, self.seconds_before = "", 0, 0.0
         self.classes, self.tuning, self.regime = cache.data.classes, options.tuning, options.regime
@@ -99,15 +101,17 @@ class Run:
         self.device = pick_device(options.device)
         self.treatment = self._treatment()
         self.subset = "by seed" if fraction < 1 and not options.shared_order else None
+        loop = self.recipe.to_json()
+        rates, decays = options.chosen_from or (options.lr, options.weight_decay)
+        if options.chosen_from:  # what was chosen may differ from seed to seed
+            loop = {name: value for name, value in loop.items() if name not in ("lr", "weight_decay")}
         how = [
-            options.width, options.pyramid, self.recipe.to_json(), options.lr, options.weight_decay,
             options.shared_order, fraction, self.choice.key, options.instances, options.absent,
             *([self.treatment] if self.treatment else []), *([self.subset] if self.subset else []),
             *([] if task == "semseg" else ["chosen by AP50"]), *(["ladder"] if self.budget else []),
         ]  # fmt: skip
-        key = digest([task, self.kind, options.levels, *how])
+        key = digest([task, self.kind, options.levels, options.width, options.pyramid, loop, rates, decays, *how])
         self.recipe_key = key[:8]
-        self.comparison = digest([task, self.kind, *how, cache.data.fingerprint])  # the same for every backbone
         own = digest([key, cache.data.fingerprint])[:8]  # a set under other labels or splits has heads of its own
         name = "-".join([task, self.kind, *([] if self.regime == "frozen" else [self.regime]), own])
         fold = f"fold{self.choice.fold}" if self.choice.fold else ""
@@ -148,17 +152,37 @@ class Run:
         return from_main(lambda: self._keep(trials, curves, chosen, outcomes, seconds))
 
     def validated(self) -> list[float]:
-        """Train, choose on validation, and return each seed's score there; writes nothing, scores nothing on test."""
+        """Train, choose on validation, and return each seed's score there; keeps no head, scores nothing on test."""
         self.rehearsal = True
         trials = self._trials()
         with self.source(trials[0].head) as source:
             curves = self._fit(trials, source, lambda line: None)
         chosen = [self._best(trials, curves, seed) for seed in self.seeds]
+        for path in self.states if is_main() else ():
+            path.unlink(missing_ok=True)
         return [self.kept(trials[i], curves[i]).scores[self.task.chooses_by] for i in chosen]
 
     def kept(self, trial: Trial, curve: Sequence[CurvePoint]) -> CurvePoint:
         """The point of a trial's curve whose weights are kept."""
         return kept_point(curve, trial.recipe, self.task.chooses_by)
+
+    @property
+    def comparison(self) -> str:
+        """The same for trainings of all backbones that are compared, on whatever device: for a search for iterations.
+
+        They agree in all that decides a training but the backbone, its levels and its input size.
+        """
+        options, features = self.options, self.cache.recipe
+        loop = {k: v for k, v in self.recipe.to_json().items() if k not in ("lr", "weight_decay")}
+        tried = options.chosen_from or (
+            options.lr or (self.recipe.lr,), options.weight_decay or (self.recipe.weight_decay,)
+        )  # fmt: skip
+        asked = self.treatment and {**self.treatment, "precision": self.tuning and self.tuning.precision}
+        return digest([
+            self.task_name, self.kind, options.width, options.pyramid, loop, tried, options.shared_order, self.fraction,
+            self.choice.key, options.instances, options.absent, asked, self.subset, self.cache.data.fingerprint,
+            features.views[1:], features.tile, features.overlap, features.empty_tiles,
+        ])  # fmt: skip
 
     @property
     def budget(self) -> Budget | None:
@@ -439,11 +463,15 @@ class Run:
 
     def _checkpoint(self, index: int) -> Checkpoint | None:
         """Where a training with a live backbone keeps its state, at the end of a pass over the training rows."""
-        if self.tuning is None or self.rehearsal:
+        if self.tuning is None:
             return None
         identity = digest([self.recipe_key, self.cache.recipe.key, self.cache.data.fingerprint, self.seeds, index])
         every = max(1, len(self.rows["train"]) // self.recipe.batch_size)
         path = self.folder / f"seed{self.seeds[0]}" / f"checkpoint{index}.pt"
+        if self.rehearsal:
+            path = self.workspace.probes / LADDERS / f"checkpoint-{identity[:16]}.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.states.append(path)
         return Checkpoint(path, identity, every, self.recipe.iterations, CHECKPOINT_SECONDS)
 
     def _solve(self, trials: Sequence[Trial], source: Source) -> list[list[CurvePoint]]:
