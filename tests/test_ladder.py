@@ -255,6 +255,49 @@ def test_all_backbones_get_what_the_neediest_needs_and_older_results_are_named(p
     assert needs["hungry"] == 32 and set(needs.values()) == {first, 32}
 
 
+def test_a_ladder_of_fewer_seeds_is_climbed_again_and_one_of_more_is_not(pooled: Workspace) -> None:
+    probe(pooled, options=replace(AUTO, seeds=1))
+    first = len(ladder_rows(pooled))
+    probe(pooled, options=AUTO)
+    more = ladder_rows(pooled)[first:]
+    assert more and all(len(row["seed_scores"]) == 2 for row in more)
+    probe(pooled, options=replace(AUTO, seeds=1))
+    assert len(ladder_rows(pooled)) == first + len(more)
+
+
+def test_a_ladder_without_any_score_is_an_error_however_often_it_is_asked_for(
+    pooled: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "validated", lambda self: [float("nan")] * len(self.seeds))
+    for _ in range(2):
+        with pytest.raises(ProbeError, match=r"no score at any rung.*--iterations N"):
+            probe(pooled, options=AUTO)
+
+
+def test_a_result_that_was_removed_is_not_brought_level(pooled: Workspace) -> None:
+    rows = probe(pooled, options=AUTO).rows
+    shutil.rmtree((pooled.probes / rows[0]["folder"]).parent)
+    append_row(pooled.probes / "ladders.jsonl", {
+        "ladder": "of another", "comparison": rows[0]["budget"]["comparison"], "iterations": 1, "score": 0.1,
+        "seed_scores": [0.1, 0.1],
+    })  # fmt: skip
+    report = probe(pooled, options=AUTO)
+    assert len(report.rows) == 2 and not any("level" in note for note in report.notes)
+
+
+def test_ladders_of_two_devices_and_of_two_ways_to_say_a_rate_are_one(pooled: Workspace) -> None:
+    (cache,), _ = find_caches(pooled, "semseg", (), ())
+
+    def comparison(**changed: Any) -> str:
+        options = checked("semseg", replace(AUTO, **changed))
+        return Run(pooled, cache, "semseg", options, [0], 1.0).comparison
+
+    assert comparison(lr=(2e-2,)) == comparison(recipe=replace(BRIEF, lr=2e-2)) != comparison()
+    grid = ((1e-3, 2e-2), ())
+    chosen = [comparison(recipe=replace(BRIEF, lr=lr), chosen_from=grid) for lr in (1e-3, 2e-2)]
+    assert chosen[0] == chosen[1] != comparison(recipe=replace(BRIEF, lr=1e-3))
+
+
 def test_what_no_ladder_can_be_climbed_for_is_refused(pooled: Workspace) -> None:
     with pytest.raises(ProbeError, match=r"test images of others(.|\n)*--iterations N"):
         probe(pooled, options=replace(AUTO, split="group:3"))
@@ -319,6 +362,20 @@ def test_finetune_climbs_a_ladder_of_its_own_for_what_a_ladder_trained(
     assert row["budget"]["needed"] == row["recipe"]["iterations"] and not list(space.probes.rglob("checkpoint*"))
     with pytest.raises(ProbeError, match="has its counterpart"):
         finetune(space, options=ProbeOptions(quiet=True))
+
+
+def test_a_fixed_result_does_not_stand_for_one_whose_iterations_are_looked_for(space: Workspace) -> None:
+    fixed = ProbeOptions(recipe=BRIEF, seeds=1, quiet=True, tuning=Tuning(regime="frozen-online", augment=False))
+    finetune(space, "semseg", options=fixed)
+    report = finetune(space, "semseg", options=replace(fixed, budget="auto"))
+    assert [row["budget"]["rule"] for row in report.rows] == ["ladder"] and ladder_rows(space)
+
+
+def test_counterparts_compare_by_the_rates_that_were_tried(space: Workspace) -> None:
+    (frozen,) = probe(space, options=ProbeOptions(recipe=BRIEF, lr=(1e-3, 2e-2), seeds=1, quiet=True)).rows
+    (full,) = finetune(space, options=ProbeOptions(quiet=True)).rows
+    assert full["recipe"]["lr"] == frozen["recipe"]["lr"]
+    assert full["chosen_from"] == frozen["grid"] and frozen["chosen_from"] is None
 
 
 def test_weights_of_the_end_are_those_of_the_counterpart_too(space: Workspace) -> None:

@@ -55,8 +55,9 @@ def _which_backbone(lines: Sequence[Line], score: str, differences: Sequence[Lin
     """What is to be said of the backbones of one regime and head."""
     best = max(lines, key=lambda line: line[score])
     within = f"{best['regime']}, {best['head']}"
+    share = "" if best["fraction"] == 1 else f" on {100 * best['fraction']:g} % of the training images"
     value = f"{number(100 * best[score])} % {LABELS[score]} ({_interval_of(best, score)})"
-    start = f"{within}{_at(best['iterations'])}: {best['backbone']}"
+    start = f"{within}{share}{_at(best['iterations'])}: {best['backbone']}"
     if len(lines) == 1:
         return [f"{start} reaches {value}. There is no other backbone here to compare it with."]
     own = [d for d in differences if d["within"] == within and best["backbone"] in (d["a"], d["b"])]

@@ -155,7 +155,8 @@ class Ladder:
             scores[rung] = float(np.mean(seeds))
             if is_main():
                 self._keep(rung, seeds, time.perf_counter() - begun)
-            say(f"  {rung} iterations: {self.run.task.chooses_by} {100 * scores[rung]:.1f} % on validation")
+            name = self.run.task.chooses_by.replace("_", " ")
+            say(f"  {rung} iterations: {name} {100 * scores[rung]:.1f} % on validation")
             rung = next_rung(self.rungs, self.usual, scores)
         self._check_scored(scores)
 
@@ -175,6 +176,22 @@ class Ladder:
             f"{self.title}: looking for the iterations it needs, {left[0]} to at most {left[-1]}, "
             f"{counted(len(self._seeds()), 'seed')}: about {soon:.1f} to {sum(minutes):.1f} min"
         )
+
+    def answer_text(self) -> str:
+        """How many iterations are needed, why, and how many are trained, for a person."""
+        scores, options = self.scores(), self.found()
+        assert isinstance(options.budget, Budget) and options.recipe is not None
+        needed, most = options.budget.needed, options.recipe.iterations
+        best = max(scores, key=lambda rung: _known(scores[rung]))
+        text = f"{self.title}: {needed} iterations, {100 * scores[needed]:.1f} % on validation"
+        text += (
+            ""
+            if best == needed
+            else f", the fewest within half a point of the best ({best}: {100 * scores[best]:.1f} %)"
+        )
+        text += "; fewer were not tried" if needed == self.rungs[0] else ""
+        text += "; more might be better" if options.budget.open else ""
+        return text if most == needed else f"{text}; trained with {most}, as another backbone needs"
 
     def scores(self) -> dict[int, float]:
         """Mean validation score of every rung that was trained with as many seeds as are asked for."""
@@ -285,3 +302,5 @@ def climb_all(ladders: Iterable[Ladder], say: Callable[[str], None], dry_run: bo
             say(ladder.cost_text())
     for ladder in every if not dry_run else ():
         ladder.climb(say)
+    for ladder in every if not dry_run else ():
+        say(ladder.answer_text())
