@@ -13,14 +13,13 @@ from featprobe.datasets.files import files_below, files_in, folders_in, own_tabl
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels
 from featprobe.datasets.pages import group_of
-from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, splits_below, tasks_of
 from featprobe.datasets.values import to_numbers
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Target
 
 COLOURED = ("RGB", "RGBA")
-SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LEFT_OUT = "ignore"  # a colour of this name is ignored
 
 
@@ -59,11 +58,12 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
     for pair in pairs:
         files = files_below(root, pair.images)
         images, mask_of = paired(files, pair.images, files_below(root, pair.masks), pair.masks)
+        inner = {} if pair.split else splits_below(images, pair.images)
         for image in images:
             identity = image.relative_to(root).as_posix()
             own = group_of(identity, image)
             row = table.row(identity, own, PurePath(own).name)
-            split = pair.split if several else row.get("split") or ""
+            split = pair.split if several else row.get("split") or inner.get(image, "")
             stem = stem_of(image, pair.images)
             mask = mask_of.pop(stem, pair.masks / f"{stem}.png")
             samples.append(Sample(identity, image, row.get("group") or own, split, str(mask)))

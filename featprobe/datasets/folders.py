@@ -1,7 +1,7 @@
 """Reader for folders of images and masks with the same stems, or with a mask an object."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from featprobe.datasets.files import files_in, paired, read_table, stem_of
+from featprobe.datasets.files import files_in, folders_in, paired, read_table, stem_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.names import meant
 from featprobe.datasets.objects import Tally, check_size, mask_instance, read_classes, stored_pixels
 from featprobe.datasets.pages import group_of
-from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, split_of, splits_below, tasks_of
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PLAIN = ("train", "val", "valid", "validation", "test")
+"""Words for splits, of which a set has one; of other words alone (Train/, training/) it is read as `pairs`."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,23 @@ class Masks:
 
 
 def find_folders(root: Path) -> dict[str, Path]:
-    """Folders that hold images/ and masks/, by split: the root ("" for no split), or train/, val/, test/."""
-    if (root / "images").is_dir() and (root / "masks").is_dir():
+    """Folders that hold images/ and masks/, by what ids in them begin with: the root (""), or those that name a split.
+
+    That is the split, or the name of the folder where several are of one split. One is called by a word of PLAIN.
+    """
+
+    def holds_both(folder: Path) -> bool:
+        return (folder / "images").is_dir() and (folder / "masks").is_dir()
+
+    if holds_both(root):
         return {"": root}
-    inside = [(split, root / name) for name, split in SPLIT_FOLDERS.items()]
-    return {split: path for split, path in inside if (path / "images").is_dir() and (path / "masks").is_dir()}
+    if not any(holds_both(root / word) for word in PLAIN):
+        return {}
+    words = list(SPLIT_WORDS)
+    inside = [path for path in folders_in(root) if path.name.lower() in words and holds_both(path)]
+    count = Counter(split_of(path.name) for path in inside)
+    inside.sort(key=lambda path: words.index(path.name.lower()))
+    return {path.name if count[split_of(path.name)] > 1 else split_of(path.name): path for path in inside}
 
 
 def meet(places: Sequence[tuple[Path, Path]]) -> bool:
@@ -67,15 +80,16 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
     samples: list[Sample] = []
     found = Masks()
     notes: list[str] = []
-    for split, folder in folders.items():
+    for start, folder in folders.items():
         files = [path for path in files_in(folder / "images") if path.suffix.lower() in SUFFIXES]
         drawn = [path for path in files_in(folder / "masks") if path.is_file()]
         images, mask_of = paired(files, folder / "images", drawn, folder / "masks")
         bare = {stem_of(image, folder / "images") for image in images} - mask_of.keys()
         objects_of = _take_objects(mask_of, bare)
+        inner = {} if start else splits_below(images, folder / "images")
         for image in images:
             own = image.relative_to(folder / "images").as_posix()
-            identity = f"{split}/{own}" if split else own
+            identity = f"{start}/{own}" if start else own
             names = (identity, image.relative_to(root).as_posix(), own)
             row = table.row(*names, *(group_of(name, image) for name in names))
             stem = stem_of(image, folder / "images")
@@ -85,7 +99,9 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
             (found.of_objects if stem in bare else found.of_images).extend(masks)
             labels = json.dumps([str(path) for path in masks])
             group = row.get("group") or group_of(identity, image)
-            samples.append(Sample(identity, image, group, split or row.get("split") or "", labels))
+            samples.append(
+                Sample(identity, image, group, split_of(start) or row.get("split") or inner.get(image, ""), labels)
+            )
         if mask_of:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
