@@ -509,6 +509,17 @@ def test_masks_of_0_and_255_beside_masks_of_0_and_1_are_refused_with_both_names(
         read_data("set", tmp_path)
 
 
+@pytest.mark.parametrize("last", [0, 255])
+def test_masks_of_0_and_255_beside_several_classes_are_refused_where_no_class_is_drawn(
+    tmp_path: Path, last: int
+) -> None:
+    mask_set(tmp_path, {"a": grid(0, 255), "b": grid(0), "c": grid(last)}, "background\nscratch\ndent\n")
+    with pytest.raises(DataError, match=r"(?s)3 classes are named: .*255 and no class in masks/a\.png"):
+        read_data("set", tmp_path)
+    Image.fromarray(grid(0, 2, 255)).save(tmp_path / "masks" / "c.png")
+    assert np.array_equal(labels_of(read_data("set", tmp_path), "a.png"), grid(0, 255))
+
+
 def test_masks_of_one_bit_are_read(tmp_path: Path) -> None:
     mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(3)})
     Image.fromarray(grid(0, 1).astype(bool)).save(tmp_path / "masks" / "p1.png")
