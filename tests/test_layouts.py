@@ -154,6 +154,27 @@ def test_folders_below_images_are_splits_where_all_of_several_are_called_so(
     assert {s.split for s in read_data("set", tmp_path, complete=False).samples} == {"val"}
 
 
+@pytest.mark.parametrize("colour", [None, (200, 0, 0)])
+def test_images_in_other_folders_are_told(tmp_path: Path, colour: tuple[int, int, int] | None) -> None:
+    to = Builder(tmp_path)
+    for i in range(2):
+        for split in ("train", "val"):
+            to.image(f"{split}/images/p{i}.png")
+            to.mask(f"{split}/masks/p{i}.png", 255, colour)
+    assert not any("not read" in note for note in read_data("set", tmp_path, complete=False).notes)
+    (tmp_path / "train/images/linked.png").symlink_to("../../pool/p2.png")
+    (tmp_path / "train/masks/linked.png").symlink_to("../../pool/p2_mask.png")
+    to.image("pool/p2.png")
+    to.mask("pool/p2_mask.png", 255, colour)
+    to.text("pool/.hidden/note.png")
+    assert not any("not read" in note for note in read_data("set", tmp_path, complete=False).notes)
+    for name in ("test/images/a.png", "test/images/b.png", "extra/deep/c.jpg"):
+        to.image(name)
+    data = read_data("set", tmp_path, "colours" if colour else "folders", complete=False)
+    assert "3 other images were not read: 1 of extra/deep/, 2 of test/images/" in data.notes
+    assert len(data.samples) == 5
+
+
 def test_all_words_for_a_split_are_read_beside_each_other(tmp_path: Path) -> None:
     paired_set(tmp_path, splits=("train", "training", "Valid", "testing"), place="{split}/{folder}")
     data = read_data("set", tmp_path, "folders")

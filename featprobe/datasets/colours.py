@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.files import files_below, files_in, folders_in, own_table, paired, stem_of
+from featprobe.datasets.files import files_below, files_in, folders_in, other_images, own_table, paired, stem_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.labelmap import read_labelmap
 from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels
@@ -73,7 +73,9 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images beside coloured masks.")
-    return colour_targets(name, root, samples, [*notes, *table.notes()], lines)
+    read = [folder for pair in pairs for folder in (pair.images, pair.masks)]
+    notes += [*other_images(root, read), *table.notes()]
+    return colour_targets(name, root, samples, notes, lines)
 
 
 def colour_targets(

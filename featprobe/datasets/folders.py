@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.datasets.decode import called_empty
-from featprobe.datasets.files import files_in, folders_in, paired, read_table, stem_of
+from featprobe.datasets.files import files_in, folders_in, other_images, paired, read_table, stem_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.labelmap import read_labelmap
 from featprobe.datasets.names import meant
@@ -113,7 +113,8 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images. wanted: files ending in {', '.join(SUFFIXES)} in images/.")
-    notes += table.notes()
+    read = [folder / inside for folder in folders.values() for inside in ("images", "masks")]
+    notes += [*other_images(root, read), *table.notes()]
     return index_targets(name, root, samples, found, notes, named)
 
 
