@@ -156,6 +156,7 @@ def folds(value: dict[str, Any], count: int = 5, **fields: Any) -> dict[str, Any
         ["annotations/train.json", "annotations/val.json", "annotations/test.json"],
         ["annotations/instances_train2017.json", "annotations/instances_val2017.json", "instances_test.json"],
         ["train/_annotations.coco.json", "valid/_annotations.coco.json", "test/_annotations.coco.json"],
+        ["Training/all.json", "VAL/all.json", "testing/all.json"],
         ["set-training.json", "set-validation.json", "set-test.json"],
     ],
 )
