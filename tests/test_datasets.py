@@ -156,6 +156,7 @@ def folds(value: dict[str, Any], count: int = 5, **fields: Any) -> dict[str, Any
         ["annotations/train.json", "annotations/val.json", "annotations/test.json"],
         ["annotations/instances_train2017.json", "annotations/instances_val2017.json", "instances_test.json"],
         ["train/_annotations.coco.json", "valid/_annotations.coco.json", "test/_annotations.coco.json"],
+        ["Training/all.json", "VAL/all.json", "testing/all.json"],
         ["set-training.json", "set-validation.json", "set-test.json"],
     ],
 )
@@ -507,6 +508,17 @@ def test_masks_of_0_and_255_beside_masks_of_0_and_1_are_refused_with_both_names(
     mask_set(tmp_path, {"a": grid(0, 255), "b": grid(0, 1), "c": grid(0)})
     with pytest.raises(DataError, match=r"0 and 255 in masks/a\.png; 0 and 1 in masks/b\.png"):
         read_data("set", tmp_path)
+
+
+@pytest.mark.parametrize("last", [0, 255])
+def test_masks_of_0_and_255_beside_several_classes_are_refused_where_no_class_is_drawn(
+    tmp_path: Path, last: int
+) -> None:
+    mask_set(tmp_path, {"a": grid(0, 255), "b": grid(0), "c": grid(last)}, "background\nscratch\ndent\n")
+    with pytest.raises(DataError, match=r"(?s)3 classes are named: .*255 and no class in masks/a\.png"):
+        read_data("set", tmp_path)
+    Image.fromarray(grid(0, 2, 255)).save(tmp_path / "masks" / "c.png")
+    assert np.array_equal(labels_of(read_data("set", tmp_path), "a.png"), grid(0, 255))
 
 
 def test_masks_of_one_bit_are_read(tmp_path: Path) -> None:

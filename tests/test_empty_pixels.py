@@ -229,6 +229,39 @@ def test_what_a_mask_calls_empty_is_ignored_but_its_background(tmp_path: Path) -
     assert stored_pixels(page_path(tmp_path / "b.tif", 1))[1].tolist() == [[0, 255, 2], [255, 7, 7]]
 
 
+def masks_of(root: Path, masks: list[tuple[list[int], str | None]]) -> DataSet:
+    """A set of images of 1x4 pixels, and of TIFF masks of these labels and this GDAL_NODATA."""
+    (root / "images").mkdir(parents=True)
+    for i, (labels, nodata) in enumerate(masks):
+        Image.fromarray(np.full((1, 4), i, np.uint8)).save(root / "images" / f"p{i}.png")
+        write_tiff(root / "masks" / f"p{i}.tif", np.array([labels], np.uint8), nodata)
+    return read_data("set", root, complete=False)
+
+
+def labels_in(data: DataSet) -> list[list[int]]:
+    found = [data.read_target(sample, (1, 4)).semantic for sample in data.samples]
+    return [labels[0].tolist() for labels in found if labels is not None]
+
+
+def test_what_a_mask_calls_empty_is_never_its_one_class(tmp_path: Path) -> None:
+    data = masks_of(tmp_path / "alone", [([0, 255, 255, 0], "255"), ([0, 0, 0, 0], "255")])
+    assert labels_in(data) == [[0, 255, 255, 0], [0, 0, 0, 0]]
+    assert "no mask holds a class: 1 mask has pixels that a header calls empty, which are ignored (masks/p0.tif)" in (
+        data.notes
+    )
+    data = masks_of(tmp_path / "of classes", [([0, 255, 255, 0], "255"), ([0, 1, 1, 0], None)])
+    assert labels_in(data) == [[0, 255, 255, 0], [0, 1, 1, 0]] and not data.notes
+    data = masks_of(tmp_path / "of 0 and 255", [([0, 255, 7, 0], "7"), ([0, 255, 255, 0], None)])
+    assert labels_in(data) == [[0, 1, 255, 0], [0, 1, 1, 0]] and not data.notes
+
+
+def test_what_a_page_of_a_mask_calls_empty_is_never_its_one_class(tmp_path: Path) -> None:
+    labels = np.array([[[0, 255, 7, 0]], [[0, 0, 255, 7]]], np.uint8)
+    write_tiff(tmp_path / "images" / "a.tif", labels[:, :, ::-1])
+    write_tiff(tmp_path / "masks" / "a.tif", labels, "7")
+    assert labels_in(read_data("set", tmp_path, complete=False)) == [[0, 1, 255, 0], [0, 0, 1, 255]]
+
+
 BANDS = {
     "grey and one more": (2, {"extrasamples": ["unspecified"], "planarconfig": "contig"}),
     "grey and one more, apart": (2, {"extrasamples": ["unspecified"], "planarconfig": "separate"}),

@@ -372,6 +372,42 @@ def test_cvat_names_its_classes_and_their_colours(tmp_path: Path, how: str) -> N
     )
 
 
+@pytest.mark.parametrize("how", ["colours", "palette", "lines"])
+@pytest.mark.parametrize("folders", [("images", "masks"), ("img", "annotation"), ("images", "SegmentationClass")])
+def test_a_labelmap_names_classes_in_any_folders(tmp_path: Path, folders: tuple[str, str], how: str) -> None:
+    wanted = cvat_set(tmp_path, how)
+    for i in range(3):
+        (tmp_path / "SegmentationObject" / f"p{i}.png").unlink()
+    for old, new in zip(("JPEGImages", "SegmentationClass"), folders, strict=True):
+        (tmp_path / old).rename(tmp_path / new)
+    data = read_data("set", tmp_path)
+    assert data.classes == ("background", "pore", "crack")
+    assert all(np.array_equal(target_of(data, s.id).semantic, wanted) for s in data.samples)
+    assert not any("colours are the classes" in note for note in data.notes)
+    names = (
+        ["0,0,0 ground", "250,50,83 hole", "1,2,3 rift", "224,224,192 ignore"] if how == "colours" else ["a", "b", "c"]
+    )
+    text(tmp_path / "classes.txt", "\n".join([*names, *(["d"] if how != "colours" else [])]))
+    assert read_data("set", tmp_path).classes[1] in ("hole", "b")
+    (tmp_path / "classes.txt").unlink()
+    text(tmp_path / "labelmap.txt", "pore\n")
+    assert "line 1: wanted name:R,G,B::, found 'pore'" in refused(tmp_path)
+
+
+def test_a_labelmap_of_one_class_names_it_for_masks_of_0_and_255(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(tmp_path / "images" / f"p{i}.png", seed=i)
+        mask(tmp_path / "masks" / f"p{i}.png", square(2, 3, 5) * 255)
+    lines = ["background:0,0,0::", "pore:250,50,83::"]
+    for order in (lines, lines[::-1]):
+        text(tmp_path / "labelmap.txt", "\n".join(order))
+        data = read_data("set", tmp_path)
+        assert data.classes == ("background", "pore")
+        assert np.array_equal(target_of(data, "p0.png").semantic, square(2, 3, 5))
+    text(tmp_path / "labelmap.txt", "\n".join([*lines, "crack:1,2,3::"]))
+    assert "hold 0 and 255 alone, and 3 classes are named: background, pore, crack" in refused(tmp_path)
+
+
 def test_names_of_the_user_stand_before_those_of_a_labelmap(tmp_path: Path) -> None:
     cvat_set(tmp_path, "colours")
     text(tmp_path / "classes.txt", "ground\nhole\nrift\n")

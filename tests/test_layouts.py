@@ -112,16 +112,76 @@ def test_the_folders_of_the_field_are_found(tmp_path: Path, images: str, masks: 
 
 @pytest.mark.parametrize("splits", SPLIT_FOLDERS)
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("folders", [("img_dir", "ann_dir"), ("images", "masks")])
 def test_splits_are_found_above_and_below_the_folders_and_in_their_names(
-    tmp_path: Path, place: str, splits: tuple[str, ...]
+    tmp_path: Path, folders: tuple[str, str], place: str, splits: tuple[str, ...]
 ) -> None:
-    areas = paired_set(tmp_path, "img_dir", "ann_dir", splits=splits, place=place)
-    data = check_pairs(tmp_path, areas)
+    areas = paired_set(tmp_path, *folders, splits=splits, place=place)
+    data = read_data("set", tmp_path, complete=False)
+    path_of = {s.id: s.image.relative_to(tmp_path).as_posix() for s in data.samples}
+    assert {path_of[own]: area for own, (area,) in areas_of(data).items()} == areas
     wanted = dict(zip(splits, ("train", "val", "test"), strict=True))
-    assert all(
-        s.split == wanted[next(w for w in splits if w in s.id.split("/")[0] or f"/{w}" in s.id)] for s in data.samples
-    )
+    for s in data.samples:
+        first, second, *_ = path_of[s.id].split("/")
+        assert s.split == wanted[next(w for w in splits if w in first or second.startswith(w))]
     assert {s.split for s in data.samples} == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize("colour", [None, (200, 0, 0)])
+@pytest.mark.parametrize(
+    ("inside", "splits"),
+    [
+        (("train", "testing"), {"train", "test"}),
+        (("Train", "VAL", "test"), {"train", "val", "test"}),
+        (("train",), {""}),
+        (("train", "test", "site1"), {""}),
+        (("train", "test", "."), {""}),
+    ],
+)
+def test_folders_below_images_are_splits_where_all_of_several_are_called_so(
+    tmp_path: Path, colour: tuple[int, int, int] | None, inside: tuple[str, ...], splits: set[str]
+) -> None:
+    to = Builder(tmp_path)
+    for folder in inside:
+        for i in range(2):
+            to.image(f"images/{folder}/p{i}.png")
+            to.mask(f"masks/{folder}/p{i}.png", 255, colour)
+    data = read_data("set", tmp_path, complete=False)
+    assert {s.split for s in data.samples} == splits
+    before = "images/" if colour else ""
+    assert {s.id for s in data.samples} == {before + (Path(f) / f"p{i}.png").as_posix() for f in inside for i in (0, 1)}
+    to.text("samples.csv", "image,split\n" + "".join(f"{s.id},val\n" for s in data.samples))
+    assert {s.split for s in read_data("set", tmp_path, complete=False).samples} == {"val"}
+
+
+@pytest.mark.parametrize("colour", [None, (200, 0, 0)])
+def test_images_in_other_folders_are_told(tmp_path: Path, colour: tuple[int, int, int] | None) -> None:
+    to = Builder(tmp_path)
+    for i in range(2):
+        for split in ("train", "val"):
+            to.image(f"{split}/images/p{i}.png")
+            to.mask(f"{split}/masks/p{i}.png", 255, colour)
+    assert not any("not read" in note for note in read_data("set", tmp_path, complete=False).notes)
+    (tmp_path / "train/images/linked.png").symlink_to("../../pool/p2.png")
+    (tmp_path / "train/masks/linked.png").symlink_to("../../pool/p2_mask.png")
+    to.image("pool/p2.png")
+    to.mask("pool/p2_mask.png", 255, colour)
+    to.text("pool/.hidden/note.png")
+    assert not any("not read" in note for note in read_data("set", tmp_path, complete=False).notes)
+    for name in ("test/images/a.png", "test/images/b.png", "extra/deep/c.jpg"):
+        to.image(name)
+    data = read_data("set", tmp_path, "colours" if colour else "folders", complete=False)
+    assert "3 other images were not read: 1 of extra/deep/, 2 of test/images/" in data.notes
+    assert len(data.samples) == 5
+
+
+def test_all_words_for_a_split_are_read_beside_each_other(tmp_path: Path) -> None:
+    paired_set(tmp_path, splits=("train", "training", "Valid", "testing"), place="{split}/{folder}")
+    data = read_data("set", tmp_path, "folders")
+    assert {s.id.split("/")[0]: s.split for s in data.samples} == {
+        "train": "train", "training": "train", "val": "val", "test": "test"
+    }  # fmt: skip
+    assert len(data.samples) == 12
 
 
 @pytest.mark.parametrize("stems", STEMS)

@@ -463,9 +463,11 @@ def test_colours_left_out_are_ignored(tmp_path: Path) -> None:
     assert np.array_equal(target_of(data, "images/p0.png").semantic, square(2, 3, 5) * np.uint8(255))
 
 
-def test_folders_of_several_splits_are_the_splits(tmp_path: Path) -> None:
-    for folder in ("train", "val", "test"):
-        colour_set(tmp_path, f"{folder}/images", f"{folder}/masks")
+@pytest.mark.parametrize("places", ["{}/{}", "{}_{}"])
+@pytest.mark.parametrize("folders", [("train", "val", "test"), ("training", "Validation", "testing")])
+def test_folders_of_several_splits_are_the_splits(tmp_path: Path, folders: tuple[str, ...], places: str) -> None:
+    for folder in folders:
+        colour_set(tmp_path, places.format(folder, "images"), places.format(folder, "masks"))
     assert Counter(s.split for s in read_data("set", tmp_path).samples) == dict.fromkeys(SPLITS, 4)
 
 
@@ -565,9 +567,10 @@ def test_voc_lists_name_the_splits_and_leave_images_out(tmp_path: Path) -> None:
     assert "val.txt lists p0, which train.txt lists too" in refused(tmp_path)
 
 
-def test_neu_det_as_it_is_passed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("splits", [("train", "validation"), ("Training", "testing")])
+def test_neu_det_as_it_is_passed_on(tmp_path: Path, splits: tuple[str, str]) -> None:
     """train/ and validation/, images in a folder a class, XML files in one."""
-    for split in ("train", "validation"):
+    for split in splits:
         for kind in ("crazing", "patches"):
             for i in range(3):
                 picture(tmp_path / split / "images" / kind / f"{kind}_{i}.jpg", seed=i)
@@ -575,7 +578,7 @@ def test_neu_det_as_it_is_passed_on(tmp_path: Path) -> None:
     data = read_data("set", tmp_path)
     assert data.classes == ("background", "crazing", "patches") and len(data.samples) == 12
     assert Counter(s.split for s in data.samples)["test"] == 6
-    assert objects_of(data, "train/images/patches/patches_1.jpg")[0].category == 2
+    assert objects_of(data, f"{splits[0]}/images/patches/patches_1.jpg")[0].category == 2
 
 
 @pytest.mark.parametrize(

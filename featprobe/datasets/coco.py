@@ -62,7 +62,7 @@ def find_coco(root: Path) -> list[Path]:
     if root.is_file():
         return [root] if root.suffix == ".json" else []
     found = visible(root, [*root.glob("*.json"), *root.glob("annotations/*.json")])
-    found += visible(root, (path for path in root.glob("*/*.json") if path.parent.name in SPLIT_WORDS))
+    found += visible(root, (path for path in root.glob("*/*.json") if path.parent.name.lower() in SPLIT_WORDS))
     instances = [path for path in found if path.name.startswith("instances")]
     return [path for path in instances or found if _looks_like_coco(path)]
 

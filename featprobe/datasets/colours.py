@@ -3,24 +3,25 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featprobe.datasets.files import files_below, files_in, folders_in, own_table, paired, stem_of
+from featprobe.datasets.files import files_below, files_in, folders_in, other_images, own_table, paired, stem_of
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.labelmap import read_labelmap
 from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels
 from featprobe.datasets.pages import group_of
-from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, splits_below, tasks_of
 from featprobe.datasets.values import to_numbers
 from featprobe.errors import DataError
 from featprobe.geometry import Size
-from featprobe.targets import IGNORE, Target
+from featprobe.targets import IGNORE, Labels, Target
 
 COLOURED = ("RGB", "RGBA")
-SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LEFT_OUT = "ignore"  # a colour of this name is ignored
 
 
@@ -59,11 +60,12 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
     for pair in pairs:
         files = files_below(root, pair.images)
         images, mask_of = paired(files, pair.images, files_below(root, pair.masks), pair.masks)
+        inner = {} if pair.split else splits_below(images, pair.images)
         for image in images:
             identity = image.relative_to(root).as_posix()
             own = group_of(identity, image)
             row = table.row(identity, own, PurePath(own).name)
-            split = pair.split if several else row.get("split") or ""
+            split = pair.split if several else row.get("split") or inner.get(image, "")
             stem = stem_of(image, pair.images)
             mask = mask_of.pop(stem, pair.masks / f"{stem}.png")
             samples.append(Sample(identity, image, row.get("group") or own, split, str(mask)))
@@ -71,27 +73,38 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images beside coloured masks.")
-    return colour_targets(name, root, samples, [*notes, *table.notes()], lines)
+    read = [folder for pair in pairs for folder in (pair.images, pair.masks)]
+    notes += [*other_images(root, read), *table.notes()]
+    return colour_targets(name, root, samples, notes, lines)
 
 
 def colour_targets(
     name: str, root: Path, samples: Sequence[Sample], notes: Sequence[str], lines: Sequence[str] | None
 ) -> DataSet:
-    """The data set of samples whose labels are the path of a coloured mask. lines: of colours, see `read_colours`."""
+    """The data set of samples whose labels are the path of a coloured mask. lines: of colours, see `read_colours`.
+
+    Where they are not named, CVAT's labelmap.txt names them.
+    """
     named, notes = _read_colour_names(root, lines), [*notes]
-    if named is None:
+    labelmap = read_labelmap(root) if named is None else None
+    if named is None and not labelmap:
         named = _colours_in([Path(sample.labels) for sample in samples], root)
         notes.append(
             f"colours are the classes, {', '.join(named.values())}, of which {next(iter(named.values()))} counts as "
             "background; name them in classes.txt or featprobe.toml, `R,G,B name` a line, the background first"
         )
-    classes = check_classes([n for n in named.values() if n != LEFT_OUT], f"{root}: its colours")
+    if labelmap:
+        classes, read = labelmap.classes, labelmap.read
+    else:
+        own = named or {}
+        classes = check_classes([n for n in own.values() if n != LEFT_OUT], f"{root}: its colours")
+        read = partial(_labels, own, classes)
 
     def read_target(sample: Sample, size: Size) -> Target:
         mask = Path(sample.labels)
-        codes = read_codes(mask)
-        check_size((codes.shape[0], codes.shape[1]), size, mask)
-        return Target(_labels(codes, named, classes, mask), None)
+        labels = read(mask)
+        check_size((labels.shape[0], labels.shape[1]), size, mask)
+        return Target(labels, None)
 
     tasks = tasks_of(masks=True, instances=False)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
@@ -103,8 +116,9 @@ def read_codes(path: Path) -> NDArray[np.int32]:
     return np.asarray(values @ np.array([0x10000, 0x100, 1], dtype=np.int32))
 
 
-def _labels(codes: NDArray[np.int32], named: Mapping[int, str], classes: Sequence[str], path: Path) -> NDArray:
-    """(height, width) class indices; raises DataError for a colour without a name."""
+def _labels(named: Mapping[int, str], classes: Sequence[str], path: Path) -> Labels:
+    """(height, width) class indices of a mask; raises DataError for a colour without a name."""
+    codes = read_codes(path)
     found, inverse = np.unique(codes, return_inverse=True)
     unknown = [_hex(int(code)) for code in found if int(code) not in named]
     if unknown:

@@ -30,7 +30,7 @@ from featprobe.datasets.pixels import (
     without_alpha,
     without_empty,
 )
-from featprobe.datasets.tiff import open_tiff
+from featprobe.datasets.tiff import NODATA, open_tiff
 from featprobe.errors import DataError
 
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
@@ -75,7 +75,20 @@ def stored_page(path: Path) -> tuple[str, NDArray[Any]]:
     with opened(path) as image:
         if image.stored is None:
             raise DataError(f"{path} can't be read as a mask. wanted: a page of a TIFF.")
-        return image.stored()
+        return image.stored()[:2]
+
+
+def called_empty(path: Path) -> NDArray[np.bool_] | None:
+    """(height, width): where the header of a mask calls its pixels empty; None for nowhere.
+
+    Raises DataError, and OSError where there is no image.
+    """
+    if page_of(path)[1] is None:
+        with Image.open(path) as image:
+            if NODATA not in getattr(image, "tag_v2", ()):
+                return None
+    with opened(path) as image:
+        return image.stored()[2] if image.empty and image.stored else None
 
 
 def _kind(start: bytes) -> Callable[[Path, BinaryIO, int | None], AbstractContextManager[Opened]]:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -263,6 +264,26 @@ def files_in(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not is_hidden(name)]
         found += [Path(place, name) for name in names if not is_hidden(name)]
     return sorted(found)
+
+
+def other_images(root: Path, read: Sequence[Path]) -> list[str]:
+    """A note on images below `root` that lie in none of the folders that were read, by folder; none without them.
+
+    Those to which such a folder or a file in it is a link are read too.
+    """
+    others = [p for p in files_in(root) if p.suffix.lower() in SUFFIXES and not any(map(p.is_relative_to, read))]
+    if not others:
+        return []
+    places = [folder.resolve() for folder in read]
+    met = {path.resolve() for folder in read for path in files_in(folder)}
+    real = {path: path.resolve() for path in others}
+    left = Counter(
+        path.parent.relative_to(root).as_posix()
+        for path in others
+        if real[path] not in met and not any(map(real[path].is_relative_to, places))
+    )
+    each = [f"{count} of {folder}/" for folder, count in sorted(left.items())]
+    return [f"{counted(left.total(), 'other image was', 'other images were')} not read: {listed(each)}"] if left else []
 
 
 def stem_of(path: Path, folder: Path) -> str:

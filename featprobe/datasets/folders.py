@@ -1,25 +1,33 @@
 """Reader for folders of images and masks with the same stems, or with a mask an object."""
 
 import json
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from featprobe.datasets.files import files_in, paired, read_table, stem_of
+from featprobe.datasets.decode import called_empty
+from featprobe.datasets.files import files_in, folders_in, other_images, paired, read_table, stem_of
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.labelmap import read_labelmap
 from featprobe.datasets.names import meant
 from featprobe.datasets.objects import Tally, check_size, mask_instance, read_classes, stored_pixels
 from featprobe.datasets.pages import group_of
-from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, split_of, splits_below, tasks_of
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PLAIN = ("train", "val", "valid", "validation", "test")
+"""Words for splits, of which a set has one; of other words alone (Train/, training/) it is read as `pairs`."""
+
+Reader = Callable[[Path], tuple[Labels, NDArray[np.bool_]]]
+"""Reads the labels of a mask, and where its header calls them empty, both (height, width)."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,23 @@ class Masks:
 
 
 def find_folders(root: Path) -> dict[str, Path]:
-    """Folders that hold images/ and masks/, by split: the root ("" for no split), or train/, val/, test/."""
-    if (root / "images").is_dir() and (root / "masks").is_dir():
+    """Folders that hold images/ and masks/, by what ids in them begin with: the root (""), or those that name a split.
+
+    That is the split, or the name of the folder where several are of one split. One is called by a word of PLAIN.
+    """
+
+    def holds_both(folder: Path) -> bool:
+        return (folder / "images").is_dir() and (folder / "masks").is_dir()
+
+    if holds_both(root):
         return {"": root}
-    inside = [(split, root / name) for name, split in SPLIT_FOLDERS.items()]
-    return {split: path for split, path in inside if (path / "images").is_dir() and (path / "masks").is_dir()}
+    if not any(holds_both(root / word) for word in PLAIN):
+        return {}
+    words = list(SPLIT_WORDS)
+    inside = [path for path in folders_in(root) if path.name.lower() in words and holds_both(path)]
+    count = Counter(split_of(path.name) for path in inside)
+    inside.sort(key=lambda path: words.index(path.name.lower()))
+    return {path.name if count[split_of(path.name)] > 1 else split_of(path.name): path for path in inside}
 
 
 def meet(places: Sequence[tuple[Path, Path]]) -> bool:
@@ -67,15 +87,16 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
     samples: list[Sample] = []
     found = Masks()
     notes: list[str] = []
-    for split, folder in folders.items():
+    for start, folder in folders.items():
         files = [path for path in files_in(folder / "images") if path.suffix.lower() in SUFFIXES]
         drawn = [path for path in files_in(folder / "masks") if path.is_file()]
         images, mask_of = paired(files, folder / "images", drawn, folder / "masks")
         bare = {stem_of(image, folder / "images") for image in images} - mask_of.keys()
         objects_of = _take_objects(mask_of, bare)
+        inner = {} if start else splits_below(images, folder / "images")
         for image in images:
             own = image.relative_to(folder / "images").as_posix()
-            identity = f"{split}/{own}" if split else own
+            identity = f"{start}/{own}" if start else own
             names = (identity, image.relative_to(root).as_posix(), own)
             row = table.row(*names, *(group_of(name, image) for name in names))
             stem = stem_of(image, folder / "images")
@@ -85,12 +106,15 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
             (found.of_objects if stem in bare else found.of_images).extend(masks)
             labels = json.dumps([str(path) for path in masks])
             group = row.get("group") or group_of(identity, image)
-            samples.append(Sample(identity, image, group, split or row.get("split") or "", labels))
+            samples.append(
+                Sample(identity, image, group, split_of(start) or row.get("split") or inner.get(image, ""), labels)
+            )
         if mask_of:
             notes.append(f"{len(mask_of)} masks have no image: {listed(sorted(mask_of))}")
     if not samples:
         raise DataError(f"{root} holds no images. wanted: files ending in {', '.join(SUFFIXES)} in images/.")
-    notes += table.notes()
+    read = [folder / inside for folder in folders.values() for inside in ("images", "masks")]
+    notes += [*other_images(root, read), *table.notes()]
     return index_targets(name, root, samples, found, notes, named)
 
 
@@ -102,7 +126,11 @@ def index_targets(
     Raises DataError where some masks are objects and some are not, and for classes that can't be used.
     """
     of_images, of_objects, free, notes = masks.of_images, masks.of_objects, masks.free, [*notes]
-    classes = read_classes(root, named) or ("background", "defect")
+    given = read_classes(root, named)
+    labelmap = None if given else read_labelmap(root)
+    classes = given or (labelmap.classes if labelmap else ("background", "defect"))
+    stored = partial(_with_empty, read_mask)
+    read = partial(_with_empty, labelmap.read) if labelmap else stored
     if of_objects and of_images:
         raise DataError(
             f"{root} has masks of objects and of whole images.\n  wanted  one kind for all images\n"
@@ -115,14 +143,18 @@ def index_targets(
         counts = counted(len(free), "image has no mask", "images have no mask")
         notes.append(f"{counts}, which is an error where labels are read (--skip-bad omits them): {listed([*free])}")
     instances_too = bool(of_objects)
-    binary, said = (False, []) if of_objects or len(classes) > 2 else _is_binary(of_images, root)
-    notes += said
+    binary = False
+    if not of_objects and len(classes) == 2:
+        binary, said = _is_binary(of_images, root, stored)
+        notes += said
+    elif not of_objects:
+        _check_classes_drawn(of_images, root, classes, read)
 
     def read_labels(path: Path, size: Size) -> Labels:
-        labels = read_mask(path)
+        labels, empty = stored(path) if binary else read(path)
         check_size((labels.shape[0], labels.shape[1]), size, path)
-        if binary or (instances_too and len(classes) == 2 and set(np.unique(labels).tolist()) <= {0, IGNORE}):
-            labels = (labels > 0).astype(np.uint8)
+        if binary or (instances_too and len(classes) == 2 and _drawn(labels, empty) <= {IGNORE}):
+            labels = np.where(empty, IGNORE, labels > 0).astype(np.uint8)
         check_labels(labels, len(classes), str(path))
         return labels
 
@@ -176,19 +208,59 @@ def _object(labels: Labels, path: Path) -> Instance:
     return mask_instance(int(kinds[0]), labels > 0)
 
 
-def _is_binary(paths: Sequence[Path], root: Path) -> tuple[bool, list[str]]:
-    """Whether masks use 0 and 255 only, all of them: then 255 is the one class and not `ignore`; and a note on others.
+def _with_empty(read: Callable[[Path], Labels], path: Path) -> tuple[Labels, NDArray[np.bool_]]:
+    """(height, width) labels of a mask, and where its header calls them empty, so that 255 is not drawn there."""
+    labels, empty = read(path), called_empty(path)
+    return labels, np.zeros(labels.shape, dtype=np.bool_) if empty is None else empty
 
-    Masks that can't be read have no say; they are met again, by name, when their labels are wanted. Raises DataError
-    where some masks hold 0 and 255 and others 0 and 1, and none holds both, so that 255 may mean either.
+
+def _drawn(labels: Labels, empty: NDArray[np.bool_]) -> set[int]:
+    """The labels from 1 on that are drawn in a mask."""
+    return set(np.flatnonzero(np.bincount(labels[~empty], minlength=256)).tolist()) - {0}
+
+
+def _check_classes_drawn(paths: Sequence[Path], root: Path, classes: Sequence[str], read: Reader) -> None:
+    """Raise DataError where 255, which is ignored beside several classes, is drawn and none of the classes ever is.
+
+    Masks that can't be read have no say; nothing is looked at behind the first that holds a class.
     """
-    full, index, both = Tally(), Tally(), Tally()
+    full = Tally()
     for path in paths:
         with suppress(DataError):
-            seen = set(np.flatnonzero(np.bincount(read_mask(path).ravel(), minlength=256)).tolist()) - {0}
+            seen = _drawn(*read(path))
+            if seen - {IGNORE}:
+                return
+            if seen:
+                full.add(path.relative_to(root))
+    if full.count:
+        raise DataError(
+            f"The masks of {root} hold 0 and 255 alone, and {len(classes)} classes are named: {listed(classes)}.\n"
+            f"  wanted  the number of a class, 1 to {len(classes) - 1}, where it is drawn; 255 is ignored\n"
+            f"  found   255 and no class in {full}\n"
+            "Nothing was read. Name two classes, the background first, where 255 is the one class; or mend the masks."
+        )
+
+
+def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, list[str]]:
+    """Whether masks use 0 and 255 only, all of them: then 255 is the one class and not `ignore`; and a note on others.
+
+    Pixels that a header calls empty have no say, and are told where nothing else is drawn. Masks that can't be read
+    have none; they are met again, by name, when their labels are wanted. Raises DataError where some masks hold 0 and
+    255 and others 0 and 1, and none holds both, so that 255 may mean either.
+    """
+    full, index, both, hidden = Tally(), Tally(), Tally(), Tally()
+    for path in paths:
+        with suppress(DataError):
+            labels, empty = read(path)
+            seen = _drawn(labels, empty)
             if seen:
                 kind = full if seen == {IGNORE} else both if IGNORE in seen else index
                 kind.add(path.relative_to(root))
+            elif (labels[empty] == IGNORE).any():
+                hidden.add(path.relative_to(root))
+    if hidden.count and not full.count + index.count + both.count:
+        held = counted(hidden.count, "mask has", "masks have")
+        return False, [f"no mask holds a class: {held} pixels that a header calls empty, which are ignored ({hidden})"]
     if full.count and both.count:
         held = counted(full.count, "mask holds", "masks hold")
         return False, [f"{held} 255 and no class ({full}): it is ignored, as by 1 and 255 in one mask ({both})"]

@@ -26,9 +26,9 @@ class Opened:
     size: (height, width) in pixels, as it is to be looked at. bits: of a channel as `load` gives it: 8, 16, or 32 for
     float32. channels: 1 or 3. load: the pixels, (height, width) or (height, width, 3), in the stored orientation. turn:
     EXIF's orientation, 1 to 8. raw: the bytes of its file that make a page what it is. stored: of a page of a TIFF, its
-    pixel format as Pillow calls it, and its values as they are stored, palette indices for a palette. empty: what the
-    header calls empty, as `GDAL_NODATA -9999`; "" where it calls nothing so. unnamed: whether its three channels are
-    bands that the header gives no colours.
+    pixel format as Pillow calls it, its values as they are stored, palette indices for a palette, and where these are
+    called empty, (height, width), None for nowhere. empty: what the header calls empty, as `GDAL_NODATA -9999`; ""
+    where it calls nothing so. unnamed: whether its three channels are bands that the header gives no colours.
     """
 
     size: Size
@@ -37,7 +37,7 @@ class Opened:
     load: Callable[[], Levels]
     turn: int = 1
     raw: Callable[[], Iterable[bytes]] = tuple
-    stored: Callable[[], tuple[str, NDArray[Any]]] | None = None
+    stored: Callable[[], tuple[str, NDArray[Any], NDArray[np.bool_] | None]] | None = None
     empty: str = ""
     unnamed: bool = False
 

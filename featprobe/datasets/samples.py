@@ -148,3 +148,16 @@ def split_of(text: str) -> str:
     ('train', 'val', 'holdout')
     """
     return SPLIT_WORDS.get(text.strip().lower(), text)
+
+
+def splits_below(images: Iterable[Path], folder: Path) -> dict[Path, str]:
+    """The split of each image, where each lies in a folder of `folder` that names one, and they are several; else none.
+
+    >>> splits_below([Path("images/Train/a.png"), Path("images/testing/a.png")], Path("images")).values()
+    dict_values(['train', 'test'])
+    >>> splits_below([Path("images/train/a.png"), Path("images/site1/a.png")], Path("images"))
+    {}
+    """
+    found = {image: split_of(image.relative_to(folder).parts[0]) for image in images}
+    named = {*found.values()}
+    return found if len(named) > 1 and named <= {*SPLITS} else {}

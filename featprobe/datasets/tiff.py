@@ -215,14 +215,16 @@ def _converted(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels
     return levels.dtype.type(largest(levels)) - levels
 
 
-def _mask(page: Any, values: NDArray[Any], kind: str, nodata: float | None) -> tuple[str, NDArray[Any]]:
-    """The pixel format and the values of a page as Pillow would give them, were it a file of its own.
+def _mask(
+    page: Any, values: NDArray[Any], kind: str, nodata: float | None
+) -> tuple[str, NDArray[Any], NDArray[np.bool_] | None]:
+    """The pixel format and the values of a page as Pillow would give them, were it a file of its own; empty pixels.
 
     Empty pixels are IGNORE, but where 0 is called empty: a mask's background.
     """
     mode, found = _as_pillow(page, values, kind)
     empty = _empty(values, nodata) if nodata and values.ndim == 2 and values.dtype.kind in "iu" else None
-    return mode, found if empty is None else np.where(empty, IGNORE, found)
+    return mode, found if empty is None else np.where(empty, IGNORE, found), empty
 
 
 def _as_pillow(page: Any, values: NDArray[Any], kind: str) -> tuple[str, NDArray[Any]]:

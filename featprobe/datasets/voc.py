@@ -30,7 +30,7 @@ from featprobe.datasets.objects import (
     read_classes,
     read_pixels,
 )
-from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
+from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, tasks_of
 from featprobe.datasets.values import check_names, gathered, to_numbers, to_truth
 from featprobe.errors import DataError
 from featprobe.geometry import Size
@@ -43,7 +43,6 @@ VOC_CLASSES = tuple(
 GC10 = "lable"
 ANNOTATIONS = ("annotations", "annotation", GC10)  # folders, in any case
 IMAGES = ("jpegimages", "images", "imgs", "image")
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LISTS = ("train", "val", "test")
 CLASS_MASKS, OBJECT_MASKS = "SegmentationClass", "SegmentationObject"
 
@@ -80,8 +79,8 @@ def find_voc(root: Path) -> list[Place]:
     tops = [root, *sorted(root.glob("VOCdevkit/VOC*")), *sorted(root.glob("VOC2*"))]
     places = next((found for top in reversed(tops) if (found := _places_in(top, ""))), [])
     for folder in folders_in(root):
-        if folder.name.lower() in SPLIT_FOLDERS:
-            places += _places_in(folder, SPLIT_FOLDERS[folder.name.lower()])
+        if folder.name.lower() in SPLIT_WORDS:
+            places += _places_in(folder, SPLIT_WORDS[folder.name.lower()])
     return places
 
 
