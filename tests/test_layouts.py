@@ -72,7 +72,7 @@ MASK_FOLDERS = (
 SPLIT_FOLDERS = (("train", "val", "test"), ("training", "validation", "testing"), ("Train", "valid", "Test"))
 PLACES = ("{split}/{folder}", "{folder}/{split}", "top/{split}/{folder}", "{split}_{folder}", "{folder}/{split}/site1")
 STEMS = (
-    ("{}", "{}_mask"), ("{}", "{}_label"), ("{}", "{}_GT"), ("{}", "{}_seg"), ("{}", "{}_0"), ("{}", "{}_1"),
+    ("{}", "{}_mask"), ("{}", "{}_label"), ("{}", "{}_GT"), ("{}", "{}_seg"), ("{}", "{}_0"), ("{}", "{}_1"), ("{}", "{}_10"),
     ("{}", "{}-anno-v2"), ("{}_img", "{}"), ("{}_image", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}", "mask_{}"),
     ("{}", "gt_{}"), ("ISIC_00{}", "ISIC_00{}_segmentation"),
 )  # fmt: skip
@@ -126,7 +126,8 @@ def test_splits_are_found_above_and_below_the_folders_and_in_their_names(
 
 @pytest.mark.parametrize("stems", STEMS)
 def test_what_stands_around_the_stems_is_found_from_the_names(tmp_path: Path, stems: tuple[str, str]) -> None:
-    check_pairs(tmp_path, paired_set(tmp_path, "imgs", "labels", stems))
+    data = check_pairs(tmp_path, paired_set(tmp_path, "imgs", "labels", stems))
+    assert data.tasks == ("semseg",)
 
 
 @pytest.mark.parametrize("stems", STEMS)

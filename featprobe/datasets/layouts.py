@@ -268,7 +268,8 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
         return
     some, others = sorted(images)[:SAMPLE], sorted(masks)[: SAMPLE * (1 + len(masks) // len(images))]
     best, met = _best_affixes(some, others)
-    if not best and len(images) > SAMPLE:
+    fixed = any(mask[-1].isdecimal() for _, mask in best)  # the others may have other numbers, and so be objects
+    if len(images) > SAMPLE and (not best or fixed):
         best, met = _best_affixes(images, masks)
     enough = met >= ENOUGH * min(len(some), len(others))
     for image, mask in best if enough else [own for own in best if own == ("{stem}", "{stem}")]:
@@ -281,7 +282,10 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
 
 
 def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[tuple[str, str]], int]:
-    """Names of images and of masks around their stems, the shortest of those that pair the same; the most pairs."""
+    """Names of images and of masks around their stems, the shortest of those that pair the same; the most pairs.
+
+    One number behind all masks is a part of their names, not one of an object.
+    """
     around = [
         own for own in _affixes([stem for _, stem, _ in images]) if all(_has_letter(text) for text in own if text)
     ]
@@ -295,7 +299,7 @@ def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[t
         ]
         for left, right, number in drawn
     }
-    best: dict[int, tuple[int, str, str]] = {}  # what is paired -> length, names of images and of masks
+    best: dict[int, tuple[str, int, str, str]] = {}  # what is paired -> a * for objects, length, images' and masks' names
     most = (0, 0)
     for before, after in around:
         cores = {(key, _inner(stem, before, after)): i for i, (key, stem, _) in enumerate(images)}
@@ -306,9 +310,9 @@ def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[t
                 continue
             best, most = (best if pairs == most else {}), pairs
             length = len(before + after + left + right + number)
-            found = (length, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}")
+            found = (number, length, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}")
             best[hash(met)] = min(best.get(hash(met), found), found)
-    return [(image, mask) for _, image, mask in best.values()], most[0]
+    return [(image, mask) for *_, image, mask in best.values()], most[0]
 
 
 def _has_letter(text: str) -> bool:
