@@ -3,6 +3,7 @@
 import json
 import shlex
 import tomllib
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,8 @@ MASK_FOLDERS = (
 SPLIT_FOLDERS = (("train", "val", "test"), ("training", "validation", "testing"), ("Train", "valid", "Test"))
 PLACES = ("{split}/{folder}", "{folder}/{split}", "top/{split}/{folder}", "{split}_{folder}", "{folder}/{split}/site1")
 STEMS = (
-    ("{}", "{}_mask"), ("{}", "{}_label"), ("{}", "{}_GT"), ("{}", "{}_seg"), ("{}", "{}_0"), ("{}", "{}_1"), ("{}", "{}_10"),
-    ("{}", "{}-anno-v2"), ("{}_img", "{}"), ("{}_image", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}", "mask_{}"),
+    ("{}", "{}_mask"), ("{}", "{}_label"), ("{}", "{}_GT"), ("{}", "{}_seg"), ("{}", "{}_0"), ("{}", "{}_1"),
+    ("{}", "{}_10"), ("{}", "{}-anno-v2"), ("{}_img", "{}"), ("{}_image", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}", "mask_{}"),
     ("{}", "gt_{}"), ("ISIC_00{}", "ISIC_00{}_segmentation"),
 )  # fmt: skip
 
@@ -517,3 +518,35 @@ def test_a_set_of_which_few_images_have_masks_is_refused_with_the_first_that_has
     assert "wanted  9 masks: imgs/p2.png wants gt/p2.png\n  found   2 pairs of --images 'imgs/{stem}.png'" in said
     how = {"images": "imgs/{stem}.png", "masks": "gt/{stem}.png"}
     assert len(read_data("set", tmp_path, **how).samples) == 9  # type: ignore[arg-type]
+
+
+def test_names_of_two_forms_of_unicode_are_two_images_each_with_its_own_mask(tmp_path: Path) -> None:
+    to, areas = Builder(tmp_path), {}
+    for form in ("NFC", "NFD"):
+        for i in range(3):
+            name = unicodedata.normalize(form, f"Pr\xfcf{i}")
+            drawn = to.mask(f"gt/{name}.png")
+            areas[to.image(f"img/{name}.png")] = to.areas[drawn]
+    assert len(areas) == 6
+    check_pairs(tmp_path, areas)
+
+
+@pytest.mark.parametrize("mask", ["{}", "{}_mask", "{}_{}"])
+def test_a_mask_whose_name_is_percent_encoded_or_decomposed_is_its_images(tmp_path: Path, mask: str) -> None:
+    to, areas = Builder(tmp_path), {}
+    for i, name in enumerate(("part one %", "Pr\xfcf zwei %", "plain %")):
+        name = name.replace("%", str(i))
+        written = unicodedata.normalize("NFD", name).replace(" ", "%20")
+        drawn = [to.mask(f"gt/{mask.format(written, n)}.png") for n in range(2 if mask == "{}_{}" else 1)]
+        areas[to.image(f"img/{name}.png")] = [to.areas[each] for each in drawn]
+    data = read_data("set", tmp_path)
+    assert {name: sorted(own) for name, own in areas_of(data).items()} == {n: sorted(a) for n, a in areas.items()}
+
+
+def test_a_mask_that_could_be_of_two_images_by_its_looks_is_refused(tmp_path: Path) -> None:
+    to = Builder(tmp_path)
+    for image, mask in (("a b", "a b"), ("Pr\xfcf%201", "Pr\xfcf 1"), ("c", "c"), ("Pru\u0308f%201", "Pru\u0308f 1")):
+        to.image(f"img/{image}.png")
+        to.mask(f"gt/{mask}.png")
+    with pytest.raises(DataError, match="several names look like that"):
+        read_data("set", tmp_path, images="img/{stem}.png", masks="gt/{stem}.png")

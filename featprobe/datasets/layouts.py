@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import compress, product
 from posixpath import basename, dirname, splitext
 
+from featprobe.datasets.names import plain
 from featprobe.datasets.patterns import MASK_SUFFIXES, SPLIT_WORDS, Description, Pairs, Pattern, pair
 from featprobe.errors import DataError
 
@@ -250,7 +251,8 @@ def _names(place: str, files: Sequence[str], shared: Sequence[str]) -> list[Name
         fields = pattern.match(file)
         if fields is not None:
             key = tuple(
-                SPLIT_WORDS.get(fields.get(n, "").lower(), "") if n == "split" else fields.get(n, "") for n in shared
+                SPLIT_WORDS.get(fields.get(n, "").lower(), "") if n == "split" else plain(fields.get(n, ""))
+                for n in shared
             )
             stem, suffix = splitext(basename(file))
             found.append((key, stem, suffix.lower()))
@@ -295,14 +297,16 @@ def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[t
         drawn += [(*own, "*") for own in _affixes(numbered) if own[1]]
     inner = {
         (left, right, number): [
-            (key, _inner(stem.rstrip("0123456789") if number else stem, left, right)) for key, stem, _ in masks
+            (key, plain(_inner(stem.rstrip("0123456789") if number else stem, left, right))) for key, stem, _ in masks
         ]
         for left, right, number in drawn
     }
-    best: dict[int, tuple[str, int, str, str]] = {}  # what is paired -> a * for objects, length, images' and masks' names
+    best: dict[
+        int, tuple[str, int, str, str]
+    ] = {}  # what is paired -> * or none, length, both names
     most = (0, 0)
     for before, after in around:
-        cores = {(key, _inner(stem, before, after)): i for i, (key, stem, _) in enumerate(images)}
+        cores = {(key, plain(_inner(stem, before, after))): i for i, (key, stem, _) in enumerate(images)}
         for (left, right, number), own in inner.items():
             met = tuple((i, cores[core]) for i, core in enumerate(own) if core[1] and core in cores)
             pairs = len({image for _, image in met}), len(met)
