@@ -74,7 +74,8 @@ SPLIT_FOLDERS = (("train", "val", "test"), ("training", "validation", "testing")
 PLACES = ("{split}/{folder}", "{folder}/{split}", "top/{split}/{folder}", "{split}_{folder}", "{folder}/{split}/site1")
 STEMS = (
     ("{}", "{}_mask"), ("{}", "{}_label"), ("{}", "{}_GT"), ("{}", "{}_seg"), ("{}", "{}_0"), ("{}", "{}_1"),
-    ("{}", "{}_10"), ("{}", "{}-anno-v2"), ("{}_img", "{}"), ("{}_image", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}", "mask_{}"),
+    ("{}", "{}_10"),
+    ("{}", "{}-anno-v2"), ("{}_img", "{}"), ("{}_image", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}", "mask_{}"),
     ("{}", "gt_{}"), ("ISIC_00{}", "ISIC_00{}_segmentation"),
 )  # fmt: skip
 
@@ -238,7 +239,7 @@ def test_descriptions_of_one_layout(tmp_path: Path, images: str, masks: str) -> 
         ("imgs/*.jpg", "gt/../../{stem}.png", "is no path below the data folder"),
         ("C:/imgs/*.jpg", "{stem}.png", "is no path below the data folder"),
         ("imgs//*.jpg", "{stem}.png", "a part without a name"),
-        ("imgs/*.jpg", "gt/{stme}.png", "a field {stme}. Did you mean stem?"),
+        ("imgs/*.jpg", "gt/{stme}.png", "a field {stme}. Did you mean stem? Known: dir, split, stem.\n"),
         ("imgs/{parent}/*.jpg", "gt/{stem}.png", "a field {parent}."),
         ("imgs/{stem.jpg", "gt/{stem}.png", "a brace without its other half"),
         ("imgs**/*.jpg", "gt/{stem}.png", "beside other text"),
@@ -348,6 +349,29 @@ def test_a_bad_description_in_the_workspace_is_refused(tmp_path: Path, lines: st
     (tmp_path / "featprobe.toml").write_text(f"[data.one]\npath = 'set'\n{lines}\n", encoding="utf-8")
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "data"])
     assert result.exit_code == 1 and said in result.output and "[data.one]" in result.output, result.output
+
+
+def test_all_faults_of_a_section_are_said_at_once(tmp_path: Path) -> None:
+    lines = ["path = 'set'", "tyle = 3", "size = 'banana'", "images = 'a/*.jpg'", "masks = 'b/x.png'"]
+    text = "\n".join(["[data.one]", *lines, "group_from = '(['", "overlap = 'wide'"])
+    (tmp_path / "featprobe.toml").write_text(text, encoding="utf-8")
+    said = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "data"]).output
+    wanted = (
+        "unknown tyle",
+        "banana",
+        "does not say of which image a mask is",
+        "no regular expression",
+        "overlap = 'w",
+    )
+    assert all(part in said for part in wanted), said
+    assert "?." not in said and ".." not in said, said
+
+
+@pytest.mark.parametrize("words", [("--images", ""), ("--masks", ""), ("--group-from", "")])
+def test_an_empty_text_is_refused_and_not_taken_as_none(tmp_path: Path, words: tuple[str, str]) -> None:
+    paired_set(tmp_path / "set")
+    said = run(tmp_path, "data", "info", str(tmp_path / "set"), *words, code=1)
+    assert f"{words[0]}: an empty text" in said, said
 
 
 def test_every_command_takes_a_description_and_the_cache_keeps_it(tmp_path: Path) -> None:

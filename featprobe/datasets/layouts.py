@@ -301,9 +301,7 @@ def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[t
         ]
         for left, right, number in drawn
     }
-    best: dict[
-        int, tuple[str, int, str, str]
-    ] = {}  # what is paired -> * or none, length, both names
+    best: dict[int, tuple[str, int, str, str]] = {}  # what is paired -> * or none, length, both names
     most = (0, 0)
     for before, after in around:
         cores = {(key, plain(_inner(stem, before, after))): i for i, (key, stem, _) in enumerate(images)}

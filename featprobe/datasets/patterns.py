@@ -56,7 +56,7 @@ class Pattern:
         elif parts[-1] in ("**", "{dir}"):
             fault = "ends with folders. wanted: the name of a file behind them, as * or {stem}.png"
         elif unknown := [f for f in re.findall(r"\{([^{}]*)\}", text) if f not in FIELDS]:
-            fault = f"has a field {{{unknown[0]}}}. {nearest(unknown[0], FIELDS)}"
+            fault = f"has a field {{{unknown[0]}}}. {nearest(unknown[0], FIELDS)}".removesuffix(".")
         elif re.search(r"[{}]", re.sub(r"\{\w+\}", "", text)):
             fault = "has a brace without its other half"
         elif twice := [name for name in FIELDS if text.count(f"{{{name}}}") > 1 and name != "stem"]:
