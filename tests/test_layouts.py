@@ -574,3 +574,76 @@ def test_a_mask_that_could_be_of_two_images_by_its_looks_is_refused(tmp_path: Pa
         to.mask(f"gt/{mask}.png")
     with pytest.raises(DataError, match="several names look like that"):
         read_data("set", tmp_path, images="img/{stem}.png", masks="gt/{stem}.png")
+
+
+@pytest.mark.parametrize(("kind", "number"), [("u1", 1), ("?", 1), ("i8", 255), ("<u2", 1)])
+def test_masks_may_be_arrays_of_whole_numbers(tmp_path: Path, kind: str, number: int) -> None:
+    to, areas = Builder(tmp_path), {}
+    (tmp_path / "gt").mkdir()
+    for i in range(3):
+        values = np.zeros(SIZE, kind)
+        values[: i + 1, :3] = number
+        np.save(tmp_path / f"gt/p{i}.npy", values)
+        areas[to.image(f"img/p{i}.png")] = 3 * (i + 1)
+    check_pairs(tmp_path, areas)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.full(SIZE, 0.5), "float64"),
+        (np.full((*SIZE, 3), 1), "can't be read as a mask"),
+        (np.full(SIZE, -1), "labels up to -1"),
+        (np.array([{}], dtype=object), "can't be read as an array of numbers"),
+    ],
+)
+def test_an_array_that_is_no_mask_is_refused(tmp_path: Path, values: np.ndarray, said: str) -> None:
+    Builder(tmp_path).image("img/p0.png")
+    (tmp_path / "gt").mkdir()
+    np.save(tmp_path / "gt/p0.npy", values, allow_pickle=True)
+    with pytest.raises(DataError) as error:
+        data = read_data("set", tmp_path, complete=False)
+        data.read_target(data.samples[0], SIZE)
+    assert said in str(error.value) and "p0.npy" in str(error.value), str(error.value)
+
+
+def test_dicom_masks_are_refused_in_words(tmp_path: Path) -> None:
+    Builder(tmp_path).image("img/p0.png")
+    (tmp_path / "gt").mkdir()
+    (tmp_path / "gt/p0.dcm").write_bytes(bytes(128) + b"DICM")
+    assert "1 file of .dcm in gt/" in said_of(tmp_path)
+    with pytest.raises(DataError, match="read as images alone"):
+        read_data("set", tmp_path, images="img/{stem}.png", masks="gt/{stem}.dcm")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_image_and_a_mask_in_a_folder_of_each_part(tmp_path: Path, suffix: str) -> None:
+    to, areas = Builder(tmp_path), {}
+    for i in range(3):
+        drawn = to.mask(f"part{i}/mask.png")
+        areas[to.image(f"part{i}/image.{suffix}")] = to.areas[drawn]
+    assert check_pairs(tmp_path, areas).tasks == ("semseg",)
+
+
+def test_braces_in_names_of_files_hold_nothing_up_and_those_of_folders_are_named(tmp_path: Path) -> None:
+    check_pairs(tmp_path / "a", paired_set(tmp_path / "a", "img", "gt", ("{}{{1}}", "{}{{1}}")))
+    paired_set(tmp_path / "b", "{x}/img", "{x}/gt")
+    said = said_of(tmp_path / "b")
+    assert "not searched: {x}/, {x}/gt/, {x}/img/" in said, said
+
+
+def test_linked_folders_are_named_where_nothing_is_found(tmp_path: Path) -> None:
+    paired_set(tmp_path / "far", "img", "gt")
+    (tmp_path / "set").mkdir()
+    for name in ("img", "gt"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "far" / name)
+    assert "linked folders are not entered: gt, img" in said_of(tmp_path / "set")
+    with pytest.raises(DataError, match="gt, img: linked folders are not entered"):
+        read_data("set", tmp_path / "set", images="img/{stem}.jpg", masks="gt/{stem}.png")
+
+
+def test_pictures_for_a_report_beside_images_and_masks_are_no_way_to_read_a_set(tmp_path: Path) -> None:
+    areas = paired_set(tmp_path, "a", "a", ("{}", "{}_mask"))
+    for name in areas:
+        Builder(tmp_path).image(f"a/{Path(name).stem}_overlay.png")
+    check_pairs(tmp_path, areas)

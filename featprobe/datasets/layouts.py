@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import compress, product
 from posixpath import basename, dirname, splitext
 
+from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.names import plain
 from featprobe.datasets.patterns import MASK_SUFFIXES, SPLIT_WORDS, Description, Pairs, Pattern, pair
 from featprobe.errors import DataError
@@ -53,8 +54,8 @@ def find_layouts(files: Iterable[str]) -> list[Candidate]:
     There are several where the names do not tell which one is meant. Those where few files meet are given only where
     there are no others. Raises DataError where nothing fits because images can't be told apart by their names.
     """
-    files = [f for f in files if splitext(f)[1].lower() in MASK_SUFFIXES and not re.search(r"[*{}\\]", f)]
-    folders = _folders(files)
+    files = [f for f in files if splitext(f)[1].lower() in {*SUFFIXES, *MASK_SUFFIXES}]
+    folders = _folders(file for file in files if can_stand(dirname(file)))
     few: dict[str, Candidate] = {}
     for look in (_named_places, _unnamed_places, _shared_places):
         found: dict[str, Candidate] = {}
@@ -67,11 +68,23 @@ def find_layouts(files: Iterable[str]) -> list[Candidate]:
                 faults.append(error)
         some = sorted((own for own in found.values() if own.pairs.count), key=lambda own: -own.pairs.count)
         if enough := [own for own in some if own.enough]:
-            return enough
+            return [own for own in enough if not _of_drawings(own)] or enough
         if faults:
             raise faults[0]
         few |= {str(own.description): own for own in some}
     return list(few.values())
+
+
+def can_stand(text: str) -> bool:
+    """Whether a pattern can hold a text as it is, which means itself alone."""
+    return not re.search(r"[*{}\\]", text)
+
+
+def _of_drawings(candidate: Candidate) -> bool:
+    """Whether images or masks of it are pictures for a report, by their names."""
+    described = candidate.description
+    names = [re.sub(r"{\w+}", " ", basename(own.text)) for own in (described.images, described.masks)]
+    return any(_words(name) & DRAWN_WORDS for name in (*names, *map(basename, candidate.pairs.bare)))
 
 
 def role_of(folder: str) -> str:
@@ -227,9 +240,10 @@ def _shared_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Descri
 
 
 def _mask_marks(stem: str) -> set[str]:
-    """The words for masks that a file's name begins or ends with, a number behind aside."""
+    """The words for masks that a file's name is, or begins or ends with, a number behind aside."""
     ends = (*_ends(stem)[:1], *_ends(stem.rstrip("0123456789"))[:1], *_starts(stem)[:1])
-    return {end for end in ends if len(_words(end)) == 1 and _words(end) <= MASK_WORDS}
+    marks = {end for end in ends if len(_words(end)) == 1 and _words(end) <= MASK_WORDS}
+    return marks | ({stem} if stem.lower() in MASK_WORDS else set())
 
 
 # ---- names of files --------------------------------------------------------------------------------------------------
@@ -266,6 +280,7 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
     What the names of images share without a letter in it is kept: numbers tell images apart. Where few are paired,
     names must be the same: what stands around these stems is by chance.
     """
+    masks = [name for name in masks if name[2] in MASK_SUFFIXES]
     if not images or not masks:
         return
     some, others = sorted(images)[:SAMPLE], sorted(masks)[: SAMPLE * (1 + len(masks) // len(images))]
@@ -280,7 +295,9 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
     keys = Counter(key for key, _, _ in images)
     alone = max(keys.values()) == 1 and not keys.keys().isdisjoint(key for key, _, _ in masks)
     if in_folders and alone and not enough:  # a folder is an image
-        yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}*{_suffix(masks)}")
+        stems = {stem for _, stem, _ in masks}
+        mask = stems.pop() if len(stems) == 1 and can_stand(masks[0][1]) else "*"
+        yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}{mask}{_suffix(masks)}")
 
 
 def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[tuple[str, str]], int]:
@@ -331,7 +348,7 @@ def _affixes(stems: Sequence[str]) -> list[tuple[str, str]]:
     """Texts that stand before and behind most of the stems, whole words of them, none too."""
     starts, ends = (Counter(text for stem in stems for text in cut(stem)) for cut in (_starts, _ends))
     common = (["", *(t for t, count in found.items() if count >= COMMON * len(stems))] for found in (starts, ends))
-    before, after = common
+    before, after = ([*filter(can_stand, texts)] for texts in common)
     return list(product(before, after))
 
 

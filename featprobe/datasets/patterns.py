@@ -31,7 +31,8 @@ SPLIT_WORDS: Mapping[str, str] = {
     "training": "train", "train": "train", "validation": "val", "valid": "val", "val": "val", "testing": "test",
     "test": "test",
 }  # fmt: skip  # longer words first
-MASK_SUFFIXES = (*SUFFIXES, ".gif")  # in which masks are drawn, and no images
+DICOM = (".dcm", ".dicom")
+MASK_SUFFIXES = (*(suffix for suffix in SUFFIXES if suffix not in DICOM), ".gif")  # in which masks are drawn
 MOST = 255  # characters of a name
 
 
@@ -141,6 +142,11 @@ class Description:
             raise DataError(
                 f"masks = {self.masks.text!r} does not say of which image a mask is.\n"
                 "  wanted  {stem}, {dir} or both in it, as 'masks/{stem}.png'"
+            )
+        if {*DICOM} & {*self.masks.suffixes}:
+            raise DataError(
+                f"masks = {self.masks.text!r} are DICOM files, which are read as images alone.\n"
+                f"  wanted  {', '.join(MASK_SUFFIXES)}. Store the masks as one of these."
             )
         if "split" in self.masks.fields and "split" not in self.images.fields:
             raise DataError(
