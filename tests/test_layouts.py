@@ -15,6 +15,7 @@ from PIL import Image
 from featprobe import open_cache
 from featprobe.cli.main import cli
 from featprobe.datasets import DataSet, read_data
+from featprobe.datasets.layouts import find_layouts
 from featprobe.errors import DataError
 from featprobe.stages.commands import _extract
 from featprobe.stages.options import ExtractOptions, configured
@@ -647,3 +648,9 @@ def test_pictures_for_a_report_beside_images_and_masks_are_no_way_to_read_a_set(
     for name in areas:
         Builder(tmp_path).image(f"a/{Path(name).stem}_overlay.png")
     check_pairs(tmp_path, areas)
+
+
+def test_objects_that_begin_late_in_a_large_set_are_objects() -> None:
+    files = [f"img/p{i:05}.jpg" for i in range(1200)] + [f"gt/p{i:05}_0.png" for i in range(1200)]
+    assert [own.description.of_objects for own in find_layouts(files)] == [False]
+    assert [own.description.of_objects for own in find_layouts([*files, "gt/p01199_1.png"])] == [True]
