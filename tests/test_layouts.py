@@ -3,6 +3,7 @@
 import json
 import shlex
 import tomllib
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from featprobe import open_cache
 from featprobe.cli.main import cli
 from featprobe.datasets import DataSet, read_data
+from featprobe.datasets.layouts import find_layouts
 from featprobe.errors import DataError
 from featprobe.stages.commands import _extract
 from featprobe.stages.options import ExtractOptions, configured
@@ -73,6 +75,7 @@ SPLIT_FOLDERS = (("train", "val", "test"), ("training", "validation", "testing")
 PLACES = ("{split}/{folder}", "{folder}/{split}", "top/{split}/{folder}", "{split}_{folder}", "{folder}/{split}/site1")
 STEMS = (
     ("{}", "{}_mask"), ("{}", "{}_label"), ("{}", "{}_GT"), ("{}", "{}_seg"), ("{}", "{}_0"), ("{}", "{}_1"),
+    ("{}", "{}_10"),
     ("{}", "{}-anno-v2"), ("{}_img", "{}"), ("{}_image", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}", "mask_{}"),
     ("{}", "gt_{}"), ("ISIC_00{}", "ISIC_00{}_segmentation"),
 )  # fmt: skip
@@ -186,7 +189,8 @@ def test_all_words_for_a_split_are_read_beside_each_other(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stems", STEMS)
 def test_what_stands_around_the_stems_is_found_from_the_names(tmp_path: Path, stems: tuple[str, str]) -> None:
-    check_pairs(tmp_path, paired_set(tmp_path, "imgs", "labels", stems))
+    data = check_pairs(tmp_path, paired_set(tmp_path, "imgs", "labels", stems))
+    assert data.tasks == ("semseg",)
 
 
 @pytest.mark.parametrize("stems", STEMS)
@@ -296,7 +300,7 @@ def test_descriptions_of_one_layout(tmp_path: Path, images: str, masks: str) -> 
         ("imgs/*.jpg", "gt/../../{stem}.png", "is no path below the data folder"),
         ("C:/imgs/*.jpg", "{stem}.png", "is no path below the data folder"),
         ("imgs//*.jpg", "{stem}.png", "a part without a name"),
-        ("imgs/*.jpg", "gt/{stme}.png", "a field {stme}. Did you mean stem?"),
+        ("imgs/*.jpg", "gt/{stme}.png", "a field {stme}. Did you mean stem? Known: dir, split, stem.\n"),
         ("imgs/{parent}/*.jpg", "gt/{stem}.png", "a field {parent}."),
         ("imgs/{stem.jpg", "gt/{stem}.png", "a brace without its other half"),
         ("imgs**/*.jpg", "gt/{stem}.png", "beside other text"),
@@ -406,6 +410,29 @@ def test_a_bad_description_in_the_workspace_is_refused(tmp_path: Path, lines: st
     (tmp_path / "featprobe.toml").write_text(f"[data.one]\npath = 'set'\n{lines}\n", encoding="utf-8")
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "data"])
     assert result.exit_code == 1 and said in result.output and "[data.one]" in result.output, result.output
+
+
+def test_all_faults_of_a_section_are_said_at_once(tmp_path: Path) -> None:
+    lines = ["path = 'set'", "tyle = 3", "size = 'banana'", "images = 'a/*.jpg'", "masks = 'b/x.png'"]
+    text = "\n".join(["[data.one]", *lines, "group_from = '(['", "overlap = 'wide'"])
+    (tmp_path / "featprobe.toml").write_text(text, encoding="utf-8")
+    said = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "data"]).output
+    wanted = (
+        "unknown tyle",
+        "banana",
+        "does not say of which image a mask is",
+        "no regular expression",
+        "overlap = 'w",
+    )
+    assert all(part in said for part in wanted), said
+    assert "?." not in said and ".." not in said, said
+
+
+@pytest.mark.parametrize("words", [("--images", ""), ("--masks", ""), ("--group-from", "")])
+def test_an_empty_text_is_refused_and_not_taken_as_none(tmp_path: Path, words: tuple[str, str]) -> None:
+    paired_set(tmp_path / "set")
+    said = run(tmp_path, "data", "info", str(tmp_path / "set"), *words, code=1)
+    assert f"{words[0]}: an empty text" in said, said
 
 
 def test_every_command_takes_a_description_and_the_cache_keeps_it(tmp_path: Path) -> None:
@@ -576,3 +603,114 @@ def test_a_set_of_which_few_images_have_masks_is_refused_with_the_first_that_has
     assert "wanted  9 masks: imgs/p2.png wants gt/p2.png\n  found   2 pairs of --images 'imgs/{stem}.png'" in said
     how = {"images": "imgs/{stem}.png", "masks": "gt/{stem}.png"}
     assert len(read_data("set", tmp_path, **how).samples) == 9  # type: ignore[arg-type]
+
+
+def test_names_of_two_forms_of_unicode_are_two_images_each_with_its_own_mask(tmp_path: Path) -> None:
+    to, areas = Builder(tmp_path), {}
+    for form in ("NFC", "NFD"):
+        for i in range(3):
+            name = unicodedata.normalize(form, f"Pr\xfcf{i}")
+            drawn = to.mask(f"gt/{name}.png")
+            areas[to.image(f"img/{name}.png")] = to.areas[drawn]
+    assert len(areas) == 6
+    check_pairs(tmp_path, areas)
+
+
+@pytest.mark.parametrize("mask", ["{}", "{}_mask", "{}_{}"])
+def test_a_mask_whose_name_is_percent_encoded_or_decomposed_is_its_images(tmp_path: Path, mask: str) -> None:
+    to, areas = Builder(tmp_path), {}
+    for i, name in enumerate(("part one %", "Pr\xfcf zwei %", "plain %")):
+        name = name.replace("%", str(i))
+        written = unicodedata.normalize("NFD", name).replace(" ", "%20")
+        drawn = [to.mask(f"gt/{mask.format(written, n)}.png") for n in range(2 if mask == "{}_{}" else 1)]
+        areas[to.image(f"img/{name}.png")] = [to.areas[each] for each in drawn]
+    data = read_data("set", tmp_path)
+    assert {name: sorted(own) for name, own in areas_of(data).items()} == {n: sorted(a) for n, a in areas.items()}
+
+
+def test_a_mask_that_could_be_of_two_images_by_its_looks_is_refused(tmp_path: Path) -> None:
+    to = Builder(tmp_path)
+    for image, mask in (("a b", "a b"), ("Pr\xfcf%201", "Pr\xfcf 1"), ("c", "c"), ("Pru\u0308f%201", "Pru\u0308f 1")):
+        to.image(f"img/{image}.png")
+        to.mask(f"gt/{mask}.png")
+    with pytest.raises(DataError, match="several names look like that"):
+        read_data("set", tmp_path, images="img/{stem}.png", masks="gt/{stem}.png")
+
+
+@pytest.mark.parametrize(("kind", "number"), [("u1", 1), ("?", 1), ("i8", 255), ("<u2", 1)])
+def test_masks_may_be_arrays_of_whole_numbers(tmp_path: Path, kind: str, number: int) -> None:
+    to, areas = Builder(tmp_path), {}
+    (tmp_path / "gt").mkdir()
+    for i in range(3):
+        values = np.zeros(SIZE, kind)
+        values[: i + 1, :3] = number
+        np.save(tmp_path / f"gt/p{i}.npy", values)
+        areas[to.image(f"img/p{i}.png")] = 3 * (i + 1)
+    check_pairs(tmp_path, areas)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.full(SIZE, 0.5), "float64"),
+        (np.full((*SIZE, 3), 1), "can't be read as a mask"),
+        (np.full(SIZE, -1), "labels up to -1"),
+        (np.array([{}], dtype=object), "can't be read as an array of numbers"),
+    ],
+)
+def test_an_array_that_is_no_mask_is_refused(tmp_path: Path, values: np.ndarray, said: str) -> None:
+    Builder(tmp_path).image("img/p0.png")
+    (tmp_path / "gt").mkdir()
+    np.save(tmp_path / "gt/p0.npy", values, allow_pickle=True)
+    with pytest.raises(DataError) as error:
+        data = read_data("set", tmp_path, complete=False)
+        data.read_target(data.samples[0], SIZE)
+    assert said in str(error.value) and "p0.npy" in str(error.value), str(error.value)
+
+
+def test_dicom_masks_are_refused_in_words(tmp_path: Path) -> None:
+    Builder(tmp_path).image("img/p0.png")
+    (tmp_path / "gt").mkdir()
+    (tmp_path / "gt/p0.dcm").write_bytes(bytes(128) + b"DICM")
+    assert "1 file of .dcm in gt/" in said_of(tmp_path)
+    with pytest.raises(DataError, match="read as images alone"):
+        read_data("set", tmp_path, images="img/{stem}.png", masks="gt/{stem}.dcm")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_image_and_a_mask_in_a_folder_of_each_part(tmp_path: Path, suffix: str) -> None:
+    to, areas = Builder(tmp_path), {}
+    for i in range(3):
+        drawn = to.mask(f"part{i}/mask.png")
+        areas[to.image(f"part{i}/image.{suffix}")] = to.areas[drawn]
+    assert check_pairs(tmp_path, areas).tasks == ("semseg",)
+
+
+def test_braces_in_names_of_files_hold_nothing_up_and_those_of_folders_are_named(tmp_path: Path) -> None:
+    check_pairs(tmp_path / "a", paired_set(tmp_path / "a", "img", "gt", ("{}{{1}}", "{}{{1}}")))
+    paired_set(tmp_path / "b", "{x}/img", "{x}/gt")
+    said = said_of(tmp_path / "b")
+    assert "not searched: {x}/, {x}/gt/, {x}/img/" in said, said
+
+
+def test_linked_folders_are_named_where_nothing_is_found(tmp_path: Path) -> None:
+    paired_set(tmp_path / "far", "img", "gt")
+    (tmp_path / "set").mkdir()
+    for name in ("img", "gt"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "far" / name)
+    assert "linked folders are not entered: gt, img" in said_of(tmp_path / "set")
+    with pytest.raises(DataError, match="gt, img: linked folders are not entered"):
+        read_data("set", tmp_path / "set", images="img/{stem}.jpg", masks="gt/{stem}.png")
+
+
+def test_pictures_for_a_report_beside_images_and_masks_are_no_way_to_read_a_set(tmp_path: Path) -> None:
+    areas = paired_set(tmp_path, "a", "a", ("{}", "{}_mask"))
+    for name in areas:
+        Builder(tmp_path).image(f"a/{Path(name).stem}_overlay.png")
+    check_pairs(tmp_path, areas)
+
+
+def test_objects_that_begin_late_in_a_large_set_are_objects() -> None:
+    files = [f"img/p{i:05}.jpg" for i in range(1200)] + [f"gt/p{i:05}_0.png" for i in range(1200)]
+    assert [own.description.of_objects for own in find_layouts(files)] == [False]
+    assert [own.description.of_objects for own in find_layouts([*files, "gt/p01199_1.png"])] == [True]

@@ -34,6 +34,7 @@ from featprobe.datasets.tiff import NODATA, open_tiff
 from featprobe.errors import DataError
 
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
+NPY_START = b"\x93NUMPY"
 PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG
 PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I")  # Pillow's, of channels that are levels as they are
 PNG_ORIENTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may hold one
@@ -91,11 +92,29 @@ def called_empty(path: Path) -> NDArray[np.bool_] | None:
         return image.stored()[2] if image.empty and image.stored else None
 
 
+def stored_array(path: Path) -> tuple[str, NDArray[Any]]:
+    """The pixel format of a numpy file of indices, as Pillow calls it, and its values (height, width) as stored.
+
+    Raises DataError for other than whole numbers, for what Pillow's formats do not hold, and for other shapes.
+    """
+    with opened(path):  # says what is wrong with the file
+        values = np.load(path, allow_pickle=False)
+    plane = values[:, :, 0] if values.shape[2:] == (1,) else values
+    if plane.ndim != 2 or plane.dtype.kind not in "bui":
+        raise DataError(
+            f"{path} can't be read as a mask: it holds {values.dtype} of the shape {values.shape}.\n"
+            "  wanted  whole numbers, (height, width) or (height, width, 1): class indices, or 0 and one of an object"
+        )
+    if plane.dtype.kind == "b" or (plane.min(initial=0) >= 0 and plane.max(initial=0) < 256):
+        return "L", plane.astype(np.uint8)
+    return "I", plane
+
+
 def _kind(start: bytes) -> Callable[[Path, BinaryIO, int | None], AbstractContextManager[Opened]]:
     """What opens a file that begins like this, or a page of it, named by the path."""
     if start[:4] in TIFF_STARTS:
         return open_tiff
-    if start.startswith(b"\x93NUMPY"):
+    if start.startswith(NPY_START):
         return _open_npy
     return open_dicom if is_dicom(start) else _open_pillow
 

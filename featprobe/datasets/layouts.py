@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import compress, product
 from posixpath import basename, dirname, splitext
 
+from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.names import plain
 from featprobe.datasets.patterns import MASK_SUFFIXES, SPLIT_WORDS, Description, Pairs, Pattern, pair
 from featprobe.errors import DataError
 
@@ -52,8 +54,8 @@ def find_layouts(files: Iterable[str]) -> list[Candidate]:
     There are several where the names do not tell which one is meant. Those where few files meet are given only where
     there are no others. Raises DataError where nothing fits because images can't be told apart by their names.
     """
-    files = [f for f in files if splitext(f)[1].lower() in MASK_SUFFIXES and not re.search(r"[*{}\\]", f)]
-    folders = _folders(files)
+    files = [f for f in files if splitext(f)[1].lower() in {*SUFFIXES, *MASK_SUFFIXES}]
+    folders = _folders(file for file in files if can_stand(dirname(file)))
     few: dict[str, Candidate] = {}
     for look in (_named_places, _unnamed_places, _shared_places):
         found: dict[str, Candidate] = {}
@@ -66,11 +68,23 @@ def find_layouts(files: Iterable[str]) -> list[Candidate]:
                 faults.append(error)
         some = sorted((own for own in found.values() if own.pairs.count), key=lambda own: -own.pairs.count)
         if enough := [own for own in some if own.enough]:
-            return enough
+            return [own for own in enough if not _of_drawings(own)] or enough
         if faults:
             raise faults[0]
         few |= {str(own.description): own for own in some}
     return list(few.values())
+
+
+def can_stand(text: str) -> bool:
+    """Whether a pattern can hold a text as it is, which means itself alone."""
+    return not re.search(r"[*{}\\]", text)
+
+
+def _of_drawings(candidate: Candidate) -> bool:
+    """Whether images or masks of it are pictures for a report, by their names."""
+    described = candidate.description
+    names = [re.sub(r"{\w+}", " ", basename(own.text)) for own in (described.images, described.masks)]
+    return any(_words(name) & DRAWN_WORDS for name in (*names, *map(basename, candidate.pairs.bare)))
 
 
 def role_of(folder: str) -> str:
@@ -226,9 +240,10 @@ def _shared_places(folders: set[Parts], files: Sequence[str]) -> Iterator[Descri
 
 
 def _mask_marks(stem: str) -> set[str]:
-    """The words for masks that a file's name begins or ends with, a number behind aside."""
+    """The words for masks that a file's name is, or begins or ends with, a number behind aside."""
     ends = (*_ends(stem)[:1], *_ends(stem.rstrip("0123456789"))[:1], *_starts(stem)[:1])
-    return {end for end in ends if len(_words(end)) == 1 and _words(end) <= MASK_WORDS}
+    marks = {end for end in ends if len(_words(end)) == 1 and _words(end) <= MASK_WORDS}
+    return marks | ({stem} if stem.lower() in MASK_WORDS else set())
 
 
 # ---- names of files --------------------------------------------------------------------------------------------------
@@ -250,7 +265,8 @@ def _names(place: str, files: Sequence[str], shared: Sequence[str]) -> list[Name
         fields = pattern.match(file)
         if fields is not None:
             key = tuple(
-                SPLIT_WORDS.get(fields.get(n, "").lower(), "") if n == "split" else fields.get(n, "") for n in shared
+                SPLIT_WORDS.get(fields.get(n, "").lower(), "") if n == "split" else plain(fields.get(n, ""))
+                for n in shared
             )
             stem, suffix = splitext(basename(file))
             found.append((key, stem, suffix.lower()))
@@ -264,11 +280,13 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
     What the names of images share without a letter in it is kept: numbers tell images apart. Where few are paired,
     names must be the same: what stands around these stems is by chance.
     """
+    masks = [name for name in masks if name[2] in MASK_SUFFIXES]
     if not images or not masks:
         return
     some, others = sorted(images)[:SAMPLE], sorted(masks)[: SAMPLE * (1 + len(masks) // len(images))]
     best, met = _best_affixes(some, others)
-    if not best and len(images) > SAMPLE:
+    fixed = any(mask[-1].isdecimal() for _, mask in best)  # the others may have other numbers, and so be objects
+    if len(images) > SAMPLE and (not best or fixed):
         best, met = _best_affixes(images, masks)
     enough = met >= ENOUGH * min(len(some), len(others))
     for image, mask in best if enough else [own for own in best if own == ("{stem}", "{stem}")]:
@@ -277,11 +295,16 @@ def _affixed(image_place: str, images: Sequence[Name], mask_place: str, masks: S
     keys = Counter(key for key, _, _ in images)
     alone = max(keys.values()) == 1 and not keys.keys().isdisjoint(key for key, _, _ in masks)
     if in_folders and alone and not enough:  # a folder is an image
-        yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}*{_suffix(masks)}")
+        stems = {stem for _, stem, _ in masks}
+        mask = stems.pop() if len(stems) == 1 and can_stand(masks[0][1]) else "*"
+        yield Description.of(f"{image_place}{{stem}}{_suffix(images)}", f"{mask_place}{mask}{_suffix(masks)}")
 
 
 def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[tuple[str, str]], int]:
-    """Names of images and of masks around their stems, the shortest of those that pair the same; the most pairs."""
+    """Names of images and of masks around their stems, the shortest of those that pair the same; the most pairs.
+
+    One number behind all masks is a part of their names, not one of an object.
+    """
     around = [
         own for own in _affixes([stem for _, stem, _ in images]) if all(_has_letter(text) for text in own if text)
     ]
@@ -291,14 +314,14 @@ def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[t
         drawn += [(*own, "*") for own in _affixes(numbered) if own[1]]
     inner = {
         (left, right, number): [
-            (key, _inner(stem.rstrip("0123456789") if number else stem, left, right)) for key, stem, _ in masks
+            (key, plain(_inner(stem.rstrip("0123456789") if number else stem, left, right))) for key, stem, _ in masks
         ]
         for left, right, number in drawn
     }
-    best: dict[int, tuple[int, str, str]] = {}  # what is paired -> length, names of images and of masks
+    best: dict[int, tuple[str, int, str, str]] = {}  # what is paired -> * or none, length, both names
     most = (0, 0)
     for before, after in around:
-        cores = {(key, _inner(stem, before, after)): i for i, (key, stem, _) in enumerate(images)}
+        cores = {(key, plain(_inner(stem, before, after))): i for i, (key, stem, _) in enumerate(images)}
         for (left, right, number), own in inner.items():
             met = tuple((i, cores[core]) for i, core in enumerate(own) if core[1] and core in cores)
             pairs = len({image for _, image in met}), len(met)
@@ -306,9 +329,9 @@ def _best_affixes(images: Sequence[Name], masks: Sequence[Name]) -> tuple[list[t
                 continue
             best, most = (best if pairs == most else {}), pairs
             length = len(before + after + left + right + number)
-            found = (length, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}")
+            found = (number, length, f"{before}{{stem}}{after}", f"{left}{{stem}}{right}{number}")
             best[hash(met)] = min(best.get(hash(met), found), found)
-    return [(image, mask) for _, image, mask in best.values()], most[0]
+    return [(image, mask) for *_, image, mask in best.values()], most[0]
 
 
 def _has_letter(text: str) -> bool:
@@ -325,7 +348,7 @@ def _affixes(stems: Sequence[str]) -> list[tuple[str, str]]:
     """Texts that stand before and behind most of the stems, whole words of them, none too."""
     starts, ends = (Counter(text for stem in stems for text in cut(stem)) for cut in (_starts, _ends))
     common = (["", *(t for t, count in found.items() if count >= COMMON * len(stems))] for found in (starts, ends))
-    before, after = common
+    before, after = ([*filter(can_stand, texts)] for texts in common)
     return list(product(before, after))
 
 

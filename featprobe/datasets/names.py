@@ -35,7 +35,7 @@ def as_on_disk(root: Path, path: Path) -> Path:
     if path == root or _is_there(path):
         return path
     folder = as_on_disk(root, path.parent)
-    found = _inside(folder).get(_plain(path.name), ())
+    found = _inside(folder).get(plain(path.name), ())
     return folder / _only(found, f"{path} is not there, and") if found else path
 
 
@@ -57,7 +57,7 @@ def meant(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     if exact.issuperset(names):
         return {name: name for name in names}
     free = by_form(exact.difference(names))
-    found = {n: n if n in exact else _only(free.get(_plain(n)) or (n,), f"There is no {n}, and") for n in names}
+    found = {n: n if n in exact else _only(free.get(plain(n)) or (n,), f"There is no {n}, and") for n in names}
     by: dict[str, list[str]] = defaultdict(list)
     for name, known_name in found.items():
         by[known_name].append(name)
@@ -68,7 +68,7 @@ def meant(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
 
 def alike(name: str, forms: Mapping[str, Sequence[str]]) -> str | None:
     """The only name of `by_form` that looks like this one; None without. Raises DataError where several do."""
-    found = forms.get(_plain(name))
+    found = forms.get(plain(name))
     return _only(found, f"There is no {name}, and") if found else None
 
 
@@ -82,7 +82,7 @@ def not_there(path: Path) -> str:
     """What is said of a path where no file is; "" where that is not what is wrong."""
     if (said := misnamed(path)) or _is_there(path) or not path.parent.is_dir():
         return said
-    wanted = _plain(path.name).casefold()
+    wanted = plain(path.name).casefold()
     alike = [name for form, own in _inside(path.parent).items() if form.casefold() == wanted for name in own]
     if not alike:
         return ""
@@ -103,8 +103,12 @@ def _leads_to_file(path: Path) -> bool:
     return path.is_file() or path.parent.is_file()
 
 
-def _plain(name: str) -> str:
-    """One form of all that look alike."""
+def plain(name: str) -> str:
+    """The one form of all names that look alike.
+
+    >>> plain("Pru\u0308f%201") == "Pr\xfcf 1"
+    True
+    """
     return unicodedata.normalize("NFC", unquote(name, errors="surrogateescape"))
 
 
@@ -112,7 +116,7 @@ def by_form(names: Iterable[str]) -> Mapping[str, list[str]]:
     """Names by the one form of all that look alike."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        found[_plain(name)].append(name)
+        found[plain(name)].append(name)
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from featprobe.datasets.images import SUFFIXES
-from featprobe.datasets.layouts import role_of
+from featprobe.datasets.layouts import can_stand, role_of
 from featprobe.datasets.names import is_hidden, visible
 from featprobe.datasets.patterns import MASK_SUFFIXES
 from featprobe.datasets.samples import listed
@@ -42,10 +42,12 @@ def seek(*wanted: str, then: str = "") -> Callable[[Path], Near]:
 def nearest_pairs(root: Path) -> Near:
     """How near a folder is to pairs of images and masks."""
     images, masks, others = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
+    linked, odd = linked_folders(root), list[str]()
     for place, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not is_hidden(name)]
         folder = PurePosixPath(Path(place).relative_to(root).as_posix())
         role = next((role_of(part) for part in reversed(folder.parts) if role_of(part)), "")
+        odd += [] if can_stand(folder.as_posix()) else [f"{folder}/"]
         for suffix in (Path(name).suffix.lower() for name in names if not is_hidden(name)):
             if role == "masks" and suffix in MASK_SUFFIXES:
                 masks[f"{folder}/"] += 1
@@ -54,14 +56,28 @@ def nearest_pairs(root: Path) -> Near:
             elif suffix in SUFFIXES:
                 images[f"{folder}/"] += 1
     found = tuple(f"{counted(n, 'image')} in {folder}" for held in (images, masks) for folder, n in held.most_common(1))
+    also = f"; linked folders are not entered: {listed(linked)}" if linked else ""
+    also += f"; folders of names with * {{ }} or \\ are not searched: {listed(odd)}" if odd else ""
     if not images:
-        return Near(found, f"images (files ending in {', '.join(SUFFIXES)})")
+        there = (f"links to folders: {listed(linked)}",) if linked else ()
+        return Near((*found, *there), f"images (files ending in {', '.join(SUFFIXES)}){also}")
     if masks:
-        return Near(found, "names that meet: no mask is called as an image, whatever stands before or behind its name")
-    if others:
+        lacks = "names that meet: no mask is called as an image, whatever stands before or behind its name"
+    elif others:
         each = [f"{counted(n, 'file')} of {suffix} in {folder}" for (folder, suffix), n in sorted(others.items())]
-        return Near(found, f"masks that are images; there are {listed(each)}")
-    wanted = "a folder called masks, labels, annotations, seg or gt, or names as NAME_mask"
-    return Near(
-        found, f"masks: {wanted}; there are {listed([f'{n} images in {f}' for f, n in images.most_common()], 3)}"
+        lacks = f"masks that are images; there are {listed(each)}. wanted: {', '.join(MASK_SUFFIXES)}"
+    else:
+        wanted = "a folder called masks, labels, annotations, seg or gt, or names as NAME_mask"
+        held = listed([f"{n} images in {f}" for f, n in images.most_common()], 3)
+        lacks = f"masks: {wanted}; there are {held}"
+    return Near(found, lacks + also)
+
+
+def linked_folders(root: Path) -> list[str]:
+    """Folders below a folder that are links, which no search enters, relative to it."""
+    return sorted(
+        Path(place, name).relative_to(root).as_posix()
+        for place, folders, _ in os.walk(root)
+        for name in folders
+        if not is_hidden(name) and Path(place, name).is_symlink()
     )

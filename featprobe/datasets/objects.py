@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from featprobe.datasets.decode import stored_page
-from featprobe.datasets.files import is_missing, kept_below, read_text
+from featprobe.datasets.decode import NPY_START, stored_array, stored_page
+from featprobe.datasets.files import is_missing, kept_below, read_text, start_of
 from featprobe.datasets.pages import count_pages, page_of
 from featprobe.datasets.samples import listed
 from featprobe.datasets.tiff import NODATA
@@ -123,7 +123,7 @@ def check_size(found: Size, size: Size, where: object) -> None:
 
 
 def stored_pixels(path: Path) -> tuple[str, NDArray[Any]]:
-    """A mask's pixel format, as Pillow calls it, and its values as stored.
+    """A mask's pixel format, as Pillow calls it, and its values as stored; of numpy's files those of whole numbers.
 
     Raises DataError where it can't be read, and for a file of several images.
     """
@@ -132,6 +132,8 @@ def stored_pixels(path: Path) -> tuple[str, NDArray[Any]]:
         raise DataError(f"There is no mask {path} for the image of that name.")
     if page is not None:
         return stored_page(path)
+    if start_of(path, len(NPY_START)) == NPY_START:
+        return stored_array(path)
     try:
         with Image.open(path) as image:
             if NODATA in getattr(image, "tag_v2", ()):

@@ -12,7 +12,7 @@ from featprobe.datasets.files import files_below, mask_pages, own_table
 from featprobe.datasets.folders import Masks, index_targets
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.layouts import Candidate, find_layouts
-from featprobe.datasets.nearness import nearest_pairs
+from featprobe.datasets.nearness import linked_folders, nearest_pairs
 from featprobe.datasets.pages import group_of, pages_of
 from featprobe.datasets.patterns import MASK_SUFFIXES, Description, Pairs, pair
 from featprobe.datasets.samples import DataSet, Sample, listed
@@ -129,7 +129,9 @@ def _by_page(image: Path, masks: Sequence[Path]) -> list[tuple[Path, list[Path]]
 
 def _no_pairs(root: Path, described: Description, pairs: Pairs) -> str:
     images, free = list(pairs.masks), pairs.free
-    to_do = "Nothing was read. Mend the pattern; * is any text in a name, ** any folders, {stem} the image's name."
+    linked = linked_folders(root)
+    to_do = f"  linked  {listed(linked)}: linked folders are not entered\n" if linked else ""
+    to_do += "Nothing was read. Mend the pattern; * is any text in a name, ** any folders, {stem} the image's name."
     if not images:
         found = listed([*free, *(file for file in _files(root, described) if file not in free)]) or "no images"
         return (

@@ -17,12 +17,13 @@ with (not as its suffix, `.*`), a mask is an object, and an image may have any n
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from posixpath import basename, dirname, splitext
 
 from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.names import meant, plain
 from featprobe.errors import DataError, nearest
 
 FIELDS = ("stem", "dir", "split")
@@ -30,7 +31,8 @@ SPLIT_WORDS: Mapping[str, str] = {
     "training": "train", "train": "train", "validation": "val", "valid": "val", "val": "val", "testing": "test",
     "test": "test",
 }  # fmt: skip  # longer words first
-MASK_SUFFIXES = (*SUFFIXES, ".gif")  # in which masks are drawn, and no images
+DICOM = (".dcm", ".dicom")
+MASK_SUFFIXES = (*(suffix for suffix in SUFFIXES if suffix not in DICOM), ".gif")  # in which masks are drawn
 MOST = 255  # characters of a name
 
 
@@ -55,7 +57,7 @@ class Pattern:
         elif parts[-1] in ("**", "{dir}"):
             fault = "ends with folders. wanted: the name of a file behind them, as * or {stem}.png"
         elif unknown := [f for f in re.findall(r"\{([^{}]*)\}", text) if f not in FIELDS]:
-            fault = f"has a field {{{unknown[0]}}}. {nearest(unknown[0], FIELDS)}"
+            fault = f"has a field {{{unknown[0]}}}. {nearest(unknown[0], FIELDS)}".removesuffix(".")
         elif re.search(r"[{}]", re.sub(r"\{\w+\}", "", text)):
             fault = "has a brace without its other half"
         elif twice := [name for name in FIELDS if text.count(f"{{{name}}}") > 1 and name != "stem"]:
@@ -141,6 +143,11 @@ class Description:
                 f"masks = {self.masks.text!r} does not say of which image a mask is.\n"
                 "  wanted  {stem}, {dir} or both in it, as 'masks/{stem}.png'"
             )
+        if {*DICOM} & {*self.masks.suffixes}:
+            raise DataError(
+                f"masks = {self.masks.text!r} are DICOM files, which are read as images alone.\n"
+                f"  wanted  {', '.join(MASK_SUFFIXES)}. Store the masks as one of these."
+            )
         if "split" in self.masks.fields and "split" not in self.images.fields:
             raise DataError(
                 f"masks = {self.masks.text!r} has a field {{split}}, and images = {self.images.text!r} none."
@@ -182,13 +189,14 @@ class Pairs:
 def pair(description: Description, files: Iterable[str]) -> Pairs:
     """The pairs that a description finds among files, as paths relative to the data folder.
 
+    A mask is of the image that is called just so, else of the one whose name differs in form alone, see `names`.
     Raises DataError where masks can't be told apart by their image, or an image has several that are no objects.
     """
     images, masks = description.images, description.masks
-    names = {unicodedata.normalize("NFC", file): file for file in sorted(files)}
+    names = sorted(files)
     drawn = {name: own for name in names if (own := _fits(masks, name, MASK_SUFFIXES)) is not None}
     fields: dict[str, dict[str, str]] = {}
-    image_of: dict[tuple[str, ...], str] = {}
+    image_of: dict[str, str] = {}
     for name in names:
         found = _fits(images, name, SUFFIXES) if name not in drawn else None
         if found is None:
@@ -201,11 +209,14 @@ def pair(description: Description, files: Iterable[str]) -> Pairs:
                 "Nothing was read. Write {dir} or {stem} in both patterns, so that each image has its own."
             )
         image_of[key] = name
+    looks = {plain(key) for key in image_of}
+    key_of = {name: _image_key(masks, name, own, looks) for name, own in drawn.items()}
+    known_as = meant(key_of.values(), image_of)
     found_masks: dict[str, list[str]] = defaultdict(list)
     free: list[str] = []
-    for name, own in drawn.items():
-        image = _image_of(masks, name, own, image_of)
-        (found_masks[image] if image else free).append(names[name])
+    for name, key in key_of.items():
+        image = image_of.get(known_as[key])
+        (found_masks[image] if image else free).append(name)
     several = [] if description.of_objects else [own for own in found_masks.values() if len(own) > 1]
     if several:
         raise DataError(
@@ -213,9 +224,9 @@ def pair(description: Description, files: Iterable[str]) -> Pairs:
             "Nothing was read. Take one away, name their suffix, or write a * beside {stem} where a mask is an object."
         )
     return Pairs(
-        {names[name]: found_masks.get(name, []) for name in fields},
-        {names[name]: masks.filled(own) for name, own in fields.items()},
-        {names[name]: SPLIT_WORDS.get(own.get("split", "").lower(), "") for name, own in fields.items()},
+        {name: found_masks.get(name, []) for name in fields},
+        {name: masks.filled(own) for name, own in fields.items()},
+        {name: SPLIT_WORDS.get(own.get("split", "").lower(), "") for name, own in fields.items()},
         free,
     )
 
@@ -223,21 +234,26 @@ def pair(description: Description, files: Iterable[str]) -> Pairs:
 def _fits(pattern: Pattern, path: str, suffixes: Sequence[str]) -> dict[str, str] | None:
     """The fields of a path that has one of the suffixes, or that which the pattern names."""
     named = pattern.suffixes or suffixes
-    return pattern.match(path) if splitext(path)[1].lower() in named else None
+    return _match(pattern, path) if splitext(path)[1].lower() in named else None
 
 
-def _key(fields: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
+def _match(pattern: Pattern, path: str, longest: int = MOST) -> dict[str, str] | None:
+    """The fields of a path, as it is or else in the form of patterns, composed."""
+    found = pattern.match(path, longest)
+    return pattern.match(unicodedata.normalize("NFC", path), longest) if found is None else found
+
+
+def _key(fields: Mapping[str, str], names: Sequence[str]) -> str:
     """What tells the image of a mask; all words for a split are one."""
-    return tuple(SPLIT_WORDS[fields[name].lower()] if name == "split" else fields[name] for name in names)
+    return "/".join(SPLIT_WORDS[fields[name].lower()] if name == "split" else fields[name] for name in reversed(names))
 
 
-def _image_of(
-    masks: Pattern, name: str, found: dict[str, str] | None, image_of: Mapping[tuple[str, ...], str]
-) -> str | None:
-    """The image of a mask: beside a *, a stem is the longest text that is an image's."""
-    while found is not None:
-        image = image_of.get(_key(found, masks.fields))
-        if image or not masks.open_name or len(found.get("stem", "")) <= 1:
-            return image
-        found = masks.match(name, len(found["stem"]) - 1)
-    return None
+def _image_key(masks: Pattern, name: str, found: dict[str, str], looks: Collection[str]) -> str:
+    """What tells the image of a mask: beside a *, a stem is the longest text that looks like an image's."""
+    first = key = _key(found, masks.fields)
+    while plain(key) not in looks:
+        shorter = masks.open_name and len(found.get("stem", "")) > 1 and _match(masks, name, len(found["stem"]) - 1)
+        if not shorter:
+            return first
+        found, key = shorter, _key(shorter, masks.fields)
+    return key

@@ -213,19 +213,24 @@ def starved(
     return notes
 
 
+def group_pattern(text: str) -> re.Pattern[str]:
+    """The regular expression of a text that finds groups in ids. Raises DataError for what is none."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise DataError(
+            f"--group-from {text!r} is no regular expression: {error}.\n"
+            r"  wanted  one as '(C\d+)_', whose first group, or whole match, is the name of a sample's group"
+        ) from error
+
+
 def regroup(data: DataSet, pattern: str) -> DataSet:
     """Give every sample the group that a regular expression finds in its id: its first group, else the whole match.
 
     A sample that it does not match is a group of its own. Raises DataError for what is no regular expression, and
     for one that matches no sample.
     """
-    try:
-        search = re.compile(pattern).search
-    except re.error as error:
-        raise DataError(
-            f"--group-from {pattern!r} is no regular expression: {error}.\n"
-            r"  wanted  one as '(C\d+)_', whose first group, or whole match, is the name of a sample's group"
-        ) from error
+    search = group_pattern(pattern).search
     found = [search(sample.id) for sample in data.samples]
     names = [match and (match[1] if match.re.groups else match[0]) for match in found]
     if not any(names):

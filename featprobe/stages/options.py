@@ -95,10 +95,14 @@ def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[s
     """How a data set is read: as the caller says, and as featprobe.toml does where the caller does not.
 
     A format and a description by images and masks exclude each other: the caller's takes the place of the table's.
+    Raises DataError for an empty text.
 
     >>> {k: v for k, v in read_as({"images": "*.jpg", "masks": "{stem}_m.png"}, {"format": "coco"}).items() if v}
     {'images': '*.jpg', 'masks': '{stem}_m.png'}
     """
+    empty = [f"--{name.replace('_', '-')}" for name in READ_AS if given.get(name) == ""]
+    if empty:
+        raise DataError(f"{' and '.join(empty)}: an empty text. Nothing was read. Write what is meant, or omit it.")
     described, named = given.get("images") or given.get("masks"), given.get("format")
     idle = {*(("format",) if described else ()), *(("images", "masks") if named not in (None, "pairs") else ())}
     found = {n: given.get(n) or (None if n in idle else table.get(n)) for n in READ_AS}

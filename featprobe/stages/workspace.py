@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, generate, read_data
-from featprobe.datasets.patterns import Pattern
+from featprobe.datasets.patterns import Description, Pattern
+from featprobe.datasets.splits import group_pattern
 from featprobe.errors import CacheError, DataError, FeatprobeError, looks_like, nearest
 from featprobe.geometry import parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
@@ -204,20 +205,22 @@ def _faults_of(section: str, entry: Any) -> list[str]:
         return ["it is no section"]
     required, known = "path" if section == "data" else "model", ALLOWED[section]
     close = looks_like(entry, known)
-    found = [
-        f"unknown {key}. {f'Did you mean {close[key]}?' if key in close else nearest(key, known)}".rstrip(" .")
-        for key in sorted(entry.keys() - known.keys())
-    ]
+    unknown = sorted(entry.keys() - known.keys())
+    guesses = {key: f"Did you mean {close[key]}?" if key in close else nearest(key, known) for key in unknown}
+    found = [f"unknown {key}. {guess}".rstrip(" .") for key, guess in guesses.items()]
     found += [f"{required} is missing"] if required not in entry else []
-    found += [f"{key} = {value!r}" for key, value in entry.items() if key in known and not is_of(value, known[key])]
-    found += [f"{key} is an empty text" for key, value in entry.items() if value == "" and known.get(key) is str]
+    of_kind = {key: value for key, value in entry.items() if key in known and is_of(value, known[key])}
+    found += [f"{key} = {value!r}" for key, value in entry.items() if key in known and key not in of_kind]
+    found += [f"{key} is an empty text" for key, value in of_kind.items() if value == ""]
     found += [fault] if (fault := _described(entry)) else []
-    if is_of(entry.get("fit"), str) and entry["fit"] not in ("", "resize", "letterbox"):
-        found.append(f"fit = {entry['fit']!r} (resize and letterbox are known)")
+    if of_kind.get("fit") not in (None, "", "resize", "letterbox"):
+        found.append(f"fit = {of_kind['fit']!r} (resize and letterbox are known)")
+        del of_kind["fit"]
     if found:
         wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in known.items())
-        return [*found[:-1], f"{found[-1]}. wanted: {wanted}."]
-    return _senseless(entry)
+        stop = "" if found[-1].endswith("?") else "."
+        found[-1] += f"{stop} wanted: {wanted}."
+    return found + _senseless({key: value for key, value in of_kind.items() if value != ""})
 
 
 def _described(entry: Mapping[str, Any]) -> str:
@@ -238,16 +241,22 @@ def _senseless(entry: Mapping[str, Any]) -> list[str]:
         "views": parse_views,
         "images": partial(Pattern, called="images"),
         "masks": partial(Pattern, called="masks"),
+        "group_from": group_pattern,
     }
-    checks: list[Callable[[], object]] = [partial(parse, entry[key]) for key, parse in parsers.items() if key in entry]
-    checks.append(partial(Tiling.of, *(entry.get(key) for key in ("tile", "overlap", "empty_tiles", "fit"))))
-    found = []
-    for check in checks:
-        try:
-            check()
-        except DataError as error:
-            found.append(str(error))
-    return found
+    faults = {key: _fault(partial(parse, entry[key])) for key, parse in parsers.items() if key in entry}
+    if faults.get("images") == faults.get("masks") == "":
+        faults["both"] = _fault(partial(Description.of, entry["images"], entry["masks"]))
+    faults["tile"] = _fault(partial(Tiling.of, *(entry.get(key) for key in ("tile", "overlap", "empty_tiles", "fit"))))
+    return [fault for fault in faults.values() if fault]
+
+
+def _fault(check: Callable[[], object]) -> str:
+    """What a check says is wrong; "" when nothing is."""
+    try:
+        check()
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def is_of(value: object, kind: type) -> bool:
