@@ -308,6 +308,21 @@ def test_a_corner_at_0_of_gdxray_is_named(tmp_path: Path) -> None:
     assert any("with a corner at 0" in note and "C0001/ground_truth.txt, entry 1" in note for note in notes)
 
 
+def test_one_mask_with_grey_edges_takes_no_class_from_the_others(tmp_path: Path) -> None:
+    """It was resized, or saved as JPEG: that 255 is `ignore` in all others does not follow."""
+    for i in range(4):
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        mask = np.zeros((12, 12), np.uint8)
+        mask[2:6, 2:6] = 255
+        if i == 2:
+            mask[1, 2:6] = 47
+        Image.fromarray(mask).save(tmp_path / "masks" / f"p{i}.png")
+        Image.fromarray(mask).save(tmp_path / "images" / f"p{i}.png")
+    said = refused(tmp_path)
+    assert "0 and 255 in masks/p0.png, masks/p1.png, masks/p3.png; other levels in masks/p2.png" in said
+
+
 def test_a_mask_of_an_object_says_itself_what_255_means(tmp_path: Path) -> None:
     for i in range(3):
         picture(tmp_path / "images" / f"p{i}.png", seed=i)

@@ -11,6 +11,7 @@ from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, P
 from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.processes import is_main, pick_device, together
+from featprobe.stages.forecast import Forecast
 from featprobe.stages.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.logs import check_logs
 from featprobe.stages.partition import single_splits
@@ -94,22 +95,26 @@ def _finetune(
     climb_all(ladders, say, dry_run)
     found = {how: ladder.found() for how, ladder in alike.items() if ladder and ladder.is_climbed()}
     wanted = [replace(one, options=found.get(one.alike, one.options)) for one in wanted]
-    runs, seconds, later = [], 0.0, 0
+    forecasts: list[Forecast | None] = []
+    seconds = 0.0
     for one in wanted:  # all of them are tried for a few steps, before the first is trained
         run = one.run(workspace)
-        runs.append(run)
-        if one.alike in alike and one.options.climbs(one.fraction):
-            later += 1
+        if one.options.climbs(one.fraction):
+            forecasts.append(None)
             say(f"{run.title}: {run.task_name} {run.kind}, {run.regime}, once its iterations are found")
             continue
         run.forecast = run.foresee()
+        forecasts.append(run.forecast)
         seconds += run.forecast.seconds(run.recipe)
         say(run.forecast_text)
+    later = forecasts.count(None)
     more = f" and {later} whose iterations are not found yet" if later else ""
     say(f"{counted(len(wanted) - later, 'training')}, about {seconds / 60:.1f} min in all{more}")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for run in runs if not dry_run else ():
+    for one, forecast in zip(wanted, forecasts, strict=True) if not dry_run else ():
+        run = one.run(workspace)
+        run.forecast = forecast
         rows += run.do(say)
         notes += run.notes
         if options.show and is_main():
