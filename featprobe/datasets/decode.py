@@ -85,6 +85,9 @@ def called_empty(path: Path) -> NDArray[np.bool_] | None:
     Raises DataError, and OSError where there is no image.
     """
     if page_of(path)[1] is None:
+        with path.open("rb") as stream:
+            if stream.read(4) not in TIFF_STARTS:
+                return None
         with Image.open(path) as image:
             if NODATA not in getattr(image, "tag_v2", ()):
                 return None
