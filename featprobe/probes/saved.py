@@ -48,8 +48,9 @@ def save_head(
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
     for name, tensors in (("head", own), ("backbone", dict(backbone or {}))):
         if tensors:
-            frame = {"frame": "{}x{}".format(*card["features"]["frame"])}
-            said = frame if name == "backbone" else {"format": HEAD_FORMAT}  # one entry: the order of several varies
+            said = {"format": HEAD_FORMAT}
+            if name == "backbone":  # one entry alone: the order of several varies from process to process
+                said = {"frame": "{}x{}".format(*card["features"]["frame"])}
             save_file(tensors, folder / f".{name}.tmp", metadata=said)
             (folder / f".{name}.tmp").replace(folder / f"{name}.safetensors")
     for name, data in files.items():
