@@ -240,7 +240,7 @@ def test_all_backbones_get_what_the_neediest_needs_and_older_results_are_named(p
     for rung, score in zip((1, 2, 4, 8, 16, 32, 64), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6), strict=True):
         append_row(pooled.probes / "ladders.jsonl", {
             "ladder": ladder.key, "comparison": ladder.comparison, "iterations": rung, "score": score,
-            "seed_scores": [score, score],
+            "seed_scores": [score, score], "backbone": "hungry",
         })  # fmt: skip
     assert first < 32
     report = probe(pooled, backbones=("hungry",), options=AUTO)
@@ -249,7 +249,9 @@ def test_all_backbones_get_what_the_neediest_needs_and_older_results_are_named(p
     assert f"{first} iterations" in note and "needs 32" in note
     command = note.partition("featprobe ")[2].split()
     assert command[0] == "probe" and "--iterations auto" in note and "pooling" in note
-    level = probe(pooled, options=AUTO)
+    said: list[str] = []
+    level = probe(pooled, options=AUTO, say=said.append)
+    assert any("pooling on surface" in line and "trained with 32, as hungry needs" in line for line in said)
     assert {row["recipe"]["iterations"] for row in level.rows} == {32} and not any("level" in n for n in level.notes)
     needs = {row["backbone"]: row["budget"]["needed"] for row in level.rows}
     assert needs["hungry"] == 32 and set(needs.values()) == {first, 32}

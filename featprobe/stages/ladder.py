@@ -191,7 +191,10 @@ class Ladder:
         )
         text += "; fewer were not tried" if needed == self.rungs[0] else ""
         text += "; more might be better" if options.budget.open else ""
-        return text if most == needed else f"{text}; trained with {most}, as another backbone needs"
+        if most == needed:
+            return text
+        asking = [name for name, own in self._needs(self._rows()).values() if own == most]
+        return f"{text}; trained with {most}, as {', '.join(dict.fromkeys(asking))} needs"
 
     def scores(self) -> dict[int, float]:
         """Mean validation score of every rung that was trained with as many seeds as are asked for."""
@@ -207,15 +210,23 @@ class Ladder:
         Raises ProbeError before the ladder has ended.
         """
         rows = self._rows()
-        scores, every = self._own_scores(rows), self._scores_of(rows)
+        scores = self._own_scores(rows)
         if next_rung(self.rungs, self.usual, scores) is not None:
             raise ProbeError(f"{self.title}: the ladder of its iterations has not ended. Run the same command again.")
         self._check_scored(scores)
-        rivals = {row["ladder"] for row in rows if row["comparison"] == self.comparison} - {self.key}
-        ended = [every[key] for key in rivals if next_rung(self.rungs, self.usual, every[key]) is None]
-        most = max(budget_of(self.rungs, known).needed for known in (scores, *ended))
         own = replace(budget_of(self.rungs, scores), comparison=self.comparison)
+        most = max([own.needed, *(needed for key, (_, needed) in self._needs(rows).items() if key != self.key)])
         return replace(self.options, recipe=self._recipe(most), budget=own)
+
+    def _needs(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
+        """(backbone, iterations that it needs) of every ladder of the comparison that has ended."""
+        scores = self._scores_of(rows)
+        named = {row["ladder"]: str(row.get("backbone")) for row in rows if row["comparison"] == self.comparison}
+        return {
+            key: (name, budget_of(self.rungs, scores[key]).needed)
+            for key, name in named.items()
+            if next_rung(self.rungs, self.usual, scores[key]) is None
+        }
 
     def _rows(self) -> list[dict[str, Any]]:
         return from_main(lambda: read_rows(self.workspace.probes / FILE)[0])
