@@ -153,6 +153,8 @@ def index_targets(
     def read_labels(path: Path, size: Size) -> Labels:
         labels, empty = stored(path) if binary else read(path)
         check_size((labels.shape[0], labels.shape[1]), size, path)
+        if binary:
+            check_labels(labels, len(classes), str(path))  # of grey edges, say
         if binary or (instances_too and len(classes) == 2 and _drawn(labels, empty) <= {IGNORE}):
             labels = np.where(empty, IGNORE, labels > 0).astype(np.uint8)
         check_labels(labels, len(classes), str(path))
@@ -246,29 +248,23 @@ def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, l
 
     Pixels that a header calls empty have no say, and are told where nothing else is drawn. Masks that can't be read
     have none; they are met again, by name, when their labels are wanted. Raises DataError where some masks hold 0 and
-    255 and others 0 and 1, and none holds both, so that 255 may mean either; and where others hold grey levels.
+    255 and others 0 and 1, and none holds both, so that 255 may mean either.
     """
-    full, index, both, hidden, grey = Tally(), Tally(), Tally(), Tally(), Tally()
+    full, index, both, hidden = Tally(), Tally(), Tally(), Tally()
     for path in paths:
         with suppress(DataError):
             labels, empty = read(path)
             seen = _drawn(labels, empty)
             if seen:
-                kind = full if seen == {IGNORE} else grey if seen - {1, IGNORE} else both if IGNORE in seen else index
+                if IGNORE in seen and seen - {1, IGNORE}:  # grey edges have no say; the mask is met again, by name
+                    continue
+                kind = full if seen == {IGNORE} else both if IGNORE in seen else index
                 kind.add(path.relative_to(root))
             elif (labels[empty] == IGNORE).any():
                 hidden.add(path.relative_to(root))
     if hidden.count and not full.count + index.count + both.count:
         held = counted(hidden.count, "mask has", "masks have")
         return False, [f"no mask holds a class: {held} pixels that a header calls empty, which are ignored ({hidden})"]
-    if full.count and grey.count:
-        raise DataError(
-            f"{root} has masks of 0 and 255 beside masks of other levels.\n"
-            f"  wanted  masks of 0 and 255 alone, or of class indices\n"
-            f"  found   0 and 255 in {full}; other levels in {grey}\n"
-            "Nothing was read. Was a mask resized, or saved as JPEG, so that it has grey edges? Mend it, or name the "
-            "classes that the levels stand for."
-        )
     if full.count and both.count:
         held = counted(full.count, "mask holds", "masks hold")
         return False, [f"{held} 255 and no class ({full}): it is ignored, as by 1 and 255 in one mask ({both})"]
