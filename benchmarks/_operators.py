@@ -1,0 +1,36 @@
+"""Counting the operators that a computation dispatches: what a GPU would have to start, whatever runs it."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+VIEWS = {
+    aten.alias, aten.as_strided, aten.detach, aten.diagonal, aten.expand, aten.permute, aten.select, aten.slice, aten.split,
+    aten.split_with_sizes, aten.squeeze, aten.t, aten.transpose, aten.unbind, aten.unfold, aten.unsqueeze, aten.view,
+    aten._reshape_alias, aten._unsafe_view, aten.lift_fresh,
+}  # fmt: skip
+"""Operators that look at memory in another way and start nothing on a device."""
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators by name while it is entered; views are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket not in VIEWS:
+            self.found[str(function.overloadpacket).removeprefix("aten.")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators(call: Callable[[], object]) -> Counter[str]:
+    """How often each operator is dispatched by a call, backward passes included."""
+    with Counting() as counting:
+        call()
+    return counting.found
