@@ -175,6 +175,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --task semseg --head upsample --fraction 0.1,0.3,1
       torchrun --nproc-per-node 2 -m featprobe probe --task detect --data surface
       featprobe probe --data xray --split group:5
+      featprobe probe --extract --data xray --backbone embedded
     """
     from featprobe.processes import is_main
     from featprobe.stages.probe import probe as run
@@ -185,7 +186,8 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
         names(options["data"]),
         names(options["backbone"]),
         _probe_options(options),
-        lambda line: click.echo(line, err=True),
+        _to_stderr,
+        extract=options["extract"],
     )
     if is_main():
         _show_probe(report, json_, workspace_of(ctx).probes)
@@ -250,8 +252,9 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
         names(options["data"]),
         names(options["backbone"]),
         _probe_options(options, tuning),
-        lambda line: click.echo(line, err=True),
+        _to_stderr,
         dry_run,
+        extract=options["extract"],
     )
     if not is_main():
         return

@@ -131,6 +131,11 @@ _FEATURES = [
 _HEAD = [
     click.option("--data", help="Data sets, separated by commas. Default: every complete cache here."),
     click.option("--backbone", help="Backbones, separated by commas. Default: every complete cache here."),
+    click.option(
+        "--extract",
+        is_flag=True,
+        help="Make missing caches first, of --data and --backbone or of those in featprobe.toml.",
+    ),
     click.option("--head", help="semseg: linear, upsample, ridge; detect: fcos, fasterrcnn; instseg: maskrcnn."),
     click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache."),
     click.option(
