@@ -1,4 +1,4 @@
-"""In which numbers a backbone computes: plain float32, NVIDIA's TF32, or half precision where autocast holds it safe."""
+"""In which numbers a backbone computes: float32, NVIDIA's TF32, or half precision where autocast holds it safe."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

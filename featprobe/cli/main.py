@@ -518,7 +518,6 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         "fit",
         "intensity",
         "batch_size",
-        "workers",
         "dtype",
         "precision",
         "device",
@@ -534,6 +533,7 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         shard=_parse_shard(options.get("shard")),
         views=None if options["views"] is None else parse_views(options["views"]),
         **{name: options[name] for name in same},
+        **({"workers": options["workers"]} if options["workers"] else {}),
     )
 
 
