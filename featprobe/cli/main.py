@@ -521,7 +521,6 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         "fit",
         "intensity",
         "batch_size",
-        "workers",
         "dtype",
         "precision",
         "device",
@@ -537,6 +536,7 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         shard=_parse_shard(options.get("shard")),
         views=None if options["views"] is None else parse_views(options["views"]),
         **{name: options[name] for name in same},
+        **({"workers": options["workers"]} if options["workers"] else {}),
     )
 
 

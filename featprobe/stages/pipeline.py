@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone
+from featprobe.backbones.precision import computing
 from featprobe.cache import MISSING, UNREADABLE, Cache, CacheWriter, read_contents
 from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets.images import frame_image, read_levels
@@ -124,10 +124,7 @@ class Filler:
             images = images.pin_memory().to(self.device, non_blocking=True)
         else:
             images = images.to(self.device)
-        amp: AbstractContextManager[Any] = nullcontext()
-        if self.options.precision == "amp":
-            amp = torch.autocast(self.device.type, torch.float16)
-        with amp:
+        with computing(self.job.recipe.precision, self.device):
             features = self.backbone(images)
         dtype = TORCH_DTYPE[self.job.recipe.dtype]
         nchw = torch.contiguous_format

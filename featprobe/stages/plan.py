@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from featprobe.backbones.backbone import load_backbone
+from featprobe.backbones.precision import computing
 from featprobe.datasets.images import frame_image, read_levels
 from featprobe.machine import available_memory, free_disk
 from featprobe.processes import pick_device
@@ -72,7 +73,7 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
     data = read_set(workspace, data_name, options)
     device = pick_device(options.device)
     backbone = load_backbone(spec, options.levels, device)
-    job = prepare(workspace, backbone, data, options)
+    job = prepare(workspace, backbone, data, options, device)
     readable = [i for i, row in enumerate(job.rows) if not row.reason][: options.batch_size]
     begun = time.perf_counter()
     images = [
@@ -88,7 +89,8 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
     ]
     decode = (time.perf_counter() - begun) / len(readable)
     batch = torch.from_numpy(np.stack(images)).to(device)
-    compute = _median_seconds(lambda: backbone(batch), device) / len(readable)
+    with computing(job.recipe.precision, device):
+        compute = _median_seconds(lambda: backbone(batch), device) / len(readable)
     block = np.ones(min(job.feature_bytes, len(readable) * job.recipe.row_bytes), dtype=np.uint8)
     target = np.empty_like(block)
     copy = _median_seconds(lambda: np.copyto(target, block), torch.device("cpu")) / len(readable)

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.precision import computing
 from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images import SUFFIXES, Header, frame_image, header_of, pixel_notes, read_levels, to_unit
@@ -166,8 +167,7 @@ class Predictor:
             frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
             for levels, placement in zip(images, placements, strict=True)
         ]
-        amp = recipe.precision == "amp" and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.float16, enabled=amp):
+        with computing(recipe.precision, self.device):
             maps = self.backbone(torch.from_numpy(np.stack(framed)).to(self.device)).maps
         stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}  # as the cache would hold them
         if not all(bool(m.isfinite().all()) for m in stored.values()):
