@@ -112,6 +112,28 @@ def test_random_weights_are_named_as_in_a_study(space: Workspace) -> None:
     assert rows[0]["backbone"] == f"{NAME}-random"
 
 
+HEAVY = {"timm", "scipy.ndimage", "scipy.special", "scipy.spatial", "huggingface_hub", "pandas", "matplotlib", "sklearn",
+         "accelerate", "tensorboard", "wandb", "submitit", "pydicom"}  # fmt: skip
+"""What training on a cache does not use; torch itself loads its compiler with the first optimizer."""
+
+
+def test_a_probe_of_a_cache_imports_nothing_that_it_does_not_use(space: Workspace) -> None:
+    extract(space, space.backbone("small"), "parts", ExtractOptions(quiet=True, device="cpu"))
+    program = (
+        "import sys\n"
+        "from featprobe.cli.main import cli\n"
+        "cli(sys.argv[1:], standalone_mode=False)\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+    words = ["probe", "--iterations", "2", "--seeds", "1", "--device", "cpu", "--quiet", "--json"]
+    command = [sys.executable, "-c", program, "--workspace", str(space.root), *words]
+    done = run(command, capture_output=True, text=True, timeout=120, check=True)
+    loaded = set(done.stderr.split())
+    assert len(json.loads(done.stdout)) == 1 and "torch" in loaded
+    assert not loaded & HEAVY
+    assert len(loaded) < 2700  # with timm and scipy it was 3200
+
+
 def test_processes_that_were_launched_together_make_a_part_each(space: Workspace) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featprobe",
