@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from PIL import Image
-import scipy
 from pycocotools import mask as coco_mask
 
 from featprobe.errors import DataError, ShapeError
