@@ -551,10 +551,10 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
 
 
 def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
-    from featprobe.report.tables import result_text
-
     if json_:
         return show_json(report.rows)
+    from featprobe.report.tables import result_text
+
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
