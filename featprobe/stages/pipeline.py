@@ -33,6 +33,7 @@ EXPONENT = {
 AHEAD = 3  # blocks that are decoded before they are needed
 IMAGES_KEPT = 4  # decoded, for their next tiles
 BEHIND = 2  # blocks that may wait for the disk
+WRITERS = 2  # threads: one takes checksums while the other writes
 
 
 class Filler:
@@ -142,14 +143,18 @@ class Filler:
 
 
 class _WriteBehind:
-    """One thread that writes blocks while the device computes the next; its errors reach the caller."""
+    """Threads that write blocks while the device computes the next; their errors reach the caller.
+
+    Blocks are marked whole in groups, as large as the disk is behind: a thread that finds none waiting commits.
+    """
 
     def __init__(self, writer: CacheWriter, job: Job) -> None:
         self.writer, self.job = writer, job
         self.waiting: queue.Queue[tuple | None] = queue.Queue(maxsize=BEHIND)
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, name="cache-writer", daemon=True)
-        self.thread.start()
+        self.threads = [threading.Thread(target=self._work, name="cache-writer", daemon=True) for _ in range(WRITERS)]
+        for thread in self.threads:
+            thread.start()
 
     def put(self, *block: Any) -> None:
         """Hand a block over; waits when the disk is behind. Raises what writing an earlier one raised."""
@@ -162,20 +167,25 @@ class _WriteBehind:
         self.stop()
         if self.error:
             raise self.error
+        self.writer.commit()
 
     def stop(self) -> None:
-        """Write what was handed over, then end the thread."""
-        if self.thread.is_alive():
+        """Write what was handed over, then end the threads."""
+        for _ in self.threads:
             self.waiting.put(None)
-            self.thread.join()
+        for thread in self.threads:
+            thread.join()
+        self.threads = []
 
     def _work(self) -> None:
         while (block := self.waiting.get()) is not None:
             if self.error is None:
                 try:
                     self._write(*block)
+                    if self.waiting.empty():
+                        self.writer.commit()
                 except BaseException as error:  # kept for the thread that computes
-                    self.error = error
+                    self.error = self.error or error
 
     def _write(
         self,
