@@ -16,6 +16,7 @@ from featprobe.backbones.backbone import Backbone
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Row
 from featprobe.datasets import DataSet
+from featprobe.datasets.images import Header
 from featprobe.errors import CacheError
 from featprobe.geometry import Size
 from featprobe.machine import free_disk, human_bytes
@@ -52,6 +53,10 @@ class Job:
     def size_of(self, row: int) -> Size:
         """(height, width) of the whole image that a row shows."""
         return (self.whole[self.rows[row].image_index] if self.whole else self.rows[row]).placement.original
+
+    def header_of(self, row: int) -> Header:
+        """What the header of the whole image says that a row shows."""
+        return self.surveyed.found[self.rows[row].image_index if self.whole else row].header
 
     @property
     def feature_bytes(self) -> int:

@@ -9,10 +9,11 @@ import torch
 
 from featprobe.backbones.backbone import load_backbone
 from featprobe.backbones.precision import computing
-from featprobe.datasets.images import frame_image, read_levels
+from featprobe.datasets.images import read_levels
 from featprobe.machine import available_memory, free_disk
 from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec
+from featprobe.stages.frames import Framing
 from featprobe.stages.job import prepare, read_set
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.workspace import Workspace
@@ -76,19 +77,9 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
     job = prepare(workspace, backbone, data, options, device)
     readable = [i for i, row in enumerate(job.rows) if not row.reason][: options.batch_size]
     begun = time.perf_counter()
-    images = [
-        frame_image(
-            job.rows[i].show(read_levels(job.images[i])),
-            job.rows[i].placement,
-            job.recipe.window,
-            job.recipe.interpolation,
-            backbone.mean,
-            job.recipe.policy,
-        )
-        for i in readable
-    ]
+    shown = [job.rows[i].show(read_levels(job.images[i])) for i in readable]
+    batch = Framing(job.recipe, device).together(shown, [job.rows[i].placement for i in readable])
     decode = (time.perf_counter() - begun) / len(readable)
-    batch = torch.from_numpy(np.stack(images)).to(device)
     with computing(job.recipe.precision, device):
         compute = _median_seconds(lambda: backbone(batch), device) / len(readable)
     block = np.ones(min(job.feature_bytes, len(readable) * job.recipe.row_bytes), dtype=np.uint8)
