@@ -68,26 +68,30 @@ class Segmentation:
         return self.cache.semantic(row), None
 
     def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
-        """Set the biases of fresh heads to the class prior; returns their losses on a batch, (heads,)."""
+        """Set the biases of fresh heads to the class prior; returns their losses on a batch, (heads,).
+
+        A batch is rows, augmented views, or places among the sorted training rows, (batch,), on the device.
+        """
         stride = _stride(heads[0])
         store, weights = self.store(stride), self.weights(stride)
         for head in heads if fresh else ():
             start_at_prior(head, store.pixels, weights)
         # heads with 3x3 convolutions stay apart: these are what costs, and stacked by vmap they took 1.6 times as long
         bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if _banked(heads) else None
+        at_level, loss_of = self.recipe.loss_at == "level", level_loss if self.recipe.loss_at == "level" else image_loss
+        if len(heads) > 1 and not at_level:  # one head's pixels at a time, or many would not fit the memory
+            loss_of = partial(checkpoint, image_loss, use_reentrant=False, preserve_rng_state=False)
 
-        def loss(features: Features, batch: Batch) -> Tensor:
-            labels = store.encoded(batch.labels) if isinstance(batch, Views) else store(batch)  # type: ignore[arg-type]
-            labels = labels.to(self.device, non_blocking=True)
-            if bank is not None and self.recipe.loss_at == "level" and self.recipe.loss == "ce":
-                return bank.loss(features, labels, weights)
-            function: Callable[..., Tensor] = level_loss if self.recipe.loss_at == "level" else image_loss
+        def loss(features: Features, batch: Batch | Tensor) -> Tensor:
+            if isinstance(batch, Tensor):
+                labels = store.on_device(batch)
+            else:
+                labels = store.encoded(batch.labels) if isinstance(batch, Views) else store(batch)  # type: ignore[arg-type]
+                labels = labels.to(self.device, non_blocking=True)
+            if bank is not None and self.recipe.loss == "ce":
+                return (bank.loss if at_level else bank.image_loss)(features, labels, weights)
             every = bank.logits(features) if bank is not None else (head(features) for head in heads)
-            if (
-                function is image_loss and len(heads) > 1
-            ):  # one head's pixels at a time, or many would not fit the memory
-                function = partial(checkpoint, image_loss, use_reentrant=False)
-            return torch.stack([function(logits, labels, weights, self.recipe.loss) for logits in every])
+            return torch.stack([loss_of(logits, labels, weights, self.recipe.loss) for logits in every])
 
         return loss
 

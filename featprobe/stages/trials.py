@@ -19,7 +19,6 @@ from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
 from featprobe.errors import DivergedError, ProbeError
-from featprobe.features import Features
 from featprobe.geometry import IDENTITY
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
@@ -409,16 +408,14 @@ class Run:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads, fresh=self.fresh)
         bar = tqdm(
-            total=self.parts * self.recipe.iterations, desc=self.title, unit="it",
+            total=self.recipe.iterations, desc=self.title, unit="it",
             disable=self.options.quiet or not is_main(), leave=False,
         )  # fmt: skip
         with bar, self._recorder(trials, index) as recorder:
 
-            def counted(features: Features, batch: Any) -> Tensor:
+            def taken(losses: Tensor) -> None:
                 bar.update()
-                values = loss(features, batch)
-                recorder.take(values, features.batch)
-                return values
+                recorder.take(losses)
 
             def evaluate() -> list[dict[str, float]]:
                 scores = [o.brief for o in self.task.evaluate(heads, source.batches, self.rows["val"])]
@@ -431,12 +428,19 @@ class Run:
 
             checkpoint = self._checkpoint(index)
             curves = train(
-                heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], counted, self.seeds[0],
+                heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], loss, self.seeds[0],
                 evaluate, progress, self.tuned(source, trials[0].recipe), checkpoint,
-                self.task.chooses_by if self.recipe.weights_from == "best" else None,
+                self.task.chooses_by if self.recipe.weights_from == "best" else None, taken=taken,
+                **self.placed(source),
             )  # fmt: skip
             self.seconds_before += checkpoint.before if checkpoint else 0.0
             return curves
+
+    def placed(self, source: Source) -> dict[str, Any]:
+        """Whether steps of a training find their batches on the device, and how: see `probes.train.train`."""
+        if not isinstance(source, FeatureLoader) or not self.task.fixed(self.kind):
+            return {}
+        return {"fixed": True, "resident": source.resident(self.rows["train"])}
 
     def _recorder(self, trials: Sequence[Trial], first: int) -> Recorder:
         """What logs a training; each trial beside its head, in a folder of its own where there are several."""
@@ -448,8 +452,7 @@ class Run:
             config = {**what, "backbone": self.cache.recipe.label, "data": self.cache.data.name, "seed": trial.seed}
             name = f"{self.title}: {self.kind}, {self.regime}"
             places.append((folder, name, {**config, **trial.recipe.to_json(), "tuning": self.treatment}))
-        parts = min(self.parts, self.recipe.batch_size, len(self.rows["train"]))
-        return Recorder(self.options.log, places, [trial.recipe for trial in trials], parts)
+        return Recorder(self.options.log, places, [trial.recipe for trial in trials])
 
     def tuned(self, source: Source, recipe: TrainRecipe) -> Tuned | None:
         """The backbone as training moves it; None where it is frozen."""
