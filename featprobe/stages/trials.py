@@ -384,13 +384,14 @@ class Run:
 
     def _fit(self, trials: Sequence[Trial], source: Source, say: Say) -> list[list[CurvePoint]]:
         """The curve of every trial; all heads over the same features, or one after another with a backbone each."""
-        if isinstance(source, FeatureLoader):
-            source.keep_on_device(np.sort(np.concatenate(list(self.rows.values()))))
+        where = self._settle(source)
         if self.kind == "ridge":
+            if where:
+                say(f"{self.title}: {where}")
             return self._solve(trials, source)
         if self.forecast is None:
             self.forecast = foresee(self, trials, source)
-            say(self.forecast_text)
+            say(f"{self.forecast_text}; {where}" if where else self.forecast_text)
         if self.regime != "full":
             return self._train(trials, source)
         curves: list[list[CurvePoint]] = []
@@ -404,6 +405,12 @@ class Run:
             if index in self._scores(trials, curves) and self._best(trials, curves, trial.seed) == index:
                 self.weights = {index: source.backbone.tensors()}  # type: ignore[union-attr]
         return curves
+
+    def _settle(self, source: Source) -> str:
+        """Move what fits to the GPU, the most used first; returns what lies there and what streams, "" for no GPU."""
+        if not isinstance(source, FeatureLoader):
+            return ""
+        return source.keep_on_device({split: self.rows[split] for split in ("train", "val", "test")})
 
     def _train(self, trials: Sequence[Trial], source: Source, index: int = 0) -> list[list[CurvePoint]]:
         heads = [trial.head for trial in trials]
@@ -510,6 +517,7 @@ class Run:
         """How long training will take, from a few steps; raises ProbeError where one does not fit the memory."""
         trials = self._trials()
         with self.source(trials[0].head) as source:
+            self._settle(source)
             return foresee(self, trials, source)
 
     @property
