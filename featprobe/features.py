@@ -67,7 +67,7 @@ def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:
     >>> cell_shares(torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8), 2, 2).flatten().tolist()
     [0.25, 0.5]
     """
-    batch, height, width = labels.shape
+    height, width = labels.shape[1:]
     if height % stride or width % stride:
         raise ShapeError(f"Labels of {height}x{width} pixels do not tile into cells of {stride}.")
     return cell_counts(labels, classes, stride).to(torch.float32) / (stride * stride)
@@ -80,7 +80,7 @@ def cell_counts(labels: Tensor, classes: int, stride: int) -> Tensor:
     """
     batch, height, width = labels.shape
     rows, columns = height // stride, width // stride
-    if labels.device.type == "cpu" and classes > FEW_CLASSES or stride > WIDEST_CELL:
+    if (labels.device.type == "cpu" and classes > FEW_CLASSES) or stride > WIDEST_CELL:
         row = torch.arange(height, device=labels.device) // stride
         column = torch.arange(width, device=labels.device) // stride
         cell = row[:, None] * columns + column  # (height, width)

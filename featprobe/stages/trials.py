@@ -46,6 +46,7 @@ from featprobe.specs import Rows, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.forecast import Forecast, foresee
+from featprobe.stages.labels import shelf_of
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.logs import Recorder
 from featprobe.stages.outcome import Outcome, evaluation_batches, spread_over
@@ -57,7 +58,6 @@ from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.sources import Source, feed_of, spec_of
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
-from featprobe.targets import IGNORE
 
 Say = Callable[[str], None]
 LADDERS = "ladders"  # folder of the states of searches for iterations, below probes/
@@ -310,7 +310,7 @@ class Run:
 
     def _task(self) -> Segmentation | Detection:
         if self.task_name == "semseg":
-            self._take_fraction(lambda row: [c for c in np.unique(self.cache.semantic(row)).tolist() if c != IGNORE])
+            self._take_fraction(lambda row: shelf_of(self.cache).values(self.cache, row))
             views = self.augmentation is not None
             return Segmentation(
                 self.cache, self.rows["train"], self.recipe, self.device, self.options.absent, views=views
@@ -499,12 +499,14 @@ class Run:
         weights = task.weights(stride)
         ones = torch.ones(len(self.classes), device=self.device)
         sums = RidgeSums(levels, len(self.classes), ones if weights is None else weights)
+        shares = task.shares(self.rows["train"], stride)
         for rows, features in source.batches(evaluation_batches(self.rows["train"])):
-            sums.add(features, task.shares(rows, stride))
+            sums.add(features, shares(rows))
         solved = sums.solve()
 
         val = self.rows["val"]
-        batches = ((features, task.shares(rows, stride)) for rows, features in source.batches(evaluation_batches(val)))
+        shares = task.shares(val, stride)
+        batches = ((features, shares(rows)) for rows, features in source.batches(evaluation_batches(val)))
         cells = levels[0].cells(self.cache.recipe.frame)
         step = -(-len(val) * cells[0] * cells[1] * len(self.classes) // MOST_LOGITS)
         index, offsets, _ = choose(solved, batches, step)
