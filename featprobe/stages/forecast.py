@@ -68,7 +68,14 @@ def _rehearse(run: "Run", trials: Sequence["Trial"], source: Source, tuned: Tune
     def step(images: int, counted: int = REHEARSED - 1) -> float:
         recipes = [replace(trial.recipe, batch_size=images) for trial in trials]
         return seconds_per_step(
-            heads, recipes, feed_of(source), rows[:images], loss, one_part, counted=counted, **run.placed(source)
+            heads,
+            recipes,
+            feed_of(source),
+            rows[:images],
+            loss,
+            one_part,
+            counted=counted,
+            **run.placed(source, heads[0]),
         )
 
     try:
