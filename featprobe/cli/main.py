@@ -175,6 +175,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --task semseg --head upsample --fraction 0.1,0.3,1
       torchrun --nproc-per-node 2 -m featprobe probe --task detect --data surface
       featprobe probe --data xray --split group:5
+      featprobe probe --extract --data xray --backbone embedded
     """
     from featprobe.processes import is_main
     from featprobe.stages.probe import probe as run
@@ -185,7 +186,8 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
         names(options["data"]),
         names(options["backbone"]),
         _probe_options(options),
-        lambda line: click.echo(line, err=True),
+        _to_stderr,
+        extract=options["extract"],
     )
     if is_main():
         _show_probe(report, json_, workspace_of(ctx).probes)
@@ -250,8 +252,9 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
         names(options["data"]),
         names(options["backbone"]),
         _probe_options(options, tuning),
-        lambda line: click.echo(line, err=True),
+        _to_stderr,
         dry_run,
+        extract=options["extract"],
     )
     if not is_main():
         return
@@ -518,7 +521,6 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         "fit",
         "intensity",
         "batch_size",
-        "workers",
         "dtype",
         "precision",
         "device",
@@ -534,6 +536,7 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         shard=_parse_shard(options.get("shard")),
         views=None if options["views"] is None else parse_views(options["views"]),
         **{name: options[name] for name in same},
+        **({"workers": options["workers"]} if options["workers"] else {}),
     )
 
 
@@ -548,10 +551,10 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
 
 
 def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
-    from featprobe.report.tables import result_text
-
     if json_:
         return show_json(report.rows)
+    from featprobe.report.tables import result_text
+
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")

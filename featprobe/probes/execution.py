@@ -1,5 +1,7 @@
 """Which of two ways a head computes: in pieces that fit a CPU's caches, or in few large operations, as a GPU wants."""
 
+import os
+
 import torch
 
 
@@ -9,3 +11,11 @@ def whole_batches(device: torch.device) -> bool:
     Both compute the same function.
     """
     return device.type != "cpu"
+
+
+def recorded(device: torch.device) -> bool:
+    """Whether a training step of fixed shapes is recorded once, as a CUDA graph, and replayed.
+
+    FEATPROBE_RECORD=0 takes every step anew, which gives the same and takes longer.
+    """
+    return device.type == "cuda" and os.environ.get("FEATPROBE_RECORD") != "0"

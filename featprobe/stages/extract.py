@@ -1,6 +1,7 @@
 """Images to cache: decode ahead, compute on the device, write behind; stop and go on at will."""
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,10 +28,11 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.datasets import DataSet
-from featprobe.errors import BackboneError, CacheError, counted
+from featprobe.errors import CacheError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
 from featprobe.specs import BackboneSpec
+from featprobe.stages.caches import tf32_doubt
 from featprobe.stages.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.pipeline import Filler, runs
@@ -83,10 +85,8 @@ def extract_with(
     load_seconds: float = 0.0,
 ) -> ExtractReport:
     """`extract` with a backbone and a data set that are loaded already."""
-    if options.precision == "amp" and device.type != "cuda":
-        raise BackboneError(f"--precision amp needs a CUDA device; this is {device}. Leave it away.")
     begun = time.perf_counter()
-    job = prepare(workspace, backbone, data, options)
+    job = prepare(workspace, backbone, data, options, device)
     start, stop = share_of(len(job.rows), options.batch_size, options.shard or _own_shard())
     look_seconds = time.perf_counter() - begun
     with RowLocks(job.path) as locks:
@@ -117,7 +117,7 @@ def extract_with(
             "wait_images": filler.waited_images,
             "wait_disk": filler.waited_disk,
         },
-        notes=job.info.notes,
+        notes=(*job.info.notes, *job.notes),
         device=str(device),
         images=len(job.surveyed.found),
     )
@@ -152,7 +152,10 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
             "Nothing was changed. Remove it:  featprobe cache rm FILE"
         )
     same_parts = [row.part for row in old.rows] == [row.part for row in job.rows]
-    if old.data.fingerprint == job.info.fingerprint and same_parts and old.is_intact():
+    same = old.data.fingerprint == job.info.fingerprint and same_parts and old.is_intact()
+    if not same or (Cache(job.path, old).done == MISSING).any():
+        _refuse_tf32(job)
+    if same:
         return 0
     locks.claim_all()
     check_disk(job)
@@ -163,6 +166,17 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return copied
+
+
+def _refuse_tf32(job: Job) -> None:
+    """Raise CacheError where rows that are there may hold TF32, beside which none without it may stand."""
+    doubt = tf32_doubt(job.path)
+    if doubt and (doubt.on_record or torch.cuda.is_available()):
+        raise CacheError(
+            f"{job.path} is not complete, and holds rows that an older featprobe may have computed in TF32.\n"
+            f"  wanted  rows of fp32 without TF32, within 1e-4 of their true values\n  found   {doubt.text}\n"
+            f"Nothing was changed. Begin anew:  featprobe cache rm {shlex.quote(str(job.path))} --yes && {job.command}"
+        )
 
 
 def _copy_rows(old: Cache, target: Path, rows: Sequence[Row]) -> int:

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from featprobe.backbones import ALIASES
-from featprobe.datasets import GENERATED, DataSet, generate, read_data
+from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.splits import group_pattern
 from featprobe.errors import CacheError, DataError, FeatprobeError, looks_like, nearest
@@ -286,6 +286,8 @@ def make_generated(
 
     Raises DataError when the folder holds something else or can't be written.
     """
+    from featprobe.datasets.generated import generate  # scipy takes time, and most commands generate nothing
+
     if (folder / "annotations").is_dir():
         return folder
     if folder.exists() and any(folder.iterdir()):
