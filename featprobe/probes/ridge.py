@@ -125,7 +125,7 @@ def choose(
 def _offsets(logits: Tensor, truth: Tensor, offsets: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     """Offsets of the classes (the background's stays) and the foreground IoU they give: a search along each in turn.
 
-    Nothing waits for a GPU's scores: the better offset is chosen where they lie. After a round that finds nothing better
+    Nothing waits for a GPU: the better offset is chosen where the scores lie. After a round that finds nothing better
     no other does.
     """
     best = foreground_iou(logits + offsets, truth)
