@@ -4,22 +4,21 @@ import torch
 from torch import Tensor
 
 from featprobe.geometry import Placement
+from featprobe.probes import execution
 
 
 def logits_at_original(logits: Tensor, stride: int, placement: Placement) -> Tensor:
-    """Logits of one image, bilinearly at every pixel centre of the original image.
+    """Logits of images of one placement, bilinearly at every pixel centre of the original images.
 
-    logits: (classes, rows, columns) of the frame's cells, `stride` frame pixels each.
-    Returns (classes, original height, original width). Cells that hold nothing but padding take no part.
+    logits: (…, classes, rows, columns) of the frame's cells, `stride` frame pixels each.
+    Returns (…, classes, original height, original width). Cells that hold nothing but padding take no part.
     """
-    for axis, (original, content) in enumerate(zip(placement.original, placement.content, strict=True), start=1):
-        centre = (torch.arange(original, device=logits.device, dtype=torch.float32) + 0.5) * (content / original)
-        cell = (centre / stride - 0.5).clamp(0, -(-content // stride) - 1)
-        low = cell.floor().long()
-        high = (low + 1).clamp(max=-(-content // stride) - 1)
-        part = (cell - low).to(logits.dtype).view([-1 if a == axis else 1 for a in range(3)])
-        logits = torch.lerp(logits.index_select(axis, low), logits.index_select(axis, high), part)
-    return logits
+    rows, columns = (-(-content // stride) for content in placement.content)
+    scales = [o * stride / c for o, c in zip(placement.original, placement.content, strict=True)]  # pixels a cell
+    shown = logits[..., :rows, :columns]
+    images = shown.reshape(-1, *shown.shape[-3:])
+    found = torch.ops.aten.upsample_bilinear2d(images, list(placement.original), False, *scales)
+    return found.unflatten(0, shown.shape[:-3]) if logits.dim() > 3 else found[0]
 
 
 def predict_classes(logits: Tensor, stride: int, placement: Placement) -> Tensor:
@@ -30,11 +29,28 @@ def predict_classes(logits: Tensor, stride: int, placement: Placement) -> Tensor
 def best_classes(logits: Tensor) -> Tensor:
     """Class index of every pixel, uint8, from logits of (classes, height, width); the lowest of equals.
 
-    Class by class, since torch's argmax over the first axis is ten times slower on CPUs.
+    On a CPU class by class, since torch's argmax over the first axis is thirty times slower there.
     """
+    if execution.whole_batches(logits.device):
+        return logits.argmax(0).to(torch.uint8)
     best = logits[0]
     classes = torch.zeros_like(best, dtype=torch.uint8)
     for index, own in enumerate(logits[1:], start=1):
         classes.masked_fill_(own > best, index)
         best = torch.maximum(best, own)
     return classes
+
+
+def confusions(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """metrics.confusion_matrix of many images and heads, in few operations and without waiting for any.
+
+    truth: (images, height, width), uint8; 255 is ignored. predicted: (images, heads, height, width), class indices.
+    Returns (heads, images, classes, classes), int64. Pairs of classes are counted as a product of indicators, line by
+    line: a line's counts are exact in float32, in whichever order it adds.
+    """
+    index = torch.arange(classes, device=truth.device)
+    true = (truth[:, :, None] == index[:, None]).float()  # (images, height, classes, width)
+    said = (predicted.permute(0, 2, 3, 1)[..., None] == index).float()  # (images, height, width, heads, classes)
+    of_lines = true @ said.flatten(3)  # (images, height, classes, heads * classes)
+    counts = of_lines.sum(1, dtype=torch.float64).long()
+    return counts.unflatten(2, (-1, classes)).permute(2, 0, 1, 3)

@@ -107,51 +107,80 @@ def choose(
     random = torch.Generator().manual_seed(0)  # a regular pattern would meet the same columns in every row
     for features, shares in batches:
         truth = shares.movedim(1, -1).reshape(-1, classes)
-        chosen = torch.randperm(len(truth), generator=random)[: -(-len(truth) // step)].to(truth.device)
+        chosen = torch.randperm(len(truth), generator=random)[: -(-len(truth) // step)]
+        chosen = (chosen.pin_memory() if truth.is_cuda else chosen).to(truth.device, non_blocking=True)
         cells.append(truth[chosen])
         for own, head in zip(kept, heads, strict=True):
             own.append(head(features).movedim(1, -1).reshape(-1, classes)[chosen])
     truth = torch.cat(cells)  # (cells, classes)
-    best = (-1, heads[0].bias.new_zeros(classes), -1.0)
     logits = [torch.cat(own) for own in kept]
-    for index, cells_of_head in enumerate(logits):
-        offsets, score = _offsets(cells_of_head, truth, torch.zeros_like(best[1]), 1)
-        if score > best[2]:
-            best = (index, offsets, score)
-    return best[0], *_offsets(logits[best[0]], truth, best[1], ROUNDS)
+    none = heads[0].bias.new_zeros(classes)
+    tried = [_offsets(own, truth, none, 1) for own in logits]
+    scores = torch.stack([score for _, score in tried]).tolist()
+    best = max(range(len(heads)), key=lambda index: scores[index])  # the first of equals
+    offsets, score = _offsets(logits[best], truth, tried[best][0], ROUNDS)
+    return best, offsets, float(score)
 
 
-def _offsets(logits: Tensor, truth: Tensor, offsets: Tensor, rounds: int) -> tuple[Tensor, float]:
-    """Offsets of the classes (the background's stays) and the foreground IoU they give: a search along each in turn."""
+def _offsets(logits: Tensor, truth: Tensor, offsets: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Offsets of the classes (the background's stays) and the foreground IoU they give: a search along each in turn.
+
+    Nothing waits for a GPU: the better offset is chosen where the scores lie. After a round that finds nothing better
+    no other does.
+    """
     best = foreground_iou(logits + offsets, truth)
     for _ in range(rounds):
         before = best
         for index in range(1, logits.shape[1]):
-            start = float(offsets[index])
-            for change in OFFSETS.tolist():
-                tried = offsets.clone()
-                tried[index] = start + change
-                score = foreground_iou(logits + tried, truth)
-                if score > best:
-                    best, offsets = score, tried
-        if best == before:
+            tried = offsets[index] + OFFSETS.to(offsets)
+            scores = _scores_of(logits + offsets, logits[:, index, None] + tried, index, truth)
+            first = scores.argmax()
+            better = scores[first] > best
+            best = torch.where(better, scores[first], best)
+            offsets = offsets.clone()
+            offsets[index] = torch.where(better, tried[first], offsets[index])
+        if best.device.type == "cpu" and best == before:
             break
     return offsets, best
 
 
-def foreground_iou(logits: Tensor, truth: Tensor) -> float:
-    """Mean IoU of the classes but the background that validation holds; 0 where it holds none.
+def _scores_of(logits: Tensor, own: Tensor, index: int, truth: Tensor) -> Tensor:
+    """foreground_iou for several logits of one class beside those of the others: (tries,).
+
+    logits: (cells, classes), of which the column `index` is not looked at. own: (cells, tries), what stands there.
+    """
+    classes = truth.shape[1]
+    others = logits.clone()
+    others[:, index] = -torch.inf
+    highest, other = others.max(1, keepdim=True)
+    won = ((own > highest) | ((own == highest) & (index < other))).to(truth.dtype)  # the lowest of equals
+    place = torch.arange(classes, device=truth.device)
+    of_other = (other == place).to(truth.dtype)  # (cells, classes)
+    mass = truth.sum(1, keepdim=True)
+    parts = torch.cat([of_other * mass, of_other * truth, mass, truth[:, index, None]], 1)
+    lost = won.T @ parts  # (tries, 2 * classes + 2), what goes from the others to the class
+    said, hit = (parts[:, : 2 * classes].sum(0) - lost[:, : 2 * classes]).unflatten(1, (2, classes)).unbind(1)
+    is_own = place == index
+    said, hit = torch.where(is_own, lost[:, -2:-1], said), torch.where(is_own, lost[:, -1:], hit)
+    return _foreground_mean(hit, said, truth.sum(0))
+
+
+def foreground_iou(logits: Tensor, truth: Tensor) -> Tensor:
+    """Mean IoU of the classes but the background that validation holds, a scalar; 0 where it holds none.
 
     logits: (cells, classes). truth: (cells, classes), shares, which count as parts of a pixel.
     """
-    said = logits.argmax(1)
-    classes = logits.shape[1]
-    confusion = truth.new_zeros(classes, classes).index_add_(0, said, truth)  # (said, true)
-    hit = confusion.diagonal()
-    union = confusion.sum(0) + confusion.sum(1) - hit
-    present = confusion.sum(0)[1:] > 0
-    scores = (hit / union.clamp(min=1e-12))[1:]
-    return float(scores[present].mean()) if bool(present.any()) else 0.0
+    said = (logits.argmax(1, keepdim=True) == torch.arange(logits.shape[1], device=logits.device)).to(truth.dtype)
+    confusion = said.T @ truth  # (said, true)
+    return _foreground_mean(confusion.diagonal(), confusion.sum(1), confusion.sum(0))
+
+
+def _foreground_mean(hit: Tensor, said: Tensor, true: Tensor) -> Tensor:
+    """Mean IoU over the foreground classes that are there. hit, said: (…, classes). true: (classes,)."""
+    scores = hit / (true + said - hit).clamp(min=1e-12)
+    present = true > 0
+    present[0] = False
+    return (scores * present).sum(-1) / present.sum().clamp(min=1)
 
 
 def _summed(x: Tensor, grid: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from featprobe.cache import Cache
 from featprobe.cache.reader import device_room
 from featprobe.features import Features, cell_shares
+from featprobe.geometry import Placement
 from featprobe.metrics import confusion_matrix, iou_scores
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
@@ -26,6 +28,8 @@ from featprobe.probes import (
     level_loss,
     start_at_prior,
 )
+from featprobe.probes.linear import logits_of
+from featprobe.probes.predict import confusions, logits_at_original
 from featprobe.probes.train import Feed
 from featprobe.processes import gathered
 from featprobe.report.sheets import Panel
@@ -36,6 +40,8 @@ from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_
 from featprobe.stages.rows import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
 
+VALUES_AT_ONCE = 2**26  # logits at the original size that an evaluation holds on a GPU
+SENT_AT_ONCE = 64  # masks
 DEVICE_MEMORY_SHARE = (
     0.2  # of a GPU's free memory, for labels that are kept there: of training, and of a split's images
 )
@@ -65,6 +71,7 @@ class Segmentation:
         self.views = views
         self.classes = cache.data.classes
         self._stores: dict[tuple[str, int, bytes], _LabelStore] = {}
+        self._truths: dict[bytes, Tensor] = {}  # of the images of some rows, on the device
 
     def truth_of(self, row: int) -> Truth:
         """What augmented views of a row are labelled from."""
@@ -141,11 +148,16 @@ class Segmentation:
         """Labelled pixels of each class in the training rows, at frame size."""
         return dict(zip(self.classes, self.store(stride).pixels.long().tolist(), strict=True))
 
-    @torch.inference_mode()
     def predictions(
         self, heads: Sequence[nn.Module], feed: Feed, rows: Rows
     ) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
         """(image, each head's class of every pixel of the original image) for each image that the rows show."""
+        for image, classes in self._classes(heads, feed, rows):
+            yield image, [own.cpu().numpy() for own in classes]
+
+    @torch.inference_mode()
+    def _classes(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> Iterator[tuple[int, list[Tensor]]]:
+        """`predictions`, on the device: image by image, of many tiles or of one piece."""
         stride = _stride(heads[0])
 
         def logits() -> Iterator[tuple[int, list[Tensor]]]:
@@ -156,19 +168,100 @@ class Segmentation:
 
         for image, found in by_image(self.cache, logits()):
             pieces = ((own, self.cache.rows[row].placement, self.cache.rows[row].part) for row, own in found)
-            classes = stitched_classes(pieces, stride, self.cache.images[image].placement.original)
-            yield image, [own.cpu().numpy() for own in classes]
+            yield image, stitched_classes(pieces, stride, self.cache.images[image].placement.original)
 
     def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show, which several processes share out among them."""
-        classes, here = len(self.classes), scored_here(self.cache, rows)
-        matrices = np.zeros((len(heads), len(images_of(self.cache, here)), classes, classes), dtype=np.int64)
-        for i, (image, found) in enumerate(self.predictions(heads, feed, here)):
-            truth = self.cache.image_semantic(image)
-            for own, predicted in zip(matrices, found, strict=True):
-                own[i] = confusion_matrix(truth, predicted, classes)
+        here = scored_here(self.cache, rows)
+        if execution.whole_batches(self.device):
+            matrices = self._counted_there(heads, feed, here)
+        else:
+            matrices = self._counted(heads, feed, here)
         images = images_of(self.cache, rows)
         return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
+
+    def _counted(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+        """Confusion matrices, (heads, images, classes, classes), image by image: what suits a CPU."""
+        classes, images = len(self.classes), images_of(self.cache, rows)
+        matrices = np.zeros((len(heads), len(images), classes, classes), dtype=np.int64)
+        for i, (image, found) in enumerate(self.predictions(heads, feed, rows)):
+            (truth,) = shelf_of(self.cache).truths(self.cache, np.array([image]))
+            for own, predicted in zip(matrices, found, strict=True):
+                own[i] = confusion_matrix(truth, predicted, classes)
+        return matrices
+
+    @torch.inference_mode()
+    def _counted_there(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+        """The same in few operations on the device, which is waited for once, at the end.
+
+        Images go through together where they are of one size and come whole; tiles are stitched image by image.
+        """
+        images, classes = images_of(self.cache, rows), len(self.classes)
+        found = torch.empty((len(heads), len(images), classes, classes), dtype=torch.int64, device=self.device)
+        if self.cache.recipe.in_parts:
+            for i, (image, every) in enumerate(self._classes(heads, feed, rows)):
+                truth = self._truth(np.array([image]))(0, 1)
+                found[:, i : i + 1] = confusions(truth, torch.stack(every)[None], classes)
+            return found.cpu().numpy()
+        groups = self._of_one_size(rows)
+        fed = feed([batch for group in groups for batch in evaluation_batches(group)])
+        done = 0
+        for group in groups:
+            masks, start = self._truth(group), done
+            placement = self.cache.rows[int(group[0])].placement
+            while done < start + len(group):
+                batch, features = next(fed)
+                stop = done + len(batch)
+                found[:, done:stop] = self._confusions(
+                    _every_logits(heads, features), masks(done - start, stop - start), placement, _stride(heads[0])
+                )
+                done = stop
+        place = {row: i for i, row in enumerate(row for group in groups for row in group.tolist())}
+        return found.cpu().numpy()[:, [place[row] for row in rows.tolist()]]
+
+    def _confusions(self, logits: Tensor, truth: Tensor, placement: Placement, stride: int) -> Tensor:
+        """(heads, images, classes, classes) of images of one size; logits: (images, heads, classes, rows, columns)."""
+        images, heads, classes = logits.shape[:3]
+        size = placement.original[0] * placement.original[1] * classes  # values of one image and head
+        at_once = max(1, min(images, VALUES_AT_ONCE // size))
+        beside = max(1, min(heads, VALUES_AT_ONCE // (size * at_once)))
+        parts = []
+        for i in range(0, images, at_once):
+            every = [
+                logits_at_original(logits[i : i + at_once, k : k + beside], stride, placement).argmax(2)
+                for k in range(0, heads, beside)
+            ]
+            own = [confusions(truth[i : i + at_once], predicted, classes) for predicted in every]
+            parts.append(own[0] if len(own) == 1 else torch.cat(own))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _of_one_size(self, rows: Rows) -> list[Rows]:
+        """The rows in groups of one placement, each in order."""
+        groups: dict[Placement, list[int]] = {}
+        for row in rows.tolist():
+            groups.setdefault(self.cache.rows[row].placement, []).append(row)
+        return [np.array(group, dtype=np.intp) for group in groups.values()]
+
+    def _truth(self, images: Rows) -> Callable[[int, int], Tensor]:
+        """From a start and a stop to the masks of some of these images, which are of one size, on the device.
+
+        These are (images, height, width), uint8, and sent there once where they fit.
+        """
+        size = self.cache.images[int(images[0])].placement.original
+
+        def read(start: int, stop: int) -> Tensor:
+            masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images[start:stop])))
+            return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
+
+        room, key = device_room(self.device), images.tobytes()
+        if key not in self._truths and (room is None or len(images) * prod(size) > DEVICE_MEMORY_SHARE * room):
+            return read
+        if key not in self._truths:
+            whole = torch.empty((len(images), *size), dtype=torch.uint8, device=self.device)
+            for start in range(0, len(images), SENT_AT_ONCE):
+                whole[start : start + SENT_AT_ONCE] = read(start, start + SENT_AT_ONCE)
+            self._truths[key] = whole
+        return lambda start, stop: self._truths[key][start:stop]
 
     def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
@@ -235,6 +328,16 @@ class _LabelStore:
 
     def _decoded(self, labels: Tensor) -> Tensor:
         return labels.float() / self.stride**2 if self.loss_at == "level" else labels
+
+
+def _every_logits(heads: Sequence[nn.Module], features: Features) -> Tensor:
+    """(images, heads, classes, rows, columns); linear heads of one set of statistics together."""
+    linear = [head for head in heads if isinstance(head, LinearHead)]
+    if len(linear) == len(heads) and len({id(n.running_mean) for h in linear for n in h.norms.values()}) == len(
+        linear[0].norms
+    ):
+        return logits_of(linear, features).unflatten(1, (len(heads), -1))
+    return torch.stack([head(features) for head in heads], 1)
 
 
 def _stride(head: nn.Module) -> int:

@@ -32,12 +32,12 @@ def stitched_logits(
     is held in memory is one image's logits for each head.
     """
     sums: list[Tensor] = []
-    shown = torch.zeros(size)
+    shown = torch.empty(0)
     for logits, placement, part in pieces:
         window = (slice(part.top, part.top + part.height), slice(part.left, part.left + part.width))
         if not sums:
             sums = [own.new_zeros((own.shape[0], *size)) for own in logits]
-            shown = shown.to(sums[0])
+            shown = logits[0].new_zeros(size)
         for total, own in zip(sums, logits, strict=True):
             total[:, *window] += logits_at_original(own, stride, placement)
         shown[window] += 1
