@@ -1,4 +1,4 @@
-"""An extraction with nothing to do goes by the files' sizes and times: what it saves, and that no change goes unseen."""
+"""An extraction with nothing to do goes by sizes and times of files: what it saves, and that no change goes unseen."""
 
 import json
 import os
