@@ -5,15 +5,16 @@ image is, and no normalisation counts them.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, max_pool2d
+from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, max_pool2d, pad
 
 from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.probes.linear import LevelNorm
 
 PyramidKind = Literal["auto", "levels", "simple"]
@@ -39,16 +40,58 @@ class PaddedGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, inside: Tensor | None = None) -> Tensor:
         """x: (batch, channels, rows, columns). inside: (batch, rows, columns), bool, or None for all."""
-        if inside is None:
-            return super().forward(x)
-        mask = inside[:, None].to(x.dtype)
-        count = inside.sum((1, 2)).clamp(min=1)[:, None] * (self.num_channels // self.num_groups)  # (batch, 1)
-        mean = (x * mask).unflatten(1, (self.num_groups, -1)).sum((2, 3, 4)) / count  # (batch, groups)
-        spread = mean.repeat_interleave(self.num_channels // self.num_groups, 1)[:, :, None, None]
-        centred = (x - spread) * mask
-        var = centred.square().unflatten(1, (self.num_groups, -1)).sum((2, 3, 4)) / count
-        scale = (var + self.eps).rsqrt().repeat_interleave(self.num_channels // self.num_groups, 1)[:, :, None, None]
-        return centred * scale * self.weight[:, None, None] + self.bias[:, None, None]
+        return super().forward(x) if inside is None else self._inside(x, inside, rectified=False)
+
+    def rectified(self, x: Tensor, inside: Tensor | None) -> Tensor:
+        """The normalised map after a ReLU, with 0 in every cell of padding. x, inside: as for `forward`."""
+        return super().forward(x).relu_() if inside is None else self._inside(x, inside, rectified=True)
+
+    def _inside(self, x: Tensor, inside: Tensor, *, rectified: bool) -> Tensor:
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2).to(self.weight.dtype)  # (batch, cells, channels)
+        mask = inside.flatten(1)[:, :, None].to(rows.dtype)
+        found: Tensor = _InsideNorm.apply(rows, mask, self.weight, self.bias, self.num_groups, self.eps, rectified)
+        return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class _InsideNorm(torch.autograd.Function):
+    """GroupNorm over the cells that a mask names, 0 in all others, with or without a ReLU.
+
+    Written out, since autograd would keep and pass five maps more. The variance is the mean square less the squared
+    mean, as in torch's own kernel for channels last.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, rectified: bool
+    ) -> Tensor:
+        """x: (batch, cells, channels). mask: (batch, cells, 1), 0 or 1, of the same format."""
+        own = x * mask
+        sums = torch.stack([own.sum(1), (own * x).sum(1)])  # (2, batch, channels)
+        share = 1 / (mask.sum((1, 2)).clamp(min=1) * (x.shape[2] // groups))[:, None, None]  # (batch, 1, 1)
+        mean, square = sums.unflatten(2, (groups, -1)).sum(3, keepdim=True) * share  # (batch, groups, 1)
+        rstd = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
+        scale = weight.view(groups, -1) * rstd  # (batch, groups, channels of one)
+        shift = bias.view(groups, -1) - mean * scale
+        out = torch.addcmul(shift.flatten(1)[:, None], x, scale.flatten(1)[:, None])
+        out = (out.relu_() if rectified else out).mul_(mask)
+        ctx.save_for_backward(x, mask, weight, mean, rstd, share, out if rectified else mask)
+        ctx.rectified = rectified
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, weight, mean, rstd, share, out = ctx.saved_tensors
+        gradient = upstream[0] * (out > 0) if ctx.rectified else upstream[0] * mask
+        groups = (mean.shape[1], -1)
+        sums = torch.stack([gradient.sum(1), (gradient * x).sum(1)]).unflatten(2, groups)
+        of_bias, of_product = sums  # (batch, groups, channels of one)
+        of_weight = (of_product - mean * of_bias) * rstd
+        own = weight.view(groups)
+        slope = -(own * of_weight).sum(2, keepdim=True) * rstd.square() * share
+        level = -(own * of_bias).sum(2, keepdim=True) * rstd * share - slope * mean
+        wide = [v.expand_as(of_bias).flatten(1)[:, None] for v in (own * rstd, slope, level)]
+        of_x = torch.addcmul(torch.addcmul(wide[2], x, wide[1]).mul_(mask), gradient, wide[0])
+        return of_x, None, of_weight.sum(0).flatten(), of_bias.sum(0).flatten(), None, None, None
 
 
 class ConvBlock(nn.Module):
@@ -61,11 +104,6 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
         self.norm = PaddedGroupNorm(groups_of(width), width)
-
-    def forward(self, x: Tensor, inside: Tensor | None) -> Tensor:
-        """x: (batch, width, rows, columns). inside: (batch, rows, columns), bool, or None for all."""
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
-        return only_inside(self.norm(x, inside).relu(), inside)
 
 
 def groups_of(width: int) -> int:
@@ -92,20 +130,56 @@ class Lateral(nn.Module):
         self.weight = nn.Parameter(torch.randn(width, level.channels) * level.channels**-0.5)
         self.bias = nn.Parameter(torch.zeros(width))
 
+    def folded(self, m: Tensor, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """The map in the weights' number format, weights (width, channels) and shift (width,) that it goes through."""
+        x = m.to(self.weight.dtype)
+        share = features.valid_share(self.stride)
+        scale, shift = self.norm(x.flatten(2), None if share is None else share.flatten(1))
+        return x, self.weight * scale, self.weight @ shift + self.bias
+
     def forward(self, m: Tensor, features: Features) -> Tensor:
         """m: (batch, channels, rows, columns), of that level. Returns (batch, width, rows, columns)."""
-        x = m.to(self.weight.dtype).flatten(2)
-        share = features.valid_share(self.stride)
-        scale, shift = self.norm(x, None if share is None else share.flatten(1))
-        # bmm, not `@`: the latter copies the whole map to fold its batch into rows
-        product = torch.bmm((self.weight * scale).expand(len(x), -1, -1), x).unflatten(2, m.shape[2:])
-        return product + (self.weight @ shift + self.bias)[:, None, None]
+        return product(*self.folded(m, features))
 
 
-class TopDown(nn.Module):
+def product(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    """A 1x1 convolution, channels last in memory whatever x is: (batch, width, rows, columns)."""
+    rows = x.flatten(2).transpose(1, 2)  # (batch, cells, channels)
+    # bmm, not `@`: the latter copies the whole map to fold its batch into rows
+    found = torch.bmm(rows, weight.T.expand(len(x), -1, -1)) + shift
+    return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+Maps = list[tuple[Tensor, Tensor | None]]
+"""(map, cells inside) per stride, finest first: (batch, width, rows, columns), (batch, rows, columns)."""
+
+
+class Pyramid(nn.Module):
+    """Maps of one width at several strides, made from levels.
+
+    levels: that it takes. strides: of what comes out, finest first.
+    """
+
+    levels: tuple[FeatureLevel, ...]
+    strides: tuple[int, ...]
+
+    def forward(self, features: Features) -> Maps:
+        """All maps."""
+        raise NotImplementedError
+
+    def convolved(self, features: Features, weight: Tensor, strides: Sequence[int]) -> Maps:
+        """The maps of these strides, each under a 3x3 convolution; in cells of padding stands anything.
+
+        weight: (outputs, width, 3, 3).
+        """
+        found = dict(zip(self.strides, self(features), strict=True))
+        return [(conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides]
+
+
+class TopDown(Pyramid):
     """Lateral maps of every level, each with the coarser ones upsampled and added (FPN, Lin et al., 2017).
 
-    Of levels with one stride all are added up, and stand as one. strides: of what comes out, finest first.
+    Of levels with one stride all are added up, and stand as one.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel], width: int) -> None:
@@ -114,22 +188,83 @@ class TopDown(nn.Module):
         self.strides = tuple(sorted({level.stride for level in self.levels}))
         self.laterals = nn.ModuleDict({level.name: Lateral(level, width) for level in self.levels})
 
-    def forward(self, features: Features) -> list[tuple[Tensor, Tensor | None]]:
-        """(map, cells inside) per stride, finest first: (batch, width, rows, columns), (batch, rows, columns)."""
-        found: list[tuple[Tensor, Tensor | None]] = []
-        above: Tensor | None = None
-        for stride in reversed(self.strides):
-            here = [level for level in self.levels if level.stride == stride]
-            total = torch.stack([self.laterals[v.name](features.maps[v.name], features) for v in here]).sum(0)
-            if above is not None:
-                total = total + interpolate(above, total.shape[2:], mode="nearest")
+    def forward(self, features: Features) -> Maps:
+        """All maps."""
+        return self._maps(features, self.strides)
+
+    def _maps(self, features: Features, strides: Sequence[int]) -> Maps:
+        """The maps of the coarsest strides, down to the first of these."""
+        found: Maps = []
+        for stride in reversed(strides):
+            total: Tensor | None = None
+            for level in self.levels:
+                if level.stride == stride:
+                    own = self.laterals[level.name](features.maps[level.name], features)
+                    total = own if total is None else total + own
+            assert total is not None  # each stride is that of some level
+            if found:
+                total = total + interpolate(found[0][0], total.shape[2:], mode="nearest")
             inside = cells_inside(features.content, (total.shape[2], total.shape[3]), stride)
-            above = only_inside(total, inside)
-            found.insert(0, (above, inside))
+            found.insert(0, (only_inside(total, inside), inside))
         return found
 
+    def convolved(self, features: Features, weight: Tensor, strides: Sequence[int]) -> Maps:
+        """The maps of these strides, each under a 3x3 convolution; in cells of padding stands anything.
 
-class SimplePyramid(nn.Module):
+        On a CPU, where it saves work, the finest map is never made: its level goes through the product of both
+        convolutions, the coarser map through the convolution of the upsampled one, a transposed convolution at a
+        quarter of its cells.
+        """
+        joined = self._joined(features, weight) if self.strides[0] in strides else None
+        if joined is None:
+            return super().convolved(features, weight, strides)
+        coarser = self._maps(features, self.strides[1:])
+        found = {s: (x, inside) for s, (x, inside) in zip(self.strides[1:], coarser, strict=True) if s in strides}
+        lateral: Lateral = self.laterals[joined.name]  # type: ignore[assignment]
+        x, own, shift = lateral.folded(features.maps[joined.name], features)
+        above, inside_above = coarser[0]
+        above = only_inside(above + shift[:, None, None], inside_above)  # upsampled, a constant stays what it is
+        inside = cells_inside(features.content, (x.shape[2], x.shape[3]), joined.stride)
+        x = only_inside(x, inside).contiguous(memory_format=torch.channels_last)
+        times = self.strides[1] // self.strides[0]
+        both = torch.einsum("owyx,wc->ocyx", weight, own).contiguous(memory_format=torch.channels_last)
+        total = conv2d(x, both, padding=1)
+        kernel = upsampling_kernel(weight, times).contiguous(memory_format=torch.channels_last)
+        total = total + conv_transpose2d(above, kernel, stride=times, padding=1)
+        rest = [(conv2d(m, weight, padding=1), i) for m, i in found.values()]
+        return [(total, inside), *rest]
+
+    def _joined(self, features: Features, weight: Tensor) -> FeatureLevel | None:
+        """The finest level where its map need not be made and that saves work, None elsewhere."""
+        finest = [level for level in self.levels if level.stride == self.strides[0]]
+        if execution.whole_batches(weight.device) or len(self.strides) < 2 or len(finest) > 1:
+            return None
+        times, rest = divmod(self.strides[1], self.strides[0])
+        outputs, width = weight.shape[:2]
+        channels = finest[0].channels
+        passes = 2 + features.maps[finest[0].name].requires_grad  # forward, to the weights, to a map that learns
+        apart = passes * channels * width + 3 * 9 * width * outputs  # products per cell of the finest map
+        joined = passes * 9 * channels * outputs + 3 * (2 / times + 1) ** 2 * width * outputs
+        if rest or joined >= apart:
+            return None
+        ends_with_cells = features.content is None or not (features.content % self.strides[1]).any()
+        return finest[0] if ends_with_cells else None
+
+
+def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
+    """What a transposed convolution of this stride, padded by 1, takes to equal upsampling and a 3x3 convolution.
+
+    Upsampling repeats each cell `times` times along both axes. weight: (outputs, width, 3, 3). Returns (width, outputs,
+    times + 2, times + 2).
+
+    >>> upsampling_kernel(torch.tensor([[[[1., 2., 3.], [0., 0., 0.], [0., 0., 0.]]]]), 2)[0, 0].int().tolist()
+    [[0, 0, 0, 0], [0, 0, 0, 0], [3, 5, 3, 1], [3, 5, 3, 1]]
+    """
+    spread = pad(weight.flip(2, 3), (times - 1,) * 4)
+    return avg_pool2d(spread, times, 1, divisor_override=1).transpose(0, 1)
+
+
+class SimplePyramid(Pyramid):
     """Four resolutions from the last of levels with one stride (ViTDet, Li et al., 2022, at a fixed width).
 
     Transposed convolutions make strides of a quarter and a half where these are whole pixels, a maximum over 2x2
@@ -146,8 +281,8 @@ class SimplePyramid(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(width, width, 2, stride=2) for _ in range(len(self.strides) - 2))
         self.norms = nn.ModuleList(PaddedGroupNorm(groups_of(width), width) for _ in self.up)
 
-    def forward(self, features: Features) -> list[tuple[Tensor, Tensor | None]]:
-        """(map, cells inside) per stride, finest first, as TopDown gives them."""
+    def forward(self, features: Features) -> Maps:
+        """All maps."""
         level = self.levels[0]
         x = self.lateral(features.maps[level.name], features)
         inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride)
@@ -160,14 +295,14 @@ class SimplePyramid(nn.Module):
         for step, (up, norm) in enumerate(zip(self.up, self.norms, strict=True), start=1):
             x = up(x)
             inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride // 2**step)
-            x = only_inside(norm(x, inside).relu(), inside)
+            x = norm.rectified(x, inside)
             maps.insert(0, (x, inside))
         return maps
 
 
 def make_pyramid(
     levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0
-) -> TopDown | SimplePyramid:
+) -> Pyramid:
     """The pyramid of these levels: simple where all have one stride (as a ViT's), or where it is asked for.
 
     finest: strides below it, in pixels, are not made; the coarsest always is. Raises ProbeError for a simple one of
