@@ -40,17 +40,39 @@ class PaddedGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, inside: Tensor | None = None) -> Tensor:
         """x: (batch, channels, rows, columns). inside: (batch, rows, columns), bool, or None for all."""
-        return super().forward(x) if inside is None else self._inside(x, inside, rectified=False)
+        return group_norm(x, inside, self.num_groups, self.weight, self.bias, self.eps)
 
     def rectified(self, x: Tensor, inside: Tensor | None) -> Tensor:
         """The normalised map after a ReLU, with 0 in every cell of padding. x, inside: as for `forward`."""
-        return super().forward(x).relu_() if inside is None else self._inside(x, inside, rectified=True)
+        return rectified([self], x, inside)
 
-    def _inside(self, x: Tensor, inside: Tensor, *, rectified: bool) -> Tensor:
-        rows = x.permute(0, 2, 3, 1).flatten(1, 2).to(self.weight.dtype)  # (batch, cells, channels)
-        mask = inside.flatten(1)[:, :, None].to(rows.dtype)
-        found: Tensor = _InsideNorm.apply(rows, mask, self.weight, self.bias, self.num_groups, self.eps, rectified)
-        return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+def group_norm(
+    x: Tensor, inside: Tensor | None, groups: int, weight: Tensor, bias: Tensor, eps: float, *, rectify: bool = False
+) -> Tensor:
+    """torch's group_norm of the cells inside, 0 in all others; with a ReLU where that is asked for."""
+    if inside is None:
+        found = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+        return found.relu_() if rectify else found
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2).to(weight.dtype)  # (batch, cells, channels)
+    mask = inside.flatten(1)[:, :, None].to(rows.dtype)
+    found = _InsideNorm.apply(rows, mask, weight, bias, groups, eps, rectify)
+    return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def rectified(norms: Sequence[PaddedGroupNorm], x: Tensor, inside: Tensor | None) -> Tensor:
+    """Maps that lie one behind the other, each normalised by its own and through a ReLU; 0 in cells of padding.
+
+    x: (batch, channels of all norms, rows, columns). inside: (batch, rows, columns), bool, or None for all.
+    """
+    weight, bias = (joined([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
+    groups = sum(norm.num_groups for norm in norms)
+    return group_norm(x, inside, groups, weight, bias, norms[0].eps, rectify=True)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one behind the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class _InsideNorm(torch.autograd.Function):
@@ -211,44 +233,70 @@ class TopDown(Pyramid):
     def convolved(self, features: Features, weight: Tensor, strides: Sequence[int]) -> Maps:
         """The maps of these strides, each under a 3x3 convolution; in cells of padding stands anything.
 
-        On a CPU, where it saves work, the finest map is never made: its level goes through the product of both
-        convolutions, the coarser map through the convolution of the upsampled one, a transposed convolution at a
-        quarter of its cells.
+        On a CPU, where it saves work, the finest map is never made: see `_at_finest`.
         """
-        joined = self._joined(features, weight) if self.strides[0] in strides else None
-        if joined is None:
+        base = self._base(features, weight, strides)
+        if base == 0:
             return super().convolved(features, weight, strides)
-        coarser = self._maps(features, self.strides[1:])
-        found = {s: (x, inside) for s, (x, inside) in zip(self.strides[1:], coarser, strict=True) if s in strides}
-        lateral: Lateral = self.laterals[joined.name]  # type: ignore[assignment]
-        x, own, shift = lateral.folded(features.maps[joined.name], features)
-        above, inside_above = coarser[0]
-        above = only_inside(above + shift[:, None, None], inside_above)  # upsampled, a constant stays what it is
-        inside = cells_inside(features.content, (x.shape[2], x.shape[3]), joined.stride)
-        x = only_inside(x, inside).contiguous(memory_format=torch.channels_last)
-        times = self.strides[1] // self.strides[0]
-        both = torch.einsum("owyx,wc->ocyx", weight, own).contiguous(memory_format=torch.channels_last)
-        total = conv2d(x, both, padding=1)
-        kernel = upsampling_kernel(weight, times).contiguous(memory_format=torch.channels_last)
-        total = total + conv_transpose2d(above, kernel, stride=times, padding=1)
-        rest = [(conv2d(m, weight, padding=1), i) for m, i in found.values()]
-        return [(total, inside), *rest]
+        coarser = self._maps(features, self.strides[base:])
+        finest = self._at_finest(features, weight, coarser[0], base)
+        found = dict(zip(self.strides[base:], coarser, strict=True))
+        return [finest, *((conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides[1:])]
 
-    def _joined(self, features: Features, weight: Tensor) -> FeatureLevel | None:
-        """The finest level where its map need not be made and that saves work, None elsewhere."""
-        finest = [level for level in self.levels if level.stride == self.strides[0]]
-        if execution.whole_batches(weight.device) or len(self.strides) < 2 or len(finest) > 1:
-            return None
-        times, rest = divmod(self.strides[1], self.strides[0])
+    def _at_finest(
+        self, features: Features, weight: Tensor, above: tuple[Tensor, Tensor | None], base: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The finest map under a 3x3 convolution, from the map of a coarser stride and the levels below it.
+
+        Each of these levels goes through the product of its lateral and the 3x3 convolution; both it and the coarser
+        map at their own cells, in a transposed convolution that equals upsampling and then convolving.
+        """
+        x, inside = above
+        parts: list[tuple[Tensor, Tensor, int]] = []
+        for level in self.levels:
+            if level.stride < self.strides[base]:
+                lateral: Lateral = self.laterals[level.name]  # type: ignore[assignment]
+                m, own, shift = lateral.folded(features.maps[level.name], features)
+                m = only_inside(m, cells_inside(features.content, (m.shape[2], m.shape[3]), level.stride))
+                parts.append((m, torch.einsum("owyx,wc->ocyx", weight, own), level.stride))
+                x = x + shift[:, None, None]  # a constant stays what it is when it is upsampled
+        parts.append((only_inside(x, inside), weight, self.strides[base]))
+        total: Tensor | None = None
+        for m, kernel, stride in parts:
+            times = stride // self.strides[0]
+            m = m.contiguous(memory_format=torch.channels_last)
+            if times == 1:
+                own = conv2d(m, kernel.contiguous(memory_format=torch.channels_last), padding=1)
+            else:
+                kernel = upsampling_kernel(kernel, times).contiguous(memory_format=torch.channels_last)
+                own = conv_transpose2d(m, kernel, stride=times, padding=1)
+            total = own if total is None else total.add_(own)
+        assert total is not None
+        return total, cells_inside(features.content, (total.shape[2], total.shape[3]), self.strides[0])
+
+    def _base(self, features: Features, weight: Tensor, strides: Sequence[int]) -> int:
+        """The place of the finest stride whose map is made; those below it need not be. 0 where that saves nothing."""
+        if execution.whole_batches(weight.device) or strides[0] != self.strides[0]:
+            return 0
+        needed = min(strides[1:], default=self.strides[-1])
+        possible = [0]
+        for base, stride in enumerate(self.strides[1:], start=1):
+            whole = all(s % self.strides[0] == 0 for s in self.strides[: base + 1])
+            ends = features.content is None or not (features.content % stride).any()  # no cell is part image
+            possible += [base] if whole and ends and stride <= needed else []
+        return min(possible, key=lambda base: self._products(features, weight, self.strides[base]))
+
+    def _products(self, features: Features, weight: Tensor, base: int) -> float:
+        """Products per cell of the finest map, forward and back, where the map of stride `base` is the finest made."""
         outputs, width = weight.shape[:2]
-        channels = finest[0].channels
-        passes = 2 + features.maps[finest[0].name].requires_grad  # forward, to the weights, to a map that learns
-        apart = passes * channels * width + 3 * 9 * width * outputs  # products per cell of the finest map
-        joined = passes * 9 * channels * outputs + 3 * (2 / times + 1) ** 2 * width * outputs
-        if rest or joined >= apart:
-            return None
-        ends_with_cells = features.content is None or not (features.content % self.strides[1]).any()
-        return finest[0] if ends_with_cells else None
+        total = 0.0
+        for stride in self.strides:
+            channels = [v.channels * (2 + features.maps[v.name].requires_grad) for v in self.levels if v.stride == stride]
+            cells = (self.strides[0] / stride) ** 2
+            taps = (1 + 2 * self.strides[0] / stride) ** 2
+            total += sum(channels) * (taps * outputs if stride < base else cells * width)
+            total += 3 * taps * width * outputs if stride == base else 0
+        return total
 
 
 def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
