@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 VIEWS = {
-    aten.alias, aten.as_strided, aten.detach, aten.diagonal, aten.expand, aten.permute, aten.select, aten.slice, aten.split,
-    aten.split_with_sizes, aten.squeeze, aten.t, aten.transpose, aten.unbind, aten.unfold, aten.unsqueeze, aten.view,
-    aten._reshape_alias, aten._unsafe_view, aten.lift_fresh,
+    aten.alias, aten.as_strided, aten.detach, aten.diagonal, aten.expand, aten.permute, aten.select, aten.slice,
+    aten.split, aten.split_with_sizes, aten.squeeze, aten.t, aten.transpose, aten.unbind, aten.unfold, aten.unsqueeze,
+    aten.view, aten._reshape_alias, aten._unsafe_view, aten.lift_fresh,
 }  # fmt: skip
 """Operators that look at memory in another way and start nothing on a device."""
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from featprobe.errors import ShapeError
 
+FEW_CLASSES = 8  # up to here comparing with each class is faster on a CPU than sorting pixels into slots
+WIDEST_CELL = 181  # pixels, whose square an int16 still counts
+
 
 @dataclass(frozen=True)
 class Features:
@@ -64,16 +67,28 @@ def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:
     >>> cell_shares(torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8), 2, 2).flatten().tolist()
     [0.25, 0.5]
     """
-    batch, height, width = labels.shape
+    height, width = labels.shape[1:]
     if height % stride or width % stride:
         raise ShapeError(f"Labels of {height}x{width} pixels do not tile into cells of {stride}.")
+    return cell_counts(labels, classes, stride).to(torch.float32) / (stride * stride)
+
+
+def cell_counts(labels: Tensor, classes: int, stride: int) -> Tensor:
+    """Pixels of each class in each cell of a level, as `cell_shares`: int16, or int64 for large cells and many classes.
+
+    On a GPU it is three operations, and nothing waits for their result.
+    """
+    batch, height, width = labels.shape
     rows, columns = height // stride, width // stride
-    row = torch.arange(height, device=labels.device) // stride
-    column = torch.arange(width, device=labels.device) // stride
-    cell = row[:, None] * columns + column  # (height, width)
-    image = torch.arange(batch, device=labels.device)[:, None, None] * (classes + 1)
-    label = labels.long().clamp_(max=classes)  # the last slot gathers what is ignored
-    slot = (image + label) * (rows * columns) + cell
-    counts = torch.bincount(slot.flatten(), minlength=batch * (classes + 1) * rows * columns)
-    counts = counts.view(batch, classes + 1, rows, columns)[:, :classes]
-    return counts.to(torch.float32) / (stride * stride)
+    if (labels.device.type == "cpu" and classes > FEW_CLASSES) or stride > WIDEST_CELL:
+        row = torch.arange(height, device=labels.device) // stride
+        column = torch.arange(width, device=labels.device) // stride
+        cell = row[:, None] * columns + column  # (height, width)
+        image = torch.arange(batch, device=labels.device)[:, None, None] * (classes + 1)
+        label = labels.long().clamp_(max=classes)  # the last slot gathers what is ignored
+        slot = (image + label) * (rows * columns) + cell
+        counts = torch.bincount(slot.flatten(), minlength=batch * (classes + 1) * rows * columns)
+        return counts.view(batch, classes + 1, rows, columns)[:, :classes]
+    of_class = labels[:, None] == torch.arange(classes, dtype=torch.uint8, device=labels.device)[:, None, None]
+    lines = of_class.view(torch.uint8).unflatten(2, (rows, stride)).sum(3, dtype=torch.int16)
+    return lines.unflatten(3, (columns, stride)).sum(4, dtype=torch.int16)

@@ -258,12 +258,15 @@ def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
     """Lay a mask into the frame by nearest pixel: (frame height, frame width); padding is 255."""
     if labels.shape != placement.original:
         raise ShapeError(f"A mask of {labels.shape} pixels does not belong to an image of {placement.original}.")
-    rows, columns = (
-        np.minimum(((np.arange(c) + 0.5) * o / c).astype(np.intp), o - 1)
-        for c, o in zip(placement.content, placement.original, strict=True)
-    )
+    height, width = placement.content
     framed = np.full(placement.frame, IGNORE, dtype=np.uint8)
-    framed[: len(rows), : len(columns)] = labels[np.ix_(rows, columns)]
+    if placement.content != placement.original:
+        rows, columns = (
+            np.minimum(((np.arange(c) + 0.5) * o / c).astype(np.intp), o - 1)
+            for c, o in zip(placement.content, placement.original, strict=True)
+        )
+        labels = labels[np.ix_(rows, columns)]
+    framed[:height, :width] = labels
     return framed
 
 

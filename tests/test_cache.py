@@ -5,7 +5,10 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
+import time
 from dataclasses import replace
+from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from featprobe.cache import (
     make_temporary,
     open_cache,
     read_contents,
+    reader,
     remove_leftovers,
     replace_file,
 )
@@ -460,6 +464,123 @@ def test_batches_of_other_sizes_follow_each_other(long_cache):
     with FeatureLoader(long_cache) as loader:
         for rows, features in loader.batches(orders):
             np.testing.assert_array_equal(features.maps["stride4"].numpy(), expected[rows])
+
+
+# On another device: the same code with the machine's own memory in the device's place
+
+
+def staged(cache, mode=None):
+    """A loader that copies each batch out of its ring, as for a GPU, with several reading threads."""
+    loader = FeatureLoader(cache, mode=mode)
+    loader.staged = True
+    loader.reader = RowReader(cache, mode=mode, threads=3)
+    return loader
+
+
+@pytest.fixture
+def letterboxed(tmp_path):
+    """A cache of 40 rows, whose images fill other parts of the frame."""
+    recipe = recipe_of([FeatureLevel("stride4", 16, 4), FeatureLevel("stride32", 3, 32)], (64, 64))
+    rows = [rows_of(40, (64, 64), content=(64 - k, 10 + k))[k] for k in range(40)]
+    return filled_cache(tmp_path / "cache.h5", recipe, rows)
+
+
+@pytest.mark.parametrize("mode", ["memmap", "preadv", "direct"])
+def test_batches_on_their_way_to_a_device_are_those_of_the_file_and_last_until_the_next(letterboxed, mode):
+    if mode == "direct" and not _direct_works(letterboxed):
+        pytest.skip("this file system has no O_DIRECT")
+    expected = {n: m.view(np.float16) for n, m in random_maps(letterboxed.recipe, 40).items()}
+    random = np.random.default_rng(3)
+    orders = [random.integers(0, 40, size) for size in (5, 1, 7, 2, 40, 0, 3, 7, 7)]
+    with staged(letterboxed, mode) as loader:
+        for (rows, features), order in zip(loader.batches(orders), orders, strict=True):
+            np.testing.assert_array_equal(rows, order)
+            time.sleep(0.005)  # in which the next batch is read and copied
+            for name, m in features.maps.items():
+                np.testing.assert_array_equal(m.numpy(), expected[name][rows])
+            assert features.content.tolist() == [[64 - k, 10 + k] for k in rows.tolist()]
+
+
+def test_an_error_or_an_early_end_stops_the_threads_of_a_staged_ring(long_cache):
+    def orders():
+        yield np.array([0])
+        raise ValueError("no more")
+
+    with staged(long_cache) as loader:
+        with pytest.raises(ValueError, match="no more"):
+            list(loader.batches(orders()))
+        endless = loader.batches(repeat(np.array([1, 2])))
+        next(endless), next(endless)
+        endless.close()
+        os.truncate(long_cache.path, 200_000)
+        with pytest.raises(CacheError, match="cut short"):
+            list(loader.batches([np.arange(64)]))
+    assert not [t for t in threading.enumerate() if t.name.startswith(("feature-reader", "row-reader"))]
+
+
+@pytest.fixture
+def roomy(monkeypatch):
+    """Sets the memory that rows may take on the device."""
+    return lambda size: monkeypatch.setattr(reader, "device_room", lambda device: int(size / reader.DEVICE_SHARE))
+
+
+def splits_of_forty():
+    order = np.random.default_rng(0).permutation(40)
+    return {"train": np.sort(order[:20]), "val": np.sort(order[20:28]), "test": np.sort(order[28:])}
+
+
+def test_splits_move_whole_as_long_as_there_is_room_and_the_others_stream(letterboxed, roomy, monkeypatch):
+    splits, width = splits_of_forty(), letterboxed.recipe.row_bytes
+    monkeypatch.setattr(reader, "PIECE", 3 * width)
+    roomy(32.5 * width)  # train and the 12 of test, or train and val
+    expected = {n: m.view(np.float16) for n, m in random_maps(letterboxed.recipe, 40).items()}
+    with staged(letterboxed) as loader:
+        said = loader.keep_on_device(splits)
+        assert said.startswith("features of train, val lie on cpu (") and said.endswith("test streamed from the file")
+        assert loader.resident(splits["test"]) is None and loader.resident(splits["train"][1:]) is None
+        with pytest.raises(ValueError, match="do not lie"):
+            loader.positions(splits["test"][:2])
+        asked = []
+        monkeypatch.setattr(loader.reader, "read", lambda rows, out: asked.append(rows.tolist()))
+        for name in ("train", "val"):
+            resident = loader.resident(splits[name])
+            assert resident is not None
+            shuffled = np.random.default_rng(1).permutation(splits[name])[:6]
+            index = loader.positions(shuffled)
+            assert index.dtype == torch.int64 and splits[name][index.numpy()].tolist() == shuffled.tolist()
+            for found in (resident(index), next(loader.batches([shuffled]))[1]):
+                for level, m in found.maps.items():
+                    np.testing.assert_array_equal(m.numpy(), expected[level][shuffled])
+                assert found.content.tolist() == [[64 - k, 10 + k] for k in shuffled.tolist()]
+            in_order = splits[name][2:7]
+            ((_, features),) = loader.batches([in_order])
+            np.testing.assert_array_equal(features.maps["stride4"].numpy(), expected["stride4"][in_order])
+            own = next(held for held in loader.held if len(held.rows) == len(splits[name]))
+            assert features.maps["stride4"].data_ptr() == own.maps["stride4"][2:].data_ptr()  # not copied
+        assert asked == []
+        list(loader.batches([splits["test"][:2], splits["test"][2:4]]))
+        assert asked == [splits["test"][:2].tolist(), splits["test"][2:4].tolist()]
+
+
+def test_rows_of_several_splits_in_one_order_come_from_wherever_they_lie(letterboxed, roomy):
+    splits, width = splits_of_forty(), letterboxed.recipe.row_bytes
+    roomy(20 * width)
+    expected = random_maps(letterboxed.recipe, 40)["stride4"].view(np.float16)
+    orders = [splits["train"][:3], splits["test"][:3], splits["train"][4:9], np.arange(40)]
+    with staged(letterboxed) as loader:
+        loader.keep_on_device(splits)
+        for (rows, features), order in zip(loader.batches(iter(orders)), orders, strict=True):
+            np.testing.assert_array_equal(features.maps["stride4"].numpy(), expected[order])
+            np.testing.assert_array_equal(rows, order)
+
+
+def test_nothing_moves_where_there_is_no_room_or_the_memory_is_the_machines_own(letterboxed, roomy):
+    with FeatureLoader(letterboxed) as loader:
+        assert loader.keep_on_device(splits_of_forty()) == "" and not loader.held
+    roomy(0)
+    with staged(letterboxed) as loader:
+        assert loader.keep_on_device(splits_of_forty()) == "train, val, test streamed from the file"
+        assert not loader.held
 
 
 # The page

@@ -10,6 +10,10 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -21,13 +25,18 @@ from featprobe.cache.store import Cache
 from featprobe.errors import CacheError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
-from featprobe.machine import available_memory
+from featprobe.machine import available_memory, human_bytes
 
 TORCH_DTYPE = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 Mode = Literal["memmap", "preadv", "direct"]
 ReadRows = Callable[[NDArray[np.intp], NDArray[np.uint8]], None]
 MEMORY_SHARE = 0.7  # of the available memory that a mapped file may take
 RING = 3  # batches: one in use, one ready, one being read
+STAGED_RING = 2  # batches on their way to another device: one in use there, one being read and copied
+READERS = 4  # threads that read rows for another device
+DEVICE_SHARE = 0.5  # of a GPU's free memory that rows may take; the rest is for the training
+CONTENT = ""  # a name that no level has, of the buffer of content sizes
+PIECE = 64 * 2**20  # bytes, about, that are read at once when rows move to a GPU whole
 
 
 def choose_mode(cache: Cache, levels: Sequence[FeatureLevel]) -> Mode:
@@ -39,9 +48,11 @@ def choose_mode(cache: Cache, levels: Sequence[FeatureLevel]) -> Mode:
 
 
 class RowReader:
-    """Copies rows of some levels of a cache into buffers that the caller owns."""
+    """Copies rows of some levels of a cache into buffers that the caller owns. threads: that share out the rows."""
 
-    def __init__(self, cache: Cache, levels: Sequence[FeatureLevel] = (), mode: Mode | None = None) -> None:
+    def __init__(
+        self, cache: Cache, levels: Sequence[FeatureLevel] = (), mode: Mode | None = None, threads: int = 1
+    ) -> None:
         self.cache = cache
         self.levels = tuple(levels) or cache.levels
         self.mode: Mode = mode or choose_mode(cache, self.levels)
@@ -53,6 +64,8 @@ class RowReader:
         self._read: dict[str, ReadRows] = {
             level.name: make(extent) for level, extent in zip(self.levels, extents, strict=True)
         }
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-reader") if threads > 1 else None
 
     def __enter__(self) -> "RowReader":
         return self
@@ -62,6 +75,8 @@ class RowReader:
 
     def close(self) -> None:
         """Let go of the file."""
+        if self._pool is not None:
+            self._pool.shutdown()
         os.close(self.handle)
 
     def row_bytes(self, level: FeatureLevel) -> int:
@@ -71,8 +86,15 @@ class RowReader:
     def read(self, rows: NDArray[np.intp], out: Mapping[str, NDArray[np.uint8]]) -> None:
         """Copy rows, in the order given, into `out`: level name -> (rows, row bytes), uint8."""
         self._check_length()
-        for level in self.levels:
-            self._read[level.name](rows, out[level.name])
+        if self._pool is None:
+            for level in self.levels:
+                self._read[level.name](rows, out[level.name])
+            return
+        step = -(-len(rows) // self.threads) or 1
+        parts = [slice(start, start + step) for start in range(0, len(rows), step)]
+        jobs = [self._pool.submit(self._read[v.name], rows[p], out[v.name][p]) for v in self.levels for p in parts]
+        for job in jobs:
+            job.result()
 
     def _check_length(self) -> None:
         """Raise CacheError when the file was cut short: touching a map beyond its end would kill the process."""
@@ -103,10 +125,12 @@ class RowReader:
     def _direct(self, extent: Extent) -> ReadRows:
         """O_DIRECT wants aligned offsets and memory, so whole aligned spans are read and rows cut out."""
         spans = -(-extent.row_bytes // ALIGNMENT) + 1
-        buffer = mmap.mmap(-1, spans * ALIGNMENT)
-        scratch = np.frombuffer(buffer, dtype=np.uint8)
+        own = threading.local()
 
         def read(rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
+            if not hasattr(own, "buffer"):
+                own.buffer = mmap.mmap(-1, spans * ALIGNMENT)
+            buffer, scratch = own.buffer, np.frombuffer(own.buffer, dtype=np.uint8)
             for row, target in zip(rows.tolist(), out, strict=True):
                 start = extent.offset + row * extent.row_bytes
                 aligned = start // ALIGNMENT * ALIGNMENT
@@ -125,11 +149,40 @@ class RowReader:
         return count
 
 
+@dataclass(frozen=True)
+class Held:
+    """Rows that lie on the device whole.
+
+    rows: ascending. maps: level name -> (rows, channels, height, width). content: (rows, 2), see Features.
+    """
+
+    rows: NDArray[np.intp]
+    maps: Mapping[str, torch.Tensor]
+    frame: tuple[int, int]
+    content: torch.Tensor | None
+
+    def places(self, rows: NDArray[np.intp]) -> NDArray[np.intp] | None:
+        """Where some rows lie among these; None where one of them does not."""
+        places = np.searchsorted(self.rows, rows).clip(max=len(self.rows) - 1)
+        return places if np.array_equal(self.rows[places], rows) else None
+
+    def at(self, index: torch.Tensor) -> Features:
+        """Features at some places: (batch,), int64, on the device. Nothing but work of the device."""
+        maps = {name: m.index_select(0, index) for name, m in self.maps.items()}
+        return Features(maps, self.frame, None if self.content is None else self.content.index_select(0, index))
+
+    def between(self, start: int, stop: int) -> Features:
+        """Features at consecutive places, which are not copied."""
+        maps = {name: m[start:stop] for name, m in self.maps.items()}
+        return Features(maps, self.frame, None if self.content is None else self.content[start:stop])
+
+
 class FeatureLoader:
     """Batches of cached features, in any order asked for, on the device that trains.
 
-    Where all the rows fit the device's own memory they move there once; else a thread reads ahead into
-    a ring of buffers (pinned when the device is a GPU).
+    Rows that fit a GPU's memory move there once (`keep_on_device`). All others are read ahead by a thread: into a ring
+    of buffers on a CPU; for another device into page-locked ones, from where a stream of their own copies them, so that
+    neither reading nor copying waits for what is computed.
     """
 
     def __init__(
@@ -142,12 +195,13 @@ class FeatureLoader:
         self.cache = cache
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
-        self.reader = RowReader(cache, self.levels, mode)
+        self.staged = self.device.type != "cpu"
+        self.reader = RowReader(cache, self.levels, mode, READERS if self.staged else 1)
         self.dtype = TORCH_DTYPE[cache.recipe.dtype]
         sizes = torch.tensor([row.placement.content for row in cache.rows], dtype=torch.int32)
         frame = torch.tensor(cache.recipe.frame, dtype=torch.int32)
-        self._content = None if bool((sizes == frame).all()) else sizes  # (rows of the cache, 2)
-        self._resident: tuple[NDArray[np.intp], dict[str, torch.Tensor]] | None = None
+        self.content = None if bool((sizes == frame).all()) else sizes  # (rows of the cache, 2)
+        self.held: list[Held] = []
 
     def __enter__(self) -> "FeatureLoader":
         return self
@@ -155,52 +209,105 @@ class FeatureLoader:
     def __exit__(self, *_: object) -> None:
         self.reader.close()
 
-    def keep_on_device(self, rows: NDArray[np.intp]) -> bool:
-        """Move these rows to the GPU whole when they take at most half of its free memory."""
-        if self.device.type != "cuda":
-            return False
-        wanted = len(rows) * sum(self.reader.row_bytes(level) for level in self.levels)
-        if wanted > torch.cuda.mem_get_info(self.device)[0] // 2:
-            return False
-        parts = [rows[i : i + 64] for i in range(0, len(rows), 64)]
-        maps: dict[str, list[torch.Tensor]] = {level.name: [] for level in self.levels}
-        for _, features in self.batches(parts):
+    def keep_on_device(self, splits: Mapping[str, NDArray[np.intp]]) -> str:
+        """Move the rows of each split to the GPU whole, the first first, as long as DEVICE_SHARE of its memory lasts.
+
+        Returns what moved and what streams, for a person; "" on a device whose memory is the machine's own.
+        """
+        room = device_room(self.device)
+        if room is None:
+            return ""
+        left, moved, streamed = int(room * DEVICE_SHARE), list[str](), list[str]()
+        for name, rows in splits.items():
+            wanted = len(rows) * sum(self.reader.row_bytes(level) for level in self.levels)
+            if wanted <= left:
+                self.held.append(self._moved(np.unique(rows)))
+                left -= wanted
+            (moved if self.resident(rows) else streamed).append(name)
+        taken = human_bytes(sum(m.nbytes for held in self.held for m in held.maps.values()))
+        said = [f"features of {', '.join(moved)} lie on {self.device} ({taken})"] if moved else []
+        said += [f"{', '.join(streamed)} streamed from the file"] if streamed else []
+        return "; ".join(said)
+
+    def _moved(self, rows: NDArray[np.intp]) -> Held:
+        frame = self.cache.recipe.frame
+        maps = {
+            level.name: torch.empty(
+                (len(rows), level.channels, *level.cells(frame)), dtype=self.dtype, device=self.device
+            )
+            for level in self.levels
+        }
+        step = max(1, PIECE // sum(self.reader.row_bytes(level) for level in self.levels))
+        start = 0
+        for part, features in self._ahead(rows[i : i + step] for i in range(0, len(rows), step)):
             for name, m in features.maps.items():
-                maps[name].append(m.clone())
-        self._resident = rows, {name: torch.cat(pieces) for name, pieces in maps.items()}
-        return True
+                maps[name][start : start + len(part)].copy_(m)
+            start += len(part)
+        content = None if self.content is None else self.content[torch.from_numpy(rows)].to(self.device)
+        return Held(rows, maps, frame, content)
+
+    def resident(self, rows: NDArray[np.intp]) -> Callable[[torch.Tensor], Features] | None:
+        """From places among a split's ascending rows, int64 on the device, to features; None for one that streams.
+
+        What it gives is pure work of the device: nothing is read, sent or waited for.
+        """
+        own = np.unique(rows)
+        return next((held.at for held in self.held if np.array_equal(held.rows, own)), None)
+
+    def positions(self, rows: NDArray[np.intp]) -> torch.Tensor:
+        """Places of rows, in the order given, among those of the split that was moved with them: int64, on the CPU.
+
+        Raises ValueError for rows that no split on the device holds.
+        """
+        found = self._holding(rows)
+        if found is None:
+            raise ValueError("These rows do not lie on the device.")
+        return torch.from_numpy(found[1].astype(np.int64))
+
+    def _holding(self, rows: NDArray[np.intp]) -> tuple[Held, NDArray[np.intp]] | None:
+        found = ((held, held.places(rows)) for held in self.held)
+        return next(((held, places) for held, places in found if places is not None), None)
 
     def batches(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
         """(rows, their features) for each array of row indices.
 
-        A batch's tensors are valid until the next one is asked for: their memory is then used again.
+        A batch's tensors are valid until the next one is asked for: their memory is then used again. They are not to be
+        written to.
         """
-        if self._resident is not None:
-            return self._from_device(orders)
-        return self._ahead(orders)
+        if not self.held:
+            return self._ahead(orders)
+        return self._from_device(orders)
 
     def _from_device(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
-        assert self._resident is not None
-        held, maps = self._resident
-        for rows in orders:
-            index = torch.from_numpy(np.searchsorted(held, rows)).to(self.device)
-            chosen = {name: m.index_select(0, index) for name, m in maps.items()}
-            yield rows, self._features(rows, chosen).to(self.device)
+        coming = iter(orders)
+        for rows in coming:
+            found = self._holding(rows)
+            if found is None:  # a split that streams, and so do all that follow
+                yield from self._ahead(chain([rows], coming))
+                return
+            held, places = found
+            if len(places) and np.array_equal(places, np.arange(places[0], places[0] + len(places))):
+                yield rows, held.between(int(places[0]), int(places[0]) + len(places))
+            else:
+                index = torch.from_numpy(places.astype(np.int64))
+                index = index.pin_memory() if self.device.type == "cuda" else index
+                yield rows, held.at(index.to(self.device, non_blocking=True))
 
     def _ahead(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
-        free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-        full: queue.SimpleQueue[tuple[NDArray[np.intp], _Slot] | BaseException | None] = queue.SimpleQueue()
+        free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         stopped = threading.Event()
-        for _ in range(RING):
-            free.put(_Slot(self.levels, self.reader, pinned=self.device.type == "cuda"))
+        full: queue.SimpleQueue[tuple[NDArray[np.intp], _Slot] | BaseException | None] = queue.SimpleQueue()
+        copies = _Copies(self.device)
+        for _ in range(STAGED_RING if self.staged else RING):
+            free.put(_Slot(self, copies))
 
         def work() -> None:
             try:
                 for rows in orders:
                     slot = free.get()
-                    if stopped.is_set():
+                    if slot is None or stopped.is_set():
                         return
-                    self.reader.read(rows, slot.sized(len(rows)))
+                    slot.fill(rows)
                     full.put((rows, slot))
                 full.put(None)
             except BaseException as error:  # handed to the thread that asked
@@ -213,43 +320,95 @@ class FeatureLoader:
                 if isinstance(item, BaseException):
                     raise item
                 rows, slot = item
-                features = self._features(rows, slot.tensors(len(rows), self.dtype, self.cache))
-                yield rows, features.to(self.device)
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()  # the copy out of the slot is over
+                yield rows, slot.features(len(rows))
+                slot.release()
                 free.put(slot)
         finally:
             stopped.set()
-            free.put(_Slot((), self.reader, pinned=False))  # wakes the thread if it waits
+            free.put(None)  # wakes the thread if it waits
             thread.join()
 
-    def _features(self, rows: NDArray[np.intp], maps: Mapping[str, torch.Tensor]) -> Features:
-        content = None if self._content is None else self._content[torch.from_numpy(np.asarray(rows))]
-        return Features(dict(maps), self.cache.recipe.frame, content)
+
+class _Copies:
+    """The stream on which batches are copied to a GPU, beside what is computed on them; nothing on other devices."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self.device = device
+        self.own = torch.cuda.Stream(device) if cuda else None
+        self.computing = torch.cuda.current_stream(device) if cuda else None
+
+    def empty(self, shape: tuple[int, int]) -> torch.Tensor:
+        """Memory of the device that both streams may use."""
+        if self.own is None or self.computing is None:
+            return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        with torch.cuda.stream(self.computing):
+            memory = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        memory.record_stream(self.own)
+        self.own.wait_stream(self.computing)  # which may still be busy with what lay there before
+        return memory
+
+    @contextmanager
+    def after(self, used: torch.cuda.Event | None) -> Iterator[None]:
+        """What is asked of the device in here goes to the stream of copies, after an event."""
+        if self.own is None or used is None:
+            yield
+            return
+        with torch.cuda.stream(self.own):
+            self.own.wait_event(used)
+            yield
 
 
 class _Slot:
-    """Memory of one batch in the ring, grown to the largest batch it has held."""
+    """Memory of one batch in the ring, and of its copy on the device; grown to the largest batch it has held."""
 
-    def __init__(self, levels: Sequence[FeatureLevel], reader: RowReader, *, pinned: bool) -> None:
-        self.levels, self.pinned = levels, pinned
-        self.row_bytes = {level.name: reader.row_bytes(level) for level in levels}
-        self.memory: dict[str, torch.Tensor] = {}
+    def __init__(self, loader: FeatureLoader, copies: _Copies) -> None:
+        self.loader, self.copies = loader, copies
+        self.widths = {level.name: loader.reader.row_bytes(level) for level in loader.levels}
+        if loader.content is not None:
+            self.widths[CONTENT] = loader.content.element_size() * 2
+        self.host: dict[str, torch.Tensor] = {}
+        self.there: dict[str, torch.Tensor] = {}  # on the device; the same memory on a CPU
+        events = copies.own is not None
+        self.copied = torch.cuda.Event() if events else None
+        self.used = torch.cuda.Event() if events else None
 
-    def sized(self, rows: int) -> dict[str, NDArray[np.uint8]]:
-        """Buffers for this many rows: level name -> (rows, row bytes)."""
-        for name, width in self.row_bytes.items():
-            if name not in self.memory or self.memory[name].shape[0] < rows:
-                self.memory[name] = _memory(rows, width, self.pinned)
-        return {name: memory[:rows].numpy() for name, memory in self.memory.items()}
+    def fill(self, rows: NDArray[np.intp]) -> None:
+        """Read a batch, and begin to copy it to the device."""
+        if self.copied is not None:
+            self.copied.synchronize()  # the last copy out of the page-locked memory; only the reading thread waits
+        for name, width in self.widths.items():
+            if name not in self.host or self.host[name].shape[0] < len(rows):
+                self.host[name] = _memory(len(rows), width, pinned=self.copied is not None)
+                self.there[name] = self.copies.empty((len(rows), width)) if self.loader.staged else self.host[name]
+        host = {name: memory[: len(rows)] for name, memory in self.host.items()}
+        self.loader.reader.read(rows, {level.name: host[level.name].numpy() for level in self.loader.levels})
+        if self.loader.content is not None:
+            host[CONTENT].copy_(self.loader.content[torch.from_numpy(rows)].view(torch.uint8))
+        if self.loader.staged:
+            with self.copies.after(self.used):
+                for name, memory in host.items():
+                    self.there[name][: len(rows)].copy_(memory, non_blocking=self.copied is not None)
+                if self.copied is not None:
+                    self.copied.record()
 
-    def tensors(self, rows: int, dtype: torch.dtype, cache: Cache) -> dict[str, torch.Tensor]:
-        """The same buffers as maps: level name -> (rows, channels, height, width)."""
-        frame = cache.recipe.frame
-        return {
-            level.name: self.memory[level.name][:rows].view(dtype).view(rows, level.channels, *level.cells(frame))
-            for level in self.levels
+    def features(self, rows: int) -> Features:
+        """The batch on the device, where what follows waits for the copy; the caller does not."""
+        if self.copied is not None:
+            torch.cuda.current_stream(self.copies.device).wait_event(self.copied)
+        loader, frame = self.loader, self.loader.cache.recipe.frame
+        maps = {
+            level.name: self.there[level.name][:rows].view(loader.dtype).view(rows, level.channels, *level.cells(frame))
+            for level in loader.levels
         }
+        return Features(
+            maps, frame, None if CONTENT not in self.there else self.there[CONTENT][:rows].view(torch.int32)
+        )
+
+    def release(self) -> None:
+        """Let the memory be used again after all that was asked of the device so far."""
+        if self.used is not None:
+            self.used.record(torch.cuda.current_stream(self.copies.device))
 
 
 def _memory(rows: int, width: int, pinned: bool) -> torch.Tensor:
@@ -257,6 +416,14 @@ def _memory(rows: int, width: int, pinned: bool) -> torch.Tensor:
     if pinned:
         return torch.empty((rows, width), dtype=torch.uint8, pin_memory=True)
     return torch.from_numpy(np.empty((rows, width), dtype=np.uint8))
+
+
+def device_room(device: torch.device) -> int | None:
+    """Bytes free on a GPU; None on a device whose memory is the machine's own."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _open_direct(cache: Cache) -> int:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from featprobe.errors import ShapeError
 from featprobe.features import Features
-from featprobe.probes.linear import LinearHead, fold, sum_of_levels
-from featprobe.probes.losses import level_loss
+from featprobe.probes import execution
+from featprobe.probes.linear import LinearHead, fold, logits_of
+from featprobe.probes.losses import image_losses, level_loss, level_losses
 from featprobe.processes import summed
 
 LANES = 16  # a product's outputs come in multiples of these
@@ -36,9 +37,15 @@ class LinearBank:
 
     def logits(self, features: Features) -> Tensor:
         """Logits of every head: (heads, batch, classes, height / stride, width / stride)."""
-        maps, weights, shift = fold(self.heads, features)
-        logits = sum_of_levels(maps, weights, features, self.heads[0].levels) + shift[:, None, None]
-        return logits.unflatten(1, (len(self.heads), -1)).transpose(0, 1)
+        return self._logits(features).transpose(0, 1)
+
+    def _logits(self, features: Features) -> Tensor:
+        """(batch, heads, classes, rows, columns)."""
+        return logits_of(self.heads, features).unflatten(1, (len(self.heads), -1))
+
+    def image_loss(self, features: Features, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """image_loss of every head, (heads,). labels, weights: as image_loss takes them."""
+        return image_losses(self._logits(features), labels, weights)
 
     def loss(self, features: Features, shares: Tensor, weights: Tensor | None = None) -> Tensor:
         """level_loss of every head, (heads,). shares, weights: as level_loss takes them.
@@ -48,7 +55,9 @@ class LinearBank:
         levels = self.heads[0].levels
         if any(features.maps[level.name].requires_grad for level in levels):
             raise ShapeError("A bank trains on frozen features. Train heads one by one on a live backbone.")
-        if features.content is not None or shares.device.type != "cpu":
+        if execution.whole_batches(shares.device):
+            return level_losses(self._logits(features), shares, weights)
+        if features.content is not None:
             return torch.stack([level_loss(logits, shares, weights) for logits in self.logits(features)])
         maps, folded, shift = fold(self.heads, features)
         if weights is not None:

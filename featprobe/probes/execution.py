@@ -1,5 +1,6 @@
 """Which of two ways a head computes: in pieces that fit a CPU's caches, or in few large operations, as a GPU wants."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -26,3 +27,11 @@ def half_products(device: torch.device, *, training: bool) -> AbstractContextMan
 def full_products(device: torch.device) -> AbstractContextManager[object]:
     """Products and convolutions in the format of their factors, whatever stands around them: for logits and losses."""
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
+
+
+def recorded(device: torch.device) -> bool:
+    """Whether a training step of fixed shapes is recorded once, as a CUDA graph, and replayed.
+
+    FEATPROBE_RECORD=0 takes every step anew, which gives the same and takes longer.
+    """
+    return device.type == "cuda" and os.environ.get("FEATPROBE_RECORD") != "0"

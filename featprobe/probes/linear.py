@@ -1,13 +1,15 @@
 """The linear head: BatchNorm and a 1x1 convolution per level, summed at the finest level's grid."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.processes import summed
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # of BatchNorm, as in torch.nn.BatchNorm2d
@@ -118,8 +120,18 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Logits at the finest level's grid: (batch, classes, height / stride, width / stride)."""
-        maps, weights, shift = fold([self], features)
-        return sum_of_levels(maps, weights, features, self.levels) + shift[:, None, None]
+        return logits_of([self], features)
+
+
+def logits_of(heads: Sequence[LinearHead], features: Features) -> Tensor:
+    """Logits of heads of the same levels and classes: (batch, heads * classes, rows, columns).
+
+    The first head's statistics serve them all.
+    """
+    if execution.whole_batches(heads[0].bias.device):
+        return _logits_at_once(heads, features)
+    maps, weights, shift = fold(heads, features)
+    return sum_of_levels(maps, weights, features, heads[0].levels) + shift[:, None, None]
 
 
 def fold(heads: Sequence[LinearHead], features: Features) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -162,3 +174,206 @@ def sum_of_levels(
         total = own if total is None else total + own
     assert total is not None  # a head has at least one level
     return total
+
+
+# ---- in few large operations -----------------------------------------------------------------------------------------
+
+
+def _logits_at_once(heads: Sequence[LinearHead], features: Features) -> Tensor:
+    """What `fold` and `sum_of_levels` compute, all levels and heads in the same operations where they can be.
+
+    Maps in half precision stay so: products are summed in float32 where the device can (`_mixed`).
+    """
+    first = heads[0]
+    levels, dtype = first.levels, first.bias.dtype
+    maps = [features.maps[level.name].flatten(2) for level in levels]
+    maps = [x if x.dtype in HALF else x.to(dtype) for x in maps]
+    norms: list[LevelNorm] = [first.norms[level.name] for level in levels]  # type: ignore[misc]
+    mean, rstd = _statistics(norms, maps, _shares(levels, features), dtype)
+    weights, gamma, beta, bias = _stacked(
+        heads
+    )  # (heads, classes, channels), (heads, channels) twice, (heads, classes)
+    folded = weights * (gamma * rstd)[:, None]
+    if _mixed(maps[0]):
+        folded = _Rounded.apply(folded, maps[0].dtype)  # here, so that the mean is taken off with the same weights
+    shift = bias + (weights @ beta[:, :, None]).squeeze(2) - folded @ mean
+    grids = [level.cells(features.frame) for level in levels]
+    places = _repeated_cells(levels, features)
+    return _SumOfLevels.apply(grids, places, folded.view(-1, folded.shape[2]), shift.view(-1), *maps)
+
+
+def _stacked(heads: Sequence[LinearHead]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights (heads, classes, channels), gamma and beta (heads, channels) of all levels in turn, bias (heads, classes).
+
+    One copy of all parameters, cut in views: so is its gradient.
+    """
+    levels, count, classes = heads[0].levels, len(heads), heads[0].classes
+    norms = [[head.norms[level.name] for level in levels] for head in heads]
+    own = [[head.weights[level.name] for head in heads] for level in levels]
+    parts = [
+        *(weight.flatten() for weights in own for weight in weights),
+        *(norm.weight for of_head in norms for norm in of_head), *(norm.bias for of_head in norms for norm in of_head),
+        *(head.bias for head in heads),
+    ]  # fmt: skip
+    channels = [level.channels for level in levels]
+    every, wide = sum(channels), count * sum(channels)
+    cuts = [*(count * classes * c for c in channels), wide, wide, count * classes]
+    *weights, gamma, beta, bias = torch.cat(parts).split(cuts)
+    joined = torch.cat([w.view(count, classes, -1) for w in weights], 2)
+    return joined, gamma.view(count, every), beta.view(count, every), bias.view(count, classes)
+
+
+def _statistics(
+    norms: Sequence[LevelNorm], maps: Sequence[Tensor], shares: Sequence[Tensor] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """LevelNorm.statistics of all levels in turn, each (channels of all levels,).
+
+    maps: (batch, channels, cells). shares: (batch, cells) of each level, or None.
+    """
+    if not norms[0].training:
+        mean = torch.cat([norm.running_mean for norm in norms]).to(dtype)
+        return mean, (torch.cat([norm.running_var for norm in norms]).to(dtype) + EPSILON).rsqrt()
+    totals, powers, counts = [], [], []
+    for level, x in enumerate(maps):
+        if shares is None:
+            totals.append(x.sum((0, 2), dtype=dtype))
+            powers.append(torch.linalg.vector_norm(x, dim=(0, 2), dtype=dtype))
+            counts.append(x.new_full((x.shape[1],), x.shape[0] * x.shape[2], dtype=dtype))
+        else:
+            share = shares[level].to(dtype)
+            root = share.sqrt()[:, None]  # (batch, 1, cells)
+            weighted = x * root
+            totals.append((weighted @ root.transpose(1, 2)).sum((0, 2)))
+            powers.append(torch.linalg.vector_norm(weighted, dim=(0, 2)))
+            counts.append(share.sum().expand(x.shape[1]))
+    sums = summed(torch.stack([torch.cat(counts), torch.cat(totals), torch.cat(powers).square()]))
+    number, total, squares = sums.unbind()
+    mean = total / number
+    var = (squares / number - mean.square()).clamp(min=0)
+    with torch.no_grad():
+        unbiased = var * (number / (number - 1).clamp(min=1))
+        cuts = [x.shape[1] for x in maps]
+        running = [*(norm.running_mean for norm in norms), *(norm.running_var for norm in norms)]
+        torch._foreach_lerp_(
+            running, [*mean.to(running[0]).split(cuts), *unbiased.to(running[0]).split(cuts)], MOMENTUM
+        )
+    return mean, (var + EPSILON).rsqrt()
+
+
+def _shares(levels: Sequence[FeatureLevel], features: Features) -> list[Tensor] | None:
+    """Features.valid_share of every level, (batch, cells); a coarser cell's is the mean of the finest cells in it."""
+    finest = features.valid_share(levels[0].stride)
+    if finest is None:
+        return None
+    found = []
+    for level in levels:
+        times, rest = divmod(level.stride, levels[0].stride)
+        own = features.valid_share(level.stride) if rest else finest if times == 1 else avg_pool2d(finest, times)
+        assert own is not None
+        found.append(own.flatten(1))
+    return found
+
+
+def _repeated_cells(levels: Sequence[FeatureLevel], features: Features) -> list[Tensor] | None:
+    """For each level the cells that `over_padding` takes logits from, (batch, cells); None without padding."""
+    if features.content is None:
+        return None
+    ends = features.content.long() - 1  # (batch, 2), pixels
+    found = []
+    for level in levels:
+        last = ends // level.stride
+        row, column = (
+            torch.arange(cells, device=last.device).minimum(last[:, axis, None])
+            for axis, cells in enumerate(level.cells(features.frame))
+        )
+        found.append((row[:, :, None] * level.cells(features.frame)[1] + column[:, None]).flatten(1))
+    return found
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _mixed(x: Tensor) -> bool:
+    """Whether products of this half-precision map are summed in float32 by the device itself."""
+    return x.dtype in HALF and x.is_cuda and "dtype" in torch.ops.aten.bmm.overloads()
+
+
+def _product(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch.bmm with sums and result in `dtype`, its factors in the number format of the map `like`."""
+    if _mixed(like):
+        return torch.bmm(a.to(like.dtype), b.to(like.dtype), out_dtype=dtype)
+    return torch.bmm(a.to(dtype), b.to(dtype))
+
+
+class _Rounded(torch.autograd.Function):
+    """Values as another number format has them, whose gradient passes through as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[0], None
+
+
+class _SumOfLevels(torch.autograd.Function):
+    """`sum_of_levels` of a whole batch with a shift, and its gradient, in half precision where maps have it.
+
+    The gradient of an output is divided by its largest value before its products and multiplied after them: those of a
+    mean over millions of pixels would vanish in float16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grids: Sequence[tuple[int, int]],
+        places: Sequence[Tensor] | None,
+        weights: Tensor,
+        shift: Tensor,
+        *maps: Tensor,
+    ) -> Tensor:
+        """weights: (outputs, channels of all levels in turn). shift: (outputs,). maps: (batch, channels, cells)."""
+        ctx.grids, ctx.places = grids, places
+        ctx.save_for_backward(weights, *maps)
+        total = shift[:, None, None]
+        own_weights = weights.split([x.shape[1] for x in maps], 1)
+        for level, (x, weight, grid) in enumerate(zip(maps, own_weights, grids, strict=True)):
+            own = _product(weight.expand(len(x), -1, -1), x, x, weights.dtype)  # (batch, outputs, cells)
+            if places is not None:
+                own = own.gather(2, places[level][:, None].expand_as(own))
+            own = own.unflatten(2, grid)
+            if grid != grids[0]:
+                own = interpolate(own, grids[0], mode="bilinear", align_corners=False)
+            total = total + own
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        """upstream: (batch, outputs, rows, columns)."""
+        (gradient,) = upstream
+        weights, *maps = ctx.saved_tensors
+        mixed, largest = _mixed(maps[0]), None
+        of_shift = gradient.sum((0, 2, 3))
+        if mixed:
+            largest = torch.linalg.vector_norm(gradient, torch.inf, dim=(0, 2, 3)).clamp(min=1e-30)
+            gradient = gradient / largest[:, None, None]
+        of_weights, of_maps = [], list[Tensor | None]()
+        own_weights = weights.split([x.shape[1] for x in maps], 1)
+        for level, (x, weight, grid) in enumerate(zip(maps, own_weights, ctx.grids, strict=True)):
+            own = gradient
+            if grid != ctx.grids[0]:
+                size, shape = list(ctx.grids[0]), [*gradient.shape[:2], *grid]
+                own = torch.ops.aten.upsample_bilinear2d_backward(gradient, size, shape, False)
+            own = own.flatten(2)
+            if ctx.places is not None:
+                index = ctx.places[level][:, None].expand_as(own)
+                own = torch.zeros_like(own).scatter_add_(2, index, own)
+            of_weights.append(_product(own, x.transpose(1, 2), x, weights.dtype).sum(0))
+            back = weight.T if largest is None else weight.T * largest  # too small for half precision
+            wanted = ctx.needs_input_grad[4 + level]
+            of_maps.append(torch.bmm(back.expand(len(x), -1, -1), own).to(x.dtype) if wanted else None)
+        joined = torch.cat(of_weights, 1)
+        if largest is not None:
+            joined = joined * largest[:, None]
+        return None, None, joined, of_shift, *of_maps

@@ -1,10 +1,15 @@
 """Losses of dense heads, at the finest level's grid or at the image's: cross-entropy, dice, focal, and their sums."""
 
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, one_hot
+from torch.nn.functional import interpolate
 
 from featprobe.errors import ProbeError, ShapeError, nearest
+from featprobe.probes import execution
 from featprobe.processes import count, summed
 from featprobe.targets import IGNORE
 
@@ -66,6 +71,29 @@ def _dice(q: Tensor, shares: Tensor) -> Tensor:
     return (scores * present).sum() / present.sum().clamp(min=1) / count()  # which all of them have alike
 
 
+def level_losses(logits: Tensor, shares: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
+    """level_loss of several heads at once, (heads,). logits: (batch, heads, classes, rows, columns)."""
+    terms, every = parse_loss(loss), (0, 2, 3, 4)
+    p = shares[:, None]
+    weighted = p if weights is None else p * weights[:, None, None]
+    log_q = torch.log_softmax(logits, 2)
+    total, mass = logits.new_zeros(logits.shape[1]), summed(weighted.sum()).clamp(min=1e-12)
+    if "ce" in terms:
+        total = total - (weighted * log_q).sum(every) / mass
+    if "focal" in terms:
+        hard = (1 - log_q.exp()).clamp(min=0).pow(FOCUS)
+        total = total - (weighted * hard * log_q).sum(every) / mass
+    if "dice" in terms:
+        q, cells = log_q.exp(), (0, 3, 4)
+        own = p.sum(cells).expand(q.shape[1], -1)  # (heads, classes)
+        said, both = (q * p.sum(2, keepdim=True)).sum(cells), (q * p).sum(cells)
+        own, said, both = summed(torch.stack([own, said, both]))
+        present = own > 0
+        scores = 1 - 2 * both / (own + said).clamp(min=1e-12)
+        total = total + (scores * present).sum(1) / present.sum(1).clamp(min=1) / count()
+    return total
+
+
 def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
     """Loss of pixels, the logits upsampled bilinearly to the frame.
 
@@ -74,20 +102,94 @@ def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, lo
     Returns a scalar, the mean weighted by the class weights; 0 where no pixel counts; for several processes as
     level_loss.
     """
-    upsampled = interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    target = labels.long()
-    if count() == 1 and bool((target == IGNORE).all()):
-        return upsampled.sum() * 0
-    if parse_loss(loss) == ("ce",) and count() == 1:
-        return cross_entropy(upsampled, target, weights, ignore_index=IGNORE)
+    return image_losses(logits[:, None], labels, weights, loss)[0]
+
+
+def image_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
+    """image_loss of several heads at once, (heads,). logits: (batch, heads, classes, rows, columns)."""
+    heads, classes = logits.shape[1:3]
     if parse_loss(loss) == ("ce",):
-        of_class = logits.new_ones(logits.shape[1]) if weights is None else weights
-        mass = torch.cat([of_class, of_class.new_zeros(IGNORE + 1 - len(of_class))])[target].sum()
-        total = cross_entropy(upsampled, target, weights, ignore_index=IGNORE, reduction="sum")
-        return total / summed(mass).clamp(min=1e-12)
-    classes = logits.shape[1]
-    shares = one_hot(target.clamp(max=classes), classes + 1)[..., :classes].movedim(-1, 1).to(logits.dtype)
-    return level_loss(upsampled, shares, weights, loss)
+        return _ImageLoss.apply(logits, labels, logits.new_ones(classes) if weights is None else weights.to(logits))
+    upsampled = interpolate(logits.flatten(1, 2), labels.shape[1:], mode="bilinear", align_corners=False)
+    own = torch.arange(classes, device=labels.device, dtype=labels.dtype)[:, None, None]
+    shares = (labels[:, None] == own).to(logits.dtype)
+    return level_losses(upsampled.unflatten(1, (heads, classes)), shares, weights, loss)
+
+
+class _ImageLoss(torch.autograd.Function):
+    """Cross-entropy at the image's size with its gradient, a piece of the batch at a time.
+
+    Upsampled logits are as many as all that a step reads beside them, so no piece of them is kept: it goes forward and
+    straight back. A piece is as many rows of an image as fit a CPU's caches, or as many images as fit a share of a
+    GPU's memory. Bilinear upsampling along an axis is a product with a matrix that is all but empty; of it a piece
+    takes the block that is not. That is several times faster than upsampling by pixels, and its adjoint, which is the
+    transpose, is the same in every run on a GPU too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """logits: (batch, heads, classes, rows, columns). weights: (classes,). Returns (heads,)."""
+        heads, classes, rows, columns = logits.shape[1:]
+        height, width = labels.shape[1:]
+        of_label = torch.cat([weights, weights.new_zeros(IGNORE + 1 - classes)])
+        down, across = _upsampling(rows, height, logits), _upsampling(columns, width, logits)
+        losses, mass = logits.new_zeros(heads), logits.new_zeros(())
+        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        for images, pixels, cells in _pieces(logits, height, width):
+            wide = logits[images, :, :, cells] @ across.T  # (images, heads, classes, cells, width)
+            block = down[pixels, cells]
+            z = block @ wide  # (images, heads, classes, pixels, width)
+            label = labels[images, pixels].long()[:, None, None]
+            mine = of_label[label]  # (images, 1, 1, pixels, width)
+            target = label.clamp(max=classes - 1).expand(-1, heads, -1, -1, -1)
+            z -= z.amax(2, keepdim=True)
+            picked = z.gather(2, target)
+            sums = z.exp_().sum(2, keepdim=True)
+            losses += ((sums.log() - picked) * mine).sum((0, 2, 3, 4))
+            mass += mine.sum()
+            z *= mine / sums
+            z.scatter_add_(2, target, -mine.expand_as(target))
+            gradient[images, :, :, cells] += block.T @ z @ across
+        mass = summed(mass).clamp(min=1e-12)
+        ctx.save_for_backward(gradient, mass)
+        return losses / mass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        """upstream: (heads,)."""
+        gradient, mass = ctx.saved_tensors
+        return gradient * (upstream[0] / mass)[:, None, None, None], None, None
+
+
+CACHED = 2**19  # upsampled logits of a piece on a CPU
+IN_MEMORY = 2**28  # on a GPU: 1 GiB, a few times
+
+
+def _pieces(logits: Tensor, height: int, width: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(images, rows of pixels, rows of cells that these pixels are upsampled from) of every piece of a batch."""
+    batch, heads, classes, rows, _ = logits.shape
+    per_row, stride = heads * classes * width, height // rows
+    if execution.whole_batches(logits.device):
+        step = max(1, IN_MEMORY // (per_row * height))
+        yield from ((slice(i, i + step), slice(0, height), slice(0, rows)) for i in range(0, batch, step))
+        return
+    step = max(1, CACHED // (per_row * stride))  # rows of cells
+    for image in range(batch):
+        for start in range(0, rows, step):
+            end = min(start + step, rows)
+            cells = slice(max(0, start - 1), min(rows, end + 1))
+            yield slice(image, image + 1), slice(start * stride, end * stride), cells
+
+
+@cache
+def _matrix(cells: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return interpolate(torch.eye(cells, dtype=dtype, device=device)[None], pixels, mode="linear")[0].T.contiguous()
+
+
+def _upsampling(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """The matrix of linear upsampling along an axis: (pixels, cells)."""
+    return _matrix(cells, pixels, like.dtype, like.device)
 
 
 def inverse_sqrt_weights(pixels: Tensor) -> Tensor:

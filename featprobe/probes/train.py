@@ -1,22 +1,23 @@
 """The one training loop, wherever features come from, for one head or for many over the same batches."""
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from math import cos, isfinite, isnan, pi
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
+from featprobe.probes import execution
 from featprobe.probes.losses import parse_loss
-from featprobe.processes import check_batch, check_norms, is_main, sum_gradients, summed
+from featprobe.processes import check_batch, check_norms, count, is_main, own_part, sum_gradients, summed
 from featprobe.specs import Rows
 
 Feed = Callable[[Iterable[Rows]], Iterator[tuple[Rows, Features]]]
@@ -25,6 +26,11 @@ TrainingFeed = Callable[[Iterable[Rows], int], Generator[tuple[Any, Features]]]
 """From arrays of row indices, and the number of the first of them in a training, to (what the loss takes beside the
 features: the rows, or rows with labels of their own; features). Of several processes each yields its own part of every
 array, `processes.own_part`."""
+Resident = Callable[[Tensor], Features]
+"""From places among the sorted rows of a training, (batch,), to their features; all on the device."""
+Loss = Callable[[Features, Any], Tensor]
+"""From features, and what the feed gives with them or their places as `Resident` takes them, to losses, (heads,)."""
+WARM_UP = 3  # steps before a step is recorded: libraries choose their ways, the optimizer makes its state
 
 
 @dataclass(frozen=True)
@@ -190,13 +196,17 @@ def train(
     recipes: Sequence[TrainRecipe],
     feed: TrainingFeed,
     rows: Rows,
-    loss: Callable[[Features, Any], Tensor],
+    loss: Loss,
     seed: int,
     evaluate: Callable[[], Sequence[dict[str, float]]],
     progress: Callable[[int, float], None] = lambda step, loss: None,
     tuned: Tuned | None = None,
     keeper: Keeper | None = None,
     best_by: str | None = None,
+    *,
+    resident: Resident | None = None,
+    fixed: bool = False,
+    taken: Callable[[Tensor], None] = lambda losses: None,
 ) -> list[list[CurvePoint]]:
     """Train heads on the same batches of a feed and return the validation curve of each.
 
@@ -204,24 +214,26 @@ def train(
     gives with them to the losses, (heads,). seed: of the order of rows. evaluate: scores of every head on validation.
     tuned: the backbone behind the feed, where it is trained as well. progress: told the step and the mean loss.
     best_by: the validation score whose best point gives each head its weights (and the backbone its own), see
-    `kept_point`; None for the weights of the end. Several processes take their part of each batch: losses add up over
-    them, and every one ends with the same weights.
+    `kept_point`; None for the weights of the end. taken: told the losses of every step, (heads,), on their device.
+    Several processes take their part of each batch: losses add up over them, and every one ends with the same weights.
+
+    fixed: the loss also takes places of rows on the device, and of one shape it always does the same; so on a GPU a
+    step of frozen features is recorded once and replayed (`execution.recorded`). resident: where all rows lie on the
+    device; else features come from the feed.
 
     A head whose loss is not finite any more is given up: its curve ends, the others go on. Raises DivergedError when
     that holds for all of them.
     """
     recipe = recipes[0]
-    loop = _Loop(heads, recipes, seed, tuned, best_by)
+    loop = _Loop(heads, recipes, seed, tuned, best_by, fixed)
     loop.restore(keeper.load() if keeper else None)
     marks = set(evaluation_points(recipe))
-    sizes = [len(part) for part in _parts(next(batches_of(rows, recipe, seed)), tuned)]
-    left = islice(batches_of(rows, recipe, seed), loop.step, None)
     loop.mode(training=True)
-    check_batch(sum(sizes), len(sizes))
     check_norms(loop.moving)
-    with closing(feed((part for batch in left for part in _parts(batch, tuned)), loop.step * len(sizes))) as fed:
+    with closing(_steps(loop, feed, rows, loss, seed, resident)) as steps:
         while loop.step < recipe.iterations:
-            loop.take(fed, sizes, loss)
+            loop.take(steps)
+            taken(loop.losses[-1])
             if loop.step in marks:
                 loop.mode(training=False)
                 with loop.averaged():
@@ -233,9 +245,160 @@ def train(
     return loop.curves
 
 
+def seconds_per_step(
+    heads: Sequence[nn.Module],
+    recipes: Sequence[TrainRecipe],
+    feed: TrainingFeed,
+    rows: Rows,
+    loss: Loss,
+    tuned: Tuned | None = None,
+    *,
+    resident: Resident | None = None,
+    fixed: bool = False,
+    counted: int,
+) -> float:
+    """Seconds of a step as `train` takes it: the mean of some, after those that prepare them.
+
+    The heads, and the backbone, are then trained by these steps.
+    """
+    first = WARM_UP + 1 if _is_recorded(heads, tuned, fixed) else 1
+    recipes = [replace(recipe, iterations=first + counted) for recipe in recipes]
+    loop = _Loop(heads, recipes, 0, tuned, None, fixed)
+    loop.mode(training=True)
+    begun = 0.0
+    with closing(_steps(loop, feed, rows, loss, 0, resident)) as steps:
+        for step in range(first + counted):
+            if step == first:
+                begun = _now(loop.device)
+            next(steps)
+    return (_now(loop.device) - begun) / counted
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _parts(batch: Rows, tuned: Tuned | None) -> list[Rows]:
     """The parts of a batch that go forward one after another."""
     return np.array_split(batch, min(tuned.accumulate, len(batch))) if tuned else [batch]
+
+
+def _steps(
+    loop: "_Loop", feed: TrainingFeed, rows: Rows, loss: Loss, seed: int, resident: Resident | None
+) -> Generator[None]:
+    """Takes a step of the optimizer each time it is asked for one, from where the loop stands to its end."""
+    if loop.placed:
+        yield from _placed_steps(loop, feed, rows, loss, seed, resident)
+        return
+    recipe = loop.recipes[0]
+    sizes = [len(part) for part in _parts(next(batches_of(rows, recipe, seed)), loop.tuned)]
+    check_batch(sum(sizes), len(sizes))
+    left = islice(batches_of(rows, recipe, seed), loop.step, None)
+    with closing(feed((p for batch in left for p in _parts(batch, loop.tuned)), loop.step * len(sizes))) as fed:
+        for _ in range(loop.step, recipe.iterations):
+            loop.note(loop.advance(((size / sum(sizes), *next(fed)) for size in sizes), loss))
+            yield
+
+
+def _placed_steps(
+    loop: "_Loop", feed: TrainingFeed, rows: Rows, loss: Loss, seed: int, resident: Resident | None
+) -> Generator[None]:
+    """The same where the order of all rows lies on the device, and a step finds its batch there."""
+    batches = np.stack(list(batches_of(rows, loop.recipes[0], seed)))  # (iterations, batch)
+    check_batch(batches.shape[1], 1)
+    own = np.searchsorted(np.sort(rows), batches[:, own_part(batches.shape[1])])
+    order = torch.from_numpy(own).to(loop.device)
+
+    def advance(features: Features | None) -> None:
+        places = order.index_select(0, loop.place)[0]  # (batch,)
+        given = features if resident is None else resident(places)
+        assert given is not None  # they come from the one or from the other
+        loop.advance([(1.0, places, given)], loss)
+
+    step = _Recorded(advance, loop.device) if loop.recorded else advance
+    if resident is not None:
+        for number in range(loop.step, len(batches)):
+            step(None)
+            loop.note(loop.gathered[number])
+            yield
+        return
+    with closing(feed(iter(batches[loop.step :]), loop.step)) as fed:
+        for number, (_, features) in enumerate(fed, loop.step):
+            step(features)
+            loop.note(loop.gathered[number])
+            yield
+
+
+class _Recorded:
+    """A step of a training on a GPU, recorded as a CUDA graph once it was taken a few times, and then replayed.
+
+    Features that come from outside are copied to where the recorded step looks for them.
+    """
+
+    def __init__(self, step: Callable[[Features | None], None], device: torch.device) -> None:
+        self.step, self.device, self.before = step, device, 0
+        self.stream = torch.cuda.Stream(device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.given: Features | None = None
+
+    def __call__(self, features: Features | None) -> None:
+        """Take the step."""
+        if self.before < WARM_UP:
+            self.before += 1
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                self.step(features)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            return
+        if self.graph is None:
+            self.graph = self._record(features)
+        elif features is not None and self.given is not None:
+            for name, m in features.maps.items():
+                self.given.maps[name].copy_(m)
+            if features.content is not None and self.given.content is not None:
+                self.given.content.copy_(features.content)
+        self.graph.replay()
+
+    def _record(self, features: Features | None) -> torch.cuda.CUDAGraph:
+        if features is not None:
+            content = None if features.content is None else features.content.clone()
+            maps = {name: m.clone() for name, m in features.maps.items()}
+            self.given = replace(features, maps=maps, content=content)
+        graph = torch.cuda.CUDAGraph()
+        try:  # thread_local: the thread that reads ahead may ask for memory meanwhile
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                self.step(self.given)
+        except RuntimeError as error:
+            first = error if error.__context__ is None else error.__context__  # what ended the step ends the recording
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(first, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(str(first)) from error
+            raise ProbeError(
+                f"{self.device} could not record a training step to replay it.\n"
+                f"  found   {str(first).splitlines()[0]}\n"
+                "Run again with FEATPROBE_RECORD=0 in the environment: each step is then taken anew, which gives the\n"
+                "same and takes longer."
+            ) from error
+        return graph
+
+
+def _clip(heads: Sequence[nn.Module], limit: float) -> None:
+    """torch.nn.utils.clip_grad_norm_ of each head, in few operations for all of them."""
+    gradients = [[p.grad for p in head.parameters() if p.grad is not None] for head in heads]
+    norms = torch.stack(torch._foreach_norm(list(chain(*gradients)))).split([len(own) for own in gradients])
+    each = torch.stack([torch.linalg.vector_norm(own) for own in norms])  # (heads,)
+    for own, factor in zip(gradients, (limit / (each + 1e-6)).clamp(max=1.0).unbind(), strict=True):
+        torch._foreach_mul_(own, factor)
+
+
+def _is_recorded(heads: Sequence[nn.Module], tuned: Tuned | None, fixed: bool) -> bool:
+    """Whether steps of this training are recorded and replayed: those of one process over frozen features."""
+    return fixed and tuned is None and count() == 1 and execution.recorded(next(heads[0].parameters()).device)
 
 
 class _Loop:
@@ -248,9 +411,13 @@ class _Loop:
         seed: int,
         tuned: Tuned | None,
         best_by: str | None,
+        fixed: bool = False,
     ) -> None:
         self.heads, self.recipes, self.tuned, self.step = heads, recipes, tuned, 0
         self.best_by = best_by
+        self.device = next(heads[0].parameters()).device
+        self.whole = execution.whole_batches(self.device)
+        self.placed, self.recorded = fixed and self.whole and tuned is None, _is_recorded(heads, tuned, fixed)
         self.best: list[dict[str, Tensor]] = [{} for _ in heads]  # of each head, and of the backbone that moves with it
         torch.manual_seed(seed)
         groups: list[dict[str, Any]] = [
@@ -258,9 +425,18 @@ class _Loop:
             for head, own in zip(heads, recipes, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(  # many small parameters: fused is one call instead of thousands
-            [*groups, *(tuned.groups if tuned else ())], fused=True
+            [*groups, *(tuned.groups if tuned else ())], fused=True, capturable=self.recorded
         )
-        self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate(step, recipes[0]))
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # as the first steps do
+        self.rates: list[float] = [group["lr"] for group in self.optimizer.param_groups]
+        if self.whole:  # where step, rates and losses lie, so that no step waits for the host
+            self.place = torch.zeros(1, dtype=torch.long, device=self.device)
+            factors = [learning_rate(step, recipes[0]) for step in range(recipes[0].iterations)]
+            self.factors = torch.tensor(factors, dtype=torch.float32, device=self.device)
+            self.full_rates = torch.tensor(self.rates, dtype=torch.float32, device=self.device)
+            self.own_rates = self.full_rates.clone()
+            self.gathered = groups[0]["params"][0].new_zeros((recipes[0].iterations, len(heads)), requires_grad=False)
+        self._link()
         self.curves: list[list[CurvePoint]] = [[] for _ in heads]
         self.alive = [True] * len(heads)
         self.losses: list[Tensor] = []  # (heads,) of each step since the last mark
@@ -274,28 +450,60 @@ class _Loop:
         """Set training or evaluation mode."""
         self.moving.train(training)
 
-    def take(
-        self, fed: Iterator[tuple[Any, Features]], sizes: Sequence[int], loss: Callable[[Features, Any], Tensor]
-    ) -> None:
-        """One step of the optimizer, over a batch that comes in parts of these sizes."""
+    def take(self, steps: Iterator[None]) -> None:
+        """One step of the optimizer."""
+        next(steps)
+
+    def advance(self, parts: Iterable[tuple[float, Any, Features]], loss: Loss) -> Tensor:
+        """Compute a step, over a batch that comes in parts; returns its losses, (heads,).
+
+        parts: (share of the batch, what the loss takes, features).
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(())
-        for size in sizes:
-            batch, features = next(fed)
-            values = loss(features, batch) * (size / sum(sizes))  # (heads,)
+        total: Tensor | None = None
+        for share, batch, features in parts:
+            values = loss(features, batch)  # (heads,)
+            if share != 1:
+                values = values * share
             values.sum().backward()
-            total = total.to(values.device) + values.detach()
+            total = values.detach() if total is None else total + values.detach()
+        assert total is not None
         sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
-        for head in self.heads:
-            if self.recipes[0].clip:
+        if self.recipes[0].clip and self.whole:
+            _clip(self.heads, self.recipes[0].clip)
+        elif self.recipes[0].clip:
+            for head in self.heads:
                 nn.utils.clip_grad_norm_(head.parameters(), self.recipes[0].clip)
         if self.tuned and self.tuned.clip:
             nn.utils.clip_grad_norm_(self.tuned.backbone.parameters(), self.tuned.clip)
+        self._set_rates()
         self.optimizer.step()
-        self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.moving)
-        self.losses.append(summed(total))
+        total = summed(total)
+        if not self.whole:
+            return total
+        self.gathered.index_copy_(0, self.place, total[None].to(self.gathered))
+        self.place += 1
+        return self.gathered[self.step]
+
+    def _set_rates(self) -> None:
+        """Give every group the learning rate of this step."""
+        if self.whole:
+            torch.mul(self.full_rates, self.factors.index_select(0, self.place), out=self.own_rates)
+            return
+        factor = learning_rate(self.step, self.recipes[0])
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _link(self) -> None:
+        """Let the optimizer read each group's rate where it lies on the device."""
+        for index, group in enumerate(self.optimizer.param_groups if self.whole else ()):
+            group |= {"lr": self.own_rates[index], "fused": True, "capturable": self.recorded}
+
+    def note(self, losses: Tensor) -> None:
+        """Count a step that was taken. losses: its own, (heads,)."""
+        self.losses.append(losses)
         self.step += 1
 
     def mark(self, evaluate: Callable[[], Sequence[dict[str, float]]]) -> float:
@@ -342,6 +550,7 @@ class _Loop:
         for index, best in enumerate(self.best):
             if best:
                 self._with_backbone(index).load_state_dict(best)
+        self.optimizer.zero_grad(set_to_none=True)
         self.mode(training=False)
 
     def state(self) -> dict[str, Any]:
@@ -353,7 +562,6 @@ class _Loop:
             "weights": self.moving.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "curves": [[asdict(point) for point in curve] for curve in self.curves],
             "alive": self.alive,
             "losses": self.losses,
@@ -370,7 +578,9 @@ class _Loop:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self._link()
+        if self.whole:
+            self.place.fill_(self.step)
         self.curves = [[CurvePoint(**point) for point in curve] for curve in state["curves"]]
         self.alive = list(state["alive"])
         self.losses = [values.to(next(self.moving.parameters()).device) for values in state["losses"]]

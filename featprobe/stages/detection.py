@@ -80,6 +80,10 @@ class Detection:
         """What augmented views of a row are labelled from."""
         return None, self.instances(row)
 
+    def fixed(self, head: nn.Module) -> bool:
+        """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
+        return False
+
     def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
         """The heads' losses on a batch, (heads,), one head after the other."""
 

@@ -1,18 +1,16 @@
 """How long training will take, and whether it fits the memory: a few steps, timed before it starts."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from featprobe.errors import ProbeError
-from featprobe.features import Features
 from featprobe.probes import TrainRecipe
-from featprobe.probes.train import evaluation_points
+from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
 from featprobe.stages.outcome import scored_here
 from featprobe.stages.rows import images_of, rows_of
@@ -45,7 +43,7 @@ def foresee(run: "Run", trials: Sequence["Trial"], source: Source) -> Forecast:
     tuned = run.tuned(source, run.recipe)
     moving = nn.ModuleList([*together, *([tuned.backbone] if tuned else [])])
     before = {name: value.clone() for name, value in moving.state_dict().items()}
-    step = _rehearse(run, moving, run.task.start(together, fresh=run.fresh), source)
+    step = _rehearse(run, trials[: len(together)], source, tuned)
     moving.load_state_dict(before)
     for parameter in moving.parameters():
         parameter.grad = None
@@ -59,32 +57,34 @@ def foresee(run: "Run", trials: Sequence["Trial"], source: Source) -> Forecast:
     return Forecast(times * step, times * evaluation)
 
 
-def _rehearse(run: "Run", moving: nn.Module, loss: Callable[[Features, Any], Tensor], source: Source) -> float:
+def _rehearse(run: "Run", trials: Sequence["Trial"], source: Source, tuned: Tuned | None) -> float:
     """Seconds of a training step; raises ProbeError with a batch size that fits where this one does not."""
     parts = run.parts
     rows = run.rows["train"][: -(-min(run.recipe.batch_size, len(run.rows["train"])) // parts)]
-    moving.train()
+    heads = [trial.head for trial in trials]
+    loss = run.task.start(heads, fresh=run.fresh)
+    one_part = replace(tuned, accumulate=1, ema=0.0) if tuned else None
 
-    def steps(count: int, times: int) -> Iterator[float]:
-        optimizer = torch.optim.AdamW(moving.parameters(), lr=0.0, fused=True)
-        begun = time.perf_counter()
-        for batch, features in feed_of(source)([rows[:count]] * times, 0):
-            optimizer.zero_grad(set_to_none=True)
-            loss(features, batch).sum().backward()
-            optimizer.step()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize(run.device)
-            now = time.perf_counter()
-            yield now - begun
-            begun = now
+    def step(images: int, counted: int = REHEARSED - 1) -> float:
+        recipes = [replace(trial.recipe, batch_size=images) for trial in trials]
+        return seconds_per_step(
+            heads,
+            recipes,
+            feed_of(source),
+            rows[:images],
+            loss,
+            one_part,
+            counted=counted,
+            **run.placed(source, heads[0]),
+        )
 
     try:
-        return parts * float(np.mean(list(steps(len(rows), REHEARSED))[1:]))
+        return parts * step(len(rows))
     except torch.OutOfMemoryError as error:
         found = str(error).splitlines()[0]
     # out here, where nothing holds the tensors of the step that failed any more
     # several processes would wait for each other in steps that do not fit all of them
-    fits = 0 if count() > 1 else largest_that_fits(len(rows), lambda images: sum(steps(images, 1)))
+    fits = 0 if count() > 1 else largest_that_fits(len(rows), lambda images: step(images, 1))
     advice = f"--batch-size {fits * parts}" if fits else "fewer --levels, a smaller --width, or --device cpu"
     if count() > 1:
         advice = "a smaller --batch-size, more processes, or --device cpu"

@@ -12,7 +12,7 @@ from torch import Tensor
 from featprobe.errors import ProbeError, nearest
 from featprobe.probes import TrainRecipe
 from featprobe.probes.train import learning_rate
-from featprobe.processes import is_main, summed
+from featprobe.processes import is_main
 
 PROJECT = "featprobe"  # of runs in Weights & Biases
 
@@ -94,8 +94,8 @@ def check_logs(kinds: Sequence[str]) -> None:
 class Recorder:
     """Collects the loss of every step, and hands it on at the marks of a training with rates and validation scores.
 
-    places: (folder, name, values that tell what it is) of each head; recipes: of each. parts: of a batch. Without any
-    kind it does nothing. Of several processes the main one alone writes. Losses stay on their device until a mark, so
+    places: (folder, name, values that tell what it is) of each head; recipes: of each. Without any kind
+    it does nothing. Of several processes the main one alone writes. Losses stay on their device until a mark, so
     that no step waits for them.
     """
 
@@ -104,10 +104,9 @@ class Recorder:
         kinds: Sequence[str],
         places: Sequence[tuple[Path, str, Mapping[str, Any]]],
         recipes: Sequence[TrainRecipe],
-        parts: int,
     ) -> None:
-        self.kinds, self.places, self.recipes, self.parts = kinds, places, recipes, parts
-        self.losses: list[Tensor] = []  # (heads + 1,) of each part of a batch: this process's losses, its images
+        self.kinds, self.places, self.recipes = kinds, places, recipes
+        self.losses: list[Tensor] = []  # (heads,) of each step
         self.scores: Sequence[Mapping[str, float]] = ()
         self.logs: list[list[Log]] = []  # of each head
 
@@ -119,19 +118,17 @@ class Recorder:
         for log in (log for own in self.logs for log in own):
             log.close()
 
-    def take(self, losses: Tensor, images: int) -> None:
-        """Keep the losses of a part of a batch: (heads,)."""
+    def take(self, losses: Tensor) -> None:
+        """Keep the losses of a step, (heads,)."""
         if self.kinds:
-            values = losses.detach().float()
-            self.losses.append(torch.cat([values, values.new_tensor([images])]))
+            self.losses.append(losses)
 
     def mark(self, step: int) -> None:
         """Hand on what was collected until a step."""
         if not self.losses:
             return
-        parts = summed(torch.stack(self.losses)).cpu().reshape(-1, self.parts, len(self.recipes) + 1)
+        steps = torch.stack(self.losses).float().cpu()  # (steps, heads)
         self.losses.clear()
-        steps = (parts[..., :-1] * parts[..., -1:]).sum(1) / parts[..., -1].sum(1, keepdim=True)  # (steps, heads)
         first = step - len(steps) + 1
         for own, recipe, losses, scores in zip(self.logs, self.recipes, steps.T.tolist(), self.scores, strict=True):
             for log in own:

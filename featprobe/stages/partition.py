@@ -27,6 +27,7 @@ SCARCE_FIRST: Mapping[str, float] = {split: SHARES[split] for split in ("train",
 """The shares in the order in which they are given a class of fewer than three groups."""
 Classes = list[set[int]]
 _classes: WeakKeyDictionary[Cache, Classes] = WeakKeyDictionary()
+_regrouped: WeakKeyDictionary[Cache, dict[str, Cache]] = WeakKeyDictionary()
 
 
 def single_splits(split: str) -> list[str]:
@@ -134,9 +135,19 @@ def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
 
 
 def regrouped(cache: Cache, split: str) -> Cache:
-    """A cache whose images have the groups that a split file gives them; the same cache for other splits."""
+    """A cache whose images have the groups that a split file gives them; the same cache for other splits.
+
+    The same object each time, so that what is known of it is known in all runs.
+    """
     if not SplitChoice.parse(split).file:
         return cache
+    own = _regrouped.setdefault(cache, {})
+    if split not in own:
+        own[split] = _regroup(cache, split)
+    return own[split]
+
+
+def _regroup(cache: Cache, split: str) -> Cache:
     groups, _ = _assigned_in(cache, split, np.arange(len(cache.images)))
     rows = tuple(replace(r, group=groups[i]) for r, i in zip(cache.rows, cache.image_of.tolist(), strict=True))
     images = tuple(replace(image, group=group) for image, group in zip(cache.images, groups, strict=True))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from featprobe.cache import Cache
+from featprobe.cache.reader import device_room
 from featprobe.features import Features, cell_shares
-from featprobe.machine import available_memory
 from featprobe.metrics import confusion_matrix, iou_scores
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
@@ -26,16 +26,18 @@ from featprobe.probes import (
     start_at_prior,
 )
 from featprobe.probes.train import Feed
-from featprobe.processes import count, gathered
+from featprobe.processes import gathered
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
+from featprobe.stages.labels import encode, shelf_of
 from featprobe.stages.live import Truth, Views
 from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_here
 from featprobe.stages.rows import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
-from featprobe.targets import labels_in_frame
 
-LABEL_MEMORY_SHARE = 0.3  # of the available memory, for labels kept ready
+DEVICE_MEMORY_SHARE = (
+    0.2  # of a GPU's free memory, for labels that are kept there: of training, and of a split's images
+)
 
 
 class Segmentation:
@@ -61,43 +63,59 @@ class Segmentation:
         self.cache, self.train, self.recipe, self.device, self.absent = cache, train, recipe, device, absent
         self.views = views
         self.classes = cache.data.classes
-        self._stores: dict[int, _LabelStore] = {}
+        self._stores: dict[tuple[str, int, bytes], _LabelStore] = {}
 
     def truth_of(self, row: int) -> Truth:
         """What augmented views of a row are labelled from."""
         return self.cache.semantic(row), None
 
     def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
-        """Set the biases of fresh heads to the class prior; returns their losses on a batch, (heads,)."""
+        """Set the biases of fresh heads to the class prior; returns their losses on a batch, (heads,).
+
+        A batch is rows, augmented views, or places among the sorted training rows, (batch,), on the device.
+        """
         stride = _stride(heads[0])
         store, weights = self.store(stride), self.weights(stride)
         for head in heads if fresh else ():
             start_at_prior(head, store.pixels, weights)
         # heads with 3x3 convolutions stay apart: these are what costs, and stacked by vmap they took 1.6 times as long
         bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if _banked(heads) else None
+        at_level, loss_of = self.recipe.loss_at == "level", level_loss if self.recipe.loss_at == "level" else image_loss
+        if len(heads) > 1 and not at_level:  # one head's pixels at a time, or many would not fit the memory
+            loss_of = partial(checkpoint, image_loss, use_reentrant=False, preserve_rng_state=False)
 
-        def loss(features: Features, batch: Batch) -> Tensor:
-            labels = store.encoded(batch.labels) if isinstance(batch, Views) else store(batch)  # type: ignore[arg-type]
-            labels = labels.to(self.device, non_blocking=True)
-            if bank is not None and self.recipe.loss_at == "level" and self.recipe.loss == "ce":
-                return bank.loss(features, labels, weights)
-            function: Callable[..., Tensor] = level_loss if self.recipe.loss_at == "level" else image_loss
+        def loss(features: Features, batch: Batch | Tensor) -> Tensor:
+            labels = self._labels(store, batch)
+            if bank is not None and self.recipe.loss == "ce":
+                return (bank.loss if at_level else bank.image_loss)(features, labels, weights)
             every = bank.logits(features) if bank is not None else (head(features) for head in heads)
-            if (
-                function is image_loss and len(heads) > 1
-            ):  # one head's pixels at a time, or many would not fit the memory
-                function = partial(checkpoint, image_loss, use_reentrant=False)
-            return torch.stack([function(logits, labels, weights, self.recipe.loss) for logits in every])
+            return torch.stack([loss_of(logits, labels, weights, self.recipe.loss) for logits in every])
 
         return loss
 
+    def fixed(self, head: nn.Module) -> bool:
+        """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
+        return not self.views and self.store(_stride(head)).resident
+
+    def _labels(self, store: "_LabelStore", batch: Batch | Tensor) -> Tensor:
+        """A batch's labels as the loss wants them, on the device. A tensor: places among the training rows, there."""
+        if isinstance(batch, Tensor):
+            return store.on_device(batch)
+        if isinstance(batch, Views):
+            assert batch.labels is not None  # which views of this task bring
+            return store.encoded(batch.labels.to(self.device, non_blocking=True))
+        return store(batch).to(self.device, non_blocking=True)
+
     def store(self, stride: int) -> "_LabelStore":
         """The training labels on a grid of this stride, read once."""
-        if stride not in self._stores:
-            self._stores[stride] = _LabelStore(
-                self.cache, self.train, len(self.classes), self.recipe.loss_at, stride, ready=not self.views
-            )
-        return self._stores[stride]
+        return self._store(self.train, self.recipe.loss_at, stride)
+
+    def _store(self, rows: Rows, loss_at: str, stride: int) -> "_LabelStore":
+        key = (loss_at, stride, rows.tobytes())
+        if key not in self._stores:
+            ready = not self.views or rows is not self.train
+            self._stores[key] = _LabelStore(self.cache, rows, loss_at, stride, self.device, ready=ready)
+        return self._stores[key]
 
     def weights(self, stride: int) -> Tensor | None:
         """Class weights of the loss, (classes,); None for none."""
@@ -105,10 +123,13 @@ class Segmentation:
             return None
         return inverse_sqrt_weights(self.store(stride).pixels).to(self.device)
 
-    def shares(self, rows: Rows, stride: int) -> Tensor:
-        """Class shares of the cells of any rows: (rows, classes, height / stride, width / stride), float32."""
-        labels = [labels_in_frame(self.cache.semantic(r), self.cache.rows[r].placement) for r in rows.tolist()]
-        return cell_shares(torch.from_numpy(np.stack(labels)), len(self.classes), stride).to(self.device)
+    def shares(self, rows: Rows, stride: int) -> Callable[[Rows], Tensor]:
+        """From some of these rows to the class shares of their cells, read once.
+
+        What it gives: (batch, classes, height / stride, width / stride), float32, on the device.
+        """
+        store = self._store(rows, "level", stride)
+        return lambda batch: store(batch).to(self.device, non_blocking=True)
 
     def train_counts(self, stride: int) -> dict[str, int]:
         """Labelled pixels of each class in the training rows, at frame size."""
@@ -167,43 +188,47 @@ class Segmentation:
 
 
 class _LabelStore:
-    """Training labels as the loss wants them, kept ready in memory where they fit.
+    """Labels of some rows as the loss wants them, kept ready where they fit: on the device that trains, or beside it.
 
     loss_at "level": shares of each class per cell, float32 (batch, classes, rows, columns).
     loss_at "image": frame labels, uint8 (batch, height, width).
     """
 
-    def __init__(self, cache: Cache, rows: Rows, classes: int, loss_at: str, stride: int, *, ready: bool) -> None:
-        self.cache, self.classes, self.loss_at, self.stride = cache, classes, loss_at, stride
-        self.pixels = torch.zeros(classes, dtype=torch.float64)
-        frame = cache.recipe.frame
-        per_row = frame[0] * frame[1] * (2 * classes / stride**2 if loss_at == "level" else 1)
-        keep = ready and per_row * len(rows) < LABEL_MEMORY_SHARE * available_memory() / count()
-        self.kept: dict[int, Tensor] = {}
-        for row in rows.tolist():
-            labels = self._labels(row)
-            self.pixels += torch.bincount(labels.flatten().long(), minlength=256)[:classes]
-            if keep:
-                self.kept[row] = self._encode(labels)
+    def __init__(
+        self, cache: Cache, rows: Rows, loss_at: str, stride: int, device: torch.device, *, ready: bool
+    ) -> None:
+        self.cache, self.rows, self.loss_at, self.stride = cache, np.unique(rows), loss_at, stride
+        self.device = device
+        found = shelf_of(cache).encoded(cache, self.rows, loss_at, stride, keep=ready)
+        self.pixels = found.pixels.double()
+        self.kept, room = found.labels, device_room(device)
+        if self.kept is not None and room is not None and self.kept.nbytes < DEVICE_MEMORY_SHARE * room:
+            self.kept = self.kept.to(device)
 
     def __call__(self, rows: Rows) -> Tensor:
-        encoded = [self.kept[r] if r in self.kept else self._encode(self._labels(r)) for r in rows.tolist()]
-        stacked = torch.stack(encoded)
-        return stacked.float() / self.stride**2 if self.loss_at == "level" else stacked
+        if self.kept is None:
+            return self._decoded(encode(self.cache, rows, self.loss_at, self.stride))
+        index = torch.from_numpy(np.searchsorted(self.rows, rows).astype(np.int64))
+        return self.on_device(index.to(self.kept.device, non_blocking=True))
+
+    @property
+    def resident(self) -> bool:
+        """Whether all labels lie on the device that trains, as `on_device` wants them."""
+        return self.kept is not None and self.kept.device.type == self.device.type
+
+    def on_device(self, index: Tensor) -> Tensor:
+        """Labels at places among the ascending rows: (batch,), int64, where they lie. Pure work of that device."""
+        assert self.kept is not None  # as `resident` says
+        return self._decoded(self.kept.index_select(0, index))
 
     def encoded(self, labels: Tensor) -> Tensor:
         """Labels of views, uint8 (batch, height, width), as the loss wants them."""
-        return cell_shares(labels, self.classes, self.stride) if self.loss_at == "level" else labels
-
-    def _labels(self, row: int) -> Tensor:
-        labels = labels_in_frame(self.cache.semantic(row), self.cache.rows[row].placement)
-        return torch.from_numpy(labels)
-
-    def _encode(self, labels: Tensor) -> Tensor:
         if self.loss_at == "image":
             return labels
-        counts = cell_shares(labels[None], self.classes, self.stride)[0] * self.stride**2
-        return counts.round().to(torch.int16)  # pixels of each class in a cell, at most stride²
+        return cell_shares(labels, len(self.cache.data.classes), self.stride)
+
+    def _decoded(self, labels: Tensor) -> Tensor:
+        return labels.float() / self.stride**2 if self.loss_at == "level" else labels
 
 
 def _banked(heads: Sequence[nn.Module]) -> bool:

@@ -19,7 +19,6 @@ from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
 from featprobe.errors import DivergedError, ProbeError
-from featprobe.features import Features
 from featprobe.geometry import IDENTITY
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
@@ -46,6 +45,7 @@ from featprobe.specs import Rows, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.forecast import Forecast, foresee
+from featprobe.stages.labels import shelf_of
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.logs import Recorder
 from featprobe.stages.outcome import Outcome, evaluation_batches, spread_over
@@ -57,7 +57,6 @@ from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.sources import Source, feed_of, spec_of
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
-from featprobe.targets import IGNORE
 
 Say = Callable[[str], None]
 LADDERS = "ladders"  # folder of the states of searches for iterations, below probes/
@@ -310,7 +309,7 @@ class Run:
 
     def _task(self) -> Segmentation | Detection:
         if self.task_name == "semseg":
-            self._take_fraction(lambda row: [c for c in np.unique(self.cache.semantic(row)).tolist() if c != IGNORE])
+            self._take_fraction(lambda row: shelf_of(self.cache).values(self.cache, row))
             views = self.augmentation is not None
             return Segmentation(
                 self.cache, self.rows["train"], self.recipe, self.device, self.options.absent, views=views
@@ -384,13 +383,14 @@ class Run:
 
     def _fit(self, trials: Sequence[Trial], source: Source, say: Say) -> list[list[CurvePoint]]:
         """The curve of every trial; all heads over the same features, or one after another with a backbone each."""
-        if isinstance(source, FeatureLoader):
-            source.keep_on_device(np.sort(np.concatenate(list(self.rows.values()))))
+        where = self._settle(source)
         if self.kind == "ridge":
+            if where:
+                say(f"{self.title}: {where}")
             return self._solve(trials, source)
         if self.forecast is None:
             self.forecast = foresee(self, trials, source)
-            say(self.forecast_text)
+            say(f"{self.forecast_text}; {where}" if where else self.forecast_text)
         if self.regime != "full":
             return self._train(trials, source)
         curves: list[list[CurvePoint]] = []
@@ -405,20 +405,24 @@ class Run:
                 self.weights = {index: source.backbone.tensors()}  # type: ignore[union-attr]
         return curves
 
+    def _settle(self, source: Source) -> str:
+        """Move what fits to the GPU, the most used first; returns what lies there and what streams, "" for no GPU."""
+        if not isinstance(source, FeatureLoader):
+            return ""
+        return source.keep_on_device({split: self.rows[split] for split in ("train", "val", "test")})
+
     def _train(self, trials: Sequence[Trial], source: Source, index: int = 0) -> list[list[CurvePoint]]:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads, fresh=self.fresh)
         bar = tqdm(
-            total=self.parts * self.recipe.iterations, desc=self.title, unit="it",
+            total=self.recipe.iterations, desc=self.title, unit="it",
             disable=self.options.quiet or not is_main(), leave=False,
         )  # fmt: skip
         with bar, self._recorder(trials, index) as recorder:
 
-            def counted(features: Features, batch: Any) -> Tensor:
+            def taken(losses: Tensor) -> None:
                 bar.update()
-                values = loss(features, batch)
-                recorder.take(values, features.batch)
-                return values
+                recorder.take(losses)
 
             def evaluate() -> list[dict[str, float]]:
                 scores = [o.brief for o in self.task.evaluate(heads, source.batches, self.rows["val"])]
@@ -431,12 +435,19 @@ class Run:
 
             checkpoint = self._checkpoint(index)
             curves = train(
-                heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], counted, self.seeds[0],
+                heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], loss, self.seeds[0],
                 evaluate, progress, self.tuned(source, trials[0].recipe), checkpoint,
-                self.task.chooses_by if self.recipe.weights_from == "best" else None,
+                self.task.chooses_by if self.recipe.weights_from == "best" else None, taken=taken,
+                **self.placed(source, heads[0]),
             )  # fmt: skip
             self.seconds_before += checkpoint.before if checkpoint else 0.0
             return curves
+
+    def placed(self, source: Source, head: nn.Module) -> dict[str, Any]:
+        """Whether steps of a training find their batches on the device, and how: see `probes.train.train`."""
+        if not isinstance(source, FeatureLoader) or not self.task.fixed(head):
+            return {}
+        return {"fixed": True, "resident": source.resident(self.rows["train"])}
 
     def _recorder(self, trials: Sequence[Trial], first: int) -> Recorder:
         """What logs a training; each trial beside its head, in a folder of its own where there are several."""
@@ -448,8 +459,7 @@ class Run:
             config = {**what, "backbone": self.cache.recipe.label, "data": self.cache.data.name, "seed": trial.seed}
             name = f"{self.title}: {self.kind}, {self.regime}"
             places.append((folder, name, {**config, **trial.recipe.to_json(), "tuning": self.treatment}))
-        parts = min(self.parts, self.recipe.batch_size, len(self.rows["train"]))
-        return Recorder(self.options.log, places, [trial.recipe for trial in trials], parts)
+        return Recorder(self.options.log, places, [trial.recipe for trial in trials])
 
     def tuned(self, source: Source, recipe: TrainRecipe) -> Tuned | None:
         """The backbone as training moves it; None where it is frozen."""
@@ -492,12 +502,14 @@ class Run:
         weights = task.weights(stride)
         ones = torch.ones(len(self.classes), device=self.device)
         sums = RidgeSums(levels, len(self.classes), ones if weights is None else weights)
+        shares = task.shares(self.rows["train"], stride)
         for rows, features in source.batches(evaluation_batches(self.rows["train"])):
-            sums.add(features, task.shares(rows, stride))
+            sums.add(features, shares(rows))
         solved = sums.solve()
 
         val = self.rows["val"]
-        batches = ((features, task.shares(rows, stride)) for rows, features in source.batches(evaluation_batches(val)))
+        shares = task.shares(val, stride)
+        batches = ((features, shares(rows)) for rows, features in source.batches(evaluation_batches(val)))
         cells = levels[0].cells(self.cache.recipe.frame)
         step = -(-len(val) * cells[0] * cells[1] * len(self.classes) // MOST_LOGITS)
         index, offsets, _ = choose(solved, batches, step)
@@ -510,6 +522,7 @@ class Run:
         """How long training will take, from a few steps; raises ProbeError where one does not fit the memory."""
         trials = self._trials()
         with self.source(trials[0].head) as source:
+            self._settle(source)
             return foresee(self, trials, source)
 
     @property

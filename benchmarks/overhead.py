@@ -1,0 +1,207 @@
+"""Operators that a training step and an evaluated batch dispatch on the path that a GPU takes.
+
+    python benchmarks/overhead.py
+
+A GPU waits for whoever starts its work: what costs is not arithmetic but how often something is started. Here the
+product's own runs (`featprobe probe`: features and labels that lie on the device, clipping, schedule, AdamW, gathering
+of losses) go step by step on a CPU, told that it is a GPU, and every operator that is dispatched is counted, backward
+passes included; views, which start nothing, are left out. A fused or foreach operator counts once: it is one. Batches
+of 16, three objects in each image, four levels as ConvNeXt has them; images that fill their frames, and others that do
+not. No step may ask the device for a number (`_local_scalar_dense`).
+"""
+
+import argparse
+import contextlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from _bench import report
+from _operators import operators
+from kill9 import PoolingBackbone
+from PIL import Image
+
+from featprobe.cache import Cache, reader
+from featprobe.levels import FeatureLevel
+from featprobe.probes import DEFAULT_RECIPES, execution
+from featprobe.probes.train import _Loop, _steps
+from featprobe.stages import segmentation
+from featprobe.stages.extract import extract_with
+from featprobe.stages.options import ExtractOptions
+from featprobe.stages.outcome import EVALUATION_BATCH
+from featprobe.stages.probe import find_caches
+from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.sources import feed_of
+from featprobe.stages.trials import Run
+from featprobe.stages.workspace import Workspace
+
+SIDE, BATCH, OBJECTS, CLASSES = 128, 16, 3, 5  # pixels, images a step, objects an image, classes of objects
+SPLITS = {"train": 2 * BATCH, "val": 3 * EVALUATION_BATCH, "test": 3}  # images
+SIZES = {"whole": (SIDE, SIDE), "padded": (SIDE, 3 * SIDE // 4)}  # of the images, in frames of SIDE
+STEPS = 2  # that come before the one that is counted: the optimizer makes its state
+STOP = "_local_scalar_dense"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is counted, and how many operators it may dispatch: for images that fill their frames, and for others.
+
+    count: "step" of training, or "batch" of evaluation, on validation. rates: learning rates and weight decays that
+    are tried at once. loss_at: of dense heads.
+    """
+
+    name: str
+    task: str
+    head: str
+    whole: int
+    padded: int
+    count: str = "step"
+    rates: int = 1
+    loss_at: str | None = None
+
+
+ARMS = (
+    Arm("linear, loss at the image", "semseg", "linear", 120, 170),
+    Arm("linear, loss at the level", "semseg", "linear", 120, 170, loss_at="level"),
+    Arm("bank of nine, loss at the image", "semseg", "linear", 180, 230, rates=3),
+    Arm("bank of nine, loss at the level", "semseg", "linear", 180, 230, rates=3, loss_at="level"),
+)
+
+
+class Pyramid(PoolingBackbone):
+    """The stand-in for a network with ConvNeXt's strides."""
+
+    multiple = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = tuple(FeatureLevel(f"stride{s}", 3 * s, s) for s in (4, 8, 16, 32))
+
+
+def write_set(root: Path, size: tuple[int, int]) -> None:
+    """A COCO set of noise with OBJECTS rectangles in each image."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    categories = [{"id": k + 1, "name": f"kind{k}"} for k in range(CLASSES)]
+    for split, count in SPLITS.items():
+        images, annotations = [], []
+        for number in range(count):
+            name = f"{split}{number}.png"
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / "images" / name)
+            images.append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
+            for k in range(OBJECTS):
+                w, h = (int(v) for v in rng.integers(12, 40, 2))
+                x, y = int(rng.integers(0, size[1] - w)), int(rng.integers(0, size[0] - h))
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": number, "category_id": (number + k) % CLASSES + 1,
+                    "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                })  # fmt: skip
+        coco = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+
+
+def extracted(folder: Path, frames: str) -> tuple[Workspace, Cache]:
+    """A workspace with a cache of such a set; frames: a key of SIZES."""
+    write_set(folder / "parts", SIZES[frames])
+    workspace, options = Workspace(folder / "space"), ExtractOptions(size=(SIDE, SIDE), fit="letterbox", quiet=True)
+    data = workspace.data_set(str(folder / "parts"))
+    extract_with(workspace, Pyramid(), data, options, torch.device("cpu"))  # type: ignore[arg-type]
+    return workspace, find_caches(workspace, "detect", (), ())[0][0]
+
+
+def run_of(arm: Arm, workspace: Workspace, cache: Cache) -> Run:
+    """The product's run of an arm: its own recipe, with clipping."""
+    recipe = DEFAULT_RECIPES[arm.head]
+    changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": BATCH, "clip": recipe.clip or 1.0}
+    changes |= {"loss_at": arm.loss_at} if arm.loss_at else {}
+    rates = tuple(10.0**-power for power in range(2, 2 + arm.rates)) if arm.rates > 1 else ()
+    options = ProbeOptions(
+        head=arm.head, recipe=replace(recipe, **changes), lr=rates, weight_decay=rates, seeds=1,
+        device="cpu", quiet=True,
+    )  # fmt: skip
+    return Run(workspace, cache, arm.task, options, [0], 1.0)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """The CPU takes the path of a GPU with room for all features and labels."""
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(execution, "whole_batches", lambda device: True))
+        for module in (reader, segmentation):
+            patches.enter_context(mock.patch.object(module, "device_room", lambda device: 2**40))
+        yield
+
+
+def count_step(run: Run) -> Counter[str]:
+    """Operators of one training step of all heads of a run."""
+    trials = run._trials()
+    heads = [trial.head for trial in trials]
+    with run.source(heads[0]) as source:
+        run._settle(source)
+        placed, loss = run.placed(source, heads[0]), run.task.start(heads)
+        if placed.get("resident") is None:
+            raise RuntimeError(f"{run.kind} does not find its batches on the device")
+        loop = _Loop(heads, [trial.recipe for trial in trials], 0, None, None, fixed=True)
+        loop.mode(training=True)
+        with contextlib.closing(_steps(loop, feed_of(source), run.rows["train"], loss, 0, placed["resident"])) as steps:
+            for _ in range(STEPS):
+                next(steps)
+            return operators(lambda: next(steps))
+
+
+def count_batch(run: Run) -> Counter[str]:
+    """Operators of one evaluated batch: of three in a row the mean, rounded up."""
+    (trial,) = run._trials()
+    with run.source(trial.head) as source:
+        run._settle(source)
+        trial.head.eval()
+        rows = run.rows["val"]
+        batches = -(-len(rows) // EVALUATION_BATCH)
+        run.task.evaluate([trial.head], source.batches, rows)  # labels are read once
+        found = operators(lambda: run.task.evaluate([trial.head], source.batches, rows))
+    return Counter({name: -(-number // batches) for name, number in found.items()})
+
+
+COUNTS: dict[str, Callable[[Run], Counter[str]]] = {"step": count_step, "batch": count_batch}
+
+
+def counted(arms: Sequence[Arm], frames: str) -> dict[str, Counter[str]]:
+    """Operators of every arm."""
+    with tempfile.TemporaryDirectory() as folder:
+        workspace, cache = extracted(Path(folder), frames)
+        with as_on_a_gpu():
+            return {arm.name: COUNTS[arm.count](run_of(arm, workspace, cache)) for arm in arms}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--show", metavar="ARM", help="print the operators of the arms whose names begin so")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    every = {frames: counted(ARMS, frames) for frames in SIZES}
+    rows, ratios, stops = [], {}, 0
+    for arm in ARMS:
+        row = {"per": f"{arm.count}: {arm.name}"}
+        for frames, found in every.items():
+            own, limit = found[arm.name], getattr(arm, frames)
+            ratios[f"{arm.name}, {frames}"] = limit / own.total()
+            stops += own[STOP] if arm.count == "step" else 0
+            row |= {frames: str(own.total()), f"limit {frames}": str(limit)}
+            if options.show and arm.name.startswith(options.show):
+                print(f"{arm.name}, {frames}: {dict(own.most_common())}")
+        rows.append(row)
+    # a step that waits for the device misses the target whatever it counts
+    report("overhead", 0.0 if stops else min(ratios.values()), 1.0, rows, stops=stops, **ratios)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The masks of a cache as training and scoring want them, decoded once for all runs over it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featprobe.cache import Cache
+from featprobe.features import cell_counts
+from featprobe.machine import available_memory, usable_cores
+from featprobe.processes import count
+from featprobe.specs import Rows
+from featprobe.targets import IGNORE, Labels, labels_in_frame
+
+T = TypeVar("T")
+MEMORY_SHARE = 0.3  # of the available memory, for masks that are kept
+PIXELS_AT_ONCE = 2**22  # that are decoded and encoded together
+_shelves: WeakKeyDictionary[Cache, "LabelShelf"] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The masks of some rows, laid into the frame.
+
+    labels: at "level" pixels of each class in each cell, int16, (rows, classes, height / stride, width / stride); at
+    "image" uint8, (rows, height, width); None where they are not kept. pixels: (classes,), how many are labelled.
+    """
+
+    labels: Tensor | None
+    pixels: Tensor
+
+
+class LabelShelf:
+    """What has been decoded of one cache's masks, as much as MEMORY_SHARE of the memory holds."""
+
+    def __init__(self) -> None:
+        self.left = int(MEMORY_SHARE * available_memory() / count())  # bytes
+        self._truths: dict[int, Labels] = {}
+        self._values: dict[int, list[int]] = {}
+        self._pixels: dict[int, Tensor] = {}
+        self._encoded: dict[tuple[str, int, bytes], Encoded] = {}
+        self._rows: dict[tuple[str, int], dict[int, Tensor]] = {}  # what the tensors of _encoded hold of each row
+
+    def truths(self, cache: Cache, images: Rows) -> list[Labels]:
+        """The masks of whole images at their own size: (height, width), uint8."""
+        missing = [image for image in images.tolist() if image not in self._truths]
+        read = dict(zip(missing, _each(cache.image_semantic, missing), strict=True))
+        size = sum(own.nbytes for own in read.values())
+        if size <= self.left:
+            self.left -= size
+            self._truths |= read
+        return [read[image] if image in read else self._truths[image] for image in images.tolist()]
+
+    def values(self, cache: Cache, row: int) -> list[int]:
+        """The labels that a row's mask holds, but for 255."""
+        if row not in self._values:
+            found = np.flatnonzero(np.bincount(cache.semantic(row).ravel(), minlength=IGNORE + 1))
+            self._values[row] = [value for value in found.tolist() if value != IGNORE]
+        return self._values[row]
+
+    def encoded(self, cache: Cache, rows: Rows, loss_at: str, stride: int, *, keep: bool) -> Encoded:
+        """The masks of ascending rows. keep: the labels too, where there is room, and not only how many there are."""
+        key = (loss_at, stride, rows.tobytes())
+        if keep and key in self._encoded:
+            return self._encoded[key]
+        labels = self._room_for(cache, rows, loss_at, stride) if keep else None
+        known = self._rows.setdefault((loss_at, stride), {})
+        lacking = []
+        for place, row in enumerate(rows.tolist()):
+            if labels is not None and row in known:
+                labels[place] = known[row]
+            elif labels is not None or row not in self._pixels:
+                lacking.append(place)
+        for places, framed, cells in _framed(cache, rows, np.array(lacking, dtype=np.intp), stride):
+            if labels is not None:
+                labels[places] = (cells if loss_at == "level" else framed).to(labels.dtype)
+            self._pixels |= zip(rows[places].tolist(), cells.sum((2, 3), dtype=torch.int64), strict=True)
+        found = Encoded(labels, torch.stack([self._pixels[row] for row in rows.tolist()]).sum(0))
+        if labels is not None:
+            known |= zip(rows.tolist(), labels, strict=True)
+            self._encoded[key] = found
+        return found
+
+    def _room_for(self, cache: Cache, rows: Rows, loss_at: str, stride: int) -> Tensor | None:
+        """Memory for the labels of rows, for which others are forgotten where that helps; None where it does not."""
+        size, dtype = _shape_of(cache, len(rows), loss_at, stride)
+        wanted = prod(size) * dtype.itemsize
+        if wanted > self.left:
+            self.left += sum(own.labels.nbytes for own in self._encoded.values() if own.labels is not None)
+            self._encoded.clear()
+            self._rows.clear()
+        if wanted > self.left:
+            return None
+        self.left -= wanted
+        return torch.empty(size, dtype=dtype)
+
+
+def shelf_of(cache: Cache) -> LabelShelf:
+    """What has been decoded of a cache; that of any other cache is forgotten."""
+    if cache not in _shelves:
+        _shelves.clear()
+        _shelves[cache] = LabelShelf()
+    return _shelves[cache]
+
+
+def encode(cache: Cache, rows: Rows, loss_at: str, stride: int) -> Tensor:
+    """The masks of rows, in the order given, as `Encoded.labels` has them."""
+    size, dtype = _shape_of(cache, len(rows), loss_at, stride)
+    labels = torch.empty(size, dtype=dtype)
+    for places, framed, cells in _framed(cache, rows, np.arange(len(rows)), stride):
+        labels[places] = (cells if loss_at == "level" else framed).to(dtype)
+    return labels
+
+
+def _shape_of(cache: Cache, rows: int, loss_at: str, stride: int) -> tuple[tuple[int, ...], torch.dtype]:
+    height, width = cache.recipe.frame
+    if loss_at == "image":
+        return (rows, height, width), torch.uint8
+    return (rows, len(cache.data.classes), height // stride, width // stride), torch.int16
+
+
+def _framed(cache: Cache, rows: Rows, places: Rows, stride: int) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+    """(places, masks in the frame, pixels of each class in each cell) of the rows at some places, some at a time."""
+    height, width = cache.recipe.frame
+    step = max(1, PIXELS_AT_ONCE // (height * width))
+
+    def read(row: int) -> Labels:
+        return labels_in_frame(cache.semantic(row), cache.rows[row].placement)
+
+    for start in range(0, len(places), step):
+        part = places[start : start + step]
+        framed = torch.from_numpy(np.stack(_each(read, rows[part].tolist())))
+        yield part, framed, cell_counts(framed, len(cache.data.classes), stride)
+
+
+def _each(read: Callable[[int], T], indices: Sequence[int]) -> list[T]:
+    """What is read of each row or image, by several threads where there are cores for them."""
+    threads = min(usable_cores() // count(), len(indices) // 2)
+    if threads < 2:
+        return [read(index) for index in indices]
+    cuts = np.array_split(np.array(indices), threads)
+    with ThreadPoolExecutor(threads, thread_name_prefix="label-reader") as pool:
+        return [own for part in pool.map(lambda cut: [read(index) for index in cut.tolist()], cuts) for own in part]
