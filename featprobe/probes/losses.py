@@ -139,9 +139,9 @@ class _ImageLoss(torch.autograd.Function):
         gradient: Tensor | None = None
         for images, pixels, cells in _pieces(logits, height, width):
             block, part = down[pixels, cells], logits[images, :, :, cells] @ across.T
-            label = labels[images, pixels]
-            weight = of_label[label.long()][:, None, None]  # (images, 1, 1, pixels, width)
-            target = label.clamp(max=classes - 1).long()[:, None, None].expand(-1, heads, -1, -1, -1)
+            label = labels[images, pixels].long()[:, None, None]
+            weight = of_label[label]  # (images, 1, 1, pixels, width)
+            target = label.clamp(max=classes - 1).expand(-1, heads, -1, -1, -1)
             z = block @ part  # (images, heads, classes, pixels, width)
             own = _forward_and_back(z, target, weight)
             if own is None:
