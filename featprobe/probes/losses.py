@@ -138,20 +138,25 @@ class _ImageLoss(torch.autograd.Function):
         losses, masses = [], []
         gradient: Tensor | None = None
         for images, pixels, cells in _pieces(logits, height, width):
-            block = down[pixels, cells]
-            z = block @ (logits[images, :, :, cells] @ across.T)  # (images, heads, classes, pixels, width)
+            block, part = down[pixels, cells], logits[images, :, :, cells] @ across.T
             label = labels[images, pixels].long()[:, None, None]
             weight = of_label[label]  # (images, 1, 1, pixels, width)
             target = label.clamp(max=classes - 1).expand(-1, heads, -1, -1, -1)
-            losses.append(_forward_and_back(z, target, weight))
+            z = block @ part  # (images, heads, classes, pixels, width)
+            own = _forward_and_back(z, target, weight)
+            if own is None:
+                torch.matmul(block, part, out=z)
+                z -= z.amax(2, keepdim=True)
+                own = _forward_and_back(z, target, weight, checked=False)
+            losses.append(own)
             masses.append(weight.sum())
-            own = block.T @ z @ across
-            if own.shape == logits.shape:
-                gradient = own
+            back = block.T @ z @ across
+            if back.shape == logits.shape:
+                gradient = back
                 continue
             if gradient is None:
                 gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-            gradient[images, :, :, cells].add_(own)
+            gradient[images, :, :, cells].add_(back)
         mass = reduce(torch.add, masses)
         mass = summed(mass).clamp(min=1e-12)
         ctx.save_for_backward(gradient, mass)
@@ -164,10 +169,11 @@ class _ImageLoss(torch.autograd.Function):
         return gradient * (upstream[0] / mass)[:, None, None, None], None, None
 
 
-def _forward_and_back(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def _forward_and_back(z: Tensor, target: Tensor, weight: Tensor, *, checked: bool = True) -> Tensor | None:
     """Weighted cross-entropy of each head, (heads,), summed; logits become its gradient in place.
 
     z: (images, heads, classes, pixels, width). target: the same with one class. weight: the same for one head.
+    checked: whether to return None, with z spoilt, where the largest logit of every pixel must be subtracted first.
     """
     every, minus = (0, 2, 3, 4), -weight
     if execution.whole_batches(z.device):
@@ -175,17 +181,20 @@ def _forward_and_back(z: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         losses = (log_q.gather(2, target) * minus).sum(every)
         torch.mul(log_q.exp_(), weight, out=z)
     else:  # torch's softmax takes ten times as long as these steps, which stay in the caches
-        z -= z.amax(2, keepdim=True)
         picked = z.gather(2, target)
         sums = z.exp_().sum(2, keepdim=True)
+        least, most = sums.aminmax()
+        if checked and not (float(least) > 1 / LARGEST_SUM and float(most) < LARGEST_SUM):
+            return None
         losses = ((picked - sums.log()) * minus).sum(every)
         z *= weight / sums
     z.scatter_add_(2, target, minus.expand_as(target))
     return losses
 
 
-CACHED = 2**19  # upsampled logits of a piece on a CPU
+CACHED = 2**20  # upsampled logits of a piece on a CPU
 IN_MEMORY = 2**28  # on a GPU: 1 GiB, a few times
+LARGEST_SUM = 1e26  # of exp() of a pixel's logits, and one over the least: beyond these float32 could leave its range
 
 
 def _pieces(logits: Tensor, height: int, width: int) -> Iterator[tuple[slice, slice, slice]]:

@@ -390,9 +390,9 @@ class _Recorded:
 def _clip(heads: Sequence[nn.Module], limit: float) -> None:
     """torch.nn.utils.clip_grad_norm_ of each head, in few operations for all of them."""
     gradients = [[p.grad for p in head.parameters() if p.grad is not None] for head in heads]
-    norms = torch.stack(torch._foreach_norm(list(chain(*gradients)))).split([len(own) for own in gradients])
-    each = torch.stack([torch.linalg.vector_norm(own) for own in norms])  # (heads,)
-    factors = (limit / (each + 1e-6)).clamp(max=1.0)
+    (each,) = {len(own) for own in gradients}  # heads that train together are of one kind
+    norms = torch.stack(torch._foreach_norm(list(chain(*gradients)))).view(len(heads), each)
+    factors = (limit / (torch.linalg.vector_norm(norms, dim=1) + 1e-6)).clamp(max=1.0)
     for own, factor in zip(gradients, factors.unbind(), strict=True):
         torch._foreach_mul_(own, factor)
 
