@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,6 +73,8 @@ ARMS = (
     Arm("linear, loss at the level", "semseg", "linear", 120, 170, loss_at="level"),
     Arm("bank of nine, loss at the image", "semseg", "linear", 180, 230, rates=3),
     Arm("bank of nine, loss at the level", "semseg", "linear", 180, 230, rates=3, loss_at="level"),
+    Arm("linear, evaluation", "semseg", "linear", 40, 40, count="batch"),
+    Arm("upsample, evaluation", "semseg", "upsample", 90, 90, count="batch"),
 )
 
 
@@ -162,7 +165,7 @@ def count_step(run: Run) -> Counter[str]:
 
 
 def count_batch(run: Run) -> Counter[str]:
-    """Operators of one evaluated batch: of three in a row the mean, rounded up."""
+    """Operators of one evaluated batch: of three in a row the mean."""
     (trial,) = run._trials()
     with run.source(trial.head) as source:
         run._settle(source)
@@ -171,7 +174,7 @@ def count_batch(run: Run) -> Counter[str]:
         batches = -(-len(rows) // EVALUATION_BATCH)
         run.task.evaluate([trial.head], source.batches, rows)  # labels are read once
         found = operators(lambda: run.task.evaluate([trial.head], source.batches, rows))
-    return Counter({name: -(-number // batches) for name, number in found.items()})
+    return Counter({name: number / batches for name, number in found.items()})  # type: ignore[misc]
 
 
 COUNTS: dict[str, Callable[[Run], Counter[str]]] = {"step": count_step, "batch": count_batch}
@@ -196,9 +199,9 @@ def main() -> None:
         row = {"per": f"{arm.count}: {arm.name}"}
         for frames, found in every.items():
             own, limit = found[arm.name], getattr(arm, frames)
-            ratios[f"{arm.name}, {frames}"] = limit / own.total()
+            ratios[f"{arm.name}, {frames}"] = limit / (total := ceil(own.total()))
             stops += own[STOP] if arm.count == "step" else 0
-            row |= {frames: str(own.total()), f"limit {frames}": str(limit)}
+            row |= {frames: str(total), f"limit {frames}": str(limit)}
             if options.show and arm.name.startswith(options.show):
                 print(f"{arm.name}, {frames}: {dict(own.most_common())}")
         rows.append(row)

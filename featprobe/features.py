@@ -43,6 +43,25 @@ class Features:
         content = None if self.content is None else self.content.to(device, non_blocking=True)
         return replace(self, maps=maps, content=content)
 
+    def cut(self, content: tuple[int, int]) -> "Features":
+        """The same without cells that hold nothing but padding, of images that all fill this much of their frame.
+
+        content: (height, width) in pixels. What is left of the padding completes cells of the coarsest level.
+        """
+        if self.content is None:
+            return self
+        cells = {name: m.shape[2:] for name, m in self.maps.items()}
+        frame = [
+            min(side, -(-own // step) * step)
+            for axis, (side, own) in enumerate(zip(self.frame, content, strict=True))
+            for step in [max(side // size[axis] for size in cells.values())]
+        ]
+        maps = {
+            name: m[:, :, : cells[name][0] * frame[0] // self.frame[0], : cells[name][1] * frame[1] // self.frame[1]]
+            for name, m in self.maps.items()
+        }
+        return Features(maps, (frame[0], frame[1]), None if tuple(frame) == content else self.content)
+
     def valid_share(self, stride: int) -> Tensor | None:
         """Share of each cell that is image and not padding: (batch, rows, columns) in [0, 1], float32.
 

@@ -41,16 +41,14 @@ def best_classes(logits: Tensor) -> Tensor:
     return classes
 
 
-def confusions(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
+def count_pairs(truth: Tensor, predicted: Tensor, index: Tensor, out: Tensor) -> None:
     """metrics.confusion_matrix of many images and heads, in few operations and without waiting for any.
 
     truth: (images, height, width), uint8; 255 is ignored. predicted: (images, heads, height, width), class indices.
-    Returns (heads, images, classes, classes), int64. Pairs of classes are counted as a product of indicators, line by
-    line: a line's counts are exact in float32, in whichever order it adds.
+    index: (classes,), the numbers of the classes. out: (images, classes, heads, classes), int64, is filled. Pairs are
+    counted as a product of indicators, line by line: a line's counts are exact in float32, in whichever order it adds.
     """
-    index = torch.arange(classes, device=truth.device)
     true = (truth[:, :, None] == index[:, None]).float()  # (images, height, classes, width)
     said = (predicted.permute(0, 2, 3, 1)[..., None] == index).float()  # (images, height, width, heads, classes)
-    of_lines = true @ said.flatten(3)  # (images, height, classes, heads * classes)
-    counts = of_lines.sum(1, dtype=torch.float64).long()
-    return counts.unflatten(2, (-1, classes)).permute(2, 0, 1, 3)
+    of_lines = (true @ said.flatten(3)).unflatten(3, said.shape[3:])  # (images, height, classes, heads, classes)
+    torch.sum(of_lines, 1, dtype=torch.int64, out=out)

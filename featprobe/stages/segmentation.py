@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -29,7 +30,7 @@ from featprobe.probes import (
     start_at_prior,
 )
 from featprobe.probes.linear import logits_of
-from featprobe.probes.predict import confusions, logits_at_original
+from featprobe.probes.predict import count_pairs, logits_at_original
 from featprobe.probes.train import Feed
 from featprobe.processes import gathered
 from featprobe.report.sheets import Panel
@@ -197,43 +198,42 @@ class Segmentation:
         Images go through together where they are of one size and come whole; tiles are stitched image by image.
         """
         images, classes = images_of(self.cache, rows), len(self.classes)
-        found = torch.empty((len(heads), len(images), classes, classes), dtype=torch.int64, device=self.device)
+        index = torch.arange(classes, device=self.device)
+        found = torch.empty((len(images), classes, len(heads), classes), dtype=torch.int64, device=self.device)
+        order, done = images.tolist(), 0
         if self.cache.recipe.in_parts:
             for i, (image, every) in enumerate(self._classes(heads, feed, rows)):
-                truth = self._truth(np.array([image]))(0, 1)
-                found[:, i : i + 1] = confusions(truth, torch.stack(every)[None], classes)
-            return found.cpu().numpy()
-        groups = self._of_one_size(rows)
-        fed = feed([batch for group in groups for batch in evaluation_batches(group)])
-        done = 0
-        for group in groups:
-            masks, start = self._truth(group), done
-            placement = self.cache.rows[int(group[0])].placement
-            while done < start + len(group):
-                batch, features = next(fed)
-                stop = done + len(batch)
-                found[:, done:stop] = self._confusions(
-                    _every_logits(heads, features), masks(done - start, stop - start), placement, _stride(heads[0])
-                )
-                done = stop
-        place = {row: i for i, row in enumerate(row for group in groups for row in group.tolist())}
-        return found.cpu().numpy()[:, [place[row] for row in rows.tolist()]]
+                count_pairs(self._truth(np.array([image]))(0, 1), torch.stack(every)[None], index, found[i : i + 1])
+        else:
+            groups = self._of_one_size(rows)
+            order = [row for group in groups for row in group.tolist()]
+            fed = feed([batch for group in groups for batch in evaluation_batches(group)])
+            for group in groups:
+                masks, start = self._truth(group), done
+                while done < start + len(group):
+                    batch, features = next(fed)
+                    stop = done + len(batch)
+                    self._count(
+                        heads, features, int(batch[0]), masks(done - start, stop - start), index, found[done:stop]
+                    )
+                    done = stop
+        place = {image: i for i, image in enumerate(order)}
+        return found.permute(2, 0, 1, 3).cpu().numpy()[:, [place[image] for image in images.tolist()]]
 
-    def _confusions(self, logits: Tensor, truth: Tensor, placement: Placement, stride: int) -> Tensor:
-        """(heads, images, classes, classes) of images of one size; logits: (images, heads, classes, rows, columns)."""
-        images, heads, classes = logits.shape[:3]
-        size = placement.original[0] * placement.original[1] * classes  # values of one image and head
+    def _count(
+        self, heads: Sequence[nn.Module], features: Features, row: int, truth: Tensor, index: Tensor, out: Tensor
+    ) -> None:
+        """Fill in the confusion matrices of images of one size, of which one is shown by a row; see count_pairs."""
+        placement, stride = self.cache.rows[row].placement, _stride(heads[0])
+        logits = _every_logits(heads, features.cut(placement.content))
+        images, classes = len(truth), len(index)
+        size = prod(placement.original) * classes  # values of one image and head
         at_once = max(1, min(images, VALUES_AT_ONCE // size))
-        beside = max(1, min(heads, VALUES_AT_ONCE // (size * at_once)))
-        parts = []
-        for i in range(0, images, at_once):
-            every = [
-                logits_at_original(logits[i : i + at_once, k : k + beside], stride, placement).argmax(2)
-                for k in range(0, heads, beside)
-            ]
-            own = [confusions(truth[i : i + at_once], predicted, classes) for predicted in every]
-            parts.append(own[0] if len(own) == 1 else torch.cat(own))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        beside = max(1, min(len(heads), VALUES_AT_ONCE // (size * at_once)))
+        for i, k in product(range(0, images, at_once), range(0, len(heads), beside)):
+            own = slice(i, i + at_once), slice(k, k + beside)
+            predicted = logits_at_original(logits[own], stride, placement).argmax(2)
+            count_pairs(truth[own[0]], predicted, index, out[own[0], :, own[1]])
 
     def _of_one_size(self, rows: Rows) -> list[Rows]:
         """The rows in groups of one placement, each in order."""
@@ -333,10 +333,11 @@ class _LabelStore:
 def _every_logits(heads: Sequence[nn.Module], features: Features) -> Tensor:
     """(images, heads, classes, rows, columns); linear heads of one set of statistics together."""
     linear = [head for head in heads if isinstance(head, LinearHead)]
-    if len(linear) == len(heads) and len({id(n.running_mean) for h in linear for n in h.norms.values()}) == len(
-        linear[0].norms
-    ):
+    means = {id(norm.running_mean) for head in linear for norm in head.norms.values()}
+    if len(linear) == len(heads) and len(means) == len(linear[0].norms):
         return logits_of(linear, features).unflatten(1, (len(heads), -1))
+    if len(heads) == 1:
+        return heads[0](features)[:, None]
     return torch.stack([head(features) for head in heads], 1)
 
 
