@@ -72,6 +72,8 @@ ARMS = (
     Arm("linear, loss at the level", "semseg", "linear", 120, 170, loss_at="level"),
     Arm("bank of nine, loss at the image", "semseg", "linear", 180, 230, rates=3),
     Arm("bank of nine, loss at the level", "semseg", "linear", 180, 230, rates=3, loss_at="level"),
+    Arm("upsample", "semseg", "upsample", 180, 260),
+    Arm("FCOS", "detect", "fcos", 700, 700),
 )
 
 

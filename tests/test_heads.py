@@ -34,7 +34,7 @@ from featprobe.probes import (
     predict_classes,
     save_head,
 )
-from featprobe.probes.fcos import assign
+from featprobe.probes.fcos import assign, grid_of
 from featprobe.probes.objects import anchor_sizes, detection_strides, maps_of, object_sides, side_ranges
 from featprobe.probes.paste import paste_mask
 from featprobe.probes.pyramid import PaddedGroupNorm, cells_inside
@@ -383,14 +383,10 @@ boxes_in_frame = st.lists(
 @given(made=boxes_in_frame)
 def test_cells_answer_for_boxes_that_hold_them(made: list[tuple[float, float, float, float]]) -> None:
     boxes = torch.tensor([(x, y, min(96.0, x + w), min(64.0, y + h)) for x, y, w, h in made])
-    parts = []
-    for stride, (low, high) in zip((4, 8), side_ranges((4, 8)), strict=True):
-        y, x = torch.meshgrid(torch.arange(64 // stride), torch.arange(96 // stride), indexing="ij")
-        centres = (torch.stack([x, y], 2).view(-1, 2) + 0.5) * stride
-        parts.append((centres, torch.full((len(centres), 3), 1.0) * torch.tensor([stride, low, high])))
-    centres = torch.cat([p[0] for p in parts])
-    stride, low, high = torch.cat([p[1] for p in parts]).unbind(1)
-    index = assign(centres, stride, low, high, boxes)
+    grid = grid_of((4, 8), (64, 96), torch.device("cpu"))
+    index = assign(grid, boxes[None], torch.ones(1, len(boxes), dtype=torch.bool))[0]
+    centres, stride = grid.centres, grid.strides[grid.level]
+    low, high = torch.tensor(side_ranges((4, 8)))[grid.level].unbind(1)
     hit = (index >= 0).nonzero()[:, 0]
     own = boxes[index[hit]]
     slack = stride[hit, None] / 2

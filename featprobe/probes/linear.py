@@ -189,7 +189,7 @@ def _logits_at_once(heads: Sequence[LinearHead], features: Features) -> Tensor:
     maps = [features.maps[level.name].flatten(2) for level in levels]
     maps = [x if x.dtype in HALF else x.to(dtype) for x in maps]
     norms: list[LevelNorm] = [first.norms[level.name] for level in levels]  # type: ignore[misc]
-    mean, rstd = _statistics(norms, maps, _shares(levels, features), dtype)
+    mean, rstd = level_statistics(norms, maps, level_shares(levels, features), dtype)
     weights, gamma, beta, bias = _stacked(
         heads
     )  # (heads, classes, channels), (heads, channels) twice, (heads, classes)
@@ -223,7 +223,7 @@ def _stacked(heads: Sequence[LinearHead]) -> tuple[Tensor, Tensor, Tensor, Tenso
     return joined, gamma.view(count, every), beta.view(count, every), bias.view(count, classes)
 
 
-def _statistics(
+def level_statistics(
     norms: Sequence[LevelNorm], maps: Sequence[Tensor], shares: Sequence[Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """LevelNorm.statistics of all levels in turn, each (channels of all levels,).
@@ -260,7 +260,7 @@ def _statistics(
     return mean, (var + EPSILON).rsqrt()
 
 
-def _shares(levels: Sequence[FeatureLevel], features: Features) -> list[Tensor] | None:
+def level_shares(levels: Sequence[FeatureLevel], features: Features) -> list[Tensor] | None:
     """Features.valid_share of every level, (batch, cells); a coarser cell's is the mean of the finest cells in it."""
     finest = features.valid_share(levels[0].stride)
     if finest is None:
