@@ -56,7 +56,7 @@ class Grid:
 def grid_of(strides: tuple[int, ...], frame: tuple[int, int], device: torch.device) -> Grid:
     """The cells of these strides in a frame of (height, width) pixels."""
     with torch.inference_mode(mode=False):  # it is kept, for training too
-        sizes = [(frame[1] // s, frame[0] // s) for s in strides]
+        sizes = [(-(-frame[1] // s), -(-frame[0] // s)) for s in strides]
         centres = []
         for stride, (columns, rows) in zip(strides, sizes, strict=True):
             y, x = ((torch.arange(n) + 0.5) * stride for n in (rows, columns))

@@ -193,7 +193,7 @@ def _logits_at_once(heads: Sequence[LinearHead], features: Features) -> Tensor:
     if not _mixed(maps[0]):
         maps = [x.to(dtype) for x in maps]
     norms: list[LevelNorm] = [first.norms[level.name] for level in levels]  # type: ignore[misc]
-    mean, rstd = _statistics(norms, maps, levels, features, dtype)
+    mean, rstd = level_statistics(norms, maps, levels, features, dtype)
     weights, gamma, beta, bias = _stacked(heads)
     folded = weights * (gamma * rstd)[:, None]
     if _mixed(maps[0]):
@@ -226,7 +226,7 @@ def _stacked(heads: Sequence[LinearHead]) -> tuple[Tensor, Tensor, Tensor, Tenso
     return joined, gamma.view(many, every), beta.view(many, every), bias.view(many, classes)
 
 
-def _statistics(
+def level_statistics(
     norms: Sequence[LevelNorm],
     maps: Sequence[Tensor],
     levels: Sequence[FeatureLevel],
