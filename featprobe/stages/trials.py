@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featprobe.backbones.precision import Precision, resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
@@ -253,6 +254,8 @@ class Run:
         levels: Any = head.levels
         if self.tuning is None:
             return FeatureLoader(self.cache, levels, self.device)
+        if self.tuning.precision:
+            resolve(self.tuning.precision, self.device)  # refuses what this device can't compute
         return LiveFeatures(
             self.cache, self._backbone(levels), self.device, self.task.truth_of, masks=self.task.masks,
             augmentation=self.augmentation, seed=self.seeds[0], workers=self.tuning.workers, precision=self.precision,
@@ -284,10 +287,15 @@ class Run:
         return {"views": list(stored)} if stored else None
 
     @property
-    def precision(self) -> Literal["fp32", "bf16"]:
-        """What a live backbone computes in; a frozen one as extraction does, unless it is asked for."""
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return (self.tuning and self.tuning.precision) or ("bf16" if able and self.regime == "full" else "fp32")
+    def precision(self) -> Precision:
+        """What a live backbone computes in; a frozen one as extraction did, unless it is asked for."""
+        if self.tuning and self.tuning.precision:
+            return self.tuning.precision
+        if self.device.type != "cuda":
+            return "fp32"
+        if self.regime != "full":
+            return self.cache.recipe.precision
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
     def _backbone(self, levels: Sequence[FeatureLevel]) -> "Backbone":
         """The backbone that the cache was made with, in evaluation mode; raises ProbeError when it can't be had."""
@@ -301,6 +309,7 @@ class Run:
                 f"  wanted  sha256 {self.cache.recipe.weights_sha256[:16]}…\n  found   sha256 {backbone.sha256[:16]}…"
             )
         backbone.fit(self.cache.recipe.frame, self.cache.recipe.sized)
+        backbone.compiled = bool(self.tuning and self.tuning.compile)
         return backbone
 
     def _take_backbone(self, source: Source, index: int) -> None:
