@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from featprobe.backbones.precision import Precision, computing, float32_as
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from featprobe.backbones.backbone import Backbone
 
 AHEAD = 2  # batches that are decoded before they are needed
+TORCH_OF = {"uint8": torch.uint8, "int32": torch.int32}
 IMAGES_KEPT = 4  # decoded, for their next tiles
 Truth = tuple[Labels | None, Sequence[Instance] | None]
 
@@ -200,7 +202,7 @@ class LiveFeatures:
             return augment(unit, labels, instances, recipe, self.augmentation, random, masks=self.masks)
         size = levels.shape[:2]
         plan = plan_view(size, labels, instances, recipe, self.augmentation, random)
-        seen = None if labels is None else self._place_for(torch.from_numpy(plan.cut(labels)))
+        seen = None if labels is None else self._sent(plan.cut(labels))
         objects = None if instances is None else draw_objects(instances, size, plan, masks=self.masks)
         return Raw(self._crop_of(levels, plan), plan.placement.content, plan, seen, objects)
 
@@ -225,10 +227,11 @@ class LiveFeatures:
         buffer.begin(1, layout, size)
         return buffer
 
-    def _place_for(self, labels: Tensor) -> Tensor:
-        """Labels where the device can fetch them without a stop."""
-        place = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=self.device.type == "cuda")
-        return place.copy_(labels)
+    def _sent(self, values: NDArray[Any]) -> Tensor:
+        """Labels, or sizes, from where the device can fetch them without a stop."""
+        place = torch.empty(values.shape, dtype=TORCH_OF[values.dtype.name], pin_memory=self.device.type == "cuda")
+        place.numpy()[:] = values
+        return place
 
     def _drawn(self, image: View | Raw) -> View:
         """A view on the device of what a thread has left there; nothing here waits for the device."""
@@ -248,7 +251,7 @@ class LiveFeatures:
         images = torch.stack([view.image for view in views]).to(self.device)  # (batch, 3, height, width)
         content = None
         if not self._whole:
-            content = self._place_for(torch.tensor([view.content for view in views], dtype=torch.int32))
+            content = self._sent(np.array([view.content for view in views], dtype=np.int32))
             content = content.to(self.device, non_blocking=True)
         learns = torch.is_grad_enabled() and self.backbone.training
         with torch.set_grad_enabled(learns), computing(self.precision, self.device):

@@ -14,11 +14,8 @@ from featprobe.stages.options import MOST_WORKERS
 Regime = Literal["frozen", "frozen-online", "full"]
 SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the caller says nothing
 OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
-OF_THE_MACHINE = ("workers", "checkpointing", "compile")  # change time and memory, and results by rounding alone
-    "workers",
-    "checkpointing",
-    "compile",
-)  # change the time and the memory, and results by rounding alone
+OF_THE_MACHINE = ("workers", "checkpointing", "compile")
+"""They change time and memory, and results by rounding alone."""
 
 
 @dataclass(frozen=True)
