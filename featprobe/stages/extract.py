@@ -43,6 +43,8 @@ from featprobe.stages.workspace import Workspace
 class ExtractReport:
     """What an extraction did. seconds: load, look, run, and what `run` waited for: images, disk.
 
+    And how long each part of `run` would have taken with nothing to wait for: network, decoding, copying (from the
+    device, 0 where there is none), writing.
     rows: tiles and views, or else images; images: that they show.
     """
 
@@ -116,6 +118,7 @@ def extract_with(
             "run": run_seconds,
             "wait_images": filler.waited_images,
             "wait_disk": filler.waited_disk,
+            **filler.busy.alone(max(1, options.workers)),
         },
         notes=(*job.info.notes, *job.notes),
         device=str(device),
@@ -216,17 +219,30 @@ def speed_text(report: ExtractReport) -> str:
         f"({report.computed / run:.1f} img/s, {human_bytes(report.bytes_written / run)}/s); "
         f"before that {report.seconds['load']:.1f} s for weights, {report.seconds['look']:.1f} s to look at the data"
     ]
-    if report.seconds["wait_disk"] > 0.1 * run:
-        lines.append(f"The disk was what waited: {report.seconds['wait_disk'] / run:.0%} of the time.")
-    if report.seconds["wait_images"] > 0.1 * run:
-        share = report.seconds["wait_images"] / run
-        lines.append(f"Decoding images was what waited: {share:.0%} of the time; try more --workers.")
+    lines += [_limit_text(report)] if report.computed else []
     if report.missing:
         lines.append(
             f"{counted(report.missing, 'row is', 'rows are')} still missing: other shards make them, "
             "or run this again without --shard."
         )
     return "\n".join(lines)
+
+
+PARTS = {"network": "the network", "decoding": "decoding", "copying": "copying to the host", "writing": "the disk"}
+
+
+def _limit_text(report: ExtractReport) -> str:
+    """Which part of an extraction was its limit, and what rate each would have with nothing to wait for."""
+
+    def rate(part: str) -> str:
+        seconds = report.seconds[part]
+        if part in ("network", "decoding"):
+            return f"{PARTS[part]} {report.computed / seconds:.0f} img/s"
+        return f"{PARTS[part]} {human_bytes(report.bytes_written / seconds)}/s"
+
+    known = sorted((part for part in PARTS if report.seconds[part]), key=lambda part: -report.seconds[part])
+    more = "; try more --workers" if known[0] == "decoding" else ""
+    return f"The limit was {rate(known[0])}{more}. By themselves: {', '.join(rate(part) for part in known[1:])}."
 
 
 def _own_shard() -> tuple[int, int]:

@@ -62,6 +62,11 @@ class Busy:
         with self._lock:
             setattr(self, part, getattr(self, part) + seconds)
 
+    def alone(self, decoders: int) -> dict[str, float]:
+        """Seconds that each part would have taken with nothing else to wait for, its threads all at work."""
+        shared = {"network": 1, "decoding": decoders, "copying": 1, "writing": WRITERS}
+        return {part: getattr(self, part) / threads for part, threads in shared.items()}
+
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
         """Count the seconds that the block takes."""

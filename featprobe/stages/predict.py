@@ -24,7 +24,7 @@ from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import check_names, listed
-from featprobe.errors import DataError, ProbeError, counted
+from featprobe.errors import BackboneError, DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.probes import load_head, objects_at_original
@@ -34,6 +34,7 @@ from featprobe.report.sheets import Panel, colour_of, draw_overlay
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.detection import coco_results
 from featprobe.stages.frames import Framing
+from featprobe.stages.pipeline import device_failure
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.survey import skippable
 from featprobe.targets import Labels, decode_rle
@@ -229,9 +230,14 @@ def predict(
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
-            for prediction in _predicted(predictor, batch, skip_bad, left_out):
-                _write(out, prediction, predictor)
-                done.append(replace(prediction, semantic=None))
+            try:
+                for prediction in _predicted(predictor, batch, skip_bad, left_out):
+                    _write(out, prediction, predictor)
+                    done.append(replace(prediction, semantic=None))
+            except RuntimeError as error:
+                if failure := device_failure(error, predictor.device):
+                    raise BackboneError(f"{failure}\nWhat was written stays. Run the same command again.") from error
+                raise
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"
