@@ -19,3 +19,8 @@ def recorded(device: torch.device) -> bool:
     FEATPROBE_RECORD=0 takes every step anew, which gives the same and takes longer.
     """
     return device.type == "cuda" and os.environ.get("FEATPROBE_RECORD") != "0"
+
+
+def mixed(device: torch.device) -> bool:
+    """Whether the device sums products of half-precision numbers in float32, and gives them so."""
+    return device.type == "cuda" and "dtype" in torch.ops.aten.bmm.overloads()
