@@ -1,6 +1,7 @@
 """Which of two ways a head computes: in pieces that fit a CPU's caches, or in few large operations, as a GPU wants."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -11,6 +12,21 @@ def whole_batches(device: torch.device) -> bool:
     Both compute the same function.
     """
     return device.type != "cpu"
+
+
+def half_products(device: torch.device, *, training: bool) -> AbstractContextManager[object]:
+    """Products and convolutions of a head that is trained in bfloat16, on GPUs that have it; all else changes nothing.
+
+    Weights are rounded anew each time: a captured step must not keep those of an earlier one.
+    """
+    if not training or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+
+
+def full_products(device: torch.device) -> AbstractContextManager[object]:
+    """Products and convolutions in the format of their factors, whatever stands around them: for logits and losses."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
 def recorded(device: torch.device) -> bool:
