@@ -144,8 +144,8 @@ class Backbone(nn.Module):
             if built is not None and self.learns:
                 raise BackboneError("it is in training on another size")
             self._try(built or model, frame)
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            raise _too_large(self.spec, f"an image of {frame[0]}x{frame[1]} pixels", self._mean.device, error) from None
         except Exception as error:  # timm refuses a size in many ways; the cause is kept for --debug
             reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
             own = f"{self.own[0]}x{self.own[1]}"
@@ -304,9 +304,22 @@ def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: t
     Raises BackboneError when weights can't be had or do not fit, or when a level does not exist.
     """
     model, own = _create(spec)
-    backbone = Backbone(model, spec, level_names, own).eval().to(device)
+    backbone = Backbone(model, spec, level_names, own).eval()
+    try:
+        backbone.to(device)
+    except torch.OutOfMemoryError as error:
+        raise _too_large(spec, "its weights", device, error) from None
     backbone.requires_grad_(False)
     return backbone.to(memory_format=torch.channels_last)
+
+
+def _too_large(spec: BackboneSpec, what: str, device: torch.device | str, error: Exception) -> BackboneError:
+    """The error of a device whose memory does not hold a backbone and one image."""
+    return BackboneError(
+        f"The memory of {device} does not hold {spec.model} with {what}. Nothing was computed.\n"
+        f"  found   {str(error).splitlines()[0]}\n"
+        "Take a smaller --size, a smaller backbone, another device that is free, or --device cpu."
+    )
 
 
 def _create(spec: BackboneSpec) -> tuple[nn.Module, Size | None]:
