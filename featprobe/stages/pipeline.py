@@ -22,10 +22,11 @@ from featprobe.cache import MISSING, UNREADABLE, Cache, CacheWriter, read_conten
 from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets.images import read_levels
 from featprobe.datasets.pixels import DTYPE_OF, Levels
-from featprobe.errors import BackboneError, DataError, OverflowsDtypeError
+from featprobe.errors import DataError, OverflowsDtypeError
 from featprobe.machine import usable_cores
 from featprobe.stages.frames import Buffer, Framing, Kind, Layout
 from featprobe.stages.job import Job
+from featprobe.stages.memory import failing, largest_that_fits, too_small, with_batch_size
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.survey import skippable
 
@@ -40,7 +41,6 @@ AHEAD = 3  # blocks that are decoded before they are needed
 IMAGES_KEPT = 4  # decoded, for their next tiles
 BEHIND = 2  # blocks that may wait for the disk
 WRITERS = min(4, max(2, usable_cores() // 4))  # threads: one takes checksums while another writes
-DEVICE_ERRORS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")  # in what torch says of them
 Block = tuple[int, int]
 
 
@@ -117,8 +117,31 @@ class Filler:
     def fill(self, start: int, stop: int) -> None:
         """Compute every block of [start, stop) that misses a row, and write the rows it misses.
 
-        Raises BackboneError where the device fails; rows that were whole stay whole.
+        Raises BackboneError where the device fails, or its memory does not hold a block, with the size that it holds;
+        rows that were whole stay whole.
         """
+        size, kept = self.options.batch_size, "Rows that were whole stay whole. The same command goes on:"
+        try:
+            with failing(self.device, f"{kept}  {self.job.command}"):
+                return self._fill(start, stop)
+        except torch.OutOfMemoryError as error:
+            found = str(error)
+        # out here nothing holds the tensors of the block that failed any more
+        size = min(size, stop - start)
+        fits = largest_that_fits(size, self._try)
+        command = with_batch_size(self.job.command, fits)
+        shards = ", in every shard alike" if self.options.shard else ""
+        where = f"under {self.job.recipe.label}, at {self.job.recipe.frame[0]}x{self.job.recipe.frame[1]} pixels"
+        raise too_small(self.device, where, size, found, fits, f"this goes on{shards}:  {command}")
+
+    def _try(self, images: int) -> None:
+        """Compute so many blank images, and forget them."""
+        with torch.inference_mode():
+            self._features(torch.zeros(images, 3, *self.job.recipe.frame, device=self.device))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    def _fill(self, start: int, stop: int) -> None:
         size = self.options.batch_size
         blocks = [(a, min(a + size, stop)) for a in range(start, stop, size)]
         blocks = [(a, b) for a, b in blocks if (self.done[a:b] == MISSING).any()]
@@ -139,12 +162,6 @@ class Filler:
                 begun = time.perf_counter()
                 behind.finish()
                 self.waited_disk += time.perf_counter() - begun
-            except RuntimeError as error:
-                if failure := device_failure(error, self.device):
-                    raise BackboneError(
-                        f"{failure}\nRows that were whole stay whole. The same command goes on:  {self.job.command}"
-                    ) from error
-                raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 behind.stop()
@@ -255,14 +272,6 @@ class Filler:
         dtype, nchw = TORCH_DTYPE[self.job.recipe.dtype], torch.contiguous_format
         maps = {n: m.to(dtype, memory_format=nchw).contiguous() for n, m in features.maps.items()}
         return maps, torch.stack([finite_rows(m) for m in maps.values()]).all(0)
-
-
-def device_failure(error: RuntimeError, device: torch.device) -> str:
-    """What is said of an error that a device raised, and that says nothing of what it computed; "" for any other."""
-    text = str(error)
-    if not any(words in text for words in DEVICE_ERRORS):
-        return ""
-    return f"The device {device} failed and can't be used by this process any more: {text.splitlines()[0].strip()}"
 
 
 class _WriteBehind:
