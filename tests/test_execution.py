@@ -99,7 +99,7 @@ def test_heads_have_the_same_losses_gradients_and_statistics_either_way(
         for way in (False, True):
             monkeypatch.setattr(execution, "whole_batches", lambda device, way=way: way)
             pair.append(taken(copy.deepcopy(heads), features, padded, at, loss, weights))
-        apart = 1e-5 if padded and levels is ODD else 1e-8  # shares of cells are float32, and sixths are no such numbers
+        apart = 1e-5 if padded and levels is ODD else 1e-8  # shares of cells are float32, which has no sixths
         for pieces, few in zip(*pair, strict=True):
             assert torch.allclose(few, pieces, rtol=apart, atol=apart / 10), loss
 

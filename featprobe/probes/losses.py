@@ -124,8 +124,8 @@ class _ImageLoss(torch.autograd.Function):
     Upsampled logits are as many as all that a step reads beside them, so no piece of them is kept: it goes forward and
     straight back. A piece is as many rows of an image as fit a CPU's caches, or as many images as fit a share of a
     GPU's memory. Bilinear upsampling along an axis is a product with a matrix that is all but empty; of it a piece
-    takes the block that is not. That is several times faster than upsampling by pixels, and its adjoint, which is the
-    transpose, is the same in every run on a GPU too.
+    takes the block that is not. On a CPU that is several times faster than upsampling by pixels; the adjoint, which
+    is the transpose, is so on a GPU too, and the same in every run.
     """
 
     @staticmethod
@@ -134,33 +134,29 @@ class _ImageLoss(torch.autograd.Function):
         heads, classes, rows, columns = logits.shape[1:]
         height, width = labels.shape[1:]
         of_label = torch.cat([weights, weights.new_zeros(IGNORE + 1 - classes)])
-        down, across = _upsampling(rows, height, logits), _upsampling(columns, width, logits)
-        losses, masses = [], []
+        losses, masses = list[Tensor](), list[Tensor]()
         gradient: Tensor | None = None
         for images, pixels, cells in _pieces(logits, height, width):
-            block, part = down[pixels, cells], logits[images, :, :, cells] @ across.T
             label = labels[images, pixels].long()[:, None, None]
             weight = of_label[label]  # (images, 1, 1, pixels, width)
             target = label.clamp(max=classes - 1).expand(-1, heads, -1, -1, -1)
-            z = block @ part  # (images, heads, classes, pixels, width)
-            own = _forward_and_back(z, target, weight)
-            if own is None:
-                torch.matmul(block, part, out=z)
-                z -= z.amax(2, keepdim=True)
-                own = _forward_and_back(z, target, weight, checked=False)
-            losses.append(own)
+            part = logits[images, :, :, cells]
+            if execution.whole_batches(logits.device):
+                loss, back = _at_once(part, target, weight)
+            else:
+                down = _upsampling(rows, height, logits)[pixels, cells]
+                loss, back = _in_caches(part, down, _upsampling(columns, width, logits), target, weight)
+            losses.append(loss)
             masses.append(weight.sum())
-            back = block.T @ z @ across
             if back.shape == logits.shape:
                 gradient = back
                 continue
             if gradient is None:
                 gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
             gradient[images, :, :, cells].add_(back)
-        mass = reduce(torch.add, masses)
-        mass = summed(mass).clamp(min=1e-12)
+        mass = summed(reduce(torch.add, masses)).clamp(min=1e-12)
         ctx.save_for_backward(gradient, mass)
-        return reduce(torch.add, losses) / mass
+        return reduce(torch.add, losses) / -mass
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -169,30 +165,52 @@ class _ImageLoss(torch.autograd.Function):
         return gradient * (upstream[0] / mass)[:, None, None, None], None, None
 
 
-def _forward_and_back(z: Tensor, target: Tensor, weight: Tensor, *, checked: bool = True) -> Tensor | None:
-    """Weighted cross-entropy of each head, (heads,), summed; logits become its gradient in place.
+def _in_caches(part: Tensor, down: Tensor, across: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted log-likelihood of each head, (heads,), summed, and what its loss makes of the logits.
 
-    z: (images, heads, classes, pixels, width). target: the same with one class. weight: the same for one head.
-    checked: whether to return None, with z spoilt, where the largest logit of every pixel must be subtracted first.
+    part: (1, heads, classes, cells, columns). down, across: (pixels, cells), (width, columns), which upsample them.
+    target: (1, heads, 1, pixels, width), the class of each pixel; weight: the same for all heads.
     """
-    every, minus = (0, 2, 3, 4), -weight
-    if execution.whole_batches(z.device):
-        log_q = torch.log_softmax(z, 2)
-        losses = (log_q.gather(2, target) * minus).sum(every)
-        torch.mul(log_q.exp_(), weight, out=z)
-    else:  # torch's softmax takes ten times as long as these steps, which stay in the caches
+    wide = part @ across.T
+    z = down @ wide  # (1, heads, classes, pixels, width)
+    picked = z.gather(2, target)
+    sums = z.exp_().sum(2, keepdim=True)  # torch's softmax takes ten times as long as these steps
+    least, most = sums.aminmax()
+    if not (float(least) > 1 / LARGEST_SUM and float(most) < LARGEST_SUM):
+        torch.matmul(down, wide, out=z)
+        z -= z.amax(2, keepdim=True)
         picked = z.gather(2, target)
         sums = z.exp_().sum(2, keepdim=True)
-        least, most = sums.aminmax()
-        if checked and not (float(least) > 1 / LARGEST_SUM and float(most) < LARGEST_SUM):
-            return None
-        losses = ((picked - sums.log()) * minus).sum(every)
-        z *= weight / sums
-    z.scatter_add_(2, target, minus.expand_as(target))
-    return losses
+    found = ((picked - sums.log()) * weight).sum((0, 2, 3, 4))
+    z *= weight / sums
+    z.scatter_add_(2, target, (-weight).expand_as(target))
+    return found, down.T @ z @ across
 
 
-CACHED = 2**20  # upsampled logits of a piece on a CPU
+def _at_once(part: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of whole images in few operations.
+
+    The gradient of the pixels, which is no larger than their weights, is in half precision where the device sums its
+    products in float32.
+    """
+    heads, classes, rows, columns = part.shape[1:]
+    height, width = target.shape[3:]
+    upsampled = interpolate(part.flatten(1, 2), (height, width), mode="bilinear", align_corners=False)
+    q = torch.log_softmax(upsampled.unflatten(1, (heads, classes)), 2)
+    del upsampled
+    found = (q.gather(2, target) * weight).sum((0, 2, 3, 4))
+    one = execution.repeated(((1, -1.0),), part.dtype, part.device)
+    q.exp_().scatter_add_(2, target, one.expand_as(target))
+    mixed = part.dtype == torch.float32 and execution.mixed(part.device)
+    z = q.new_empty(q.shape, dtype=torch.float16) if mixed else q
+    torch.mul(q, weight, out=z)
+    across = _upsampling(columns, width, z).expand(q.shape[0] * heads * classes, -1, -1)
+    pixels = z.flatten(0, 2)  # (images * heads * classes, height, width)
+    narrow = torch.bmm(pixels, across, out_dtype=part.dtype) if mixed else torch.bmm(pixels, across)
+    return found, _upsampling(rows, height, part).T @ narrow.unflatten(0, q.shape[:3])
+
+
+CACHED = 2**20  # upsampled logits of a piece on a CPU, for each thread
 IN_MEMORY = 2**28  # on a GPU: 1 GiB, a few times
 LARGEST_SUM = 1e26  # of exp() of a pixel's logits, and one over the least: beyond these float32 could leave its range
 
@@ -205,7 +223,7 @@ def _pieces(logits: Tensor, height: int, width: int) -> Iterator[tuple[slice, sl
         step = max(1, IN_MEMORY // (per_row * height))
         yield from ((slice(i, i + step), slice(0, height), slice(0, rows)) for i in range(0, batch, step))
         return
-    step = max(1, CACHED // (per_row * stride))  # rows of cells
+    step = max(1, CACHED * torch.get_num_threads() // (per_row * stride))  # rows of cells
     for image in range(batch):
         for start in range(0, rows, step):
             end = min(start + step, rows)
@@ -216,7 +234,8 @@ def _pieces(logits: Tensor, height: int, width: int) -> Iterator[tuple[slice, sl
 @cache
 def _matrix(cells: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return interpolate(torch.eye(cells, dtype=dtype, device=device)[None], pixels, mode="linear")[0].T.contiguous()
+        matrix = interpolate(torch.eye(cells, dtype=torch.float64)[None], pixels, mode="linear")[0].T.contiguous()
+        return matrix.to(dtype).to(device)
 
 
 def _upsampling(cells: int, pixels: int, like: Tensor) -> Tensor:
