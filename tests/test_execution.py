@@ -193,6 +193,20 @@ def test_the_image_loss_in_pieces_is_that_of_upsampled_logits(
     assert torch.allclose(own, 2 * gradient, rtol=1e-7, atol=1e-12)
 
 
+def test_the_image_loss_of_several_threads_has_the_bits_of_one() -> None:
+    logits, labels = torch.randn(BATCH, 4, 12, 24, requires_grad=True), labels_of(True)
+    before, pair = torch.get_num_threads(), []
+    for threads in (1, 3):
+        try:
+            torch.set_num_threads(threads)
+            loss = image_loss(logits, labels)
+            pair.append([loss.detach(), *torch.autograd.grad(loss, logits)])
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, several) for one, several in zip(*pair, strict=True))
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 ROWS = np.array([3, 5, 6, 8, 11, 12, 15])  # of a cache, the training split
