@@ -1,7 +1,7 @@
 """Losses of dense heads, at the finest level's grid or at the image's: cross-entropy, dice, focal, and their sums."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, reduce
 from threading import Barrier
@@ -187,22 +187,22 @@ def _in_caches(logits: Tensor, labels: Tensor, of_label: Tensor) -> tuple[Tensor
     heads, classes, rows, columns = logits.shape
     height, width = labels.shape
     down, across = _upsampling(rows, height, logits), _upsampling(columns, width, logits)
-    gradient, mass, total = torch.zeros_like(logits), logits.new_zeros(()), logits.new_zeros(heads)
-    stride = height // rows
-    step = max(1, CACHED // (heads * classes * width * stride))  # rows of cells
-    for start in range(0, rows, step):
-        end = min(start + step, rows)
-        pixels, cells = slice(start * stride, end * stride), slice(max(0, start - 1), min(rows, end + 1))
+    mass, total = logits.new_zeros(()), logits.new_zeros(heads)
+    wide = logits.new_empty(heads, classes, rows, width)
+    for pixels, cells in _blocks(columns, width, COLUMNS):
+        wide[..., pixels] = logits[..., cells] @ across[pixels, cells].T
+    back = torch.zeros_like(wide)
+    for pixels, cells in _blocks(rows, height, max(1, CACHED // (heads * classes * width * (height // rows)))):
         label = labels[pixels].long()
         weight = of_label[label]  # (pixels, width)
         target = label.clamp_(max=classes - 1).expand(heads, 1, -1, -1)
-        block, wide = down[pixels, cells], logits[:, :, cells] @ across.T
-        z = block @ wide  # (heads, classes, pixels, width)
+        block = down[pixels, cells]
+        z = block @ wide[:, :, cells]  # (heads, classes, pixels, width)
         picked = z.gather(1, target)
         sums = z.exp_().sum(1, keepdim=True)  # torch's softmax takes ten times as long as these steps
         least, most = sums.aminmax()
         if not (float(least) > 1 / LARGEST_SUM and float(most) < LARGEST_SUM):
-            torch.matmul(block, wide, out=z)
+            torch.matmul(block, wide[:, :, cells], out=z)
             z -= z.amax(1, keepdim=True)
             picked = z.gather(1, target)
             sums = z.exp_().sum(1, keepdim=True)
@@ -210,11 +210,23 @@ def _in_caches(logits: Tensor, labels: Tensor, of_label: Tensor) -> tuple[Tensor
         mass += weight.sum()
         z *= weight / sums
         z.scatter_add_(1, target, (-weight).expand_as(target))
-        gradient[:, :, cells].add_(block.T @ z @ across)
+        back[:, :, cells].add_(block.T @ z)
+    gradient = torch.zeros_like(logits)
+    for pixels, cells in _blocks(columns, width, COLUMNS):
+        gradient[..., cells].add_(back[..., pixels] @ across[pixels, cells])
     return total, gradient[None], mass
 
 
-CACHED = 2**20  # upsampled logits of a piece on a CPU
+def _blocks(cells: int, pixels: int, step: int) -> Iterator[tuple[slice, slice]]:
+    """(pixels, the cells that they are upsampled from) along an axis, for `step` cells at a time."""
+    stride = pixels // cells
+    for start in range(0, cells, step):
+        end = min(start + step, cells)
+        yield slice(start * stride, end * stride), slice(max(0, start - 1), min(cells, end + 1))
+
+
+COLUMNS = 32  # cells of a block across
+CACHED = 2**18  # upsampled logits of a piece on a CPU
 IN_MEMORY = 2**28  # on a GPU: 1 GiB, a few times
 LARGEST_SUM = 1e26  # of exp() of a pixel's logits, and one over the least: beyond these float32 could leave its range
 
