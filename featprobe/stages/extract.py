@@ -43,7 +43,7 @@ from featprobe.stages.workspace import Workspace
 class ExtractReport:
     """What an extraction did. seconds: load, look, run, and what `run` waited for: images, disk.
 
-    On CUDA the memory that waits for the disk is held while features are computed, too, so that time counts there as well.
+    On CUDA the memory that waits for the disk is held while features are computed, too: that time counts there as well.
     And how long each part of `run` would have taken with nothing to wait for: network, decoding, copying (from the
     device, 0 where there is none), writing.
     rows: tiles and views, or else images; images: that they show.
