@@ -1,6 +1,6 @@
 """Rows are written in groups: what a group holds when, what a disk that refuses leaves, and threads that meet.
 
-A loss of power is benchmarks/power_loss.py's, a killed process benchmarks/kill9.py's.
+A killed process is test_kill.py's.
 """
 
 import errno
@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import make_cache, opened, random_maps, row_bytes, rows_of
+from kill9 import BLOCK
+from power_loss import run_losses
 
 from featprobe.cache import UNREADABLE, WHOLE, Cache, CacheWriter, verify
 from featprobe.cache import writer as writer_module
@@ -213,3 +215,18 @@ def test_threads_that_write_the_same_rows_never_leave_a_state_that_is_not_true(c
             thread.join(60)
     assert not errors and not false and UNREADABLE not in states(cache)
     assert all(isinstance(found, int) for found in verify(cache.path))
+
+
+# Power is lost; the harness is the benchmark's, which tries more states: benchmarks/power_loss.py
+
+
+def test_a_loss_of_power_leaves_rows_that_are_what_they_say_and_an_extraction_that_goes_on(tmp_path):
+    recording, found = run_losses(tmp_path, states=30)
+    assert max(recording.groups) > BLOCK
+    assert (found.counts["wrong"], found.counts["not the same"]) == (0, 0), found.faults
+    assert found.counts["right"] > 15 and found.counts["again"] > 2
+
+
+def test_a_writer_that_does_not_sync_is_found_out(tmp_path):
+    _, found = run_losses(tmp_path, states=15, syncs=False)
+    assert found.counts["wrong"]

@@ -99,6 +99,8 @@ class CacheWriter:
                 raise ShapeError(
                     f"Rows of level {level.name} have {flat[level.name].shape[1]} bytes, another size than the cache's."
                 )
+        if not rows:
+            return  # a lock of no bytes is one up to the file's end
         with self._alone(start, start + rows, WHOLE):
             self._set_back(start, rows)
             checksums = np.empty((rows, len(flat)), dtype="<u8")

@@ -91,6 +91,7 @@ def _to_stderr(line: str) -> None:
 @cli.command()
 @feature_options
 @click.option("--shard", metavar="I/N", help="Make the I-th of N parts, 1 <= I <= N; parts may run at once.")
+@click.option("--rehash", is_flag=True, help="Read every file of the set, whatever sizes and times say.")
 @as_json
 @click.pass_context
 def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
@@ -531,6 +532,7 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         levels=names(options["levels"]),
         size=parse_size(options["size"]) if options["size"] else None,
         shard=_parse_shard(options.get("shard")),
+        rehash=options.get("rehash", False),
         views=None if options["views"] is None else parse_views(options["views"]),
         **{name: options[name] for name in same},
         **({"workers": options["workers"]} if options["workers"] else {}),

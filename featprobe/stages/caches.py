@@ -22,6 +22,7 @@ from featprobe.cache import (
     verify,
 )
 from featprobe.errors import CacheError, counted
+from featprobe.stages.settled import look_path
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -125,6 +126,7 @@ def remove_cache(path: Path) -> int:
         size = path.stat().st_size
         path.unlink()
         path.with_suffix(".runs.jsonl").unlink(missing_ok=True)
+        look_path(path).unlink(missing_ok=True)
     (path.parent / f".{path.stem}.lock").unlink(missing_ok=True)
     if not any(path.parent.iterdir()):
         path.parent.rmdir()

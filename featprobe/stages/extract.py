@@ -36,6 +36,7 @@ from featprobe.stages.caches import tf32_doubt
 from featprobe.stages.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.pipeline import Filler, runs
+from featprobe.stages.settled import Asked, Settled, ask, keep, settled
 from featprobe.stages.workspace import Workspace
 
 
@@ -46,7 +47,8 @@ class ExtractReport:
     On CUDA the memory that waits for the disk is held while features are computed, too: that time counts there as well.
     And how long each part of `run` would have taken with nothing to wait for: network, decoding, copying (from the
     device, 0 where there is none), writing.
-    rows: tiles and views, or else images; images: that they show.
+    rows: tiles and views, or else images; images: that they show. by_times: the data set was not read, since its files
+    have the sizes and times of last time.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class ExtractReport:
     notes: tuple[str, ...]
     device: str
     images: int
+    by_times: bool = False
 
 
 def extract(
@@ -73,10 +76,16 @@ def extract(
     if launched()[0]:
         options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
-    data = read_set(workspace, data_name, options)
     device = pick_device(options.device)
-    backbone = load_backbone(spec, options.levels, device)
-    return extract_with(workspace, backbone, data, options, device, load_seconds=time.perf_counter() - begun)
+    asked = ask(workspace, spec, data_name, options, device.type)
+    backbone = None
+    for found in [] if options.rehash else settled(asked):
+        backbone = backbone or load_backbone(spec, options.levels, device)
+        if report := _nothing_to_do(found, backbone, device, begun):
+            return report
+    data = read_set(workspace, data_name, options)
+    backbone = backbone or load_backbone(spec, options.levels, device)
+    return extract_with(workspace, backbone, data, options, device, time.perf_counter() - begun, asked)
 
 
 def extract_with(
@@ -86,8 +95,12 @@ def extract_with(
     options: ExtractOptions,
     device: torch.device,
     load_seconds: float = 0.0,
+    asked: Asked | None = None,
 ) -> ExtractReport:
-    """`extract` with a backbone and a data set that are loaded already."""
+    """`extract` with a backbone and a data set that are loaded already.
+
+    asked: where given, and all rows are whole in the end, it is kept that this was the answer.
+    """
     begun = time.perf_counter()
     job = prepare(workspace, backbone, data, options, device)
     start, stop = share_of(len(job.rows), options.batch_size, options.shard or _own_shard())
@@ -127,7 +140,39 @@ def extract_with(
     )
     if report.computed:
         _log_run(report)
+    if asked and (done == WHOLE).all():  # what can't be read may be readable next time
+        keep(asked, cache, data, job.info.notes)
     return report
+
+
+def _nothing_to_do(found: Settled, backbone: Backbone, device: torch.device, begun: float) -> ExtractReport | None:
+    """The report on a cache that is whole, intact, and of this backbone; None where it is not."""
+    try:
+        cache = Cache(found.path, read_contents(found.path))
+    except CacheError:
+        return None
+    contents = cache.contents
+    same = (contents.identity_sha256, cache.recipe.weights_sha256, cache.levels) == (
+        found.identity_sha256,
+        backbone.sha256,
+        backbone.levels,
+    )
+    if not same or not (cache.done == WHOLE).all() or not contents.is_intact():
+        return None
+    return ExtractReport(
+        path=found.path,
+        rows=len(cache),
+        computed=0,
+        copied=0,
+        missing=0,
+        unreadable=(),
+        bytes_written=0,
+        seconds={"load": time.perf_counter() - begun, "look": 0.0, "run": 0.0, "wait_images": 0.0, "wait_disk": 0.0},
+        notes=found.notes,
+        device=str(device),
+        images=len(cache.images),
+        by_times=True,
+    )
 
 
 def share_of(rows: int, block: int, shard: tuple[int, int] | None) -> tuple[int, int]:
@@ -213,7 +258,8 @@ def speed_text(report: ExtractReport) -> str:
     if report.copied:
         counts += f", {report.copied} copied from the cache of the set as it was"
     if not report.computed and not report.missing:
-        return f"{report.path}: complete ({counts}); nothing to do"
+        text = f"{report.path}: complete ({counts}); nothing to do"
+        return f"{text}: files have the sizes and times of last time (--rehash reads them)" if report.by_times else text
     run = report.seconds["run"]
     lines = [
         f"{report.path}: {report.computed} of {counts} computed in {run:.1f} s on {report.device} "

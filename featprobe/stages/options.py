@@ -20,7 +20,8 @@ class ExtractOptions:
     size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding. workers: threads
     that decode images, by default one for each core that may be used, at most 16. precision: "auto" for that of the
     cache that is there, else amp on CUDA and fp32 elsewhere.
-    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
+    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. rehash: read every file of the data set, where
+    sizes and times of files would say that nothing changed. format: of the data set, None to look.
     group_from, split_file: where its groups and splits are from, None for the set itself. images, masks: patterns that
     describe where they lie, see datasets.patterns.
     tile: side of the tiles that images are cut into, 0 for whole images; overlap: of neighbours, by default an eighth
@@ -41,6 +42,7 @@ class ExtractOptions:
     shard: tuple[int, int] | None = None
     skip_bad: bool = False
     quiet: bool = False
+    rehash: bool = False
     format: str | None = None
     group_from: str | None = None
     split_file: str | None = None
