@@ -96,7 +96,7 @@ class Buffer:
             facts = self._facts[: len(self.levels)].to(device, non_blocking=True)
             sent = self._shown.to(device, non_blocking=True), facts
             self._sent = torch.cuda.Event()
-            self._sent.record()
+            self._sent.record(stream)
         current.wait_stream(stream)
         for one in sent:
             one.record_stream(current)
