@@ -324,7 +324,9 @@ class TopDown(Pyramid):
         outputs, width = weight.shape[:2]
         total = 0.0
         for stride in self.strides:
-            channels = [v.channels * (2 + features.maps[v.name].requires_grad) for v in self.levels if v.stride == stride]
+            channels = [
+                v.channels * (2 + features.maps[v.name].requires_grad) for v in self.levels if v.stride == stride
+            ]
             cells = (self.strides[0] / stride) ** 2
             taps = (1 + 2 * self.strides[0] / stride) ** 2
             total += sum(channels) * (taps * outputs if stride < base else cells * width)
@@ -376,14 +378,12 @@ class SimplePyramid(Pyramid):
         for step, (up, norm) in enumerate(zip(self.up, self.norms, strict=True), start=1):
             x = up(x)
             inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride // 2**step)
-            x = norm.rectified(x, inside)
+            x = rectified([norm], x, inside)  # type: ignore[list-item]
             maps.insert(0, (x, inside))
         return maps
 
 
-def make_pyramid(
-    levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0
-) -> Pyramid:
+def make_pyramid(levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0) -> Pyramid:
     """The pyramid of these levels: simple where all have one stride (as a ViT's), or where it is asked for.
 
     finest: strides below it, in pixels, are not made; the coarsest always is. Raises ProbeError for a simple one of
