@@ -203,7 +203,7 @@ def _logits_at_once(heads: Sequence[LinearHead], features: Features) -> Tensor:
 
 
 def _stacked(heads: Sequence[LinearHead]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights (heads, classes, channels), gamma and beta (heads, channels) of all levels in turn, bias (heads, classes).
+    """Weights (heads, classes, channels), gamma and beta (heads, channels) of all levels; bias (heads, classes).
 
     One copy of all parameters, cut in views: so is its gradient.
     """
