@@ -1,8 +1,11 @@
 """Losses of dense heads, at the finest level's grid or at the image's: cross-entropy, dice, focal, and their sums."""
 
-from collections.abc import Iterator
-from functools import cache
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, reduce
+from threading import Barrier
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from featprobe.probes import execution
 from featprobe.processes import count, summed
 from featprobe.targets import IGNORE
 
+T = TypeVar("T")
 LOSSES = ("ce", "dice", "focal")
 FOCUS = 2.0  # exponent of the focal loss (Lin et al., 2017)
 
@@ -77,12 +81,12 @@ def level_losses(logits: Tensor, shares: Tensor, weights: Tensor | None = None, 
     p = shares[:, None]
     weighted = p if weights is None else p * weights[:, None, None]
     log_q = torch.log_softmax(logits, 2)
-    total, mass = logits.new_zeros(logits.shape[1]), summed(weighted.sum()).clamp(min=1e-12)
+    mass, found = summed(weighted.sum()).clamp(min=1e-12), []  # each (heads,)
     if "ce" in terms:
-        total = total - (weighted * log_q).sum(every) / mass
+        found.append((weighted * log_q).sum(every) / -mass)
     if "focal" in terms:
         hard = (1 - log_q.exp()).clamp(min=0).pow(FOCUS)
-        total = total - (weighted * hard * log_q).sum(every) / mass
+        found.append((weighted * hard * log_q).sum(every) / -mass)
     if "dice" in terms:
         q, cells = log_q.exp(), (0, 3, 4)
         own = p.sum(cells).expand(q.shape[1], -1)  # (heads, classes)
@@ -90,8 +94,8 @@ def level_losses(logits: Tensor, shares: Tensor, weights: Tensor | None = None, 
         own, said, both = summed(torch.stack([own, said, both]))
         present = own > 0
         scores = 1 - 2 * both / (own + said).clamp(min=1e-12)
-        total = total + (scores * present).sum(1) / present.sum(1).clamp(min=1) / count()
-    return total
+        found.append((scores * present).sum(1) / present.sum(1).clamp(min=1) / count())
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
 def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
@@ -109,7 +113,9 @@ def image_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None, 
     """image_loss of several heads at once, (heads,). logits: (batch, heads, classes, rows, columns)."""
     heads, classes = logits.shape[1:3]
     if parse_loss(loss) == ("ce",):
-        return _ImageLoss.apply(logits, labels, logits.new_ones(classes) if weights is None else weights.to(logits))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        with torch.autocast(logits.device.type, enabled=False):
+            return _ImageLoss.apply(logits, labels, logits.new_ones(classes) if weights is None else weights.to(logits))
     upsampled = interpolate(logits.flatten(1, 2), labels.shape[1:], mode="bilinear", align_corners=False)
     own = torch.arange(classes, device=labels.device, dtype=labels.dtype)[:, None, None]
     shares = (labels[:, None] == own).to(logits.dtype)
@@ -122,37 +128,25 @@ class _ImageLoss(torch.autograd.Function):
     Upsampled logits are as many as all that a step reads beside them, so no piece of them is kept: it goes forward and
     straight back. A piece is as many rows of an image as fit a CPU's caches, or as many images as fit a share of a
     GPU's memory. Bilinear upsampling along an axis is a product with a matrix that is all but empty; of it a piece
-    takes the block that is not. That is several times faster than upsampling by pixels, and its adjoint, which is the
-    transpose, is the same in every run on a GPU too.
+    takes the block that is not. On a CPU that is several times faster than upsampling by pixels; the adjoint, which
+    is the transpose, is so on a GPU too, and the same in every run.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """logits: (batch, heads, classes, rows, columns). weights: (classes,). Returns (heads,)."""
-        heads, classes, rows, columns = logits.shape[1:]
-        height, width = labels.shape[1:]
-        of_label = torch.cat([weights, weights.new_zeros(IGNORE + 1 - classes)])
-        down, across = _upsampling(rows, height, logits), _upsampling(columns, width, logits)
-        losses, mass = logits.new_zeros(heads), logits.new_zeros(())
-        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        for images, pixels, cells in _pieces(logits, height, width):
-            wide = logits[images, :, :, cells] @ across.T  # (images, heads, classes, cells, width)
-            block = down[pixels, cells]
-            z = block @ wide  # (images, heads, classes, pixels, width)
-            label = labels[images, pixels].long()[:, None, None]
-            mine = of_label[label]  # (images, 1, 1, pixels, width)
-            target = label.clamp(max=classes - 1).expand(-1, heads, -1, -1, -1)
-            z -= z.amax(2, keepdim=True)
-            picked = z.gather(2, target)
-            sums = z.exp_().sum(2, keepdim=True)
-            losses += ((sums.log() - picked) * mine).sum((0, 2, 3, 4))
-            mass += mine.sum()
-            z *= mine / sums
-            z.scatter_add_(2, target, -mine.expand_as(target))
-            gradient[images, :, :, cells] += block.T @ z @ across
-        mass = summed(mass).clamp(min=1e-12)
+        of_label = torch.cat([weights, weights.new_zeros(IGNORE + 1 - weights.shape[0])])
+        if execution.whole_batches(logits.device):
+            step = max(1, IN_MEMORY // (logits.shape[1:3].numel() * labels.shape[1:].numel()))
+            parts = zip(logits.split(step), labels.split(step), strict=True)
+            done = [_at_once(*part, of_label) for part in parts]
+        else:
+            done = _alone(lambda image: _in_caches(logits[image], labels[image], of_label), range(len(logits)))
+        found, gradients, masses = zip(*done, strict=True)
+        gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        mass = summed(reduce(torch.add, masses)).clamp(min=1e-12)
         ctx.save_for_backward(gradient, mass)
-        return losses / mass
+        return reduce(torch.add, found) / -mass
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -161,30 +155,106 @@ class _ImageLoss(torch.autograd.Function):
         return gradient * (upstream[0] / mass)[:, None, None, None], None, None
 
 
-CACHED = 2**19  # upsampled logits of a piece on a CPU
+def _at_once(logits: Tensor, labels: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted log-likelihood of each head, (heads,), what its loss makes of the logits, the sum of the weights.
+
+    In few operations. logits: (images, heads, classes, rows, columns). of_label: (256,), the weight of each label. The
+    gradient of a pixel, which is no larger than its weight, is in half precision where the device sums products of such
+    numbers in float32.
+    """
+    rows, columns = logits.shape[3:]
+    size, heads = labels.shape[1:], logits.shape[:3]
+    label = labels.long()[:, None, None]
+    weight = of_label[label]  # (images, 1, 1, height, width)
+    target = label.clamp(max=heads[2] - 1).expand(-1, heads[1], -1, -1, -1)
+    upsampled = interpolate(logits.flatten(1, 2), size, mode="bilinear", align_corners=False)
+    q = torch.log_softmax(upsampled.unflatten(1, heads[1:]), 2)
+    del upsampled
+    found = (q.gather(2, target) * weight).sum((0, 2, 3, 4))
+    one = execution.repeated(((1, -1.0),), logits.dtype, logits.device)
+    q.exp_().scatter_add_(2, target, one.expand_as(target))
+    mixed = logits.dtype == torch.float32 and execution.mixed(logits.device)
+    z = q.new_empty(q.shape, dtype=torch.float16) if mixed else q
+    torch.mul(q, weight, out=z)
+    pixels = z.flatten(0, 2)  # (images * heads * classes, height, width)
+    across = _upsampling(columns, size[1], z).expand(len(pixels), -1, -1)
+    narrow = torch.bmm(pixels, across, out_dtype=logits.dtype) if mixed else torch.bmm(pixels, across)
+    return found, _upsampling(rows, size[0], logits).T @ narrow.unflatten(0, heads), weight.sum()
+
+
+def _in_caches(logits: Tensor, labels: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one image, as many rows of it as the caches hold at a time; its gradient is (1, heads, …)."""
+    heads, classes, rows, columns = logits.shape
+    height, width = labels.shape
+    down, across = _upsampling(rows, height, logits), _upsampling(columns, width, logits)
+    gradient, mass, total = torch.zeros_like(logits), logits.new_zeros(()), logits.new_zeros(heads)
+    stride = height // rows
+    step = max(1, CACHED // (heads * classes * width * stride))  # rows of cells
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        pixels, cells = slice(start * stride, end * stride), slice(max(0, start - 1), min(rows, end + 1))
+        label = labels[pixels].long()
+        weight = of_label[label]  # (pixels, width)
+        target = label.clamp_(max=classes - 1).expand(heads, 1, -1, -1)
+        block, wide = down[pixels, cells], logits[:, :, cells] @ across.T
+        z = block @ wide  # (heads, classes, pixels, width)
+        picked = z.gather(1, target)
+        sums = z.exp_().sum(1, keepdim=True)  # torch's softmax takes ten times as long as these steps
+        least, most = sums.aminmax()
+        if not (float(least) > 1 / LARGEST_SUM and float(most) < LARGEST_SUM):
+            torch.matmul(block, wide, out=z)
+            z -= z.amax(1, keepdim=True)
+            picked = z.gather(1, target)
+            sums = z.exp_().sum(1, keepdim=True)
+        total += ((picked - sums.log()) * weight).sum((1, 2, 3))
+        mass += weight.sum()
+        z *= weight / sums
+        z.scatter_add_(1, target, (-weight).expand_as(target))
+        gradient[:, :, cells].add_(block.T @ z @ across)
+    return total, gradient[None], mass
+
+
+CACHED = 2**20  # upsampled logits of a piece on a CPU
 IN_MEMORY = 2**28  # on a GPU: 1 GiB, a few times
+LARGEST_SUM = 1e26  # of exp() of a pixel's logits, and one over the least: beyond these float32 could leave its range
 
 
-def _pieces(logits: Tensor, height: int, width: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(images, rows of pixels, rows of cells that these pixels are upsampled from) of every piece of a batch."""
-    batch, heads, classes, rows, _ = logits.shape
-    per_row, stride = heads * classes * width, height // rows
-    if execution.whole_batches(logits.device):
-        step = max(1, IN_MEMORY // (per_row * height))
-        yield from ((slice(i, i + step), slice(0, height), slice(0, rows)) for i in range(0, batch, step))
-        return
-    step = max(1, CACHED // (per_row * stride))  # rows of cells
-    for image in range(batch):
-        for start in range(0, rows, step):
-            end = min(start + step, rows)
-            cells = slice(max(0, start - 1), min(rows, end + 1))
-            yield slice(image, image + 1), slice(start * stride, end * stride), cells
+def _alone(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
+    """Results of `work` for every item, by as many threads as torch has, each of which computes alone.
+
+    Threads that share each small operation wait for each other after every one; beside other load that is most of the
+    time.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) == 1:
+        return [work(item) for item in items]
+
+    def quiet(item: int) -> T:
+        with torch.no_grad():
+            return work(item)
+
+    return list(_pool(threads, os.getpid()).map(quiet, items))
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:  # a process that was forked has no threads
+    pool, begun = ThreadPoolExecutor(threads, "loss"), Barrier(threads)
+
+    def begin(_: int) -> None:
+        begun.wait()  # so that each thread comes here once
+        torch.set_num_threads(1)
+        begun.wait()
+
+    list(pool.map(begin, range(threads)))
+    torch.set_num_threads(threads)  # theirs is a setting of their own, but what begins later would take it over
+    return pool
 
 
 @cache
 def _matrix(cells: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return interpolate(torch.eye(cells, dtype=dtype, device=device)[None], pixels, mode="linear")[0].T.contiguous()
+        matrix = interpolate(torch.eye(cells, dtype=torch.float64)[None], pixels, mode="linear")[0].T.contiguous()
+        return matrix.to(dtype).to(device)
 
 
 def _upsampling(cells: int, pixels: int, like: Tensor) -> Tensor:

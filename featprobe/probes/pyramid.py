@@ -15,7 +15,7 @@ from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
-from featprobe.probes.linear import LevelNorm, level_shares, level_statistics
+from featprobe.probes.linear import LevelNorm, level_statistics
 
 PyramidKind = Literal["auto", "levels", "simple"]
 GROUPS = 16  # of GroupNorm, as many as divide the width
@@ -250,8 +250,8 @@ class TopDown(Pyramid):
         if not (torch.is_autocast_enabled() and first.weight.is_cuda):  # there a product takes maps in half precision
             maps = [m.to(dtype) for m in maps]
         with execution.full_products(first.weight.device):  # of all levels at once, in few operations
-            norms, shares = [lateral.norm for lateral in laterals], level_shares(levels, features)
-            mean, rstd = level_statistics(norms, [m.flatten(2) for m in maps], shares, dtype)
+            norms = [lateral.norm for lateral in laterals]
+            mean, rstd = level_statistics(norms, [m.flatten(2) for m in maps], levels, features, dtype)
             scale = torch.cat([norm.weight for norm in norms]) * rstd
             channels = [level.channels for level in levels]
             shifts = torch.addcmul(torch.cat([norm.bias for norm in norms]), mean, scale, value=-1).split(channels)
