@@ -221,7 +221,7 @@ def test_the_finest_map_need_not_be_made() -> None:
             inside = torch.ones(2, *plain[0].shape[2:], dtype=torch.bool) if plain[1] is None else plain[1]
             for base in range(1, len(levels)):
                 with torch.no_grad():
-                    above = pyramid._maps(features, pyramid.strides[base:])[0]
+                    above = pyramid._maps(features, pyramid.strides[base:], ())[0]
                     found, _ = pyramid._at_finest(features, weight, above, base)
                 assert torch.allclose((found - plain[0]) * inside[:, None], torch.zeros(()).double(), atol=1e-10)
 
