@@ -27,6 +27,7 @@ from featprobe.probes import (
     HeadRecipe,
     ObjectTarget,
     build_head,
+    execution,
     fingerprint,
     load_head,
     objects_at_original,
@@ -34,7 +35,6 @@ from featprobe.probes import (
     predict_classes,
     save_head,
 )
-from featprobe.probes import execution
 from featprobe.probes.fcos import assign, grid_of
 from featprobe.probes.objects import (
     ObjectBatch,
@@ -221,7 +221,7 @@ def test_the_finest_map_need_not_be_made() -> None:
             inside = torch.ones(2, *plain[0].shape[2:], dtype=torch.bool) if plain[1] is None else plain[1]
             for base in range(1, len(levels)):
                 with torch.no_grad():
-                    above = pyramid._maps(features, pyramid.strides[base:])[0]
+                    above = pyramid._maps(features, pyramid.strides[base:], ())[0]
                     found, _ = pyramid._at_finest(features, weight, above, base)
                 assert torch.allclose((found - plain[0]) * inside[:, None], torch.zeros(()).double(), atol=1e-10)
 
@@ -239,7 +239,9 @@ def test_objects_of_a_batch_in_tensors_of_one_shape_train_as_lists_do() -> None:
 @pytest.mark.parametrize("masks", [False, True])
 def test_detections_survive_the_one_copy_that_takes_them_off_a_device(masks: bool) -> None:
     made = [
-        Detections(torch.rand(n, 4), torch.randint(1, 200, (n,)), torch.rand(n), torch.rand(n, 28, 28) if masks else None)
+        Detections(
+            torch.rand(n, 4), torch.randint(1, 200, (n,)), torch.rand(n), torch.rand(n, 28, 28) if masks else None
+        )
         for n in (3, 0, 2)
     ]
     for a, b in zip(made, on_host(made), strict=True):

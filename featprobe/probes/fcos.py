@@ -223,7 +223,9 @@ def focal(logits: Tensor, wanted: Tensor) -> Tensor:
 
 def centrality_of(centres: Tensor, boxes: Tensor) -> Tensor:
     """How central points are in their boxes, in [0, 1] (FCOS, equation 3). centres: (n, 2), x y. boxes: (n, 4)."""
-    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres], 1).clamp(min=0)  # (n, left top | right bottom, 2)
+    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres], 1).clamp(
+        min=0
+    )  # (n, left top | right bottom, 2)
     return (sides.amin(1) / sides.amax(1).clamp(min=1e-6)).prod(1).sqrt()
 
 

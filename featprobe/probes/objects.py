@@ -154,7 +154,10 @@ def anchor_sizes(strides: Sequence[int], sides: Sequence[float]) -> list[tuple[i
 
 
 def in_crowd(points: Tensor, crowds: Tensor) -> Tensor:
-    """Whether each point lies in a crowd region: (…, points), bool. points: (points, 2), x y. crowds: (…, regions, 4)."""
+    """Whether each point lies in a crowd region: (…, points), bool.
+
+    points: (points, 2), x y. crowds: (…, regions, 4).
+    """
     if not crowds.shape[-2]:
         return torch.zeros((*crowds.shape[:-2], len(points)), dtype=torch.bool, device=points.device)
     regions = crowds[..., None, :, :]

@@ -98,11 +98,11 @@ class _InsideNorm(torch.autograd.Function):
         """x: (batch, cells, channels). mask: (batch, cells, 1), 0 or 1, of the same format."""
         own = x * mask
         sums = torch.stack([own.sum(1), (own * x).sum(1)])  # (2, batch, channels)
-        share = 1 / (mask.sum((1, 2)).clamp(min=1) * (x.shape[2] // groups))[:, None, None]  # (batch, 1, 1)
+        share = (mask.sum((1, 2), keepdim=True).clamp(min=1) * (x.shape[2] // groups)).reciprocal()  # (batch, 1, 1)
         mean, square = sums.unflatten(2, (groups, -1)).sum(3, keepdim=True) * share  # (batch, groups, 1)
         rstd = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
         scale = weight.view(groups, -1) * rstd  # (batch, groups, channels of one)
-        shift = bias.view(groups, -1) - mean * scale
+        shift = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1)
         out = torch.addcmul(shift.flatten(1)[:, None], x, scale.flatten(1)[:, None])
         out = (out.relu_() if rectified else out).mul_(mask)
         ctx.save_for_backward(x, mask, weight, mean, rstd, share, out if rectified else mask)
@@ -221,10 +221,13 @@ class TopDown(Pyramid):
 
     def forward(self, features: Features) -> Maps:
         """All maps."""
-        return self._maps(features, self.strides)
+        return self._maps(features, self.strides, self.strides)
 
-    def _maps(self, features: Features, strides: Sequence[int]) -> Maps:
-        """The maps of the coarsest strides, down to the first of these."""
+    def _maps(self, features: Features, strides: Sequence[int], wanted: Sequence[int]) -> Maps:
+        """The maps of the coarsest strides, down to the first of these; padding is 0 in those that are wanted alone.
+
+        The others are only upsampled: no cell that holds some image lies in a coarser one that holds none.
+        """
         found: Maps = []
         levels = [level for level in self.levels if level.stride in strides]
         laterals = self._laterals(features, levels)
@@ -236,7 +239,8 @@ class TopDown(Pyramid):
             total = own[0]
             for more in own[1:]:
                 total = total + more
-            found.insert(0, (only_inside(total, insides[stride]), insides[stride]))
+            inside = insides[stride]
+            found.insert(0, (only_inside(total, inside) if stride in wanted else total, inside))
         return found
 
     def _laterals(self, features: Features, levels: Sequence[FeatureLevel]) -> dict[str, Tensor]:
@@ -269,12 +273,9 @@ class TopDown(Pyramid):
         On a CPU, where it saves work, the finest map is never made: see `_at_finest`.
         """
         base = self._base(features, weight, strides)
-        if base == 0:
-            return super().convolved(features, weight, strides)
-        coarser = self._maps(features, self.strides[base:])
-        finest = self._at_finest(features, weight, coarser[0], base)
-        found = dict(zip(self.strides[base:], coarser, strict=True))
-        return [finest, *((conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides[1:])]
+        found = dict(zip(self.strides[base:], self._maps(features, self.strides[base:], strides), strict=True))
+        joined = [] if base == 0 else [self._at_finest(features, weight, found[self.strides[base]], base)]
+        return [*joined, *((conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides[len(joined) :])]
 
     def _at_finest(
         self, features: Features, weight: Tensor, above: tuple[Tensor, Tensor | None], base: int
@@ -324,7 +325,9 @@ class TopDown(Pyramid):
         outputs, width = weight.shape[:2]
         total = 0.0
         for stride in self.strides:
-            channels = [v.channels * (2 + features.maps[v.name].requires_grad) for v in self.levels if v.stride == stride]
+            channels = [
+                v.channels * (2 + features.maps[v.name].requires_grad) for v in self.levels if v.stride == stride
+            ]
             cells = (self.strides[0] / stride) ** 2
             taps = (1 + 2 * self.strides[0] / stride) ** 2
             total += sum(channels) * (taps * outputs if stride < base else cells * width)
@@ -376,14 +379,12 @@ class SimplePyramid(Pyramid):
         for step, (up, norm) in enumerate(zip(self.up, self.norms, strict=True), start=1):
             x = up(x)
             inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride // 2**step)
-            x = norm.rectified(x, inside)
+            x = rectified([norm], x, inside)  # type: ignore[list-item]
             maps.insert(0, (x, inside))
         return maps
 
 
-def make_pyramid(
-    levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0
-) -> Pyramid:
+def make_pyramid(levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0) -> Pyramid:
     """The pyramid of these levels: simple where all have one stride (as a ViT's), or where it is asked for.
 
     finest: strides below it, in pixels, are not made; the coarsest always is. Raises ProbeError for a simple one of
