@@ -94,8 +94,7 @@ def trainer(case: Case, heads: Sequence[LinearHead], rates: Sequence[tuple[float
     def losses(features: Features, target: Tensor) -> Tensor:
         if case.loss_at == "level":
             return level_loss(heads[0](features), target) if bank is None else bank.loss(features, target)
-        every = [heads[0](features)] if bank is None else bank.logits(features)
-        return torch.stack([image_loss(logits, target) for logits in every])
+        return image_loss(heads[0](features), target) if bank is None else bank.image_loss(features, target)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -45,8 +45,8 @@ Read = Callable[[Rows, Maps], None]
 """Copies rows, in the order given, into buffers of level name -> (rows, row bytes)."""
 
 
-def write_cache(path: Path, count: int) -> Cache:
-    """A complete cache of random finite fp16 values."""
+def make_empty(path: Path, count: int) -> None:
+    """A cache whose rows are all missing."""
     recipe = FeatureRecipe(
         label="random", backbone="random", weights_sha256="0" * 64, levels=LEVELS, final_norm=False, size=FRAME,
         frame=FRAME, fit="resize", intensity="none", window=None, mean=(0.5,) * 3, std=(0.5,) * 3,
@@ -55,6 +55,11 @@ def write_cache(path: Path, count: int) -> Cache:
     place = Placement(FRAME, FRAME, FRAME)
     rows = [Row(f"{i}.png", f"{i}", "train", f"images/{i}.png", f"{i:032}", place) for i in range(count)]
     create_file(path, recipe, DataInfo("random", "", ("background",), (), "0" * 64), rows, {})
+
+
+def write_cache(path: Path, count: int) -> Cache:
+    """A complete cache of random finite fp16 values."""
+    make_empty(path, count)
     rng = np.random.default_rng(0)
     with CacheWriter(path) as writer:
         for start in range(0, count, BLOCK):

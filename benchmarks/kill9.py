@@ -106,6 +106,7 @@ def run_extraction(root: str, data: str, pause: float, done_first: bool) -> None
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave behind
     if done_first:
         CacheWriter.write = _write_done_first  # type: ignore[method-assign]
+        CacheWriter._set_back = lambda *_: None  # type: ignore[method-assign]  # it would take back what is said too early
     workspace = Workspace(root)
     options = ExtractOptions(batch_size=BLOCK, workers=1, quiet=True)
     backbone = PoolingBackbone(pause, channels=CHANNELS)

@@ -138,7 +138,10 @@ def run_of(arm: Arm, workspace: Workspace, cache: Cache) -> Run:
 def as_on_a_gpu() -> Iterator[None]:
     """The CPU takes the path of a GPU with room for all features and labels."""
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(execution, "whole_batches", lambda device: True))
+        products = torch.library.Library("aten", "IMPL")  # which CPUs have in one number format alone
+        products.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU")
+        for choice in ("whole_batches", "mixed"):
+            patches.enter_context(mock.patch.object(execution, choice, lambda device: True))
         for module in (reader, segmentation):
             patches.enter_context(mock.patch.object(module, "device_room", lambda device: 2**40))
         yield

@@ -17,6 +17,8 @@ from featprobe.geometry import TURNS, Fit, Size
 from featprobe.levels import FeatureLevel
 
 CacheDtype = Literal["fp16", "fp32", "bf16"]
+CachePrecision = Literal["fp32", "tf32", "amp"]
+"""What a backbone computed in: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
 Rows = NDArray[np.intp]
 """Indices of a cache's rows."""
 CACHE_VERSION = 2
@@ -289,7 +291,7 @@ class FeatureRecipe:
 
     Its `key` names the cache file. `label` is how people call the backbone; it is not part of the key.
     window: the raw levels that become 0 and 1, where the intensity policy resolved to one for the whole set.
-    precision: "fp32", or "amp" for autocast to fp16 on the device that computes.
+    precision: what the backbone computed in; see backbones.precision.
     tile, overlap: pixels of the original image; a tile of None stands for whole images. empty_tiles: share of the
     training tiles without a defect that is kept. views: of the training images; the first is the image as it is.
     empty_pixels: what pixels become that a header calls empty, `0`; "" for a set that has no such headers.
@@ -310,7 +312,7 @@ class FeatureRecipe:
     std: tuple[float, ...]
     interpolation: str
     dtype: CacheDtype
-    precision: Literal["fp32", "amp"] = "fp32"
+    precision: CachePrecision = "fp32"
     channels: str = "rgb, grey replicated"
     views: tuple[str, ...] = ("identity",)
     version: int = 1

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
-from scipy import ndimage
 
 from featprobe.errors import DataError, ShapeError
 from featprobe.geometry import Part, Placement, Size
@@ -215,8 +215,8 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     """
     found = []
     for value in (*range(1, classes), IGNORE):
-        numbered, _ = ndimage.label(labels == value, structure=np.ones((3, 3)))
-        for number, (rows, columns) in enumerate(ndimage.find_objects(numbered), start=1):
+        numbered, _ = scipy.ndimage.label(labels == value, structure=np.ones((3, 3)))
+        for number, (rows, columns) in enumerate(scipy.ndimage.find_objects(numbered), start=1):
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
             mask = numbered == number
             one = Instance(value, box, encode_rle(mask), crowd=value == IGNORE, area=float(mask.sum()))

@@ -25,3 +25,14 @@ def pytest_runtest_setup() -> None:
     np.random.seed(SEED)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(SEED)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a card where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))

@@ -1,6 +1,7 @@
 """Extraction: whole, once, and the same bits however the work was cut; changed sets; bad images."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -336,6 +337,50 @@ def test_fp32_and_bf16_hold_the_same_features_each_in_its_precision(data, tmp_pa
     rounded = torch.from_numpy(exact.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(bits, rounded)
     np.testing.assert_array_equal(half, exact.astype(np.float16))
+
+
+# A device that fails
+
+
+class Failing(PoolingBackbone):
+    """Raises what torch raises when a GPU is lost, at its third batch."""
+
+    batches = 0
+
+    def __call__(self, images):
+        self.batches += 1
+        if self.batches == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …")
+        return super().__call__(images)
+
+
+def test_a_device_that_is_lost_ends_in_one_paragraph_and_the_same_command_goes_on(data, tmp_path):
+    with pytest.raises(BackboneError) as caught:
+        extract(tmp_path, data, Failing())
+    text = str(caught.value)
+    assert "illegal memory access" in text and "kernel errors" not in text and "featprobe extract" in text
+    assert opened(find_file(tmp_path)).done.tolist() == [1, 1, 1, 1, 0, 0, 0]
+    assert extract(tmp_path, data).computed == 3
+    assert stored(find_file(tmp_path)) == stored(extract(tmp_path / "anew", data).path)
+
+
+def test_an_error_that_is_not_the_devices_is_not_called_so(data, tmp_path, monkeypatch):
+    def fail(self, images):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(PoolingBackbone, "__call__", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        extract(tmp_path, data)
+
+
+def test_the_closing_line_names_the_limit_and_each_parts_own_rate(data, tmp_path):
+    report = extract(tmp_path, data)
+    assert {"network", "decoding", "copying", "writing"} <= report.seconds.keys() and report.seconds["copying"] == 0
+    slow = replace(report, seconds=report.seconds | {"network": 2.0, "decoding": 7.0, "copying": 0.5, "writing": 1.0})
+    wanted = "The limit was decoding 1 img/s; try more --workers. By themselves: the network 4 img/s, the disk "
+    assert stage.speed_text(slow).splitlines()[1].startswith(wanted)
+    assert "copying to the host" in stage.speed_text(slow)
+    assert "copying" not in stage.speed_text(report)  # nothing is copied on a CPU
 
 
 # Images that can't be used

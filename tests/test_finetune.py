@@ -54,7 +54,8 @@ TASKS = list(RECIPES)
 
 
 def options_for(task: str, tuning: Tuning | None = None, **changed: Any) -> ProbeOptions:
-    return ProbeOptions(recipe=RECIPES[task], seeds=1, quiet=True, tuning=tuning, **changed)
+    """On the CPU, whose bits these tests compare."""
+    return ProbeOptions(recipe=RECIPES[task], seeds=1, quiet=True, tuning=tuning, device="cpu", **changed)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with an exact cache of a small 16-bit set under a real network, in batches as training takes them."""
     workspace = Workspace(tmp_path_factory.mktemp("live"))
     make_generated("xray", workspace.data / "xray", images=24, size=(64, 64))
-    extract(workspace, SPEC, "xray", ExtractOptions(dtype="fp32", batch_size=4, quiet=True))
+    extract(workspace, SPEC, "xray", ExtractOptions(dtype="fp32", batch_size=4, quiet=True, device="cpu"))
     return workspace
 
 
@@ -302,7 +303,8 @@ from featprobe.stages.forecast import Forecast
 from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 recipe = TrainRecipe(iterations=24, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)
-options = ProbeOptions(head="fasterrcnn", recipe=recipe, seeds=1, quiet=True, tuning=Tuning(ema=0.9, accumulate=2))
+tuning = Tuning(ema=0.9, accumulate=2)
+options = ProbeOptions(head="fasterrcnn", recipe=recipe, seeds=1, quiet=True, device="cpu", tuning=tuning)
 finetune(Workspace(sys.argv[1]), "detect", options=options)
 """
 
@@ -442,7 +444,7 @@ def test_every_reader_of_an_image_keeps_to_the_policy(tmp_path: Path, policy: st
     """Extraction, live training, prediction and pictures: one intensity policy, which the card tells."""
     workspace = Workspace(tmp_path)
     make_generated("xray", workspace.data / "xray", images=12, size=(32, 32))
-    data = ExtractOptions(dtype="fp32", batch_size=4, quiet=True, intensity=policy)
+    data = ExtractOptions(dtype="fp32", batch_size=4, quiet=True, intensity=policy, device="cpu")
     cache = open_cache(extract(workspace, SPEC, "xray", data).path)
     plain = open_cache(extract(workspace, SPEC, "xray", replace(data, intensity=None)).path)
     full = str(Intensity.parse(policy))
@@ -457,7 +459,7 @@ def test_every_reader_of_an_image_keeps_to_the_policy(tmp_path: Path, policy: st
     finetune(workspace, "semseg", options=options_for("semseg", PLAIN))
     assert losses == pytest.approx(first, rel=1e-4)
     folder = workspace.probes / cached["folder"]
-    predictor = Predictor(folder)
+    predictor = Predictor(folder, device="cpu")
     assert predictor.card["fingerprint"]["intensity"] == full
     row = cache.rows[0]
     image = Path(cache.data.root) / row.image

@@ -667,7 +667,7 @@ def test_the_test_split_is_read_once_and_never_in_training(
             yield rows, features
 
     monkeypatch.setattr(FeatureLoader, "batches", spying)
-    report = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))
+    report = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True, device="cpu"))
     (cache,), _ = find_caches(pooled, "semseg", (), ())
     split_of = [row.split for row in cache.rows]
     kinds = ["".join(sorted({split_of[row][0:2] for row in batch})) for batch in fed]
@@ -685,7 +685,7 @@ def test_the_test_split_is_read_once_and_never_in_training(
 
 def test_labels_outside_of_training_never_reach_the_loss(pooled: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Test masks painted over change the test score only: weights, curve and validation stay."""
-    first = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows[0]
+    first = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True, device="cpu")).rows[0]
     first_head, first_card = load_head(pooled.probes / first["folder"])
     plain = Cache.semantic
 
@@ -694,7 +694,7 @@ def test_labels_outside_of_training_never_reach_the_loss(pooled: Workspace, monk
         return np.ones_like(labels) if self.rows[row].split == "test" else labels
 
     monkeypatch.setattr(Cache, "semantic", spoiled)
-    second = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows[0]
+    second = probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True, device="cpu")).rows[0]
     second_head, second_card = load_head(pooled.probes / second["folder"])
     assert second["test"] != first["test"]
     assert second_card["curve"] == first_card["curve"] and second["train_counts"] == first["train_counts"]

@@ -27,6 +27,7 @@ from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, write_levels
 from featprobe.errors import DataError, ProbeError
 from featprobe.probes import TrainRecipe, load_head
+from featprobe.processes import pick_device
 from featprobe.report.tables import result_table
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extract import extract as extract_for_real
@@ -172,7 +173,7 @@ def test_all_trials_are_kept_and_the_best_on_validation_is_scored_once(
 
 
 def test_a_detection_trial_ends_the_same_beside_whichever_others(dense: Workspace) -> None:
-    options = ProbeOptions(head="fasterrcnn", recipe=BRIEF, seeds=1, quiet=True)
+    options = ProbeOptions(head="fasterrcnn", recipe=BRIEF, seeds=1, quiet=True, device="cpu")
     heads = []
     for rates in ((2e-3,), (2e-3, 1e-9), (1e-9, 2e-3)):
         (row,) = probe(dense, "detect", options=replace(options, lr=rates)).rows
@@ -214,7 +215,7 @@ def test_every_head_has_three_seeds_but_one_that_is_the_same_for_all(dense: Work
 def test_the_predicted_time_is_told_before_training(dense: Workspace) -> None:
     said: list[str] = []
     probe(dense, "detect", options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True), say=said.append)
-    assert len(said) == 1 and "6 iterations, about" in said[0] and said[0].endswith("min on cpu")
+    assert len(said) == 1 and "6 iterations, about" in said[0] and said[0].endswith(f"min on {pick_device(None)}")
 
 
 def test_a_batch_that_the_memory_does_not_hold_names_one_that_fits(
@@ -404,7 +405,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[s
         "instseg": replace(BRIEF, iterations=60),
     }
     rows = {
-        task: probe(workspace, task, options=ProbeOptions(recipe=recipe, seeds=1, quiet=True)).rows[0]
+        task: probe(workspace, task, options=ProbeOptions(recipe=recipe, seeds=1, quiet=True, device="cpu")).rows[0]
         for task, recipe in recipes.items()
     }
     return workspace, rows
@@ -419,7 +420,7 @@ def test_predict_on_the_test_images_scores_what_the_row_says(
     (cache,), _ = find_caches(workspace, "semseg", (), ())
     tested = cache.usable("test").tolist()
     images = [Path(cache.data.root) / cache.rows[row].image for row in tested]
-    report = predict(folder, images, tmp_path / "out", quiet=True)
+    report = predict(folder, images, tmp_path / "out", quiet=True, device="cpu")
     assert report.images == len(images) and not report.left_out
     assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == len(images)
     if task == "semseg":

@@ -16,6 +16,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from featprobe.backbones.precision import computing
 from featprobe.backbones.weights import fits, frame_of, load_strictly, read_embedded, read_weights, weights_sha256
 from featprobe.errors import BackboneError, nearest
 from featprobe.features import Features
@@ -188,7 +189,8 @@ class Backbone(nn.Module):
         """
         noise = torch.rand(1, 3, *frame, generator=torch.Generator().manual_seed(0)).to(self._mean.device)
         try:
-            maps = self._maps(model.eval(), noise)
+            with computing("fp32", noise.device):  # so that every device decides the same
+                maps = self._maps(model.eval(), noise)
         finally:
             model.train(self.training)
             self.train(self.training)

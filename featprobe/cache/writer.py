@@ -1,13 +1,14 @@
 """Writing rows: positioned writes past HDF5, so that a killed process leaves a file that opens.
 
-Order per block: features and checksums, then fdatasync, then `done`. Whatever dies in between, a row
-that says it is whole is whole.
+Order per group of rows: features and checksums, then fdatasync, then `done`. Whatever dies in between, a
+row that says it is whole is whole.
 """
 
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, encode_reason, re
 from featprobe.errors import CacheBusyError, CacheError, ShapeError
 
 CREATION_BYTE = 1 << 40  # of the lock file: past every row's byte
+GROUP_BYTES = 256 << 20  # of rows that are written and not marked yet; the next write marks them
+GROUP_SECONDS = 5.0  # since the first row of a group was written; the same
 _seek_lock = threading.Lock()
 
 
@@ -41,13 +44,23 @@ sync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
 class CacheWriter:
-    """Writes rows of an existing cache; any number of processes may write disjoint rows of one file."""
+    """Writes rows of an existing cache; any number of threads and processes may write disjoint rows of one file.
+
+    Rows are written in groups: `write` leaves them missing, and `commit` brings what was written to the disk and then
+    calls it whole. A group that is full commits itself, and closing commits.
+    """
 
     def __init__(self, path: Path) -> None:
         contents = read_contents(path)
         self.path = path
         self.recipe = contents.recipe
         self.extents = contents.extents
+        self._turn = threading.Condition()  # guards the four below
+        self._held: set[int] = set()  # rows that a thread writes or marks just now
+        self._group: dict[int, int] = {}  # row that is in the file -> its state, which is not
+        self._bytes, self._since = 0, 0.0  # of the group: features in it, and when it began
+        self._one_sync = threading.Lock()
+        self._lost: OSError | None = None  # what the disk said when it did not keep what was written
         try:
             self.handle = os.open(path, os.O_RDWR)
         except OSError as error:
@@ -60,15 +73,17 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Bring what was written to the disk and let go of the file."""
+        """Commit, bring all to the disk and let go of the file."""
         try:
-            with self._refusal("at its end"):
-                os.fsync(self.handle)
+            if self._lost is None:  # whoever met it has raised it
+                self.commit()
+                with self._refusal("at its end"):
+                    os.fsync(self.handle)
         finally:
             os.close(self.handle)
 
     def write(self, start: int, maps: Mapping[str, NDArray]) -> None:
-        """Write consecutive whole rows, from row `start` on.
+        """Write consecutive rows, from row `start` on; they are whole after the next `commit`.
 
         maps: level name -> (rows, channels, height, width), C-contiguous, in the cache's stored dtype.
         Raises CacheError when the disk refuses; rows that were whole stay whole.
@@ -77,29 +92,87 @@ class CacheWriter:
         if set(maps) != {level.name for level in self.recipe.levels} or len(counts) != 1:
             raise ShapeError(f"A row needs every level of the cache, and as many of each: got {sorted(maps)}.")
         rows = counts.pop()
-        checksums = np.empty((rows, len(self.recipe.levels)), dtype="<u8")
-        for column, level in enumerate(self.recipe.levels):
-            flat = np.ascontiguousarray(maps[level.name]).reshape(rows, -1).view(np.uint8)  # (rows, bytes)
-            if flat.shape[1] != self.extents[f"features/{level.name}"].row_bytes:
+        flat = {}
+        for level in self.recipe.levels:
+            flat[level.name] = np.ascontiguousarray(maps[level.name]).reshape(rows, -1).view(np.uint8)  # (rows, bytes)
+            if flat[level.name].shape[1] != self.extents[f"features/{level.name}"].row_bytes:
                 raise ShapeError(
-                    f"Rows of level {level.name} have {flat.shape[1]} bytes, another size than the cache's."
+                    f"Rows of level {level.name} have {flat[level.name].shape[1]} bytes, another size than the cache's."
                 )
-            checksums[:, column] = [xxhash.xxh3_64_intdigest(row.data) for row in flat]
-            self._put(f"features/{level.name}", start, flat)
-        self._put("checksum", start, checksums)
-        self._sync(start)
-        self._put("done", start, np.full(rows, WHOLE, dtype=np.uint8))
+        if not rows:
+            return  # a lock of no bytes is one up to the file's end
+        with self._alone(start, start + rows, WHOLE):
+            self._set_back(start, rows)
+            checksums = np.empty((rows, len(flat)), dtype="<u8")
+            for column, (name, data) in enumerate(flat.items()):
+                checksums[:, column] = [xxhash.xxh3_64_intdigest(row.data) for row in data]
+                self._put(f"features/{name}", start, data)
+            self._put("checksum", start, checksums)
+        if self._bytes >= GROUP_BYTES or time.monotonic() - self._since >= GROUP_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Bring to the disk what was written, then say that it is whole.
+
+        Raises CacheError when the disk refuses. What was written and not marked is then never marked by this writer.
+        """
+        with self._turn:
+            group, self._group, self._bytes = self._group, {}, 0
+            self._held.update(group)
+        try:
+            if group:
+                self._sync(min(group))
+            for first, states in _runs(group):
+                self._put("done", first, np.array(states, dtype=np.uint8))
+        finally:
+            self._let_go(group)
 
     def mark_unreadable(self, row: int, reason: str) -> None:
-        """Set a row aside, and keep why."""
+        """Set a row aside, and keep why; commits."""
         size = self.extents["reason"].row_bytes
-        self._put("reason", row, np.frombuffer(encode_reason(reason).ljust(size, b"\0"), dtype=np.uint8))
-        self._sync(row)
-        self._put("done", row, np.array([UNREADABLE], dtype=np.uint8))
+        with self._alone(row, row + 1, UNREADABLE):
+            self._put("reason", row, np.frombuffer(encode_reason(reason).ljust(size, b"\0"), dtype=np.uint8))
+        self.commit()
 
     def mark_missing(self, row: int) -> None:
         """Have a row computed again by the next `extract`."""
-        self._put("done", row, np.array([MISSING], dtype=np.uint8))
+        with self._alone(row, row + 1):
+            self._put("done", row, np.array([MISSING], dtype=np.uint8))
+
+    @contextmanager
+    def _alone(self, start: int, stop: int, state: int | None = None) -> Iterator[None]:
+        """Keep other threads from rows [start, stop), which then join the group with the state that they are to have.
+
+        They leave the group first, so that no commit can mark what is half written.
+        """
+        rows = range(start, stop)
+        with self._turn:
+            self._turn.wait_for(lambda: self._held.isdisjoint(rows))
+            self._held.update(rows)
+            for row in rows:
+                self._group.pop(row, None)
+        joins = False
+        try:
+            yield
+            joins = state is not None
+        finally:
+            self._let_go(rows, state if joins else None)
+
+    def _let_go(self, rows: Collection[int], state: int | None = None) -> None:
+        with self._turn:
+            self._held.difference_update(rows)
+            if state is not None:
+                self._since = self._since if self._group else time.monotonic()
+                self._group.update(dict.fromkeys(rows, state))
+                self._bytes += len(rows) * self.recipe.row_bytes
+            self._turn.notify_all()
+
+    def _set_back(self, start: int, rows: int) -> None:
+        """Have no row say that it is whole while its bytes change."""
+        done = self.extents["done"]
+        if WHOLE in os.pread(self.handle, rows, done.offset + start):
+            self._put("done", start, np.full(rows, MISSING, dtype=np.uint8))
+            self._sync(start)
 
     def _put(self, name: str, row: int, data: NDArray) -> None:
         extent = self.extents[name]
@@ -115,8 +188,18 @@ class CacheWriter:
             fcntl.lockf(self.handle, fcntl.LOCK_UN, data.nbytes, first)
 
     def _sync(self, row: int) -> None:
-        with self._refusal(f"at row {row}"):
-            sync(self.handle)
+        """Bring to the disk what was written; once that has failed it fails for good.
+
+        The system tells of what it lost only once, to one of the threads that ask.
+        """
+        with self._one_sync, self._refusal(f"at row {row}"):
+            if self._lost is not None:
+                raise OSError(self._lost.errno, self._lost.strerror)
+            try:
+                sync(self.handle)
+            except OSError as error:
+                self._lost = error
+                raise
 
     @contextmanager
     def _refusal(self, where: str) -> Iterator[None]:
@@ -128,6 +211,13 @@ class CacheWriter:
                 f"{self.path} can't be written, {where}: {error.strerror}.\n"
                 "Rows that were whole stay whole. Make room, then run the same command again: it goes on from here."
             ) from error
+
+
+def _runs(group: Mapping[int, int]) -> Iterator[tuple[int, list[int]]]:
+    """First row and states of each run of consecutive rows."""
+    rows = np.array(sorted(group), dtype=np.intp)
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []:
+        yield int(run[0]), [group[row] for row in run.tolist()]
 
 
 class RowLocks:

@@ -98,6 +98,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("frame", f"{_size_text(recipe['frame'])} ({recipe['fit']} to {_size_text(recipe['size'])})"),
             ("shown", _parts_text(recipe)),
             ("dtype", recipe["dtype"]),
+            ("precision", _precision_text(recipe, c["may_hold_tf32"])),
             ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
             ("data", f"{origin['name']}: {origin['root']}"),
             ("classes", ", ".join(origin["classes"])),
@@ -105,7 +106,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
             ("key", c["key"]),
             ("command", c["command"]),
-            ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}"),
+            ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}{_device_text(c)}"),
         ]
         click.echo(columns(rows, (c["path"], "")))
         for name_, reason in c["unreadable"].items():
@@ -174,6 +175,15 @@ def _parts_text(recipe: dict[str, Any]) -> str:
         )
     views = recipe["views"][1:]
     return f"{tiles}; of training images also {', '.join(views)}" if views else tiles
+
+
+def _precision_text(recipe: dict[str, Any], doubt: str) -> str:
+    return f"{recipe['precision']}; may hold TF32: {doubt}" if doubt else recipe["precision"]
+
+
+def _device_text(c: dict[str, Any]) -> str:
+    device = c["provenance"].get("device")
+    return f" on {device}" if device else ""
 
 
 def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:

@@ -91,6 +91,7 @@ def _to_stderr(line: str) -> None:
 @cli.command()
 @feature_options
 @click.option("--shard", metavar="I/N", help="Make the I-th of N parts, 1 <= I <= N; parts may run at once.")
+@click.option("--rehash", is_flag=True, help="Read every file of the set, whatever sizes and times say.")
 @as_json
 @click.pass_context
 def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
@@ -175,6 +176,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --task semseg --head upsample --fraction 0.1,0.3,1
       torchrun --nproc-per-node 2 -m featprobe probe --task detect --data surface
       featprobe probe --data xray --split group:5
+      featprobe probe --extract --data xray --backbone embedded
     """
     from featprobe.processes import is_main
     from featprobe.stages.probe import probe as run
@@ -185,7 +187,8 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
         names(options["data"]),
         names(options["backbone"]),
         _probe_options(options),
-        lambda line: click.echo(line, err=True),
+        _to_stderr,
+        extract=options["extract"],
     )
     if is_main():
         _show_probe(report, json_, workspace_of(ctx).probes)
@@ -250,8 +253,9 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
         names(options["data"]),
         names(options["backbone"]),
         _probe_options(options, tuning),
-        lambda line: click.echo(line, err=True),
+        _to_stderr,
         dry_run,
+        extract=options["extract"],
     )
     if not is_main():
         return
@@ -518,7 +522,6 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         "fit",
         "intensity",
         "batch_size",
-        "workers",
         "dtype",
         "precision",
         "device",
@@ -532,8 +535,10 @@ def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
         levels=names(options["levels"]),
         size=parse_size(options["size"]) if options["size"] else None,
         shard=_parse_shard(options.get("shard")),
+        rehash=options.get("rehash", False),
         views=None if options["views"] is None else parse_views(options["views"]),
         **{name: options[name] for name in same},
+        **({"workers": options["workers"]} if options["workers"] else {}),
     )
 
 
@@ -548,10 +553,10 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
 
 
 def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
-    from featprobe.report.tables import result_text
-
     if json_:
         return show_json(report.rows)
+    from featprobe.report.tables import result_text
+
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")

@@ -114,14 +114,20 @@ _FEATURES = [
         help="Views of the training images to store too: hflip,vflip,rot90,crop:N, or none.",
     ),
     click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per block."),
-    click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images."),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Threads that decode images.  [default: the cores that may be used, at most 16]",
+    ),
     click.option("--dtype", type=click.Choice(["fp16", "fp32", "bf16"]), default="fp16", show_default=True),
     click.option(
         "--precision",
-        type=click.Choice(["fp32", "amp"]),
-        default="fp32",
+        type=click.Choice(["auto", "fp32", "tf32", "amp"]),
+        default="auto",
         show_default=True,
-        help="amp: compute in fp16 where that is safe (CUDA); features differ a little, and so does their key.",
+        help="Of the computation. fp32: float32 without TF32; tf32, amp (fp16 where that is safe): faster, on CUDA "
+        "alone. Features differ a little, and so does their key. auto: as the cache that is there; "
+        "else amp on CUDA, fp32 elsewhere.",
     ),
     click.option("--skip-bad", is_flag=True, help="Go on without samples that can't be used, and list them."),
     device,
@@ -131,6 +137,11 @@ _FEATURES = [
 _HEAD = [
     click.option("--data", help="Data sets, separated by commas. Default: every complete cache here."),
     click.option("--backbone", help="Backbones, separated by commas. Default: every complete cache here."),
+    click.option(
+        "--extract",
+        is_flag=True,
+        help="Make missing caches first, of --data and --backbone or of those in featprobe.toml.",
+    ),
     click.option("--head", help="semseg: linear, upsample, ridge; detect: fcos, fasterrcnn; instseg: maskrcnn."),
     click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache."),
     click.option(

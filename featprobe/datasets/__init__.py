@@ -1,7 +1,6 @@
-"""Data sets as they lie on the disk: readers, splits, images, and two generated sets."""
+"""Data sets as they lie on the disk: readers, splits, images, and two generated sets (datasets.generated)."""
 
 from featprobe.datasets.formats import FORMATS, Format, read_data
-from featprobe.datasets.generated import GENERATED, generate
-from featprobe.datasets.samples import DataSet, Sample
+from featprobe.datasets.samples import GENERATED, DataSet, Sample
 
-__all__ = ["FORMATS", "GENERATED", "DataSet", "Format", "Sample", "generate", "read_data"]
+__all__ = ["FORMATS", "GENERATED", "DataSet", "Format", "Sample", "read_data"]

@@ -36,6 +36,7 @@ from featprobe.errors import DataError
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
 NPY_START = b"\x93NUMPY"
 PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG
+JPEG_SCAN, JPEG_END = 0xFFDA, b"\xff\xd9"
 PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I")  # Pillow's, of channels that are levels as they are
 PNG_ORIENTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may hold one
 ORIENTATION = 0x0112  # EXIF's tag
@@ -142,9 +143,14 @@ def _open_pillow(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Ope
                 size,
                 _png_depth(stream),
                 channels,
-                lambda: _png_levels(image, stream, path, turn),
+                lambda out=None: _png_levels(image, stream, path, turn, out),
                 turn,
                 empty="" if shown is None else f"tRNS {shown}",
+                into=shown is None and image.mode not in ("LA", "RGBA"),
+            )
+        elif image.format == "JPEG" and image.mode in ("L", "RGB"):
+            yield Opened(
+                size, 8, channels, lambda out=None: _jpeg_levels(image, stream, path, turn, out), turn, into=True
             )
         else:
             if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
@@ -170,7 +176,34 @@ def _png_depth(stream: BinaryIO) -> int:
     return depth
 
 
-def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int) -> Levels:
+def _jpeg_levels(
+    image: Image.Image, stream: BinaryIO, path: Path, turn: int, out: NDArray[np.uint8] | None = None
+) -> Levels:
+    """Pixels of a JPEG, the same as Pillow's: both use libjpeg, and here no copy is made.
+
+    Behind the end of a truncated one libjpeg itself would see grey: what has no mark of its end is left to Pillow,
+    which says so.
+    """
+    stream.seek(0)
+    data = stream.read()
+    if data.rfind(JPEG_END, _jpeg_scan(data)) < 0:
+        stream.seek(0)
+        return _pillow_levels(image, path, turn)
+    return imagecodecs.jpeg8_decode(data, out=out)
+
+
+def _jpeg_scan(data: bytes) -> int:
+    """Where the first scan of a JPEG begins, behind headers that may hold another, a preview; its length if none."""
+    place = 2
+    while place + 4 <= len(data):
+        marker, length = struct.unpack_from(">HH", data, place)
+        if marker == JPEG_SCAN:
+            return place
+        place += 1 if marker >> 8 != 0xFF or marker == 0xFFFF else 2 + length
+    return len(data)
+
+
+def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int, out: NDArray[Any] | None = None) -> Levels:
     """Pixels of a PNG of plain channels, at their depth: all in one call, in which other threads can run.
 
     The level or colour that tRNS calls transparent is empty; an alpha channel is dropped.
@@ -180,7 +213,7 @@ def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int) -> 
     if _tells_behind_pixels(data):
         stream.seek(0)
         _pillow_levels(Image.open(stream, formats=("PNG",)), path, turn)  # refuses one; it would cut colours to 8 bits
-    values = imagecodecs.png_decode(data)  # tRNS comes as an alpha channel
+    values = imagecodecs.png_decode(data, out=out)  # tRNS comes as an alpha channel
     empty = values[:, :, -1] == 0 if "transparency" in image.info else None
     return without_empty(without_alpha(values), empty, lambda levels: levels)
 

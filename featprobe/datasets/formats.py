@@ -275,6 +275,12 @@ def read_data(
     return complete_splits(data, called) if complete else data
 
 
+def places_of(root: Path) -> list[Path]:
+    """Where the formats here read a set in a folder from: that folder, and the tables that VisA's objects share."""
+    beside = root.resolve().parent / "split_csv"
+    return [root, *([beside] if beside.exists() else [])]
+
+
 def _described(images: str | None, masks: str | None, format_name: str | None) -> Description | None:
     """The description of two patterns, None without. Raises DataError for one alone, and for two beside a format."""
     if images is None and masks is None:

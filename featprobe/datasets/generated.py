@@ -22,9 +22,9 @@ from pycocotools import mask as coco_mask
 from scipy import fft, ndimage
 from scipy.spatial import cKDTree
 
+from featprobe.datasets.samples import GENERATED
 from featprobe.errors import DataError, nearest
 
-GENERATED = ("xray", "surface")
 VERSION = "1"  # raised whenever the same arguments give other pictures
 VIEWS = 2  # pictures of one part
 REFERENCE_SIDE = 256

@@ -112,7 +112,7 @@ def bits_of(path: Path) -> int:
         return image.bits
 
 
-def read_levels(path: Path) -> Levels:
+def read_levels(path: Path, out: NDArray[Any] | None = None) -> Levels:
     """Raw levels of an image: (height, width) or (height, width, 3), uint8, uint16 or float32.
 
     The format is told by the content. The image is turned as its orientation tag says; levels grow with brightness;
@@ -120,9 +120,11 @@ def read_levels(path: Path) -> Levels:
     float32. Where the header calls pixels empty, and some are, a masked array (numpy.ma) masks them. Raises DataError
     for a file that is no image, holds several, is truncated, has pixels that are not finite, or is of a kind that would
     lose its depth, or a band, in silence.
+
+    out: where to decode, and what is returned then; see pixels.Opened.read for when that can be.
     """
     with opened(path) as image:
-        return image.read()
+        return image.read(out)
 
 
 def write_levels(path: Path, levels: Levels) -> None:
@@ -272,14 +274,28 @@ def frame_image(
     Grey is repeated into three channels. Padding holds `fill`, per channel. Resampling is done on the
     window's float values, never on clipped 8-bit ones. window, policy: as `to_unit` takes them.
     """
-    unit = to_unit(levels, window, policy)
-    height, width = placement.content
     framed = np.empty((3, *placement.frame), dtype=np.float32)  # (channel, height, width)
     framed[:] = np.asarray(fill, dtype=np.float32)[:, None, None]
+    put_image(framed, levels, placement, window, interpolation, policy)
+    return framed
+
+
+def put_image(
+    framed: NDArray[np.float32],
+    levels: Levels,
+    placement: Placement,
+    window: tuple[float, float] | None,
+    interpolation: str,
+    policy: Intensity | None = None,
+) -> None:
+    """Write an image into its place in a frame, (3, frame height, frame width), or (1, …) for grey; see frame_image."""
+    unit = to_unit(levels, window, policy)
+    height, width = placement.content
     for channel in range(3 if unit.ndim == 3 else 1):
         plane = unit if unit.ndim == 2 else np.ascontiguousarray(unit[:, :, channel])
-        if placement.content != placement.original:
+        shown = framed[channel : channel + 1 if unit.ndim == 3 else None, :height, :width]
+        if placement.content == placement.original:
+            shown[:] = plane
+        else:
             resized = Image.fromarray(plane).resize((width, height), RESAMPLING[interpolation])
-            plane = np.clip(np.asarray(resized), 0.0, 1.0)
-        framed[channel : channel + 1 if unit.ndim == 3 else 3, :height, :width] = plane
-    return framed
+            np.clip(np.asarray(resized), 0.0, 1.0, out=shown)

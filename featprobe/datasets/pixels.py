@@ -16,6 +16,8 @@ Levels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 """(height, width) or (height, width, 3). Where the header calls pixels empty, a masked array (`numpy.ma`) that masks
 them; beneath the mask is the lowest level of the others."""
 
+DTYPE_OF = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16), 32: np.dtype(np.float32)}
+"""Bits of a channel -> the number format of its levels."""
 MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 
 
@@ -24,7 +26,8 @@ class Opened:
     """An image that is open: a file, or a page of one.
 
     size: (height, width) in pixels, as it is to be looked at. bits: of a channel as `load` gives it: 8, 16, or 32 for
-    float32. channels: 1 or 3. load: the pixels, (height, width) or (height, width, 3), in the stored orientation. turn:
+    float32. channels: 1 or 3. load: the pixels, (height, width) or (height, width, 3), in the stored orientation; with
+    `into`, it takes an array of their shape and number format to decode into, or None for a new one. turn:
     EXIF's orientation, 1 to 8. raw: the bytes of its file that make a page what it is. stored: of a page of a TIFF, its
     pixel format as Pillow calls it, its values as they are stored, palette indices for a palette, and where these are
     called empty, (height, width), None for nowhere. empty: what the header calls empty, as `GDAL_NODATA -9999`; ""
@@ -34,15 +37,24 @@ class Opened:
     size: Size
     bits: int
     channels: int
-    load: Callable[[], Levels]
+    load: Callable[..., Levels]
     turn: int = 1
     raw: Callable[[], Iterable[bytes]] = tuple
     stored: Callable[[], tuple[str, NDArray[Any], NDArray[np.bool_] | None]] | None = None
     empty: str = ""
     unnamed: bool = False
+    into: bool = False
 
-    def read(self) -> Levels:
-        """The pixels as they are to be looked at."""
+    def read(self, out: NDArray[Any] | None = None) -> Levels:
+        """The pixels as they are to be looked at.
+
+        out: where they are decoded to, and what is returned, where the image's reader can do that and the array is
+        C-contiguous, of their shape and number format.
+        """
+        shape = self.size if self.channels == 1 else (*self.size, self.channels)
+        if out is not None and self.into and self.turn == 1 and out.flags.c_contiguous:
+            if out.shape == shape and out.dtype == DTYPE_OF[self.bits]:
+                return self.load(out)
         return oriented(self.load(), self.turn)
 
 

@@ -12,6 +12,7 @@ from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import Target
 
+GENERATED = ("xray", "surface")  # sets that featprobe draws itself, see datasets.generated
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logit, ndtr, ndtri
 
 from featprobe.errors import DataError, ShapeError
 from featprobe.metrics.semantic import Absent
@@ -367,11 +367,11 @@ def bca_interval(sample: Resamples, level: float = LEVEL) -> tuple[float, float]
         return sample.estimate, sample.estimate
     known = sample.values[~np.isnan(sample.values)]
     below = (np.sum(known < sample.estimate) + np.sum(known <= sample.estimate)) / 2
-    bias = ndtri(np.clip(below, 0.5, len(known) - 0.5) / len(known)) if len(known) else np.nan
+    bias = scipy.special.ndtri(np.clip(below, 0.5, len(known) - 0.5) / len(known)) if len(known) else np.nan
     influence = sample.influence
     acceleration = np.sum(influence**3) / np.sum(influence**2) ** 1.5 / 6
-    moved = bias + ndtri(np.array([1 - level, 1 + level]) / 2)
-    return _quantiles(sample, ndtr(bias + moved / (1 - acceleration * moved)))
+    moved = bias + scipy.special.ndtri(np.array([1 - level, 1 + level]) / 2)
+    return _quantiles(sample, scipy.special.ndtr(bias + moved / (1 - acceleration * moved)))
 
 
 def _quantiles(sample: Resamples, shares: Floats) -> tuple[float, float]:
@@ -407,7 +407,7 @@ def _within(sample: Resamples, standard_error: float, reach: float) -> tuple[flo
     centre, slope = _on_logit(np.array(sample.estimate), sample.bounds)
     ends = centre + np.array([-1, 1]) * reach * standard_error * slope
     lowest, highest = sample.bounds
-    low, high = (lowest + (highest - lowest) * expit(ends)).tolist()
+    low, high = (lowest + (highest - lowest) * scipy.special.expit(ends)).tolist()
     return low, high
 
 
@@ -425,7 +425,7 @@ def _on_logit(values: Floats, bounds: tuple[float, float]) -> tuple[Floats, Floa
     """The logit of each value's place between the bounds, and its derivative by the value."""
     width = bounds[1] - bounds[0]
     place = np.clip((values - bounds[0]) / width, EDGE, 1 - EDGE)
-    return logit(place), 1 / (width * place * (1 - place))
+    return scipy.special.logit(place), 1 / (width * place * (1 - place))
 
 
 def _distance_of_zero(sample: Resamples, standard_error: float) -> float:

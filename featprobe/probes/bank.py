@@ -50,13 +50,13 @@ class LinearBank:
     def loss(self, features: Features, shares: Tensor, weights: Tensor | None = None) -> Tensor:
         """level_loss of every head, (heads,). shares, weights: as level_loss takes them.
 
-        Gradients reach the heads' parameters, not the features: those of a bank are frozen.
+        On a CPU gradients reach the heads' parameters, not the features: those of several heads are frozen.
         """
+        if execution.whole_batches(shares.device):
+            return level_losses(self._logits(features), shares, weights)
         levels = self.heads[0].levels
         if any(features.maps[level.name].requires_grad for level in levels):
             raise ShapeError("A bank trains on frozen features. Train heads one by one on a live backbone.")
-        if execution.whole_batches(shares.device):
-            return level_losses(self._logits(features), shares, weights)
         if features.content is not None:
             return torch.stack([level_loss(logits, shares, weights) for logits in self.logits(features)])
         maps, folded, shift = fold(self.heads, features)

@@ -2,25 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, pad, softplus
+from torchvision.ops import generalized_box_iou_loss
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
+from featprobe.probes.execution import full_products, half_products
 from featprobe.probes.objects import (
     Detections,
+    ObjectBatch,
     ObjectTarget,
     clip_to,
     detection_pyramid,
     in_crowd,
-    maps_of,
     side_ranges,
     suppress,
 )
-from featprobe.probes.pyramid import ConvBlock, PyramidKind
+from featprobe.probes.pyramid import ConvBlock, PyramidKind, rectified
 from featprobe.processes import summed
 
 CENTRE_RADIUS = 2.5  # cells around an object's centre that answer for it; long thin cracks need more than FCOS's 1.5
@@ -32,23 +35,61 @@ LARGEST_EXPONENT = 6.0  # of a distance in cells
 
 
 @dataclass(frozen=True)
-class _Cells:
-    """All cells of all levels: what stands for them, and what the head says of each.
+class Grid:
+    """All cells of the maps of one frame, level by level, finest first.
 
-    counts: cells of each level. centres: (cells, 2), frame pixels, x y. stride, low, high: (cells,), pixels. logits:
-    (batch, cells, classes - 1). distances: (batch, cells, 4), pixels: left, top, right, bottom. centrality: (batch,
-    cells). inside: (batch, cells), bool: whether a cell holds some image.
+    counts: cells of each level. centres: (cells, 2), frame pixels, x y. level: (cells,), int64. sizes: (levels, 2),
+    columns and rows. first: (levels,), the place of a level's first cell. strides: (levels,), pixels. borders:
+    (levels - 1,): from this side on, in pixels, an object belongs to the next level.
     """
 
     counts: tuple[int, ...]
     centres: Tensor
-    stride: Tensor
-    low: Tensor
-    high: Tensor
+    level: Tensor
+    sizes: Tensor
+    first: Tensor
+    strides: Tensor
+    borders: Tensor
+
+
+@lru_cache(maxsize=16)
+def grid_of(strides: tuple[int, ...], frame: tuple[int, int], device: torch.device) -> Grid:
+    """The cells of these strides in a frame of (height, width) pixels."""
+    with torch.inference_mode(mode=False):  # it is kept, for training too
+        sizes = [(frame[1] // s, frame[0] // s) for s in strides]
+        centres = []
+        for stride, (columns, rows) in zip(strides, sizes, strict=True):
+            y, x = ((torch.arange(n) + 0.5) * stride for n in (rows, columns))
+            centres.append(torch.cartesian_prod(y, x).flip(1))
+        counts = tuple(columns * rows for columns, rows in sizes)
+        level = torch.arange(len(strides)).repeat_interleave(torch.tensor(counts))
+        first = torch.tensor([sum(counts[:i]) for i in range(len(counts))])
+        borders = torch.tensor([low for low, _ in side_ranges(strides)[1:]])
+        parts = (torch.cat(centres), level, torch.tensor(sizes), first, torch.tensor(strides).float(), borders)
+        return Grid(counts, *(part.to(device) for part in parts))
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the head says of each cell of a grid.
+
+    logits: (batch, classes - 1, cells). sides: (batch, 4, cells), logarithms of the distances to left, top, right and
+    bottom in cells. centrality: (batch, cells). inside: (batch, cells), bool: whether a cell holds some image; None for
+    all.
+    """
+
+    grid: Grid
     logits: Tensor
-    distances: Tensor
+    sides: Tensor
     centrality: Tensor
-    inside: Tensor
+    inside: Tensor | None
+
+    def boxes(self, sides: Tensor, cell: Tensor | None = None) -> Tensor:
+        """Boxes around cells: (…, cells, 4), pixels. sides: (…, cells, 4). cell: (…, cells), None for all in order."""
+        level = self.grid.level if cell is None else self.grid.level[cell]
+        centres = self.grid.centres if cell is None else self.grid.centres[cell]
+        distances = sides.clamp(max=LARGEST_EXPONENT).exp() * self.grid.strides[level][..., None]
+        return torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], -1)
 
 
 class FcosHead(nn.Module):
@@ -90,103 +131,131 @@ class FcosHead(nn.Module):
             f"stride {s}": f"{low:g} to {high:g} px" for s, (low, high) in zip(self.strides, self.ranges, strict=True)
         }
 
-    def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
+    def forward(
+        self, features: Features, targets: Sequence[ObjectTarget] | ObjectBatch | None = None
+    ) -> Tensor | list[Detections]:
         """The loss, a scalar, where targets are given; else what it finds in each image."""
-        cells = self._cells(features)
-        if targets is not None:
-            return self._loss(cells, targets)
-        return [self._detections(cells, image, features) for image in range(features.batch)]
+        said = self._said(features)
+        if targets is None:
+            return self._detections(said, features)
+        batch = targets if isinstance(targets, ObjectBatch) else ObjectBatch.of(targets)
+        with full_products(said.logits.device):
+            return self._loss(said, batch)
 
-    def _cells(self, features: Features) -> _Cells:
-        parts: list[list[Tensor]] = [[] for _ in range(8)]
-        maps = maps_of(self.pyramid, self.strides, features)
-        for index, ((x, inside), stride) in enumerate(zip(maps, self.strides, strict=True)):
-            rows, columns = x.shape[2:]
-            named = placed = x.contiguous(memory_format=torch.channels_last)
-            for block in self.class_tower:
-                named = block(named, inside)
-            for block in self.box_tower:
-                placed = block(placed, inside)
-            out = self.box_out(placed).flatten(2)  # (batch, 5, cells)
-            cells = (self.scales[index] * out[:, :4]).clamp(max=LARGEST_EXPONENT).exp().transpose(1, 2)
-            y = (torch.arange(rows, device=x.device) + 0.5) * stride
-            centres = torch.cartesian_prod(y, (torch.arange(columns, device=x.device) + 0.5) * stride).flip(1)
-            ones = torch.ones(len(centres), device=x.device)
-            low, high = self.ranges[index]
-            whole = torch.ones((len(x), len(centres)), dtype=torch.bool, device=x.device)
-            found = [
-                centres, ones * stride, ones * low, ones * high,
-                self.class_out(named).flatten(2).transpose(1, 2), cells * stride, out[:, 4],
-                whole if inside is None else inside.flatten(1),
-            ]  # fmt: skip
-            for part, own in zip(parts, found, strict=True):
-                part.append(own)
-        counts = tuple(len(own) for own in parts[0])
-        return _Cells(counts, *(torch.cat(part, dim=0 if i < 4 else 1) for i, part in enumerate(parts)))
+    def _said(self, features: Features) -> _Said:
+        """Both towers side by side: first convolved as one, then as two groups of one convolution."""
+        device, width = self.scales.device, self.class_out.in_channels
+        towers: list[tuple[ConvBlock, ...]] = list(zip(self.class_tower, self.box_tower, strict=True))  # type: ignore[arg-type]
+        weights = [torch.cat([block.conv.weight for block in pair]) for pair in towers]
+        with half_products(device, training=self.training):
+            maps = self.pyramid.convolved(features, weights[0], self.strides)
+            for step, pair in enumerate(towers):
+                if step:
+                    maps = [(conv2d(x, weights[step], padding=1, groups=2), inside) for x, inside in maps]
+                maps = [(rectified([block.norm for block in pair], x, inside), inside) for x, inside in maps]
+        with full_products(device):  # both at once, each blind to the other's tower: ten outputs cost as many as five
+            named, placed = (pad(own.weight, (0, 0, 0, 0, *side)) for own, side in (
+                (self.class_out, (0, width)), (self.box_out, (width, 0)),
+            ))  # fmt: skip
+            weight, bias = torch.cat([named, placed]), torch.cat([self.class_out.bias, self.box_out.bias])  # type: ignore[list-item]
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            out = torch.cat([conv2d(x.to(weight.dtype), weight, bias, padding=1).flatten(2) for x, _ in maps], 2)
+        grid = grid_of(self.strides, features.frame, device)
+        logits, sides, centrality = out.split([self.classes - 1, 4, 1], 1)
+        insides = [inside.flatten(1) for _, inside in maps if inside is not None]
+        sides = sides * self.scales[grid.level]
+        return _Said(grid, logits, sides, centrality[:, 0], torch.cat(insides, 1) if insides else None)
 
-    def _loss(self, cells: _Cells, targets: Sequence[ObjectTarget]) -> Tensor:
+    def _loss(self, said: _Said, targets: ObjectBatch) -> Tensor:
         """Focal loss of the classes, GIoU of the boxes weighted by centrality, cross-entropy of the centrality."""
-        matched = [assign(cells.centres, cells.stride, cells.low, cells.high, t.boxes) for t in targets]
-        index = torch.stack(matched)  # (batch, cells), -1 for the background
-        found = index >= 0
-        crowded = torch.stack([in_crowd(cells.centres, t.crowds) for t in targets])
-        counted = cells.inside & (found | ~crowded)
+        grid = said.grid
+        index = assign(grid, targets.boxes, targets.labels > 0)  # (batch, cells), -1 for the background
+        found, place = index >= 0, index.clamp(min=0)
+        counted = found | ~in_crowd(grid.centres, targets.crowds)
+        if said.inside is not None:
+            counted = counted & said.inside
         count = summed(found.sum()).clamp(min=1)
-        wanted = torch.zeros_like(cells.logits)
-        boxes = torch.zeros_like(cells.distances)
-        for image, target in enumerate(targets):
-            hit = found[image]
-            wanted[image, hit, target.labels[index[image, hit]] - 1] = 1.0
-            boxes[image, hit] = target.boxes[index[image, hit]]
-        classes = sigmoid_focal_loss(cells.logits, wanted, reduction="none").sum(2)
-        total = (classes * counted).sum() / count
-        centres = cells.centres.expand(len(targets), -1, -1)[found]  # (found, 2)
-        true, distances = boxes[found], cells.distances[found]
-        sides = torch.cat([centres - true[:, :2], true[:, 2:] - centres], 1).clamp(min=0)  # left, top, right, bottom
-        pairs = sides.view(-1, 2, 2)  # (found, [left top | right bottom], axis)
-        shares = pairs.amin(1) / pairs.amax(1).clamp(min=1e-6)
-        centrality = shares.prod(1).sqrt()
-        predicted = torch.cat([centres - distances[:, :2], centres + distances[:, 2:]], 1)
-        giou = generalized_box_iou_loss(predicted, true, reduction="none")
-        weight = centrality + 1e-3
+        label = targets.labels.gather(1, place) * found  # (batch, cells), 0 for the background
+        wanted = label[:, None] == torch.arange(1, self.classes, device=label.device)[:, None]
+        total = (focal(said.logits, wanted) * counted[:, None]).sum() / count
+        boxes = targets.boxes.gather(1, place[:, :, None].expand(-1, -1, 4))
+        cell = torch.arange(found.shape[1], device=found.device).expand(len(found), -1)
+        parts = [said.sides.transpose(1, 2), said.centrality, boxes, cell, found.to(total.dtype)]
+        parts = [part.flatten(0, 1) for part in parts]
+        if not execution.whole_batches(found.device):  # the others' weight is 0
+            where = found.flatten().nonzero()[:, 0]
+            parts = [part.index_select(0, where) for part in parts]
+        sides, said_centrality, true, cell, own = parts
+        centrality = centrality_of(grid.centres[cell], true)
+        giou = generalized_box_iou_loss(said.boxes(sides, cell), true, reduction="none")
+        weight = (centrality + 1e-3) * own
         total = total + (giou * weight).sum() / summed(weight.sum()).clamp(min=1e-3)
-        said = cells.centrality[found]
-        return total + binary_cross_entropy_with_logits(said, centrality, reduction="sum") / count
+        return total + binary_cross_entropy_with_logits(said_centrality, centrality, own, reduction="sum") / count
 
-    def _detections(self, cells: _Cells, image: int, features: Features) -> Detections:
-        scores = (cells.logits[image].sigmoid() * cells.centrality[image].sigmoid()[:, None]).sqrt()
-        scores = scores * cells.inside[image][:, None]
-        chosen, start = [], 0
-        for count in cells.counts:
-            own = scores[start : start + count].flatten()
-            best, where = own.topk(min(CANDIDATES, len(own)))
-            chosen.append(where[best > SCORE_FLOOR] + start * scores.shape[1])
+    def _detections(self, said: _Said, features: Features) -> list[Detections]:
+        """The best boxes of each image, from the best of each level."""
+        scores = (said.logits.sigmoid() * said.centrality.sigmoid()[:, None]).sqrt().transpose(1, 2)
+        if said.inside is not None:
+            scores = scores * said.inside[:, :, None]
+        best, places, start = [], [], 0
+        for count in said.grid.counts:
+            own = scores[:, start : start + count].flatten(1)  # (batch, cells of this level * classes)
+            values, where = own.topk(min(CANDIDATES, own.shape[1]))
+            best.append(values)
+            places.append(where + start * scores.shape[2])
             start += count
-        flat = torch.cat(chosen)
-        cell, label = flat // scores.shape[1], flat % scores.shape[1]
-        centres, distances = cells.centres[cell], cells.distances[image, cell]
-        boxes = torch.cat([centres - distances[:, :2], centres + distances[:, 2:]], 1)
-        content = None if features.content is None else features.content[image]
-        boxes = clip_to(boxes, content, features.frame)
-        kept = suppress(boxes, scores[cell, label], label, NMS_IOU)
-        return Detections(boxes[kept], label[kept] + 1, scores[cell, label][kept])
+        score, place = torch.cat(best, 1), torch.cat(places, 1)  # (batch, candidates)
+        cell, label = place // scores.shape[2], place % scores.shape[2]
+        sides = said.sides.transpose(1, 2).gather(1, cell[:, :, None].expand(-1, -1, 4))
+        boxes = clip_to(said.boxes(sides, cell), features.content, features.frame)
+        found = []
+        for own_boxes, own_score, own_label in zip(boxes, score, label, strict=True):
+            kept = suppress(own_boxes, own_score, own_label, NMS_IOU, SCORE_FLOOR)
+            found.append(Detections(own_boxes[kept], own_label[kept] + 1, own_score[kept]))
+        return found
 
 
-def assign(centres: Tensor, stride: Tensor, low: Tensor, high: Tensor, boxes: Tensor) -> Tensor:
-    """Which box each cell answers for: (cells,), an index into the boxes, -1 for none.
+def focal(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Focal loss of each logit (Lin et al., 2017, alpha 0.25 and gamma 2). wanted: bool, of the same shape."""
+    against = torch.where(wanted, -logits, logits)
+    return against.sigmoid().square() * softplus(against) * (0.75 - 0.5 * wanted)
+
+
+def centrality_of(centres: Tensor, boxes: Tensor) -> Tensor:
+    """How central points are in their boxes, in [0, 1] (FCOS, equation 3). centres: (n, 2), x y. boxes: (n, 4)."""
+    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres], 1).clamp(min=0)  # (n, left top | right bottom, 2)
+    return (sides.amin(1) / sides.amax(1).clamp(min=1e-6)).prod(1).sqrt()
+
+
+def assign(grid: Grid, boxes: Tensor, valid: Tensor) -> Tensor:
+    """Which of its image's boxes each cell answers for: (batch, cells), an index into the boxes, -1 for none.
 
     A cell answers for a box whose side is in its level's range, whose centre is nearer than 2.5 cells along both
     axes, and which holds the cell's centre (a box smaller than a cell counts as one cell large, so that none is
-    lost); the smallest of several. centres: (cells, 2), pixels. stride, low, high: (cells,). boxes: (boxes, 4).
+    lost); the smallest of several, the first of equals. boxes: (batch, boxes, 4), pixels. valid: (batch, boxes), bool:
+    which of them are boxes.
+
+    Each box looks at the 7x7 cells around its centre alone.
     """
-    if not len(boxes):
-        return torch.full((len(centres),), -1, dtype=torch.long, device=centres.device)
-    middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-    area = (2 * half).prod(1)
-    side = area.sqrt()
-    apart = (centres[:, None] - middle[None]).abs()  # (cells, boxes, 2)
-    reach = torch.maximum(half[None], stride[:, None, None] / 2).minimum(CENTRE_RADIUS * stride[:, None, None])
-    fits = (apart <= reach).all(2) & (side >= low[:, None]) & (side < high[:, None])
-    cost = torch.where(fits, area[None], torch.inf)
-    smallest, index = cost.min(1)
-    return torch.where(smallest.isinf(), -1, index)
+    batch, most = valid.shape
+    cells, device = len(grid.level), boxes.device
+    middle, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2  # (batch, boxes, 2)
+    area = (2 * half).prod(2)
+    order = area.argsort(dim=1, stable=True)
+    rank = order.argsort(1)
+    level = torch.bucketize(area.sqrt(), grid.borders, right=True)
+    stride = grid.strides[level][..., None]
+    reach = torch.maximum(half, stride / 2).minimum(CENTRE_RADIUS * stride)
+    start = ((middle - reach) / stride - 0.5).floor()
+    at = start[..., None] + torch.arange(7, device=device)  # (batch, boxes, x y, 7), columns and rows
+    near = ((at + 0.5) * stride[..., None] - middle[..., None]).abs() <= reach[..., None]
+    sizes = grid.sizes[level]
+    near = near & (at >= 0) & (at < sizes[..., None]) & valid[:, :, None, None]
+    fits = near[:, :, 1, :, None] & near[:, :, 0, None]  # (batch, boxes, rows, columns)
+    at = at.long()
+    cell = grid.first[level][..., None, None] + at[:, :, 1, :, None] * sizes[:, :, 0, None, None] + at[:, :, 0, None]
+    cell = torch.where(fits, cell, cells).flatten(1)  # the last of cells + 1 is no cell
+    smallest = torch.full((batch, cells + 1), most, device=device)
+    smallest.scatter_reduce_(1, cell, rank[:, :, None].expand(-1, -1, 49).flatten(1), "amin")
+    smallest = smallest[:, :cells]
+    return torch.where(smallest < most, order.gather(1, smallest.clamp(max=most - 1)), -1)

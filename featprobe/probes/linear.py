@@ -1,16 +1,17 @@
 """The linear head: BatchNorm and a 1x1 convolution per level, summed at the finest level's grid."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import interpolate
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
-from featprobe.processes import summed
+from featprobe.processes import count, summed
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # of BatchNorm, as in torch.nn.BatchNorm2d
 
@@ -128,8 +129,10 @@ def logits_of(heads: Sequence[LinearHead], features: Features) -> Tensor:
 
     The first head's statistics serve them all.
     """
-    if execution.whole_batches(heads[0].bias.device):
-        return _logits_at_once(heads, features)
+    device = heads[0].bias.device
+    if execution.whole_batches(device):
+        with torch.autocast(device.type, enabled=False):  # it has a precision of its own
+            return _logits_at_once(heads, features)
     maps, weights, shift = fold(heads, features)
     return sum_of_levels(maps, weights, features, heads[0].levels) + shift[:, None, None]
 
@@ -182,32 +185,32 @@ def sum_of_levels(
 def _logits_at_once(heads: Sequence[LinearHead], features: Features) -> Tensor:
     """What `fold` and `sum_of_levels` compute, all levels and heads in the same operations where they can be.
 
-    Maps in half precision stay so: products are summed in float32 where the device can (`_mixed`).
+    Maps in half precision stay so where the device sums their products in float32 (`execution.mixed`).
     """
     first = heads[0]
     levels, dtype = first.levels, first.bias.dtype
     maps = [features.maps[level.name].flatten(2) for level in levels]
-    maps = [x if x.dtype in HALF else x.to(dtype) for x in maps]
+    if not _mixed(maps[0]):
+        maps = [x.to(dtype) for x in maps]
     norms: list[LevelNorm] = [first.norms[level.name] for level in levels]  # type: ignore[misc]
-    mean, rstd = _statistics(norms, maps, _shares(levels, features), dtype)
-    weights, gamma, beta, bias = _stacked(
-        heads
-    )  # (heads, classes, channels), (heads, channels) twice, (heads, classes)
+    mean, rstd = _statistics(norms, maps, levels, features, dtype)
+    weights, gamma, beta, bias = _stacked(heads)
     folded = weights * (gamma * rstd)[:, None]
     if _mixed(maps[0]):
         folded = _Rounded.apply(folded, maps[0].dtype)  # here, so that the mean is taken off with the same weights
-    shift = bias + (weights @ beta[:, :, None]).squeeze(2) - folded @ mean
+    folded = folded.flatten(0, 1)  # (heads * classes, channels)
+    shift = torch.baddbmm(bias[:, :, None], weights, beta[:, :, None]).flatten()
+    shift = torch.addmv(shift, folded, mean, alpha=-1)
     grids = [level.cells(features.frame) for level in levels]
-    places = _repeated_cells(levels, features)
-    return _SumOfLevels.apply(grids, places, folded.view(-1, folded.shape[2]), shift.view(-1), *maps)
+    return _SumOfLevels.apply(grids, _repeated_cells(levels, features), folded, shift, *maps)
 
 
 def _stacked(heads: Sequence[LinearHead]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights (heads, classes, channels), gamma and beta (heads, channels) of all levels in turn, bias (heads, classes).
+    """Weights (heads, classes, channels), gamma and beta (heads, channels) of all levels, bias (heads, classes).
 
     One copy of all parameters, cut in views: so is its gradient.
     """
-    levels, count, classes = heads[0].levels, len(heads), heads[0].classes
+    levels, many, classes = heads[0].levels, len(heads), heads[0].classes
     norms = [[head.norms[level.name] for level in levels] for head in heads]
     own = [[head.weights[level.name] for head in heads] for level in levels]
     parts = [
@@ -216,93 +219,111 @@ def _stacked(heads: Sequence[LinearHead]) -> tuple[Tensor, Tensor, Tensor, Tenso
         *(head.bias for head in heads),
     ]  # fmt: skip
     channels = [level.channels for level in levels]
-    every, wide = sum(channels), count * sum(channels)
-    cuts = [*(count * classes * c for c in channels), wide, wide, count * classes]
+    every, wide = sum(channels), many * sum(channels)
+    cuts = [*(many * classes * c for c in channels), wide, wide, many * classes]
     *weights, gamma, beta, bias = torch.cat(parts).split(cuts)
-    joined = torch.cat([w.view(count, classes, -1) for w in weights], 2)
-    return joined, gamma.view(count, every), beta.view(count, every), bias.view(count, classes)
+    joined = torch.cat([w.view(many, classes, -1) for w in weights], 2)
+    return joined, gamma.view(many, every), beta.view(many, every), bias.view(many, classes)
 
 
 def _statistics(
-    norms: Sequence[LevelNorm], maps: Sequence[Tensor], shares: Sequence[Tensor] | None, dtype: torch.dtype
+    norms: Sequence[LevelNorm],
+    maps: Sequence[Tensor],
+    levels: Sequence[FeatureLevel],
+    features: Features,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """LevelNorm.statistics of all levels in turn, each (channels of all levels,).
-
-    maps: (batch, channels, cells). shares: (batch, cells) of each level, or None.
-    """
+    """LevelNorm.statistics of all levels in turn, each (channels of all levels,). maps: (batch, channels, cells)."""
     if not norms[0].training:
         mean = torch.cat([norm.running_mean for norm in norms]).to(dtype)
         return mean, (torch.cat([norm.running_var for norm in norms]).to(dtype) + EPSILON).rsqrt()
-    totals, powers, counts = [], [], []
-    for level, x in enumerate(maps):
-        if shares is None:
-            totals.append(x.sum((0, 2), dtype=dtype))
-            powers.append(torch.linalg.vector_norm(x, dim=(0, 2), dtype=dtype))
-            counts.append(x.new_full((x.shape[1],), x.shape[0] * x.shape[2], dtype=dtype))
-        else:
-            share = shares[level].to(dtype)
-            root = share.sqrt()[:, None]  # (batch, 1, cells)
-            weighted = x * root
-            totals.append((weighted @ root.transpose(1, 2)).sum((0, 2)))
-            powers.append(torch.linalg.vector_norm(weighted, dim=(0, 2)))
-            counts.append(share.sum().expand(x.shape[1]))
-    sums = summed(torch.stack([torch.cat(counts), torch.cat(totals), torch.cat(powers).square()]))
-    number, total, squares = sums.unbind()
+    shares = _shares(levels, features)
+    if shares is None:
+        total = torch.cat([x.sum((0, 2), dtype=dtype) for x in maps])
+        squares = torch.cat([torch.linalg.vector_norm(x, dim=(0, 2), dtype=dtype) for x in maps]).square()
+        cells = tuple((x.shape[1], float(x.shape[0] * x.shape[2])) for x in maps)
+        number = _repeated(cells, dtype, total.device)
+    else:
+        weighted = [x * share.to(dtype)[:, None] for x, share in zip(maps, shares, strict=True)]
+        total = torch.cat([x.sum((0, 2)) for x in weighted])
+        squares = torch.cat([(x * own).sum((0, 2)) for x, own in zip(weighted, maps, strict=True)])
+        assert features.content is not None
+        per_pixel = _repeated(tuple((v.channels, v.stride**-2) for v in levels), dtype, total.device)
+        number = per_pixel * features.content.prod(1).sum()  # cells, parts counted as parts
+    if count() > 1:
+        number, total, squares = summed(torch.stack([number, total, squares])).unbind()
     mean = total / number
     var = (squares / number - mean.square()).clamp(min=0)
     with torch.no_grad():
-        unbiased = var * (number / (number - 1).clamp(min=1))
-        cuts = [x.shape[1] for x in maps]
+        if shares is None and count() == 1:
+            factor = _repeated(tuple((c, n / max(n - 1, 1)) for c, n in cells), dtype, total.device)
+        else:
+            factor = number / (number - 1).clamp(min=1)
+        unbiased = var * factor
+        channels = [level.channels for level in levels]
         running = [*(norm.running_mean for norm in norms), *(norm.running_var for norm in norms)]
-        torch._foreach_lerp_(
-            running, [*mean.to(running[0]).split(cuts), *unbiased.to(running[0]).split(cuts)], MOMENTUM
-        )
+        found = [*mean.to(running[0]).split(channels), *unbiased.to(running[0]).split(channels)]
+        torch._foreach_lerp_(running, found, MOMENTUM)
     return mean, (var + EPSILON).rsqrt()
 
 
 def _shares(levels: Sequence[FeatureLevel], features: Features) -> list[Tensor] | None:
-    """Features.valid_share of every level, (batch, cells); a coarser cell's is the mean of the finest cells in it."""
-    finest = features.valid_share(levels[0].stride)
-    if finest is None:
+    """Features.valid_share of every level, (batch, cells)."""
+    if features.content is None:
         return None
-    found = []
-    for level in levels:
-        times, rest = divmod(level.stride, levels[0].stride)
-        own = features.valid_share(level.stride) if rest else finest if times == 1 else avg_pool2d(finest, times)
-        assert own is not None
-        found.append(own.flatten(1))
-    return found
+    ends, along = features.content.float(), []
+    for axis in (0, 1):
+        cells, strides = _axis(levels, features.frame, axis, ends.device)
+        along.append((ends[:, axis, None] / strides - cells).clamp(0, 1))
+    return [(row[:, :, None] * column[:, None]).flatten(1) for row, column in _by_level(along, levels, features)]
 
 
 def _repeated_cells(levels: Sequence[FeatureLevel], features: Features) -> list[Tensor] | None:
     """For each level the cells that `over_padding` takes logits from, (batch, cells); None without padding."""
     if features.content is None:
         return None
-    ends = features.content.long() - 1  # (batch, 2), pixels
-    found = []
-    for level in levels:
-        last = ends // level.stride
-        row, column = (
-            torch.arange(cells, device=last.device).minimum(last[:, axis, None])
-            for axis, cells in enumerate(level.cells(features.frame))
-        )
-        found.append((row[:, :, None] * level.cells(features.frame)[1] + column[:, None]).flatten(1))
-    return found
+    ends, along = features.content.long() - 1, []  # (batch, 2), pixels
+    for axis in (0, 1):
+        cells, strides = _axis(levels, features.frame, axis, ends.device)
+        along.append((ends[:, axis, None] // strides).minimum(cells))
+    grids = tuple(level.cells(features.frame) for level in levels)
+    along[0] = along[0] * _repeated(grids, torch.long, ends.device)  # a row begins after so many cells
+    return [(row[:, :, None] + column[:, None]).flatten(1) for row, column in _by_level(along, levels, features)]
 
 
-HALF = (torch.float16, torch.bfloat16)
+def _axis(
+    levels: Sequence[FeatureLevel], frame: tuple[int, int], axis: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Of the cells of all levels in turn along an axis: (number in its level, stride)."""
+    cells = [level.cells(frame)[axis] for level in levels]
+    numbers = tuple((1, number) for own in cells for number in range(own))
+    strides = tuple(zip(cells, (level.stride for level in levels), strict=True))
+    return _repeated(numbers, torch.long, device), _repeated(strides, torch.long, device)
+
+
+def _by_level(along: Sequence[Tensor], levels: Sequence[FeatureLevel], features: Features) -> list[tuple[Tensor, ...]]:
+    """Values of rows and of columns, (batch, those of all levels in turn) each, as pairs of each level."""
+    grids = [level.cells(features.frame) for level in levels]
+    parts = [own.split([grid[axis] for grid in grids], 1) for axis, own in enumerate(along)]
+    return list(zip(*parts, strict=True))
+
+
+@cache
+def _repeated(parts: tuple[tuple[int, float], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A value as often as each part says, in turn. Made once: what a recorded step reads must lie there before."""
+    with torch.inference_mode(False):
+        values = [value for times, value in parts for _ in range(times)]
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _mixed(x: Tensor) -> bool:
-    """Whether products of this half-precision map are summed in float32 by the device itself."""
-    return x.dtype in HALF and x.is_cuda and "dtype" in torch.ops.aten.bmm.overloads()
+    """Whether this map stays in half precision, its products summed in float32 by the device itself."""
+    return x.dtype in (torch.float16, torch.bfloat16) and execution.mixed(x.device)
 
 
-def _product(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """torch.bmm with sums and result in `dtype`, its factors in the number format of the map `like`."""
-    if _mixed(like):
-        return torch.bmm(a.to(like.dtype), b.to(like.dtype), out_dtype=dtype)
-    return torch.bmm(a.to(dtype), b.to(dtype))
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch.bmm with sums and result in `dtype`."""
+    return torch.bmm(a, b) if a.dtype == dtype else torch.bmm(a, b, out_dtype=dtype)
 
 
 class _Rounded(torch.autograd.Function):
@@ -337,9 +358,9 @@ class _SumOfLevels(torch.autograd.Function):
         ctx.grids, ctx.places = grids, places
         ctx.save_for_backward(weights, *maps)
         total = shift[:, None, None]
-        own_weights = weights.split([x.shape[1] for x in maps], 1)
+        own_weights = weights.to(maps[0].dtype).split([x.shape[1] for x in maps], 1)
         for level, (x, weight, grid) in enumerate(zip(maps, own_weights, grids, strict=True)):
-            own = _product(weight.expand(len(x), -1, -1), x, x, weights.dtype)  # (batch, outputs, cells)
+            own = _product(weight.expand(len(x), -1, -1), x, weights.dtype)  # (batch, outputs, cells)
             if places is not None:
                 own = own.gather(2, places[level][:, None].expand_as(own))
             own = own.unflatten(2, grid)
@@ -369,11 +390,11 @@ class _SumOfLevels(torch.autograd.Function):
             if ctx.places is not None:
                 index = ctx.places[level][:, None].expand_as(own)
                 own = torch.zeros_like(own).scatter_add_(2, index, own)
-            of_weights.append(_product(own, x.transpose(1, 2), x, weights.dtype).sum(0))
+            of_weights.append(_product(own.to(x.dtype), x.transpose(1, 2), weights.dtype))
             back = weight.T if largest is None else weight.T * largest  # too small for half precision
             wanted = ctx.needs_input_grad[4 + level]
             of_maps.append(torch.bmm(back.expand(len(x), -1, -1), own).to(x.dtype) if wanted else None)
-        joined = torch.cat(of_weights, 1)
+        joined = torch.cat(of_weights, 2).sum(0)
         if largest is not None:
             joined = joined * largest[:, None]
         return None, None, joined, of_shift, *of_maps

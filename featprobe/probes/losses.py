@@ -1,7 +1,7 @@
 """Losses of dense heads, at the finest level's grid or at the image's: cross-entropy, dice, focal, and their sums."""
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -77,12 +77,12 @@ def level_losses(logits: Tensor, shares: Tensor, weights: Tensor | None = None, 
     p = shares[:, None]
     weighted = p if weights is None else p * weights[:, None, None]
     log_q = torch.log_softmax(logits, 2)
-    total, mass = logits.new_zeros(logits.shape[1]), summed(weighted.sum()).clamp(min=1e-12)
+    mass, found = summed(weighted.sum()).clamp(min=1e-12), []  # each (heads,)
     if "ce" in terms:
-        total = total - (weighted * log_q).sum(every) / mass
+        found.append((weighted * log_q).sum(every) / -mass)
     if "focal" in terms:
         hard = (1 - log_q.exp()).clamp(min=0).pow(FOCUS)
-        total = total - (weighted * hard * log_q).sum(every) / mass
+        found.append((weighted * hard * log_q).sum(every) / -mass)
     if "dice" in terms:
         q, cells = log_q.exp(), (0, 3, 4)
         own = p.sum(cells).expand(q.shape[1], -1)  # (heads, classes)
@@ -90,8 +90,8 @@ def level_losses(logits: Tensor, shares: Tensor, weights: Tensor | None = None, 
         own, said, both = summed(torch.stack([own, said, both]))
         present = own > 0
         scores = 1 - 2 * both / (own + said).clamp(min=1e-12)
-        total = total + (scores * present).sum(1) / present.sum(1).clamp(min=1) / count()
-    return total
+        found.append((scores * present).sum(1) / present.sum(1).clamp(min=1) / count())
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
 def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
@@ -109,7 +109,9 @@ def image_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None, 
     """image_loss of several heads at once, (heads,). logits: (batch, heads, classes, rows, columns)."""
     heads, classes = logits.shape[1:3]
     if parse_loss(loss) == ("ce",):
-        return _ImageLoss.apply(logits, labels, logits.new_ones(classes) if weights is None else weights.to(logits))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        with torch.autocast(logits.device.type, enabled=False):
+            return _ImageLoss.apply(logits, labels, logits.new_ones(classes) if weights is None else weights.to(logits))
     upsampled = interpolate(logits.flatten(1, 2), labels.shape[1:], mode="bilinear", align_corners=False)
     own = torch.arange(classes, device=labels.device, dtype=labels.dtype)[:, None, None]
     shares = (labels[:, None] == own).to(logits.dtype)
@@ -133,26 +135,32 @@ class _ImageLoss(torch.autograd.Function):
         height, width = labels.shape[1:]
         of_label = torch.cat([weights, weights.new_zeros(IGNORE + 1 - classes)])
         down, across = _upsampling(rows, height, logits), _upsampling(columns, width, logits)
-        losses, mass = logits.new_zeros(heads), logits.new_zeros(())
-        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        losses, masses = [], []
+        gradient: Tensor | None = None
         for images, pixels, cells in _pieces(logits, height, width):
-            wide = logits[images, :, :, cells] @ across.T  # (images, heads, classes, cells, width)
-            block = down[pixels, cells]
-            z = block @ wide  # (images, heads, classes, pixels, width)
+            block, part = down[pixels, cells], logits[images, :, :, cells] @ across.T
             label = labels[images, pixels].long()[:, None, None]
-            mine = of_label[label]  # (images, 1, 1, pixels, width)
+            weight = of_label[label]  # (images, 1, 1, pixels, width)
             target = label.clamp(max=classes - 1).expand(-1, heads, -1, -1, -1)
-            z -= z.amax(2, keepdim=True)
-            picked = z.gather(2, target)
-            sums = z.exp_().sum(2, keepdim=True)
-            losses += ((sums.log() - picked) * mine).sum((0, 2, 3, 4))
-            mass += mine.sum()
-            z *= mine / sums
-            z.scatter_add_(2, target, -mine.expand_as(target))
-            gradient[images, :, :, cells] += block.T @ z @ across
+            z = block @ part  # (images, heads, classes, pixels, width)
+            own = _forward_and_back(z, target, weight)
+            if own is None:
+                torch.matmul(block, part, out=z)
+                z -= z.amax(2, keepdim=True)
+                own = _forward_and_back(z, target, weight, checked=False)
+            losses.append(own)
+            masses.append(weight.sum())
+            back = block.T @ z @ across
+            if back.shape == logits.shape:
+                gradient = back
+                continue
+            if gradient is None:
+                gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+            gradient[images, :, :, cells].add_(back)
+        mass = reduce(torch.add, masses)
         mass = summed(mass).clamp(min=1e-12)
         ctx.save_for_backward(gradient, mass)
-        return losses / mass
+        return reduce(torch.add, losses) / mass
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -161,8 +169,32 @@ class _ImageLoss(torch.autograd.Function):
         return gradient * (upstream[0] / mass)[:, None, None, None], None, None
 
 
-CACHED = 2**19  # upsampled logits of a piece on a CPU
+def _forward_and_back(z: Tensor, target: Tensor, weight: Tensor, *, checked: bool = True) -> Tensor | None:
+    """Weighted cross-entropy of each head, (heads,), summed; logits become its gradient in place.
+
+    z: (images, heads, classes, pixels, width). target: the same with one class. weight: the same for one head.
+    checked: whether to return None, with z spoilt, where the largest logit of every pixel must be subtracted first.
+    """
+    every, minus = (0, 2, 3, 4), -weight
+    if execution.whole_batches(z.device):
+        log_q = torch.log_softmax(z, 2)
+        losses = (log_q.gather(2, target) * minus).sum(every)
+        torch.mul(log_q.exp_(), weight, out=z)
+    else:  # torch's softmax takes ten times as long as these steps, which stay in the caches
+        picked = z.gather(2, target)
+        sums = z.exp_().sum(2, keepdim=True)
+        least, most = sums.aminmax()
+        if checked and not (float(least) > 1 / LARGEST_SUM and float(most) < LARGEST_SUM):
+            return None
+        losses = ((picked - sums.log()) * minus).sum(every)
+        z *= weight / sums
+    z.scatter_add_(2, target, minus.expand_as(target))
+    return losses
+
+
+CACHED = 2**20  # upsampled logits of a piece on a CPU
 IN_MEMORY = 2**28  # on a GPU: 1 GiB, a few times
+LARGEST_SUM = 1e26  # of exp() of a pixel's logits, and one over the least: beyond these float32 could leave its range
 
 
 def _pieces(logits: Tensor, height: int, width: int) -> Iterator[tuple[slice, slice, slice]]:

@@ -7,11 +7,13 @@ from math import log2
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms, box_area
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
-from featprobe.probes.pyramid import PyramidKind, SimplePyramid, TopDown, make_pyramid
+from featprobe.probes.pyramid import Maps, Pyramid, PyramidKind, make_pyramid
 
 MOST_DETECTIONS = 100  # an image, as COCO counts
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
@@ -37,6 +39,37 @@ class ObjectTarget:
         moved = (v.to(device, non_blocking=True) for v in (self.boxes, self.labels, self.crowds))
         boxes, labels, crowds = moved
         return ObjectTarget(boxes, labels, masks, crowds)
+
+
+@dataclass(frozen=True)
+class ObjectBatch:
+    """The labelled objects of several images in tensors of one shape, as a batch goes through in few operations.
+
+    boxes: (images, most objects, 4). labels: (images, most objects), int64, 0 where an image has no more objects.
+    crowds: (images, most regions, 4), infinite where an image has no more.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowds: Tensor
+
+    @classmethod
+    def of(cls, targets: Sequence[ObjectTarget]) -> "ObjectBatch":
+        """The objects of these images, on the device where they lie."""
+        boxes = pad_sequence([t.boxes for t in targets], batch_first=True)
+        labels = pad_sequence([t.labels for t in targets], batch_first=True)
+        crowds = pad_sequence([t.crowds for t in targets], batch_first=True, padding_value=float("inf"))
+        if not boxes.shape[1]:
+            boxes, labels = pad(boxes, (0, 0, 0, 1)), pad(labels, (0, 1))
+        return cls(boxes, labels, crowds)
+
+    def to(self, device: torch.device) -> "ObjectBatch":
+        """The same objects on another device."""
+        return ObjectBatch(*(v.to(device, non_blocking=True) for v in (self.boxes, self.labels, self.crowds)))
+
+    def at(self, images: Tensor) -> "ObjectBatch":
+        """The objects of some of the images. images: (batch,), int64, on the same device."""
+        return ObjectBatch(*(v.index_select(0, images) for v in (self.boxes, self.labels, self.crowds)))
 
 
 @dataclass(frozen=True)
@@ -73,15 +106,13 @@ def detection_strides(strides: Sequence[int], sides: Sequence[float]) -> tuple[i
 
 def detection_pyramid(
     levels: Sequence[FeatureLevel], width: int, sides: Sequence[float], kind: PyramidKind
-) -> tuple[tuple[int, ...], TopDown | SimplePyramid]:
+) -> tuple[tuple[int, ...], Pyramid]:
     """The strides at which objects of these sizes are looked for, and a pyramid that has them."""
     strides = detection_strides(make_pyramid(levels, width, kind).strides, sides)
     return strides, make_pyramid(levels, width, kind, strides[0])
 
 
-def maps_of(
-    pyramid: TopDown | SimplePyramid, strides: Sequence[int], features: Features
-) -> list[tuple[Tensor, Tensor | None]]:
+def maps_of(pyramid: Pyramid, strides: Sequence[int], features: Features) -> Maps:
     """(map, cells inside) of these strides alone, as the pyramid gives them."""
     found = dict(zip(pyramid.strides, pyramid(features), strict=True))
     return [found[stride] for stride in strides]
@@ -123,20 +154,40 @@ def anchor_sizes(strides: Sequence[int], sides: Sequence[float]) -> list[tuple[i
 
 
 def in_crowd(points: Tensor, crowds: Tensor) -> Tensor:
-    """Whether each point lies in a crowd region: (points,), bool. points: (points, 2), x y."""
-    if not len(crowds):
-        return torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    low, high = points[:, None] >= crowds[None, :, :2], points[:, None] <= crowds[None, :, 2:]
-    return (low & high).all(2).any(1)
+    """Whether each point lies in a crowd region: (…, points), bool. points: (points, 2), x y. crowds: (…, regions, 4)."""
+    if not crowds.shape[-2]:
+        return torch.zeros((*crowds.shape[:-2], len(points)), dtype=torch.bool, device=points.device)
+    regions = crowds[..., None, :, :]
+    return ((points[:, None] >= regions[..., :2]) & (points[:, None] <= regions[..., 2:])).all(-1).any(-1)
 
 
 def clip_to(boxes: Tensor, content: Tensor | None, frame: tuple[int, int]) -> Tensor:
-    """Boxes cut to their image. content: (2,), (height, width) of the image in the frame, or None for the frame."""
-    height, width = frame if content is None else (float(v) for v in content)
-    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    """Boxes cut to their images. boxes: (batch, boxes, 4). content: (batch, 2), see Features, or None for the frame."""
+    if content is None:
+        x, y = (boxes[..., axis::2].clamp(0, frame[1 - axis]) for axis in (0, 1))
+        return torch.stack([x, y], -1).flatten(-2)
+    ends = content.flip(1).to(boxes.dtype).repeat(1, 2)  # (batch, 4): width, height, width, height
+    return boxes.clamp(min=0).minimum(ends[:, None])
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> Tensor:
-    """Indices of the boxes kept by non-maximum suppression within each class, best first; not more than 100."""
-    sized = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).nonzero()[:, 0]
-    return sized[batched_nms(boxes[sized], scores[sized], labels[sized], iou)[:MOST_DETECTIONS]]
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, floor: float) -> Tensor:
+    """Indices of the boxes of one image kept by non-maximum suppression within each class, best first; at most 100.
+
+    Boxes without an area, and those that score no more than the floor, are none.
+    """
+    real = (boxes[:, 2:] > boxes[:, :2]).all(1) & (scores > floor)
+    chosen = real.nonzero()[:, 0]
+    return chosen[batched_nms(boxes[chosen], scores[chosen], labels[chosen], iou)[:MOST_DETECTIONS]]
+
+
+def on_host(found: Sequence[Detections]) -> list[Detections]:
+    """The same detections in the host's memory; from another device all of them come in one copy."""
+    if not found or found[0].boxes.device.type == "cpu":
+        return list(found)
+    parts = [
+        [own.boxes, own.labels, own.scores, *([] if own.masks is None else [own.masks])] for own in found
+    ]  # labels are exact in float32
+    values = torch.cat([v.flatten().float() for own in parts for v in own]).cpu().split([v.numel() for o in parts for v in o])
+    coming = iter(values)
+    moved = [[next(coming).view(v.shape) for v in own] for own in parts]
+    return [Detections(own[0], own[1].long(), *own[2:]) for own in moved]

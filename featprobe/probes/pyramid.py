@@ -5,15 +5,16 @@ image is, and no normalisation counts them.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, max_pool2d
+from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, max_pool2d, pad
 
 from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.probes.linear import LevelNorm
 
 PyramidKind = Literal["auto", "levels", "simple"]
@@ -39,16 +40,80 @@ class PaddedGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, inside: Tensor | None = None) -> Tensor:
         """x: (batch, channels, rows, columns). inside: (batch, rows, columns), bool, or None for all."""
-        if inside is None:
-            return super().forward(x)
-        mask = inside[:, None].to(x.dtype)
-        count = inside.sum((1, 2)).clamp(min=1)[:, None] * (self.num_channels // self.num_groups)  # (batch, 1)
-        mean = (x * mask).unflatten(1, (self.num_groups, -1)).sum((2, 3, 4)) / count  # (batch, groups)
-        spread = mean.repeat_interleave(self.num_channels // self.num_groups, 1)[:, :, None, None]
-        centred = (x - spread) * mask
-        var = centred.square().unflatten(1, (self.num_groups, -1)).sum((2, 3, 4)) / count
-        scale = (var + self.eps).rsqrt().repeat_interleave(self.num_channels // self.num_groups, 1)[:, :, None, None]
-        return centred * scale * self.weight[:, None, None] + self.bias[:, None, None]
+        return group_norm(x, inside, self.num_groups, self.weight, self.bias, self.eps)
+
+    def rectified(self, x: Tensor, inside: Tensor | None) -> Tensor:
+        """The normalised map after a ReLU, with 0 in every cell of padding. x, inside: as for `forward`."""
+        return rectified([self], x, inside)
+
+
+def group_norm(
+    x: Tensor, inside: Tensor | None, groups: int, weight: Tensor, bias: Tensor, eps: float, *, rectify: bool = False
+) -> Tensor:
+    """torch's group_norm of the cells inside, 0 in all others; with a ReLU where that is asked for."""
+    if inside is None:
+        found = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+        return found.relu_() if rectify else found
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2).to(weight.dtype)  # (batch, cells, channels)
+    mask = inside.flatten(1)[:, :, None].to(rows.dtype)
+    found = _InsideNorm.apply(rows, mask, weight, bias, groups, eps, rectify)
+    return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def rectified(norms: Sequence[PaddedGroupNorm], x: Tensor, inside: Tensor | None) -> Tensor:
+    """Maps that lie one behind the other, each normalised by its own and through a ReLU; 0 in cells of padding.
+
+    x: (batch, channels of all norms, rows, columns). inside: (batch, rows, columns), bool, or None for all.
+    """
+    weight, bias = (joined([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
+    groups = sum(norm.num_groups for norm in norms)
+    return group_norm(x, inside, groups, weight, bias, norms[0].eps, rectify=True)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one behind the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+class _InsideNorm(torch.autograd.Function):
+    """GroupNorm over the cells that a mask names, 0 in all others, with or without a ReLU.
+
+    Written out, since autograd would keep and pass five maps more. The variance is the mean square less the squared
+    mean, as in torch's own kernel for channels last.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, rectified: bool
+    ) -> Tensor:
+        """x: (batch, cells, channels). mask: (batch, cells, 1), 0 or 1, of the same format."""
+        own = x * mask
+        sums = torch.stack([own.sum(1), (own * x).sum(1)])  # (2, batch, channels)
+        share = 1 / (mask.sum((1, 2)).clamp(min=1) * (x.shape[2] // groups))[:, None, None]  # (batch, 1, 1)
+        mean, square = sums.unflatten(2, (groups, -1)).sum(3, keepdim=True) * share  # (batch, groups, 1)
+        rstd = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
+        scale = weight.view(groups, -1) * rstd  # (batch, groups, channels of one)
+        shift = bias.view(groups, -1) - mean * scale
+        out = torch.addcmul(shift.flatten(1)[:, None], x, scale.flatten(1)[:, None])
+        out = (out.relu_() if rectified else out).mul_(mask)
+        ctx.save_for_backward(x, mask, weight, mean, rstd, share, out if rectified else mask)
+        ctx.rectified = rectified
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, weight, mean, rstd, share, out = ctx.saved_tensors
+        gradient = upstream[0] * (out > 0) if ctx.rectified else upstream[0] * mask
+        groups = (mean.shape[1], -1)
+        sums = torch.stack([gradient.sum(1), (gradient * x).sum(1)]).unflatten(2, groups)
+        of_bias, of_product = sums  # (batch, groups, channels of one)
+        of_weight = (of_product - mean * of_bias) * rstd
+        own = weight.view(groups)
+        slope = -(own * of_weight).sum(2, keepdim=True) * rstd.square() * share
+        level = -(own * of_bias).sum(2, keepdim=True) * rstd * share - slope * mean
+        wide = [v.expand_as(of_bias).flatten(1)[:, None] for v in (own * rstd, slope, level)]
+        of_x = torch.addcmul(torch.addcmul(wide[2], x, wide[1]).mul_(mask), gradient, wide[0])
+        return of_x, None, of_weight.sum(0).flatten(), of_bias.sum(0).flatten(), None, None, None
 
 
 class ConvBlock(nn.Module):
@@ -61,11 +126,6 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
         self.norm = PaddedGroupNorm(groups_of(width), width)
-
-    def forward(self, x: Tensor, inside: Tensor | None) -> Tensor:
-        """x: (batch, width, rows, columns). inside: (batch, rows, columns), bool, or None for all."""
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
-        return only_inside(self.norm(x, inside).relu(), inside)
 
 
 def groups_of(width: int) -> int:
@@ -92,20 +152,56 @@ class Lateral(nn.Module):
         self.weight = nn.Parameter(torch.randn(width, level.channels) * level.channels**-0.5)
         self.bias = nn.Parameter(torch.zeros(width))
 
+    def folded(self, m: Tensor, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """The map in the weights' number format, weights (width, channels) and shift (width,) that it goes through."""
+        x = m.to(self.weight.dtype)
+        share = features.valid_share(self.stride)
+        scale, shift = self.norm(x.flatten(2), None if share is None else share.flatten(1))
+        return x, self.weight * scale, self.weight @ shift + self.bias
+
     def forward(self, m: Tensor, features: Features) -> Tensor:
         """m: (batch, channels, rows, columns), of that level. Returns (batch, width, rows, columns)."""
-        x = m.to(self.weight.dtype).flatten(2)
-        share = features.valid_share(self.stride)
-        scale, shift = self.norm(x, None if share is None else share.flatten(1))
-        # bmm, not `@`: the latter copies the whole map to fold its batch into rows
-        product = torch.bmm((self.weight * scale).expand(len(x), -1, -1), x).unflatten(2, m.shape[2:])
-        return product + (self.weight @ shift + self.bias)[:, None, None]
+        return product(*self.folded(m, features))
 
 
-class TopDown(nn.Module):
+def product(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    """A 1x1 convolution, channels last in memory whatever x is: (batch, width, rows, columns)."""
+    rows = x.flatten(2).transpose(1, 2)  # (batch, cells, channels)
+    # bmm, not `@`: the latter copies the whole map to fold its batch into rows
+    found = torch.bmm(rows, weight.T.expand(len(x), -1, -1)) + shift
+    return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+Maps = list[tuple[Tensor, Tensor | None]]
+"""(map, cells inside) per stride, finest first: (batch, width, rows, columns), (batch, rows, columns)."""
+
+
+class Pyramid(nn.Module):
+    """Maps of one width at several strides, made from levels.
+
+    levels: that it takes. strides: of what comes out, finest first.
+    """
+
+    levels: tuple[FeatureLevel, ...]
+    strides: tuple[int, ...]
+
+    def forward(self, features: Features) -> Maps:
+        """All maps."""
+        raise NotImplementedError
+
+    def convolved(self, features: Features, weight: Tensor, strides: Sequence[int]) -> Maps:
+        """The maps of these strides, each under a 3x3 convolution; in cells of padding stands anything.
+
+        weight: (outputs, width, 3, 3).
+        """
+        found = dict(zip(self.strides, self(features), strict=True))
+        return [(conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides]
+
+
+class TopDown(Pyramid):
     """Lateral maps of every level, each with the coarser ones upsampled and added (FPN, Lin et al., 2017).
 
-    Of levels with one stride all are added up, and stand as one. strides: of what comes out, finest first.
+    Of levels with one stride all are added up, and stand as one.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel], width: int) -> None:
@@ -114,22 +210,109 @@ class TopDown(nn.Module):
         self.strides = tuple(sorted({level.stride for level in self.levels}))
         self.laterals = nn.ModuleDict({level.name: Lateral(level, width) for level in self.levels})
 
-    def forward(self, features: Features) -> list[tuple[Tensor, Tensor | None]]:
-        """(map, cells inside) per stride, finest first: (batch, width, rows, columns), (batch, rows, columns)."""
-        found: list[tuple[Tensor, Tensor | None]] = []
-        above: Tensor | None = None
-        for stride in reversed(self.strides):
-            here = [level for level in self.levels if level.stride == stride]
-            total = torch.stack([self.laterals[v.name](features.maps[v.name], features) for v in here]).sum(0)
-            if above is not None:
-                total = total + interpolate(above, total.shape[2:], mode="nearest")
+    def forward(self, features: Features) -> Maps:
+        """All maps."""
+        return self._maps(features, self.strides)
+
+    def _maps(self, features: Features, strides: Sequence[int]) -> Maps:
+        """The maps of the coarsest strides, down to the first of these."""
+        found: Maps = []
+        for stride in reversed(strides):
+            total: Tensor | None = None
+            for level in self.levels:
+                if level.stride == stride:
+                    own = self.laterals[level.name](features.maps[level.name], features)
+                    total = own if total is None else total + own
+            assert total is not None  # each stride is that of some level
+            if found:
+                total = total + interpolate(found[0][0], total.shape[2:], mode="nearest")
             inside = cells_inside(features.content, (total.shape[2], total.shape[3]), stride)
-            above = only_inside(total, inside)
-            found.insert(0, (above, inside))
+            found.insert(0, (only_inside(total, inside), inside))
         return found
 
+    def convolved(self, features: Features, weight: Tensor, strides: Sequence[int]) -> Maps:
+        """The maps of these strides, each under a 3x3 convolution; in cells of padding stands anything.
 
-class SimplePyramid(nn.Module):
+        On a CPU, where it saves work, the finest map is never made: see `_at_finest`.
+        """
+        base = self._base(features, weight, strides)
+        if base == 0:
+            return super().convolved(features, weight, strides)
+        coarser = self._maps(features, self.strides[base:])
+        finest = self._at_finest(features, weight, coarser[0], base)
+        found = dict(zip(self.strides[base:], coarser, strict=True))
+        return [finest, *((conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides[1:])]
+
+    def _at_finest(
+        self, features: Features, weight: Tensor, above: tuple[Tensor, Tensor | None], base: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The finest map under a 3x3 convolution, from the map of a coarser stride and the levels below it.
+
+        Each of these levels goes through the product of its lateral and the 3x3 convolution; both it and the coarser
+        map at their own cells, in a transposed convolution that equals upsampling and then convolving.
+        """
+        x, inside = above
+        parts: list[tuple[Tensor, Tensor, int]] = []
+        for level in self.levels:
+            if level.stride < self.strides[base]:
+                lateral: Lateral = self.laterals[level.name]  # type: ignore[assignment]
+                m, own, shift = lateral.folded(features.maps[level.name], features)
+                m = only_inside(m, cells_inside(features.content, (m.shape[2], m.shape[3]), level.stride))
+                parts.append((m, torch.einsum("owyx,wc->ocyx", weight, own), level.stride))
+                x = x + shift[:, None, None]  # a constant stays what it is when it is upsampled
+        parts.append((only_inside(x, inside), weight, self.strides[base]))
+        total: Tensor | None = None
+        for m, kernel, stride in parts:
+            times = stride // self.strides[0]
+            m = m.contiguous(memory_format=torch.channels_last)
+            if times == 1:
+                own = conv2d(m, kernel.contiguous(memory_format=torch.channels_last), padding=1)
+            else:
+                kernel = upsampling_kernel(kernel, times).contiguous(memory_format=torch.channels_last)
+                own = conv_transpose2d(m, kernel, stride=times, padding=1)
+            total = own if total is None else total.add_(own)
+        assert total is not None
+        return total, cells_inside(features.content, (total.shape[2], total.shape[3]), self.strides[0])
+
+    def _base(self, features: Features, weight: Tensor, strides: Sequence[int]) -> int:
+        """The place of the finest stride whose map is made; those below it need not be. 0 where that saves nothing."""
+        if execution.whole_batches(weight.device) or strides[0] != self.strides[0]:
+            return 0
+        needed = min(strides[1:], default=self.strides[-1])
+        possible = [0]
+        for base, stride in enumerate(self.strides[1:], start=1):
+            whole = all(s % self.strides[0] == 0 for s in self.strides[: base + 1])
+            ends = features.content is None or not (features.content % stride).any()  # no cell is part image
+            possible += [base] if whole and ends and stride <= needed else []
+        return min(possible, key=lambda base: self._products(features, weight, self.strides[base]))
+
+    def _products(self, features: Features, weight: Tensor, base: int) -> float:
+        """Products per cell of the finest map, forward and back, where the map of stride `base` is the finest made."""
+        outputs, width = weight.shape[:2]
+        total = 0.0
+        for stride in self.strides:
+            channels = [v.channels * (2 + features.maps[v.name].requires_grad) for v in self.levels if v.stride == stride]
+            cells = (self.strides[0] / stride) ** 2
+            taps = (1 + 2 * self.strides[0] / stride) ** 2
+            total += sum(channels) * (taps * outputs if stride < base else cells * width)
+            total += 3 * taps * width * outputs if stride == base else 0
+        return total
+
+
+def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
+    """What a transposed convolution of this stride, padded by 1, takes to equal upsampling and a 3x3 convolution.
+
+    Upsampling repeats each cell `times` times along both axes. weight: (outputs, width, 3, 3). Returns (width, outputs,
+    times + 2, times + 2).
+
+    >>> upsampling_kernel(torch.tensor([[[[1., 2., 3.], [0., 0., 0.], [0., 0., 0.]]]]), 2)[0, 0].int().tolist()
+    [[0, 0, 0, 0], [0, 0, 0, 0], [3, 5, 3, 1], [3, 5, 3, 1]]
+    """
+    spread = pad(weight.flip(2, 3), (times - 1,) * 4)
+    return avg_pool2d(spread, times, 1, divisor_override=1).transpose(0, 1)
+
+
+class SimplePyramid(Pyramid):
     """Four resolutions from the last of levels with one stride (ViTDet, Li et al., 2022, at a fixed width).
 
     Transposed convolutions make strides of a quarter and a half where these are whole pixels, a maximum over 2x2
@@ -146,8 +329,8 @@ class SimplePyramid(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(width, width, 2, stride=2) for _ in range(len(self.strides) - 2))
         self.norms = nn.ModuleList(PaddedGroupNorm(groups_of(width), width) for _ in self.up)
 
-    def forward(self, features: Features) -> list[tuple[Tensor, Tensor | None]]:
-        """(map, cells inside) per stride, finest first, as TopDown gives them."""
+    def forward(self, features: Features) -> Maps:
+        """All maps."""
         level = self.levels[0]
         x = self.lateral(features.maps[level.name], features)
         inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride)
@@ -160,14 +343,14 @@ class SimplePyramid(nn.Module):
         for step, (up, norm) in enumerate(zip(self.up, self.norms, strict=True), start=1):
             x = up(x)
             inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride // 2**step)
-            x = only_inside(norm(x, inside).relu(), inside)
+            x = norm.rectified(x, inside)
             maps.insert(0, (x, inside))
         return maps
 
 
 def make_pyramid(
     levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0
-) -> TopDown | SimplePyramid:
+) -> Pyramid:
     """The pyramid of these levels: simple where all have one stride (as a ViT's), or where it is asked for.
 
     finest: strides below it, in pixels, are not made; the coarsest always is. Raises ProbeError for a simple one of

@@ -390,9 +390,10 @@ class _Recorded:
 def _clip(heads: Sequence[nn.Module], limit: float) -> None:
     """torch.nn.utils.clip_grad_norm_ of each head, in few operations for all of them."""
     gradients = [[p.grad for p in head.parameters() if p.grad is not None] for head in heads]
-    norms = torch.stack(torch._foreach_norm(list(chain(*gradients)))).split([len(own) for own in gradients])
-    each = torch.stack([torch.linalg.vector_norm(own) for own in norms])  # (heads,)
-    for own, factor in zip(gradients, (limit / (each + 1e-6)).clamp(max=1.0).unbind(), strict=True):
+    (each,) = {len(own) for own in gradients}  # heads that train together are of one kind
+    norms = torch.stack(torch._foreach_norm(list(chain(*gradients)))).view(len(heads), each)
+    factors = (limit / (torch.linalg.vector_norm(norms, dim=1) + 1e-6)).clamp(max=1.0)
+    for own, factor in zip(gradients, factors.unbind(), strict=True):
         torch._foreach_mul_(own, factor)
 
 
@@ -435,6 +436,7 @@ class _Loop:
             self.factors = torch.tensor(factors, dtype=torch.float32, device=self.device)
             self.full_rates = torch.tensor(self.rates, dtype=torch.float32, device=self.device)
             self.own_rates = self.full_rates.clone()
+            self.ones = groups[0]["params"][0].new_ones(len(heads), requires_grad=False)
             self.gathered = groups[0]["params"][0].new_zeros((recipes[0].iterations, len(heads)), requires_grad=False)
         self._link()
         self.curves: list[list[CurvePoint]] = [[] for _ in heads]
@@ -465,7 +467,7 @@ class _Loop:
             values = loss(features, batch)  # (heads,)
             if share != 1:
                 values = values * share
-            values.sum().backward()
+            torch.autograd.backward(values, self.ones if self.placed else torch.ones_like(values))
             total = values.detach() if total is None else total + values.detach()
         assert total is not None
         sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])

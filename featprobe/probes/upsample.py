@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes.execution import full_products, half_products
 from featprobe.probes.linear import over_padding
 from featprobe.probes.pyramid import ConvBlock, PyramidKind, make_pyramid
 
@@ -39,7 +41,11 @@ class UpsampleHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Logits at the finest grid: (batch, classes, height / stride, width / stride)."""
-        x, inside = self.pyramid(features)[0]
-        x = self.mix(x, inside)  # (batch, width, rows, columns)
-        logits = torch.einsum("kc,bchw->bkhw", self.weight, x) + self.bias[:, None, None]
+        device = self.weight.device
+        with half_products(device, training=self.training):
+            ((x, inside),) = self.pyramid.convolved(features, self.mix.conv.weight, (self.stride,))
+            x = self.mix.norm.rectified(x, inside)  # (batch, width, rows, columns)
+        with full_products(device):
+            cells = x.permute(0, 2, 3, 1).to(self.weight.dtype)
+            logits = linear(cells, self.weight, self.bias).permute(0, 3, 1, 2).contiguous()
         return over_padding(logits, features.content, self.stride)

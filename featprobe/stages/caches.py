@@ -1,6 +1,8 @@
 """Looking after cache files: list, describe, verify, remove."""
 
-from dataclasses import asdict
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from featprobe.cache import (
     read_contents,
     verify,
 )
-from featprobe.errors import CacheError
+from featprobe.errors import CacheError, counted
+from featprobe.stages.settled import look_path
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -39,7 +42,50 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "data": asdict(cache.data),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
+        "may_hold_tf32": doubt.text if (doubt := tf32_doubt(path)) else "",
     }
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why a cache of the precision fp32 may hold TF32. on_record: whether a run on CUDA is known, or only possible."""
+
+    text: str
+    on_record: bool
+
+
+def tf32_doubt(path: Path) -> Doubt | None:
+    """Why a cache may hold TF32 where its recipe says fp32; None where it doesn't.
+
+    Versions that kept no device in `provenance` allowed TF32 on CUDA. On which device they computed stands in the log
+    of runs beside the file, one line for each run that came to its end.
+    """
+    contents = read_contents(path)
+    if contents.recipe.precision != "fp32" or "device" in contents.provenance:
+        return None
+    runs = _runs(path)
+    on_cuda = sum(run["computed"] for run in runs if str(run["device"]).startswith("cuda"))
+    if on_cuda:
+        return Doubt(
+            f"{counted(on_cuda, 'row')} computed on CUDA by featprobe {contents.provenance['featprobe']}", True
+        )
+    unknown = int((Cache(path, contents).done == WHOLE).sum()) - sum(run["computed"] for run in runs)
+    if unknown > 0:
+        return Doubt(f"{counted(unknown, 'row')} of which no run tells on which device it was computed", False)
+    return None
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    """What the log beside a cache tells of each run; [] without one."""
+    try:
+        lines = path.with_suffix(".runs.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):  # a line that its process did not end
+            found.append(json.loads(line))
+    return [run for run in found if {"computed", "device"} <= run.keys()]
 
 
 def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
@@ -80,6 +126,7 @@ def remove_cache(path: Path) -> int:
         size = path.stat().st_size
         path.unlink()
         path.with_suffix(".runs.jsonl").unlink(missing_ok=True)
+        look_path(path).unlink(missing_ok=True)
     (path.parent / f".{path.stem}.lock").unlink(missing_ok=True)
     if not any(path.parent.iterdir()):
         path.parent.rmdir()

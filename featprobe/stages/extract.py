@@ -1,6 +1,7 @@
 """Images to cache: decode ahead, compute on the device, write behind; stop and go on at will."""
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,13 +28,15 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.datasets import DataSet
-from featprobe.errors import BackboneError, CacheError, counted
+from featprobe.errors import CacheError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
 from featprobe.specs import BackboneSpec
+from featprobe.stages.caches import tf32_doubt
 from featprobe.stages.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.pipeline import Filler, runs
+from featprobe.stages.settled import Asked, Settled, ask, keep, settled
 from featprobe.stages.workspace import Workspace
 
 
@@ -41,7 +44,10 @@ from featprobe.stages.workspace import Workspace
 class ExtractReport:
     """What an extraction did. seconds: load, look, run, and what `run` waited for: images, disk.
 
+    And how long each part of `run` would have taken with nothing to wait for: network, decoding, copying (from the
+    device, 0 where there is none), writing.
     rows: tiles and views, or else images; images: that they show.
+    by_times: the data set was not read, since its files have the sizes and times of last time.
     """
 
     path: Path
@@ -55,6 +61,7 @@ class ExtractReport:
     notes: tuple[str, ...]
     device: str
     images: int
+    by_times: bool = False
 
 
 def extract(
@@ -68,10 +75,16 @@ def extract(
     if launched()[0]:
         options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
-    data = read_set(workspace, data_name, options)
     device = pick_device(options.device)
-    backbone = load_backbone(spec, options.levels, device)
-    return extract_with(workspace, backbone, data, options, device, load_seconds=time.perf_counter() - begun)
+    asked = ask(workspace, spec, data_name, options, device.type)
+    backbone = None
+    for found in [] if options.rehash else settled(asked):
+        backbone = backbone or load_backbone(spec, options.levels, device)
+        if report := _nothing_to_do(found, backbone, device, begun):
+            return report
+    data = read_set(workspace, data_name, options)
+    backbone = backbone or load_backbone(spec, options.levels, device)
+    return extract_with(workspace, backbone, data, options, device, time.perf_counter() - begun, asked)
 
 
 def extract_with(
@@ -81,12 +94,14 @@ def extract_with(
     options: ExtractOptions,
     device: torch.device,
     load_seconds: float = 0.0,
+    asked: Asked | None = None,
 ) -> ExtractReport:
-    """`extract` with a backbone and a data set that are loaded already."""
-    if options.precision == "amp" and device.type != "cuda":
-        raise BackboneError(f"--precision amp needs a CUDA device; this is {device}. Leave it away.")
+    """`extract` with a backbone and a data set that are loaded already.
+
+    asked: where given, and all rows are whole in the end, it is kept that this was the answer.
+    """
     begun = time.perf_counter()
-    job = prepare(workspace, backbone, data, options)
+    job = prepare(workspace, backbone, data, options, device)
     start, stop = share_of(len(job.rows), options.batch_size, options.shard or _own_shard())
     look_seconds = time.perf_counter() - begun
     with RowLocks(job.path) as locks:
@@ -116,14 +131,47 @@ def extract_with(
             "run": run_seconds,
             "wait_images": filler.waited_images,
             "wait_disk": filler.waited_disk,
+            **filler.busy.alone(max(1, options.workers)),
         },
-        notes=job.info.notes,
+        notes=(*job.info.notes, *job.notes),
         device=str(device),
         images=len(job.surveyed.found),
     )
     if report.computed:
         _log_run(report)
+    if asked and (done == WHOLE).all():  # what can't be read may be readable next time
+        keep(asked, cache, data, report.notes)
     return report
+
+
+def _nothing_to_do(found: Settled, backbone: Backbone, device: torch.device, begun: float) -> ExtractReport | None:
+    """The report on a cache that is whole, intact, and of this backbone; None where it is not."""
+    try:
+        cache = Cache(found.path, read_contents(found.path))
+    except CacheError:
+        return None
+    contents = cache.contents
+    same = (contents.identity_sha256, cache.recipe.weights_sha256, cache.levels) == (
+        found.identity_sha256,
+        backbone.sha256,
+        backbone.levels,
+    )
+    if not same or not (cache.done == WHOLE).all() or not contents.is_intact():
+        return None
+    return ExtractReport(
+        path=found.path,
+        rows=len(cache),
+        computed=0,
+        copied=0,
+        missing=0,
+        unreadable=(),
+        bytes_written=0,
+        seconds={"load": time.perf_counter() - begun, "look": 0.0, "run": 0.0, "wait_images": 0.0, "wait_disk": 0.0},
+        notes=found.notes,
+        device=str(device),
+        images=len(cache.images),
+        by_times=True,
+    )
 
 
 def share_of(rows: int, block: int, shard: tuple[int, int] | None) -> tuple[int, int]:
@@ -152,7 +200,10 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
             "Nothing was changed. Remove it:  featprobe cache rm FILE"
         )
     same_parts = [row.part for row in old.rows] == [row.part for row in job.rows]
-    if old.data.fingerprint == job.info.fingerprint and same_parts and old.is_intact():
+    same = old.data.fingerprint == job.info.fingerprint and same_parts and old.is_intact()
+    if not same or (Cache(job.path, old).done == MISSING).any():
+        _refuse_tf32(job)
+    if same:
         return 0
     locks.claim_all()
     check_disk(job)
@@ -163,6 +214,17 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return copied
+
+
+def _refuse_tf32(job: Job) -> None:
+    """Raise CacheError where rows that are there may hold TF32, beside which none without it may stand."""
+    doubt = tf32_doubt(job.path)
+    if doubt and (doubt.on_record or torch.cuda.is_available()):
+        raise CacheError(
+            f"{job.path} is not complete, and holds rows that an older featprobe may have computed in TF32.\n"
+            f"  wanted  rows of fp32 without TF32, within 1e-4 of their true values\n  found   {doubt.text}\n"
+            f"Nothing was changed. Begin anew:  featprobe cache rm {shlex.quote(str(job.path))} --yes && {job.command}"
+        )
 
 
 def _copy_rows(old: Cache, target: Path, rows: Sequence[Row]) -> int:
@@ -195,24 +257,38 @@ def speed_text(report: ExtractReport) -> str:
     if report.copied:
         counts += f", {report.copied} copied from the cache of the set as it was"
     if not report.computed and not report.missing:
-        return f"{report.path}: complete ({counts}); nothing to do"
+        text = f"{report.path}: complete ({counts}); nothing to do"
+        return f"{text}: files have the sizes and times of last time (--rehash reads them)" if report.by_times else text
     run = report.seconds["run"]
     lines = [
         f"{report.path}: {report.computed} of {counts} computed in {run:.1f} s on {report.device} "
         f"({report.computed / run:.1f} img/s, {human_bytes(report.bytes_written / run)}/s); "
         f"before that {report.seconds['load']:.1f} s for weights, {report.seconds['look']:.1f} s to look at the data"
     ]
-    if report.seconds["wait_disk"] > 0.1 * run:
-        lines.append(f"The disk was what waited: {report.seconds['wait_disk'] / run:.0%} of the time.")
-    if report.seconds["wait_images"] > 0.1 * run:
-        share = report.seconds["wait_images"] / run
-        lines.append(f"Decoding images was what waited: {share:.0%} of the time; try more --workers.")
+    lines += [_limit_text(report)] if report.computed else []
     if report.missing:
         lines.append(
             f"{counted(report.missing, 'row is', 'rows are')} still missing: other shards make them, "
             "or run this again without --shard."
         )
     return "\n".join(lines)
+
+
+PARTS = {"network": "the network", "decoding": "decoding", "copying": "copying to the host", "writing": "the disk"}
+
+
+def _limit_text(report: ExtractReport) -> str:
+    """Which part of an extraction was its limit, and what rate each would have with nothing to wait for."""
+
+    def rate(part: str) -> str:
+        seconds = report.seconds[part]
+        if part in ("network", "decoding"):
+            return f"{PARTS[part]} {report.computed / seconds:.0f} img/s"
+        return f"{PARTS[part]} {human_bytes(report.bytes_written / seconds)}/s"
+
+    known = sorted((part for part in PARTS if report.seconds[part]), key=lambda part: -report.seconds[part])
+    more = "; try more --workers" if known[0] == "decoding" else ""
+    return f"The limit was {rate(known[0])}{more}. By themselves: {', '.join(rate(part) for part in known[1:])}."
 
 
 def _own_shard() -> tuple[int, int]:

@@ -14,8 +14,19 @@ from featprobe.processes import is_main, pick_device, together
 from featprobe.stages.forecast import Forecast
 from featprobe.stages.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.logs import check_logs
+from featprobe.stages.missing import make_missing
 from featprobe.stages.partition import single_splits
-from featprobe.stages.probe import ProbeReport, checked, find_caches, left_aside, notes_of, show, splittable
+from featprobe.stages.probe import (
+    ProbeReport,
+    checked,
+    extraction,
+    find_caches,
+    labels_for,
+    left_aside,
+    notes_of,
+    show,
+    splittable,
+)
 from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace
@@ -60,6 +71,8 @@ def finetune(
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     dry_run: bool = False,
+    *,
+    extract: bool = False,
 ) -> ProbeReport:
     """Train heads with a live backbone on the images that caches were made from; score and save them as `probe` does.
 
@@ -67,13 +80,22 @@ def finetune(
     already is not trained again. With none of these: the missing counterpart of every frozen result in
     probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
     moves; the default is the full regime. say: told the list with the predicted time first. dry_run: that list alone.
-    Processes that torchrun started do this together, as for `probe`. Raises FeatprobeError when there is nothing to
-    train, or images or weights are not here any more.
+    extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
+    there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
     """
     options = options or ProbeOptions()
     options = replace(options, tuning=options.tuning or Tuning())
     with together(pick_device(options.device)):
-        return _finetune(workspace, task, data, backbones, options, say if is_main() else lambda line: None, dry_run)
+        say = say if is_main() else lambda line: None
+        if extract:
+            named = bool(task or data or backbones)
+            needed = labels_for(task or "semseg", _checked(task or "semseg", options)) if named else None
+            how = extraction(options)
+            data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
+            if lacking:
+                say("what is trained on them is listed once they are there")
+                return ProbeReport((), (), ())
+        return _finetune(workspace, task, data, backbones, options, say, dry_run)
 
 
 def _finetune(
@@ -123,14 +145,20 @@ def _finetune(
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
-def _asked_for(
-    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions
-) -> tuple[list[Missing], list[str]]:
+def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
+    """The options with their defaults filled in; raises ProbeError for what can't be fine-tuned."""
     options = checked(task, options)
     if options.head == "ridge":
         raise ProbeError("ridge is solved in closed form on frozen features: nothing of it can be fine-tuned.")
     if options.shared_order:
         raise ProbeError("Seeds share no pass where each has a backbone of its own. Leave --shared-order away.")
+    return options
+
+
+def _asked_for(
+    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions
+) -> tuple[list[Missing], list[str]]:
+    options = _checked(task, options)
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
     splits = single_splits(options.split)
     found = []

@@ -13,13 +13,16 @@ import torch
 
 from featprobe import __version__
 from featprobe.backbones.backbone import Backbone
+from featprobe.backbones.precision import resolve
 from featprobe.cache import Row
 from featprobe.datasets import DataSet
+from featprobe.datasets.images import Header
 from featprobe.errors import CacheError
 from featprobe.geometry import Size
 from featprobe.machine import free_disk, human_bytes
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
 from featprobe.stages.options import READ_AS, ExtractOptions, check_turns
+from featprobe.stages.precision import cache_path, settled
 from featprobe.stages.survey import Survey, describe, make_recipe, make_rows, survey
 from featprobe.stages.workspace import Workspace
 
@@ -31,7 +34,7 @@ class Job:
     """All that is known of an extraction before anything is computed.
 
     images: the file of each row. whole: the images that rows are parts of; none where rows are images. read_as: options
-    that say how the data set was read, of those that were given.
+    that say how the data set was read, of those that were given. notes: what to know of other caches of the same.
     """
 
     path: Path
@@ -42,12 +45,18 @@ class Job:
     surveyed: Survey
     command: str
     spec: BackboneSpec
+    device: torch.device
     whole: tuple[Row, ...] = ()
     read_as: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def size_of(self, row: int) -> Size:
         """(height, width) of the whole image that a row shows."""
         return (self.whole[self.rows[row].image_index] if self.whole else self.rows[row]).placement.original
+
+    def header_of(self, row: int) -> Header:
+        """What the header of the whole image says that a row shows."""
+        return self.surveyed.found[self.rows[row].image_index if self.whole else row].header
 
     @property
     def feature_bytes(self) -> int:
@@ -55,9 +64,12 @@ class Job:
         return self.recipe.row_bytes * len(self.rows)
 
 
-def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: ExtractOptions) -> Job:
-    """Look at the whole data set and settle the recipe, the rows and the file's name."""
+def prepare(
+    workspace: Workspace, backbone: Backbone, data: DataSet, options: ExtractOptions, device: torch.device
+) -> Job:
+    """Look at the whole data set and settle the recipe, the rows and the file's name. device: that computes."""
     options.check()
+    resolve(options.precision, device)  # refuses before anything is read
     tiling = options.tiling
     surveyed = survey(data, workers=options.workers, skip_bad=options.skip_bad, quiet=options.quiet)
     recipe = make_recipe(
@@ -67,21 +79,23 @@ def prepare(workspace: Workspace, backbone: Backbone, data: DataSet, options: Ex
         fit="letterbox" if tiling else options.fit or "resize",
         intensity=options.intensity,
         dtype=options.dtype,
-        precision=options.precision,
         tiling=tiling,
         views=options.views or (),
     )
     check_turns(recipe.views, recipe.size, recipe.fit)
     backbone.fit(recipe.frame)
+    folder = workspace.cache_folder(data.name, data.root)
     recipe = replace(recipe, sized=backbone.sized)
-    path = workspace.cache_folder(data.name, data.root) / f"{recipe.label}-{recipe.key[:8]}.h5"
+    recipe, notes = settled(recipe, options.precision, device, folder, surveyed.fingerprint)
+    if recipe.precision != "fp32":
+        options = replace(options, precision=recipe.precision)  # the command is to make this very file
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
     command = command_of(backbone.spec, workspace.data_argument(data.name, data.root), options)
     how = {name: getattr(options, name) for name in READ_AS}
     return Job(
-        path, recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
-        _placed(backbone.spec), tuple(whole), {name: value for name, value in how.items() if value},
+        cache_path(folder, recipe), recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
+        _placed(backbone.spec), device, tuple(whole), {name: value for name, value in how.items() if value}, notes,
     )  # fmt: skip
 
 
@@ -130,11 +144,17 @@ def check_disk(job: Job) -> None:
 
 
 def provenance(job: Job) -> dict[str, Any]:
+    """What a cache says of its making, for people.
+
+    device: on which it was begun; a file without it is older than this entry. tf32: whether TF32 was allowed there.
+    """
     packages = ("torch", "timm", "numpy", "h5py")
     return {
         "command": job.command,
         "read_as": dict(job.read_as),
         "backbone": asdict(job.spec),
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
+        "tf32": job.device.type == "cuda" and job.recipe.precision != "fp32",
         "featprobe": __version__,
         **{name: version(name) for name in packages},
         "python": platform.python_version(),

@@ -6,13 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from featprobe.backbones.backbone import Backbone
 from featprobe.cache import Cache
 from featprobe.datasets.images import frame_image, hash_image, read_levels, to_unit
 from featprobe.errors import DataError
@@ -22,6 +21,9 @@ from featprobe.processes import own_part
 from featprobe.specs import Rows
 from featprobe.stages.augment import Augmentation, View, augment
 from featprobe.targets import Instance, Labels
+
+if TYPE_CHECKING:
+    from featprobe.backbones.backbone import Backbone
 
 AHEAD = 2  # batches that are decoded before they are needed
 IMAGES_KEPT = 4  # decoded, for their next tiles
@@ -55,7 +57,7 @@ class LiveFeatures:
     def __init__(
         self,
         cache: Cache,
-        backbone: Backbone,
+        backbone: "Backbone",
         device: torch.device,
         truth: Callable[[int], Truth],
         *,

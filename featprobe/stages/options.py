@@ -1,21 +1,27 @@
 """How features are made: what a caller says, and what featprobe.toml says where the caller does not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from featprobe.errors import DataError
 from featprobe.geometry import Fit, Size, parse_size
-from featprobe.specs import CacheDtype, Intensity, Tiling, parse_views
+from featprobe.machine import usable_cores
+from featprobe.specs import CacheDtype, CachePrecision, Intensity, Tiling, parse_views
+
+MOST_WORKERS = 16  # unasked
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
     """How features are made; see `featprobe extract --help` for each.
 
-    size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding.
-    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. format: of the data set, None to look.
+    size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding. workers: threads
+    that decode images, by default one for each core that may be used, at most 16. precision: "auto" for that of the
+    cache that is there, else amp on CUDA and fp32 elsewhere.
+    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. rehash: read every file of the data set, where
+    sizes and times of files would say that nothing changed. format: of the data set, None to look.
     group_from, split_file: where its groups and splits are from, None for the set itself. images, masks: patterns that
     describe where they lie, see datasets.patterns.
     tile: side of the tiles that images are cut into, 0 for whole images; overlap: of neighbours, by default an eighth
@@ -29,13 +35,14 @@ class ExtractOptions:
     fit: Fit | None = None
     intensity: str | None = None
     batch_size: int = 16
-    workers: int = 2
+    workers: int = field(default_factory=lambda: min(MOST_WORKERS, usable_cores()))
     dtype: CacheDtype = "fp16"
-    precision: Literal["fp32", "amp"] = "fp32"
+    precision: CachePrecision | Literal["auto"] = "auto"
     device: str | None = None
     shard: tuple[int, int] | None = None
     skip_bad: bool = False
     quiet: bool = False
+    rehash: bool = False
     format: str | None = None
     group_from: str | None = None
     split_file: str | None = None

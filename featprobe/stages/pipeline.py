@@ -4,11 +4,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone
+from featprobe.backbones.precision import computing
 from featprobe.cache import MISSING, UNREADABLE, Cache, CacheWriter, read_contents
 from featprobe.cache.reader import TORCH_DTYPE
-from featprobe.datasets.images import frame_image, read_levels
-from featprobe.errors import DataError, OverflowsDtypeError
+from featprobe.datasets.images import read_levels
+from featprobe.datasets.pixels import DTYPE_OF, Levels
+from featprobe.errors import BackboneError, DataError, OverflowsDtypeError
+from featprobe.machine import usable_cores
+from featprobe.stages.frames import Buffer, Framing, Kind, Layout
 from featprobe.stages.job import Job
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.survey import skippable
@@ -30,9 +35,67 @@ EXPONENT = {
     torch.float32: (torch.int32, 0x7F800000),
 }
 """Number format -> integers of its size, and the bits of its exponent."""
+FINITE = "finite"  # beside the levels of a slot
 AHEAD = 3  # blocks that are decoded before they are needed
 IMAGES_KEPT = 4  # decoded, for their next tiles
 BEHIND = 2  # blocks that may wait for the disk
+WRITERS = min(4, max(2, usable_cores() // 4))  # threads: one takes checksums while another writes
+DEVICE_ERRORS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")  # in what torch says of them
+Block = tuple[int, int]
+
+
+@dataclass
+class Busy:
+    """Seconds in which each part of the pipeline had work, those of all its threads together.
+
+    copying: features from the device; 0 where none are copied.
+    """
+
+    network: float = 0.0
+    decoding: float = 0.0
+    copying: float = 0.0
+    writing: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, part: str, seconds: float) -> None:
+        """Count seconds of a part; any thread may."""
+        with self._lock:
+            setattr(self, part, getattr(self, part) + seconds)
+
+    def alone(self, decoders: int) -> dict[str, float]:
+        """Seconds that each part would have taken with nothing else to wait for, its threads all at work."""
+        shared = {"network": 1, "decoding": decoders, "copying": 1, "writing": WRITERS}
+        return {part: getattr(self, part) / threads for part, threads in shared.items()}
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Count the seconds that the block takes."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(part, time.perf_counter() - begun)
+
+
+@dataclass
+class Computed:
+    """A block's features on the host. finite: of each row. slot, marks: where a CUDA device copies them, and when."""
+
+    start: int
+    wanted: NDArray[np.intp]
+    maps: dict[str, torch.Tensor]
+    finite: torch.Tensor
+    slot: dict[str, torch.Tensor] | None = None
+    marks: "_Marks | None" = None
+
+
+class _Marks(NamedTuple):
+    """Points in the work of a CUDA device: before and behind the network, before and behind the copy."""
+
+    begun: torch.cuda.Event
+    computed: torch.cuda.Event
+    copied_from: torch.cuda.Event
+    copied: torch.cuda.Event
 
 
 class Filler:
@@ -44,117 +107,185 @@ class Filler:
         self.job, self.writer, self.backbone, self.options, self.device = job, writer, backbone, options, device
         self.done = Cache(job.path, read_contents(job.path)).done
         self.computed, self.waited_images, self.waited_disk = 0, 0.0, 0.0
-        self.read = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
+        self.busy = Busy()
+        self.framing = Framing(job.recipe, device)
+        self._read: Callable[..., Levels] = read_levels
+        if job.recipe.in_parts:
+            self._read = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
+        self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fill(self, start: int, stop: int) -> None:
-        """Compute every block of [start, stop) that misses a row, and write the rows it misses."""
+        """Compute every block of [start, stop) that misses a row, and write the rows it misses.
+
+        Raises BackboneError where the device fails; rows that were whole stay whole.
+        """
         size = self.options.batch_size
         blocks = [(a, min(a + size, stop)) for a in range(start, stop, size)]
         blocks = [(a, b) for a, b in blocks if (self.done[a:b] == MISSING).any()]
         missing = sum(int((self.done[a:b] == MISSING).sum()) for a, b in blocks)
         bar = tqdm(total=missing, desc=self.job.recipe.label, unit="img", disable=self.options.quiet or not missing)
-        behind = _WriteBehind(self.writer, self.job)
+        behind = _WriteBehind(self.writer, self.job, self.busy, self._slots(blocks))
         with bar, ThreadPoolExecutor(max(1, self.options.workers)) as pool:
             try:
-                for (a, b), images in self._decoded(blocks, pool):
-                    wanted = np.flatnonzero(self.done[a:b] == MISSING)
-                    maps, finite, ready = self._compute(a, b, images)
+                for block, buffer in self._decoded(blocks, pool):
+                    computed = self._compute(block, buffer, behind)
                     begun = time.perf_counter()
-                    behind.put(a, wanted, maps, finite, ready)
+                    behind.put(computed)
                     self.waited_disk += time.perf_counter() - begun
-                    self.computed += len(wanted)
-                    bar.update(len(wanted))
+                    self.computed += len(computed.wanted)
+                    bar.update(len(computed.wanted))
                     rate = self.job.recipe.row_bytes * (bar.format_dict["rate"] or 0.0)
                     bar.set_postfix_str(f"{rate / 1e6:.0f} MB/s", refresh=False)
                 begun = time.perf_counter()
                 behind.finish()
                 self.waited_disk += time.perf_counter() - begun
+            except RuntimeError as error:
+                if failure := device_failure(error, self.device):
+                    raise BackboneError(
+                        f"{failure}\nRows that were whole stay whole. The same command goes on:  {self.job.command}"
+                    ) from error
+                raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 behind.stop()
 
-    def _decoded(
-        self, blocks: Sequence[tuple[int, int]], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
-        """Blocks with their images: (block, 3, frame height, frame width), decoded ahead."""
-        ahead: deque[tuple[tuple[int, int], list[Future[NDArray[np.float32]]]]] = deque()
-        coming = iter(blocks)
+    def _slots(self, blocks: Sequence[Block]) -> list[dict[str, torch.Tensor]]:
+        """Page-locked memory for the features of as many blocks as may be on their way from a CUDA device."""
+        if self._downloads is None or not blocks:
+            return []
+        rows, recipe = max(b - a for a, b in blocks), self.job.recipe
+        shapes = {level.name: (rows, level.channels, *level.cells(recipe.frame)) for level in recipe.levels}
+        return [
+            {
+                name: torch.empty(shape, dtype=TORCH_DTYPE[recipe.dtype], pin_memory=True)
+                for name, shape in shapes.items()
+            }
+            | {FINITE: torch.empty(rows, dtype=torch.bool, pin_memory=True)}
+            for _ in range(min(len(blocks), BEHIND + WRITERS + 1))
+        ]
+
+    def _decoded(self, blocks: Sequence[Block], pool: ThreadPoolExecutor) -> Iterator[tuple[Block, Buffer]]:
+        """Blocks with their images, decoded ahead; a buffer is used again when the next block is asked for."""
+        frame = self.job.recipe.frame
+        layouts = [self._layout(block) for block in blocks]
+        rows = max((b - a for a, b in blocks), default=0)
+        image_bytes = max((layout.image_bytes(frame) for layout in layouts), default=0)
+        free = deque(Buffer(rows, image_bytes, self.device) for _ in range(min(AHEAD + 1, len(blocks))))
+        ahead: deque[tuple[Block, Buffer, list[Future[None]]]] = deque()
+        coming = iter(zip(blocks, layouts, strict=True))
         while True:
-            while len(ahead) < AHEAD and (block := next(coming, None)) is not None:
-                ahead.append((block, [pool.submit(self._decode, row) for row in range(*block)]))
+            while len(ahead) < AHEAD and (following := next(coming, None)) is not None:
+                block, layout = following
+                buffer = free.popleft()
+                buffer.begin(block[1] - block[0], layout, frame)
+                futures = [pool.submit(self._decode, row, buffer, k) for k, row in enumerate(range(*block))]
+                ahead.append((block, buffer, futures))
             if not ahead:
                 return
-            block, futures = ahead.popleft()
+            block, buffer, futures = ahead.popleft()
             begun = time.perf_counter()
-            images = torch.from_numpy(np.stack([self._result(block[0] + k, f) for k, f in enumerate(futures)]))
+            for k, future in enumerate(futures):
+                self._finish(block[0] + k, future, buffer, k)
             self.waited_images += time.perf_counter() - begun
-            yield block, images
+            yield block, buffer
+            free.append(buffer)
 
-    def _decode(self, row: int) -> NDArray[np.float32]:
-        recipe, placement = self.job.recipe, self.job.rows[row].placement
+    def _layout(self, block: Block) -> Layout:
+        """How the images of a block lie in a buffer, by their headers; one that can't be read will be a blank."""
+        rows = [row for row in range(*block) if self.done[row] != UNREADABLE]
+        return self.framing.layout([Kind.of(self.job.header_of(row), self.job.rows[row].placement) for row in rows])
+
+    def _decode(self, row: int, buffer: Buffer, k: int) -> None:
+        """Bring what a row shows of its image into place k of a buffer."""
         if self.done[row] == UNREADABLE:
-            return self._blank()
-        levels = self.read(self.job.images[row])
-        if levels.shape[:2] != self.job.size_of(row):
-            raise DataError(f"{self.job.images[row]} changed while features were made. Run the same command again.")
-        shown = self.job.rows[row].show(levels)
-        return frame_image(shown, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
+            return self.framing.blank(buffer, k)
+        with self.busy.timing("decoding"):
+            own, image = self.job.rows[row], self.job.images[row]
+            place = None if own.part else self.framing.place_of(buffer, k, own.placement)
+            levels = self._read(image) if place is None else self._read(image, place)
+            header, found = self.job.header_of(row), Kind.of(levels, own.placement)
+            same = (found.dtype, found.channels) == (str(DTYPE_OF[header.bits]), header.channels)
+            if levels.shape[:2] != self.job.size_of(row) or not same:
+                raise DataError(f"{image} changed while features were made. Run the same command again.")
+            self.framing.put(buffer, k, own.show(levels), own.placement)
+        return None
 
-    def _result(self, row: int, future: Future[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """An image, or a blank in its place (so that its block stays what it is) when it can't be read."""
+    def _finish(self, row: int, future: Future[None], buffer: Buffer, k: int) -> None:
+        """Wait for an image; a blank in its place (so that its block stays what it is) when it can't be read."""
         try:
-            return future.result()
+            future.result()
         except DataError as error:
             if not self.options.skip_bad:
                 raise skippable(error) from error
             self.writer.mark_unreadable(row, str(error))
             self.done[row] = UNREADABLE
-            return self._blank()
-
-    def _blank(self) -> NDArray[np.float32]:
-        return np.zeros((3, *self.job.recipe.frame), dtype=np.float32)
+            self.framing.blank(buffer, k)
 
     @torch.inference_mode()
-    def _compute(
-        self, start: int, stop: int, images: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.cuda.Event | None]:
-        """Maps of a block on the host in the stored dtype, whether each row is finite, and when they are there."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            images = images.pin_memory().to(self.device, non_blocking=True)
-        else:
-            images = images.to(self.device)
-        amp: AbstractContextManager[Any] = nullcontext()
-        if self.options.precision == "amp":
-            amp = torch.autocast(self.device.type, torch.float16)
-        with amp:
+    def _compute(self, block: Block, buffer: Buffer, behind: "_WriteBehind") -> Computed:
+        """The features of a block in the stored dtype: on the host, or on their way there from a CUDA device."""
+        start, stop = block
+        wanted = np.flatnonzero(self.done[start:stop] == MISSING)
+        if self._downloads is None:
+            with self.busy.timing("network"):
+                maps, finite = self._features(self.framing.images(buffer))
+                return Computed(start, wanted, {n: m.cpu() for n, m in maps.items()}, finite.cpu())
+        images = self.framing.images(buffer)
+        marks = _Marks(*(torch.cuda.Event(enable_timing=True) for _ in _Marks._fields))
+        marks.begun.record()
+        maps, finite = self._features(images)
+        marks.computed.record()
+        begun = time.perf_counter()
+        slot = behind.slots.get()
+        self.waited_disk += time.perf_counter() - begun
+        self._downloads.wait_event(marks.computed)
+        host = {name: memory[: stop - start] for name, memory in slot.items()}
+        with torch.cuda.stream(self._downloads):
+            marks.copied_from.record()
+            for name, m in {**maps, FINITE: finite}.items():
+                host[name].copy_(m, non_blocking=True)
+                m.record_stream(self._downloads)
+            marks.copied.record()
+        return Computed(start, wanted, host, host.pop(FINITE), slot, marks)
+
+    def _features(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Maps of images on the device in the stored dtype, and whether each row is finite, (images,)."""
+        with computing(self.job.recipe.precision, self.device):
             features = self.backbone(images)
-        dtype = TORCH_DTYPE[self.job.recipe.dtype]
-        nchw = torch.contiguous_format
-        maps = {n: m.to(dtype, memory_format=nchw).contiguous() for n, m in features.maps.items()}  # on the device
-        finite = torch.stack([finite_rows(m) for m in maps.values()]).all(0)  # (block,)
-        if not cuda:
-            return {n: m.cpu() for n, m in maps.items()}, finite.cpu(), None
-        host = {n: torch.empty(m.shape, dtype=dtype, pin_memory=True) for n, m in maps.items()}
-        for name, m in maps.items():
-            host[name].copy_(m, non_blocking=True)
-        host_finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return host, host_finite, ready
+        dtype, nchw = TORCH_DTYPE[self.job.recipe.dtype], torch.contiguous_format
+        maps = {n: m.to(dtype, memory_format=nchw).contiguous() for n, m in features.maps.items()}
+        return maps, torch.stack([finite_rows(m) for m in maps.values()]).all(0)
+
+
+def device_failure(error: RuntimeError, device: torch.device) -> str:
+    """What is said of an error that a device raised, and that says nothing of what it computed; "" for any other."""
+    text = str(error)
+    if not any(words in text for words in DEVICE_ERRORS):
+        return ""
+    return f"The device {device} failed and can't be used by this process any more: {text.splitlines()[0].strip()}"
 
 
 class _WriteBehind:
-    """One thread that writes blocks while the device computes the next; its errors reach the caller."""
+    """Threads that write blocks while the device computes the next; their errors reach the caller.
 
-    def __init__(self, writer: CacheWriter, job: Job) -> None:
-        self.writer, self.job = writer, job
-        self.waiting: queue.Queue[tuple | None] = queue.Queue(maxsize=BEHIND)
+    slots: memory that blocks from a CUDA device come in; it is free again when its block is written.
+    Blocks are marked whole in groups, as large as the disk is behind: a thread that finds none waiting commits.
+    """
+
+    def __init__(
+        self, writer: CacheWriter, job: Job, busy: Busy, slots: Sequence[dict[str, torch.Tensor]] = ()
+    ) -> None:
+        self.writer, self.job, self.busy = writer, job, busy
+        self.slots: queue.SimpleQueue[dict[str, torch.Tensor]] = queue.SimpleQueue()
+        for slot in slots:
+            self.slots.put(slot)
+        self.waiting: queue.Queue[Computed | None] = queue.Queue(maxsize=BEHIND)
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, name="cache-writer", daemon=True)
-        self.thread.start()
+        self.threads = [threading.Thread(target=self._work, name="cache-writer", daemon=True) for _ in range(WRITERS)]
+        for thread in self.threads:
+            thread.start()
 
-    def put(self, *block: Any) -> None:
+    def put(self, block: Computed) -> None:
         """Hand a block over; waits when the disk is behind. Raises what writing an earlier one raised."""
         if self.error:
             raise self.error
@@ -165,43 +296,57 @@ class _WriteBehind:
         self.stop()
         if self.error:
             raise self.error
+        self.writer.commit()
 
     def stop(self) -> None:
-        """Write what was handed over, then end the thread."""
-        if self.thread.is_alive():
+        """Write what was handed over, then end the threads."""
+        for _ in self.threads:
             self.waiting.put(None)
-            self.thread.join()
+        for thread in self.threads:
+            thread.join()
+        self.threads = []
 
     def _work(self) -> None:
         while (block := self.waiting.get()) is not None:
-            if self.error is None:
-                try:
-                    self._write(*block)
-                except BaseException as error:  # kept for the thread that computes
-                    self.error = error
+            try:
+                if self.error is None:
+                    self._write(block)
+            except BaseException as error:  # kept for the thread that computes
+                self.error = self.error or error
+            finally:
+                if block.slot is not None:
+                    self.slots.put(block.slot)
 
-    def _write(
-        self,
-        start: int,
-        wanted: NDArray[np.intp],
-        maps: dict[str, torch.Tensor],
-        finite: torch.Tensor,
-        ready: torch.cuda.Event | None,
-    ) -> None:
-        if ready is not None:
-            ready.synchronize()
-        bad = [int(k) for k in wanted if not finite[k]]
-        if bad:
-            dtype = self.job.recipe.dtype
-            raise OverflowsDtypeError(
-                f"Features of {self.job.rows[start + bad[0]].id} are not finite in {dtype}"
-                f"{', whose largest value is 65504' if dtype == 'fp16' else ''}.\n"
-                "Its block was not written; rows that were whole stay whole.\n"
-                "Store them in a wider format:  featprobe extract … --dtype bf16   (or fp32)"
-            )
-        arrays = {name: stored_array(m) for name, m in maps.items()}
-        for a, b in runs(wanted):
-            self.writer.write(start + a, {name: array[a:b] for name, array in arrays.items()})
+    def _write(self, block: Computed) -> None:
+        if block.marks is not None:
+            block.marks.copied.synchronize()
+            self.busy.add("network", block.marks.begun.elapsed_time(block.marks.computed) / 1000)
+            self.busy.add("copying", block.marks.copied_from.elapsed_time(block.marks.copied) / 1000)
+        with self.busy.timing("writing"):
+            self._check_finite(block)
+            arrays = {name: stored_array(m) for name, m in block.maps.items()}
+            for a, b in runs(block.wanted):
+                self.writer.write(block.start + a, {name: array[a:b] for name, array in arrays.items()})
+            if self.waiting.empty():
+                self.writer.commit()
+
+    def _check_finite(self, block: Computed) -> None:
+        bad = [int(k) for k in block.wanted if not block.finite[k]]
+        if not bad:
+            return
+        recipe, amp = self.job.recipe, self.job.recipe.precision == "amp"
+        largest = ", whose largest value is 65504" if recipe.dtype == "fp16" else ""
+        wider = (
+            ""
+            if recipe.dtype == "bf16"
+            else "Store them in a wider format:  featprobe extract … --dtype bf16   (or fp32)"
+        )
+        computed = "They were computed in fp16, too (--precision amp); more room has  --precision tf32   (or fp32)"
+        raise OverflowsDtypeError(
+            f"Features of {self.job.rows[block.start + bad[0]].id} are not finite in {recipe.dtype}{largest}.\n"
+            "Its block was not written; rows that were whole stay whole.\n"
+            + "\n".join(line for line in (computed * amp, wider) if line)
+        )
 
 
 def runs(indices: NDArray[np.intp], most: int | None = None) -> Iterator[tuple[int, int]]:

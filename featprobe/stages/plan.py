@@ -8,10 +8,12 @@ import numpy as np
 import torch
 
 from featprobe.backbones.backbone import load_backbone
-from featprobe.datasets.images import frame_image, read_levels
+from featprobe.backbones.precision import computing
+from featprobe.datasets.images import read_levels
 from featprobe.machine import available_memory, free_disk
 from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec
+from featprobe.stages.frames import Framing
 from featprobe.stages.job import prepare, read_set
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.workspace import Workspace
@@ -72,23 +74,14 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
     data = read_set(workspace, data_name, options)
     device = pick_device(options.device)
     backbone = load_backbone(spec, options.levels, device)
-    job = prepare(workspace, backbone, data, options)
+    job = prepare(workspace, backbone, data, options, device)
     readable = [i for i, row in enumerate(job.rows) if not row.reason][: options.batch_size]
     begun = time.perf_counter()
-    images = [
-        frame_image(
-            job.rows[i].show(read_levels(job.images[i])),
-            job.rows[i].placement,
-            job.recipe.window,
-            job.recipe.interpolation,
-            backbone.mean,
-            job.recipe.policy,
-        )
-        for i in readable
-    ]
+    shown = [job.rows[i].show(read_levels(job.images[i])) for i in readable]
+    batch = Framing(job.recipe, device).together(shown, [job.rows[i].placement for i in readable])
     decode = (time.perf_counter() - begun) / len(readable)
-    batch = torch.from_numpy(np.stack(images)).to(device)
-    compute = _median_seconds(lambda: backbone(batch), device) / len(readable)
+    with computing(job.recipe.precision, device):
+        compute = _median_seconds(lambda: backbone(batch), device) / len(readable)
     block = np.ones(min(job.feature_bytes, len(readable) * job.recipe.row_bytes), dtype=np.uint8)
     target = np.empty_like(block)
     copy = _median_seconds(lambda: np.copyto(target, block), torch.device("cpu")) / len(readable)

@@ -16,14 +16,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.precision import computing
 from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets.files import stem_of
-from featprobe.datasets.images import SUFFIXES, Header, frame_image, header_of, pixel_notes, read_levels, to_unit
+from featprobe.datasets.images import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
 from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import check_names, listed
-from featprobe.errors import DataError, ProbeError, counted
+from featprobe.errors import BackboneError, DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.probes import load_head, objects_at_original
@@ -32,6 +33,8 @@ from featprobe.processes import pick_device
 from featprobe.report.sheets import Panel, colour_of, draw_overlay
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.detection import coco_results
+from featprobe.stages.frames import Framing
+from featprobe.stages.pipeline import device_failure
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.survey import skippable
 from featprobe.targets import Labels, decode_rle
@@ -92,6 +95,7 @@ class Predictor:
         self.task = self.card["head"]["task"]
         self.head = head.to(self.device)
         self.backbone = self._backbone(folder, weights)
+        self.framing = Framing(self.recipe, self.device)
 
     def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
         """What the head says of a batch of (image, name); raises DataError for one that does not fit."""
@@ -162,13 +166,8 @@ class Predictor:
     @torch.inference_mode()
     def _features(self, images: Sequence[Any], placements: Sequence[Placement]) -> Features:
         recipe = self.recipe
-        framed = [
-            frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
-            for levels, placement in zip(images, placements, strict=True)
-        ]
-        amp = recipe.precision == "amp" and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.float16, enabled=amp):
-            maps = self.backbone(torch.from_numpy(np.stack(framed)).to(self.device)).maps
+        with computing(recipe.precision, self.device):
+            maps = self.backbone(self.framing.together(images, placements)).maps
         stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}  # as the cache would hold them
         if not all(bool(m.isfinite().all()) for m in stored.values()):
             raise DataError(
@@ -231,9 +230,14 @@ def predict(
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
-            for prediction in _predicted(predictor, batch, skip_bad, left_out):
-                _write(out, prediction, predictor)
-                done.append(replace(prediction, semantic=None))
+            try:
+                for prediction in _predicted(predictor, batch, skip_bad, left_out):
+                    _write(out, prediction, predictor)
+                    done.append(replace(prediction, semantic=None))
+            except RuntimeError as error:
+                if failure := device_failure(error, predictor.device):
+                    raise BackboneError(f"{failure}\nWhat was written stays. Run the same command again.") from error
+                raise
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"

@@ -13,11 +13,14 @@ from featprobe.processes import is_main, pick_device, together
 from featprobe.specs import SplitChoice
 from featprobe.stages.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.logs import check_logs
+from featprobe.stages.missing import caches_of, make_missing
+from featprobe.stages.options import ExtractOptions
 from featprobe.stages.partition import single_splits, split_notes, split_rows
 from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.trials import Run, Say
-from featprobe.stages.workspace import Workspace, name_of
+from featprobe.stages.workspace import Workspace
 
+LET_IT = "Or let this command make it first:"
 DENSE_ONLY = ("loss", "loss_at", "class_weights")
 
 
@@ -37,16 +40,33 @@ def probe(
     backbones: Sequence[str] = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
+    *,
+    extract: bool = False,
 ) -> ProbeReport:
     """Train and score heads on every complete cache that can serve a task, or on those asked for.
 
-    say: told, before each training starts, how long it will take. Processes that torchrun started do this together, and
+    say: told, before each training starts, how long it will take. extract: make caches that are missing first, see
+    `missing.make_missing`. Processes that torchrun started do this together, and
     all return the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or
     when a cache that is asked for is not complete.
     """
     options = checked(task, options or ProbeOptions())
     with together(pick_device(options.device)):
-        return _probe(workspace, task, data, backbones, options, say if is_main() else lambda line: None)
+        say = say if is_main() else lambda line: None
+        if extract:
+            how = extraction(options)
+            data, backbones, _ = make_missing(workspace, data, backbones, labels_for(task, options), how, say)
+        return _probe(workspace, task, data, backbones, options, say)
+
+
+def extraction(options: ProbeOptions) -> ExtractOptions:
+    """How features are made that a training finds missing: as `extract` makes them, on the same device."""
+    return ExtractOptions(device=options.device, quiet=options.quiet or not is_main())
+
+
+def labels_for(task: str, options: ProbeOptions) -> str:
+    """The task whose labels a data set must hold to serve a task."""
+    return "semseg" if options.instances == "components" else task
 
 
 def _probe(
@@ -159,24 +179,21 @@ def find_caches(
             found.append(open_cache(path))
         except CacheError as error:
             broken.append(error)
-    names = {cache.data.name for cache in found}
+    own = {name: {cache.path for cache in caches_of(workspace, found, name)} for name in data}
+    sets = {cache.data.name for cache in found} | {name for name in data if own[name]}
     labels = {cache.recipe.label for cache in found}
-    here = {cache.path.parent.name for cache in found}
-    folder_of = {name: workspace.cache_folder(name_of(Path(name)), Path(name)).name for name in data}
-    at_paths = {name: folder for name, folder in folder_of.items() if folder in here}  # a path comes before a name
-    for asked, known, what in ((data, names | at_paths.keys(), "data set"), (backbones, labels, "backbone")):
+    for asked, known, what in ((data, sets, "data set"), (backbones, labels, "backbone")):
         unknown = [name for name in asked if name not in known]
         if unknown and broken:
             raise broken[0]
         if unknown:
             raise CacheError(
                 f"There is no cache of the {what} {unknown[0]!r} in {workspace.cache}. {nearest(unknown[0], known)}\n"
-                "Make one:  featprobe extract --backbone NAME --data NAME"
+                f"Make one:  featprobe extract --backbone NAME --data NAME\n{LET_IT}  --extract"
             )
 
     def is_asked_for(cache: Cache) -> bool:
-        by_name = cache.data.name in set(data) - at_paths.keys()
-        by_data = not data or by_name or cache.path.parent.name in at_paths.values()
+        by_data = not data or any(cache.path in paths for paths in own.values())
         return by_data and (not backbones or cache.recipe.label in backbones)
 
     asked_for = [cache for cache in found if is_asked_for(cache)]
@@ -185,7 +202,8 @@ def find_caches(
     if not asked_for:
         raise CacheError(
             f"There is no feature cache in {workspace.cache} to probe.\n"
-            "Make one:  featprobe extract --backbone embedded --data xray"
+            "Make one:  featprobe extract --backbone embedded --data xray\n"
+            f"{LET_IT}  --extract --backbone embedded --data xray"
         )
     served = {"semseg"} if instances == "components" else {task}
     able = [cache for cache in asked_for if served & set(cache.data.tasks)]
@@ -214,7 +232,7 @@ def find_caches(
     served_by = {named(cache) for cache in complete}
     for cache, lack in incomplete:
         if named(cache) not in served_by:
-            raise lack
+            raise CacheIncompleteError(f"{lack}\n{LET_IT}  --extract") from lack
         notes.append(left_aside(lack))
     return complete, notes
 

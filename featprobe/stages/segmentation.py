@@ -88,7 +88,7 @@ class Segmentation:
         for head in heads if fresh else ():
             start_at_prior(head, store.pixels, weights)
         # heads with 3x3 convolutions stay apart: these are what costs, and stacked by vmap they took 1.6 times as long
-        bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if _banked(heads) else None
+        bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if self._banked(heads) else None
         at_level, loss_of = self.recipe.loss_at == "level", level_loss if self.recipe.loss_at == "level" else image_loss
         if len(heads) > 1 and not at_level:  # one head's pixels at a time, or many would not fit the memory
             loss_of = partial(checkpoint, image_loss, use_reentrant=False, preserve_rng_state=False)
@@ -101,6 +101,11 @@ class Segmentation:
             return torch.stack([loss_of(logits, labels, weights, self.recipe.loss) for logits in every])
 
         return loss
+
+    def _banked(self, heads: Sequence[nn.Module]) -> bool:
+        """Whether heads are computed as one bank; on a CPU one head alone is faster without."""
+        several = len(heads) > 1 or execution.whole_batches(self.device)
+        return several and all(isinstance(head, LinearHead) for head in heads)
 
     def fixed(self, head: nn.Module) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
@@ -334,10 +339,6 @@ def _every_logits(heads: Sequence[nn.Module], features: Features) -> Tensor:
     if len(heads) == 1:
         return heads[0](features)[:, None]
     return torch.stack([head(features) for head in heads], 1)
-
-
-def _banked(heads: Sequence[nn.Module]) -> bool:
-    return len(heads) > 1 and all(isinstance(head, LinearHead) for head in heads)
 
 
 def _stride(head: nn.Module) -> int:

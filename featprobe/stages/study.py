@@ -16,6 +16,7 @@ from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse
 from featprobe.stages.extract import extract
 from featprobe.stages.ladder import Ladder, climb_all
 from featprobe.stages.logs import check_logs
+from featprobe.stages.missing import backbone_of
 from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import checked, show
@@ -25,7 +26,6 @@ from featprobe.stages.workspace import Workspace, fits, is_of
 
 AUTO = "auto"
 REGIMES = ("frozen", "frozen-online", "full")
-RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 GRID = ("data", "backbones", "tasks", "heads", "regimes", "fractions", "sizes", "tiles", "views")
 LISTS = (*GRID, "lr", "weight_decay", "log")
 KINDS: Mapping[str, type] = {
@@ -217,7 +217,7 @@ def _faults(study: Study, workspace: Workspace) -> list[str]:
             found.append(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
     checks: list[tuple[Sequence[Any], Any]] = [
         ([study.split], single_splits),
-        (study.backbones, lambda name: _backbone(workspace, name)),
+        (study.backbones, lambda name: backbone_of(workspace, name)),
         (study.tasks, kinds_of),
         (study.sizes, parse_size),
         (study.views, parse_views),
@@ -462,21 +462,14 @@ def _done(run: Run) -> Run | None:
     return twin if twin.is_done() else None
 
 
-def _backbone(workspace: Workspace, name: str) -> Any:
-    """The backbone of a name; with the ending -random, where no backbone has that name, its seeded random weights."""
-    if name.endswith(RANDOM) and name not in workspace.backbone_names():
-        return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
-    return workspace.backbone(name)
-
-
 def make_cache(workspace: Workspace, place: Place) -> Cache:
     """The complete cache of a study's place, made where it is missing; raises FeatprobeError."""
-    return open_cache(extract(workspace, _backbone(workspace, place.backbone), place.data, place.options).path)
+    return open_cache(extract(workspace, backbone_of(workspace, place.backbone), place.data, place.options).path)
 
 
 def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
     """The complete cache of a place that is there already, or None; one that can't be read is noted."""
-    label, root = _backbone(workspace, place.backbone).label, Path(place.data).resolve()
+    label, root = backbone_of(workspace, place.backbone).label, Path(place.data).resolve()
     found = []
     for path in workspace.cache_files():
         try:

@@ -170,7 +170,6 @@ def make_recipe(
     fit: Fit,
     intensity: str | None,
     dtype: CacheDtype,
-    precision: str,
     tiling: Tiling | None = None,
     views: Sequence[str] = (),
 ) -> FeatureRecipe:
@@ -193,7 +192,6 @@ def make_recipe(
         std=backbone.std,
         interpolation=backbone.interpolation,
         dtype=dtype,
-        precision="amp" if precision == "amp" else "fp32",
     )
     if tiling:
         recipe = replace(recipe, tile=tiling.tile, overlap=tiling.overlap, empty_tiles=tiling.empty_tiles)

@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featprobe.backbones.backbone import Backbone, load_backbone
-from featprobe.backbones.weights import weights_sha256
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
@@ -57,6 +55,9 @@ from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.sources import Source, feed_of, spec_of
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from featprobe.backbones.backbone import Backbone
 
 Say = Callable[[str], None]
 LADDERS = "ladders"  # folder of the states of searches for iterations, below probes/
@@ -288,8 +289,10 @@ class Run:
         able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return (self.tuning and self.tuning.precision) or ("bf16" if able and self.regime == "full" else "fp32")
 
-    def _backbone(self, levels: Sequence[FeatureLevel]) -> Backbone:
+    def _backbone(self, levels: Sequence[FeatureLevel]) -> "Backbone":
         """The backbone that the cache was made with, in evaluation mode; raises ProbeError when it can't be had."""
+        from featprobe.backbones.backbone import load_backbone  # timm takes time, and features from a cache need none
+
         spec = spec_of(self.cache)
         backbone = load_backbone(spec, [level.name for level in levels], self.device)
         if backbone.sha256 != self.cache.recipe.weights_sha256:
@@ -303,6 +306,8 @@ class Run:
     def _take_backbone(self, source: Source, index: int) -> None:
         """Let a source compute with the backbone of a trial, where trials have one of their own."""
         if isinstance(source, LiveFeatures) and index in self.weights:
+            from featprobe.backbones.weights import weights_sha256
+
             source.backbone.model.load_state_dict(self.weights[index])
             source.backbone.eval()
             self.tuned_sha256 = weights_sha256(source.backbone.model)

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from featprobe.backbones import ALIASES
-from featprobe.datasets import GENERATED, DataSet, generate, read_data
+from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.splits import group_pattern
 from featprobe.errors import CacheError, DataError, FeatprobeError, looks_like, nearest
@@ -96,22 +96,25 @@ class Workspace:
         patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is
         generated into data/ when it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
-        table = self.config.get("data", {})
         own = self.data_options(name)
         given = {"format": format_name, "images": images, "masks": masks}
         how = read_as(given | {"group_from": group_from, "split_file": split_file}, own)
         pinned = Path(how["split_file"]) if how["split_file"] else None
+        called, root = self.data_root(name)
+        patterns = how["images"], how["masks"]
+        return read_data(
+            called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns
+        )
+
+    def data_root(self, name: str) -> tuple[str, Path]:
+        """What a data set is called, and where it lies; one that is built in is generated. Raises DataError."""
+        table = self.config.get("data", {})
         if name in table:
-            called, root = name, Path(self._path(table[name]["path"]) or "")
-        elif name in GENERATED:
-            called, root = name, self.generated(name)
-        else:
-            called, root = name_of(Path(name)), Path(name)
-        if name in table or name in GENERATED or root.exists():
-            patterns = how["images"], how["masks"]
-            return read_data(
-                called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns
-            )
+            return name, Path(self._path(table[name]["path"]) or "")
+        if name in GENERATED:
+            return name, self.generated(name)
+        if Path(name).exists():
+            return name_of(Path(name)), Path(name)
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
@@ -286,6 +289,8 @@ def make_generated(
 
     Raises DataError when the folder holds something else or can't be written.
     """
+    from featprobe.datasets.generated import generate  # scipy takes time, and most commands generate nothing
+
     if (folder / "annotations").is_dir():
         return folder
     if folder.exists() and any(folder.iterdir()):

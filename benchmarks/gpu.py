@@ -1,0 +1,469 @@
+"""The GPU path, each figure beside its limit, which is measured in the same run: one command under five minutes.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --small --device cpu
+
+ConvNeXt-T with random weights (they cost the same time), four levels, 512x512 pixels, 1024 JPEGs of quality 95 with
+masks. Limits: the bare forward pass in the same precision and batches; Pillow's decoding on one core, times the cores;
+plain writes with fdatasync; copies to the device; a training loop by hand with its images in memory. Speeds of training
+are differences of two trainings of different length, so that what is done once takes no part. Every line is printed as
+soon as it is known. `ratio` is the least of figure over target; the targets are meant for an H100-class card. A line
+that the time did not reach counts as 0. `--small` shows on any machine that the script runs.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _bench import report
+from PIL import Image
+from torch import nn
+
+from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.catalog import find_backbone
+from featprobe.backbones.precision import computing, resolve
+from featprobe.cache import open_cache, reader
+from featprobe.cache.reader import RowReader
+from featprobe.datasets.images import header_of, read_levels
+from featprobe.geometry import place
+from featprobe.machine import usable_cores
+from featprobe.probes import DEFAULT_RECIPES
+from featprobe.specs import FeatureRecipe
+from featprobe.stages.extract import ExtractReport, extract_with
+from featprobe.stages.finetune import finetune
+from featprobe.stages.frames import Buffer, Framing, Kind
+from featprobe.stages.options import ExtractOptions
+from featprobe.stages.probe import checked, probe
+from featprobe.stages.probe_options import ProbeOptions, Tuning
+from featprobe.stages.trials import Run
+from featprobe.stages.workspace import Workspace
+
+RATES, DECAYS = (1e-3, 5e-3, 1e-2), (1e-4, 1e-3, 1e-2)  # of the bank of nine
+
+
+def picture(job: tuple[Path, int, int]) -> None:
+    """Write an image with three dark flaws, and its mask. job: folder of the set, number, side in pixels."""
+    root, number, side = job
+    random = np.random.default_rng(number)
+    clouds = np.zeros((side, side), np.float32)
+    for octave in range(5):
+        coarse = random.standard_normal((2 << octave, 2 << octave), dtype=np.float32)
+        clouds += np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)) / 2**octave
+    noise = random.standard_normal((side, side, 3), dtype=np.float32)
+    image = np.clip(128 + 32 * clouds[..., None] + 6 * noise, 0, 255).astype(np.uint8)
+    mask = np.zeros((side, side), np.uint8)
+    for _ in range(3):
+        top, left = random.integers(0, side - side // 6, 2)
+        height, width = random.integers(side // 20 + 2, side // 6, 2)
+        mask[top : top + height, left : left + width] = 255
+        image[top : top + height, left : left + width] //= 2
+    Image.fromarray(image).save(root / "images" / f"part{number:05}.jpg", quality=95)
+    Image.fromarray(mask).save(root / "masks" / f"part{number:05}.png")
+
+
+@dataclass
+class Bench:
+    """What all lines share, and the lines so far."""
+
+    root: Path
+    device: torch.device
+    backbone: str
+    small: bool
+    seconds: float
+    begun: float = field(default_factory=time.perf_counter)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Images of the set."""
+        return 60 if self.small else 1024
+
+    @property
+    def side(self) -> int:
+        """Of the images, pixels."""
+        return 64 if self.small else 512
+
+    @property
+    def data(self) -> Path:
+        """The set's folder."""
+        return self.root / "set"
+
+    def network(self) -> Backbone:
+        """The network with random weights, on the device."""
+        return load_backbone(replace(find_backbone(self.backbone), source="random"), device=self.device)
+
+    def left(self) -> float:
+        """Seconds left."""
+        return self.seconds - (time.perf_counter() - self.begun)
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def line(
+        self, work: str, figure: float, unit: str, target: float, limit: float | None = None, *, at_most: bool = False
+    ) -> None:
+        """Add a line. target: a share of the limit where there is one, else in the figure's unit."""
+        ratio = (target / figure) if at_most else (figure / limit if limit else figure) / target
+        self.lines.append(
+            {"work": work, "figure": figure, "unit": unit, "limit": limit, "target": target, "ratio": ratio}
+        )
+        beside = f", limit {limit:.1f}, share {figure / limit:.2f}" if limit else ""
+        wanted = f"{'<=' if at_most else '>='} {target:g}"
+        print(f"[{time.perf_counter() - self.begun:6.1f} s] {work}: {figure:.2f} {unit}{beside} ({wanted})", flush=True)
+
+    def note(self, what: str, figure: float, unit: str) -> None:
+        """Print a figure that has no target: a limit."""
+        print(f"[{time.perf_counter() - self.begun:6.1f} s]   {what}: {figure:.1f} {unit}", flush=True)
+
+    @contextmanager
+    def part(self, *names: str, need: float = 10.0) -> Iterator[None]:
+        """A part of the run; a failure ends it alone, and its lines count as 0."""
+        before = len(self.lines)
+        try:
+            if self.left() < need and not self.small:
+                raise TimeoutError(f"{self.left():.0f} s are left, and it needs {need:.0f}")
+            yield
+        except Exception as error:
+            text = "".join(traceback.format_exception(error)) if not isinstance(error, TimeoutError) else str(error)
+            print(f"{', '.join(names)}: not measured\n{text}", flush=True)
+        there = {line["work"] for line in self.lines[before:]}
+        for name in names:
+            if name not in there:
+                self.line(name, 0.0, "not measured", 1.0)
+
+    def rate(self, call: Callable[[], object], images: int, times: int) -> float:
+        """Images per second of a call that treats so many, once warm: the median of the calls."""
+        call()
+        self.sync()
+        found = []
+        for _ in range(times):
+            begun = time.perf_counter()
+            call()
+            self.sync()
+            found.append(images / (time.perf_counter() - begun))
+        return statistics.median(found)
+
+
+def disk_rate(folder: Path, megabytes: int) -> float:
+    """Bytes per second of plain writes of 64 MB each, synced each."""
+    block = np.random.default_rng(0).integers(0, 255, 64_000_000 if megabytes > 64 else 1_000_000, np.uint8).tobytes()
+    times = max(1, megabytes * 1_000_000 // len(block))
+    path = folder / "plain.bin"
+    begun = time.perf_counter()
+    with path.open("wb", buffering=0) as stream:
+        for _ in range(times):
+            stream.write(block)
+            os.fdatasync(stream.fileno())
+    seconds = time.perf_counter() - begun
+    path.unlink()
+    return times * len(block) / seconds
+
+
+def bare_forward(bench: Bench, backbone: Backbone, precision: str, batch: int = 16) -> float:
+    """Images per second of the network alone, its images on the device."""
+    images = torch.rand(batch, 3, bench.side, bench.side, device=bench.device)
+
+    def call() -> None:
+        with torch.inference_mode(), computing(precision, bench.device):  # type: ignore[arg-type]
+            for _ in range(1 if bench.small else 8):
+                backbone(images)
+
+    return bench.rate(call, batch * (1 if bench.small else 8), 5)
+
+
+def one_core_decoding(bench: Bench) -> float:
+    """Images per second of Pillow in one thread, the files in the page cache."""
+    paths = sorted((bench.data / "images").iterdir())[: 8 if bench.small else 128]
+
+    def call() -> None:
+        for path in paths:
+            with Image.open(path) as image:
+                np.asarray(image)
+
+    return bench.rate(call, len(paths), 3)
+
+
+def extraction(bench: Bench, backbone: Backbone, folder: Path, images: int) -> tuple[ExtractReport, float]:
+    """Extract a share of the set into a folder; its report and images per second."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    workspace = Workspace(folder)
+    shard = None if images == bench.count else (1, bench.count // images)
+    options = ExtractOptions(quiet=True, device=bench.device.type, shard=shard)
+    done = extract_with(workspace, backbone, workspace.data_set(str(bench.data)), options, bench.device)
+    return done, done.computed / done.seconds["run"]
+
+
+def decoding(bench: Bench) -> float:
+    """Images per second from files to framed batches on the device, with as many threads as cores."""
+    paths = sorted((bench.data / "images").iterdir())
+    frame, batch = (bench.side, bench.side), 16
+    recipe = FeatureRecipe(
+        label="none", backbone="none", weights_sha256="", levels=(), final_norm=False, size=frame, frame=frame,
+        fit="resize", intensity="none", window=None, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bicubic",
+        dtype="fp16",
+    )  # fmt: skip
+    framing, placement = Framing(recipe, bench.device), place(frame, frame, "resize", 32)
+    layout = framing.layout([Kind.of(header_of(paths[0]), placement)])
+    buffers = [Buffer(batch, layout.image_bytes(frame), bench.device) for _ in range(4)]
+    parts = [paths[i : i + batch] for i in range(0, len(paths) - batch + 1, batch)]
+
+    def decode(path: Path, buffer: Buffer, k: int) -> None:
+        framing.put(buffer, k, read_levels(path, framing.place_of(buffer, k, placement)), placement)
+
+    def call() -> None:
+        waiting: deque[tuple[Buffer, list[Future[None]]]] = deque()
+        for number, part in enumerate(parts):
+            if len(waiting) == len(buffers) - 1:
+                finish(*waiting.popleft())
+            buffer = buffers[number % len(buffers)]
+            buffer.begin(batch, layout, frame)
+            waiting.append((buffer, [pool.submit(decode, path, buffer, k) for k, path in enumerate(part)]))
+        while waiting:
+            finish(*waiting.popleft())
+
+    def finish(buffer: Buffer, futures: list[Future[None]]) -> None:
+        for future in futures:
+            future.result()
+        framing.images(buffer)
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return bench.rate(call, len(parts) * batch, 3)
+
+
+@contextmanager
+def streaming() -> Iterator[None]:
+    """No rows move to the device whole."""
+    kept, reader.DEVICE_SHARE = reader.DEVICE_SHARE, 0.0
+    try:
+        yield
+    finally:
+        reader.DEVICE_SHARE = kept
+
+
+class Training:
+    """Trainings from the cache of a workspace, and how fast their steps are."""
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench, self.workspace = bench, Workspace(folder)
+
+    def seconds(self, task: str, iterations: int, **how: Any) -> tuple[float, dict[str, Any]]:
+        """Seconds of a training of so many iterations, and its row."""
+        head = how["head"]
+        recipe = replace(DEFAULT_RECIPES[head], iterations=iterations, evaluations=1, **how.pop("loop", {}))
+        tuning = how.pop("tuning", None)
+        options = ProbeOptions(
+            recipe=recipe, seeds=1, quiet=True, budget="fixed", device=self.bench.device.type, tuning=tuning, **how
+        )
+        if tuning is None:
+            row = probe(self.workspace, task, [], [], options).rows[0]
+        else:
+            row = finetune(self.workspace, task, [], [], options).rows[0]
+        return row["seconds"]["train"], row
+
+    def rate(self, task: str, short: int, long: int, **how: Any) -> float:
+        """Samples per second of the steps between a short and a long training."""
+        if self.bench.small:  # too short to tell steps from what is done once
+            seconds, row = self.seconds(task, 3, **how)
+            return 3 * row["recipe"]["batch_size"] / seconds
+        first = self.seconds(task, short, **dict(how))[0]
+        second, row = self.seconds(task, long, **dict(how))
+        if second <= first:
+            raise RuntimeError(f"{long} iterations took {second:.2f} s, {short} took {first:.2f} s")
+        return (long - short) * row["recipe"]["batch_size"] / (second - first)
+
+    def evaluation(self) -> float:
+        """Images per second of scoring a linear head on the test images, the labels known."""
+        cache = open_cache(next(iter(self.workspace.cache_files())))
+        options = checked("semseg", ProbeOptions(seeds=1, quiet=True, device=self.bench.device.type))
+        run = Run(self.workspace, cache, "semseg", options, [0], 1.0)
+        (trial,) = run._trials()
+        trial.head.eval()
+        rows = run.rows["test"]
+        with run.source(trial.head) as source:
+            run._settle(source)
+            return self.bench.rate(lambda: run.task.evaluate([trial.head], source.batches, rows), len(rows), 5)
+
+
+def by_hand(bench: Bench, backbone: Backbone, batch: int) -> float:
+    """Images per second of a hand-written loop over network and linear head, bf16, its images on the device."""
+    backbone.requires_grad_(True).train()
+    head = nn.Conv2d(sum(level.channels for level in backbone.levels), 2, 1).to(bench.device)
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], 1e-4, fused=True)
+    images = torch.rand(batch, 3, bench.side, bench.side, device=bench.device)
+    labels = torch.randint(0, 2, (batch, bench.side // 4, bench.side // 4), device=bench.device)
+
+    def call() -> None:
+        for _ in range(1 if bench.small else 10):
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.device.type == "cuda"):
+                maps = list(backbone(images).maps.values())
+                size = maps[0].shape[2:]
+                joined = torch.cat([nn.functional.interpolate(m, size=size, mode="bilinear") for m in maps], 1)
+                loss = nn.functional.cross_entropy(head(joined).float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    return bench.rate(call, batch * (1 if bench.small else 10), 3)
+
+
+def read_rate(bench: Bench, path: Path) -> float:
+    """Rows per second of the train split from the cache's file into page-locked memory, in batches at random."""
+    cache = open_cache(path)
+    rows, batch = cache.usable("train"), 16
+    order = np.random.default_rng(0).permutation(rows)
+    pinned = bench.device.type == "cuda"
+    with RowReader(cache) as rows_of:
+        buffers = {
+            level.name: torch.empty((batch, rows_of.row_bytes(level)), dtype=torch.uint8, pin_memory=pinned).numpy()
+            for level in cache.levels
+        }
+        full = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
+
+        def call() -> None:
+            for part in full:
+                rows_of.read(part, buffers)
+
+        return bench.rate(call, len(full) * batch, 2)
+
+
+def copy_rate(bench: Bench, row_bytes: int) -> float:
+    """Rows per second of copies of a batch from page-locked memory to the device."""
+    batch = torch.empty(16 * row_bytes, dtype=torch.uint8, pin_memory=bench.device.type == "cuda")
+    there = torch.empty_like(batch, device=bench.device)
+
+    def call() -> None:
+        for _ in range(8):
+            there.copy_(batch, non_blocking=True)
+
+    return bench.rate(call, 8 * 16, 5)
+
+
+def measure(bench: Bench) -> None:
+    """Every line, in an order that leaves the costly ones for the end."""
+    (bench.data / "images").mkdir(parents=True)
+    (bench.data / "masks").mkdir()
+    jobs = [(bench.data, number, bench.side) for number in range(bench.count)]
+    with ProcessPoolExecutor(usable_cores()) as pool:
+        list(pool.map(picture, jobs, chunksize=8))
+    precision = resolve("auto", bench.device)
+    backbone = bench.network()
+    cores = usable_cores()
+    forward = bare_forward(bench, backbone, precision)
+    bench.note(f"bare forward, {precision}, batch 16", forward, "images/s")
+    one = one_core_decoding(bench)
+    bench.note("Pillow on one core", one, "images/s")
+    memory = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
+    training: Training | None = None
+    half = bench.count // 2
+    for where, work in ((bench.root, "extract, disk"), (memory, "extract, tmpfs")):
+        with bench.part(work):
+            folder = where / f"gpu-benchmark-{os.getpid()}"
+            try:
+                done, rate = extraction(bench, backbone, folder, bench.count if where == bench.root else half)
+                row_bytes = done.bytes_written / done.computed
+                written = disk_rate(folder, 64 if bench.small else 2048) / row_bytes
+                bench.note(f"plain writes, {work.split()[1]}", written, "images/s")
+                bench.line(work, rate, "images/s", 0.9, min(forward, one * cores, written))
+                if where == bench.root:
+                    training = Training(bench, folder)
+            finally:
+                if where != bench.root:
+                    shutil.rmtree(folder, ignore_errors=True)
+    with bench.part("decoding to the device"):
+        bench.line("decoding to the device", decoding(bench), "images/s", 0.7, one * cores)
+    if training is None:
+        raise RuntimeError("no cache could be made, so that nothing else could be measured")
+    path = next(iter(training.workspace.cache_files()))
+
+    with bench.part("linear probe, resident", "linear probe, of the bare forward"):
+        rate = training.rate("semseg", 200, 1200, head="linear")
+        bench.line("linear probe, resident", rate, "samples/s", 5000)
+        bench.line("linear probe, of the bare forward", rate, "samples/s", 3, forward)
+    with bench.part("linear probe, level loss"):
+        rate = training.rate("semseg", 200, 1200, head="linear", loop={"loss_at": "level"})
+        bench.line("linear probe, level loss", rate, "samples/s", 5000)
+    with bench.part("bank of nine, resident"):
+        how: dict[str, Any] = {"lr": RATES, "weight_decay": DECAYS, "loop": {"loss_at": "level"}}
+        bench.line("bank of nine, resident", training.rate("semseg", 100, 600, head="linear", **how), "samples/s", 2000)
+    with bench.part("1000 iterations, to the row"):
+        begun = time.perf_counter()
+        training.seconds("semseg", 20 if bench.small else 1000, head="linear")
+        bench.line("1000 iterations, to the row", time.perf_counter() - begun, "s", 8, at_most=True)
+    with bench.part("dense evaluation"):
+        bench.line("dense evaluation", training.evaluation(), "images/s", 2500)
+    with bench.part("ridge"):
+        bench.line("ridge", training.seconds("semseg", 1, head="ridge")[0], "s", 2, at_most=True)
+    for task, head, target, short, long in (
+        ("semseg", "upsample", 1000, 50, 250), ("detect", "fcos", 800, 50, 250),
+        ("detect", "fasterrcnn", 250, 20, 80), ("instseg", "maskrcnn", 120, 20, 60),
+    ):  # fmt: skip
+        with bench.part(head, need=15):
+            objects = {} if task == "semseg" else {"instances": "components"}
+            bench.line(head, training.rate(task, short, long, head=head, **objects), "samples/s", target)
+    with bench.part("linear probe, streamed", need=20):
+        reading, copying = read_rate(bench, path), copy_rate(bench, open_cache(path).recipe.row_bytes)
+        bench.note("file to page-locked memory", reading, "rows/s")
+        bench.note("copy to the device", copying, "rows/s")
+        with streaming():
+            rate = training.rate("semseg", 50, 150, head="linear")
+        bench.line("linear probe, streamed", rate, "samples/s", 0.8, min(reading, copying))
+    with bench.part("finetune", need=25):
+        hand = by_hand(bench, bench.network(), 16)
+        rate = training.rate("semseg", 15, 60, head="linear", tuning=Tuning(), loop={"batch_size": 16})
+        bench.line("finetune", rate, "images/s", 0.9, hand)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backbone", default="convnext_in1k", help="of strides 4 to 32, with random weights")
+    parser.add_argument("--small", action="store_true", help="few small images, to see that the script runs")
+    parser.add_argument("--seconds", type=float, default=290.0, help="that the run may take; later lines are left out")
+    parser.add_argument("--folder", help="on the disk that is measured; 15 GB free")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("There is no CUDA device here. To see that it runs:  python benchmarks/gpu.py --small --device cpu")
+    device = torch.device(options.device)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        bench = Bench(Path(folder), device, options.backbone, options.small, options.seconds)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        print(f"{name}, {usable_cores()} cores, torch {torch.__version__}", flush=True)
+        measure(bench)
+    rows = [
+        {
+            "work": line["work"],
+            "figure": f"{line['figure']:.2f} {line['unit']}",
+            "limit": f"{line['limit']:.1f}" if line["limit"] else "",
+            "share": f"{line['figure'] / line['limit']:.2f}" if line["limit"] else "",
+            "target": f"{line['target']:g}",
+            "of target": f"{line['ratio']:.2f}",
+        }
+        for line in bench.lines
+    ]
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    figures = {line["work"]: float(f"{line['figure']:.4g}") for line in bench.lines}
+    report(
+        "gpu", min(line["ratio"] for line in bench.lines), 1.0, rows,
+        card=name, torch=torch.__version__, small=options.small, largest_memory_gb=memory, figures=figures,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""In which numbers a backbone computes: float32, NVIDIA's TF32, or half precision where autocast holds it safe."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from featprobe.errors import BackboneError
+
+Precision = Literal["fp32", "tf32", "amp", "bf16"]
+"""fp32: float32 throughout, no TF32. tf32: float32 whose factors are cut to 10 bits of fraction in matrix products and
+convolutions on CUDA. amp, bf16: autocast to float16, bfloat16."""
+
+ONLY_ON_CUDA = ("tf32", "amp")
+
+
+def resolve(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
+    """The precision that a request means on a device: auto is amp on CUDA, fp32 elsewhere.
+
+    Raises BackboneError for tf32 and amp on a device other than CUDA.
+    """
+    if asked == "auto":
+        return "amp" if device.type == "cuda" else "fp32"
+    if asked in ONLY_ON_CUDA and device.type != "cuda":
+        raise BackboneError(
+            f"--precision {asked} needs a CUDA device; this is {device}. Nothing was computed. Omit it, or take fp32."
+        )
+    return asked
+
+
+@contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Compute in this precision for as long as the context is open; then TF32 is allowed where it was before.
+
+    What needs CUDA (tf32, amp) is float32 on other devices, which is nearer to the true values.
+    """
+    if device.type != "cuda":
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    was = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision != "fp32"
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    try:
+        with torch.autocast("cuda", half, enabled=precision in ("amp", "bf16")):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = was

@@ -1,0 +1,64 @@
+"""Which precision a cache is made in: settled once, when its file is made; whoever goes on follows the file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from featprobe.backbones.precision import ONLY_ON_CUDA, resolve
+from featprobe.cache import MISSING, Cache, read_contents
+from featprobe.errors import BackboneError
+from featprobe.specs import CachePrecision, FeatureRecipe
+
+
+def settled(
+    recipe: FeatureRecipe,
+    asked: CachePrecision | Literal["auto"],
+    device: torch.device,
+    folder: Path,
+    data: str,
+) -> tuple[FeatureRecipe, tuple[str, ...]]:
+    """The recipe in the precision that a request means, and what the user should know of it.
+
+    auto: that of a complete cache of the data set as it is now, computed wherever it was; else that of the file that
+    was begun, the one that this device would choose before others; else what this device chooses. folder: of the
+    caches. data: fingerprint of the set. Raises BackboneError where the device can't compute it, or can't go on with
+    what was begun.
+    """
+    own: Any = resolve(asked, device)
+    kinds: dict[CachePrecision, FeatureRecipe] = {kind: replace(recipe, precision=kind) for kind in _in_order(own)}
+    if asked != "auto":
+        return kinds[asked], ()
+    there = [kind for kind, one in kinds.items() if cache_path(folder, one).exists()]
+    complete = [kind for kind in there if _is_complete(cache_path(folder, kinds[kind]), data)]
+    if complete:
+        others = {kind: cache_path(folder, kinds[kind]) for kind in there if kind not in complete}
+        notes = [f"{path} is not complete; --precision {kind} goes on with it" for kind, path in others.items()]
+        return kinds[complete[0]], tuple(notes)
+    able = [kind for kind in there if device.type == "cuda" or kind not in ONLY_ON_CUDA]
+    if there and not able:
+        path = cache_path(folder, kinds[there[0]])
+        raise BackboneError(
+            f"{path} was begun on CUDA, in the precision {there[0]}, and is not complete.\n"
+            f"  wanted  a CUDA device, to go on with it\n  found   {device}\n"
+            "Nothing was computed. Go on where there is one, or begin another cache here:  --precision fp32"
+        )
+    return kinds[able[0] if able else own], ()
+
+
+def cache_path(folder: Path, recipe: FeatureRecipe) -> Path:
+    """Where the cache of a recipe lies in the folder of its data set."""
+    return folder / f"{recipe.label}-{recipe.key[:8]}.h5"
+
+
+def _in_order(first: CachePrecision) -> list[CachePrecision]:
+    return sorted(get_args(CachePrecision), key=lambda kind: kind != first)
+
+
+def _is_complete(path: Path, data: str) -> bool:
+    """Whether a cache lacks no row of the data set of this fingerprint. Raises CacheError."""
+    contents = read_contents(path)
+    if contents.data.fingerprint != data or not contents.is_intact():
+        return False
+    return not (Cache(path, contents).done == MISSING).any()
