@@ -16,6 +16,7 @@ from helpers import extract, write_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_tasks import write_coco
 from torch import nn
 
 from featprobe.cache import Cache, open_cache, store
@@ -207,6 +208,26 @@ def test_seeds_that_train_on_other_images_share_what_is_decoded(parts: Workspace
     of_split = {s: {cache.rows[r].semantic for r in cache.usable(s).tolist()} for s in ("train", "val", "test")}
     assert {decoded[mask] for mask in of_split["val"] | of_split["test"]} == {2}  # for notes, and for scores
     assert {decoded[mask] for mask in of_split["train"]} == {2, 3}  # and for the choice of images; of these the used
+
+
+def test_objects_are_decoded_once_for_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: Counter[bytes] = Counter()
+    plain = store.decode_instances
+
+    def counting(data: bytes) -> Any:
+        found[data] += 1
+        return plain(data)
+
+    monkeypatch.setattr(store, "decode_instances", counting)
+    extract(tmp_path, write_coco(tmp_path / "parts"))
+    recipe = replace(BRIEF, iterations=2, evaluations=1)
+    workspace = Workspace(tmp_path)
+    counts = []
+    for seeds in (1, 3):
+        found.clear()
+        probe(workspace, "detect", options=ProbeOptions(recipe=recipe, width=16, seeds=seeds, quiet=True))
+        counts.append(sum(found.values()))
+    assert counts[0] == counts[1]
 
 
 def test_a_ridge_head_reads_each_mask_once_for_shares_and_once_for_scores(

@@ -24,6 +24,7 @@ from featprobe.probes.train import Feed
 from featprobe.processes import count, from_main, gathered
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
+from featprobe.stages.labels import shelf_of
 from featprobe.stages.live import Truth, Views
 from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_here
 from featprobe.stages.rows import by_image, images_of
@@ -51,7 +52,7 @@ class Detection:
         own_ids = cache.data.category_ids if source == "own" else ()
         self.category_ids = own_ids or tuple(range(1, len(self.classes)))
         self.chooses_by = "mask_ap50" if masks else "box_ap50"
-        self._instances: dict[int, tuple[Instance, ...]] = {}
+        self._instances = shelf_of(cache).objects.setdefault(source, {})
         self.targets = {row: self._target(row) for row in train.tolist()}
 
     @property

@@ -16,7 +16,7 @@ from featprobe.features import cell_counts
 from featprobe.machine import available_memory, usable_cores
 from featprobe.processes import count
 from featprobe.specs import Rows
-from featprobe.targets import IGNORE, Labels, labels_in_frame
+from featprobe.targets import IGNORE, Instance, Labels, labels_in_frame
 
 T = TypeVar("T")
 MEMORY_SHARE = 0.3  # of the available memory, for masks that are kept
@@ -37,10 +37,11 @@ class Encoded:
 
 
 class LabelShelf:
-    """What has been decoded of one cache's masks, as much as MEMORY_SHARE of the memory holds."""
+    """What has been decoded of one cache: its objects, and of its masks as much as MEMORY_SHARE of the memory holds."""
 
     def __init__(self) -> None:
         self.left = int(MEMORY_SHARE * available_memory() / count())  # bytes
+        self.objects: dict[str, dict[int, tuple[Instance, ...]]] = {}  # of rows, by where they come from
         self._truths: dict[int, Labels] = {}
         self._values: dict[int, list[int]] = {}
         self._pixels: dict[int, Tensor] = {}
@@ -141,7 +142,7 @@ def _framed(cache: Cache, rows: Rows, places: Rows, stride: int) -> Iterator[tup
 
 def _each(read: Callable[[int], T], indices: Sequence[int]) -> list[T]:
     """What is read of each row or image, by several threads where there are cores for them."""
-    threads = min(usable_cores() // count(), len(indices) // 2)
+    threads = min(usable_cores() // count(), len(indices) // 2) if len(indices) > 3 else 1
     if threads < 2:
         return [read(index) for index in indices]
     cuts = np.array_split(np.array(indices), threads)
