@@ -49,6 +49,7 @@ from featprobe.probes.paste import paste_mask
 from featprobe.probes.pyramid import PaddedGroupNorm, Pyramid, TopDown, cells_inside
 from featprobe.probes.rcnn import RegionPool, half_pixel_later
 from featprobe.specs import BackboneSpec
+from featprobe.stages.detection import MaskStore
 from featprobe.targets import components, decode_rle
 
 FOUR = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 6), (8, 9), (16, 12), (32, 15)))
@@ -525,3 +526,17 @@ def test_detections_come_back_to_the_original_image() -> None:
     assert instance.rle is not None
     mask = decode_rle(instance.rle)
     assert mask.shape == (100, 400) and mask[12:, 25:].all() and not mask[:12].any()
+
+
+@pytest.mark.parametrize("room", [10**6, 0])
+def test_masks_that_are_kept_are_those_that_were_decoded(room: int) -> None:
+    rng = np.random.default_rng(0)
+    masks = np.zeros((4, 20, 30), dtype=np.uint8)
+    masks[0, 3:9, 5:30] = rng.integers(0, 2, (6, 25))
+    masks[1], masks[2, 19, 29] = 1, 1  # the last is empty: its object lies outside of the frame
+    store, decoded = MaskStore(torch.device("cpu")), []
+    store.room = room
+    for _ in range(3):
+        found = store.of(7, lambda: decoded.append(7) or masks.copy())  # type: ignore[func-returns-value]
+        assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), masks)
+    assert len(decoded) == (1 if room else 3)

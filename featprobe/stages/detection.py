@@ -200,8 +200,8 @@ class Detection:
         return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
 
     @cached_property
-    def _masks(self) -> "_Masks":
-        return _Masks(self.device)
+    def _masks(self) -> "MaskStore":
+        return MaskStore(self.device)
 
     def _framed_masks(self, row: int) -> NDArray[np.uint8]:
         """The masks of a row's objects, (objects, frame height, frame width), 0 or 1."""
@@ -213,7 +213,7 @@ class Detection:
         return masks
 
 
-class _Masks:
+class MaskStore:
     """Masks of rows' objects, each decoded once and then kept where the head trains, cut out around its object.
 
     Where the memory holds no more of them, a row's are decoded each time.
