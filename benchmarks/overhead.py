@@ -75,6 +75,8 @@ ARMS = (
     Arm("bank of nine, loss at the level", "semseg", "linear", 180, 230, rates=3, loss_at="level"),
     Arm("linear, evaluation", "semseg", "linear", 40, 40, count="batch"),
     Arm("upsample, evaluation", "semseg", "upsample", 90, 90, count="batch"),
+    Arm("upsample", "semseg", "upsample", 180, 260),
+    Arm("FCOS", "detect", "fcos", 700, 700),
 )
 
 

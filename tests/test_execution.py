@@ -99,7 +99,7 @@ def test_heads_have_the_same_losses_gradients_and_statistics_either_way(
         for way in (False, True):
             monkeypatch.setattr(execution, "whole_batches", lambda device, way=way: way)
             pair.append(taken(copy.deepcopy(heads), features, padded, at, loss, weights))
-        apart = 1e-5 if padded and levels is ODD else 1e-8  # shares of cells are float32, and sixths are no such numbers
+        apart = 1e-5 if padded and levels is ODD else 1e-8  # shares of cells are float32, which has no sixths
         for pieces, few in zip(*pair, strict=True):
             assert torch.allclose(few, pieces, rtol=apart, atol=apart / 10), loss
 
@@ -191,6 +191,20 @@ def test_the_image_loss_in_pieces_is_that_of_upsampled_logits(
         (own,) = torch.autograd.grad(found * 2, logits)
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
     assert torch.allclose(own, 2 * gradient, rtol=1e-7, atol=1e-12)
+
+
+def test_the_image_loss_of_several_threads_has_the_bits_of_one() -> None:
+    logits, labels = torch.randn(BATCH, 4, 12, 24, requires_grad=True), labels_of(True)
+    before, pair = torch.get_num_threads(), []
+    for threads in (1, 3):
+        try:
+            torch.set_num_threads(threads)
+            loss = image_loss(logits, labels)
+            pair.append([loss.detach(), *torch.autograd.grad(loss, logits)])
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, several) for one, several in zip(*pair, strict=True))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from featprobe.probes import (
     HeadRecipe,
     ObjectTarget,
     build_head,
+    execution,
     fingerprint,
     load_head,
     objects_at_original,
@@ -34,10 +35,18 @@ from featprobe.probes import (
     predict_classes,
     save_head,
 )
-from featprobe.probes.fcos import assign
-from featprobe.probes.objects import anchor_sizes, detection_strides, maps_of, object_sides, side_ranges
+from featprobe.probes.fcos import assign, grid_of
+from featprobe.probes.objects import (
+    ObjectBatch,
+    anchor_sizes,
+    detection_strides,
+    maps_of,
+    object_sides,
+    on_host,
+    side_ranges,
+)
 from featprobe.probes.paste import paste_mask
-from featprobe.probes.pyramid import PaddedGroupNorm, cells_inside
+from featprobe.probes.pyramid import PaddedGroupNorm, Pyramid, TopDown, cells_inside
 from featprobe.probes.rcnn import RegionPool, half_pixel_later
 from featprobe.specs import BackboneSpec
 from featprobe.targets import components, decode_rle
@@ -156,6 +165,88 @@ def test_what_lies_in_the_padding_changes_nothing(kind: tuple[str, str], trainin
         found.append([*values, *(v for n, v in head.state_dict().items() if "running" in n)])
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def crowded_targets(frame: tuple[int, int]) -> list[ObjectTarget]:
+    """The objects of `some_targets` beside crowds, two in one image and one in the other."""
+    crowds = torch.tensor([[40.0, 8.0, 70.0, 40.0], [0.0, 44.0, 12.0, 60.0]])
+    return [replace(t, crowds=crowds[: 2 - i]) for i, t in enumerate(some_targets(frame))]
+
+
+@pytest.mark.parametrize("levels_name", FRAMES)
+@pytest.mark.parametrize("padded", ["whole", "cells end with the image", "cells end within"])
+@pytest.mark.parametrize("wide", [1, 8], ids=["as they are", "more channels"])
+def test_few_operations_and_pieces_are_the_same_function(
+    kind: tuple[str, str], levels_name: str, padded: str, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value, every gradient, running statistics, and what comes out in evaluation, in float64."""
+    levels, frame = FRAMES[levels_name]
+    levels = tuple(replace(level, channels=wide * level.channels) for level in levels)
+    contents = {
+        "whole": None, "cells end with the image": [[frame[0], frame[1] - 8], [frame[0] - 16, frame[1]]],
+        "cells end within": [[frame[0], frame[1] - 7], [frame[0] - 9, frame[1]]],
+    }  # fmt: skip
+    features = random_features(levels, frame, contents[padded]).to("cpu", torch.float64)
+    torch.manual_seed(0)
+    head = build_head(recipe_for(*kind), levels).double()
+    start = {name: value.clone() for name, value in head.state_dict().items()}
+    every: list[dict[str, Tensor]] = []
+    for whole in (False, True):
+        monkeypatch.setattr(execution, "whole_batches", lambda device, whole=whole: whole)
+        head.load_state_dict(start)
+        head.zero_grad()
+        torch.manual_seed(1)
+        targets = [replace(t, boxes=t.boxes.double()) for t in crowded_targets(frame)]
+        loss = loss_of(head.train(), kind[0], features, targets)
+        loss.backward()
+        found = {"loss": loss.detach(), **{n: p.grad.clone() for n, p in head.named_parameters() if p.grad is not None}}
+        found |= {name: value.clone() for name, value in head.named_buffers() if "running" in name}
+        with torch.inference_mode():
+            found |= {f"found {i}": own for i, own in enumerate(parts_of(head.eval()(features)))}
+        every.append(found)
+    assert every[0].keys() == every[1].keys()
+    for name, value in every[0].items():
+        assert torch.allclose(every[1][name].double(), value.double(), rtol=1e-6, atol=1e-9), name
+
+
+def test_the_finest_map_need_not_be_made() -> None:
+    """A level joined with the 3x3 convolution that follows, at whichever stride, equals one after the other."""
+    torch.manual_seed(0)
+    frame, weight = (64, 96), torch.randn(16, 8, 3, 3, dtype=torch.float64)
+    for levels in (FOUR, FOUR[1:], (FOUR[0], FOUR[2])):
+        pyramid = TopDown(levels, 8).double()
+        for content in (None, [[64, 64], [32, 96]]):
+            features = random_features(levels, frame, content).to("cpu", torch.float64)
+            plain = Pyramid.convolved(pyramid, features, weight, pyramid.strides[:1])[0]
+            inside = torch.ones(2, *plain[0].shape[2:], dtype=torch.bool) if plain[1] is None else plain[1]
+            for base in range(1, len(levels)):
+                with torch.no_grad():
+                    above = pyramid._maps(features, pyramid.strides[base:], ())[0]
+                    found, _ = pyramid._at_finest(features, weight, above, base)
+                assert torch.allclose((found - plain[0]) * inside[:, None], torch.zeros(()).double(), atol=1e-10)
+
+
+def test_objects_of_a_batch_in_tensors_of_one_shape_train_as_lists_do() -> None:
+    levels, frame = FRAMES["four levels"]
+    torch.manual_seed(0)
+    head = build_head(recipe_for("detect", "fcos"), levels).train()
+    features, targets = random_features(levels, frame), crowded_targets(frame)
+    every = ObjectBatch.of([targets[1], targets[0], *targets])
+    assert every.boxes.shape == (4, 2, 4) and every.labels[:, 0].tolist() == [0, 1, 1, 0]
+    assert head(features, every.at(torch.tensor([1, 0]))).item() == pytest.approx(head(features, targets).item())
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_detections_survive_the_one_copy_that_takes_them_off_a_device(masks: bool) -> None:
+    made = [
+        Detections(
+            torch.rand(n, 4), torch.randint(1, 200, (n,)), torch.rand(n), torch.rand(n, 28, 28) if masks else None
+        )
+        for n in (3, 0, 2)
+    ]
+    for a, b in zip(made, on_host(made), strict=True):
+        assert [x.dtype for x in parts_of([a])] == [x.dtype for x in parts_of([b])]
+        assert all(torch.equal(x, y) for x, y in zip(parts_of([a]), parts_of([b]), strict=True))
 
 
 def test_a_batch_without_any_object_has_a_finite_loss_with_a_gradient(kind: tuple[str, str]) -> None:
@@ -383,14 +474,10 @@ boxes_in_frame = st.lists(
 @given(made=boxes_in_frame)
 def test_cells_answer_for_boxes_that_hold_them(made: list[tuple[float, float, float, float]]) -> None:
     boxes = torch.tensor([(x, y, min(96.0, x + w), min(64.0, y + h)) for x, y, w, h in made])
-    parts = []
-    for stride, (low, high) in zip((4, 8), side_ranges((4, 8)), strict=True):
-        y, x = torch.meshgrid(torch.arange(64 // stride), torch.arange(96 // stride), indexing="ij")
-        centres = (torch.stack([x, y], 2).view(-1, 2) + 0.5) * stride
-        parts.append((centres, torch.full((len(centres), 3), 1.0) * torch.tensor([stride, low, high])))
-    centres = torch.cat([p[0] for p in parts])
-    stride, low, high = torch.cat([p[1] for p in parts]).unbind(1)
-    index = assign(centres, stride, low, high, boxes)
+    grid = grid_of((4, 8), (64, 96), torch.device("cpu"))
+    index = assign(grid, boxes[None], torch.ones(1, len(boxes), dtype=torch.bool))[0]
+    centres, stride = grid.centres, grid.strides[grid.level]
+    low, high = torch.tensor(side_ranges((4, 8)))[grid.level].unbind(1)
     hit = (index >= 0).nonzero()[:, 0]
     own = boxes[index[hit]]
     slack = stride[hit, None] / 2

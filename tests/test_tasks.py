@@ -31,7 +31,7 @@ from featprobe.processes import pick_device
 from featprobe.report.tables import result_table
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extract import extract as extract_for_real
-from featprobe.stages.forecast import largest_that_fits
+from featprobe.stages.memory import largest_that_fits
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.predict import Predictor, find_images, predict
 from featprobe.stages.probe import find_caches, probe

@@ -3,7 +3,7 @@
 import socket
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -40,6 +40,7 @@ class Backbone(nn.Module):
     levels: what `forward` returns, finest first. multiple: frames must be a multiple of this, pixels.
     mean, std: of the pretraining, per RGB channel, for images in [0, 1]. own: the size that the weights were made for;
     frame: the one that the model is set up for, (height, width) in pixels. sized: whether timm built it for that frame.
+    compiled: whether torch is to compile what is computed in training mode.
     """
 
     _mean: Tensor
@@ -73,6 +74,8 @@ class Backbone(nn.Module):
         self._norm_last = self.final_norm and available[-1] in self.levels and not self.uniform
         self.indices = [indices[available.index(level)] for level in self.levels]
         self.model = model
+        self.compiled = False
+        self._compiled: Callable[..., list[Tensor]] | None = None
         self._frozen: list[nn.Module] = []  # BatchNorms that keep what they have in training too
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
@@ -85,10 +88,26 @@ class Backbone(nn.Module):
         """
         frame = (images.shape[2], images.shape[3])
         self.fit(frame)
-        maps = [
-            _filled(m, level.cells(frame)) for m, level in zip(self._maps(self.model, images), self.levels, strict=True)
-        ]
+        found = self._by_compiler(images) if self.compiled and self.training else self._maps(self.model, images)
+        maps = [_filled(m, level.cells(frame)) for m, level in zip(found, self.levels, strict=True)]
         return Features({level.name: m for level, m in zip(self.levels, maps, strict=True)}, frame, content)
+
+    def _by_compiler(self, images: Tensor) -> list[Tensor]:
+        """`_maps` as torch compiles it; raises BackboneError where it can't."""
+        if self._compiled is None:
+            self._compiled = torch.compile(self._maps)
+        try:
+            return self._compiled(self.model, images)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler that is not there, or that gives up, raises many kinds
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+            raise BackboneError(
+                f"torch can't compile {self.spec.model} here. Nothing was trained.\n"
+                f"  wanted  what torch.compile needs: a C++ compiler, and Triton for CUDA\n"
+                f"  found   {type(error).__name__}: {reason}\n"
+                "Omit --compile: it changes the speed alone."
+            ) from error
 
     def _maps(self, model: Any, images: Tensor) -> list[Tensor]:
         """The levels as a model gives them: each (batch, channels, rows, columns)."""
@@ -125,8 +144,8 @@ class Backbone(nn.Module):
             if built is not None and self.learns:
                 raise BackboneError("it is in training on another size")
             self._try(built or model, frame)
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            raise _too_large(self.spec, f"an image of {frame[0]}x{frame[1]} pixels", self._mean.device, error) from None
         except Exception as error:  # timm refuses a size in many ways; the cause is kept for --debug
             reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
             own = f"{self.own[0]}x{self.own[1]}"
@@ -285,9 +304,22 @@ def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: t
     Raises BackboneError when weights can't be had or do not fit, or when a level does not exist.
     """
     model, own = _create(spec)
-    backbone = Backbone(model, spec, level_names, own).eval().to(device)
+    backbone = Backbone(model, spec, level_names, own).eval()
+    try:
+        backbone.to(device)
+    except torch.OutOfMemoryError as error:
+        raise _too_large(spec, "its weights", device, error) from None
     backbone.requires_grad_(False)
     return backbone.to(memory_format=torch.channels_last)
+
+
+def _too_large(spec: BackboneSpec, what: str, device: torch.device | str, error: Exception) -> BackboneError:
+    """The error of a device whose memory does not hold a backbone and one image."""
+    return BackboneError(
+        f"The memory of {device} does not hold {spec.model} with {what}. Nothing was computed.\n"
+        f"  found   {str(error).splitlines()[0]}\n"
+        "Take a smaller --size, a smaller backbone, another device that is free, or --device cpu."
+    )
 
 
 def _create(spec: BackboneSpec) -> tuple[nn.Module, Size | None]:

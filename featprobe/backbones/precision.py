@@ -39,12 +39,21 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             yield
         return
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    with float32_as(precision, device), torch.autocast("cuda", half, enabled=precision in ("amp", "bf16")):
+        yield
+
+
+@contextmanager
+def float32_as(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Have CUDA compute float32 in this precision alone for as long as the context is open: "fp32" without TF32."""
+    if device.type != "cuda":
+        yield
+        return
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     was = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = precision != "fp32"
-    half = torch.bfloat16 if precision == "bf16" else torch.float16
     try:
-        with torch.autocast("cuda", half, enabled=precision in ("amp", "bf16")):
-            yield
+        yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = was

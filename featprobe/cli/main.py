@@ -220,10 +220,18 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
 @click.option("--ema", type=float, default=0.0, show_default=True, help="Decay of a running mean of the weights.")
 @click.option("--checkpointing", is_flag=True, help="Compute activations again on the way back, to save memory.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on a GPU that has it, else fp32]"
+    "--precision",
+    type=click.Choice(["fp32", "tf32", "amp", "bf16"]),
+    help="Of backbone and head. fp32: without TF32; tf32, amp: on CUDA alone, amp for a frozen backbone.  "
+    "[default: bf16 on a GPU that has it, else fp32; frozen-online: as its cache]",
 )
+@click.option("--compile", is_flag=True, help="Let torch compile the backbone: slow to start, then faster on a GPU.")
 @click.option("--init-head", type=click.Path(exists=True, file_okay=False), help="A saved head to start from.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Threads that decode images.  [default: the cores that may be used, at most 16]",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be trained, and how long it would take.")
 @head_options
 @as_json
@@ -246,7 +254,8 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
     from featprobe.stages.finetune import finetune as run
     from featprobe.stages.probe_options import Tuning
 
-    tuning = Tuning(**{name: options[name] for name in Tuning.__dataclass_fields__})
+    given = {name: options[name] for name in Tuning.__dataclass_fields__ if options[name] is not None}
+    tuning = Tuning(**given)
     report = run(
         workspace_of(ctx),
         options["task"],

@@ -2,8 +2,10 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
+from torch import Tensor
 
 
 def whole_batches(device: torch.device) -> bool:
@@ -40,3 +42,11 @@ def recorded(device: torch.device) -> bool:
 def mixed(device: torch.device) -> bool:
     """Whether the device sums products of half-precision numbers in float32, and gives them so."""
     return device.type == "cuda" and "dtype" in torch.ops.aten.bmm.overloads()
+
+
+@cache
+def repeated(parts: tuple[tuple[int, float], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A value as often as each part says, in turn. Made once: what a recorded step reads must lie there before."""
+    with torch.inference_mode(False):
+        values = [value for times, value in parts for _ in range(times)]
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -56,7 +56,7 @@ class Grid:
 def grid_of(strides: tuple[int, ...], frame: tuple[int, int], device: torch.device) -> Grid:
     """The cells of these strides in a frame of (height, width) pixels."""
     with torch.inference_mode(mode=False):  # it is kept, for training too
-        sizes = [(frame[1] // s, frame[0] // s) for s in strides]
+        sizes = [(-(-frame[1] // s), -(-frame[0] // s)) for s in strides]
         centres = []
         for stride, (columns, rows) in zip(strides, sizes, strict=True):
             y, x = ((torch.arange(n) + 0.5) * stride for n in (rows, columns))
@@ -223,7 +223,9 @@ def focal(logits: Tensor, wanted: Tensor) -> Tensor:
 
 def centrality_of(centres: Tensor, boxes: Tensor) -> Tensor:
     """How central points are in their boxes, in [0, 1] (FCOS, equation 3). centres: (n, 2), x y. boxes: (n, 4)."""
-    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres], 1).clamp(min=0)  # (n, left top | right bottom, 2)
+    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres], 1).clamp(
+        min=0
+    )  # (n, left top | right bottom, 2)
     return (sides.amin(1) / sides.amax(1).clamp(min=1e-6)).prod(1).sqrt()
 
 

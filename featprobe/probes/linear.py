@@ -1,7 +1,6 @@
 """The linear head: BatchNorm and a 1x1 convolution per level, summed at the finest level's grid."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -193,7 +192,7 @@ def _logits_at_once(heads: Sequence[LinearHead], features: Features) -> Tensor:
     if not _mixed(maps[0]):
         maps = [x.to(dtype) for x in maps]
     norms: list[LevelNorm] = [first.norms[level.name] for level in levels]  # type: ignore[misc]
-    mean, rstd = _statistics(norms, maps, levels, features, dtype)
+    mean, rstd = level_statistics(norms, maps, levels, features, dtype)
     weights, gamma, beta, bias = _stacked(heads)
     folded = weights * (gamma * rstd)[:, None]
     if _mixed(maps[0]):
@@ -226,7 +225,7 @@ def _stacked(heads: Sequence[LinearHead]) -> tuple[Tensor, Tensor, Tensor, Tenso
     return joined, gamma.view(many, every), beta.view(many, every), bias.view(many, classes)
 
 
-def _statistics(
+def level_statistics(
     norms: Sequence[LevelNorm],
     maps: Sequence[Tensor],
     levels: Sequence[FeatureLevel],
@@ -242,13 +241,13 @@ def _statistics(
         total = torch.cat([x.sum((0, 2), dtype=dtype) for x in maps])
         squares = torch.cat([torch.linalg.vector_norm(x, dim=(0, 2), dtype=dtype) for x in maps]).square()
         cells = tuple((x.shape[1], float(x.shape[0] * x.shape[2])) for x in maps)
-        number = _repeated(cells, dtype, total.device)
+        number = execution.repeated(cells, dtype, total.device)
     else:
         weighted = [x * share.to(dtype)[:, None] for x, share in zip(maps, shares, strict=True)]
         total = torch.cat([x.sum((0, 2)) for x in weighted])
         squares = torch.cat([(x * own).sum((0, 2)) for x, own in zip(weighted, maps, strict=True)])
         assert features.content is not None
-        per_pixel = _repeated(tuple((v.channels, v.stride**-2) for v in levels), dtype, total.device)
+        per_pixel = execution.repeated(tuple((v.channels, v.stride**-2) for v in levels), dtype, total.device)
         number = per_pixel * features.content.prod(1).sum()  # cells, parts counted as parts
     if count() > 1:
         number, total, squares = summed(torch.stack([number, total, squares])).unbind()
@@ -256,7 +255,7 @@ def _statistics(
     var = (squares / number - mean.square()).clamp(min=0)
     with torch.no_grad():
         if shares is None and count() == 1:
-            factor = _repeated(tuple((c, n / max(n - 1, 1)) for c, n in cells), dtype, total.device)
+            factor = execution.repeated(tuple((c, n / max(n - 1, 1)) for c, n in cells), dtype, total.device)
         else:
             factor = number / (number - 1).clamp(min=1)
         unbiased = var * factor
@@ -287,7 +286,7 @@ def _repeated_cells(levels: Sequence[FeatureLevel], features: Features) -> list[
         cells, strides = _axis(levels, features.frame, axis, ends.device)
         along.append((ends[:, axis, None] // strides).minimum(cells))
     grids = tuple(level.cells(features.frame) for level in levels)
-    along[0] = along[0] * _repeated(grids, torch.long, ends.device)  # a row begins after so many cells
+    along[0] = along[0] * execution.repeated(grids, torch.long, ends.device)  # a row begins after so many cells
     return [(row[:, :, None] + column[:, None]).flatten(1) for row, column in _by_level(along, levels, features)]
 
 
@@ -298,7 +297,7 @@ def _axis(
     cells = [level.cells(frame)[axis] for level in levels]
     numbers = tuple((1, number) for own in cells for number in range(own))
     strides = tuple(zip(cells, (level.stride for level in levels), strict=True))
-    return _repeated(numbers, torch.long, device), _repeated(strides, torch.long, device)
+    return execution.repeated(numbers, torch.long, device), execution.repeated(strides, torch.long, device)
 
 
 def _by_level(along: Sequence[Tensor], levels: Sequence[FeatureLevel], features: Features) -> list[tuple[Tensor, ...]]:
@@ -306,14 +305,6 @@ def _by_level(along: Sequence[Tensor], levels: Sequence[FeatureLevel], features:
     grids = [level.cells(features.frame) for level in levels]
     parts = [own.split([grid[axis] for grid in grids], 1) for axis, own in enumerate(along)]
     return list(zip(*parts, strict=True))
-
-
-@cache
-def _repeated(parts: tuple[tuple[int, float], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A value as often as each part says, in turn. Made once: what a recorded step reads must lie there before."""
-    with torch.inference_mode(False):
-        values = [value for times, value in parts for _ in range(times)]
-        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _mixed(x: Tensor) -> bool:

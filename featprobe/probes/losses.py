@@ -1,8 +1,11 @@
 """Losses of dense heads, at the finest level's grid or at the image's: cross-entropy, dice, focal, and their sums."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, reduce
-from typing import Any
+from threading import Barrier
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from featprobe.probes import execution
 from featprobe.processes import count, summed
 from featprobe.targets import IGNORE
 
+T = TypeVar("T")
 LOSSES = ("ce", "dice", "focal")
 FOCUS = 2.0  # exponent of the focal loss (Lin et al., 2017)
 
@@ -124,43 +128,25 @@ class _ImageLoss(torch.autograd.Function):
     Upsampled logits are as many as all that a step reads beside them, so no piece of them is kept: it goes forward and
     straight back. A piece is as many rows of an image as fit a CPU's caches, or as many images as fit a share of a
     GPU's memory. Bilinear upsampling along an axis is a product with a matrix that is all but empty; of it a piece
-    takes the block that is not. That is several times faster than upsampling by pixels, and its adjoint, which is the
-    transpose, is the same in every run on a GPU too.
+    takes the block that is not. On a CPU that is several times faster than upsampling by pixels; the adjoint, which
+    is the transpose, is so on a GPU too, and the same in every run.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """logits: (batch, heads, classes, rows, columns). weights: (classes,). Returns (heads,)."""
-        heads, classes, rows, columns = logits.shape[1:]
-        height, width = labels.shape[1:]
-        of_label = torch.cat([weights, weights.new_zeros(IGNORE + 1 - classes)])
-        down, across = _upsampling(rows, height, logits), _upsampling(columns, width, logits)
-        losses, masses = [], []
-        gradient: Tensor | None = None
-        for images, pixels, cells in _pieces(logits, height, width):
-            block, part = down[pixels, cells], logits[images, :, :, cells] @ across.T
-            label = labels[images, pixels].long()[:, None, None]
-            weight = of_label[label]  # (images, 1, 1, pixels, width)
-            target = label.clamp(max=classes - 1).expand(-1, heads, -1, -1, -1)
-            z = block @ part  # (images, heads, classes, pixels, width)
-            own = _forward_and_back(z, target, weight)
-            if own is None:
-                torch.matmul(block, part, out=z)
-                z -= z.amax(2, keepdim=True)
-                own = _forward_and_back(z, target, weight, checked=False)
-            losses.append(own)
-            masses.append(weight.sum())
-            back = block.T @ z @ across
-            if back.shape == logits.shape:
-                gradient = back
-                continue
-            if gradient is None:
-                gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-            gradient[images, :, :, cells].add_(back)
-        mass = reduce(torch.add, masses)
-        mass = summed(mass).clamp(min=1e-12)
+        of_label = torch.cat([weights, weights.new_zeros(IGNORE + 1 - weights.shape[0])])
+        if execution.whole_batches(logits.device):
+            step = max(1, IN_MEMORY // (logits.shape[1:3].numel() * labels.shape[1:].numel()))
+            parts = zip(logits.split(step), labels.split(step), strict=True)
+            done = [_at_once(*part, of_label) for part in parts]
+        else:
+            done = _alone(lambda image: _in_caches(logits[image], labels[image], of_label), range(len(logits)))
+        found, gradients, masses = zip(*done, strict=True)
+        gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        mass = summed(reduce(torch.add, masses)).clamp(min=1e-12)
         ctx.save_for_backward(gradient, mass)
-        return reduce(torch.add, losses) / mass
+        return reduce(torch.add, found) / -mass
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -169,54 +155,118 @@ class _ImageLoss(torch.autograd.Function):
         return gradient * (upstream[0] / mass)[:, None, None, None], None, None
 
 
-def _forward_and_back(z: Tensor, target: Tensor, weight: Tensor, *, checked: bool = True) -> Tensor | None:
-    """Weighted cross-entropy of each head, (heads,), summed; logits become its gradient in place.
+def _at_once(logits: Tensor, labels: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted log-likelihood of each head, (heads,), what its loss makes of the logits, the sum of the weights.
 
-    z: (images, heads, classes, pixels, width). target: the same with one class. weight: the same for one head.
-    checked: whether to return None, with z spoilt, where the largest logit of every pixel must be subtracted first.
+    In few operations. logits: (images, heads, classes, rows, columns). of_label: (256,), the weight of each label. The
+    gradient of a pixel, which is no larger than its weight, is in half precision where the device sums products of such
+    numbers in float32.
     """
-    every, minus = (0, 2, 3, 4), -weight
-    if execution.whole_batches(z.device):
-        log_q = torch.log_softmax(z, 2)
-        losses = (log_q.gather(2, target) * minus).sum(every)
-        torch.mul(log_q.exp_(), weight, out=z)
-    else:  # torch's softmax takes ten times as long as these steps, which stay in the caches
-        picked = z.gather(2, target)
-        sums = z.exp_().sum(2, keepdim=True)
+    rows, columns = logits.shape[3:]
+    size, heads = labels.shape[1:], logits.shape[:3]
+    label = labels.long()[:, None, None]
+    weight = of_label[label]  # (images, 1, 1, height, width)
+    target = label.clamp(max=heads[2] - 1).expand(-1, heads[1], -1, -1, -1)
+    upsampled = interpolate(logits.flatten(1, 2), size, mode="bilinear", align_corners=False)
+    q = torch.log_softmax(upsampled.unflatten(1, heads[1:]), 2)
+    del upsampled
+    found = (q.gather(2, target) * weight).sum((0, 2, 3, 4))
+    one = execution.repeated(((1, -1.0),), logits.dtype, logits.device)
+    q.exp_().scatter_add_(2, target, one.expand_as(target))
+    mixed = logits.dtype == torch.float32 and execution.mixed(logits.device)
+    z = q.new_empty(q.shape, dtype=torch.float16) if mixed else q
+    torch.mul(q, weight, out=z)
+    pixels = z.flatten(0, 2)  # (images * heads * classes, height, width)
+    across = _upsampling(columns, size[1], z).expand(len(pixels), -1, -1)
+    narrow = torch.bmm(pixels, across, out_dtype=logits.dtype) if mixed else torch.bmm(pixels, across)
+    return found, _upsampling(rows, size[0], logits).T @ narrow.unflatten(0, heads), weight.sum()
+
+
+def _in_caches(logits: Tensor, labels: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one image, as many rows of it as the caches hold at a time; its gradient is (1, heads, …)."""
+    heads, classes, rows, columns = logits.shape
+    height, width = labels.shape
+    down, across = _upsampling(rows, height, logits), _upsampling(columns, width, logits)
+    mass, total = logits.new_zeros(()), logits.new_zeros(heads)
+    wide = logits.new_empty(heads, classes, rows, width)
+    for pixels, cells in _blocks(columns, width, COLUMNS):
+        wide[..., pixels] = logits[..., cells] @ across[pixels, cells].T
+    back = torch.zeros_like(wide)
+    for pixels, cells in _blocks(rows, height, max(1, CACHED // (heads * classes * width * (height // rows)))):
+        label = labels[pixels].long()
+        weight = of_label[label]  # (pixels, width)
+        target = label.clamp_(max=classes - 1).expand(heads, 1, -1, -1)
+        block = down[pixels, cells]
+        z = block @ wide[:, :, cells]  # (heads, classes, pixels, width)
+        picked = z.gather(1, target)
+        sums = z.exp_().sum(1, keepdim=True)  # torch's softmax takes ten times as long as these steps
         least, most = sums.aminmax()
-        if checked and not (float(least) > 1 / LARGEST_SUM and float(most) < LARGEST_SUM):
-            return None
-        losses = ((picked - sums.log()) * minus).sum(every)
+        if not (float(least) > 1 / LARGEST_SUM and float(most) < LARGEST_SUM):
+            torch.matmul(block, wide[:, :, cells], out=z)
+            z -= z.amax(1, keepdim=True)
+            picked = z.gather(1, target)
+            sums = z.exp_().sum(1, keepdim=True)
+        total += ((picked - sums.log()) * weight).sum((1, 2, 3))
+        mass += weight.sum()
         z *= weight / sums
-    z.scatter_add_(2, target, minus.expand_as(target))
-    return losses
+        z.scatter_add_(1, target, (-weight).expand_as(target))
+        back[:, :, cells].add_(block.T @ z)
+    gradient = torch.zeros_like(logits)
+    for pixels, cells in _blocks(columns, width, COLUMNS):
+        gradient[..., cells].add_(back[..., pixels] @ across[pixels, cells])
+    return total, gradient[None], mass
 
 
-CACHED = 2**20  # upsampled logits of a piece on a CPU
+def _blocks(cells: int, pixels: int, step: int) -> Iterator[tuple[slice, slice]]:
+    """(pixels, the cells that they are upsampled from) along an axis, for `step` cells at a time."""
+    stride = pixels // cells
+    for start in range(0, cells, step):
+        end = min(start + step, cells)
+        yield slice(start * stride, end * stride), slice(max(0, start - 1), min(cells, end + 1))
+
+
+COLUMNS = 32  # cells of a block across
+CACHED = 2**18  # upsampled logits of a piece on a CPU
 IN_MEMORY = 2**28  # on a GPU: 1 GiB, a few times
 LARGEST_SUM = 1e26  # of exp() of a pixel's logits, and one over the least: beyond these float32 could leave its range
 
 
-def _pieces(logits: Tensor, height: int, width: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(images, rows of pixels, rows of cells that these pixels are upsampled from) of every piece of a batch."""
-    batch, heads, classes, rows, _ = logits.shape
-    per_row, stride = heads * classes * width, height // rows
-    if execution.whole_batches(logits.device):
-        step = max(1, IN_MEMORY // (per_row * height))
-        yield from ((slice(i, i + step), slice(0, height), slice(0, rows)) for i in range(0, batch, step))
-        return
-    step = max(1, CACHED // (per_row * stride))  # rows of cells
-    for image in range(batch):
-        for start in range(0, rows, step):
-            end = min(start + step, rows)
-            cells = slice(max(0, start - 1), min(rows, end + 1))
-            yield slice(image, image + 1), slice(start * stride, end * stride), cells
+def _alone(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
+    """Results of `work` for every item, by as many threads as torch has, each of which computes alone.
+
+    Threads that share each small operation wait for each other after every one; beside other load that is most of the
+    time.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) == 1:
+        return [work(item) for item in items]
+
+    def quiet(item: int) -> T:
+        with torch.no_grad():
+            return work(item)
+
+    return list(_pool(threads, os.getpid()).map(quiet, items))
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:  # a process that was forked has no threads
+    pool, begun = ThreadPoolExecutor(threads, "loss"), Barrier(threads)
+
+    def begin(_: int) -> None:
+        begun.wait()  # so that each thread comes here once
+        torch.set_num_threads(1)
+        begun.wait()
+
+    list(pool.map(begin, range(threads)))
+    torch.set_num_threads(threads)  # theirs is a setting of their own, but what begins later would take it over
+    return pool
 
 
 @cache
 def _matrix(cells: int, pixels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return interpolate(torch.eye(cells, dtype=dtype, device=device)[None], pixels, mode="linear")[0].T.contiguous()
+        matrix = interpolate(torch.eye(cells, dtype=torch.float64)[None], pixels, mode="linear")[0].T.contiguous()
+        return matrix.to(dtype).to(device)
 
 
 def _upsampling(cells: int, pixels: int, like: Tensor) -> Tensor:

@@ -154,7 +154,10 @@ def anchor_sizes(strides: Sequence[int], sides: Sequence[float]) -> list[tuple[i
 
 
 def in_crowd(points: Tensor, crowds: Tensor) -> Tensor:
-    """Whether each point lies in a crowd region: (…, points), bool. points: (points, 2), x y. crowds: (…, regions, 4)."""
+    """Whether each point lies in a crowd region: (…, points), bool.
+
+    points: (points, 2), x y. crowds: (…, regions, 4).
+    """
     if not crowds.shape[-2]:
         return torch.zeros((*crowds.shape[:-2], len(points)), dtype=torch.bool, device=points.device)
     regions = crowds[..., None, :, :]
@@ -181,13 +184,11 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, floor: f
 
 
 def on_host(found: Sequence[Detections]) -> list[Detections]:
-    """The same detections in the host's memory; from another device all of them come in one copy."""
-    if not found or found[0].boxes.device.type == "cpu":
-        return list(found)
-    parts = [
-        [own.boxes, own.labels, own.scores, *([] if own.masks is None else [own.masks])] for own in found
-    ]  # labels are exact in float32
-    values = torch.cat([v.flatten().float() for own in parts for v in own]).cpu().split([v.numel() for o in parts for v in o])
-    coming = iter(values)
-    moved = [[next(coming).view(v.shape) for v in own] for own in parts]
-    return [Detections(own[0], own[1].long(), *own[2:]) for own in moved]
+    """The same detections in the host's memory; all of them come in one copy. Labels are exact in float32."""
+    parts = [[v for v in (own.boxes, own.scores, own.labels, own.masks) if v is not None] for own in found]
+    every = [v for own in parts for v in own]
+    if not every:
+        return []
+    values = iter(torch.cat([v.flatten().float() for v in every]).cpu().split([v.numel() for v in every]))
+    moved = [[next(values).view(v.shape) for v in own] for own in parts]
+    return [Detections(boxes, labels.long(), scores, *masks) for boxes, scores, labels, *masks in moved]

@@ -15,7 +15,7 @@ from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
-from featprobe.probes.linear import LevelNorm
+from featprobe.probes.linear import LevelNorm, level_statistics
 
 PyramidKind = Literal["auto", "levels", "simple"]
 GROUPS = 16  # of GroupNorm, as many as divide the width
@@ -33,6 +33,15 @@ def cells_inside(content: Tensor | None, grid: tuple[int, int], stride: int) -> 
         torch.arange(cells, device=content.device) * stride < content[:, axis, None] for axis, cells in enumerate(grid)
     )
     return row[:, :, None] & column[:, None, :]
+
+
+def cells_of_strides(features: Features, strides: Sequence[int]) -> list[Tensor | None]:
+    """`cells_inside` of the maps of some strides, finest first; a coarser cell is what its first finest cell is."""
+    finest, frame = strides[0], features.frame
+    inside = cells_inside(features.content, (frame[0] // finest, frame[1] // finest), finest)
+    if inside is None or any(stride % finest for stride in strides):
+        return [cells_inside(features.content, (frame[0] // s, frame[1] // s), s) for s in strides]
+    return [inside[:, :: stride // finest, :: stride // finest] for stride in strides]
 
 
 class PaddedGroupNorm(nn.GroupNorm):
@@ -89,11 +98,11 @@ class _InsideNorm(torch.autograd.Function):
         """x: (batch, cells, channels). mask: (batch, cells, 1), 0 or 1, of the same format."""
         own = x * mask
         sums = torch.stack([own.sum(1), (own * x).sum(1)])  # (2, batch, channels)
-        share = 1 / (mask.sum((1, 2)).clamp(min=1) * (x.shape[2] // groups))[:, None, None]  # (batch, 1, 1)
+        share = (mask.sum((1, 2), keepdim=True).clamp(min=1) * (x.shape[2] // groups)).reciprocal()  # (batch, 1, 1)
         mean, square = sums.unflatten(2, (groups, -1)).sum(3, keepdim=True) * share  # (batch, groups, 1)
         rstd = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
         scale = weight.view(groups, -1) * rstd  # (batch, groups, channels of one)
-        shift = bias.view(groups, -1) - mean * scale
+        shift = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1)
         out = torch.addcmul(shift.flatten(1)[:, None], x, scale.flatten(1)[:, None])
         out = (out.relu_() if rectified else out).mul_(mask)
         ctx.save_for_backward(x, mask, weight, mean, rstd, share, out if rectified else mask)
@@ -168,7 +177,7 @@ def product(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     """A 1x1 convolution, channels last in memory whatever x is: (batch, width, rows, columns)."""
     rows = x.flatten(2).transpose(1, 2)  # (batch, cells, channels)
     # bmm, not `@`: the latter copies the whole map to fold its batch into rows
-    found = torch.bmm(rows, weight.T.expand(len(x), -1, -1)) + shift
+    found = torch.baddbmm(shift, rows, weight.T.expand(len(x), -1, -1))
     return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -212,23 +221,51 @@ class TopDown(Pyramid):
 
     def forward(self, features: Features) -> Maps:
         """All maps."""
-        return self._maps(features, self.strides)
+        return self._maps(features, self.strides, self.strides)
 
-    def _maps(self, features: Features, strides: Sequence[int]) -> Maps:
-        """The maps of the coarsest strides, down to the first of these."""
+    def _maps(self, features: Features, strides: Sequence[int], wanted: Sequence[int]) -> Maps:
+        """The maps of the coarsest strides, down to the first of these; padding is 0 in those that are wanted alone.
+
+        The others are only upsampled: no cell that holds some image lies in a coarser one that holds none.
+        """
         found: Maps = []
+        levels = [level for level in self.levels if level.stride in strides]
+        laterals = self._laterals(features, levels)
+        insides = dict(zip(strides, cells_of_strides(features, strides), strict=True))
         for stride in reversed(strides):
-            total: Tensor | None = None
-            for level in self.levels:
-                if level.stride == stride:
-                    own = self.laterals[level.name](features.maps[level.name], features)
-                    total = own if total is None else total + own
-            assert total is not None  # each stride is that of some level
+            own = [laterals[level.name] for level in levels if level.stride == stride]
             if found:
-                total = total + interpolate(found[0][0], total.shape[2:], mode="nearest")
-            inside = cells_inside(features.content, (total.shape[2], total.shape[3]), stride)
-            found.insert(0, (only_inside(total, inside), inside))
+                own.append(interpolate(found[0][0], own[0].shape[2:], mode="nearest"))
+            total = own[0]
+            for more in own[1:]:
+                total = total + more
+            inside = insides[stride]
+            found.insert(0, (only_inside(total, inside) if stride in wanted else total, inside))
         return found
+
+    def _laterals(self, features: Features, levels: Sequence[FeatureLevel]) -> dict[str, Tensor]:
+        """What comes out of these levels' laterals: name -> (batch, width, rows, columns)."""
+        laterals: list[Lateral] = [self.laterals[level.name] for level in levels]  # type: ignore[misc]
+        maps, first = [features.maps[level.name] for level in levels], laterals[0]
+        if not execution.whole_batches(first.weight.device):
+            found = [lateral(m, features) for lateral, m in zip(laterals, maps, strict=True)]
+            return {level.name: own for level, own in zip(levels, found, strict=True)}
+        dtype = first.weight.dtype
+        if not (torch.is_autocast_enabled() and first.weight.is_cuda):  # there a product takes maps in half precision
+            maps = [m.to(dtype) for m in maps]
+        with execution.full_products(first.weight.device):  # of all levels at once, in few operations
+            norms = [lateral.norm for lateral in laterals]
+            mean, rstd = level_statistics(norms, [m.flatten(2) for m in maps], levels, features, dtype)
+            scale = torch.cat([norm.weight for norm in norms]) * rstd
+            channels = [level.channels for level in levels]
+            shifts = torch.addcmul(torch.cat([norm.bias for norm in norms]), mean, scale, value=-1).split(channels)
+            weights = torch.cat([lateral.weight for lateral in laterals], 1)
+            folded = (weights * scale).split(channels, 1)
+            shifts = [
+                torch.addmv(lateral.bias, own, shift)
+                for lateral, own, shift in zip(laterals, weights.split(channels, 1), shifts, strict=True)
+            ]
+        return {v.name: product(m, w, s) for v, m, w, s in zip(levels, maps, folded, shifts, strict=True)}
 
     def convolved(self, features: Features, weight: Tensor, strides: Sequence[int]) -> Maps:
         """The maps of these strides, each under a 3x3 convolution; in cells of padding stands anything.
@@ -236,12 +273,9 @@ class TopDown(Pyramid):
         On a CPU, where it saves work, the finest map is never made: see `_at_finest`.
         """
         base = self._base(features, weight, strides)
-        if base == 0:
-            return super().convolved(features, weight, strides)
-        coarser = self._maps(features, self.strides[base:])
-        finest = self._at_finest(features, weight, coarser[0], base)
-        found = dict(zip(self.strides[base:], coarser, strict=True))
-        return [finest, *((conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides[1:])]
+        found = dict(zip(self.strides[base:], self._maps(features, self.strides[base:], strides), strict=True))
+        joined = [] if base == 0 else [self._at_finest(features, weight, found[self.strides[base]], base)]
+        return [*joined, *((conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides[len(joined) :])]
 
     def _at_finest(
         self, features: Features, weight: Tensor, above: tuple[Tensor, Tensor | None], base: int
@@ -291,7 +325,9 @@ class TopDown(Pyramid):
         outputs, width = weight.shape[:2]
         total = 0.0
         for stride in self.strides:
-            channels = [v.channels * (2 + features.maps[v.name].requires_grad) for v in self.levels if v.stride == stride]
+            channels = [
+                v.channels * (2 + features.maps[v.name].requires_grad) for v in self.levels if v.stride == stride
+            ]
             cells = (self.strides[0] / stride) ** 2
             taps = (1 + 2 * self.strides[0] / stride) ** 2
             total += sum(channels) * (taps * outputs if stride < base else cells * width)
@@ -343,14 +379,12 @@ class SimplePyramid(Pyramid):
         for step, (up, norm) in enumerate(zip(self.up, self.norms, strict=True), start=1):
             x = up(x)
             inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride // 2**step)
-            x = norm.rectified(x, inside)
+            x = rectified([norm], x, inside)  # type: ignore[list-item]
             maps.insert(0, (x, inside))
         return maps
 
 
-def make_pyramid(
-    levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0
-) -> Pyramid:
+def make_pyramid(levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0) -> Pyramid:
     """The pyramid of these levels: simple where all have one stride (as a ViT's), or where it is asked for.
 
     finest: strides below it, in pixels, are not made; the coarsest always is. Raises ProbeError for a simple one of

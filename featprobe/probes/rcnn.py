@@ -16,6 +16,7 @@ from torchvision.ops import box_area, box_iou, roi_align
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.probes.objects import (
     MOST_DETECTIONS,
     Detections,
@@ -90,9 +91,9 @@ class RcnnHead(nn.Module):
         found = maps_of(self.pyramid, self.strides, features)
         maps = {str(stride): x for stride, (x, _) in zip(self.strides, found, strict=True)}
         contents = [features.frame] * features.batch
-        if features.content is not None:
+        if features.content is not None:  # numbers of the host, as torchvision wants them
             contents = [(height, width) for height, width in features.content.tolist()]
-        wanted = None if targets is None else [_as_torchvision(t, c) for t, c in zip(targets, contents, strict=True)]
+        wanted = None if targets is None else [_as_torchvision(t, features, i) for i, t in enumerate(targets)]
         self.rpn.train(targets is not None)  # torchvision's parts go by their mode; ours by what they are given
         self.regions.train(targets is not None)
         images = ImageList(next(iter(maps.values())).new_empty(1).expand(1, 1, *features.frame), contents)
@@ -114,16 +115,24 @@ class _Anchors(AnchorGenerator):
     def __init__(self, strides: Sequence[int], sizes: Sequence[Sequence[int]]) -> None:
         super().__init__(tuple(tuple(own) for own in sizes), (ASPECT_RATIOS,) * len(sizes))
         self.strides = strides
+        self.kept: tuple[Any, Tensor] | None = None
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Anchors of each image, (anchors, 4), centred on the cells."""
+        first = feature_maps[0]
+        key = tuple(m.shape[2:] for m in feature_maps), first.dtype, first.device
+        if self.kept is None or self.kept[0] != key:  # they are the same for every batch of one frame
+            with torch.inference_mode(mode=False):
+                self.kept = key, self._made(feature_maps)
+        return [self.kept[1]] * len(image_list.image_sizes)
+
+    def _made(self, feature_maps: list[Tensor]) -> Tensor:
         device = feature_maps[0].device
         self.set_cell_anchors(feature_maps[0].dtype, device)
         steps = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
         grids = [[int(m.shape[-2]), int(m.shape[-1])] for m in feature_maps]
         parts = self.grid_anchors(grids, steps)
-        shifted = [part + stride / 2 for part, stride in zip(parts, self.strides, strict=True)]
-        return [torch.cat(shifted)] * len(image_list.image_sizes)
+        return torch.cat([part + stride / 2 for part, stride in zip(parts, self.strides, strict=True)])
 
 
 class _Proposals(RegionProposalNetwork):
@@ -135,8 +144,10 @@ class _Proposals(RegionProposalNetwork):
         labels, boxes = super().assign_targets_to_anchors(anchors, targets)
         for own, label, target in zip(anchors, labels, targets, strict=True):
             centres = (own[:, :2] + own[:, 2:]) / 2
-            left_out = (centres >= target["content"]).any(1) | in_crowd(centres, target["crowds"])
-            label[left_out & (label <= 0)] = -1
+            left_out = in_crowd(centres, target["crowds"])
+            if "content" in target:
+                left_out = left_out | (centres >= target["content"]).any(1)
+            label.masked_fill_(left_out & (label <= 0), -1)
         return labels, boxes
 
     def compute_loss(
@@ -147,14 +158,14 @@ class _Proposals(RegionProposalNetwork):
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """torchvision's two losses, as parts of those of all processes' anchors; 0 where none is counted."""
-        positive, negative = (torch.cat(own).nonzero()[:, 0] for own in self.fg_bg_sampler(labels))
-        sampled = torch.cat([positive, negative])
-        wanted = torch.cat(regression_targets)[positive]
-        boxes = smooth_l1_loss(pred_bbox_deltas[positive], wanted, beta=1 / 9, reduction="sum")
-        said = objectness.flatten()[sampled]
-        objects = binary_cross_entropy_with_logits(said, torch.cat(labels)[sampled], reduction="sum")
-        count = summed(torch.tensor(len(sampled), device=said.device)).clamp(min=1)
-        return objects / count, boxes / count
+        positive, negative = (torch.cat(own) for own in self.fg_bg_sampler(labels))  # 0 or 1
+        goals = torch.cat(regression_targets).masked_fill((positive == 0)[:, None], 0)  # those of nothing are infinite
+        of_box = smooth_l1_loss(pred_bbox_deltas, goals, beta=1 / 9, reduction="none").sum(1)
+        said, wanted = objectness.flatten(), torch.cat(labels).clamp(min=0)
+        of_object = binary_cross_entropy_with_logits(said, wanted.to(said.dtype), reduction="none")
+        sampled = positive + negative
+        count = summed(sampled.sum()).clamp(min=1)
+        return (of_object * sampled).sum() / count, (of_box * positive).sum() / count
 
 
 class _Regions(RoIHeads):
@@ -164,7 +175,7 @@ class _Regions(RoIHeads):
     """
 
     crowds: list[Tensor]
-    counts: tuple[int, int]
+    counts: tuple[int, Tensor]
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -174,18 +185,18 @@ class _Regions(RoIHeads):
             if len(crowds):
                 iou, area = box_iou(own, crowds), box_area(own)[:, None]
                 shared = iou * (area + box_area(crowds)) / (1 + iou)
-                label[((shared / area.clamp(min=1e-6)).amax(1) >= 0.5) & (label == 0)] = -1
+                label.masked_fill_(((shared / area.clamp(min=1e-6)).amax(1) >= 0.5) & (label == 0), -1)
         return matched, labels
 
     def subsample(self, labels: list[Tensor]) -> list[Tensor]:
         chosen = super().subsample(labels)
         found = torch.cat([label[own] for label, own in zip(labels, chosen, strict=True)])
-        self.counts = len(found), int((found > 0).sum())
+        self.counts = len(found), (found > 0).sum()
         return chosen
 
     def of_the_batch(self, losses: dict[str, Tensor]) -> list[Tensor]:
         """torchvision's means over the proposals of one process, as parts of those of all; none without a proposal."""
-        own = torch.tensor(self.counts, device=self.crowds[0].device)
+        own = torch.stack([torch.full_like(self.counts[1], self.counts[0]), self.counts[1]])
         proposals, objects = own / summed(own).clamp(min=1)
         shares = {"loss_classifier": proposals, "loss_box_reg": proposals, "loss_mask": objects}
         return [loss * shares[name] for name, loss in losses.items()] if self.counts[0] else []
@@ -214,15 +225,20 @@ class RegionPool(nn.Module):
         channels = maps[str(self.strides[0])].shape[1]
         pooled = regions.new_zeros((len(regions), channels, *self.output_size))
         for index, stride in enumerate(self.strides):
+            if execution.whole_batches(regions.device):  # more is pooled than is taken, and nothing waits
+                found = roi_align(maps[str(stride)], regions, self.output_size, 1 / stride, 2, aligned=True)
+                pooled = torch.where((level == index)[:, None, None, None], found, pooled)
+                continue
             own = (level == index).nonzero()[:, 0]
             found = roi_align(maps[str(stride)], regions[own], self.output_size, 1 / stride, 2, aligned=True)
             pooled = pooled.index_copy(0, own, found)
         return pooled
 
 
-def _as_torchvision(target: ObjectTarget, content: tuple[int, int]) -> dict[str, Tensor]:
+def _as_torchvision(target: ObjectTarget, features: Features, image: int) -> dict[str, Tensor]:
     values = {"boxes": target.boxes, "labels": target.labels, "crowds": target.crowds}
-    values["content"] = target.boxes.new_tensor([content[1], content[0]])  # width, height
+    if features.content is not None:
+        values["content"] = features.content[image].flip(0)  # width, height
     return values if target.masks is None else values | {"masks": half_pixel_later(target.masks)}
 
 

@@ -271,7 +271,7 @@ def seconds_per_step(
             if step == first:
                 begun = _now(loop.device)
             next(steps)
-    return (_now(loop.device) - begun) / counted
+        return (_now(loop.device) - begun) / counted
 
 
 def _now(device: torch.device) -> float:
@@ -566,7 +566,7 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "curves": [[asdict(point) for point in curve] for curve in self.curves],
             "alive": self.alive,
-            "losses": self.losses,
+            "losses": [losses.clone() for losses in self.losses],
             "best": self.best,
             "random": [torch.get_rng_state(), *cuda],
         }

@@ -1,6 +1,6 @@
 """Augmented views of training images, with their masks and boxes: crops that hold defects, flips, grey levels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from featprobe.targets import IGNORE, LEAST_VISIBLE, Instance, Labels, decode_rl
 
 WHOLE = 0.999  # share of a box from which on all of its object is in view
 SMALLEST_SIDE = 1.0  # frame pixels, of a box that is an object
-Warp = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,33 @@ class Augmentation:
     def to_json(self) -> dict[str, float]:
         """Plain values, as cards keep them."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be seen of an image, settled before a pixel is touched.
+
+    crop: top, left, height and width, pixels. placement: of the crop in the frame. hflip, vflip: whether it is turned
+    over. contrast, brightness: changes of grey levels.
+    """
+
+    crop: tuple[int, int, int, int]
+    placement: Placement
+    hflip: bool
+    vflip: bool
+    contrast: float
+    brightness: float
+
+    def cut(self, plane: Any) -> Any:
+        """The crop of an array of (height, width, …)."""
+        top, left, height, width = self.crop
+        return plane[top : top + height, left : left + width]
+
+    def turned(self, x: Tensor) -> Tensor:
+        """A crop, (…, height, width), at its size in the frame, turned over as planned."""
+        for flip, planned in ((v2.hflip, self.hflip), (v2.vflip, self.vflip)):
+            x = flip(x) if planned else x
+        return x.as_subclass(Tensor)
 
 
 @dataclass(frozen=True)
@@ -74,26 +100,58 @@ def augment(
     unit: (height, width) or (height, width, 3), [0, 1], original size. labels: class indices of its pixels. instances:
     in its pixels. masks: whether the objects' masks are wanted.
     """
-    crop = choose_crop((unit.shape[0], unit.shape[1]), labels, instances, how, random)
-    placement = place_crop(crop[2:], (unit.shape[0], unit.shape[1]), recipe)
-    flips = [flip for flip, p in ((v2.hflip, how.hflip), (v2.vflip, how.vflip)) if random.random() < p]
+    size = (unit.shape[0], unit.shape[1])
+    plan = plan_view(size, labels, instances, recipe, how, random)
+    crop = plan.cut(unit)
+    plane = torch.from_numpy(crop if crop.ndim == 3 else crop[:, :, None]).movedim(2, 0)  # (1 or 3, height, width)
+    image = draw_image(plane, plan, recipe.interpolation, mean_of(recipe, plane.device))
+    seen = None if labels is None else draw_labels(torch.tensor(plan.cut(labels)), plan)
+    objects = None if instances is None else draw_objects(instances, size, plan, masks=masks)
+    return View(image, plan.placement.content, seen, objects)
 
-    def warp(x: Tensor, interpolation: str = "nearest-exact") -> Tensor:
-        x = v2.resized_crop(x, *crop, list(placement.content), InterpolationMode(interpolation))
-        for flip in flips:
-            x = flip(x)
-        return x.as_subclass(Tensor)
 
-    plane = torch.from_numpy(unit if unit.ndim == 3 else unit[:, :, None]).movedim(2, 0)  # (1 or 3, height, width)
-    image = warp(tv_tensors.Image(plane), recipe.interpolation)
-    middle = image.mean()
+def plan_view(
+    size: Size,
+    labels: Labels | None,
+    instances: Sequence[Instance] | None,
+    recipe: FeatureRecipe,
+    how: Augmentation,
+    random: np.random.Generator,
+) -> Plan:
+    """What to show of an image of (height, width), at random. Arguments as of `augment`."""
+    crop = choose_crop(size, labels, instances, how, random)
+    placement = place_crop(crop[2:], size, recipe)
+    hflip, vflip = (bool(random.random() < p) for p in (how.hflip, how.vflip))
     contrast, brightness = random.uniform(-1, 1) * how.contrast, random.uniform(-1, 1) * how.brightness
-    image = (middle + (image - middle) * (1 + contrast) + brightness).clamp(0, 1)
-    framed = torch.tensor(recipe.mean, dtype=torch.float32)[:, None, None].repeat(1, *recipe.frame)
-    framed[:, : placement.content[0], : placement.content[1]] = image
-    seen = None if labels is None else _seen(labels, warp, placement, IGNORE)
-    objects = None if instances is None else _objects(instances, (unit.shape[0], unit.shape[1]), warp, placement, masks)
-    return View(framed, placement.content, seen, objects)
+    return Plan(crop, placement, hflip, vflip, contrast, brightness)
+
+
+def mean_of(recipe: FeatureRecipe, device: torch.device) -> Tensor:
+    """What padding holds: (3, 1, 1)."""
+    return torch.tensor(recipe.mean, dtype=torch.float32, device=device)[:, None, None]
+
+
+def draw_image(crop: Tensor, plan: Plan, interpolation: str, padding: Tensor) -> Tensor:
+    """The planned view of an image in its frame: (3, frame height, frame width), float32, [0, 1].
+
+    crop: (1 or 3, height, width), [0, 1], on any device. padding: see `mean_of`. Nothing here waits for the device.
+    """
+    size = list(plan.placement.content)
+    image = plan.turned(v2.resize(tv_tensors.Image(crop), size, InterpolationMode(interpolation)))
+    middle = image.mean()
+    image = (middle + (image - middle) * (1 + plan.contrast) + plan.brightness).clamp(0, 1)
+    framed = padding.repeat(1, *plan.placement.frame)
+    framed[:, : size[0], : size[1]] = image
+    return framed
+
+
+def draw_labels(crop: Tensor, plan: Plan, fill: int = IGNORE) -> Tensor:
+    """The planned view of a mask in its frame: (frame height, frame width), uint8. crop: (height, width), uint8."""
+    size = list(plan.placement.content)
+    framed = torch.full(plan.placement.frame, fill, dtype=torch.uint8, device=crop.device)
+    resized = v2.resize(tv_tensors.Mask(crop), size, InterpolationMode.NEAREST)
+    framed[: size[0], : size[1]] = plan.turned(resized)
+    return framed
 
 
 def place_crop(crop: Size, shown: Size, recipe: FeatureRecipe) -> Placement:
@@ -155,20 +213,15 @@ def _some_defect(
     return x, y, x + 1, y + 1
 
 
-def _seen(mask: NDArray[np.uint8], warp: Warp, placement: Placement, fill: int) -> Tensor:
-    """A mask as the view shows it: (frame height, frame width), uint8."""
-    framed = torch.full(placement.frame, fill, dtype=torch.uint8)
-    framed[: placement.content[0], : placement.content[1]] = warp(tv_tensors.Mask(torch.tensor(mask)))
-    return framed
-
-
-def _objects(instances: Sequence[Instance], size: Size, warp: Warp, placement: Placement, masks: bool) -> ObjectTarget:
-    """The objects of an image of (height, width) as the view shows them, in frame pixels.
+def draw_objects(instances: Sequence[Instance], size: Size, plan: Plan, *, masks: bool) -> ObjectTarget:
+    """The objects of an image of (height, width) as the planned view shows them, in frame pixels, on the host.
 
     What is seen of an object is told by its mask where it has one: the box of a bent crack may be in view without it.
     """
+    placement = plan.placement
     raw = torch.tensor([i.box_xyxy for i in instances], dtype=torch.float32).reshape(-1, 4)
-    boxes = warp(tv_tensors.BoundingBoxes(raw, format="XYXY", canvas_size=size))
+    seen = tv_tensors.BoundingBoxes(raw, format="XYXY", canvas_size=size)
+    boxes = plan.turned(v2.resized_crop(seen, *plan.crop, list(placement.content)))
     scale = float(np.prod(np.divide(placement.content, placement.original)))
     share = box_area(boxes) / (box_area(raw) * scale).clamp(min=1e-6)  # of each that is seen
     layers: list[Tensor] = []
@@ -176,7 +229,7 @@ def _objects(instances: Sequence[Instance], size: Size, warp: Warp, placement: P
     for i, instance in enumerate(instances):
         if instance.rle is not None and share[i] > 0 and (masks or share[i] < WHOLE):
             mask = decode_rle(instance.rle).astype(np.uint8)
-            layer = _seen(mask, warp, placement, 0)
+            layer = draw_labels(torch.from_numpy(plan.cut(mask)), plan, 0)
             share[i] = float(layer.sum()) / max(mask.sum() * scale, 1e-6)
             boxes[i] = _box_of(layer)
         sized = bool((boxes[i, 2:] - boxes[i, :2] >= SMALLEST_SIDE).all())

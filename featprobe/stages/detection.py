@@ -2,20 +2,26 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featprobe.cache import Cache
+from featprobe.cache.reader import device_room
 from featprobe.features import Features
 from featprobe.geometry import Placement
+from featprobe.machine import available_memory
 from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
-from featprobe.probes import Detections, ObjectTarget, object_sides, objects_at_original
+from featprobe.probes import FcosHead, ObjectTarget, object_sides, objects_at_original
+from featprobe.probes.objects import ObjectBatch, on_host
 from featprobe.probes.train import Feed
-from featprobe.processes import from_main, gathered
+from featprobe.processes import count, from_main, gathered
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
 from featprobe.stages.labels import shelf_of
@@ -26,6 +32,7 @@ from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
+MASK_MEMORY_SHARE = 0.2  # of the memory where the head trains, for masks kept ready
 
 
 class Detection:
@@ -83,22 +90,43 @@ class Detection:
 
     def fixed(self, head: nn.Module) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
-        return False
+        return isinstance(head, FcosHead)
 
-    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
-        """The heads' losses on a batch, (heads,), one head after the other."""
+    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch | Tensor], Tensor]:
+        """The heads' losses on a batch, (heads,), one head after the other.
 
-        def loss(features: Features, batch: Batch) -> Tensor:
-            if isinstance(batch, Views):
-                targets = list(batch.objects or ())
-            else:
-                targets = [self._with_masks(row, self.targets[row]) for row in batch.tolist()]
-            wanted = [target.to(self.device) for target in targets]
-            others = []
+        A batch is rows, augmented views, or, for heads that are `fixed`, places among the sorted training rows,
+        (batch,), on the device.
+        """
+        if all(self.fixed(head) for head in heads):
+            rows = np.array(sorted(self.targets), dtype=np.intp)
+            every = ObjectBatch.of([self.targets[row] for row in rows.tolist()]).to(self.device)
+
+            def wanted(batch: Batch | Tensor) -> Sequence[ObjectTarget] | ObjectBatch:
+                if isinstance(batch, Views):
+                    return ObjectBatch.of(batch.objects or ()).to(self.device)
+                places = batch if isinstance(batch, Tensor) else torch.from_numpy(np.searchsorted(rows, batch))
+                return every.at(places.to(self.device, non_blocking=True))
+        else:
+            own = {row: self.targets[row].to(self.device) for row in self.targets}
+
+            def wanted(batch: Batch | Tensor) -> Sequence[ObjectTarget] | ObjectBatch:
+                if isinstance(batch, Views):
+                    return [target.to(self.device) for target in batch.objects or ()]
+                assert not isinstance(batch, Tensor)  # which `fixed` rules out
+                targets = [own[row] for row in batch.tolist()]
+                if not self.masks:
+                    return targets
+                masks = [self._masks.of(row, partial(self._framed_masks, row)) for row in batch.tolist()]
+                return [replace(t, masks=m) for t, m in zip(targets, masks, strict=True)]
+
+        def loss(features: Features, batch: Batch | Tensor) -> Tensor:
+            targets, others = wanted(batch), []
             for head in heads[:-1]:  # all draw the same samples, whichever heads they are trained beside
-                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                    others.append(head(features, wanted))
-            return torch.stack([*others, heads[-1](features, wanted)])
+                alike = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+                with nullcontext() if isinstance(targets, ObjectBatch) else alike:
+                    others.append(head(features, targets))
+            return torch.stack([*others, heads[-1](features, targets)])
 
         return loss
 
@@ -108,9 +136,10 @@ class Detection:
 
         def objects() -> Iterator[tuple[int, list[Objects]]]:
             for batch, features in feed(evaluation_batches(rows)):
-                every: list[list[Detections]] = [head(features) for head in heads]
+                every = on_host([own for head in heads for own in head(features)])  # those of a head side by side
                 for i, row in enumerate(batch.tolist()):
-                    yield row, [objects_at_original(own[i], self.cache.rows[row].placement) for own in every]
+                    placement = self.cache.rows[row].placement
+                    yield row, [objects_at_original(own, placement) for own in every[i :: len(batch)]]
 
         for image, found in by_image(self.cache, objects()):
             pieces = [(self.cache.rows[row].part, own) for row, own in found]
@@ -170,15 +199,57 @@ class Detection:
         labels = torch.tensor([i.category for i in own], dtype=torch.int64)
         return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
 
-    def _with_masks(self, row: int, target: ObjectTarget) -> ObjectTarget:
-        if not self.masks:
-            return target
+    @cached_property
+    def _masks(self) -> "_Masks":
+        return _Masks(self.device)
+
+    def _framed_masks(self, row: int) -> NDArray[np.uint8]:
+        """The masks of a row's objects, (objects, frame height, frame width), 0 or 1."""
         placement = self.cache.rows[row].placement
         rles = [i.rle for i in self.instances(row) if not i.crowd and _sized(i)]
         masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
         for mask, rle in zip(masks, rles, strict=True):
             mask[:] = _mask_in_frame(rle, placement)
-        return replace(target, masks=torch.from_numpy(masks))
+        return masks
+
+
+class _Masks:
+    """Masks of rows' objects, each decoded once and then kept where the head trains, cut out around its object.
+
+    Where the memory holds no more of them, a row's are decoded each time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        room = device_room(device)
+        self.room = MASK_MEMORY_SHARE * (available_memory() / count() if room is None else room)
+        self.kept: dict[int, tuple[tuple[int, ...], list[tuple[int, int, Tensor]]]] = {}
+
+    def of(self, row: int, decode: Callable[[], NDArray[np.uint8]]) -> Tensor:
+        """The masks of a row, (objects, frame height, frame width), uint8, on the device."""
+        if row not in self.kept:
+            masks = torch.from_numpy(decode())
+            crops = [_crop(mask) for mask in masks]
+            size = sum(crop.nbytes for _, _, crop in crops)
+            if size > self.room:
+                return masks.to(self.device, non_blocking=True)
+            self.room -= size
+            moved = [(top, left, crop.to(self.device, non_blocking=True)) for top, left, crop in crops]
+            self.kept[row] = tuple(masks.shape), moved
+        shape, crops = self.kept[row]
+        found = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        for mask, (top, left, crop) in zip(found, crops, strict=True):
+            mask[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
+        return found
+
+
+def _crop(mask: Tensor) -> tuple[int, int, Tensor]:
+    """(top, left, the part of a mask that holds all that is set in it)."""
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    if not len(rows):
+        return 0, 0, mask[:0, :0].clone()
+    top, left = int(rows[0]), int(columns[0])
+    return top, left, mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone()
 
 
 def coco_results(objects: Objects, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -44,10 +44,11 @@ from featprobe.stages.workspace import Workspace
 class ExtractReport:
     """What an extraction did. seconds: load, look, run, and what `run` waited for: images, disk.
 
+    On CUDA the memory that waits for the disk is held while features are computed, too: that time counts there as well.
     And how long each part of `run` would have taken with nothing to wait for: network, decoding, copying (from the
     device, 0 where there is none), writing.
-    rows: tiles and views, or else images; images: that they show.
-    by_times: the data set was not read, since its files have the sizes and times of last time.
+    rows: tiles and views, or else images; images: that they show. by_times: the data set was not read, since its files
+    have the sizes and times of last time.
     """
 
     path: Path
@@ -140,7 +141,7 @@ def extract_with(
     if report.computed:
         _log_run(report)
     if asked and (done == WHOLE).all():  # what can't be read may be readable next time
-        keep(asked, cache, data, report.notes)
+        keep(asked, cache, data, job.info.notes)
     return report
 
 

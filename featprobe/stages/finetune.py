@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
 from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
@@ -85,7 +86,10 @@ def finetune(
     """
     options = options or ProbeOptions()
     options = replace(options, tuning=options.tuning or Tuning())
-    with together(pick_device(options.device)):
+    device = pick_device(options.device)
+    if options.tuning and options.tuning.precision:
+        resolve(options.tuning.precision, device)  # refuses what this device can't compute
+    with together(device):
         say = say if is_main() else lambda line: None
         if extract:
             named = bool(task or data or backbones)

@@ -1,7 +1,7 @@
 """How long training will take, and whether it fits the memory: a few steps, timed before it starts."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from featprobe.errors import ProbeError
 from featprobe.probes import TrainRecipe
 from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
+from featprobe.stages.memory import largest_that_fits
 from featprobe.stages.outcome import scored_here
 from featprobe.stages.rows import images_of, rows_of
 from featprobe.stages.sources import Source, feed_of
@@ -51,7 +52,7 @@ def foresee(run: "Run", trials: Sequence["Trial"], source: Source) -> Forecast:
     val = run.rows["val"]
     few = rows_of(run.cache, val, images_of(run.cache, val[:4]))  # whole images
     begun = time.perf_counter()
-    run.task.evaluate(together, source.batches, few)
+    run.evaluate(together, source, few)
     evaluation = (time.perf_counter() - begun) * len(scored_here(run.cache, val)) / len(few)
     times = len(trials) / len(together)
     return Forecast(times * step, times * evaluation)
@@ -95,16 +96,3 @@ def _rehearse(run: "Run", trials: Sequence["Trial"], source: Source, tuned: Tune
         f"  wanted  {len(rows[own_part(len(rows))])} images at once\n"
         f"  found   {found}\nNothing was trained. What fits:  {advice}"
     )
-
-
-def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
-    """The largest half, quarter, … of a batch of `count` images whose step does not run out of memory; 0 for none."""
-    while count := count // 2:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        try:
-            step(count)
-            return count
-        except torch.OutOfMemoryError:
-            continue
-    return 0

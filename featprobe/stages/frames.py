@@ -96,7 +96,7 @@ class Buffer:
             facts = self._facts[: len(self.levels)].to(device, non_blocking=True)
             sent = self._shown.to(device, non_blocking=True), facts
             self._sent = torch.cuda.Event()
-            self._sent.record()
+            self._sent.record(stream)
         current.wait_stream(stream)
         for one in sent:
             one.record_stream(current)
@@ -134,8 +134,10 @@ class Framing:
         shown = buffer.levels[k, : placement.content[0], : placement.content[1]]
         return shown[:, :, 0] if shown.shape[2] == 1 else shown
 
-    def put(self, buffer: Buffer, k: int, levels: Levels, placement: Placement) -> None:
-        """Write image k, where it was not decoded there. levels: of what is shown of it.
+    def put(
+        self, buffer: Buffer, k: int, levels: Levels, placement: Placement, window: tuple[float, float] | None = None
+    ) -> None:
+        """Write image k, where it was not decoded there. levels: of what is shown of it. window: None for the recipe's.
 
         Raises DataError for levels that the recipe's policy has no values for.
         """
@@ -144,7 +146,8 @@ class Framing:
             put_image(buffer.levels[k], levels, placement, recipe.window, recipe.interpolation, policy)
             buffer.facts[k] = 0, 1, *placement.content
             return
-        window = image_window(levels, policy) if policy.image else recipe.window
+        if window is None:
+            window = image_window(levels, policy) if policy.image else recipe.window
         fractions = levels.dtype == np.float32
         low, high = window if window is not None else (0.0, float(largest(levels)))
         factor = 1.0 / (high - low) if low < high else STEEP if fractions else 1.0
@@ -166,15 +169,20 @@ class Framing:
 
     def images(self, buffer: Buffer) -> Tensor:
         """The framed images of a buffer on the device: (images, 3, frame height, frame width), float32, [0, 1]."""
-        layout, whole = buffer.layout, bool((buffer.facts[:, 2:] == self.frame).all())
-        levels, facts = buffer.to(self.device, self.stream)
-        values = self._unit(levels, facts, layout.dtype).permute(0, 3, 1, 2) if layout.raw else levels
+        whole = bool((buffer.facts[:, 2:] == self.frame).all())
+        values, facts = self.unit(buffer)
         if not whole:
             height, width = facts[:, 2].view(-1, 1, 1, 1), facts[:, 3].view(-1, 1, 1, 1)
             rows = torch.arange(self.frame[0], device=self.device).view(1, 1, -1, 1)
             columns = torch.arange(self.frame[1], device=self.device).view(1, 1, 1, -1)
             values = torch.where((rows < height) & (columns < width), values, self._mean)
         return values.expand(-1, 3, -1, -1).to(self.target)
+
+    def unit(self, buffer: Buffer) -> tuple[Tensor, Tensor]:
+        """The images of a buffer as they lie there, (images, channels, height, width), float32, [0, 1]; their facts."""
+        levels, facts = buffer.to(self.device, self.stream)
+        layout = buffer.layout
+        return self._unit(levels, facts, layout.dtype).permute(0, 3, 1, 2) if layout.raw else levels, facts
 
     def together(self, levels: Sequence[Levels], placements: Sequence[Placement]) -> Tensor:
         """`images` of levels that are there already."""

@@ -3,29 +3,46 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from featprobe.backbones.precision import Precision, computing, float32_as
 from featprobe.cache import Cache
-from featprobe.datasets.images import frame_image, hash_image, read_levels, to_unit
+from featprobe.datasets.images import frame_image, hash_image, image_window, read_levels, to_unit
+from featprobe.datasets.pixels import Levels
 from featprobe.errors import DataError
 from featprobe.features import Features
-from featprobe.probes import ObjectTarget
+from featprobe.geometry import Placement, Size
+from featprobe.probes import ObjectTarget, execution
 from featprobe.processes import own_part
 from featprobe.specs import Rows
-from featprobe.stages.augment import Augmentation, View, augment
+from featprobe.stages.augment import (
+    Augmentation,
+    Plan,
+    View,
+    augment,
+    draw_image,
+    draw_labels,
+    draw_objects,
+    mean_of,
+    plan_view,
+)
+from featprobe.stages.frames import Buffer, Framing, Kind, Layout
 from featprobe.targets import Instance, Labels
 
 if TYPE_CHECKING:
     from featprobe.backbones.backbone import Backbone
 
 AHEAD = 2  # batches that are decoded before they are needed
+TORCH_OF = {"uint8": torch.uint8, "int32": torch.int32}
 IMAGES_KEPT = 4  # decoded, for their next tiles
 Truth = tuple[Labels | None, Sequence[Instance] | None]
 
@@ -42,6 +59,20 @@ class Views:
     objects: tuple[ObjectTarget, ...] | None
 
 
+@dataclass(frozen=True)
+class Raw:
+    """An image on its way to a device that draws views itself: its levels, page-locked, and what is shown of them.
+
+    plan: None for all of it, framed as extraction frames it; buffer: else of the crop alone. labels: of the crop.
+    """
+
+    buffer: Buffer
+    content: Size
+    plan: Plan | None = None
+    labels: Tensor | None = None
+    objects: ObjectTarget | None = None
+
+
 class LiveFeatures:
     """Batches of features as FeatureLoader gives them, made by a backbone from the images.
 
@@ -49,7 +80,12 @@ class LiveFeatures:
     row, at its original size, for the augmented views; masks: whether objects are wanted with theirs. augmentation: of
     training batches, None for the images as they are; its randomness follows from the seed, the number of the batch
     and the image's place in it, whichever process makes it, so that a training that goes on sees what it would have
-    seen. precision: "bf16" computes the backbone in bfloat16 where autocast holds that to be safe.
+    seen. precision: of the backbone, and of the float32 that the head computes in for as long as this is open; "bf16"
+    gives its maps in bfloat16 on a GPU.
+
+    Threads read images ahead. On a GPU they leave raw levels in page-locked memory, cut to what will be seen, and the
+    device turns these into views: the same function as on the CPU, to rounding. What needs labels, the choice of a
+    crop and what is left of each object, stays on the host.
 
     Raises DataError for an image that is not there any more, or not the one that the cache was made from.
     """
@@ -65,7 +101,7 @@ class LiveFeatures:
         augmentation: Augmentation | None = None,
         seed: int = 0,
         workers: int = 2,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
     ) -> None:
         self.cache, self.backbone, self.device, self.truth, self.masks = cache, backbone, device, truth, masks
         self.augmentation, self.seed, self.precision = augmentation, seed, precision
@@ -73,12 +109,18 @@ class LiveFeatures:
         self._known: set[str] = set()  # images that were found to be the cache's
         fits = augmentation is None or cache.recipe.fit == "resize"  # a crop may have another shape than its image
         self._whole = fits and all(row.placement.content == cache.recipe.frame for row in cache.rows)
+        there = execution.whole_batches(device) and device.type != "mps"  # which has no float64
+        self.framing = Framing(cache.recipe, device) if there else None
+        self._padding = mean_of(cache.recipe, device)
+        self._float32 = ExitStack()
         self._levels = lru_cache(maxsize=IMAGES_KEPT if cache.recipe.in_parts else 0)(read_levels)
 
     def __enter__(self) -> "LiveFeatures":
+        self._float32.enter_context(float32_as(self.precision, self.device))  # the way back too
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._float32.close()
         self.pool.shutdown(cancel_futures=True)
 
     def batches(self, orders: Iterable[Rows]) -> Generator[tuple[Rows, Features]]:
@@ -102,20 +144,20 @@ class LiveFeatures:
             yield Views(rows, torch.stack(labels) if labels else None, objects or None), self._features(views)
 
     def _ahead(
-        self, parts: Iterable[tuple[Rows, int]], work: Callable[[int, int, int], View], first: int
+        self, parts: Iterable[tuple[Rows, int]], work: Callable[[int, int, int], View | Raw], first: int
     ) -> Iterator[tuple[Rows, list[View]]]:
         """Batches whose images are made ahead, by threads. parts: rows, and the place of the first in its batch."""
-        waiting: deque[tuple[Rows, list[Future[View]]]] = deque()
+        waiting: deque[tuple[Rows, list[Future[View | Raw]]]] = deque()
         try:
             for number, (rows, start) in enumerate(parts, first):
                 jobs = [partial(work, row, number, place) for place, row in enumerate(rows.tolist(), start)]
                 waiting.append((rows, [self.pool.submit(job) for job in jobs]))
                 if len(waiting) > AHEAD:
                     done, futures = waiting.popleft()
-                    yield done, [future.result() for future in futures]
+                    yield done, [self._drawn(future.result()) for future in futures]
             while waiting:
                 done, futures = waiting.popleft()
-                yield done, [future.result() for future in futures]
+                yield done, [self._drawn(future.result()) for future in futures]
         finally:
             for _, futures in waiting:
                 for future in futures:
@@ -141,33 +183,82 @@ class LiveFeatures:
             )
         return own.show(levels)
 
-    def _framed(self, row: int) -> View:
+    def _framed(self, row: int) -> View | Raw:
         recipe, placement = self.cache.recipe, self.cache.rows[row].placement
         levels = self._read(row)
+        if self.framing is not None:
+            buffer = self._buffer(self.framing.layout([Kind.of(levels, placement)]), placement.frame)
+            self.framing.put(buffer, 0, levels, placement)
+            return Raw(buffer, placement.content)
         image = frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
         return View(torch.from_numpy(image), placement.content, None, None)
 
-    def _augmented(self, row: int, number: int, place: int) -> View:
+    def _augmented(self, row: int, number: int, place: int) -> View | Raw:
         assert self.augmentation is not None
-        labels, instances = self.truth(row)
-        unit = to_unit(self._read(row), self.cache.recipe.window, self.cache.recipe.policy)
+        recipe, (labels, instances), levels = self.cache.recipe, self.truth(row), self._read(row)
         random = np.random.default_rng([self.seed, number, place])
-        return augment(unit, labels, instances, self.cache.recipe, self.augmentation, random, masks=self.masks)
+        if self.framing is None:
+            unit = to_unit(levels, recipe.window, recipe.policy)
+            return augment(unit, labels, instances, recipe, self.augmentation, random, masks=self.masks)
+        size = levels.shape[:2]
+        plan = plan_view(size, labels, instances, recipe, self.augmentation, random)
+        seen = None if labels is None else self._sent(plan.cut(labels))
+        objects = None if instances is None else draw_objects(instances, size, plan, masks=self.masks)
+        return Raw(self._crop_of(levels, plan), plan.placement.content, plan, seen, objects)
+
+    def _crop_of(self, levels: Levels, plan: Plan) -> Buffer:
+        """The crop of an image in page-locked memory: its raw levels where the device can stretch them."""
+        assert self.framing is not None
+        recipe, crop = self.cache.recipe, plan.cut(levels)
+        whole = Placement(crop.shape[:2], crop.shape[:2], crop.shape[:2])
+        layout = self.framing.layout([Kind.of(crop, whole)])
+        buffer = self._buffer(layout, whole.frame)
+        if layout.raw:
+            window = image_window(levels, recipe.policy) if recipe.policy.image else None
+            self.framing.put(buffer, 0, crop, whole, window)
+        else:
+            unit = plan.cut(to_unit(levels, recipe.window, recipe.policy))
+            buffer.levels[0] = unit if unit.ndim == 2 else unit.transpose(2, 0, 1)
+        return buffer
+
+    def _buffer(self, layout: Layout, size: Size) -> Buffer:
+        """Memory for an image; torch keeps page-locked memory that was given back, and hands it out again."""
+        buffer = Buffer(1, layout.image_bytes(size), self.device)
+        buffer.begin(1, layout, size)
+        return buffer
+
+    def _sent(self, values: NDArray[Any]) -> Tensor:
+        """Labels, or sizes, from where the device can fetch them without a stop."""
+        place = torch.empty(values.shape, dtype=TORCH_OF[values.dtype.name], pin_memory=self.device.type == "cuda")
+        place.numpy()[:] = values
+        return place
+
+    def _drawn(self, image: View | Raw) -> View:
+        """A view on the device of what a thread has left there; nothing here waits for the device."""
+        if isinstance(image, View):
+            return image
+        assert self.framing is not None
+        if image.plan is None:
+            return View(self.framing.images(image.buffer)[0], image.content, None, None)
+        crop = self.framing.unit(image.buffer)[0][0]
+        shown = draw_image(crop, image.plan, self.cache.recipe.interpolation, self._padding)
+        labels = None if image.labels is None else image.labels.to(self.device, non_blocking=True)
+        seen = None if labels is None else draw_labels(labels, image.plan)
+        return View(shown, image.content, seen, image.objects)
 
     def _features(self, views: Sequence[View]) -> Features:
         """Features of a batch of framed images, on the device."""
-        images = torch.stack([view.image for view in views])  # (batch, 3, height, width)
-        content = torch.tensor([view.content for view in views], dtype=torch.int32)
-        if self.device.type == "cuda":
-            images, content = images.pin_memory(), content.pin_memory()
-        images = images.to(self.device, non_blocking=True)
-        moved = None if self._whole else content.to(self.device, non_blocking=True)
+        images = torch.stack([view.image for view in views]).to(self.device)  # (batch, 3, height, width)
+        content = None
+        if not self._whole:
+            content = self._sent(np.array([view.content for view in views], dtype=np.int32))
+            content = content.to(self.device, non_blocking=True)
         learns = torch.is_grad_enabled() and self.backbone.training
-        with torch.set_grad_enabled(learns), self._autocast():
-            features: Features = self.backbone(images, moved)
-        if learns:
-            return features
-        return replace(features, maps={name: m.contiguous() for name, m in features.maps.items()})  # as a cache's are
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with torch.set_grad_enabled(learns), computing(self.precision, self.device):
+            features: Features = self.backbone(images, content)
+        maps = features.maps
+        if self.precision == "bf16" and self.framing is not None:  # what heads then compute in
+            maps = {name: m.to(torch.bfloat16) for name, m in maps.items()}
+        if not learns:
+            maps = {name: m.contiguous() for name, m in maps.items()}  # as a cache's are
+        return replace(features, maps=maps)

@@ -22,10 +22,11 @@ from featprobe.cache import MISSING, UNREADABLE, Cache, CacheWriter, read_conten
 from featprobe.cache.reader import TORCH_DTYPE
 from featprobe.datasets.images import read_levels
 from featprobe.datasets.pixels import DTYPE_OF, Levels
-from featprobe.errors import BackboneError, DataError, OverflowsDtypeError
+from featprobe.errors import DataError, OverflowsDtypeError
 from featprobe.machine import usable_cores
 from featprobe.stages.frames import Buffer, Framing, Kind, Layout
 from featprobe.stages.job import Job
+from featprobe.stages.memory import failing, largest_that_fits, too_small, with_batch_size
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.survey import skippable
 
@@ -40,7 +41,6 @@ AHEAD = 3  # blocks that are decoded before they are needed
 IMAGES_KEPT = 4  # decoded, for their next tiles
 BEHIND = 2  # blocks that may wait for the disk
 WRITERS = min(4, max(2, usable_cores() // 4))  # threads: one takes checksums while another writes
-DEVICE_ERRORS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")  # in what torch says of them
 Block = tuple[int, int]
 
 
@@ -117,8 +117,31 @@ class Filler:
     def fill(self, start: int, stop: int) -> None:
         """Compute every block of [start, stop) that misses a row, and write the rows it misses.
 
-        Raises BackboneError where the device fails; rows that were whole stay whole.
+        Raises BackboneError where the device fails, or its memory does not hold a block, with the size that it holds;
+        rows that were whole stay whole.
         """
+        size, kept = self.options.batch_size, "Rows that were whole stay whole. The same command goes on:"
+        try:
+            with failing(self.device, f"{kept}  {self.job.command}"):
+                return self._fill(start, stop)
+        except torch.OutOfMemoryError as error:
+            found = str(error)
+        # out here nothing holds the tensors of the block that failed any more
+        size = min(size, stop - start)
+        fits = largest_that_fits(size, self._try)
+        command = with_batch_size(self.job.command, fits)
+        shards = ", in every shard alike" if self.options.shard else ""
+        where = f"under {self.job.recipe.label}, at {self.job.recipe.frame[0]}x{self.job.recipe.frame[1]} pixels"
+        raise too_small(self.device, where, size, found, fits, f"this goes on{shards}:  {command}")
+
+    def _try(self, images: int) -> None:
+        """Compute so many blank images, and forget them."""
+        with torch.inference_mode():
+            self._features(torch.zeros(images, 3, *self.job.recipe.frame, device=self.device))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    def _fill(self, start: int, stop: int) -> None:
         size = self.options.batch_size
         blocks = [(a, min(a + size, stop)) for a in range(start, stop, size)]
         blocks = [(a, b) for a, b in blocks if (self.done[a:b] == MISSING).any()]
@@ -139,12 +162,6 @@ class Filler:
                 begun = time.perf_counter()
                 behind.finish()
                 self.waited_disk += time.perf_counter() - begun
-            except RuntimeError as error:
-                if failure := device_failure(error, self.device):
-                    raise BackboneError(
-                        f"{failure}\nRows that were whole stay whole. The same command goes on:  {self.job.command}"
-                    ) from error
-                raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 behind.stop()
@@ -229,40 +246,49 @@ class Filler:
         if self._downloads is None:
             with self.busy.timing("network"):
                 maps, finite = self._features(self.framing.images(buffer))
-                return Computed(start, wanted, {n: m.cpu() for n, m in maps.items()}, finite.cpu())
-        images = self.framing.images(buffer)
+                computed = Computed(start, wanted, {n: m.cpu() for n, m in maps.items()}, finite.cpu())
+            check_finite(self.job, computed)
+            return computed
+        images, stream = self.framing.images(buffer), torch.cuda.current_stream(self.device)
         marks = _Marks(*(torch.cuda.Event(enable_timing=True) for _ in _Marks._fields))
-        marks.begun.record()
+        marks.begun.record(stream)
         maps, finite = self._features(images)
-        marks.computed.record()
+        marks.computed.record(stream)
         begun = time.perf_counter()
         slot = behind.slots.get()
         self.waited_disk += time.perf_counter() - begun
         self._downloads.wait_event(marks.computed)
         host = {name: memory[: stop - start] for name, memory in slot.items()}
         with torch.cuda.stream(self._downloads):
-            marks.copied_from.record()
+            marks.copied_from.record(self._downloads)
             for name, m in {**maps, FINITE: finite}.items():
                 host[name].copy_(m, non_blocking=True)
                 m.record_stream(self._downloads)
-            marks.copied.record()
+            marks.copied.record(self._downloads)
         return Computed(start, wanted, host, host.pop(FINITE), slot, marks)
 
     def _features(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Maps of images on the device in the stored dtype, and whether each row is finite, (images,)."""
         with computing(self.job.recipe.precision, self.device):
             features = self.backbone(images)
-        dtype, nchw = TORCH_DTYPE[self.job.recipe.dtype], torch.contiguous_format
-        maps = {n: m.to(dtype, memory_format=nchw).contiguous() for n, m in features.maps.items()}
+        maps = {n: m.to(TORCH_DTYPE[self.job.recipe.dtype]) for n, m in features.maps.items()}
+        if self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
+            maps = {n: m.contiguous() for n, m in maps.items()}
         return maps, torch.stack([finite_rows(m) for m in maps.values()]).all(0)
 
 
-def device_failure(error: RuntimeError, device: torch.device) -> str:
-    """What is said of an error that a device raised, and that says nothing of what it computed; "" for any other."""
-    text = str(error)
-    if not any(words in text for words in DEVICE_ERRORS):
-        return ""
-    return f"The device {device} failed and can't be used by this process any more: {text.splitlines()[0].strip()}"
+def check_finite(job: Job, block: Computed) -> None:
+    """Raise OverflowsDtypeError where a row that is to be written has a value that is not finite."""
+    bad = [int(k) for k in block.wanted if not block.finite[k]]
+    if bad:
+        dtype, amp = job.recipe.dtype, job.recipe.precision == "amp"
+        computed = "They were computed in fp16, too (--precision amp); more room has  --precision tf32   (or fp32)\n"
+        raise OverflowsDtypeError(
+            f"Features of {job.rows[block.start + bad[0]].id} are not finite in {dtype}"
+            f"{', whose largest value is 65504' if dtype == 'fp16' else ''}.\n"
+            f"Its block was not written; rows that were whole stay whole.\n{computed if amp else ''}"
+            "Store them in a wider format:  featprobe extract … --dtype bf16   (or fp32)"
+        )
 
 
 class _WriteBehind:
@@ -322,31 +348,13 @@ class _WriteBehind:
             block.marks.copied.synchronize()
             self.busy.add("network", block.marks.begun.elapsed_time(block.marks.computed) / 1000)
             self.busy.add("copying", block.marks.copied_from.elapsed_time(block.marks.copied) / 1000)
+            check_finite(self.job, block)
         with self.busy.timing("writing"):
-            self._check_finite(block)
             arrays = {name: stored_array(m) for name, m in block.maps.items()}
             for a, b in runs(block.wanted):
                 self.writer.write(block.start + a, {name: array[a:b] for name, array in arrays.items()})
             if self.waiting.empty():
                 self.writer.commit()
-
-    def _check_finite(self, block: Computed) -> None:
-        bad = [int(k) for k in block.wanted if not block.finite[k]]
-        if not bad:
-            return
-        recipe, amp = self.job.recipe, self.job.recipe.precision == "amp"
-        largest = ", whose largest value is 65504" if recipe.dtype == "fp16" else ""
-        wider = (
-            ""
-            if recipe.dtype == "bf16"
-            else "Store them in a wider format:  featprobe extract … --dtype bf16   (or fp32)"
-        )
-        computed = "They were computed in fp16, too (--precision amp); more room has  --precision tf32   (or fp32)"
-        raise OverflowsDtypeError(
-            f"Features of {self.job.rows[block.start + bad[0]].id} are not finite in {recipe.dtype}{largest}.\n"
-            "Its block was not written; rows that were whole stay whole.\n"
-            + "\n".join(line for line in (computed * amp, wider) if line)
-        )
 
 
 def runs(indices: NDArray[np.intp], most: int | None = None) -> Iterator[tuple[int, int]]:
@@ -365,11 +373,12 @@ def runs(indices: NDArray[np.intp], most: int | None = None) -> Iterator[tuple[i
 def finite_rows(m: torch.Tensor) -> torch.Tensor:
     """Whether each row holds finite values only: (rows,), bool.
 
-    m: (rows, …), fp16, bf16 or fp32. A value is infinite or nan when all bits of its exponent are set;
-    testing them is several times faster on CPUs than torch.isfinite.
+    m: (rows, channels, height, width), fp16, bf16 or fp32, in any order in memory. A value is infinite or nan when all
+    bits of its exponent are set. Without their sign the bits of such are the largest integers, so that one pass looks
+    for the largest: many times faster on CPUs than torch.isfinite.
     """
     integer, exponent = EXPONENT[m.dtype]
-    return ((m.view(integer) & exponent) != exponent).flatten(1).all(1)
+    return (m.view(integer) & torch.iinfo(integer).max).amax((1, 2, 3)) < exponent
 
 
 def stored_array(m: torch.Tensor) -> NDArray:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from os.path import realpath
@@ -24,7 +25,7 @@ from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import check_names, listed
-from featprobe.errors import BackboneError, DataError, ProbeError, counted
+from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.probes import load_head, objects_at_original
@@ -34,7 +35,7 @@ from featprobe.report.sheets import Panel, colour_of, draw_overlay
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.detection import coco_results
 from featprobe.stages.frames import Framing
-from featprobe.stages.pipeline import device_failure
+from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.survey import skippable
 from featprobe.targets import Labels, decode_rle
@@ -230,14 +231,10 @@ def predict(
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
-            try:
+            with _trouble(predictor, batch):
                 for prediction in _predicted(predictor, batch, skip_bad, left_out):
                     _write(out, prediction, predictor)
                     done.append(replace(prediction, semantic=None))
-            except RuntimeError as error:
-                if failure := device_failure(error, predictor.device):
-                    raise BackboneError(f"{failure}\nWhat was written stays. Run the same command again.") from error
-                raise
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"
@@ -327,6 +324,22 @@ def _file_name(prediction: Prediction) -> str:
     file, page = page_of(prediction.image)
     folder = Path(prediction.name).parent
     return (folder / file.name if page is None else folder.parent / file.name / prediction.image.name).as_posix()
+
+
+@contextmanager
+def _trouble(predictor: Predictor, batch: Sequence[tuple[Path, str]]) -> Iterator[None]:
+    """Say in words that the device failed, or that its memory does not hold a batch, and how large a one it holds."""
+    try:
+        with failing(predictor.device, "What was written stays. Run the same command again."):
+            yield
+        return
+    except torch.OutOfMemoryError as error:
+        found = str(error)
+    # out here nothing holds the tensors of the batch that failed any more
+    fits = largest_that_fits(len(batch), lambda images: predictor.predict(batch[:images]))
+    what = f"under {predictor.recipe.label}"
+    remedy = f"run the same command with --batch-size {fits}"
+    raise too_small(predictor.device, what, len(batch), found, fits, remedy)
 
 
 def _predicted(

@@ -1,16 +1,21 @@
 """How heads are trained and scored: what a caller of `probe` and `finetune` says."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
+from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
 from featprobe.probes.pyramid import PyramidKind
+from featprobe.stages.options import MOST_WORKERS
 
 Regime = Literal["frozen", "frozen-online", "full"]
 SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the caller says nothing
-OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing")
+OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
+OF_THE_MACHINE = ("workers", "checkpointing", "compile")
+"""They change time and memory, and results by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,9 @@ class Tuning:
 
     regime: "full" trains the backbone too; "frozen-online" does not, so that augmentation alone tells it from the
     frozen regime. backbone_lr: the backbone's learning rate, as a multiple of the head's. clip: largest L2 norm of the
-    backbone's gradient. accumulate: parts of a batch. precision: None for bf16 on a GPU that has it, else fp32.
-    init_head: folder of a saved head that training starts from.
+    backbone's gradient. accumulate: parts of a batch. precision: None for bf16 on a GPU that has it, else fp32; of a
+    frozen backbone, for what its cache was computed in. compile: let torch compile the backbone, which computes the
+    same to rounding. init_head: folder of a saved head that training starts from. workers: threads that decode images.
     """
 
     regime: Literal["full", "frozen-online"] = "full"
@@ -32,9 +38,10 @@ class Tuning:
     accumulate: int = 1
     ema: float = 0.0
     checkpointing: bool = False
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Precision | None = None
+    compile: bool = False
     init_head: str | None = None
-    workers: int = 2
+    workers: int = field(default_factory=lambda: min(MOST_WORKERS, usable_cores()))
 
     def __post_init__(self) -> None:
         limits = {
@@ -47,6 +54,11 @@ class Tuning:
         wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
         if wrong:
             raise ProbeError(f"This can't be trained: {', '.join(wrong)}. See  featprobe finetune --help")
+        if self.precision == "amp" and self.regime == "full":
+            raise ProbeError(
+                "--precision amp is for a frozen backbone: in float16 the gradients of one that is trained vanish.\n"
+                "Nothing was trained. Take bf16, or omit --precision."
+            )
         plain = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
         idle = [name for name in OF_THE_BACKBONE if getattr(self, name) != plain[name]]
         if idle and self.regime == "frozen-online":
@@ -54,7 +66,7 @@ class Tuning:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that decide the result, as rows keep them."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpointing")}
+        return {name: value for name, value in asdict(self).items() if name not in OF_THE_MACHINE}
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Segmentation:
         # heads with 3x3 convolutions stay apart: these are what costs, and stacked by vmap they took 1.6 times as long
         bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if self._banked(heads) else None
         at_level, loss_of = self.recipe.loss_at == "level", level_loss if self.recipe.loss_at == "level" else image_loss
-        if len(heads) > 1 and not at_level:  # one head's pixels at a time, or many would not fit the memory
+        if len(heads) > 1 and not at_level and self.recipe.loss != "ce":  # or many would not fit the memory
             loss_of = partial(checkpoint, image_loss, use_reentrant=False, preserve_rng_state=False)
 
         def loss(features: Features, batch: Batch | Tensor) -> Tensor:

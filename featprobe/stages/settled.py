@@ -75,7 +75,7 @@ def ask(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extra
 
 
 def listing_of(places: Sequence[Path]) -> str:
-    """sha256 over path, size, and times of modification and change of each file of these folders, links followed.
+    """sha256 over path, inode, size, and times of modification and change of each file in these folders, links too.
 
     "" where there are no places, where a file can't be asked, or changed within the last two seconds or in the future.
     """
@@ -84,7 +84,7 @@ def listing_of(places: Sequence[Path]) -> str:
         for path, status in _files(places):
             if max(status.st_mtime_ns, status.st_ctime_ns) > latest:
                 return ""
-            times = f"\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
+            times = f"\0{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
             running.update(os.fsencode(path) + times.encode())
     except OSError:
         return ""
@@ -92,14 +92,14 @@ def listing_of(places: Sequence[Path]) -> str:
 
 
 def _files(places: Sequence[Path]) -> Iterator[tuple[str, os.stat_result]]:
-    """Each file of these files and folders, once a path, and each folder's files in order; no folder within itself."""
+    """Each file of these files and folders, in order; a folder that was met under another path stands for its files."""
     waiting, met = [os.path.abspath(place) for place in reversed(places)], set()
     while waiting:
         path = waiting.pop()
         status = os.stat(path)
-        if not stat.S_ISDIR(status.st_mode):
+        if not stat.S_ISDIR(status.st_mode) or (status.st_dev, status.st_ino) in met:
             yield path, status
-        elif (status.st_dev, status.st_ino) not in met:
+        else:
             met.add((status.st_dev, status.st_ino))
             inside = []
             with os.scandir(path) as entries:

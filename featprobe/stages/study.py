@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.geometry import parse_size
@@ -456,10 +457,13 @@ def _done(run: Run) -> Run | None:
     """A cell's run that is there; where the study names no precision, in the one that another device takes as well."""
     if run.is_done() or run.tuning is None or run.tuning.precision:
         return run if run.is_done() else None
-    other: Any = "fp32" if run.precision == "bf16" else "bf16"
-    options = replace(run.options, tuning=replace(run.tuning, precision=other))
-    twin = Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction)
-    return twin if twin.is_done() else None
+    own: set[Precision] = {"bf16", "fp32", *([] if run.regime == "full" else [run.cache.recipe.precision])}
+    for other in sorted(own - {run.precision}):
+        options = replace(run.options, tuning=replace(run.tuning, precision=other))
+        twin = Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction)
+        if twin.is_done():
+            return twin
+    return None
 
 
 def make_cache(workspace: Workspace, place: Place) -> Cache:

@@ -5,14 +5,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featprobe.backbones.precision import Precision, resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
@@ -46,7 +48,8 @@ from featprobe.stages.forecast import Forecast, foresee
 from featprobe.stages.labels import shelf_of
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.logs import Recorder
-from featprobe.stages.outcome import Outcome, evaluation_batches, spread_over
+from featprobe.stages.memory import Batches, Portions, failing
+from featprobe.stages.outcome import EVALUATION_BATCH, Outcome, evaluation_batches, spread_over
 from featprobe.stages.partition import regrouped, split_rows
 from featprobe.stages.probe_options import Budget, ProbeOptions
 from featprobe.stages.records import card_of, curve_json, extraction_seconds, row_of
@@ -116,6 +119,7 @@ class Run:
         name = "-".join([task, self.kind, *([] if self.regime == "frozen" else [self.regime]), own])
         fold = f"fold{self.choice.fold}" if self.choice.fold else ""
         self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name / fold
+        self.portions = Portions(self.device, EVALUATION_BATCH, self.title, self.notes.append)
         self.rows = split_rows(self.cache, options.split)
         if self.augmentation:  # takes the place of stored views
             self.rows["train"] = without_views(self.cache, self.rows["train"])
@@ -132,6 +136,10 @@ class Run:
 
         Several processes do that together; the main one alone writes.
         """
+        with failing(self.device, self._after_failure):
+            return self._do(say)
+
+    def _do(self, say: Say) -> list[dict[str, Any]]:
         begun = time.perf_counter()
         for seed in self.seeds if is_main() else ():
             make_folder(self.folder / f"seed{seed}")  # now, and not after an hour of training
@@ -142,7 +150,7 @@ class Run:
             chosen = [self._best(trials, curves, seed) for seed in self.seeds]
             trained = time.perf_counter()
             self._take_backbone(source, chosen[0])
-            outcomes = self.task.evaluate([trials[i].head for i in chosen], source.batches, self.rows["test"])
+            outcomes = self.evaluate([trials[i].head for i in chosen], source, self.rows["test"])
         seconds = {
             "train": trained - begun + self.seconds_before,
             "test": time.perf_counter() - trained,
@@ -153,6 +161,16 @@ class Run:
 
     def validated(self) -> list[float]:
         """Train, choose on validation, and return each seed's score there; keeps no head, scores nothing on test."""
+        with failing(self.device, self._after_failure):
+            return self._validated()
+
+    @property
+    def _after_failure(self) -> str:
+        """What is left of a training whose device failed, and how to go on."""
+        goes_on = "goes on from its last state" if self.tuning else "begins this training again"
+        return f"{self.title}: results and heads that were written stay. The same command {goes_on}."
+
+    def _validated(self) -> list[float]:
         self.rehearsal = True
         trials = self._trials()
         with self.source(trials[0].head) as source:
@@ -161,6 +179,10 @@ class Run:
         for path in self.states if is_main() else ():
             path.unlink(missing_ok=True)
         return [self.kept(trials[i], curves[i]).scores[self.task.chooses_by] for i in chosen]
+
+    def evaluate(self, heads: Sequence[nn.Module], source: Source, rows: Rows) -> list[Outcome]:
+        """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small."""
+        return self.portions.do(lambda batches: self.task.evaluate(heads, batches, rows), source.batches)
 
     def kept(self, trial: Trial, curve: Sequence[CurvePoint]) -> CurvePoint:
         """The point of a trial's curve whose weights are kept."""
@@ -253,6 +275,8 @@ class Run:
         levels: Any = head.levels
         if self.tuning is None:
             return FeatureLoader(self.cache, levels, self.device)
+        if self.tuning.precision:
+            resolve(self.tuning.precision, self.device)  # refuses what this device can't compute
         return LiveFeatures(
             self.cache, self._backbone(levels), self.device, self.task.truth_of, masks=self.task.masks,
             augmentation=self.augmentation, seed=self.seeds[0], workers=self.tuning.workers, precision=self.precision,
@@ -284,10 +308,15 @@ class Run:
         return {"views": list(stored)} if stored else None
 
     @property
-    def precision(self) -> Literal["fp32", "bf16"]:
-        """What a live backbone computes in; a frozen one as extraction does, unless it is asked for."""
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return (self.tuning and self.tuning.precision) or ("bf16" if able and self.regime == "full" else "fp32")
+    def precision(self) -> Precision:
+        """What a live backbone computes in; a frozen one as extraction did, unless it is asked for."""
+        if self.tuning and self.tuning.precision:
+            return self.tuning.precision
+        if self.device.type != "cuda":
+            return "fp32"
+        if self.regime != "full":
+            return self.cache.recipe.precision
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
     def _backbone(self, levels: Sequence[FeatureLevel]) -> "Backbone":
         """The backbone that the cache was made with, in evaluation mode; raises ProbeError when it can't be had."""
@@ -301,6 +330,7 @@ class Run:
                 f"  wanted  sha256 {self.cache.recipe.weights_sha256[:16]}…\n  found   sha256 {backbone.sha256[:16]}…"
             )
         backbone.fit(self.cache.recipe.frame, self.cache.recipe.sized)
+        backbone.compiled = bool(self.tuning and self.tuning.compile)
         return backbone
 
     def _take_backbone(self, source: Source, index: int) -> None:
@@ -417,6 +447,19 @@ class Run:
         return source.keep_on_device({split: self.rows[split] for split in ("train", "val", "test")})
 
     def _train(self, trials: Sequence[Trial], source: Source, index: int = 0) -> list[list[CurvePoint]]:
+        try:
+            return self._trained(trials, source, index)
+        except torch.OutOfMemoryError as error:  # of a batch that holds more than those of the forecast
+            found = str(error).splitlines()[0]
+        half = max(1, self.recipe.batch_size // 2)
+        advice = f"--accumulate {2 * self.parts}" if self.regime == "full" else f"--batch-size {half}"
+        raise ProbeError(
+            f"{self.title}: the memory of {self.device} does not hold every training step, though the first ones fit.\n"
+            f"  wanted  {-(-self.recipe.batch_size // self.parts)} images at once\n  found   {found}\n"
+            f"Heads that were written stay. Half as many at once:  {advice}"
+        )
+
+    def _trained(self, trials: Sequence[Trial], source: Source, index: int) -> list[list[CurvePoint]]:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads, fresh=self.fresh)
         bar = tqdm(
@@ -430,7 +473,7 @@ class Run:
                 recorder.take(losses)
 
             def evaluate() -> list[dict[str, float]]:
-                scores = [o.brief for o in self.task.evaluate(heads, source.batches, self.rows["val"])]
+                scores = [o.brief for o in self.evaluate(heads, source, self.rows["val"])]
                 recorder.scores = scores
                 return scores
 
@@ -491,14 +534,14 @@ class Run:
 
     def _solve(self, trials: Sequence[Trial], source: Source) -> list[list[CurvePoint]]:
         """Solve for the ridge head, which is trained by no iteration; the main process does."""
-        state, self.ridge = from_main(lambda: self._solution(trials[0].head, source))
+        state, self.ridge = from_main(lambda: self.portions.do(partial(self._solution, trials[0].head), source.batches))
         for trial in trials:
             trial.head.load_state_dict(state)
             trial.head.eval()
-        brief = self.task.evaluate([trials[0].head], source.batches, self.rows["val"])[0].brief
+        brief = self.evaluate([trials[0].head], source, self.rows["val"])[0].brief
         return [[CurvePoint(1, 0.0, brief)] for _ in trials]
 
-    def _solution(self, head: nn.Module, source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _solution(self, head: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The solved head's tensors, and its strength and offsets, which come from validation."""
         task = self.task
         assert isinstance(task, Segmentation)
@@ -508,16 +551,16 @@ class Run:
         ones = torch.ones(len(self.classes), device=self.device)
         sums = RidgeSums(levels, len(self.classes), ones if weights is None else weights)
         shares = task.shares(self.rows["train"], stride)
-        for rows, features in source.batches(evaluation_batches(self.rows["train"])):
+        for rows, features in batches(evaluation_batches(self.rows["train"])):
             sums.add(features, shares(rows))
         solved = sums.solve()
 
         val = self.rows["val"]
         shares = task.shares(val, stride)
-        batches = ((features, shares(rows)) for rows, features in source.batches(evaluation_batches(val)))
+        scored = ((features, shares(rows)) for rows, features in batches(evaluation_batches(val)))
         cells = levels[0].cells(self.cache.recipe.frame)
         step = -(-len(val) * cells[0] * cells[1] * len(self.classes) // MOST_LOGITS)
-        index, offsets, _ = choose(solved, batches, step)
+        index, offsets, _ = choose(solved, scored, step)
         with torch.no_grad():
             solved[index].bias.add_(offsets)
         state = {name: value.cpu() for name, value in solved[index].state_dict().items()}
@@ -526,7 +569,7 @@ class Run:
     def foresee(self) -> Forecast:
         """How long training will take, from a few steps; raises ProbeError where one does not fit the memory."""
         trials = self._trials()
-        with self.source(trials[0].head) as source:
+        with failing(self.device, self._after_failure), self.source(trials[0].head) as source:
             self._settle(source)
             return foresee(self, trials, source)
 

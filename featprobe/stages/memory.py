@@ -1,0 +1,119 @@
+"""What a stage does and says where its device has too little memory, or is gone."""
+
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from featprobe.errors import BackboneError, ProbeError
+from featprobe.features import Features
+from featprobe.processes import count
+from featprobe.specs import Rows
+
+DEVICE_ERRORS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")  # in what torch says of them
+Batches = Callable[[Iterable[Rows]], Iterator[tuple[Rows, Features]]]
+T = TypeVar("T")
+
+
+def device_failure(error: RuntimeError, device: torch.device) -> str:
+    """What is said of an error that a device raised, and that says nothing of what it computed; "" for any other."""
+    text = str(error)
+    if not any(words in text for words in DEVICE_ERRORS):
+        return ""
+    return f"The device {device} failed and can't be used by this process any more: {text.splitlines()[0].strip()}"
+
+
+@contextmanager
+def failing(device: torch.device, kept: str) -> Iterator[None]:
+    """Turn the error of a device that failed into a BackboneError. kept: what is there still, and how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if failure := device_failure(error, device):
+            raise BackboneError(f"{failure}\n{kept}") from error
+        raise
+
+
+def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
+    """The largest half, quarter, … of a batch of `count` images whose step does not run out of memory; 0 for none."""
+    while count := count // 2:
+        free_memory()
+        try:
+            step(count)
+            return count
+        except torch.OutOfMemoryError:
+            continue
+    return 0
+
+
+def free_memory() -> None:
+    """Give back to the device what torch keeps of it without need."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def too_small(device: torch.device, what: str, images: int, found: str, fits: int, remedy: str) -> BackboneError:
+    """The error of a batch that the memory of a device does not hold.
+
+    what: was done with the images. found: what the device said. fits: images that it holds, 0 for not even one. remedy:
+    how to go on with so many.
+    """
+    none = "Not even one image fits: take a smaller --size, fewer --levels, a smaller backbone, or --device cpu."
+    return BackboneError(
+        f"The memory of {device} does not hold {images} images at once, {what}.\n"
+        f"  wanted  memory for {images}\n  found   {found.splitlines()[0]}\n"
+        f"What was complete is kept. {f'{fits} at once fit: {remedy}' if fits else none}"
+    )
+
+
+def with_batch_size(command: str, images: int) -> str:
+    """A command line with another batch size.
+
+    >>> with_batch_size("featprobe extract --data xray --batch-size 64 --dtype fp32", 8)
+    'featprobe extract --data xray --dtype fp32 --batch-size 8'
+    """
+    words = shlex.split(command)
+    if "--batch-size" in words:
+        place = words.index("--batch-size")
+        del words[place : place + 2]
+    return shlex.join([*words, "--batch-size", str(images)])
+
+
+class Portions:
+    """How many images are scored, or summed up, at once: fewer from where a device's memory does not hold more.
+
+    That changes no result but by rounding, so it is said and not asked for. say: told of it. what: names the job.
+    """
+
+    def __init__(self, device: torch.device, most: int, what: str, say: Callable[[str], object]) -> None:
+        self.device, self.images, self.whole, self.what, self.say = device, most, most, what, say
+
+    def do(self, work: Callable[[Batches], T], batches: Batches) -> T:
+        """What `work` makes of the batches; raises ProbeError where no image fits, or several processes share."""
+        while True:
+            try:
+                return work(batches if self.images == self.whole else self._cut(batches))
+            except torch.OutOfMemoryError as error:
+                found = str(error).splitlines()[0]
+            # out here nothing holds the tensors of the batch that failed any more
+            if self.images == 1 or count() > 1:
+                raise ProbeError(
+                    f"{self.what}: the memory of {self.device} does not hold {self.images} images at once, to score "
+                    f"them.\n  found   {found}\n"
+                    "What was complete is kept. Take fewer --levels, a smaller --size, one process, or --device cpu."
+                )
+            free_memory()
+            self.images //= 2
+            self.say(
+                f"{self.what}: the memory of {self.device} does not hold {2 * self.images} images at once; "
+                f"they are scored {self.images} at a time"
+            )
+
+    def _cut(self, batches: Batches) -> Batches:
+        def few(orders: Iterable[Rows]) -> Iterator[tuple[Rows, Features]]:
+            size = self.images
+            return batches(rows[i : i + size] for rows in orders for i in range(0, len(rows), size))
+
+        return few
