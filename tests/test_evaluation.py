@@ -25,12 +25,15 @@ from featprobe.features import cell_shares
 from featprobe.metrics import confusion_matrix
 from featprobe.probes import HeadRecipe, LinearBank, TrainRecipe, build_head, execution
 from featprobe.probes.predict import count_pairs
+from featprobe.probes.train import train
 from featprobe.stages import labels, segmentation
 from featprobe.stages.labels import LabelShelf, encode, shelf_of
 from featprobe.stages.partition import split_notes
 from featprobe.stages.probe import probe
 from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.segmentation import Segmentation
+from featprobe.stages.sources import feed_of
+from featprobe.stages.trials import Run
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import labels_in_frame
 
@@ -156,6 +159,37 @@ def test_a_device_counts_what_the_cpu_counts_on_real_images(tmp_path: Path, monk
     plain, whole = both_ways(cache, heads_of(cache, "linear", 1), cache.usable(), monkeypatch)
     assert plain.shape == (1, 72, 6, 6) and (plain.sum((0, 1, 2)) > 0).sum() > 2
     assert np.abs(plain - whole).sum() <= 1e-5 * plain.sum()  # pixels whose best classes are equal but for rounding
+
+
+def test_each_head_of_a_bank_ends_with_the_statistics_of_its_own_best_point(parts: Workspace) -> None:
+    (path,) = parts.cache_files()
+    recipe = TrainRecipe(iterations=12, batch_size=4, evaluations=3)
+    options = ProbeOptions(recipe=recipe, lr=(1e-1, 1e-2, 1e-3), seeds=1, quiet=True, head="linear")
+    run = Run(parts, open_cache(path), "semseg", options, [0], 1.0)
+    trials = run._trials()
+    heads, rows = [trial.head for trial in trials], run.rows["train"]
+    seen: list[list[dict[str, torch.Tensor]]] = []
+
+    def evaluate() -> list[dict[str, float]]:
+        seen.append([{name: value.clone() for name, value in head.state_dict().items()} for head in heads])
+        return [{"score": float(len(seen) - 1 == k)} for k in range(3)]  # the best points: first, second, third
+
+    with run.source(heads[0]) as source:
+        train(
+            heads,
+            [t.recipe for t in trials],
+            feed_of(source),
+            rows,
+            run.task.start(heads),
+            0,
+            evaluate,
+            best_by="score",
+        )
+    for k, head in enumerate(heads):
+        for name, value in head.state_dict().items():
+            assert torch.equal(value, seen[k][k][name]), name
+    (name,) = [name for name in heads[0].state_dict() if name.endswith("running_mean")][:1]
+    assert not torch.equal(heads[0].state_dict()[name], heads[1].state_dict()[name])
 
 
 # ---- masks are decoded once ------------------------------------------------------------------------------------------

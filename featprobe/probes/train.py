@@ -550,8 +550,8 @@ class _Loop:
         if self.average is not None:
             self.moving.load_state_dict(self.average.module.state_dict())
         for index, best in enumerate(self.best):
-            if best:
-                self._with_backbone(index).load_state_dict(best)
+            if best:  # heads of a bank share statistics while they train; what they keep is each one's own
+                self._with_backbone(index).load_state_dict(best, assign=len(self.heads) > 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.mode(training=False)
 
