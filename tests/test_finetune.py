@@ -24,7 +24,7 @@ from featprobe.cache import CacheWriter, open_cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
 from featprobe.errors import BackboneError, DataError, ProbeError
-from featprobe.probes import TrainRecipe, load_head
+from featprobe.probes import TrainRecipe, execution, load_head
 from featprobe.probes.saved import read_rows
 from featprobe.probes.train import _Loop, batches_of
 from featprobe.report.sheets import GAP, LINE, TILE, Panel, draw_panel
@@ -103,6 +103,21 @@ def test_a_frozen_backbone_without_augmentation_trains_what_the_cache_trains(
     assert live["regime"] == "frozen-online" and live["augmentation"] is None and live["backbone_parameters"] == 0
     scores = [row["test"]["box"]["ap50"] if task != "semseg" else row["test"]["miou"] for row in (cached, live)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("loss_at", ["level", "image"])
+def test_fine_tuning_in_few_large_operations_takes_the_same_steps(
+    loss_at: str, space: Workspace, losses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPES["semseg"], iterations=3, evaluations=1, loss_at=loss_at)  # type: ignore[arg-type]
+    options = replace(options_for("semseg", Tuning()), recipe=recipe)
+    (row,) = finetune(space, "semseg", ("xray",), (), options).rows
+    shutil.rmtree(space.probes / row["folder"])
+    pieces = list(losses)
+    losses.clear()
+    monkeypatch.setattr(execution, "whole_batches", lambda device: True)
+    finetune(space, "semseg", ("xray",), (), options)
+    assert len(pieces) == 3 and losses == pytest.approx(pieces, rel=1e-3)
 
 
 def test_one_batch_that_is_swapped_does_not_pass_for_the_same(
