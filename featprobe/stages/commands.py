@@ -61,7 +61,7 @@ def _extract(card: Mapping[str, Any], data: str, table: Mapping[str, Any]) -> st
     words += ["--tile", "0"] if table.get("tile") and "tile" not in features else []
     views = ",".join(features["views"][1:]) or ("none" if "views" in table else "")
     words += ["--views", views] if views else []
-    unasked = "amp" if card["result"]["device"].startswith("cuda") else "fp32"  # what such a device takes
+    unasked = "amp" if card["result"].get("device", "cpu").startswith("cuda") else "fp32"  # what such a device takes
     for name, usual in (("dtype", "fp16"), ("precision", unasked)):
         if features[name] != usual and card["result"]["regime"] != "full":  # a full card's features come from no cache
             words += [f"--{name}", features[name]]

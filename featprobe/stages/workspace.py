@@ -1,6 +1,7 @@
 """The workspace: the folder that holds cache/, probes/, data/ and featprobe.toml."""
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -136,7 +137,8 @@ class Workspace:
 
     def cache_folder(self, name: str, root: Path) -> Path:
         """cache/<data>: a set's name and 6 hex digits of who it is."""
-        return self.cache / f"{name}-{hashlib.sha256(self.data_argument(name, root).encode()).hexdigest()[:6]}"
+        own = os.fsencode(self.data_argument(name, root))  # a path may be no text
+        return self.cache / f"{name}-{hashlib.sha256(own).hexdigest()[:6]}"
 
     def data_argument(self, name: str, root: Path) -> str:
         """What names this very set on the command line: its name where it has one here, else its path."""
