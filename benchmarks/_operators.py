@@ -15,6 +15,9 @@ VIEWS = {
 }  # fmt: skip
 """Operators that look at memory in another way and start nothing on a device."""
 
+STOPS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.unique_dim, aten._unique2)
+WAITS = "waits for the device"
+"""Counted beside an operator for which the host waits for a device, or which no recorded step can hold."""
 COMPOSED = "CompositeImplicitAutograd"
 
 
@@ -29,9 +32,17 @@ class Counting(TorchDispatchMode):
         if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), COMPOSED):
             with self:  # such operators come whole in inference mode; what counts is what they are made of
                 return function._op_dk(getattr(torch._C.DispatchKey, COMPOSED), *args, **(kwargs or {}))
+        if function.overloadpacket in (aten.lift_fresh, *STOPS) or _by_mask(function, args):
+            self.found[WAITS] += 1
         if function.overloadpacket not in VIEWS and function.namespace != "profiler":
             self.found[str(function.overloadpacket).removeprefix("aten.")] += 1
         return function(*args, **(kwargs or {}))
+
+
+def _by_mask(function: Any, args: Any) -> bool:
+    """Whether an operator looks for the places of a mask, which a device must be waited for to count."""
+    indices = args[1] if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+    return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
 
 
 def operators(call: Callable[[], object]) -> Counter[str]:

@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 from _bench import report
-from _operators import operators
+from _operators import WAITS, operators
 from kill9 import PoolingBackbone
 from PIL import Image
 
@@ -47,7 +47,6 @@ SIDE, BATCH, OBJECTS, CLASSES = 128, 16, 3, 5  # pixels, images a step, objects 
 SPLITS = {"train": 2 * BATCH, "val": 3 * EVALUATION_BATCH, "test": 3}  # images
 SIZES = {"whole": (SIDE, SIDE), "padded": (SIDE, 3 * SIDE // 4)}  # of the images, in frames of SIDE
 STEPS = 2  # that come before the one that is counted: the optimizer makes its state
-STOP = "_local_scalar_dense"
 
 
 @dataclass(frozen=True)
@@ -201,8 +200,8 @@ def main() -> None:
         row = {"per": f"{arm.count}: {arm.name}"}
         for frames, found in every.items():
             own, limit = found[arm.name], getattr(arm, frames)
-            ratios[f"{arm.name}, {frames}"] = limit / (total := ceil(own.total()))
-            stops += own[STOP] if arm.count == "step" else 0
+            ratios[f"{arm.name}, {frames}"] = limit / (total := ceil(own.total() - own[WAITS]))
+            stops += own[WAITS] if arm.count == "step" else 0
             row |= {frames: str(total), f"limit {frames}": str(limit)}
             if options.show and arm.name.startswith(options.show):
                 print(f"{arm.name}, {frames}: {dict(own.most_common())}")

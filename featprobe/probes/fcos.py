@@ -7,7 +7,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, pad, softplus
-from torchvision.ops import generalized_box_iou_loss
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
@@ -32,6 +31,7 @@ CANDIDATES = 1000  # of each level, that go into the suppression
 SCORE_FLOOR = 0.01
 NMS_IOU = 0.6  # boxes of one class that overlap more are one
 LARGEST_EXPONENT = 6.0  # of a distance in cells
+SMALLEST = 1e-7  # added to areas that are divided by
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class FcosHead(nn.Module):
             parts = [part.index_select(0, where) for part in parts]
         sides, said_centrality, true, cell, own = parts
         centrality = centrality_of(grid.centres[cell], true)
-        giou = generalized_box_iou_loss(said.boxes(sides, cell), true, reduction="none")
+        giou = giou_losses(said.boxes(sides, cell), true)
         weight = (centrality + 1e-3) * own
         total = total + (giou * weight).sum() / summed(weight.sum()).clamp(min=1e-3)
         return total + binary_cross_entropy_with_logits(said_centrality, centrality, own, reduction="sum") / count
@@ -221,11 +221,23 @@ def focal(logits: Tensor, wanted: Tensor) -> Tensor:
     return against.sigmoid().square() * softplus(against) * (0.75 - 0.5 * wanted)
 
 
+def giou_losses(boxes: Tensor, others: Tensor) -> Tensor:
+    """1 - GIoU of pairs of boxes (Rezatofighi et al., 2019), (n,); torchvision's waits for the device.
+
+    boxes, others: (n, 4), x1 y1 x2 y2.
+    """
+    within = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
+    around = torch.maximum(boxes[:, 2:], others[:, 2:]) - torch.minimum(boxes[:, :2], others[:, :2])
+    both, hull, own, other = (  # the gradient of prod() would wait for the device
+        size[:, 0] * size[:, 1] for size in (within, around, boxes[:, 2:] - boxes[:, :2], others[:, 2:] - others[:, :2])
+    )
+    union = own + other - both
+    return 1 - both / (union + SMALLEST) + (hull - union) / (hull + SMALLEST)
+
+
 def centrality_of(centres: Tensor, boxes: Tensor) -> Tensor:
     """How central points are in their boxes, in [0, 1] (FCOS, equation 3). centres: (n, 2), x y. boxes: (n, 4)."""
-    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres], 1).clamp(
-        min=0
-    )  # (n, left top | right bottom, 2)
+    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres], 1).clamp(min=0)  # (n, [left top | …], 2)
     return (sides.amin(1) / sides.amax(1).clamp(min=1e-6)).prod(1).sqrt()
 
 

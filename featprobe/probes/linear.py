@@ -64,7 +64,7 @@ def weighted_moments(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, T
     """
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     if share is None:
-        count = torch.tensor(x.shape[0] * x.shape[2], dtype=wide, device=x.device)
+        count = torch.full((), x.shape[0] * x.shape[2], dtype=wide, device=x.device)
         total = x.mean(2).to(wide).sum(0) * x.shape[2]
         squares = torch.linalg.vector_norm(x, dim=2).to(wide).square().sum(0)
     else:
@@ -130,7 +130,7 @@ def logits_of(heads: Sequence[LinearHead], features: Features) -> Tensor:
     """
     device = heads[0].bias.device
     if execution.whole_batches(device):
-        with torch.autocast(device.type, enabled=False):  # it has a precision of its own
+        with execution.full_products(device):  # it has a precision of its own
             return _logits_at_once(heads, features)
     maps, weights, shift = fold(heads, features)
     return sum_of_levels(maps, weights, features, heads[0].levels) + shift[:, None, None]
@@ -237,29 +237,36 @@ def level_statistics(
         mean = torch.cat([norm.running_mean for norm in norms]).to(dtype)
         return mean, (torch.cat([norm.running_var for norm in norms]).to(dtype) + EPSILON).rsqrt()
     shares = _shares(levels, features)
+    wide = torch.float32 if maps[0].device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    channels = [level.channels for level in levels]
+    every = sum(channels)
     if shares is None:
-        total = torch.cat([x.sum((0, 2), dtype=dtype) for x in maps])
-        squares = torch.cat([torch.linalg.vector_norm(x, dim=(0, 2), dtype=dtype) for x in maps]).square()
+        totals = [x.sum(2, dtype=dtype) for x in maps]  # (batch, channels), as the squares
+        squares = [torch.linalg.vector_norm(x, dim=2, dtype=dtype) for x in maps]
+        joined = torch.cat([*totals, *squares], 1).to(wide)
+        joined[:, every:].square_()
         cells = tuple((x.shape[1], float(x.shape[0] * x.shape[2])) for x in maps)
-        number = execution.repeated(cells, dtype, total.device)
+        number = execution.repeated(cells * 2, wide, joined.device)
     else:
         weighted = [x * share.to(dtype)[:, None] for x, share in zip(maps, shares, strict=True)]
-        total = torch.cat([x.sum((0, 2)) for x in weighted])
-        squares = torch.cat([(x * own).sum((0, 2)) for x, own in zip(weighted, maps, strict=True)])
+        totals = [x.sum(2) for x in weighted]
+        joined = torch.cat([*totals, *((x * own).sum(2) for x, own in zip(weighted, maps, strict=True))], 1).to(wide)
         assert features.content is not None
-        per_pixel = execution.repeated(tuple((v.channels, v.stride**-2) for v in levels), dtype, total.device)
+        per_pixel = execution.repeated(tuple((v.channels, v.stride**-2) for v in levels) * 2, wide, joined.device)
         number = per_pixel * features.content.prod(1).sum()  # cells, parts counted as parts
+    sums = joined.sum(0)  # over images in float64: what the mean takes off the squares may leave little
     if count() > 1:
-        number, total, squares = summed(torch.stack([number, total, squares])).unbind()
-    mean = total / number
-    var = (squares / number - mean.square()).clamp(min=0)
+        number, sums = summed(torch.stack([number, sums])).unbind()
+    wide_mean, wide_square = (sums / number).split(every)
+    var = torch.addcmul(wide_square, wide_mean, wide_mean, value=-1).to(dtype).clamp(min=0)
+    mean = wide_mean.to(dtype)
     with torch.no_grad():
         if shares is None and count() == 1:
-            factor = execution.repeated(tuple((c, n / max(n - 1, 1)) for c, n in cells), dtype, total.device)
+            factor = execution.repeated(tuple((c, n / max(n - 1, 1)) for c, n in cells), dtype, mean.device)
         else:
-            factor = number / (number - 1).clamp(min=1)
+            own = number[:every].to(dtype)
+            factor = own / (own - 1).clamp(min=1)
         unbiased = var * factor
-        channels = [level.channels for level in levels]
         running = [*(norm.running_mean for norm in norms), *(norm.running_var for norm in norms)]
         found = [*mean.to(running[0]).split(channels), *unbiased.to(running[0]).split(channels)]
         torch._foreach_lerp_(running, found, MOMENTUM)

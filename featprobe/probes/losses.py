@@ -114,7 +114,7 @@ def image_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None, 
     heads, classes = logits.shape[1:3]
     if parse_loss(loss) == ("ce",):
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        with torch.autocast(logits.device.type, enabled=False):
+        with execution.full_products(logits.device):
             return _ImageLoss.apply(logits, labels, logits.new_ones(classes) if weights is None else weights.to(logits))
     upsampled = interpolate(logits.flatten(1, 2), labels.shape[1:], mode="bilinear", align_corners=False)
     own = torch.arange(classes, device=labels.device, dtype=labels.dtype)[:, None, None]
