@@ -232,7 +232,7 @@ def test_a_batch_that_the_memory_does_not_hold_names_one_that_fits(
 
     monkeypatch.setattr(segmentation, "level_loss", narrow)
     with pytest.raises(ProbeError, match=r"--batch-size 3") as error:
-        probe(dense, options=ProbeOptions(recipe=replace(BRIEF, batch_size=12), seeds=1, quiet=True))
+        probe(dense, options=ProbeOptions(recipe=replace(BRIEF, batch_size=12), seeds=1, quiet=True, device="cpu"))
     assert "Nothing was trained" in str(error.value)
     assert largest_that_fits(9, lambda n: None) == 4
 

@@ -367,7 +367,7 @@ class _Recorded:
             content = None if features.content is None else features.content.clone()
             maps = {name: m.clone() for name, m in features.maps.items()}
             self.given = replace(features, maps=maps, content=content)
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:  # thread_local: the thread that reads ahead may ask for memory meanwhile
             with (
                 torch.cuda.device(self.device),
@@ -375,6 +375,7 @@ class _Recorded:
             ):
                 self.step(self.given)
         except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a recording that fails at its end leaves its own behind
             first = error if error.__context__ is None else error.__context__  # what ended the step ends the recording
             if isinstance(error, torch.OutOfMemoryError) or isinstance(first, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(str(first)) from error

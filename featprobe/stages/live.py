@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 AHEAD = 2  # batches that are decoded before they are needed
 TORCH_OF = {"uint8": torch.uint8, "int32": torch.int32}
 IMAGES_KEPT = 4  # decoded, for their next tiles
+HALF = {"bf16": torch.bfloat16, "amp": torch.float16}  # number format of the maps, by precision
 Truth = tuple[Labels | None, Sequence[Instance] | None]
 
 
@@ -257,8 +258,9 @@ class LiveFeatures:
         with torch.set_grad_enabled(learns), computing(self.precision, self.device):
             features: Features = self.backbone(images, content)
         maps = features.maps
-        if self.precision == "bf16" and self.framing is not None:  # what heads then compute in
-            maps = {name: m.to(torch.bfloat16) for name, m in maps.items()}
+        half = HALF.get(self.precision)
+        if half is not None and self.framing is not None:  # what heads then compute in
+            maps = {name: m.to(half) for name, m in maps.items()}
         if not learns:
             maps = {name: m.contiguous() for name, m in maps.items()}  # as a cache's are
         return replace(features, maps=maps)

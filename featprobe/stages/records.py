@@ -72,6 +72,7 @@ def row_of(
         "test": outcome.scores,
         "seconds": dict(seconds),
         "device": str(run.device),
+        "head_precision": "mixed" if run.device.type == "cuda" and run.kind != "ridge" else "fp32",
         "processes": count(),
         "folder": (run.folder / f"seed{trial.seed}").relative_to(run.workspace.probes).as_posix(),
     }
