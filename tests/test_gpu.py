@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 
 SPEC = BackboneSpec("tiny", "convnext_atto", "random", arguments=("--backbone", "convnext_atto", "--random-init"))
 BOUNDS = {"fp32": (np.inf, 1e-4), "tf32": (2, 1e-3), "amp": (2, 1e-3)}
-"""How far each precision may be from the CPU's fp32, and in which norm, relative to the level's: see cache/README.md."""
+"""How far each precision may be from the CPU's fp32, in which norm, relative to the level: see cache/README.md."""
 
 
 @pytest.fixture(scope="module")
