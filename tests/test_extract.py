@@ -377,7 +377,9 @@ def test_the_closing_line_names_the_limit_and_each_parts_own_rate(data, tmp_path
     report = extract(tmp_path, data)
     assert {"network", "decoding", "copying", "writing"} <= report.seconds.keys() and report.seconds["copying"] == 0
     slow = replace(report, seconds=report.seconds | {"network": 2.0, "decoding": 7.0, "copying": 0.5, "writing": 1.0})
-    wanted = "The limit was decoding 1 img/s; try more --workers. By themselves: the network 4 img/s, the disk "
+    wanted = (
+        "The limit was decoding at 1 img/s; try more --workers. By themselves: the backbone at 4 img/s, the disk at "
+    )
     assert stage.speed_text(slow).splitlines()[1].startswith(wanted)
     assert "copying to the host" in stage.speed_text(slow)
     assert "copying" not in stage.speed_text(report)  # nothing is copied on a CPU

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers import write_set
 
-from featprobe.cache import open_cache
+from featprobe.cache import WHOLE, CacheWriter, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError
 from featprobe.probes import TrainRecipe
 from featprobe.stages import extract as extracting
@@ -60,7 +60,7 @@ def test_a_missing_cache_is_made_once_as_extract_makes_it(
 ) -> None:
     made, said = count_extractions(monkeypatch), list[str]()
     rows = probe(space, "semseg", *named, options=QUICK, say=said.append, extract=True).rows
-    assert made == ["parts"] and said[0] == "extracting: small-random on parts, 12 images" and len(rows) == 1
+    assert made == ["parts"] and said[0] == "extracting: small-random on parts, 12 images at 64x64" and len(rows) == 1
     (path,) = space.cache_files()
     cache = open_cache(path)
     assert cache.recipe.frame == (64, 64) and len(cache.usable()) == 12
@@ -83,7 +83,11 @@ def test_an_unfinished_cache_is_completed(space: Workspace, monkeypatch: pytest.
 def test_a_plan_makes_nothing_and_says_what_would_be_made(space: Workspace) -> None:
     said: list[str] = []
     report = finetune(space, "semseg", ["parts"], options=QUICK, say=said.append, dry_run=True, extract=True)
-    assert said[0] == "to extract: small-random on parts, 12 images" and not report.rows and not space.cache_files()
+    assert (
+        said[0] == "to extract: small-random on parts, 12 images at 64x64"
+        and not report.rows
+        and not space.cache_files()
+    )
 
 
 def test_finetune_makes_what_it_lacks(space: Workspace) -> None:
@@ -146,3 +150,22 @@ def test_processes_that_were_launched_together_make_a_part_each(space: Workspace
     (path,) = space.cache_files()
     runs = [json.loads(line) for line in path.with_suffix(".runs.jsonl").read_text().splitlines()]
     assert sum(run["computed"] for run in runs) == 12
+
+
+def test_an_unfinished_cache_is_completed_as_it_was_begun_and_no_other_is_made(space: Workspace) -> None:
+    odd = ExtractOptions(
+        size=(96, 64), fit="letterbox", intensity="percentile:1:99", dtype="fp32", batch_size=4, quiet=True,
+        device="cpu", tile=0, views=("hflip",),
+    )  # fmt: skip
+    path = extract(space, space.backbone("small"), "parts", odd).path
+    whole = path.read_bytes()
+    with CacheWriter(path) as writer:
+        writer.mark_missing(1)
+        writer.mark_missing(7)
+    said: list[str] = []
+    with pytest.raises(CacheIncompleteError, match="Or let this command make it first:  --extract"):
+        probe(space, "semseg", ["parts"], options=QUICK)
+    report = probe(space, "semseg", options=QUICK, extract=True, say=said.append)
+    assert "completing" in said[0] and "2 rows" in said[0]
+    assert space.cache_files() == [path] and len(report.rows) == 1
+    assert (open_cache(path).done == WHOLE).all() and path.read_bytes() == whole

@@ -255,15 +255,17 @@ def speed_text(report: ExtractReport) -> str:
     counts = counted(report.rows, "image")
     if report.rows != report.images:
         counts = f"{counted(report.rows, 'part')} of {counted(report.images, 'image')}"
-    if report.copied:
-        counts += f", {report.copied} copied from the cache of the set as it was"
+    bad = f", {len(report.unreadable)} unreadable" if report.unreadable else ""
+    copied = f"; {report.copied} copied from the cache of the set as it was" if report.copied else ""
     if not report.computed and not report.missing:
-        text = f"{report.path}: complete ({counts}); nothing to do"
+        if copied:
+            return f"{report.path}: complete ({counts}{bad}); the set changed: written anew, none computed{copied}"
+        text = f"{report.path}: complete ({counts}{bad}); nothing to do"
         return f"{text}: files have the sizes and times of last time (--rehash reads them)" if report.by_times else text
     run = report.seconds["run"]
     lines = [
         f"{report.path}: {report.computed} of {counts} computed in {run:.1f} s on {report.device} "
-        f"({report.computed / run:.1f} img/s, {human_bytes(report.bytes_written / run)}/s); "
+        f"({report.computed / run:.1f} img/s, {human_bytes(report.bytes_written / run)}/s){copied}; "
         f"before that {report.seconds['load']:.1f} s for weights, {report.seconds['look']:.1f} s to look at the data"
     ]
     lines += [_limit_text(report)] if report.computed else []
@@ -275,7 +277,7 @@ def speed_text(report: ExtractReport) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"network": "the network", "decoding": "decoding", "copying": "copying to the host", "writing": "the disk"}
+PARTS = {"network": "the backbone", "decoding": "decoding", "copying": "copying to the host", "writing": "the disk"}
 
 
 def _limit_text(report: ExtractReport) -> str:
@@ -284,8 +286,8 @@ def _limit_text(report: ExtractReport) -> str:
     def rate(part: str) -> str:
         seconds = report.seconds[part]
         if part in ("network", "decoding"):
-            return f"{PARTS[part]} {report.computed / seconds:.0f} img/s"
-        return f"{PARTS[part]} {human_bytes(report.bytes_written / seconds)}/s"
+            return f"{PARTS[part]} at {report.computed / seconds:.0f} img/s"
+        return f"{PARTS[part]} at {human_bytes(report.bytes_written / seconds)}/s"
 
     known = sorted((part for part in PARTS if report.seconds[part]), key=lambda part: -report.seconds[part])
     more = "; try more --workers" if known[0] == "decoding" else ""
