@@ -574,6 +574,34 @@ def test_rows_of_several_splits_in_one_order_come_from_wherever_they_lie(letterb
             np.testing.assert_array_equal(rows, order)
 
 
+def test_a_split_that_runs_out_of_memory_on_its_way_streams_with_all_that_follow(letterboxed, roomy, monkeypatch):
+    splits = splits_of_forty()
+    roomy(2**40)
+    with staged(letterboxed) as loader:
+        plain, expected = loader._moved, random_maps(letterboxed.recipe, 40)["stride4"].view(np.float16)
+
+        def narrow(rows):
+            found = plain(rows)
+            if len(rows) == len(splits["val"]):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return found
+
+        monkeypatch.setattr(loader, "_moved", narrow)
+        said = loader.keep_on_device(splits)
+        assert said.startswith("features of train lie on") and said.endswith("val, test streamed from the file")
+        assert [len(held.rows) for held in loader.held] == [20]
+        for rows, features in loader.batches([splits["train"][:4], splits["val"], splits["test"][:3]]):
+            np.testing.assert_array_equal(features.maps["stride4"].numpy(), expected[rows])
+
+
+def test_a_split_without_rows_neither_moves_nor_streams(letterboxed, roomy):
+    roomy(2**40)
+    with staged(letterboxed) as loader:
+        said = loader.keep_on_device({**splits_of_forty(), "val": np.array([], dtype=np.intp)})
+        assert said.startswith("features of train, test lie on") and "val" not in said and len(loader.held) == 2
+        assert sum(len(rows) for rows, _ in loader.batches([np.arange(5), np.arange(30, 40)])) == 15
+
+
 def test_nothing_moves_where_there_is_no_room_or_the_memory_is_the_machines_own(letterboxed, roomy):
     with FeatureLoader(letterboxed) as loader:
         assert loader.keep_on_device(splits_of_forty()) == "" and not loader.held

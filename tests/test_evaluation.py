@@ -18,16 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_tasks import write_coco
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from featprobe.cache import Cache, open_cache, store
 from featprobe.cache.reader import FeatureLoader
 from featprobe.features import cell_shares
 from featprobe.metrics import confusion_matrix
-from featprobe.probes import HeadRecipe, LinearBank, TrainRecipe, build_head, execution
+from featprobe.probes import HeadRecipe, LinearBank, TrainRecipe, build_head, execution, predict
 from featprobe.probes.predict import count_pairs
 from featprobe.probes.train import train
 from featprobe.stages import labels, segmentation
 from featprobe.stages.labels import LabelShelf, encode, shelf_of
+from featprobe.stages.memory import Portions
 from featprobe.stages.partition import split_notes
 from featprobe.stages.probe import probe
 from featprobe.stages.probe_options import ProbeOptions
@@ -61,6 +63,27 @@ def test_pairs_are_counted_as_one_matrix_of_each_image_and_head(
     for i in range(images):
         for k in range(heads):
             np.testing.assert_array_equal(room[i + 1, :, k].numpy(), confusion_matrix(truth[i], said[i, k], classes))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), limit=st.integers(1, 3000), width=st.integers(1, 12), heads=st.integers(1, 5))
+def test_pairs_are_counted_in_blocks_that_hold_few_values(seed: int, limit: int, width: int, heads: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth, said = rng.integers(0, 3, (2, 17, width)), rng.integers(0, 3, (2, heads, 17, width))
+    out, sizes = torch.full((2, 3, heads, 3), -1), list[int]()
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = function(*args, **(kwargs or {}))
+            sizes.extend(found.numel() for _ in [0] if found.dtype == torch.float32)
+            return found
+
+    with pytest.MonkeyPatch.context() as patch, Watched():
+        patch.setattr(predict, "VALUES_AT_ONCE", limit)
+        count_pairs(torch.from_numpy(truth.astype(np.uint8)), torch.from_numpy(said), torch.arange(3), out)
+    assert 0 < max(sizes) <= max(limit, 2 * max(width, 3) * 3)  # at least one line of one head
+    for i, k in np.ndindex(2, heads):
+        np.testing.assert_array_equal(out[i, :, k].numpy(), confusion_matrix(truth[i], said[i, k], 3))
 
 
 def test_counts_of_a_large_image_are_exact() -> None:
@@ -131,7 +154,8 @@ def test_a_device_counts_what_the_cpu_counts(
     mixed: Cache, kind: str, count: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = mixed.usable()
-    monkeypatch.setattr(segmentation, "VALUES_AT_ONCE", at_once)
+    for module in (segmentation, predict):
+        monkeypatch.setattr(module, "VALUES_AT_ONCE", at_once)
     plain, whole = both_ways(mixed, heads_of(mixed, kind, count), rows, monkeypatch)
     assert plain.shape == (count, len(rows), 2, 2) and plain[..., 1].sum() > 1000 < plain[..., 0].sum()
     assert np.abs(plain - whole).sum() <= 2 * count  # a pixel whose classes are equal but for rounding
@@ -327,3 +351,54 @@ def test_masks_of_a_split_are_sent_to_a_device_once_where_they_fit(
         with FeatureLoader(mixed) as loader:
             scores = [task.evaluate(heads, loader.batches, rows)[0].scores for _ in range(3)]
         assert sum(sent) == times * len(rows) and scores[0] == scores[1] == scores[2]
+
+
+def kept_bytes(task: Segmentation) -> int:
+    """Bytes of masks that lie on the device."""
+    return sum(masks.nbytes for masks in task._truths.values())
+
+
+def test_masks_of_all_splits_together_take_one_share_of_the_device(
+    mixed: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, heads = mixed.usable(), heads_of(mixed, "linear", 1)
+    monkeypatch.setattr(execution, "whole_batches", lambda device: True)
+    share = sum(mixed.image_semantic(image).nbytes for image in mixed.image_of[rows[:8]].tolist())
+    monkeypatch.setattr(segmentation, "device_room", lambda device: share / segmentation.DEVICE_MEMORY_SHARE)
+    task = Segmentation(mixed, rows, TrainRecipe(), CPU, "ignore")
+    with FeatureLoader(mixed) as loader:
+        first = task.evaluate(heads, loader.batches, rows[:8])
+        assert 0.9 * share < kept_bytes(task) <= share
+        for start in (8, 9, 10):
+            task.evaluate(heads, loader.batches, rows[start:])
+        assert kept_bytes(task) <= share
+        assert task.evaluate(heads, loader.batches, rows[:8])[0].brief == first[0].brief
+
+
+def test_masks_are_given_up_where_scoring_runs_out_of_memory(mixed: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, heads = mixed.usable(), heads_of(mixed, "linear", 1)
+    monkeypatch.setattr(execution, "whole_batches", lambda device: True)
+    monkeypatch.setattr(segmentation, "device_room", lambda device: 2**40)
+    task, notes = Segmentation(mixed, rows, TrainRecipe(), CPU, "ignore"), list[str]()
+    portions = Portions(CPU, 8, "parts", notes.append)
+    with FeatureLoader(mixed) as loader:
+        plain = task.evaluate(heads, loader.batches, rows)[0].brief
+
+        def beside_masks(orders: Any) -> Any:
+            for found in loader.batches(orders):
+                if kept_bytes(task):
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                yield found
+
+        found = portions.do(lambda batches: task.evaluate(heads, batches, rows), beside_masks)[0].brief
+    assert found == pytest.approx(plain, abs=1e-4) and len(notes) == 1 and portions.images == 4
+
+
+def test_masks_of_tiled_images_are_not_kept_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(extract(tmp_path, write_sizes(tmp_path / "parts", 4), tile=32, overlap=8).path)
+    heads = heads_of(cache, "linear", 1)
+    monkeypatch.setattr(execution, "whole_batches", lambda device: True)
+    monkeypatch.setattr(segmentation, "device_room", lambda device: 2**40)
+    task = Segmentation(cache, cache.usable(), TrainRecipe(), CPU, "ignore")
+    with FeatureLoader(cache) as loader:
+        assert len(task.evaluate(heads, loader.batches, cache.usable())) == 1 and kept_bytes(task) == 0

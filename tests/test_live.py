@@ -169,6 +169,29 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: py
     assert "Omit --compile" in str(caught.value) and len(str(caught.value).splitlines()) == 4
 
 
+def test_a_failure_after_the_first_compiled_step_is_not_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def compiled(call: Any) -> Any:
+        def run(*given: Any) -> Any:
+            calls.append(len(calls))
+            if len(calls) > 2:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return call(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    backbone = load_backbone(SPEC)
+    backbone.unfreeze()
+    backbone.compiled = True
+    backbone.train()
+    images = torch.zeros(2, 3, 32, 32)
+    backbone(images), backbone(images)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: unspecified launch failure$"):
+        backbone(images)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_backbone_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda call: torch._dynamo.optimize("aot_eager")(call))  # no minute of C++

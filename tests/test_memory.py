@@ -22,9 +22,11 @@ from featprobe.stages.memory import Portions, largest_that_fits, with_batch_size
 from featprobe.stages.predict import Predictor, predict
 from featprobe.stages.probe import probe
 from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.trials import Run
 from featprobe.stages.workspace import Workspace
 
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB.\nMore of it."
+NOT_LOCKED = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported."
 GONE = "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported."
 QUICK = ProbeOptions(recipe=TrainRecipe(iterations=3, batch_size=2, evaluations=1), seeds=1, quiet=True, device="cpu")
 SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
@@ -126,14 +128,23 @@ def test_scoring_goes_by_fewer_images_where_more_do_not_fit_and_says_so(
     assert any("does not hold 4 images at once; they are scored 2 at a time" in note for note in report.notes)
     assert report.rows[0]["test"]["miou"] == pytest.approx(plain.rows[0]["test"]["miou"], abs=1e-6)
     monkeypatch.setattr(Portions, "_cut", lambda self, batches: batches)  # not even one fits
-    with pytest.raises(ProbeError, match="does not hold 1 images at once") as caught:
+    with pytest.raises(ProbeError, match="does not hold 1 image at once, to score") as caught:
         probe(space, options=asked)
     assert is_one_paragraph(caught.value)
 
 
-@pytest.mark.parametrize(("text", "said"), [(NO_MEMORY, "--batch-size 1"), (GONE, "begins this training again")])
+@pytest.mark.parametrize(
+    ("text", "batch_size", "said"),
+    [
+        (NO_MEMORY, 2, "--batch-size 1"),
+        (NO_MEMORY, 1, "wanted  1 image at once\n"),
+        (NO_MEMORY, 1, "stay. Take fewer --levels"),
+        (GONE, 2, "begins this training again"),
+        (NOT_LOCKED, 2, "Take a smaller --batch-size"),
+    ],
+)
 def test_trouble_late_in_a_training_is_one_paragraph(
-    space: Workspace, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, text: str, batch_size: int, said: str
 ) -> None:
     kind = torch.OutOfMemoryError if text == NO_MEMORY else RuntimeError
 
@@ -141,10 +152,26 @@ def test_trouble_late_in_a_training_is_one_paragraph(
         raise kind(text)
 
     monkeypatch.setattr(trials, "train", late)
-    words = "probe --iterations 2 --batch-size 2 --seeds 1 --quiet".split()
+    words = f"probe --iterations 2 --batch-size {batch_size} --seeds 1 --quiet --device cpu".split()
     result = CliRunner().invoke(cli, ["--workspace", str(space.root), *words])
     assert result.exit_code == 1 and said in result.stderr and "Traceback" not in result.stderr
     assert "\n\n" not in result.stderr.strip() and "asynchronously" not in result.stderr
+    assert ("failed and can't be used" in result.stderr) == (text == GONE)
+
+
+@pytest.mark.parametrize("place", ["_trials", "_settle"])
+@pytest.mark.parametrize("ask", [lambda run: run.do(lambda line: None), Run.validated, Run.foresee])
+def test_too_little_memory_anywhere_in_a_run_is_one_paragraph(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, place: str, ask: Any
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError(NO_MEMORY)
+
+    run = Run(space, opened(space.cache_files()[0]), "semseg", replace(QUICK, head="linear"), [0], 1.0)
+    monkeypatch.setattr(Run, place, full)
+    with pytest.raises(ProbeError, match=r"The memory of cpu is too small\.\n  found   CUDA out of memory") as caught:
+        ask(run)
+    assert is_one_paragraph(caught.value) and "--device cpu" in str(caught.value)
 
 
 def test_other_errors_are_not_taken_for_a_devices(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

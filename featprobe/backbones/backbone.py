@@ -93,11 +93,12 @@ class Backbone(nn.Module):
         return Features({level.name: m for level, m in zip(self.levels, maps, strict=True)}, frame, content)
 
     def _by_compiler(self, images: Tensor) -> list[Tensor]:
-        """`_maps` as torch compiles it; raises BackboneError where it can't."""
-        if self._compiled is None:
-            self._compiled = torch.compile(self._maps)
-        try:
+        """`_maps` as torch compiles it; raises BackboneError where it can't, which the first call shows."""
+        if self._compiled is not None:
             return self._compiled(self.model, images)
+        compiled: Callable[..., list[Tensor]] = torch.compile(self._maps)
+        try:
+            found = compiled(self.model, images)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler that is not there, or that gives up, raises many kinds
@@ -108,6 +109,8 @@ class Backbone(nn.Module):
                 f"  found   {type(error).__name__}: {reason}\n"
                 "Omit --compile: it changes the speed alone."
             ) from error
+        self._compiled = compiled
+        return found
 
     def _maps(self, model: Any, images: Tensor) -> list[Tensor]:
         """The levels as a model gives them: each (batch, channels, rows, columns)."""

@@ -212,22 +212,34 @@ class FeatureLoader:
     def keep_on_device(self, splits: Mapping[str, NDArray[np.intp]]) -> str:
         """Move the rows of each split to the GPU whole, the first first, as long as DEVICE_SHARE of its memory lasts.
 
-        Returns what moved and what streams, for a person; "" on a device whose memory is the machine's own.
+        Where less can be had than seemed free, that split and those after it stream. Returns what moved and what
+        streams, for a person; "" on a device whose memory is the machine's own.
         """
         room = device_room(self.device)
         if room is None:
             return ""
         left, moved, streamed = int(room * DEVICE_SHARE), list[str](), list[str]()
         for name, rows in splits.items():
+            if not len(rows):
+                continue
             wanted = len(rows) * sum(self.reader.row_bytes(level) for level in self.levels)
             if wanted <= left:
-                self.held.append(self._moved(np.unique(rows)))
-                left -= wanted
+                left = left - wanted if self._keep(np.unique(rows)) else 0
             (moved if self.resident(rows) else streamed).append(name)
         taken = human_bytes(sum(m.nbytes for held in self.held for m in held.maps.values()))
         said = [f"features of {', '.join(moved)} lie on {self.device} ({taken})"] if moved else []
         said += [f"{', '.join(streamed)} streamed from the file"] if streamed else []
         return "; ".join(said)
+
+    def _keep(self, rows: NDArray[np.intp]) -> bool:
+        """Move ascending rows to the device; returns whether its memory held them."""
+        try:
+            self.held.append(self._moved(rows))
+            return True
+        except torch.OutOfMemoryError:
+            pass
+        free_memory()  # out here nothing holds what did fit any more
+        return False
 
     def _moved(self, rows: NDArray[np.intp]) -> Held:
         frame = self.cache.recipe.frame
@@ -424,6 +436,12 @@ def device_room(device: torch.device) -> int | None:
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def free_memory() -> None:
+    """Give back to the device what torch keeps of it without need."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _open_direct(cache: Cache) -> int:

@@ -1,10 +1,14 @@
 """From logits on a grid of cells to classes of the original image's pixels."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from featprobe.geometry import Placement
 from featprobe.probes import execution
+
+VALUES_AT_ONCE = 2**26  # logits at the original size, or indicators of their classes, that a GPU holds
 
 
 def logits_at_original(logits: Tensor, stride: int, placement: Placement) -> Tensor:
@@ -47,8 +51,19 @@ def count_pairs(truth: Tensor, predicted: Tensor, index: Tensor, out: Tensor) ->
     truth: (images, height, width), uint8; 255 is ignored. predicted: (images, heads, height, width), class indices.
     index: (classes,), the numbers of the classes. out: (images, classes, heads, classes), int64, is filled. Pairs are
     counted as a product of indicators, line by line: a line's counts are exact in float32, in whichever order it adds.
+    Lines, and then heads, go in blocks where their indicators would be more than VALUES_AT_ONCE.
     """
-    true = (truth[:, :, None] == index[:, None]).float()  # (images, height, classes, width)
-    said = (predicted.permute(0, 2, 3, 1)[..., None] == index).float()  # (images, height, width, heads, classes)
-    of_lines = (true @ said.flatten(3)).unflatten(3, said.shape[3:])  # (images, height, classes, heads, classes)
-    torch.sum(of_lines, 1, dtype=torch.int64, out=out)
+    images, heads, height, width = predicted.shape
+    of_line = images * max(width, len(index)) * len(index)  # values of one line and head
+    beside = max(1, min(heads, VALUES_AT_ONCE // of_line))
+    lines = max(1, min(height, VALUES_AT_ONCE // (of_line * beside)))
+    for k, top in product(range(0, heads, beside), range(0, height, lines)):
+        own = out[:, :, k : k + beside]
+        block = predicted[:, k : k + beside, top : top + lines].permute(0, 2, 3, 1)
+        true = (truth[:, top : top + lines, None] == index[:, None]).float()  # (images, lines, classes, width)
+        said = (block[..., None] == index).float()  # (images, lines, width, heads, classes)
+        of_lines = (true @ said.flatten(3)).unflatten(3, said.shape[3:])  # (images, lines, classes, heads, classes)
+        if top == 0:
+            torch.sum(of_lines, 1, dtype=torch.int64, out=own)
+        else:
+            own += of_lines.sum(1, dtype=torch.int64)

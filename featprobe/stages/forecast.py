@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from featprobe.errors import ProbeError
+from featprobe.errors import ProbeError, counted
 from featprobe.probes import TrainRecipe
 from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
@@ -93,6 +93,6 @@ def _rehearse(run: "Run", trials: Sequence["Trial"], source: Source, tuned: Tune
         advice = f"--accumulate {-(-parts * len(rows) // fits)}" if fits else "--checkpointing, or --device cpu"
     raise ProbeError(
         f"{run.title}: the memory of {run.device} does not hold a training step.\n"
-        f"  wanted  {len(rows[own_part(len(rows))])} images at once\n"
+        f"  wanted  {counted(len(rows[own_part(len(rows))]), 'image')} at once\n"
         f"  found   {found}\nNothing was trained. What fits:  {advice}"
     )

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from featprobe.errors import BackboneError, ProbeError
+from featprobe.cache.reader import free_memory
+from featprobe.errors import BackboneError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.processes import count
 from featprobe.specs import Rows
@@ -22,6 +23,12 @@ def device_failure(error: RuntimeError, device: torch.device) -> str:
     text = str(error)
     if not any(words in text for words in DEVICE_ERRORS):
         return ""
+    if "CUDA error: out of memory" in text:  # torch's own memory of the device says "CUDA out of memory"
+        return (
+            f"Memory could not be had: most likely the machine's page-locked memory, through which batches go to "
+            f"{device}.\n  found   {text.splitlines()[0].strip()}\n"
+            "Take a smaller --batch-size, or end other work on this machine."
+        )
     return f"The device {device} failed and can't be used by this process any more: {text.splitlines()[0].strip()}"
 
 
@@ -36,6 +43,23 @@ def failing(device: torch.device, kept: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def fitting(device: torch.device, kept: str) -> Iterator[None]:
+    """`failing`, and a ProbeError where the memory of the device is too small."""
+    try:
+        with failing(device, kept):
+            yield
+        return
+    except torch.OutOfMemoryError as error:
+        found = str(error).splitlines()[0]
+    # out here nothing holds the tensors that did fit any more
+    free_memory()
+    raise ProbeError(
+        f"The memory of {device} is too small.\n  found   {found}\n{kept}\n"
+        "Take fewer --levels, a smaller --size or --batch-size, or --device cpu."
+    )
+
+
 def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
     """The largest half, quarter, … of a batch of `count` images whose step does not run out of memory; 0 for none."""
     while count := count // 2:
@@ -48,12 +72,6 @@ def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
     return 0
 
 
-def free_memory() -> None:
-    """Give back to the device what torch keeps of it without need."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def too_small(device: torch.device, what: str, images: int, found: str, fits: int, remedy: str) -> BackboneError:
     """The error of a batch that the memory of a device does not hold.
 
@@ -62,7 +80,7 @@ def too_small(device: torch.device, what: str, images: int, found: str, fits: in
     """
     none = "Not even one image fits: take a smaller --size, fewer --levels, a smaller backbone, or --device cpu."
     return BackboneError(
-        f"The memory of {device} does not hold {images} images at once, {what}.\n"
+        f"The memory of {device} does not hold {counted(images, 'image')} at once, {what}.\n"
         f"  wanted  memory for {images}\n  found   {found.splitlines()[0]}\n"
         f"What was complete is kept. {f'{fits} at once fit: {remedy}' if fits else none}"
     )
@@ -100,8 +118,8 @@ class Portions:
             # out here nothing holds the tensors of the batch that failed any more
             if self.images == 1 or count() > 1:
                 raise ProbeError(
-                    f"{self.what}: the memory of {self.device} does not hold {self.images} images at once, to score "
-                    f"them.\n  found   {found}\n"
+                    f"{self.what}: the memory of {self.device} does not hold {counted(self.images, 'image')} at "
+                    f"once, to score.\n  found   {found}\n"
                     "What was complete is kept. Take fewer --levels, a smaller --size, one process, or --device cpu."
                 )
             free_memory()

@@ -30,7 +30,7 @@ from featprobe.probes import (
     start_at_prior,
 )
 from featprobe.probes.linear import logits_of
-from featprobe.probes.predict import count_pairs, logits_at_original
+from featprobe.probes.predict import VALUES_AT_ONCE, count_pairs, logits_at_original
 from featprobe.probes.train import Feed
 from featprobe.processes import gathered
 from featprobe.report.sheets import Panel
@@ -41,11 +41,8 @@ from featprobe.stages.outcome import Batch, Outcome, evaluation_batches, scored_
 from featprobe.stages.rows import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
 
-VALUES_AT_ONCE = 2**26  # logits at the original size that an evaluation holds on a GPU
 SENT_AT_ONCE = 64  # masks
-DEVICE_MEMORY_SHARE = (
-    0.2  # of a GPU's free memory, for labels that are kept there: of training, and of a split's images
-)
+DEVICE_MEMORY_SHARE = 0.2  # of a GPU's free memory, for labels of training that are kept there; and as much for masks
 
 
 class Segmentation:
@@ -73,6 +70,7 @@ class Segmentation:
         self.classes = cache.data.classes
         self._stores: dict[tuple[str, int, bytes], _LabelStore] = {}
         self._truths: dict[bytes, Tensor] = {}  # of the images of some rows, on the device
+        self._truths_left: float | None = None  # bytes there, for more of them; None until the first are asked for
 
     def truth_of(self, row: int) -> Truth:
         """What augmented views of a row are labelled from."""
@@ -191,19 +189,28 @@ class Segmentation:
                 own[i] = confusion_matrix(truth, predicted, classes)
         return matrices
 
-    @torch.inference_mode()
     def _counted_there(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
         """The same in few operations on the device, which is waited for once, at the end.
 
-        Images go through together where they are of one size and come whole; tiles are stitched image by image.
+        Masks that were kept there are given up, and none is kept any more, where its memory is too small.
         """
+        try:
+            return self._counted_whole(heads, feed, rows)
+        except torch.OutOfMemoryError:
+            self._truths.clear()
+            self._truths_left = 0
+            raise
+
+    @torch.inference_mode()
+    def _counted_whole(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+        """Images go through together where they are of one size and come whole; tiles are stitched image by image."""
         images, classes = images_of(self.cache, rows), len(self.classes)
         index = torch.arange(classes, device=self.device)
         found = torch.empty((len(images), classes, len(heads), classes), dtype=torch.int64, device=self.device)
         order, done = images.tolist(), 0
         if self.cache.recipe.in_parts:
             for i, (image, every) in enumerate(self._classes(heads, feed, rows)):
-                count_pairs(self._truth(np.array([image]))(0, 1), torch.stack(every)[None], index, found[i : i + 1])
+                count_pairs(self._sent(np.array([image])), torch.stack(every)[None], index, found[i : i + 1])
         else:
             groups = self._of_one_size(rows)
             order = [row for group in groups for row in group.tolist()]
@@ -247,21 +254,23 @@ class Segmentation:
 
         These are (images, height, width), uint8, and sent there once where they fit.
         """
-        size = self.cache.images[int(images[0])].placement.original
-
-        def read(start: int, stop: int) -> Tensor:
-            masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images[start:stop])))
-            return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
-
-        room, key = device_room(self.device), images.tobytes()
-        if key not in self._truths and (room is None or len(images) * prod(size) > DEVICE_MEMORY_SHARE * room):
-            return read
+        size, key = self.cache.images[int(images[0])].placement.original, images.tobytes()
+        if self._truths_left is None:
+            self._truths_left = DEVICE_MEMORY_SHARE * (device_room(self.device) or 0)
         if key not in self._truths:
+            if len(images) * prod(size) > self._truths_left:
+                return lambda start, stop: self._sent(images[start:stop])
             whole = torch.empty((len(images), *size), dtype=torch.uint8, device=self.device)
             for start in range(0, len(images), SENT_AT_ONCE):
-                whole[start : start + SENT_AT_ONCE] = read(start, start + SENT_AT_ONCE)
+                whole[start : start + SENT_AT_ONCE] = self._sent(images[start : start + SENT_AT_ONCE])
             self._truths[key] = whole
+            self._truths_left -= whole.nbytes
         return lambda start, stop: self._truths[key][start:stop]
+
+    def _sent(self, images: Rows) -> Tensor:
+        """The masks of images of one size, on their way to the device: (images, height, width), uint8."""
+        masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images)))
+        return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
 
     def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""

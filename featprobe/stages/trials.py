@@ -18,7 +18,7 @@ from featprobe.backbones.precision import Precision, resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
-from featprobe.errors import DivergedError, ProbeError
+from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.geometry import IDENTITY
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
@@ -48,7 +48,7 @@ from featprobe.stages.forecast import Forecast, foresee
 from featprobe.stages.labels import shelf_of
 from featprobe.stages.live import LiveFeatures
 from featprobe.stages.logs import Recorder
-from featprobe.stages.memory import Batches, Portions, failing
+from featprobe.stages.memory import Batches, Portions, fitting
 from featprobe.stages.outcome import EVALUATION_BATCH, Outcome, evaluation_batches, spread_over
 from featprobe.stages.partition import regrouped, split_rows
 from featprobe.stages.probe_options import Budget, ProbeOptions
@@ -136,7 +136,7 @@ class Run:
 
         Several processes do that together; the main one alone writes.
         """
-        with failing(self.device, self._after_failure):
+        with self._guarded():
             return self._do(say)
 
     def _do(self, say: Say) -> list[dict[str, Any]]:
@@ -161,8 +161,12 @@ class Run:
 
     def validated(self) -> list[float]:
         """Train, choose on validation, and return each seed's score there; keeps no head, scores nothing on test."""
-        with failing(self.device, self._after_failure):
+        with self._guarded():
             return self._validated()
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        """What turns trouble of the device into words."""
+        return fitting(self.device, self._after_failure)
 
     @property
     def _after_failure(self) -> str:
@@ -257,7 +261,7 @@ class Run:
 
     def show(self, count: int) -> Path:
         """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
-        with self.source(self.head) as source:
+        with self._guarded(), self.source(self.head) as source:
             self._take_backbone(source, next(iter(self.weights), 0))
             test = self.rows["test"]
             chosen = spread_over(images_of(self.cache, test), self.task.fullness, count)
@@ -451,12 +455,13 @@ class Run:
             return self._trained(trials, source, index)
         except torch.OutOfMemoryError as error:  # of a batch that holds more than those of the forecast
             found = str(error).splitlines()[0]
-        half = max(1, self.recipe.batch_size // 2)
+        images, half = -(-self.recipe.batch_size // self.parts), self.recipe.batch_size // 2
         advice = f"--accumulate {2 * self.parts}" if self.regime == "full" else f"--batch-size {half}"
+        few = "Take fewer --levels, a smaller --size, or --device cpu."
         raise ProbeError(
             f"{self.title}: the memory of {self.device} does not hold every training step, though the first ones fit.\n"
-            f"  wanted  {-(-self.recipe.batch_size // self.parts)} images at once\n  found   {found}\n"
-            f"Heads that were written stay. Half as many at once:  {advice}"
+            f"  wanted  {counted(images, 'image')} at once\n  found   {found}\n"
+            f"Heads that were written stay. {f'Half as many at once:  {advice}' if images > 1 else few}"
         )
 
     def _trained(self, trials: Sequence[Trial], source: Source, index: int) -> list[list[CurvePoint]]:
@@ -568,10 +573,11 @@ class Run:
 
     def foresee(self) -> Forecast:
         """How long training will take, from a few steps; raises ProbeError where one does not fit the memory."""
-        trials = self._trials()
-        with failing(self.device, self._after_failure), self.source(trials[0].head) as source:
-            self._settle(source)
-            return foresee(self, trials, source)
+        with self._guarded():
+            trials = self._trials()
+            with self.source(trials[0].head) as source:
+                self._settle(source)
+                return foresee(self, trials, source)
 
     @property
     def forecast_text(self) -> str:
