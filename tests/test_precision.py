@@ -126,6 +126,18 @@ def test_an_unfinished_cache_that_needs_cuda_is_not_gone_on_with_elsewhere(data,
     assert extract(tmp_path, data, precision="fp32").missing == 0
 
 
+def test_a_cache_of_cuda_that_is_complete_of_the_set_as_it_was_is_not_called_unfinished(data, tmp_path, monkeypatch):
+    fast = as_amp(tmp_path, monkeypatch, data, tmp_path)
+    write_set(data, 7)
+    with pytest.raises(BackboneError) as caught:
+        extract(tmp_path, data)
+    assert "in the precision amp, and holds the data set as it was before it changed." in str(caught.value)
+    assert "not complete" not in str(caught.value)
+    extract(tmp_path, data, precision="fp32")
+    goes_on = f"{fast} holds the data set as it was before it changed; --precision amp goes on with it"
+    assert extract(tmp_path, data).notes[-1] == goes_on
+
+
 def test_what_was_begun_is_gone_on_with_whatever_the_device_would_choose(data, tmp_path, monkeypatch):
     path = extract(tmp_path, data, shard=(1, 2)).path
     monkeypatch.setattr("featprobe.stages.precision.resolve", lambda asked, device: "amp")

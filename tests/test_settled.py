@@ -157,6 +157,29 @@ def test_another_question_is_not_answered_by_it(run, other):
     assert run().by_times and run(**other).by_times
 
 
+def test_auto_by_times_takes_the_cache_and_says_the_notes_that_a_full_look_does(run, data, monkeypatch):
+    """On a device that chooses amp before fp32: what is there alone, then what is chosen first, then what is whole."""
+
+    def resolve(asked: str, device: object) -> str:
+        return "amp" if asked == "auto" else asked
+
+    (data / "masks" / "alone.png").write_bytes((data / "masks" / "part01.png").read_bytes())  # a note on the set
+    exact = run().path
+    for place in ("precision", "job"):
+        monkeypatch.setattr(f"featprobe.stages.{place}.resolve", resolve)
+    alone = run()
+    fast = run(precision="amp").path
+    both = run()
+    assert (alone.path, alone.by_times, both.path, both.by_times) == (exact, True, fast, False)
+    for _ in range(2):
+        again, full = run(), run(rehash=True)
+        assert (again.by_times, full.by_times, again.path, again.notes) == (True, False, full.path, full.notes)
+        assert any("masks have no image" in note for note in again.notes)
+        with CacheWriter(fast) as writer:
+            writer.mark_missing(2)
+    assert again.path == exact and f"{fast} is not complete" in again.notes[-1]
+
+
 def test_a_split_file_is_among_the_files(run, tmp_path):
     path = tmp_path / "split.csv"
 

@@ -172,6 +172,34 @@ def test_after_a_sync_that_failed_nothing_that_was_not_marked_is_ever_marked(cac
     assert states(cache) == [1, 1, 0, 0, 0, 0]
 
 
+def test_threads_that_wait_for_a_sync_share_the_next_one(cache, maps, monkeypatch):
+    """Each row fills a group; while the first is synced three threads write: two groups are not marked, not four."""
+    sync, begun, go_on, syncs = writer_module.sync, threading.Event(), threading.Event(), []
+
+    def slow(handle: int) -> None:
+        syncs.append(states(cache))
+        begun.set()
+        assert go_on.wait(60)
+        sync(handle)
+
+    monkeypatch.setattr(writer_module, "sync", slow)
+    monkeypatch.setattr(writer_module, "GROUP_BYTES", 1)
+    with CacheWriter(cache.path) as writer:
+        threads = [threading.Thread(target=writer.write, args=(n, part(maps, n, n + 1))) for n in range(4)]
+        threads[0].start()
+        assert begun.wait(60)
+        for thread in threads[1:]:
+            thread.start()
+        deadline = time.monotonic() + 10
+        while len(writer._group) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        go_on.set()
+        for thread in threads:
+            thread.join(60)
+        assert states(cache) == [1, 1, 1, 1, 0, 0]
+    assert syncs == [[0] * ROWS, [1, 0, 0, 0, 0, 0]]
+
+
 def test_threads_that_write_the_same_rows_never_leave_a_state_that_is_not_true(cache, monkeypatch):
     """Two features of one row in turn, by four threads; what is marked is one of the two, whole, at every mark."""
     versions = [random_maps(cache.recipe, ROWS, seed) for seed in (1, 2)]

@@ -59,7 +59,7 @@ class CacheWriter:
         self._held: set[int] = set()  # rows that a thread writes or marks just now
         self._group: dict[int, int] = {}  # row that is in the file -> its state, which is not
         self._bytes, self._since = 0, 0.0  # of the group: features in it, and when it began
-        self._one_sync = threading.Lock()
+        self._one_sync = threading.RLock()  # taken before `_turn`; who has it waits for no row
         self._lost: OSError | None = None  # what the disk said when it did not keep what was written
         try:
             self.handle = os.open(path, os.O_RDWR)
@@ -108,24 +108,33 @@ class CacheWriter:
                 checksums[:, column] = [xxhash.xxh3_64_intdigest(row.data) for row in data]
                 self._put(f"features/{name}", start, data)
             self._put("checksum", start, checksums)
-        if self._bytes >= GROUP_BYTES or time.monotonic() - self._since >= GROUP_SECONDS:
-            self.commit()
+        if self._is_due():
+            with self._one_sync:
+                if self._is_due():  # still: who had the turn may have marked these rows, too
+                    self.commit()
 
     def commit(self) -> None:
         """Bring to the disk what was written, then say that it is whole.
 
+        One group at a time: while it is synced and marked the next one fills, so that no more than two are not marked.
         Raises CacheError when the disk refuses. What was written and not marked is then never marked by this writer.
         """
+        with self._one_sync:
+            with self._turn:
+                group, self._group, self._bytes = self._group, {}, 0
+                self._held.update(group)
+            try:
+                if group:
+                    self._sync(min(group))
+                for first, states in _runs(group):
+                    self._put("done", first, np.array(states, dtype=np.uint8))
+            finally:
+                self._let_go(group)
+
+    def _is_due(self) -> bool:
         with self._turn:
-            group, self._group, self._bytes = self._group, {}, 0
-            self._held.update(group)
-        try:
-            if group:
-                self._sync(min(group))
-            for first, states in _runs(group):
-                self._put("done", first, np.array(states, dtype=np.uint8))
-        finally:
-            self._let_go(group)
+            old = time.monotonic() - self._since >= GROUP_SECONDS
+            return bool(self._group) and (old or self._bytes >= GROUP_BYTES)
 
     def mark_unreadable(self, row: int, reason: str) -> None:
         """Set a row aside, and keep why; commits."""

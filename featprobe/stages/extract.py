@@ -28,10 +28,11 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.datasets import DataSet
-from featprobe.errors import CacheError, counted
+from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
 from featprobe.specs import BackboneSpec
+from featprobe.stages import precision
 from featprobe.stages.caches import tf32_doubt
 from featprobe.stages.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.options import ExtractOptions, configured
@@ -81,7 +82,7 @@ def extract(
     backbone = None
     for found in [] if options.rehash else settled(asked):
         backbone = backbone or load_backbone(spec, options.levels, device)
-        if report := _nothing_to_do(found, backbone, device, begun):
+        if report := _nothing_to_do(found, backbone, options, device, begun):
             return report
     data = read_set(workspace, data_name, options)
     backbone = backbone or load_backbone(spec, options.levels, device)
@@ -145,19 +146,22 @@ def extract_with(
     return report
 
 
-def _nothing_to_do(found: Settled, backbone: Backbone, device: torch.device, begun: float) -> ExtractReport | None:
-    """The report on a cache that is whole, intact, and of this backbone; None where it is not."""
+def _nothing_to_do(
+    found: Settled, backbone: Backbone, options: ExtractOptions, device: torch.device, begun: float
+) -> ExtractReport | None:
+    """The report on a cache that is whole, intact, of this backbone, and in the precision that is meant, else None."""
     try:
         cache = Cache(found.path, read_contents(found.path))
-    except CacheError:
+        contents, folder = cache.contents, found.path.parent
+        meant, notes = precision.settled(cache.recipe, options.precision, device, folder, contents.data.fingerprint)
+    except FeatprobeError:  # reading the set tells more of it
         return None
-    contents = cache.contents
     same = (contents.identity_sha256, cache.recipe.weights_sha256, cache.levels) == (
         found.identity_sha256,
         backbone.sha256,
         backbone.levels,
     )
-    if not same or not (cache.done == WHOLE).all() or not contents.is_intact():
+    if meant != cache.recipe or not same or not (cache.done == WHOLE).all() or not contents.is_intact():
         return None
     return ExtractReport(
         path=found.path,
@@ -168,7 +172,7 @@ def _nothing_to_do(found: Settled, backbone: Backbone, device: torch.device, beg
         unreadable=(),
         bytes_written=0,
         seconds={"load": time.perf_counter() - begun, "look": 0.0, "run": 0.0, "wait_images": 0.0, "wait_disk": 0.0},
-        notes=found.notes,
+        notes=(*found.notes, *notes),
         device=str(device),
         images=len(cache.images),
         by_times=True,

@@ -31,16 +31,16 @@ def settled(
     if asked != "auto":
         return kinds[asked], ()
     there = [kind for kind, one in kinds.items() if cache_path(folder, one).exists()]
-    complete = [kind for kind in there if _is_complete(cache_path(folder, kinds[kind]), data)]
+    paths = {kind: cache_path(folder, kinds[kind]) for kind in there}
+    lacks = {kind: _lack(path, data) for kind, path in paths.items()}
+    complete = [kind for kind in there if not lacks[kind]]
     if complete:
-        others = {kind: cache_path(folder, kinds[kind]) for kind in there if kind not in complete}
-        notes = [f"{path} is not complete; --precision {kind} goes on with it" for kind, path in others.items()]
+        notes = [f"{paths[kind]} {lack}; --precision {kind} goes on with it" for kind, lack in lacks.items() if lack]
         return kinds[complete[0]], tuple(notes)
     able = [kind for kind in there if device.type == "cuda" or kind not in ONLY_ON_CUDA]
     if there and not able:
-        path = cache_path(folder, kinds[there[0]])
         raise BackboneError(
-            f"{path} was begun on CUDA, in the precision {there[0]}, and is not complete.\n"
+            f"{paths[there[0]]} was begun on CUDA, in the precision {there[0]}, and {lacks[there[0]]}.\n"
             f"  wanted  a CUDA device, to go on with it\n  found   {device}\n"
             "Nothing was computed. Go on where there is one, or begin another cache here:  --precision fp32"
         )
@@ -56,9 +56,11 @@ def _in_order(first: CachePrecision) -> list[CachePrecision]:
     return sorted(get_args(CachePrecision), key=lambda kind: kind != first)
 
 
-def _is_complete(path: Path, data: str) -> bool:
-    """Whether a cache lacks no row of the data set of this fingerprint. Raises CacheError."""
+def _lack(path: Path, data: str) -> str:
+    """Why a cache does not hold every row of the data set of this fingerprint; "" where it does. Raises CacheError."""
     contents = read_contents(path)
-    if contents.data.fingerprint != data or not contents.is_intact():
-        return False
-    return not (Cache(path, contents).done == MISSING).any()
+    if not contents.is_intact():
+        return "is damaged"
+    if contents.data.fingerprint != data:
+        return "holds the data set as it was before it changed"
+    return "is not complete" if (Cache(path, contents).done == MISSING).any() else ""
