@@ -181,7 +181,7 @@ class FeatureLoader:
     """Batches of cached features, in any order asked for, on the device that trains.
 
     Rows that fit a GPU's memory move there once (`keep_on_device`). All others are read ahead by a thread: into a ring
-    of buffers on a CPU; for another device into page-locked ones, from where a stream of their own copies them, so that
+    of buffers; for CUDA into page-locked ones, from where a stream of their own copies them, so that
     neither reading nor copying waits for what is computed.
     """
 
@@ -195,7 +195,7 @@ class FeatureLoader:
         self.cache = cache
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
-        self.staged = self.device.type != "cpu"
+        self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
         self.reader = RowReader(cache, self.levels, mode, READERS if self.staged else 1)
         self.dtype = TORCH_DTYPE[cache.recipe.dtype]
         sizes = torch.tensor([row.placement.content for row in cache.rows], dtype=torch.int32)
@@ -332,7 +332,7 @@ class FeatureLoader:
                 if isinstance(item, BaseException):
                     raise item
                 rows, slot = item
-                yield rows, slot.features(len(rows))
+                yield rows, slot.features(len(rows)).to(self.device)
                 slot.release()
                 free.put(slot)
         finally:

@@ -212,7 +212,10 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
         return 0
     locks.claim_all()
     check_disk(job)
-    temporary = make_temporary(job.path, job.recipe, job.info, job.rows, provenance(job), job.whole)
+    made = provenance(job)
+    if tf32_doubt(job.path):  # rows that are copied stay what they are
+        made = {name: value for name, value in made.items() if name not in ("device", "tf32")}
+    temporary = make_temporary(job.path, job.recipe, job.info, job.rows, made, job.whole)
     try:
         copied = _copy_rows(Cache(job.path, old), temporary, job.rows)
         replace_file(temporary, job.path)
