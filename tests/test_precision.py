@@ -174,11 +174,12 @@ def test_an_unfinished_fp32_cache_that_may_hold_tf32_is_refused(data, tmp_path, 
 
 def test_a_doubt_stays_with_rows_that_are_copied_where_no_card_is(data, tmp_path):
     path = extract(tmp_path, data).path
-    as_older(path)
-    for folder in ("images", "masks"):
-        (data / folder / "part00.png").unlink()
-    assert extract(tmp_path, data).copied == 5
-    assert tf32_doubt(path) is not None
+    as_older(path, ("cpu", 4))  # of six rows: two are in doubt
+    for name in ("part00.png", "part01.png"):
+        for folder in ("images", "masks"):
+            (data / folder / name).unlink()
+    assert extract(tmp_path, data).copied == 4
+    assert tf32_doubt(path) is not None and "2 rows" in tf32_doubt(path).text
 
 
 def test_rows_that_may_hold_tf32_are_not_copied_into_the_cache_of_a_changed_set(data, tmp_path):

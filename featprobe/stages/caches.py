@@ -61,6 +61,8 @@ def tf32_doubt(path: Path) -> Doubt | None:
     of runs beside the file, one line for each run that came to its end.
     """
     contents = read_contents(path)
+    if kept := contents.provenance.get("may_hold_tf32"):
+        return Doubt(str(kept), False)
     if contents.recipe.precision != "fp32" or "device" in contents.provenance:
         return None
     runs = _runs(path)

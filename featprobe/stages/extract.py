@@ -212,9 +212,9 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
         return 0
     locks.claim_all()
     check_disk(job)
-    made = provenance(job)
-    if tf32_doubt(job.path):  # rows that are copied stay what they are
-        made = {name: value for name, value in made.items() if name not in ("device", "tf32")}
+    made, doubt = provenance(job), tf32_doubt(job.path)
+    if doubt:  # rows that are copied stay what they are
+        made["may_hold_tf32"] = doubt.text
     temporary = make_temporary(job.path, job.recipe, job.info, job.rows, made, job.whole)
     try:
         copied = _copy_rows(Cache(job.path, old), temporary, job.rows)
