@@ -247,8 +247,8 @@ def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, l
     """Whether masks use 0 and 255 only, all of them: then 255 is the one class and not `ignore`; and a note on others.
 
     Pixels that a header calls empty do not count; where nothing else is drawn a note reports them. Masks that can't be
-    read do not count either: they are met again, by name, when their labels are wanted. Raises DataError where some masks hold 0 and
-    255 and others 0 and 1, and none holds both, so that 255 may mean either.
+    read do not count either: they are met again, by name, when their labels are wanted. Raises DataError where some
+    masks hold 0 and 255 and others 0 and 1, and none holds both, so that 255 may mean either.
     """
     full, index, both, hidden = Tally(), Tally(), Tally(), Tally()
     for path in paths:
