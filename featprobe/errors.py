@@ -11,6 +11,8 @@
     │   └── OverflowsDtypeError   a feature does not fit the cache's number format
     ├── ProbeError                a head, a saved head, a training recipe
     │   └── DivergedError         a training whose loss is not finite any more
+    ├── DiskError                 a disk that does not take what is written
+    ├── FileKindError             a pipe, a device, a folder or too large a file, where a regular file is meant
     └── ShapeError                tensors that disagree (a caller's mistake)
 
 A message is a letter: what, where, what was wanted, what was found, what was done about it, what to
@@ -63,6 +65,14 @@ class ProbeError(FeatprobeError):
 
 class DivergedError(ProbeError):
     """The loss of every head of a training is not finite any more."""
+
+
+class DiskError(FeatprobeError):
+    """A disk is full, read-only or failing; what a file held before is as it was."""
+
+
+class FileKindError(FeatprobeError):
+    """A path means no regular file, or one larger than such a file can be."""
 
 
 class ShapeError(FeatprobeError):
