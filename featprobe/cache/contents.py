@@ -147,8 +147,9 @@ def read_contents(path: Path) -> Contents:
                 raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
             return _parse(file, Index.of(values, values["version"]), parts)
         said = file.read(header.FIXED.size, header.json_bytes(start))
-        index = header.decode(start, said)
-        return _parse(file, index, {name: Span(file, entry) for name, entry in index.parts.items()})
+        index, sealed = header.decode(start, said)
+        contents = _parse(file, index, {name: Span(file, entry) for name, entry in index.parts.items()})
+        return contents if sealed else replace(contents, damaged=("header", *contents.damaged))
     except NewerFormat as error:
         raise CacheError(
             f"{path} is of a newer format than this featprobe reads.\n  wanted  {error.wanted}\n  found   {error.found}\n"
