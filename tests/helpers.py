@@ -108,6 +108,18 @@ def change_part(path: Path, name: str, change: Callable[[bytes], bytes]) -> None
     assert len(changed) == len(data) and changed != data
 
 
+def change_provenance(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Make what a cache says of its making another, which takes no more room, and seal it anew."""
+
+    def rewritten(data: bytes) -> bytes:
+        return json.dumps(change(json.loads(data)), separators=(",", ":")).encode().ljust(len(data))
+
+    change_part(path, "provenance", rewritten)
+    place = header_of(path)["parts"]["provenance"]
+    data = path.read_bytes()[place["offset"] :][: place["bytes"]]
+    change_header(path, lambda said: said["parts"]["provenance"].update(sha256=hashlib.sha256(data).hexdigest()))
+
+
 def recipe_of(
     levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16"
 ) -> FeatureRecipe:

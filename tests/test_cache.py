@@ -297,7 +297,9 @@ def test_labels_are_hashed_when_a_row_is_used_first(tmp_path, kind):
     cache, bad = open_cache(path), 1 if kind == "semantic" else 0
     assert cache.rows[bad + 2].id == f"part{bad + 2}.png"
     for used in (lambda: cache.rows[bad], lambda: getattr(cache, kind)(bad)):
-        with pytest.raises(CacheError, match=rf"labels of row {bad}, part{bad}.png, are damaged[^@]*{path}[^@]*extract"):
+        with pytest.raises(
+            CacheError, match=rf"labels of row {bad}, part{bad}.png, are damaged[^@]*{path}[^@]*extract"
+        ):
             used()
     assert not cache.contents.is_intact() and cache.contents.damaged_targets() == [bad]
 
