@@ -91,22 +91,32 @@ class Span:
 class Contents:
     """All of a cache file but its features, as read once when it is opened.
 
-    version: of the file. images: what the rows are parts of, placed as they are; none where rows are images.
+    index: what its header says; that of an older file is made up. images: what the rows are parts of, placed as they
+    are; none where rows are images.
     damaged: parts that are not what was written, of those that were hashed when the file was opened: all but labels.
     inode: which file it was; file: that very one, held open.
     """
 
-    version: int
+    index: Index
     recipe: FeatureRecipe
     data: DataInfo
     provenance: Mapping[str, Any]
     rows: RowTable
     images: RowTable | None
     extents: Mapping[str, Extent]
-    identity_sha256: str
     damaged: tuple[str, ...]
     file: HeldFile
     labels: Mapping[str, tuple[Span, str]]
+
+    @property
+    def version(self) -> int:
+        """Of the file."""
+        return self.index.version
+
+    @property
+    def identity_sha256(self) -> str:
+        """Over all that was written once, as the file says."""
+        return self.index.identity_sha256
 
     @property
     def inode(self) -> int:
@@ -221,10 +231,7 @@ def _made(
         _check_parts(arrays, rows, images)
     extents = {name: Extent(own.offset, own.size // index.rows, index.rows) for name, own in index.tables.items()}
     labels = {n: (own, index.parts[n].sha256) for n, own in parts.items() if n in LABELS and isinstance(own, Span)}
-    return Contents(
-        index.version, recipe, data_of(texts["data"]), provenance, rows, images, extents, index.identity_sha256,
-        damaged, file, labels,
-    )  # fmt: skip
+    return Contents(index, recipe, data_of(texts["data"]), provenance, rows, images, extents, damaged, file, labels)
 
 
 def _told(contents: Contents) -> Contents:
@@ -309,7 +316,7 @@ def _targets(arrays: Mapping[str, NDArray], parts: Mapping[str, Blob], group: st
         blob, offsets = parts[f"{group}/{kind}"], arrays[f"{group}/{kind}_offset"]
         if offsets[0] != 0 or offsets[-1] != len(blob) or (offsets[1:] < offsets[:-1]).any():
             raise FormatFault(f"{group}/{kind}_offset: from 0 up to {len(blob)}", "other offsets")
-        found[kind] = Targets(blob, offsets)
+        found[kind] = Targets(blob, offsets.astype(np.uint32) if len(blob) < 1 << 32 else offsets)
     return found
 
 
