@@ -140,11 +140,11 @@ class Cache:
         extent = self.contents.extents[f"features/{level.name}"]
         data = self._bytes(extent.offset + row * extent.row_bytes, extent.row_bytes)
         if check:
-            self.check(np.array([row]), level, [data])
+            self.check(np.array([row]), level, np.frombuffer(data, dtype=np.uint8).reshape(1, -1))
         shape = (level.channels, *level.cells(self.recipe.frame))
         return np.frombuffer(data, dtype=STORED_AS[self.recipe.dtype]).reshape(shape)
 
-    def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: Sequence[bytes] | NDArray[np.uint8]) -> None:
+    def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: NDArray[np.uint8]) -> None:
         """Hash what was read of some rows of a level, each row the first time that this process reads it.
 
         stored: all that is stored of the level, in the order of its checksum, each (rows, bytes). Any thread may call
@@ -155,7 +155,7 @@ class Cache:
             return
         for row, *parts in zip(rows.tolist(), *stored, strict=True):
             if not self._hashed[row, column]:
-                self._compare(row, column, row_checksum(*map(memoryview, parts)))
+                self._compare(row, column, row_checksum(*(part.data for part in parts)))
                 self._hashed[row, column] = True
 
     def _compare(self, row: int, column: int, found: int) -> None:
