@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -33,7 +33,7 @@ ReadRows = Callable[[NDArray[np.intp], NDArray[np.uint8]], None]
 MEMORY_SHARE = 0.7  # of the available memory that a mapped file may take
 RING = 3  # batches: one in use, one ready, one being read
 STAGED_RING = 2  # batches on their way to another device: one in use there, one being read and copied
-READERS = 4  # threads that read rows for another device
+READERS = 4  # threads that read rows from a disk, or for another device
 DEVICE_SHARE = 0.5  # of a GPU's free memory that rows may take; the rest is for the training
 CONTENT = ""  # a name that no level has, of the buffer of content sizes
 PIECE = 64 * 2**20  # bytes, about, that are read at once when rows move to a GPU whole
@@ -48,10 +48,19 @@ def choose_mode(cache: Cache, levels: Sequence[FeatureLevel]) -> Mode:
 
 
 class RowReader:
-    """Copies rows of some levels of a cache into buffers that the caller owns. threads: that share out the rows."""
+    """Copies rows of some levels of a cache into buffers that the caller owns.
+
+    threads: that share out the rows. verify: hash each row's level when this process first reads it (`Cache.check`).
+    """
 
     def __init__(
-        self, cache: Cache, levels: Sequence[FeatureLevel] = (), mode: Mode | None = None, threads: int = 1
+        self,
+        cache: Cache,
+        levels: Sequence[FeatureLevel] = (),
+        mode: Mode | None = None,
+        threads: int = 1,
+        *,
+        verify: bool = True,
     ) -> None:
         self.cache = cache
         self.levels = tuple(levels) or cache.levels
@@ -64,7 +73,7 @@ class RowReader:
         self._read: dict[str, ReadRows] = {
             level.name: make(extent) for level, extent in zip(self.levels, extents, strict=True)
         }
-        self.threads = threads
+        self.threads, self.verify = threads, verify
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-reader") if threads > 1 else None
 
     def __enter__(self) -> "RowReader":
@@ -84,17 +93,25 @@ class RowReader:
         return self.cache.contents.extents[f"features/{level.name}"].row_bytes
 
     def read(self, rows: NDArray[np.intp], out: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Copy rows, in the order given, into `out`: level name -> (rows, row bytes), uint8."""
+        """Copy rows, in the order given, into `out`: level name -> (rows, row bytes), uint8.
+
+        Raises CacheError for a row that is not what was written, and for a file that was cut short.
+        """
         self._check_length()
         if self._pool is None:
             for level in self.levels:
-                self._read[level.name](rows, out[level.name])
+                self._read_level(level, rows, out[level.name])
             return
         step = -(-len(rows) // self.threads) or 1
         parts = [slice(start, start + step) for start in range(0, len(rows), step)]
-        jobs = [self._pool.submit(self._read[v.name], rows[p], out[v.name][p]) for v in self.levels for p in parts]
+        jobs = [self._pool.submit(self._read_level, v, rows[p], out[v.name][p]) for v in self.levels for p in parts]
         for job in jobs:
             job.result()
+
+    def _read_level(self, level: FeatureLevel, rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
+        self._read[level.name](rows, out)
+        if self.verify:  # what was copied, so that nothing can change between the check and the use
+            self.cache.check(rows, level, out)
 
     def _check_length(self) -> None:
         """Raise CacheError when the file was cut short: touching a map beyond its end would kill the process."""
@@ -123,11 +140,16 @@ class RowReader:
         return read
 
     def _direct(self, extent: Extent) -> ReadRows:
-        """O_DIRECT wants aligned offsets and memory, so whole aligned spans are read and rows cut out."""
+        """O_DIRECT wants aligned offsets and memory: where rows have none, spans are read and rows cut out."""
+        aligned_rows = extent.offset % ALIGNMENT == extent.row_bytes % ALIGNMENT == 0
+        straight = self._positioned(extent)
         spans = -(-extent.row_bytes // ALIGNMENT) + 1
         own = threading.local()
 
         def read(rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
+            if aligned_rows and out.ctypes.data % ALIGNMENT == 0:
+                straight(rows, out)
+                return
             if not hasattr(own, "buffer"):
                 own.buffer = mmap.mmap(-1, spans * ALIGNMENT)
             buffer, scratch = own.buffer, np.frombuffer(own.buffer, dtype=np.uint8)
@@ -178,7 +200,7 @@ class Held:
 
 
 class FeatureLoader:
-    """Batches of cached features, in any order asked for, on the device that trains.
+    """Batches of cached features, in any order asked for, on the device that trains. verify: see RowReader.
 
     Rows that fit a GPU's memory move there once (`keep_on_device`). All others are read ahead by a thread: into a ring
     of buffers; for CUDA into page-locked ones, from where a stream of their own copies them, so that
@@ -191,12 +213,16 @@ class FeatureLoader:
         levels: Sequence[FeatureLevel] = (),
         device: torch.device | str = "cpu",
         mode: Mode | None = None,
+        *,
+        verify: bool = True,
     ) -> None:
         self.cache = cache
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
-        self.reader = RowReader(cache, self.levels, mode, READERS if self.staged else 1)
+        mode = mode or choose_mode(cache, self.levels)
+        threads = READERS if self.staged or mode != "memmap" else 1  # a disk serves several at once
+        self.reader = RowReader(cache, self.levels, mode, threads, verify=verify)
         self.dtype = TORCH_DTYPE[cache.recipe.dtype]
         sizes = torch.tensor(cache.rows.content, dtype=torch.int32)
         frame = torch.tensor(cache.recipe.frame, dtype=torch.int32)
@@ -424,10 +450,13 @@ class _Slot:
 
 
 def _memory(rows: int, width: int, pinned: bool) -> torch.Tensor:
-    """(rows, width) bytes. Where they need not be pinned numpy makes them: it asks for huge pages, torch does not."""
+    """(rows, width) bytes from the start of a page, where O_DIRECT can read to; in huge pages."""
     if pinned:
         return torch.empty((rows, width), dtype=torch.uint8, pin_memory=True)
-    return torch.from_numpy(np.empty((rows, width), dtype=np.uint8))
+    held = mmap.mmap(-1, max(1, rows * width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # where the system has none
+        held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.from_numpy(np.frombuffer(held, dtype=np.uint8, count=rows * width).reshape(rows, width))
 
 
 def device_room(device: torch.device) -> int | None:
