@@ -39,6 +39,10 @@ class Refused(Exception):
     """The file is not what cache/README.md says; the text says how."""
 
 
+class Newer(Refused):
+    """The file is of a version to come."""
+
+
 # Limits
 
 
@@ -126,7 +130,7 @@ def place_of(root: Any, name: str, dtype: str, length: int, *wanted: int | None)
         raise Refused(f"{name!r} has no bytes of its own, or too few")
     if offset + size > length:
         raise Refused(f"{name!r} ends at byte {offset + size} of {length}: the file is cut short")
-    return {"offset": offset, "bytes": size, "dtype": dtype, "shape": list(shape), "sha256": "", "required": True}
+    return {"offset": offset, "bytes": size, "dtype": dtype, "shape": list(shape), "sha256": "", "required": False}
 
 
 def check_apart(places: Mapping[str, tuple[int, int]]) -> None:
@@ -177,8 +181,10 @@ def read_old(root: Any, status: os.stat_result) -> Iterator[bytes]:
     kind, version = attribute(root, "format"), attribute(root, "version")
     if kind != "featprobe-cache":
         raise Refused(f"it is HDF5, but of the format {short(kind)}")
+    if isinstance(version, int) and version > 2:
+        raise Newer(f"version {version}")
     if version not in (1, 2):
-        raise Refused(f"its version is {short(version)}, where only 1 and 2 begin as this file does")
+        raise Refused(f"its version is {short(version)}")
     said = {name: text_attribute(root, name) for name in ATTRIBUTES}
     recipe = json.loads(said["recipe"])
     levels = recipe["levels"] if isinstance(recipe, dict) else None
@@ -208,7 +214,7 @@ def read_old(root: Any, status: os.stat_result) -> Iterator[bytes]:
         parts[name] = place_in_answer(blob)
     yield json.dumps(
         {
-            "version": version, "inode": status.st_ino, "recipe": recipe, "recipe_key": said["recipe_key"],
+            "version": version, "recipe": recipe, "recipe_key": said["recipe_key"],
             "identity_sha256": said["identity_sha256"], "rows": rows, "images": images, "parts": parts, "tables": tables,
         }
     ).encode()  # fmt: skip
@@ -292,7 +298,9 @@ def disagreements(root: Any, header: Mapping[str, Any], handle: int) -> Iterator
         "identity_sha256": header["identity_sha256"],
     }
     for name, value in wanted.items():
-        yield from said_by(lambda name=name, value=value: differs(f"the attribute {name!r}", attribute(root, name), value))
+        yield from said_by(
+            lambda name=name, value=value: differs(f"the attribute {name!r}", attribute(root, name), value)
+        )
     yield from said_by(
         lambda: differs("the attribute 'recipe'", json.loads(text_attribute(root, "recipe")), header["recipe"])
     )
@@ -385,7 +393,7 @@ def main(kind: str, handle: int) -> None:
             else:
                 parts = [json.dumps(list(disagreements(root, request, handle))).encode()]
     except Refused as refusal:
-        parts = [b"", str(refusal).encode(errors="replace")]
+        parts = [b"", str(refusal).encode(errors="replace"), *([b"newer"] if isinstance(refusal, Newer) else [])]
     except FAULTS as error:
         parts = [b"", fault_of(error).encode(errors="replace")]
     answer(parts)

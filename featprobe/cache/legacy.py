@@ -5,6 +5,7 @@ made on purpose leads it into other files. So this process never opens a cache w
 within limits on memory and on time, after a look at the structure, and answers with the little that is asked for.
 """
 
+import hashlib
 import json
 import os
 import select
@@ -14,10 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from featprobe.errors import CacheError
+from featprobe.cache.contents import Contents, HeldFile, Span
+from featprobe.cache.header import FormatFault, Index, NewerFormat
+from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob
+from featprobe.specs import FILE_VERSION
 
 CHILD = Path(__file__).with_name("hdf5_child.py")
 MOST_LINE = 100  # bytes: of an answer's first line
@@ -25,27 +30,54 @@ SPARE = 64 << 20  # bytes that an answer may be longer than its file
 PIECE = 1 << 20  # bytes that are taken from the child at once
 WALL_SECONDS = 60.0  # for a small file
 BYTES_PER_SECOND = 20 << 20  # of a large one, in which the child is given so much more time
+SETTLED_SECONDS = 2.0  # coarser than the times of most file systems
+_views: dict[tuple[int, ...], list[bytes]] = {}  # of the old file that was read last
 
 
 class ViewRefused(Exception):
-    """HDF5 found no cache in a file; the text says what it found."""
+    """HDF5 found no cache in a file; the text says what it found. newer: whether it is one of a version to come."""
+
+    newer = False
 
 
-def read_old(path: Path, handle: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What a file of version 1 or 2 would say as one of version 3, and the parts of it that have no place in the file.
+def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """The header that a file of version 1 or 2 would have in version 3, with the places that it has, and its parts.
 
-    handle: of the file, open for reading. The first is a header's JSON with the places that the file has, with
-    `version` and `inode`; the second are `texts` and `provenance`. Nothing in it has been checked against the recipe.
-    Raises CacheError.
+    The header holds `version` as well. Nothing of it has been held against the recipe. Raises FormatFault.
     """
     try:
-        said, texts, provenance = _view("old", handle)
-        return json.loads(said), {"texts": texts, "provenance": provenance}
-    except (ViewRefused, ValueError) as error:
-        raise CacheError(
-            f"{path} is not a feature cache that can be opened.\n  wanted  a file of version 1 or 2\n"
-            f"  found   {error}\nNothing was changed. Remove it and extract again:  featprobe cache rm FILE"
-        ) from error
+        said, texts, provenance = _old_view(file)
+        values = json.loads(said)
+    except ViewRefused as refusal:
+        if refusal.newer:
+            raise NewerFormat(f"version {FILE_VERSION} or older", str(refusal)) from refusal
+        raise FormatFault("a file of version 1 or 2", str(refusal)) from refusal
+    placed = Index.of(values, values["version"]).parts
+    parts: dict[str, Blob] = {name: Span(file, entry) for name, entry in placed.items()}
+    return values, {**parts, "texts": texts, "provenance": provenance}
+
+
+def old_identity(contents: Contents) -> str:
+    """sha256 over all that is written once in versions 1 and 2, and where the rest has its place.
+
+    The last because HDF5 does not guard its own bookkeeping: a flipped address would serve other rows.
+    """
+    running = hashlib.sha256()
+    places = {name: asdict(extent) for name, extent in contents.extents.items()}
+    said = {name: value for name, value in asdict(contents.data).items() if name != "bits" or value}  # older lack it
+    head = {"recipe": contents.recipe.to_json(), "data": said, "extents": places}
+    running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+    tables = [contents.rows, *([contents.images] if contents.images else [])]
+    for row in (table.unchecked(i) for table in tables for i in range(len(table))):
+        text = [getattr(row, name) for name in TEXT_FIELDS]
+        sizes = [row.placement.original, row.placement.content, row.placement.frame]
+        parts = [] if row.part is None else [astuple(row.part), row.image_index]
+        running.update(json.dumps([text, sizes, *parts]).encode())
+        for kind in TARGET_KINDS:
+            blob = getattr(row, kind)
+            running.update(len(blob).to_bytes(8, "little"))
+            running.update(blob)
+    return running.hexdigest()
 
 
 def disagreements(handle: int, header: Mapping[str, Any]) -> list[str]:
@@ -58,6 +90,23 @@ def disagreements(handle: int, header: Mapping[str, Any]) -> list[str]:
         return [str(line) for line in json.loads(said)]
     except (ViewRefused, ValueError) as error:
         return [f"HDF5 can't open the file: {error}"]
+
+
+def _old_view(file: HeldFile) -> list[bytes]:
+    """What the child tells of an old file; that of last time where it is the same file, and was not touched since.
+
+    A command opens a cache several times. What changed less than SETTLED_SECONDS ago may change again under one time.
+    """
+    status = os.fstat(file.handle)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if key not in _views:
+        settled = time.time() - status.st_ctime > SETTLED_SECONDS
+        view = _view("old", file.handle)
+        _views.clear()
+        if not settled:
+            return view
+        _views[key] = view
+    return _views[key]
 
 
 def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
@@ -84,7 +133,9 @@ def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
             child.kill()
             child.wait()
     if not parts[0]:
-        raise ViewRefused(ascii(parts[-1].decode(errors="replace"))[1:-1])
+        refusal = ViewRefused(ascii(parts[1].decode(errors="replace"))[1:-1])
+        refusal.newer = len(parts) > 2
+        raise refusal
     return parts
 
 
