@@ -1,4 +1,4 @@
-"""Caches of versions 1 and 2 as they were made until version 3: small ones for tests, and their identity sealed anew."""
+"""Caches of versions 1 and 2 as they were made until version 3: small ones for tests, and their identity made anew."""
 
 import hashlib
 import json

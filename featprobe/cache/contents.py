@@ -201,7 +201,7 @@ def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
         _images(index, texts["images"], arrays, parts) if recipe.in_parts else None,
         {name: Extent(own.offset, own.size // index.rows, index.rows) for name, own in index.tables.items()},
         index.identity_sha256, tuple(damaged), file,
-        {n: (own, index.parts[n].sha256) for n, own in parts.items() if n in LABELS and isinstance(own, Span) and not old},
+        {} if old else {n: (b, index.parts[n].sha256) for n, b in parts.items() if n in LABELS and isinstance(b, Span)},
     )  # fmt: skip
     if made.images:
         _check_parts(arrays, made.rows, made.images)

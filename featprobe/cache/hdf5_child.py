@@ -1,8 +1,8 @@
 """HDF5's view of a cache file, taken in a process of its own:  python hdf5_child.py KIND DESCRIPTOR < REQUEST
 
-KIND is `old`, for the contents of a file of version 1 or 2, or `agrees`, for where HDF5 and the header in REQUEST (JSON)
-differ. The file comes as an open descriptor. The answer goes to the standard output: how many bytes
-each of its parts has, in one line, then the parts.
+KIND is `old`, for the contents of a file of version 1 or 2, or `agrees`, for where HDF5 and the header in REQUEST, JSON,
+differ. The file comes as an open descriptor. The answer goes to the standard output: how many bytes each of its parts
+has, in one line, then the parts.
 
 HDF5 follows a file wherever it leads: into other files, and round and round. So this process looks at the structure
 first, and reads only what lies in the file itself, where cache/README.md has it; and its memory and its time on a
@@ -177,7 +177,7 @@ def text_attribute(root: Any, name: str) -> str:
 
 
 def read_old(root: Any, status: os.stat_result) -> Iterator[bytes]:
-    """The header that the file would have as one of version 3, with the places that it has; then texts and provenance."""
+    """The header that the file would have in version 3, with the places that it has; then texts and provenance."""
     kind, version = attribute(root, "format"), attribute(root, "version")
     if kind != "featprobe-cache":
         raise Refused(f"it is HDF5, but of the format {short(kind)}")
@@ -201,7 +201,7 @@ def read_old(root: Any, status: os.stat_result) -> Iterator[bytes]:
     texts, places = old_texts(root, rows, images, version, length)
     check_apart({name: (entry["offset"], entry["bytes"]) for name, entry in (parts | tables).items()} | places)
     limit_seconds(OPENING_SECONDS + (rows + images) / ROWS_PER_SECOND)
-    for name, entry in tables.items():
+    for entry in tables.values():
         count = entry["shape"][0]
         entry |= {"rows": count, "row_bytes": entry["bytes"] // max(1, count)}
     data = json.loads(said["data"])
@@ -215,7 +215,8 @@ def read_old(root: Any, status: os.stat_result) -> Iterator[bytes]:
     yield json.dumps(
         {
             "version": version, "recipe": recipe, "recipe_key": said["recipe_key"],
-            "identity_sha256": said["identity_sha256"], "rows": rows, "images": images, "parts": parts, "tables": tables,
+            "identity_sha256": said["identity_sha256"], "rows": rows, "images": images,
+            "parts": parts, "tables": tables,
         }
     ).encode()  # fmt: skip
     yield from blobs.values()

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
+from featprobe.cache import header
 from featprobe.cache.contents import Contents, HeldFile, Span
 from featprobe.cache.header import FormatFault, Index, NewerFormat
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob
@@ -80,14 +80,17 @@ def old_identity(contents: Contents) -> str:
     return running.hexdigest()
 
 
-def disagreements(handle: int, header: Mapping[str, Any]) -> list[str]:
+def disagreements(path: Path) -> list[str]:
     """Where HDF5's view of a file of version 3 differs from that of its header, in words; [] where both agree.
 
-    header: its JSON, with `version`. Names, places, types and shapes are compared, and bytes of all that is written once.
+    Names, places, types and shapes are compared, and the bytes of all that is written once. Raises FormatFault.
     """
+    file = HeldFile(path)
+    start = file.read(0, min(header.FIXED.size, file.status.st_size))
+    index = header.decode(start, file.read(header.FIXED.size, header.json_bytes(start)))
     try:
-        (said,) = _view("agrees", handle, json.dumps(header).encode())
-        return [str(line) for line in json.loads(said)]
+        (said,) = _view("agrees", file.handle, json.dumps(index.to_json() | {"version": index.version}).encode())
+        return [ascii(line)[1:-1] for line in json.loads(said)]
     except (ViewRefused, ValueError) as error:
         return [f"HDF5 can't open the file: {error}"]
 
