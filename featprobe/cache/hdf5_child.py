@@ -1,8 +1,8 @@
 """HDF5's view of a cache file, taken in a process of its own:  python hdf5_child.py KIND DESCRIPTOR < REQUEST
 
-KIND is `old`, for the contents of a file of version 1 or 2, or `agrees`, for where HDF5 and the header in REQUEST, JSON,
-differ. The file comes as an open descriptor. The answer goes to the standard output: how many bytes each of its parts
-has, in one line, then the parts.
+KIND is `old`, for the contents of a file of version 1 or 2, or `agrees`, for where HDF5 and the header in REQUEST
+differ, which is JSON. The file comes as an open descriptor. The answer goes to the standard output: how many bytes each
+of its parts has, in one line, then the parts.
 
 HDF5 follows a file wherever it leads: into other files, and round and round. So this process looks at the structure
 first, and reads only what lies in the file itself, where cache/README.md has it; and its memory and its time on a

@@ -147,16 +147,17 @@ def encode(index: Index) -> bytes:
     return (FIXED.pack(MAGIC, FILE_VERSION, len(said), _hash(FILE_VERSION, said)) + said).ljust(index.block, b"\0")
 
 
-def decode(start: bytes, rest: bytes) -> Index:
-    """The index of a header: its first FIXED.size bytes, and the JSON behind them. Raises FormatFault."""
+def decode(start: bytes, said: bytes) -> tuple[Index, bool]:
+    """The index of a header, and whether its sha256 holds: of its first FIXED.size bytes, and the JSON behind them.
+
+    Raises FormatFault.
+    """
     _, version, _, expected = FIXED.unpack(start)
-    if _hash(version, rest) != expected:
-        raise FormatFault("a header whose sha256 holds", "another sha256: the header is damaged")
-    index = Index.of(parse_json(rest, MOST_VALUES, "the header"), version)
-    block, least = index.block, FIXED.size + len(rest)
-    if block < max(LEAST_BLOCK, least) or block & (block - 1):
-        raise FormatFault(f"user_block: a power of two of at least {max(LEAST_BLOCK, least)}", str(block))
-    return index
+    index = Index.of(parse_json(said, MOST_VALUES, "the header"), version)
+    least = max(LEAST_BLOCK, FIXED.size + len(said))
+    if index.block < least or index.block & (index.block - 1):
+        raise FormatFault(f"user_block: a power of two of at least {least}", str(index.block))
+    return index, _hash(version, said) == expected
 
 
 def json_bytes(start: bytes) -> int:

@@ -31,13 +31,15 @@ PIECE = 1 << 20  # bytes that are taken from the child at once
 WALL_SECONDS = 60.0  # for a small file
 BYTES_PER_SECOND = 20 << 20  # of a large one, in which the child is given so much more time
 SETTLED_SECONDS = 2.0  # coarser than the times of most file systems
-_views: dict[tuple[int, ...], list[bytes]] = {}  # of the old file that was read last
 
 
 class ViewRefused(Exception):
     """HDF5 found no cache in a file; the text says what it found. newer: whether it is one of a version to come."""
 
     newer = False
+
+
+_views: dict[tuple[int, ...], list[bytes] | ViewRefused] = {}  # of the old file that was read last
 
 
 def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
@@ -87,7 +89,7 @@ def disagreements(path: Path) -> list[str]:
     """
     file = HeldFile(path)
     start = file.read(0, min(header.FIXED.size, file.status.st_size))
-    index = header.decode(start, file.read(header.FIXED.size, header.json_bytes(start)))
+    index, _ = header.decode(start, file.read(header.FIXED.size, header.json_bytes(start)))
     try:
         (said,) = _view("agrees", file.handle, json.dumps(index.to_json() | {"version": index.version}).encode())
         return [ascii(line)[1:-1] for line in json.loads(said)]
@@ -102,14 +104,19 @@ def _old_view(file: HeldFile) -> list[bytes]:
     """
     status = os.fstat(file.handle)
     key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if key not in _views:
+    view = _views.get(key)
+    if view is None:
         settled = time.time() - status.st_ctime > SETTLED_SECONDS
-        view = _view("old", file.handle)
+        try:
+            view = _view("old", file.handle)
+        except ViewRefused as refusal:
+            view = refusal
         _views.clear()
-        if not settled:
-            return view
-        _views[key] = view
-    return _views[key]
+        if settled:
+            _views[key] = view
+    if isinstance(view, ViewRefused):
+        raise view
+    return view
 
 
 def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
