@@ -105,7 +105,7 @@ def change_part(path: Path, name: str, change: Callable[[bytes], bytes]) -> None
         data = stream.read(place["bytes"])
         stream.seek(place["offset"])
         stream.write(changed := change(data))
-    assert len(changed) == len(data) and changed != data
+    assert len(changed) == len(data)
 
 
 def change_provenance(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

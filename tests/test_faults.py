@@ -76,7 +76,7 @@ def test_a_flipped_bit_of_a_target_is_named_and_the_row_refused(path):
     assert damages(path) == [Damage(4, "part04.png", "targets")]
     cache = open_cache(path)
     for used in (cache.semantic, cache.rows.__getitem__):
-        with pytest.raises(CacheError, match="labels of row 4, part04.png, are damaged"):
+        with pytest.raises(CacheError, match=r"labels of row 4, part04\.png, are damaged"):
             used(4)
         used(3)
 

@@ -375,7 +375,7 @@ def test_a_damaged_part_or_whole_label_is_no_sound_cache(name: str, tiled: Works
     path = tmp_path / "copy.h5"
     path.write_bytes(cache_of(tiled).path.read_bytes())
     change_part(path, name, lambda data: bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(CacheError, match="damaged|not what was written"):
+    with pytest.raises(CacheError, match=r"damaged|not what was written"):
         open_cache(path).image_semantic(0)
 
 

@@ -152,7 +152,8 @@ def read_contents(path: Path) -> Contents:
         return contents if sealed else replace(contents, damaged=("header", *contents.damaged))
     except NewerFormat as error:
         raise CacheError(
-            f"{path} is of a newer format than this featprobe reads.\n  wanted  {error.wanted}\n  found   {error.found}\n"
+            f"{path} is of a newer format than this featprobe reads.\n"
+            f"  wanted  {error.wanted}\n  found   {error.found}\n"
             "Nothing was changed. Update featprobe:  pip install --upgrade featprobe"
         ) from error
     except FormatFault as error:
@@ -160,10 +161,8 @@ def read_contents(path: Path) -> Contents:
     except CacheError:
         raise
     except FAULTS as error:
-        said_of = str(error).splitlines()[0] if str(error) else ""
-        raise _unopened(
-            path, f"a file of version {FILE_VERSION} or older", f"{type(error).__name__}: {said_of}"
-        ) from error
+        found = f"{type(error).__name__}: {short(str(error))}"
+        raise _unopened(path, f"a file of version {FILE_VERSION} or older", found) from error
 
 
 def _unopened(path: Path, wanted: str, found: str) -> CacheError:
@@ -206,7 +205,7 @@ def _made(
 ) -> Contents:  # fmt: skip
     """`_parse`, of parts whose types and shapes are known to be right. read: of those that are read at once."""
     texts = parse_json(read["texts"], most_texts(index.rows, index.images), "texts")
-    check_fields("texts", texts, dict.fromkeys(("data", "rows", "images")[: 2 + recipe.in_parts], OBJECT))
+    check_fields("texts", texts, dict.fromkeys(("data", "rows", "images")[: 2 + recipe.in_parts], OBJECT), {})
     provenance = provenance_of(parse_json(read["provenance"], header.MOST_VALUES, "provenance"))
     arrays = {
         name: np.frombuffer(data, shapes[name][0]).reshape(index.parts[name].shape)

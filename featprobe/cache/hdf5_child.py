@@ -36,11 +36,14 @@ PIECE = 1 << 22  # bytes that are hashed at once
 
 
 class Refused(Exception):
-    """The file is not what cache/README.md says; the text says how."""
+    """The file is not what cache/README.md says; the text says how.
 
+    kind: `newer` for a version to come, `other` for HDF5 that is no cache at all, else "".
+    """
 
-class Newer(Refused):
-    """The file is of a version to come."""
+    def __init__(self, found: str, kind: str = "") -> None:
+        super().__init__(found)
+        self.kind = kind
 
 
 # Limits
@@ -178,11 +181,12 @@ def text_attribute(root: Any, name: str) -> str:
 
 def read_old(root: Any, status: os.stat_result) -> Iterator[bytes]:
     """The header that the file would have in version 3, with the places that it has; then texts and provenance."""
-    kind, version = attribute(root, "format"), attribute(root, "version")
+    kind = attribute(root, "format") if h5py.h5a.exists(root, b"format") else None
     if kind != "featprobe-cache":
-        raise Refused(f"it is HDF5, but of the format {short(kind)}")
+        raise Refused(short(kind), "other")
+    version = attribute(root, "version")
     if isinstance(version, int) and version > 2:
-        raise Newer(f"version {version}")
+        raise Refused(f"version {version}", "newer")
     if version not in (1, 2):
         raise Refused(f"its version is {short(version)}")
     said = {name: text_attribute(root, name) for name in ATTRIBUTES}
@@ -377,7 +381,7 @@ def answer(parts: list[bytes]) -> None:
 
 
 def main(kind: str, handle: int) -> None:
-    """Take the view that is asked for, within limits, and answer: b"" and a refusal where there is none."""
+    """Take the view that is asked for, within limits, and answer: b"", a refusal and its kind where there is none."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # HDF5 would keep Python from seeing it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     status = os.fstat(handle)
@@ -394,9 +398,9 @@ def main(kind: str, handle: int) -> None:
             else:
                 parts = [json.dumps(list(disagreements(root, request, handle))).encode()]
     except Refused as refusal:
-        parts = [b"", str(refusal).encode(errors="replace"), *([b"newer"] if isinstance(refusal, Newer) else [])]
+        parts = [b"", str(refusal).encode(errors="replace"), refusal.kind.encode()]
     except FAULTS as error:
-        parts = [b"", fault_of(error).encode(errors="replace")]
+        parts = [b"", fault_of(error).encode(errors="replace"), b""]
     answer(parts)
 
 

@@ -21,7 +21,9 @@ from typing import Any
 from featprobe.cache import header
 from featprobe.cache.contents import Contents, HeldFile, Span
 from featprobe.cache.header import FormatFault, Index, NewerFormat
+from featprobe.cache.layout import FORMAT
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob
+from featprobe.errors import CacheError
 from featprobe.specs import FILE_VERSION
 
 CHILD = Path(__file__).with_name("hdf5_child.py")
@@ -34,9 +36,9 @@ SETTLED_SECONDS = 2.0  # coarser than the times of most file systems
 
 
 class ViewRefused(Exception):
-    """HDF5 found no cache in a file; the text says what it found. newer: whether it is one of a version to come."""
+    """HDF5 found no cache in a file; the text says what it found. kind: as of the child's `Refused`."""
 
-    newer = False
+    kind = ""
 
 
 _views: dict[tuple[int, ...], list[bytes] | ViewRefused] = {}  # of the old file that was read last
@@ -45,13 +47,17 @@ _views: dict[tuple[int, ...], list[bytes] | ViewRefused] = {}  # of the old file
 def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
     """The header that a file of version 1 or 2 would have in version 3, with the places that it has, and its parts.
 
-    The header holds `version` as well. Nothing of it has been held against the recipe. Raises FormatFault.
+    The header holds `version` as well. Nothing of it has been held against the recipe. Raises FormatFault, NewerFormat, CacheError.
     """
     try:
         said, texts, provenance = _old_view(file)
         values = json.loads(said)
     except ViewRefused as refusal:
-        if refusal.newer:
+        if refusal.kind == "other":
+            raise CacheError(
+                f"{file.path} is HDF5, but not a feature cache.\n  wanted  format {FORMAT}\n  found   {refusal}"
+            ) from refusal
+        if refusal.kind == "newer":
             raise NewerFormat(f"version {FILE_VERSION} or older", str(refusal)) from refusal
         raise FormatFault("a file of version 1 or 2", str(refusal)) from refusal
     placed = Index.of(values, values["version"]).parts
@@ -144,7 +150,7 @@ def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
             child.wait()
     if not parts[0]:
         refusal = ViewRefused(ascii(parts[1].decode(errors="replace"))[1:-1])
-        refusal.newer = len(parts) > 2
+        refusal.kind = parts[2].decode(errors="replace")
         raise refusal
     return parts
 
