@@ -218,8 +218,8 @@ def _made(
     if images is not None:
         _check_parts(arrays, rows, images)
     extents = {name: Extent(own.offset, own.size // index.rows, index.rows) for name, own in index.tables.items()}
-    own_hashes = {n: entry.sha256 for n, entry in index.parts.items() if entry.sha256}  # older files have none
-    labels = {n: (own, own_hashes[n]) for n, own in parts.items() if n in LABELS & own_hashes.keys() and isinstance(own, Span)}
+    hashed = LABELS if index.version == FILE_VERSION else set()  # older files have hashes of rows alone
+    labels = {n: (own, index.parts[n].sha256) for n, own in parts.items() if n in hashed and isinstance(own, Span)}
     return Contents(
         index.version, recipe, data_of(texts["data"]), provenance, rows, images, extents, index.identity_sha256,
         damaged, file, labels,

@@ -47,7 +47,8 @@ _views: dict[tuple[int, ...], list[bytes] | ViewRefused] = {}  # of the old file
 def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
     """The header that a file of version 1 or 2 would have in version 3, with the places that it has, and its parts.
 
-    The header holds `version` as well. Nothing of it has been held against the recipe. Raises FormatFault, NewerFormat, CacheError.
+    The header holds `version` as well. Nothing of it has been held against the recipe. Raises FormatFault, NewerFormat,
+    and CacheError for HDF5 of another kind.
     """
     try:
         said, texts, provenance = _old_view(file)
