@@ -48,10 +48,19 @@ def choose_mode(cache: Cache, levels: Sequence[FeatureLevel]) -> Mode:
 
 
 class RowReader:
-    """Copies rows of some levels of a cache into buffers that the caller owns. threads: that share out the rows."""
+    """Copies rows of some levels of a cache into buffers that the caller owns.
+
+    threads: that share out the rows. verify: hash each row's level when this process first reads it (`Cache.check`).
+    """
 
     def __init__(
-        self, cache: Cache, levels: Sequence[FeatureLevel] = (), mode: Mode | None = None, threads: int = 1
+        self,
+        cache: Cache,
+        levels: Sequence[FeatureLevel] = (),
+        mode: Mode | None = None,
+        threads: int = 1,
+        *,
+        verify: bool = True,
     ) -> None:
         self.cache = cache
         self.levels = tuple(levels) or cache.levels
@@ -64,7 +73,7 @@ class RowReader:
         self._read: dict[str, ReadRows] = {
             level.name: make(extent) for level, extent in zip(self.levels, extents, strict=True)
         }
-        self.threads = threads
+        self.threads, self.verify = threads, verify
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-reader") if threads > 1 else None
 
     def __enter__(self) -> "RowReader":
@@ -84,17 +93,25 @@ class RowReader:
         return self.cache.contents.extents[f"features/{level.name}"].row_bytes
 
     def read(self, rows: NDArray[np.intp], out: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Copy rows, in the order given, into `out`: level name -> (rows, row bytes), uint8."""
+        """Copy rows, in the order given, into `out`: level name -> (rows, row bytes), uint8.
+
+        Raises CacheError for a row that is not what was written, and for a file that was cut short.
+        """
         self._check_length()
         if self._pool is None:
             for level in self.levels:
-                self._read[level.name](rows, out[level.name])
+                self._read_level(level, rows, out[level.name])
             return
         step = -(-len(rows) // self.threads) or 1
         parts = [slice(start, start + step) for start in range(0, len(rows), step)]
-        jobs = [self._pool.submit(self._read[v.name], rows[p], out[v.name][p]) for v in self.levels for p in parts]
+        jobs = [self._pool.submit(self._read_level, v, rows[p], out[v.name][p]) for v in self.levels for p in parts]
         for job in jobs:
             job.result()
+
+    def _read_level(self, level: FeatureLevel, rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
+        self._read[level.name](rows, out)
+        if self.verify:  # what was copied, so that nothing can change between the check and the use
+            self.cache.check(rows, level, out)
 
     def _check_length(self) -> None:
         """Raise CacheError when the file was cut short: touching a map beyond its end would kill the process."""
@@ -178,7 +195,7 @@ class Held:
 
 
 class FeatureLoader:
-    """Batches of cached features, in any order asked for, on the device that trains.
+    """Batches of cached features, in any order asked for, on the device that trains. verify: see RowReader.
 
     Rows that fit a GPU's memory move there once (`keep_on_device`). All others are read ahead by a thread: into a ring
     of buffers; for CUDA into page-locked ones, from where a stream of their own copies them, so that
@@ -191,12 +208,14 @@ class FeatureLoader:
         levels: Sequence[FeatureLevel] = (),
         device: torch.device | str = "cpu",
         mode: Mode | None = None,
+        *,
+        verify: bool = True,
     ) -> None:
         self.cache = cache
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
-        self.reader = RowReader(cache, self.levels, mode, READERS if self.staged else 1)
+        self.reader = RowReader(cache, self.levels, mode, READERS if self.staged else 1, verify=verify)
         self.dtype = TORCH_DTYPE[cache.recipe.dtype]
         sizes = torch.tensor([row.placement.content for row in cache.rows], dtype=torch.int32)
         frame = torch.tensor(cache.recipe.frame, dtype=torch.int32)

@@ -1,6 +1,7 @@
 """An open cache: who its rows are, what it holds for each, and whether that is still what was written."""
 
 import os
+import shlex
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from featprobe.cache.checksums import hashed_of, row_checksum
 from featprobe.cache.layout import MISSING, STORED_AS, UNREADABLE, WHOLE, Contents, Row, read_contents
 from featprobe.errors import CacheError, CacheIncompleteError
 from featprobe.levels import FeatureLevel
@@ -37,6 +38,8 @@ class Cache:
         self.images = contents.images if self.recipe.in_parts else contents.rows
         own = [row.image_index for row in self.rows] if self.recipe.in_parts else range(len(self.rows))
         self.image_of = np.array(own, dtype=np.intp)
+        self._columns = {level.name: column for column, level in enumerate(self.levels)}
+        self._hashed = hashed_of(self.handle, len(self.rows), len(self.levels))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,12 +132,50 @@ class Cache:
         """xxh3_64 of each row's level, as written: (rows, levels)."""
         return self._read_all("checksum", "<u8")
 
-    def read_row(self, row: int, level: FeatureLevel) -> NDArray:
-        """One row of one level in its stored format: (channels, height, width)."""
+    def read_row(self, row: int, level: FeatureLevel, *, check: bool = True) -> NDArray:
+        """One row of one level in its stored format: (channels, height, width).
+
+        check: against its checksum, where this process has not done that yet; raises CacheError for a bad row.
+        """
         extent = self.contents.extents[f"features/{level.name}"]
         data = self._bytes(extent.offset + row * extent.row_bytes, extent.row_bytes)
+        if check:
+            self.check(np.array([row]), level, np.frombuffer(data, dtype=np.uint8).reshape(1, -1))
         shape = (level.channels, *level.cells(self.recipe.frame))
         return np.frombuffer(data, dtype=STORED_AS[self.recipe.dtype]).reshape(shape)
+
+    def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: NDArray[np.uint8]) -> None:
+        """Hash what was read of some rows of a level, each row the first time that this process reads it.
+
+        stored: all that is stored of the level, in the order of its checksum, each (rows, bytes). Any thread may call
+        it. Raises CacheError for a row that is not what was written, CacheIncompleteError for one that is missing.
+        """
+        column = self._columns[level.name]
+        if self._hashed[rows, column].all():
+            return
+        for row, *parts in zip(rows.tolist(), *stored, strict=True):
+            if not self._hashed[row, column]:
+                self._compare(row, column, row_checksum(*(part.data for part in parts)))
+                self._hashed[row, column] = True
+
+    def _compare(self, row: int, column: int, found: int) -> None:
+        """Raise CacheError where a row's checksum, as it is just now, is not the one found."""
+        extent = self.contents.extents["checksum"]
+        wanted = np.frombuffer(self._bytes(extent.offset + row * extent.row_bytes, extent.row_bytes), dtype="<u8")
+        if found == int(wanted[column]):
+            return
+        name, state = f"row {row}, {self.rows[row].id!r}", self.done[row]
+        if state != WHOLE:  # as it is before its bytes change
+            raise CacheIncompleteError(
+                f"{self.path}: {name}, is {'unreadable' if state == UNREADABLE else 'missing'} just now.\n"
+                f"Finish the file, then run the same command again:  {self.contents.command}"
+            )
+        raise CacheError(
+            f"{self.path} is damaged: the features of {name}, are not what was written.\n"
+            f"  wanted  {self.levels[column].name}, xxh3_64 {int(wanted[column]):016x}\n  found   {found:016x}\n"
+            "The file was not changed. See all that is bad in it, then have that computed again:\n"
+            f"  featprobe cache verify {shlex.quote(str(self.path))}\n  {self.contents.command}"
+        )
 
 
 def open_cache(path: str | os.PathLike[str]) -> Cache:
@@ -175,8 +216,8 @@ def verify(path: Path) -> Iterator[Damage | int]:
     stored = cache.stored_checksums()
     for column, level in enumerate(cache.levels):
         for row in whole.tolist():
-            data = cache.read_row(row, level)
-            if xxhash.xxh3_64_intdigest(data.tobytes()) != int(stored[row, column]):
+            data = cache.read_row(row, level, check=False)
+            if row_checksum(data.tobytes()) != int(stored[row, column]):
                 yield Damage(row, cache.rows[row].id, f"features/{level.name}")
             yield data.nbytes
 

@@ -163,6 +163,7 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
 @cli.command()
 @click.option("--task", default="semseg", show_default=True, help="semseg, detect or instseg.")
 @head_options
+@click.option("--no-verify", is_flag=True, help="Do not hash each row's features when they are first read.")
 @as_json
 @click.pass_context
 def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
@@ -508,6 +509,7 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
         quiet=options["quiet"],
         tuning=tuning,
         log=tuple(dict.fromkeys(options["log"])),
+        verify=not options.get("no_verify", False),
     )
 
 

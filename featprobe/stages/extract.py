@@ -247,7 +247,7 @@ def _copy_rows(old: Cache, target: Path, rows: Sequence[Row]) -> int:
             sound = []
             for i in range(start, stop):
                 source = known[rows[i].image_hash, rows[i].part, rows[i].placement]
-                parts = [old.read_row(source, level) for level in old.levels]
+                parts = [old.read_row(source, level, check=False) for level in old.levels]
                 sound.append([xxhash.xxh3_64_intdigest(p.tobytes()) for p in parts] == stored[source].tolist())
                 for level, part in zip(old.levels, parts, strict=True):
                     maps[level.name].append(part)

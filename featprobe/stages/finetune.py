@@ -34,7 +34,7 @@ from featprobe.stages.workspace import Workspace
 
 CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
 """What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
-FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget")
+FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
 """Options that a counterpart does not take from its frozen result."""
 
 

@@ -264,6 +264,7 @@ class Ladder:
             "task": self.task, "head": self.options.head, "regime": self.options.regime, "fraction": self.fraction,
             "split": self.run.choice.whole, "score_name": self.run.task.chooses_by, "iterations": rung,
             "score": float(np.mean(seeds)), "seed_scores": list(seeds), "seconds": seconds,
+            **({} if self.options.verify else {"verified": False}),
         }  # fmt: skip
         append_row(self.workspace.probes / FILE, plain(own))
 

@@ -76,6 +76,8 @@ def row_of(
         "processes": count(),
         "folder": (run.folder / f"seed{trial.seed}").relative_to(run.workspace.probes).as_posix(),
     }
+    if not options.verify and run.regime == "frozen":
+        row["verified"] = False
     if run.kind == "ridge":
         row |= {"ridge": run.ridge, "trials": run.ridge["tried"], "weights_from": "closed form"}
     return plain(row)

@@ -33,6 +33,7 @@ KINDS: Mapping[str, type] = {
     **dict.fromkeys(("seeds", "show", "tiles", "overlap"), int),
     **dict.fromkeys(("fractions", "lr", "weight_decay", "empty_tiles"), float),
     **dict.fromkeys(("train", "tuning"), dict),
+    "no_verify": bool,
 }
 """Settings of a study, and entries of its lists, that are no text."""
 
@@ -45,7 +46,7 @@ class Study:
     set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
     train: fields of TrainRecipe by kind of head, "all" for every kind; iterations may be "auto", for a ladder. tuning:
     fields of Tuning. show: test images on the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions
-    has it.
+    has it. no_verify: do not hash the features that are read.
     """
 
     data: tuple[str, ...]
@@ -67,6 +68,7 @@ class Study:
     tuning: Mapping[str, Any] = field(default_factory=dict)
     show: int = 4
     log: tuple[str, ...] = ()
+    no_verify: bool = False
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
@@ -98,6 +100,7 @@ class Study:
                 head=kind, recipe=recipe, lr=() if solved else self.lr,
                 weight_decay=() if solved else self.weight_decay, budget=self.budget(kind), seeds=self.seeds,
                 split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
+                verify=not self.no_verify,
             ),
         )  # fmt: skip
 

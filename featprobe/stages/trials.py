@@ -92,6 +92,8 @@ class Run:
         self.workspace, self.task_name, self.options, self.seeds = workspace, task, options, seeds
         self.cache, self.choice = regrouped(cache, options.split), SplitChoice.parse(options.split)
         self.fraction, self.notes = fraction, list[str]()
+        if not options.verify and options.regime == "frozen":
+            self.notes.append(f"{cache.path}: features are not hashed when they are read (no verify)")
         check_together()
         self.forecast: Forecast | None = None
         self.rehearsal = False  # whether the heads are not to be kept
@@ -278,7 +280,7 @@ class Run:
         """Where the features for a head come from: the cache's file, or its images and a backbone."""
         levels: Any = head.levels
         if self.tuning is None:
-            return FeatureLoader(self.cache, levels, self.device)
+            return FeatureLoader(self.cache, levels, self.device, verify=self.options.verify)
         if self.tuning.precision:
             resolve(self.tuning.precision, self.device)  # refuses what this device can't compute
         return LiveFeatures(
