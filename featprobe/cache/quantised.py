@@ -8,8 +8,18 @@ is the channel's whole range, and nothing is clipped: on inspection images the r
 device reads the same fp16, whether it multiplies and adds in one step or in two.
 """
 
+from collections.abc import Mapping
+
 import torch
 
+SCALES = "scales/"
+"""Stands before a level's name where its scales and zeros are meant, in tables of a cache and in what reading brings."""
+TORCH_DTYPE: Mapping[str, torch.dtype] = {
+    "fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16,
+}  # fmt: skip
+"""Number format of features as heads are fed them, by that of their cache."""
+TABLE_DTYPE = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.bfloat16, "u1": torch.uint8}
+"""Number format of what a table of features or scales holds, by what the file calls it."""
 CODES = 255  # steps from a channel's smallest value to its largest
 BLOCK = 1 << 18  # values, for each thread, that are decoded at once: what a core's own cache holds
 TINY = 2.0**24  # 1 / the smallest fp16 > 0: a code is the bits of so many times that value
@@ -31,6 +41,19 @@ def quantise(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = _rounded_up((x.amax((2, 3), keepdim=True) - low) / CODES)
     codes = x.sub_(low).div_(torch.where(scale > 0, scale, 1.0)).round_().to(torch.uint8)
     return codes, torch.stack([scale, low], dim=-1).flatten(1, 3)
+
+
+def coded(maps: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Maps of all levels as a cache of int8 keeps them: codes under a level's name, scales behind SCALES."""
+    found: dict[str, torch.Tensor] = {}
+    for name, m in maps.items():
+        found[name], found[SCALES + name] = quantise(m)
+    return found
+
+
+def as_read(maps: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """Maps of all levels, in TORCH_DTYPE and finite, as they come back from a cache of this dtype."""
+    return {name: decode(*quantise(m)) for name, m in maps.items()} if dtype == "int8" else dict(maps)
 
 
 def _rounded_up(scale: torch.Tensor) -> torch.Tensor:
