@@ -33,6 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from featprobe import machine
 from featprobe.cache import (
     Cache,
     CacheWriter,
@@ -44,7 +45,7 @@ from featprobe.cache import (
     remove_leftovers,
     replace_file,
 )
-from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
+from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.specs import FeatureRecipe
@@ -423,6 +424,15 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(long_cache, 
             if seen == 2:
                 os.truncate(long_cache.path, 200_000)
     assert 2 <= seen < 64
+
+
+def test_a_cache_that_the_process_may_not_hold_in_memory_is_read_past_the_page_cache(long_cache, monkeypatch):
+    assert choose_mode(long_cache, long_cache.levels) == "memmap"
+    size = long_cache.recipe.row_bytes * len(long_cache)
+    monkeypatch.setattr(machine, "_left_to_process", lambda: size)
+    mode = "direct" if _direct_works(long_cache) else "preadv"
+    assert choose_mode(long_cache, long_cache.levels) == mode
+    assert choose_mode(long_cache, long_cache.levels[1:]) == "memmap", "of the last level there is little"
 
 
 def test_a_file_cut_short_before_it_is_read_is_an_error(long_cache):
