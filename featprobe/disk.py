@@ -57,8 +57,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file. Raises FileKindError for any other kind, without waiting; else OSError."""
-    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    """A descriptor of a regular file. Raises FileKindError for any other kind, without waiting; else OSError.
+
+    The mode of one that is created follows the umask.
+    """
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise FileKindError(

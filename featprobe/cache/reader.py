@@ -295,7 +295,7 @@ class FeatureLoader:
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
         threads = READERS if self.staged else DECODERS if cache.recipe.dtype == "int8" else 1
         self.reader = RowReader(cache, self.levels, mode, threads, verify=verify, decoding=not self.staged)
-        sizes = torch.tensor([row.placement.content for row in cache.rows], dtype=torch.int32)
+        sizes = torch.tensor(cache.rows.content, dtype=torch.int32)
         frame = torch.tensor(cache.recipe.frame, dtype=torch.int32)
         self.content = None if bool((sizes == frame).all()) else sizes  # (rows of the cache, 2)
         self.held: list[Held] = []
