@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from helpers import filled_cache, flip_byte, make_cache, opened, random_maps, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from featprobe.cache import Cache, CacheWriter, store
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
@@ -46,13 +47,13 @@ def cache(tmp_path: Path) -> Cache:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
     """How often each row's level has been hashed, by its bytes."""
     counted: Counter[bytes] = Counter()
-    own = store.row_checksum
+    own = store.checksum
 
-    def counting(*parts: memoryview) -> int:
-        counted[b"".join(bytes(part) for part in parts)] += 1
-        return own(*parts)
+    def counting(kept: Sequence[NDArray]) -> int:
+        counted[b"".join(part.tobytes() for part in kept)] += 1
+        return own(kept)
 
-    monkeypatch.setattr(store, "row_checksum", counting)
+    monkeypatch.setattr(store, "checksum", counting)
     return counted
 
 
@@ -130,7 +131,7 @@ def test_a_row_that_is_read_alone_is_checked_as_well(cache: Cache) -> None:
     assert cache.read_row(4, cache.levels[0]).shape == (6, 8, 8)
     with pytest.raises(CacheError, match="row 4"):
         cache.read_row(4, cache.levels[1])
-    assert cache.read_row(4, cache.levels[1], check=False).shape == (9, 4, 4)
+    assert cache.stored(4, cache.levels[1])["stride8"].shape == (9, 4, 4)
 
 
 def test_rows_that_move_to_a_device_whole_are_checked_on_their_way(

@@ -27,7 +27,9 @@ from featprobe.geometry import IDENTITY, TURNS
 from featprobe.specs import FILE_VERSION, DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-LABELS = {f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS}  # parts that are read row by row
+LABELS = {
+    f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS
+}  # parts that are read row by row
 SINCE_VERSION_3 = {"rows/affine", "images/checksum"}  # parts that no reader needs of an older file, or it has not
 PIECE = 1 << 22  # bytes that are hashed at once
 VIEW = re.compile(rf"{IDENTITY}|{'|'.join(TURNS)}|crop\d+")
@@ -160,7 +162,9 @@ def read_contents(path: Path) -> Contents:
         raise
     except FAULTS as error:
         said_of = str(error).splitlines()[0] if str(error) else ""
-        raise _unopened(path, f"a file of version {FILE_VERSION} or older", f"{type(error).__name__}: {said_of}") from error
+        raise _unopened(
+            path, f"a file of version {FILE_VERSION} or older", f"{type(error).__name__}: {said_of}"
+        ) from error
 
 
 def _unopened(path: Path, wanted: str, found: str) -> CacheError:

@@ -25,7 +25,7 @@ MOST_FRAME = 1 << 28  # pixels
 MOST_CLASSES = 255  # the index 255 is what is ignored
 
 
-def check_fields(what: str, value: Any, required: Mapping[str, Rule], optional: Mapping[str, Rule] = {}) -> Any:  # noqa: B006
+def check_fields(what: str, value: Any, required: Mapping[str, Rule], optional: Mapping[str, Rule] = {}) -> Any:
     """The value, an object with these fields; raises FormatFault with all that is wrong."""
     if not isinstance(value, dict):
         raise FormatFault(f"{what}: an object", short(value))
