@@ -52,8 +52,9 @@ def coded(maps: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def as_read(maps: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """Maps of all levels, in TORCH_DTYPE and finite, as they come back from a cache of this dtype."""
-    return {name: decode(*quantise(m)) for name, m in maps.items()} if dtype == "int8" else dict(maps)
+    """Maps of all levels, finite in TORCH_DTYPE, as they come back from a cache of this dtype."""
+    read = {name: m.to(TORCH_DTYPE[dtype]) for name, m in maps.items()}
+    return {name: decode(*quantise(m)) for name, m in read.items()} if dtype == "int8" else read
 
 
 def _rounded_up(scale: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from featprobe.cache.layout import ALIGNMENT, Extent, level_tables
-from featprobe.cache.quantised import SCALES, TABLE_DTYPE, decode
+from featprobe.cache.quantised import SCALES, TABLE_DTYPE, as_read, decode
 from featprobe.cache.store import Cache
 from featprobe.errors import CacheError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory, human_bytes, usable_cores
+from featprobe.specs import CacheDtype
 
 Mode = Literal["memmap", "preadv", "direct"]
 ReadRows = Callable[[NDArray[np.intp], NDArray[np.uint8]], None]
@@ -244,13 +245,14 @@ class Held:
     """Rows that lie on the device; int8 is decoded there when it is asked for.
 
     rows: ascending where rows are looked for. maps: level name -> (rows, channels, height, width), and for codes of int8
-    SCALES + level name -> (rows, channels, 2), float32. content: (rows, 2), see Features.
+    SCALES + level name -> (rows, channels, 2), float32. content: (rows, 2), see Features. as_dtype: see FeatureLoader.
     """
 
     rows: NDArray[np.intp]
     maps: Mapping[str, torch.Tensor]
     frame: tuple[int, int]
     content: torch.Tensor | None
+    as_dtype: CacheDtype | None = None
 
     def places(self, rows: NDArray[np.intp]) -> NDArray[np.intp] | None:
         """Where some rows lie among these; None where one of them does not."""
@@ -269,11 +271,15 @@ class Held:
         maps = {name: take(m) for name, m in self.maps.items()}
         scales = {name: maps.pop(name) for name in self.maps if name.startswith(SCALES)}
         values = {name: decode(m, scales[SCALES + name]) if SCALES + name in scales else m for name, m in maps.items()}
+        values = values if self.as_dtype is None else as_read(values, self.as_dtype)
         return Features(values, self.frame, None if self.content is None else take(self.content))
 
 
 class FeatureLoader:
-    """Batches of cached features, in any order asked for, on the device that trains. verify: see RowReader.
+    """Batches of cached features, in any order asked for, on the device that trains.
+
+    verify: see RowReader. as_dtype: gives features as a cache of this dtype would that was made from them; None for as
+    they are.
 
     Rows that fit a GPU's memory move there once (`keep_on_device`). All others are read ahead by a thread: into a ring
     of buffers; for CUDA into page-locked ones, from where a stream of their own copies them, so that
@@ -288,8 +294,9 @@ class FeatureLoader:
         mode: Mode | None = None,
         *,
         verify: bool = True,
+        as_dtype: CacheDtype | None = None,
     ) -> None:
-        self.cache = cache
+        self.cache, self.as_dtype = cache, as_dtype
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
@@ -351,7 +358,7 @@ class FeatureLoader:
                 maps[name][start : start + len(part.rows)].copy_(m)
             start += len(part.rows)
         content = None if self.content is None else self.content[torch.from_numpy(rows)].to(self.device)
-        return Held(rows, maps, self.cache.recipe.frame, content)
+        return Held(rows, maps, self.cache.recipe.frame, content, self.as_dtype)
 
     def resident(self, rows: NDArray[np.intp]) -> Callable[[torch.Tensor], Features] | None:
         """From places among a split's ascending rows, int64 on the device, to features; None for one that streams.
@@ -509,7 +516,7 @@ class _Slot:
         there = {name: memory[: len(rows)] for name, memory in self.there.items()}
         maps = {name: there[name].view(b.dtype).view(len(rows), *b.shape) for name, b in self.buffers.items()}
         content = there[CONTENT].view(torch.int32) if CONTENT in there else None
-        return Held(rows, maps, self.loader.cache.recipe.frame, content)
+        return Held(rows, maps, self.loader.cache.recipe.frame, content, self.loader.as_dtype)
 
     def release(self) -> None:
         """Let the memory be used again after all that was asked of the device so far."""
