@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from featprobe.cache import header
 from featprobe.cache.header import Entry, FormatFault, Index, NewerFormat, parse_json, short
-from featprobe.cache.layout import FREE, Extent, Shapes, most_texts, part_shapes, table_shapes
+from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_texts, part_shapes, table_shapes
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
 from featprobe.cache.values import MOST_SIDE, OBJECT, check_fields, data_of, provenance_of, recipe_of
 from featprobe.disk import open_regular
@@ -149,11 +149,13 @@ def read_contents(path: Path) -> Contents:
                 raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
             return _parse(file, Index.of(values, values["version"]), parts)
         said = file.read(header.FIXED.size, header.json_bytes(start))
-        index = header.decode(start, said)
-        return _parse(file, index, {name: Span(file, entry) for name, entry in index.parts.items()})
+        index, sealed = header.decode(start, said)
+        contents = _parse(file, index, {name: Span(file, entry) for name, entry in index.parts.items()})
+        return contents if sealed else replace(contents, damaged=("header", *contents.damaged))
     except NewerFormat as error:
         raise CacheError(
-            f"{path} is of a newer format than this featprobe reads.\n  wanted  {error.wanted}\n  found   {error.found}\n"
+            f"{path} is of a newer format than this featprobe reads.\n"
+            f"  wanted  {error.wanted}\n  found   {error.found}\n"
             "Nothing was changed. Update featprobe:  pip install --upgrade featprobe"
         ) from error
     except FormatFault as error:
@@ -161,10 +163,8 @@ def read_contents(path: Path) -> Contents:
     except CacheError:
         raise
     except FAULTS as error:
-        said_of = str(error).splitlines()[0] if str(error) else ""
-        raise _unopened(
-            path, f"a file of version {FILE_VERSION} or older", f"{type(error).__name__}: {said_of}"
-        ) from error
+        found = f"{type(error).__name__}: {short(str(error))}"
+        raise _unopened(path, f"a file of version {FILE_VERSION} or older", found) from error
 
 
 def _unopened(path: Path, wanted: str, found: str) -> CacheError:
@@ -187,27 +187,44 @@ def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
         raise FormatFault("rows, and images where rows are parts of them", f"{index.rows} and {index.images}")
     shapes = part_shapes(recipe, index.rows, index.images)
     shapes = {name: shape for name, shape in shapes.items() if not (old and name in SINCE_VERSION_3)}
-    tables = table_shapes(recipe, index.rows)
     _check_entries(index.parts, shapes)
-    _check_entries(index.tables, tables)
+    _check_entries(index.tables, table_shapes(recipe, index.rows))
     read = {name: parts[name][:] for name in shapes if name not in LABELS}
     damaged = [] if old else [name for name, data in read.items() if _sha256(data) != index.parts[name].sha256]
     if not old and index.identity() != index.identity_sha256:
         damaged.append("identity_sha256")
-    texts = parse_json(read.pop("texts"), most_texts(index.rows, index.images), "texts")
-    check_fields("texts", texts, dict.fromkeys(("data", "rows", "images")[: 2 + recipe.in_parts], OBJECT))
-    data, provenance = data_of(texts["data"]), parse_json(read.pop("provenance"), header.MOST_VALUES, "provenance")
-    arrays = {n: np.frombuffer(own, shapes[n][0]).reshape(index.parts[n].shape) for n, own in read.items()}
-    made = Contents(
-        index.version, recipe, data, provenance_of(provenance), _rows(index, texts["rows"], arrays, parts, recipe),
-        _images(index, texts["images"], arrays, parts) if recipe.in_parts else None,
-        {name: Extent(own.offset, own.size // index.rows, index.rows) for name, own in index.tables.items()},
-        index.identity_sha256, tuple(damaged), file,
-        {n: (own, index.parts[n].sha256) for n, own in parts.items() if n in LABELS and isinstance(own, Span)},
-    )  # fmt: skip
-    if made.images:
-        _check_parts(arrays, made.rows, made.images)
+    try:
+        made = _made(file, index, recipe, shapes, read, parts, tuple(damaged))
+    except FormatFault as error:
+        also = f"; {', '.join(damaged)} of the file is not what was written" if damaged else ""
+        raise FormatFault(error.wanted, f"{error.found}{also}") from error
     return _told(_of_old_identity(made) if old else made)
+
+
+def _made(
+    file: HeldFile, index: Index, recipe: FeatureRecipe, shapes: Shapes, read: Mapping[str, bytes],
+    parts: Mapping[str, Blob], damaged: tuple[str, ...],
+) -> Contents:  # fmt: skip
+    """`_parse`, of parts whose types and shapes are known to be right. read: of those that are read at once."""
+    texts = parse_json(read["texts"], most_texts(index.rows, index.images), "texts")
+    check_fields("texts", texts, dict.fromkeys(("data", "rows", "images")[: 2 + recipe.in_parts], OBJECT), {})
+    provenance = provenance_of(parse_json(read["provenance"], header.MOST_VALUES, "provenance"))
+    arrays = {
+        name: np.frombuffer(data, shapes[name][0]).reshape(index.parts[name].shape)
+        for name, data in read.items()
+        if name not in ("texts", "provenance")
+    }
+    done = np.frombuffer(file.read(index.tables["done"].offset, index.rows), np.uint8)
+    rows = _rows(index, texts["rows"], arrays, parts, recipe, done)
+    images = _images(index, texts["images"], arrays, parts) if recipe.in_parts else None
+    if images is not None:
+        _check_parts(arrays, rows, images)
+    extents = {name: Extent(own.offset, own.size // index.rows, index.rows) for name, own in index.tables.items()}
+    labels = {n: (own, index.parts[n].sha256) for n, own in parts.items() if n in LABELS and isinstance(own, Span)}
+    return Contents(
+        index.version, recipe, data_of(texts["data"]), provenance, rows, images, extents, index.identity_sha256,
+        damaged, file, labels,
+    )  # fmt: skip
 
 
 def _told(contents: Contents) -> Contents:
@@ -246,12 +263,14 @@ def _check_entries(entries: Mapping[str, Entry], shapes: Shapes) -> None:
 
 
 def _rows(
-    index: Index, texts: Any, arrays: Mapping[str, NDArray], parts: Mapping[str, Blob], recipe: FeatureRecipe
-) -> RowTable:
+    index: Index, texts: Any, arrays: Mapping[str, NDArray], parts: Mapping[str, Blob], recipe: FeatureRecipe,
+    done: NDArray[np.uint8],
+) -> RowTable:  # fmt: skip
     names = (*TEXT_FIELDS, "view") if recipe.in_parts else TEXT_FIELDS
     original, content = _sizes(arrays, "rows/original_size"), _sizes(arrays, "rows/content_size")
-    if (content > np.array(recipe.frame)).any():
-        raise FormatFault(f"images scaled to at most the frame of {recipe.frame}", f"{content.max(0).tolist()}")
+    outside = (content > np.array(recipe.frame)).any(1)
+    if (outside & (done != UNREADABLE)).any():
+        raise FormatFault(f"images scaled to at most the frame of {recipe.frame}", f"{content[outside][0].tolist()}")
     return RowTable(
         _columns(texts, names, index.rows, "rows"), original, content, recipe.frame,
         _targets(arrays, parts, "targets"), arrays["targets/checksum"], arrays.get("rows/part"),

@@ -1,6 +1,6 @@
-"""The header of a cache file of version 3: from bytes to an index that is checked, and back (cache/README.md, *Header*).
+"""The header of a cache file of version 3: from bytes to a checked index, and back (cache/README.md, *Header*).
 
-The header lies in the block at the front of the file that HDF5 skips, so that nothing of HDF5 is needed to read a cache.
+It lies in the block at the front of the file that HDF5 skips, so that nothing of HDF5 is needed to read a cache.
 """
 
 import hashlib
@@ -86,13 +86,13 @@ class Index:
                 raise FormatFault(f"{name} in the header: {kind.__name__}", short(values.get(name)))
         if not isinstance(values.get("identity_sha256"), str):
             raise FormatFault("identity_sha256 in the header: str", short(values.get("identity_sha256")))
-        counts = [_whole(values.get(name), f"{name} in the header") for name in ("rows", "images")]
+        rows, images, block = (
+            _whole(values.get(name, 0), f"{name} in the header") for name in ("rows", "images", "user_block")
+        )
         parts = {name: _part(name, entry) for name, entry in values["parts"].items()}
         tables = {name: _table(name, entry) for name, entry in values["tables"].items()}
-        block = _whole(values.get("user_block", 0), "user_block in the header")
-        return cls(
-            version, values["recipe"], values["recipe_key"], values["identity_sha256"], *counts, parts, tables, block
-        )
+        said = values["recipe"], values["recipe_key"], values["identity_sha256"]
+        return cls(version, *said, rows, images, parts, tables, block)
 
     def to_json(self) -> dict[str, Any]:
         """What `of` reads."""
@@ -147,16 +147,17 @@ def encode(index: Index) -> bytes:
     return (FIXED.pack(MAGIC, FILE_VERSION, len(said), _hash(FILE_VERSION, said)) + said).ljust(index.block, b"\0")
 
 
-def decode(start: bytes, rest: bytes) -> Index:
-    """The index of a header: its first FIXED.size bytes, and the JSON behind them. Raises FormatFault."""
+def decode(start: bytes, said: bytes) -> tuple[Index, bool]:
+    """The index of a header, and whether its sha256 holds: of its first FIXED.size bytes, and the JSON behind them.
+
+    Raises FormatFault.
+    """
     _, version, _, expected = FIXED.unpack(start)
-    if _hash(version, rest) != expected:
-        raise FormatFault("a header whose sha256 holds", "another sha256: the header is damaged")
-    index = Index.of(parse_json(rest, MOST_VALUES, "the header"), version)
-    block, least = index.block, FIXED.size + len(rest)
-    if block < max(LEAST_BLOCK, least) or block & (block - 1):
-        raise FormatFault(f"user_block: a power of two of at least {max(LEAST_BLOCK, least)}", str(block))
-    return index
+    index = Index.of(parse_json(said, MOST_VALUES, "the header"), version)
+    least = max(LEAST_BLOCK, FIXED.size + len(said))
+    if index.block < least or index.block & (index.block - 1):
+        raise FormatFault(f"user_block: a power of two of at least {least}", str(index.block))
+    return index, _hash(version, said) == expected
 
 
 def json_bytes(start: bytes) -> int:

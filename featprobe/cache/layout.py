@@ -1,6 +1,6 @@
 """The file: what stands where in it, and how it is made.
 
-The normative description is cache/README.md. Files are made through HDF5, and here alone; reading them needs none of it.
+The normative description is cache/README.md. Files are made through HDF5, and here alone; reading needs none of it.
 """
 
 import errno
@@ -229,7 +229,7 @@ def _fill(
         file.attrs["recipe"] = np.bytes_(json.dumps(recipe.to_json()))
         file.attrs["recipe_key"] = np.bytes_(recipe.key)
         file.attrs["identity_sha256"] = np.bytes_(index.identity_sha256)
-        placed = {name: _placed(file, name, entry) for name, entry in (index.parts | index.tables).items()}
+        placed = {name: _placed(file, name, entry) for name, entry in {**index.parts, **index.tables}.items()}
         for name, array in parts.items():
             file[name][...] = array
         for level in recipe.levels:

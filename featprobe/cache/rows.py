@@ -128,10 +128,10 @@ class RowTable(Sequence[Row]):
 
     def unchecked(self, row: int) -> Row:
         """A row, whatever became of its labels."""
-        texts = [self.texts[name][row] for name in TEXT_FIELDS]
-        blobs = [self.targets[kind].of(row) for kind in TARGET_KINDS]
+        own: dict[str, Any] = {name: self.texts[name][row] for name in TEXT_FIELDS}
+        own |= {kind: self.targets[kind].of(row) for kind in TARGET_KINDS}
         image = -1 if self.image_index is None else int(self.image_index[row])
-        return Row(*texts, self.placement(row), *blobs, part=self.part_of(row), image_index=image)  # type: ignore[arg-type]
+        return Row(**own, placement=self.placement(row), part=self.part_of(row), image_index=image)
 
     def column(self, name: str) -> list[str]:
         """A text of every row: one of TEXT_FIELDS, or `view`."""
@@ -139,12 +139,15 @@ class RowTable(Sequence[Row]):
 
     def placement(self, row: int) -> Placement:
         """A row's place in the frame."""
-        original, content = (tuple(sizes[row].tolist()) for sizes in (self.original, self.content))
+        original, content = _size(self.original[row]), _size(self.content[row])
         return Placement(original, content, self.frame or original)
 
     def part_of(self, row: int) -> Part | None:
         """What a row shows of its image; None for all of it."""
-        return None if self.part is None else Part(*self.part[row].tolist(), self.texts["view"][row])
+        if self.part is None:
+            return None
+        left, top, height, width = self.part[row].tolist()
+        return Part(left, top, height, width, self.texts["view"][row])
 
     def damaged(self) -> list[int]:
         """Rows whose labels do not hash to what was written."""
@@ -156,6 +159,10 @@ class RowTable(Sequence[Row]):
     def grouped(self, groups: Sequence[str]) -> "RowTable":
         """The same rows in other groups, one for each."""
         return replace(self, texts={**self.texts, "group": Texts(groups)})
+
+
+def _size(pair: NDArray[np.int32]) -> Size:
+    return int(pair[0]), int(pair[1])
 
 
 def target_checksums(row: Row) -> list[int]:

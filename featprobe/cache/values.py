@@ -1,4 +1,4 @@
-"""What the JSON in a cache file says: recipe, data set, provenance. Checked value by value, for anybody may have made it."""
+"""What the JSON in a cache file says, checked value by value: recipe, data set, provenance."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ MOST_FRAME = 1 << 28  # pixels
 MOST_CLASSES = 255  # the index 255 is what is ignored
 
 
-def check_fields(what: str, value: Any, required: Mapping[str, Rule], optional: Mapping[str, Rule] = {}) -> Any:
+def check_fields(what: str, value: Any, required: Mapping[str, Rule], optional: Mapping[str, Rule]) -> Any:
     """The value, an object with these fields; raises FormatFault with all that is wrong."""
     if not isinstance(value, dict):
         raise FormatFault(f"{what}: an object", short(value))
@@ -164,7 +164,8 @@ def data_of(value: Any) -> DataInfo:
     """What a file says of its data set; fields that are not known are ignored. Raises FormatFault."""
     check_fields("data", value, DATA, DATA_TOO)
     known = {field.name for field in fields(DataInfo)}
-    return DataInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known})
+    said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known}
+    return DataInfo(**said)
 
 
 def provenance_of(value: Any) -> Mapping[str, Any]:

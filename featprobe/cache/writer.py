@@ -239,9 +239,9 @@ def _runs(group: Mapping[int, int]) -> Iterator[tuple[int, list[int]]]:
 class RowLocks:
     """Which process works on which rows of a cache: byte ranges of a lock file beside it, a byte a row.
 
-    The locks belong to the process and vanish with it, however it ends. The lock file stays, also when the cache is removed:
-    who had opened it before would hold locks that nobody else sees. The cache file itself is never locked as a whole,
-    so that readers are free.
+    The locks belong to the process and vanish with it, however it ends. The lock file stays, also when the cache is
+    removed: who had opened it before would hold locks that nobody else sees. The cache file itself is never locked as
+    a whole, so that readers are free.
     """
 
     def __init__(self, path: Path) -> None:
