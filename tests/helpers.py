@@ -165,7 +165,7 @@ def make_cache(
 
 
 def random_maps(recipe: FeatureRecipe, rows: int, seed: int = 0) -> dict[str, NDArray]:
-    """Rows of every level, of any bits: level name -> (rows, channels, height, width); for int8 scales, too, of any values."""
+    """Rows of every level, of any bits: level name -> (rows, channels, height, width); for int8 any scales, too."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(UNSIGNED[BYTES_PER_VALUE[recipe.dtype]])
     maps = {

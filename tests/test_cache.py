@@ -50,7 +50,7 @@ from featprobe.cache import (
 )
 from featprobe.cache.header import Index
 from featprobe.cache.layout import row_tables
-from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
+from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.specs import FeatureRecipe

@@ -2,24 +2,46 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import CPU, LEVELS, extract, filled_cache, make_cache, opened, random_maps, recipe_of, rows_of, write_set
+from helpers import (
+    LEVELS,
+    PoolingBackbone,
+    extract,
+    filled_cache,
+    find_file,
+    make_cache,
+    opened,
+    random_maps,
+    recipe_of,
+    rows_of,
+    write_set,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from PIL import Image
 
 from featprobe.cache import CacheWriter, open_cache, verify
 from featprobe.cache import reader as reader_module
 from featprobe.cache.quantised import SCALES, TORCH_DTYPE, _decode_at_once, as_read, coded, decode, quantise
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
-from featprobe.errors import CacheError
-from featprobe.specs import FeatureRecipe
+from featprobe.cli.main import cli
+from featprobe.errors import CacheError, OverflowsDtypeError, ProbeError
+from featprobe.specs import BackboneSpec, FeatureRecipe
+from featprobe.stages.audit import AuditOptions, audit
+from featprobe.stages.extract import extract as extract_for_real
+from featprobe.stages.options import ExtractOptions
+from featprobe.stages.predict import predict
+from featprobe.stages.probe import probe
+from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.workspace import Workspace, make_generated
 
 LARGEST = 65504.0  # of fp16
 
@@ -207,3 +229,144 @@ def test_maps_of_any_kind_go_into_a_file_and_come_back_as_a_live_network_s_would
             ((_, features),) = loader.batches([np.arange(5)])
             for name, m in as_read(live, "int8").items():
                 assert torch.equal(features.maps[name], m)
+
+
+# From images
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A set of seven images."""
+    write_set(tmp_path / "set", 7)
+    return tmp_path / "set"
+
+
+def test_an_extraction_to_int8_is_the_same_function_of_what_fp16_holds(data, tmp_path):
+    half = open_cache(extract(tmp_path, data).path)
+    report = extract(tmp_path, data, dtype="int8")
+    cache = open_cache(report.path)
+    assert report.bytes_written == 7 * cache.recipe.row_bytes < 0.6 * 7 * half.recipe.row_bytes
+    for level in cache.levels:
+        maps = torch.from_numpy(np.stack([half.read_row(row, level) for row in range(7)]))
+        for row, wanted in enumerate(decode(*quantise(maps)).numpy()):
+            np.testing.assert_array_equal(cache.read_row(row, level), wanted)
+    (data / "images" / "part03.png").unlink()
+    (data / "masks" / "part03.png").unlink()
+    assert extract(tmp_path, data, dtype="int8").computed == 0, (
+        "rows of a set that changed are copied with their scales"
+    )
+    assert not [d for d in verify(cache.path) if not isinstance(d, int)]
+
+
+def test_a_feature_that_fp16_could_not_hold_is_refused_for_int8_too(data, tmp_path):
+    with pytest.raises(OverflowsDtypeError, match=r"not finite in int8, whose largest value is 65504.*\n(.*\n)*.*bf16"):
+        extract(tmp_path, data, PoolingBackbone(gain=1e6), dtype="int8")
+    assert opened(find_file(tmp_path)).done.sum() == 0
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """A workspace with a small set under a real network, as int8 and as fp32."""
+    workspace = Workspace(tmp_path_factory.mktemp("int8"))
+    make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
+    spec = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+    for dtype in ("int8", "fp32"):
+        extract_for_real(workspace, spec, "surface", ExtractOptions(quiet=True, dtype=dtype, device="cpu"))
+    return workspace
+
+
+def cache_of(space, dtype):
+    return next(path for path in space.cache_files() if open_cache(path).recipe.dtype == dtype)
+
+
+def test_a_head_that_was_trained_on_int8_is_fed_the_same_by_predict(space, tmp_path):
+    alone = Workspace(tmp_path / "alone")
+    path = cache_of(space, "int8")
+    (alone.cache / path.parent.name).mkdir(parents=True)
+    (alone.cache / path.parent.name / path.name).hardlink_to(path)
+    (row,) = probe(alone, options=ProbeOptions(head="ridge", quiet=True, device="cpu")).rows
+    folder, cache = alone.probes / row["folder"], open_cache(path)
+    tested = cache.usable("test").tolist()
+    images = [Path(cache.data.root) / cache.rows[i].image for i in tested]
+    predict(folder, images, tmp_path / "out", quiet=True, device="cpu")
+    with np.load(folder / "scores.npz") as file:
+        confusion = file["confusion"].sum(0)
+    found = np.zeros_like(confusion)
+    for i, image in zip(tested, images, strict=True):
+        with Image.open(tmp_path / "out" / "masks" / f"{image.stem}.png") as mask:
+            np.add.at(found, (cache.semantic(i).ravel(), np.asarray(mask).ravel()), 1)
+    assert confusion[:, 1:].sum() > 100, "a comparison of empty masks would hold nothing"
+    assert np.abs(found - confusion).sum() / confusion.sum() < 1e-3
+
+
+# What it costs
+
+
+def test_an_audit_says_what_int8_changes_and_looks_at_no_label_of_test(space, monkeypatch):
+    exact = open_cache(cache_of(space, "fp32"))
+    seen, plain = [], type(exact).semantic
+    monkeypatch.setattr(type(exact), "semantic", lambda self, row: seen.append(row) or plain(self, row))
+    how = AuditOptions(seeds=2, iterations=10, device="cpu", quiet=True)
+    (found,) = audit(space, [cache_of(space, "int8"), exact.path], how)
+    assert found.path == str(exact.path) and found.dtype == "fp32" and found.rows == 24
+    assert not set(seen) & set(exact.usable("test").tolist())
+    values = np.stack([exact.read_row(row, exact.levels[1]) for row in range(24)]).astype(np.float64)
+    held = np.stack([open_cache(cache_of(space, "int8")).read_row(row, exact.levels[1]) for row in range(24)])
+    wanted = np.linalg.norm(held - values) / np.linalg.norm(values)
+    assert found.errors[exact.levels[1].name]["int8"] == pytest.approx(wanted, rel=1e-4)
+    for own in found.errors.values():
+        assert 0 < own["fp16"] < min(own["bf16"], own["int8"]) and own["int8"] < 0.02
+    assert found.bytes_of["fp32"] == 24 * exact.recipe.row_bytes == 2 * found.bytes_of["fp16"]
+    assert found.bytes_of["int8"] == 24 * replace(exact.recipe, dtype="int8").row_bytes
+    for cost, head in zip(found.heads, ("linear", "ridge"), strict=True):
+        assert cost.head == head and cost.seeds == (2 if head == "linear" else 1)
+        assert cost.int8 - cost.fp16 == pytest.approx(cost.difference.estimate, abs=1e-9)
+        assert cost.difference.groups == len({exact.rows[row].group for row in exact.usable("val")})
+    assert not space.probes.exists(), "nothing is kept"
+
+
+def test_the_command_prints_an_audit_for_people_and_machines(space):
+    words = [
+        "--workspace",
+        str(space.root),
+        "cache",
+        "audit",
+        "surface",
+        "--iterations",
+        "5",
+        "--seeds",
+        "1",
+        "--quiet",
+    ]
+    shown = CliRunner().invoke(cli, words)
+    assert shown.exit_code == 0, shown.output
+    lines = shown.stdout.splitlines()
+    assert lines[2].split() == ["level", "fp16", "bf16", "int8"] and lines[3].split()[0] == "stride4"
+    assert any(line.startswith("linear  1 ") for line in lines) and any(line.startswith("ridge ") for line in lines)
+    (found,) = json.loads(CliRunner().invoke(cli, [*words, "--heads", "none", "--json"]).stdout)
+    assert found["heads"] == [] and set(found["errors"]["stride4"]) == {"fp16", "bf16", "int8"}
+
+
+def test_an_audit_of_int8_alone_says_what_it_needs(data, tmp_path):
+    path = extract(tmp_path, data, dtype="int8").path
+    with pytest.raises(CacheError, match="holds int8 alone"):
+        audit(Workspace(tmp_path), [path])
+    with pytest.raises(ProbeError, match="'fcos' is no head that an audit trains"):
+        audit(Workspace(tmp_path), [path], AuditOptions(heads=("fcos",)))
+
+
+def test_an_audit_of_values_that_fp16_can_not_hold_says_so(data, tmp_path):
+    path = extract(tmp_path, data, PoolingBackbone(gain=1e6), dtype="fp32").path
+    with pytest.raises(CacheError, match="beyond 65504"):
+        audit(Workspace(tmp_path), [path], AuditOptions(heads=(), device="cpu"))
+
+
+def test_plan_says_what_each_dtype_would_take(space, tmp_path):
+    words = ["--workspace", str(tmp_path), "plan", "--backbone", "embedded", "--random-init", "--data"]
+    words += [str(space.data / "surface"), "--dtype", "int8", "--quiet"]
+    assert "by dtype" in CliRunner().invoke(cli, words).stdout
+    cost = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)
+    assert (
+        cost["feature_bytes"] == cost["bytes_of"]["int8"] and cost["bytes_of"]["fp32"] == 2 * cost["bytes_of"]["fp16"]
+    )
+    assert cost["epoch_cached"] > 0

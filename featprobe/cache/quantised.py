@@ -2,10 +2,10 @@
 
     value = zero + scale * code          zero: the channel's smallest value, scale: its range / 255, both float32
 
-Codes are made of the fp16 that the cache would hold else, so that an int8 cache is a function of the fp16 cache. The range
-is the channel's whole range, and nothing is clipped: on inspection images the rare large values are the defects. A scale has
-16 significant bits at most, and is rounded up to them. So its product with a code is exact in float32, and every
-device reads the same fp16, whether it multiplies and adds in one step or in two.
+Codes are made of the fp16 that the cache would hold else, so that an int8 cache is a function of the fp16 cache. The
+range is the channel's whole range, and nothing is clipped: on inspection images the rare large values are the defects.
+A scale has 16 significant bits at most, and is rounded up to them. So its product with a code is exact in float32, and
+every device reads the same fp16, whether it multiplies and adds in one step or in two.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 SCALES = "scales/"
-"""Stands before a level's name where its scales and zeros are meant, in tables of a cache and in what reading brings."""
+"""Before a level's name: its scales and zeros, in the tables of a cache and in what reading brings."""
 TORCH_DTYPE: Mapping[str, torch.dtype] = {
     "fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16,
 }  # fmt: skip
@@ -84,8 +84,8 @@ def _decode_at_once(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
 def _decode_in_blocks(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Pieces that fit a CPU's caches.
 
-    A code, widened to 16 bits, is an fp16 number of its own: code / TINY. Batch norm that subtracts nothing and divides by
-    one is the operation of torch that takes fp16 and, for each channel, a float32 factor and summand, in one pass.
+    A code, widened to 16 bits, is an fp16 number of its own: code / TINY. Batch norm that subtracts nothing and divides
+    by one is the operation of torch that takes fp16 and, for each channel, a float32 factor and summand, in one pass.
     """
     channels = scales.shape[0] * scales.shape[1]
     if not codes.numel():

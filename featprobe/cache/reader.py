@@ -223,7 +223,7 @@ class RowReader:
 def _single_threaded(threads: int) -> ThreadPoolExecutor:
     """Threads in which an operation of torch takes the calling thread alone; in all others nothing changes.
 
-    Operations that wait for threads of their own stop for milliseconds whenever cores are busy, with training above all.
+    Operations that wait for threads of their own stop for milliseconds whenever cores are busy, as training keeps them.
     """
     elsewhere, started = torch.get_num_threads(), threading.Barrier(threads + 1)
 
@@ -244,8 +244,9 @@ def _single_threaded(threads: int) -> ThreadPoolExecutor:
 class Held:
     """Rows that lie on the device; int8 is decoded there when it is asked for.
 
-    rows: ascending where rows are looked for. maps: level name -> (rows, channels, height, width), and for codes of int8
-    SCALES + level name -> (rows, channels, 2), float32. content: (rows, 2), see Features. as_dtype: see FeatureLoader.
+    rows: ascending where rows are looked for. maps: level name -> (rows, channels, height, width), and for codes of
+    int8 SCALES + level name -> (rows, channels, 2), float32. content: (rows, 2), see Features. as_dtype: see
+    FeatureLoader.
     """
 
     rows: NDArray[np.intp]

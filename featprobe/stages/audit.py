@@ -55,7 +55,7 @@ class Audit:
     path: str
     dtype: CacheDtype
     rows: int
-    bytes_of: dict[str, int]
+    bytes_of: dict[CacheDtype, int]
     errors: dict[str, dict[str, float]]
     heads: tuple[HeadCost, ...]
     notes: tuple[str, ...]
@@ -80,8 +80,8 @@ def audit(
 ) -> list[Audit]:
     """Bring complete caches' features to fewer bits, in memory, and say what that changes.
 
-    Of a cache of int8, the one of the same recipe with more bits is taken, which must lie in the workspace. Validation is
-    scored, never test. Raises CacheError where the features can't be had, ProbeError where heads can't be trained.
+    Of a cache of int8, the one of the same recipe with more bits is taken, which must lie in the workspace. Validation
+    is scored, never test. Raises CacheError where the features can't be had, ProbeError where heads can't be trained.
     """
     options = options or AuditOptions()
     unknown = [head for head in options.heads if head not in HEADS]
@@ -155,8 +155,8 @@ def _check_range(cache: Cache, maps: Any) -> None:
     if all(bool(m.half().isfinite().all()) for m in maps.values()):
         return
     raise CacheError(
-        f"{cache.path} holds features beyond 65504, which fp16 and int8 can't hold. Nothing was measured: these features "
-        f"need the {cache.recipe.dtype} that they have."
+        f"{cache.path} holds features beyond 65504, which fp16 and int8 can't hold. Nothing was measured: these "
+        f"features need the {cache.recipe.dtype} that they have."
     )
 
 
@@ -184,4 +184,3 @@ def _statistic(outcome: Outcome) -> Statistic:
     """Foreground mIoU of a head as a function of how often each group counts."""
     with np.load(io.BytesIO(outcome.files["scores.npz"]), allow_pickle=False) as file:
         return iou_statistic(file["confusion"], file["groups"].tolist())
-

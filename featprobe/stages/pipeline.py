@@ -19,8 +19,8 @@ from tqdm import tqdm
 from featprobe.backbones.backbone import Backbone
 from featprobe.backbones.precision import computing
 from featprobe.cache import MISSING, UNREADABLE, Cache, CacheWriter, read_contents
-from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
 from featprobe.cache.layout import row_tables
+from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
 from featprobe.datasets.images import read_levels
 from featprobe.datasets.pixels import DTYPE_OF, Levels
 from featprobe.errors import DataError, OverflowsDtypeError

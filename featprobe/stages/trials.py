@@ -293,9 +293,7 @@ class Run:
         """Where the features for a head come from: the cache's file, or its images and a backbone."""
         levels: Any = head.levels
         if self.tuning is None:
-            return FeatureLoader(
-                self.cache, levels, self.device, verify=self.options.verify, as_dtype=self.as_dtype
-            )
+            return FeatureLoader(self.cache, levels, self.device, verify=self.options.verify, as_dtype=self.as_dtype)
         if self.tuning.precision:
             resolve(self.tuning.precision, self.device)  # refuses what this device can't compute
         return LiveFeatures(
