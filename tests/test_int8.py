@@ -26,7 +26,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from PIL import Image
 
 from featprobe.cache import CacheWriter, open_cache, verify
 from featprobe.cache import reader as reader_module
@@ -35,6 +34,7 @@ from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, OverflowsDtypeError, ProbeError
 from featprobe.specs import BackboneSpec, FeatureRecipe
+from featprobe.stages import predict as predict_module
 from featprobe.stages.audit import AuditOptions, audit
 from featprobe.stages.extract import extract as extract_for_real
 from featprobe.stages.options import ExtractOptions
@@ -279,7 +279,7 @@ def cache_of(space, dtype):
     return next(path for path in space.cache_files() if open_cache(path).recipe.dtype == dtype)
 
 
-def test_a_head_that_was_trained_on_int8_is_fed_the_same_by_predict(space, tmp_path):
+def test_a_head_that_was_trained_on_int8_is_fed_the_same_by_predict(space, tmp_path, monkeypatch):
     alone = Workspace(tmp_path / "alone")
     path = cache_of(space, "int8")
     (alone.cache / path.parent.name).mkdir(parents=True)
@@ -288,15 +288,14 @@ def test_a_head_that_was_trained_on_int8_is_fed_the_same_by_predict(space, tmp_p
     folder, cache = alone.probes / row["folder"], open_cache(path)
     tested = cache.usable("test").tolist()
     images = [Path(cache.data.root) / cache.rows[i].image for i in tested]
+    fed = []
+    monkeypatch.setattr(predict_module, "as_read", lambda *how: fed.append(as_read(*how)) or fed[-1])
     predict(folder, images, tmp_path / "out", quiet=True, device="cpu")
-    with np.load(folder / "scores.npz") as file:
-        confusion = file["confusion"].sum(0)
-    found = np.zeros_like(confusion)
-    for i, image in zip(tested, images, strict=True):
-        with Image.open(tmp_path / "out" / "masks" / f"{image.stem}.png") as mask:
-            np.add.at(found, (cache.semantic(i).ravel(), np.asarray(mask).ravel()), 1)
-    assert confusion[:, 1:].sum() > 100, "a comparison of empty masks would hold nothing"
-    assert np.abs(found - confusion).sum() / confusion.sum() < 1e-3
+    with FeatureLoader(cache) as loader:
+        ((_, features),) = loader.batches([np.array(tested)])
+    for name, m in features.maps.items():
+        live = torch.cat([maps[name] for maps in fed])
+        assert float((live == m).float().mean()) > 0.99, "but for a code that a last bit of the network moves"
 
 
 # What it costs
