@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featprobe.cache.header import FormatFault, NewerFormat
+from featprobe.cache.header import FormatFault, NewerFormat, short
 from featprobe.cache.layout import FORMAT, part_shapes, table_shapes
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS
+from featprobe.errors import CacheError
 from featprobe.specs import CACHE_VERSION, FILE_VERSION, FeatureRecipe
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 def read_old(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The header that the file would have in version 3, and the bytes of its parts.
 
-    The header holds `version` and `inode` as well, and no place of any part. Raises FormatFault.
+    The header holds `version` and `inode` as well, and no place of any part. Raises FormatFault, NewerFormat, CacheError.
     """
     import h5py
 
     with h5py.File(path, "r", locking=False) as file:
-        version = _check_version(file.attrs)
+        version = _check_version(path, file.attrs)
         said = json.loads(file.attrs["recipe"])
         recipe = FeatureRecipe.from_json(said)
         rows, images = file["done"].shape[0], file["images/size"].shape[0] if recipe.in_parts else 0
@@ -79,10 +80,12 @@ def old_identity(contents: "Contents") -> str:
     return running.hexdigest()
 
 
-def _check_version(attrs: Any) -> int:
+def _check_version(path: Path, attrs: Any) -> int:
     kind, version = attrs.get("format"), attrs.get("version")
     if kind != FORMAT:
-        raise FormatFault(f"HDF5 of the format {FORMAT}", f"HDF5, but not a feature cache: {kind}")
+        raise CacheError(
+            f"{path} is HDF5, but not a feature cache.\n  wanted  format {FORMAT}\n  found   {short(kind)}"
+        )
     if int(version) > CACHE_VERSION:
         raise NewerFormat(f"version {FILE_VERSION} or older", f"version {version}")
     return int(version)
