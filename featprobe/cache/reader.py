@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -35,8 +35,8 @@ ReadRows = Callable[[NDArray[np.intp], NDArray[np.uint8]], None]
 MEMORY_SHARE = 0.7  # of the available memory that a mapped file may take
 RING = 3  # batches: one in use, one ready, one being read
 STAGED_RING = 2  # batches on their way to another device: one in use there, one being read and copied
-READERS = 4  # threads that read rows for another device
-DECODERS = min(2, usable_cores())  # threads that read rows of int8 and decode them, on a CPU
+READERS = 4  # threads that read rows from a disk, or for another device
+DECODERS = min(2, usable_cores())  # threads that read rows of int8 from memory and decode them, on a CPU
 SCRATCH = 1 << 19  # bytes of codes, about, that one of them has at a time: they stay in its core's cache
 DEVICE_SHARE = 0.5  # of a GPU's free memory that rows may take; the rest is for the training
 CONTENT = ""  # a name that no level has, of the buffer of content sizes
@@ -153,7 +153,7 @@ class RowReader:
         codes, scales = self._tables[level.name]
         few = max(1, SCRATCH // codes.row_bytes)
         if getattr(self._own, "scratch", np.empty(0)).nbytes < few * codes.row_bytes:
-            self._own.scratch = np.empty(few * codes.row_bytes, dtype=np.uint8)
+            self._own.scratch = np.frombuffer(mmap.mmap(-1, few * codes.row_bytes), dtype=np.uint8)  # aligned
         for start in range(0, len(rows), few):
             part = rows[start : start + few]
             stored = [
@@ -194,11 +194,16 @@ class RowReader:
         return read
 
     def _direct(self, extent: Extent) -> ReadRows:
-        """O_DIRECT wants aligned offsets and memory, so whole aligned spans are read and rows cut out."""
+        """O_DIRECT wants aligned offsets and memory: where rows have none, spans are read and rows cut out."""
+        aligned_rows = extent.offset % ALIGNMENT == extent.row_bytes % ALIGNMENT == 0
+        straight = self._positioned(extent)
         spans = -(-extent.row_bytes // ALIGNMENT) + 1
         own = threading.local()
 
         def read(rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
+            if aligned_rows and out.ctypes.data % ALIGNMENT == 0:
+                straight(rows, out)
+                return
             if not hasattr(own, "buffer"):
                 own.buffer = mmap.mmap(-1, spans * ALIGNMENT)
             buffer, scratch = own.buffer, np.frombuffer(own.buffer, dtype=np.uint8)
@@ -301,7 +306,9 @@ class FeatureLoader:
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
-        threads = READERS if self.staged else DECODERS if cache.recipe.dtype == "int8" else 1
+        mode = mode or choose_mode(cache, self.levels)
+        few = DECODERS if cache.recipe.dtype == "int8" else 1
+        threads = READERS if self.staged or mode != "memmap" else few  # a disk serves several at once
         self.reader = RowReader(cache, self.levels, mode, threads, verify=verify, decoding=not self.staged)
         sizes = torch.tensor(cache.rows.content, dtype=torch.int32)
         frame = torch.tensor(cache.recipe.frame, dtype=torch.int32)
@@ -526,10 +533,13 @@ class _Slot:
 
 
 def _memory(rows: int, width: int, pinned: bool) -> torch.Tensor:
-    """(rows, width) bytes. Where they need not be pinned numpy makes them: it asks for huge pages, torch does not."""
+    """(rows, width) bytes from the start of a page, where O_DIRECT can read to; in huge pages."""
     if pinned:
         return torch.empty((rows, width), dtype=torch.uint8, pin_memory=True)
-    return torch.from_numpy(np.empty((rows, width), dtype=np.uint8))
+    held = mmap.mmap(-1, max(1, rows * width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # where the system has none
+        held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.from_numpy(np.frombuffer(held, dtype=np.uint8, count=rows * width).reshape(rows, width))
 
 
 def device_room(device: torch.device) -> int | None:
