@@ -16,7 +16,8 @@ from featprobe.errors import DataError, nearest
 from featprobe.geometry import TURNS, Fit, Size
 from featprobe.levels import FeatureLevel
 
-CacheDtype = Literal["fp16", "fp32", "bf16"]
+CacheDtype = Literal["fp16", "fp32", "bf16", "int8"]
+"""How a cache stores features. int8: a byte for each value, and for each channel of a row a scale and a zero."""
 CachePrecision = Literal["fp32", "tf32", "amp"]
 """What a backbone computed in: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
 Rows = NDArray[np.intp]
@@ -26,7 +27,9 @@ CACHE_VERSION = 2
 FILE_VERSION = 3
 """Of the files that are written, and the newest that is read; not part of any key."""
 
-BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
+BYTES_PER_CHANNEL: Mapping[str, int] = {"int8": 8}
+"""Of a row, beside its values: scale and zero, float32."""
 
 
 def digest(value: object) -> str:
@@ -343,7 +346,8 @@ class FeatureRecipe:
     def row_bytes(self) -> int:
         """Bytes that one image's features take."""
         values = sum(lv.channels * lv.cells(self.frame)[0] * lv.cells(self.frame)[1] for lv in self.levels)
-        return values * BYTES_PER_VALUE[self.dtype]
+        channels = sum(level.channels for level in self.levels)
+        return values * BYTES_PER_VALUE[self.dtype] + channels * BYTES_PER_CHANNEL.get(self.dtype, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the cache and the cards keep them; of tiles, empty pixels, `sized` only what holds."""

@@ -49,6 +49,7 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.cache.header import Index
+from featprobe.cache.layout import row_tables
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
 from featprobe.levels import FeatureLevel
@@ -66,7 +67,7 @@ def recipes(draw: st.DrawFn) -> FeatureRecipe:
     strides = draw(st.lists(st.sampled_from([4, 8, 16, 32]), min_size=1, max_size=4, unique=True))
     levels = [FeatureLevel(f"stride{s}", draw(st.integers(1, 40)), s) for s in sorted(strides)]
     frame = draw(st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([32, 64])))
-    return recipe_of(levels, frame, draw(st.sampled_from(["fp16", "fp32", "bf16"])))
+    return recipe_of(levels, frame, draw(st.sampled_from(["fp16", "fp32", "bf16", "int8"])))
 
 
 def read_all(path: Path, mode: str, order: NDArray[np.intp]) -> dict[str, bytes]:
@@ -74,9 +75,11 @@ def read_all(path: Path, mode: str, order: NDArray[np.intp]) -> dict[str, bytes]
     cache = opened(path)
     if mode == "h5py":
         with h5py.File(path, "r") as file:
-            return {lv.name: b"".join(file[f"features/{lv.name}"][i].tobytes() for i in order) for lv in cache.levels}
+            tables = [table for own in row_tables(cache.recipe).values() for table in own]
+            return {table.key: b"".join(file[table.name][i].tobytes() for i in order) for table in tables}
     with RowReader(cache, mode=mode) as reader:
-        out = {lv.name: np.empty((len(order), reader.row_bytes(lv)), dtype=np.uint8) for lv in cache.levels}
+        buffers = [pair for level in cache.levels for pair in reader.buffers(level).items()]
+        out = {name: np.empty((len(order), buffer.row_bytes), dtype=np.uint8) for name, buffer in buffers}
         reader.read(order, out)
     return {name: rows.tobytes() for name, rows in out.items()}
 

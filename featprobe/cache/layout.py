@@ -34,7 +34,7 @@ FORMAT = "featprobe-cache"
 ALIGNMENT = 4096  # bytes: what O_DIRECT asks for
 REASON_BYTES = 240
 MISSING, WHOLE, UNREADABLE = 0, 1, 2
-STORED_AS: Mapping[str, str] = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2"}
+STORED_AS: Mapping[str, str] = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2", "int8": "u1"}
 ESCAPED = {ord(mark): f"\\u{ord(mark):04x}" for mark in "[{,"}  # in texts of JSON
 FREE = -1  # a length that follows from nothing else
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
@@ -70,8 +70,10 @@ class Table:
 
 def level_tables(recipe: FeatureRecipe, level: FeatureLevel) -> tuple[Table, ...]:
     """What is kept of each row for a level, in the order in which its checksum takes it; features first."""
-    cells = level.cells(recipe.frame)
-    return (Table(f"features/{level.name}", STORED_AS[recipe.dtype], (level.channels, *cells)),)
+    features = Table(f"features/{level.name}", STORED_AS[recipe.dtype], (level.channels, *level.cells(recipe.frame)))
+    if recipe.dtype != "int8":
+        return (features,)
+    return features, Table(f"scales/{level.name}", "<f4", (level.channels, 2))
 
 
 def row_tables(recipe: FeatureRecipe) -> dict[str, tuple[Table, ...]]:

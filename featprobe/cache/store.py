@@ -139,10 +139,17 @@ class Cache:
         return found
 
     def read_row(self, row: int, level: FeatureLevel) -> NDArray:
-        """One row of one level in its stored format: (channels, height, width). Raises CacheError for a bad one."""
+        """One row of one level in its stored format, (channels, height, width); of int8 the fp16 that it stands for.
+
+        Raises CacheError for a bad one.
+        """
         stored = self.stored(row, level)
         self.check(np.array([row]), level, *(own[None] for own in stored.values()))
-        return stored[level.name]
+        features, *scales = stored.values()
+        if not scales:
+            return features
+        scale, zero = scales[0].T[..., None, None]
+        return (zero + scale * features).astype(np.float16)
 
     def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: NDArray) -> None:
         """Hash what was read of some rows of a level, each row the first time that this process reads it.

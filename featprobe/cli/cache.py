@@ -2,19 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featprobe.cli.options import (
     as_json,
     columns,
+    device,
+    names,
     quiet,
     show_json,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError
+from featprobe.errors import FeatprobeError, counted
+
+if TYPE_CHECKING:
+    from featprobe.stages.audit import Audit
 
 
 @click.group()
@@ -169,6 +175,44 @@ def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> No
         click.echo(f"{path}: {'now' if done else 'already'} of version {FILE_VERSION}")
 
 
+@cache.command("audit")
+@click.argument("name")
+@click.option(
+    "--heads",
+    default="linear,ridge",
+    show_default=True,
+    help="Heads whose validation score is compared, separated by commas, or none.",
+)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Of the linear head.")
+@click.option("--iterations", type=click.IntRange(1), help="Of the linear head.  [default: its own]")
+@device
+@quiet
+@as_json
+@click.pass_context
+def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> None:
+    """Say what int8 costs: bytes, error of each level, validation score of heads.
+
+    The features of a cache of fp16, fp32 or bf16 are brought to int8 in memory; no file is written, and test is not
+    looked at. NAME: a path, or part of a file's name.
+
+    \b
+    Example:
+      featprobe cache audit xray
+      featprobe cache audit xray --heads none
+    """
+    from featprobe.probes.saved import plain
+    from featprobe.stages.audit import AuditOptions, audit
+
+    workspace = workspace_of(ctx)
+    heads = () if options["heads"] == "none" else names(options["heads"])
+    say = (lambda line: None) if json_ or options["quiet"] else lambda line: click.echo(line, err=True)
+    how = AuditOptions(heads, options["seeds"], options["iterations"], options["device"], options["quiet"])
+    found = audit(workspace, workspace.find_caches(name), how, say)
+    if json_:
+        return show_json([plain(asdict(one)) for one in found])
+    click.echo("\n\n".join(map(_audit_text, found)))
+
+
 @cache.command("rm")
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -189,6 +233,32 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
     click.echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+
+
+def _audit_text(found: "Audit") -> str:
+    from featprobe.machine import human_bytes
+    from featprobe.report.comparison import interval_text, number
+
+    sizes = ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in found.bytes_of.items())
+    dtypes = list(next(iter(found.errors.values())))
+    errors = [(level, *(f"{own[dtype]:.3%}" for dtype in dtypes)) for level, own in found.errors.items()]
+    lines = [
+        f"{found.path}: all features take {sizes}",
+        f"relative L2 error against the stored {found.dtype}, of {counted(found.rows, 'row')}",
+        columns(errors, ("level", *dtypes)),
+    ]
+    if found.heads:
+        heads = []
+        for own in found.heads:
+            gap = own.difference
+            low, high = (gap.low, gap.high) if gap.has_interval else (nan, nan)
+            heads.append((
+                own.head, own.seeds, number(100 * own.fp16), number(100 * own.int8), number(100 * gap.estimate, "+.2f"),
+                interval_text(low, high, "+.2f"), f"{gap.groups}{' (few)' if gap.few_groups else ''}",
+            ))  # fmt: skip
+        lines.append("foreground mIoU on validation, percent")
+        lines.append(columns(heads, ("head", "seeds", "fp16", "int8", "int8 - fp16", "95 %", "groups")))
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
 
 
 def _parts_text(recipe: dict[str, Any]) -> str:

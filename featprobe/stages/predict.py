@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.precision import computing
-from featprobe.cache.reader import TORCH_DTYPE
+from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
 from featprobe.datasets.names import visible
@@ -169,7 +169,7 @@ class Predictor:
         recipe = self.recipe
         with computing(recipe.precision, self.device):
             maps = self.backbone(self.framing.together(images, placements)).maps
-        stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}  # as the cache would hold them
+        stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}
         if not all(bool(m.isfinite().all()) for m in stored.values()):
             raise DataError(
                 f"Features of an image are not finite in {recipe.dtype}, the number format that the head was trained "
@@ -177,7 +177,7 @@ class Predictor:
             )
         contents = torch.tensor([placement.content for placement in placements], dtype=torch.int32)
         whole = bool((contents == torch.tensor(recipe.frame)).all())
-        return Features(stored, recipe.frame, None if whole else contents.to(self.device))
+        return Features(as_read(stored, recipe.dtype), recipe.frame, None if whole else contents.to(self.device))
 
     def _backbone(self, folder: Path, weights: str | None) -> Backbone:
         values = self.card.get("backbone")

@@ -41,7 +41,7 @@ from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import Rows, SplitChoice, digest
+from featprobe.specs import CacheDtype, Rows, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.forecast import Forecast, foresee
@@ -97,6 +97,7 @@ class Run:
         check_together()
         self.forecast: Forecast | None = None
         self.rehearsal = False  # whether the heads are not to be kept
+        self.as_dtype: CacheDtype | None = None  # what cached features are brought to first; None for as they are
         self.states = list[Path]()  # of a rehearsal, on the way
         self.weights: dict[int, dict[str, Tensor]] = {}  # of the best trial's own backbone
         self.tuned_sha256, self.backbone_parameters, self.seconds_before = "", 0, 0.0
@@ -185,6 +186,18 @@ class Run:
         for path in self.states if is_main() else ():
             path.unlink(missing_ok=True)
         return [self.kept(trials[i], curves[i]).scores[self.task.chooses_by] for i in chosen]
+
+    def judged(self) -> list[Outcome]:
+        """Train on cached features, choose on validation, and score each seed's head there, image by image.
+
+        Keeps no head, and looks at no label of test.
+        """
+        with self._guarded():
+            trials = self._trials()
+            with self.source(trials[0].head) as source:
+                curves = self._fit(trials, source, lambda line: None)
+                heads = [trials[self._best(trials, curves, seed)].head for seed in self.seeds]
+                return self.evaluate(heads, source, self.rows["val"])
 
     def evaluate(self, heads: Sequence[nn.Module], source: Source, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small."""
@@ -280,7 +293,7 @@ class Run:
         """Where the features for a head come from: the cache's file, or its images and a backbone."""
         levels: Any = head.levels
         if self.tuning is None:
-            return FeatureLoader(self.cache, levels, self.device, verify=self.options.verify)
+            return FeatureLoader(self.cache, levels, self.device, verify=self.options.verify, as_dtype=self.as_dtype)
         if self.tuning.precision:
             resolve(self.tuning.precision, self.device)  # refuses what this device can't compute
         return LiveFeatures(
