@@ -76,7 +76,10 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
     """
     try:
         card = read_card(folder)
-        (data,) = read_files(folder, card, ["head.safetensors"])
+        try:
+            (data,) = read_files(folder, card, ["head.safetensors"])
+        except ProbeError as error:
+            raise ProbeError(f"{folder}: {error}. Train it again.") from error
         tensors = load(data)
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
         recipe_of_head = HeadRecipe.from_json(card["head"])
@@ -128,10 +131,10 @@ def read_files(folder: Path, card: Mapping[str, Any], names: Iterable[str]) -> l
         except FileNotFoundError as error:
             raise ProbeError(f"{name} is not beside its head") from error
         except OSError as error:
-            raise ProbeError(f"{folder / name} can't be read: {error.strerror}") from error
+            raise ProbeError(f"{name} can't be read: {error.strerror}") from error
         said = _said(card).get(name, {}).get("sha256")
         if said is not None and said != hashlib.sha256(data).hexdigest():
-            raise ProbeError(f"{folder}: {name} is not the file that card.json describes. Train it again.")
+            raise ProbeError(f"{name} is not the file that card.json describes")
         found.append(data)
     return found
 
@@ -222,7 +225,7 @@ def _torch_save(value: Any, stream: IO[bytes]) -> None:
             raise
 
     try:
-        torch.save(value, SimpleNamespace(write=write, flush=lambda: None))  # type: ignore[arg-type]
+        torch.save(value, SimpleNamespace(write=write, flush=lambda: None))
     except RuntimeError as error:
         raise refused[0] if refused else error from error
 

@@ -374,7 +374,7 @@ def _write(
     results = result_frame([line for item in sets for line in item.lines])
     differences = difference_frame([*(line for item in sets for line in item.differences), *gaps])
     pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
-    files = {
+    files: dict[Path, bytes | str] = {
         out / "index.html": page_text(answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes),
         out / "results.csv": results.to_csv(index=False),
         out / "differences.csv": differences.to_csv(index=False),

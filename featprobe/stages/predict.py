@@ -232,15 +232,15 @@ def predict(
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
-            files: dict[Path, bytes] = {}
+            pictures: dict[Path, bytes] = {}
             try:
                 with _trouble(predictor, batch):
                     for prediction in _predicted(predictor, batch, skip_bad, left_out):
-                        files |= _pictures(out, prediction, predictor)
+                        pictures |= _pictures(out, prediction, predictor)
                         done.append(replace(prediction, semantic=None))
             finally:
-                if files:
-                    write_together(files)
+                if pictures:
+                    write_together(pictures)
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from featprobe import __version__
 from featprobe.cache import Cache
 from featprobe.errors import ProbeError
-from featprobe.probes import CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
+from featprobe.probes import DEFAULT_RECIPES, CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
 from featprobe.probes.saved import fault_of, read_card
 from featprobe.processes import count
+from featprobe.stages.commands import again_command
 from featprobe.stages.outcome import Outcome
 from featprobe.stages.rows import images_of
 from featprobe.stages.segmentation import Segmentation
@@ -113,21 +114,31 @@ def card_of(run: "Run", row: dict[str, Any], curve: list[CurvePoint]) -> dict[st
 
 
 def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> dict[str, Any]:
-    """The card of the head that a row is of; raises ProbeError, saying why, where that head is not there as it was saved.
+    """The card of the head that a row is of; raises ProbeError, saying why, where that is not there as it was saved.
 
     The files of the head are looked at as `fault_of` does, with `hashes` as well.
     """
     folder = probes / row["folder"]
     if not (folder / "card.json").is_file():
-        raise ProbeError("its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json")
-    card = read_card(folder)
+        gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
+        raise damaged(row, gone)
+    try:
+        card = read_card(folder)
+    except ProbeError as error:
+        raise damaged(row, str(error)) from error
     if {**card["result"], "version": None} != {**row, "version": None}:
         raise ProbeError("its folder was written again since, by another run")
     fault = fault_of(folder, card, hashes=hashes)
     fault = fault or ("" if "files" in card else _unreadable(folder, row["task"]))
     if fault:
-        raise ProbeError(fault)
+        raise damaged(row, fault)
     return card
+
+
+def damaged(row: Mapping[str, Any], reason: str) -> ProbeError:
+    """That a row has no sound head any more, why, and the command that trains it again."""
+    again = f" Train it again:  {again_command(row)}" if row["head"] in DEFAULT_RECIPES else ""
+    return ProbeError(f"{reason.rstrip('.')}.{again}")
 
 
 def is_whole(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> bool:

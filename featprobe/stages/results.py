@@ -28,10 +28,9 @@ from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
 from featprobe.probes.saved import read_files, read_rows
 from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
-from featprobe.stages.commands import again_command
 from featprobe.stages.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.recipes import shared_recipe
-from featprobe.stages.records import card_beside
+from featprobe.stages.records import card_beside, damaged
 
 RUN = (
     "backbone", "weights_sha256", "feature_key", "head", "regime", "augmentation", "fraction", "recipe_key",
@@ -358,7 +357,7 @@ def load_results(
         try:
             found.append(read_run(probes, counted))
         except FeatprobeError as error:
-            unusable.append(Unusable(counted["folder"], f"{error}. Train it again:  {again_command(counted)}"))
+            unusable.append(Unusable(counted["folder"], str(error)))
     if not rows:
         raise ProbeError(
             f"There is no result in {probes} to compare.\n" + "".join(f"{note}\n" for note in notes)
@@ -437,9 +436,11 @@ def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
         (curves,) = map(json.loads, read_files(folder, card, ["curves.json"]))
         (chosen,) = [trial["curve"] for trial in curves if trial["chosen"]]
         curve = curve_of(chosen, SCORES[row["task"]][0]) if row["head"] != "ridge" else Curve((), ())
+        _check_scores(row, test, scores)
+    except ProbeError as error:
+        raise damaged(row, str(error)) from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
-        raise ProbeError(f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
-    _check_scores(row, test, scores)
+        raise damaged(row, f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
     return Run(row, card, test, scores, curve)
 
 

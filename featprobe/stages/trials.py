@@ -241,7 +241,7 @@ class Run:
         return rows
 
     def forget(self) -> None:
-        """Remove what a kill right after the end of trainings leaves: their state, and files that were being written."""
+        """Remove what a kill right after the end of trainings leaves: their state, and what was being written."""
         for path in (self.folder / f"seed{self.seeds[0]}").glob("checkpoint*"):
             path.unlink(missing_ok=True)
         for folder in self.folders:
