@@ -98,7 +98,8 @@ class _Writes:
 
     def note(self, what: str, target: Any) -> None:
         """Count a write to a path or a descriptor; raises OSError where it is to fail."""
-        path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.path.abspath(os.fsdecode(target))
+        handle = isinstance(target, int)
+        path = os.readlink(f"/proc/self/fd/{target}") if handle else os.path.abspath(os.fsdecode(target))
         if not path.startswith(self.root):
             return
         with self.lock:
@@ -176,7 +177,7 @@ def _main(root: Path, words: Sequence[str], said: Path, fault: Fault, umask: int
 
 
 class Bench:
-    """A workspace at one path, and its states before each command. said: where children print; none of the workspace."""
+    """A workspace at one path, and its states before each command. said: where children print, outside of it."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.states, self.said = folder / "work", folder / "states", folder / "said"
@@ -217,7 +218,7 @@ class Bench:
         assert whole.count(last) == 1
         path.write_bytes(whole.replace(last, bytes(byte ^ 1 for byte in last)))
 
-    def start(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Any:  # noqa: B008
+    def start(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Any:
         """Start a command in a child."""
         for path in self.said.iterdir():
             path.unlink()
@@ -239,7 +240,7 @@ class Bench:
         )
         return Ran(child.exitcode, out, err, tuple(writes.splitlines()))
 
-    def run(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Ran:  # noqa: B008
+    def run(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Ran:
         """Run a command to its end."""
         return self.ended(self.start(name, fault, umask))
 

@@ -4,13 +4,12 @@
     python benchmarks/disk_errors.py --commands probe,finetune --most 20
 
 A first run of each command counts its writes. Then each of them fails in turn, with ENOSPC from there on and with EIO
-once. The command must end in one paragraph (exit code 1; a study 3), leave no temporary file, and leave every file as it
-was that the command itself does not change; what was there already of results must be there still. The same command
+once. The command must end in one paragraph (exit code 1; a study 3), leave no temporary file, and leave every file as
+it was that the command itself does not change; what was there already of results must be there still. The same command
 again must then give what it gives without errors.
 """
 
 import argparse
-import json
 import random
 import tempfile
 from collections import Counter
@@ -22,13 +21,13 @@ from _bench import report
 from _commands import COMMANDS, ERRORS, Bench, Fault, Ran
 from tqdm import tqdm
 
-SPARED = (".look",)  # ends of files that cost time alone when they can't be written: no error
+SPARED = ".look"  # of files that cost time alone when they can't be written: no error
 
 
 def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], changed: Mapping[str, bytes]) -> list[str]:
-    """What is wrong with a command that meets a fault, and with the same command after it. "not met": it had no such write.
+    """What is wrong with a command that meets a fault, and with the same command after it.
 
-    whole: its result without errors. changed: the files that it changes, or makes.
+    "not met": it had no such write. whole: its result without errors. changed: the files that it changes, or makes.
     """
     bench.before(name)
     before, rows = bench.files(), bench.scores()
@@ -36,13 +35,13 @@ def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], cha
     if len(ran.writes) <= fault.at:
         return ["not met"]
     found = []
-    spared = ran.writes[fault.at].endswith(SPARED) or ".look." in ran.writes[fault.at]
-    if not ran.refused and not (ran.code in (0, 3) and "Traceback" not in ran.err and (spared or bench.result() == whole)):
+    ended = ran.code in (0, 3) and "Traceback" not in ran.err
+    if not ran.refused and not (ended and (SPARED in ran.writes[fault.at] or bench.result() == whole)):
         found.append(f"exit code {ran.code}: {ran.err[-1500:]}")
     found += [f"left behind: {path}" for path in bench.leftovers()]
     after = bench.files()
     found += [f"changed: {path}" for path in before if path not in changed and after.get(path) != before[path]]
-    found += ["a result row is gone"] if not {folder for folder, _ in rows} <= {folder for folder, _ in bench.scores()} else []
+    found += [f"the row of {folder} is gone" for folder in dict(rows) if folder not in dict(bench.scores())]
     again = bench.run(name)
     if again.code not in (0, 3) or "Traceback" in again.err:
         found.append(f"the same command again: exit code {again.code}: {again.err[-1500:]}")
@@ -85,8 +84,8 @@ def main() -> None:
                     if found and found != ["not met"]:
                         wrong.append(f"{name}, {kind} at write {at} ({ran.writes[at]}): {found}")
             trials += met["right"] + met["wrong"]
-            row = {"command": name, "writes": str(len(places)), **{k: str(met[k]) for k in ("right", "wrong", "not met")}}
-            rows.append(row)
+            ways = {way: str(met[way]) for way in ("right", "wrong", "not met")}
+            rows.append({"command": name, "writes": str(len(places)), **ways})
     for line in wrong:
         print(line)
     report("disk_errors", (trials - len(wrong)) / max(1, trials), 1.0, rows, trials=trials, wrong=len(wrong))
