@@ -280,5 +280,9 @@ class Bench:
         return found
 
     def result(self) -> tuple[Any, ...]:
-        """What a command has made, less what differs from run to run: names of files, scores, features."""
-        return sorted(self.files()), self.scores(), self.features()
+        """What a command has made, less what differs from run to run: names of files, scores, features.
+
+        Without the picture sheets of heads, which a study draws once, after the row.
+        """
+        files = sorted(name for name in self.files() if not name.endswith("/sheet.png"))
+        return files, self.scores(), self.features()

@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     is replaced, never followed. The file's mode follows the umask. Raises DiskError where the disk refuses; nothing is
     left behind then. What a killed process left is removed by the next that writes into the folder.
     """
-    temporary = None
+    temporary, kept = None, True
     try:
         make_folders(path.parent)
         temporary = _temporary(path)
@@ -38,9 +38,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield stream
             _sync(stream)
         temporary.replace(path)
+        kept = False
         sync_folder(path.parent)
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _refused(path, error, kept=kept) from error
     finally:
         if temporary is not None:
             with suppress(OSError):
@@ -116,14 +117,9 @@ def append_line(path: Path, line: bytes) -> None:
     A torn last line, left by a kill, is closed off first, so that it spoils no other. A link is not followed. Raises
     DiskError; what was there before is as it was then.
     """
-    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
     try:
-        try:
-            handle = open_regular(path, flags)
-        except FileNotFoundError:
-            make_folders(path.parent)
-            handle = open_regular(path, flags | os.O_CREAT)
-            sync_folder(path.parent)
+        make_folders(path.parent)
+        handle = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
         with open(handle, "rb", buffering=0) as file:
             fcntl.lockf(handle, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)
@@ -131,6 +127,8 @@ def append_line(path: Path, line: bytes) -> None:
             try:
                 _write_all(handle, b"\n" * torn + line + b"\n")
                 os.fsync(handle)
+                if not size:
+                    sync_folder(path.parent)
             except OSError:
                 with suppress(OSError):
                     os.ftruncate(handle, size)
@@ -235,7 +233,7 @@ def _alive(pid: int) -> bool:
 
 
 def _refused(path: Path, error: OSError, *, kept: bool = True) -> DiskError:
-    before = "What was there before is as it was." if kept else "It was being replaced, with what belongs to it."
+    before = "What was there before is as it was." if kept else "It, or what belongs to it, is new, and may not last."
     return DiskError(
         f"{path} can't be written: {error.strerror or error}.\n"
         f"{before} Make room or choose another disk, then run the same command again."

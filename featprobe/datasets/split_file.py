@@ -11,7 +11,7 @@ from featprobe.datasets.files import by_name, read_csv
 from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
 from featprobe.disk import write_whole
-from featprobe.errors import DataError, nearest
+from featprobe.errors import DataError, DiskError, nearest
 from featprobe.specs import digest
 
 COLUMNS = ("id", "group", "split")
@@ -104,7 +104,11 @@ def write_split_file(path: Path, ids: Sequence[str], groups: Sequence[str], spli
     text = stream.getvalue()
     if os.path.lexists(path):
         raise DataError(f"{path} is there already. Nothing was changed. Remove it, or name another file.")
-    write_whole(path, text.encode("utf-8" if text.isascii() else "utf-8-sig"))
+    try:
+        write_whole(path, text.encode("utf-8" if text.isascii() else "utf-8-sig"))
+    except DiskError:
+        path.unlink(missing_ok=True)  # it was not there, and the same command is to find it so
+        raise
 
 
 def pin(data: DataSet, file: SplitFile) -> DataSet:
