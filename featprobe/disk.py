@@ -243,7 +243,7 @@ def _refused(path: Path, error: OSError, *, kept: bool = True) -> DiskError:
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
     """A descriptor of a regular file. Raises FileKindError for any other kind, without waiting; else OSError.
 
-    The mode of a file that is made follows the umask.
+    The mode of one that is created follows the umask.
     """
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
