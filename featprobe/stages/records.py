@@ -3,15 +3,21 @@
 import json
 import platform
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featprobe import __version__
 from featprobe.cache import Cache
-from featprobe.probes import CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
+from featprobe.errors import ProbeError
+from featprobe.probes import DEFAULT_RECIPES, CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
+from featprobe.probes.saved import fault_of, read_card
 from featprobe.processes import count
+from featprobe.stages.commands import again_command
 from featprobe.stages.outcome import Outcome
 from featprobe.stages.rows import images_of
 from featprobe.stages.segmentation import Segmentation
@@ -46,6 +52,7 @@ def row_of(
         "tile": cache.recipe.tile,
         "head": run.kind,
         "levels": [level.name for level in head.levels],  # type: ignore[union-attr]
+        "asked": {"levels": list(options.levels), "width": options.width, "pyramid": options.pyramid},
         "parameters": parameter_count(head),
         "backbone_parameters": run.backbone_parameters,
         "recipe": trial.recipe.to_json(),
@@ -107,6 +114,61 @@ def card_of(run: "Run", row: dict[str, Any], curve: list[CurvePoint]) -> dict[st
         "curve": [asdict(point) for point in curve],
         "versions": versions,
     }
+
+
+def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> dict[str, Any]:
+    """The card of the head that a row is of; raises ProbeError, saying why, where that is not there as it was saved.
+
+    The files of the head are looked at as `fault_of` does, with `hashes` as well.
+    """
+    folder = probes / row["folder"]
+    if not (folder / "card.json").is_file():
+        gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
+        raise damaged(row, gone)
+    try:
+        card = read_card(folder)
+    except ProbeError as error:
+        raise damaged(row, str(error)) from error
+    if {**card["result"], "version": None} != {**row, "version": None}:
+        raise ProbeError("its folder was written again since, by another run")
+    fault = fault_of(folder, card, hashes=hashes)
+    fault = fault or ("" if "files" in card else _unreadable(folder, row["task"]))
+    if fault:
+        raise damaged(row, fault)
+    return card
+
+
+def damaged(row: Mapping[str, Any], reason: str) -> ProbeError:
+    """That a row has no sound head any more, why, and the command that trains it again."""
+    again = f" Train it again:  {again_command(row)}" if row["head"] in DEFAULT_RECIPES else ""
+    return ProbeError(f"{reason.rstrip('.')}.{again}")
+
+
+def is_whole(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> bool:
+    """Whether the head that a row is of is there as it was saved; see `card_beside`."""
+    try:
+        card_beside(probes, row, hashes=hashes)
+    except ProbeError:
+        return False
+    return True
+
+
+def _unreadable(folder: Path, task: str) -> str:
+    """What can't be read of what lies beside a head of an older featprobe, whose card does not say; "" for nothing."""
+    for name in ("curves.json", *(("scores.npz",) if task == "semseg" else ("truth.json", "predictions.json"))):
+        try:
+            if name.endswith(".json"):
+                json.loads((folder / name).read_bytes())
+                continue
+            with zipfile.ZipFile(folder / name) as kept:
+                if not kept.testzip():
+                    continue
+        except FileNotFoundError:
+            return f"{name} is not beside its head"
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            pass
+        return f"{name} can't be read"
+    return ""
 
 
 def curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> dict[str, Any]:

@@ -26,10 +26,11 @@ from featprobe.metrics import (
 )
 from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
-from featprobe.probes.saved import read_card, read_rows
+from featprobe.probes.saved import read_files, read_rows
 from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
 from featprobe.stages.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.recipes import shared_recipe
+from featprobe.stages.records import card_beside, damaged
 
 RUN = (
     "backbone", "weights_sha256", "feature_key", "head", "regime", "augmentation", "fraction", "recipe_key",
@@ -66,9 +67,10 @@ class PixelTest:
     confusions: NDArray[np.int64]
 
     @classmethod
-    def read(cls, folder: Path) -> "PixelTest":
-        """What lies beside a head."""
-        with np.load(io.BytesIO((folder / "scores.npz").read_bytes()), allow_pickle=False) as kept:
+    def read(cls, folder: Path, card: Mapping[str, Any]) -> "PixelTest":
+        """What lies beside a head, if it is what the card says."""
+        (scores,) = read_files(folder, card, ["scores.npz"])
+        with np.load(io.BytesIO(scores), allow_pickle=False) as kept:
             if not {"ids", "groups"} <= set(kept.files):
                 raise ProbeError("scores.npz names no images and groups: an older featprobe wrote it. Run it again")
             return cls(kept["ids"].tolist(), kept["groups"].tolist(), kept["confusion"])
@@ -103,10 +105,9 @@ class ObjectTest:
     predictions: list[dict[str, Any]]
 
     @classmethod
-    def read(cls, folder: Path) -> "ObjectTest":
-        """What lies beside a head."""
-        truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
-        predictions = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
+    def read(cls, folder: Path, card: Mapping[str, Any]) -> "ObjectTest":
+        """What lies beside a head, if it is what the card says."""
+        truth, predictions = map(json.loads, read_files(folder, card, ["truth.json", "predictions.json"]))
         if not all({"file_name", "group"} <= set(image) for image in truth["images"]):
             raise ProbeError("truth.json names no images and groups: an older featprobe wrote it. Run it again")
         return cls(truth, predictions)
@@ -421,26 +422,25 @@ def _order(result: Result) -> tuple[Any, ...]:
 
 
 def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
-    """A row with what lies in its folder; raises ProbeError, saying why, where it can't be used."""
+    """A row with what lies in its folder; raises ProbeError, saying why, where it can't be used.
+
+    What is read is what the card says, byte for byte.
+    """
     folder = probes / row["folder"]
     if row["task"] not in SCORES or row["regime"] not in REGIMES:
         raise ProbeError(f"{row['task']} in the regime {row['regime']} is not known here")
-    if not (folder / "card.json").is_file():
-        raise ProbeError("its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json")
-    card = read_card(folder)
-    if {**card["result"], "version": None} != {**row, "version": None}:
-        raise ProbeError("its folder was written again since, by another run")
+    card = card_beside(probes, row)
     try:
-        test: Tested = (PixelTest if row["task"] == "semseg" else ObjectTest).read(folder)
+        test: Tested = (PixelTest if row["task"] == "semseg" else ObjectTest).read(folder, card)
         scores = test.statistics(row)
-        curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
+        (curves,) = map(json.loads, read_files(folder, card, ["curves.json"]))
         (chosen,) = [trial["curve"] for trial in curves if trial["chosen"]]
         curve = curve_of(chosen, SCORES[row["task"]][0]) if row["head"] != "ridge" else Curve((), ())
-    except FileNotFoundError as error:
-        raise ProbeError(f"{Path(str(error.filename)).name} is not beside its head") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
-        raise ProbeError(f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
-    _check_scores(row, test, scores)
+        _check_scores(row, test, scores)
+    except ProbeError as error:
+        raise damaged(row, str(error)) from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
+        raise damaged(row, f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
     return Run(row, card, test, scores, curve)
 
 
