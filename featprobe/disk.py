@@ -84,7 +84,7 @@ def _check_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
 
 def read_regular(path: Path, most: int) -> bytes:
     """The bytes of a regular file. Raises FileKindError, also for one of more than `most` bytes; else OSError."""
-    with open(open_regular(path), "rb") as stream:
+    with open(path, "rb", opener=open_regular) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > most:
             raise FileKindError(f"{path} has {size} bytes, more than the {most} that are read of such a file.")
@@ -103,7 +103,7 @@ def open_append(path: Path) -> IO[bytes]:
 
 
 def below(folder: Path, path: str | Path, where: str) -> Path:
-    """A path relative to a folder, in it. Raises FileKindError, naming `where`, for one that leads out, by links too."""
+    """The path of what lies in a folder. Raises FileKindError, naming `where`, where it leads out, by links too."""
     found = folder / path
     try:
         inside = found.resolve().is_relative_to(folder.resolve())

@@ -18,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, encode_reason, read_contents
+from featprobe.disk import open_regular
 from featprobe.errors import CacheBusyError, CacheError, ShapeError
 
 CREATION_BYTE = 1 << 40  # of the lock file: past every row's byte
@@ -62,7 +63,7 @@ class CacheWriter:
         self._one_sync = threading.RLock()  # taken before `_turn`; who has it waits for no row
         self._lost: OSError | None = None  # what the disk said when it did not keep what was written
         try:
-            self.handle = os.open(path, os.O_RDWR)
+            self.handle = open_regular(path, os.O_RDWR)
         except OSError as error:
             raise CacheError(f"{path} can't be written: {error.strerror}. Nothing was changed.") from error
 
@@ -240,7 +241,8 @@ class RowLocks:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.handle = os.open(path.parent / f".{path.stem}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = path.parent / f".{path.stem}.lock"
+            self.handle = open_regular(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         except OSError as error:
             raise CacheError(
                 f"The folder {path.parent} can't be written ({error.strerror}). Nothing was changed.\n"

@@ -14,12 +14,16 @@ from typing import Any
 
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.names import alike, as_on_disk, by_form, is_hidden, renamed, visible
-from featprobe.datasets.pages import can_be_counted, page_of, page_path, pages_of
+from featprobe.datasets.pages import can_be_counted, opened_file, page_of, page_path, pages_of
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import raise_all
+from featprobe.disk import parse_json
 from featprobe.errors import DataError, counted, looks_like
+from featprobe.machine import available_memory, human_bytes
 
 LONGEST, LONGEST_NAME = 2048, 255  # bytes of a path, half of what systems take, and of a name in it
+IN_MEMORY = 8  # bytes that a byte of annotations takes, about, when it is parsed
+SMALL = 1 << 24  # bytes of a text that always may be read
 SEPARATORS = (",", ";", "\t")  # of columns: spreadsheets write each of them
 
 
@@ -28,16 +32,25 @@ def start_of(path: Path, count: int) -> bytes:
     if not path.is_file():
         return b""
     try:
-        with path.open("rb") as stream:
+        with opened_file(path) as stream:
             return stream.read(count)
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}.") from error
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text, its byte order mark left away. Raises DataError."""
+def read_text(path: Path, most: int | None = None) -> str:
+    """A UTF-8 text, its byte order mark left away. Raises DataError, also for one that memory can't hold.
+
+    most: bytes that such a file may have, where that is known.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with opened_file(path) as stream:
+            held = os.fstat(stream.fileno()).st_size
+            if held > SMALL and held > (most or available_memory() // IN_MEMORY):
+                limit = f"such a file may have ({human_bytes(most)})" if most else "the memory holds"
+                raise DataError(f"{path} has {human_bytes(held)}, more than {limit}. It was not read.")
+            with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+                return text.read()
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -48,8 +61,8 @@ def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises DataError."""
     text = read_text(path)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise DataError(f"{path} can't be read as JSON: {error}.") from error
     if re.search(r"\\u[dD][89a-fA-F]", text):  # escapes of which only pairs are characters
         try:

@@ -16,13 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featprobe.errors import ProbeError
+from featprobe.disk import below, open_append, open_regular, parse_json, read_json, read_regular
+from featprobe.errors import FileKindError, ProbeError
 from featprobe.levels import FeatureLevel
+from featprobe.machine import available_memory
 from featprobe.probes.heads import HeadRecipe, build_head
 from featprobe.specs import FeatureRecipe, digest
 
 HEAD_FORMAT, HEAD_VERSION, ROW_VERSION = "featprobe-head", 1, 1
 FINGERPRINT = ("backbone", "weights_sha256", "levels", "final_norm", "channels", "mean", "std", "intensity")
+
+IN_MEMORY = 16  # bytes that a byte of rows takes, about, when they are parsed
+LARGEST_CARD, LARGEST_ROW = 1 << 26, 1 << 24  # bytes
+UNREADABLE = (
+    OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError, FileKindError
+)  # fmt: skip
+"""What a head's files raise that are none. RuntimeError: torch's, and too deep a nesting."""
 
 
 def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
@@ -80,9 +89,10 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
     """
     try:
         card = read_card(folder)
-        tensors = load_file(folder / "head.safetensors")
-        if card["head_sha256"] != _sha256(folder / "head.safetensors"):
+        head_file = below(folder, "head.safetensors", f"The head {folder}")
+        if card["head_sha256"] != _sha256(head_file):
             raise ProbeError(f"{folder}: head.safetensors is not the file that card.json describes. Train it again.")
+        tensors = load_file(head_file)
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
         recipe_of_head = HeadRecipe.from_json(card["head"])
         try:
@@ -90,7 +100,7 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
         except ProbeError as error:
             raise ProbeError(f"{folder} holds a head that can't be built. {error}") from error
         head.load_state_dict(tensors, strict=True)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     if recipe is not None:
         check_fingerprint(folder, card["fingerprint"], recipe)
@@ -100,14 +110,14 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
 def read_card(folder: Path) -> dict[str, Any]:
     """The card of a saved head; raises ProbeError when there is none, or it is not as it was written."""
     try:
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        card = read_json(folder / "card.json", LARGEST_CARD)
         if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
             raise ProbeError(
                 f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
             )
         if card.pop("card_sha256") != digest(card):
             raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     return card
 
@@ -122,7 +132,7 @@ def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRe
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
+    with open(path, "rb", opener=open_regular) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -133,7 +143,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"version": ROW_VERSION, **plain(row)}, separators=(",", ":")).encode() + b"\n"
-    with path.open("a+b") as stream:
+    with open_append(path) as stream:
         fcntl.lockf(stream, fcntl.LOCK_EX)
         size = stream.seek(0, os.SEEK_END)
         if size:
@@ -163,6 +173,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
+            os.close(open_regular(self.path))  # a pipe would be waited for
             kept = torch.load(self.path, map_location="cpu", weights_only=True)
             if kept["identity"] != self.identity:
                 return None
@@ -186,18 +197,25 @@ class Checkpoint:
         self.kept = time.perf_counter()
 
 
+def head_folder(probes: Path, row: Mapping[str, Any]) -> Path:
+    """Where the head of a row lies. Raises FileKindError for a folder that is not below `probes`."""
+    return below(probes, str(row["folder"]), "its row")
+
+
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The result rows of a file, and what was wrong with lines that hold none; nothing where there is no file.
 
     A torn last line, left by a kill, and rows of another schema version are left aside.
     """
     rows, faults = [], []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if os.path.lexists(path) else []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line) if line.strip() else None
+            if len(line) > LARGEST_ROW:
+                raise ValueError("no row is as long")
+            row = parse_json(line) if line.strip() else None
         except ValueError:
-            torn = "is torn, as by a kill" if number == len(lines) else "is no JSON"
+            torn = "is torn, as by a kill" if number == len(lines) else "is no JSON, or too long or deep"
             faults.append(f"{path}: line {number} {torn}; it was left aside")
             continue
         if row is not None and not isinstance(row, dict):

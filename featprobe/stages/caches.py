@@ -1,6 +1,5 @@
 """Looking after cache files: list, describe, verify, remove."""
 
-import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +20,11 @@ from featprobe.cache import (
     read_contents,
     verify,
 )
-from featprobe.errors import CacheError, counted
+from featprobe.disk import parse_json, read_regular
+from featprobe.errors import CacheError, FileKindError, counted
 from featprobe.stages.settled import look_path
+
+LARGEST_LOG = 1 << 26  # bytes
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -80,14 +82,14 @@ def tf32_doubt(path: Path) -> Doubt | None:
 def _runs(path: Path) -> list[dict[str, Any]]:
     """What the log beside a cache tells of each run; [] without one."""
     try:
-        lines = path.with_suffix(".runs.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = read_regular(path.with_suffix(".runs.jsonl"), LARGEST_LOG).splitlines()
+    except (OSError, FileKindError):
         return []
     found = []
     for line in lines:
         with suppress(ValueError):  # a line that its process did not end
-            found.append(json.loads(line))
-    return [run for run in found if {"computed", "device"} <= run.keys()]
+            found.append(parse_json(line))
+    return [run for run in found if isinstance(run, dict) and type(run.get("computed")) is int and "device" in run]
 
 
 def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from featprobe.cache import open_cache
 from featprobe.errors import FeatprobeError, ProbeError, counted
 from featprobe.metrics import FEW_GROUPS, Statistic, score_interval
-from featprobe.probes.saved import plain
+from featprobe.probes.saved import head_folder, plain
 from featprobe.report.answer import SURE, answer_of, gap_sentences
 from featprobe.report.comparison import LABELS, difference_frame, result_frame
 from featprobe.report.page import PageSet, write_page
@@ -289,7 +289,7 @@ def _described(workspace: Workspace, result: Result) -> tuple[Any, ...]:
 
 
 def _sheet(workspace: Workspace, result: Result, table: Table) -> list[tuple[str, Path]]:
-    paths = [workspace.probes / run.row["folder"] / "sheet.png" for run in result.runs]
+    paths = [head_folder(workspace.probes, run.row) / "sheet.png" for run in result.runs]
     caption = f"{table.names[result.backbone]}, {result.variant}, {result.row['head']}, {result.size}"
     return [(caption, path) for path in paths if path.is_file()][:1]
 

@@ -28,6 +28,7 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.datasets import DataSet
+from featprobe.disk import open_append
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
@@ -310,5 +311,5 @@ def _own_shard() -> tuple[int, int]:
 def _log_run(report: ExtractReport) -> None:
     """Keep what an extraction cost beside its file, a JSON line a run."""
     values = asdict(report) | {"path": report.path.name, "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    with report.path.with_suffix(".runs.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(values) + "\n")
+    with open_append(report.path.with_suffix(".runs.jsonl")) as stream:
+        stream.write(json.dumps(values).encode() + b"\n")

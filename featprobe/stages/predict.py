@@ -1,6 +1,7 @@
 """A saved head on new images: masks, COCO JSON, overlays."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import check_names, listed
+from featprobe.disk import below
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
@@ -185,7 +187,14 @@ class Predictor:
             raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
         spec = BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
         if spec.source == "file":
-            spec = replace(spec, weights=str(folder / str(spec.weights)))  # a fine-tuned one lies beside its head
+            named = Path(str(spec.weights))
+            if weights is None and named.is_absolute():
+                raise ProbeError(
+                    f"{folder} was trained on weights of the user's own, which lie elsewhere. They were not opened.\n"
+                    f"Name them:  --weights {shlex.quote(str(named))}"
+                )
+            if weights is None:  # a fine-tuned one lies beside its head
+                spec = replace(spec, weights=str(below(folder, named, f"The card of {folder}")))
         if weights is not None:
             spec = replace(spec, source="file", weights=weights)
         head_levels: Any = self.head.levels

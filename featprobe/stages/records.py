@@ -1,6 +1,5 @@
 """What is written of a trained head: its result row, its card, its curves. Formats: probes/README.md."""
 
-import json
 import platform
 import time
 from collections.abc import Mapping
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from featprobe import __version__
 from featprobe.cache import Cache
+from featprobe.disk import parse_json, read_regular
+from featprobe.errors import FileKindError
 from featprobe.probes import CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
 from featprobe.processes import count
 from featprobe.stages.outcome import Outcome
@@ -20,6 +21,7 @@ from featprobe.stages.sources import spec_of
 if TYPE_CHECKING:
     from featprobe.stages.trials import Run, Trial
 
+LARGEST_LOG = 1 << 26  # bytes
 WEIGHTS = {"best": "best validation", "end": "end of training"}
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
 
@@ -120,6 +122,7 @@ def extraction_seconds(cache: Cache) -> float | None:
     """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
     log = cache.path.with_suffix(".runs.jsonl")
     try:
-        return sum(json.loads(line)["seconds"]["run"] for line in log.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):  # a kill can tear a line
+        lines = read_regular(log, LARGEST_LOG).splitlines()
+        return sum(parse_json(line)["seconds"]["run"] for line in lines)
+    except (OSError, ValueError, KeyError, TypeError, FileKindError):  # a kill can tear a line
         return None

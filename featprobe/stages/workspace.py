@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.splits import group_pattern
+from featprobe.disk import plain_name, read_toml
 from featprobe.errors import CacheError, DataError, FeatprobeError, looks_like, nearest
 from featprobe.geometry import parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
@@ -166,11 +166,11 @@ class Workspace:
 
     def _read_config(self) -> dict[str, Any]:
         path = self.root / CONFIG
-        if not path.is_file():
+        if not os.path.lexists(path):
             return {}
         try:
-            config = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            config = read_toml(path)
+        except (OSError, ValueError) as error:
             raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
         faults = _faults_in(config)
         if faults:
@@ -199,15 +199,17 @@ def _faults_in(config: Mapping[str, Any]) -> list[str]:
             faults += [
                 f", [{section}.{name}]: {fault}"
                 for name, entry in entries.items()
-                for fault in _faults_of(section, entry)
+                for fault in _faults_of(section, name, entry)
             ]
     return faults
 
 
-def _faults_of(section: str, entry: Any) -> list[str]:
+def _faults_of(section: str, name: str, entry: Any) -> list[str]:
     """What is wrong with an entry of featprobe.toml, and what is wanted; none when nothing is."""
     if not isinstance(entry, dict):
         return ["it is no section"]
+    if not plain_name(name):
+        return ["it is no name of a folder. wanted: one without / and \\ and control characters, not .."]
     required, known = "path" if section == "data" else "model", ALLOWED[section]
     close = looks_like(entry, known)
     unknown = sorted(entry.keys() - known.keys())
