@@ -12,6 +12,7 @@ from featprobe.cli.options import (
     as_json,
     columns,
     data_format,
+    follow_links,
     group_from,
     images_at,
     intensity,
@@ -213,6 +214,7 @@ def data_convert(
     Example:
       featprobe data convert path/to/my_set --out my_set_coco
     """
+    from featprobe.datasets.files import FOLLOW_LINKS
     from featprobe.stages.convert import convert
 
     done = convert(_read(workspace_of(ctx), name, how), out, link=link, quiet=quiet)
@@ -220,6 +222,8 @@ def data_convert(
         return show_json(asdict(done))
     counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
     click.echo(f"{done.path}: images: {counts}; {counted(sum(done.annotations.values()), 'annotation')}")
+    if link:
+        click.echo(f"Its images are links out of it; read it with  {FOLLOW_LINKS}")
 
 
 @data.command("split")
@@ -228,6 +232,7 @@ def data_convert(
 @images_at
 @masks_at
 @group_from
+@follow_links
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The CSV file to write.")
 @click.option(
     "--split",

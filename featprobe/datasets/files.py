@@ -6,7 +6,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +26,35 @@ from featprobe.machine import available_memory, human_bytes
 LONGEST, LONGEST_NAME = 2048, 255  # bytes of a path, half of what systems take, and of a name in it
 IN_MEMORY = 8  # bytes that a byte of annotations takes, about, when it is parsed
 SMALL = 1 << 24  # bytes of a text that always may be read
+FOLLOW_LINKS = "--follow-links"
+_FOLLOWED: ContextVar[bool] = ContextVar("links are followed", default=False)
 SEPARATORS = (",", ";", "\t")  # of columns: spreadsheets write each of them
 
 
-def start_of(path: Path, count: int) -> bytes:
-    """The first bytes of a file, to tell its kind by; none where there is no file. Raises DataError."""
-    if not path.is_file():
+@contextmanager
+def links_followed(wanted: bool) -> Iterator[None]:
+    """Whether links may lead out of the data folder while a set or its labels are read in this thread."""
+    token = _FOLLOWED.set(wanted)
+    try:
+        yield
+    finally:
+        _FOLLOWED.reset(token)
+
+
+def leads_out(root: Path, path: Path) -> bool:
+    """Whether a link on the way to a path leads out of a data folder, and is not followed there, or leads to itself."""
+    try:
+        return not _FOLLOWED.get() and not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):
+        return True
+
+
+def start_of(path: Path, count: int, root: Path | None = None) -> bytes:
+    """The first bytes of a file, to tell its kind by; none where there is no file. Raises DataError.
+
+    root: the data folder, out of which nothing is read; None for a file that is known to lie in it.
+    """
+    if not path.is_file() or (root is not None and leads_out(root, path)):
         return b""
     try:
         with opened_file(path) as stream:
@@ -241,14 +266,17 @@ def named_below(root: Path, text: str, where: object, base: Path | None = None) 
 
 
 def kept_below(root: Path, path: Path) -> Path:
-    """The path as it lies on the disk, see names. Raises DataError when a link leads out of `root`, or to itself."""
+    """The path as it lies on the disk, see names. Raises DataError when a link leads out of `root`, see `leads_out`."""
     path = as_on_disk(root, path)
     try:
-        inside = path.resolve().is_relative_to(root.resolve())
+        real = path.resolve()
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path} can't be followed: it links to itself.") from error
-    if not inside:
-        raise DataError(f"{path} is a link out of the data folder {root}. It was not opened. Put the files there.")
+    if not _FOLLOWED.get() and not real.is_relative_to(root.resolve()):
+        raise DataError(
+            f"{path} is a link out of the data folder {root}. It was not opened.\n  found   {real}\n"
+            f"Put the files there, or follow such links:  {FOLLOW_LINKS}, or follow_links = true in featprobe.toml"
+        )
     return path
 
 

@@ -39,17 +39,22 @@ ALLOWED: Mapping[str, Mapping[str, type]] = {
         "overlap": int,
         "empty_tiles": float,
         "views": str,
+        "follow_links": bool,
     },
     "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
 }
 
 
 class Workspace:
-    """Where things lie below a folder, and what its featprobe.toml names."""
+    """Where things lie below a folder, and what its featprobe.toml names.
 
-    def __init__(self, root: str | Path = ".") -> None:
+    follow_links: whether links may lead out of every data set that is read, as a set's own `follow_links` says of it.
+    """
+
+    def __init__(self, root: str | Path = ".", follow_links: bool = False) -> None:
         self.root = Path(root)
         self.cache, self.probes, self.data = (self.root / name for name in ("cache", "probes", "data"))
+        self.follow_links = follow_links
         self.config = self._read_config()
 
     def backbone(
@@ -104,8 +109,9 @@ class Workspace:
         called, root = self.data_root(name)
         patterns = how["images"], how["masks"]
         return read_data(
-            called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns
-        )
+            called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns,
+            self.follow_links or own.get("follow_links", False),
+        )  # fmt: skip
 
     def data_root(self, name: str) -> tuple[str, Path]:
         """What a data set is called, and where it lies; one that is built in is generated. Raises DataError."""
