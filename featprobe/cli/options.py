@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from featprobe.texts import printable
+
 if TYPE_CHECKING:
     from featprobe.stages.workspace import Workspace
 
@@ -250,9 +252,14 @@ def head_options(command: Command) -> Command:
     return command
 
 
+def echo(text: object = "", err: bool = False) -> None:
+    """Print a line: the one way to the terminal, which control characters of files don't get through."""
+    click.echo(printable(str(text)), err=err)
+
+
 def show_json(value: object) -> None:
     """Print a value for a machine."""
-    click.echo(json.dumps(value, default=str))
+    echo(json.dumps(value, default=str))
 
 
 def columns(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:

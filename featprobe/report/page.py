@@ -4,9 +4,9 @@ No script, no request; readable on a phone, light and dark.
 """
 
 import base64
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from featprobe.disk import below, read_regular
 from featprobe.errors import FeatprobeError, FileKindError
 from featprobe.report.comparison import LABELS, class_table, difference_table, gap_table, result_table, scores_of
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
+from featprobe.texts import printable
 
 Line = Mapping[str, Any]
 PNG_START, LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 1 << 26  # bytes
@@ -152,6 +153,11 @@ def _write(path: Path, title: str, body: Sequence[str]) -> None:
         f'<link rel="icon" href="data:,"><title>featprobe: {escape(title)}</title><style>{STYLE}</style></head><body>\n'
     )
     path.write_text(head + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+
+
+def escape(text: str) -> str:
+    """A text as HTML that shows it, and what it does not show as such."""
+    return html.escape(printable(text))
 
 
 def _entries(text: str, entries: Sequence[str]) -> str:

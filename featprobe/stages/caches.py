@@ -23,6 +23,7 @@ from featprobe.cache import (
 from featprobe.disk import parse_json, read_regular
 from featprobe.errors import CacheError, FileKindError, counted
 from featprobe.stages.settled import look_path
+from featprobe.texts import printable
 
 LARGEST_LOG = 1 << 26  # bytes
 
@@ -105,7 +106,7 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
     except CacheError as error:
         return [Damage(-1, "", f"the whole file: {str(error).splitlines()[0]}")]
     total = contents.recipe.row_bytes * len(contents.rows)
-    with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+    with tqdm(total=total, desc=printable(path.name), unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
         for item in verify(path):
             if isinstance(item, Damage):
                 found.append(item)

@@ -31,6 +31,7 @@ from featprobe.stages.study import (
 )
 from featprobe.stages.trials import Say
 from featprobe.stages.workspace import Workspace
+from featprobe.texts import printable
 
 JOBS = "jobs"  # folder of a workspace: what was handed over, logs, answers of jobs
 JOB = re.compile(r"\d{1,20}(_\d{1,20})?", re.ASCII)  # what SLURM calls a job, or a task of an array
@@ -113,7 +114,7 @@ class Climb(_Again):
         workspace = Workspace(self.root)
         ladder = ladder_of(workspace, self.study, _made(workspace, self.extraction), self.cell)
         assert ladder is not None  # the plan names none but those that climb
-        ladder.climb(print)
+        ladder.climb(_log)
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ class Training(_Again):
     def work(self) -> None:
         """Trains, and appends the row; raises FeatprobeError where that fails."""
         workspace = Workspace(self.root)
-        report = run_cells(workspace, self.study, _made(workspace, self.extraction), [self.cell], print)
+        report = run_cells(workspace, self.study, _made(workspace, self.extraction), [self.cell], _log)
         for note in report.notes:
-            print(f"note: {note}")
+            _log(f"note: {note}")
         if report.failed:
             raise FeatprobeError(report.failed[0][1])
 
@@ -204,6 +205,11 @@ def _hand_over(
 def _compared(cell: Cell) -> tuple[Any, ...]:
     """The same for cells whose backbones share a number of iterations."""
     return cell.place.data, cell.task, cell.head, cell.regime, cell.fraction, cell.split
+
+
+def _log(line: str) -> None:
+    """Say something in a job's log, which people read in a terminal."""
+    print(printable(line))
 
 
 def parameters(words: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from featprobe.probes.saved import head_folder, plain
 from featprobe.report.answer import SURE, answer_of, gap_sentences
 from featprobe.report.comparison import LABELS, difference_frame, result_frame
 from featprobe.report.page import PageSet, write_page
+from featprobe.report.tables import csv_text
 from featprobe.specs import SplitChoice, digest
 from featprobe.stages.commands import commands_of, level_command
 from featprobe.stages.convergence import SHARES, iterations_to, late_rise, still_rising
@@ -377,8 +378,8 @@ def _write(
         out.mkdir(parents=True, exist_ok=True)
         pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
         write_page(files[0], answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes)
-        results.to_csv(files[1], index=False)
-        differences.to_csv(files[2], index=False)
+        files[1].write_text(csv_text(results), encoding="utf-8")
+        files[2].write_text(csv_text(differences), encoding="utf-8")
         results.to_parquet(files[3], index=False)
     except OSError as error:
         raise FeatprobeError(f"The report can't be written to {out}: {error.strerror or error}.") from error

@@ -41,6 +41,7 @@ from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.survey import skippable
 from featprobe.targets import Labels, decode_rle
+from featprobe.texts import printable
 
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
@@ -236,7 +237,7 @@ def predict(
         raise ProbeError(f"{out} can't be written ({error.strerror}). Nothing was computed.") from error
     done: list[Prediction] = []
     left_out: list[tuple[str, str]] = []
-    bar = tqdm(total=len(named), desc=predictor.recipe.label, unit="img", disable=quiet)
+    bar = tqdm(total=len(named), desc=printable(predictor.recipe.label), unit="img", disable=quiet)
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
