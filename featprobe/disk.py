@@ -63,7 +63,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file. Raises FileKindError for any other kind, without waiting; else OSError."""
+    """A descriptor of a regular file. Raises FileKindError for any other kind, without waiting; else OSError.
+
+    The mode of one that is created follows the umask.
+    """
     with suppress(FileNotFoundError):  # opening alone may do things to a device
         _check_regular(path, os.stat(path, follow_symlinks=not flags & os.O_NOFOLLOW))
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)

@@ -22,7 +22,9 @@ CachePrecision = Literal["fp32", "tf32", "amp"]
 Rows = NDArray[np.intp]
 """Indices of a cache's rows."""
 CACHE_VERSION = 2
-"""The newest that is read; caches of whole images alone are of version 1."""
+"""Of the recipe of a cache of parts; that of a cache of whole images alone is 1. Part of its key."""
+FILE_VERSION = 3
+"""Of the files that are written, and the newest that is read; not part of any key."""
 
 BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 

@@ -198,7 +198,7 @@ class FeatureLoader:
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
         self.reader = RowReader(cache, self.levels, mode, READERS if self.staged else 1)
         self.dtype = TORCH_DTYPE[cache.recipe.dtype]
-        sizes = torch.tensor([row.placement.content for row in cache.rows], dtype=torch.int32)
+        sizes = torch.tensor(cache.rows.content, dtype=torch.int32)
         frame = torch.tensor(cache.recipe.frame, dtype=torch.int32)
         self.content = None if bool((sizes == frame).all()) else sizes  # (rows of the cache, 2)
         self.held: list[Held] = []

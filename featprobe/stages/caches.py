@@ -38,7 +38,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "rows": len(cache),
         "whole": int((done == WHOLE).sum()),
         "missing": int((done == MISSING).sum()),
-        "unreadable": {cache.rows[i].id: cache.reason(i) for i in np.flatnonzero(done == UNREADABLE).tolist()},
+        "unreadable": {cache.rows.texts["id"][i]: cache.reason(i) for i in np.flatnonzero(done == UNREADABLE).tolist()},
         "intact": cache.contents.is_intact(),
         "key": cache.recipe.key,
         "recipe": cache.recipe.to_json(),
@@ -122,7 +122,7 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
 
 
 def remove_cache(path: Path) -> int:
-    """Delete a cache file and what lies beside it; returns the bytes set free.
+    """Delete a cache file and what lies beside it but the lock file; returns the bytes set free.
 
     Raises CacheBusyError when a process is writing into it.
     """
@@ -132,7 +132,4 @@ def remove_cache(path: Path) -> int:
         path.unlink()
         path.with_suffix(".runs.jsonl").unlink(missing_ok=True)
         look_path(path).unlink(missing_ok=True)
-    (path.parent / f".{path.stem}.lock").unlink(missing_ok=True)
-    if not any(path.parent.iterdir()):
-        path.parent.rmdir()
     return size

@@ -32,6 +32,7 @@ def row_of(
     """The result row of a chosen trial. trials: how many its seed had."""
     cache, options, head = run.cache, run.options, trial.head
     kept = run.kept(trial, curve)
+    groups = cache.rows.column("group")
     row: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "regime": run.regime,
@@ -65,7 +66,7 @@ def row_of(
         "fraction": run.fraction,
         "subset": run.subset,
         "images": {split: len(images_of(cache, rows)) for split, rows in run.rows.items()},
-        "groups": {s: len({cache.rows[r].group for r in rows}) for s, rows in run.rows.items()},
+        "groups": {s: len({groups[r] for r in rows.tolist()}) for s, rows in run.rows.items()},
         "absent_classes": options.absent,
         "instances": options.instances,
         "classes": list(run.classes),
