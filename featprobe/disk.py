@@ -4,21 +4,25 @@ Every file that is not a cache is written here: beside its place, brought to the
 may have made is opened here, so that no pipe and no device is ever waited for.
 """
 
+import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 import socket
 import stat
+import tomllib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from featprobe.errors import DiskError, FileKindError
 
 Content = bytes | str
+LONGEST_NAME = 200  # bytes: systems take 255, and names get more behind them
 _swept = set[tuple[int, Path]]()  # (process, folder) that was looked through for what killed processes left there
 
 
@@ -119,8 +123,8 @@ def append_line(path: Path, line: bytes) -> None:
     """
     try:
         make_folders(path.parent)
-        handle = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
-        with open(handle, "rb", buffering=0) as file:
+        with open_append(path) as file:
+            handle = file.fileno()
             fcntl.lockf(handle, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)
             torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
@@ -245,19 +249,88 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
 
     The mode of one that is created follows the umask.
     """
-    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    with suppress(FileNotFoundError):  # opening alone may do things to a device
+        _check_regular(path, os.stat(path, follow_symlinks=not flags & os.O_NOFOLLOW))
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+    try:
+        _check_regular(path, os.fstat(handle))
+    except FileKindError:
         os.close(handle)
+        raise
+    return handle
+
+
+def _check_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):  # a link is refused by what opens it
         raise FileKindError(
             f"{os.fspath(path)} is no regular file, but a folder, pipe, device or socket. It was not read."
         )
-    return handle
 
 
 def read_regular(path: Path, most: int) -> bytes:
     """The bytes of a regular file. Raises FileKindError, also for one of more than `most` bytes; else OSError."""
-    with open(open_regular(path), "rb") as stream:
+    with open(path, "rb", opener=open_regular) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > most:
             raise FileKindError(f"{path} has {size} bytes, more than the {most} that are read of such a file.")
         return stream.read(most)
+
+
+def open_append(path: Path) -> IO[bytes]:
+    """A regular file to be read and appended to, made where there is none. Raises FileKindError for a link; OSError."""
+    try:
+        handle = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileKindError(f"{path} is a link, which is never written through. Nothing was changed.") from error
+        raise
+    return open(handle, "a+b")
+
+
+def below(folder: Path, path: str | Path, where: str) -> Path:
+    """The path of what lies in a folder. Raises FileKindError, naming `where`, where it leads out, by links too."""
+    found = folder / path
+    try:
+        inside = found.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a NUL
+        inside = False
+    if not inside:
+        raise FileKindError(
+            f"{where} names a path that is not below its folder. It was not opened.\n"
+            f"  wanted  below {folder}\n  found   {str(path)[:200]!r}"
+        )
+    return found
+
+
+def plain_name(name: str) -> bool:
+    """Whether a name is one part of a path that a file or a folder can be called by.
+
+    >>> plain_name("bottle, 2nd"), plain_name("../evil"), plain_name("a\\x1bb"), plain_name("..")
+    (True, False, False, False)
+    """
+    return (
+        name not in ("", ".", "..")
+        and not re.search(r"[/\\\x00-\x1f\x7f-\x9f]", name)
+        and len(os.fsencode(name)) <= LONGEST_NAME
+    )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError is all that it raises, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path, most: int) -> Any:
+    """The value of a JSON file of at most `most` bytes. Raises FileKindError, OSError, ValueError."""
+    return parse_json(read_regular(path, most))
+
+
+def read_toml(path: Path, most: int = 1 << 22) -> dict[str, Any]:
+    """The value of a TOML file of at most `most` bytes. Raises FileKindError, OSError, ValueError."""
+    try:
+        return tomllib.loads(read_regular(path, most).decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

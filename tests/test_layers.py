@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "featprobe"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "levels", "features"),
-    ("specs", "geometry", "targets", "machine", "processes", "disk"),
+    ("specs", "geometry", "targets", "machine", "processes", "disk", "pictures", "texts"),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),
     ("stages",),
     ("cli",),

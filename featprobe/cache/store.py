@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from featprobe.cache.contents import Contents, read_contents
 from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, level_tables
 from featprobe.cache.rows import Row, checksum
-from featprobe.errors import CacheError, CacheIncompleteError
+from featprobe.errors import CacheError, CacheIncompleteError, DataError
 from featprobe.levels import FeatureLevel
 from featprobe.targets import Instance, Labels, decode_instances, decode_semantic
 
@@ -108,17 +108,30 @@ class Cache:
 
     @cached_property
     def _image_ids(self) -> list[Any]:
-        return [decode_instances(image.instances)[1] if image.instances else None for image in self.images]
+        return [self._objects(image)[1] if image.instances else None for image in self.images]
 
     def _semantic(self, row: Row) -> Labels:
         if not row.semantic:
             raise CacheError(f"{self.path} holds no masks, only {', '.join(self.data.tasks)} targets.")
-        return decode_semantic(row.semantic)
+        try:
+            return decode_semantic(row.semantic, row.placement.original, len(self.data.classes))
+        except DataError as error:
+            raise self._unlike(row, error) from error
 
     def _instances(self, row: Row) -> tuple[Instance, ...]:
         if not row.instances:
             raise CacheError(f"{self.path} holds no instances, only {', '.join(self.data.tasks)} targets.")
-        return decode_instances(row.instances)[0]
+        return self._objects(row)[0]
+
+    def _objects(self, row: Row) -> tuple[tuple[Instance, ...], int | str | None]:
+        try:
+            return decode_instances(row.instances, row.placement.original, len(self.data.classes))
+        except DataError as error:
+            raise self._unlike(row, error) from error
+
+    def _unlike(self, row: Row, error: DataError) -> CacheError:
+        """What is said of labels that no featprobe wrote."""
+        return CacheError(f"{self.path}: the labels of {row.id!r} are none that featprobe writes. {error}")
 
     def _read_all(self, name: str, dtype: str) -> NDArray:
         extent = self.contents.extents[name]

@@ -12,6 +12,7 @@ from featprobe.cli.options import (
     as_json,
     columns,
     device,
+    echo,
     names,
     quiet,
     show_json,
@@ -68,11 +69,11 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
         for c in found
     ]
     if rows:
-        click.echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size")))
+        echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size")))
     elif not broken:
-        click.echo(f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray")
+        echo(f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray")
     for entry in broken:
-        click.echo(f"can't be opened: {entry['error'].splitlines()[0]}", err=True)
+        echo(f"can't be opened: {entry['error'].splitlines()[0]}", err=True)
 
 
 @cache.command("info")
@@ -114,9 +115,9 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("command", c["command"]),
             ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}{_device_text(c)}"),
         ]
-        click.echo(columns(rows, (c["path"], "")))
+        echo(columns(rows, (c["path"], "")))
         for name_, reason in c["unreadable"].items():
-            click.echo(f"unreadable: {name_}: {reason}")
+            echo(f"unreadable: {name_}: {reason}")
 
 
 @cache.command("verify")
@@ -143,11 +144,11 @@ def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, 
         show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
     else:
         for path, damages in found.items():
-            click.echo(f"{path}: {'sound' if not damages else f'{len(damages)} bad'}")
+            echo(f"{path}: {'sound' if not damages else f'{len(damages)} bad'}")
             for damage in damages:
-                click.echo(f"  row {damage.row} {damage.id}: {damage.part}" if damage.row >= 0 else f"  {damage.part}")
+                echo(f"  row {damage.row} {damage.id}: {damage.part}" if damage.row >= 0 else f"  {damage.part}")
         if any(found.values()):
-            click.echo("Mend them: run the `featprobe extract` command that made the file again.")
+            echo("Mend them: run the `featprobe extract` command that made the file again.")
     if any(found.values()):
         ctx.exit(3)
 
@@ -229,10 +230,10 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
 
     paths = workspace_of(ctx).find_caches(name)
     for path in paths:
-        click.echo(f"{path}  {human_bytes(path.stat().st_size)}")
+        echo(f"{path}  {human_bytes(path.stat().st_size)}")
     if not yes:
         click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
-    click.echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+    echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
 
 
 def _audit_text(found: "Audit") -> str:

@@ -2,8 +2,10 @@
 
 import errno
 import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from featprobe.cli.options import (
     as_json,
     columns,
     device,
+    echo,
     feature_options,
     head_options,
     log,
@@ -28,6 +31,7 @@ from featprobe.cli.options import (
     workspace_of,
 )
 from featprobe.errors import FeatprobeError, counted
+from featprobe.texts import printable
 
 if TYPE_CHECKING:
     from featprobe.stages.compare import Comparison
@@ -41,6 +45,14 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Of a disk that is full, read-only or failing."""
 
 
+class _Printable(logging.Formatter):
+    """What libraries log without being asked, with its control characters shown."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return printable(super().format(record))
+
+
 class _Cli(click.Group):
     """Shows our own errors as one paragraph, exit code 1; `--debug` shows where they come from."""
 
@@ -52,7 +64,7 @@ class _Cli(click.Group):
             if ctx.params.get("debug") or not said:
                 raise
             rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
-            click.echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {said}", err=True)
+            echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {said}", err=True)
             ctx.exit(1)
 
 
@@ -97,11 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *told, **more: printable(
+        plain(*told, **more)
+    )  # libraries quote the files they read
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
     cli.main(args=None if arguments is None else list(arguments), prog_name="featprobe")
 
 
 def _to_stderr(line: str) -> None:
-    click.echo(line, err=True)
+    echo(line, err=True)
 
 
 @cli.command()
@@ -131,10 +149,10 @@ def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
     if json_:
         return show_json(asdict(report))
     for note in report.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
     for name, reason in report.unreadable:
-        click.echo(f"left out: {name}: {reason}")
-    click.echo(speed_text(report))
+        echo(f"left out: {name}: {reason}")
+    echo(speed_text(report))
 
 
 @cli.command()
@@ -174,7 +192,7 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
         ("one epoch", f"{cost.epoch_live:.1f} s with the backbone, {cost.epoch_cached:.2f} s from the cache"),
         ("pays from", f"{cost.break_even:.1f} epochs on, extraction included"),
     ]
-    click.echo(columns(rows, ("what", "cost")))
+    echo(columns(rows, ("what", "cost")))
 
 
 @cli.command()
@@ -289,7 +307,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
     if report.rows or json_:
         return _show_probe(report, json_, workspace_of(ctx).probes)
     for note in report.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 @cli.command()
@@ -356,13 +374,13 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
         _show_probe(ProbeReport(report.rows, (), report.notes), json_, workspace.probes)
     else:
         for note in report.notes:
-            click.echo(f"note: {note}")
+            echo(f"note: {note}")
     if told and not json_:
-        click.echo()
+        echo()
         _show_answer(told)
-        click.echo(f"page: {told.files[0]}")
+        echo(f"page: {told.files[0]}")
     for cell, reason in report.failed if not json_ else ():
-        click.echo(f"failed: {cell}\n  {reason}", err=True)
+        echo(f"failed: {cell}\n  {reason}", err=True)
     if report.failed:
         ctx.exit(3)
 
@@ -405,13 +423,13 @@ def compare(
         return show_json(plain_json(report))
     _show_answer(report)
     for note in (*report.notes, *(f"could not be used: {item.folder}: {item.reason}" for item in report.unusable)):
-        click.echo(f"note: {note}")
-    click.echo(
+        echo(f"note: {note}")
+    echo(
         "\nTest split, percent. 95 % of a score: other test groups, these heads. Verdict on any seed: other seeds "
         "too.\n"
     )
-    click.echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps, terminal_width()))
-    click.echo(f"\nreport: {report.files[0]}")
+    echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps, terminal_width()))
+    echo(f"\nreport: {report.files[0]}")
 
 
 @cli.command()
@@ -441,10 +459,10 @@ def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **option
     if json_:
         return show_json(asdict(report))
     for name, reason in report.left_out:
-        click.echo(f"left out: {name}: {reason}")
+        echo(f"left out: {name}: {reason}")
     for note in report.notes:
-        click.echo(f"note: {note}")
-    click.echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
+        echo(f"note: {note}")
+    echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
 
 
 @cli.command()
@@ -461,7 +479,7 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
     from featprobe.stages.demo import demo as run
 
     workspace = workspace_of(ctx)
-    _show_probe(run(workspace, lambda line: click.echo(line, err=json_), device), json_, workspace.probes)
+    _show_probe(run(workspace, lambda line: echo(line, err=json_), device), json_, workspace.probes)
 
 
 @cli.command()
@@ -491,12 +509,12 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
         return show_json(rows)
     if not rows:
         raise FeatprobeError(f"No pretrained model of timm matches {pattern!r}. Try a shorter one: '*dinov3*'.")
-    click.echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
+    echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
 
 
 def _show_answer(report: "Comparison") -> None:
     for title, sentences in report.answer:
-        click.echo("\n  ".join([title, *sentences]) + "\n")
+        echo("\n  ".join([title, *sentences]) + "\n")
 
 
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
@@ -587,12 +605,12 @@ def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     from featprobe.report.tables import result_text
 
     for note in report.notes:
-        click.echo(f"note: {note}")
-    click.echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
-    click.echo(result_text(report.rows, terminal_width()))
-    click.echo()
+        echo(f"note: {note}")
+    echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
+    echo(result_text(report.rows, terminal_width()))
+    echo()
     for folder in dict.fromkeys(Path(row["folder"]).parent for row in report.rows):
         seeds = ", ".join(Path(r["folder"]).name for r in report.rows if Path(r["folder"]).parent == folder)
-        click.echo(f"heads: {probes / folder}/ {seeds}")
+        echo(f"heads: {probes / folder}/ {seeds}")
     for sheet in report.sheets:
-        click.echo(f"pictures: {sheet}")
+        echo(f"pictures: {sheet}")

@@ -13,6 +13,7 @@ from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
 from featprobe.disk import write_whole
 from featprobe.errors import DataError, DiskError, nearest
 from featprobe.specs import digest
+from featprobe.texts import cell, uncell
 
 COLUMNS = ("id", "group", "split")
 DIGITS = 8  # of the digest, in the name of a pinned split
@@ -70,8 +71,9 @@ def read_split_file(path: Path) -> SplitFile:
     except DataError as error:
         to_do = f"Write one:  featprobe data split NAME --out {path.name}"
         raise DataError(f"{path} is no split file. {error}\n{to_do}") from error
+    rows = [{**row, "id": uncell(row["id"]).strip(), "group": uncell(row.get("group", ""))} for row in rows]
     named = by_name(rows, "id", path)
-    places = {name: (row.get("group", ""), split_of(row["split"])) for name, row in named.items()}
+    places = {name: (row["group"], split_of(row["split"])) for name, row in named.items()}
     return SplitFile(path, places, _folds_of(path, [split for _, split in places.values()]))
 
 
@@ -100,7 +102,9 @@ def write_split_file(path: Path, ids: Sequence[str], groups: Sequence[str], spli
     Raises DataError where something is there already, DiskError where nothing can be written.
     """
     stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator="\n").writerows([COLUMNS, *zip(ids, groups, splits, strict=True)])
+    csv.writer(stream, lineterminator="\n").writerows(
+        [COLUMNS, *([cell(text) for text in row] for row in zip(ids, groups, splits, strict=True))]
+    )
     text = stream.getvalue()
     if os.path.lexists(path):
         raise DataError(f"{path} is there already. Nothing was changed. Remove it, or name another file.")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-import stat
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,14 +16,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from featprobe.disk import append_line, make_folders, replacing, write_together
-from featprobe.errors import ProbeError
+from featprobe.disk import (
+    append_line,
+    below,
+    make_folders,
+    open_regular,
+    parse_json,
+    read_json,
+    read_regular,
+    replacing,
+    write_together,
+)
+from featprobe.errors import FileKindError, ProbeError
 from featprobe.levels import FeatureLevel
+from featprobe.machine import available_memory
 from featprobe.probes.heads import HeadRecipe, build_head
 from featprobe.specs import FeatureRecipe, digest
 
 HEAD_FORMAT, HEAD_VERSION, ROW_VERSION = "featprobe-head", 1, 1
 FINGERPRINT = ("backbone", "weights_sha256", "levels", "final_norm", "channels", "mean", "std", "intensity")
+
+IN_MEMORY = 16  # bytes that a byte of rows takes, about, when they are parsed
+LARGEST_CARD, LARGEST_ROW = 1 << 26, 1 << 24  # bytes
+UNREADABLE = (
+    OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError, FileKindError
+)  # fmt: skip
+"""What a head's files raise that are none. RuntimeError: torch's, and too deep a nesting."""
 
 
 def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
@@ -88,7 +106,7 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
         except ProbeError as error:
             raise ProbeError(f"{folder} holds a head that can't be built. {error}") from error
         head.load_state_dict(tensors, strict=True)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     if recipe is not None:
         check_fingerprint(folder, card["fingerprint"], recipe)
@@ -98,14 +116,14 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
 def read_card(folder: Path) -> dict[str, Any]:
     """The card of a saved head; raises ProbeError when there is none, or it is not as it was written."""
     try:
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        card = read_json(folder / "card.json", LARGEST_CARD)
         if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
             raise ProbeError(
                 f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
             )
         if card.pop("card_sha256") != digest(card):
             raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     return card
 
@@ -127,11 +145,11 @@ def read_files(folder: Path, card: Mapping[str, Any], names: Iterable[str]) -> l
     found = []
     for name in names:
         try:
-            data = (folder / name).read_bytes()
+            data = read_regular(below(folder, name, "its card"), available_memory() // IN_MEMORY)
         except FileNotFoundError as error:
             raise ProbeError(f"{name} is not beside its head") from error
-        except OSError as error:
-            raise ProbeError(f"{name} can't be read: {error.strerror}") from error
+        except (OSError, FileKindError) as error:
+            raise ProbeError(f"{name} can't be read: {getattr(error, 'strerror', None) or error}") from error
         said = _said(card).get(name, {}).get("sha256")
         if said is not None and said != hashlib.sha256(data).hexdigest():
             raise ProbeError(f"{name} is not the file that card.json describes")
@@ -147,12 +165,9 @@ def fault_of(folder: Path, card: Mapping[str, Any], *, hashes: bool = False) -> 
     """
     for name, said in _said(card).items():
         try:
-            status = (folder / name).stat()
-            size, begins = status.st_size, b""
-            if stat.S_ISREG(status.st_mode):
-                with (folder / name).open("rb") as stream:
-                    begins = stream.read(8)
-        except OSError as error:
+            with open(below(folder, name, "its card"), "rb", opener=open_regular) as stream:
+                size, begins = os.fstat(stream.fileno()).st_size, stream.read(8)
+        except (OSError, FileKindError) as error:
             return f"{name} is not beside its head" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
         if not any(begins) or said.get("bytes", size) != size:
             return f"{name} is not the file that card.json describes"
@@ -194,6 +209,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
+            os.close(open_regular(self.path))  # a pipe would be waited for
             kept = torch.load(self.path, map_location="cpu", weights_only=True)
             if kept["identity"] != self.identity:
                 return None
@@ -230,18 +246,25 @@ def _torch_save(value: Any, stream: IO[bytes]) -> None:
         raise refused[0] if refused else error from error
 
 
+def head_folder(probes: Path, row: Mapping[str, Any]) -> Path:
+    """Where the head of a row lies. Raises FileKindError for a folder that is not below `probes`."""
+    return below(probes, str(row["folder"]), "its row")
+
+
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The result rows of a file, and what was wrong with lines that hold none; nothing where there is no file.
 
     A torn last line, left by a kill, and rows of another schema version are left aside.
     """
     rows, faults = [], []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if os.path.lexists(path) else []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line) if line.strip() else None
+            if len(line) > LARGEST_ROW:
+                raise ValueError("no row is as long")
+            row = parse_json(line) if line.strip() else None
         except ValueError:
-            torn = "is torn, as by a kill" if number == len(lines) else "is no JSON"
+            torn = "is torn, as by a kill" if number == len(lines) else "is no JSON, or too long or deep"
             faults.append(f"{path}: line {number} {torn}; it was left aside")
             continue
         if row is not None and not isinstance(row, dict):

@@ -4,19 +4,22 @@ No script, no request; readable on a phone, light and dark.
 """
 
 import base64
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from featprobe.disk import write_whole
+from featprobe.disk import below, read_regular, write_whole
+from featprobe.errors import FileKindError
 from featprobe.report.comparison import LABELS, class_table, difference_table, gap_table, result_table, scores_of
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
+from featprobe.texts import printable
 
 Line = Mapping[str, Any]
+PNG_START, LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 1 << 26  # bytes
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --page: #ffffff; --soft: #f3f5f7; --line: #d5dae0; --mark: #a04100; }
 @media (prefers-color-scheme: dark) {
@@ -145,6 +148,11 @@ def _page(title: str, body: Sequence[str]) -> str:
     return head + "\n".join(body) + "\n</body></html>\n"
 
 
+def escape(text: str) -> str:
+    """A text as HTML that shows it, and what it does not show as such."""
+    return html.escape(printable(text))
+
+
 def _entries(text: str, entries: Sequence[str]) -> str:
     if not entries:
         return _paragraphs([text])
@@ -256,5 +264,11 @@ def _sheet(caption: str, path: Path) -> str:
 
 
 def _picture(caption: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    try:
+        found = read_regular(below(path.parent, path.name, "The picture"), LARGEST_PICTURE)
+        if not found.startswith(PNG_START):
+            raise FileKindError(f"{path} is no PNG.")
+    except FileKindError as error:
+        return f"<p>{escape(caption)}: not shown. {escape(str(error))}</p>"
+    data = base64.b64encode(found).decode()
     return f'<img loading="lazy" alt="{escape(caption)}" src="data:image/png;base64,{data}">'

@@ -1,6 +1,5 @@
 """Looking after cache files: list, describe, verify, upgrade, remove."""
 
-import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,9 +24,13 @@ from featprobe.cache import (
     verify,
 )
 from featprobe.cache.legacy import disagreements
-from featprobe.errors import CacheError, counted
+from featprobe.disk import parse_json, read_regular
+from featprobe.errors import CacheError, FileKindError, counted
 from featprobe.specs import FILE_VERSION
 from featprobe.stages.settled import look_path
+from featprobe.texts import printable
+
+LARGEST_LOG = 1 << 26  # bytes
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -85,14 +88,14 @@ def tf32_doubt(path: Path) -> Doubt | None:
 def _runs(path: Path) -> list[dict[str, Any]]:
     """What the log beside a cache tells of each run; [] without one."""
     try:
-        lines = path.with_suffix(".runs.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = read_regular(path.with_suffix(".runs.jsonl"), LARGEST_LOG).splitlines()
+    except (OSError, FileKindError):
         return []
     found = []
     for line in lines:
         with suppress(ValueError):  # a line that its process did not end
-            found.append(json.loads(line))
-    return [run for run in found if {"computed", "device"} <= run.keys()]
+            found.append(parse_json(line))
+    return [run for run in found if isinstance(run, dict) and type(run.get("computed")) is int and "device" in run]
 
 
 def verify_cache(path: Path, quiet: bool = False, hdf5: bool = False) -> list[Damage]:
@@ -109,7 +112,7 @@ def verify_cache(path: Path, quiet: bool = False, hdf5: bool = False) -> list[Da
     except CacheError as error:
         return [Damage(-1, "", f"the whole file: {str(error).splitlines()[0]}")]
     total = contents.recipe.row_bytes * len(contents.rows)
-    with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+    with tqdm(total=total, desc=printable(path.name), unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
         for item in verify(path):
             if isinstance(item, Damage):
                 found.append(item)

@@ -10,7 +10,7 @@ from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
 from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
-from featprobe.probes.saved import read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import is_main, pick_device, together
 from featprobe.stages.forecast import Forecast
 from featprobe.stages.ladder import Ladder, climb_all, left_behind
@@ -283,7 +283,7 @@ def _without_views(row: Mapping[str, Any], caches: Mapping[tuple[str, str], Cach
 
 def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
     """The options that train what a frozen row trained, but for the regime."""
-    head = read_card(workspace.probes / row["folder"])["head"]
+    head = read_card(head_folder(workspace.probes, row))["head"]
     recipe, climbs = TrainRecipe.from_json(row["recipe"]), bool(row.get("budget")) or options.budget == "auto"
     usual = DEFAULT_RECIPES[row["head"]].iterations
     grid = row["grid"]

@@ -16,7 +16,7 @@ import numpy as np
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.probes import append_row, plain
-from featprobe.probes.saved import read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import from_main, is_main
 from featprobe.specs import SplitChoice, digest
 from featprobe.stages.commands import level_command
@@ -297,9 +297,10 @@ def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     for (comparison, _), rows in results.items():
         row = max(rows, key=lambda row: row["recipe"]["iterations"])
         needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
+        folder = head_folder(workspace.probes, row)
         if has < needed and is_whole(workspace.probes, row):  # else it is in no table either
             seeds = [own["seed"] for own in rows if own["recipe"]["iterations"] == has]
-            again = level_command(read_card(workspace.probes / row["folder"]), seeds, row["data"])
+            again = level_command(read_card(folder), seeds, row["data"])
             notes.append(
                 f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
                 f"with needs {needed}. To bring it level:  {again}"

@@ -30,6 +30,7 @@ from featprobe.stages.job import Job
 from featprobe.stages.memory import failing, largest_that_fits, too_small, with_batch_size
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.survey import skippable
+from featprobe.texts import printable
 
 EXPONENT = {
     torch.float16: (torch.int16, 0x7C00),
@@ -147,7 +148,9 @@ class Filler:
         blocks = [(a, min(a + size, stop)) for a in range(start, stop, size)]
         blocks = [(a, b) for a, b in blocks if (self.done[a:b] == MISSING).any()]
         missing = sum(int((self.done[a:b] == MISSING).sum()) for a, b in blocks)
-        bar = tqdm(total=missing, desc=self.job.recipe.label, unit="img", disable=self.options.quiet or not missing)
+        bar = tqdm(
+            total=missing, desc=printable(self.job.recipe.label), unit="img", disable=self.options.quiet or not missing
+        )
         behind = _WriteBehind(self.writer, self.job, self.busy, self._slots(blocks))
         with bar, ThreadPoolExecutor(max(1, self.options.workers)) as pool:
             try:

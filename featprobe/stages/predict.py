@@ -1,6 +1,7 @@
 """A saved head on new images: masks, COCO JSON, overlays."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import check_names, listed
-from featprobe.disk import make_folders, write_together, write_whole
+from featprobe.disk import below, make_folders, write_together, write_whole
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
@@ -40,6 +41,7 @@ from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.survey import skippable
 from featprobe.targets import Labels, decode_rle
+from featprobe.texts import printable
 
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
@@ -186,7 +188,14 @@ class Predictor:
             raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
         spec = BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
         if spec.source == "file":
-            spec = replace(spec, weights=str(folder / str(spec.weights)))  # a fine-tuned one lies beside its head
+            named = Path(str(spec.weights))
+            if weights is None and named.is_absolute():
+                raise ProbeError(
+                    f"{folder} was trained on weights of the user's own, which lie elsewhere. They were not opened.\n"
+                    f"Name them:  --weights {shlex.quote(str(named))}"
+                )
+            if weights is None:  # a fine-tuned one lies beside its head
+                spec = replace(spec, weights=str(below(folder, named, f"The card of {folder}")))
         if weights is not None:
             spec = replace(spec, source="file", weights=weights)
         head_levels: Any = self.head.levels
@@ -228,7 +237,7 @@ def predict(
         raise ProbeError(f"{out} can't be written ({error.strerror}). Nothing was computed.") from error
     done: list[Prediction] = []
     left_out: list[tuple[str, str]] = []
-    bar = tqdm(total=len(named), desc=predictor.recipe.label, unit="img", disable=quiet)
+    bar = tqdm(total=len(named), desc=printable(predictor.recipe.label), unit="img", disable=quiet)
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]

@@ -1,6 +1,5 @@
 """What is written of a trained head: its result row, its card, its curves. Formats: probes/README.md."""
 
-import json
 import platform
 import time
 import zipfile
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from featprobe import __version__
 from featprobe.cache import Cache
-from featprobe.errors import ProbeError
+from featprobe.disk import open_regular, parse_json, read_regular
+from featprobe.errors import FileKindError, ProbeError
 from featprobe.probes import DEFAULT_RECIPES, CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
-from featprobe.probes.saved import fault_of, read_card
+from featprobe.probes.saved import fault_of, head_folder, read_card
 from featprobe.processes import count
 from featprobe.stages.commands import again_command
 from featprobe.stages.outcome import Outcome
@@ -26,6 +26,7 @@ from featprobe.stages.sources import spec_of
 if TYPE_CHECKING:
     from featprobe.stages.trials import Run, Trial
 
+LARGEST_LOG = 1 << 26  # bytes
 WEIGHTS = {"best": "best validation", "end": "end of training"}
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
 
@@ -121,7 +122,7 @@ def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -
 
     The files of the head are looked at as `fault_of` does, with `hashes` as well.
     """
-    folder = probes / row["folder"]
+    folder = head_folder(probes, row)
     if not (folder / "card.json").is_file():
         gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
         raise damaged(row, gone)
@@ -158,14 +159,14 @@ def _unreadable(folder: Path, task: str) -> str:
     for name in ("curves.json", *(("scores.npz",) if task == "semseg" else ("truth.json", "predictions.json"))):
         try:
             if name.endswith(".json"):
-                json.loads((folder / name).read_bytes())
+                parse_json(read_regular(folder / name, LARGEST_LOG))
                 continue
-            with zipfile.ZipFile(folder / name) as kept:
+            with open(folder / name, "rb", opener=open_regular) as stream, zipfile.ZipFile(stream) as kept:
                 if not kept.testzip():
                     continue
         except FileNotFoundError:
             return f"{name} is not beside its head"
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, FileKindError):
             pass
         return f"{name} can't be read"
     return ""
@@ -185,6 +186,7 @@ def extraction_seconds(cache: Cache) -> float | None:
     """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
     log = cache.path.with_suffix(".runs.jsonl")
     try:
-        return sum(json.loads(line)["seconds"]["run"] for line in log.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):  # a kill can tear a line
+        lines = read_regular(log, LARGEST_LOG).splitlines()
+        return sum(parse_json(line)["seconds"]["run"] for line in lines)
+    except (OSError, ValueError, KeyError, TypeError, FileKindError):  # a kill can tear a line
         return None

@@ -16,8 +16,8 @@ from featprobe import __version__
 from featprobe.cache import Cache
 from featprobe.datasets import FORMATS, DataSet
 from featprobe.datasets.formats import ENTRY_POINTS, places_of
-from featprobe.disk import write_whole
-from featprobe.errors import DiskError
+from featprobe.disk import read_json, write_whole
+from featprobe.errors import DiskError, FileKindError
 from featprobe.specs import BackboneSpec
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.workspace import Workspace
@@ -116,12 +116,11 @@ def settled(asked: Asked) -> Iterator[Settled]:
     """The caches that were the answer to this; what can't be read, or is of another version, is ignored."""
     for kept in sorted(asked.folder.glob(".*.look")) if asked.listing else []:
         try:
-            with kept.open("rb") as stream:
-                said: Any = json.loads(stream.read(MOST_BYTES))
+            said: Any = read_json(kept, MOST_BYTES)
             if (said["version"], said["request"], said["listing"]) == (VERSION, asked.request, asked.listing):
                 path = asked.folder / f"{kept.name.removeprefix('.').removesuffix('.look')}.h5"
                 yield Settled(path, str(said["identity_sha256"]), tuple(map(str, said["notes"])))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, FileKindError):
             continue
 
 

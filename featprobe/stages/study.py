@@ -1,7 +1,6 @@
 """A study: a grid of data sets, backbones, their features, tasks, heads, regimes, seeds and fractions from one file."""
 
 import itertools
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache, open_cache
+from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.geometry import parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
@@ -163,8 +163,8 @@ class StudyReport:
 def read_study(path: Path, workspace: Workspace) -> Study:
     """A study file, checked; raises DataError that lists everything in it that does not exist."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = read_toml(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     known = [entry.name for entry in fields(Study)]
     faults = [f"there is no setting {name!r}. {nearest(name, known)}" for name in values if name not in known]

@@ -59,6 +59,7 @@ from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.sources import Source, feed_of, spec_of
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
+from featprobe.texts import printable
 
 if TYPE_CHECKING:
     from featprobe.backbones.backbone import Backbone
@@ -487,7 +488,7 @@ class Run:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads, fresh=self.fresh)
         bar = tqdm(
-            total=self.recipe.iterations, desc=self.title, unit="it",
+            total=self.recipe.iterations, desc=printable(self.title), unit="it",
             disable=self.options.quiet or not is_main(), leave=False,
         )  # fmt: skip
         with bar, self._recorder(trials, index) as recorder:

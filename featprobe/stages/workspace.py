@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.splits import group_pattern
-from featprobe.disk import new_folder
+from featprobe.disk import new_folder, plain_name, read_toml
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, looks_like, nearest
 from featprobe.geometry import parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
@@ -38,17 +37,22 @@ ALLOWED: Mapping[str, Mapping[str, type]] = {
         "overlap": int,
         "empty_tiles": float,
         "views": str,
+        "follow_links": bool,
     },
     "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
 }
 
 
 class Workspace:
-    """Where things lie below a folder, and what its featprobe.toml names."""
+    """Where things lie below a folder, and what its featprobe.toml names.
 
-    def __init__(self, root: str | Path = ".") -> None:
+    follow_links: whether links may lead out of every data set that is read, as a set's own `follow_links` says of it.
+    """
+
+    def __init__(self, root: str | Path = ".", follow_links: bool = False) -> None:
         self.root = Path(root)
         self.cache, self.probes, self.data = (self.root / name for name in ("cache", "probes", "data"))
+        self.follow_links = follow_links
         self.config = self._read_config()
 
     def backbone(
@@ -103,8 +107,9 @@ class Workspace:
         called, root = self.data_root(name)
         patterns = how["images"], how["masks"]
         return read_data(
-            called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns
-        )
+            called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns,
+            self.follow_links or own.get("follow_links", False),
+        )  # fmt: skip
 
     def data_root(self, name: str) -> tuple[str, Path]:
         """What a data set is called, and where it lies; one that is built in is generated. Raises DataError."""
@@ -165,11 +170,11 @@ class Workspace:
 
     def _read_config(self) -> dict[str, Any]:
         path = self.root / CONFIG
-        if not path.is_file():
+        if not os.path.lexists(path):
             return {}
         try:
-            config = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            config = read_toml(path)
+        except (OSError, ValueError) as error:
             raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
         faults = _faults_in(config)
         if faults:
@@ -198,15 +203,17 @@ def _faults_in(config: Mapping[str, Any]) -> list[str]:
             faults += [
                 f", [{section}.{name}]: {fault}"
                 for name, entry in entries.items()
-                for fault in _faults_of(section, entry)
+                for fault in _faults_of(section, name, entry)
             ]
     return faults
 
 
-def _faults_of(section: str, entry: Any) -> list[str]:
+def _faults_of(section: str, name: str, entry: Any) -> list[str]:
     """What is wrong with an entry of featprobe.toml, and what is wanted; none when nothing is."""
     if not isinstance(entry, dict):
         return ["it is no section"]
+    if not plain_name(name):
+        return ["it is no name of a folder. wanted: one without / and \\ and control characters, not .."]
     required, known = "path" if section == "data" else "model", ALLOWED[section]
     close = looks_like(entry, known)
     unknown = sorted(entry.keys() - known.keys())
