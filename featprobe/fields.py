@@ -108,13 +108,13 @@ def misfits(value: object, wanted: Any, place: Place = ()) -> list[Fault]:
     origin, parts = get_origin(wanted), get_args(wanted)
     if origin is Literal:
         alike = any(type(value) is type(own) and value == own for own in parts)
-        return [] if alike else [wrong(place, " or ".join(map(str, parts)), value)]
+        return [] if alike else [wrong(place, _listed(list(map(str, parts))), value)]
     if origin in (Union, UnionType):
         others = [part for part in parts if part is not type(None)]
         if len(others) == 1 and value is not None:
             return misfits(value, others[0], place)
         fits = any(not misfits(value, part) for part in parts)
-        return [] if fits else [wrong(place, " or ".join(NAMES.get(part, str(part)) for part in parts), value)]
+        return [] if fits else [wrong(place, _listed([NAMES.get(part, "a table or a list") for part in parts]), value)]
     if origin is tuple:
         return _misfits_of_list(value, parts, place)
     if origin is not None and issubclass(origin, Mapping):
@@ -127,6 +127,11 @@ def misfits(value: object, wanted: Any, place: Place = ()) -> list[Fault]:
     if alike and isinstance(value, float) and not math.isfinite(value):
         return [wrong(place, "a finite number", value)]
     return [] if alike else [wrong(place, NAMES[wanted], value)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as in `a, b or c`."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _misfits_of_table(value: object, wanted: type, place: Place) -> list[Fault]:

@@ -4,6 +4,7 @@ The door to pydantic. Types are exact, as in `fields.misfits`; what `Field` says
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -93,7 +94,9 @@ def _fault(kind: type, data: object, place: Place, errors: list[Any]) -> Fault:
         return unknown(place, _known(kind, place[:-1]), list(beside))
     value = _at(data, place)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in errors))
-    names = [name for error in errors if "expected" in error.get("ctx", {}) for name in _names(error)]
+    names = [
+        name for error in errors if error["type"] == "literal_error" for name in re.split(", | or ", _wanted(error))
+    ]
     guess = nearest(value, names).partition(" Known:")[0] if isinstance(value, str) and names else ""
     fault = wrong(place, wanted, value)
     return Fault(place, f"{fault.said}. {guess}") if guess.startswith("Did") else fault
@@ -102,13 +105,10 @@ def _fault(kind: type, data: object, place: Place, errors: list[Any]) -> Fault:
 def _wanted(error: Any) -> str:
     if error["type"].startswith("int_"):
         return NAMES[int]
-    context = error.get("ctx", {}) | ({"expected": " or ".join(_names(error))} if error["type"] == "literal_error" else {})
+    context = {
+        name: str(own).replace("'", "") if name == "expected" else own for name, own in error.get("ctx", {}).items()
+    }
     return WANTED.get(error["type"], error["msg"]).format(**context)
-
-
-def _names(error: Any) -> list[str]:
-    """The texts that an annotation allows, out of pydantic's `'a', 'b' or 'c'`."""
-    return str(error["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
 
 
 def _at(data: object, place: Place) -> object:

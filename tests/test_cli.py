@@ -314,7 +314,10 @@ def test_without_any_cache_the_way_to_one_is_told(tmp_path: Path) -> None:
         ("[data.x]\npath = 'a'\nviews = ['hflip']", 'data.x.views: wanted a text, found ["hflip"]'),
         ("[data.x]\npath = 'a'\nviews = 'sideways'", "data.x.views: 'sideways' are no views"),
         ("[backbones.x]\nweights = 'a.pth'", "backbones.x.model: it is missing"),
-        ("[backbones.x]\nmodel = 'resnet18'\nfinal_norm = 'yes'", 'backbones.x.final_norm: wanted true or false, found "yes"'),
+        (
+            "[backbones.x]\nmodel = 'resnet18'\nfinal_norm = 'yes'",
+            'backbones.x.final_norm: wanted true or false, found "yes"',
+        ),
     ],
 )
 def test_a_broken_configuration_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:

@@ -27,7 +27,7 @@ CONFIG = "featprobe.toml"
 
 @dataclass(frozen=True)
 class DataEntry:
-    """A section [data.NAME] of featprobe.toml: where a set lies, and what is said of it elsewhere on the command line."""
+    """A section [data.NAME] of featprobe.toml: where a set lies, and how it is read and framed."""
 
     path: str
     size: str | None = None
