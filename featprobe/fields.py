@@ -18,6 +18,7 @@ Place = tuple[str | int, ...]
 """Keys of tables and places in lists that lead to a value, from the outermost."""
 MOST_SHOWN = 60  # characters of a value in a message
 MOST_NAMED = 24  # known names in a message
+MISSING_FIELD = "it is missing"
 LARGEST = 2**63 - 1  # of a whole number
 NAMES: Mapping[Any, str] = {
     str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null",
@@ -140,7 +141,7 @@ def _misfits_of_table(value: object, wanted: type, place: Place) -> list[Fault]:
     hints = get_type_hints(wanted)
     faults = [unknown((*place, str(key)), list(hints), list(map(str, value))) for key in value if key not in hints]
     needed = [own.name for own in fields(wanted) if own.default is MISSING and own.default_factory is MISSING]
-    faults += [Fault((*place, name), "it is missing") for name in needed if name not in value]
+    faults += [Fault((*place, name), MISSING_FIELD) for name in needed if name not in value]
     for name, hint in hints.items():
         faults += misfits(value[name], hint, (*place, name)) if name in value else []
     return faults

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic import Field as Field
 
 from featprobe.errors import nearest
-from featprobe.fields import NAMES, Fault, Place, unknown, wrong
+from featprobe.fields import MISSING_FIELD, NAMES, Fault, Place, unknown, wrong
 
 WANTED: Mapping[str, str] = {
     "string_type": NAMES[str],
@@ -88,7 +88,7 @@ def _place(data: object, steps: Place, error: str) -> Place:
 
 def _fault(kind: type, data: object, place: Place, errors: list[Any]) -> Fault:
     if errors[0]["type"] == "missing":
-        return Fault(place, "it is missing")
+        return Fault(place, MISSING_FIELD)
     if errors[0]["type"] == "unexpected_keyword_argument":
         beside: Any = _at(data, place[:-1])
         return unknown(place, _known(kind, place[:-1]), list(beside))

@@ -90,7 +90,7 @@ class Predictor:
 
     def __init__(self, folder: Path, *, weights: str | None = None, device: str | None = None) -> None:
         self.device = pick_device(device)
-        head, self.card = load_head(folder)
+        head, self.card = load_head(folder, whole=True)
         self.recipe = FeatureRecipe.from_json(self.card["features"])
         self.classes = tuple(self.card["head"]["classes"])
         self.task = self.card["head"]["task"]
@@ -135,7 +135,7 @@ class Predictor:
             yield from ((piece, found[k]) for k, piece in enumerate(some))
 
     def _read(self, path: Path, header: Header) -> NDArray[Any]:
-        bits, wanted = header.bits, self.card["data"]["bits"]
+        bits, wanted = header.bits, self.card["data"].get("bits")
         if wanted is not None and bits != wanted:
             raise DataError(
                 f"{path} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
@@ -183,7 +183,7 @@ class Predictor:
         values = self.card.get("backbone")
         if values is None:
             raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
-        spec = BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
+        spec = BackboneSpec.from_json(values)
         if spec.source == "file":
             spec = replace(spec, weights=str(folder / str(spec.weights)))  # a fine-tuned one lies beside its head
         if weights is not None:
@@ -238,7 +238,7 @@ def predict(
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"
-        ids = predictor.card["data"]["category_ids"] if own_objects else ()
+        ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
         (out / "predictions.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")

@@ -37,6 +37,7 @@ from featprobe.probes import (
     train,
 )
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
+from featprobe.probes.rows import result_faults
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
@@ -252,7 +253,7 @@ class Run:
 
     def is_done(self) -> bool:
         """Whether results.jsonl and the folders hold this very run."""
-        rows, _ = read_rows(self.workspace.probes / "results.jsonl")
+        rows, _ = read_rows(self.workspace.probes / "results.jsonl", result_faults)
         there = {(r["folder"], r["data_fingerprint"]) for r in rows}
         return all(
             (folder, self.cache.data.fingerprint) in there and (self.workspace.probes / folder / "card.json").is_file()
@@ -387,7 +388,7 @@ class Run:
 
     def _begin_at(self, head: nn.Module, folder: Path) -> None:
         """Give a head the weights of a saved one; raises ProbeError where the two are not of one kind."""
-        saved, card = load_head(folder, self.cache.recipe)
+        saved, card = load_head(folder, self.cache.recipe, whole=True)
         same = {**card["head"], "sides": None} == plain({**self.head_recipe.to_json(), "sides": None})
         if not same or getattr(saved, "assignment", None) != getattr(head, "assignment", None):  # levels follow sizes
             raise ProbeError(
