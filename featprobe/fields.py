@@ -104,7 +104,7 @@ def misfits(value: object, wanted: Any, place: Place = ()) -> list[Fault]:
     """
     if wanted is Any:
         return []
-    if is_dataclass(wanted):
+    if isinstance(wanted, type) and is_dataclass(wanted):
         return _misfits_of_table(value, wanted, place)
     origin, parts = get_origin(wanted), get_args(wanted)
     if origin is Literal:

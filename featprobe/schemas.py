@@ -61,7 +61,8 @@ def _adapter(kind: type, closed: bool, empty_texts: bool) -> TypeAdapter[Any]:
         str_min_length=0 if empty_texts else 1,
         allow_inf_nan=False,
     )
-    return TypeAdapter(tuple[kind], config=settings)  # settings go down from a tuple, and from no dataclass
+    whole: Any = tuple.__class_getitem__(kind)
+    return TypeAdapter(whole, config=settings)  # settings go down from a tuple, and from no dataclass
 
 
 def _faults(kind: type, data: object, errors: list[Any]) -> list[Fault]:

@@ -383,7 +383,7 @@ class FeatureRecipe:
             "frame": (_is_size(self.frame), SIZES, self.frame),
             "window": (low <= high, "low <= high", self.window),
             "mean": (len(self.mean) in (1, 3), "1 or 3 numbers", self.mean),
-            "std": (len(self.std) == len(self.mean) and min(self.std, default=0) > 0, "as many as mean, above 0", self.std),
+            "std": (len(self.std) == len(self.mean) and min(self.std, default=0) > 0, "above 0, as mean", self.std),
             "tile": (self.tile is None or 1 <= self.tile <= MOST_SIDE, f"1 to {MOST_SIDE} pixels", self.tile),
             "overlap": (0 <= self.overlap < (self.tile or 1), "0 <= overlap < tile", self.overlap),
             "empty_tiles": (0 <= self.empty_tiles <= 1, "a share from 0 to 1", self.empty_tiles),

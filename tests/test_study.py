@@ -104,7 +104,7 @@ def test_all_that_does_not_exist_is_said_at_once_and_nothing_is_run(workspace: W
         "data[0]: there is no data set 'surfase'. Did you mean surface?", "backbones[0]: ", "embeded",
         'tasks[0]: wanted semseg, detect or instseg, found "segment"',
         'found "liner". Did you mean linear?', 'regimes[0]: wanted frozen, frozen-online or full, found "ful"',
-        "sizes[0]: '64' is not a size", "fractions[0]: wanted 1 or less, found 2", 
+        "sizes[0]: '64' is not a size", "fractions[0]: wanted 1 or less, found 2",
         "splits: unknown. Did you mean split?",
         "train.linear.learning_rate: unknown.", "tuning.backbone: unknown.", "featprobe study --template",
     ):  # fmt: skip

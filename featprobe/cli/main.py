@@ -284,7 +284,7 @@ def _study_file(ctx: click.Context, option: click.Parameter, asked: bool) -> Non
         ctx.exit()
 
 
-_printed = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _study_file}
+_printed: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _study_file}
 
 
 @cli.command()

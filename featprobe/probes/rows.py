@@ -216,7 +216,9 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
     Fields that are not known here are ignored. A task of a newer featprobe has scores that are not known either.
     """
     task = row.get("task")
-    faults = check(ROWS.get(task, ResultRow) if isinstance(task, str) else ResultRow, row, closed=False, empty_texts=True)
+    faults = check(
+        ROWS.get(task, ResultRow) if isinstance(task, str) else ResultRow, row, closed=False, empty_texts=True
+    )
     if faults:
         return faults
     if task in ROWS and (task, row["head"]) not in HEADS:

@@ -213,11 +213,11 @@ def read_rows(
         if not line.strip():
             continue
         row, said = _row(line, faults_of)
-        if isinstance(said, str):
-            torn = number == len(lines) and said == NO_JSON
-            faults.append(f"{path}: line {number} {'is torn, as by a kill' if torn else said}; it was left aside")
-        else:
+        if row is not None:
             rows.append(row)
+            continue
+        torn = number == len(lines) and said == NO_JSON
+        faults.append(f"{path}: line {number} {'is torn, as by a kill' if torn else said}; it was left aside")
     return rows, faults
 
 
@@ -226,8 +226,8 @@ NO_JSON = "is no JSON"
 
 def _row(
     line: bytes, faults_of: Callable[[Mapping[str, Any]], list[Fault]] | None
-) -> tuple[dict[str, Any], None] | tuple[None, str]:
-    """The row of a line, or why there is none."""
+) -> tuple[dict[str, Any] | None, str]:
+    """The row of a line, or None and why there is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -237,7 +237,7 @@ def _row(
     if type(row.get("version")) is not int or row["version"] != ROW_VERSION:
         return None, f"is of version {shown(row.get('version'))}, known is {ROW_VERSION}"
     said = _said_of(line, faults_of) if faults_of else ""
-    return (None, said) if said else (row, None)
+    return None if said else row, said
 
 
 @lru_cache(4096)

@@ -158,7 +158,8 @@ def read_study(path: Path, workspace: Workspace) -> Study:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     faults = faults_of(Study, values)
     bad = {fault.place[:1] for fault in faults}
-    sides = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if (name,) not in bad}
+    good = {name: value for name, value in values.items() if (name,) not in bad}
+    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in good.items()}
     faults += _missing_names(sides, workspace) + _senseless(sides)
     if not faults:
         study = Study(**sides)

@@ -1,7 +1,7 @@
 """What a study file may hold: keys, types, limits and meanings; the template and the JSON schema are made from them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, make_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
@@ -17,12 +17,18 @@ ALL = "all"
 KINDS = tuple(dict.fromkeys(kind for _, kind in HEADS))
 Texts = Annotated[tuple[str, ...], Field(min_length=1)]
 
+
+def _some_of(names: Iterable[str], least: int = 0) -> Any:
+    """The type of a list of these names."""
+    return Annotated[tuple[Literal[tuple(names)], ...], Field(min_length=least)]  # type: ignore[misc]
+
+
 LIMITED: Mapping[str, Any] = {
     "data": Texts,
     "backbones": Texts,
-    "tasks": Annotated[tuple[Literal[tuple(dict.fromkeys(task for task, _ in HEADS))], ...], Field(min_length=1)],  # type: ignore[misc]
-    "heads": tuple[Literal[KINDS], ...],
-    "regimes": Annotated[tuple[Literal[REGIMES], ...], Field(min_length=1)],
+    "tasks": _some_of(dict.fromkeys(task for task, _ in HEADS), 1),
+    "heads": _some_of(KINDS),
+    "regimes": _some_of(REGIMES, 1),
     "seeds": Annotated[int, Field(ge=1, le=1000)],
     "fractions": Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)],
     "tiles": tuple[Annotated[int, Field(ge=0)], ...],
@@ -31,7 +37,7 @@ LIMITED: Mapping[str, Any] = {
     "lr": tuple[Annotated[float, Field(gt=0)], ...],
     "weight_decay": tuple[Annotated[float, Field(ge=0)], ...],
     "show": Annotated[int, Field(ge=0, le=1000)],
-    "log": tuple[Literal[tuple(LOGS)], ...],
+    "log": _some_of(LOGS),
 }
 """Types of the keys of `Study` that hold more than its annotations say."""
 SAID: Mapping[str, str] = {
@@ -109,11 +115,12 @@ def _kind(name: str, of: type, said: Mapping[str, str], changed: Mapping[str, An
     defaults: an instance that gives the default values; else they are the dataclass's own. None where there is none.
     """
     made: list[Any] = []
+    hints: dict[str, Any] = {**get_type_hints(of), **changed}
     for own in fields(of):
         usual = own.default if defaults is None else getattr(defaults, own.name)
         examples = [EXAMPLES[own.name]] if usual in (None, MISSING, ()) and own.name in EXAMPLES else None
         described = Field(description=said[own.name], examples=examples)
-        hint = Annotated[(get_type_hints(of) | changed)[own.name], described]
+        hint: Any = Annotated[hints[own.name], described]
         needed = own.default is MISSING and own.default_factory is MISSING
         made.append(
             (own.name, hint) if needed else (own.name, hint, field(default=None if usual is MISSING else usual))
@@ -162,7 +169,7 @@ def template(study: type) -> str:
     whole = schema(study)
     lines = [
         "# A study:  featprobe study FILE.toml --dry-run",
-        "# What stands behind a # is the default; where there is none it is an example, and the meaning says what holds.",
+        "# Behind a # stands the default; where there is none it is an example, and the meaning says what holds.",
         "",
     ]
     sections = []
