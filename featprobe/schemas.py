@@ -70,9 +70,10 @@ def _faults(kind: type, data: object, errors: list[Any]) -> list[Fault]:
     found: dict[Place, list[Any]] = {}
     for error in errors:
         place = _place(data, error["loc"][1:], error["type"])
-        own: Any = _at(data, place) if error["type"] == "too_short" else ()
-        if len(own) < error.get("ctx", {}).get("min_length", 1):  # pydantic does not count entries that are wrong
-            found.setdefault(place, []).append(error)
+        own = _at(data, place)
+        enough = error.get("ctx", {}).get("min_length", 0)
+        if not (error["type"] == "too_short" and isinstance(own, list) and len(own) >= enough):
+            found.setdefault(place, []).append(error)  # pydantic does not count entries that are wrong
     return [_fault(kind, data, place, own) for place, own in found.items()]
 
 
@@ -94,6 +95,8 @@ def _fault(kind: type, data: object, place: Place, errors: list[Any]) -> Fault:
         beside: Any = _at(data, place[:-1])
         return unknown(place, _known(kind, place[:-1]), list(beside))
     value = _at(data, place)
+    if not isinstance(value, (str, int, float, list, dict, type(None))):
+        return wrong(place, "no date or time", value)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in errors))
     names = [
         name for error in errors if error["type"] == "literal_error" for name in re.split(", | or ", _wanted(error))
@@ -113,9 +116,11 @@ def _wanted(error: Any) -> str:
 
 
 def _at(data: object, place: Place) -> object:
+    """The value at a place; None where there is none."""
     value: Any = data
     for step in place:
-        value = value[step]
+        inside = isinstance(value, list) or (isinstance(value, dict) and step in value)
+        value = value[step] if inside else None
     return value
 
 
