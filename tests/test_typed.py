@@ -1,39 +1,46 @@
 """Files that people and colleagues write: a value of any wrong type ends in one message with its path."""
 
+import contextlib
 import copy
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers import data_info, recipe_of, write_set
+from helpers import data_info, recipe_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from featprobe.cli.main import cli
 from featprobe.errors import DataError, FeatprobeError, FieldError, ProbeError
+from featprobe.fields import path_text
 from featprobe.geometry import IDENTITY
-from featprobe.probes import TrainRecipe, append_row, load_head
+from featprobe.probes import TrainRecipe, load_head
 from featprobe.probes.rows import LadderRow, ResultRow, ladder_faults, result_faults
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.report.tables import result_text
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe, digest
 from featprobe.stages.commands import commands_of
+from featprobe.stages.extract import extract as run_extract
 from featprobe.stages.finetune import missing_counterparts
 from featprobe.stages.options import ExtractOptions, configured
+from featprobe.stages.predict import Predictor
 from featprobe.stages.probe import probe
 from featprobe.stages.probe_options import ProbeOptions, Tuning
 from featprobe.stages.results import load_results
 from featprobe.stages.study import Study, cells_of, read_study
 from featprobe.stages.study_file import faults_of, schema, template
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import Workspace, make_generated
 
 ROOT = Path(__file__).parents[1]
 BRIEF = TrainRecipe(iterations=2, batch_size=4, evaluations=1)
@@ -258,3 +265,282 @@ def test_all_faults_of_a_configuration_stand_in_one_message(tmp_path: Path) -> N
     ):
         assert said in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path / 'featprobe.toml'} can't be used.")
+
+
+# ---- result rows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with a dense head and a detection head of a small set."""
+    space = Workspace(tmp_path_factory.mktemp("typed") / "space")
+    make_generated("surface", space.data / "surface", images=24, size=(64, 64))
+    spec = space.backbone("tf_efficientnet_lite0", random_init=True)
+    run_extract(space, spec, "surface", ExtractOptions(size=(64, 64), quiet=True))
+    for task in ("semseg", "detect"):
+        probe(space, task, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))
+    return space
+
+
+@pytest.fixture
+def space(trained: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of it that may be spoiled; its caches and sets are links."""
+    for path in ("cache", "data"):
+        (tmp_path / path).symlink_to(getattr(trained, path))
+    shutil.copytree(trained.probes, tmp_path / "probes")
+    return Workspace(tmp_path)
+
+
+def rows_in(space: Workspace) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (space.probes / "results.jsonl").read_text().splitlines()]
+
+
+def card_in(folder: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((folder / "card.json").read_text())
+    return card
+
+
+def with_card(folder: Path, card: dict[str, Any]) -> None:
+    """Write a card whose hash is right, whatever else is wrong in it."""
+    card = {name: value for name, value in card.items() if name != "card_sha256"}
+    (folder / "card.json").write_text(json.dumps({**card, "card_sha256": digest(card)}))
+
+
+SOUND: list[dict[str, Any]] = []
+"""The rows of the workspace that all tests share."""
+
+
+@pytest.fixture(autouse=True)
+def sound(request: pytest.FixtureRequest) -> None:
+    if "space" in request.fixturenames and not SOUND:
+        SOUND.extend(rows_in(request.getfixturevalue("trained")))
+
+
+def used(space: Workspace) -> None:
+    """Everything that reads rows and cards, short of training."""
+    results, _, _ = load_results(space.probes)
+    for result in results:
+        row, card = result.row, result.runs[0].card
+        commands_of(card, result.seeds, "surface"), result.size, result.variant, result.seconds(), result.validation
+        result.comparable, result.shared_recipe, result.random_weights, result.compared_budgets
+        result_text([row], 100)
+    with contextlib.suppress(FeatprobeError):
+        missing_counterparts(space, ProbeOptions(tuning=Tuning(regime="full")))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("seconds", "train"), "long", 'seconds.train: wanted a number, found "long"'),
+        (("images",), [1, 2, 3], "images: wanted a table, found [1, 2, 3]"),
+        (("recipe", "iterations"), "100", 'recipe.iterations: wanted a whole number, found "100"'),
+        (("recipe", "novel"), 1, "recipe.novel: unknown."),
+        (("classes",), "background", 'classes: wanted a list, found "background"'),
+        (("test", "iou"), None, "test.iou: wanted a table, found null"),
+        (("test", "miou"), {}, "test.miou: wanted a number, found {}"),
+        (("val", "miou_foreground"), [0.5], "val.miou_foreground: wanted a number, found [0.5]"),
+        (("fraction",), 0, "fraction: wanted 0 < fraction <= 1, found 0"),
+        (("fraction",), True, "fraction: wanted a number, found true"),
+        (("seed",), 0.0, "seed: wanted a whole number, found 0.0"),
+        (("split",), "thirds", "split: 'thirds' is not a split."),
+        (("fold",), 3, "fold: wanted 1 to 0 of own, found 3"),
+        (("head",), "fcos", 'head: wanted one of linear, upsample, ridge, found "fcos"'),
+        (("regime",), "full", "tuning: wanted a table, in the regime full, found null"),
+        (("budget",), {"needed": "many", "open": 1}, "budget.needed: wanted a whole number"),
+        (("levels",), [["stride4"]], 'levels[0]: wanted a text, found ["stride4"]'),
+    ],
+)
+def test_a_row_of_wrong_types_loses_only_itself(
+    space: Workspace, place: tuple[str, ...], value: object, said: str
+) -> None:
+    good, *_ = rows = rows_in(space)
+    lines = [json.dumps(row) for row in rows]
+    wrong = changed(good, place, value)
+    (space.probes / "results.jsonl").write_text("\n".join([*lines, json.dumps(wrong), '{"version": 1, "to', "[" * 200_000]))
+    found, faults = read_rows(space.probes / "results.jsonl", result_faults)
+    assert found == rows and len(faults) == 3
+    assert f"line {len(rows) + 1} has wrong fields" in faults[0] and said in faults[0]
+    compared = CliRunner().invoke(cli, ["--workspace", str(space.root), "compare", "--quiet"])
+    assert compared.exit_code == 0 and said in compared.output and "Traceback" not in compared.output
+    assert all(f"line {number}" in compared.output for number in range(len(rows) + 1, len(rows) + 4))
+
+
+def test_a_row_may_hold_what_a_newer_featprobe_writes_and_lack_what_came_later(space: Workspace) -> None:
+    later = [own.name for own in fields(ResultRow) if own.default is not MISSING]
+    assert {"weights_from", "budget", "subset", "tile", "head_precision"} <= set(later)
+    for row in rows_in(space):
+        assert result_faults({**row, "novel": {"deep": [1]}}) == []
+        assert set(row) <= {own.name for own in fields(ResultRow)} | {"asked"}, "a new field of rows is one here too"
+        assert result_faults({name: value for name, value in row.items() if name not in later}) == []
+        for name in row.keys() - set(later):
+            (fault,) = result_faults({own: value for own, value in row.items() if own != name})
+            assert (fault.place, fault.said) == ((name,), "it is missing")
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_row_is_used_or_left_aside(space: Workspace, data: st.DataObject) -> None:
+    sound = data.draw(st.sampled_from(SOUND))
+    row, folder = data.draw(mutated(sound)), space.probes / sound["folder"]
+    try:
+        (space.probes / "results.jsonl").write_text(json.dumps(row) + "\n")
+        with_card(folder, {**card_in(folder), "result": row})
+    except ValueError:  # digits that no JSON of Python's has
+        return
+    with contextlib.suppress(FeatprobeError):
+        used(space)
+
+
+LADDER: dict[str, Any] = {
+    "version": 1, "ladder": "a", "comparison": "b", "iterations": 10, "score": 0.5, "seed_scores": [0.5], "backbone": "c"
+}  # fmt: skip
+
+
+def test_rungs_of_ladders_are_typed_too() -> None:
+    assert ladder_faults(LADDER | {"novel": 1}) == [] and ladder_faults({**LADDER, "score": None}) == []
+    assert {own.name for own in fields(LadderRow)} == set(LADDER) - {"version"}
+    for wrong in ({"iterations": "10"}, {"score": "0.5"}, {"seed_scores": 0.5}, {"ladder": None}):
+        assert len(ladder_faults(LADDER | wrong)) == 1
+
+
+# ---- cards and recipes -----------------------------------------------------------------------------------------------
+
+WRONG_IN_CARDS: list[tuple[tuple[str | int, ...], object]] = [
+    (("features", "size"), [200_000, 200_000]),
+    (("features", "frame"), [200_000, 200_000]),
+    (("features", "frame"), "64x64"),
+    (("features", "frame"), [64]),
+    (("features", "levels", 0, "stride"), -4),
+    (("features", "levels", 0, "channels"), 10**12),
+    (("features", "levels"), "stride4"),
+    (("features", "mean"), [None, 0.5, 0.5]),
+    (("features", "std"), [0, 0, 0]),
+    (("features", "window"), ["low", "high"]),
+    (("features", "intensity"), 3),
+    (("features", "interpolation"), "magic"),
+    (("features", "dtype"), "fp99"),
+    (("features", "fit"), "crop"),
+    (("features", "tile"), -8),
+    (("features", "sized"), "no"),
+    (("fingerprint", "levels", 0, "stride"), 0.5),
+    (("fingerprint", "mean"), [9, 9, 9]),
+    (("head", "classes"), 7),
+    (("head", "width"), 10**9),
+    (("head", "task"), ["semseg"]),
+    (("data", "bits"), "8"),
+    (("data", "category_ids"), "12"),
+    (("data", "classes"), ["x"] * 300),
+    (("data", "root"), 5),
+    (("backbone", "model"), None),
+    (("backbone", "seed"), "0"),
+    (("backbone", "arguments"), [1]),
+    (("result", "instances"), 1),
+    (("result", "seconds"), 3),
+    (("curve", 0, "scores"), [1]),
+    (("versions",), ["1"]),
+    (("read_as",), {"format": 1}),
+    (("head_sha256",), 1),
+    (("features",), None),
+    (("data",), []),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), WRONG_IN_CARDS, ids=lambda own: str(own)[:40])
+def test_a_card_of_wrong_types_is_refused_before_anything_is_made_of_it(
+    space: Workspace, place: tuple[str | int, ...], value: object
+) -> None:
+    row = rows_in(space)[0]
+    folder = space.probes / row["folder"]
+    with_card(folder, changed(card_in(folder), place, value))
+    tracemalloc.start()
+    with pytest.raises(ProbeError) as caught:
+        Predictor(folder)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 1 << 24, "bytes"
+    first, *lines, last = str(caught.value).splitlines()
+    assert first.startswith(str(folder)) and "Train the head again" in last
+    assert any(line.startswith(f"  {path_text(place)[:12]}") for line in lines), lines
+    (_, unusable, _) = load_results(space.probes)
+    assert [item.folder for item in unusable] == [row["folder"]], "and the other results are compared"
+
+
+def test_a_card_is_refused_on_the_command_line_in_one_message(space: Workspace) -> None:
+    folder = space.probes / rows_in(space)[0]["folder"]
+    card = changed(card_in(folder), ("features", "size"), [0, "wide"])
+    card["data"]["bits"], card["head"]["sides"] = True, [1]
+    with_card(folder, card)
+    arguments = ["predict", str(folder), str(space.data / "surface" / "images"), "--out", str(space.root / "out")]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 1 and not (space.root / "out").exists() and "Traceback" not in result.output
+    for said in (
+        'features.size[1]: wanted a whole number, found "wide"',
+        "data.bits: wanted a whole number, found true",
+        "head.sides: wanted 3 lengths, or none",
+    ):
+        assert said in result.output, result.output
+
+
+def test_a_card_may_hold_what_a_newer_featprobe_writes_and_lack_what_came_later(space: Workspace) -> None:
+    folder = space.probes / rows_in(space)[0]["folder"]
+    card = card_in(folder)
+    card["novel"], card["data"]["novel"], card["backbone"]["novel"] = 1, {}, []
+    card["data"] = {name: value for name, value in card["data"].items() if name not in ("bits", "category_ids", "clipped")}
+    with_card(folder, {name: value for name, value in card.items() if name not in ("read_as", "files")})
+    assert read_card(folder, whole=True)["novel"] == 1 and load_head(folder)[1]["novel"] == 1
+    with_card(folder, changed(card, ("features", "novel"), 1))
+    with pytest.raises(FieldError, match=r"novel: unknown"):
+        Predictor(folder)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_card_is_used_or_refused_in_words(space: Workspace, data: st.DataObject) -> None:
+    row = data.draw(st.sampled_from(SOUND))
+    folder = space.probes / row["folder"]
+    sound = json.loads((folder / "sound.json").read_text()) if (folder / "sound.json").exists() else card_in(folder)
+    (folder / "sound.json").write_text(json.dumps(sound))
+    card = data.draw(mutated(sound))
+    try:
+        with_card(folder, card)
+    except ValueError:
+        return
+    with_result = card.get("result") if isinstance(card.get("result"), dict) else row
+    (space.probes / "results.jsonl").write_text(json.dumps(with_result) + "\n")
+    for use in (lambda: used(space), lambda: load_head(folder, whole=True), lambda: FeatureRecipe.from_json(card["features"])):
+        with contextlib.suppress(FeatprobeError, KeyError if "features" not in card else FeatprobeError):
+            use()
+
+
+RECIPE: dict[str, Any] = json.loads(json.dumps(recipe_of().to_json()))
+DATA: dict[str, Any] = json.loads(json.dumps(asdict(data_info())))
+SPEC: dict[str, Any] = json.loads(json.dumps(asdict(BackboneSpec("a", "resnet18", arguments=("--backbone", "a")))))
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=st.sampled_from([(FeatureRecipe, RECIPE), (DataInfo, DATA), (BackboneSpec, SPEC)]), data=st.data())
+def test_any_record_of_a_cache_is_read_or_refused(case: tuple[Any, dict[str, Any]], data: st.DataObject) -> None:
+    kind, sound = case
+    assert kind.from_json(sound)
+    try:
+        found = kind.from_json(data.draw(mutated(sound)))
+    except FieldError as error:
+        assert error.faults
+        return
+    assert kind.from_json(json.loads(json.dumps(asdict(found)))) == found
+    if kind is FeatureRecipe:
+        assert found.row_bytes < 1 << 60 and found.key and found.policy and found.views[0] == IDENTITY
+
+
+def test_help_and_caches_are_seen_without_pydantic(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom featprobe.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    print('HEAVY', 'pydantic' in sys.modules)"
+    )
+    for arguments in (["--help"], ["study", "--help"], ["cache", "ls"], ["data"]):
+        result = subprocess.run(
+            [sys.executable, "-c", code, "--workspace", str(tmp_path), *arguments] if arguments[0] != "--help"
+            else [sys.executable, "-c", code, *arguments],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert result.stdout.rstrip().endswith("HEAVY False"), arguments

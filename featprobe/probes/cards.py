@@ -98,5 +98,5 @@ def card_faults(card: Mapping[str, Any], *, whole: bool = False) -> list[Fault]:
     if not faults and features is not None:
         for name in (known.name for known in fields(Fingerprint)):
             if card["fingerprint"][name] != features.get(name, card["fingerprint"][name]):
-                faults.append(wrong(("features", name), "what fingerprint says", features[name]))
+                faults.append(wrong(("fingerprint", name), "what features say", card["fingerprint"][name]))
     return list(dict.fromkeys(faults))
