@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "featprobe"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "levels", "features"),
-    ("specs", "geometry", "targets", "machine", "processes", "disk", "pictures", "texts"),
+    ("fields", "specs", "geometry", "targets", "machine", "processes", "disk", "pictures", "texts", "schemas"),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),
     ("stages",),
     ("cli",),
@@ -32,6 +32,7 @@ DOORS = {
     "tifffile": ("datasets",),
     "imagecodecs": ("datasets",),
     "pydicom": ("datasets",),
+    "pydantic": ("schemas",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }
 FROM_ROOT = {"__version__"}  # all that a module may take from the package itself
@@ -120,6 +121,7 @@ def test_every_door_is_in_use() -> None:
         ("probes/train.py", "from tqdm.auto import tqdm", "tqdm.auto"),
         ("cache/layout.py", "import pandas as pd", "pandas"),
         ("probes/paste.py", "from pycocotools import mask", "pycocotools"),
+        ("stages/study.py", "from pydantic import BaseModel", "pydantic"),
         ("extra.py", "import os", "os"),
     ],
 )

@@ -310,8 +310,23 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
         echo(f"note: {note}")
 
 
+def _study_file(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
+    """Print what a study file may hold, as a file with comments or as a JSON schema, and end."""
+    if asked and not ctx.resilient_parsing:
+        from featprobe.stages.study import Study
+        from featprobe.stages.study_file import schema, template
+
+        show_json(schema(Study)) if option.name == "schema" else click.echo(template(Study), nl=False)
+        ctx.exit()
+
+
+_printed: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _study_file}
+
+
 @cli.command()
 @click.argument("file", metavar="STUDY.toml", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--template", **_printed, help="Print a study file with every key, its default and its meaning, and end.")
+@click.option("--schema", **_printed, help="Print the JSON schema of study files, for editors, and end.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted times, and run nothing.")
 @click.option("--verify", is_flag=True, help="Read all bytes of the heads that are there; train damaged ones again.")
 @click.option(
@@ -340,6 +355,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
 
     \b
     Example:
+      featprobe study --template > study.toml
       featprobe study examples/embedded.toml --dry-run
       featprobe study examples/embedded.toml
       featprobe study examples/embedded.toml --launcher slurm --slurm partition=gpu --slurm gpus_per_node=1

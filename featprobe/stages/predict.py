@@ -93,7 +93,7 @@ class Predictor:
 
     def __init__(self, folder: Path, *, weights: str | None = None, device: str | None = None) -> None:
         self.device = pick_device(device)
-        head, self.card = load_head(folder)
+        head, self.card = load_head(folder, whole=True)
         self.recipe = FeatureRecipe.from_json(self.card["features"])
         self.classes = tuple(self.card["head"]["classes"])
         self.task = self.card["head"]["task"]
@@ -138,7 +138,7 @@ class Predictor:
             yield from ((piece, found[k]) for k, piece in enumerate(some))
 
     def _read(self, path: Path, header: Header) -> NDArray[Any]:
-        bits, wanted = header.bits, self.card["data"]["bits"]
+        bits, wanted = header.bits, self.card["data"].get("bits")
         if wanted is not None and bits != wanted:
             raise DataError(
                 f"{path} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
@@ -186,7 +186,7 @@ class Predictor:
         values = self.card.get("backbone")
         if values is None:
             raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
-        spec = BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
+        spec = BackboneSpec.from_json(values)
         if spec.source == "file":
             named = Path(str(spec.weights))
             if weights is None and named.is_absolute():
@@ -253,7 +253,7 @@ def predict(
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"
-        ids = predictor.card["data"]["category_ids"] if own_objects else ()
+        ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
         write_whole(out / "predictions.json", json.dumps(written) + "\n")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")

@@ -1,7 +1,7 @@
 """How heads are trained and scored: what a caller of `probe` and `finetune` says."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
@@ -12,6 +12,7 @@ from featprobe.probes.pyramid import PyramidKind
 from featprobe.stages.options import MOST_WORKERS
 
 Regime = Literal["frozen", "frozen-online", "full"]
+REGIMES = get_args(Regime)
 SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the caller says nothing
 OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
 OF_THE_MACHINE = ("workers", "checkpointing", "compile")

@@ -127,7 +127,7 @@ def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -
         gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
         raise damaged(row, gone)
     try:
-        card = read_card(folder)
+        card = read_card(folder, whole=True)
     except ProbeError as error:
         raise damaged(row, str(error)) from error
     if {**card["result"], "version": None} != {**row, "version": None}:

@@ -38,6 +38,7 @@ from featprobe.probes import (
     train,
 )
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
+from featprobe.probes.rows import result_faults
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
@@ -274,8 +275,8 @@ class Run:
 
         hashes: compare all bytes of the files, beside their sizes.
         """
-        rows, _ = read_rows(self.workspace.probes / "results.jsonl")
-        last = {row.get("folder"): row for row in rows if row.get("data_fingerprint") == self.cache.data.fingerprint}
+        rows, _ = read_rows(self.workspace.probes / "results.jsonl", result_faults)
+        last = {row["folder"]: row for row in rows if row["data_fingerprint"] == self.cache.data.fingerprint}
         probes = self.workspace.probes
         return all(folder in last and is_whole(probes, last[folder], hashes=hashes) for folder in self.folders)
 
@@ -407,7 +408,7 @@ class Run:
 
     def _begin_at(self, head: nn.Module, folder: Path) -> None:
         """Give a head the weights of a saved one; raises ProbeError where the two are not of one kind."""
-        saved, card = load_head(folder, self.cache.recipe)
+        saved, card = load_head(folder, self.cache.recipe, whole=True)
         same = {**card["head"], "sides": None} == plain({**self.head_recipe.to_json(), "sides": None})
         if not same or getattr(saved, "assignment", None) != getattr(head, "assignment", None):  # levels follow sizes
             raise ProbeError(
