@@ -1,5 +1,6 @@
 """Features are hashed when a process first reads them: nothing is trained on damage, and what is sound costs once."""
 
+import errno
 import gc
 import os
 import shlex
@@ -187,6 +188,20 @@ def test_a_file_of_version_1_is_checked_as_well(tmp_path: Path, mode: str) -> No
     flip_byte(path, place(path, "features/stride8", 4))
     with pytest.raises(CacheError, match=r"row 4, 'part4.png'"):
         read(loader_of(cache, mode), [3, 4])
+
+
+@pytest.mark.parametrize("mode", ["preadv", "direct"])
+def test_a_disk_that_fails_to_read_is_named_with_the_place(
+    cache: Cache, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = loader_of(cache, mode)
+
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(CacheError, match=r"can't be read at byte \d+: Input/output error(.|\n)*featprobe extract"):
+        read(loader, [1])
 
 
 # Once
