@@ -2,8 +2,8 @@
 
     python benchmarks/attack/hostile.py
 
-Prints JSON: how many were tried, and those that were not refused in words (or read as they are, where they harm nobody),
-or that took 2 s of a processor in the process that opened them. `bad` must be 0.
+Prints JSON: how many were tried, and those that were not refused in words (or read as they are, where they harm
+nobody), or that took 2 s of a processor in the process that opened them. `bad` must be 0.
 """
 
 import json

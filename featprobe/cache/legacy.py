@@ -32,6 +32,7 @@ SPARE = 64 << 20  # bytes that an answer may be longer than its file
 PIECE = 1 << 20  # bytes that are taken from the child at once
 WALL_SECONDS = 60.0  # for a small file
 BYTES_PER_SECOND = 20 << 20  # of a large one, in which the child is given so much more time
+TOO_LONG = "HDF5's process answered more than a cache of this size holds"
 SETTLED_SECONDS = 2.0  # coarser than the times of most file systems
 
 
@@ -157,16 +158,18 @@ def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
 
 
 def _parts(pipe: int, end: float, most: int) -> list[bytes] | None:
-    """The parts of an answer; None where it ends too early or is longer than allowed. Raises TimeoutError."""
+    """The parts of an answer; None where it ends too early. Raises ViewRefused where it is too long, TimeoutError."""
     line = bytearray()
     while not line.endswith(b"\n"):
         byte = _some(pipe, end, 1)
-        if not byte or len(line) == MOST_LINE:
+        if not byte:
             return None
         line += byte
+        if len(line) > MOST_LINE:
+            raise ViewRefused(TOO_LONG)
     sizes = [int(size) for size in line.split()]
     if sum(sizes) > most:
-        return None
+        raise ViewRefused(TOO_LONG)
     parts = []
     for size in sizes:
         part = bytearray()
