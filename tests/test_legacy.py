@@ -1,4 +1,4 @@
-"""Old caches: read in a process of its own that may fail in any way, copied into version 3. HDF5's view of a new one."""
+"""Old caches: read in a process of its own, that may fail; copied into version 3. HDF5's view of new ones."""
 
 import json
 import os
@@ -145,8 +145,9 @@ def test_ctrl_c_ends_a_command_that_waits_for_a_damaged_file(tmp_path: Path) -> 
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (started := tasks.read_text().split()):
+    while not (started := tasks.read_text().split()) or "hdf5" not in Path("/proc", started[0], "cmdline").read_text():
         time.sleep(0.01)
+    time.sleep(0.2)  # until it is waited for
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in said
