@@ -36,7 +36,7 @@ def old_cache(path: Path, dtype: str = "fp16", parts: bool = False) -> Path:
         recipe, rows, images = parts_of(rows)
         recipe = replace(recipe, dtype=dtype)
     rows[5] = replace(rows[5], reason="part5.png is cut off: größe")
-    write_old(path, recipe, data_info(), rows, random_maps(recipe, ROWS), MADE_BY, images, missing=[7])
+    write_old(path, recipe, data_info(), rows, MADE_BY, images, random_maps(recipe, ROWS), missing=[7])
     return path
 
 
@@ -238,7 +238,7 @@ def new_cache(folder: Path) -> Path:
 
 def test_hdf5_sees_what_the_header_says(tmp_path: Path) -> None:
     path = new_cache(tmp_path)
-    assert legacy.disagreements(path) == []
+    assert legacy.disagreements(read_contents(path)) == []
     assert "sound" in call(tmp_path, "cache", "verify", path, "--hdf5").stdout
 
 

@@ -18,7 +18,6 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from featprobe.cache import header
 from featprobe.cache.contents import Contents, HeldFile, Span
 from featprobe.cache.header import FormatFault, Index, NewerFormat
 from featprobe.cache.layout import FORMAT
@@ -90,17 +89,15 @@ def old_identity(contents: Contents) -> str:
     return running.hexdigest()
 
 
-def disagreements(path: Path) -> list[str]:
+def disagreements(contents: Contents) -> list[str]:
     """Where HDF5's view of a file of version 3 differs from that of its header, in words; [] where both agree.
 
-    Names, places, types and shapes are compared, and the bytes of all that is written once. Raises FormatFault.
+    Names, places, types and shapes are compared, and the bytes of all that is written once.
     """
-    file = HeldFile(path)
-    start = file.read(0, min(header.FIXED.size, file.status.st_size))
-    index, _ = header.decode(start, file.read(header.FIXED.size, header.json_bytes(start)))
+    said = contents.index.to_json() | {"version": contents.version}
     try:
-        (said,) = _view("agrees", file.handle, json.dumps(index.to_json() | {"version": index.version}).encode())
-        return [ascii(line)[1:-1] for line in json.loads(said)]
+        (lines,) = _view("agrees", contents.file.handle, json.dumps(said).encode())
+        return [ascii(line)[1:-1] for line in json.loads(lines)]
     except (ViewRefused, ValueError) as error:
         return [f"HDF5 can't open the file: {error}"]
 

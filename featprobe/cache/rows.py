@@ -82,7 +82,7 @@ class Targets:
     """The labels of all rows, of one kind: row i's are bytes [offsets[i], offsets[i + 1]) of the blob."""
 
     blob: Blob
-    offsets: NDArray[np.uint64]
+    offsets: NDArray[np.unsignedinteger]
 
     def of(self, row: int) -> bytes:
         """A row's bytes, as they lie there."""
