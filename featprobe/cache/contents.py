@@ -333,7 +333,6 @@ def _columns(texts: Any, names: Sequence[str], count: int, what: str) -> dict[st
         column = texts.get(name)
         if not isinstance(column, list) or len(column) != count or set(map(type, column)) != {str}:
             raise FormatFault(f"{count} texts {name} of the {what}", short(column))
-        "".join(column).encode()  # raises for what is no text of Unicode
     if len(set(texts["id"])) < count:
         raise FormatFault(f"{count} different ids of the {what}", f"{len(set(texts['id']))} of them")
     return {name: Texts(texts[name]) for name in names}
