@@ -136,7 +136,7 @@ def verify_cache(path: Path, quiet: bool = False, hdf5: bool = False) -> list[Da
             else:
                 bar.update(item)
     if hdf5 and contents.version == FILE_VERSION:
-        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(path)]
+        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents)]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
         with RowLocks(path) as locks, CacheWriter(path) as writer:
