@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def read_old(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The header that the file would have in version 3, and the bytes of its parts.
 
-    The header holds `version` and `inode` as well, and no place of any part. Raises FormatFault, NewerFormat, CacheError.
+    The header holds `version` and `inode` as well, and no place of any part. Raises FormatFault, NewerFormat,
+    CacheError.
     """
     import h5py
 

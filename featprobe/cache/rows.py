@@ -51,10 +51,11 @@ class Blob(Protocol):
 
 
 class Texts(Sequence[str]):
-    """Many texts in one: a few bytes for each beside its characters."""
+    """Many texts in one: a few bytes for each beside its characters. Raises UnicodeError for what is no Unicode."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._all = "".join(texts)
+        self._all.encode()
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         self._ends = ends.astype(np.uint32) if len(self._all) < 1 << 32 else ends
 
@@ -82,7 +83,7 @@ class Targets:
     """The labels of all rows, of one kind: row i's are bytes [offsets[i], offsets[i + 1]) of the blob."""
 
     blob: Blob
-    offsets: NDArray[np.uint64]
+    offsets: NDArray[np.unsignedinteger]
 
     def of(self, row: int) -> bytes:
         """A row's bytes, as they lie there."""
