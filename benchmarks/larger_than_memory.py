@@ -6,8 +6,8 @@
 A cache of ConvNeXt-T's levels at 512x512 pixels, random bits, is made twice as large as --memory. Another process,
 which may take that much beside its libraries (RLIMIT_DATA; or less where its control group leaves less), takes random
 batches from a FeatureLoader, which chooses by itself how to read, in turn with raw O_DIRECT reads of as many rows of
-each level, by one thread and by as many as the loader has; `ratio` is against the faster of the two. `first pass` hashes
-each row, too. What the process holds in memory is sampled meanwhile. Before the clock starts, both must bring the same
+each level, by one thread and by as many as the loader has; `ratio` is against the faster. `first pass` hashes each row,
+too. What the process holds in memory is sampled meanwhile. Before the clock starts, both must bring the same
 bytes.
 """
 

@@ -219,7 +219,13 @@ class RowReader:
         return read
 
     def _some(self, buffers: list[memoryview], offset: int) -> int:
-        count = os.preadv(self.handle, buffers, offset)
+        try:
+            count = os.preadv(self.handle, buffers, offset)
+        except OSError as error:
+            raise CacheError(
+                f"{self.cache.path} can't be read at byte {offset}: {error.strerror}. Nothing was changed.\n"
+                f"If the disk is failing, make the file anew on another:  {self.cache.contents.command}"
+            ) from error
         if count == 0:
             raise CacheError(f"{self.cache.path} ended while it was read, at byte {offset}. Was it cut short?")
         return count
