@@ -154,9 +154,7 @@ def read_contents(path: Path) -> Contents:
         if _is_old(file):
             from featprobe.cache.legacy import read_old
 
-            values, parts = read_old(path)
-            if values["inode"] != file.status.st_ino:
-                raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
+            values, parts = read_old(file)
             return _parse(file, Index.of(values, values["version"]), parts)
         index, sealed = _header(file)
         contents = _parse(file, index, {name: Span(file, entry) for name, entry in index.parts.items()})
@@ -267,7 +265,8 @@ def _made(
     if images is not None:
         _check_parts(arrays, rows, images)
     extents = {name: Extent(own.offset, own.size // index.rows, index.rows) for name, own in index.tables.items()}
-    labels = {n: (own, index.parts[n].sha256) for n, own in parts.items() if n in LABELS and isinstance(own, Span)}
+    hashed = LABELS if index.version == FILE_VERSION else set()  # older files have hashes of rows alone
+    labels = {n: (own, index.parts[n].sha256) for n, own in parts.items() if n in hashed and isinstance(own, Span)}
     return Contents(index, recipe, data_of(texts["data"]), provenance, rows, images, extents, damaged, file, labels)
 
 

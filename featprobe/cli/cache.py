@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def cache() -> None:
-    """Look after feature caches: list, describe, verify, remove.
+    """Look after feature caches: list, describe, verify, upgrade, remove.
 
     \b
     Example:
@@ -121,10 +121,11 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
 
 @cache.command("verify")
 @click.argument("name", required=False)
+@click.option("--hdf5", is_flag=True, help="Open files through HDF5 too, which must see what their headers say.")
 @quiet
 @as_json
 @click.pass_context
-def cache_verify(ctx: click.Context, name: str | None, quiet: bool, json_: bool) -> None:
+def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, json_: bool) -> None:
     """Hash every row, level and target again; exit code 3 when something is bad.
 
     Rows whose features are bad are marked missing, so that `extract` computes exactly those anew.
@@ -137,7 +138,7 @@ def cache_verify(ctx: click.Context, name: str | None, quiet: bool, json_: bool)
 
     workspace = workspace_of(ctx)
     paths = workspace.find_caches(name) if name else workspace.cache_files()
-    found = {str(path): verify_cache(path, quiet) for path in paths}
+    found = {str(path): verify_cache(path, quiet, hdf5) for path in paths}
     if json_:
         show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
     else:
@@ -187,6 +188,29 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
     if json_:
         return show_json([plain(asdict(one)) for one in found])
     click.echo("\n\n".join(map(_audit_text, found)))
+
+
+@cache.command("upgrade")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@quiet
+@click.pass_context
+def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> None:
+    """Copy caches of older versions into the newest, each under its own name. NAME: as of `cache info`.
+
+    Nothing is computed: rows keep their states and checksums, and heads stay as good as they were. A damaged file is
+    refused and stays as it is.
+
+    \b
+    Example:
+      featprobe cache upgrade xray
+    """
+    from featprobe.specs import FILE_VERSION
+    from featprobe.stages.caches import upgrade_cache
+
+    workspace = workspace_of(ctx)
+    for path in [path for name in names for path in workspace.find_caches(name)]:
+        done = upgrade_cache(path, quiet)
+        click.echo(f"{path}: {'now' if done else 'already'} of version {FILE_VERSION}")
 
 
 @cache.command("rm")
