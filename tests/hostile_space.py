@@ -1,0 +1,373 @@
+"""A workspace full of files that a colleague's enemy may have made, and every command run over it under watch.
+
+    python hostile_space.py FOLDER
+
+makes FOLDER/space with them, and FOLDER/outside, which no command has any business with; runs the commands in this
+process; and writes FOLDER/report.json: how each ended, and what Python's audit hooks saw being opened, started, looked
+up or unpickled meanwhile.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from click.testing import CliRunner
+from helpers import data_info, filled_cache, make_cache, rows_of
+from layouts import Builder
+from PIL import Image
+from test_readers import MADE
+
+from featprobe.cli.main import cli
+from featprobe.datasets.files import FOLLOW_LINKS
+from featprobe.specs import digest
+
+SECRET = b"SECRET-8f2d"
+NETWORK = ("--backbone", "tf_efficientnet_lite0", "--random-init")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n0 0 moveto\nshowpage\n"
+ESCAPE = "\x1b]0;owned\x07\x9b8m\u202e"
+LONGEST = 10  # seconds that a command may take before it is told to have hung
+WATCHED = (
+    "open", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn",
+    "socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto", "pickle.find_class",
+)  # fmt: skip
+
+
+class Runs:
+    """What an unpickled file does: it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """An 8-bit grey PNG that claims to be of a size."""
+
+    def chunk(name: bytes, held: bytes) -> bytes:
+        return struct.pack(">I", len(held)) + name + held + struct.pack(">I", zlib.crc32(name + held))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def npy(shape: tuple[int, ...]) -> bytes:
+    """A numpy file that claims to be of a shape and holds nothing."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def tiff(width: int, height: int) -> bytes:
+    """A grey TIFF whose only strip, of four bytes, claims to be all of it."""
+    tags = [(256, 4, width), (257, 4, height), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 200), (277, 3, 1),
+            (278, 4, height), (279, 4, 4)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return (struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)).ljust(204, b"\0")
+
+
+# ---- what is hostile -------------------------------------------------------------------------------------------------
+
+
+def plain_set(root: Path) -> None:
+    """A folder of six images and their masks."""
+    to = Builder(root)
+    for i in range(6):
+        to.image(f"images/p{i}.png")
+        to.mask(f"masks/p{i}.png", i % 2)
+    (root / "classes.txt").write_text("background\ndefect\n")
+    splits = ("train", "train", "val", "val", "test", "test")
+    (root / "samples.csv").write_text("image,split\n" + "".join(f"p{i}.png,{s}\n" for i, s in enumerate(splits)))
+
+
+def hostile_sets(sets: Path, outside: Path) -> None:
+    """Data sets, each with one thing that is wrong."""
+    bad: dict[str, tuple[str, bytes | Path | Callable[[Path], object]]] = {
+        "fifo_image": ("images/p0.png", os.mkfifo), "fifo_mask": ("masks/p0.png", os.mkfifo),
+        "fifo_table": ("samples.csv", os.mkfifo), "fifo_classes": ("classes.txt", os.mkfifo),
+        "socket": ("images/p0.png", a_socket), "zeros": ("images/p0.png", Path("/dev/zero")),
+        "image_out": ("images/p0.png", outside / "secret.png"), "mask_out": ("masks/p0.png", outside / "secret.png"),
+        "folder_out": ("masks", outside), "table_out": ("samples.csv", outside / "secret.txt"),
+        "classes_out": ("classes.txt", outside / "secret.txt"),
+        "eps_image": ("images/p0.png", EPS), "eps_mask": ("masks/p0.png", EPS),
+        "bomb": ("images/p0.png", png(60000, 60000)), "bomb_mask": ("masks/p0.png", png(60000, 60000)),
+        "hollow": ("images/p0.png", png(13000, 13000)), "hollow_mask": ("masks/p0.png", png(13000, 13000)),
+        "npy": ("images/p0.png", npy((200000, 200000))), "npy_mask": ("masks/p0.png", npy((13000, 13000))),
+        "tiff": ("images/p0.png", tiff(13000, 13000)), "tiff_mask": ("masks/p0.png", tiff(13000, 13000)),
+        "colours": ("classes.txt", f"background\n{ESCAPE}\n".encode()),
+    }  # fmt: skip
+    for name, (file, what) in bad.items():
+        plain_set(sets / name)
+        put(sets / name / file, what)
+    plain_set(sets / "names")
+    for i, name in enumerate((f"=cmd|{ESCAPE}.png", "@sum.png", "-2+3.png")):
+        for kind in ("images", "masks"):
+            shutil.copy(sets / "names" / kind / "p1.png", sets / "names" / kind / name)
+        with (sets / "names" / "samples.csv").open("a") as table:
+            table.write(f"{name},{('train', 'val', 'test')[i]}\n")
+    deep = {
+        "coco": ("all.json", b'{"images": ' + b"[" * 200_000), "voc": ("Annotations/p0.xml", b"<a>" * 200_000),
+        "yolo": ("data.yaml", b"train: images/train\nnames: " + b"[" * 50_000),
+        "labelme": ("p0.json", b'{"shapes": ' + b"[" * 200_000), "severstal": ("train.csv", EPS),
+    }  # fmt: skip
+    for name, (file, data) in deep.items():
+        put(MADE[name](sets / f"deep_{name}") / file, data)
+    aliases = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else '1'] * 9)}]" for i in range(30))
+    put(MADE["yolo"](sets / "aliases") / "data.yaml", f"train: images/train\n{aliases}\nnames: *a29\n".encode())
+
+
+def put(path: Path, what: bytes | Path | Callable[[Path], object]) -> None:
+    """Put bytes, a link, or what a function makes in a path's place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if isinstance(what, bytes):
+        path.write_bytes(what)
+    elif isinstance(what, Path):
+        path.symlink_to(what)
+    else:
+        what(path)
+
+
+def a_socket(path: Path) -> None:
+    """A socket that nobody listens to."""
+    here = Path.cwd()
+    os.chdir(path.parent)  # its path may be no longer than 108 bytes
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+    os.chdir(here)
+
+
+def hostile_caches(cache: Path, outside: Path) -> None:
+    """Caches that are sealed as they should be, and hold what none should."""
+    targets = {
+        "eps": {"semantic": EPS}, "bomb": {"semantic": png(60000, 60000)}, "hollow": {"semantic": png(13000, 13000)},
+        "deep": {"semantic": b"", "instances": b"[" * 50_000},
+        "huge": {"semantic": b"", "instances": json.dumps(a_huge_object()).encode()},
+    }  # fmt: skip
+    for name, what in targets.items():
+        filled_cache(cache / f"{name}-000000" / "some.h5", rows=[replace(row, **what) for row in rows_of(6)])
+    evil = replace(data_info(), name="../../../outside/evil", classes=("background", ESCAPE), notes=(ESCAPE,))
+    make_cache(cache / "evil-000000" / "some.h5", rows=[replace(row, id=ESCAPE + row.id) for row in rows_of(6)], data=evil)
+    odd = cache / "odd-000000"
+    odd.mkdir()
+    put(odd / "fifo.h5", os.mkfifo)
+    put(odd / "out.h5", outside / "secret.txt")
+    put(odd / "empty.h5", b"")
+    put(odd / "old.h5", b"\x89HDF\r\n\x1a\n" + b"\0" * 4096)
+    put(odd / ".fifo.look", os.mkfifo)
+    put(odd / "old.runs.jsonl", os.mkfifo)
+
+
+def a_huge_object() -> dict[str, Any]:
+    """Objects whose only mask claims to be of 10^12 pixels."""
+    rle = {"size": [1_000_000, 1_000_000], "counts": "0`kTk4"}
+    one = {"category": 1, "box_xyxy": [0, 0, 5, 5], "rle": rle, "crowd": False, "area": None}
+    return {"image_id": None, "objects": [one]}
+
+
+def hostile_probes(space: Path, outside: Path) -> None:
+    """Rows, cards, arrays and pictures beside an honest head, and what jobs left."""
+    results = space / "probes" / "results.jsonl"
+    row = json.loads(results.read_text().splitlines()[0])
+    honest = space / "probes" / row["folder"]
+    shutil.copytree(honest, outside / "head")
+
+    def head(name: str, **changed: Any) -> Path:
+        folder = space / "probes" / name
+        shutil.copytree(honest, folder)
+        said = json.loads((folder / "card.json").read_text())
+        said["result"] |= {"folder": name, "seed": len(results.read_text())}
+        said = {key: value for key, value in (said | changed).items() if key != "card_sha256"}
+        (folder / "card.json").write_text(json.dumps(said | {"card_sha256": digest(said)}))
+        with results.open("a") as stream:
+            stream.write(json.dumps(said["result"]) + "\n")
+        return folder
+
+    card = json.loads((honest / "card.json").read_text())
+    put(head("picture_out") / "sheet.png", outside / "secret.png")
+    put(head("picture_text") / "sheet.png", b"<script>")
+    put(head("bomb") / "scores.npz", zip_bomb())
+    put(head("claims") / "scores.npz", arrays(confusion=npy((1 << 20, 1 << 10, 1 << 10))))
+    put(head("pickled") / "scores.npz", arrays(confusion=object_array(outside / "unpickled")))
+    put(head("arrays_fifo") / "scores.npz", os.mkfifo)
+    put(head("curves_fifo") / "curves.json", os.mkfifo)
+    put(head("curves_deep") / "curves.json", b"[" * 200_000)
+    put(head("card_fifo") / "card.json", os.mkfifo)
+    put(head("card_deep") / "card.json", b"[" * 200_000)
+    put(head("head_fifo") / "head.safetensors", os.mkfifo)
+    put(head("head_claims") / "head.safetensors", struct.pack("<Q", 1 << 40) + b"{}")
+    head("hub", backbone={**card["backbone"], "source": "hub", "model": "hf-hub:evil/x"})
+    head("local", backbone={**card["backbone"], "source": "random", "model": f"local-dir:{outside}"})
+    head("weights", backbone={**card["backbone"], "source": "file", "weights": str(outside / "secret.txt")})
+    head("weights_up", backbone={**card["backbone"], "source": "file", "weights": "../../../outside/secret.txt"})
+    (space / "probes" / "link").symlink_to(outside / "head")
+    with results.open("ab") as stream:
+        for folder in ("../../outside/head", str(outside / "head"), "link", ESCAPE):
+            stream.write(json.dumps({**row, "folder": folder, "seed": 90 + len(folder)}).encode() + b"\n")
+        stream.write(b"[" * 200_000 + b"\n")
+    (space / "probes" / "report").mkdir()
+    for name in ("index.html", "results.csv", "differences.csv", "results.parquet"):
+        put(space / "probes" / "report" / name, outside / "secret.txt")
+    jobs = space / "jobs"
+    jobs.mkdir()
+    for name in ("1_0_result.pkl", "1_0_answer.json"):
+        (jobs / name).write_bytes(pickle.dumps(Runs(outside / "unpickled")))
+    put(space / "weights.pth", pickle.dumps(Runs(outside / "unpickled")))
+    put(space / "fifo.pth", os.mkfifo)
+    put(space / "fifo.toml", os.mkfifo)
+    put(space / "deep.toml", b"data = " + b"[" * 100_000)
+
+
+def zip_bomb() -> bytes:
+    """An npz of a megabyte whose arrays are a gigabyte of zeros."""
+    return arrays(confusion=npy((1 << 30,)) + bytes(1 << 26), more=bytes(1 << 26))
+
+
+def object_array(mark: Path) -> bytes:
+    """A numpy file of objects, which is a pickle."""
+    stream = io.BytesIO()
+    np.save(stream, np.array([Runs(mark)], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def arrays(**files: bytes) -> bytes:
+    """An npz of such files."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("ids", "groups"):
+            with archive.open(f"{name}.npy", "w") as held:
+                np.save(held, np.array(["a"]))
+        for name, data in files.items():
+            archive.writestr(f"{name}.npy", data)
+    return stream.getvalue()
+
+
+# ---- every command ---------------------------------------------------------------------------------------------------
+
+
+def commands(space: Path) -> Iterator[tuple[str, ...]]:
+    """Every command that reads a file, over everything."""
+    out = space / "out"
+    for root in sorted((space / "sets").iterdir()):
+        yield "data", "info", str(root)
+        yield "data", "check", str(root), "--html", str(out / f"{root.name}.html"), "--quiet"
+    for name in ("names", "image_out", "eps_mask", "zeros", "deep_coco"):
+        root = str(space / "sets" / name)
+        yield "data", "show", root, "--out", str(out / f"{name}.png")
+        yield "data", "split", root, "--out", str(out / f"{name}.csv"), "--quiet"
+        yield "data", "convert", root, "--out", str(out / name), "--link", "--quiet"
+        yield "plan", *NETWORK, "--data", root, "--quiet"
+        yield "extract", *NETWORK, "--data", root, "--size", "32x32", "--quiet"
+    yield "extract", *NETWORK, "--data", str(space / "sets" / "names"), "--split-file", str(space / "fifo.toml")
+    for weights in ("weights.pth", "fifo.pth"):
+        yield "extract", *NETWORK[:2], "--weights", str(space / weights), "--data", str(space / "sets" / "names")
+    yield ("cache", "ls")
+    for path in sorted((space / "cache").glob("*/*.h5")):
+        yield "cache", "info", str(path)
+        yield "cache", "verify", str(path), "--quiet"
+    yield "cache", "verify", "--quiet"
+    for name in ("eps", "bomb", "hollow", "deep", "huge", "parts"):
+        yield "probe", "--data", name, "--iterations", "2", "--seeds", "1", "--quiet"
+    yield "probe", "--iterations", "2", "--seeds", "1", "--quiet"
+    yield "finetune", "--dry-run"
+    yield "compare", "--quiet"
+    yield "compare", "--quiet", "--out", str(out / "report"), "--json"
+    image = str(space / "sets" / "names" / "images" / "p0.png")
+    for folder in sorted({path.parent for path in (space / "probes").rglob("card.json")}):
+        yield "predict", str(folder), image, "--out", str(out / "predicted"), "--quiet"
+    for image in (space / "sets" / "fifo_image" / "images", space / "sets" / "fifo_image" / "images" / "p0.png"):
+        yield "predict", str(space / "probes" / "picture_out"), str(image), "--out", str(out / "more"), "--quiet"
+    for study in ("fifo.toml", "deep.toml"):
+        yield "study", str(space / study), "--dry-run"
+    yield "data", "info", str(space / "sets" / "image_out"), FOLLOW_LINKS
+    for path in sorted((space / "cache").glob("odd*/*.h5")):
+        yield "cache", "rm", str(path), "--yes"
+
+
+CONFIGS = {
+    "a name that leads out": '[data."../../outside/evil"]\npath = "sets/names"\n',
+    "a name of control characters": '[data."\\u001b[2J"]\npath = "sets/names"\n',
+    "one that is nested deep": "data = " + "[" * 100_000,
+    "a huge one": "#" * (1 << 23),
+    "a pipe": "",
+}
+"""Hostile featprobe.toml: each stops every command that looks for a set."""
+
+
+def run(space: Path, words: tuple[str, ...]) -> dict[str, Any]:
+    """How a command ended."""
+    begun = time.monotonic()
+    signal.alarm(LONGEST)
+    try:
+        result = CliRunner().invoke(cli, ["--workspace", str(space), *words], prog_name="featprobe")
+    finally:
+        signal.alarm(0)
+    raised = result.exception
+    return {
+        "words": words, "code": result.exit_code, "seconds": time.monotonic() - begun, "out": result.stdout,
+        "err": result.stderr, "raised": None if raised is None or isinstance(raised, SystemExit) else repr(raised),
+    }  # fmt: skip
+
+
+@contextmanager
+def watching() -> Iterator[list[tuple[str, str]]]:
+    """What is opened, started, looked up and unpickled from here on."""
+    seen: list[tuple[str, str]] = []
+    on = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if on and event in WATCHED:
+            seen.append((event, repr(arguments)[:1000]))
+
+    sys.addaudithook(hook)
+    yield seen
+    on = False
+
+
+def main(folder: Path) -> None:
+    space, outside = folder / "space", folder / "outside"
+    outside.mkdir(parents=True)
+    (outside / "secret.txt").write_bytes(SECRET)
+    Image.fromarray(np.full((40, 40), 77, np.uint8)).save(outside / "secret.png")
+    plain_set(space / "sets" / "honest")
+    for words in (
+        ("extract", *NETWORK, "--data", str(space / "sets" / "honest"), "--size", "32x32", "--quiet"),
+        ("probe", "--iterations", "2", "--seeds", "1", "--show", "1", "--quiet"),
+    ):
+        ended = run(space, words)
+        if ended["code"]:
+            sys.exit(str(ended))
+    hostile_sets(space / "sets", outside)
+    hostile_caches(space / "cache", outside)
+    hostile_probes(space, outside)
+    for path in outside.rglob("*"):
+        os.utime(path, (0, path.stat().st_mtime))
+    with watching() as seen:
+        ended = [run(space, words) for words in commands(space)]
+        for name, text in CONFIGS.items():
+            put(space / "featprobe.toml", text.encode() if text else os.mkfifo)
+            ended += [{**run(space, ("data",)), "config": name}]
+            ended += [{**run(space, ("extract", *NETWORK, "--data", "../../outside/evil")), "config": name}]
+    report = {"ended": ended, "seen": [event for event in seen if event[0] != "open" or str(outside) in event[1]]}
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
