@@ -21,6 +21,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
 MASK_FORMATS = (*IMAGE_FORMATS, "TIFF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 DENSEST = 8 * 1032  # pixels that a byte can hold: of one bit, deflated as far as that goes; no format but WebP beats it
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # scans are large
 PER_PIXEL = 4  # bytes that an image takes at least while it is read
 UNASKED = 1 << 24  # pixels for which no memory is looked up
 
@@ -40,9 +41,7 @@ def picture(source: Path | BinaryIO, formats: tuple[str, ...], where: object = N
         raise DataError(str(error)) from error
     with named as stream:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large scans are usual here
-                image = Image.open(stream, formats=formats)
+            image = Image.open(stream, formats=formats)
         except UnidentifiedImageError as error:
             said = "can't be read as a mask" if formats is MASK_FORMATS else "is not an image that can be read"
             raise DataError(f"{where} {said}. wanted: {', '.join(formats)}.") from error

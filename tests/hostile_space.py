@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 from click.testing import CliRunner
-from helpers import data_info, filled_cache, make_cache, rows_of
+from helpers import data_info, make_cache, random_maps, recipe_of, rows_of
 from layouts import Builder
 from PIL import Image
 from test_readers import MADE
 
+from featprobe.cache import CacheWriter
 from featprobe.cli.main import cli
 from featprobe.datasets.files import FOLLOW_LINKS
 from featprobe.specs import digest
@@ -40,9 +41,10 @@ SECRET = b"SECRET-8f2d"
 NETWORK = ("--backbone", "tf_efficientnet_lite0", "--random-init")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n0 0 moveto\nshowpage\n"
 ESCAPE = "\x1b]0;owned\x07\x9b8m\u202e"
-LONGEST = 10  # seconds that a command may take before it is told to have hung
+LONGEST = 40  # seconds that a command may take before it is told to have hung
+FILES = ("open", "os.listdir", "os.scandir")
 WATCHED = (
-    "open", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn",
+    *FILES, "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn",
     "socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto", "pickle.find_class",
 )  # fmt: skip
 
@@ -162,9 +164,17 @@ def hostile_caches(cache: Path, outside: Path) -> None:
         "huge": {"semantic": b"", "instances": json.dumps(a_huge_object()).encode()},
     }  # fmt: skip
     for name, what in targets.items():
-        filled_cache(cache / f"{name}-000000" / "some.h5", rows=[replace(row, **what) for row in rows_of(6)])
+        rows = [replace(row, **what) for row in rows_of(6)]
+        make_cache(path := cache / f"{name}-000000" / "some.h5", rows=rows, data=replace(data_info(), name=name))
+        with CacheWriter(path) as writer:
+            writer.write(0, random_maps(recipe_of(), len(rows)))
     evil = replace(data_info(), name="../../../outside/evil", classes=("background", ESCAPE), notes=(ESCAPE,))
-    make_cache(cache / "evil-000000" / "some.h5", rows=[replace(row, id=ESCAPE + row.id) for row in rows_of(6)], data=evil)
+    rows = [replace(row, id=ESCAPE + row.id) for row in rows_of(6)]
+    make_cache(cache / "evil-000000" / "some.h5", rows=rows, data=evil)
+
+
+def odd_caches(cache: Path, outside: Path) -> None:
+    """Files that are no caches."""
     odd = cache / "odd-000000"
     odd.mkdir()
     put(odd / "fifo.h5", os.mkfifo)
@@ -193,7 +203,7 @@ def hostile_probes(space: Path, outside: Path) -> None:
         folder = space / "probes" / name
         shutil.copytree(honest, folder)
         said = json.loads((folder / "card.json").read_text())
-        said["result"] |= {"folder": name, "seed": len(results.read_text())}
+        said["result"] |= {"folder": name, "seed": len(results.read_text()), "version": row["version"]}
         said = {key: value for key, value in (said | changed).items() if key != "card_sha256"}
         (folder / "card.json").write_text(json.dumps(said | {"card_sha256": digest(said)}))
         with results.open("a") as stream:
@@ -278,15 +288,17 @@ def commands(space: Path) -> Iterator[tuple[str, ...]]:
     yield "extract", *NETWORK, "--data", str(space / "sets" / "names"), "--split-file", str(space / "fifo.toml")
     for weights in ("weights.pth", "fifo.pth"):
         yield "extract", *NETWORK[:2], "--weights", str(space / weights), "--data", str(space / "sets" / "names")
+    for name in ("eps", "bomb", "hollow", "deep", "huge", "../../../outside/evil"):
+        yield "probe", "--data", name, "--iterations", "2", "--seeds", "1", "--quiet"
+    yield "probe", "--iterations", "2", "--seeds", "1", "--quiet"
+    yield "finetune", "--dry-run"
+    yield "finetune", "--iterations", "2", "--quiet"
+    odd_caches(space / "cache", space.parent / "outside")
     yield ("cache", "ls")
     for path in sorted((space / "cache").glob("*/*.h5")):
         yield "cache", "info", str(path)
         yield "cache", "verify", str(path), "--quiet"
     yield "cache", "verify", "--quiet"
-    for name in ("eps", "bomb", "hollow", "deep", "huge", "parts"):
-        yield "probe", "--data", name, "--iterations", "2", "--seeds", "1", "--quiet"
-    yield "probe", "--iterations", "2", "--seeds", "1", "--quiet"
-    yield "finetune", "--dry-run"
     yield "compare", "--quiet"
     yield "compare", "--quiet", "--out", str(out / "report"), "--json"
     image = str(space / "sets" / "names" / "images" / "p0.png")
@@ -311,9 +323,15 @@ CONFIGS = {
 """Hostile featprobe.toml: each stops every command that looks for a set."""
 
 
+def hung(number: int, frame: object) -> None:
+    """What an alarm does."""
+    raise TimeoutError(f"no answer within {LONGEST} s")
+
+
 def run(space: Path, words: tuple[str, ...]) -> dict[str, Any]:
     """How a command ended."""
     begun = time.monotonic()
+    signal.signal(signal.SIGALRM, hung)
     signal.alarm(LONGEST)
     try:
         result = CliRunner().invoke(cli, ["--workspace", str(space), *words], prog_name="featprobe")
@@ -327,14 +345,16 @@ def run(space: Path, words: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextmanager
-def watching() -> Iterator[list[tuple[str, str]]]:
+def watching(outside: Path) -> Iterator[list[tuple[str, str]]]:
     """What is opened, started, looked up and unpickled from here on."""
     seen: list[tuple[str, str]] = []
     on = True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if on and event in WATCHED:
-            seen.append((event, repr(arguments)[:1000]))
+            real = os.path.realpath(arguments[0]) if isinstance(arguments[0], str | bytes | Path) else ""
+            if event not in FILES or os.fsdecode(real).startswith(str(outside)):
+                seen.append((event, repr((real, *arguments))[:1000]))
 
     sys.addaudithook(hook)
     yield seen
@@ -359,13 +379,13 @@ def main(folder: Path) -> None:
     hostile_probes(space, outside)
     for path in outside.rglob("*"):
         os.utime(path, (0, path.stat().st_mtime))
-    with watching() as seen:
+    with watching(outside) as seen:
         ended = [run(space, words) for words in commands(space)]
         for name, text in CONFIGS.items():
             put(space / "featprobe.toml", text.encode() if text else os.mkfifo)
             ended += [{**run(space, ("data",)), "config": name}]
             ended += [{**run(space, ("extract", *NETWORK, "--data", "../../outside/evil")), "config": name}]
-    report = {"ended": ended, "seen": [event for event in seen if event[0] != "open" or str(outside) in event[1]]}
+    report = {"ended": ended, "seen": seen}
     (folder / "report.json").write_text(json.dumps(report))
 
 

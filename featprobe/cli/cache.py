@@ -88,7 +88,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
     if json_:
         return show_json(found)
     for c in found:
-        recipe, origin = c["recipe"], c["data"]
+        recipe, origin, said = c["recipe"], c["data"], c["provenance"]
         levels = ", ".join(f"{v['name']} ({v['channels']} ch)" for v in recipe["levels"])
         rows: list[tuple[str, object]] = [
             ("rows", f"{c['whole']} whole, {c['missing']} missing, {len(c['unreadable'])} unreadable of {c['rows']}"),
@@ -107,7 +107,10 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
             ("key", c["key"]),
             ("command", c["command"]),
-            ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}{_device_text(c)}"),
+            (
+                "made",
+                f"{said.get('created', 'unknown')} by featprobe {said.get('featprobe', 'unknown')}{_device_text(c)}",
+            ),
         ]
         echo(columns(rows, (c["path"], "")))
         for name_, reason in c["unreadable"].items():

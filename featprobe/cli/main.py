@@ -1,5 +1,6 @@
 """The commands. Each parses, calls one stage, and prints one thing."""
 
+import errno
 import io
 import logging
 import os
@@ -48,18 +49,33 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Of a disk that is full, read-only or failing."""
+
+
 class _Cli(click.Group):
     """Shows our own errors as one paragraph, exit code 1; `--debug` shows where they come from."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except FeatprobeError as error:
-            if ctx.params.get("debug"):
+        except (FeatprobeError, OSError, RuntimeError) as error:
+            said = str(error) if isinstance(error, FeatprobeError) else _refusal(error)
+            if ctx.params.get("debug") or not said:
                 raise
             rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
-            echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {error}", err=True)
+            echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {said}", err=True)
             ctx.exit(1)
+
+
+def _refusal(error: OSError | RuntimeError) -> str:
+    """What is said of a machine that refuses where no command had words of its own; "" for other errors."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return f"{file}{error.strerror}. Make room, or choose another disk, and run the same command again."
+    if "can't start new thread" in str(error):
+        return "No more threads can be started here. Allow more processes or memory (ulimit), or take fewer --workers."
+    return ""
 
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -295,6 +311,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 @cli.command()
 @click.argument("file", metavar="STUDY.toml", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted times, and run nothing.")
+@click.option("--verify", is_flag=True, help="Read all bytes of the heads that are there; train damaged ones again.")
 @click.option(
     "--launcher",
     type=click.Choice(["local", "slurm"]),
@@ -311,13 +328,13 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 @log
 @as_json
 @click.pass_context
-def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options: Any) -> None:
+def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bool, **options: Any) -> None:
     """Run a grid of backbones, data sets, their features, tasks, heads, regimes, seeds and fractions from one file.
 
-    What is done already is skipped, so the same command goes on after a stop; a cell that fails does not stop the
-    others, and makes the exit code 3. In the end the results of its cells are put side by side, as `compare` does with
-    all of the workspace, on a page in probes/report/STUDY. With SLURM, the same command again tells what failed, and
-    hands over what is missing and not in the queue.
+    What is done already is skipped, so the same command goes on after a stop, and a head that is gone or damaged is
+    trained again; a cell that fails does not stop the others, and makes the exit code 3. In the end the results of its
+    cells are put side by side, as `compare` does with all of the workspace, on a page in probes/report/STUDY. With
+    SLURM, the same command again tells what failed, and hands over what is missing and not in the queue.
 
     \b
     Example:
@@ -337,10 +354,10 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
     if options["launcher"] == "slurm" and not dry_run:
         from featprobe.stages import cluster
 
-        sent = cluster.submit_study(workspace, asked, cluster.parameters(options["slurm"]), _to_stderr)
+        sent = cluster.submit_study(workspace, asked, cluster.parameters(options["slurm"]), _to_stderr, verify=verify)
         report, handed = sent.plan, {"handed_over": len(sent.jobs), "queued": len(sent.queued)}
     else:
-        report = run_study(workspace, asked, _to_stderr, dry_run=dry_run)
+        report = run_study(workspace, asked, _to_stderr, dry_run=dry_run, verify=verify)
     page = workspace.probes / "report" / file.stem
     told = compare_all(workspace, page, quiet=json_, folders=report.folders) if report.rows else None
     if json_:

@@ -1,22 +1,32 @@
 """Saved heads and result rows, format version 1 (probes/README.md)."""
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from featprobe.disk import below, open_append, open_regular, parse_json, read_json, read_regular
+from featprobe.disk import (
+    append_line,
+    below,
+    make_folders,
+    open_regular,
+    parse_json,
+    read_json,
+    read_regular,
+    replacing,
+    write_together,
+)
 from featprobe.errors import FileKindError, ProbeError
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
@@ -49,32 +59,27 @@ def save_head(
 ) -> None:
     """Write head.safetensors, card.json and what else is given, each whole or not at all; the card comes last.
 
-    files: name -> bytes, as what each test image contributed to the scores. backbone: the tensors of a fine-tuned one.
+    All is on the disk, with its names, when this returns; a head that was there before goes only when all of the new
+    one is on the disk beside it. files: name -> bytes, as what each test image contributed to the scores. backbone: the
+    tensors of a fine-tuned one. Raises DiskError.
     """
-    make_folder(folder)
-    for name in ("card.json", "sheet.png", "backbone.safetensors"):  # without a card a folder is no saved head
-        (folder / name).unlink(missing_ok=True)
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
-    for name, tensors in (("head", own), ("backbone", dict(backbone or {}))):
-        if tensors:
-            said = {"format": HEAD_FORMAT}
-            if name == "backbone":  # one entry alone: the order of several varies from process to process
-                said = {"frame": "{}x{}".format(*card["features"]["frame"])}
-            save_file(tensors, folder / f".{name}.tmp", metadata=said)
-            (folder / f".{name}.tmp").replace(folder / f"{name}.safetensors")
-    for name, data in files.items():
-        (folder / f".{name}.tmp").write_bytes(data)
-        (folder / f".{name}.tmp").replace(folder / name)
-    sealed = plain({**card, "head_sha256": _sha256(folder / "head.safetensors")})
+    written = {"head.safetensors": save(own, {"format": HEAD_FORMAT}), **files}
+    if backbone:  # one entry alone of what is said: the order of several varies from process to process
+        said = {"frame": "{}x{}".format(*card["features"]["frame"])}
+        written["backbone.safetensors"] = save(dict(backbone), said)
+    hashes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in written.items()}
+    sealed = plain({**card, "head_sha256": hashes["head.safetensors"]["sha256"], "files": hashes})
     sealed["card_sha256"] = digest(sealed)
-    (folder / ".card.tmp").write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
-    (folder / ".card.tmp").replace(folder / "card.json")
+    written["card.json"] = (json.dumps(sealed, indent=1) + "\n").encode()
+    stale = [folder / name for name in ("sheet.png", "backbone.safetensors") if name not in written]
+    write_together({folder / name: data for name, data in written.items()}, folder / "card.json", stale)
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder for a saved head; raises ProbeError where it can't be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -89,10 +94,11 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
     """
     try:
         card = read_card(folder)
-        head_file = below(folder, "head.safetensors", f"The head {folder}")
-        if card["head_sha256"] != _sha256(head_file):
-            raise ProbeError(f"{folder}: head.safetensors is not the file that card.json describes. Train it again.")
-        tensors = load_file(head_file)
+        try:
+            (data,) = read_files(folder, card, ["head.safetensors"])
+        except ProbeError as error:
+            raise ProbeError(f"{folder}: {error}. Train it again.") from error
+        tensors = load(data)
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
         recipe_of_head = HeadRecipe.from_json(card["head"])
         try:
@@ -131,27 +137,61 @@ def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRe
         raise ProbeError(f"{folder} was trained on other features. Nothing was computed.\n" + "\n".join(lines))
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb", opener=open_regular) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def read_files(folder: Path, card: Mapping[str, Any], names: Iterable[str]) -> list[bytes]:
+    """The bytes of files beside a card, which hash to what it says of them; raises ProbeError.
+
+    A card of an older featprobe says it of head.safetensors alone.
+    """
+    found = []
+    for name in names:
+        try:
+            data = read_regular(below(folder, name, f"The card of {folder}"), available_memory() // 2)
+        except FileNotFoundError as error:
+            raise ProbeError(f"{name} is not beside its head") from error
+        except OSError as error:
+            raise ProbeError(f"{name} can't be read: {error.strerror}") from error
+        except FileKindError as error:
+            raise ProbeError(str(error)) from error
+        said = _said(card).get(name, {}).get("sha256")
+        if said is not None and said != hashlib.sha256(data).hexdigest():
+            raise ProbeError(f"{name} is not the file that card.json describes")
+        found.append(data)
+    return found
+
+
+def fault_of(folder: Path, card: Mapping[str, Any], *, hashes: bool = False) -> str:
+    """What is wrong with the files that a card names; "" for nothing.
+
+    Their sizes are looked at, and whether they begin with zeros, as a loss of power leaves files that were not synced;
+    hashes: all of their bytes. A card of an older featprobe knows no sizes: its head is hashed always.
+    """
+    for name, said in _said(card).items():
+        try:
+            with open(below(folder, name, f"The card of {folder}"), "rb", opener=open_regular) as stream:
+                size, begins = os.fstat(stream.fileno()).st_size, stream.read(8)
+        except FileKindError as error:
+            return str(error)
+        except OSError as error:
+            return f"{name} is not beside its head" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
+        if not any(begins) or said.get("bytes", size) != size:
+            return f"{name} is not the file that card.json describes"
+        if hashes or "bytes" not in said:
+            try:
+                read_files(folder, card, [name])
+            except ProbeError as error:
+                return str(error)
+    return ""
+
+
+def _said(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of the files beside it, by name."""
+    own = {"head.safetensors": {"sha256": card["head_sha256"]}} if "head_sha256" in card else {}
+    return {**own, **card.get("files", {})}
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one result as a JSON line; several processes may do so at once.
-
-    A torn last line, left by a kill, is closed off first, so that it spoils no other.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"version": ROW_VERSION, **plain(row)}, separators=(",", ":")).encode() + b"\n"
-    with open_append(path) as stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX)
-        size = stream.seek(0, os.SEEK_END)
-        if size:
-            stream.seek(size - 1)
-            line = line if stream.read(1) == b"\n" else b"\n" + line
-        stream.write(line)
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Append one result as a JSON line, as `append_line` does."""
+    append_line(path, json.dumps({"version": ROW_VERSION, **plain(row)}, separators=(",", ":")).encode())
 
 
 class Checkpoint:
@@ -183,23 +223,39 @@ class Checkpoint:
             raise ProbeError(f"{self.path} can't be read: {error}.\nRemove it to train from the start.") from error
 
     def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep a state, whole or not at all, when it is time to."""
+        """Keep a state, whole or not at all, when it is time to. Raises DiskError; the last one stays then."""
         now = time.perf_counter()
         if step != self.last and (step % self.every or now - self.kept < self.seconds):
             return
-        temporary = self.path.with_suffix(".tmp")
         kept = {"identity": self.identity, "seconds": self.before + now - self.begun, "state": state()}
-        with temporary.open("wb") as stream:
-            torch.save(kept, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.path)
+        with replacing(self.path) as stream:
+            _torch_save(kept, stream)
         self.kept = time.perf_counter()
 
 
 def head_folder(probes: Path, row: Mapping[str, Any]) -> Path:
-    """Where the head of a row lies. Raises FileKindError for a folder that is not below `probes`."""
-    return below(probes, str(row["folder"]), "its row")
+    """Where the head of a row lies. Raises ProbeError for a folder that is not below `probes`."""
+    try:
+        return below(probes, str(row["folder"]), "its row")
+    except FileKindError as error:
+        raise ProbeError(str(error)) from error
+
+
+def _torch_save(value: Any, stream: IO[bytes]) -> None:
+    """torch.save, whose own error would not say what a disk refused."""
+    refused: list[OSError] = []
+
+    def write(data: bytes) -> int:
+        try:
+            return stream.write(data)
+        except OSError as error:
+            refused.append(error)
+            raise
+
+    try:
+        torch.save(value, SimpleNamespace(write=write, flush=lambda: None))
+    except RuntimeError as error:
+        raise refused[0] if refused else error from error
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -125,29 +125,33 @@ class Training(_Again):
     study: Study
     cell: Cell
     extraction: str
+    verify: bool = False
 
     def work(self) -> None:
         """Trains, and appends the row; raises FeatprobeError where that fails."""
         workspace = Workspace(self.root)
-        report = run_cells(workspace, self.study, _made(workspace, self.extraction), [self.cell], _log)
+        cache = _made(workspace, self.extraction)
+        report = run_cells(workspace, self.study, cache, [self.cell], _log, verify=self.verify)
         for note in report.notes:
             _log(f"note: {note}")
         if report.failed:
             raise FeatprobeError(report.failed[0][1])
 
 
-def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], say: Say) -> Handed:
+def submit_study(
+    workspace: Workspace, study: Study, slurm: Mapping[str, Any], say: Say, *, verify: bool = False
+) -> Handed:
     """Hand what is missing of a study over to SLURM: an array of extractions, and behind it arrays of each cache.
 
     Each training waits for its own extraction, which ends at once where the cache is complete, and for the ladders that
     find the iterations of all backbones it is compared with. What is in the queue already is not handed over again.
-    slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: told the plan first. Raises
-    FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
+    slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: told the plan first. verify: as
+    for `run_study`. Raises FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
     """
     root = workspace.root.resolve()
     executor = _executor(root / JOBS, slurm)
     queue = _queue()
-    plan = run_study(workspace, study, say, dry_run=True)
+    plan = run_study(workspace, study, say, dry_run=True, verify=verify)
     here_only = [(cell, reason) for cell, reason in plan.failed if cell in plan.missing]  # as for want of memory
     plan = replace(plan, failed=tuple(pair for pair in plan.failed if pair not in here_only))
     latest = _handed_over(root / JOBS / "jobs.jsonl")
@@ -170,7 +174,7 @@ def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], s
     extractions = running | dict(zip(missing, made, strict=True))
     climbs = [Climb(root, study, cell, extractions[cell.place]) for cell in unknown]
     own = _hand_over(executor, root, climbs, lambda cell: _ladder_key(study, cell))
-    trainings = [Training(root, study, cell, extractions[cell.place]) for cell in wanted]
+    trainings = [Training(root, study, cell, extractions[cell.place], verify) for cell in wanted]
     jobs = _hand_over(executor, root, trainings, lambda cell: _key(study, cell), waiting | dict(own))
     what = f"{counted(len(made), 'extraction')} and {counted(len(jobs), 'training')}"
     what += f", behind {counted(len(own), 'search', 'searches')} for iterations" if own else ""

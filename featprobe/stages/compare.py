@@ -10,12 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from featprobe.cache import open_cache
+from featprobe.disk import write_together
 from featprobe.errors import FeatprobeError, ProbeError, counted
 from featprobe.metrics import FEW_GROUPS, Statistic, score_interval
 from featprobe.probes.saved import head_folder, plain
 from featprobe.report.answer import SURE, answer_of, gap_sentences
 from featprobe.report.comparison import LABELS, difference_frame, result_frame
-from featprobe.report.page import PageSet, write_page
+from featprobe.report.page import PageSet, page_text
 from featprobe.report.tables import csv_text
 from featprobe.specs import SplitChoice, digest
 from featprobe.stages.commands import commands_of, level_command
@@ -370,17 +371,15 @@ def _write(
     unusable: Sequence[Unusable],
     notes: Sequence[str],
 ) -> list[Path]:
-    """Write the tables and the page; returns their paths. Raises FeatprobeError where that can't be done."""
+    """Write the tables and the page, all of them or none; returns their paths. Raises DiskError."""
     results = result_frame([line for item in sets for line in item.lines])
     differences = difference_frame([*(line for item in sets for line in item.differences), *gaps])
-    files = [out / name for name in ("index.html", "results.csv", "differences.csv", "results.parquet")]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
-        write_page(files[0], answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes)
-        files[1].write_text(csv_text(results), encoding="utf-8")
-        files[2].write_text(csv_text(differences), encoding="utf-8")
-        results.to_parquet(files[3], index=False)
-    except OSError as error:
-        raise FeatprobeError(f"The report can't be written to {out}: {error.strerror or error}.") from error
-    return files
+    pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
+    files: dict[Path, bytes | str] = {
+        out / "index.html": page_text(answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes),
+        out / "results.csv": csv_text(results),
+        out / "differences.csv": csv_text(differences),
+        out / "results.parquet": results.to_parquet(index=False),
+    }
+    write_together(files)
+    return list(files)

@@ -28,7 +28,7 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.datasets import DataSet
-from featprobe.disk import open_append
+from featprobe.disk import append_line
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
@@ -312,5 +312,4 @@ def _own_shard() -> tuple[int, int]:
 def _log_run(report: ExtractReport) -> None:
     """Keep what an extraction cost beside its file, a JSON line a run."""
     values = asdict(report) | {"path": report.path.name, "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    with open_append(report.path.with_suffix(".runs.jsonl")) as stream:
-        stream.write(json.dumps(values).encode() + b"\n")
+    append_line(report.path.with_suffix(".runs.jsonl"), json.dumps(values).encode())

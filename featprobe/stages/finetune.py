@@ -29,6 +29,7 @@ from featprobe.stages.probe import (
     splittable,
 )
 from featprobe.stages.probe_options import ProbeOptions, Tuning
+from featprobe.stages.records import is_whole
 from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace
 
@@ -207,7 +208,11 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         if row["regime"] == "frozen" and row["head"] != "ridge"
     }
     treated = (options.regime, options.tuning.augment)
-    there = {cell_of(row) for row in rows if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated}
+    there = {
+        cell_of(row)
+        for row in rows
+        if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated and is_whole(workspace.probes, row)
+    }
     if not frozen:
         raise ProbeError(
             f"There is no frozen result in {workspace.probes} to compare with.\n"

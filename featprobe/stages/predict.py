@@ -26,14 +26,14 @@ from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import check_names, listed
-from featprobe.disk import below
+from featprobe.disk import below, make_folders, write_together, write_whole
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.probes import load_head, objects_at_original
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
-from featprobe.report.sheets import Panel, colour_of, draw_overlay
+from featprobe.report.sheets import Panel, colour_of, draw_overlay, png
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.detection import coco_results
 from featprobe.stages.frames import Framing
@@ -232,7 +232,7 @@ def predict(
     named = find_images(images, out)
     predictor = Predictor(folder, weights=weights, device=device)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folders(out)
     except OSError as error:
         raise ProbeError(f"{out} can't be written ({error.strerror}). Nothing was computed.") from error
     done: list[Prediction] = []
@@ -241,16 +241,21 @@ def predict(
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
-            with _trouble(predictor, batch):
-                for prediction in _predicted(predictor, batch, skip_bad, left_out):
-                    _write(out, prediction, predictor)
-                    done.append(replace(prediction, semantic=None))
+            pictures: dict[Path, bytes] = {}
+            try:
+                with _trouble(predictor, batch):
+                    for prediction in _predicted(predictor, batch, skip_bad, left_out):
+                        pictures |= _pictures(out, prediction, predictor)
+                        done.append(replace(prediction, semantic=None))
+            finally:
+                if pictures:
+                    write_together(pictures)
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"
         ids = predictor.card["data"]["category_ids"] if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
-        (out / "predictions.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
+        write_whole(out / "predictions.json", json.dumps(written) + "\n")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")
     notes = _clipped_notes(done, predictor.recipe.window) + pixel_notes([(str(one.image), one.header) for one in done])
     return PredictReport(out, len(done), files, tuple(left_out), tuple(notes))
@@ -368,15 +373,14 @@ def _predicted(
             yield from _predicted(predictor, [one], skip_bad, left_out)
 
 
-def _write(out: Path, prediction: Prediction, predictor: Predictor) -> None:
-    overlay = out / "overlays" / f"{prediction.name}.png"
-    overlay.parent.mkdir(parents=True, exist_ok=True)
+def _pictures(out: Path, prediction: Prediction, predictor: Predictor) -> dict[Path, bytes]:
+    """The pictures of a prediction, by their paths."""
     shown = tuple(instance for instance, score in prediction.objects or [] if score >= SHOWN_FROM)
     panel = Panel(predictor.picture(prediction.image), prediction.semantic, shown)
-    draw_overlay(panel, predictor.classes).save(overlay)
+    name = f"{prediction.name}.png"
+    files = {out / "overlays" / name: png(draw_overlay(panel, predictor.classes))}
     if prediction.semantic is not None:
-        mask = out / "masks" / f"{prediction.name}.png"
-        mask.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(prediction.semantic, mode="P")
         picture.putpalette([value for index in range(256) for value in colour_of(index, predictor.classes)])
-        picture.save(mask)
+        files[out / "masks" / name] = png(picture)
+    return files

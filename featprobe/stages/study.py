@@ -329,12 +329,18 @@ def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
 
 
 def run_study(
-    workspace: Workspace, study: Study, say: Say = lambda line: None, *, dry_run: bool = False
+    workspace: Workspace,
+    study: Study,
+    say: Say = lambda line: None,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
 ) -> StudyReport:
     """Extract and train what is missing of a study, one cell after another.
 
     A cell that fails is reported and the others go on. Run it again to go on after a stop. say: told the plan first,
-    then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already.
+    then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already. verify:
+    a head is there where all bytes of its files are what its card says; else their sizes will do.
     """
     check_logs(study.log)
     check_together()
@@ -366,7 +372,7 @@ def run_study(
     for place, cache in caches.items():  # all of them, before the first cell: backbones share the largest number
         report += climb_ladders(workspace, study, cache, groups[place], say, dry_run=dry_run)
     for place, cache in caches.items():
-        report += run_cells(workspace, study, cache, groups[place], say, dry_run=dry_run)
+        report += run_cells(workspace, study, cache, groups[place], say, dry_run=dry_run, verify=verify)
     if report.done:
         say(f"{counted(report.done, 'training is', 'trainings are')} there already")
     return replace(report, notes=tuple(dict.fromkeys(report.notes)))
@@ -404,7 +410,14 @@ def climb_ladders(
 
 
 def run_cells(
-    workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, dry_run: bool = False
+    workspace: Workspace,
+    study: Study,
+    cache: Cache,
+    cells: Sequence[Cell],
+    say: Say,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
 ) -> StudyReport:
     """Train the cells of one cache that are not there yet, one after another; see `run_study`."""
     rows: list[dict[str, Any]] = []
@@ -430,7 +443,7 @@ def run_cells(
                 continue
             options = ladder.found() if ladder else study.options(cell.task, cell.head, cell.regime)
             run = Run(workspace, cache, cell.task, replace(options, split=cell.split), [cell.seed], cell.fraction)
-            if there := _done(run):
+            if there := _done(run, verify):
                 done += 1
                 folders += there.folders
                 if not dry_run:
@@ -453,15 +466,15 @@ def run_cells(
     return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
 
 
-def _done(run: Run) -> Run | None:
+def _done(run: Run, verify: bool) -> Run | None:
     """A cell's run that is there; where the study names no precision, in the one that another device takes as well."""
-    if run.is_done() or run.tuning is None or run.tuning.precision:
-        return run if run.is_done() else None
+    if (done := run.is_done(hashes=verify)) or run.tuning is None or run.tuning.precision:
+        return run if done else None
     own: set[Precision] = {"bf16", "fp32", *([] if run.regime == "full" else [run.cache.recipe.precision])}
     for other in sorted(own - {run.precision}):
         options = replace(run.options, tuning=replace(run.tuning, precision=other))
         twin = Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction)
-        if twin.is_done():
+        if twin.is_done(hashes=verify):
             return twin
     return None
 

@@ -18,6 +18,7 @@ from featprobe.backbones.precision import Precision, resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
+from featprobe.disk import remove_leftovers
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.geometry import IDENTITY
 from featprobe.levels import FeatureLevel
@@ -52,7 +53,7 @@ from featprobe.stages.memory import Batches, Portions, fitting
 from featprobe.stages.outcome import EVALUATION_BATCH, Outcome, evaluation_batches, spread_over
 from featprobe.stages.partition import regrouped, split_rows
 from featprobe.stages.probe_options import Budget, ProbeOptions
-from featprobe.stages.records import card_of, curve_json, extraction_seconds, row_of
+from featprobe.stages.records import card_of, curve_json, extraction_seconds, is_whole, row_of
 from featprobe.stages.rows import images_of, rows_of
 from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.sources import Source, feed_of, spec_of
@@ -241,9 +242,11 @@ class Run:
         return rows
 
     def forget(self) -> None:
-        """Remove the state of trainings that have ended; a kill right after their end leaves it."""
+        """Remove what a kill right after the end of trainings leaves: their state, and what was being written."""
         for path in (self.folder / f"seed{self.seeds[0]}").glob("checkpoint*"):
             path.unlink(missing_ok=True)
+        for folder in self.folders:
+            remove_leftovers(self.workspace.probes / folder)
 
     @property
     def folders(self) -> list[str]:
@@ -251,14 +254,15 @@ class Run:
         own = self.folder.relative_to(self.workspace.probes)
         return [(own / f"seed{seed}").as_posix() for seed in self.seeds]
 
-    def is_done(self) -> bool:
-        """Whether results.jsonl and the folders hold this very run."""
+    def is_done(self, *, hashes: bool = False) -> bool:
+        """Whether results.jsonl and the folders hold this very run, with files that are what their cards say.
+
+        hashes: compare all bytes of the files, beside their sizes.
+        """
         rows, _ = read_rows(self.workspace.probes / "results.jsonl")
-        there = {(r["folder"], r["data_fingerprint"]) for r in rows}
-        return all(
-            (folder, self.cache.data.fingerprint) in there and (self.workspace.probes / folder / "card.json").is_file()
-            for folder in self.folders
-        )
+        last = {row.get("folder"): row for row in rows if row.get("data_fingerprint") == self.cache.data.fingerprint}
+        probes = self.workspace.probes
+        return all(folder in last and is_whole(probes, last[folder], hashes=hashes) for folder in self.folders)
 
     def show(self, count: int) -> Path:
         """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
@@ -534,7 +538,6 @@ class Run:
         path = self.folder / f"seed{self.seeds[0]}" / f"checkpoint{index}.pt"
         if self.rehearsal:
             path = self.workspace.probes / LADDERS / f"checkpoint-{identity[:16]}.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
             self.states.append(path)
         return Checkpoint(path, identity, every, self.recipe.iterations, CHECKPOINT_SECONDS)
 

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,8 +14,8 @@ from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.splits import group_pattern
-from featprobe.disk import plain_name, read_toml
-from featprobe.errors import CacheError, DataError, FeatprobeError, looks_like, nearest
+from featprobe.disk import new_folder, plain_name, read_toml
+from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, looks_like, nearest
 from featprobe.geometry import parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
 from featprobe.stages.options import read_as
@@ -157,7 +155,7 @@ class Workspace:
 
     def find_caches(self, text: str) -> list[Path]:
         """The caches that a path, a data set's name or a part of a file's name means; raises CacheError."""
-        if Path(text).is_file():
+        if os.path.lexists(text) and not Path(text).is_dir():
             return [Path(text)]
         files = self.cache_files()
         found = [path for path in files if text in f"{path.parent.name}/{path.name}"]
@@ -297,7 +295,7 @@ def make_generated(
 ) -> Path:
     """Generate a built-in set into a folder, whole or not at all; what is there already stays.
 
-    Raises DataError when the folder holds something else or can't be written.
+    Raises DataError when the folder holds something else, DiskError when it can't be written.
     """
     from featprobe.datasets.generated import generate  # scipy takes time, and most commands generate nothing
 
@@ -306,17 +304,9 @@ def make_generated(
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty and not a generated set. Nothing was changed. Choose another folder.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"{folder} can't be written: {error.strerror}. Nothing was changed.") from error
-    try:
-        generate(name, temporary, images=images, size=size, seed=seed)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except OSError as error:  # another process was faster, or the disk is full
-        if not (folder / "annotations").is_dir():
-            raise DataError(f"{folder} can't be written: {error.strerror}. Nothing was left behind.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder) as temporary:
+            generate(name, temporary, images=images, size=size, seed=seed)
+    except DiskError:
+        if not (folder / "annotations").is_dir():  # else another process was faster
+            raise
     return folder
