@@ -7,6 +7,7 @@ process; and writes FOLDER/report.json: how each ended, and what Python's audit 
 up or unpickled meanwhile.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -42,6 +43,8 @@ NETWORK = ("--backbone", "tf_efficientnet_lite0", "--random-init")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n0 0 moveto\nshowpage\n"
 ESCAPE = "\x1b]0;owned\x07\x9b8m\u202e"
 LONGEST = 40  # seconds that a command may take before it is told to have hung
+What = bytes | Path | Callable[[Path], object]
+"""Of a file: its bytes, what it is a link to, or what makes it."""
 FILES = ("open", "os.listdir", "os.scandir")
 WATCHED = (
     *FILES, "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn",
@@ -100,7 +103,7 @@ def plain_set(root: Path) -> None:
 
 def hostile_sets(sets: Path, outside: Path) -> None:
     """Data sets, each with one thing that is wrong."""
-    bad: dict[str, tuple[str, bytes | Path | Callable[[Path], object]]] = {
+    bad: dict[str, tuple[str, What]] = {
         "fifo_image": ("images/p0.png", os.mkfifo), "fifo_mask": ("masks/p0.png", os.mkfifo),
         "fifo_table": ("samples.csv", os.mkfifo), "fifo_classes": ("classes.txt", os.mkfifo),
         "socket": ("images/p0.png", a_socket), "zeros": ("images/p0.png", Path("/dev/zero")),
@@ -134,7 +137,7 @@ def hostile_sets(sets: Path, outside: Path) -> None:
     put(MADE["yolo"](sets / "aliases") / "data.yaml", f"train: images/train\n{aliases}\nnames: *a29\n".encode())
 
 
-def put(path: Path, what: bytes | Path | Callable[[Path], object]) -> None:
+def put(path: Path, what: What) -> None:
     """Put bytes, a link, or what a function makes in a path's place."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -156,7 +159,7 @@ def a_socket(path: Path) -> None:
     os.chdir(here)
 
 
-def hostile_caches(cache: Path, outside: Path) -> None:
+def hostile_caches(cache: Path) -> None:
     """Caches that are sealed as they should be, and hold what none should."""
     targets = {
         "eps": {"semantic": EPS}, "bomb": {"semantic": png(60000, 60000)}, "hollow": {"semantic": png(13000, 13000)},
@@ -173,12 +176,12 @@ def hostile_caches(cache: Path, outside: Path) -> None:
     make_cache(cache / "evil-000000" / "some.h5", rows=rows, data=evil)
 
 
-def odd_caches(cache: Path, outside: Path) -> None:
+def odd_caches(cache: Path) -> None:
     """Files that are no caches."""
     odd = cache / "odd-000000"
     odd.mkdir()
     put(odd / "fifo.h5", os.mkfifo)
-    put(odd / "out.h5", outside / "secret.txt")
+    put(odd / "zeros.h5", Path("/dev/zero"))
     put(odd / "empty.h5", b"")
     put(odd / "old.h5", b"\x89HDF\r\n\x1a\n" + b"\0" * 4096)
     put(odd / ".fifo.look", os.mkfifo)
@@ -192,62 +195,80 @@ def a_huge_object() -> dict[str, Any]:
     return {"image_id": None, "objects": [one]}
 
 
-def hostile_probes(space: Path, outside: Path) -> None:
-    """Rows, cards, arrays and pictures beside an honest head, and what jobs left."""
+def other_head(space: Path, name: str, file: str = "", what: What = b"", **changed: Any) -> None:
+    """A copy of the honest head and of its row, in which a file is another, sealed as if it belonged there.
+
+    changed: fields of its card.
+    """
     results = space / "probes" / "results.jsonl"
     row = json.loads(results.read_text().splitlines()[0])
-    honest = space / "probes" / row["folder"]
-    shutil.copytree(honest, outside / "head")
+    folder = space / "probes" / name
+    shutil.copytree(space / "probes" / row["folder"], folder)
+    said = json.loads((folder / "card.json").read_text()) | changed
+    said["result"] |= {"folder": name, "seed": len(results.read_bytes()), "version": row["version"]}
+    if isinstance(what, bytes) and file in said["files"]:
+        said["files"][file] = {"bytes": len(what), "sha256": hashlib.sha256(what).hexdigest()}
+        said["head_sha256"] = said["files"]["head.safetensors"]["sha256"]
+    del said["card_sha256"]
+    (folder / "card.json").write_text(json.dumps(said | {"card_sha256": digest(said)}))
+    with results.open("a") as stream:
+        stream.write(json.dumps(said["result"]) + "\n")
+    if file:
+        put(folder / file, what)
 
-    def head(name: str, **changed: Any) -> Path:
-        folder = space / "probes" / name
-        shutil.copytree(honest, folder)
-        said = json.loads((folder / "card.json").read_text())
-        said["result"] |= {"folder": name, "seed": len(results.read_text()), "version": row["version"]}
-        said = {key: value for key, value in (said | changed).items() if key != "card_sha256"}
-        (folder / "card.json").write_text(json.dumps(said | {"card_sha256": digest(said)}))
-        with results.open("a") as stream:
-            stream.write(json.dumps(said["result"]) + "\n")
-        return folder
 
-    card = json.loads((honest / "card.json").read_text())
-    put(head("picture_out") / "sheet.png", outside / "secret.png")
-    put(head("picture_text") / "sheet.png", b"<script>")
-    put(head("bomb") / "scores.npz", zip_bomb())
-    put(head("claims") / "scores.npz", arrays(confusion=npy((1 << 20, 1 << 10, 1 << 10))))
-    put(head("pickled") / "scores.npz", arrays(confusion=object_array(outside / "unpickled")))
-    put(head("arrays_fifo") / "scores.npz", os.mkfifo)
-    put(head("curves_fifo") / "curves.json", os.mkfifo)
-    put(head("curves_deep") / "curves.json", b"[" * 200_000)
-    put(head("card_fifo") / "card.json", os.mkfifo)
-    put(head("card_deep") / "card.json", b"[" * 200_000)
-    put(head("head_fifo") / "head.safetensors", os.mkfifo)
-    put(head("head_claims") / "head.safetensors", struct.pack("<Q", 1 << 40) + b"{}")
-    head("hub", backbone={**card["backbone"], "source": "hub", "model": "hf-hub:evil/x"})
-    head("local", backbone={**card["backbone"], "source": "random", "model": f"local-dir:{outside}"})
-    head("weights", backbone={**card["backbone"], "source": "file", "weights": str(outside / "secret.txt")})
-    head("weights_up", backbone={**card["backbone"], "source": "file", "weights": "../../../outside/secret.txt"})
+def hostile_rows(space: Path, outside: Path) -> None:
+    """Rows of heads that are elsewhere, or are none; what jobs left; weights and files of settings."""
+    results = space / "probes" / "results.jsonl"
+    row = json.loads(results.read_text().splitlines()[0])
+    shutil.copytree(space / "probes" / row["folder"], outside / "head")
+    other_head(space, "card_fifo", "card.json", os.mkfifo)
+    other_head(space, "card_deep", "card.json", b"[" * 200_000)
     (space / "probes" / "link").symlink_to(outside / "head")
     with results.open("ab") as stream:
         for folder in ("../../outside/head", str(outside / "head"), "link", ESCAPE):
             stream.write(json.dumps({**row, "folder": folder, "seed": 90 + len(folder)}).encode() + b"\n")
         stream.write(b"[" * 200_000 + b"\n")
-    (space / "probes" / "report").mkdir()
-    for name in ("index.html", "results.csv", "differences.csv", "results.parquet"):
-        put(space / "probes" / "report" / name, outside / "secret.txt")
-    jobs = space / "jobs"
-    jobs.mkdir()
+    (space / "jobs").mkdir()
     for name in ("1_0_result.pkl", "1_0_answer.json"):
-        (jobs / name).write_bytes(pickle.dumps(Runs(outside / "unpickled")))
+        (space / "jobs" / name).write_bytes(pickle.dumps(Runs(outside / "unpickled")))
     put(space / "weights.pth", pickle.dumps(Runs(outside / "unpickled")))
     put(space / "fifo.pth", os.mkfifo)
     put(space / "fifo.toml", os.mkfifo)
     put(space / "deep.toml", b"data = " + b"[" * 100_000)
 
 
+def hostile_heads(space: Path, outside: Path) -> None:
+    """Heads with arrays, curves, pictures and cards that are hostile, and outputs that are links."""
+    backbone = json.loads(next((outside / "head").glob("card.json")).read_text())["backbone"]
+    files: dict[str, tuple[str, What]] = {
+        "picture_out": ("sheet.png", outside / "secret.png"), "picture_text": ("sheet.png", b"<script>"),
+        "bomb": ("scores.npz", zip_bomb()), "claims": ("scores.npz", arrays(npy((1 << 20, 1 << 10, 1 << 10)))),
+        "pickled": ("scores.npz", arrays(object_array(outside / "unpickled"))),
+        "arrays_fifo": ("scores.npz", os.mkfifo), "arrays_out": ("scores.npz", outside / "head" / "scores.npz"),
+        "curves_fifo": ("curves.json", os.mkfifo), "curves_deep": ("curves.json", b"[" * 200_000),
+        "head_fifo": ("head.safetensors", os.mkfifo), "head_out": ("head.safetensors", outside / "secret.txt"),
+        "head_claims": ("head.safetensors", struct.pack("<Q", 1 << 40) + b"{}"),
+    }  # fmt: skip
+    for name, (file, what) in files.items():
+        other_head(space, name, file, what)
+    cards = {
+        "hub": {"source": "hub", "model": "hf-hub:evil/x"}, "local": {"model": f"local-dir:{outside}"},
+        "weights": {"source": "file", "weights": str(outside / "secret.txt")},
+        "weights_up": {"source": "file", "weights": "../../../outside/secret.txt"},
+    }  # fmt: skip
+    for name, own in cards.items():
+        other_head(space, name, backbone={**backbone, **own})
+    row = json.loads((space / "probes" / "results.jsonl").read_bytes().splitlines()[0])
+    put(space / "probes" / row["folder"] / "sheet.png", outside / "secret.png")
+    (space / "probes" / "report").mkdir()
+    for name in ("index.html", "results.csv", "differences.csv", "results.parquet"):
+        put(space / "probes" / "report" / name, outside / "secret.txt")
+
+
 def zip_bomb() -> bytes:
-    """An npz of a megabyte whose arrays are a gigabyte of zeros."""
-    return arrays(confusion=npy((1 << 30,)) + bytes(1 << 26), more=bytes(1 << 26))
+    """An npz of a few kilobytes whose confusions are 64 MB of zeros in one dimension."""
+    return arrays(npy((1 << 26,)) + bytes(1 << 26))
 
 
 def object_array(mark: Path) -> bytes:
@@ -257,15 +278,14 @@ def object_array(mark: Path) -> bytes:
     return stream.getvalue()
 
 
-def arrays(**files: bytes) -> bytes:
-    """An npz of such files."""
+def arrays(confusion: bytes) -> bytes:
+    """A scores.npz with this numpy file in it."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("ids", "groups"):
             with archive.open(f"{name}.npy", "w") as held:
                 np.save(held, np.array(["a"]))
-        for name, data in files.items():
-            archive.writestr(f"{name}.npy", data)
+        archive.writestr("confusion.npy", confusion)
     return stream.getvalue()
 
 
@@ -292,8 +312,8 @@ def commands(space: Path) -> Iterator[tuple[str, ...]]:
         yield "probe", "--data", name, "--iterations", "2", "--seeds", "1", "--quiet"
     yield "probe", "--iterations", "2", "--seeds", "1", "--quiet"
     yield "finetune", "--dry-run"
-    yield "finetune", "--iterations", "2", "--quiet"
-    odd_caches(space / "cache", space.parent / "outside")
+    hostile_heads(space, space.parent / "outside")
+    odd_caches(space / "cache")
     yield ("cache", "ls")
     for path in sorted((space / "cache").glob("*/*.h5")):
         yield "cache", "info", str(path)
@@ -375,8 +395,8 @@ def main(folder: Path) -> None:
         if ended["code"]:
             sys.exit(str(ended))
     hostile_sets(space / "sets", outside)
-    hostile_caches(space / "cache", outside)
-    hostile_probes(space, outside)
+    hostile_caches(space / "cache")
+    hostile_rows(space, outside)
     for path in outside.rglob("*"):
         os.utime(path, (0, path.stat().st_mtime))
     with watching(outside) as seen:

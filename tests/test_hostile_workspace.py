@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_space import CONFIGS, FOLLOW_LINKS, LONGEST, SECRET
+from hostile_space import CONFIGS, FILES, FOLLOW_LINKS, LONGEST, SECRET
 
 OWN_CHILD = "featprobe.cache"  # the one process that is started: it reads old caches, see featprobe.cache.legacy
 UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]")
@@ -26,8 +26,12 @@ class Ran:
     seen: list[list[str]]
 
     def of(self, *words: str) -> list[Mapping[str, Any]]:
-        """The commands that hold these words, in whatever order."""
-        return [one for one in self.ended if all(any(word in own for own in one["words"]) for word in words)]
+        """The commands that hold these words, in whatever order; of paths their ends will do."""
+        return [
+            one
+            for one in self.ended
+            if all(any(word == own or own.endswith(f"/{word}") for own in one["words"]) for word in words)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +60,7 @@ def test_every_command_ends_in_its_own_words(ran: Ran) -> None:
 
 
 def test_nothing_is_executed_and_nothing_looked_up(ran: Ran) -> None:
-    files = ("open", "os.listdir", "os.scandir")
-    assert not [event for event, what in ran.seen if event not in files and OWN_CHILD not in what]
+    assert not [event for event, what in ran.seen if event not in FILES and OWN_CHILD not in what]
     assert not (ran.folder / "outside" / "ghostscript").exists()
     assert not (ran.folder / "outside" / "unpickled").exists()
 
@@ -66,7 +69,8 @@ def test_nothing_outside_is_read_or_changed(ran: Ran) -> None:
     outside = ran.folder / "outside"
     asked = [one for one in ran.ended if FOLLOW_LINKS in one["words"]]
     assert asked, "links were followed once, as the user asked"
-    assert not [(event, what) for event, what in ran.seen if event in ("open", "os.listdir", "os.scandir")]
+    opened = [what for event, what in ran.seen if event == "open"]  # names may be listed, through a linked folder
+    assert all("image_out/images/p0.png" in what for what in opened) and len(opened) <= 2 * len(asked), opened
     assert sorted(path.name for path in outside.iterdir()) == ["head", "secret.png", "secret.txt"]
     assert (outside / "secret.txt").read_bytes() == SECRET
     picture = (outside / "secret.png").read_bytes()
@@ -127,7 +131,7 @@ def test_nothing_of_a_file_reaches_a_terminal_a_page_or_a_spreadsheet(ran: Ran) 
         (("study", "fifo.toml"), "no regular file"),
         (("study", "deep.toml"), "nested too deeply"),
         (("extract", "fifo.pth"), "no regular file"),
-        (("extract", "weights.pth"), "would run code from the file"),
+        (("extract", "weights.pth"), "can't be read as weights"),
     ],
 )
 def test_what_is_wrong_is_said(ran: Ran, words: tuple[str, ...], said: str) -> None:
@@ -151,8 +155,8 @@ def test_bad_rows_lose_only_themselves(ran: Ran) -> None:
         "../../outside/head": "not below its folder",
         str(ran.folder / "outside" / "head"): "not below its folder",
         "link": "not below its folder",
-        "bomb": "scores.npz", "claims": "scores.npz", "pickled": "scores.npz", "arrays_fifo": "scores.npz",
-        "curves_fifo": "curves.json", "curves_deep": "curves.json", "card_fifo": "card.json",
+        "bomb": "scores.npz", "claims": "which it does not hold", "pickled": "which it does not hold", "arrays_fifo": "scores.npz",
+        "arrays_out": "not below its folder", "head_out": "not below its folder", "curves_fifo": "curves.json", "curves_deep": "nested too deeply", "card_fifo": "card.json", "card_deep": "nested too deeply",
     }.items():  # fmt: skip
         assert said in reasons[folder], (folder, reasons.get(folder))
     assert "too long or deep" in whole["out"] + whole["err"]

@@ -331,6 +331,8 @@ def _refusal(known: Mapping[str, Format], own: str, root: Path) -> str:
         lacks = near(root).lacks if near else ""
         return f"{said}  wanted  {known[own].layout}" + (f"\n  lacks   {lacks}" if lacks else "")
     for folder in folders_in(root)[:MOST_INSIDE] if root.is_dir() else []:
+        if leads_out(root, folder):
+            continue
         fitting = _fitting(FORMATS, folder)
         if fitting:
             return f"{said}  nearest {' and '.join(fitting)}, in {folder}\nNothing was read. Name that folder."
