@@ -240,7 +240,9 @@ def hostile_rows(space: Path, outside: Path) -> None:
 
 def hostile_heads(space: Path, outside: Path) -> None:
     """Heads with arrays, curves, pictures and cards that are hostile, and outputs that are links."""
-    backbone = json.loads(next((outside / "head").glob("card.json")).read_text())["backbone"]
+    row = json.loads((space / "probes" / "results.jsonl").read_bytes().splitlines()[0])
+    honest = space / "probes" / row["folder"]
+    backbone = json.loads((honest / "card.json").read_text())["backbone"]
     files: dict[str, tuple[str, What]] = {
         "picture_out": ("sheet.png", outside / "secret.png"), "picture_text": ("sheet.png", b"<script>"),
         "bomb": ("scores.npz", zip_bomb()), "claims": ("scores.npz", arrays(npy((1 << 20, 1 << 10, 1 << 10)))),
@@ -259,8 +261,7 @@ def hostile_heads(space: Path, outside: Path) -> None:
     }  # fmt: skip
     for name, own in cards.items():
         other_head(space, name, backbone={**backbone, **own})
-    row = json.loads((space / "probes" / "results.jsonl").read_bytes().splitlines()[0])
-    put(space / "probes" / row["folder"] / "sheet.png", outside / "secret.png")
+    put(honest / "sheet.png", outside / "secret.png")
     (space / "probes" / "report").mkdir()
     for name in ("index.html", "results.csv", "differences.csv", "results.parquet"):
         put(space / "probes" / "report" / name, outside / "secret.txt")
