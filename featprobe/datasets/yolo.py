@@ -23,7 +23,7 @@ from featprobe.targets import Instance, Target, semantic_from_instances
 
 SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 KEYS = (*SPLIT_KEYS, "names", "path", "nc", "kpt_shape")
-LARGEST = 1 << 24  # bytes of a YAML file
+LARGEST, DEEPEST = 1 << 24, 50  # bytes and levels of a YAML file
 EMPTY = ("", "~", "null", "Null", "NULL")  # YAML's words for nothing
 BOX_WORDS = 5  # class, centre x, centre y, width, height
 ROTATED_WORDS = 9  # class, four corners
@@ -36,6 +36,12 @@ class PlainLoader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}  # noqa: RUF012
+
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        """A list or a mapping in brackets. Raises YAMLError where they are nested deeper than in any annotation."""
+        if self.flow_level > DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
+        super().fetch_flow_collection_start(kind)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
