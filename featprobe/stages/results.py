@@ -429,11 +429,11 @@ def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
         curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
         (chosen,) = [trial["curve"] for trial in curves if trial["chosen"]]
         curve = curve_of(chosen, SCORES[row["task"]][0]) if row["head"] != "ridge" else Curve((), ())
+        _check_scores(row, test, scores)
     except FileNotFoundError as error:
         raise ProbeError(f"{Path(str(error.filename)).name} is not beside its head") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
         raise ProbeError(f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
-    _check_scores(row, test, scores)
     return Run(row, card, test, scores, curve)
 
 
