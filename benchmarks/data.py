@@ -214,12 +214,12 @@ def index_of(name: str, root: Path, count: int, picture: Path) -> tuple[float, f
         rng = np.random.default_rng(0)
         write_coco(root, {one: triangles(rng, 64) for one in names}, 64)
     begun = time.perf_counter()
-    read_data(name, root, name)
+    read_data(name, root, name, follow_links=True)
     seconds = time.perf_counter() - begun
     tracemalloc.start()
     held, indices = [], []
     for _ in range(2):  # the first also grows tables of the interpreter's own
-        indices.append(read_data(name, root, name))
+        indices.append(read_data(name, root, name, follow_links=True))
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()

@@ -17,22 +17,26 @@ from featprobe.fields import Fault, limits, made, wrong
 from featprobe.geometry import IDENTITY, TURNS, Fit, Size
 from featprobe.levels import FeatureLevel
 
-CacheDtype = Literal["fp16", "fp32", "bf16"]
+CacheDtype = Literal["fp16", "fp32", "bf16", "int8"]
+"""How a cache stores features. int8: a byte for each value, and for each channel of a row a scale and a zero."""
 CachePrecision = Literal["fp32", "tf32", "amp"]
 """What a backbone computed in: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
 Rows = NDArray[np.intp]
 """Indices of a cache's rows."""
 CACHE_VERSION = 2
-"""The newest that is read; caches of whole images alone are of version 1."""
+"""Of the recipe of a cache of parts; that of a cache of whole images alone is 1. Part of its key."""
+FILE_VERSION = 3
+"""Of the files that are written, and the newest that is read; not part of any key."""
 
+BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
+BYTES_PER_CHANNEL: Mapping[str, int] = {"int8": 8}
+"""Of a row, beside its values: scale and zero, float32."""
 MOST_LEVELS, MOST_CHANNELS, MOST_STRIDE, MOST_CLASSES = 64, 2**16, 2**12, 255
 MOST_SIDE, MOST_PIXELS = 2**24, 2**28
 """Limits of what a file may claim: levels of a recipe, channels and stride of a level, classes of a set, pixels of a
 side and of all of an image as a backbone sees it."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SIZES = f"height and width in pixels, 1 to {MOST_SIDE} each, at most {MOST_PIXELS} together"
-
-BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 def _is_size(size: Size) -> bool:
@@ -358,7 +362,8 @@ class FeatureRecipe:
     def row_bytes(self) -> int:
         """Bytes that one image's features take."""
         values = sum(lv.channels * lv.cells(self.frame)[0] * lv.cells(self.frame)[1] for lv in self.levels)
-        return values * BYTES_PER_VALUE[self.dtype]
+        channels = sum(level.channels for level in self.levels)
+        return values * BYTES_PER_VALUE[self.dtype] + channels * BYTES_PER_CHANNEL.get(self.dtype, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the cache and the cards keep them; of tiles, empty pixels, `sized` only what holds."""

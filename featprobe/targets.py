@@ -6,6 +6,7 @@ from the background, as pycocotools writes it.
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from featprobe.disk import parse_json
 from featprobe.errors import DataError, ShapeError
 from featprobe.geometry import Part, Placement, Size
+from featprobe.pictures import picture
 
 IGNORE = 255
 """Pixels of this label take part in no loss and no score."""
@@ -233,10 +236,26 @@ def encode_semantic(labels: Labels | None) -> bytes:
     return stream.getvalue()
 
 
-def decode_semantic(data: bytes) -> Labels:
-    """The (height, width) mask that `encode_semantic` wrote."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image, dtype=np.uint8)
+def decode_semantic(data: bytes, size: Size | None = None, classes: int | None = None) -> Labels:
+    """The (height, width) mask that `encode_semantic` wrote. Raises DataError for anything else.
+
+    size: of its image; classes: how many there are. What is neither of that size nor of these is refused, a wrong size
+    before anything is decoded.
+    """
+    try:
+        with picture(io.BytesIO(data), ("PNG",), "The mask") as image:
+            if image.mode != "L" or size not in (None, (image.height, image.width)):
+                wanted = f"{size[0]}x{size[1]} pixels (height x width), " if size else ""
+                raise DataError(
+                    f"The mask is not its image's.\n  wanted  {wanted}8-bit grey\n"
+                    f"  found   {image.height}x{image.width} pixels, {image.mode}"
+                )
+            labels = np.asarray(image, dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+        raise DataError(f"The mask can't be decoded: {str(error)[:200]}.") from error
+    if classes is not None and bool(((labels >= classes) & (labels != IGNORE)).any()):
+        check_labels(labels, classes, "The mask")
+    return labels
 
 
 def encode_instances(instances: Sequence[Instance] | None, image_id: int | str | None = None) -> bytes:
@@ -247,11 +266,77 @@ def encode_instances(instances: Sequence[Instance] | None, image_id: int | str |
     return json.dumps({"image_id": image_id, "objects": objects}, separators=(",", ":")).encode()
 
 
-def decode_instances(data: bytes) -> tuple[tuple[Instance, ...], int | str | None]:
-    """The instances and the image's own id that `encode_instances` wrote."""
-    values = json.loads(data)
-    objects = tuple(Instance(**{**row, "box_xyxy": tuple(row["box_xyxy"])}) for row in values["objects"])
-    return objects, values["image_id"]
+def decode_instances(
+    data: bytes, size: Size | None = None, classes: int | None = None
+) -> tuple[tuple[Instance, ...], int | str | None]:
+    """The instances and the image's own id that `encode_instances` wrote. Raises DataError for anything else.
+
+    size: (height, width) of the image; classes: how many there are. Objects that are not in it or of them are refused.
+    """
+    try:
+        values = parse_json(data)
+        objects = tuple(Instance(**{**row, "box_xyxy": tuple(row["box_xyxy"])}) for row in values["objects"])
+        own = values["image_id"]
+        for number, instance in enumerate(objects, start=1):
+            if fault := _fault_of(instance, size, classes):
+                raise DataError(f"Object {number} is none: {fault}.")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise DataError(f"The objects can't be decoded: {type(error).__name__}: {str(error)[:200]}.") from error
+    if not (own is None or type(own) in (int, str)):
+        raise DataError(f"The objects belong to an image that is called {str(own)[:80]!r}.")
+    return objects, own
+
+
+def _fault_of(instance: Instance, size: Size | None, classes: int | None) -> str:
+    """What is wrong with an object that others wrote; "" when nothing is."""
+    box, rle, area = instance.box_xyxy, instance.rle, instance.area
+    if type(instance.category) is not int or instance.category < 1 or instance.category >= (classes or IGNORE):
+        return f"its class is {str(instance.category)[:80]}"
+    if len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+        return f"its box is {str(box)[:80]}"
+    if not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]) or (size and (box[2] > size[1] or box[3] > size[0])):
+        return f"its box {str(box)[:80]} leaves the image"
+    if type(instance.crowd) is not bool or not (area is None or (type(area) in (int, float) and math.isfinite(area))):
+        return "its crowd or its area is of another type"
+    if rle is None:
+        return ""
+    if not isinstance(rle, dict) or set(rle) != {"size", "counts"} or type(rle["counts"]) is not str:
+        return "its mask is no run lengths"
+    found = rle["size"]
+    if not isinstance(found, list) or len(found) != 2 or not all(type(v) is int and v > 0 for v in found):
+        return f"its mask has the size {str(found)[:80]}"
+    if size is not None and found != [*size]:
+        return f"its mask has {found[0]}x{found[1]} pixels, its image {size[0]}x{size[1]}"
+    runs = run_lengths(rle["counts"])
+    if runs is None or (runs < 0).any() or (runs > found[0] * found[1]).any() or runs.sum() > found[0] * found[1]:
+        return "its mask has other runs than its size"
+    return ""
+
+
+def run_lengths(counts: str) -> NDArray[np.int64] | None:
+    """The runs of a compressed COCO RLE, pixels, the background's first; None for what is no such text.
+
+    >>> run_lengths("013000").tolist()
+    [0, 1, 3, 1, 3, 1]
+    """
+    if not counts:
+        return np.zeros(0, dtype=np.int64)
+    if not counts.isascii():
+        return None
+    digits = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((digits & 32) == 0)
+    if digits.min() < 0 or digits.max() > 63 or not len(ends) or ends[-1] != len(digits) - 1:
+        return None
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # no run of an image takes more digits
+        return None
+    places = np.arange(len(digits)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((digits & 31) << (5 * places), starts)
+    values -= np.where(digits[ends] & 16, 1 << (5 * lengths), 0)
+    for first in (1, 2):  # each is told against the last but one
+        values[first::2] = np.cumsum(values[first::2])
+    return values
 
 
 def labels_in_frame(labels: Labels, placement: Placement) -> Labels:

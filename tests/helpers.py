@@ -1,9 +1,13 @@
 """What several tests of the cache share: a stand-in for a network, tiny sets, tiny caches, their bytes."""
 
+import hashlib
+import json
 import os
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +17,8 @@ from kill9 import CONTEXT, PoolingBackbone, find_file, row_bytes, write_set
 from numpy.typing import NDArray
 
 from featprobe.cache import Cache, CacheWriter, Row, create_file, read_contents
+from featprobe.cache.header import FIXED, MAGIC
+from featprobe.cache.quantised import SCALES
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
@@ -25,7 +31,7 @@ __all__ = ["CONTEXT", "PoolingBackbone", "find_file", "row_bytes", "write_set"]
 
 CPU = torch.device("cpu")
 LEVELS = (FeatureLevel("stride4", 6, 4), FeatureLevel("stride8", 9, 8))
-UNSIGNED = {2: "<u2", 4: "<u4"}  # bytes per value -> a dtype that takes any bits
+UNSIGNED = {1: "u1", 2: "<u2", 4: "<u4"}  # bytes per value -> a dtype that takes any bits
 
 
 def options(**changed: object) -> ExtractOptions:
@@ -75,6 +81,46 @@ def flip_byte(path: Path, offset: int) -> None:
         stream.write(bytes([byte ^ 1]))
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    """The JSON in the header of a cache file."""
+    with path.open("rb") as stream:
+        _, _, size, _ = FIXED.unpack(stream.read(FIXED.size))
+        return json.loads(stream.read(size))
+
+
+def change_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the JSON of a cache's header, and seal it anew, as anybody can."""
+    values = header_of(path)
+    change(values)
+    said = json.dumps(values, separators=(",", ":")).encode()
+    start = struct.pack("<8sII", MAGIC, 3, len(said))
+    with path.open("r+b") as stream:
+        stream.write(start + hashlib.sha256(start + said).digest() + said)
+
+
+def change_part(path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change the bytes of a part of a cache, whose sha256 is not changed with them."""
+    place = header_of(path)["parts"][name]
+    with path.open("r+b") as stream:
+        stream.seek(place["offset"])
+        data = stream.read(place["bytes"])
+        stream.seek(place["offset"])
+        stream.write(changed := change(data))
+    assert len(changed) == len(data)
+
+
+def change_provenance(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Make what a cache says of its making another, which takes no more room, and seal it anew."""
+
+    def rewritten(data: bytes) -> bytes:
+        return json.dumps(change(json.loads(data)), separators=(",", ":")).encode().ljust(len(data))
+
+    change_part(path, "provenance", rewritten)
+    place = header_of(path)["parts"]["provenance"]
+    data = path.read_bytes()[place["offset"] :][: place["bytes"]]
+    change_header(path, lambda said: said["parts"]["provenance"].update(sha256=hashlib.sha256(data).hexdigest()))
+
+
 def recipe_of(
     levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16"
 ) -> FeatureRecipe:
@@ -109,21 +155,27 @@ def data_info() -> DataInfo:
     return DataInfo("parts", "parts", ("background", "defect"), ("semseg",), "f" * 64)
 
 
-def make_cache(path: Path, recipe: FeatureRecipe | None = None, rows: Sequence[Row] | None = None) -> Cache:
+def make_cache(
+    path: Path, recipe: FeatureRecipe | None = None, rows: Sequence[Row] | None = None, data: DataInfo | None = None
+) -> Cache:
     """A new cache whose features are all missing."""
     recipe = recipe or recipe_of()
-    assert create_file(path, recipe, data_info(), rows or rows_of(4, recipe.frame), {})
+    assert create_file(path, recipe, data or data_info(), rows or rows_of(4, recipe.frame), {})
     return opened(path)
 
 
 def random_maps(recipe: FeatureRecipe, rows: int, seed: int = 0) -> dict[str, NDArray]:
-    """Rows of every level, of any bits: level name -> (rows, channels, height, width)."""
+    """Rows of every level, of any bits: level name -> (rows, channels, height, width); for int8 any scales, too."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(UNSIGNED[BYTES_PER_VALUE[recipe.dtype]])
-    return {
+    maps = {
         level.name: rng.integers(0, 1 << 8 * dtype.itemsize, (rows, level.channels, *level.cells(recipe.frame)), dtype)
         for level in recipe.levels
     }
+    if recipe.dtype == "int8":
+        scales = {SCALES + level.name: rng.random((rows, level.channels, 2), np.float32) for level in recipe.levels}
+        maps |= {name: both - np.float32([0, 0.5]) for name, both in scales.items()}
+    return maps
 
 
 def filled_cache(path: Path, recipe: FeatureRecipe | None = None, rows: Sequence[Row] | None = None) -> Cache:

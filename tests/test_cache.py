@@ -1,6 +1,5 @@
 """The cache file: what is written is read, however it is read; what is wrong with a file is said."""
 
-import json
 import os
 import shutil
 import stat
@@ -11,6 +10,7 @@ from dataclasses import replace
 from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,9 +20,12 @@ import xxhash
 from helpers import (
     CONTEXT,
     become_nobody,
+    change_header,
+    change_part,
     code_block,
     data_info,
     filled_cache,
+    header_of,
     make_cache,
     opened,
     random_maps,
@@ -33,6 +36,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from featprobe import machine
 from featprobe.cache import (
     Cache,
     CacheWriter,
@@ -44,7 +48,9 @@ from featprobe.cache import (
     remove_leftovers,
     replace_file,
 )
-from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
+from featprobe.cache.header import Index
+from featprobe.cache.layout import row_tables
+from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.specs import FeatureRecipe
@@ -61,7 +67,7 @@ def recipes(draw: st.DrawFn) -> FeatureRecipe:
     strides = draw(st.lists(st.sampled_from([4, 8, 16, 32]), min_size=1, max_size=4, unique=True))
     levels = [FeatureLevel(f"stride{s}", draw(st.integers(1, 40)), s) for s in sorted(strides)]
     frame = draw(st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([32, 64])))
-    return recipe_of(levels, frame, draw(st.sampled_from(["fp16", "fp32", "bf16"])))
+    return recipe_of(levels, frame, draw(st.sampled_from(["fp16", "fp32", "bf16", "int8"])))
 
 
 def read_all(path: Path, mode: str, order: NDArray[np.intp]) -> dict[str, bytes]:
@@ -69,9 +75,11 @@ def read_all(path: Path, mode: str, order: NDArray[np.intp]) -> dict[str, bytes]
     cache = opened(path)
     if mode == "h5py":
         with h5py.File(path, "r") as file:
-            return {lv.name: b"".join(file[f"features/{lv.name}"][i].tobytes() for i in order) for lv in cache.levels}
+            tables = [table for own in row_tables(cache.recipe).values() for table in own]
+            return {table.key: b"".join(file[table.name][i].tobytes() for i in order) for table in tables}
     with RowReader(cache, mode=mode) as reader:
-        out = {lv.name: np.empty((len(order), reader.row_bytes(lv)), dtype=np.uint8) for lv in cache.levels}
+        buffers = [pair for level in cache.levels for pair in reader.buffers(level).items()]
+        out = {name: np.empty((len(order), buffer.row_bytes), dtype=np.uint8) for name, buffer in buffers}
         reader.read(order, out)
     return {name: rows.tobytes() for name, rows in out.items()}
 
@@ -192,7 +200,7 @@ def test_features_lie_contiguous_aligned_and_reserved(tmp_path):
             assert dataset.chunks is None and dataset.compression is None
             assert dataset.shape == (5, level.channels, *level.cells((64, 64)))
             assert dataset.id.get_offset() % 4096 == 0
-            assert dataset.attrs["stride"] == level.stride and dataset.attrs["dtype"] == "fp16"
+            assert dataset.attrs["stride"] == level.stride and dataset.attrs["dtype"] == b"fp16"
             assert dataset.id.get_create_plist().get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
     status = cache.path.stat()
     assert status.st_size > recipe.row_bytes * 5
@@ -247,19 +255,17 @@ def test_contents_of_a_file_that_was_replaced_meanwhile_are_refused(tmp_path):
 # Identity and version
 
 
-def edit(path: Path, name: str, value: object) -> None:
-    with h5py.File(path, "r+") as file:
-        file.attrs[name] = value
-
-
 @pytest.mark.parametrize("field", ["classes", "name", "fingerprint"])
 def test_what_is_said_of_the_data_set_is_part_of_the_identity(tmp_path, field):
-    path = make_cache(tmp_path / "cache.h5").path
-    with h5py.File(path, "r") as file:
-        data = json.loads(file.attrs["data"])
-    edit(path, "data", json.dumps(data | {field: ["a", "b"] if field == "classes" else "other"}))
-    with pytest.raises(CacheError, match=r"is damaged.*featprobe extract"):
-        open_cache_in_one_line(path)
+    caches = [
+        make_cache(tmp_path / name, data=replace(data_info(), **changed))
+        for name, changed in (("one.h5", {}), ("two.h5", {field: ("a", "b") if field == "classes" else "other"}))
+    ]
+    assert len({cache.contents.identity_sha256 for cache in caches}) == 2
+    value = caches[0].data.classes[0] if field == "classes" else getattr(caches[0].data, field)
+    change_part(caches[0].path, "texts", lambda data: data.replace(f'"{value}"'.encode(), f'"X{value[1:]}"'.encode()))
+    with pytest.raises(CacheError, match=r"is damaged.*texts.*featprobe extract"):
+        open_cache_in_one_line(caches[0].path)
 
 
 def open_cache_in_one_line(path: Path) -> None:
@@ -269,15 +275,37 @@ def open_cache_in_one_line(path: Path) -> None:
         raise CacheError(str(error).replace("\n", " ")) from error
 
 
-@pytest.mark.parametrize("name", ["rows/id", "rows/split", "rows/content_size", "targets/semantic"])
-def test_every_rows_fields_and_targets_are_part_of_the_identity(tmp_path, name):
-    path = make_cache(tmp_path / "cache.h5").path
-    with h5py.File(path, "r+") as file:
-        value = file[name][...]
-        value[-1] = b"other" if value.dtype == object else value[-1] + 1
-        file[name][...] = value
-    with pytest.raises(CacheError, match="is damaged"):
+CHANGES = {
+    "texts": lambda data: data.replace(b'"part3.png"', b'"part8.png"'),
+    "rows/original_size": lambda data: b"\7" + data[1:],
+    "rows/content_size": lambda data: b"\7" + data[1:],
+    "targets/checksum": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "provenance": lambda data: data.replace(b'"m"', b'"n"'),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_part_but_labels_is_hashed_when_a_file_is_opened(tmp_path, name):
+    path = tmp_path / "cache.h5"
+    assert create_file(path, recipe_of(), data_info(), rows_of(4), {"maker": "m"})
+    change_part(path, name, CHANGES[name])
+    assert read_contents(path).damaged == (name,) and not read_contents(path).is_intact()
+    with pytest.raises(CacheError, match=f"is damaged.*{name}"):
         open_cache(path)
+
+
+@pytest.mark.parametrize("kind", ["semantic", "instances"])
+def test_labels_are_hashed_when_a_row_is_used_first(tmp_path, kind):
+    path = make_cache(tmp_path / "cache.h5").path
+    change_part(path, f"targets/{kind}", lambda data: bytes([data[0] ^ 1]) + data[1:])
+    cache, bad = open_cache(path), 1 if kind == "semantic" else 0
+    assert cache.rows[bad + 2].id == f"part{bad + 2}.png"
+    for used in (lambda: cache.rows[bad], lambda: getattr(cache, kind)(bad)):
+        with pytest.raises(
+            CacheError, match=rf"labels of row {bad}, part{bad}.png, are damaged[^@]*{path}[^@]*extract"
+        ):
+            used()
+    assert not cache.contents.is_intact() and cache.contents.damaged_targets() == [bad]
 
 
 def test_the_identity_does_not_depend_on_what_is_computed_later(tmp_path):
@@ -288,10 +316,12 @@ def test_the_identity_does_not_depend_on_what_is_computed_later(tmp_path):
 
 def test_a_newer_version_is_refused_with_both_versions_named(tmp_path):
     path = make_cache(tmp_path / "cache.h5").path
-    edit(path, "version", 3)
+    with path.open("r+b") as stream:
+        stream.seek(8)
+        stream.write((4).to_bytes(4, "little"))
     with pytest.raises(CacheError, match="newer format") as caught:
         open_cache(path)
-    assert "version 2" in str(caught.value) and "found   version 3" in str(caught.value)
+    assert "version 3" in str(caught.value) and "found   version 4" in str(caught.value)
 
 
 def no_hdf5(path: Path) -> None:
@@ -313,14 +343,14 @@ def empty_file(path: Path) -> None:
 
 def no_version(path: Path) -> None:
     make_cache(path)
-    with h5py.File(path, "r+") as file:
-        del file.attrs["version"]
+    with path.open("r+b") as stream:
+        stream.seek(8)
+        stream.write(bytes(4))
 
 
 def no_level(path: Path) -> None:
     make_cache(path)
-    with h5py.File(path, "r+") as file:
-        del file["features/stride8"]
+    change_header(path, lambda said: said["tables"].pop("features/stride8"))
 
 
 @pytest.mark.parametrize(
@@ -347,12 +377,29 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
         open_cache(tmp_path / "nothing.h5")
 
 
-def test_attributes_and_datasets_of_a_later_writer_are_ignored(tmp_path):
+# The header
+
+
+def beside(path: Path, name: str = "rows/weight", size: int = 0, required: bool = False) -> None:
+    """Have a header name one more part."""
+    part = {"offset": path.stat().st_size - size, "bytes": size, "dtype": "u1", "shape": [size], "sha256": "0" * 64}
+
+    def change(said: dict[str, Any]) -> None:
+        said["parts"][name] = part | {"required": required}
+        said["mood"] = "good"
+        said["identity_sha256"] = Index.of(said, 3).identity()
+
+    change_header(path, change)
+
+
+def test_what_a_later_writer_adds_is_ignored_unless_it_is_required(tmp_path):
     path = filled_cache(tmp_path / "cache.h5").path
-    with h5py.File(path, "r+") as file:
-        file.attrs["mood"] = "good"
-        file["rows/weight"] = np.ones(4)
-    assert len(open_cache(path).usable()) == 4
+    beside(path)
+    assert len(open_cache(path).usable()) == 4 and open_cache(path).contents.is_intact()
+    beside(path, required=True)
+    with pytest.raises(CacheError, match="newer format") as caught:
+        open_cache(path)
+    assert "rows/weight" in str(caught.value) and "Update featprobe" in str(caught.value)
 
 
 # Where it can't be written
@@ -423,6 +470,15 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(long_cache, 
             if seen == 2:
                 os.truncate(long_cache.path, 200_000)
     assert 2 <= seen < 64
+
+
+def test_a_cache_that_the_process_may_not_hold_in_memory_is_read_past_the_page_cache(long_cache, monkeypatch):
+    assert choose_mode(long_cache, long_cache.levels) == "memmap"
+    size = long_cache.recipe.row_bytes * len(long_cache)
+    monkeypatch.setattr(machine, "_left_to_process", lambda: size)
+    mode = "direct" if _direct_works(long_cache) else "preadv"
+    assert choose_mode(long_cache, long_cache.levels) == mode
+    assert choose_mode(long_cache, long_cache.levels[1:]) == "memmap", "of the last level there is little"
 
 
 def test_a_file_cut_short_before_it_is_read_is_an_error(long_cache):
@@ -634,10 +690,19 @@ def test_the_pages_example_notices_a_damaged_row(tmp_path, monkeypatch):
 
 
 def test_the_page_names_every_dataset_and_attribute_of_a_real_file(tmp_path):
-    page = PAGE.read_text(encoding="utf-8")
-    with h5py.File(filled_cache(tmp_path / "cache.h5").path, "r") as file:
+    page = PAGE.read_text(encoding="utf-8").partition("## Older versions")[0]
+    path = filled_cache(tmp_path / "cache.h5").path
+    with h5py.File(path, "r") as file:
         found = list(file.attrs)
         file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    said = header_of(path)
+    assert {*said["parts"], *said["tables"]} == set(found) - set(file_attributes(path))
+    found += said
     levels = [name for name in found if name.startswith("features/")]
     assert len(levels) == 2 and "`features/<level>`" in page
     assert [name for name in found if name not in levels and f"`{name}`" not in page] == []
+
+
+def file_attributes(path: Path) -> list[str]:
+    with h5py.File(path, "r") as file:
+        return list(file.attrs)

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from featprobe.cli.main import cli
 from featprobe.errors import FeatprobeError, ProbeError
@@ -44,7 +45,7 @@ from featprobe.metrics import (
     score_interval,
     seed_spread,
 )
-from featprobe.probes import TrainRecipe, append_row, plain
+from featprobe.probes import TrainRecipe, append_row, plain, save_head
 from featprobe.probes.saved import read_card
 from featprobe.report import comparison
 from featprobe.report.answer import answer_of
@@ -124,16 +125,12 @@ class Told:
         row = plain({**base, **changed})
         card["backbone"] = {**card["backbone"], "source": "random" if row["backbone"].endswith("-random") else "hub"}
         row["folder"] = f"told/{digest([row[k] for k in sorted(row) if k not in ('test', 'folder', 'time')])[:12]}"
-        folder = self.probes / row["folder"]
-        folder.mkdir(parents=True, exist_ok=True)
         name = "miou_foreground" if task == "semseg" else "box_ap50"
         points = [{"iteration": 10 * (i + 1), "loss": 1.0, "scores": {name: v}} for i, v in enumerate(curve)]
         curves = [{"lr": 1.0, "weight_decay": 0.0, "chosen": chosen, "curve": points} for chosen in (True, False)]
         curves[1]["curve"] = []
-        for file, data in {**files, "curves.json": json.dumps(curves).encode()}.items():
-            (folder / file).write_bytes(data)
-        card |= {"result": row}
-        (folder / "card.json").write_text(json.dumps(card | {"card_sha256": digest(card)}))
+        beside = {**files, "curves.json": json.dumps(curves).encode()}
+        save_head(self.probes / row["folder"], nn.Linear(1, 1), card | {"result": row}, beside)
         append_row(self.probes / "results.jsonl", row)
         return row
 
@@ -309,6 +306,10 @@ def test_rows_that_can_not_be_used_are_listed_with_the_reason(told: Told) -> Non
     kept = np.load(told.probes / rows["wrong"]["folder"] / "scores.npz")
     spoiled = {name: kept[name] for name in kept.files} | {"confusion": confusions(0.1)}
     np.savez(told.probes / rows["wrong"]["folder"] / "scores.npz", **spoiled)
+    for name in ("old", "wrong"):  # as of an older featprobe, whose cards say nothing of the files beside them
+        path = told.probes / rows[name]["folder"] / "card.json"
+        card = {key: value for key, value in read_card(path.parent).items() if key not in ("files", "head_sha256")}
+        path.write_text(json.dumps(card | {"card_sha256": digest(card)}))
     append_row(told.probes / "results.jsonl", {**rows["other"], "recipe_key": "x"})
     ancient = {k: v for k, v in rows["other"].items() if k != "regime"}
     append_row(told.probes / "results.jsonl", {**ancient, "folder": "ancient"})

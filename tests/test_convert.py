@@ -120,7 +120,9 @@ def test_images_may_be_linked_and_nothing_is_written_over(tmp_path: Path) -> Non
     data = read_data("set", labelme_set(tmp_path / "set"))
     convert(data, tmp_path / "out", link=True, quiet=True)
     image = tmp_path / "out" / "images" / "p0.png"
-    assert image.is_symlink() and labels_of(read_data("set", tmp_path / "out")) == labels_of(data)
+    assert image.is_symlink() and labels_of(read_data("set", tmp_path / "out", follow_links=True)) == labels_of(data)
+    with pytest.raises(DataError, match=r"is a link out of the data folder (.|\n)* follow such links:  --follow-links"):
+        read_data("set", tmp_path / "out")
     with pytest.raises(DataError, match="Nothing was changed"):
         convert(data, tmp_path / "out", quiet=True)
     with pytest.raises(DataError, match="Nothing was changed"):

@@ -40,9 +40,9 @@ from featprobe.datasets.images import (
     to_unit,
     training_window,
 )
-from featprobe.datasets.pixels import MAX_PIXELS
 from featprobe.errors import DataError
 from featprobe.geometry import place
+from featprobe.pictures import MAX_PIXELS
 from featprobe.specs import Intensity
 from featprobe.stages.predict import find_images
 from featprobe.stages.survey import choose_intensity, survey

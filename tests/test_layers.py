@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "featprobe"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "levels", "features"),
-    ("fields", "specs", "geometry", "targets", "machine", "processes", "disk", "schemas"),
+    ("fields", "specs", "geometry", "targets", "machine", "processes", "disk", "pictures", "texts", "schemas"),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),
     ("stages",),
     ("cli",),

@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import h5py
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import CPU, PoolingBackbone, extract, opened, options, write_set
+from helpers import CPU, PoolingBackbone, change_provenance, extract, opened, options, write_set
 
 from featprobe.backbones.precision import computing, resolve
 from featprobe.cache import MISSING, CacheWriter, RowLocks
@@ -49,9 +48,7 @@ def as_amp(path: Path, monkeypatch: pytest.MonkeyPatch, data: Path, root: Path) 
 
 def as_older(path: Path, *runs: tuple[str, int]) -> None:
     """Make a file one of a version that kept no device; runs: device and rows of each that came to its end."""
-    with h5py.File(path, "r+", locking=False) as file:
-        values = json.loads(file.attrs["provenance"])
-        file.attrs["provenance"] = json.dumps({k: v for k, v in values.items() if k not in ("device", "tf32")})
+    change_provenance(path, lambda said: {k: v for k, v in said.items() if k not in ("device", "tf32")})
     lines = [json.dumps({"device": device, "computed": rows}) + "\n" for device, rows in runs]
     path.with_suffix(".runs.jsonl").write_text("".join(lines))
 

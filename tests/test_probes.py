@@ -1,7 +1,10 @@
 """Heads, losses, training, saved heads: held against the plain formula, and against live features."""
 
+import errno
+import itertools
 import json
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -26,7 +29,7 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import frame_image, read_levels
-from featprobe.errors import CacheError, CacheIncompleteError, ProbeError, ShapeError
+from featprobe.errors import CacheError, CacheIncompleteError, DiskError, ProbeError, ShapeError
 from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement, place
 from featprobe.levels import FeatureLevel
@@ -879,11 +882,27 @@ def test_a_folder_without_its_card_is_no_saved_head_while_it_is_written_anew(
 ) -> None:
     """A run that dies between two files leaves nothing that could be taken for a head."""
     _, recipe = saved(tmp_path)
-    monkeypatch.setattr(Path, "write_bytes", lambda *_: 1 / 0)
+    moved = itertools.count()
+    replace_one = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *a: 1 / 0 if next(moved) == 1 else replace_one(*a))
     with pytest.raises(ZeroDivisionError):
         saved(tmp_path)
     with pytest.raises(ProbeError):
         load_head(tmp_path, recipe)
+
+
+def test_a_head_stays_until_the_new_one_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, recipe = saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(DiskError, match="What was there before is as it was"):
+        saved(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    load_head(tmp_path, recipe)
 
 
 # ---- result rows -----------------------------------------------------------------------------------------------------

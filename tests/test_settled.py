@@ -256,10 +256,10 @@ def test_a_cache_that_is_damaged_or_gone_is_made_anew(run):
     assert run().computed == COUNT
 
 
-def test_removing_a_cache_leaves_nothing_of_it(run):
+def test_removing_a_cache_leaves_nothing_of_it_but_its_lock_file(run):
     path = run().path
     remove_cache(path)
-    assert not path.parent.exists()
+    assert [own.name for own in path.parent.iterdir()] == [f".{path.stem}.lock"]
 
 
 def test_a_folder_that_holds_itself_is_listed_once_and_what_leads_nowhere_not_at_all(tmp_path):

@@ -476,7 +476,7 @@ def test_each_fold_has_its_own_counterpart(space: Workspace) -> None:
 
 def test_objects_of_several_heads_are_ranked_as_one_test_set(space: Workspace) -> None:
     (row,) = probe(space, "detect", options=brief("own")).rows
-    whole = ObjectTest.read(space.probes / row["folder"])
+    whole = ObjectTest.read(space.probes / row["folder"], {})
     assert whole.predictions and whole.truth["annotations"]
     parts = []
     for own in (whole.truth["images"][::2], whole.truth["images"][1::2]):
@@ -497,7 +497,7 @@ def test_objects_of_several_heads_are_ranked_as_one_test_set(space: Workspace) -
 def test_detection_in_folds_is_compared(space: Workspace) -> None:
     rows = probe(space, "detect", options=brief("stratified:2")).rows
     (one,) = compare(space, quiet=True).sets
-    parts = [ObjectTest.read(space.probes / row["folder"]) for row in rows]
+    parts = [ObjectTest.read(space.probes / row["folder"], {}) for row in rows]
     assert one.lines[0]["box_ap50"] == pytest.approx(ObjectTest.joined(parts).scores(rows[0])["box"]["ap50"])
     assert one.lines[0]["test_images"] == len(cache_of(space))
 

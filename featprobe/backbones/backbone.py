@@ -326,7 +326,12 @@ def _too_large(spec: BackboneSpec, what: str, device: torch.device | str, error:
 
 
 def _create(spec: BackboneSpec) -> tuple[nn.Module, Size | None]:
-    """A model with its weights, and the size that those were made for where that is not the pretraining's."""
+    """A model with its weights, and the size that those were made for where that is not the pretraining's.
+
+    Raises BackboneError for a name that timm does not know itself: some (hf-hub:, local-dir:) have it fetch a model.
+    """
+    if not timm.is_model(spec.model):
+        raise BackboneError(f"There is no model {spec.model!r} in timm. Nothing was looked up.")
     options: dict[str, Any] = {"dynamic_img_size": True} if _takes(spec.model, dynamic_img_size=True) else {}
     if spec.source == "hub":
         return _from_hub(spec, options), None

@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib.util
+import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE
+from featprobe.disk import open_regular
 from featprobe.errors import BackboneError
 from featprobe.geometry import Size, parse_size
 
+MOST_PACKED = 4  # times its bytes that an archive may become; weights hardly get smaller
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 
 
@@ -26,13 +30,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     A dictionary wrapped in `state_dict` or `model` is unwrapped, and a common `module.` prefix is cut.
     Raises BackboneError when the file is missing, damaged, or would need code to be run to read it.
     """
-    if not path.is_file():
+    if not path.exists():
         raise BackboneError(f"There is no weights file {path}.")
+    os.close(open_regular(path))  # a pipe would be waited for
     loaded: Any
     try:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
         else:
+            _check_unpacked(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text proposes to run the code
@@ -53,6 +59,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise BackboneError(f"{path} does not hold a dictionary of tensors, but {type(loaded).__name__}.")
     return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise ValueError for an archive of torch's that is packed: what it claims is not what it holds."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(entry.file_size for entry in archive.infolist())
+    if claimed > MOST_PACKED * path.stat().st_size:
+        raise ValueError(f"its {path.stat().st_size} bytes claim to be {claimed}")
 
 
 def frame_of(path: Path) -> Size | None:

@@ -1,19 +1,20 @@
-"""The feature cache, format versions 1 and 2 (cache/README.md). The only part that imports h5py.
+"""The feature cache (cache/README.md). The only part that imports h5py, and only to make files and to read old ones.
 
 Handing features to torch is featprobe.cache.reader's: looking after caches needs none of it.
 """
 
+from featprobe.cache.contents import Contents, read_contents
 from featprobe.cache.layout import (
     MISSING,
     UNREADABLE,
     WHOLE,
-    Row,
+    Extent,
     create_file,
     make_temporary,
-    read_contents,
     remove_leftovers,
     replace_file,
 )
+from featprobe.cache.rows import Row, RowTable, checksum
 from featprobe.cache.store import Cache, Damage, damaged_rows, open_cache, verify
 from featprobe.cache.writer import CacheWriter, RowLocks
 
@@ -23,9 +24,13 @@ __all__ = [
     "WHOLE",
     "Cache",
     "CacheWriter",
+    "Contents",
     "Damage",
+    "Extent",
     "Row",
     "RowLocks",
+    "RowTable",
+    "checksum",
     "create_file",
     "damaged_rows",
     "make_temporary",

@@ -1,64 +1,43 @@
-"""The file: what stands where in it, how it is made, how its identity is read and checked.
+"""The file: what stands where in it, and how it is made.
 
-The normative description is cache/README.md; this module is the only one that goes through HDF5.
+The normative description is cache/README.md. Files are made through HDF5, and here alone; reading needs none of it.
 """
 
 import errno
 import hashlib
-import itertools
 import json
 import os
+import re
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from featprobe.cache import header
+from featprobe.cache.header import Entry, Index
+from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Row, target_checksums
+from featprobe.disk import sync_folder
 from featprobe.errors import CacheError, ShapeError
-from featprobe.geometry import Part, Placement, Size
+from featprobe.levels import FeatureLevel
 from featprobe.machine import human_bytes
-from featprobe.specs import CACHE_VERSION, DataInfo, FeatureRecipe
+from featprobe.specs import FILE_VERSION, DataInfo, FeatureRecipe
+
+if TYPE_CHECKING:
+    import h5py
 
 FORMAT = "featprobe-cache"
 ALIGNMENT = 4096  # bytes: what O_DIRECT asks for
 REASON_BYTES = 240
 MISSING, WHOLE, UNREADABLE = 0, 1, 2
-STORED_AS: Mapping[str, str] = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2"}
-TARGET_KINDS = ("semantic", "instances")
-TEXT_FIELDS = ("id", "group", "split", "image", "image_hash")
-
-
-@dataclass(frozen=True)
-class Row:
-    """Who a row is: its sample, its image's bytes, its place in the frame, its labels.
-
-    image: path below the data set's root. image_hash: xxh3_128 of the file. semantic: PNG bytes,
-    instances: JSON bytes, each empty where the set has none. reason: why the row can't be read, or "".
-    part: what the row shows of its image, None for all of it; placement and labels are the part's own then, and
-    image_index says which of the cache's images it is a part of.
-    """
-
-    id: str
-    group: str
-    split: str
-    image: str
-    image_hash: str
-    placement: Placement
-    semantic: bytes = b""
-    instances: bytes = b""
-    reason: str = ""
-    part: Part | None = None
-    image_index: int = -1
-
-    def show(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """What the row shows of its image's pixels, (height, width, …)."""
-        return pixels if self.part is None else self.part.take(pixels)
+STORED_AS: Mapping[str, str] = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2", "int8": "u1"}
+ESCAPED = {ord(mark): f"\\u{ord(mark):04x}" for mark in "[{,"}  # in texts of JSON
+FREE = -1  # a length that follows from nothing else
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
 
 @dataclass(frozen=True)
@@ -70,32 +49,74 @@ class Extent:
     rows: int
 
 
-def identity_sha256(
-    recipe: FeatureRecipe,
-    data: DataInfo,
-    rows: Sequence[Row],
-    extents: Mapping[str, Extent],
-    images: Sequence[Row] = (),
-) -> str:
-    """sha256 over all that is written once: recipe, data set, rows, targets, and where the rest has its place.
+@dataclass(frozen=True)
+class Table:
+    """What is kept of each row for a level. dtype, shape: of one row. key: what writers and readers call it."""
 
-    The last because HDF5 does not guard its own bookkeeping: a flipped address would serve other rows.
-    """
-    running = hashlib.sha256()
-    places = {name: asdict(extent) for name, extent in extents.items()}
-    said = {name: value for name, value in asdict(data).items() if name != "bits" or value}  # older files lack it
-    head = {"recipe": recipe.to_json(), "data": said, "extents": places}
-    running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
-    for row in (*rows, *images):
-        text = [getattr(row, name) for name in TEXT_FIELDS]
-        sizes = [row.placement.original, row.placement.content, row.placement.frame]
-        parts = [] if row.part is None else [astuple(row.part), row.image_index]
-        running.update(json.dumps([text, sizes, *parts]).encode())
-        for kind in TARGET_KINDS:
-            blob = getattr(row, kind)
-            running.update(len(blob).to_bytes(8, "little"))
-            running.update(blob)
-    return running.hexdigest()
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """The level's name for its features; the table's own for what lies beside them."""
+        return self.name.removeprefix("features/")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def level_tables(recipe: FeatureRecipe, level: FeatureLevel) -> tuple[Table, ...]:
+    """What is kept of each row for a level, in the order in which its checksum takes it; features first."""
+    features = Table(f"features/{level.name}", STORED_AS[recipe.dtype], (level.channels, *level.cells(recipe.frame)))
+    if recipe.dtype != "int8":
+        return (features,)
+    return features, Table(f"scales/{level.name}", "<f4", (level.channels, 2))
+
+
+def row_tables(recipe: FeatureRecipe) -> dict[str, tuple[Table, ...]]:
+    """`level_tables` of each level, by its name."""
+    return {level.name: level_tables(recipe, level) for level in recipe.levels}
+
+
+def table_shapes(recipe: FeatureRecipe, rows: int) -> Shapes:
+    """Every table of a file, which is written row by row."""
+    kept = [table for tables in row_tables(recipe).values() for table in tables]
+    return {
+        **{table.name: (table.dtype, (rows, *table.shape)) for table in kept},
+        "done": ("u1", (rows,)),
+        "checksum": ("<u8", (rows, len(recipe.levels))),
+        "reason": (f"S{REASON_BYTES}", (rows,)),
+    }
+
+
+def part_shapes(recipe: FeatureRecipe, rows: int, images: int) -> Shapes:
+    """Every part of a file, which is written once; FREE where a length is its own."""
+    shapes: Shapes = {
+        "texts": ("u1", (FREE,)),
+        "provenance": ("u1", (FREE,)),
+        "rows/original_size": ("<i4", (rows, 2)),
+        "rows/content_size": ("<i4", (rows, 2)),
+        "rows/affine": ("<f8", (rows, 2, 3)),
+        **_target_shapes("targets", rows),
+    }
+    if recipe.in_parts:
+        shapes |= {"rows/part": ("<i4", (rows, 4)), "rows/image_index": ("<i4", (rows,))}
+        shapes |= {"images/size": ("<i4", (images, 2)), **_target_shapes("images", images)}
+    return shapes
+
+
+def _target_shapes(group: str, rows: int) -> Shapes:
+    shapes: Shapes = {f"{group}/{kind}": ("u1", (FREE,)) for kind in TARGET_KINDS}
+    shapes |= {f"{group}/{kind}_offset": ("<u8", (rows + 1,)) for kind in TARGET_KINDS}
+    return shapes | {f"{group}/checksum": ("<u8", (rows, len(TARGET_KINDS)))}
+
+
+def most_texts(rows: int, images: int) -> int:
+    """How many values the JSON of a file's texts may hold."""
+    return header.MOST_VALUES + (len(TEXT_FIELDS) + 1) * (rows + images)
 
 
 def create_file(
@@ -125,7 +146,7 @@ def create_file(
         ) from error
     finally:
         temporary.unlink()
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -141,15 +162,17 @@ def make_temporary(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".{path.stem}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         raise CacheError(
             f"The cache {path} can't be made: its folder can't be written ({error.strerror}).\n"
             "Nothing was changed. Choose another place:  featprobe --workspace DIR extract …"
         ) from error
     try:
-        _fill(temporary, recipe, data, rows, provenance, images)
+        index = _fill(temporary, recipe, data, rows, provenance, images)
         with temporary.open("r+b") as stream:
+            stream.write(header.encode(index))
+            stream.flush()
             _allocate_disk(stream.fileno(), temporary.stat().st_size)
             os.fsync(stream.fileno())
     except OSError as error:
@@ -168,7 +191,7 @@ def make_temporary(
 def replace_file(temporary: Path, path: Path) -> None:
     """Swap a finished temporary file in; readers that hold the old file keep it."""
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -187,224 +210,121 @@ def _fill(
     rows: Sequence[Row],
     provenance: Mapping,
     images: Sequence[Row],
-) -> None:
-    count = len(rows)
-    with h5py.File(temporary, "w", locking=False, alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["version"] = recipe.version
-        file.attrs["recipe"] = json.dumps(recipe.to_json())
-        file.attrs["recipe_key"] = recipe.key
-        file.attrs["data"] = json.dumps(asdict(data))
-        file.attrs["provenance"] = json.dumps(dict(provenance))
-        _write_texts(file, "rows", rows)
-        file["rows/original_size"] = np.array([row.placement.original for row in rows], dtype="<i4").reshape(count, 2)
-        file["rows/content_size"] = np.array([row.placement.content for row in rows], dtype="<i4").reshape(count, 2)
-        file["rows/affine"] = np.array([row.placement.affine for row in rows], dtype="<f8").reshape(count, 2, 3)
-        _write_blobs(file, "targets", rows)
-        file["targets/checksum"] = np.array([target_checksums(row) for row in rows], dtype="<u8")
-        if recipe.in_parts:
-            _write_parts(file, rows, images)
+) -> Index:
+    """Make the HDF5 file, behind a user block that is still empty; returns what is to stand there."""
+    import h5py
+
+    parts = _parts(recipe, data, rows, provenance, images)
+    index = _index(recipe, parts, len(rows), len(images))
+    with h5py.File(
+        temporary,
+        "w",
+        locking=False,
+        userblock_size=index.block,
+        alignment_threshold=ALIGNMENT,
+        alignment_interval=ALIGNMENT,
+    ) as file:
+        file.attrs["format"] = np.bytes_(FORMAT)
+        file.attrs["version"] = FILE_VERSION
+        file.attrs["recipe"] = np.bytes_(json.dumps(recipe.to_json()))
+        file.attrs["recipe_key"] = np.bytes_(recipe.key)
+        file.attrs["identity_sha256"] = np.bytes_(index.identity_sha256)
+        placed = {name: _placed(file, name, entry) for name, entry in {**index.parts, **index.tables}.items()}
+        for name, array in parts.items():
+            file[name][...] = array
         for level in recipe.levels:
-            shape = (count, level.channels, *level.cells(recipe.frame))
-            _contiguous(file, f"features/{level.name}", shape, STORED_AS[recipe.dtype])
             dataset = file[f"features/{level.name}"]
             dataset.attrs["stride"] = level.stride
-            dataset.attrs["dtype"] = recipe.dtype
-        _contiguous(file, "done", (count,), "u1")
-        _contiguous(file, "checksum", (count, len(recipe.levels)), "<u8")
-        _contiguous(file, "reason", (count,), f"S{REASON_BYTES}")
+            dataset.attrs["dtype"] = np.bytes_(recipe.dtype)
         file["done"][...] = np.array([UNREADABLE if row.reason else MISSING for row in rows], dtype="u1")
         file["checksum"][...] = 0
         file["reason"][...] = np.array([encode_reason(row.reason) for row in rows], dtype=f"S{REASON_BYTES}")
-        file.attrs["identity_sha256"] = identity_sha256(recipe, data, rows, _extents(file, recipe), images)
+    return replace(
+        index,
+        parts={name: placed[name] for name in index.parts},
+        tables={name: placed[name] for name in index.tables},
+    )
 
 
-def _write_texts(file: h5py.File, group: str, rows: Sequence[Row]) -> None:
-    for name in TEXT_FIELDS:
-        texts = [getattr(row, name) for row in rows]
-        file.create_dataset(f"{group}/{name}", data=texts, dtype=h5py.string_dtype("utf-8"))
+def _index(recipe: FeatureRecipe, parts: Mapping[str, NDArray], rows: int, images: int) -> Index:
+    """What the header of a new file says, but for where things lie."""
+    dtypes = part_shapes(recipe, rows, images)
+    entries = {
+        name: Entry(0, array.nbytes, dtypes[name][0], array.shape, hashlib.sha256(array.data).hexdigest())
+        for name, array in parts.items()
+    }
+    tables = {
+        name: Entry(0, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, dtype, shape)
+        for name, (dtype, shape) in table_shapes(recipe, rows).items()
+    }
+    index = Index(FILE_VERSION, recipe.to_json(), recipe.key, "0" * 64, rows, images, entries, tables)
+    return replace(index, identity_sha256=index.identity(), block=header.block_for(index))
 
 
-def _write_blobs(file: h5py.File, group: str, rows: Sequence[Row]) -> None:
-    for kind in TARGET_KINDS:
-        blobs = [getattr(row, kind) for row in rows]
-        file[f"{group}/{kind}"] = np.frombuffer(b"".join(blobs), dtype="u1")
-        file[f"{group}/{kind}_offset"] = np.cumsum([0, *map(len, blobs)], dtype="<u8")
+def _placed(file: "h5py.File", name: str, entry: Entry) -> Entry:
+    """The entry of a new dataset, whose bytes have their place from the start and are never filled by HDF5."""
+    import h5py
 
-
-def _write_parts(file: h5py.File, rows: Sequence[Row], images: Sequence[Row]) -> None:
-    """What each row shows of which image, and the images themselves."""
-    parts = [row.part for row in rows if row.part is not None]
-    if len(parts) < len(rows) or any(not 0 <= row.image_index < len(images) for row in rows):
-        raise ShapeError("Each row of a cache of tiles or views is a part of one of its images.")
-    boxes = [(part.left, part.top, part.height, part.width) for part in parts]
-    file["rows/part"] = np.array(boxes, dtype="<i4").reshape(len(rows), 4)
-    file.create_dataset("rows/view", data=[part.view for part in parts], dtype=h5py.string_dtype("utf-8"))
-    file["rows/image_index"] = np.array([row.image_index for row in rows], dtype="<i4")
-    _write_texts(file, "images", images)
-    file["images/size"] = np.array([row.placement.original for row in images], dtype="<i4").reshape(len(images), 2)
-    _write_blobs(file, "images", images)
-
-
-def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
-    """A dataset whose bytes have their place from the start and are never filled by HDF5."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
+    kind = h5py.h5t.py_create(np.dtype(entry.dtype), logical=True)
     group, _, leaf = name.rpartition("/")
     parent = file.require_group(group) if group else file
-    h5py.h5d.create(parent.id, leaf.encode(), kind, h5py.h5s.create_simple(shape), plist)
+    dataset = h5py.h5d.create(parent.id, leaf.encode(), kind, h5py.h5s.create_simple(entry.shape), plist)
+    return replace(entry, offset=dataset.get_offset() if entry.size else file.userblock_size)
 
 
-def target_checksums(row: Row) -> list[int]:
-    """xxh3_64 of each kind of target's bytes."""
-    return [xxhash.xxh3_64_intdigest(getattr(row, kind)) for kind in TARGET_KINDS]
+def _parts(
+    recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], provenance: Mapping, images: Sequence[Row]
+) -> dict[str, NDArray]:
+    """All that is written once, by the names of `part_shapes`."""
+    parts: dict[str, Any] = {
+        "texts": _texts(recipe, data, rows, images),
+        "provenance": np.frombuffer(json.dumps(dict(provenance)).encode(), dtype="u1"),
+        "rows/original_size": [row.placement.original for row in rows],
+        "rows/content_size": [row.placement.content for row in rows],
+        "rows/affine": [row.placement.affine for row in rows],
+        **_target_parts("targets", rows),
+    }
+    if recipe.in_parts:
+        shown = [row.part for row in rows if row.part is not None]
+        if len(shown) < len(rows) or any(not 0 <= row.image_index < len(images) for row in rows):
+            raise ShapeError("Each row of a cache of tiles or views is a part of one of its images.")
+        parts["rows/part"] = [(part.left, part.top, part.height, part.width) for part in shown]
+        parts["rows/image_index"] = [row.image_index for row in rows]
+        parts["images/size"] = [row.placement.original for row in images]
+        parts |= _target_parts("images", images)
+    shapes = part_shapes(recipe, len(rows), len(images))
+    return {name: np.ascontiguousarray(parts[name], dtype).reshape(shape) for name, (dtype, shape) in shapes.items()}
+
+
+def _target_parts(group: str, rows: Sequence[Row]) -> dict[str, Any]:
+    parts: dict[str, Any] = {f"{group}/checksum": [target_checksums(row) for row in rows]}
+    for kind in TARGET_KINDS:
+        own = [getattr(row, kind) for row in rows]
+        parts[f"{group}/{kind}"] = np.frombuffer(b"".join(own), dtype="u1")
+        parts[f"{group}/{kind}_offset"] = np.cumsum([0, *map(len, own)], dtype="<u8")
+    return parts
+
+
+def _texts(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], images: Sequence[Row]) -> NDArray[np.uint8]:
+    """The data set and the texts of rows and images as UTF-8 JSON."""
+    own = {name: [getattr(row, name) for row in rows] for name in TEXT_FIELDS}
+    if recipe.in_parts:
+        own["view"] = [row.part.view if row.part else "" for row in rows]
+    whole = {name: [getattr(row, name) for row in images] for name in TEXT_FIELDS}
+    said = {"data": asdict(data), "rows": own, **({"images": whole} if recipe.in_parts else {})}
+    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False)
+    if sum(map(text.count, "[{,")) > most_texts(len(rows), len(images)):  # those within texts do not count, escaped
+        text = re.sub(r'"(?:[^"\\]|\\.)*"', lambda found: found[0].translate(ESCAPED), text)
+    return np.frombuffer(text.encode(), dtype="u1")
 
 
 def encode_reason(reason: str) -> bytes:
     """A reason cut to what its field holds, never within a character."""
     return reason.encode()[:REASON_BYTES].decode(errors="ignore").encode()
-
-
-@dataclass(frozen=True)
-class Contents:
-    """All of a cache file but its features, as read once when it is opened.
-
-    inode: which file it was. images: what the rows are parts of, placed as they are; none where rows are images.
-    """
-
-    recipe: FeatureRecipe
-    data: DataInfo
-    provenance: Mapping[str, Any]
-    rows: tuple[Row, ...]
-    extents: Mapping[str, Extent]
-    identity_sha256: str
-    target_checksum: NDArray[np.uint64]
-    inode: int
-    images: tuple[Row, ...] = ()
-
-    @property
-    def command(self) -> str:
-        """The command line that makes this cache, and goes on with it or mends it."""
-        short = f"featprobe extract --backbone {self.recipe.label} --data {self.data.name}"
-        return str(self.provenance.get("command", short))
-
-    def damaged_targets(self) -> list[int]:
-        """Rows whose targets do not hash to what was written."""
-        found = np.array([target_checksums(row) for row in self.rows], dtype=np.uint64).reshape(-1, len(TARGET_KINDS))
-        return [int(i) for i in np.flatnonzero((found != self.target_checksum).any(axis=1))]
-
-    def is_intact(self) -> bool:
-        """Whether recipe, data set, rows and targets hash to what was written."""
-        found = identity_sha256(self.recipe, self.data, self.rows, self.extents, self.images)
-        return found == self.identity_sha256
-
-
-def read_contents(path: Path) -> Contents:
-    """Read a cache file's identity and where its bytes lie; raises CacheError.
-
-    Whether the identity is intact is left to `Contents.is_intact`, so that a damaged file can be named
-    and repaired.
-    """
-    if not path.is_file():
-        raise CacheError(f"There is no cache {path}.")
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            _check_version(path, file.attrs)
-            return _read(file)
-    except CacheError:
-        raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
-        raise CacheError(
-            f"{path} is not a feature cache that can be opened.\n"
-            f"  wanted  HDF5, format {FORMAT}, version {CACHE_VERSION}\n"
-            f"  found   {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-            "Nothing was changed. Remove it and extract again:  featprobe cache rm FILE"
-        ) from error
-
-
-def _check_version(path: Path, attrs: Mapping[str, Any]) -> None:
-    kind, version = attrs.get("format"), attrs.get("version")
-    if kind != FORMAT:
-        raise CacheError(f"{path} is HDF5, but not a feature cache.\n  wanted  format {FORMAT}\n  found   {kind}")
-    if int(version) > CACHE_VERSION:  # type: ignore[arg-type]
-        raise CacheError(
-            f"{path} is of a newer format than this featprobe reads.\n"
-            f"  wanted  version {CACHE_VERSION} or older\n  found   version {version}\n"
-            "Nothing was changed. Update featprobe:  pip install --upgrade featprobe"
-        )
-
-
-def _read(file: h5py.File) -> Contents:
-    recipe = FeatureRecipe.from_json(json.loads(file.attrs["recipe"]))
-    data: dict[str, Any] = json.loads(file.attrs["data"])
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    info = DataInfo(**values)
-    originals, contents = file["rows/original_size"][...].tolist(), file["rows/content_size"][...].tolist()
-    placements = [Placement(_size(o), _size(c), recipe.frame) for o, c in zip(originals, contents, strict=True)]
-    rows = _read_rows(file, "rows", "targets", placements)
-    images: tuple[Row, ...] = ()
-    if recipe.in_parts:
-        sizes = [_size(pair) for pair in file["images/size"][...].tolist()]
-        images = _read_rows(file, "images", "images", [Placement(size, size, size) for size in sizes])
-        rows = _with_parts(file, rows)
-        if any(not 0 <= row.image_index < len(images) for row in rows):
-            raise ValueError("a row is a part of no image")
-    extents = _extents(file, recipe)
-    status = os.fstat(file.id.get_vfd_handle())
-    if any(extent.offset + extent.row_bytes * extent.rows > status.st_size for extent in extents.values()):
-        raise ValueError(f"the file is cut short: {status.st_size} bytes")
-    return Contents(
-        recipe, info, json.loads(file.attrs["provenance"]), rows, extents,
-        str(file.attrs["identity_sha256"]), file["targets/checksum"][...], status.st_ino, images,
-    )  # fmt: skip
-
-
-def _read_rows(file: h5py.File, group: str, targets: str, placements: Sequence[Placement]) -> tuple[Row, ...]:
-    texts = [file[f"{group}/{name}"].asstr()[...].tolist() for name in TEXT_FIELDS]
-    blobs = [_split_blobs(file, f"{targets}/{kind}") for kind in TARGET_KINDS]
-    return tuple(
-        Row(*text, placement, mask, objects)  # type: ignore[call-arg]
-        for text, placement, mask, objects in zip(zip(*texts, strict=True), placements, *blobs, strict=True)
-    )
-
-
-def _with_parts(file: h5py.File, rows: Sequence[Row]) -> tuple[Row, ...]:
-    parts = [
-        Part(left, top, height, width, view)
-        for (left, top, height, width), view in zip(
-            file["rows/part"][...].tolist(), file["rows/view"].asstr()[...].tolist(), strict=True
-        )
-    ]
-    indices = file["rows/image_index"][...].tolist()
-    return tuple(
-        replace(row, part=part, image_index=index) for row, part, index in zip(rows, parts, indices, strict=True)
-    )
-
-
-def _size(pair: Sequence[int]) -> Size:
-    return pair[0], pair[1]
-
-
-def _extents(file: h5py.File, recipe: FeatureRecipe) -> dict[str, Extent]:
-    names = [*(f"features/{level.name}" for level in recipe.levels), "done", "checksum", "reason"]
-    return {name: _extent(file[name]) for name in names}
-
-
-def _extent(dataset: h5py.Dataset) -> Extent:
-    offset = dataset.id.get_offset()
-    if offset is None:
-        raise ValueError(f"{dataset.name} is not contiguous")
-    rows = dataset.shape[0]
-    return Extent(offset, int(np.prod(dataset.shape[1:], dtype=np.int64)) * dataset.dtype.itemsize, rows)
-
-
-def _split_blobs(file: h5py.File, name: str) -> list[bytes]:
-    data = file[name][...].tobytes()
-    offsets = file[f"{name}_offset"][...].tolist()
-    return [data[start:stop] for start, stop in itertools.pairwise(offsets)]
 
 
 def _allocate_disk(handle: int, size: int) -> None:
@@ -413,14 +333,6 @@ def _allocate_disk(handle: int, size: int) -> None:
         os.posix_fallocate(handle, 0, size)
     else:
         os.ftruncate(handle, size)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _alive(pid: int) -> bool:

@@ -14,10 +14,12 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, encode_reason, read_contents
+from featprobe.cache.contents import read_contents
+from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, encode_reason, row_tables
+from featprobe.cache.rows import checksum
+from featprobe.disk import open_regular
 from featprobe.errors import CacheBusyError, CacheError, ShapeError
 
 CREATION_BYTE = 1 << 40  # of the lock file: past every row's byte
@@ -62,9 +64,12 @@ class CacheWriter:
         self._one_sync = threading.RLock()  # taken before `_turn`; who has it waits for no row
         self._lost: OSError | None = None  # what the disk said when it did not keep what was written
         try:
-            self.handle = os.open(path, os.O_RDWR)
+            self.handle = open_regular(path, os.O_RDWR)
         except OSError as error:
             raise CacheError(f"{path} can't be written: {error.strerror}. Nothing was changed.") from error
+        if os.fstat(self.handle).st_ino != contents.inode:
+            os.close(self.handle)
+            raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -85,28 +90,30 @@ class CacheWriter:
     def write(self, start: int, maps: Mapping[str, NDArray]) -> None:
         """Write consecutive rows, from row `start` on; they are whole after the next `commit`.
 
-        maps: level name -> (rows, channels, height, width), C-contiguous, in the cache's stored dtype.
-        Raises CacheError when the disk refuses; rows that were whole stay whole.
+        maps: level name -> (rows, channels, height, width), C-contiguous, in the cache's stored dtype; and what else
+        `row_tables` lists, by its key. Raises CacheError when the disk refuses; rows that were whole stay whole.
         """
+        tables = row_tables(self.recipe)
+        wanted = {table.key: table for own in tables.values() for table in own}
         counts = {array.shape[0] for array in maps.values()}
-        if set(maps) != {level.name for level in self.recipe.levels} or len(counts) != 1:
+        if set(maps) != set(wanted) or len(counts) != 1:
             raise ShapeError(f"A row needs every level of the cache, and as many of each: got {sorted(maps)}.")
         rows = counts.pop()
         flat = {}
-        for level in self.recipe.levels:
-            flat[level.name] = np.ascontiguousarray(maps[level.name]).reshape(rows, -1).view(np.uint8)  # (rows, bytes)
-            if flat[level.name].shape[1] != self.extents[f"features/{level.name}"].row_bytes:
-                raise ShapeError(
-                    f"Rows of level {level.name} have {flat[level.name].shape[1]} bytes, another size than the cache's."
-                )
+        for key, table in wanted.items():
+            flat[key] = np.ascontiguousarray(maps[key]).reshape(rows, -1).view(np.uint8)  # (rows, bytes)
+            if flat[key].shape[1] != table.row_bytes:
+                raise ShapeError(f"Rows of {key} have {flat[key].shape[1]} bytes, another size than the cache's.")
         if not rows:
             return  # a lock of no bytes is one up to the file's end
         with self._alone(start, start + rows, WHOLE):
             self._set_back(start, rows)
-            checksums = np.empty((rows, len(flat)), dtype="<u8")
-            for column, (name, data) in enumerate(flat.items()):
-                checksums[:, column] = [xxhash.xxh3_64_intdigest(row.data) for row in data]
-                self._put(f"features/{name}", start, data)
+            checksums = np.empty((rows, len(tables)), dtype="<u8")
+            for column, own in enumerate(tables.values()):
+                kept = [flat[table.key] for table in own]
+                checksums[:, column] = [checksum([data[row] for data in kept]) for row in range(rows)]
+                for table in own:
+                    self._put(table.name, start, flat[table.key])
             self._put("checksum", start, checksums)
         if self._is_due():
             with self._one_sync:
@@ -232,15 +239,16 @@ def _runs(group: Mapping[int, int]) -> Iterator[tuple[int, list[int]]]:
 class RowLocks:
     """Which process works on which rows of a cache: byte ranges of a lock file beside it, a byte a row.
 
-    The locks belong to the process and vanish with it, however it ends. The cache file itself is never
-    locked as a whole, so that readers are free.
+    The locks belong to the process and vanish with it, however it ends. The lock file stays, also when the cache is
+    removed: who had opened it before would hold locks that nobody else sees. The cache file itself is never locked as
+    a whole, so that readers are free.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.handle = os.open(path.parent / f".{path.stem}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self.handle = open_regular(path.parent / f".{path.stem}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         except OSError as error:
             raise CacheError(
                 f"The folder {path.parent} can't be written ({error.strerror}). Nothing was changed.\n"

@@ -12,6 +12,8 @@ from featprobe.cli.options import (
     as_json,
     columns,
     data_format,
+    echo,
+    follow_links,
     group_from,
     images_at,
     intensity,
@@ -53,10 +55,10 @@ def data(ctx: click.Context) -> None:
         else (name, entries[name]["path"], "featprobe.toml")
         for name in workspace.data_names()
     ]
-    click.echo(columns(rows, ("name", "path", "from")))
-    click.echo(f"A path serves as well, to one of the formats {', '.join([*FORMATS, *added])}.")
+    echo(columns(rows, ("name", "path", "from")))
+    echo(f"A path serves as well, to one of the formats {', '.join([*FORMATS, *added])}.")
     for letter in broken:
-        click.echo(f"warning: {letter}", err=True)
+        echo(f"warning: {letter}", err=True)
 
 
 @data.command("info")
@@ -77,12 +79,12 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
     if json_:
         return show_json(asdict(summary))
     low, high = ("x".join(map(str, size)) for size in summary.sizes)
-    click.echo(f"{summary.name}: {summary.root}")
+    echo(f"{summary.name}: {summary.root}")
     sizes = low if low == high else f"{low} to {high}"
-    click.echo(f"  {counted(sum(summary.images.values()), 'image')}, {summary.depth}-bit, {sizes} (height x width)")
-    click.echo(f"  labels for {', '.join(summary.tasks)}")
+    echo(f"  {counted(sum(summary.images.values()), 'image')}, {summary.depth}-bit, {sizes} (height x width)")
+    echo(f"  labels for {', '.join(summary.tasks)}")
     for split, count in summary.images.items():
-        click.echo(f"  {split:<6} {counted(count, 'image')}, {counted(summary.groups[split], 'group')}")
+        echo(f"  {split:<6} {counted(count, 'image')}, {counted(summary.groups[split], 'group')}")
     header = ["class", *(["pixels"] if summary.pixels else []), *(["instances"] if summary.instances else [])]
     rows = [
         [
@@ -92,10 +94,10 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
         ]
         for name in summary.classes
     ]
-    click.echo(columns(rows, header))
+    echo(columns(rows, header))
     for note in summary.notes:
-        click.echo(f"note: {note}")
-    click.echo(f"\nIts description, for featprobe.toml:\n\n{summary.toml}")
+        echo(f"note: {note}")
+    echo(f"\nIts description, for featprobe.toml:\n\n{summary.toml}")
 
 
 @data.command("show")
@@ -126,7 +128,7 @@ def data_show(
     workspace = workspace_of(ctx)
     policy = intensity or workspace.data_options(name).get("intensity")
     shown = contact_sheet(_read(workspace, name, how), out, count, split, policy)
-    click.echo(f"{out}: {counted(len(shown), 'image')} of {split}")
+    echo(f"{out}: {counted(len(shown), 'image')} of {split}")
 
 
 @data.command("check")
@@ -173,19 +175,19 @@ def data_check(
     if json_:
         show_json(asdict(found))
     else:
-        click.echo(f"{found.name}: {found.root}")
-        click.echo("\n".join(f"  {line}" for line in head_lines(found)))
-        click.echo(f"\n{table_text(class_table(found), width)}\n")
+        echo(f"{found.name}: {found.root}")
+        echo("\n".join(f"  {line}" for line in head_lines(found)))
+        echo(f"\n{table_text(class_table(found), width)}\n")
         if found.objects:
-            click.echo(f"{object_line(found.objects)}\n{table_text(object_table(found.objects), width)}\n")
+            echo(f"{object_line(found.objects)}\n{table_text(object_table(found.objects), width)}\n")
         for note in found.notes:
-            click.echo(f"note: {note}")
+            echo(f"note: {note}")
         for finding in found.findings:
             _show_finding("spoils a study" if finding.spoils else "to know", finding.text, entry_texts(finding))
         if not found.spoiled:
-            click.echo("Nothing was found that would spoil a study.")
+            echo("Nothing was found that would spoil a study.")
         if html:
-            click.echo(f"page: {html}")
+            echo(f"page: {html}")
     if found.spoiled:
         ctx.exit(3)
 
@@ -213,13 +215,16 @@ def data_convert(
     Example:
       featprobe data convert path/to/my_set --out my_set_coco
     """
+    from featprobe.datasets.files import FOLLOW_LINKS
     from featprobe.stages.convert import convert
 
     done = convert(_read(workspace_of(ctx), name, how), out, link=link, quiet=quiet)
     if json_:
         return show_json(asdict(done))
     counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
-    click.echo(f"{done.path}: images: {counts}; {counted(sum(done.annotations.values()), 'annotation')}")
+    echo(f"{done.path}: images: {counts}; {counted(sum(done.annotations.values()), 'annotation')}")
+    if link:
+        echo(f"Its images are links out of it; read it with  {FOLLOW_LINKS}")
 
 
 @data.command("split")
@@ -228,6 +233,7 @@ def data_convert(
 @images_at
 @masks_at
 @group_from
+@follow_links
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The CSV file to write.")
 @click.option(
     "--split",
@@ -268,10 +274,10 @@ def data_split(
     if json_:
         return show_json(asdict(report))
     rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
-    click.echo(columns(rows, ("split", "images", "groups", *next(iter(report.holders.values())))))
+    echo(columns(rows, ("split", "images", "groups", *next(iter(report.holders.values())))))
     for note in report.notes:
-        click.echo(f"note: {note}")
-    click.echo(
+        echo(f"note: {note}")
+    echo(
         f"{out}: {counted(sum(report.images.values()), 'image')}; use it:  "
         + shlex.join(["featprobe", "probe", "--data", name, "--split", str(out)])
     )
@@ -299,7 +305,7 @@ def data_make(ctx: click.Context, name: str, out: Path | None, images: int, size
     if there:
         raise FeatprobeError(f"{folder} holds a data set already. Nothing was changed. Name another folder with --out.")
     make_generated(name, folder, images=images, size=parse_size(size), seed=seed)
-    click.echo(f"{folder}: {images} images of {size}")
+    echo(f"{folder}: {images} images of {size}")
 
 
 def _read(workspace: "Workspace", name: str, how: dict[str, str | None], complete: bool = True) -> "DataSet":
@@ -308,8 +314,8 @@ def _read(workspace: "Workspace", name: str, how: dict[str, str | None], complet
 
 
 def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:
-    click.echo(f"{kind}: {text}")
+    echo(f"{kind}: {text}")
     for entry in entries[:5]:
-        click.echo("\n".join(f"  {line}" for line in entry.splitlines()))
+        echo("\n".join(f"  {line}" for line in entry.splitlines()))
     if len(entries) > 5:
-        click.echo(f"  and {len(entries) - 5} more: --json lists all")
+        echo(f"  and {len(entries) - 5} more: --json lists all")

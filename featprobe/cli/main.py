@@ -1,8 +1,11 @@
 """The commands. Each parses, calls one stage, and prints one thing."""
 
+import errno
 import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from featprobe.cli.options import (
     as_json,
     columns,
     device,
+    echo,
     feature_options,
     head_options,
     log,
@@ -27,6 +31,7 @@ from featprobe.cli.options import (
     workspace_of,
 )
 from featprobe.errors import FeatprobeError, counted
+from featprobe.texts import printable
 
 if TYPE_CHECKING:
     from featprobe.stages.compare import Comparison
@@ -36,18 +41,41 @@ if TYPE_CHECKING:
     from featprobe.stages.workspace import Workspace
 
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Of a disk that is full, read-only or failing."""
+
+
+class _Printable(logging.Formatter):
+    """What libraries log without being asked, with its control characters shown."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return printable(super().format(record))
+
+
 class _Cli(click.Group):
     """Shows our own errors as one paragraph, exit code 1; `--debug` shows where they come from."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except FeatprobeError as error:
-            if ctx.params.get("debug"):
+        except (FeatprobeError, OSError, RuntimeError) as error:
+            said = str(error) if isinstance(error, FeatprobeError) else _refusal(error)
+            if ctx.params.get("debug") or not said:
                 raise
             rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
-            click.echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {error}", err=True)
+            echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {said}", err=True)
             ctx.exit(1)
+
+
+def _refusal(error: OSError | RuntimeError) -> str:
+    """What is said of a machine that refuses where no command had words of its own; "" for other errors."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return f"{file}{error.strerror}. Make room, or choose another disk, and run the same command again."
+    if "can't start new thread" in str(error):
+        return "No more threads can be started here. Allow more processes or memory (ulimit), or take fewer --workers."
+    return ""
 
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -81,11 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *told, **more: printable(
+        plain(*told, **more)
+    )  # libraries quote the files they read
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
     cli.main(args=None if arguments is None else list(arguments), prog_name="featprobe")
 
 
 def _to_stderr(line: str) -> None:
-    click.echo(line, err=True)
+    echo(line, err=True)
 
 
 @cli.command()
@@ -115,10 +149,10 @@ def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
     if json_:
         return show_json(asdict(report))
     for note in report.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
     for name, reason in report.unreadable:
-        click.echo(f"left out: {name}: {reason}")
-    click.echo(speed_text(report))
+        echo(f"left out: {name}: {reason}")
+    echo(speed_text(report))
 
 
 @cli.command()
@@ -150,6 +184,7 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
         ("file", f"{cost.path}{' (exists)' if cost.exists else ''}"),
         ("images", f"{cost.images}{parts} at {cost.frame[0]}x{cost.frame[1]}, levels {', '.join(cost.levels)}"),
         ("features", f"{human_bytes(cost.feature_bytes)}, {human_bytes(cost.feature_bytes / cost.rows)} a row"),
+        ("by dtype", ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in cost.bytes_of.items())),
         ("disk", f"{fits(cost.fits_disk)} ({human_bytes(cost.free_disk)} free)"),
         ("memory", f"{fits(cost.fits_memory)} ({human_bytes(cost.memory)} available)"),
         ("GPU", f"{fits(cost.fits_gpu)}{gpu}"),
@@ -157,12 +192,13 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
         ("one epoch", f"{cost.epoch_live:.1f} s with the backbone, {cost.epoch_cached:.2f} s from the cache"),
         ("pays from", f"{cost.break_even:.1f} epochs on, extraction included"),
     ]
-    click.echo(columns(rows, ("what", "cost")))
+    echo(columns(rows, ("what", "cost")))
 
 
 @cli.command()
 @click.option("--task", default="semseg", show_default=True, help="semseg, detect or instseg.")
 @head_options
+@click.option("--no-verify", is_flag=True, help="Do not hash each row's features when they are first read.")
 @as_json
 @click.pass_context
 def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
@@ -271,7 +307,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
     if report.rows or json_:
         return _show_probe(report, json_, workspace_of(ctx).probes)
     for note in report.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _study_file(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
@@ -292,6 +328,7 @@ _printed: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": F
 @click.option("--template", **_printed, help="Print a study file with every key, its default and its meaning, and end.")
 @click.option("--schema", **_printed, help="Print the JSON schema of study files, for editors, and end.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted times, and run nothing.")
+@click.option("--verify", is_flag=True, help="Read all bytes of the heads that are there; train damaged ones again.")
 @click.option(
     "--launcher",
     type=click.Choice(["local", "slurm"]),
@@ -308,13 +345,13 @@ _printed: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": F
 @log
 @as_json
 @click.pass_context
-def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options: Any) -> None:
+def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bool, **options: Any) -> None:
     """Run a grid of backbones, data sets, their features, tasks, heads, regimes, seeds and fractions from one file.
 
-    What is done already is skipped, so the same command goes on after a stop; a cell that fails does not stop the
-    others, and makes the exit code 3. In the end the results of its cells are put side by side, as `compare` does with
-    all of the workspace, on a page in probes/report/STUDY. With SLURM, the same command again tells what failed, and
-    hands over what is missing and not in the queue.
+    What is done already is skipped, so the same command goes on after a stop, and a head that is gone or damaged is
+    trained again; a cell that fails does not stop the others, and makes the exit code 3. In the end the results of its
+    cells are put side by side, as `compare` does with all of the workspace, on a page in probes/report/STUDY. With
+    SLURM, the same command again tells what failed, and hands over what is missing and not in the queue.
 
     \b
     Example:
@@ -335,10 +372,10 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
     if options["launcher"] == "slurm" and not dry_run:
         from featprobe.stages import cluster
 
-        sent = cluster.submit_study(workspace, asked, cluster.parameters(options["slurm"]), _to_stderr)
+        sent = cluster.submit_study(workspace, asked, cluster.parameters(options["slurm"]), _to_stderr, verify=verify)
         report, handed = sent.plan, {"handed_over": len(sent.jobs), "queued": len(sent.queued)}
     else:
-        report = run_study(workspace, asked, _to_stderr, dry_run=dry_run)
+        report = run_study(workspace, asked, _to_stderr, dry_run=dry_run, verify=verify)
     page = workspace.probes / "report" / file.stem
     told = compare_all(workspace, page, quiet=json_, folders=report.folders) if report.rows else None
     if json_:
@@ -353,13 +390,13 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, **options:
         _show_probe(ProbeReport(report.rows, (), report.notes), json_, workspace.probes)
     else:
         for note in report.notes:
-            click.echo(f"note: {note}")
+            echo(f"note: {note}")
     if told and not json_:
-        click.echo()
+        echo()
         _show_answer(told)
-        click.echo(f"page: {told.files[0]}")
+        echo(f"page: {told.files[0]}")
     for cell, reason in report.failed if not json_ else ():
-        click.echo(f"failed: {cell}\n  {reason}", err=True)
+        echo(f"failed: {cell}\n  {reason}", err=True)
     if report.failed:
         ctx.exit(3)
 
@@ -402,13 +439,13 @@ def compare(
         return show_json(plain_json(report))
     _show_answer(report)
     for note in (*report.notes, *(f"could not be used: {item.folder}: {item.reason}" for item in report.unusable)):
-        click.echo(f"note: {note}")
-    click.echo(
+        echo(f"note: {note}")
+    echo(
         "\nTest split, percent. 95 % of a score: other test groups, these heads. Verdict on any seed: other seeds "
         "too.\n"
     )
-    click.echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps, terminal_width()))
-    click.echo(f"\nreport: {report.files[0]}")
+    echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps, terminal_width()))
+    echo(f"\nreport: {report.files[0]}")
 
 
 @cli.command()
@@ -438,10 +475,10 @@ def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **option
     if json_:
         return show_json(asdict(report))
     for name, reason in report.left_out:
-        click.echo(f"left out: {name}: {reason}")
+        echo(f"left out: {name}: {reason}")
     for note in report.notes:
-        click.echo(f"note: {note}")
-    click.echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
+        echo(f"note: {note}")
+    echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
 
 
 @cli.command()
@@ -458,7 +495,7 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
     from featprobe.stages.demo import demo as run
 
     workspace = workspace_of(ctx)
-    _show_probe(run(workspace, lambda line: click.echo(line, err=json_), device), json_, workspace.probes)
+    _show_probe(run(workspace, lambda line: echo(line, err=json_), device), json_, workspace.probes)
 
 
 @cli.command()
@@ -488,12 +525,12 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
         return show_json(rows)
     if not rows:
         raise FeatprobeError(f"No pretrained model of timm matches {pattern!r}. Try a shorter one: '*dinov3*'.")
-    click.echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
+    echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
 
 
 def _show_answer(report: "Comparison") -> None:
     for title, sentences in report.answer:
-        click.echo("\n  ".join([title, *sentences]) + "\n")
+        echo("\n  ".join([title, *sentences]) + "\n")
 
 
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
@@ -524,6 +561,7 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
         quiet=options["quiet"],
         tuning=tuning,
         log=tuple(dict.fromkeys(options["log"])),
+        verify=not options.get("no_verify", False),
     )
 
 
@@ -583,12 +621,12 @@ def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     from featprobe.report.tables import result_text
 
     for note in report.notes:
-        click.echo(f"note: {note}")
-    click.echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
-    click.echo(result_text(report.rows, terminal_width()))
-    click.echo()
+        echo(f"note: {note}")
+    echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
+    echo(result_text(report.rows, terminal_width()))
+    echo()
     for folder in dict.fromkeys(Path(row["folder"]).parent for row in report.rows):
         seeds = ", ".join(Path(r["folder"]).name for r in report.rows if Path(r["folder"]).parent == folder)
-        click.echo(f"heads: {probes / folder}/ {seeds}")
+        echo(f"heads: {probes / folder}/ {seeds}")
     for sheet in report.sheets:
-        click.echo(f"pictures: {sheet}")
+        echo(f"pictures: {sheet}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from featprobe.texts import printable
+
 if TYPE_CHECKING:
     from featprobe.stages.workspace import Workspace
 
@@ -47,6 +49,13 @@ masks_at = click.option(
     "--masks",
     metavar="PATTERN",
     help="Where the mask of an image lies, as 'seg/{stem}_m.png'; also {dir} and {split}, see the README.",
+)
+follow_links = click.option(
+    "--follow-links",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, param, given: ctx.meta.update({"follow_links": given}),
+    help="Read also what links in the data folder lead to outside of it.",
 )
 device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
@@ -94,6 +103,7 @@ _FEATURES = [
     masks_at,
     group_from,
     split_file,
+    follow_links,
     click.option("--levels", help="Feature levels, separated by commas. Default: all, as stride4,stride8,…"),
     click.option("--size", metavar="HxW", help="Height x width. Default: the images' own up to 512, else 512x512."),
     click.option("--fit", type=click.Choice(["resize", "letterbox"]), help="How images meet --size. Default: resize."),
@@ -119,7 +129,13 @@ _FEATURES = [
         type=click.IntRange(1),
         help="Threads that decode images.  [default: the cores that may be used, at most 16]",
     ),
-    click.option("--dtype", type=click.Choice(["fp16", "fp32", "bf16"]), default="fp16", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(["fp16", "fp32", "bf16", "int8"]),
+        default="fp16",
+        show_default=True,
+        help="Of the stored features. int8: half of fp16's bytes; see `featprobe cache audit`.",
+    ),
     click.option(
         "--precision",
         type=click.Choice(["auto", "fp32", "tf32", "amp"]),
@@ -142,6 +158,7 @@ _HEAD = [
         is_flag=True,
         help="Make missing caches first, of --data and --backbone or of those in featprobe.toml.",
     ),
+    follow_links,
     click.option("--head", help="semseg: linear, upsample, ridge; detect: fcos, fasterrcnn; instseg: maskrcnn."),
     click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache."),
     click.option(
@@ -229,7 +246,7 @@ def feature_options(command: Command) -> Command:
 
 def read_options(command: Command) -> Command:
     """All options that say how a data set is read."""
-    for option in reversed([data_format, images_at, masks_at, group_from, split_file]):
+    for option in reversed([data_format, images_at, masks_at, group_from, split_file, follow_links]):
         command = option(command)
     return command
 
@@ -241,9 +258,14 @@ def head_options(command: Command) -> Command:
     return command
 
 
+def echo(text: object = "", err: bool = False) -> None:
+    """Print a line: the one way to the terminal, which control characters of files don't get through."""
+    click.echo(printable(str(text)), err=err)
+
+
 def show_json(value: object) -> None:
     """Print a value for a machine."""
-    click.echo(json.dumps(value, default=str))
+    echo(json.dumps(value, default=str))
 
 
 def columns(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
@@ -268,4 +290,4 @@ def workspace_of(ctx: click.Context) -> "Workspace":
     """The folder that the command works in."""
     from featprobe.stages.workspace import Workspace
 
-    return Workspace(ctx.obj)
+    return Workspace(ctx.obj, ctx.meta.get("follow_links", False))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pycocotools import mask as coco_mask
 
-from featprobe.datasets.files import named_below, read_json, start_of
+from featprobe.datasets.files import kept_below, leads_out, named_below, read_json, start_of
 from featprobe.datasets.names import first_there, visible
 from featprobe.datasets.objects import SLACK, Tally, box_instance, check_stated, partly
 from featprobe.datasets.pages import group_of, page_of
@@ -64,7 +64,7 @@ def find_coco(root: Path) -> list[Path]:
     found = visible(root, [*root.glob("*.json"), *root.glob("annotations/*.json")])
     found += visible(root, (path for path in root.glob("*/*.json") if path.parent.name.lower() in SPLIT_WORDS))
     instances = [path for path in found if path.name.startswith("instances")]
-    return [path for path in instances or found if _looks_like_coco(path)]
+    return [path for path in instances or found if _looks_like_coco(path, root)]
 
 
 def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
@@ -76,13 +76,15 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     categories of one name those without annotations are left out. Numbers may be written as texts. Raises DataError
     when the files disagree on their categories, or two categories of one name have annotations.
     """
-    loaded = [(path, _load(path)) for path in files]
+    folder = root if root.is_dir() else root.parent
+    loaded = [(path, _load(path if path == root else kept_below(folder, path))) for path in files]
     used = {same_id(annotation["category_id"]) for _, data in loaded for annotation in data["annotations"]}
     categories, notes = _once_each(_categories(loaded), used, root)
     classes, index = _class_index(categories)
     known_as = {same_id(own): own for own in categories}
     samples: list[Sample] = []
     known: set[str] = set()
+    inside: set[Path] = set()  # folders that no link leads out of
     named: set[tuple[str, str]] = set()
     first_of: dict[Path, str] = {}
     things = any(category.thing for category in categories.values() if not category.background)
@@ -102,7 +104,9 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
         for image in data["images"]:
             where = f"{path}, image {image['file_name']}"
             split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
-            place = find_image(root if root.is_dir() else root.parent, path, split, str(image["file_name"]))
+            place = find_image(folder, path, split, str(image["file_name"]))
+            if place.parent not in inside or place.is_symlink():
+                inside.add(kept_below(folder, place).parent)
             identity = str(image["file_name"])
             if (split, identity) in named:
                 raise DataError(f"{path} lists the image {identity} twice.")
@@ -217,7 +221,9 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool) and bool(str(value).strip())
 
 
-def _looks_like_coco(path: Path) -> bool:
+def _looks_like_coco(path: Path, root: Path) -> bool:
+    if leads_out(root, path):  # it is not opened to be told, and is said where it is read
+        return path.name.startswith("instances") or path.parent.name == "annotations"
     start = start_of(path, 1 << 20)
     return b'"images"' in start or b'"annotations"' in start or b'"categories"' in start
 

@@ -8,7 +8,6 @@ from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from featprobe.datasets.files import files_below, files_in, folders_in, other_images, own_table, paired, stem_of
 from featprobe.datasets.images import SUFFIXES
@@ -19,6 +18,7 @@ from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, spl
 from featprobe.datasets.values import to_numbers
 from featprobe.errors import DataError
 from featprobe.geometry import Size
+from featprobe.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Labels, Target
 
 COLOURED = ("RGB", "RGBA")
@@ -180,9 +180,9 @@ def _pairs_in(folder: Path, root: Path) -> list[Pair]:
 def is_coloured(path: Path) -> bool:
     """Whether a mask's pixel format is one of colours."""
     try:
-        with Image.open(path) as image:
+        with picture(path, MASK_FORMATS) as image:
             return image.mode in COLOURED
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (DataError, OSError, SyntaxError, ValueError):
         return False
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import struct
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,20 +10,18 @@ from typing import Any, BinaryIO
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from featprobe.datasets.dicom import open_dicom
 from featprobe.datasets.names import not_there
-from featprobe.datasets.pages import LOOKED_AT_FIRST, TIFF_STARTS, is_dicom, page_of
+from featprobe.datasets.pages import LOOKED_AT_FIRST, TIFF_STARTS, is_dicom, opened_file, page_of
 from featprobe.datasets.pixels import (
     Levels,
     Opened,
     bits_of_dtype,
-    check_extent,
     check_page,
     several,
     to_levels,
-    too_large,
     turned,
     unusable,
     without_alpha,
@@ -32,8 +29,8 @@ from featprobe.datasets.pixels import (
 )
 from featprobe.datasets.tiff import NODATA, open_tiff
 from featprobe.errors import DataError
+from featprobe.pictures import IMAGE_FORMATS, MASK_FORMATS, check_claim, picture
 
-PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
 NPY_START = b"\x93NUMPY"
 PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG
 JPEG_SCAN, JPEG_END = 0xFFDA, b"\xff\xd9"
@@ -53,17 +50,13 @@ def opened(path: Path) -> Iterator[Opened]:
     """
     file, page = page_of(path)
     try:
-        with file.open("rb") as stream:
+        with opened_file(file) as stream:
             start = stream.read(LOOKED_AT_FIRST)
             stream.seek(0)
             with _kind(start)(path, stream, page) as image:
                 yield image
     except DataError:
         raise
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image that can be read.") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(too_large(path, "more, by its header")) from error
     except MemoryError as error:
         raise DataError(f"{path} asks for more memory than there is. Cut it into smaller images.") from error
     except Exception as error:
@@ -86,10 +79,10 @@ def called_empty(path: Path) -> NDArray[np.bool_] | None:
     Raises DataError, and OSError where there is no image.
     """
     if page_of(path)[1] is None:
-        with path.open("rb") as stream:
+        with opened_file(path) as stream:
             if stream.read(4) not in TIFF_STARTS:
                 return None
-        with Image.open(path) as image:
+        with picture(path, MASK_FORMATS) as image:
             if NODATA not in getattr(image, "tag_v2", ()):
                 return None
     with opened(path) as image:
@@ -126,11 +119,7 @@ def _kind(start: bytes) -> Callable[[Path, BinaryIO, int | None], AbstractContex
 @contextmanager
 def _open_pillow(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened]:
     check_page(path, page, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large scans are usual here
-        image = Image.open(stream, formats=PILLOW_FORMATS)
-    with image:
-        check_extent(path, image.height, image.width)
+    with picture(stream, IMAGE_FORMATS, path) as image:
         count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its previews
         if count > 1:
             raise DataError(f"{several(path, count)}Cut it into one file an image.")
@@ -212,7 +201,8 @@ def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int, out
     data = stream.read()
     if _tells_behind_pixels(data):
         stream.seek(0)
-        _pillow_levels(Image.open(stream, formats=("PNG",)), path, turn)  # refuses one; it would cut colours to 8 bits
+        with picture(stream, ("PNG",), path) as again:
+            _pillow_levels(again, path, turn)  # refuses one; it would cut colours to 8 bits
     values = imagecodecs.png_decode(data, out=out)  # tRNS comes as an alpha channel
     empty = values[:, :, -1] == 0 if "transparency" in image.info else None
     return without_empty(without_alpha(values), empty, lambda levels: levels)
@@ -258,7 +248,7 @@ def _open_npy(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened
             f"{path} holds an array of the shape {values.shape}.\n"
             "  wanted  (height, width), (height, width, 1) or (height, width, 3)"
         )
-    check_extent(path, *values.shape[:2])
+    check_claim(path, *values.shape[:2])
     plane = values[:, :, 0] if values.shape[2:] == (1,) else values
     size, bits = (values.shape[0], values.shape[1]), bits_of_dtype(values.dtype, path)
     channels = 1 if plane.ndim == 2 else 3

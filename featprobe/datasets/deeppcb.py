@@ -20,7 +20,7 @@ def is_deeppcb(root: Path) -> bool:
     folder = _folder(root)
     if not all((folder / name).is_file() and not (folder / name).is_symlink() for name in LISTS):
         return False
-    words = start_of(folder / "trainval.txt", 1000).partition(b"\n")[0].split()
+    words = start_of(folder / "trainval.txt", 1000, root).partition(b"\n")[0].split()
     return len(words) == 2 and words[0].endswith(b".jpg") and words[1].endswith(b".txt")
 
 

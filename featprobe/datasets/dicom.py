@@ -8,9 +8,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.datasets.pages import once_a_file
-from featprobe.datasets.pixels import Levels, Opened, check_extent, check_page, to_levels, unusable, without_empty
+from featprobe.datasets.pages import once_a_file, opened_file
+from featprobe.datasets.pixels import Levels, Opened, check_page, to_levels, unusable, without_empty
 from featprobe.errors import DataError
+from featprobe.pictures import check_claim
 
 DICOM_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax that packs all of a file, without a bound
@@ -23,7 +24,7 @@ def open_dicom(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opene
     header, start = _header(file)
     if not {"Rows", "Columns", "BitsAllocated", "PhotometricInterpretation"} <= set(header.dir()):
         raise DataError(f"{path} is a DICOM file without an image.")
-    check_extent(path, header.Rows, header.Columns)
+    check_claim(path, header.Rows, header.Columns)
     check_page(path, page, int(header.get("NumberOfFrames") or 1))
     photometric, bits = header.PhotometricInterpretation, header.BitsAllocated
     channels = 3 if photometric in DICOM_COLOURS else 1
@@ -64,7 +65,7 @@ def _header(file: Path) -> tuple[Any, int]:
     bare = not is_file_format(file)
     if not bare and read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
         raise DataError(f"{file} is deflated as a whole. Store it as Explicit VR Little Endian.")
-    with file.open("rb") as stream:
+    with opened_file(file) as stream:
         header, start = dcmread(stream, stop_before_pixels=True, force=bare), stream.tell()
     if bare and "TransferSyntaxUID" not in header.file_meta:
         implicit, _ = header.original_encoding

@@ -6,7 +6,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,30 +16,66 @@ from typing import Any
 
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.names import alike, as_on_disk, by_form, is_hidden, renamed, visible
-from featprobe.datasets.pages import can_be_counted, page_of, page_path, pages_of
+from featprobe.datasets.pages import can_be_counted, opened_file, page_of, page_path, pages_of
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import raise_all
+from featprobe.disk import parse_json
 from featprobe.errors import DataError, counted, looks_like
+from featprobe.machine import available_memory, human_bytes
 
 LONGEST, LONGEST_NAME = 2048, 255  # bytes of a path, half of what systems take, and of a name in it
+IN_MEMORY = 8  # bytes that a byte of annotations takes, about, when it is parsed
+SMALL = 1 << 24  # bytes of a text that always may be read
+FOLLOW_LINKS = "--follow-links"
+_FOLLOWED: ContextVar[bool] = ContextVar("links are followed", default=False)
 SEPARATORS = (",", ";", "\t")  # of columns: spreadsheets write each of them
 
 
-def start_of(path: Path, count: int) -> bytes:
-    """The first bytes of a file, to tell its kind by; none where there is no file. Raises DataError."""
-    if not path.is_file():
+@contextmanager
+def links_followed(wanted: bool) -> Iterator[None]:
+    """Whether links may lead out of the data folder while a set or its labels are read in this thread."""
+    token = _FOLLOWED.set(wanted)
+    try:
+        yield
+    finally:
+        _FOLLOWED.reset(token)
+
+
+def leads_out(root: Path, path: Path) -> bool:
+    """Whether a link on the way to a path leads out of a data folder, and is not followed there, or leads to itself."""
+    try:
+        return not _FOLLOWED.get() and not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):
+        return True
+
+
+def start_of(path: Path, count: int, root: Path | None = None) -> bytes:
+    """The first bytes of a file, to tell its kind by; none where there is no file. Raises DataError.
+
+    root: the data folder, out of which nothing is read; None for a file that is known to lie in it.
+    """
+    if not path.is_file() or (root is not None and leads_out(root, path)):
         return b""
     try:
-        with path.open("rb") as stream:
+        with opened_file(path) as stream:
             return stream.read(count)
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}.") from error
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text, its byte order mark left away. Raises DataError."""
+def read_text(path: Path, most: int | None = None) -> str:
+    """A UTF-8 text, its byte order mark left away. Raises DataError, also for one that memory can't hold.
+
+    most: bytes that such a file may have, where that is known.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with opened_file(path) as stream:
+            held = os.fstat(stream.fileno()).st_size
+            if held > SMALL and held > (most or available_memory() // IN_MEMORY):
+                limit = f"such a file may have ({human_bytes(most)})" if most else "the memory holds"
+                raise DataError(f"{path} has {human_bytes(held)}, more than {limit}. It was not read.")
+            with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+                return text.read()
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -48,8 +86,8 @@ def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises DataError."""
     text = read_text(path)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise DataError(f"{path} can't be read as JSON: {error}.") from error
     if re.search(r"\\u[dD][89a-fA-F]", text):  # escapes of which only pairs are characters
         try:
@@ -228,14 +266,17 @@ def named_below(root: Path, text: str, where: object, base: Path | None = None) 
 
 
 def kept_below(root: Path, path: Path) -> Path:
-    """The path as it lies on the disk, see names. Raises DataError when a link leads out of `root`, or to itself."""
+    """The path as it lies on the disk, see names. Raises DataError when a link leads out of `root`, see `leads_out`."""
     path = as_on_disk(root, path)
     try:
-        inside = path.resolve().is_relative_to(root.resolve())
+        real = path.resolve()
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path} can't be followed: it links to itself.") from error
-    if not inside:
-        raise DataError(f"{path} is a link out of the data folder {root}. It was not opened. Put the files there.")
+    if not _FOLLOWED.get() and not real.is_relative_to(root.resolve()):
+        raise DataError(
+            f"{path} is a link out of the data folder {root}. It was not opened.\n  found   {real}\n"
+            f"Put the files there, or follow such links:  {FOLLOW_LINKS}, or follow_links = true in featprobe.toml"
+        )
     return path
 
 

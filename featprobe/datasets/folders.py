@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.datasets.decode import called_empty
-from featprobe.datasets.files import files_in, folders_in, other_images, paired, read_table, stem_of
+from featprobe.datasets.files import files_in, folders_in, kept_below, other_images, own_table, paired, stem_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.labelmap import read_labelmap
 from featprobe.datasets.names import meant
@@ -83,13 +83,18 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
     of its mask. Raises DataError where some masks are objects and some are not, or pages do not match.
     """
     folders = find_folders(root)
-    table = read_table(root / "samples.csv")
+    table = own_table(root)
     samples: list[Sample] = []
     found = Masks()
     notes: list[str] = []
     for start, folder in folders.items():
+        for inside in ("images", "masks"):
+            kept_below(root, folder / inside)
         files = [path for path in files_in(folder / "images") if path.suffix.lower() in SUFFIXES]
         drawn = [path for path in files_in(folder / "masks") if path.is_file()]
+        for path in (*files, *drawn):
+            if path.is_symlink() and path.exists():  # a link to itself is met again, by name
+                kept_below(root, path)
         images, mask_of = paired(files, folder / "images", drawn, folder / "masks")
         bare = {stem_of(image, folder / "images") for image in images} - mask_of.keys()
         objects_of = _take_objects(mask_of, bare)

@@ -18,7 +18,7 @@ from featprobe.datasets.coco_sets import (
 )
 from featprobe.datasets.colours import find_pairs, read_colours
 from featprobe.datasets.deeppcb import is_deeppcb, read_deeppcb
-from featprobe.datasets.files import folders_in
+from featprobe.datasets.files import folders_in, links_followed
 from featprobe.datasets.folders import find_folders, meet, read_folders
 from featprobe.datasets.gdxray import find_series, find_welds, read_gdxray, read_welds
 from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
@@ -27,7 +27,7 @@ from featprobe.datasets.names import visible
 from featprobe.datasets.nearness import Near, nearest_pairs, seek
 from featprobe.datasets.pairs import EXAMPLE, has_pairs, read_pairs
 from featprobe.datasets.patterns import Description
-from featprobe.datasets.samples import DataSet, listed
+from featprobe.datasets.samples import DataSet, Sample, listed
 from featprobe.datasets.set_notes import alike_classes, unnamed_parts
 from featprobe.datasets.severstal import is_severstal, read_severstal
 from featprobe.datasets.split_file import pin, read_split_file
@@ -44,6 +44,8 @@ from featprobe.datasets.visa import SHOTS, find_visa, read_visa
 from featprobe.datasets.voc import find_segmentation, find_voc, read_segmentation, read_voc
 from featprobe.datasets.yolo import find_yolo, read_yolo
 from featprobe.errors import DataError, nearest
+from featprobe.geometry import Size
+from featprobe.targets import Target
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ def read_data(
     classes: Sequence[str] | None = None,
     images: str | None = None,
     masks: str | None = None,
+    follow_links: bool = False,
 ) -> DataSet:
     """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
 
@@ -232,47 +235,61 @@ def read_data(
     are looked for last, and loaded only then or when they are named. group_from: a regular expression that finds the
     groups in the ids, in place of the format's. split_file: whose splits and groups take the place of the set's own.
     complete=False leaves the splits as they are. classes: what stands in classes.txt otherwise, line by line.
-    images, masks: patterns that describe the set, see `datasets.patterns`; its format is `pairs`.
+    images, masks: patterns that describe the set, see `datasets.patterns`; its format is `pairs`. follow_links: read
+    also what links in the folder lead to outside of it; else such a link is an error.
     Raises DataError when no format fits, with the nearest and what it lacks, and with their names when several do.
     """
-    described = _described(images, masks, format_name)
-    format_name = "pairs" if described else format_name
-    own, _, part = (format_name or "").partition(":")
-    known: Mapping[str, Format] = FORMATS if format_name is None else {own: find_format(own)}
-    if part and part not in known[own].parts:
-        raise DataError(f"The format {own} has no part {part!r}. wanted: {', '.join(known[own].parts) or 'none'}.")
-    if not root.exists():
-        raise DataError(f"There is no folder or file {root} (data set {name}).")
-    broken: list[str] = []
-    fitting = [own] if described else _fitting(known, root, last=format_name is not None)
-    if not fitting and format_name is None:
-        added, broken = added_formats()
-        fitting, known = _fitting(added, root), {**known, **added}
-        fitting = fitting or _fitting(FORMATS, root, last=True)
-    if len(fitting) > 1:
-        each = "\n          ".join(f"{name}: {known[name].layout}" for name in fitting)
-        raise DataError(
-            f"{root} can be read in {len(fitting)} formats.\n  wanted  one\n  found   {each}\n"
-            f"Nothing was read. Name the one that is meant:  --format {' or --format '.join(fitting)}"
-        )
-    if not fitting:
-        raise DataError(_refusal(known, own, root) + "".join(f"\n{letter}" for letter in broken))
-    for letter in broken:
-        warnings.warn(letter, stacklevel=2)
-    if described:
-        data = read_pairs(name, root, classes, described)
-    else:
-        data = _read(known[fitting[0]], part, fitting[0], name, root, classes)
-    how = data.description or {"format": format_name or fitting[0]}
-    how = {**how, **({} if classes is None else {"classes": [*classes]})}
-    if group_from:
-        data, how = regroup(data, group_from), {**how, "group_from": group_from}
-    if split_file is not None:
-        data, how = pin(data, read_split_file(split_file)), {**how, "split_file": str(split_file.resolve())}
-    notes = [*alike_classes(data), *([] if group_from else unnamed_parts(data))]
-    data = replace(data, description=how, notes=(*data.notes, *notes))
-    called = "its own split" if split_file is None else f"the split of {split_file.name}"
-    return complete_splits(data, called) if complete else data
+    with links_followed(follow_links):
+        described = _described(images, masks, format_name)
+        format_name = "pairs" if described else format_name
+        own, _, part = (format_name or "").partition(":")
+        known: Mapping[str, Format] = FORMATS if format_name is None else {own: find_format(own)}
+        if part and part not in known[own].parts:
+            raise DataError(f"The format {own} has no part {part!r}. wanted: {', '.join(known[own].parts) or 'none'}.")
+        if not root.exists():
+            raise DataError(f"There is no folder or file {root} (data set {name}).")
+        broken: list[str] = []
+        fitting = [own] if described else _fitting(known, root, last=format_name is not None)
+        if not fitting and format_name is None:
+            added, broken = added_formats()
+            fitting, known = _fitting(added, root), {**known, **added}
+            fitting = fitting or _fitting(FORMATS, root, last=True)
+        if len(fitting) > 1:
+            each = "\n          ".join(f"{name}: {known[name].layout}" for name in fitting)
+            raise DataError(
+                f"{root} can be read in {len(fitting)} formats.\n  wanted  one\n  found   {each}\n"
+                f"Nothing was read. Name the one that is meant:  --format {' or --format '.join(fitting)}"
+            )
+        if not fitting:
+            raise DataError(_refusal(known, own, root) + "".join(f"\n{letter}" for letter in broken))
+        for letter in broken:
+            warnings.warn(letter, stacklevel=2)
+        if described:
+            data = read_pairs(name, root, classes, described)
+        else:
+            data = _read(known[fitting[0]], part, fitting[0], name, root, classes)
+        how = data.description or {"format": format_name or fitting[0]}
+        how = {**how, **({} if classes is None else {"classes": [*classes]})}
+        if group_from:
+            data, how = regroup(data, group_from), {**how, "group_from": group_from}
+        if split_file is not None:
+            data, how = pin(data, read_split_file(split_file)), {**how, "split_file": str(split_file.resolve())}
+        notes = [*alike_classes(data), *([] if group_from else unnamed_parts(data))]
+        data = replace(data, description=how, notes=(*data.notes, *notes))
+        called = "its own split" if split_file is None else f"the split of {split_file.name}"
+        data = complete_splits(data, called) if complete else data
+    return _following(data) if follow_links else data
+
+
+def _following(data: DataSet) -> DataSet:
+    """A set whose labels are read as it was: links that lead out of its folder are followed."""
+    read = data.read_target
+
+    def read_target(sample: Sample, size: Size) -> Target:
+        with links_followed(True):
+            return read(sample, size)
+
+    return replace(data, read_target=read_target, description={**data.description, "follow_links": True})
 
 
 def places_of(root: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from featprobe.datasets.decode import opened
 from featprobe.datasets.names import not_there
-from featprobe.datasets.pages import page_of
+from featprobe.datasets.pages import opened_file, page_of
 from featprobe.datasets.pixels import Levels, counted_levels, largest
 from featprobe.datasets.samples import listed
 from featprobe.datasets.tiff import NODATA
@@ -45,7 +45,8 @@ def hash_image(path: Path) -> str:
                 running.update(data)
             return running.hexdigest()
     try:
-        data = path.read_bytes()
+        with opened_file(path) as stream:
+            data = stream.read()
     except OSError as error:
         raise DataError(not_there(path) or f"{path} can't be read: {error.strerror}.") from error
     if not data:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from featprobe.datasets.files import is_missing, kept_below, read_text
 from featprobe.datasets.objects import check_classes, stored_pixels
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import gathered, to_whole
 from featprobe.errors import DataError
+from featprobe.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Labels
 
 NAME = "labelmap.txt"
@@ -114,7 +114,7 @@ def _coded(values: NDArray) -> NDArray:
 
 def _palette(path: Path) -> dict[int, int]:
     """The colour of each index of a palette image."""
-    with Image.open(path) as image:
+    with picture(path, MASK_FORMATS) as image:
         colours: Sequence[int] = image.getpalette() or []
     table = np.array(colours, dtype=np.uint8).reshape(-1, 3)
     return dict(enumerate(_coded(table).tolist()))

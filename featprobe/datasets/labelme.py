@@ -64,7 +64,7 @@ def is_labelme(root: Path) -> bool:
     if not root.is_dir():
         return False
     files = (p for pattern in ("*.json", "*/*.json", "*/*/*.json") for p in visible(root, root.glob(pattern))[:20])
-    return any(_looks_like_labelme(path) for path in files if not path.is_symlink())
+    return any(_looks_like_labelme(path, root) for path in files if not path.is_symlink())
 
 
 def is_bsdata(root: Path) -> bool:
@@ -80,7 +80,7 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
     """
     images = files_below(root, root)
     stems = {path.stem for path in images}  # a JSON file of such a name is labelme's, or damaged
-    files = [p for p in files_below(root, root, (".json",)) if p.stem in stems or _looks_like_labelme(p)]
+    files = [p for p in files_below(root, root, (".json",)) if p.stem in stems or _looks_like_labelme(p, root)]
     drawings, file_of, damaged = _read_drawings(root, files, images)
     if is_bsdata(root):
         here = [image.name for image in file_of if image.is_file()]
@@ -123,8 +123,8 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes))
 
 
-def _looks_like_labelme(path: Path) -> bool:
-    return re.search(rb'"shapes"\s*:', start_of(path, LOOKED_AT)) is not None
+def _looks_like_labelme(path: Path, root: Path) -> bool:
+    return re.search(rb'"shapes"\s*:', start_of(path, LOOKED_AT, root)) is not None
 
 
 def _read_drawings(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from featprobe.datasets.decode import NPY_START, stored_array, stored_page
@@ -20,6 +19,7 @@ from featprobe.datasets.values import stated_side
 from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages take it from here
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
+from featprobe.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
 
 SHOWN = 3  # places of objects in a note
@@ -135,14 +135,14 @@ def stored_pixels(path: Path) -> tuple[str, NDArray[Any]]:
     if start_of(path, len(NPY_START)) == NPY_START:
         return stored_array(path)
     try:
-        with Image.open(path) as image:
+        with picture(path, MASK_FORMATS) as image:
             if NODATA in getattr(image, "tag_v2", ()):
                 return stored_page(path)
             count = count_pages(path) if image.format == "TIFF" else getattr(image, "n_frames", 1)
             if count > 1:
                 raise DataError(f"{path} holds {count} images. wanted: one mask, or as many as its image has pages.")
             return image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:
         raise DataError(f"{path} can't be read as a mask: {error}.") from error
 
 

@@ -7,14 +7,15 @@ that is no reduced copy and no transparency mask, or a plane of an ImageJ stack 
 import re
 import struct
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from featprobe.errors import DataError
+from featprobe.disk import open_regular
+from featprobe.errors import DataError, FileKindError
 
 T = TypeVar("T")
 
@@ -35,6 +36,17 @@ LOOKED_AT = 1 << 16  # bytes of a description
 USUAL = 512  # bytes that most IFDs are shorter than
 RACY = 2_000_000_000  # nanoseconds after which a file that is written again has another time, on any file system
 FRAMES = 0x00280008  # DICOM's NumberOfFrames
+
+
+@contextmanager
+def opened_file(file: Path, buffering: int = -1) -> Iterator[BinaryIO]:
+    """A file of a data set, open to be read. Raises DataError for a pipe, a device or a folder, OSError as `open`."""
+    try:
+        opened = open(file, "rb", buffering, opener=open_regular)
+    except FileKindError as error:
+        raise DataError(str(error)) from error
+    with opened as stream:
+        yield stream
 
 
 def page_of(path: Path) -> tuple[Path, int | None]:
@@ -84,7 +96,7 @@ def group_of(identity: str, image: Path) -> str:
 
 def count_pages(file: Path) -> int:
     """How many images a TIFF or a DICOM file holds; 1 for any other. Raises DataError, and OSError as `open` does."""
-    with file.open("rb", buffering=0) as stream:
+    with opened_file(file, buffering=0) as stream:
         start = stream.read(LOOKED_AT_FIRST)
         if is_dicom(start):
             try:
@@ -172,7 +184,7 @@ def is_dicom(start: bytes) -> bool:
 @once_a_file(64)
 def tiff_images(file: Path) -> tuple[int, ...]:
     """`tiff_images_in` a file."""
-    with file.open("rb", buffering=0) as stream:
+    with opened_file(file, buffering=0) as stream:
         return tiff_images_in(stream, file)
 
 

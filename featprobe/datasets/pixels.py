@@ -18,7 +18,6 @@ them; beneath the mask is the lowest level of the others."""
 
 DTYPE_OF = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16), 32: np.dtype(np.float32)}
 """Bits of a channel -> the number format of its levels."""
-MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 
 
 @dataclass(frozen=True)
@@ -157,14 +156,6 @@ def without_alpha(values: NDArray[Any]) -> NDArray[Any]:
     return values[:, :, 0] if values.ndim == 3 and values.shape[2] == 1 else values
 
 
-def check_extent(path: Path, height: int, width: int) -> None:
-    """Raise DataError for an image without pixels, or of too many."""
-    if height < 1 or width < 1:
-        raise DataError(f"{path} has {width}x{height} pixels. wanted: at least one.")
-    if height * width > MAX_PIXELS:
-        raise DataError(too_large(path, f"{width}x{height} = {height * width}"))
-
-
 def check_page(path: Path, page: int | None, count: int, how: str = "") -> None:
     """Raise DataError where a path doesn't name one of the `count` images of its file. how: to cut it, as a command."""
     if page is None and count == 1:
@@ -189,14 +180,6 @@ def check_page(path: Path, page: int | None, count: int, how: str = "") -> None:
 def several(path: Path, count: int) -> str:
     """The begin of what is said of a file of several images."""
     return f"{path} holds {count} images (pages, slices or frames).\n  wanted  one image, with labels of its own\n"
-
-
-def too_large(path: Path, found: str) -> str:
-    """What is said of an image of too many pixels."""
-    return (
-        f"{path} is too large, or its header is damaged. Nothing of it was decoded.\n"
-        f"  wanted  at most {MAX_PIXELS} pixels\n  found   {found}\nCut it into smaller images."
-    )
 
 
 def unusable(path: Path, found: str) -> str:

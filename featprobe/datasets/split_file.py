@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 from featprobe.datasets.files import by_name, read_csv
 from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
-from featprobe.errors import DataError, nearest
+from featprobe.disk import write_whole
+from featprobe.errors import DataError, DiskError, nearest
 from featprobe.specs import digest
+from featprobe.texts import cell, uncell
 
 COLUMNS = ("id", "group", "split")
 DIGITS = 8  # of the digest, in the name of a pinned split
@@ -68,8 +71,9 @@ def read_split_file(path: Path) -> SplitFile:
     except DataError as error:
         to_do = f"Write one:  featprobe data split NAME --out {path.name}"
         raise DataError(f"{path} is no split file. {error}\n{to_do}") from error
+    rows = [{**row, "id": uncell(row["id"]).strip(), "group": uncell(row.get("group", ""))} for row in rows]
     named = by_name(rows, "id", path)
-    places = {name: (row.get("group", ""), split_of(row["split"])) for name, row in named.items()}
+    places = {name: (row["group"], split_of(row["split"])) for name, row in named.items()}
     return SplitFile(path, places, _folds_of(path, [split for _, split in places.values()]))
 
 
@@ -95,18 +99,20 @@ def _folds_of(path: Path, splits: Sequence[str]) -> int:
 def write_split_file(path: Path, ids: Sequence[str], groups: Sequence[str], splits: Sequence[str]) -> None:
     """Write a split file; a mark that tells spreadsheets its encoding is put before text that is not ASCII.
 
-    Raises DataError where something is there already, or nothing can be written.
+    Raises DataError where something is there already, DiskError where nothing can be written.
     """
     stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator="\n").writerows([COLUMNS, *zip(ids, groups, splits, strict=True)])
+    csv.writer(stream, lineterminator="\n").writerows(
+        [COLUMNS, *([cell(text) for text in row] for row in zip(ids, groups, splits, strict=True))]
+    )
     text = stream.getvalue()
+    if os.path.lexists(path):
+        raise DataError(f"{path} is there already. Nothing was changed. Remove it, or name another file.")
     try:
-        with path.open("x", encoding="utf-8" if text.isascii() else "utf-8-sig", newline="") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise DataError(f"{path} is there already. Nothing was changed. Remove it, or name another file.") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be written: {error.strerror}.") from error
+        write_whole(path, text.encode("utf-8" if text.isascii() else "utf-8-sig"))
+    except DiskError:
+        path.unlink(missing_ok=True)  # it was not there, and the same command is to find it so
+        raise
 
 
 def pin(data: DataSet, file: SplitFile) -> DataSet:

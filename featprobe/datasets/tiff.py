@@ -14,21 +14,19 @@ from PIL import Image
 
 from featprobe.datasets.pages import tiff_images, tiff_images_in, tiff_mask_behind
 from featprobe.datasets.pixels import (
-    MAX_PIXELS,
     Levels,
     Opened,
     bits_of_dtype,
-    check_extent,
     check_page,
     largest,
     to_levels,
-    too_large,
     turned,
     unusable,
     without_alpha,
     without_empty,
 )
 from featprobe.errors import DataError
+from featprobe.pictures import MAX_PIXELS, check_claim, check_held, too_large
 from featprobe.targets import IGNORE
 
 PLACES = (273, 324, 330)  # tags that say where in the file something lies: strips, tiles, further IFDs
@@ -37,6 +35,7 @@ PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # what a TIFF says of its samples t
 CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
 BANDS = {"RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # samples that it needs; of the others, one
 BITS, INKS, NODATA = 258, 332, 42113  # tags
+DENSEST = {5: 1400, 8: 1032, 32773: 64, 32946: 1032}  # compressions: bytes that one becomes at most
 CMYK, JPEG = 1, (6, 7)  # an ink set, and compressions that decode to RGB
 ALPHA = (1, 2)  # what ExtraSamples says of an alpha channel: premultiplied, or not
 EXTREME, NEAR = 1e30, 1e-5  # beyond it no level lies by chance, and a few digits will do: a relative difference
@@ -58,7 +57,7 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
         if page.offset != offsets[number]:
             file.filehandle.seek(offsets[number])
             page = tifffile.TiffPage(file, number)
-        check_extent(path, page.imagelength, page.imagewidth)
+        check_claim(path, page.imagelength, page.imagewidth)
         _check_planes(path, page, plane, behind_one)
         kind = getattr(page.photometric, "name", str(page.photometric))
         each = page.tags.valueof(BITS, default=page.bitspersample)
@@ -292,3 +291,5 @@ def _check_segments(path: Path, page: Any) -> None:
     )
     if found < wanted:
         raise DataError(f"{path} is truncated or damaged: {wanted - found} of {wanted} strips or tiles are not there.")
+    if page.compression in DENSEST:
+        check_held(path, page.nbytes, sum(page.databytecounts[:wanted]), DENSEST[page.compression])

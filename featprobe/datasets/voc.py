@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels
 
+LARGEST, DEEPEST = 1 << 26, 50  # bytes and levels of an XML file
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor".split()
@@ -191,13 +193,31 @@ def counts_from(drawn: Sequence[Drawn]) -> tuple[int, list[str]]:
     return 0, [f"boxes count pixels from 0, and x2, y2 are where they end: {said}{against}"]
 
 
+class _Shallow(ET.TreeBuilder):
+    """Builds no tree that is nested deeper than any annotation: taking such a one apart takes seconds."""
+
+    depth = 0
+
+    def start(self, tag: Any, attrs: Any) -> Any:
+        """A tag begins. Raises ValueError where it is too deep."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        return super().start(tag, attrs)
+
+    def end(self, tag: Any) -> Any:
+        """A tag ends."""
+        self.depth -= 1
+        return super().end(tag)
+
+
 def read_xml(path: Path) -> Drawn:
     """The size and the boxes of a VOC XML file. Raises DataError; a file that declares entities is never expanded."""
-    text = read_text(path)
+    text = read_text(path, LARGEST)
     if re.search(r"<!\s*(DOCTYPE|ENTITY)", text, re.IGNORECASE):
         raise DataError(f"{path} declares a document type or entities, which no annotation needs. It was not expanded.")
     try:
-        top = ET.fromstring(text)
+        top = ET.fromstring(text, ET.XMLParser(target=_Shallow()))
     except (ET.ParseError, ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read as XML: {error}.") from error
     size = top.find("size")

@@ -23,6 +23,7 @@ from featprobe.targets import Instance, Target, semantic_from_instances
 
 SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 KEYS = (*SPLIT_KEYS, "names", "path", "nc", "kpt_shape")
+LARGEST = 1 << 24  # bytes of a YAML file
 EMPTY = ("", "~", "null", "Null", "NULL")  # YAML's words for nothing
 BOX_WORDS = 5  # class, centre x, centre y, width, height
 ROTATED_WORDS = 9  # class, four corners
@@ -114,7 +115,7 @@ def read_yolo(name: str, root: Path) -> DataSet:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(read_text(path), PlainLoader)  # a SafeLoader
+        data = yaml.load(read_text(path, LARGEST), PlainLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read as YAML: {error}.") from error
     if not isinstance(data, dict):

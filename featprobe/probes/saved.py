@@ -1,31 +1,50 @@
 """Saved heads and result rows, format version 1 (probes/README.md)."""
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from featprobe.errors import ProbeError
+from featprobe.disk import (
+    append_line,
+    below,
+    make_folders,
+    open_regular,
+    parse_json,
+    read_json,
+    read_regular,
+    replacing,
+    write_together,
+)
+from featprobe.errors import FileKindError, ProbeError
 from featprobe.fields import MISSING_FIELD, Fault, letter, shown
 from featprobe.levels import FeatureLevel
+from featprobe.machine import available_memory
 from featprobe.probes.cards import card_faults
 from featprobe.probes.heads import HeadRecipe, build_head
 from featprobe.specs import FeatureRecipe, digest
 
 HEAD_FORMAT, HEAD_VERSION, ROW_VERSION = "featprobe-head", 1, 1
 FINGERPRINT = ("backbone", "weights_sha256", "levels", "final_norm", "channels", "mean", "std", "intensity")
+
+IN_MEMORY = 16  # bytes that a byte of rows takes, about, when they are parsed
+LARGEST_CARD, LARGEST_ROW = 1 << 26, 1 << 24  # bytes
+UNREADABLE = (
+    OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError, FileKindError
+)  # fmt: skip
+"""What a head's files raise that are none. RuntimeError: torch's, and too deep a nesting."""
 
 
 def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
@@ -43,32 +62,27 @@ def save_head(
 ) -> None:
     """Write head.safetensors, card.json and what else is given, each whole or not at all; the card comes last.
 
-    files: name -> bytes, as what each test image contributed to the scores. backbone: the tensors of a fine-tuned one.
+    All is on the disk, with its names, when this returns; a head that was there before goes only when all of the new
+    one is on the disk beside it. files: name -> bytes, as what each test image contributed to the scores. backbone: the
+    tensors of a fine-tuned one. Raises DiskError.
     """
-    make_folder(folder)
-    for name in ("card.json", "sheet.png", "backbone.safetensors"):  # without a card a folder is no saved head
-        (folder / name).unlink(missing_ok=True)
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
-    for name, tensors in (("head", own), ("backbone", dict(backbone or {}))):
-        if tensors:
-            said = {"format": HEAD_FORMAT}
-            if name == "backbone":  # one entry alone: the order of several varies from process to process
-                said = {"frame": "{}x{}".format(*card["features"]["frame"])}
-            save_file(tensors, folder / f".{name}.tmp", metadata=said)
-            (folder / f".{name}.tmp").replace(folder / f"{name}.safetensors")
-    for name, data in files.items():
-        (folder / f".{name}.tmp").write_bytes(data)
-        (folder / f".{name}.tmp").replace(folder / name)
-    sealed = plain({**card, "head_sha256": _sha256(folder / "head.safetensors")})
+    written = {"head.safetensors": save(own, {"format": HEAD_FORMAT}), **files}
+    if backbone:  # one entry alone of what is said: the order of several varies from process to process
+        said = {"frame": "{}x{}".format(*card["features"]["frame"])}
+        written["backbone.safetensors"] = save(dict(backbone), said)
+    hashes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in written.items()}
+    sealed = plain({**card, "head_sha256": hashes["head.safetensors"]["sha256"], "files": hashes})
     sealed["card_sha256"] = digest(sealed)
-    (folder / ".card.tmp").write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
-    (folder / ".card.tmp").replace(folder / "card.json")
+    written["card.json"] = (json.dumps(sealed, indent=1) + "\n").encode()
+    stale = [folder / name for name in ("sheet.png", "backbone.safetensors") if name not in written]
+    write_together({folder / name: data for name, data in written.items()}, folder / "card.json", stale)
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder for a saved head; raises ProbeError where it can't be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -86,9 +100,11 @@ def load_head(
     """
     try:
         card = read_card(folder, whole=whole)
-        tensors = load_file(folder / "head.safetensors")
-        if card["head_sha256"] != _sha256(folder / "head.safetensors"):
-            raise ProbeError(f"{folder}: head.safetensors is not the file that card.json describes. Train it again.")
+        try:
+            (data,) = read_files(folder, card, ["head.safetensors"])
+        except ProbeError as error:
+            raise ProbeError(f"{folder}: {error}. Train it again.") from error
+        tensors = load(data)
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
         recipe_of_head = HeadRecipe.from_json(card["head"])
         try:
@@ -96,7 +112,7 @@ def load_head(
         except ProbeError as error:
             raise ProbeError(f"{folder} holds a head that can't be built. {error}") from error
         head.load_state_dict(tensors, strict=True)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     if recipe is not None:
         check_fingerprint(folder, card["fingerprint"], recipe)
@@ -109,14 +125,14 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
     whole: as `cards.card_faults` has it: a card of a head that featprobe trained.
     """
     try:
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        card = read_json(folder / "card.json", LARGEST_CARD)
         if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
             raise ProbeError(
                 f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
             )
         if card.pop("card_sha256") != digest(card):
             raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     faults = card_faults(card, whole=whole)
     if faults:
@@ -134,27 +150,57 @@ def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRe
         raise ProbeError(f"{folder} was trained on other features. Nothing was computed.\n" + "\n".join(lines))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def read_files(folder: Path, card: Mapping[str, Any], names: Iterable[str]) -> list[bytes]:
+    """The bytes of files beside a card, which hash to what it says of them; raises ProbeError.
+
+    A card of an older featprobe says it of head.safetensors alone.
+    """
+    found = []
+    for name in names:
+        try:
+            data = read_regular(below(folder, name, "its card"), available_memory() // IN_MEMORY)
+        except FileNotFoundError as error:
+            raise ProbeError(f"{name} is not beside its head") from error
+        except (OSError, FileKindError) as error:
+            raise ProbeError(f"{name} can't be read: {getattr(error, 'strerror', None) or error}") from error
+        said = _said(card).get(name, {}).get("sha256")
+        if said is not None and said != hashlib.sha256(data).hexdigest():
+            raise ProbeError(f"{name} is not the file that card.json describes")
+        found.append(data)
+    return found
+
+
+def fault_of(folder: Path, card: Mapping[str, Any], *, hashes: bool = False) -> str:
+    """What is wrong with the files that a card names; "" for nothing.
+
+    Their sizes are looked at, and whether they begin with zeros, as a loss of power leaves files that were not synced;
+    hashes: all of their bytes. A card of an older featprobe knows no sizes: its head is hashed always.
+    """
+    for name, said in _said(card).items():
+        try:
+            with open(below(folder, name, "its card"), "rb", opener=open_regular) as stream:
+                size, begins = os.fstat(stream.fileno()).st_size, stream.read(8)
+        except (OSError, FileKindError) as error:
+            return f"{name} is not beside its head" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
+        if not any(begins) or said.get("bytes", size) != size:
+            return f"{name} is not the file that card.json describes"
+        if hashes or "bytes" not in said:
+            try:
+                read_files(folder, card, [name])
+            except ProbeError as error:
+                return str(error)
+    return ""
+
+
+def _said(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of the files beside it, by name."""
+    own = {"head.safetensors": {"sha256": card["head_sha256"]}} if "head_sha256" in card else {}
+    return {**own, **card.get("files", {})}
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one result as a JSON line; several processes may do so at once.
-
-    A torn last line, left by a kill, is closed off first, so that it spoils no other.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"version": ROW_VERSION, **plain(row)}, separators=(",", ":")).encode() + b"\n"
-    with path.open("a+b") as stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX)
-        size = stream.seek(0, os.SEEK_END)
-        if size:
-            stream.seek(size - 1)
-            line = line if stream.read(1) == b"\n" else b"\n" + line
-        stream.write(line)
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Append one result as a JSON line, as `append_line` does."""
+    append_line(path, json.dumps({"version": ROW_VERSION, **plain(row)}, separators=(",", ":")).encode())
 
 
 class Checkpoint:
@@ -176,6 +222,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
+            os.close(open_regular(self.path))  # a pipe would be waited for
             kept = torch.load(self.path, map_location="cpu", weights_only=True)
             if kept["identity"] != self.identity:
                 return None
@@ -185,18 +232,36 @@ class Checkpoint:
             raise ProbeError(f"{self.path} can't be read: {error}.\nRemove it to train from the start.") from error
 
     def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep a state, whole or not at all, when it is time to."""
+        """Keep a state, whole or not at all, when it is time to. Raises DiskError; the last one stays then."""
         now = time.perf_counter()
         if step != self.last and (step % self.every or now - self.kept < self.seconds):
             return
-        temporary = self.path.with_suffix(".tmp")
         kept = {"identity": self.identity, "seconds": self.before + now - self.begun, "state": state()}
-        with temporary.open("wb") as stream:
-            torch.save(kept, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.path)
+        with replacing(self.path) as stream:
+            _torch_save(kept, stream)
         self.kept = time.perf_counter()
+
+
+def _torch_save(value: Any, stream: IO[bytes]) -> None:
+    """torch.save, whose own error would not say what a disk refused."""
+    refused: list[OSError] = []
+
+    def write(data: bytes) -> int:
+        try:
+            return stream.write(data)
+        except OSError as error:
+            refused.append(error)
+            raise
+
+    try:
+        torch.save(value, SimpleNamespace(write=write, flush=lambda: None))
+    except RuntimeError as error:
+        raise refused[0] if refused else error from error
+
+
+def head_folder(probes: Path, row: Mapping[str, Any]) -> Path:
+    """Where the head of a row lies. Raises FileKindError for a folder that is not below `probes`."""
+    return below(probes, str(row["folder"]), "its row")
 
 
 def read_rows(
@@ -208,7 +273,7 @@ def read_rows(
     left aside.
     """
     rows, faults = [], []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if os.path.lexists(path) else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -221,7 +286,7 @@ def read_rows(
     return rows, faults
 
 
-NO_JSON = "is no JSON"
+NO_JSON = "is no JSON, or too long or deep"
 
 
 def _row(
@@ -229,8 +294,10 @@ def _row(
 ) -> tuple[dict[str, Any] | None, str]:
     """The row of a line, or None and why there is none."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        if len(line) > LARGEST_ROW:
+            raise ValueError("no row is as long")
+        row = parse_json(line)
+    except ValueError:
         return None, NO_JSON
     if not isinstance(row, dict):
         return None, "is no JSON object"

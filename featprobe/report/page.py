@@ -4,19 +4,22 @@ No script, no request; readable on a phone, light and dark.
 """
 
 import base64
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from featprobe.errors import FeatprobeError
+from featprobe.disk import below, read_regular, write_whole
+from featprobe.errors import FileKindError
 from featprobe.report.comparison import LABELS, class_table, difference_table, gap_table, result_table, scores_of
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
+from featprobe.texts import printable
 
 Line = Mapping[str, Any]
+PNG_START, LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 1 << 26  # bytes
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --page: #ffffff; --soft: #f3f5f7; --line: #d5dae0; --mark: #a04100; }
 @media (prefers-color-scheme: dark) {
@@ -82,18 +85,15 @@ class PageSet:
     commands: Sequence[str]
 
 
-def write_page(
-    path: Path,
+def page_text(
     answer: Sequence[tuple[str, Sequence[str]]],
     sets: Sequence[PageSet],
     gaps: Sequence[Line],
     unusable: Sequence[tuple[str, str]],
     notes: Sequence[str],
-) -> None:
-    """Write the page. answer: titles and sentences of each, shown first. unusable: folder and reason of rows that
-    could not be used.
-
-    Raises OSError where it can't be written.
+) -> str:
+    """The page of a comparison. answer: titles and sentences of each, shown first. unusable: folder and reason of rows
+    that could not be used.
     """
     body = [
         "<h1>Which backbone, and is it enough to freeze it?</h1>",
@@ -106,7 +106,7 @@ def write_page(
         rows = [*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)]
         body += ["<h2>Notes</h2>", f"<ul>{''.join(f'<li>{escape(row)}</li>' for row in rows)}</ul>"]
     body += ["<h2>How to read this</h2>", f'<div class="small">{_paragraphs(HOW_TO_READ)}</div>']
-    _write(path, "comparison", body)
+    return _page("comparison", body)
 
 
 def write_check_page(
@@ -120,7 +120,7 @@ def write_check_page(
 ) -> None:
     """Write what was found in a data set. findings: whether it would spoil a study, what it is, its entries.
 
-    Raises FeatprobeError where it can't be written.
+    Raises DiskError where it can't be written.
     """
     told = [
         _entries(f"{'Would spoil a study: ' if spoils else 'To know: '}{text}", entries)
@@ -134,14 +134,10 @@ def write_check_page(
         *(f"<h2>{escape(caption)}</h2>{_picture(caption, sheet)}" for caption, sheet in sheets),
         *([f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"] if notes else []),
     ]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, title, body)
-    except OSError as error:
-        raise FeatprobeError(f"The page {path} can't be written: {error.strerror}.") from error
+    write_whole(path, _page(title, body))
 
 
-def _write(path: Path, title: str, body: Sequence[str]) -> None:
+def _page(title: str, body: Sequence[str]) -> str:
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -149,7 +145,12 @@ def _write(path: Path, title: str, body: Sequence[str]) -> None:
         "style-src 'unsafe-inline'; img-src data:\">"
         f'<link rel="icon" href="data:,"><title>featprobe: {escape(title)}</title><style>{STYLE}</style></head><body>\n'
     )
-    path.write_text(head + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+    return head + "\n".join(body) + "\n</body></html>\n"
+
+
+def escape(text: str) -> str:
+    """A text as HTML that shows it, and what it does not show as such."""
+    return html.escape(printable(text))
 
 
 def _entries(text: str, entries: Sequence[str]) -> str:
@@ -263,5 +264,11 @@ def _sheet(caption: str, path: Path) -> str:
 
 
 def _picture(caption: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    try:
+        found = read_regular(below(path.parent, path.name, "The picture"), LARGEST_PICTURE)
+        if not found.startswith(PNG_START):
+            raise FileKindError(f"{path} is no PNG.")
+    except FileKindError as error:
+        return f"<p>{escape(caption)}: not shown. {escape(str(error))}</p>"
+    data = base64.b64encode(found).decode()
     return f'<img loading="lazy" alt="{escape(caption)}" src="data:image/png;base64,{data}">'

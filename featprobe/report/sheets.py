@@ -1,5 +1,6 @@
 """Picture sheets: images beside their labels and predictions."""
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from featprobe.errors import FeatprobeError
+from featprobe.disk import write_whole
 from featprobe.targets import IGNORE, Instance, Labels, semantic_from_instances
 
 COLOURS = np.array(
@@ -40,7 +41,7 @@ def save_sheet(
     """Write a sheet as a PNG: a caption and panels per row, a title per column, the classes' colours below.
 
     Labels are drawn as translucent colour with a full outline; class 0 is left clear. Captions and titles that are
-    longer than their place go on in the next line.
+    longer than their place go on in the next line. Raises DiskError.
     """
     width = max(len(columns) * (TILE + GAP) + GAP, 480)
     ignored = any(panel.labels is not None and IGNORE in panel.labels for _, panels in rows for panel in panels)
@@ -62,11 +63,14 @@ def save_sheet(
         _write(draw, (GAP, top + height - LINE * len(caption) - GAP + 1), caption)
         top += height
     sheet.paste(legend, (0, top))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path, format="PNG")
-    except OSError as error:
-        raise FeatprobeError(f"The picture sheet {path} can't be written: {error.strerror}.") from error
+    write_whole(path, png(sheet))
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def colour_of(index: int, classes: Sequence[str] = ()) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from featprobe.errors import counted
 from featprobe.report.comparison import NONE
 from featprobe.report.text import table_text
 from featprobe.specs import SplitChoice
+from featprobe.texts import cell
 
 SCORES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "semseg": {"mIoU": ("miou",), "fg mIoU": ("miou_foreground",)},
@@ -127,3 +128,9 @@ def _texts(table: pd.DataFrame) -> pd.DataFrame:
         return NONE if pd.isna(value) else format(value, ".0f" if name in whole else ".1f")
 
     return pd.DataFrame({name: [text(name, value) for value in shown[name]] for name in shown.columns})
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, its texts as `texts.cell` makes them safe in a spreadsheet."""
+    safe = {cell(name): column.map(cell) for name, column in table.items()}
+    return pd.DataFrame(safe, index=table.index).to_csv(index=False)

@@ -1,8 +1,7 @@
-"""Looking after cache files: list, describe, verify, remove."""
+"""Looking after cache files: list, describe, verify, upgrade, remove."""
 
-import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,21 @@ from featprobe.cache import (
     CacheWriter,
     Damage,
     RowLocks,
+    checksum,
     damaged_rows,
+    make_temporary,
     read_contents,
+    replace_file,
     verify,
 )
-from featprobe.errors import CacheError, counted
+from featprobe.cache.legacy import disagreements
+from featprobe.disk import parse_json, read_regular
+from featprobe.errors import CacheError, FileKindError, counted
+from featprobe.specs import FILE_VERSION
 from featprobe.stages.settled import look_path
+from featprobe.texts import printable
+
+LARGEST_LOG = 1 << 26  # bytes
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -35,7 +43,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "rows": len(cache),
         "whole": int((done == WHOLE).sum()),
         "missing": int((done == MISSING).sum()),
-        "unreadable": {cache.rows[i].id: cache.reason(i) for i in np.flatnonzero(done == UNREADABLE).tolist()},
+        "unreadable": {cache.rows.texts["id"][i]: cache.reason(i) for i in np.flatnonzero(done == UNREADABLE).tolist()},
         "intact": cache.contents.is_intact(),
         "key": cache.recipe.key,
         "recipe": cache.recipe.to_json(),
@@ -80,22 +88,23 @@ def tf32_doubt(path: Path) -> Doubt | None:
 def _runs(path: Path) -> list[dict[str, Any]]:
     """What the log beside a cache tells of each run; [] without one."""
     try:
-        lines = path.with_suffix(".runs.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = read_regular(path.with_suffix(".runs.jsonl"), LARGEST_LOG).splitlines()
+    except (OSError, FileKindError):
         return []
     found = []
     for line in lines:
         with suppress(ValueError):  # a line that its process did not end
-            found.append(json.loads(line))
-    return [run for run in found if {"computed", "device"} <= run.keys()]
+            found.append(parse_json(line))
+    return [run for run in found if isinstance(run, dict) and type(run.get("computed")) is int and "device" in run]
 
 
-def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
+def verify_cache(path: Path, quiet: bool = False, hdf5: bool = False) -> list[Damage]:
     """Hash every row, level and target again; rows whose features are bad are marked missing.
 
     `extract` then computes exactly those rows anew. A file whose targets or identity are damaged is left as
     it is: `extract` makes it anew from the data set and copies over the features that are sound. A file
-    that can't be opened is damage too.
+    that can't be opened is damage too. hdf5: whether a file of version 3 is also opened through HDF5, in a process of
+    its own, which must find what the file's header says; older files are read so anyway.
     """
     found: list[Damage] = []
     try:
@@ -103,12 +112,14 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
     except CacheError as error:
         return [Damage(-1, "", f"the whole file: {str(error).splitlines()[0]}")]
     total = contents.recipe.row_bytes * len(contents.rows)
-    with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+    with tqdm(total=total, desc=printable(path.name), unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
         for item in verify(path):
             if isinstance(item, Damage):
                 found.append(item)
             else:
                 bar.update(item)
+    if hdf5 and contents.version == FILE_VERSION:
+        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(path)]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
         with RowLocks(path) as locks, CacheWriter(path) as writer:
@@ -118,8 +129,63 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
     return found
 
 
+def upgrade_cache(path: Path, quiet: bool = False) -> bool:
+    """Copy a cache of version 1 or 2 into one of version 3 under its name; False where it is one already.
+
+    Rows keep their states, reasons and checksums, so that nothing is computed again. Raises CacheError where a row or
+    anything else is damaged, or a process writes into the file; the file is as it was then.
+    """
+    with RowLocks(path) as locks:
+        locks.wait_for_creation()
+        locks.claim_all()
+        old = Cache(path, read_contents(path))
+        if old.contents.version == FILE_VERSION:
+            return False
+        if not old.contents.is_intact() or old.contents.damaged_targets():
+            raise _damaged(path, "its rows or targets are not what was written", old.contents.command)
+        unreadable = {i: old.reason(i) for i in np.flatnonzero(old.done == UNREADABLE).tolist()}
+        rows = [replace(row, reason=unreadable.get(i, "")) for i, row in enumerate(old.rows)]
+        images = old.images if old.recipe.in_parts else ()
+        temporary = make_temporary(path, old.recipe, old.data, rows, old.contents.provenance, images)
+        try:
+            bad = _copy_whole(old, temporary, quiet)
+            if bad:
+                rows_text = counted(len(bad), "row")
+                what = f"features of {rows_text} are not what was written, {bad[0]!r} first"
+                raise _damaged(path, what, old.contents.command)
+            replace_file(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _copy_whole(old: Cache, target: Path, quiet: bool) -> list[str]:
+    """Copy all rows that are whole; returns the ids of those that do not hash to what was written."""
+    bad = []
+    expected, ids = old.stored_checksums(), old.rows.column("id")
+    total = old.recipe.row_bytes * int((old.done == WHOLE).sum())
+    with (
+        CacheWriter(target) as writer,
+        tqdm(total=total, desc=old.path.name, unit="B", unit_scale=True, disable=quiet, leave=False) as bar,
+    ):
+        for row in np.flatnonzero(old.done == WHOLE).tolist():
+            kept = [old.stored(row, level) for level in old.levels]
+            if [checksum(list(own.values())) for own in kept] != expected[row].tolist():
+                bad.append(ids[row])
+            writer.write(row, {name: array[np.newaxis] for own in kept for name, array in own.items()})
+            bar.update(old.recipe.row_bytes)
+    return bad
+
+
+def _damaged(path: Path, what: str, command: str) -> CacheError:
+    return CacheError(
+        f"{path} is damaged: {what}.\nNothing was changed. See what is bad, and have it marked as missing:  "
+        f"featprobe cache verify FILE\nThen upgrade the file, and mend it from the images:  {command}"
+    )
+
+
 def remove_cache(path: Path) -> int:
-    """Delete a cache file and what lies beside it; returns the bytes set free.
+    """Delete a cache file and what lies beside it but the lock file; returns the bytes set free.
 
     Raises CacheBusyError when a process is writing into it.
     """
@@ -129,7 +195,4 @@ def remove_cache(path: Path) -> int:
         path.unlink()
         path.with_suffix(".runs.jsonl").unlink(missing_ok=True)
         look_path(path).unlink(missing_ok=True)
-    (path.parent / f".{path.stem}.lock").unlink(missing_ok=True)
-    if not any(path.parent.iterdir()):
-        path.parent.rmdir()
     return size

@@ -1,7 +1,8 @@
 """A study on a SLURM cluster: its missing cells as job arrays, by submitit."""
 
 import getpass
-import pickle
+import json
+import re
 import shutil
 import subprocess
 from abc import ABC, abstractmethod
@@ -12,7 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from featprobe.cache import Cache, open_cache
-from featprobe.errors import FeatprobeError, counted
+from featprobe.disk import below, read_json, write_whole
+from featprobe.errors import FeatprobeError, FileKindError, counted
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.specs import digest
@@ -29,8 +31,11 @@ from featprobe.stages.study import (
 )
 from featprobe.stages.trials import Say
 from featprobe.stages.workspace import Workspace
+from featprobe.texts import printable
 
-JOBS = "jobs"  # folder of a workspace: what was handed over, logs, results of jobs
+JOBS = "jobs"  # folder of a workspace: what was handed over, logs, answers of jobs
+JOB = re.compile(r"\d{1,20}(_\d{1,20})?", re.ASCII)  # what SLURM calls a job, or a task of an array
+LONGEST_ANSWER = 1 << 16  # bytes
 USUAL = {"job_name": "featprobe", "time": 240}  # minutes; submitit's own limit is 5
 OURS = ("array", "dependency", "output", "error")
 LISTS = ("setup", "teardown", "srun_args")
@@ -50,11 +55,31 @@ class Handed:
 
 
 class _Again(ABC):
-    """A job that begins again, and goes on where it was, when SLURM takes its node away or its time is over."""
+    """A job that begins again, and goes on where it was, when SLURM takes its node away or its time is over.
+
+    In the end it answers in a JSON file: {"ended": "success" or "error", "cache": path or null, "reason": text}.
+    submitit's own pickle of a result, which lies beside it, is never read: who can write it could run code here.
+    """
+
+    root: Path
 
     @abstractmethod
-    def __call__(self) -> Any:
-        """What it does."""
+    def work(self) -> Path | None:
+        """What it does; returns the cache that it made, if any."""
+
+    def __call__(self) -> None:
+        import submitit
+
+        answer = _path(Workspace(self.root), submitit.JobEnvironment().job_id, "answer.json")
+        answer.unlink(missing_ok=True)
+        try:
+            made = self.work()
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            reason = lines[0] if isinstance(error, FeatprobeError) else f"{type(error).__name__}: {lines[0]}"
+            write_whole(answer, json.dumps({"ended": "error", "cache": None, "reason": reason[:1000]}))
+            raise
+        write_whole(answer, json.dumps({"ended": "success", "cache": made and str(made.resolve()), "reason": ""}))
 
     def checkpoint(self) -> Any:
         """What submitit puts into the queue in the place of the job that is stopped."""
@@ -70,7 +95,8 @@ class Extraction(_Again):
     root: Path
     place: Place
 
-    def __call__(self) -> Path:
+    def work(self) -> Path:
+        """The cache's path."""
         return make_cache(Workspace(self.root), self.place).path
 
 
@@ -83,47 +109,52 @@ class Climb(_Again):
     cell: Cell
     extraction: str
 
-    def __call__(self) -> None:
+    def work(self) -> None:
+        """Climbs until the iterations are found."""
         workspace = Workspace(self.root)
         ladder = ladder_of(workspace, self.study, _made(workspace, self.extraction), self.cell)
         assert ladder is not None  # the plan names none but those that climb
-        ladder.climb(print)
+        ladder.climb(_log)
 
 
 @dataclass(frozen=True)
 class Training(_Again):
-    """Trains a cell on the cache that a job has made; returns what the study's own launcher reports of it."""
+    """Trains a cell on the cache that a job has made."""
 
     root: Path
     study: Study
     cell: Cell
     extraction: str
+    verify: bool = False
 
-    def __call__(self) -> StudyReport:
+    def work(self) -> None:
+        """Trains, and appends the row; raises FeatprobeError where that fails."""
         workspace = Workspace(self.root)
-        report = run_cells(workspace, self.study, _made(workspace, self.extraction), [self.cell], print)
+        cache = _made(workspace, self.extraction)
+        report = run_cells(workspace, self.study, cache, [self.cell], _log, verify=self.verify)
         for note in report.notes:
-            print(f"note: {note}")
+            _log(f"note: {note}")
         if report.failed:
             raise FeatprobeError(report.failed[0][1])
-        return report
 
 
-def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], say: Say) -> Handed:
+def submit_study(
+    workspace: Workspace, study: Study, slurm: Mapping[str, Any], say: Say, *, verify: bool = False
+) -> Handed:
     """Hand what is missing of a study over to SLURM: an array of extractions, and behind it arrays of each cache.
 
     Each training waits for its own extraction, which ends at once where the cache is complete, and for the ladders that
     find the iterations of all backbones it is compared with. What is in the queue already is not handed over again.
-    slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: told the plan first. Raises
-    FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
+    slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: told the plan first. verify: as
+    for `run_study`. Raises FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
     """
     root = workspace.root.resolve()
     executor = _executor(root / JOBS, slurm)
     queue = _queue()
-    plan = run_study(workspace, study, say, dry_run=True)
+    plan = run_study(workspace, study, say, dry_run=True, verify=verify)
     here_only = [(cell, reason) for cell, reason in plan.failed if cell in plan.missing]  # as for want of memory
     plan = replace(plan, failed=tuple(pair for pair in plan.failed if pair not in here_only))
-    latest = {row["what"]: row["job"] for row in read_rows(root / JOBS / "jobs.jsonl")[0]}
+    latest = _handed_over(root / JOBS / "jobs.jsonl")
     queued = [cell for cell in plan.missing if latest.get(_key(study, cell)) in queue]
     wanted = [cell for cell in plan.missing if cell not in queued]
     if queued:
@@ -143,7 +174,7 @@ def submit_study(workspace: Workspace, study: Study, slurm: Mapping[str, Any], s
     extractions = running | dict(zip(missing, made, strict=True))
     climbs = [Climb(root, study, cell, extractions[cell.place]) for cell in unknown]
     own = _hand_over(executor, root, climbs, lambda cell: _ladder_key(study, cell))
-    trainings = [Training(root, study, cell, extractions[cell.place]) for cell in wanted]
+    trainings = [Training(root, study, cell, extractions[cell.place], verify) for cell in wanted]
     jobs = _hand_over(executor, root, trainings, lambda cell: _key(study, cell), waiting | dict(own))
     what = f"{counted(len(made), 'extraction')} and {counted(len(jobs), 'training')}"
     what += f", behind {counted(len(own), 'search', 'searches')} for iterations" if own else ""
@@ -178,6 +209,11 @@ def _hand_over(
 def _compared(cell: Cell) -> tuple[Any, ...]:
     """The same for cells whose backbones share a number of iterations."""
     return cell.place.data, cell.task, cell.head, cell.regime, cell.fraction, cell.split
+
+
+def _log(line: str) -> None:
+    """Say something in a job's log, which people read in a terminal."""
+    print(printable(line))
 
 
 def parameters(words: Sequence[str]) -> dict[str, Any]:
@@ -255,29 +291,44 @@ def _ladder_key(study: Study, cell: Cell) -> str:
     return digest(["ladder", _key(study, cell)])
 
 
+def _handed_over(path: Path) -> dict[str, str]:
+    """The latest job of each thing that was handed over; lines that name no job are passed over."""
+    pairs = [(row.get("what"), row.get("job")) for row in read_rows(path)[0]]
+    return {what: job for what, job in pairs if isinstance(what, str) and isinstance(job, str) and JOB.fullmatch(job)}
+
+
 def _made(workspace: Workspace, extraction: str) -> Cache:
     """The cache that a job has made; raises FeatprobeError."""
-    how, made = _result(workspace, extraction)
-    if how != "success":
+    answer = _answer(workspace, extraction)
+    made = answer.get("cache") if answer.get("ended") == "success" else None
+    if not isinstance(made, str):
         raise FeatprobeError(f"There is no cache to train on: {_reason(workspace, extraction)}")
-    return open_cache(made)
+    return open_cache(below(workspace.cache, Path(made), f"The answer of job {extraction}"))
 
 
-def _result(workspace: Workspace, job: str) -> tuple[str, Any]:
-    """How a job ended, and what it returned or raised."""
+def _answer(workspace: Workspace, job: str) -> dict[str, Any]:
+    """What a job said in the end, see `_Again`; empty where it said nothing. Raises FeatprobeError."""
+    path = _path(workspace, job, "answer.json")
     try:
-        return pickle.loads(_path(workspace, job, "result.pkl").read_bytes())
+        found = read_json(path, LONGEST_ANSWER)
     except FileNotFoundError:
-        return "none", f"job {job} ended without a result"
+        return {}
+    except (OSError, ValueError, FileKindError) as error:
+        raise FeatprobeError(f"{path} can't be read: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _reason(workspace: Workspace, job: str) -> str:
     """Why a job has left no result, in a line that names its log."""
-    how, found = _result(workspace, job)
-    text = "its result is gone" if how == "success" else str(found).rpartition("Traceback (most recent call last):")[2]
-    said = next(line for line in text.splitlines() if line and not line.startswith(" "))  # below the calls
-    return f"{said} (see {_path(workspace, job, 'log.err')})"
+    answer = _answer(workspace, job)
+    said = answer.get("reason") if answer.get("ended") == "error" else "its result is gone" if answer else ""
+    lines = said.strip().splitlines() if isinstance(said, str) else []
+    reason = lines[0] if lines else f"job {job} ended without an answer"
+    return f"{reason} (see {_path(workspace, job, 'log.err')})"
 
 
 def _path(workspace: Workspace, job: str, end: str) -> Path:
+    """A file of a job. Raises FeatprobeError for a name that is no job's."""
+    if not JOB.fullmatch(job):
+        raise FeatprobeError(f"{job[:80]!r} is no job. wanted: SLURM's number, as 12 or 12_3.")
     return workspace.root.resolve() / JOBS / f"{job}_0_{end}"

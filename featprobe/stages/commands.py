@@ -48,6 +48,19 @@ def level_command(
     return commands_of({**card, "result": more}, seeds, data, table)[1]
 
 
+def again_command(row: Mapping[str, Any]) -> str:
+    """The command that trains again what a row is of, whose head and card may be gone.
+
+    A row of an older featprobe does not say which --levels, --width and --pyramid were asked for: then the usual ones.
+    """
+    if row.get("chosen_from"):  # trained as the counterpart of a frozen result
+        return shlex.join(["featprobe", "finetune", *_unusual(row, {"regime": "full"})])
+    head = row.get("asked") or {"levels": [], "width": None, "pyramid": "auto"}
+    train = [*_train({"result": row, "head": head}), "--seeds", str(row["seed"] + 1)]
+    train += [] if row["regime"] == "frozen" else _tuning(row)
+    return shlex.join(train) + _unsaid(row)
+
+
 def _extract(card: Mapping[str, Any], data: str, table: Mapping[str, Any]) -> str:
     features, spec = card["features"], card["backbone"] or {}
     backbone = spec.get("arguments") or ["--backbone", features["label"]]

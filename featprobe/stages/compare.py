@@ -10,12 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from featprobe.cache import open_cache
+from featprobe.disk import write_together
 from featprobe.errors import FeatprobeError, ProbeError, counted
 from featprobe.metrics import FEW_GROUPS, Statistic, score_interval
-from featprobe.probes.saved import plain
+from featprobe.probes.saved import head_folder, plain
 from featprobe.report.answer import SURE, answer_of, gap_sentences
 from featprobe.report.comparison import LABELS, difference_frame, result_frame
-from featprobe.report.page import PageSet, write_page
+from featprobe.report.page import PageSet, page_text
+from featprobe.report.tables import csv_text
 from featprobe.specs import SplitChoice, digest
 from featprobe.stages.commands import commands_of, level_command
 from featprobe.stages.convergence import SHARES, iterations_to, late_rise, still_rising
@@ -289,7 +291,7 @@ def _described(workspace: Workspace, result: Result) -> tuple[Any, ...]:
 
 
 def _sheet(workspace: Workspace, result: Result, table: Table) -> list[tuple[str, Path]]:
-    paths = [workspace.probes / run.row["folder"] / "sheet.png" for run in result.runs]
+    paths = [head_folder(workspace.probes, run.row) / "sheet.png" for run in result.runs]
     caption = f"{table.names[result.backbone]}, {result.variant}, {result.row['head']}, {result.size}"
     return [(caption, path) for path in paths if path.is_file()][:1]
 
@@ -369,17 +371,15 @@ def _write(
     unusable: Sequence[Unusable],
     notes: Sequence[str],
 ) -> list[Path]:
-    """Write the tables and the page; returns their paths. Raises FeatprobeError where that can't be done."""
+    """Write the tables and the page, all of them or none; returns their paths. Raises DiskError."""
     results = result_frame([line for item in sets for line in item.lines])
     differences = difference_frame([*(line for item in sets for line in item.differences), *gaps])
-    files = [out / name for name in ("index.html", "results.csv", "differences.csv", "results.parquet")]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
-        write_page(files[0], answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes)
-        results.to_csv(files[1], index=False)
-        differences.to_csv(files[2], index=False)
-        results.to_parquet(files[3], index=False)
-    except OSError as error:
-        raise FeatprobeError(f"The report can't be written to {out}: {error.strerror or error}.") from error
-    return files
+    pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
+    files: dict[Path, bytes | str] = {
+        out / "index.html": page_text(answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes),
+        out / "results.csv": csv_text(results),
+        out / "differences.csv": csv_text(differences),
+        out / "results.parquet": results.to_parquet(index=False),
+    }
+    write_together(files)
+    return list(files)

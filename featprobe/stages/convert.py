@@ -8,7 +8,6 @@ what belongs to the mask of classes and is no object, `background` for a class 0
 
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from featprobe.datasets.files import named_below
 from featprobe.datasets.images import image_size, read_levels, write_levels
 from featprobe.datasets.pages import page_of
 from featprobe.datasets.samples import SPLITS
+from featprobe.disk import new_folder
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, decode_rle, encode_rle, semantic_from_instances
@@ -42,16 +42,11 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
 
     Ids, splits, groups, classes, boxes and masks come back as they were; images and categories are numbered from 1.
     link: make symbolic links to the images instead of copies; pages are written all the same. Raises DataError for a
-    sample that can't be used, and for a folder that holds something or can't be written.
+    sample that can't be used, and for a folder that holds something; DiskError where it can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is there and not an empty folder. Nothing was changed. Name another one.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise DataError(f"{out} can't be written: {error.strerror}. Nothing was changed.") from error
-    try:
+    with new_folder(out) as temporary:
         images: dict[str, list[Annotation]] = {split: [] for split in SPLITS}
         annotations: dict[str, list[Annotation]] = {split: [] for split in SPLITS}
         bar = tqdm(data.samples, desc="converting", unit="img", disable=quiet, leave=False)
@@ -67,12 +62,6 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
             numbered = [{"id": i, **annotation} for i, annotation in enumerate(annotations[split], start=1)]
             value = {"images": images[split], "annotations": numbered, "categories": categories}
             _write(temporary / "annotations" / f"instances_{split}.json", value)
-        temporary.chmod(0o755)
-        temporary.rename(out)
-    except OSError as error:
-        raise DataError(f"{out} can't be written: {error.strerror or error}. Nothing was left behind.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     counts = ({split: len(values) for split, values in own.items()} for own in (images, annotations))
     return Converted(out, *counts)
 

@@ -62,12 +62,14 @@ class DataSummary:
         return "\n".join([f"[data.{name}]", *lines])
 
 
-def toml_text(value: str | Sequence[str]) -> str:
+def toml_text(value: bool | str | Sequence[str]) -> str:
     r"""A text or a list of texts in TOML; with single quotes, in which a backslash stays one, where it can be.
 
     >>> print(toml_text([r"(C\d+)_", "it's"]))
     ['(C\d+)_', "it's"]
     """
+    if isinstance(value, bool):
+        return str(value).lower()
     if not isinstance(value, str):
         return f"[{', '.join(map(toml_text, value))}]"
     plain = "'" not in value and value.isprintable()

@@ -138,12 +138,12 @@ class Detection:
             for batch, features in feed(evaluation_batches(rows)):
                 every = on_host([own for head in heads for own in head(features)])  # those of a head side by side
                 for i, row in enumerate(batch.tolist()):
-                    placement = self.cache.rows[row].placement
+                    placement = self.cache.rows.placement(row)
                     yield row, [objects_at_original(own, placement) for own in every[i :: len(batch)]]
 
         for image, found in by_image(self.cache, objects()):
-            pieces = [(self.cache.rows[row].part, own) for row, own in found]
-            size = self.cache.images[image].placement.original
+            pieces = [(self.cache.rows.part_of(row), own) for row, own in found]
+            size = self.cache.images.placement(image).original
             yield image, [stitched_objects([(own[k], part) for part, own in pieces], size) for k in range(len(heads))]
 
     def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
@@ -159,7 +159,7 @@ class Detection:
         """The objects of the images that rows show, as COCO JSON holds them."""
         shown = images_of(self.cache, rows).tolist()
         images = [
-            TruthImage(self.cache.image_id(i), self.cache.images[i].placement.original, self.image_instances(i))
+            TruthImage(self.cache.image_id(i), self.cache.images.placement(i).original, self.image_instances(i))
             for i in shown
         ]
         truth = truth_of(images, self.classes, self.category_ids)
@@ -193,7 +193,7 @@ class Detection:
 
     def _target(self, row: int) -> ObjectTarget:
         """Boxes, labels and crowds of a row in frame pixels; its masks wait until they are needed."""
-        placement = self.cache.rows[row].placement
+        placement = self.cache.rows.placement(row)
         own = [i for i in self.instances(row) if not i.crowd and _sized(i)]
         crowds = [i for i in self.instances(row) if i.crowd]
         labels = torch.tensor([i.category for i in own], dtype=torch.int64)
@@ -205,7 +205,7 @@ class Detection:
 
     def _framed_masks(self, row: int) -> NDArray[np.uint8]:
         """The masks of a row's objects, (objects, frame height, frame width), 0 or 1."""
-        placement = self.cache.rows[row].placement
+        placement = self.cache.rows.placement(row)
         rles = [i.rle for i in self.instances(row) if not i.crowd and _sized(i)]
         masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
         for mask, rle in zip(masks, rles, strict=True):

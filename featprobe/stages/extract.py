@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 
 from featprobe.backbones.backbone import Backbone, load_backbone
@@ -21,6 +20,7 @@ from featprobe.cache import (
     CacheWriter,
     Row,
     RowLocks,
+    checksum,
     create_file,
     make_temporary,
     read_contents,
@@ -28,6 +28,7 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.datasets import DataSet
+from featprobe.disk import append_line
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
@@ -204,7 +205,7 @@ def _ensure_file(job: Job, locks: RowLocks) -> int:
             f"{job.path} was made by another recipe.\n  wanted  key {job.recipe.key}\n  found   key {old.recipe.key}\n"
             "Nothing was changed. Remove it:  featprobe cache rm FILE"
         )
-    same_parts = [row.part for row in old.rows] == [row.part for row in job.rows]
+    same_parts = [old.rows.part_of(i) for i in range(len(old.rows))] == [row.part for row in job.rows]
     same = old.data.fingerprint == job.info.fingerprint and same_parts and old.is_intact()
     if not same or (Cache(job.path, old).done == MISSING).any():
         _refuse_tf32(job)
@@ -237,20 +238,21 @@ def _refuse_tf32(job: Job) -> None:
 
 def _copy_rows(old: Cache, target: Path, rows: Sequence[Row]) -> int:
     """Copy features of images that did not change, where their bytes still hash to what was written."""
-    done, stored = old.done, old.stored_checksums()
-    known = {(row.image_hash, row.part, row.placement): i for i, row in enumerate(old.rows) if done[i] == WHOLE}
-    wanted = [i for i, row in enumerate(rows) if (row.image_hash, row.part, row.placement) in known and not row.reason]
+    done, expected = old.done, old.stored_checksums()
+    hashes = old.rows.column("image_hash")
+    of = {i: (hashes[i], old.rows.part_of(i), old.rows.placement(i)) for i in np.flatnonzero(done == WHOLE).tolist()}
+    known = {shown: i for i, shown in of.items()}
+    source = [known.get((row.image_hash, row.part, row.placement), -1) if not row.reason else -1 for row in rows]
     copied = 0
     with CacheWriter(target) as writer:
-        for start, stop in runs(np.array(wanted, dtype=np.intp), most=16):
-            maps: dict[str, list[NDArray]] = {level.name: [] for level in old.levels}
+        for start, stop in runs(np.flatnonzero(np.array(source) >= 0), most=16):
+            maps: dict[str, list[NDArray]] = {}
             sound = []
-            for i in range(start, stop):
-                source = known[rows[i].image_hash, rows[i].part, rows[i].placement]
-                parts = [old.read_row(source, level) for level in old.levels]
-                sound.append([xxhash.xxh3_64_intdigest(p.tobytes()) for p in parts] == stored[source].tolist())
-                for level, part in zip(old.levels, parts, strict=True):
-                    maps[level.name].append(part)
+            for row in source[start:stop]:
+                kept = [old.stored(row, level) for level in old.levels]
+                sound.append([checksum(list(own.values())) for own in kept] == expected[row].tolist())
+                for key, array in (pair for own in kept for pair in own.items()):
+                    maps.setdefault(key, []).append(array)
             for a, b in runs(np.flatnonzero(sound)):
                 writer.write(start + a, {name: np.stack(parts[a:b]) for name, parts in maps.items()})
                 copied += b - a
@@ -310,5 +312,4 @@ def _own_shard() -> tuple[int, int]:
 def _log_run(report: ExtractReport) -> None:
     """Keep what an extraction cost beside its file, a JSON line a run."""
     values = asdict(report) | {"path": report.path.name, "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    with report.path.with_suffix(".runs.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(values) + "\n")
+    append_line(report.path.with_suffix(".runs.jsonl"), json.dumps(values).encode())

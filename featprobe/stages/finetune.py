@@ -11,7 +11,7 @@ from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
 from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
 from featprobe.probes.rows import result_faults
-from featprobe.probes.saved import read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import is_main, pick_device, together
 from featprobe.stages.forecast import Forecast
 from featprobe.stages.ladder import Ladder, climb_all, left_behind
@@ -30,12 +30,13 @@ from featprobe.stages.probe import (
     splittable,
 )
 from featprobe.stages.probe_options import ProbeOptions, Tuning
+from featprobe.stages.records import is_whole
 from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace
 
 CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
 """What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
-FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget")
+FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
 """Options that a counterpart does not take from its frozen result."""
 
 
@@ -208,7 +209,11 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         if row["regime"] == "frozen" and row["head"] != "ridge"
     }
     treated = (options.regime, options.tuning.augment)
-    there = {cell_of(row) for row in rows if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated}
+    there = {
+        cell_of(row)
+        for row in rows
+        if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated and is_whole(workspace.probes, row)
+    }
     if not frozen:
         raise ProbeError(
             f"There is no frozen result in {workspace.probes} to compare with.\n"
@@ -279,7 +284,7 @@ def _without_views(row: Mapping[str, Any], caches: Mapping[tuple[str, str], Cach
 
 def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
     """The options that train what a frozen row trained, but for the regime."""
-    head = read_card(workspace.probes / row["folder"])["head"]
+    head = read_card(head_folder(workspace.probes, row))["head"]
     recipe, climbs = TrainRecipe.from_json(row["recipe"]), bool(row.get("budget")) or options.budget == "auto"
     usual = DEFAULT_RECIPES[row["head"]].iterations
     grid = row["grid"]

@@ -16,6 +16,7 @@ from featprobe.backbones.backbone import Backbone
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Row
 from featprobe.datasets import DataSet
+from featprobe.datasets.files import FOLLOW_LINKS
 from featprobe.datasets.images import Header
 from featprobe.errors import CacheError
 from featprobe.geometry import Size
@@ -92,6 +93,7 @@ def prepare(
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
     command = command_of(backbone.spec, workspace.data_argument(data.name, data.root), options)
+    command += f" {FOLLOW_LINKS}" if data.description.get("follow_links") else ""
     how = {name: getattr(options, name) for name in READ_AS}
     return Job(
         cache_path(folder, recipe), recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,

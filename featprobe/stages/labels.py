@@ -132,7 +132,7 @@ def _framed(cache: Cache, rows: Rows, places: Rows, stride: int) -> Iterator[tup
     step = max(1, PIXELS_AT_ONCE // (height * width))
 
     def read(row: int) -> Labels:
-        return labels_in_frame(cache.semantic(row), cache.rows[row].placement)
+        return labels_in_frame(cache.semantic(row), cache.rows.placement(row))
 
     for start in range(0, len(places), step):
         part = places[start : start + step]

@@ -17,11 +17,12 @@ from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.probes import append_row, plain
 from featprobe.probes.rows import ladder_faults, result_faults
-from featprobe.probes.saved import read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import from_main, is_main
 from featprobe.specs import SplitChoice, digest
 from featprobe.stages.commands import level_command
 from featprobe.stages.probe_options import Budget, ProbeOptions
+from featprobe.stages.records import is_whole
 from featprobe.stages.trials import Run, Say
 from featprobe.stages.workspace import Workspace
 
@@ -265,6 +266,7 @@ class Ladder:
             "task": self.task, "head": self.options.head, "regime": self.options.regime, "fraction": self.fraction,
             "split": self.run.choice.whole, "score_name": self.run.task.chooses_by, "iterations": rung,
             "score": float(np.mean(seeds)), "seed_scores": list(seeds), "seconds": seconds,
+            **({} if self.options.verify else {"verified": False}),
         }  # fmt: skip
         append_row(self.workspace.probes / FILE, plain(own))
 
@@ -296,9 +298,10 @@ def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     for (comparison, _), rows in results.items():
         row = max(rows, key=lambda row: row["recipe"]["iterations"])
         needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
-        if has < needed and (workspace.probes / row["folder"] / "card.json").is_file():  # else it is in no table either
+        folder = head_folder(workspace.probes, row)
+        if has < needed and is_whole(workspace.probes, row):  # else it is in no table either
             seeds = [own["seed"] for own in rows if own["recipe"]["iterations"] == has]
-            again = level_command(read_card(workspace.probes / row["folder"], whole=True), seeds, row["data"])
+            again = level_command(read_card(folder, whole=True), seeds, row["data"])
             notes.append(
                 f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
                 f"with needs {needed}. To bring it level:  {again}"

@@ -109,7 +109,7 @@ class LiveFeatures:
         self.pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="image-reader")
         self._known: set[str] = set()  # images that were found to be the cache's
         fits = augmentation is None or cache.recipe.fit == "resize"  # a crop may have another shape than its image
-        self._whole = fits and all(row.placement.content == cache.recipe.frame for row in cache.rows)
+        self._whole = fits and bool((cache.rows.content == cache.recipe.frame).all())
         there = execution.whole_batches(device) and device.type != "mps"  # which has no float64
         self.framing = Framing(cache.recipe, device) if there else None
         self._padding = mean_of(cache.recipe, device)
@@ -185,7 +185,7 @@ class LiveFeatures:
         return own.show(levels)
 
     def _framed(self, row: int) -> View | Raw:
-        recipe, placement = self.cache.recipe, self.cache.rows[row].placement
+        recipe, placement = self.cache.recipe, self.cache.rows.placement(row)
         levels = self._read(row)
         if self.framing is not None:
             buffer = self._buffer(self.framing.layout([Kind.of(levels, placement)]), placement.frame)

@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from featprobe.cache import MISSING, Cache, open_cache
 from featprobe.datasets import DataSet
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.processes import from_main, gathered, pick_device
 from featprobe.specs import BackboneSpec
-from featprobe.stages.options import ExtractOptions, configured
+from featprobe.stages.options import READ_AS, ExtractOptions, configured
 from featprobe.stages.workspace import CONFIG, Workspace, name_of
 
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
@@ -85,17 +86,24 @@ def _complete(
 
     recipe, missing = cache.recipe, int((cache.done == MISSING).sum())
     tiles = (recipe.tile, recipe.overlap, recipe.empty_tiles) if recipe.tile else (0, None, None)
-    how = replace(
+    how: ExtractOptions = replace(
         options, size=recipe.size, fit=None if recipe.tile else recipe.fit, intensity=recipe.intensity,
         levels=tuple(level.name for level in recipe.levels), dtype=recipe.dtype, precision=recipe.precision,
         batch_size=_batch_size(cache.contents.command), tile=tiles[0], overlap=tiles[1], empty_tiles=tiles[2],
         views=recipe.views[1:],
-        **cache.contents.provenance.get("read_as", {}),
+        **_read_as(cache),
     )  # fmt: skip
     say(f"{'to complete' if dry_run else 'completing'}: {cache.path}, {counted(missing, 'row')} of {len(cache)}")
     if not dry_run:
         name = workspace.data_argument(cache.data.name, Path(cache.data.root))
         _extract(workspace, read_set(workspace, name, how), spec_of(cache), how)
+
+
+def _read_as(cache: Cache) -> dict[str, Any]:
+    """How the data set of a cache was read, by the names of ExtractOptions."""
+    kept = cache.contents.provenance.get("read_as")
+    found = kept if isinstance(kept, dict) else {}
+    return {name: found[name] for name in READ_AS if isinstance(found.get(name), str)}
 
 
 def _batch_size(command: str) -> int:

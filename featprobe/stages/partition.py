@@ -94,7 +94,8 @@ def _assigned_in(cache: Cache, split: str, images: Rows) -> tuple[list[str], lis
     """The group and the split of each of these images."""
     choice = SplitChoice.parse(split)
     asked = range(len(cache.images)) if choice.file else images.tolist()  # a file names what can't be used too
-    ids, groups, own = ([getattr(cache.images[i], name) for i in asked] for name in ("id", "group", "split"))
+    columns = [cache.images.column(name) for name in ("id", "group", "split")]
+    ids, groups, own = ([column[i] for i in asked] for column in columns)
     found = assigned(choice, ids, groups, own, lambda: [classes_of(cache)[i] for i in asked])
     place = {image: i for i, image in enumerate(asked)}
     return [found[0][place[i]] for i in images.tolist()], [found[1][place[i]] for i in images.tolist()]
@@ -106,7 +107,8 @@ def partition_of(cache: Cache, split: str) -> tuple[str, set[str]]:
     The same digest for the same partition, whatever it is called. Raises FeatprobeError where that can't be told now.
     """
     images = images_of(cache, cache.usable())
-    ids = [cache.images[i].id for i in images.tolist()]
+    every = cache.images.column("id")
+    ids = [every[i] for i in images.tolist()]
     folds = [_assigned_in(cache, single, images) for single in single_splits(split)]
     tested = {name for _, splits in folds for name, own in zip(ids, splits, strict=True) if own == "test"}
     return digest(sorted(zip(ids, *(column for fold in folds for column in fold), strict=True))), tested
@@ -149,9 +151,9 @@ def regrouped(cache: Cache, split: str) -> Cache:
 
 def _regroup(cache: Cache, split: str) -> Cache:
     groups, _ = _assigned_in(cache, split, np.arange(len(cache.images)))
-    rows = tuple(replace(r, group=groups[i]) for r, i in zip(cache.rows, cache.image_of.tolist(), strict=True))
-    images = tuple(replace(image, group=group) for image, group in zip(cache.images, groups, strict=True))
-    return Cache(cache.path, replace(cache.contents, rows=rows, images=images if cache.recipe.in_parts else ()))
+    rows = cache.rows.grouped([groups[i] for i in cache.image_of.tolist()])
+    images = cache.images.grouped(groups) if cache.recipe.in_parts else None
+    return Cache(cache.path, replace(cache.contents, rows=rows, images=images))
 
 
 def split_notes(cache: Cache, split: str) -> list[str]:

@@ -1,6 +1,7 @@
 """A saved head on new images: masks, COCO JSON, overlays."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,20 +19,21 @@ from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.precision import computing
-from featprobe.cache.reader import TORCH_DTYPE
+from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
 from featprobe.datasets.names import visible
 from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import check_names, listed
+from featprobe.disk import below, make_folders, write_together, write_whole
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.probes import load_head, objects_at_original
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
-from featprobe.report.sheets import Panel, colour_of, draw_overlay
+from featprobe.report.sheets import Panel, colour_of, draw_overlay, png
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.detection import coco_results
 from featprobe.stages.frames import Framing
@@ -39,6 +41,7 @@ from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.survey import skippable
 from featprobe.targets import Labels, decode_rle
+from featprobe.texts import printable
 
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
@@ -169,7 +172,7 @@ class Predictor:
         recipe = self.recipe
         with computing(recipe.precision, self.device):
             maps = self.backbone(self.framing.together(images, placements)).maps
-        stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}  # as the cache would hold them
+        stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}
         if not all(bool(m.isfinite().all()) for m in stored.values()):
             raise DataError(
                 f"Features of an image are not finite in {recipe.dtype}, the number format that the head was trained "
@@ -177,7 +180,7 @@ class Predictor:
             )
         contents = torch.tensor([placement.content for placement in placements], dtype=torch.int32)
         whole = bool((contents == torch.tensor(recipe.frame)).all())
-        return Features(stored, recipe.frame, None if whole else contents.to(self.device))
+        return Features(as_read(stored, recipe.dtype), recipe.frame, None if whole else contents.to(self.device))
 
     def _backbone(self, folder: Path, weights: str | None) -> Backbone:
         values = self.card.get("backbone")
@@ -185,7 +188,14 @@ class Predictor:
             raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
         spec = BackboneSpec.from_json(values)
         if spec.source == "file":
-            spec = replace(spec, weights=str(folder / str(spec.weights)))  # a fine-tuned one lies beside its head
+            named = Path(str(spec.weights))
+            if weights is None and named.is_absolute():
+                raise ProbeError(
+                    f"{folder} was trained on weights of the user's own, which lie elsewhere. They were not opened.\n"
+                    f"Name them:  --weights {shlex.quote(str(named))}"
+                )
+            if weights is None:  # a fine-tuned one lies beside its head
+                spec = replace(spec, weights=str(below(folder, named, f"The card of {folder}")))
         if weights is not None:
             spec = replace(spec, source="file", weights=weights)
         head_levels: Any = self.head.levels
@@ -222,25 +232,30 @@ def predict(
     named = find_images(images, out)
     predictor = Predictor(folder, weights=weights, device=device)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folders(out)
     except OSError as error:
         raise ProbeError(f"{out} can't be written ({error.strerror}). Nothing was computed.") from error
     done: list[Prediction] = []
     left_out: list[tuple[str, str]] = []
-    bar = tqdm(total=len(named), desc=predictor.recipe.label, unit="img", disable=quiet)
+    bar = tqdm(total=len(named), desc=printable(predictor.recipe.label), unit="img", disable=quiet)
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
-            with _trouble(predictor, batch):
-                for prediction in _predicted(predictor, batch, skip_bad, left_out):
-                    _write(out, prediction, predictor)
-                    done.append(replace(prediction, semantic=None))
+            pictures: dict[Path, bytes] = {}
+            try:
+                with _trouble(predictor, batch):
+                    for prediction in _predicted(predictor, batch, skip_bad, left_out):
+                        pictures |= _pictures(out, prediction, predictor)
+                        done.append(replace(prediction, semantic=None))
+            finally:
+                if pictures:
+                    write_together(pictures)
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"
         ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
-        (out / "predictions.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
+        write_whole(out / "predictions.json", json.dumps(written) + "\n")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")
     notes = _clipped_notes(done, predictor.recipe.window) + pixel_notes([(str(one.image), one.header) for one in done])
     return PredictReport(out, len(done), files, tuple(left_out), tuple(notes))
@@ -358,15 +373,14 @@ def _predicted(
             yield from _predicted(predictor, [one], skip_bad, left_out)
 
 
-def _write(out: Path, prediction: Prediction, predictor: Predictor) -> None:
-    overlay = out / "overlays" / f"{prediction.name}.png"
-    overlay.parent.mkdir(parents=True, exist_ok=True)
+def _pictures(out: Path, prediction: Prediction, predictor: Predictor) -> dict[Path, bytes]:
+    """The pictures of a prediction, by their paths."""
     shown = tuple(instance for instance, score in prediction.objects or [] if score >= SHOWN_FROM)
     panel = Panel(predictor.picture(prediction.image), prediction.semantic, shown)
-    draw_overlay(panel, predictor.classes).save(overlay)
+    name = f"{prediction.name}.png"
+    files = {out / "overlays" / name: png(draw_overlay(panel, predictor.classes))}
     if prediction.semantic is not None:
-        mask = out / "masks" / f"{prediction.name}.png"
-        mask.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(prediction.semantic, mode="P")
         picture.putpalette([value for index in range(256) for value in colour_of(index, predictor.classes)])
-        picture.save(mask)
+        files[out / "masks" / name] = png(picture)
+    return files

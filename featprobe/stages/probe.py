@@ -248,7 +248,7 @@ def notes_of(cache: Cache, task: str, split: str) -> list[str]:
     notes = [note for note in cache.data.notes if by == "own" or "split" not in note]
     notes += split_notes(cache, split)
     count = len(cache.images)
-    groups = len({image.group for image in cache.images})
+    groups = len(set(cache.images.column("group")))
     if by == "image" and groups < count:
         notes.append(
             f"split by image: {counted(count, 'image')} of {counted(groups, 'group')}, so test holds parts that "

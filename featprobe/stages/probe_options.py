@@ -101,7 +101,7 @@ class ProbeOptions:
     "image" for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all
     five folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on
     apart. show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard",
-    "wandb" or both; it changes no result.
+    "wandb" or both; it changes no result. verify: hash each row's features when they are first read, see `Cache.check`.
     """
 
     head: str | None = None
@@ -124,6 +124,7 @@ class ProbeOptions:
     quiet: bool = False
     tuning: Tuning | None = None
     log: tuple[str, ...] = ()
+    verify: bool = True
 
     @property
     def regime(self) -> Regime:

@@ -1,17 +1,23 @@
 """What is written of a trained head: its result row, its card, its curves. Formats: probes/README.md."""
 
-import json
 import platform
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featprobe import __version__
 from featprobe.cache import Cache
-from featprobe.probes import CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
+from featprobe.disk import open_regular, parse_json, read_regular
+from featprobe.errors import FileKindError, ProbeError
+from featprobe.probes import DEFAULT_RECIPES, CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
+from featprobe.probes.saved import fault_of, head_folder, read_card
 from featprobe.processes import count
+from featprobe.stages.commands import again_command
 from featprobe.stages.outcome import Outcome
 from featprobe.stages.rows import images_of
 from featprobe.stages.segmentation import Segmentation
@@ -20,6 +26,7 @@ from featprobe.stages.sources import spec_of
 if TYPE_CHECKING:
     from featprobe.stages.trials import Run, Trial
 
+LARGEST_LOG = 1 << 26  # bytes
 WEIGHTS = {"best": "best validation", "end": "end of training"}
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
 
@@ -30,6 +37,7 @@ def row_of(
     """The result row of a chosen trial. trials: how many its seed had."""
     cache, options, head = run.cache, run.options, trial.head
     kept = run.kept(trial, curve)
+    groups = cache.rows.column("group")
     row: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "regime": run.regime,
@@ -45,6 +53,7 @@ def row_of(
         "tile": cache.recipe.tile,
         "head": run.kind,
         "levels": [level.name for level in head.levels],  # type: ignore[union-attr]
+        "asked": {"levels": list(options.levels), "width": options.width, "pyramid": options.pyramid},
         "parameters": parameter_count(head),
         "backbone_parameters": run.backbone_parameters,
         "recipe": trial.recipe.to_json(),
@@ -63,7 +72,7 @@ def row_of(
         "fraction": run.fraction,
         "subset": run.subset,
         "images": {split: len(images_of(cache, rows)) for split, rows in run.rows.items()},
-        "groups": {s: len({cache.rows[r].group for r in rows}) for s, rows in run.rows.items()},
+        "groups": {s: len({groups[r] for r in rows.tolist()}) for s, rows in run.rows.items()},
         "absent_classes": options.absent,
         "instances": options.instances,
         "classes": list(run.classes),
@@ -76,6 +85,8 @@ def row_of(
         "processes": count(),
         "folder": (run.folder / f"seed{trial.seed}").relative_to(run.workspace.probes).as_posix(),
     }
+    if not options.verify and run.regime == "frozen":
+        row["verified"] = False
     if run.kind == "ridge":
         row |= {"ridge": run.ridge, "trials": run.ridge["tried"], "weights_from": "closed form"}
     return plain(row)
@@ -106,6 +117,61 @@ def card_of(run: "Run", row: dict[str, Any], curve: list[CurvePoint]) -> dict[st
     }
 
 
+def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> dict[str, Any]:
+    """The card of the head that a row is of; raises ProbeError, saying why, where that is not there as it was saved.
+
+    The files of the head are looked at as `fault_of` does, with `hashes` as well.
+    """
+    folder = head_folder(probes, row)
+    if not (folder / "card.json").is_file():
+        gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
+        raise damaged(row, gone)
+    try:
+        card = read_card(folder, whole=True)
+    except ProbeError as error:
+        raise damaged(row, str(error)) from error
+    if {**card["result"], "version": None} != {**row, "version": None}:
+        raise ProbeError("its folder was written again since, by another run")
+    fault = fault_of(folder, card, hashes=hashes)
+    fault = fault or ("" if "files" in card else _unreadable(folder, row["task"]))
+    if fault:
+        raise damaged(row, fault)
+    return card
+
+
+def damaged(row: Mapping[str, Any], reason: str) -> ProbeError:
+    """That a row has no sound head any more, why, and the command that trains it again."""
+    again = f" Train it again:  {again_command(row)}" if row["head"] in DEFAULT_RECIPES else ""
+    return ProbeError(f"{reason.rstrip('.')}.{again}")
+
+
+def is_whole(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> bool:
+    """Whether the head that a row is of is there as it was saved; see `card_beside`."""
+    try:
+        card_beside(probes, row, hashes=hashes)
+    except ProbeError:
+        return False
+    return True
+
+
+def _unreadable(folder: Path, task: str) -> str:
+    """What can't be read of what lies beside a head of an older featprobe, whose card does not say; "" for nothing."""
+    for name in ("curves.json", *(("scores.npz",) if task == "semseg" else ("truth.json", "predictions.json"))):
+        try:
+            if name.endswith(".json"):
+                parse_json(read_regular(folder / name, LARGEST_LOG))
+                continue
+            with open(folder / name, "rb", opener=open_regular) as stream, zipfile.ZipFile(stream) as kept:
+                if not kept.testzip():
+                    continue
+        except FileNotFoundError:
+            return f"{name} is not beside its head"
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, FileKindError):
+            pass
+        return f"{name} can't be read"
+    return ""
+
+
 def curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> dict[str, Any]:
     """A trial's curve as curves.json keeps it."""
     return {
@@ -120,6 +186,7 @@ def extraction_seconds(cache: Cache) -> float | None:
     """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
     log = cache.path.with_suffix(".runs.jsonl")
     try:
-        return sum(json.loads(line)["seconds"]["run"] for line in log.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):  # a kill can tear a line
+        lines = read_regular(log, LARGEST_LOG).splitlines()
+        return sum(parse_json(line)["seconds"]["run"] for line in lines)
+    except (OSError, ValueError, KeyError, TypeError, FileKindError):  # a kill can tear a line
         return None

@@ -2,18 +2,21 @@
 
 import hashlib
 import io
-import json
+import math
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.errors import FeatprobeError, ProbeError
+from featprobe.disk import parse_json
+from featprobe.errors import FeatprobeError, FileKindError, ProbeError
+from featprobe.machine import available_memory
 from featprobe.metrics import (
     ResampledAp,
     Statistic,
@@ -27,10 +30,11 @@ from featprobe.metrics import (
 from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
 from featprobe.probes.rows import result_faults
-from featprobe.probes.saved import read_card, read_rows
+from featprobe.probes.saved import head_folder, read_files, read_rows
 from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
 from featprobe.stages.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.recipes import shared_recipe
+from featprobe.stages.records import card_beside, damaged
 
 RUN = (
     "backbone", "weights_sha256", "feature_key", "head", "regime", "augmentation", "fraction", "recipe_key",
@@ -52,7 +56,38 @@ labels."""
 PARTS: Mapping[str, tuple[str, Literal["bbox", "segm"]]] = {"detect": ("box", "bbox"), "instseg": ("mask", "segm")}
 """What each task's own scores are of: in rows, and as pycocotools calls it."""
 REGIMES = {"full": 2, "frozen-online": 1, "frozen": 0}  # by how much is trained or varied
+UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError,
+    MemoryError, OverflowError, BadZipFile, zlib.error, FileKindError,
+)  # fmt: skip
+"""What is raised by files beside a head that are none of ours."""
 ROUNDING = 1e-6  # how far a row's score may lie from the one that its files give
+
+
+def read_arrays(data: bytes, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """Those arrays of an npz file that are there, each of which holds what its header claims.
+
+    Nothing is unpacked that claims more than a quarter of the memory. Raises ProbeError, or one of UNREADABLE.
+    """
+    most = available_memory() // 4
+    found = {}
+    with ZipFile(io.BytesIO(data)) as archive:
+        for name in names:
+            try:
+                entry = archive.getinfo(f"{name}.npy")
+            except KeyError:
+                continue
+            with archive.open(entry) as packed:
+                one = np.lib.format.read_magic(packed) == (1, 0)
+                header = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+                shape, _, dtype = header(packed)
+            claimed = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or claimed > entry.file_size or entry.file_size > most:
+                raise ProbeError(f"scores.npz claims {claimed} bytes of {name}, which it does not hold")
+            most -= entry.file_size
+            with archive.open(entry) as packed:
+                found[name] = np.lib.format.read_array(packed, allow_pickle=False)
+    return found
 
 
 @dataclass(frozen=True)
@@ -64,12 +99,16 @@ class PixelTest:
     confusions: NDArray[np.int64]
 
     @classmethod
-    def read(cls, folder: Path) -> "PixelTest":
-        """What lies beside a head."""
-        with np.load(io.BytesIO((folder / "scores.npz").read_bytes()), allow_pickle=False) as kept:
-            if not {"ids", "groups"} <= set(kept.files):
-                raise ProbeError("scores.npz names no images and groups: an older featprobe wrote it. Run it again")
-            return cls(kept["ids"].tolist(), kept["groups"].tolist(), kept["confusion"])
+    def read(cls, folder: Path, card: Mapping[str, Any]) -> "PixelTest":
+        """What lies beside a head, if it is what the card says."""
+        (scores,) = read_files(folder, card, ["scores.npz"])
+        kept = read_arrays(scores, ("ids", "groups", "confusion"))
+        if not {"ids", "groups"} <= kept.keys():
+            raise ProbeError("scores.npz names no images and groups: an older featprobe wrote it. Run it again")
+        confusions = kept["confusion"]
+        if confusions.shape[:1] + kept["ids"].shape + kept["groups"].shape != (len(confusions),) * 3:
+            raise ProbeError("scores.npz holds other images than groups and confusions. Run it again")
+        return cls(kept["ids"].tolist(), kept["groups"].tolist(), confusions)
 
     @classmethod
     def joined(cls, parts: Sequence[Any]) -> "PixelTest":
@@ -101,10 +140,9 @@ class ObjectTest:
     predictions: list[dict[str, Any]]
 
     @classmethod
-    def read(cls, folder: Path) -> "ObjectTest":
-        """What lies beside a head."""
-        truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
-        predictions = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
+    def read(cls, folder: Path, card: Mapping[str, Any]) -> "ObjectTest":
+        """What lies beside a head, if it is what the card says."""
+        truth, predictions = map(parse_json, read_files(folder, card, ["truth.json", "predictions.json"]))
         if not all({"file_name", "group"} <= set(image) for image in truth["images"]):
             raise ProbeError("truth.json names no images and groups: an older featprobe wrote it. Run it again")
         return cls(truth, predictions)
@@ -414,26 +452,25 @@ def _order(result: Result) -> tuple[Any, ...]:
 
 
 def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
-    """A row with what lies in its folder; raises ProbeError, saying why, where it can't be used."""
-    folder = probes / row["folder"]
+    """A row with what lies in its folder; raises ProbeError, saying why, where it can't be used.
+
+    What is read is what the card says, byte for byte.
+    """
+    folder = head_folder(probes, row)
     if row["task"] not in SCORES or row["regime"] not in REGIMES:
         raise ProbeError(f"{row['task']} in the regime {row['regime']} is not known here")
-    if not (folder / "card.json").is_file():
-        raise ProbeError("its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json")
-    card = read_card(folder, whole=True)
-    if {**card["result"], "version": None} != {**row, "version": None}:
-        raise ProbeError("its folder was written again since, by another run")
+    card = card_beside(probes, row)
     try:
-        test: Tested = (PixelTest if row["task"] == "semseg" else ObjectTest).read(folder)
+        test: Tested = (PixelTest if row["task"] == "semseg" else ObjectTest).read(folder, card)
         scores = test.statistics(row)
-        curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
+        (curves,) = map(parse_json, read_files(folder, card, ["curves.json"]))
         (chosen,) = [trial["curve"] for trial in curves if trial["chosen"]]
         curve = curve_of(chosen, SCORES[row["task"]][0]) if row["head"] != "ridge" else Curve((), ())
         _check_scores(row, test, scores)
-    except FileNotFoundError as error:
-        raise ProbeError(f"{Path(str(error.filename)).name} is not beside its head") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
-        raise ProbeError(f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
+    except ProbeError as error:
+        raise damaged(row, str(error)) from error
+    except UNREADABLE as error:
+        raise damaged(row, f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
     return Run(row, card, test, scores, curve)
 
 

@@ -166,8 +166,8 @@ class Segmentation:
                     yield row, [own[i] for own in every]
 
         for image, found in by_image(self.cache, logits()):
-            pieces = ((own, self.cache.rows[row].placement, self.cache.rows[row].part) for row, own in found)
-            yield image, stitched_classes(pieces, stride, self.cache.images[image].placement.original)
+            pieces = ((own, self.cache.rows.placement(row), self.cache.rows.part_of(row)) for row, own in found)
+            yield image, stitched_classes(pieces, stride, self.cache.images.placement(image).original)
 
     def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show, which several processes share out among them."""
@@ -231,7 +231,7 @@ class Segmentation:
         self, heads: Sequence[nn.Module], features: Features, row: int, truth: Tensor, index: Tensor, out: Tensor
     ) -> None:
         """Fill in the confusion matrices of images of one size, of which one is shown by a row; see count_pairs."""
-        placement, stride = self.cache.rows[row].placement, _stride(heads[0])
+        placement, stride = self.cache.rows.placement(row), _stride(heads[0])
         logits = _every_logits(heads, features.cut(placement.content))
         images, classes = len(truth), len(index)
         size = prod(placement.original) * classes  # values of one image and head
@@ -246,7 +246,7 @@ class Segmentation:
         """The rows in groups of one placement, each in order."""
         groups: dict[Placement, list[int]] = {}
         for row in rows.tolist():
-            groups.setdefault(self.cache.rows[row].placement, []).append(row)
+            groups.setdefault(self.cache.rows.placement(row), []).append(row)
         return [np.array(group, dtype=np.intp) for group in groups.values()]
 
     def _truth(self, images: Rows) -> Callable[[int, int], Tensor]:

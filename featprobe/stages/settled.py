@@ -3,11 +3,10 @@
 import hashlib
 import json
 import os
-import socket
 import stat
 import time
-import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -17,6 +16,8 @@ from featprobe import __version__
 from featprobe.cache import Cache
 from featprobe.datasets import FORMATS, DataSet
 from featprobe.datasets.formats import ENTRY_POINTS, places_of
+from featprobe.disk import read_json, write_whole
+from featprobe.errors import DiskError, FileKindError
 from featprobe.specs import BackboneSpec
 from featprobe.stages.options import ExtractOptions
 from featprobe.stages.workspace import Workspace
@@ -115,12 +116,11 @@ def settled(asked: Asked) -> Iterator[Settled]:
     """The caches that were the answer to this; what can't be read, or is of another version, is ignored."""
     for kept in sorted(asked.folder.glob(".*.look")) if asked.listing else []:
         try:
-            with kept.open("rb") as stream:
-                said: Any = json.loads(stream.read(MOST_BYTES))
+            said: Any = read_json(kept, MOST_BYTES)
             if (said["version"], said["request"], said["listing"]) == (VERSION, asked.request, asked.listing):
                 path = asked.folder / f"{kept.name.removeprefix('.').removesuffix('.look')}.h5"
                 yield Settled(path, str(said["identity_sha256"]), tuple(map(str, said["notes"])))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, FileKindError):
             continue
 
 
@@ -142,16 +142,9 @@ def keep(asked: Asked, cache: Cache, data: DataSet, notes: Sequence[str]) -> Non
         "notes": list(notes),
     }
     text = json.dumps(said).encode()
-    unique = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = (
-        cache.path.parent / f".{cache.path.stem}.{unique}.tmp"
-    )  # a killed process's is removed by the next extraction
-    try:
-        if len(text) < MOST_BYTES:
-            temporary.write_bytes(text)
-            temporary.replace(look_path(cache.path))
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    if len(text) < MOST_BYTES:
+        with suppress(DiskError):
+            write_whole(look_path(cache.path), text)
 
 
 def look_path(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache, open_cache
+from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.fields import Fault, letter, wrong
 from featprobe.geometry import parse_size
@@ -38,7 +38,7 @@ class Study:
     set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
     train: fields of TrainRecipe by kind of head, "all" for every kind; iterations may be "auto", for a ladder. tuning:
     fields of Tuning. show: test images on the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions
-    has it.
+    has it. no_verify: do not hash the features that are read.
     """
 
     data: tuple[str, ...]
@@ -60,6 +60,7 @@ class Study:
     tuning: Mapping[str, Any] = field(default_factory=dict)
     show: int = 4
     log: tuple[str, ...] = ()
+    no_verify: bool = False
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
@@ -91,6 +92,7 @@ class Study:
                 head=kind, recipe=recipe, lr=() if solved else self.lr,
                 weight_decay=() if solved else self.weight_decay, budget=self.budget(kind), seeds=self.seeds,
                 split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
+                verify=not self.no_verify,
             ),
         )  # fmt: skip
 
@@ -153,8 +155,8 @@ class StudyReport:
 def read_study(path: Path, workspace: Workspace) -> Study:
     """A study file, checked; raises DataError that lists everything in it that does not exist or makes no sense."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_toml(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     faults = faults_of(Study, values)
     bad = {fault.place[:1] for fault in faults}
@@ -295,12 +297,18 @@ def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
 
 
 def run_study(
-    workspace: Workspace, study: Study, say: Say = lambda line: None, *, dry_run: bool = False
+    workspace: Workspace,
+    study: Study,
+    say: Say = lambda line: None,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
 ) -> StudyReport:
     """Extract and train what is missing of a study, one cell after another.
 
     A cell that fails is reported and the others go on. Run it again to go on after a stop. say: told the plan first,
-    then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already.
+    then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already. verify:
+    a head is there where all bytes of its files are what its card says; else their sizes will do.
     """
     check_logs(study.log)
     check_together()
@@ -332,7 +340,7 @@ def run_study(
     for place, cache in caches.items():  # all of them, before the first cell: backbones share the largest number
         report += climb_ladders(workspace, study, cache, groups[place], say, dry_run=dry_run)
     for place, cache in caches.items():
-        report += run_cells(workspace, study, cache, groups[place], say, dry_run=dry_run)
+        report += run_cells(workspace, study, cache, groups[place], say, dry_run=dry_run, verify=verify)
     if report.done:
         say(f"{counted(report.done, 'training is', 'trainings are')} there already")
     return replace(report, notes=tuple(dict.fromkeys(report.notes)))
@@ -370,7 +378,14 @@ def climb_ladders(
 
 
 def run_cells(
-    workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, dry_run: bool = False
+    workspace: Workspace,
+    study: Study,
+    cache: Cache,
+    cells: Sequence[Cell],
+    say: Say,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
 ) -> StudyReport:
     """Train the cells of one cache that are not there yet, one after another; see `run_study`."""
     rows: list[dict[str, Any]] = []
@@ -396,7 +411,7 @@ def run_cells(
                 continue
             options = ladder.found() if ladder else study.options(cell.task, cell.head, cell.regime)
             run = Run(workspace, cache, cell.task, replace(options, split=cell.split), [cell.seed], cell.fraction)
-            if there := _done(run):
+            if there := _done(run, verify):
                 done += 1
                 folders += there.folders
                 if not dry_run:
@@ -419,15 +434,15 @@ def run_cells(
     return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
 
 
-def _done(run: Run) -> Run | None:
+def _done(run: Run, verify: bool) -> Run | None:
     """A cell's run that is there; where the study names no precision, in the one that another device takes as well."""
-    if run.is_done() or run.tuning is None or run.tuning.precision:
-        return run if run.is_done() else None
+    if (done := run.is_done(hashes=verify)) or run.tuning is None or run.tuning.precision:
+        return run if done else None
     own: set[Precision] = {"bf16", "fp32", *([] if run.regime == "full" else [run.cache.recipe.precision])}
     for other in sorted(own - {run.precision}):
         options = replace(run.options, tuning=replace(run.tuning, precision=other))
         twin = Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction)
-        if twin.is_done():
+        if twin.is_done(hashes=verify):
             return twin
     return None
 

@@ -60,6 +60,7 @@ SAID: Mapping[str, str] = {
     "tuning": "How images and a live backbone are treated, in the regimes full and frozen-online.",
     "show": "Test images on the picture sheet of each first seed, 0 for no sheets.",
     "log": "Curves while it trains; needs the extra of that name.",
+    "no_verify": "Do not hash the features that are read.",
 }
 SAID_OF_TRAINING: Mapping[str, str] = {
     "iterations": 'Training steps; "auto": as many as validation gains from.',

@@ -18,6 +18,7 @@ from featprobe.backbones.precision import Precision, resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images import read_levels, to_unit
+from featprobe.disk import remove_leftovers
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.geometry import IDENTITY
 from featprobe.levels import FeatureLevel
@@ -42,7 +43,7 @@ from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import Rows, SplitChoice, digest
+from featprobe.specs import CacheDtype, Rows, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.forecast import Forecast, foresee
@@ -53,12 +54,13 @@ from featprobe.stages.memory import Batches, Portions, fitting
 from featprobe.stages.outcome import EVALUATION_BATCH, Outcome, evaluation_batches, spread_over
 from featprobe.stages.partition import regrouped, split_rows
 from featprobe.stages.probe_options import Budget, ProbeOptions
-from featprobe.stages.records import card_of, curve_json, extraction_seconds, row_of
+from featprobe.stages.records import card_of, curve_json, extraction_seconds, is_whole, row_of
 from featprobe.stages.rows import images_of, rows_of
 from featprobe.stages.segmentation import Segmentation
 from featprobe.stages.sources import Source, feed_of, spec_of
 from featprobe.stages.subset import training_subset
 from featprobe.stages.workspace import Workspace
+from featprobe.texts import printable
 
 if TYPE_CHECKING:
     from featprobe.backbones.backbone import Backbone
@@ -93,9 +95,12 @@ class Run:
         self.workspace, self.task_name, self.options, self.seeds = workspace, task, options, seeds
         self.cache, self.choice = regrouped(cache, options.split), SplitChoice.parse(options.split)
         self.fraction, self.notes = fraction, list[str]()
+        if not options.verify and options.regime == "frozen":
+            self.notes.append(f"{cache.path}: features are not hashed when they are read (no verify)")
         check_together()
         self.forecast: Forecast | None = None
         self.rehearsal = False  # whether the heads are not to be kept
+        self.as_dtype: CacheDtype | None = None  # what cached features are brought to first; None for as they are
         self.states = list[Path]()  # of a rehearsal, on the way
         self.weights: dict[int, dict[str, Tensor]] = {}  # of the best trial's own backbone
         self.tuned_sha256, self.backbone_parameters, self.seconds_before = "", 0, 0.0
@@ -185,6 +190,18 @@ class Run:
             path.unlink(missing_ok=True)
         return [self.kept(trials[i], curves[i]).scores[self.task.chooses_by] for i in chosen]
 
+    def judged(self) -> list[Outcome]:
+        """Train on cached features, choose on validation, and score each seed's head there, image by image.
+
+        Keeps no head, and looks at no label of test.
+        """
+        with self._guarded():
+            trials = self._trials()
+            with self.source(trials[0].head) as source:
+                curves = self._fit(trials, source, lambda line: None)
+                heads = [trials[self._best(trials, curves, seed)].head for seed in self.seeds]
+                return self.evaluate(heads, source, self.rows["val"])
+
     def evaluate(self, heads: Sequence[nn.Module], source: Source, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small."""
         return self.portions.do(lambda batches: self.task.evaluate(heads, batches, rows), source.batches)
@@ -241,9 +258,11 @@ class Run:
         return rows
 
     def forget(self) -> None:
-        """Remove the state of trainings that have ended; a kill right after their end leaves it."""
+        """Remove what a kill right after the end of trainings leaves: their state, and what was being written."""
         for path in (self.folder / f"seed{self.seeds[0]}").glob("checkpoint*"):
             path.unlink(missing_ok=True)
+        for folder in self.folders:
+            remove_leftovers(self.workspace.probes / folder)
 
     @property
     def folders(self) -> list[str]:
@@ -251,14 +270,15 @@ class Run:
         own = self.folder.relative_to(self.workspace.probes)
         return [(own / f"seed{seed}").as_posix() for seed in self.seeds]
 
-    def is_done(self) -> bool:
-        """Whether results.jsonl and the folders hold this very run."""
+    def is_done(self, *, hashes: bool = False) -> bool:
+        """Whether results.jsonl and the folders hold this very run, with files that are what their cards say.
+
+        hashes: compare all bytes of the files, beside their sizes.
+        """
         rows, _ = read_rows(self.workspace.probes / "results.jsonl", result_faults)
-        there = {(r["folder"], r["data_fingerprint"]) for r in rows}
-        return all(
-            (folder, self.cache.data.fingerprint) in there and (self.workspace.probes / folder / "card.json").is_file()
-            for folder in self.folders
-        )
+        last = {row["folder"]: row for row in rows if row["data_fingerprint"] == self.cache.data.fingerprint}
+        probes = self.workspace.probes
+        return all(folder in last and is_whole(probes, last[folder], hashes=hashes) for folder in self.folders)
 
     def show(self, count: int) -> Path:
         """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
@@ -279,7 +299,7 @@ class Run:
         """Where the features for a head come from: the cache's file, or its images and a backbone."""
         levels: Any = head.levels
         if self.tuning is None:
-            return FeatureLoader(self.cache, levels, self.device)
+            return FeatureLoader(self.cache, levels, self.device, verify=self.options.verify, as_dtype=self.as_dtype)
         if self.tuning.precision:
             resolve(self.tuning.precision, self.device)  # refuses what this device can't compute
         return LiveFeatures(
@@ -469,7 +489,7 @@ class Run:
         heads = [trial.head for trial in trials]
         loss = self.task.start(heads, fresh=self.fresh)
         bar = tqdm(
-            total=self.recipe.iterations, desc=self.title, unit="it",
+            total=self.recipe.iterations, desc=printable(self.title), unit="it",
             disable=self.options.quiet or not is_main(), leave=False,
         )  # fmt: skip
         with bar, self._recorder(trials, index) as recorder:
@@ -534,7 +554,6 @@ class Run:
         path = self.folder / f"seed{self.seeds[0]}" / f"checkpoint{index}.pt"
         if self.rehearsal:
             path = self.workspace.probes / LADDERS / f"checkpoint-{identity[:16]}.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
             self.states.append(path)
         return Checkpoint(path, identity, every, self.recipe.iterations, CHECKPOINT_SECONDS)
 

@@ -3,9 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
-import tempfile
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +13,8 @@ from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.splits import group_pattern
-from featprobe.errors import CacheError, DataError, FeatprobeError, nearest
+from featprobe.disk import new_folder, plain_name, read_toml
+from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.fields import Fault, letter, shown
 from featprobe.geometry import Fit, parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
@@ -43,6 +41,7 @@ class DataEntry:
     overlap: int | None = None
     empty_tiles: float | None = None
     views: str | None = None
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,15 @@ class Config:
 
 
 class Workspace:
-    """Where things lie below a folder, and what its featprobe.toml names."""
+    """Where things lie below a folder, and what its featprobe.toml names.
 
-    def __init__(self, root: str | Path = ".") -> None:
+    follow_links: whether links may lead out of every data set that is read, as a set's own `follow_links` says of it.
+    """
+
+    def __init__(self, root: str | Path = ".", follow_links: bool = False) -> None:
         self.root = Path(root)
         self.cache, self.probes, self.data = (self.root / name for name in ("cache", "probes", "data"))
+        self.follow_links = follow_links
         self.config = self._read_config()
 
     def backbone(
@@ -123,8 +126,9 @@ class Workspace:
         called, root = self.data_root(name)
         patterns = how["images"], how["masks"]
         return read_data(
-            called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns
-        )
+            called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns,
+            self.follow_links or own.get("follow_links", False),
+        )  # fmt: skip
 
     def data_root(self, name: str) -> tuple[str, Path]:
         """What a data set is called, and where it lies; one that is built in is generated. Raises DataError."""
@@ -185,15 +189,20 @@ class Workspace:
 
     def _read_config(self) -> dict[str, Any]:
         path = self.root / CONFIG
-        if not path.is_file():
+        if not os.path.lexists(path):
             return {}
         try:
-            config = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
+            config = read_toml(path)
+        except (OSError, ValueError) as error:
             raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
         from featprobe.schemas import check  # pydantic takes time, and most workspaces have no such file
 
         faults = check(Config, config)
+        places = [
+            (section, name) for section in config if isinstance(config[section], dict) for name in config[section]
+        ]
+        wanted = "it is no name of a folder. wanted: one without / and \\ and control characters, not .."
+        faults += [Fault(place, wanted) for place in places if not plain_name(place[1])]
         sections = config.get("data")
         for name, entry in sections.items() if isinstance(sections, dict) else ():
             bad = {fault.place[2] for fault in faults if fault.place[:2] == ("data", name) and len(fault.place) > 2}
@@ -259,7 +268,7 @@ def make_generated(
 ) -> Path:
     """Generate a built-in set into a folder, whole or not at all; what is there already stays.
 
-    Raises DataError when the folder holds something else or can't be written.
+    Raises DataError when the folder holds something else, DiskError when it can't be written.
     """
     from featprobe.datasets.generated import generate  # scipy takes time, and most commands generate nothing
 
@@ -268,17 +277,9 @@ def make_generated(
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty and not a generated set. Nothing was changed. Choose another folder.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"{folder} can't be written: {error.strerror}. Nothing was changed.") from error
-    try:
-        generate(name, temporary, images=images, size=size, seed=seed)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except OSError as error:  # another process was faster, or the disk is full
-        if not (folder / "annotations").is_dir():
-            raise DataError(f"{folder} can't be written: {error.strerror}. Nothing was left behind.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder) as temporary:
+            generate(name, temporary, images=images, size=size, seed=seed)
+    except DiskError:
+        if not (folder / "annotations").is_dir():  # else another process was faster
+            raise
     return folder

@@ -1,0 +1,288 @@
+"""Every command that writes, run in a child process on a tiny set, with writes that are counted, refused or killed.
+
+A write is any call that can change what lies below the workspace: a file opened for writing, bytes put into it, a sync,
+a rename, a link, a new folder. The set is twelve images of 32x32 pixels under the embedded backbone; a run takes about
+a second. The workspace lies at one path for all runs, since caches are named by the path of their set.
+"""
+
+import builtins
+import errno
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from kill9 import write_set
+
+CONTEXT = multiprocessing.get_context("forkserver")  # the slow imports are done once, for all children
+CONTEXT.set_forkserver_preload([
+    "featprobe.cli.main", "featprobe.stages.extract", "featprobe.stages.finetune", "featprobe.stages.study",
+    "featprobe.stages.compare", "featprobe.stages.predict", "featprobe.stages.check", "featprobe.stages.convert",
+    "featprobe.stages.data", "featprobe.stages.caches", "featprobe.backbones.backbone", "timm", "pyarrow.parquet",
+])  # fmt: skip
+IMAGES, SIDE = 12, 32
+ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
+SECONDS = 300  # that a command may take
+BRIEF = ("--iterations", "2", "--batch-size", "2", "--quiet", "--device", "cpu")
+STUDY = """data = ["set"]
+backbones = ["embedded"]
+regimes = ["frozen"]
+sizes = ["32x32"]
+seeds = 2
+show = 1
+[train.all]
+iterations = 2
+batch_size = 2
+"""
+EXTRACT = "extract --backbone embedded --data set --size 32x32 --batch-size 4 --workers 1 --quiet --device cpu".split()
+PROBE = ["probe", "--data", "set", "--seeds", "2", "--show", "1", *BRIEF]
+HEAD = "{head}"  # stands for the folder of the first head
+COMMANDS: Mapping[str, tuple[tuple[str, ...], list[str]]] = {
+    "extract": ((), EXTRACT),
+    "probe": (("extract",), PROBE),
+    "probe again": (("extract", "probe"), PROBE),
+    "finetune": (("extract",), ["finetune", "--data", "set", "--seeds", "1", "--workers", "1", *BRIEF]),
+    "study": (("extract",), ["study", "study.toml"]),
+    "compare": (("extract", "probe"), ["compare", "--quiet"]),
+    "predict": (("extract", "probe"), ["predict", HEAD, "set/images", "--out", "found", "--quiet", "--device", "cpu"]),
+    "data split": ((), "data split set --out split.csv --quiet --workers 1".split()),
+    "data convert": ((), "data convert set --out coco --quiet".split()),
+    "data check": ((), "data check set --html check.html --quiet --workers 1".split()),
+    "data show": ((), "data show set --out sheet.png".split()),
+    "data make": ((), "data make xray --images 12 --size 32x32".split()),
+    "cache verify": (("extract", "damage"), "cache verify set --quiet".split()),
+    "cache rm": (("extract",), "cache rm set --yes".split()),
+}
+"""Command -> what must have run before it, and its words."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What becomes of a write, counted from 0: an error of this name (ENOSPC also of all after it), or SIGKILL."""
+
+    at: int = -1
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended: its exit code (negative: the signal), what it printed, the writes that it came to."""
+
+    code: int | None
+    out: str
+    err: str
+    writes: tuple[str, ...]
+
+    @property
+    def refused(self) -> bool:
+        """Whether it ended in words of ours."""
+        said = self.err.rpartition("\r")[2]
+        return self.code in (1, 3) and "Traceback" not in self.err and ("featprobe: " in said or "failed: " in said)
+
+
+class _Writes:
+    """Counts the writes of this process below a folder, notes each in a file, and lets one of them fail."""
+
+    def __init__(self, root: Path, log: Path, fault: Fault) -> None:
+        self.root, self.fault, self.count, self.lock = str(root), fault, 0, threading.Lock()
+        self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self.write = os.write
+
+    def note(self, what: str, target: Any) -> None:
+        """Count a write to a path or a descriptor; raises OSError where it is to fail."""
+        handle = isinstance(target, int)
+        path = os.readlink(f"/proc/self/fd/{target}") if handle else os.path.abspath(os.fsdecode(target))
+        if not path.startswith(self.root):
+            return
+        with self.lock:
+            number, self.count = self.count, self.count + 1
+            self.write(self.log, f"{what} {os.path.relpath(path, self.root)}\n".encode())
+        if number < self.fault.at or self.fault.at < 0:
+            return
+        if self.fault.kind == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == self.fault.at or self.fault.kind == "ENOSPC":
+            code = ERRORS[self.fault.kind]
+            raise OSError(code, os.strerror(code), path)
+
+    def watch(self) -> None:
+        """Put itself before every call that writes."""
+        for name in ("write", "pwrite", "pwritev", "fsync", "fdatasync", "ftruncate", "posix_fallocate"):
+            self._before(os, name, lambda handle, *_, **__: handle if isinstance(handle, int) else handle.fileno())
+        for name in ("replace", "rename", "link", "symlink"):
+            self._before(os, name, lambda source, target, *_, **__: target)
+        self._before(os, "mkdir", lambda path, *_, **__: path)
+        writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+        self._before(os, "open", lambda path, flags, *_, **__: path if flags & writing else "/")
+        plain = io.open
+
+        def opened(file: Any, mode: str = "r", buffering: int = -1, *more: Any, **named: Any) -> Any:
+            if not set(mode) & set("wax+") or not named.get("closefd", True):
+                return plain(file, mode, buffering, *more, **named)
+            if not isinstance(file, int):
+                self.note("open", file)
+            raw = _Raw(file, mode.replace("b", "").replace("t", ""), opener=named.pop("opener", None))
+            raw.writes = self
+            if buffering == 0:
+                return raw
+            stream = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+            return stream if "b" in mode else io.TextIOWrapper(stream, *more, **named)
+
+        io.open = builtins.open = opened  # type: ignore[assignment]
+        import h5py
+
+        self._before(h5py.File, "__init__", lambda own, name, mode="r", *_, **__: name if mode != "r" else "/")
+
+    def _before(self, owner: Any, name: str, target: Callable[..., Any]) -> None:
+        plain = getattr(owner, name)
+
+        @wraps(plain)
+        def call(*words: Any, **named: Any) -> Any:
+            self.note(name, target(*words, **named))
+            return plain(*words, **named)
+
+        setattr(owner, name, call)
+
+
+class _Raw(io.FileIO):
+    """A file whose writes are counted, also those of the buffer before it."""
+
+    writes: _Writes
+
+    def write(self, data: Any) -> int:
+        """Write what the buffer has gathered."""
+        self.writes.note("stream", self.fileno())
+        return super().write(data)
+
+
+def _main(root: Path, words: Sequence[str], said: Path, fault: Fault, umask: int) -> None:
+    """What a child does: one command, its output in files."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    os.chdir(root)
+    os.umask(umask)
+    os.environ["TMPDIR"] = str(root / "tmp")
+    from featprobe.cli.main import main
+
+    _Writes(root, said / "writes", fault).watch()
+    main(words)
+
+
+class Bench:
+    """A workspace at one path, and its states before each command. said: where children print, outside of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.states, self.said = folder / "work", folder / "states", folder / "said"
+        for made in (self.root, self.states, self.said):
+            made.mkdir(parents=True)
+        write_set(self.root / "set", IMAGES, (SIDE, SIDE))
+        (self.root / "study.toml").write_text(STUDY)
+        (self.root / "tmp").mkdir()
+        shutil.copytree(self.root, self.states / "start", symlinks=True)
+
+    def before(self, name: str) -> None:
+        """Bring the workspace to the state before a command."""
+        needed = COMMANDS[name][0]
+        state = self.states / ("-".join(needed) or "start")
+        if not state.exists():
+            self._become(self.states / "start")
+            for own in needed:
+                if own == "damage":
+                    self._damage()
+                elif (ran := self.run(own)).code != 0:
+                    raise RuntimeError(f"{own}: {ran.code} {ran.err[-2000:]}")
+            shutil.copytree(self.root, state, symlinks=True)
+        self._become(state)
+
+    def _become(self, state: Path) -> None:
+        shutil.rmtree(self.root)
+        shutil.copytree(state, self.root, symlinks=True)
+
+    def _damage(self) -> None:
+        """Flip bits of the last rows of the features, so that `cache verify` has something to mark."""
+        from featprobe.cache import Cache, read_contents
+
+        (path,) = self.root.glob("cache/*/*.h5")
+        cache = Cache(path, read_contents(path))
+        level = cache.levels[0]
+        last = cache.read_row(len(cache) - 1, level).tobytes()
+        whole = path.read_bytes()
+        assert whole.count(last) == 1
+        path.write_bytes(whole.replace(last, bytes(byte ^ 1 for byte in last)))
+
+    def start(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Any:
+        """Start a command in a child."""
+        for path in self.said.iterdir():
+            path.unlink()
+        words = [self.head() if word == HEAD else word for word in COMMANDS[name][1]]
+        child = CONTEXT.Process(target=_main, args=(self.root, words, self.said, fault, umask))
+        child.start()
+        return child
+
+    def ended(self, child: Any) -> Ran:
+        """Wait for a child's end."""
+        child.join(SECONDS)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+            return Ran(None, "", "it did not end", ())
+        out, err, writes = (
+            (self.said / name).read_text(errors="replace") if (self.said / name).exists() else ""
+            for name in ("out", "err", "writes")
+        )
+        return Ran(child.exitcode, out, err, tuple(writes.splitlines()))
+
+    def run(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Ran:
+        """Run a command to its end."""
+        return self.ended(self.start(name, fault, umask))
+
+    def head(self) -> str:
+        """The folder of the first head of the workspace."""
+        return str(sorted(self.root.glob("probes/*/*/*/seed0"))[0].relative_to(self.root))
+
+    def leftovers(self) -> list[str]:
+        """Files of processes that are gone."""
+        found = [*self.root.rglob(".*.tmp"), *self.root.rglob("*.tmp"), *(self.root / "tmp").iterdir()]
+        return sorted({path.relative_to(self.root).as_posix() for path in found})
+
+    def files(self) -> dict[str, bytes]:
+        """Every file of the workspace but caches, what is kept of looks and logs of runs, which hold times."""
+        return {
+            path.relative_to(self.root).as_posix(): path.read_bytes()
+            for path in sorted(self.root.rglob("*"))
+            if path.is_file() and path.suffix not in (".h5", ".look", ".jsonl", ".lock")
+        }
+
+    def scores(self) -> list[Any]:
+        """What result rows say of each head, in order of folders; the last row of a folder counts."""
+        path = self.root / "probes" / "results.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        last = {row["folder"]: (row["seed"], row["val"], row["test"]) for row in rows}
+        return sorted(last.items())
+
+    def features(self) -> list[bytes]:
+        """The rows of every cache, with their states."""
+        from featprobe.cache import Cache, read_contents
+
+        found = []
+        for path in sorted(self.root.glob("cache/*/*.h5")):
+            cache = Cache(path, read_contents(path))
+            found.append(cache.done.tobytes())
+            found += [cache.read_row(i, level).tobytes() for level in cache.levels for i in range(len(cache))]
+        return found
+
+    def result(self) -> tuple[Any, ...]:
+        """What a command has made, less what differs from run to run: names of files, scores, features.
+
+        Without the picture sheets of heads, which a study draws once, after the row.
+        """
+        files = sorted(name for name in self.files() if not name.endswith("/sheet.png"))
+        return files, self.scores(), self.features()

@@ -1,0 +1,99 @@
+"""A disk that is full, or fails, at each write of each command: words, nothing lost, and the same command completes.
+
+    python benchmarks/disk_errors.py
+    python benchmarks/disk_errors.py --commands probe,finetune --most 20
+
+A first run of each command counts its writes. Then each of them fails in turn, with ENOSPC from there on and with EIO
+once. The command must end in one paragraph (exit code 1; a study 3), leave no temporary file, and leave every file as
+it was that the command itself does not change; what was there already of results must be there still. The same command
+again must then give what it gives without errors.
+"""
+
+import argparse
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from _bench import report
+from _commands import COMMANDS, ERRORS, Bench, Fault, Ran
+from tqdm import tqdm
+
+SPARED = ".look"  # of files that cost time alone when they can't be written: no error
+
+
+def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], changed: Collection[str]) -> list[str]:
+    """What is wrong with a command that meets a fault, and with the same command after it.
+
+    "not met": it had no such write. whole: its result without errors. changed: the files that it changes, or makes.
+    """
+    bench.before(name)
+    before, rows = bench.files(), bench.scores()
+    ran = bench.run(name, fault)
+    if len(ran.writes) <= fault.at:
+        return ["not met"]
+    found = []
+    ended = ran.code in (0, 3) and "Traceback" not in ran.err
+    if not ran.refused and not (ended and (SPARED in ran.writes[fault.at] or bench.result() == whole)):
+        found.append(f"exit code {ran.code}: {ran.err[-1500:]}")
+    found += [f"left behind: {path}" for path in bench.leftovers()]
+    after = bench.files()
+    found += [
+        f"changed: {path}"
+        for path in before
+        if path not in changed and after.get(path) != before[path] and not path.endswith("/sheet.png")
+    ]
+    found += [f"the row of {folder} is gone" for folder in dict(rows) if folder not in dict(bench.scores())]
+    again = bench.run(name)
+    if again.code not in (0, 3) or "Traceback" in again.err:
+        found.append(f"the same command again: exit code {again.code}: {again.err[-1500:]}")
+    elif bench.result() != whole:
+        found.append("the same command again does not give the same")
+    return found
+
+
+def counted(bench: Bench, name: str) -> tuple[Ran, tuple[Any, ...], set[str]]:
+    """A command without errors: how it ran, its result, and the files that it changes or makes."""
+    bench.before(name)
+    before = bench.files()
+    ran = bench.run(name)
+    if ran.code not in (0, 3) or "Traceback" in ran.err:
+        raise RuntimeError(f"{name}: {ran.code}: {ran.err[-3000:]}")
+    after = bench.files()
+    changed = {path for path in after | before if before.get(path) != after.get(path)}
+    return ran, bench.result(), changed
+
+
+def main() -> None:
+    """Run all, print a table and one JSON object."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--commands", default=",".join(COMMANDS))
+    parser.add_argument("--most", type=int, default=0, help="writes of each command that fail, drawn; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    rng, rows, wrong, trials = random.Random(asked.seed), [], [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder) / "bench")
+        for name in asked.commands.split(","):
+            ran, whole, changed = counted(bench, name)
+            places = range(len(ran.writes))
+            chosen = sorted(rng.sample(places, asked.most)) if 0 < asked.most < len(places) else list(places)
+            met: Counter[str] = Counter()
+            for kind in ERRORS:
+                for at in tqdm(chosen, desc=f"{name}, {kind}", leave=False):
+                    found = faults_of(bench, name, Fault(at, kind), whole, changed)
+                    met["not met" if found == ["not met"] else "wrong" if found else "right"] += 1
+                    if found and found != ["not met"]:
+                        wrong.append(f"{name}, {kind} at write {at} ({ran.writes[at]}): {found}")
+            trials += met["right"] + met["wrong"]
+            ways = {way: str(met[way]) for way in ("right", "wrong", "not met")}
+            rows.append({"command": name, "writes": str(len(places)), **ways})
+    for line in wrong:
+        print(line)
+    report("disk_errors", (trials - len(wrong)) / max(1, trials), 1.0, rows, trials=trials, wrong=len(wrong))
+
+
+if __name__ == "__main__":
+    main()

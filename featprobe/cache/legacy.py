@@ -1,0 +1,197 @@
+"""Files of versions 1 and 2, and HDF5's view of any cache file: both through a process that may fail, hang or grow.
+
+HDF5 does not guard itself against what a file says: one flipped byte makes it walk in circles past Ctrl-C, and a file
+made on purpose leads it into other files. So this process never opens a cache with it. A child does (hdf5_child.py),
+within limits on memory and on time, after a look at the structure, and answers with the little that is asked for.
+"""
+
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import Any
+
+from featprobe.cache import header
+from featprobe.cache.contents import Contents, HeldFile, Span
+from featprobe.cache.header import FormatFault, Index, NewerFormat
+from featprobe.cache.layout import FORMAT
+from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob
+from featprobe.errors import CacheError
+from featprobe.specs import FILE_VERSION
+
+CHILD = Path(__file__).with_name("hdf5_child.py")
+MOST_LINE = 100  # bytes: of an answer's first line
+SPARE = 64 << 20  # bytes that an answer may be longer than its file
+PIECE = 1 << 20  # bytes that are taken from the child at once
+WALL_SECONDS = 60.0  # for a small file
+BYTES_PER_SECOND = 20 << 20  # of a large one, in which the child is given so much more time
+SETTLED_SECONDS = 2.0  # coarser than the times of most file systems
+
+
+class ViewRefused(Exception):
+    """HDF5 found no cache in a file; the text says what it found. kind: as of the child's `Refused`."""
+
+    kind = ""
+
+
+_views: dict[tuple[int, ...], list[bytes] | ViewRefused] = {}  # of the old file that was read last
+
+
+def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """The header that a file of version 1 or 2 would have in version 3, with the places that it has, and its parts.
+
+    The header holds `version` as well. Nothing of it has been held against the recipe. Raises FormatFault, NewerFormat,
+    and CacheError for HDF5 of another kind.
+    """
+    try:
+        said, texts, provenance = _old_view(file)
+        values = json.loads(said)
+    except ViewRefused as refusal:
+        if refusal.kind == "other":
+            raise CacheError(
+                f"{file.path} is HDF5, but not a feature cache.\n  wanted  format {FORMAT}\n  found   {refusal}"
+            ) from refusal
+        if refusal.kind == "newer":
+            raise NewerFormat(f"version {FILE_VERSION} or older", str(refusal)) from refusal
+        raise FormatFault("a file of version 1 or 2", str(refusal)) from refusal
+    placed = Index.of(values, values["version"]).parts
+    parts: dict[str, Blob] = {name: Span(file, entry) for name, entry in placed.items()}
+    return values, {**parts, "texts": texts, "provenance": provenance}
+
+
+def old_identity(contents: Contents) -> str:
+    """sha256 over all that is written once in versions 1 and 2, and where the rest has its place.
+
+    The last because HDF5 does not guard its own bookkeeping: a flipped address would serve other rows.
+    """
+    running = hashlib.sha256()
+    places = {name: asdict(extent) for name, extent in contents.extents.items()}
+    said = {name: value for name, value in asdict(contents.data).items() if name != "bits" or value}  # older lack it
+    head = {"recipe": contents.recipe.to_json(), "data": said, "extents": places}
+    running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+    tables = [contents.rows, *([contents.images] if contents.images else [])]
+    for row in (table.unchecked(i) for table in tables for i in range(len(table))):
+        text = [getattr(row, name) for name in TEXT_FIELDS]
+        sizes = [row.placement.original, row.placement.content, row.placement.frame]
+        parts = [] if row.part is None else [astuple(row.part), row.image_index]
+        running.update(json.dumps([text, sizes, *parts]).encode())
+        for kind in TARGET_KINDS:
+            blob = getattr(row, kind)
+            running.update(len(blob).to_bytes(8, "little"))
+            running.update(blob)
+    return running.hexdigest()
+
+
+def disagreements(path: Path) -> list[str]:
+    """Where HDF5's view of a file of version 3 differs from that of its header, in words; [] where both agree.
+
+    Names, places, types and shapes are compared, and the bytes of all that is written once. Raises FormatFault.
+    """
+    file = HeldFile(path)
+    start = file.read(0, min(header.FIXED.size, file.status.st_size))
+    index, _ = header.decode(start, file.read(header.FIXED.size, header.json_bytes(start)))
+    try:
+        (said,) = _view("agrees", file.handle, json.dumps(index.to_json() | {"version": index.version}).encode())
+        return [ascii(line)[1:-1] for line in json.loads(said)]
+    except (ViewRefused, ValueError) as error:
+        return [f"HDF5 can't open the file: {error}"]
+
+
+def _old_view(file: HeldFile) -> list[bytes]:
+    """What the child tells of an old file; that of last time where it is the same file, and was not touched since.
+
+    A command opens a cache several times. What changed less than SETTLED_SECONDS ago may change again under one time.
+    """
+    status = os.fstat(file.handle)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    view = _views.get(key)
+    if view is None:
+        settled = time.time() - status.st_ctime > SETTLED_SECONDS
+        try:
+            view = _view("old", file.handle)
+        except ViewRefused as refusal:
+            view = refusal
+        _views.clear()
+        if settled:
+            _views[key] = view
+    if isinstance(view, ViewRefused):
+        raise view
+    return view
+
+
+def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
+    """What the child answers. Raises ViewRefused, also where it came to no end within its limits."""
+    size = os.fstat(handle).st_size
+    end = time.monotonic() + WALL_SECONDS + size / BYTES_PER_SECOND
+    quiet = {"HDF5_PLUGIN_PRELOAD": "::", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # "::": no plug-ins
+    pipe, answers = os.pipe()
+    with tempfile.TemporaryFile() as stdin, open(pipe, "rb", buffering=0):
+        stdin.write(request)
+        stdin.seek(0)
+        child = subprocess.Popen(
+            [sys.executable, "-P", str(CHILD), kind, str(handle)], stdin=stdin, stdout=answers,
+            stderr=subprocess.DEVNULL, pass_fds=(handle,), env=os.environ | quiet,
+        )  # fmt: skip
+        os.close(answers)
+        try:
+            parts = _parts(pipe, end, 2 * size + SPARE)
+            if parts is None:
+                raise ViewRefused(_fate(child.wait(max(0.0, end - time.monotonic()))))
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            raise ViewRefused("HDF5 came to no end with it") from error
+        finally:
+            child.kill()
+            child.wait()
+    if not parts[0]:
+        refusal = ViewRefused(ascii(parts[1].decode(errors="replace"))[1:-1])
+        refusal.kind = parts[2].decode(errors="replace")
+        raise refusal
+    return parts
+
+
+def _parts(pipe: int, end: float, most: int) -> list[bytes] | None:
+    """The parts of an answer; None where it ends too early or is longer than allowed. Raises TimeoutError."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = _some(pipe, end, 1)
+        if not byte or len(line) == MOST_LINE:
+            return None
+        line += byte
+    sizes = [int(size) for size in line.split()]
+    if sum(sizes) > most:
+        return None
+    parts = []
+    for size in sizes:
+        part = bytearray()
+        while len(part) < size:
+            piece = _some(pipe, end, min(PIECE, size - len(part)))
+            if not piece:
+                return None
+            part += piece
+        parts.append(bytes(part))
+    return parts
+
+
+def _some(pipe: int, end: float, most: int) -> bytes:
+    """What the pipe holds, up to so many bytes; b"" at its end. Raises TimeoutError."""
+    waiting = select.poll()
+    waiting.register(pipe, select.POLLIN)
+    if not waiting.poll(max(0.0, end - time.monotonic()) * 1000):
+        raise TimeoutError
+    return os.read(pipe, most)
+
+
+def _fate(code: int) -> str:
+    """How a child ended that did not answer."""
+    if code >= 0:
+        return f"HDF5's process ended with exit code {code} and without a whole answer"
+    if -code in (signal.SIGXCPU, signal.SIGKILL):
+        return "HDF5 came to no end with it, or took more memory than twice the file and 256 MB"
+    return f"HDF5 broke down over it ({signal.Signals(-code).name})"
