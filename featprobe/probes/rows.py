@@ -4,11 +4,11 @@ A field with a default came later, or is not in every row: the default is what a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from featprobe.errors import DataError, FieldError, ProbeError
-from featprobe.fields import Fault, wrong
+from featprobe.fields import MISSING_FIELD, Fault, wrong
 from featprobe.probes.heads import HEADS, kinds_of
 from featprobe.probes.train import TrainRecipe
 from featprobe.schemas import check
@@ -195,6 +195,8 @@ class InstanceRow(ResultRow):
     test: MaskScores
 
 
+LATER_IN_RECIPES = ("weights_from",)
+"""Fields of a training recipe that older rows lack."""
 ROWS: Mapping[str, type[ResultRow]] = {"semseg": SegmentationRow, "detect": DetectionRow, "instseg": InstanceRow}
 
 
@@ -223,12 +225,16 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
         return faults
     if task in ROWS and (task, row["head"]) not in HEADS:
         faults.append(wrong(("head",), f"one of {', '.join(kinds_of(row['task']))}", row["head"]))
+    if len(set(row["classes"])) < max(2, len(row["classes"])):
+        faults.append(wrong(("classes",), "the background and others, each once", row["classes"]))
     if not 0 < row["fraction"] <= 1:
         faults.append(wrong(("fraction",), "0 < fraction <= 1", row["fraction"]))
     if row["seed"] < 0:
         faults.append(wrong(("seed",), "0 or more", row["seed"]))
     if row["regime"] != "frozen" and row["tuning"] is None:
         faults.append(wrong(("tuning",), f"a table, in the regime {row['regime']}", None))
+    needed = [own.name for own in fields(TrainRecipe) if own.name not in LATER_IN_RECIPES]
+    faults += [Fault(("recipe", name), MISSING_FIELD) for name in needed if name not in row["recipe"]]
     try:
         TrainRecipe.from_json(row["recipe"])
     except FieldError as error:
