@@ -155,7 +155,9 @@ class RowTable(Sequence[Row]):
         if self.checksum is None:
             return []
         expected = self.checksum.tolist()
-        return [i for i in range(len(self)) if target_checksums(self.unchecked(i)) != expected[i]]
+        kinds = [self.targets[kind] for kind in TARGET_KINDS]
+        found = ([xxhash.xxh3_64_intdigest(kind.of(i)) for kind in kinds] for i in range(len(self)))
+        return [i for i, (own, wanted) in enumerate(zip(found, expected, strict=True)) if own != wanted]
 
     def grouped(self, groups: Sequence[str]) -> "RowTable":
         """The same rows in other groups, one for each."""
