@@ -405,7 +405,6 @@ WRITES = (
     "NamedTemporaryFile",
     "to_csv",
     "to_parquet",
-    "savefig",
     "imwrite",
 )
 
