@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from featprobe.cache import header
 from featprobe.cache.header import Entry, Index
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Row, target_checksums
-from featprobe.disk import sync_folder
+from featprobe.disk import make_folders, sync_folder
 from featprobe.errors import CacheError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.machine import human_bytes
@@ -158,7 +158,7 @@ def make_temporary(
 ) -> Path:
     """A complete cache file without features, under a unique name beside `path`; see create_file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         temporary = path.parent / f".{path.stem}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
