@@ -4,10 +4,12 @@
 
 A cache of ConvNeXt-T's levels at 512x512 pixels is filled with random bits. Every arm brings the same
 number of random rows into memory that is used again and again. `memcpy` copies them from an array of the
-same size; `memmap` is the cache's RowReader and gives the ratio; `prefetch` is its FeatureLoader, for a
-consumer that takes batches and does nothing. Each arm draws its own rows, so that none finds what the arm
-before it has left in the processor's caches. All arms are first proved to bring the same bytes, and the
-disk to be asked for none of them.
+same size; `memmap` is the cache's RowReader, which has checked all rows before, and gives the ratio;
+`unchecked` is one that checks nothing, `first pass` one that hashes each row that it reads; `prefetch` is
+the FeatureLoader, for a consumer that takes batches and does nothing. Each arm draws its own rows, so that
+none finds what the arm before it has left in the processor's caches. All arms are first proved to bring the
+same bytes, and the disk to be asked for none of them. Then a linear head is trained for one epoch, with two
+classes and the loss at the levels' grid, the least work that a probe can have, with hashing and without.
 """
 
 import argparse
@@ -24,17 +26,22 @@ import h5py
 import numpy as np
 import torch
 from _bench import Timings, interleave, positive, quartile_text, report, timed
+from linear_head import random_labels
 from numpy.typing import NDArray
 
 from featprobe.cache import Cache, CacheWriter, Row, create_file, open_cache
 from featprobe.cache.reader import RING, FeatureLoader, RowReader
+from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
-from featprobe.specs import DataInfo, FeatureRecipe
+from featprobe.probes import LinearHead, TrainRecipe, level_loss, train
+from featprobe.specs import CacheDtype, DataInfo, FeatureRecipe
 
 LEVELS = tuple(FeatureLevel(f"stride{stride}", 24 * stride, stride) for stride in (4, 8, 16, 32))  # ConvNeXt-T's
 FRAME = (512, 512)
 TARGET = 0.9
+EPOCH_TARGET = 1.10  # at most, seconds of a first epoch over those of one without hashing
+CLASSES = 2
 CHECKED = 3  # batches whose bytes are compared between the arms
 COLD_SHARE = 0.01  # of what is read, may come from the disk and still count as warm
 BLOCK = 16  # rows that are written at once
@@ -45,12 +52,12 @@ Read = Callable[[Rows, Maps], None]
 """Copies rows, in the order given, into buffers of level name -> (rows, row bytes)."""
 
 
-def make_empty(path: Path, count: int) -> None:
+def make_empty(path: Path, count: int, dtype: CacheDtype = "fp16") -> None:
     """A cache whose rows are all missing."""
     recipe = FeatureRecipe(
         label="random", backbone="random", weights_sha256="0" * 64, levels=LEVELS, final_norm=False, size=FRAME,
         frame=FRAME, fit="resize", intensity="none", window=None, mean=(0.5,) * 3, std=(0.5,) * 3,
-        interpolation="bicubic", dtype="fp16",
+        interpolation="bicubic", dtype=dtype,
     )  # fmt: skip
     place = Placement(FRAME, FRAME, FRAME)
     rows = [Row(f"{i}.png", f"{i}", "train", f"images/{i}.png", f"{i:032}", place) for i in range(count)]
@@ -202,18 +209,62 @@ def reader_arm(read: Read, batches: Iterator[Rows], count: int, out: Maps) -> Ca
     return timed(work)
 
 
-def measure(folder: Path, options: argparse.Namespace) -> tuple[Timings, int]:
-    """Seconds of each arm, and bytes that came from the disk meanwhile."""
+def first_pass_arm(reader: RowReader, batch_size: int, count: int, out: Maps) -> Callable[[], float]:
+    """Seconds of `count` batches of a reader to whom every row is new."""
+    rng = np.random.default_rng(7)
+
+    def arm() -> float:
+        reader.cache._hashed.fill(False)
+        rows = rng.permutation(len(reader.cache))
+        begun = time.perf_counter()
+        for start in range(0, count * batch_size, batch_size):
+            reader.read(rows[start : start + batch_size], out)
+        seconds = time.perf_counter() - begun
+        reader.cache._hashed.fill(True)  # for the other arms
+        return seconds
+
+    return arm
+
+
+def epoch_arm(cache: Cache, batch_size: int, *, verify: bool) -> Callable[[], float]:
+    """Seconds of a linear head's first epoch, from the loader on."""
+    labels = random_labels(len(cache), FRAME[0], CLASSES)
+    shares = cell_shares(labels, CLASSES, LEVELS[0].stride)
+    recipe = TrainRecipe(len(cache) // batch_size, batch_size, lr=1e-3, evaluations=1, weights_from="end")
+
+    def arm() -> float:
+        head = LinearHead(LEVELS, CLASSES)
+
+        def loss(features: Features, rows: Rows) -> torch.Tensor:
+            return level_loss(head(features), shares[torch.from_numpy(rows)])[None]
+
+        cache._hashed.fill(False)
+        begun = time.perf_counter()
+        with FeatureLoader(cache, mode="memmap", verify=verify) as loader:
+            train([head], [recipe], lambda orders, first: loader.batches(orders), np.arange(len(cache)), loss, 0,
+                  lambda: [{}])  # fmt: skip
+        return time.perf_counter() - begun
+
+    return arm
+
+
+def measure(folder: Path, options: argparse.Namespace) -> tuple[Timings, Timings, int]:
+    """Seconds of each arm, those of first epochs, and bytes that came from the disk meanwhile."""
     cache = write_cache(folder / "features.h5", options.rows)
     paths = write_tensors(cache, folder / "tensors")
     warm_up([cache.path, *paths.values()])
-    with RowReader(cache, mode="memmap") as reader, FeatureLoader(cache, mode="memmap") as loader:
+    with (
+        RowReader(cache, mode="memmap") as reader,
+        RowReader(cache, mode="memmap", verify=False) as unchecked,
+        FeatureLoader(cache, mode="memmap") as loader,
+    ):
         source = make_buffers(reader, options.rows)
         reader.read(np.arange(options.rows), source)
         with h5py.File(cache.path, "r", locking=False) as file:
             readers = {
                 "memcpy": memory_copier(source),
                 "memmap": reader.read,
+                "unchecked": unchecked.read,
                 "h5py ds[i]": h5py_reader(file),
                 "one .pt per level": tensor_reader(paths),
             }
@@ -221,10 +272,15 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Timings, int]:
             check_equal(readers, loader, list(islice(draw("check"), CHECKED)))
             out = make_buffers(reader, options.batch_size)
             arms = {name: reader_arm(read, draw(name), options.batches, out) for name, read in readers.items()}
+            arms["first pass"] = first_pass_arm(reader, options.batch_size, options.batches, out)
             arms["prefetch"] = loader_arm(loader, draw("prefetch"), options.batches)
             before = disk_bytes()
             timings = interleave(arms, options.rounds)
-            return timings, disk_bytes() - before
+            epochs = {
+                name: epoch_arm(cache, options.batch_size, verify=verify)
+                for name, verify in (("epoch", False), ("epoch, checked", True))
+            }
+            return timings, interleave(epochs, options.epochs), disk_bytes() - before
 
 
 def main() -> None:
@@ -233,10 +289,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--batches", type=positive, default=8, help="that an arm reads in a round")
     parser.add_argument("--rounds", type=positive, default=21)
+    parser.add_argument("--epochs", type=positive, default=9, help="first epochs of each kind that are timed")
     parser.add_argument("--folder", type=Path, help="where to write; the file system that is to be tested")
     options = parser.parse_args()
+    if options.batches * options.batch_size > options.rows:
+        parser.error("the first pass needs as many --rows as --batches of --batch-size hold")
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        timings, from_disk = measure(Path(folder), options)
+        timings, epochs, from_disk = measure(Path(folder), options)
     values = sum(level.channels * level.cells(FRAME)[0] * level.cells(FRAME)[1] for level in LEVELS)
     moved = 2 * values * options.batch_size * options.batches  # bytes that an arm reads in a round
     rows = [
@@ -248,11 +308,20 @@ def main() -> None:
         }
         for arm in timings.seconds
     ]
+    low, epoch, high = epochs.quartiles("epoch, checked", "epoch")
+    ratio = timings.ratio("memcpy", "memmap")
     report(
         "cache_read",
-        timings.ratio("memcpy", "memmap"),
+        ratio,
         TARGET,
         rows,
+        holds=ratio >= TARGET and epoch <= EPOCH_TARGET,
+        first_epoch=epoch,
+        first_epoch_quartiles=[round(low, 3), round(high, 3)],
+        first_epoch_target=EPOCH_TARGET,
+        epoch_seconds=epochs.median("epoch"),
+        first_pass=timings.ratio("unchecked", "first pass"),
+        later_passes=timings.ratio("unchecked", "memmap"),
         prefetch=timings.ratio("memcpy", "prefetch"),
         h5py=timings.ratio("memcpy", "h5py ds[i]"),
         pt=timings.ratio("memcpy", "one .pt per level"),

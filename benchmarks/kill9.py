@@ -147,7 +147,9 @@ def find_file(root: Path) -> Path:
 
 def row_bytes(cache: Cache) -> RowBytes:
     """All features of a cache as bytes."""
-    rows = {level.name: [cache.read_row(i, level).tobytes() for i in range(len(cache))] for level in cache.levels}
+    rows = {
+        level.name: [cache.stored(i, level)[level.name].tobytes() for i in range(len(cache))] for level in cache.levels
+    }
     return {name: np.stack([np.frombuffer(row, dtype=np.uint8) for row in parts]) for name, parts in rows.items()}
 
 

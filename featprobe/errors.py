@@ -12,6 +12,7 @@
     ├── ProbeError                a head, a saved head, a training recipe
     │   └── DivergedError         a training whose loss is not finite any more
     ├── DiskError                 a disk that does not take what is written
+    ├── FieldError                a value in a file that is of a wrong type or out of its limits
     ├── FileKindError             a pipe, a device, a folder or too large a file, where a regular file is meant
     └── ShapeError                tensors that disagree (a caller's mistake)
 
@@ -19,8 +20,9 @@ A message is a letter: what, where, what was wanted, what was found, what was do
 do. Nothing that was written before is lost by any of them.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 class FeatprobeError(Exception):
@@ -73,6 +75,14 @@ class DiskError(FeatprobeError):
 
 class FileKindError(FeatprobeError):
     """A path means no regular file, or one larger than such a file can be."""
+
+
+class FieldError(FeatprobeError):
+    """Values that were read from a file are of wrong types or out of their limits. faults: each, see `fields.Fault`."""
+
+    def __init__(self, text: str, faults: Sequence[Any]) -> None:
+        super().__init__(text)
+        self.faults = tuple(faults)
 
 
 class ShapeError(FeatprobeError):

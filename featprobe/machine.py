@@ -1,26 +1,73 @@
 """What this machine has: memory and disk in bytes, cores."""
 
 import os
+import resource
 import shutil
+import sys
+from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
-def available_memory() -> int:
-    """Bytes of main memory that can be used without swapping, the page cache counted as free.
 
-    Half of the whole memory where the system does not tell.
+def available_memory(group: Path = CONTROL_GROUPS) -> int:
+    """Bytes of main memory that this process can use without swapping, the page cache counted as free.
+
+    That is the least of what the machine has left (half of its memory where it does not say), what the control groups
+    (v2 and v1) that it is in leave, and what RLIMIT_AS and RLIMIT_DATA leave. group: where control groups are mounted.
     """
+    return max(0, min(_left_on_machine(), _left_in_groups(group), _left_to_process()))
+
+
+def _left_on_machine() -> int:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: fall through to what POSIX knows
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return _field(Path("/proc/meminfo"), "MemAvailable") * 1024
+    except (OSError, ValueError):  # not Linux: what POSIX knows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def usable_cores(group: Path = Path("/sys/fs/cgroup")) -> int:
+def _left_in_groups(group: Path) -> int:
+    """Least of limit less use over the memory groups of this process; a very large number where none limits it."""
+    least = sys.maxsize
+    for folder in _own_groups(group):
+        least = min(least, _left_in(folder, "memory.max", "memory.current", ""))
+    for folder in _own_groups(group, "memory"):
+        least = min(least, _left_in(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
+    return least
+
+
+def _left_in(folder: Path, limit: str, use: str, prefix: str) -> int:
+    """What one group leaves. Pages of files are in its use, and are given up for others."""
+    try:
+        left = int((folder / limit).read_text()) - int((folder / use).read_text())
+        return left + sum(_field(folder / "memory.stat", f"{prefix}{kind}_file") for kind in ("active", "inactive"))
+    except (OSError, ValueError):
+        return sys.maxsize  # no such group, or its limit is the word "max"
+
+
+def _left_to_process() -> int:
+    """What the limits of this very process leave it: of addresses, and of memory that is its own."""
+    least = sys.maxsize
+    for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            with suppress(OSError, ValueError):
+                limit -= _field(Path("/proc/self/status"), used) * 1024
+            least = min(least, limit)
+    return least
+
+
+def _field(path: Path, name: str) -> int:
+    """The number behind a name in a file of such lines; raises OSError, or ValueError where there is none."""
+    for line in path.read_text().splitlines():
+        words = line.replace(":", " ").split()
+        if words[:1] == [name]:
+            return int(words[1])
+    raise ValueError(f"{path} has no {name}")
+
+
+def usable_cores(group: Path = CONTROL_GROUPS) -> int:
     """How many cores this process may use, at least 1.
 
     That is the fewest of the machine's cores, those that the process is bound to, and what the control groups (v2)
@@ -33,19 +80,29 @@ def usable_cores(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 def _granted(group: Path) -> float:
     """Cores' worth of time that the control groups of this process grant; infinity where none limits it."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []  # not Linux
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     least = float("inf")
-    for folder in (group / own, *(group / own).parents):
+    for folder in _own_groups(group):
         try:
             quota, period = (folder / "cpu.max").read_text().split()
             least = min(least, int(quota) / int(period))
         except (OSError, ValueError):
             continue  # no such group, or its quota is the word "max"
     return least
+
+
+def _own_groups(group: Path, controller: str = "") -> list[Path]:
+    """The folders of the control groups that this process is in, innermost first; some may not be there.
+
+    controller: of v1, where each has a tree of its own; v2 has one tree for all.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []  # not Linux
+    named = [line.split(":", 2)[1:] for line in lines]
+    own = next((path for names, path in named if controller in names.split(",")), "/")
+    inner = group / controller / own.lstrip("/")
+    return [inner, *(folder for folder in inner.parents if folder.is_relative_to(group))]
 
 
 def free_disk(folder: Path) -> int:

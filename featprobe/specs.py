@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.errors import DataError, nearest
-from featprobe.geometry import TURNS, Fit, Size
+from featprobe.fields import Fault, limits, made, wrong
+from featprobe.geometry import IDENTITY, TURNS, Fit, Size
 from featprobe.levels import FeatureLevel
 
-CacheDtype = Literal["fp16", "fp32", "bf16"]
+CacheDtype = Literal["fp16", "fp32", "bf16", "int8"]
+"""How a cache stores features. int8: a byte for each value, and for each channel of a row a scale and a zero."""
 CachePrecision = Literal["fp32", "tf32", "amp"]
 """What a backbone computed in: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
 Rows = NDArray[np.intp]
@@ -26,7 +28,19 @@ CACHE_VERSION = 2
 FILE_VERSION = 3
 """Of the files that are written, and the newest that is read; not part of any key."""
 
-BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
+BYTES_PER_CHANNEL: Mapping[str, int] = {"int8": 8}
+"""Of a row, beside its values: scale and zero, float32."""
+MOST_LEVELS, MOST_CHANNELS, MOST_STRIDE, MOST_CLASSES = 64, 2**16, 2**12, 255
+MOST_SIDE, MOST_PIXELS = 2**24, 2**28
+"""Limits of what a file may claim: levels of a recipe, channels and stride of a level, classes of a set, pixels of a
+side and of all of an image as a backbone sees it."""
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+SIZES = f"height and width in pixels, 1 to {MOST_SIDE} each, at most {MOST_PIXELS} together"
+
+
+def _is_size(size: Size) -> bool:
+    return min(size) >= 1 and max(size) <= MOST_SIDE and size[0] * size[1] <= MOST_PIXELS
 
 
 def digest(value: object) -> str:
@@ -54,6 +68,11 @@ class BackboneSpec:
     seed: int = 0
     final_norm: bool | None = None
     arguments: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: object) -> "BackboneSpec":
+        """The spec that a cache or a card keeps; raises FieldError."""
+        return made(cls, data, "What says where a backbone comes from")
 
 
 @dataclass(frozen=True)
@@ -146,11 +165,11 @@ class Tiling:
     empty_tiles: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.tile >= 1 and 0 <= self.overlap < self.tile and 0 <= self.empty_tiles <= 1):
+        if not (1 <= self.tile <= MOST_SIDE and 0 <= self.overlap < self.tile and 0 <= self.empty_tiles <= 1):
             raise DataError(
                 f"Images can't be cut into tiles of {self.tile} pixels that overlap by {self.overlap}, with "
                 f"{self.empty_tiles:g} of the empty ones. Nothing was computed.\n"
-                "  wanted  --tile T >= 1 pixel, 0 <= --overlap < T, 0 <= --empty-tiles <= 1\n"
+                "  wanted  --tile T of 1 pixel or more, 0 <= --overlap < T, 0 <= --empty-tiles <= 1\n"
                 f"  found   --tile {self.tile} --overlap {self.overlap} --empty-tiles {self.empty_tiles:g}"
             )
 
@@ -343,7 +362,8 @@ class FeatureRecipe:
     def row_bytes(self) -> int:
         """Bytes that one image's features take."""
         values = sum(lv.channels * lv.cells(self.frame)[0] * lv.cells(self.frame)[1] for lv in self.levels)
-        return values * BYTES_PER_VALUE[self.dtype]
+        channels = sum(level.channels for level in self.levels)
+        return values * BYTES_PER_VALUE[self.dtype] + channels * BYTES_PER_CHANNEL.get(self.dtype, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the cache and the cards keep them; of tiles, empty pixels, `sized` only what holds."""
@@ -352,13 +372,48 @@ class FeatureRecipe:
         return {name: value for name, value in asdict(self).items() if name not in idle}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "FeatureRecipe":
-        """The recipe that `to_json` wrote."""
-        values = dict(data)
-        values["levels"] = tuple(FeatureLevel(**level) for level in data["levels"])
-        for name in ("size", "frame", "mean", "std", "views", "window"):
-            values[name] = None if data[name] is None else tuple(data[name])
-        return cls(**values)
+    def from_json(cls, data: object) -> "FeatureRecipe":
+        """The recipe that `to_json` wrote; raises FieldError that names every field that is of a wrong type or out of
+        its limits, so that nothing is allocated by what a file claims."""
+        return made(cls, data, "A feature recipe")
+
+    def faults(self) -> list[Fault]:
+        """Values that no extraction gives: see `from_json`."""
+        names = [level.name for level in self.levels]
+        low, high = self.window or (0.0, 0.0)
+        checks = {
+            "levels": (0 < len(set(names)) == len(names) <= MOST_LEVELS and "" not in names,
+                       f"1 to {MOST_LEVELS} levels, each with a name of its own", names),
+            "size": (_is_size(self.size), SIZES, self.size),
+            "frame": (_is_size(self.frame), SIZES, self.frame),
+            "window": (low <= high, "low <= high", self.window),
+            "mean": (len(self.mean) in (1, 3), "1 or 3 numbers", self.mean),
+            "std": (len(self.std) == len(self.mean) and min(self.std, default=0) > 0, "above 0, as mean", self.std),
+            "tile": (self.tile is None or 1 <= self.tile <= MOST_SIDE, f"1 to {MOST_SIDE} pixels", self.tile),
+            "overlap": (0 <= self.overlap < (self.tile or 1), "0 <= overlap < tile", self.overlap),
+            "empty_tiles": (0 <= self.empty_tiles <= 1, "a share from 0 to 1", self.empty_tiles),
+            "interpolation": (self.interpolation in INTERPOLATIONS, " or ".join(INTERPOLATIONS), self.interpolation),
+            "views": (self.views[:1] == (IDENTITY,), f"{IDENTITY}, then others", self.views),
+        }  # fmt: skip
+        found = limits(checks)
+        for i, level in enumerate(self.levels):
+            own = {
+                "channels": (1 <= level.channels <= MOST_CHANNELS, f"1 to {MOST_CHANNELS}", level.channels),
+                "stride": (1 <= level.stride <= MOST_STRIDE, f"1 to {MOST_STRIDE} pixels", level.stride),
+            }
+            found += [fault.below("levels", i) for fault in limits(own)]
+        if not found and any(side > room for side, room in zip(self.size, self.frame, strict=True)):
+            found = [wrong(("frame",), f"room for the size, {self.size[0]}x{self.size[1]}", self.frame)]
+        parsers: Mapping[str, Callable[[], object]] = {
+            "intensity": lambda: self.policy,
+            "views": lambda: parse_views(",".join(self.views[1:]) or "none"),
+        }
+        for name, parse in parsers.items():
+            try:
+                parse()
+            except DataError:
+                found.append(wrong((name,), "what extract takes", getattr(self, name)))
+        return found
 
 
 @dataclass(frozen=True)
@@ -380,3 +435,17 @@ class DataInfo:
     notes: tuple[str, ...] = field(default=())
     category_ids: tuple[int, ...] = ()
     bits: int | None = None
+
+    @classmethod
+    def from_json(cls, data: object) -> "DataInfo":
+        """What a cache or a card keeps of a data set; raises FieldError that names every field that is wrong."""
+        return made(cls, data, "What is said of a data set")
+
+    def faults(self) -> list[Fault]:
+        """Values that no data set has: see `from_json`."""
+        return limits({
+            "classes": (1 <= len(self.classes) <= MOST_CLASSES, f"1 to {MOST_CLASSES} names", self.classes),
+            "category_ids": (len(self.category_ids) in (0, len(self.classes) - 1),
+                             "none, or one for each class but the background", self.category_ids),
+            "bits": (self.bits is None or 1 <= self.bits <= 64, "1 to 64", self.bits),
+        })  # fmt: skip

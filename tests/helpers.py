@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from featprobe.cache import Cache, CacheWriter, Row, create_file, read_contents
 from featprobe.cache.header import FIXED, MAGIC
+from featprobe.cache.quantised import SCALES
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
@@ -30,7 +31,7 @@ __all__ = ["CONTEXT", "PoolingBackbone", "find_file", "row_bytes", "write_set"]
 
 CPU = torch.device("cpu")
 LEVELS = (FeatureLevel("stride4", 6, 4), FeatureLevel("stride8", 9, 8))
-UNSIGNED = {2: "<u2", 4: "<u4"}  # bytes per value -> a dtype that takes any bits
+UNSIGNED = {1: "u1", 2: "<u2", 4: "<u4"}  # bytes per value -> a dtype that takes any bits
 
 
 def options(**changed: object) -> ExtractOptions:
@@ -164,13 +165,17 @@ def make_cache(
 
 
 def random_maps(recipe: FeatureRecipe, rows: int, seed: int = 0) -> dict[str, NDArray]:
-    """Rows of every level, of any bits: level name -> (rows, channels, height, width)."""
+    """Rows of every level, of any bits: level name -> (rows, channels, height, width); for int8 any scales, too."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(UNSIGNED[BYTES_PER_VALUE[recipe.dtype]])
-    return {
+    maps = {
         level.name: rng.integers(0, 1 << 8 * dtype.itemsize, (rows, level.channels, *level.cells(recipe.frame)), dtype)
         for level in recipe.levels
     }
+    if recipe.dtype == "int8":
+        scales = {SCALES + level.name: rng.random((rows, level.channels, 2), np.float32) for level in recipe.levels}
+        maps |= {name: both - np.float32([0, 0.5]) for name, both in scales.items()}
+    return maps
 
 
 def filled_cache(path: Path, recipe: FeatureRecipe | None = None, rows: Sequence[Row] | None = None) -> Cache:

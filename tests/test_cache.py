@@ -36,6 +36,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from featprobe import machine
 from featprobe.cache import (
     Cache,
     CacheWriter,
@@ -48,7 +49,8 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.cache.header import Index
-from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
+from featprobe.cache.layout import row_tables
+from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.specs import FeatureRecipe
@@ -65,7 +67,7 @@ def recipes(draw: st.DrawFn) -> FeatureRecipe:
     strides = draw(st.lists(st.sampled_from([4, 8, 16, 32]), min_size=1, max_size=4, unique=True))
     levels = [FeatureLevel(f"stride{s}", draw(st.integers(1, 40)), s) for s in sorted(strides)]
     frame = draw(st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([32, 64])))
-    return recipe_of(levels, frame, draw(st.sampled_from(["fp16", "fp32", "bf16"])))
+    return recipe_of(levels, frame, draw(st.sampled_from(["fp16", "fp32", "bf16", "int8"])))
 
 
 def read_all(path: Path, mode: str, order: NDArray[np.intp]) -> dict[str, bytes]:
@@ -73,9 +75,11 @@ def read_all(path: Path, mode: str, order: NDArray[np.intp]) -> dict[str, bytes]
     cache = opened(path)
     if mode == "h5py":
         with h5py.File(path, "r") as file:
-            return {lv.name: b"".join(file[f"features/{lv.name}"][i].tobytes() for i in order) for lv in cache.levels}
+            tables = [table for own in row_tables(cache.recipe).values() for table in own]
+            return {table.key: b"".join(file[table.name][i].tobytes() for i in order) for table in tables}
     with RowReader(cache, mode=mode) as reader:
-        out = {lv.name: np.empty((len(order), reader.row_bytes(lv)), dtype=np.uint8) for lv in cache.levels}
+        buffers = [pair for level in cache.levels for pair in reader.buffers(level).items()]
+        out = {name: np.empty((len(order), buffer.row_bytes), dtype=np.uint8) for name, buffer in buffers}
         reader.read(order, out)
     return {name: rows.tobytes() for name, rows in out.items()}
 
@@ -466,6 +470,15 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(long_cache, 
             if seen == 2:
                 os.truncate(long_cache.path, 200_000)
     assert 2 <= seen < 64
+
+
+def test_a_cache_that_the_process_may_not_hold_in_memory_is_read_past_the_page_cache(long_cache, monkeypatch):
+    assert choose_mode(long_cache, long_cache.levels) == "memmap"
+    size = long_cache.recipe.row_bytes * len(long_cache)
+    monkeypatch.setattr(machine, "_left_to_process", lambda: size)
+    mode = "direct" if _direct_works(long_cache) else "preadv"
+    assert choose_mode(long_cache, long_cache.levels) == mode
+    assert choose_mode(long_cache, long_cache.levels[1:]) == "memmap", "of the last level there is little"
 
 
 def test_a_file_cut_short_before_it_is_read_is_an_error(long_cache):

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "featprobe"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "levels", "features"),
-    ("specs", "geometry", "targets", "machine", "processes", "disk", "pictures", "texts"),
+    ("fields", "specs", "geometry", "targets", "machine", "processes", "disk", "pictures", "texts", "schemas"),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),
     ("stages",),
     ("cli",),
@@ -33,6 +33,7 @@ DOORS = {
     "tifffile": ("datasets",),
     "imagecodecs": ("datasets",),
     "pydicom": ("datasets",),
+    "pydantic": ("schemas",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }
 FROM_ROOT = {"__version__"}  # all that a module may take from the package itself
@@ -95,6 +96,7 @@ def test_imports_point_down_and_each_dependency_has_one_door() -> None:
 OWN_JSON = (
     "probes/saved.py",
     "cache/legacy.py",
+    "cache/hdf5_child.py",
     *(f"datasets/{n}.py" for n in ("coco", "folders", "gdxray", "severstal", "voc")),
 )
 """Where what is parsed was written by the same process, or in a child with limits."""
@@ -145,6 +147,7 @@ def test_every_door_is_in_use() -> None:
         ("probes/train.py", "from tqdm.auto import tqdm", "tqdm.auto"),
         ("cache/layout.py", "import pandas as pd", "pandas"),
         ("probes/paste.py", "from pycocotools import mask", "pycocotools"),
+        ("stages/study.py", "from pydantic import BaseModel", "pydantic"),
         ("extra.py", "import os", "os"),
     ],
 )

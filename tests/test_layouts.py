@@ -401,7 +401,7 @@ def test_a_description_holds_groups_splits_and_classes_too(tmp_path: Path) -> No
         ("images = 'a/*.jpg'\nmasks = 'b/{stem}.png'\nformat = 'coco'", "omit one of the two"),
         ("images = 'a/*.jpg'\nmasks = 'b/{stme}.png'", "Did you mean stem?"),
         ("images = '../*.jpg'\nmasks = 'b/{stem}.png'", "is no path below the data folder"),
-        ("images = 3\nmasks = 'b/{stem}.png'", "images = 3"),
+        ("images = 3\nmasks = 'b/{stem}.png'", "data.one.images: wanted a text, found 3"),
         ("groups = '(C\\d+)'", "Did you mean group_from?"),
         ("mask = 'b/{stem}.png'", "Did you mean masks"),
     ],
@@ -409,7 +409,7 @@ def test_a_description_holds_groups_splits_and_classes_too(tmp_path: Path) -> No
 def test_a_bad_description_in_the_workspace_is_refused(tmp_path: Path, lines: str, said: str) -> None:
     (tmp_path / "featprobe.toml").write_text(f"[data.one]\npath = 'set'\n{lines}\n", encoding="utf-8")
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "data"])
-    assert result.exit_code == 1 and said in result.output and "[data.one]" in result.output, result.output
+    assert result.exit_code == 1 and said in result.output and "data.one" in result.output, result.output
 
 
 def test_all_faults_of_a_section_are_said_at_once(tmp_path: Path) -> None:
@@ -418,11 +418,11 @@ def test_all_faults_of_a_section_are_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "featprobe.toml").write_text(text, encoding="utf-8")
     said = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "data"]).output
     wanted = (
-        "unknown tyle",
+        "data.one.tyle: unknown",
         "banana",
         "does not say of which image a mask is",
         "no regular expression",
-        "overlap = 'w",
+        'data.one.overlap: wanted a whole number, found "wide"',
     )
     assert all(part in said for part in wanted), said
     assert "?." not in said and ".." not in said, said

@@ -1,11 +1,13 @@
 """What this machine has."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from featprobe.machine import usable_cores
+from featprobe.machine import available_memory, usable_cores
 
 
 @pytest.fixture
@@ -35,3 +37,55 @@ def test_cores_are_those_of_the_affinity_where_no_quota_is(many_cores: None, tmp
 
 def test_no_more_cores_than_there_are(tmp_path: Path) -> None:
     assert 1 <= usable_cores(granting(tmp_path / "cgroup", "6400000 100000")) <= (os.cpu_count() or 1)
+
+
+# Memory
+
+
+def limiting(folder: Path, files: dict[str, object]) -> None:
+    """A control group with these files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"),
+    [(2**30, 2**28, 2**30 - 2**28 + 300), (2**28, 2**29, 0), ("max", 2**28, None), (2**30, "torn", None)],
+)
+def test_the_memory_that_a_container_has_left_counts_with_pages_of_files_as_free(
+    tmp_path: Path, limit: object, used: object, left: int | None
+) -> None:
+    stat = "anon 77\nfile 400\ninactive_file 200\nactive_file 100\nfile_mapped 5"
+    limiting(tmp_path / "two", {"memory.max": limit, "memory.current": used, "memory.stat": stat})
+    old = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used}
+    stat = "inactive_file 9\ntotal_active_file 100\ntotal_inactive_file 200"
+    limiting(tmp_path / "one" / "memory", {**old, "memory.stat": stat})
+    free = available_memory(tmp_path / "absent")
+    for group in (tmp_path / "one", tmp_path / "two"):
+        assert available_memory(group) == pytest.approx(free if left is None else left, rel=0.1 if left is None else 0)
+
+
+def test_memory_is_what_the_machine_has_left_where_nothing_limits_it(tmp_path: Path) -> None:
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available_memory(tmp_path / "absent") <= whole
+
+
+LIMITED = """
+import resource, sys
+from featprobe.machine import available_memory
+kind = getattr(resource, sys.argv[1])
+resource.setrlimit(kind, (2**30, resource.RLIM_INFINITY))
+before = available_memory()
+held = bytearray(2**28)
+print(before, available_memory())
+"""
+
+
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_the_limits_of_a_process_count_less_what_it_has_taken(kind: str) -> None:
+    command = [sys.executable, "-c", LIMITED, kind]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    before, after = map(int, done.stdout.split())
+    assert 2**29 < before < 2**30 and before - after == pytest.approx(2**28, rel=0.05)

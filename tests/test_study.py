@@ -100,10 +100,16 @@ def test_all_that_does_not_exist_is_said_at_once_and_nothing_is_run(workspace: W
     )
     with pytest.raises(DataError) as error:
         read_study(written(tmp_path, text), workspace)
-    for name in ("surfase", "embeded", "segment", "liner", "'ful'", "'64'", "fractions: 2", "'splits'", "learning_rate",
-                 "'backbone'"):  # fmt: skip
-        assert name in str(error.value)
-    with pytest.raises(DataError, match=r"no setting 'backbone'(.|\n)*data is missing"):
+    for said in (
+        "data[0]: there is no data set 'surfase'. Did you mean surface?", "backbones[0]: ", "embeded",
+        'tasks[0]: wanted semseg, detect or instseg, found "segment"',
+        'found "liner". Did you mean linear?', 'regimes[0]: wanted frozen, frozen-online or full, found "ful"',
+        "sizes[0]: '64' is not a size", "fractions[0]: wanted 1 or less, found 2",
+        "splits: unknown. Did you mean split?",
+        "train.linear.learning_rate: unknown.", "tuning.backbone: unknown.", "featprobe study --template",
+    ):  # fmt: skip
+        assert said in str(error.value)
+    with pytest.raises(DataError, match=r"data: it is missing(.|\n)*backbone: unknown. Did you mean backbones?"):
         read_study(written(tmp_path, 'backbone = ["embedded"]'), workspace)
     assert not workspace.cache_files()
 
@@ -277,17 +283,17 @@ def test_views_and_thinned_tiles_are_left_out_of_another_split(workspace: Worksp
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("tiles = [0, 32]", 'tiles = ["32/4"]', "tiles: '32/4' is no int"),
-        ("tiles = [0, 32]", "tiles = 32", "tiles is no list"),
-        ("tiles = [0, 32]", "tiles = [-1]", "surface: Images can't be cut into tiles of -1 pixels"),
+        ("tiles = [0, 32]", 'tiles = ["32/4"]', 'tiles[0]: wanted a whole number, found "32/4"'),
+        ("tiles = [0, 32]", "tiles = 32", "tiles: wanted a list, found 32"),
+        ("tiles = [0, 32]", "tiles = [-1]", "tiles[0]: wanted 0 or more, found -1"),
         ("tiles = [0, 32]", "", "surface: --overlap and --empty-tiles say how tiles are cut"),
         ("overlap = 4", "overlap = 32", "tiles of 32 pixels that overlap by 32"),
-        ("overlap = 4", "overlap = [4]", "overlap is no single value"),
-        ("empty_tiles = 0.5", "empty_tiles = 1.5", "with 1.5 of the empty ones"),
+        ("overlap = 4", "overlap = [4]", "overlap: wanted a whole number, found [4]"),
+        ("empty_tiles = 0.5", "empty_tiles = 1.5", "empty_tiles: wanted 1 or less, found 1.5"),
         ('"none", ', '"sideways", ', "'sideways' are no views"),
-        ('"none", ', "3, ", "views: 3 is no str"),
+        ('"none", ', "3, ", "views[0]: wanted a text, found 3"),
         ('"32x32"]\n', '"32x64"]\n', "The view rot90 would be stretched to 32x64"),
-        ('"32x32"', "32", "sizes: 32 is no str"),
+        ('"32x32"', "32", "sizes[0]: wanted a text, found 32"),
     ],
 )
 def test_what_can_not_be_cut_or_seen_is_told_when_the_study_is_read(

@@ -1,64 +1,72 @@
-"""Files of versions 1 and 2, read through HDF5 into the form of version 3."""
+"""Files of versions 1 and 2, and HDF5's view of any cache file: both through a process that may fail, hang or grow.
+
+HDF5 does not guard itself against what a file says: one flipped byte makes it walk in circles past Ctrl-C, and a file
+made on purpose leads it into other files. So this process never opens a cache with it. A child does (hdf5_child.py),
+within limits on memory and on time, after a look at the structure, and answers with the little that is asked for.
+"""
 
 import hashlib
 import json
 import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from featprobe.cache.header import FormatFault, NewerFormat, short
-from featprobe.cache.layout import FORMAT, part_shapes, table_shapes
-from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS
+from featprobe.cache.contents import Contents, HeldFile, Span
+from featprobe.cache.header import FormatFault, Index, NewerFormat
+from featprobe.cache.layout import FORMAT
+from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob
 from featprobe.errors import CacheError
-from featprobe.specs import CACHE_VERSION, FILE_VERSION, FeatureRecipe
+from featprobe.specs import FILE_VERSION
 
-if TYPE_CHECKING:
-    import h5py
+CHILD = Path(__file__).with_name("hdf5_child.py")
+MOST_LINE = 100  # bytes: of an answer's first line
+SPARE = 64 << 20  # bytes that an answer may be longer than its file
+PIECE = 1 << 20  # bytes that are taken from the child at once
+WALL_SECONDS = 60.0  # for a small file
+BYTES_PER_SECOND = 20 << 20  # of a large one, in which the child is given so much more time
+TOO_LONG = "HDF5's process answered more than a cache of this size holds"
+SETTLED_SECONDS = 2.0  # coarser than the times of most file systems
 
-    from featprobe.cache.contents import Contents
+
+class ViewRefused(Exception):
+    """HDF5 found no cache in a file; the text says what it found. kind: as of the child's `Refused`."""
+
+    kind = ""
 
 
-def read_old(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The header that the file would have in version 3, and the bytes of its parts.
+_views: dict[tuple[int, ...], list[bytes] | ViewRefused] = {}  # of the old file that was read last
 
-    The header holds `version` and `inode` as well, and no place of any part. Raises FormatFault, NewerFormat,
-    CacheError.
+
+def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """The header that a file of version 1 or 2 would have in version 3, with the places that it has, and its parts.
+
+    The header holds `version` as well. Nothing of it has been held against the recipe. Raises FormatFault, NewerFormat,
+    and CacheError for HDF5 of another kind.
     """
-    import h5py
-
-    with h5py.File(path, "r", locking=False) as file:
-        version = _check_version(path, file.attrs)
-        said = json.loads(file.attrs["recipe"])
-        recipe = FeatureRecipe.from_json(said)
-        rows, images = file["done"].shape[0], file["images/size"].shape[0] if recipe.in_parts else 0
-        texts = {"data": json.loads(file.attrs["data"]), "rows": _texts(file, "rows")}
-        if recipe.in_parts:
-            texts["rows"]["view"] = file["rows/view"].asstr()[...].tolist()
-            texts["images"] = _texts(file, "images")
-        parts = {"texts": json.dumps(texts).encode(), "provenance": str(file.attrs["provenance"]).encode()}
-        names = [name for name in part_shapes(recipe, rows, images) if name in file]
-        arrays = {name: file[name][...] for name in names}
-        parts |= {name: array.tobytes() for name, array in arrays.items()}
-        entries = {name: _part(array.dtype, array.shape) for name, array in arrays.items()}
-        entries |= {name: _part(np.dtype("u1"), (len(parts[name]),)) for name in ("texts", "provenance")}
-        header = {
-            "version": version,
-            "inode": os.fstat(file.id.get_vfd_handle()).st_ino,
-            "recipe": said,
-            "recipe_key": str(file.attrs["recipe_key"]),
-            "identity_sha256": str(file.attrs["identity_sha256"]),
-            "rows": rows,
-            "images": images,
-            "parts": entries,
-            "tables": {name: _table(file[name]) for name in table_shapes(recipe, rows)},
-        }
-        return header, parts
+    try:
+        said, texts, provenance = _old_view(file)
+        values = json.loads(said)
+    except ViewRefused as refusal:
+        if refusal.kind == "other":
+            raise CacheError(
+                f"{file.path} is HDF5, but not a feature cache.\n  wanted  format {FORMAT}\n  found   {refusal}"
+            ) from refusal
+        if refusal.kind == "newer":
+            raise NewerFormat(f"version {FILE_VERSION} or older", str(refusal)) from refusal
+        raise FormatFault("a file of version 1 or 2", str(refusal)) from refusal
+    placed = Index.of(values, values["version"]).parts
+    parts: dict[str, Blob] = {name: Span(file, entry) for name, entry in placed.items()}
+    return values, {**parts, "texts": texts, "provenance": provenance}
 
 
-def old_identity(contents: "Contents") -> str:
+def old_identity(contents: Contents) -> str:
     """sha256 over all that is written once in versions 1 and 2, and where the rest has its place.
 
     The last because HDF5 does not guard its own bookkeeping: a flipped address would serve other rows.
@@ -81,36 +89,109 @@ def old_identity(contents: "Contents") -> str:
     return running.hexdigest()
 
 
-def _check_version(path: Path, attrs: Any) -> int:
-    kind, version = attrs.get("format"), attrs.get("version")
-    if kind != FORMAT:
-        raise CacheError(
-            f"{path} is HDF5, but not a feature cache.\n  wanted  format {FORMAT}\n  found   {short(kind)}"
-        )
-    if int(version) > CACHE_VERSION:
-        raise NewerFormat(f"version {FILE_VERSION} or older", f"version {version}")
-    return int(version)
+def disagreements(contents: Contents) -> list[str]:
+    """Where HDF5's view of a file of version 3 differs from that of its header, in words; [] where both agree.
+
+    Names, places, types and shapes are compared, and the bytes of all that is written once.
+    """
+    said = contents.index.to_json() | {"version": contents.version}
+    try:
+        (lines,) = _view("agrees", contents.file.handle, json.dumps(said).encode())
+        return [ascii(line)[1:-1] for line in json.loads(lines)]
+    except (ViewRefused, ValueError) as error:
+        return [f"HDF5 can't open the file: {error}"]
 
 
-def _texts(file: "h5py.File", group: str) -> dict[str, list[str]]:
-    return {name: file[f"{group}/{name}"].asstr()[...].tolist() for name in TEXT_FIELDS}
+def _old_view(file: HeldFile) -> list[bytes]:
+    """What the child tells of an old file; that of last time where it is the same file, and was not touched since.
+
+    A command opens a cache several times. What changed less than SETTLED_SECONDS ago may change again under one time.
+    """
+    status = os.fstat(file.handle)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    view = _views.get(key)
+    if view is None:
+        settled = time.time() - status.st_ctime > SETTLED_SECONDS
+        try:
+            view = _view("old", file.handle)
+        except ViewRefused as refusal:
+            view = refusal
+        _views.clear()
+        if settled:
+            _views[key] = view
+    if isinstance(view, ViewRefused):
+        raise view
+    return view
 
 
-def _part(dtype: np.dtype[Any], shape: tuple[int, ...]) -> dict[str, Any]:
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return {"offset": 0, "bytes": size, "dtype": _name(dtype), "shape": list(shape), "sha256": "", "required": False}
+def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
+    """What the child answers. Raises ViewRefused, also where it came to no end within its limits."""
+    size = os.fstat(handle).st_size
+    end = time.monotonic() + WALL_SECONDS + size / BYTES_PER_SECOND
+    quiet = {"HDF5_PLUGIN_PRELOAD": "::", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # "::": no plug-ins
+    pipe, answers = os.pipe()
+    with tempfile.TemporaryFile() as stdin, open(pipe, "rb", buffering=0):
+        stdin.write(request)
+        stdin.seek(0)
+        child = subprocess.Popen(
+            [sys.executable, "-P", str(CHILD), kind, str(handle)], stdin=stdin, stdout=answers,
+            stderr=subprocess.DEVNULL, pass_fds=(handle,), env=os.environ | quiet,
+        )  # fmt: skip
+        os.close(answers)
+        try:
+            parts = _parts(pipe, end, 2 * size + SPARE)
+            if parts is None:
+                raise ViewRefused(_fate(child.wait(max(0.0, end - time.monotonic()))))
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            raise ViewRefused("HDF5 came to no end with it") from error
+        finally:
+            child.kill()
+            child.wait()
+    if not parts[0]:
+        refusal = ViewRefused(ascii(parts[1].decode(errors="replace"))[1:-1])
+        refusal.kind = parts[2].decode(errors="replace")
+        raise refusal
+    return parts
 
 
-def _table(dataset: "h5py.Dataset") -> dict[str, Any]:
-    offset = dataset.id.get_offset()
-    if offset is None:
-        raise FormatFault(f"{dataset.name} in one piece", "none, or several")
-    rows, shape = dataset.shape[0], dataset.shape
-    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dataset.dtype.itemsize
-    said = {"offset": offset, "rows": rows, "row_bytes": row_bytes, "dtype": _name(dataset.dtype)}
-    return said | {"shape": list(shape), "required": True}
+def _parts(pipe: int, end: float, most: int) -> list[bytes] | None:
+    """The parts of an answer; None where it ends too early. Raises ViewRefused where it is too long, TimeoutError."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = _some(pipe, end, 1)
+        if not byte:
+            return None
+        line += byte
+        if len(line) > MOST_LINE:
+            raise ViewRefused(TOO_LONG)
+    sizes = [int(size) for size in line.split()]
+    if sum(sizes) > most:
+        raise ViewRefused(TOO_LONG)
+    parts = []
+    for size in sizes:
+        part = bytearray()
+        while len(part) < size:
+            piece = _some(pipe, end, min(PIECE, size - len(part)))
+            if not piece:
+                return None
+            part += piece
+        parts.append(bytes(part))
+    return parts
 
 
-def _name(dtype: np.dtype[Any]) -> str:
-    """A type as cache/README.md calls it."""
-    return dtype.str.removeprefix("|")
+def _some(pipe: int, end: float, most: int) -> bytes:
+    """What the pipe holds, up to so many bytes; b"" at its end. Raises TimeoutError."""
+    waiting = select.poll()
+    waiting.register(pipe, select.POLLIN)
+    if not waiting.poll(max(0.0, end - time.monotonic()) * 1000):
+        raise TimeoutError
+    return os.read(pipe, most)
+
+
+def _fate(code: int) -> str:
+    """How a child ended that did not answer."""
+    if code >= 0:
+        return f"HDF5's process ended with exit code {code} and without a whole answer"
+    if -code in (signal.SIGXCPU, signal.SIGKILL):
+        return "HDF5 came to no end with it, or took more memory than twice the file and 256 MB"
+    return f"HDF5 broke down over it ({signal.Signals(-code).name})"

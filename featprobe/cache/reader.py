@@ -11,29 +11,33 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from math import prod
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featprobe.cache.layout import ALIGNMENT, Extent
+from featprobe.cache.layout import ALIGNMENT, Extent, level_tables
+from featprobe.cache.quantised import SCALES, TABLE_DTYPE, as_read, decode
 from featprobe.cache.store import Cache
 from featprobe.errors import CacheError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
-from featprobe.machine import available_memory, human_bytes
+from featprobe.machine import available_memory, human_bytes, usable_cores
+from featprobe.specs import CacheDtype
 
-TORCH_DTYPE = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 Mode = Literal["memmap", "preadv", "direct"]
 ReadRows = Callable[[NDArray[np.intp], NDArray[np.uint8]], None]
 MEMORY_SHARE = 0.7  # of the available memory that a mapped file may take
 RING = 3  # batches: one in use, one ready, one being read
 STAGED_RING = 2  # batches on their way to another device: one in use there, one being read and copied
-READERS = 4  # threads that read rows for another device
+READERS = 4  # threads that read rows from a disk, or for another device
+DECODERS = min(4, usable_cores())  # threads that read rows of int8 from memory and decode them, on a CPU
+SCRATCH = 1 << 20  # bytes of codes, about, that one of them has at a time: they stay in its core's cache
 DEVICE_SHARE = 0.5  # of a GPU's free memory that rows may take; the rest is for the training
 CONTENT = ""  # a name that no level has, of the buffer of content sizes
 PIECE = 64 * 2**20  # bytes, about, that are read at once when rows move to a GPU whole
@@ -41,31 +45,59 @@ PIECE = 64 * 2**20  # bytes, about, that are read at once when rows move to a GP
 
 def choose_mode(cache: Cache, levels: Sequence[FeatureLevel]) -> Mode:
     """How to read these levels of a cache on this machine: see the module's text."""
-    wanted = sum(cache.contents.extents[f"features/{level.name}"].row_bytes for level in levels) * len(cache)
+    wanted = sum(table.row_bytes for level in levels for table in level_tables(cache.recipe, level)) * len(cache)
     if wanted <= MEMORY_SHARE * available_memory():
         return "memmap"
     return "direct" if _direct_works(cache) else "preadv"
 
 
+class Buffer(NamedTuple):
+    """What reading brings of each row: its number format, and its shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
 class RowReader:
-    """Copies rows of some levels of a cache into buffers that the caller owns. threads: that share out the rows."""
+    """Copies rows of some levels of a cache into buffers that the caller owns.
+
+    threads: that share out the rows. verify: hash each row's level when this process first reads it (`Cache.check`).
+    decoding: whether int8 becomes fp16 on the way; else its codes and scales are copied.
+    """
 
     def __init__(
-        self, cache: Cache, levels: Sequence[FeatureLevel] = (), mode: Mode | None = None, threads: int = 1
+        self,
+        cache: Cache,
+        levels: Sequence[FeatureLevel] = (),
+        mode: Mode | None = None,
+        threads: int = 1,
+        *,
+        verify: bool = True,
+        decoding: bool = False,
     ) -> None:
         self.cache = cache
         self.levels = tuple(levels) or cache.levels
         self.mode: Mode = mode or choose_mode(cache, self.levels)
         self.handle = _open_direct(cache) if self.mode == "direct" else os.dup(cache.handle)
-        extents = [cache.contents.extents[f"features/{level.name}"] for level in self.levels]
-        self._end = max(extent.offset + extent.row_bytes * extent.rows for extent in extents)
+        self._tables = {level.name: level_tables(cache.recipe, level) for level in self.levels}
+        extents = {t.key: cache.contents.extents[t.name] for tables in self._tables.values() for t in tables}
+        self._end = max(extent.offset + extent.row_bytes * extent.rows for extent in extents.values())
         self._check_length()
         make = {"memmap": self._mapped, "preadv": self._positioned, "direct": self._direct}[self.mode]
-        self._read: dict[str, ReadRows] = {
-            level.name: make(extent) for level, extent in zip(self.levels, extents, strict=True)
-        }
-        self.threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-reader") if threads > 1 else None
+        self._read: dict[str, ReadRows] = {key: make(extent) for key, extent in extents.items()}
+        self.threads, self.verify = threads, verify
+        self.decoding = decoding and cache.recipe.dtype == "int8"
+        self._own = threading.local()
+        self._pool: ThreadPoolExecutor | None = None
+        if self.decoding:
+            self._pool = _single_threaded(threads)
+        elif threads > 1:
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-reader")
 
     def __enter__(self) -> "RowReader":
         return self
@@ -79,22 +111,61 @@ class RowReader:
             self._pool.shutdown()
         os.close(self.handle)
 
+    def buffers(self, level: FeatureLevel) -> dict[str, Buffer]:
+        """What reading brings of a level: features under its name, and scales behind SCALES where it brings codes."""
+        if self.decoding:
+            return {level.name: Buffer(torch.float16, (level.channels, *level.cells(self.cache.recipe.frame)))}
+        return {table.key: Buffer(TABLE_DTYPE[table.dtype], table.shape) for table in self._tables[level.name]}
+
     def row_bytes(self, level: FeatureLevel) -> int:
-        """Bytes of one row of a level."""
-        return self.cache.contents.extents[f"features/{level.name}"].row_bytes
+        """Bytes of one row of a level in all its buffers."""
+        return sum(buffer.row_bytes for buffer in self.buffers(level).values())
 
     def read(self, rows: NDArray[np.intp], out: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Copy rows, in the order given, into `out`: level name -> (rows, row bytes), uint8."""
+        """Copy rows, in the order given, into `out`: name of a buffer -> (rows, row bytes), uint8.
+
+        Raises CacheError for a row that is not what was written, and for a file that was cut short.
+        """
         self._check_length()
         if self._pool is None:
             for level in self.levels:
-                self._read[level.name](rows, out[level.name])
+                self._read_level(level, rows, [out[name] for name in self.buffers(level)])
             return
+        work = self._decode_level if self.decoding else self._read_level
         step = -(-len(rows) // self.threads) or 1
         parts = [slice(start, start + step) for start in range(0, len(rows), step)]
-        jobs = [self._pool.submit(self._read[v.name], rows[p], out[v.name][p]) for v in self.levels for p in parts]
+        jobs = [
+            self._pool.submit(work, level, rows[part], [out[name][part] for name in self.buffers(level)])
+            for level in self.levels
+            for part in parts
+        ]
         for job in jobs:
             job.result()
+
+    def _read_level(self, level: FeatureLevel, rows: NDArray[np.intp], out: Sequence[NDArray[np.uint8]]) -> None:
+        for table, target in zip(self._tables[level.name], out, strict=True):
+            self._read[table.key](rows, target)
+        if self.verify:  # what was copied, so that nothing can change between the check and the use
+            self.cache.check(rows, level, *out)
+
+    def _decode_level(self, level: FeatureLevel, rows: NDArray[np.intp], out: Sequence[NDArray[np.uint8]]) -> None:
+        """Read a few rows' codes at a time into memory of this thread, and decode them from there."""
+        codes, scales = self._tables[level.name]
+        few = max(1, SCRATCH // codes.row_bytes)
+        if getattr(self._own, "scratch", np.empty(0)).nbytes < few * codes.row_bytes:
+            self._own.scratch = np.frombuffer(mmap.mmap(-1, few * codes.row_bytes), dtype=np.uint8)  # aligned
+        for start in range(0, len(rows), few):
+            part = rows[start : start + few]
+            stored = [
+                self._own.scratch[: len(part) * codes.row_bytes].reshape(len(part), -1),
+                np.empty((len(part), scales.row_bytes), dtype=np.uint8),
+            ]
+            self._read_level(level, part, stored)
+            decode(
+                torch.from_numpy(stored[0]).view(-1, *codes.shape),
+                torch.from_numpy(stored[1]).view(torch.float32).view(-1, *scales.shape),
+                out=torch.from_numpy(out[0][start : start + few]).view(torch.float16).view(-1, *codes.shape),
+            )
 
     def _check_length(self) -> None:
         """Raise CacheError when the file was cut short: touching a map beyond its end would kill the process."""
@@ -123,11 +194,16 @@ class RowReader:
         return read
 
     def _direct(self, extent: Extent) -> ReadRows:
-        """O_DIRECT wants aligned offsets and memory, so whole aligned spans are read and rows cut out."""
+        """O_DIRECT wants aligned offsets and memory: where rows have none, spans are read and rows cut out."""
+        aligned_rows = extent.offset % ALIGNMENT == extent.row_bytes % ALIGNMENT == 0
+        straight = self._positioned(extent)
         spans = -(-extent.row_bytes // ALIGNMENT) + 1
         own = threading.local()
 
         def read(rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
+            if aligned_rows and out.ctypes.data % ALIGNMENT == 0:
+                straight(rows, out)
+                return
             if not hasattr(own, "buffer"):
                 own.buffer = mmap.mmap(-1, spans * ALIGNMENT)
             buffer, scratch = own.buffer, np.frombuffer(own.buffer, dtype=np.uint8)
@@ -143,23 +219,52 @@ class RowReader:
         return read
 
     def _some(self, buffers: list[memoryview], offset: int) -> int:
-        count = os.preadv(self.handle, buffers, offset)
+        try:
+            count = os.preadv(self.handle, buffers, offset)
+        except OSError as error:
+            raise CacheError(
+                f"{self.cache.path} can't be read at byte {offset}: {error.strerror}. Nothing was changed.\n"
+                f"If the disk is failing, make the file anew on another:  {self.cache.contents.command}"
+            ) from error
         if count == 0:
             raise CacheError(f"{self.cache.path} ended while it was read, at byte {offset}. Was it cut short?")
         return count
 
 
+def _single_threaded(threads: int) -> ThreadPoolExecutor:
+    """Threads in which an operation of torch takes the calling thread alone; in all others nothing changes.
+
+    Operations that wait for threads of their own stop for milliseconds whenever cores are busy, as training keeps them.
+    """
+    elsewhere, started = torch.get_num_threads(), threading.Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # once in a thread this takes what holds elsewhere
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="row-decoder", initializer=begin)
+    for _ in range(threads):
+        pool.submit(int)  # starts a thread, as long as no other is ready
+    started.wait()
+    torch.set_num_threads(elsewhere)  # for threads to come, and for MKL, which has one number for all
+    return pool
+
+
 @dataclass(frozen=True)
 class Held:
-    """Rows that lie on the device whole.
+    """Rows that lie on the device; int8 is decoded there when it is asked for.
 
-    rows: ascending. maps: level name -> (rows, channels, height, width). content: (rows, 2), see Features.
+    rows: ascending where rows are looked for. maps: level name -> (rows, channels, height, width), and for codes of
+    int8 SCALES + level name -> (rows, channels, 2), float32. content: (rows, 2), see Features. as_dtype: see
+    FeatureLoader.
     """
 
     rows: NDArray[np.intp]
     maps: Mapping[str, torch.Tensor]
     frame: tuple[int, int]
     content: torch.Tensor | None
+    as_dtype: CacheDtype | None = None
 
     def places(self, rows: NDArray[np.intp]) -> NDArray[np.intp] | None:
         """Where some rows lie among these; None where one of them does not."""
@@ -168,17 +273,25 @@ class Held:
 
     def at(self, index: torch.Tensor) -> Features:
         """Features at some places: (batch,), int64, on the device. Nothing but work of the device."""
-        maps = {name: m.index_select(0, index) for name, m in self.maps.items()}
-        return Features(maps, self.frame, None if self.content is None else self.content.index_select(0, index))
+        return self._features(lambda m: m.index_select(0, index))
 
     def between(self, start: int, stop: int) -> Features:
-        """Features at consecutive places, which are not copied."""
-        maps = {name: m[start:stop] for name, m in self.maps.items()}
-        return Features(maps, self.frame, None if self.content is None else self.content[start:stop])
+        """Features at consecutive places. Nothing is copied; int8 is decoded."""
+        return self._features(lambda m: m[start:stop])
+
+    def _features(self, take: Callable[[torch.Tensor], torch.Tensor]) -> Features:
+        maps = {name: take(m) for name, m in self.maps.items()}
+        scales = {name: maps.pop(name) for name in self.maps if name.startswith(SCALES)}
+        values = {name: decode(m, scales[SCALES + name]) if SCALES + name in scales else m for name, m in maps.items()}
+        values = values if self.as_dtype is None else as_read(values, self.as_dtype)
+        return Features(values, self.frame, None if self.content is None else take(self.content))
 
 
 class FeatureLoader:
     """Batches of cached features, in any order asked for, on the device that trains.
+
+    verify: see RowReader. as_dtype: gives features as a cache of this dtype would that was made from them; None for as
+    they are.
 
     Rows that fit a GPU's memory move there once (`keep_on_device`). All others are read ahead by a thread: into a ring
     of buffers; for CUDA into page-locked ones, from where a stream of their own copies them, so that
@@ -191,13 +304,18 @@ class FeatureLoader:
         levels: Sequence[FeatureLevel] = (),
         device: torch.device | str = "cpu",
         mode: Mode | None = None,
+        *,
+        verify: bool = True,
+        as_dtype: CacheDtype | None = None,
     ) -> None:
-        self.cache = cache
+        self.cache, self.as_dtype = cache, as_dtype
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
-        self.reader = RowReader(cache, self.levels, mode, READERS if self.staged else 1)
-        self.dtype = TORCH_DTYPE[cache.recipe.dtype]
+        mode = mode or choose_mode(cache, self.levels)
+        few = DECODERS if cache.recipe.dtype == "int8" else 1
+        threads = READERS if self.staged or mode != "memmap" else few  # a disk serves several at once
+        self.reader = RowReader(cache, self.levels, mode, threads, verify=verify, decoding=not self.staged)
         sizes = torch.tensor(cache.rows.content, dtype=torch.int32)
         frame = torch.tensor(cache.recipe.frame, dtype=torch.int32)
         self.content = None if bool((sizes == frame).all()) else sizes  # (rows of the cache, 2)
@@ -242,21 +360,19 @@ class FeatureLoader:
         return False
 
     def _moved(self, rows: NDArray[np.intp]) -> Held:
-        frame = self.cache.recipe.frame
         maps = {
-            level.name: torch.empty(
-                (len(rows), level.channels, *level.cells(frame)), dtype=self.dtype, device=self.device
-            )
+            name: torch.empty((len(rows), *buffer.shape), dtype=buffer.dtype, device=self.device)
             for level in self.levels
+            for name, buffer in self.reader.buffers(level).items()
         }
         step = max(1, PIECE // sum(self.reader.row_bytes(level) for level in self.levels))
         start = 0
-        for part, features in self._ahead(rows[i : i + step] for i in range(0, len(rows), step)):
-            for name, m in features.maps.items():
-                maps[name][start : start + len(part)].copy_(m)
-            start += len(part)
+        for part in self._ahead(rows[i : i + step] for i in range(0, len(rows), step)):
+            for name, m in part.maps.items():
+                maps[name][start : start + len(part.rows)].copy_(m)
+            start += len(part.rows)
         content = None if self.content is None else self.content[torch.from_numpy(rows)].to(self.device)
-        return Held(rows, maps, frame, content)
+        return Held(rows, maps, self.cache.recipe.frame, content, self.as_dtype)
 
     def resident(self, rows: NDArray[np.intp]) -> Callable[[torch.Tensor], Features] | None:
         """From places among a split's ascending rows, int64 on the device, to features; None for one that streams.
@@ -286,16 +402,18 @@ class FeatureLoader:
         A batch's tensors are valid until the next one is asked for: their memory is then used again. They are not to be
         written to.
         """
-        if not self.held:
-            return self._ahead(orders)
-        return self._from_device(orders)
+        return self._from_device(orders) if self.held else self._streamed(orders)
+
+    def _streamed(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
+        for held in self._ahead(orders):
+            yield held.rows, held.between(0, len(held.rows)).to(self.device)
 
     def _from_device(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
         coming = iter(orders)
         for rows in coming:
             found = self._holding(rows)
             if found is None:  # a split that streams, and so do all that follow
-                yield from self._ahead(chain([rows], coming))
+                yield from self._streamed(chain([rows], coming))
                 return
             held, places = found
             if len(places) and np.array_equal(places, np.arange(places[0], places[0] + len(places))):
@@ -305,7 +423,8 @@ class FeatureLoader:
                 index = index.pin_memory() if self.device.type == "cuda" else index
                 yield rows, held.at(index.to(self.device, non_blocking=True))
 
-    def _ahead(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
+    def _ahead(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[Held]:
+        """Batches as they are stored, read ahead; each lies in a slot of the ring until the next is asked for."""
         free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         stopped = threading.Event()
         full: queue.SimpleQueue[tuple[NDArray[np.intp], _Slot] | BaseException | None] = queue.SimpleQueue()
@@ -332,7 +451,7 @@ class FeatureLoader:
                 if isinstance(item, BaseException):
                     raise item
                 rows, slot = item
-                yield rows, slot.features(len(rows)).to(self.device)
+                yield slot.held(rows)
                 slot.release()
                 free.put(slot)
         finally:
@@ -376,9 +495,9 @@ class _Slot:
 
     def __init__(self, loader: FeatureLoader, copies: _Copies) -> None:
         self.loader, self.copies = loader, copies
-        self.widths = {level.name: loader.reader.row_bytes(level) for level in loader.levels}
-        if loader.content is not None:
-            self.widths[CONTENT] = loader.content.element_size() * 2
+        self.buffers = {name: b for level in loader.levels for name, b in loader.reader.buffers(level).items()}
+        widths = {name: buffer.row_bytes for name, buffer in self.buffers.items()}
+        self.widths = widths if loader.content is None else {**widths, CONTENT: loader.content.element_size() * 2}
         self.host: dict[str, torch.Tensor] = {}
         self.there: dict[str, torch.Tensor] = {}  # on the device; the same memory on a CPU
         events = copies.own is not None
@@ -394,7 +513,7 @@ class _Slot:
                 self.host[name] = _memory(len(rows), width, pinned=self.copied is not None)
                 self.there[name] = self.copies.empty((len(rows), width)) if self.loader.staged else self.host[name]
         host = {name: memory[: len(rows)] for name, memory in self.host.items()}
-        self.loader.reader.read(rows, {level.name: host[level.name].numpy() for level in self.loader.levels})
+        self.loader.reader.read(rows, {name: host[name].numpy() for name in self.buffers})
         if self.loader.content is not None:
             host[CONTENT].copy_(self.loader.content[torch.from_numpy(rows)].view(torch.uint8))
         if self.loader.staged:
@@ -404,18 +523,14 @@ class _Slot:
                 if self.copied is not None:
                     self.copied.record()
 
-    def features(self, rows: int) -> Features:
+    def held(self, rows: NDArray[np.intp]) -> Held:
         """The batch on the device, where what follows waits for the copy; the caller does not."""
         if self.copied is not None:
             torch.cuda.current_stream(self.copies.device).wait_event(self.copied)
-        loader, frame = self.loader, self.loader.cache.recipe.frame
-        maps = {
-            level.name: self.there[level.name][:rows].view(loader.dtype).view(rows, level.channels, *level.cells(frame))
-            for level in loader.levels
-        }
-        return Features(
-            maps, frame, None if CONTENT not in self.there else self.there[CONTENT][:rows].view(torch.int32)
-        )
+        there = {name: memory[: len(rows)] for name, memory in self.there.items()}
+        maps = {name: there[name].view(b.dtype).view(len(rows), *b.shape) for name, b in self.buffers.items()}
+        content = there[CONTENT].view(torch.int32) if CONTENT in there else None
+        return Held(rows, maps, self.loader.cache.recipe.frame, content, self.loader.as_dtype)
 
     def release(self) -> None:
         """Let the memory be used again after all that was asked of the device so far."""
@@ -424,10 +539,13 @@ class _Slot:
 
 
 def _memory(rows: int, width: int, pinned: bool) -> torch.Tensor:
-    """(rows, width) bytes. Where they need not be pinned numpy makes them: it asks for huge pages, torch does not."""
+    """(rows, width) bytes from the start of a page, where O_DIRECT can read to; in huge pages."""
     if pinned:
         return torch.empty((rows, width), dtype=torch.uint8, pin_memory=True)
-    return torch.from_numpy(np.empty((rows, width), dtype=np.uint8))
+    held = mmap.mmap(-1, max(1, rows * width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # where the system has none
+        held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.from_numpy(np.frombuffer(held, dtype=np.uint8, count=rows * width).reshape(rows, width))
 
 
 def device_room(device: torch.device) -> int | None:

@@ -51,10 +51,11 @@ class Blob(Protocol):
 
 
 class Texts(Sequence[str]):
-    """Many texts in one: a few bytes for each beside its characters."""
+    """Many texts in one: a few bytes for each beside its characters. Raises UnicodeError for what is no Unicode."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._all = "".join(texts)
+        self._all.encode()
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         self._ends = ends.astype(np.uint32) if len(self._all) < 1 << 32 else ends
 

@@ -1,11 +1,13 @@
 """An open cache: who its rows are, what it holds for each, and whether that is still what was written."""
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,9 @@ from featprobe.cache.rows import Row, checksum
 from featprobe.errors import CacheError, CacheIncompleteError, DataError
 from featprobe.levels import FeatureLevel
 from featprobe.targets import Instance, Labels, decode_instances, decode_semantic
+
+_files: WeakValueDictionary[tuple[int, int], NDArray[np.bool_]] = WeakValueDictionary()
+"""Which rows' levels this process has hashed, (rows, levels), of each file that it holds open, by device and inode."""
 
 
 class Cache:
@@ -36,6 +41,8 @@ class Cache:
         self.images = contents.images or contents.rows
         own = np.arange(len(self.rows)) if self.rows.image_index is None else self.rows.image_index
         self.image_of = own.astype(np.intp)
+        self._columns = {level.name: column for column, level in enumerate(self.levels)}
+        self._hashed = _hashed_of(contents)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,8 +152,58 @@ class Cache:
         return found
 
     def read_row(self, row: int, level: FeatureLevel) -> NDArray:
-        """One row of one level in its stored format: (channels, height, width)."""
-        return self.stored(row, level)[level.name]
+        """One row of one level in its stored format, (channels, height, width); of int8 the fp16 that it stands for.
+
+        Raises CacheError for a bad one.
+        """
+        stored = self.stored(row, level)
+        self.check(np.array([row]), level, *(own[None] for own in stored.values()))
+        features, *scales = stored.values()
+        if not scales:
+            return features
+        scale, zero = scales[0].T[..., None, None]
+        return (zero + scale * features).astype(np.float16)
+
+    def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: NDArray) -> None:
+        """Hash what was read of some rows of a level, each row the first time that this process reads it.
+
+        stored: what `level_tables` names, in that order, (rows, …) each. Any thread may call it. Raises CacheError for
+        a row that is not what was written, CacheIncompleteError for one that is missing.
+        """
+        column = self._columns[level.name]
+        if self._hashed[rows, column].all():
+            return
+        for row, *parts in zip(rows.tolist(), *stored, strict=True):
+            if not self._hashed[row, column]:
+                self._compare(row, column, checksum(parts))
+                self._hashed[row, column] = True
+
+    def _compare(self, row: int, column: int, found: int) -> None:
+        """Raise CacheError where a row's checksum, as it is just now, is not the one found."""
+        extent = self.contents.extents["checksum"]
+        data = self.contents.file.read(extent.offset + row * extent.row_bytes, extent.row_bytes)
+        wanted = int(np.frombuffer(data, dtype="<u8")[column])
+        if found == wanted:
+            return
+        name, state = f"row {row}, {self.rows.texts['id'][row]!r}", self.done[row]
+        if state != WHOLE:  # as it is before its bytes change
+            raise CacheIncompleteError(
+                f"{self.path}: {name}, is {'unreadable' if state == UNREADABLE else 'missing'} just now.\n"
+                f"Finish the file, then run the same command again:  {self.contents.command}"
+            )
+        raise CacheError(
+            f"{self.path} is damaged: the features of {name}, are not what was written.\n"
+            f"  wanted  {self.levels[column].name}, xxh3_64 {wanted:016x}\n  found   {found:016x}\n"
+            "The file was not changed. See all that is bad in it, then have that computed again:\n"
+            f"  featprobe cache verify {shlex.quote(str(self.path))}\n  {self.contents.command}"
+        )
+
+
+def _hashed_of(contents: Contents) -> NDArray[np.bool_]:
+    """Which rows' levels of a file this process has hashed: the same array for all that hold the file open."""
+    status = contents.file.status
+    own = np.zeros((len(contents.rows), len(contents.recipe.levels)), dtype=np.bool_)
+    return _files.setdefault((status.st_dev, status.st_ino), own)
 
 
 def open_cache(path: str | os.PathLike[str]) -> Cache:

@@ -2,25 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featprobe.cli.options import (
     as_json,
     columns,
+    device,
     echo,
+    names,
     quiet,
     show_json,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError
+from featprobe.errors import FeatprobeError, counted
+
+if TYPE_CHECKING:
+    from featprobe.stages.audit import Audit
 
 
 @click.group()
 def cache() -> None:
-    """Look after feature caches: list, describe, verify, remove.
+    """Look after feature caches: list, describe, verify, upgrade, remove.
 
     \b
     Example:
@@ -40,13 +46,13 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
       featprobe cache ls
     """
     from featprobe.machine import human_bytes
-    from featprobe.stages.caches import describe_cache
+    from featprobe.stages.caches import describe_cache, list_cache
 
     workspace = workspace_of(ctx)
     found, broken = [], []
     for path in workspace.cache_files():
         try:
-            found.append(describe_cache(path))
+            found.append(describe_cache(path) if json_ else list_cache(path))
         except FeatprobeError as error:
             broken.append({"path": str(path), "error": str(error)})
     if json_:
@@ -88,7 +94,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
     if json_:
         return show_json(found)
     for c in found:
-        recipe, origin, said = c["recipe"], c["data"], c["provenance"]
+        recipe, origin = c["recipe"], c["data"]
         levels = ", ".join(f"{v['name']} ({v['channels']} ch)" for v in recipe["levels"])
         rows: list[tuple[str, object]] = [
             ("rows", f"{c['whole']} whole, {c['missing']} missing, {len(c['unreadable'])} unreadable of {c['rows']}"),
@@ -107,10 +113,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
             ("key", c["key"]),
             ("command", c["command"]),
-            (
-                "made",
-                f"{said.get('created', 'unknown')} by featprobe {said.get('featprobe', 'unknown')}{_device_text(c)}",
-            ),
+            ("made", _made_text(c["provenance"])),
         ]
         echo(columns(rows, (c["path"], "")))
         for name_, reason in c["unreadable"].items():
@@ -119,10 +122,11 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
 
 @cache.command("verify")
 @click.argument("name", required=False)
+@click.option("--hdf5", is_flag=True, help="Open files through HDF5 too, which must see what their headers say.")
 @quiet
 @as_json
 @click.pass_context
-def cache_verify(ctx: click.Context, name: str | None, quiet: bool, json_: bool) -> None:
+def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, json_: bool) -> None:
     """Hash every row, level and target again; exit code 3 when something is bad.
 
     Rows whose features are bad are marked missing, so that `extract` computes exactly those anew.
@@ -135,7 +139,7 @@ def cache_verify(ctx: click.Context, name: str | None, quiet: bool, json_: bool)
 
     workspace = workspace_of(ctx)
     paths = workspace.find_caches(name) if name else workspace.cache_files()
-    found = {str(path): verify_cache(path, quiet) for path in paths}
+    found = {str(path): verify_cache(path, quiet, hdf5) for path in paths}
     if json_:
         show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
     else:
@@ -147,6 +151,67 @@ def cache_verify(ctx: click.Context, name: str | None, quiet: bool, json_: bool)
             echo("Mend them: run the `featprobe extract` command that made the file again.")
     if any(found.values()):
         ctx.exit(3)
+
+
+@cache.command("upgrade")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@quiet
+@click.pass_context
+def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> None:
+    """Copy caches of older versions into the newest, each under its own name. NAME: as of `cache info`.
+
+    Nothing is computed: rows keep their states and checksums, and heads stay as good as they were. A damaged file is
+    refused and stays as it is.
+
+    \b
+    Example:
+      featprobe cache upgrade xray
+    """
+    from featprobe.specs import FILE_VERSION
+    from featprobe.stages.caches import upgrade_cache
+
+    workspace = workspace_of(ctx)
+    for path in [path for name in names for path in workspace.find_caches(name)]:
+        done = upgrade_cache(path, quiet)
+        click.echo(f"{path}: {'now' if done else 'already'} of version {FILE_VERSION}")
+
+
+@cache.command("audit")
+@click.argument("name")
+@click.option(
+    "--heads",
+    default="linear,ridge",
+    show_default=True,
+    help="Heads whose validation score is compared, separated by commas, or none.",
+)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Of the linear head.")
+@click.option("--iterations", type=click.IntRange(1), help="Of the linear head.  [default: its own]")
+@device
+@quiet
+@as_json
+@click.pass_context
+def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> None:
+    """Say what int8 costs: bytes, error of each level, validation score of heads.
+
+    The features of a cache of fp16, fp32 or bf16 are brought to int8 in memory; no file is written, and test is not
+    looked at. NAME: a path, or part of a file's name.
+
+    \b
+    Example:
+      featprobe cache audit xray
+      featprobe cache audit xray --heads none
+    """
+    from featprobe.probes.saved import plain
+    from featprobe.stages.audit import AuditOptions, audit
+
+    workspace = workspace_of(ctx)
+    heads = () if options["heads"] == "none" else names(options["heads"])
+    say = (lambda line: None) if json_ or options["quiet"] else lambda line: click.echo(line, err=True)
+    how = AuditOptions(heads, options["seeds"], options["iterations"], options["device"], options["quiet"])
+    found = audit(workspace, workspace.find_caches(name), how, say)
+    if json_:
+        return show_json([plain(asdict(one)) for one in found])
+    click.echo("\n\n".join(map(_audit_text, found)))
 
 
 @cache.command("rm")
@@ -171,6 +236,32 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
 
 
+def _audit_text(found: "Audit") -> str:
+    from featprobe.machine import human_bytes
+    from featprobe.report.comparison import interval_text, number
+
+    sizes = ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in found.bytes_of.items())
+    dtypes = list(next(iter(found.errors.values())))
+    errors = [(level, *(f"{own[dtype]:.3%}" for dtype in dtypes)) for level, own in found.errors.items()]
+    lines = [
+        f"{found.path}: all features take {sizes}",
+        f"relative L2 error against the stored {found.dtype}, of {counted(found.rows, 'row')}",
+        columns(errors, ("level", *dtypes)),
+    ]
+    if found.heads:
+        heads = []
+        for own in found.heads:
+            gap = own.difference
+            low, high = (gap.low, gap.high) if gap.has_interval else (nan, nan)
+            heads.append((
+                own.head, own.seeds, number(100 * own.fp16), number(100 * own.int8), number(100 * gap.estimate, "+.2f"),
+                interval_text(low, high, "+.2f"), f"{gap.groups}{' (few)' if gap.few_groups else ''}",
+            ))  # fmt: skip
+        lines.append("foreground mIoU on validation, percent")
+        lines.append(columns(heads, ("head", "seeds", "fp16", "int8", "int8 - fp16", "95 %", "groups")))
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
 def _parts_text(recipe: dict[str, Any]) -> str:
     tiles = "whole images"
     if recipe.get("tile"):
@@ -185,9 +276,9 @@ def _precision_text(recipe: dict[str, Any], doubt: str) -> str:
     return f"{recipe['precision']}; may hold TF32: {doubt}" if doubt else recipe["precision"]
 
 
-def _device_text(c: dict[str, Any]) -> str:
-    device = c["provenance"].get("device")
-    return f" on {device}" if device else ""
+def _made_text(made: dict[str, Any]) -> str:
+    device = f" on {made['device']}" if made.get("device") else ""
+    return f"{made.get('created', '?')} by featprobe {made.get('featprobe', '?')}{device}"
 
 
 def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:

@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from featprobe.stages.workspace import Workspace
 
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Of a disk that is full, read-only or failing."""
+
+
 class _Printable(logging.Formatter):
     """What libraries log without being asked, with its control characters shown."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         return printable(super().format(record))
-
-
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""Of a disk that is full, read-only or failing."""
 
 
 class _Cli(click.Group):
@@ -184,6 +184,7 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
         ("file", f"{cost.path}{' (exists)' if cost.exists else ''}"),
         ("images", f"{cost.images}{parts} at {cost.frame[0]}x{cost.frame[1]}, levels {', '.join(cost.levels)}"),
         ("features", f"{human_bytes(cost.feature_bytes)}, {human_bytes(cost.feature_bytes / cost.rows)} a row"),
+        ("by dtype", ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in cost.bytes_of.items())),
         ("disk", f"{fits(cost.fits_disk)} ({human_bytes(cost.free_disk)} free)"),
         ("memory", f"{fits(cost.fits_memory)} ({human_bytes(cost.memory)} available)"),
         ("GPU", f"{fits(cost.fits_gpu)}{gpu}"),
@@ -197,6 +198,7 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
 @cli.command()
 @click.option("--task", default="semseg", show_default=True, help="semseg, detect or instseg.")
 @head_options
+@click.option("--no-verify", is_flag=True, help="Do not hash each row's features when they are first read.")
 @as_json
 @click.pass_context
 def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
@@ -308,8 +310,23 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
         echo(f"note: {note}")
 
 
+def _study_file(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
+    """Print what a study file may hold, as a file with comments or as a JSON schema, and end."""
+    if asked and not ctx.resilient_parsing:
+        from featprobe.stages.study import Study
+        from featprobe.stages.study_file import schema, template
+
+        show_json(schema(Study)) if option.name == "schema" else click.echo(template(Study), nl=False)
+        ctx.exit()
+
+
+_printed: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _study_file}
+
+
 @cli.command()
 @click.argument("file", metavar="STUDY.toml", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--template", **_printed, help="Print a study file with every key, its default and its meaning, and end.")
+@click.option("--schema", **_printed, help="Print the JSON schema of study files, for editors, and end.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted times, and run nothing.")
 @click.option("--verify", is_flag=True, help="Read all bytes of the heads that are there; train damaged ones again.")
 @click.option(
@@ -338,6 +355,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
 
     \b
     Example:
+      featprobe study --template > study.toml
       featprobe study examples/embedded.toml --dry-run
       featprobe study examples/embedded.toml
       featprobe study examples/embedded.toml --launcher slurm --slurm partition=gpu --slurm gpus_per_node=1
@@ -545,6 +563,7 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
         quiet=options["quiet"],
         tuning=tuning,
         log=tuple(dict.fromkeys(options["log"])),
+        verify=not options.get("no_verify", False),
     )
 
 

@@ -129,7 +129,13 @@ _FEATURES = [
         type=click.IntRange(1),
         help="Threads that decode images.  [default: the cores that may be used, at most 16]",
     ),
-    click.option("--dtype", type=click.Choice(["fp16", "fp32", "bf16"]), default="fp16", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(["fp16", "fp32", "bf16", "int8"]),
+        default="fp16",
+        show_default=True,
+        help="Of the stored features. int8: half of fp16's bytes; see `featprobe cache audit`.",
+    ),
     click.option(
         "--precision",
         type=click.Choice(["auto", "fp32", "tf32", "amp"]),

@@ -7,12 +7,16 @@ from typing import Any
 from torch import nn
 
 from featprobe.errors import ProbeError, nearest
+from featprobe.fields import Fault, limits, made
 from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.probes.fcos import FcosHead
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
+from featprobe.specs import MOST_CLASSES
+
+MOST_WIDTH = 2**12  # channels, of what a card may claim
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,17 @@ class HeadRecipe:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "HeadRecipe":
-        """The recipe that `to_json` wrote."""
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
-        return cls(**values)
+    def from_json(cls, data: object) -> "HeadRecipe":
+        """The recipe that `to_json` wrote; raises FieldError that names every field that is wrong."""
+        return made(cls, data, "A head's recipe")
+
+    def faults(self) -> list[Fault]:
+        """Values that no head has: see `from_json`."""
+        return limits({
+            "classes": (2 <= len(self.classes) <= MOST_CLASSES, f"2 to {MOST_CLASSES} names", self.classes),
+            "width": (self.width is None or 1 <= self.width <= MOST_WIDTH, f"1 to {MOST_WIDTH} channels", self.width),
+            "sides": (len(self.sides) in (0, 3) and min(self.sides, default=0) >= 0, "3 lengths, or none", self.sides),
+        })  # fmt: skip
 
 
 WIDTHS: Mapping[str, int] = {"upsample": 128, "fcos": 64, "fasterrcnn": 64, "maskrcnn": 64}

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -28,8 +29,10 @@ from featprobe.disk import (
     write_together,
 )
 from featprobe.errors import FileKindError, ProbeError
+from featprobe.fields import MISSING_FIELD, Fault, letter, shown
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
+from featprobe.probes.cards import card_faults
 from featprobe.probes.heads import HeadRecipe, build_head
 from featprobe.specs import FeatureRecipe, digest
 
@@ -86,14 +89,17 @@ def make_folder(folder: Path) -> None:
         raise ProbeError(f"{folder} can't be written ({error.strerror}). Nothing was trained.") from error
 
 
-def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_head(
+    folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """A saved head in eval mode, and its card.
 
-    recipe: of the features that it is to be fed, checked against the card's fingerprint when given.
+    recipe: of the features that it is to be fed, checked against the card's fingerprint when given. whole: as for
+    `read_card`.
     Raises ProbeError when the folder holds no saved head, or one for other features.
     """
     try:
-        card = read_card(folder)
+        card = read_card(folder, whole=whole)
         try:
             (data,) = read_files(folder, card, ["head.safetensors"])
         except ProbeError as error:
@@ -113,8 +119,11 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None) -> tuple[nn.Mod
     return head.eval(), card
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a saved head; raises ProbeError when there is none, or it is not as it was written."""
+def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
+    """The card of a saved head; raises ProbeError when there is none, or it is not as it was written, or has faults.
+
+    whole: as `cards.card_faults` has it: a card of a head that featprobe trained.
+    """
     try:
         card = read_json(folder / "card.json", LARGEST_CARD)
         if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
@@ -125,6 +134,10 @@ def read_card(folder: Path) -> dict[str, Any]:
             raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
+    faults = card_faults(card, whole=whole)
+    if faults:
+        what = f"{folder}/card.json is no card that this featprobe can use. Nothing was computed."
+        raise ProbeError(letter(what, faults, "Train the head again, or update featprobe where a newer one wrote it."))
     return card
 
 
@@ -258,29 +271,61 @@ def _torch_save(value: Any, stream: IO[bytes]) -> None:
         raise refused[0] if refused else error from error
 
 
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The result rows of a file, and what was wrong with lines that hold none; nothing where there is no file.
+def read_rows(
+    path: Path, faults_of: Callable[[Mapping[str, Any]], list[Fault]] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a file, and what was wrong with lines that hold none; nothing where there is no file.
 
-    A torn last line, left by a kill, and rows of another schema version are left aside.
+    A torn last line, left by a kill, rows of another schema version, and rows in which `faults_of` finds something are
+    left aside.
     """
     rows, faults = [], []
     lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if os.path.lexists(path) else []
     for number, line in enumerate(lines, start=1):
-        try:
-            if len(line) > LARGEST_ROW:
-                raise ValueError("no row is as long")
-            row = parse_json(line) if line.strip() else None
-        except ValueError:
-            torn = "is torn, as by a kill" if number == len(lines) else "is no JSON, or too long or deep"
-            faults.append(f"{path}: line {number} {torn}; it was left aside")
+        if not line.strip():
             continue
-        if row is not None and not isinstance(row, dict):
-            faults.append(f"{path}: line {number} is no JSON object; it was left aside")
-        elif row is not None and row.get("version") != ROW_VERSION:
-            faults.append(f"{path}: line {number} is of version {row.get('version')}, known is {ROW_VERSION}")
-        elif row is not None:
+        row, said = _row(line, faults_of)
+        if row is not None:
             rows.append(row)
+            continue
+        torn = number == len(lines) and said == NO_JSON
+        faults.append(f"{path}: line {number} {'is torn, as by a kill' if torn else said}; it was left aside")
     return rows, faults
+
+
+NO_JSON = "is no JSON, or too long or deep"
+
+
+def _row(
+    line: bytes, faults_of: Callable[[Mapping[str, Any]], list[Fault]] | None
+) -> tuple[dict[str, Any] | None, str]:
+    """The row of a line, or None and why there is none."""
+    try:
+        if len(line) > LARGEST_ROW:
+            raise ValueError("no row is as long")
+        row = parse_json(line)
+    except ValueError:
+        return None, NO_JSON
+    if not isinstance(row, dict):
+        return None, "is no JSON object"
+    if type(row.get("version")) is not int or row["version"] != ROW_VERSION:
+        return None, f"is of version {shown(row.get('version'))}, known is {ROW_VERSION}"
+    said = _said_of(line, faults_of) if faults_of else ""
+    return None if said else row, said
+
+
+@lru_cache(4096)
+def _said_of(line: bytes, faults_of: Callable[[Mapping[str, Any]], list[Fault]]) -> str:
+    """What is wrong with the fields of a row; "" for nothing. Files are read again and again, and their lines stay."""
+    row = json.loads(line)
+    faults = faults_of(row)
+    if not faults:
+        return ""
+    missing = [fault.place[-1] for fault in faults if fault.said == MISSING_FIELD]
+    others = [str(fault) for fault in faults if fault.said != MISSING_FIELD]
+    others += [f"it holds no {', '.join(map(str, missing))}: an older featprobe wrote it"] if missing else []
+    folder = f" ({row['folder']})" if isinstance(row.get("folder"), str) else ""
+    return f"has wrong fields{folder}: {'; '.join(others)}"
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
+from featprobe.fields import made
 from featprobe.probes import execution
 from featprobe.probes.losses import parse_loss
 from featprobe.processes import check_batch, check_norms, count, is_main, own_part, sum_gradients, summed
@@ -30,6 +31,7 @@ Resident = Callable[[Tensor], Features]
 """From places among the sorted rows of a training, (batch,), to their features; all on the device."""
 Loss = Callable[[Features, Any], Tensor]
 """From features, and what the feed gives with them or their places as `Resident` takes them, to losses, (heads,)."""
+MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
 WARM_UP = 3  # steps before a step is recorded: libraries choose their ways, the optimizer makes its state
 
 
@@ -58,12 +60,13 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         limits = {
-            "iterations": self.iterations >= 1,
-            "batch_size": self.batch_size >= 1,
+            "iterations": 1 <= self.iterations <= MOST_STEPS,
+            "batch_size": 1 <= self.batch_size <= MOST_STEPS,
+            "warmup": 0 <= self.warmup < float("inf"),
             "lr": 0 < self.lr < float("inf"),
             "weight_decay": 0 <= self.weight_decay < float("inf"),
             "clip": 0 <= self.clip < float("inf"),
-            "evaluations": self.evaluations >= 1,
+            "evaluations": 1 <= self.evaluations <= MOST_EVALUATIONS,
             "weights_from": self.weights_from in ("best", "end"),
         }
         wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
@@ -81,8 +84,8 @@ class TrainRecipe:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainRecipe":
-        """The recipe that a row or a card keeps."""
-        return cls(**{"weights_from": "end", **values})
+        """The recipe that a row or a card keeps; raises FieldError, or ProbeError for what can't be trained."""
+        return made(cls, {"weights_from": "end", **values}, "A training recipe")
 
 
 DEFAULT_RECIPES = {

@@ -1,7 +1,7 @@
-"""Looking after cache files: list, describe, verify, remove."""
+"""Looking after cache files: list, describe, verify, upgrade, remove."""
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,34 @@ from featprobe.cache import (
     CacheWriter,
     Damage,
     RowLocks,
+    checksum,
     damaged_rows,
+    make_temporary,
     read_contents,
+    read_states,
+    replace_file,
     verify,
 )
+from featprobe.cache.legacy import disagreements
 from featprobe.disk import parse_json, read_regular
 from featprobe.errors import CacheError, FileKindError, counted
+from featprobe.specs import FILE_VERSION
 from featprobe.stages.settled import look_path
 from featprobe.texts import printable
 
 LARGEST_LOG = 1 << 26  # bytes
+
+
+def list_cache(path: Path) -> dict[str, Any]:
+    """What a list of caches says of one, of its header and the states of its rows alone. Raises CacheError."""
+    recipe, done = read_states(path)
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "rows": len(done),
+        "whole": int((done == WHOLE).sum()),
+        "recipe": recipe.to_json(),
+    }
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -45,7 +63,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "data": asdict(cache.data),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
-        "may_hold_tf32": doubt.text if (doubt := tf32_doubt(path)) else "",
+        "may_hold_tf32": doubt.text if (doubt := _doubt(cache)) else "",
     }
 
 
@@ -63,18 +81,22 @@ def tf32_doubt(path: Path) -> Doubt | None:
     Versions that kept no device in `provenance` allowed TF32 on CUDA. On which device they computed stands in the log
     of runs beside the file, one line for each run that came to its end.
     """
-    contents = read_contents(path)
+    return _doubt(Cache(path, read_contents(path)))
+
+
+def _doubt(cache: Cache) -> Doubt | None:
+    contents = cache.contents
     if kept := contents.provenance.get("may_hold_tf32"):
         return Doubt(str(kept), False)
     if contents.recipe.precision != "fp32" or "device" in contents.provenance:
         return None
-    runs = _runs(path)
+    runs = _runs(cache.path)
     on_cuda = sum(run["computed"] for run in runs if str(run["device"]).startswith("cuda"))
     if on_cuda:
         return Doubt(
             f"{counted(on_cuda, 'row')} computed on CUDA by featprobe {contents.provenance['featprobe']}", True
         )
-    unknown = int((Cache(path, contents).done == WHOLE).sum()) - sum(run["computed"] for run in runs)
+    unknown = int((cache.done == WHOLE).sum()) - sum(run["computed"] for run in runs)
     if unknown > 0:
         return Doubt(f"{counted(unknown, 'row')} of which no run tells on which device it was computed", False)
     return None
@@ -93,12 +115,13 @@ def _runs(path: Path) -> list[dict[str, Any]]:
     return [run for run in found if isinstance(run, dict) and type(run.get("computed")) is int and "device" in run]
 
 
-def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
+def verify_cache(path: Path, quiet: bool = False, hdf5: bool = False) -> list[Damage]:
     """Hash every row, level and target again; rows whose features are bad are marked missing.
 
     `extract` then computes exactly those rows anew. A file whose targets or identity are damaged is left as
     it is: `extract` makes it anew from the data set and copies over the features that are sound. A file
-    that can't be opened is damage too.
+    that can't be opened is damage too. hdf5: whether a file of version 3 is also opened through HDF5, in a process of
+    its own, which must find what the file's header says; older files are read so anyway.
     """
     found: list[Damage] = []
     try:
@@ -112,6 +135,8 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
                 found.append(item)
             else:
                 bar.update(item)
+    if hdf5 and contents.version == FILE_VERSION:
+        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents)]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
         with RowLocks(path) as locks, CacheWriter(path) as writer:
@@ -119,6 +144,61 @@ def verify_cache(path: Path, quiet: bool = False) -> list[Damage]:
             for row in bad:
                 writer.mark_missing(row)
     return found
+
+
+def upgrade_cache(path: Path, quiet: bool = False) -> bool:
+    """Copy a cache of version 1 or 2 into one of version 3 under its name; False where it is one already.
+
+    Rows keep their states, reasons and checksums, so that nothing is computed again. Raises CacheError where a row or
+    anything else is damaged, or a process writes into the file; the file is as it was then.
+    """
+    with RowLocks(path) as locks:
+        locks.wait_for_creation()
+        locks.claim_all()
+        old = Cache(path, read_contents(path))
+        if old.contents.version == FILE_VERSION:
+            return False
+        if not old.contents.is_intact() or old.contents.damaged_targets():
+            raise _damaged(path, "its rows or targets are not what was written", old.contents.command)
+        unreadable = {i: old.reason(i) for i in np.flatnonzero(old.done == UNREADABLE).tolist()}
+        rows = [replace(row, reason=unreadable.get(i, "")) for i, row in enumerate(old.rows)]
+        images = old.images if old.recipe.in_parts else ()
+        temporary = make_temporary(path, old.recipe, old.data, rows, old.contents.provenance, images)
+        try:
+            bad = _copy_whole(old, temporary, quiet)
+            if bad:
+                rows_text = counted(len(bad), "row")
+                what = f"features of {rows_text} are not what was written, {bad[0]!r} first"
+                raise _damaged(path, what, old.contents.command)
+            replace_file(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _copy_whole(old: Cache, target: Path, quiet: bool) -> list[str]:
+    """Copy all rows that are whole; returns the ids of those that do not hash to what was written."""
+    bad = []
+    expected, ids = old.stored_checksums(), old.rows.column("id")
+    total = old.recipe.row_bytes * int((old.done == WHOLE).sum())
+    with (
+        CacheWriter(target) as writer,
+        tqdm(total=total, desc=old.path.name, unit="B", unit_scale=True, disable=quiet, leave=False) as bar,
+    ):
+        for row in np.flatnonzero(old.done == WHOLE).tolist():
+            kept = [old.stored(row, level) for level in old.levels]
+            if [checksum(list(own.values())) for own in kept] != expected[row].tolist():
+                bad.append(ids[row])
+            writer.write(row, {name: array[np.newaxis] for own in kept for name, array in own.items()})
+            bar.update(old.recipe.row_bytes)
+    return bad
+
+
+def _damaged(path: Path, what: str, command: str) -> CacheError:
+    return CacheError(
+        f"{path} is damaged: {what}.\nNothing was changed. See what is bad, and have it marked as missing:  "
+        f"featprobe cache verify FILE\nThen upgrade the file, and mend it from the images:  {command}"
+    )
 
 
 def remove_cache(path: Path) -> int:

@@ -122,7 +122,9 @@ def _option(name: str) -> str:
 
 def _tuning(row: Mapping[str, Any]) -> Words:
     usual, found = asdict(Tuning()), row["tuning"]
-    words = _unusual(found, {name: usual[name] for name in found if name not in ("augment", "precision")})
+    words = _unusual(
+        found, {name: usual[name] for name in found if name in usual and name not in ("augment", "precision")}
+    )
     words += [] if found["augment"] else ["--no-augment"]
     on_its_own = "bf16" if row["device"].startswith("cuda") else "fp32"  # what such a device takes unasked
     return words if found["precision"] == on_its_own else [*words, "--precision", found["precision"]]

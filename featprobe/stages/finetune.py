@@ -10,6 +10,7 @@ from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
 from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
+from featprobe.probes.rows import result_faults
 from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import is_main, pick_device, together
 from featprobe.stages.forecast import Forecast
@@ -35,7 +36,7 @@ from featprobe.stages.workspace import Workspace
 
 CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
 """What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
-FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget")
+FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
 """Options that a counterpart does not take from its frozen result."""
 
 
@@ -196,7 +197,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
             f"A counterpart takes {', '.join(given)} from its frozen result. Leave it away, or name what to train:\n"
             "  featprobe finetune --task TASK --data NAME …"
         )
-    rows, notes = read_rows(workspace.probes / "results.jsonl")
+    rows, notes = read_rows(workspace.probes / "results.jsonl", result_faults)
     assert options.tuning is not None
     caches = _caches_by_key(workspace)
     if options.tuning.augment:

@@ -16,6 +16,7 @@ import numpy as np
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.probes import append_row, plain
+from featprobe.probes.rows import ladder_faults, result_faults
 from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import from_main, is_main
 from featprobe.specs import SplitChoice, digest
@@ -230,7 +231,7 @@ class Ladder:
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        return from_main(lambda: read_rows(self.workspace.probes / FILE)[0])
+        return from_main(lambda: read_rows(self.workspace.probes / FILE, ladder_faults)[0])
 
     def _own_scores(self, rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
         seeds = len(self._seeds())
@@ -265,6 +266,7 @@ class Ladder:
             "task": self.task, "head": self.options.head, "regime": self.options.regime, "fraction": self.fraction,
             "split": self.run.choice.whole, "score_name": self.run.task.chooses_by, "iterations": rung,
             "score": float(np.mean(seeds)), "seed_scores": list(seeds), "seconds": seconds,
+            **({} if self.options.verify else {"verified": False}),
         }  # fmt: skip
         append_row(self.workspace.probes / FILE, plain(own))
 
@@ -288,7 +290,7 @@ def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     """Notes on results of other backbones that were trained with fewer iterations than a later backbone needs."""
     most = {ladder.comparison: ladder.found().recipe for ladder in ladders}
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in read_rows(workspace.probes / "results.jsonl")[0] if most else ():
+    for row in read_rows(workspace.probes / "results.jsonl", result_faults)[0] if most else ():
         comparison = (row.get("budget") or {}).get("comparison")
         if comparison in most:
             results.setdefault((comparison, row["feature_key"]), []).append(row)
@@ -298,7 +300,7 @@ def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
         needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
         if has < needed and is_whole(workspace.probes, row):  # else it is in no table either
             seeds = [own["seed"] for own in rows if own["recipe"]["iterations"] == has]
-            again = level_command(read_card(head_folder(workspace.probes, row)), seeds, row["data"])
+            again = level_command(read_card(head_folder(workspace.probes, row), whole=True), seeds, row["data"])
             notes.append(
                 f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
                 f"with needs {needed}. To bring it level:  {again}"

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from featprobe.backbones.backbone import Backbone
 from featprobe.backbones.precision import computing
 from featprobe.cache import MISSING, UNREADABLE, Cache, CacheWriter, read_contents
-from featprobe.cache.reader import TORCH_DTYPE
+from featprobe.cache.layout import row_tables
+from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
 from featprobe.datasets.images import read_levels
 from featprobe.datasets.pixels import DTYPE_OF, Levels
 from featprobe.errors import DataError, OverflowsDtypeError
@@ -173,13 +174,10 @@ class Filler:
         """Page-locked memory for the features of as many blocks as may be on their way from a CUDA device."""
         if self._downloads is None or not blocks:
             return []
-        rows, recipe = max(b - a for a, b in blocks), self.job.recipe
-        shapes = {level.name: (rows, level.channels, *level.cells(recipe.frame)) for level in recipe.levels}
+        rows = max(b - a for a, b in blocks)
+        tables = [table for own in row_tables(self.job.recipe).values() for table in own]
         return [
-            {
-                name: torch.empty(shape, dtype=TORCH_DTYPE[recipe.dtype], pin_memory=True)
-                for name, shape in shapes.items()
-            }
+            {t.key: torch.empty((rows, *t.shape), dtype=TABLE_DTYPE[t.dtype], pin_memory=True) for t in tables}
             | {FINITE: torch.empty(rows, dtype=torch.bool, pin_memory=True)}
             for _ in range(min(len(blocks), BEHIND + WRITERS + 1))
         ]
@@ -271,13 +269,16 @@ class Filler:
         return Computed(start, wanted, host, host.pop(FINITE), slot, marks)
 
     def _features(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Maps of images on the device in the stored dtype, and whether each row is finite, (images,)."""
+        """Maps of images on the device as the cache stores them, and whether each row is finite, (images,)."""
         with computing(self.job.recipe.precision, self.device):
             features = self.backbone(images)
         maps = {n: m.to(TORCH_DTYPE[self.job.recipe.dtype]) for n, m in features.maps.items()}
-        if self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
+        finite = torch.stack([finite_rows(m) for m in maps.values()]).all(0)
+        if self.job.recipe.dtype == "int8":
+            maps = coded(maps)
+        elif self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
             maps = {n: m.contiguous() for n, m in maps.items()}
-        return maps, torch.stack([finite_rows(m) for m in maps.values()]).all(0)
+        return maps, finite
 
 
 def check_finite(job: Job, block: Computed) -> None:
@@ -288,7 +289,8 @@ def check_finite(job: Job, block: Computed) -> None:
         computed = "They were computed in fp16, too (--precision amp); more room has  --precision tf32   (or fp32)\n"
         raise OverflowsDtypeError(
             f"Features of {job.rows[block.start + bad[0]].id} are not finite in {dtype}"
-            f"{', whose largest value is 65504' if dtype == 'fp16' else ''}.\n"
+            f"{', whose largest value is 65504' if dtype == 'fp16' else ''}"
+            f"{', whose largest value is 65504, as that of fp16, which reading gives' if dtype == 'int8' else ''}.\n"
             f"Its block was not written; rows that were whole stay whole.\n{computed if amp else ''}"
             "Store them in a wider format:  featprobe extract … --dtype bf16   (or fp32)"
         )

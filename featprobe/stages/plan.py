@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from featprobe.backbones.backbone import load_backbone
 from featprobe.backbones.precision import computing
+from featprobe.cache.quantised import decode
 from featprobe.datasets.images import read_levels
 from featprobe.machine import available_memory, free_disk
 from featprobe.processes import pick_device
-from featprobe.specs import BackboneSpec
+from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.frames import Framing
 from featprobe.stages.job import prepare, read_set
 from featprobe.stages.options import ExtractOptions, configured
@@ -25,7 +26,7 @@ TIMED_BATCHES = 3
 class Plan:
     """Cost of a cache: bytes, and seconds as timed on a few batches of this machine.
 
-    rows: of the cache: the images, or their tiles and views.
+    rows: of the cache: the images, or their tiles and views. bytes_of: what the features would take, by dtype.
     epoch_live: seconds that one pass over all images would take with the backbone run every time;
     epoch_cached: one pass over the cached features, as this memory copies them. break_even: passes from
     which on the cache is the quicker way, extraction included.
@@ -38,6 +39,7 @@ class Plan:
     frame: tuple[int, int]
     levels: tuple[str, ...]
     feature_bytes: int
+    bytes_of: dict[str, int]
     free_disk: int
     memory: int
     gpu_memory: int | None
@@ -79,14 +81,12 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
     begun = time.perf_counter()
     shown = [job.rows[i].show(read_levels(job.images[i])) for i in readable]
     batch = Framing(job.recipe, device).together(shown, [job.rows[i].placement for i in readable])
-    decode = (time.perf_counter() - begun) / len(readable)
+    decoding = (time.perf_counter() - begun) / len(readable)
     with computing(job.recipe.precision, device):
         compute = _median_seconds(lambda: backbone(batch), device) / len(readable)
-    block = np.ones(min(job.feature_bytes, len(readable) * job.recipe.row_bytes), dtype=np.uint8)
-    target = np.empty_like(block)
-    copy = _median_seconds(lambda: np.copyto(target, block), torch.device("cpu")) / len(readable)
+    copy = _median_seconds(_reading(job.recipe, len(readable)), torch.device("cpu")) / len(readable)
     count = len(job.rows)
-    live = count * max(compute, decode / max(1, options.workers))
+    live = count * max(compute, decoding / max(1, options.workers))
     return Plan(
         path=str(job.path),
         exists=job.path.exists(),
@@ -95,6 +95,7 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
         frame=job.recipe.frame,
         levels=tuple(level.name for level in job.recipe.levels),
         feature_bytes=job.feature_bytes,
+        bytes_of={dtype: count * replace(job.recipe, dtype=dtype).row_bytes for dtype in ("fp32", "fp16", "int8")},
         free_disk=free_disk(job.path.parent),
         memory=available_memory(),
         gpu_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
@@ -103,6 +104,18 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
         epoch_cached=count * copy,
         device=str(device),
     )
+
+
+def _reading(recipe: FeatureRecipe, rows: int) -> Callable[[], object]:
+    """What reading some rows of a cache that lies in memory does: it copies them, and decodes those of int8."""
+    if recipe.dtype != "int8":
+        block = np.ones(rows * recipe.row_bytes, dtype=np.uint8)
+        target = np.empty_like(block)
+        return lambda: np.copyto(target, block)
+    shapes = [(rows, level.channels, *level.cells(recipe.frame)) for level in recipe.levels]
+    coded = [(torch.ones(shape, dtype=torch.uint8), torch.ones(*shape[:2], 2)) for shape in shapes]
+    values = [torch.empty(shape, dtype=torch.float16) for shape in shapes]
+    return lambda: [decode(*own, out=out) for own, out in zip(coded, values, strict=True)]
 
 
 @torch.inference_mode()

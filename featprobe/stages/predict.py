@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.precision import computing
-from featprobe.cache.reader import TORCH_DTYPE
+from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
 from featprobe.datasets.names import visible
@@ -93,7 +93,7 @@ class Predictor:
 
     def __init__(self, folder: Path, *, weights: str | None = None, device: str | None = None) -> None:
         self.device = pick_device(device)
-        head, self.card = load_head(folder)
+        head, self.card = load_head(folder, whole=True)
         self.recipe = FeatureRecipe.from_json(self.card["features"])
         self.classes = tuple(self.card["head"]["classes"])
         self.task = self.card["head"]["task"]
@@ -138,7 +138,7 @@ class Predictor:
             yield from ((piece, found[k]) for k, piece in enumerate(some))
 
     def _read(self, path: Path, header: Header) -> NDArray[Any]:
-        bits, wanted = header.bits, self.card["data"]["bits"]
+        bits, wanted = header.bits, self.card["data"].get("bits")
         if wanted is not None and bits != wanted:
             raise DataError(
                 f"{path} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
@@ -172,7 +172,7 @@ class Predictor:
         recipe = self.recipe
         with computing(recipe.precision, self.device):
             maps = self.backbone(self.framing.together(images, placements)).maps
-        stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}  # as the cache would hold them
+        stored = {name: m.to(TORCH_DTYPE[recipe.dtype]) for name, m in maps.items()}
         if not all(bool(m.isfinite().all()) for m in stored.values()):
             raise DataError(
                 f"Features of an image are not finite in {recipe.dtype}, the number format that the head was trained "
@@ -180,13 +180,13 @@ class Predictor:
             )
         contents = torch.tensor([placement.content for placement in placements], dtype=torch.int32)
         whole = bool((contents == torch.tensor(recipe.frame)).all())
-        return Features(stored, recipe.frame, None if whole else contents.to(self.device))
+        return Features(as_read(stored, recipe.dtype), recipe.frame, None if whole else contents.to(self.device))
 
     def _backbone(self, folder: Path, weights: str | None) -> Backbone:
         values = self.card.get("backbone")
         if values is None:
             raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
-        spec = BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
+        spec = BackboneSpec.from_json(values)
         if spec.source == "file":
             named = Path(str(spec.weights))
             if weights is None and named.is_absolute():
@@ -253,7 +253,7 @@ def predict(
             bar.update(len(batch))
     if predictor.task != "semseg":
         own_objects = predictor.card["result"]["instances"] == "own"
-        ids = predictor.card["data"]["category_ids"] if own_objects else ()
+        ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
         write_whole(out / "predictions.json", json.dumps(written) + "\n")
     files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")

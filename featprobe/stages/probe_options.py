@@ -1,7 +1,7 @@
 """How heads are trained and scored: what a caller of `probe` and `finetune` says."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
@@ -12,6 +12,7 @@ from featprobe.probes.pyramid import PyramidKind
 from featprobe.stages.options import MOST_WORKERS
 
 Regime = Literal["frozen", "frozen-online", "full"]
+REGIMES = get_args(Regime)
 SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the caller says nothing
 OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
 OF_THE_MACHINE = ("workers", "checkpointing", "compile")
@@ -100,7 +101,7 @@ class ProbeOptions:
     "image" for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all
     five folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on
     apart. show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard",
-    "wandb" or both; it changes no result.
+    "wandb" or both; it changes no result. verify: hash each row's features when they are first read, see `Cache.check`.
     """
 
     head: str | None = None
@@ -123,6 +124,7 @@ class ProbeOptions:
     quiet: bool = False
     tuning: Tuning | None = None
     log: tuple[str, ...] = ()
+    verify: bool = True
 
     @property
     def regime(self) -> Regime:

@@ -96,6 +96,8 @@ def row_of(
         "processes": count(),
         "folder": (run.folder / f"seed{trial.seed}").relative_to(run.workspace.probes).as_posix(),
     }
+    if not options.verify and run.regime == "frozen":
+        row["verified"] = False
     if run.kind == "ridge":
         row |= {"ridge": run.ridge, "trials": run.ridge["tried"], "weights_from": "closed form"}
     return plain(row)
@@ -136,7 +138,7 @@ def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -
         gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
         raise damaged(row, gone)
     try:
-        card = read_card(folder)
+        card = read_card(folder, whole=True)
     except ProbeError as error:
         raise damaged(row, str(error)) from error
     if {**card["result"], "version": None} != {**row, "version": None}:

@@ -24,6 +24,7 @@ from featprobe.metrics import (
 )
 from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
+from featprobe.probes.rows import result_faults
 from featprobe.probes.saved import head_folder, read_files, read_rows
 from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
 from featprobe.stages.convergence import Curve, best_so_far, curve_of, mean_curve
@@ -35,9 +36,6 @@ RUN = (
     "data_fingerprint", "split", "task", "absent_classes", "instances", "classes",
 )  # fmt: skip
 """What the seeds of one result agree in; with the seed, what a repeated run agrees in."""
-NEEDED = ("seed", "folder", "test", "val", "trials", "seconds", "data", "images", "parameters", "backbone_parameters",
-          "recipe", "grid", "spread", "tuning", "device")  # fmt: skip
-"""What else a row must hold."""
 SAME_TEST = ("data_fingerprint", "split", "task", "instances", "classes")
 """What results must agree in to be compared, beside the test images. Classes that the test split lacks take no part in
 any comparison, whatever `absent_classes` a row was scored with."""
@@ -343,17 +341,12 @@ def load_results(
     Of rows that are the same run of the same seed the last counts. folders: of the rows that are looked at, None for
     all. Raises ProbeError where there is no row at all.
     """
-    rows, notes = read_rows(probes / "results.jsonl")
+    rows, notes = read_rows(probes / "results.jsonl", result_faults)
     rows = [row for row in rows if folders is None or row.get("folder") in folders]
     last: dict[str, Mapping[str, Any]] = {}
     unusable, found = [], list[Run]()
     for row in rows:
-        missing = [name for name in (*RUN, *NEEDED) if name not in row]
-        if missing:
-            folder = str(row.get("folder", "a row without a folder"))
-            unusable.append(Unusable(folder, f"the row holds no {', '.join(missing)}: an older featprobe wrote it"))
-        else:
-            last[digest([[row[name] for name in RUN], row["seed"], row.get("fold")])] = row
+        last[digest([[row[name] for name in RUN], row["seed"], row.get("fold")])] = row
     for counted in last.values():
         try:
             found.append(read_run(probes, counted))

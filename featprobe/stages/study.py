@@ -1,15 +1,18 @@
 """A study: a grid of data sets, backbones, their features, tasks, heads, regimes, seeds and fractions from one file."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache, open_cache
 from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
+from featprobe.fields import Fault, letter, wrong
 from featprobe.geometry import parse_size
 from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
@@ -22,19 +25,9 @@ from featprobe.stages.options import ExtractOptions, configured
 from featprobe.stages.partition import single_splits
 from featprobe.stages.probe import checked, show
 from featprobe.stages.probe_options import ProbeOptions, Tuning
+from featprobe.stages.study_file import AUTO, faults_of
 from featprobe.stages.trials import Run, Say
-from featprobe.stages.workspace import Workspace, fits, is_of
-
-AUTO = "auto"
-REGIMES = ("frozen", "frozen-online", "full")
-GRID = ("data", "backbones", "tasks", "heads", "regimes", "fractions", "sizes", "tiles", "views")
-LISTS = (*GRID, "lr", "weight_decay", "log")
-KINDS: Mapping[str, type] = {
-    **dict.fromkeys(("seeds", "show", "tiles", "overlap"), int),
-    **dict.fromkeys(("fractions", "lr", "weight_decay", "empty_tiles"), float),
-    **dict.fromkeys(("train", "tuning"), dict),
-}
-"""Settings of a study, and entries of its lists, that are no text."""
+from featprobe.stages.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Study:
     set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
     train: fields of TrainRecipe by kind of head, "all" for every kind; iterations may be "auto", for a ladder. tuning:
     fields of Tuning. show: test images on the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions
-    has it.
+    has it. no_verify: do not hash the features that are read.
     """
 
     data: tuple[str, ...]
@@ -67,6 +60,7 @@ class Study:
     tuning: Mapping[str, Any] = field(default_factory=dict)
     show: int = 4
     log: tuple[str, ...] = ()
+    no_verify: bool = False
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
@@ -98,6 +92,7 @@ class Study:
                 head=kind, recipe=recipe, lr=() if solved else self.lr,
                 weight_decay=() if solved else self.weight_decay, budget=self.budget(kind), seeds=self.seeds,
                 split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
+                verify=not self.no_verify,
             ),
         )  # fmt: skip
 
@@ -158,114 +153,87 @@ class StudyReport:
 
 
 def read_study(path: Path, workspace: Workspace) -> Study:
-    """A study file, checked; raises DataError that lists everything in it that does not exist."""
+    """A study file, checked; raises DataError that lists everything in it that does not exist or makes no sense."""
     try:
         values = read_toml(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
-    known = [entry.name for entry in fields(Study)]
-    faults = [f"there is no setting {name!r}. {nearest(name, known)}" for name in values if name not in known]
-    values = {name: value for name, value in values.items() if name in known}
-    broken = [f"{name} is missing" for name in ("data", "backbones") if not values.get(name)]
-    broken += [fault for name, value in values.items() for fault in _type_faults(name, value)]
-    faults += broken
-    if not broken:
-        sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    faults = faults_of(Study, values)
+    bad = {fault.place[:1] for fault in faults}
+    good = {name: value for name, value in values.items() if (name,) not in bad}
+    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in good.items()}
+    faults += _missing_names(sides, workspace) + _senseless(sides)
+    if not faults:
         study = Study(**sides)
-        faults += _faults(study, workspace)
+        faults = _untrainable(study, workspace)
     if faults:
-        raise DataError(f"{path} can't be run. Nothing was computed.\n" + "\n".join(f"  {fault}" for fault in faults))
+        to_do = "Mend it, then run the same command again. All keys and what they mean:  featprobe study --template"
+        raise DataError(letter(f"{path} can't be run. Nothing was computed.", faults, to_do))
     return study
 
 
-def _type_faults(name: str, value: Any) -> list[str]:
-    """What is wrong with the kind of a setting's value."""
-    if isinstance(value, list) != (name in LISTS):
-        return [f"{name} is no {'list' if name in LISTS else 'single value'}"]
-    kind = KINDS.get(name, str)
-    entries = value if isinstance(value, list) else [value]
-    wrong = [f"{name}: {entry!r} is no {kind.__name__}" for entry in entries if not is_of(entry, kind)]
-    wrong += [f"{name} holds an empty text" for entry in entries if entry == ""]
-    if name == "train" and not wrong:
-        wrong = [f"train.{kind}: {own!r} is no section" for kind, own in value.items() if not isinstance(own, dict)]
-        wrong += [fault for kind, own in value.items() if isinstance(own, dict) for fault in _misfits(kind, own)]
-    return wrong + (_misfits("tuning", value, Tuning) if name == "tuning" and not wrong else [])
-
-
-def _misfits(where: str, values: Mapping[str, Any], of: type = TrainRecipe) -> list[str]:
-    """Values that are not what the fields of a dataclass take; names that are none of them are told elsewhere."""
-    hints = get_type_hints(of) | ({"iterations": int | Literal["auto"]} if of is TrainRecipe else {})
-    place = "tuning" if of is Tuning else f"train.{where}"
-    return [
-        f"{place}: {name} = {value!r} is no {_said(hints[name])}"
-        for name, value in values.items()
-        if name in hints and not fits(value, hints[name])
+def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault]:
+    """Names in the sides of a study, as far as they are of the right types, that stand for nothing."""
+    checks: Mapping[str, Callable[[str], object]] = {
+        "data": partial(_check_set, workspace),
+        "backbones": partial(backbone_of, workspace),
+        "sizes": parse_size,
+        "views": parse_views,
+    }
+    found = [
+        Fault((side, i), said)
+        for side, check in checks.items()
+        for i, name in enumerate(sides.get(side, ()))
+        if (said := _refusal(partial(check, name)))
     ]
+    said = _refusal(partial(single_splits, sides["split"])) if "split" in sides else ""
+    return found + ([Fault(("split",), said)] if said else [])
 
 
-def _said(hint: Any) -> str:
-    """An annotation in words: int, or the values that it allows."""
-    if isinstance(hint, type):
-        return hint.__name__
-    return " or ".join(_said(part) for part in get_args(hint)) or str(hint)
+def _check_set(workspace: Workspace, name: str) -> None:
+    """Raise DataError where nothing is called so; unlike `data_root` it makes no set."""
+    if name not in workspace.data_names() and not os.path.exists(name):
+        raise DataError(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
 
 
-def _faults(study: Study, workspace: Workspace) -> list[str]:
-    """Everything in a study that does not exist or makes no sense."""
-    found = []
-    for name in study.data:
-        if name not in workspace.data_names() and not Path(name).exists():
-            found.append(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
-    checks: list[tuple[Sequence[Any], Any]] = [
-        ([study.split], single_splits),
-        (study.backbones, lambda name: backbone_of(workspace, name)),
-        (study.tasks, kinds_of),
-        (study.sizes, parse_size),
-        (study.views, parse_views),
-    ]
-    for names, check in checks:
-        for name in names:
-            try:
-                check(name)
-            except FeatprobeError as error:
-                found.append(str(error).splitlines()[0])
-    kinds = {kind for _, kind in HEADS}
-    found += [f"there is no head {kind!r}. {nearest(kind, kinds)}" for kind in study.heads if kind not in kinds]
-    found += [f"there is no regime {r!r}. {nearest(r, REGIMES)}" for r in study.regimes if r not in REGIMES]
-    found += [
-        f"{kind!r} under train is no head. {nearest(kind, kinds)}"
-        for kind in study.train
-        if kind not in {"all", *kinds}
-    ]
-    found += [
-        f"fractions: {share} is none. wanted: 0 < fraction <= 1" for share in study.fractions if not 0 < share <= 1
-    ]
-    for kind, values in study.train.items():
-        wrong = [name for name in values if name not in TrainRecipe.__dataclass_fields__]
-        found += [
-            f"train.{kind}: there is no setting {n!r}. {nearest(n, TrainRecipe.__dataclass_fields__)}" for n in wrong
-        ]
-    wrong = [name for name in study.tuning if name not in Tuning.__dataclass_fields__]
-    found += [f"tuning: there is no setting {n!r}. {nearest(n, Tuning.__dataclass_fields__)}" for n in wrong]
-    if not found:
-        for task, regime in itertools.product(study.tasks, study.regimes):
-            for kind in study.kinds(task):
-                try:
-                    study.options(task, kind, regime)
-                except FeatprobeError as error:
-                    found.append(str(error).splitlines()[0])
-        for place in places_of(study, workspace):
-            try:
-                place.options.check()
-            except FeatprobeError as error:
-                found.append(f"{place.data}: {str(error).splitlines()[0]}")
-        if SplitChoice.parse(study.split).folds and climbing(study, cells_of(study, workspace)):
-            found.append(
-                "a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all"
-            )
-    if not found and not cells_of(study, workspace):
+def _senseless(sides: Mapping[str, Any]) -> list[Fault]:
+    """Heads that no task of a study has, and settings of trainings that can't be."""
+    tasks, found = sides.get("tasks", Study.tasks), []
+    for i, kind in enumerate(sides.get("heads", ())):
+        if not any((task, kind) in HEADS for task in tasks):
+            known = "; ".join(f"of {task}: {', '.join(kinds_of(task))}" for task in tasks)
+            found.append(wrong(("heads", i), f"heads of the tasks of this study, {known}", kind))
+    for kind, values in sides.get("train", {}).items():
+        usual = DEFAULT_RECIPES.get(kind, TrainRecipe())
+        own = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
+        said = _refusal(partial(replace, usual, **own))
+        found += [Fault(("train", kind), said)] if said else []
+    said = _refusal(partial(Tuning, **{**sides.get("tuning", {}), "regime": "full"}))
+    return found + ([Fault(("tuning",), said)] if said and "full" in sides.get("regimes", Study.regimes) else [])
+
+
+def _refusal(check: Callable[[], object]) -> str:
+    """What a check says is wrong, in one line; "" when nothing is."""
+    try:
+        check()
+    except FeatprobeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _untrainable(study: Study, workspace: Workspace) -> list[Fault]:
+    """What of a study, whose every key is right by itself, can't be had together."""
+    grid = itertools.product(study.tasks, study.regimes)
+    cells = [(task, kind, regime) for task, regime in grid for kind in study.kinds(task)]
+    found = [_refusal(partial(study.options, *cell)) for cell in cells]
+    for place in places_of(study, workspace):
+        said = _refusal(place.options.check)
+        found.append(f"{place.data}: {said}" if said else "")
+    if not any(found) and SplitChoice.parse(study.split).folds and climbing(study, cells_of(study, workspace)):
+        found.append("a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all")
+    if not any(found) and not cells_of(study, workspace):
         found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
-    return list(dict.fromkeys(found))
+    return [Fault((), said) for said in dict.fromkeys(found) if said]
 
 
 def places_of(study: Study, workspace: Workspace) -> list[Place]:

@@ -38,11 +38,12 @@ from featprobe.probes import (
     train,
 )
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
+from featprobe.probes.rows import result_faults
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import Rows, SplitChoice, digest
+from featprobe.specs import CacheDtype, Rows, SplitChoice, digest
 from featprobe.stages.augment import Augmentation
 from featprobe.stages.detection import Detection
 from featprobe.stages.forecast import Forecast, foresee
@@ -94,9 +95,12 @@ class Run:
         self.workspace, self.task_name, self.options, self.seeds = workspace, task, options, seeds
         self.cache, self.choice = regrouped(cache, options.split), SplitChoice.parse(options.split)
         self.fraction, self.notes = fraction, list[str]()
+        if not options.verify and options.regime == "frozen":
+            self.notes.append(f"{cache.path}: features are not hashed when they are read (no verify)")
         check_together()
         self.forecast: Forecast | None = None
         self.rehearsal = False  # whether the heads are not to be kept
+        self.as_dtype: CacheDtype | None = None  # what cached features are brought to first; None for as they are
         self.states = list[Path]()  # of a rehearsal, on the way
         self.weights: dict[int, dict[str, Tensor]] = {}  # of the best trial's own backbone
         self.tuned_sha256, self.backbone_parameters, self.seconds_before = "", 0, 0.0
@@ -186,6 +190,18 @@ class Run:
             path.unlink(missing_ok=True)
         return [self.kept(trials[i], curves[i]).scores[self.task.chooses_by] for i in chosen]
 
+    def judged(self) -> list[Outcome]:
+        """Train on cached features, choose on validation, and score each seed's head there, image by image.
+
+        Keeps no head, and looks at no label of test.
+        """
+        with self._guarded():
+            trials = self._trials()
+            with self.source(trials[0].head) as source:
+                curves = self._fit(trials, source, lambda line: None)
+                heads = [trials[self._best(trials, curves, seed)].head for seed in self.seeds]
+                return self.evaluate(heads, source, self.rows["val"])
+
     def evaluate(self, heads: Sequence[nn.Module], source: Source, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small."""
         return self.portions.do(lambda batches: self.task.evaluate(heads, batches, rows), source.batches)
@@ -259,8 +275,8 @@ class Run:
 
         hashes: compare all bytes of the files, beside their sizes.
         """
-        rows, _ = read_rows(self.workspace.probes / "results.jsonl")
-        last = {row.get("folder"): row for row in rows if row.get("data_fingerprint") == self.cache.data.fingerprint}
+        rows, _ = read_rows(self.workspace.probes / "results.jsonl", result_faults)
+        last = {row["folder"]: row for row in rows if row["data_fingerprint"] == self.cache.data.fingerprint}
         probes = self.workspace.probes
         return all(folder in last and is_whole(probes, last[folder], hashes=hashes) for folder in self.folders)
 
@@ -272,9 +288,9 @@ class Run:
             chosen = spread_over(images_of(self.cache, test), self.task.fullness, count)
             panels = []
             for image, draw in self.task.panels(self.head, source.batches, rows_of(self.cache, test, chosen)):
-                path = Path(self.cache.data.root) / self.cache.images[image].image
+                path = Path(self.cache.data.root) / self.cache.images.texts["image"][image]
                 pixels = to_unit(read_levels(path), self.cache.recipe.window, self.cache.recipe.policy)
-                panels.append((self.cache.images[image].id, [Panel(pixels), *draw(pixels)]))
+                panels.append((self.cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
         path = self.folder / f"seed{self.seeds[0]}" / "sheet.png"
         save_sheet(path, panels, ["image", "truth", f"prediction ({self.cache.recipe.label})"], self.classes)
         return path
@@ -283,7 +299,7 @@ class Run:
         """Where the features for a head come from: the cache's file, or its images and a backbone."""
         levels: Any = head.levels
         if self.tuning is None:
-            return FeatureLoader(self.cache, levels, self.device)
+            return FeatureLoader(self.cache, levels, self.device, verify=self.options.verify, as_dtype=self.as_dtype)
         if self.tuning.precision:
             resolve(self.tuning.precision, self.device)  # refuses what this device can't compute
         return LiveFeatures(
@@ -371,11 +387,9 @@ class Run:
             classes: dict[int, set[int]] = {}
             for row, image in zip(train.tolist(), self.cache.image_of[train].tolist(), strict=True):
                 classes.setdefault(image, set()).update(classes_in(row))
-            images = [self.cache.images[image] for image in classes]
-            kept = training_subset(
-                [i.id for i in images], [i.group for i in images], list(classes.values()), self.fraction,
-                self.seeds[0] if self.subset else None,
-            )  # fmt: skip
+            ids, groups = ([self.cache.images.texts[name][image] for image in classes] for name in ("id", "group"))
+            seed = self.seeds[0] if self.subset else None
+            kept = training_subset(ids, groups, list(classes.values()), self.fraction, seed)
             self.rows["train"] = rows_of(self.cache, train, np.array(list(classes), dtype=np.intp)[kept])
 
     def _trials(self) -> list[Trial]:
@@ -392,7 +406,7 @@ class Run:
 
     def _begin_at(self, head: nn.Module, folder: Path) -> None:
         """Give a head the weights of a saved one; raises ProbeError where the two are not of one kind."""
-        saved, card = load_head(folder, self.cache.recipe)
+        saved, card = load_head(folder, self.cache.recipe, whole=True)
         same = {**card["head"], "sides": None} == plain({**self.head_recipe.to_json(), "sides": None})
         if not same or getattr(saved, "assignment", None) != getattr(head, "assignment", None):  # levels follow sizes
             raise ProbeError(
@@ -629,5 +643,5 @@ class Run:
 
 def without_views(cache: Cache, rows: Rows) -> Rows:
     """Those of the rows that show an image, or a tile of one, as it is."""
-    plain = [(part := cache.rows[row].part) is None or part.view == IDENTITY for row in rows.tolist()]
+    plain = [(part := cache.rows.part_of(row)) is None or part.view == IDENTITY for row in rows.tolist()]
     return rows[np.array(plain, dtype=bool)]

@@ -4,43 +4,62 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.splits import group_pattern
 from featprobe.disk import new_folder, plain_name, read_toml
-from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, looks_like, nearest
-from featprobe.geometry import parse_size
+from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
+from featprobe.fields import Fault, letter, shown
+from featprobe.geometry import Fit, parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
 from featprobe.stages.options import read_as
 
 CONFIG = "featprobe.toml"
-ALLOWED: Mapping[str, Mapping[str, type]] = {
-    "data": {
-        "path": str,
-        "size": str,
-        "fit": str,
-        "intensity": str,
-        "format": str,
-        "images": str,
-        "masks": str,
-        "group_from": str,
-        "split_file": str,
-        "classes": list,
-        "tile": int,
-        "overlap": int,
-        "empty_tiles": float,
-        "views": str,
-        "follow_links": bool,
-    },
-    "backbones": {"model": str, "weights": str, "random_init": bool, "final_norm": bool},
-}
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """A section [data.NAME] of featprobe.toml: where a set lies, and how it is read and framed."""
+
+    path: str
+    size: str | None = None
+    fit: Fit | None = None
+    intensity: str | None = None
+    format: str | None = None
+    images: str | None = None
+    masks: str | None = None
+    group_from: str | None = None
+    split_file: str | None = None
+    classes: tuple[str, ...] = ()
+    tile: int | None = None
+    overlap: int | None = None
+    empty_tiles: float | None = None
+    views: str | None = None
+    follow_links: bool = False
+
+
+@dataclass(frozen=True)
+class BackboneEntry:
+    """A section [backbones.NAME] of featprobe.toml: timm's name of a model, and its weights."""
+
+    model: str
+    weights: str | None = None
+    random_init: bool = False
+    final_norm: bool | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """What featprobe.toml may hold; it is read as it is, once nothing is wrong with it."""
+
+    data: Mapping[str, DataEntry] = field(default_factory=dict)
+    backbones: Mapping[str, BackboneEntry] = field(default_factory=dict)
 
 
 class Workspace:
@@ -176,9 +195,22 @@ class Workspace:
             config = read_toml(path)
         except (OSError, ValueError) as error:
             raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
-        faults = _faults_in(config)
+        from featprobe.schemas import check  # pydantic takes time, and most workspaces have no such file
+
+        faults = check(Config, config)
+        places = [
+            (section, name) for section in config if isinstance(config[section], dict) for name in config[section]
+        ]
+        wanted = "it is no name of a folder. wanted: one without / and \\ and control characters, not .."
+        faults += [Fault(place, wanted) for place in places if not plain_name(place[1])]
+        sections = config.get("data")
+        for name, entry in sections.items() if isinstance(sections, dict) else ():
+            bad = {fault.place[2] for fault in faults if fault.place[:2] == ("data", name) and len(fault.place) > 2}
+            if isinstance(entry, dict):
+                own = {key: value for key, value in entry.items() if key not in bad}
+                faults += [fault.below("data", name) for fault in _senseless(own, entry)]
         if faults:
-            raise FeatprobeError("\n".join(f"{path}{fault}" for fault in faults))
+            raise FeatprobeError(letter(f"{path} can't be used. Nothing was computed.", faults, "Mend it, then go on."))
         return config
 
 
@@ -191,61 +223,18 @@ def name_of(path: Path) -> str:
     return re.sub(r"[^\w.-]+", "_", path.resolve().name)
 
 
-def _faults_in(config: Mapping[str, Any]) -> list[str]:
-    """All that is wrong in a featprobe.toml, each behind its place."""
-    faults = []
-    for section, entries in config.items():
-        if section not in ALLOWED:
-            faults.append(f": there is no section [{section}]. {nearest(section, ALLOWED)}")
-        elif not isinstance(entries, dict):
-            faults.append(f": {section} is no section. wanted: [{section}.NAME] and entries below it.")
-        else:
-            faults += [
-                f", [{section}.{name}]: {fault}"
-                for name, entry in entries.items()
-                for fault in _faults_of(section, name, entry)
-            ]
-    return faults
-
-
-def _faults_of(section: str, name: str, entry: Any) -> list[str]:
-    """What is wrong with an entry of featprobe.toml, and what is wanted; none when nothing is."""
-    if not isinstance(entry, dict):
-        return ["it is no section"]
-    if not plain_name(name):
-        return ["it is no name of a folder. wanted: one without / and \\ and control characters, not .."]
-    required, known = "path" if section == "data" else "model", ALLOWED[section]
-    close = looks_like(entry, known)
-    unknown = sorted(entry.keys() - known.keys())
-    guesses = {key: f"Did you mean {close[key]}?" if key in close else nearest(key, known) for key in unknown}
-    found = [f"unknown {key}. {guess}".rstrip(" .") for key, guess in guesses.items()]
-    found += [f"{required} is missing"] if required not in entry else []
-    of_kind = {key: value for key, value in entry.items() if key in known and is_of(value, known[key])}
-    found += [f"{key} = {value!r}" for key, value in entry.items() if key in known and key not in of_kind]
-    found += [f"{key} is an empty text" for key, value in of_kind.items() if value == ""]
-    found += [fault] if (fault := _described(entry)) else []
-    if of_kind.get("fit") not in (None, "", "resize", "letterbox"):
-        found.append(f"fit = {of_kind['fit']!r} (resize and letterbox are known)")
-        del of_kind["fit"]
-    if found:
-        wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in known.items())
-        stop = "" if found[-1].endswith("?") else "."
-        found[-1] += f"{stop} wanted: {wanted}."
-    return found + _senseless({key: value for key, value in of_kind.items() if value != ""})
-
-
 def _described(entry: Mapping[str, Any]) -> str:
     """What is wrong with the description of a set, whatever its patterns are; "" when nothing is."""
     there = [name for name in ("images", "masks") if name in entry]
     if len(there) == 1:
         return f"{there[0]} without {'masks' if there == ['images'] else 'images'}, which describe a set together"
     if there and entry.get("format", "pairs") != "pairs":
-        return f"images and masks describe a set beside format = {entry['format']!r}; omit one of the two"
+        return f"images and masks describe a set beside format = {shown(entry['format'])}; omit one of the two"
     return ""
 
 
-def _senseless(entry: Mapping[str, Any]) -> list[str]:
-    """Values of an entry that are of the right kind and make no sense."""
+def _senseless(entry: Mapping[str, Any], whole: Mapping[str, Any]) -> list[Fault]:
+    """What makes no sense in an entry whose values are of the right kind; whole: with those that are not."""
     parsers: Mapping[str, Callable[[str], object]] = {
         "size": parse_size,
         "intensity": Intensity.parse,
@@ -255,10 +244,14 @@ def _senseless(entry: Mapping[str, Any]) -> list[str]:
         "group_from": group_pattern,
     }
     faults = {key: _fault(partial(parse, entry[key])) for key, parse in parsers.items() if key in entry}
+    found = [Fault((key,), said) for key, said in faults.items() if said]
+    found += [Fault((), said)] if (said := _described(whole)) else []
     if faults.get("images") == faults.get("masks") == "":
-        faults["both"] = _fault(partial(Description.of, entry["images"], entry["masks"]))
-    faults["tile"] = _fault(partial(Tiling.of, *(entry.get(key) for key in ("tile", "overlap", "empty_tiles", "fit"))))
-    return [fault for fault in faults.values() if fault]
+        found += [Fault((), said)] if (said := _fault(partial(Description.of, entry["images"], entry["masks"]))) else []
+    cut = ("tile", "overlap", "empty_tiles", "fit")
+    if all(key in entry for key in cut if key in whole):
+        found += [Fault((), said)] if (said := _fault(partial(Tiling.of, *map(entry.get, cut)))) else []
+    return found
 
 
 def _fault(check: Callable[[], object]) -> str:
@@ -268,26 +261,6 @@ def _fault(check: Callable[[], object]) -> str:
     except DataError as error:
         return str(error)
     return ""
-
-
-def is_of(value: object, kind: type) -> bool:
-    """Whether a value of TOML is of a kind: true is no number, a whole number is a fraction too, lists are of texts."""
-    if isinstance(value, list):
-        return kind is list and all(isinstance(text, str) for text in value)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def fits(value: object, hint: Any) -> bool:
-    """Whether a value of TOML is what a field's annotation says, by the rules of `is_of`.
-
-    >>> fits(True, int), fits(1, float), fits("auto", int | Literal["auto"]), fits("400", int)
-    (False, True, True, False)
-    """
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(own) and value == own for own in get_args(hint))
-    if get_origin(hint) in (Union, UnionType):
-        return any(fits(value, own) for own in get_args(hint))
-    return isinstance(hint, type) and is_of(value, hint)
 
 
 def make_generated(

@@ -1,0 +1,123 @@
+"""What commands cost for each row of a large cache: seconds and memory.
+
+    python benchmarks/many_rows.py
+
+A set of --images pictures of 32x32 pixels with masks, and one of a tenth as many, are extracted (random weights, two
+levels). Then each command runs over both, in processes of its own, --rounds times in turn; what it costs per row is the
+difference of the medians of the two, in processor seconds and in the peak of its memory, over the difference of their
+rows. Beside it stand the whole figures of the large set. The commands are also proved to have looked at all rows.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from _bench import positive, report
+from PIL import Image
+
+SIDE = 32  # pixels
+NETWORK = ("--backbone", "tf_efficientnet_lite0", "--random-init", "--levels", "stride8,stride16")
+COMMANDS: Mapping[str, Sequence[str]] = {
+    "extract, nothing to do": ("extract", *NETWORK, "--data", "set", "--quiet"),
+    "extract --rehash": ("extract", *NETWORK, "--data", "set", "--quiet", "--rehash"),
+    "cache verify": ("cache", "verify", "--quiet"),
+    "cache ls": ("cache", "ls"),
+    "data info": ("data", "info", "set"),
+    "probe": ("probe", "--iterations", "100", "--seeds", "1", "--loss-at", "level", "--quiet"),
+    "probe --head ridge": ("probe", "--head", "ridge", "--quiet"),
+}
+ALLOWED = 4096  # bytes of memory for each row, of whichever command takes most
+THREADS = {"OMP_NUM_THREADS": "1"}  # whose own memory is not the rows'
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run of a command: seconds of the processor and by the clock, and the most bytes that it had in memory."""
+
+    cpu: float
+    wall: float
+    peak: int
+
+
+def write_set(root: Path, count: int) -> None:
+    """images/ of noise and masks/ with one square each."""
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for i in range(count):
+        top, left = rng.integers(0, SIDE - 8, 2)
+        mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
+        mask[top : top + 8, left : left + 8] = 1
+        pixels = rng.integers(0, 200, (SIDE, SIDE, 3), dtype=np.uint8) + 50 * mask[:, :, None]
+        Image.fromarray(pixels).save(root / "images" / f"part{i:06}.png", compress_level=1)
+        Image.fromarray(mask).save(root / "masks" / f"part{i:06}.png", compress_level=1)
+
+
+def run(workspace: Path, words: Sequence[str]) -> tuple[Cost, str]:
+    """Run a command in a workspace; what it cost, and what it printed. Raises RuntimeError when it fails."""
+    command = [sys.executable, "-m", "featprobe", *words]
+    with tempfile.TemporaryFile("w+") as out:
+        begun = time.perf_counter()
+        process = subprocess.Popen(command, cwd=workspace, stdout=out, stderr=out, env={**os.environ, **THREADS})
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - begun
+        out.seek(0)
+        printed = out.read()
+    if status:
+        raise RuntimeError(f"featprobe {' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}:\n{printed}")
+    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * 1024), printed
+
+
+def make_workspace(root: Path, count: int) -> None:
+    """A set and its cache."""
+    write_set(root / "set", count)
+    _, printed = run(root, ["extract", *NETWORK, "--data", "set", "--quiet", "--batch-size", "64"])
+    if f"{count} of {count} images computed" not in printed:
+        raise RuntimeError(printed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=positive, default=20_000)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--folder", type=Path, help="where to write")
+    options = parser.parse_args()
+    few, many = options.images // 10, options.images
+    costs: dict[tuple[str, int], list[Cost]] = {(name, count): [] for name in COMMANDS for count in (few, many)}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for count in (few, many):
+            make_workspace(Path(folder) / str(count), count)
+        for _ in range(options.rounds):
+            for name, count in costs:
+                cost, printed = run(Path(folder) / str(count), COMMANDS[name])
+                costs[name, count].append(cost)
+                if name in ("extract --rehash", "cache ls") and str(count) not in printed:
+                    raise RuntimeError(f"{name} says nothing of {count} rows:\n{printed}")
+    rows, per_row = [], {}
+    for name in COMMANDS:
+        cpu, wall, peak = (
+            {count: float(np.median([getattr(c, what) for c in costs[name, count]])) for count in (few, many)}
+            for what in ("cpu", "wall", "peak")
+        )
+        per_row[name] = (peak[many] - peak[few]) / (many - few)
+        rows.append({
+            "command": name,
+            "CPU s": f"{cpu[many]:.1f}",
+            "clock s": f"{wall[many]:.1f}",
+            "peak MB": f"{peak[many] / 1e6:.0f}",
+            "us per row": f"{(cpu[many] - cpu[few]) / (many - few) * 1e6:.0f}",
+            "bytes per row": f"{per_row[name]:.0f}",
+        })  # fmt: skip
+    report("many_rows", ALLOWED / max(per_row.values()), 1.0, rows, images=many, rounds=options.rounds,
+           bytes_per_row=per_row)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

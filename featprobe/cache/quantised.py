@@ -1,0 +1,128 @@
+"""int8: a channel of a row as one byte a value, with the two numbers that lead back to fp16.
+
+    value = zero + scale * code          zero: the channel's smallest value, scale: its range / 255, both float32
+
+Codes are made of the fp16 that the cache would hold else, so that an int8 cache is a function of the fp16 cache. The
+range is the channel's whole range, and nothing is clipped: on inspection images the rare large values are the defects.
+A scale has 16 significant bits at most, and is rounded up to them. So its product with a code is exact in float32, and
+every device reads the same fp16, whether it multiplies and adds in one step or in two.
+"""
+
+import threading
+from collections.abc import Mapping
+
+import torch
+
+SCALES = "scales/"
+"""Before a level's name: its scales and zeros, in the tables of a cache and in what reading brings."""
+TORCH_DTYPE: Mapping[str, torch.dtype] = {
+    "fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16,
+}  # fmt: skip
+"""Number format of features as heads are fed them, by that of their cache."""
+TABLE_DTYPE = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.bfloat16, "u1": torch.uint8}
+"""Number format of what a table of features or scales holds, by what the file calls it."""
+CODES = 255  # steps from a channel's smallest value to its largest
+BLOCK = 1 << 18  # values, for each thread, that are decoded at once: what a core's own cache holds
+TINY = 2.0**24  # 1 / the smallest fp16 > 0: a code is the bits of so many times that value
+_FACTORS = torch.tensor([TINY, 1.0])  # of scale and zero
+
+
+def quantise(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, (rows, channels, height, width), uint8, and scales, (rows, channels, 2), float32: scale and zero.
+
+    m: (rows, channels, height, width), in any order in memory; every value finite in fp16 (so at most 65504 in size).
+    Both results lie in memory as their shapes say. A flat channel has scale 0 and is exact. Any other value is
+    at most half a scale from what its code stands for.
+
+    >>> codes, scales = quantise(torch.tensor([[[[-1.0, 0.0, 1.0, 4.1]]]]))
+    >>> codes.flatten().tolist()
+    [0, 50, 100, 255]
+    """
+    x = m.half().float().contiguous()
+    low = x.amin((2, 3), keepdim=True) + 0.0  # -0 becomes 0: which of the two is the smallest is up to the device
+    scale = _rounded_up((x.amax((2, 3), keepdim=True) - low) / CODES)
+    codes = x.sub_(low).div_(torch.where(scale > 0, scale, 1.0)).round_().to(torch.uint8)
+    return codes, torch.stack([scale, low], dim=-1).flatten(1, 3)
+
+
+def coded(maps: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Maps of all levels as a cache of int8 keeps them: codes under a level's name, scales behind SCALES."""
+    found: dict[str, torch.Tensor] = {}
+    for name, m in maps.items():
+        found[name], found[SCALES + name] = quantise(m)
+    return found
+
+
+def as_read(maps: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """Maps of all levels, finite in TORCH_DTYPE, as they come back from a cache of this dtype."""
+    read = {name: m.to(TORCH_DTYPE[dtype]) for name, m in maps.items()}
+    return {name: decode(*quantise(m)) for name, m in read.items()} if dtype == "int8" else read
+
+
+def _rounded_up(scale: torch.Tensor) -> torch.Tensor:
+    """The next float32 >= scale >= 0 of 16 significant bits."""
+    return ((scale.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The fp16 values of codes: (rows, channels, height, width), in `out` where it is given.
+
+    codes: of the same shape, uint8; scales: (rows, channels, 2), float32; all contiguous.
+    """
+    out = torch.empty(codes.shape, dtype=torch.float16, device=codes.device) if out is None else out
+    if codes.device.type == "cpu":
+        _decode_in_blocks(codes, scales, out)
+    else:
+        _decode_at_once(codes, scales, out)
+    return out
+
+
+def _decode_at_once(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """One operation, as a GPU wants."""
+    scale, zero = scales[..., None, None].unbind(2)
+    torch.addcmul(zero, codes, scale, out=out)
+
+
+class _Scratch(threading.local):
+    """Memory of a thread that decodes. It is kept: making it anew for each block would cost as much as decoding one."""
+
+    def __init__(self) -> None:
+        self.wide = torch.empty(0, dtype=torch.int16)
+        self.mean, self.variance, self.unused = torch.zeros(0), torch.ones(0), torch.empty(0)
+
+    def of(self, channels: int, cells: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(1, channels, cells), int16, of any values; (channels,) zeros; (channels,) ones."""
+        if self.wide.numel() < channels * cells:
+            self.wide = torch.empty(channels * cells, dtype=torch.int16)
+        if len(self.mean) < channels:
+            self.mean, self.variance = torch.zeros(channels), torch.ones(channels)
+        return self.wide[: channels * cells].view(1, channels, cells), self.mean[:channels], self.variance[:channels]
+
+
+_scratch = _Scratch()
+
+
+def _decode_in_blocks(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Pieces that fit a CPU's caches.
+
+    A code, widened to 16 bits, is an fp16 number of its own: code / TINY. Batch norm that subtracts nothing and divides
+    by one is the operation of torch that takes fp16 and, for each channel, a float32 factor and summand, in one pass.
+    """
+    if not codes.numel():
+        return
+    channels = scales.shape[0] * scales.shape[1]
+    source, target = codes.view(1, channels, -1), out.view(1, channels, -1)
+    factor, summand = (scales.view(channels, 2) * _FACTORS).t().contiguous()
+    cells = source.shape[2]
+    step = min(channels, max(1, BLOCK * torch.get_num_threads() // cells))
+    wide, mean, variance = _scratch.of(step, cells)
+    half, unused = wide.view(torch.float16), _scratch.unused
+    parts = (source.split(step, 1), target.split(step, 1), factor.split(step), summand.split(step))
+    for few, values, own_factor, own_summand in zip(*parts, strict=True):
+        if len(own_factor) < step:  # the last ones
+            wide, mean, variance = _scratch.of(len(own_factor), cells)
+            half = wide.view(torch.float16)
+        wide.copy_(few)
+        torch.native_batch_norm(
+            half, own_factor, own_summand, mean, variance, False, 0.0, 0.0, out=(values, unused, unused)
+        )

@@ -1,0 +1,182 @@
+"""Values as JSON and TOML hold them, against the annotations of dataclasses; faults are named by the path to them.
+
+It needs the standard library alone, so that what looks at caches starts fast; `schemas` checks whole files.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from featprobe.errors import FieldError, looks_like, nearest
+
+T = TypeVar("T")
+Place = tuple[str | int, ...]
+"""Keys of tables and places in lists that lead to a value, from the outermost."""
+MOST_SHOWN = 60  # characters of a value in a message
+MOST_NAMED = 24  # known names in a message
+MISSING_FIELD = "it is missing"
+LARGEST = 2**63 - 1  # of a whole number
+NAMES: Mapping[Any, str] = {
+    str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A value that is not as it has to be. place: where it stands. said: what is wrong with it.
+
+    >>> print(wrong(("train", "linear", "lr", 1), "a number", "fast"))
+    train.linear.lr[1]: wanted a number, found "fast"
+    """
+
+    place: Place
+    said: str
+
+    def below(self, *outer: str | int) -> "Fault":
+        """The same fault of a value that is itself part of another one."""
+        return Fault((*outer, *self.place), self.said)
+
+    def __str__(self) -> str:
+        said = self.said.replace("\n", "\n    ")
+        return f"{path_text(self.place)}: {said}" if self.place else said
+
+
+def path_text(place: Place) -> str:
+    """Where a value stands, as people write it.
+
+    >>> path_text(("data", "x y", "classes", 0))
+    'data."x y".classes[0]'
+    """
+    text = ""
+    for step in place:
+        key = step if isinstance(step, str) and re.fullmatch(r"[\w-]+", step) else shown(step)
+        text += f"[{step}]" if isinstance(step, int) else f".{key}" if text else key
+    return text
+
+
+def shown(value: object) -> str:
+    """A value as JSON has it, short, on one line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=lambda own: f"{type(own).__name__} {own}")
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists within lists without end
+        text = f"what can't be shown ({type(value).__name__})"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
+
+
+def wrong(place: Place, wanted: str, found: object) -> Fault:
+    """A value of another kind than is wanted, or out of its limits."""
+    return Fault(place, f"wanted {wanted}, found {shown(found)}")
+
+
+def unknown(place: Place, known: Sequence[str], beside: Sequence[str] = ()) -> Fault:
+    """A key that does not exist, with the known one that looks like it. beside: the other keys there."""
+    key = str(place[-1])
+    close = looks_like([key, *beside], known).get(key)
+    guess = f"Did you mean {close}?" if close else nearest(key, known)
+    if "Known:" not in guess and len(known) <= MOST_NAMED:
+        guess += f" Known: {', '.join(sorted(known))}."
+    return Fault(place, f"unknown. {guess.strip()}")
+
+
+def letter(what: str, faults: Sequence[Fault], to_do: str = "") -> str:
+    """All faults of one file as an error's text."""
+    return "\n".join([what, *(f"  {fault}" for fault in dict.fromkeys(faults)), *([to_do] if to_do else [])])
+
+
+def limits(checks: Mapping[str, tuple[bool, str, object]]) -> list[Fault]:
+    """Faults of fields out of their limits; checks: field -> (whether it holds, what is wanted, what was found)."""
+    return [wrong((name,), wanted, found) for name, (holds, wanted, found) in checks.items() if not holds]
+
+
+def misfits(value: object, wanted: Any, place: Place = ()) -> list[Fault]:
+    """What of a value is not as an annotation says.
+
+    Types are exact: true is no number, 2.0 and "2" are no whole numbers; a whole number is a number too. Numbers are
+    finite. A dataclass is a table of its fields, without others.
+
+    >>> [str(fault) for fault in misfits([1, 2.5, True], tuple[int, ...])]
+    ['[1]: wanted a whole number, found 2.5', '[2]: wanted a whole number, found true']
+    """
+    if wanted is Any:
+        return []
+    if isinstance(wanted, type) and is_dataclass(wanted):
+        return _misfits_of_table(value, wanted, place)
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        alike = any(type(value) is type(own) and value == own for own in parts)
+        return [] if alike else [wrong(place, _listed(list(map(str, parts))), value)]
+    if origin in (Union, UnionType):
+        others = [part for part in parts if part is not type(None)]
+        if len(others) == 1 and value is not None:
+            return misfits(value, others[0], place)
+        fits = any(not misfits(value, part) for part in parts)
+        return [] if fits else [wrong(place, _listed([NAMES.get(part, "a table or a list") for part in parts]), value)]
+    if origin is tuple:
+        return _misfits_of_list(value, parts, place)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            return [wrong(place, "a table", value)]
+        return [fault for key, own in value.items() for fault in misfits(own, parts[1], (*place, str(key)))]
+    alike = type(value) is wanted or (wanted is float and type(value) is int)
+    if alike and isinstance(value, (int, float)) and not (-LARGEST <= value <= LARGEST or isinstance(value, float)):
+        return [wrong(place, f"a number of at most {LARGEST}", value)]
+    if alike and isinstance(value, float) and not math.isfinite(value):
+        return [wrong(place, "a finite number", value)]
+    return [] if alike else [wrong(place, NAMES[wanted], value)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as in `a, b or c`."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _misfits_of_table(value: object, wanted: type, place: Place) -> list[Fault]:
+    if not isinstance(value, Mapping):
+        return [wrong(place, "a table", value)]
+    hints = get_type_hints(wanted)
+    faults = [unknown((*place, str(key)), list(hints), list(map(str, value))) for key in value if key not in hints]
+    needed = [own.name for own in fields(wanted) if own.default is MISSING and own.default_factory is MISSING]
+    faults += [Fault((*place, name), MISSING_FIELD) for name in needed if name not in value]
+    for name, hint in hints.items():
+        faults += misfits(value[name], hint, (*place, name)) if name in value else []
+    return faults
+
+
+def _misfits_of_list(value: object, parts: Sequence[Any], place: Place) -> list[Fault]:
+    if not isinstance(value, (list, tuple)):
+        return [wrong(place, "a list", value)]
+    if parts[-1] is ...:
+        return [fault for i, own in enumerate(value) for fault in misfits(own, parts[0], (*place, i))]
+    if len(value) != len(parts):
+        return [wrong(place, f"a list of {len(parts)}", value)]
+    return [fault for i, own in enumerate(value) for fault in misfits(own, parts[i], (*place, i))]
+
+
+def made(kind: type[T], data: object, called: str) -> T:
+    """A dataclass from the table that JSON holds of it; raises FieldError that names every field that is wrong.
+
+    Where the dataclass has a method `faults`, these are the limits of its values. called: what it is, for people.
+    """
+    faults = misfits(data, kind)
+    if not faults:
+        value: T = _built(kind, data)
+        faults = value.faults() if hasattr(value, "faults") else []
+    if faults:
+        raise FieldError(letter(f"{called} has wrong fields.", faults), faults)
+    return value
+
+
+def _built(wanted: Any, data: Any) -> Any:
+    """A value that fits an annotation, with lists as tuples and tables as dataclasses."""
+    if is_dataclass(wanted) and isinstance(wanted, type):
+        hints = get_type_hints(wanted)
+        return wanted(**{name: _built(hints[name], own) for name, own in data.items()})
+    if isinstance(data, (list, tuple)):
+        part = next(iter(get_args(wanted)), None)
+        return tuple(_built(part if is_dataclass(part) else None, own) for own in data)
+    return data

@@ -1,0 +1,102 @@
+"""Cards of saved heads as typed values (probes/README.md): what keeps one from being used."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from featprobe.errors import FieldError
+from featprobe.fields import MISSING_FIELD, Fault, wrong
+from featprobe.levels import FeatureLevel
+from featprobe.probes.heads import HeadRecipe
+from featprobe.probes.rows import result_faults
+from featprobe.schemas import check
+from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
+
+WHOLE = ("features", "backbone", "data", "result", "curve", "versions")
+"""What the card of a head that featprobe trained holds beside what loading the head needs."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What features must agree in with those that a head was trained on."""
+
+    backbone: str
+    weights_sha256: str
+    levels: tuple[FeatureLevel, ...]
+    final_norm: bool
+    channels: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    intensity: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a validation curve; loss: None where it was not finite."""
+
+    iteration: int
+    loss: float | None
+    scores: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """What a card says of a file beside it."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """The frame of a card; head, features, backbone, data and result are checked as what they are."""
+
+    format: str
+    version: int
+    head: Mapping[str, Any]
+    fingerprint: Fingerprint
+    head_sha256: str
+    features: Mapping[str, Any] | None = None
+    backbone: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None
+    result: Mapping[str, Any] | None = None
+    read_as: Mapping[str, str] = field(default_factory=dict)
+    curve: tuple[Point, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, SavedFile] = field(default_factory=dict)
+
+
+PARTS: Mapping[str, tuple[Any, Callable[[Any], object]]] = {
+    "head": (HeadRecipe, HeadRecipe.from_json),
+    "features": (FeatureRecipe, FeatureRecipe.from_json),
+    "backbone": (BackboneSpec, BackboneSpec.from_json),
+    "data": (DataInfo, DataInfo.from_json),
+}
+
+
+def card_faults(card: Mapping[str, Any], *, whole: bool = False) -> list[Fault]:
+    """Fields of a card that are of wrong types, out of their limits, or at odds with each other.
+
+    Fields that are not known here are ignored, as a newer featprobe may write them. whole: nothing of WHOLE may be
+    missing; `backbone` may be null.
+    """
+    faults = check(Card, card, closed=False, empty_texts=True)
+    faults += [Fault((name,), MISSING_FIELD) for name in WHOLE if whole and name not in card]
+    for name, (kind, parse) in PARTS.items():
+        own = card.get(name)
+        if not isinstance(own, Mapping):
+            if own is None and name in card and name != "backbone":
+                faults.append(wrong((name,), "a table", None))
+            continue
+        try:
+            parse({key: value for key, value in own.items() if key in {known.name for known in fields(kind)}})
+        except FieldError as error:
+            faults += [fault.below(name) for fault in error.faults]
+    if isinstance(card.get("result"), Mapping):
+        faults += [fault.below("result") for fault in result_faults(card["result"])]
+    features = card.get("features")
+    if not faults and features is not None:
+        for name in (known.name for known in fields(Fingerprint)):
+            if card["fingerprint"][name] != features.get(name, card["fingerprint"][name]):
+                faults.append(wrong(("fingerprint", name), "what features say", card["fingerprint"][name]))
+    return list(dict.fromkeys(faults))

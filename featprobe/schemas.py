@@ -1,0 +1,144 @@
+"""Files that people and colleagues write, against typed schemas: the annotations of dataclasses, read by pydantic.
+
+The door to pydantic. Types are exact, as in `fields.misfits`; what `Field` says of a value holds too.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field as Field
+
+from featprobe.errors import nearest
+from featprobe.fields import MISSING_FIELD, NAMES, Fault, Place, unknown, wrong
+
+WANTED: Mapping[str, str] = {
+    "string_type": NAMES[str],
+    "string_too_short": "a text that is not empty",
+    "bool_type": NAMES[bool],
+    "float_type": NAMES[float],
+    "finite_number": "a finite number",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "mapping_type": "a table",
+    "dataclass_type": "a table",
+    "none_required": "null",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "literal_error": "{expected}",
+}
+"""What is wanted where pydantic finds an error of a kind; of whole numbers there are several kinds."""
+
+
+def check(kind: type, data: object, *, closed: bool = True, empty_texts: bool = False) -> list[Fault]:
+    """What of a value, as TOML or JSON hold it, is not as a dataclass says.
+
+    closed: a key that no field is called by is a fault; else it is ignored. empty_texts: whether a text may be empty.
+    """
+    try:
+        text = json.dumps([data], ensure_ascii=False, default=lambda other: [[]])  # a date of TOML is no text
+        _adapter(kind, closed, empty_texts).validate_json(text.encode(errors="replace"))
+    except ValidationError as error:
+        return _faults(kind, data, error.errors(include_url=False))
+    except (ValueError, RecursionError):
+        return [Fault((), "it holds a number of thousands of digits, or lists within lists without end")]
+    return []
+
+
+@cache
+def _adapter(kind: type, closed: bool, empty_texts: bool) -> TypeAdapter[Any]:
+    settings = ConfigDict(
+        strict=True,
+        extra="forbid" if closed else "ignore",
+        str_min_length=0 if empty_texts else 1,
+        allow_inf_nan=False,
+    )
+    whole: Any = tuple.__class_getitem__(kind)
+    return TypeAdapter(whole, config=settings)  # settings go down from a tuple, and from no dataclass
+
+
+def _faults(kind: type, data: object, errors: list[Any]) -> list[Fault]:
+    """pydantic's errors, those of one value as one fault."""
+    found: dict[Place, list[Any]] = {}
+    for error in errors:
+        place = _place(data, error["loc"][1:], error["type"])
+        own = _at(data, place)
+        enough = error.get("ctx", {}).get("min_length", 0)
+        if not (error["type"] == "too_short" and isinstance(own, list) and len(own) >= enough):
+            found.setdefault(place, []).append(error)  # pydantic does not count entries that are wrong
+    return [_fault(kind, data, place, own) for place, own in found.items()]
+
+
+def _place(data: object, steps: Place, error: str) -> Place:
+    """The steps of an error that lead to a value, without those that name a part of an annotation."""
+    value: Any = data
+    for i, step in enumerate(steps):
+        inside = step in value if isinstance(value, dict) else isinstance(value, list) and isinstance(step, int)
+        if not inside:
+            return steps[: i + (error == "missing")]
+        value = value[step]
+    return steps
+
+
+def _fault(kind: type, data: object, place: Place, errors: list[Any]) -> Fault:
+    if errors[0]["type"] == "missing":
+        return Fault(place, MISSING_FIELD)
+    if errors[0]["type"] == "unexpected_keyword_argument":
+        beside: Any = _at(data, place[:-1])
+        return unknown(place, _known(kind, place[:-1]), list(beside))
+    value = _at(data, place)
+    if not isinstance(value, (str, int, float, list, dict, type(None))):
+        return wrong(place, "no date or time", value)
+    wanted = " or ".join(dict.fromkeys(_wanted(error) for error in errors))
+    names = [
+        name for error in errors if error["type"] == "literal_error" for name in re.split(", | or ", _wanted(error))
+    ]
+    guess = nearest(value, names).partition(" Known:")[0] if isinstance(value, str) and names else ""
+    fault = wrong(place, wanted, value)
+    return Fault(place, f"{fault.said}. {guess}") if guess.startswith("Did") else fault
+
+
+def _wanted(error: Any) -> str:
+    if error["type"].startswith("int_"):
+        return NAMES[int]
+    context = {
+        name: str(own).replace("'", "") if name == "expected" else own for name, own in error.get("ctx", {}).items()
+    }
+    return WANTED.get(error["type"], error["msg"]).format(**context)
+
+
+def _at(data: object, place: Place) -> object:
+    """The value at a place; None where there is none."""
+    value: Any = data
+    for step in place:
+        inside = isinstance(value, list) or (isinstance(value, dict) and step in value)
+        value = value[step] if inside else None
+    return value
+
+
+def _known(kind: Any, place: Place) -> list[str]:
+    """Names of the fields of the dataclass that stands at a place within another one."""
+    if get_origin(kind) is Annotated:
+        return _known(get_args(kind)[0], place)
+    if is_dataclass(kind):
+        if not place:
+            return [own.name for own in fields(kind)]
+        return _known(get_type_hints(kind)[str(place[0])], place[1:])
+    inner = [part for part in get_args(kind) if part not in (str, type(None), ...)]
+    return _known(inner[0], place if type(None) in get_args(kind) else place[1:]) if inner else []
+
+
+def json_schema(kind: type) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of files that `check` finds no fault in, closed and without empty texts."""
+    whole = _adapter(kind, True, False).json_schema()
+    parts = whole["$defs"]
+    own = parts.pop(whole["prefixItems"][0]["$ref"].rpartition("/")[2])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **own, "$defs": parts}
