@@ -1,6 +1,5 @@
 """TIFF: files of one image, and pages of a stack (see datasets.pages)."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from featprobe.datasets.pixels import (
     without_alpha,
     without_empty,
 )
+from featprobe.disk import parse_json
 from featprobe.errors import DataError
 from featprobe.pictures import MAX_PIXELS, check_claim, check_held, too_large
 from featprobe.targets import IGNORE
@@ -268,7 +268,7 @@ def _check_planes(path: Path, page: Any, plane: int, behind_one: bool) -> None:
     """
     _check_segments(path, page)
     shaped = page.shaped_description or ""
-    hidden = '"truncated": true' in shaped and math.prod(json.loads(shaped)["shape"]) > page.size
+    hidden = '"truncated": true' in shaped and math.prod(parse_json(shaped)["shape"]) > page.size
     planes = page.tags.get(STK_PLANES)
     if hidden or (planes is not None and planes.count > 1) or (behind_one and not page.is_contiguous):
         raise DataError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from featprobe.datasets.files import below, files_below, kept_below, own_table, read_text, start_of
+from featprobe.datasets.files import below, files_below, kept_below, leads_out, own_table, read_text, start_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.names import visible
 from featprobe.datasets.objects import Tally, box_instance, check_classes, partly, polygon_instance
@@ -57,7 +57,7 @@ def find_yolo(root: Path) -> Path | None:
         return None
     found = [path for path in visible(root, root.iterdir()) if path.suffix in (".yaml", ".yml") and path.is_file()]
     found.sort(key=lambda path: path.stem not in ("data", "dataset"))
-    return next((path for path in found if not path.is_symlink() and _names_a_set(path)), None)
+    return next((path for path in found if not leads_out(root, path) and _names_a_set(path)), None)
 
 
 def read_yolo(name: str, root: Path) -> DataSet:
