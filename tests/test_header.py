@@ -29,6 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featprobe.cache import RowLocks, create_file, open_cache, read_contents, read_states
+from featprobe.cache import rows as row_module
 from featprobe.cache.contents import LABELS
 from featprobe.cache.header import FIXED, LEAST_BLOCK
 from featprobe.errors import CacheError
@@ -418,6 +419,16 @@ def test_reading_enters_neither_hdf5_nor_looking_after_caches_torch(path: Path, 
     assert done.returncode == 0, done.stderr
     heavy = [line for line in done.stdout.splitlines() if " HEAVY " in line]
     assert heavy == [f"{name} HEAVY []" for name in ("ls", "info", "verify", "rm")]
+
+
+def test_labels_read_in_pieces_are_those_of_each_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, counts = opened(path).rows, []
+    for piece in (1, 60, 1 << 22):
+        monkeypatch.setattr(row_module, "PIECE", piece)
+        for kind in ("semantic", "instances"):
+            assert list(rows.targets[kind].each()) == [getattr(row, kind) for row in rows]
+            counts.append(sum(map(len, rows.targets[kind].each())))
+    assert all(counts)
 
 
 def test_rows_are_made_one_by_one_and_columns_need_no_labels(path: Path) -> None:
