@@ -177,7 +177,7 @@ def json_bytes(start: bytes) -> int:
 
 def parse_json(data: bytes, most: int, what: str) -> Any:
     """JSON of no more than so many values, which bounds the memory that it takes. Raises FormatFault."""
-    count = sum(data.count(mark) for mark in b"[{,")
+    count = len(data) - len(data.translate(None, b"[{,"))
     if count > most:
         raise FormatFault(f"at most {most} values in {what}", str(count))
     try:

@@ -24,4 +24,4 @@ def spec_of(cache: Cache) -> BackboneSpec:
     values = cache.contents.provenance.get("backbone")
     if values is None:
         raise ProbeError(f"{cache.path} does not say where its backbone comes from. Extract it again.")
-    return BackboneSpec(**{**values, "arguments": tuple(values["arguments"])})
+    return BackboneSpec(**{**values, "arguments": tuple(values.get("arguments", ()))})
