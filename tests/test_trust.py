@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import PoolingBackbone, extract
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -27,11 +28,14 @@ from featprobe.datasets import pages, read_data
 from featprobe.datasets.split_file import read_split_file, write_split_file
 from featprobe.disk import below, open_regular, parse_json, plain_name, read_toml
 from featprobe.errors import BackboneError, DataError, DiskError, FeatprobeError, FileKindError
+from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import append_row, read_rows
 from featprobe.report.tables import csv_text
 from featprobe.stages import cluster
 from featprobe.stages.data import summarise
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.probe import probe
+from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import (
     Instance,
     decode_instances,
@@ -214,6 +218,22 @@ def test_packed_weights_are_refused_before_they_are_unpacked(tmp_path: Path) -> 
                 packed.writestr(name, plain.read(name))
     with pytest.raises(BackboneError, match="claim to be"):
         read_weights(tmp_path / "packed.pth")
+
+
+def test_a_sheet_shows_no_image_but_those_that_the_cache_was_made_from(tmp_path: Path) -> None:
+    """A cache of others may name any file as its image."""
+    workspace = Workspace(tmp_path)
+    data = make_generated("surface", workspace.data / "surface", images=12, size=(64, 64))
+    extract(tmp_path, data, PoolingBackbone())
+    recipe = TrainRecipe(iterations=2, batch_size=4, evaluations=1)
+    options = ProbeOptions(recipe=recipe, seeds=1, show=2, quiet=True)
+    assert len(probe(workspace, options=options).sheets) == 1
+    for path in (data / "images").iterdir():
+        Image.fromarray(np.full((64, 64, 3), 77, np.uint8)).save(path)
+    shutil.rmtree(workspace.probes)
+    again = probe(workspace, options=options)
+    assert not again.sheets and any("is not the image" in note for note in again.notes)
+    assert not list(workspace.probes.rglob("sheet.png"))
 
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -109,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
+    sys.excepthook = lambda *raised: echo("".join(traceback.format_exception(*raised)), err=True)
     plain = warnings.formatwarning
     warnings.formatwarning = lambda *told, **more: printable(
         plain(*told, **more)
