@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import PoolingBackbone, extract
+from helpers import PoolingBackbone, extract, recipe_of
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -27,12 +28,13 @@ from featprobe.backbones.weights import read_weights
 from featprobe.datasets import pages, read_data
 from featprobe.datasets.split_file import read_split_file, write_split_file
 from featprobe.disk import below, open_regular, parse_json, plain_name, read_toml
-from featprobe.errors import BackboneError, DataError, DiskError, FeatprobeError, FileKindError
+from featprobe.errors import BackboneError, CacheError, DataError, DiskError, FeatprobeError, FileKindError
 from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import append_row, read_rows
 from featprobe.report.tables import csv_text
 from featprobe.stages import cluster
 from featprobe.stages.data import summarise
+from featprobe.stages.precision import cache_path
 from featprobe.stages.probe import probe
 from featprobe.stages.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace, make_generated
@@ -108,6 +110,13 @@ def test_paths_stay_below_their_folder(tmp_path: Path) -> None:
     assert below(tmp_path / "in", "a/b", "a row") == tmp_path / "in" / "a" / "b"
     for name in ("", ".", "..", "a/b", "a\\b", "a\nb", "a\x9bb", "x" * 201):
         assert not plain_name(name)
+
+
+def test_no_cache_is_called_by_a_name_that_leads_out(tmp_path: Path) -> None:
+    for label in ("../../x", "/x", "a/b", "..", "\x1b"):
+        with pytest.raises(CacheError, match="can't be called"):
+            cache_path(tmp_path, replace(recipe_of(), label=label))
+    assert cache_path(tmp_path, recipe_of()).parent == tmp_path
 
 
 def test_no_pipe_is_waited_for_and_no_link_is_written_through(tmp_path: Path) -> None:
