@@ -160,9 +160,11 @@ def test_bad_lines_of_rows_lose_only_themselves(tmp_path: Path) -> None:
 @given(MASKS)
 def test_run_lengths_are_those_that_were_encoded(mask: list[list[bool]]) -> None:
     drawn = np.array(mask).T  # (height, width)
-    runs = run_lengths(str(encode_rle(drawn)["counts"]))
-    assert runs is not None and runs.sum() == drawn.size
-    assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs), drawn.T.ravel())
+    others = [np.eye(3, dtype=bool), drawn, ~drawn, drawn]
+    found = run_lengths([str(encode_rle(one)["counts"]) for one in others])
+    assert found is not None
+    for runs, one in zip(np.split(found[0], found[1][1:]), others, strict=True):
+        assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs), one.T.ravel())
 
 
 @given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30), st.integers(1, 40))
