@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test attack clean
 
 demo: .venv/.installed
 	$(BIN)/featprobe demo
@@ -12,6 +12,15 @@ test: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Hours on 2 cores; each command prints JSON, and ends with another code than 0 where it finds something.
+attack: .venv/.installed
+	$(BIN)/python benchmarks/attack/cache_fuzz.py --version 3 --trials 20000
+	$(BIN)/python benchmarks/attack/cache_fuzz.py --version 2 --trials 2000
+	$(BIN)/python benchmarks/attack/cache_fuzz.py --version 1 --trials 2000
+	$(BIN)/python benchmarks/attack/hostile.py
+	$(BIN)/python benchmarks/power_loss.py --states 1500
+	$(BIN)/python benchmarks/attack/many_writers.py
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -12,6 +12,7 @@ imports numpy. The ratio is the least of wanted over measured: 0.5 s, 100 bytes 
 import argparse
 import gc
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,13 @@ def reading_parts(path: Path) -> Callable[[], object]:
     return read
 
 
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Seconds of the processor that a piece of work takes, here and in processes that it waits for."""
+    begun = os.times()
+    work()
+    return sum(os.times()[:4]) - sum(begun[:4])
+
+
 def kept_bytes(path: Path) -> float:
     """Bytes of memory that an open cache keeps for each row, beside the characters of its texts."""
     gc.collect()
@@ -114,11 +122,13 @@ def main() -> None:
             timings = interleave(arms, options.rounds)
             own = {"seconds": timings.median("open"), "bytes_per_row": kept_bytes(path)}
             own["over_read"] = timings.ratio("open", "read")
+            own["cpu_seconds"] = cpu_seconds(lambda p=path: open_cache(p))
             figures |= {f"{kind}_{name}": value for name, value in own.items()}
             table.append(
                 {
                     "what": f"{options.rows} {kind}",
                     "seconds": f"{own['seconds']:.3f}",
+                    "CPU": f"{own['cpu_seconds']:.2f}",
                     "wanted": f"{SECONDS}",
                     "bytes/row": f"{own['bytes_per_row']:.0f}",
                     "beside": f"{own['over_read']:.1f} x reading and hashing",
@@ -128,11 +138,13 @@ def main() -> None:
             make(folder / "ws" / "cache" / "parts-000000" / f"some-{i:08}.h5", 500, tiles=False)
         ls = command(LS, "--workspace", str(folder / "ws"), "cache", "ls")
         timings = interleave({"ls": timed(ls), "numpy": timed(command("import numpy"))}, options.rounds)
+        figures["list_cpu_seconds"] = cpu_seconds(ls)
     figures |= {"list_seconds": timings.median("ls"), "list_over_numpy": timings.ratio("ls", "numpy")}
     table.append(
         {
             "what": f"ls of {CACHES} caches",
             "seconds": f"{figures['list_seconds']:.3f}",
+            "CPU": f"{figures['list_cpu_seconds']:.2f}",
             "wanted": f"{LIST_SECONDS}",
             "bytes/row": "",
             "beside": f"{figures['list_over_numpy']:.1f} x importing numpy",

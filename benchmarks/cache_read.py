@@ -35,7 +35,7 @@ from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.probes import LinearHead, TrainRecipe, level_loss, train
-from featprobe.specs import DataInfo, FeatureRecipe
+from featprobe.specs import CacheDtype, DataInfo, FeatureRecipe
 
 LEVELS = tuple(FeatureLevel(f"stride{stride}", 24 * stride, stride) for stride in (4, 8, 16, 32))  # ConvNeXt-T's
 FRAME = (512, 512)
@@ -52,12 +52,12 @@ Read = Callable[[Rows, Maps], None]
 """Copies rows, in the order given, into buffers of level name -> (rows, row bytes)."""
 
 
-def make_empty(path: Path, count: int) -> None:
+def make_empty(path: Path, count: int, dtype: CacheDtype = "fp16") -> None:
     """A cache whose rows are all missing."""
     recipe = FeatureRecipe(
         label="random", backbone="random", weights_sha256="0" * 64, levels=LEVELS, final_norm=False, size=FRAME,
         frame=FRAME, fit="resize", intensity="none", window=None, mean=(0.5,) * 3, std=(0.5,) * 3,
-        interpolation="bicubic", dtype="fp16",
+        interpolation="bicubic", dtype=dtype,
     )  # fmt: skip
     place = Placement(FRAME, FRAME, FRAME)
     rows = [Row(f"{i}.png", f"{i}", "train", f"images/{i}.png", f"{i:032}", place) for i in range(count)]

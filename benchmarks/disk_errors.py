@@ -35,8 +35,8 @@ def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], cha
     if len(ran.writes) <= fault.at:
         return ["not met"]
     found = []
-    ended = ran.code in (0, 3) and "Traceback" not in ran.err
-    if not ran.refused and not (ended and (SPARED in ran.writes[fault.at] or bench.result() == whole)):
+    completed = ran.code in (0, 3) and not ran.refused and "Traceback" not in ran.err
+    if not ran.refused and not (completed and (SPARED in ran.writes[fault.at] or bench.result() == whole)):
         found.append(f"exit code {ran.code}: {ran.err[-1500:]}")
     found += [f"left behind: {path}" for path in bench.leftovers()]
     after = bench.files()
@@ -46,6 +46,8 @@ def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], cha
         if path not in changed and after.get(path) != before[path] and not path.endswith("/sheet.png")
     ]
     found += [f"the row of {folder} is gone" for folder in dict(rows) if folder not in dict(bench.scores())]
+    if completed:
+        return found
     again = bench.run(name)
     if again.code not in (0, 3) or "Traceback" in again.err:
         found.append(f"the same command again: exit code {again.code}: {again.err[-1500:]}")

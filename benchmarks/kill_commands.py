@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--kills", type=positive, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", default=",".join(KILLED))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no kill after so many")
     asked = parser.parse_args()
     rng, met, wrong = random.Random(asked.seed), dict[str, Counter[str]](), list[str]()
     names = asked.commands.split(",")
@@ -67,7 +68,11 @@ def main() -> None:
                 ran = bench.run(name)
             whole[name] = bench.result(), len(ran.writes), time.perf_counter() - begun
             met[name] = Counter()
+        kills, until = 0, time.monotonic() + 60 * asked.minutes
         for number in tqdm(range(asked.kills)):
+            if time.monotonic() > until:
+                break
+            kills += 1
             name = names[number % len(names)]
             result, writes, seconds = whole[name]
             bench.before(name)
@@ -95,7 +100,7 @@ def main() -> None:
     for line in wrong:
         print(line)
     midway = sum(own["midway"] for own in met.values())
-    report("kill_commands", 1 - len(wrong) / asked.kills, 1.0, rows, kills=asked.kills, midway=midway, wrong=len(wrong))
+    report("kill_commands", 1 - len(wrong) / kills, 1.0, rows, kills=kills, midway=midway, wrong=len(wrong))
 
 
 if __name__ == "__main__":

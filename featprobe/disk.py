@@ -4,7 +4,6 @@ Every file that is not a cache is written here: beside its place, brought to the
 may have made is opened here, so that no pipe and no device is ever waited for.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -123,8 +122,8 @@ def append_line(path: Path, line: bytes) -> None:
     """
     try:
         make_folders(path.parent)
-        with open_append(path) as file:
-            handle = file.fileno()
+        handle = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+        with open(handle, "rb", buffering=0) as file:
             fcntl.lockf(handle, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)
             torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
@@ -274,17 +273,6 @@ def read_regular(path: Path, most: int) -> bytes:
         if size > most:
             raise FileKindError(f"{path} has {size} bytes, more than the {most} that are read of such a file.")
         return stream.read(most)
-
-
-def open_append(path: Path) -> IO[bytes]:
-    """A regular file to be read and appended to, made where there is none. Raises FileKindError for a link; OSError."""
-    try:
-        handle = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise FileKindError(f"{path} is a link, which is never written through. Nothing was changed.") from error
-        raise
-    return open(handle, "a+b")
 
 
 def below(folder: Path, path: str | Path, where: str) -> Path:

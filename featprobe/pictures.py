@@ -21,6 +21,9 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
 MASK_FORMATS = (*IMAGE_FORMATS, "TIFF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 DENSEST = 8 * 1032  # pixels that a byte can hold: of one bit, deflated as far as that goes; no format but WebP beats it
+COMPRESSION = 259  # TIFF's tag
+DENSEST_TIFF = {1: 64, 5: 8 * 1400, 8: DENSEST, 32773: 512, 32946: DENSEST}  # the same of those that have a bound
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # scans are large
 PER_PIXEL = 4  # bytes that an image takes at least while it is read
 UNASKED = 1 << 24  # pixels for which no memory is looked up
 
@@ -40,9 +43,7 @@ def picture(source: Path | BinaryIO, formats: tuple[str, ...], where: object = N
         raise DataError(str(error)) from error
     with named as stream:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large scans are usual here
-                image = Image.open(stream, formats=formats)
+            image = Image.open(stream, formats=formats)
         except UnidentifiedImageError as error:
             said = "can't be read as a mask" if formats is MASK_FORMATS else "is not an image that can be read"
             raise DataError(f"{where} {said}. wanted: {', '.join(formats)}.") from error
@@ -50,9 +51,11 @@ def picture(source: Path | BinaryIO, formats: tuple[str, ...], where: object = N
             raise DataError(too_large(where, "more, by its header")) from error
         with image:
             check_claim(where, image.height, image.width)
-            if image.format not in ("WEBP", "TIFF"):
+            packed = getattr(image, "tag_v2", {}).get(COMPRESSION, 1)
+            densest = {"WEBP": 0, "TIFF": DENSEST_TIFF.get(packed, 0)}.get(str(image.format), DENSEST)
+            if densest:
                 place = stream.tell()
-                check_held(where, image.height * image.width, stream.seek(0, os.SEEK_END), DENSEST)
+                check_held(where, image.height * image.width, stream.seek(0, os.SEEK_END), densest)
                 stream.seek(place)
             yield image
 

@@ -74,7 +74,7 @@ def write_sound(path: Path, version: int, parts: bool = False) -> None:
     maps = random_maps(recipe, ROWS)
     made = {"command": "featprobe extract", "created": "2026", "featprobe": "0.1.0"}
     if version < 3:
-        write_old(path, recipe, data_info(), rows, maps, made, images)
+        write_old(path, recipe, data_info(), rows, made, images, maps)
         return
     create_file(path, recipe, data_info(), rows, made, images)
     with CacheWriter(path) as writer:

@@ -27,16 +27,17 @@ def write_old(
     recipe: FeatureRecipe,
     data: DataInfo,
     rows: Sequence[Row],
-    maps: Mapping[str, NDArray],
     provenance: Mapping[str, Any],
     images: Sequence[Row] = (),
+    maps: Mapping[str, NDArray] | None = None,
     missing: Sequence[int] = (),
 ) -> None:
     """A cache of version 1, or of version 2 where the recipe has parts. maps: level name -> (rows, channels, h, w).
 
-    Rows with a reason are unreadable, those in `missing` missing, all others whole.
+    Rows with a reason are unreadable, those in `missing` missing, all others whole; without maps they are missing.
     """
     count = len(rows)
+    missing = range(count) if maps is None else missing
     with h5py.File(path, "w", locking=False, alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
         file.attrs["format"] = "featprobe-cache"
         file.attrs["version"] = recipe.version
@@ -66,14 +67,17 @@ def write_old(
             contiguous(file, f"features/{level.name}", shape, STORED_AS[recipe.dtype])
             dataset = file[f"features/{level.name}"]
             dataset.attrs["stride"], dataset.attrs["dtype"] = level.stride, recipe.dtype
-            dataset[...] = maps[level.name].view(STORED_AS[recipe.dtype])
+            if maps is not None:
+                dataset[...] = maps[level.name].view(STORED_AS[recipe.dtype])
         contiguous(file, "done", (count,), "u1")
         contiguous(file, "checksum", (count, len(recipe.levels)), "<u8")
         contiguous(file, "reason", (count,), "S240")
         states = [UNREADABLE if row.reason else MISSING if i in missing else WHOLE for i, row in enumerate(rows)]
         file["done"][...] = np.array(states, dtype="u1")
-        sums = [[xxhash.xxh3_64_intdigest(maps[lv.name][i].tobytes()) for lv in recipe.levels] for i in range(count)]
-        file["checksum"][...] = np.array(sums, dtype="<u8")
+        file["checksum"][...] = 0
+        for column, level in enumerate(recipe.levels if maps is not None else ()):
+            sums = [xxhash.xxh3_64_intdigest(row.tobytes()) for row in maps[level.name]]
+            file["checksum"][:, column] = np.array(sums, dtype="<u8")
         file["reason"][...] = np.array([row.reason.encode()[:240] for row in rows], dtype="S240")
     seal(path)
 

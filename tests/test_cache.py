@@ -1,5 +1,6 @@
 """The cache file: what is written is read, however it is read; what is wrong with a file is said."""
 
+import errno
 import os
 import shutil
 import stat
@@ -41,6 +42,7 @@ from featprobe.cache import (
     Cache,
     CacheWriter,
     create_file,
+    layout,
     make_temporary,
     open_cache,
     read_contents,
@@ -48,7 +50,7 @@ from featprobe.cache import (
     remove_leftovers,
     replace_file,
 )
-from featprobe.cache.header import Index
+from featprobe.cache.header import MAGIC, Index
 from featprobe.cache.layout import row_tables
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
@@ -206,6 +208,46 @@ def test_features_lie_contiguous_aligned_and_reserved(tmp_path):
     assert status.st_size > recipe.row_bytes * 5
     assert status.st_blocks * 512 >= status.st_size
     assert stat.S_IMODE(status.st_mode) == 0o644
+
+
+def test_a_disk_that_refuses_any_write_of_a_new_file_leaves_nothing(tmp_path, monkeypatch):
+    put, fsync, left = layout._put, os.fsync, [0]
+
+    def refuse(*_: object) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(layout, "_put", lambda *what: (refuse(), put(*what)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (refuse(), fsync(handle)))
+    make_cache(tmp_path / "first.h5")
+    writes = -left[0]
+    (tmp_path / "first.h5").unlink()
+    for n in range(1, writes):  # the last sync is of the folder, where the file stands by then
+        left[0] = n
+        with pytest.raises(CacheError, match=r"can't be made: No space left[^@]*wanted[^@]*Nothing was changed"):
+            make_cache(tmp_path / "cache.h5")
+        assert not os.listdir(tmp_path)
+    assert writes > 12
+
+
+def test_a_file_is_whole_and_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    happened, fsync, link = [], os.fsync, os.link
+
+    def syncing(handle):
+        place = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        happened.append(place.read_bytes() if place.is_file() else place)
+        fsync(handle)
+
+    def linking(source, target):
+        happened.append("name")
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "link", linking)
+    path = make_cache(tmp_path / "cache.h5").path
+    assert happened == [path.read_bytes(), "name", tmp_path]
+    assert happened[0].startswith(MAGIC)
 
 
 def test_the_place_of_an_image_is_stored_as_an_affine_map(tmp_path):

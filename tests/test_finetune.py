@@ -39,6 +39,7 @@ from featprobe.stages.options import ExtractOptions
 from featprobe.stages.predict import Predictor, predict
 from featprobe.stages.probe import checked, find_caches, probe
 from featprobe.stages.probe_options import ProbeOptions, Tuning
+from featprobe.stages.results import load_results
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import Instance, encode_rle
 
@@ -252,6 +253,11 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(
     ]
     with pytest.raises(ProbeError, match="has its counterpart"):
         finetune(workspace, options=ProbeOptions(quiet=True))
+    (workspace.probes / rows[0]["folder"] / "backbone.safetensors").write_bytes(b"")  # as a loss of power may leave it
+    (reason,) = [item.reason for item in load_results(workspace.probes)[1]]
+    assert reason.endswith("Train it again:  featprobe finetune"), "with the rate that its frozen result has chosen"
+    again = finetune(workspace, options=ProbeOptions(quiet=True)).rows
+    assert [row["folder"] for row in again] == [rows[0]["folder"]] and not load_results(workspace.probes)[1]
     with pytest.raises(ProbeError, match="takes split from its frozen result"):
         finetune(workspace, options=ProbeOptions(split="group"))
     shutil.rmtree(workspace.probes / next(r["folder"] for r in frozen if r["task"] == "detect"))

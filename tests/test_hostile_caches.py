@@ -112,7 +112,7 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, 
                 own = folder / f"{version}-{start}"
                 own.mkdir()
                 jobs.append((version, pool.submit(run, own, version, variants[start::2])))
-        yield {(version, name): (how, s) for version, job in jobs for name, how, s in job.result(timeout=300)}
+        yield {(version, name): (how, s) for version, job in jobs for name, how, s in job.result(timeout=900)}
 
 
 def test_there_are_enough_of_them() -> None:

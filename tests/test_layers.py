@@ -1,6 +1,7 @@
 """Imports point down only, parts of one layer that must not know each other do not, one door per dependency."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,31 @@ def is_allowed(own: str, name: str) -> bool:
 
 def test_imports_point_down_and_each_dependency_has_one_door() -> None:
     assert violations(PACKAGE) == []
+
+
+OWN_JSON = (
+    "probes/saved.py",
+    "cache/legacy.py",
+    "cache/hdf5_child.py",
+    *(f"datasets/{n}.py" for n in ("coco", "folders", "gdxray", "severstal", "voc")),
+)
+"""Where what is parsed was written by the same process, or in a child with limits."""
+CALLS = {
+    r"\bImage\.open\(": {"pictures.py"},  # which is told its formats
+    r"\bclick\.s?echo\(": {"cli/options.py"},  # which shows control characters
+    r"\bjson\.loads?\(": {"cache/header.py", "disk.py", *OWN_JSON},  # which bear deep nesting
+    r"\btomllib\.loads?\(": {"disk.py"},
+    r"\bpickle\.loads?\(": set(),
+    r"\.to_csv\(": {"report/tables.py"},
+    r"\bnp\.load\(": {"datasets/decode.py"},
+}  # fmt: skip
+"""Calls that are dangerous anywhere but in these files."""
+
+
+def test_dangerous_calls_have_one_door() -> None:
+    for call, doors in CALLS.items():
+        found = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if re.search(call, p.read_text())}
+        assert found <= doors, call
 
 
 def test_every_part_of_the_package_has_its_layer() -> None:

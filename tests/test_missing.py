@@ -117,7 +117,7 @@ def test_random_weights_are_named_as_in_a_study(space: Workspace) -> None:
 
 
 HEAVY = {"timm", "scipy.ndimage", "scipy.special", "scipy.spatial", "huggingface_hub", "pandas", "matplotlib",
-         "sklearn", "accelerate", "tensorboard", "wandb", "submitit", "pydicom"}  # fmt: skip
+         "sklearn", "accelerate", "tensorboard", "wandb", "submitit", "pydicom", "h5py"}  # fmt: skip
 """What training on a cache does not use; torch itself loads its compiler with the first optimizer."""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from helpers import data_info, extract, filled_cache, opened, recipe_of, rows_of, stored, write_set
-from old_format import write_old
+from old_caches import write_old
 
 from featprobe.cache import CacheWriter, open_cache, verify
 from featprobe.errors import CacheError

@@ -3,7 +3,7 @@
 Handing features to torch is featprobe.cache.reader's: looking after caches needs none of it.
 """
 
-from featprobe.cache.contents import Contents, read_contents
+from featprobe.cache.contents import Contents, read_contents, read_states
 from featprobe.cache.layout import (
     MISSING,
     UNREADABLE,
@@ -36,6 +36,7 @@ __all__ = [
     "make_temporary",
     "open_cache",
     "read_contents",
+    "read_states",
     "remove_leftovers",
     "replace_file",
     "verify",

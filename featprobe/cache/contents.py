@@ -8,7 +8,8 @@ import hashlib
 import os
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,8 @@ from featprobe.geometry import IDENTITY, TURNS
 from featprobe.specs import FILE_VERSION, MOST_SIDE, DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-LABELS = {
-    f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS
-}  # parts that are read row by row
+LABELS = {f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS}
+"""Parts that are read row by row, when labels are used."""
 SINCE_VERSION_3 = {"rows/affine", "images/checksum"}  # parts that no reader needs of an older file, or it has not
 PIECE = 1 << 22  # bytes that are hashed at once
 VIEW = re.compile(rf"{IDENTITY}|{'|'.join(TURNS)}|crop\d+")
@@ -92,9 +92,10 @@ class Contents:
     """All of a cache file but its features, as read once when it is opened.
 
     index: what its header says; that of an older file is made up. images: what the rows are parts of, placed as they
-    are; none where rows are images.
+    are; None where rows are images.
     damaged: parts that are not what was written, of those that were hashed when the file was opened: all but labels.
-    inode: which file it was; file: that very one, held open.
+    file: that very one, held open. labels: by part, where they lie and their sha256; none of an older file, all of
+    which is hashed when it is opened.
     """
 
     index: Index
@@ -149,17 +150,48 @@ def read_contents(path: Path) -> Contents:
     file can be named and repaired.
     """
     file = HeldFile(path)
-    try:
-        start = file.read(0, min(header.FIXED.size, file.status.st_size))
-        if start.startswith(HDF5_SIGNATURE):
+    with _letters(path):
+        if _is_old(file):
             from featprobe.cache.legacy import read_old
 
             values, parts = read_old(file)
             return _parse(file, Index.of(values, values["version"]), parts)
-        said = file.read(header.FIXED.size, header.json_bytes(start))
-        index, sealed = header.decode(start, said)
+        index, sealed = _header(file)
         contents = _parse(file, index, {name: Span(file, entry) for name, entry in index.parts.items()})
         return contents if sealed else replace(contents, damaged=("header", *contents.damaged))
+
+
+def read_states(path: Path) -> tuple[FeatureRecipe, NDArray[np.uint8]]:
+    """A cache's recipe, and `done` of each row as it stands there: of its header alone. Raises CacheError."""
+    file = HeldFile(path)
+    with _letters(path):
+        if _is_old(file):
+            contents = read_contents(path)
+            recipe, done = contents.recipe, contents.extents["done"]
+            return recipe, np.frombuffer(contents.file.read(done.offset, done.rows), np.uint8)
+        index, sealed = _header(file)
+        recipe, _ = _checked(file, index)
+        if not sealed:
+            raise FormatFault("a header whose sha256 holds", "another sha256: it is damaged")
+        return recipe, np.frombuffer(file.read(index.tables["done"].offset, index.rows), np.uint8)
+
+
+def _is_old(file: HeldFile) -> bool:
+    """Whether a file is HDF5 from its first byte on, as versions 1 and 2 are."""
+    return file.read(0, min(len(HDF5_SIGNATURE), file.status.st_size)) == HDF5_SIGNATURE
+
+
+def _header(file: HeldFile) -> tuple[Index, bool]:
+    """The index of a file of version 3, and whether its header is what was written."""
+    start = file.read(0, min(header.FIXED.size, file.status.st_size))
+    return header.decode(start, file.read(header.FIXED.size, header.json_bytes(start)))
+
+
+@contextmanager
+def _letters(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a file into a CacheError that names it."""
+    try:
+        yield
     except NewerFormat as error:
         raise CacheError(
             f"{path} is of a newer format than this featprobe reads.\n"
@@ -168,8 +200,6 @@ def read_contents(path: Path) -> Contents:
         ) from error
     except FormatFault as error:
         raise _unopened(path, error.wanted, error.found) from error
-    except CacheError:
-        raise
     except FAULTS as error:
         found = f"{type(error).__name__}: {short(str(error))}"
         raise _unopened(path, f"a file of version {FILE_VERSION} or older", found) from error
@@ -187,16 +217,8 @@ def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
 
     Raises FormatFault for what is not as cache/README.md says.
     """
-    index.check_places(file.status.st_size)
-    recipe, old = recipe_of(index.recipe), index.version < FILE_VERSION
-    if recipe.key != index.recipe_key and not old:
-        raise FormatFault(f"the recipe's own key, {recipe.key}", short(index.recipe_key))
-    if index.rows < 1 or (index.images > 0) != recipe.in_parts:
-        raise FormatFault("rows, and images where rows are parts of them", f"{index.rows} and {index.images}")
-    shapes = part_shapes(recipe, index.rows, index.images)
-    shapes = {name: shape for name, shape in shapes.items() if not (old and name in SINCE_VERSION_3)}
-    _check_entries(index.parts, shapes)
-    _check_entries(index.tables, table_shapes(recipe, index.rows))
+    recipe, shapes = _checked(file, index)
+    old = index.version < FILE_VERSION
     read = {name: parts[name][:] for name in shapes if name not in LABELS}
     damaged = [] if old else [name for name, data in read.items() if _sha256(data) != index.parts[name].sha256]
     if not old and index.identity() != index.identity_sha256:
@@ -207,6 +229,21 @@ def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
         also = f"; {', '.join(damaged)} of the file is not what was written" if damaged else ""
         raise FormatFault(error.wanted, f"{error.found}{also}") from error
     return _told(_of_old_identity(made) if old else made)
+
+
+def _checked(file: HeldFile, index: Index) -> tuple[FeatureRecipe, Shapes]:
+    """The recipe, and type and shape of each part, of an index that is right as far as the file's length tells."""
+    index.check_places(file.status.st_size)
+    recipe, old = recipe_of(index.recipe), index.version < FILE_VERSION
+    if recipe.key != index.recipe_key and not old:
+        raise FormatFault(f"the recipe's own key, {recipe.key}", short(index.recipe_key))
+    if index.rows < 1 or (index.images > 0) != recipe.in_parts:
+        raise FormatFault("rows, and images where rows are parts of them", f"{index.rows} and {index.images}")
+    shapes = part_shapes(recipe, index.rows, index.images)
+    shapes = {name: shape for name, shape in shapes.items() if not (old and name in SINCE_VERSION_3)}
+    _check_entries(index.parts, shapes)
+    _check_entries(index.tables, table_shapes(recipe, index.rows))
+    return recipe, shapes
 
 
 def _made(
@@ -296,7 +333,6 @@ def _columns(texts: Any, names: Sequence[str], count: int, what: str) -> dict[st
         column = texts.get(name)
         if not isinstance(column, list) or len(column) != count or set(map(type, column)) != {str}:
             raise FormatFault(f"{count} texts {name} of the {what}", short(column))
-        "".join(column).encode()  # raises for what is no text of Unicode
     if len(set(texts["id"])) < count:
         raise FormatFault(f"{count} different ids of the {what}", f"{len(set(texts['id']))} of them")
     return {name: Texts(texts[name]) for name in names}

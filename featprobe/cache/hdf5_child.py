@@ -30,8 +30,8 @@ ATTRIBUTES = ("recipe", "recipe_key", "data", "provenance", "identity_sha256")
 MOST_ATTRIBUTE = 4 << 20  # bytes of a text at the root
 MOST_LEVELS = 1000
 SUPERBLOCK = 48  # bytes: the least that HDF5 keeps at the front of its part of a file
-OPENING_SECONDS = 2  # of a processor, for opening a file and looking at its structure
-ROWS_PER_SECOND = 5000  # whose texts are read, at the least
+OPENING_SECONDS = 1  # of a processor, for opening a file and looking at its structure
+ROWS_PER_SECOND = 2000  # whose texts are read, at the least
 PIECE = 1 << 22  # bytes that are hashed at once
 
 

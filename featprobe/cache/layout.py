@@ -5,6 +5,7 @@ The normative description is cache/README.md. Files are made through HDF5, and h
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from featprobe.cache import header
 from featprobe.cache.header import Entry, Index
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Row, target_checksums
-from featprobe.disk import sync_folder
+from featprobe.disk import make_folders, sync_folder
 from featprobe.errors import CacheError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.machine import human_bytes
@@ -160,21 +161,18 @@ def make_temporary(
 ) -> Path:
     """A complete cache file without features, under a unique name beside `path`; see create_file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         temporary = path.parent / f".{path.stem}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except OSError as error:
         raise CacheError(
             f"The cache {path} can't be made: its folder can't be written ({error.strerror}).\n"
             "Nothing was changed. Choose another place:  featprobe --workspace DIR extract …"
         ) from error
     try:
-        index = _fill(temporary, recipe, data, rows, provenance, images)
-        with temporary.open("r+b") as stream:
-            stream.write(header.encode(index))
-            stream.flush()
-            _allocate_disk(stream.fileno(), temporary.stat().st_size)
-            os.fsync(stream.fileno())
+        with open(handle, "wb", buffering=0) as stream:
+            _fill(stream, recipe, data, rows, provenance, images)
+            os.fsync(handle)
     except OSError as error:
         temporary.unlink()
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -204,46 +202,90 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _fill(
-    temporary: Path,
+    stream: io.RawIOBase,
     recipe: FeatureRecipe,
     data: DataInfo,
     rows: Sequence[Row],
     provenance: Mapping,
     images: Sequence[Row],
-) -> Index:
-    """Make the HDF5 file, behind a user block that is still empty; returns what is to stand there."""
+) -> None:
+    """Write a new file: what HDF5 says of it, the parts, the first states of rows, then the header."""
+    parts = _parts(recipe, data, rows, provenance, images)
+    index, drawn = _drawn(recipe, _index(recipe, parts, len(rows), len(images)))
+    states = np.array([UNREADABLE if row.reason else MISSING for row in rows], dtype="u1")
+    reasons = np.array([encode_reason(row.reason) for row in rows], dtype=f"S{REASON_BYTES}")
+    _allocate_disk(stream.fileno(), drawn.size)
+    for offset, piece in drawn.pieces:
+        _put(stream, offset, piece)
+    for name, array in {**parts, "done": states, "reason": reasons}.items():
+        _put(stream, {**index.parts, **index.tables}[name].offset, array.tobytes())
+    _put(stream, 0, header.encode(index))
+
+
+def _put(stream: io.RawIOBase, offset: int, data: bytes) -> None:
+    stream.seek(offset)
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) or 0 :]
+
+
+class _Drawing(io.RawIOBase):
+    """A file in memory, of which only those pieces exist that were written: (offset, bytes), in that order.
+
+    HDF5 writes into it, and never to a disk: it has no words for one that refuses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[tuple[int, bytes]] = []
+        self.size = self.place = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self.size = self.place if size is None else size
+        return self.size
+
+    def write(self, data: Any, /) -> int:
+        self.pieces.append((self.place, bytes(data)))
+        self.place += len(data)
+        self.size = max(self.size, self.place)
+        return len(data)
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        view[:] = bytes(len(view))
+        for offset, piece in self.pieces:
+            start, stop = max(offset, self.place), min(offset + len(piece), self.place + len(view))
+            if start < stop:
+                view[start - self.place : stop - self.place] = piece[start - offset : stop - offset]
+        self.place += len(view)
+        return len(view)
+
+
+def _drawn(recipe: FeatureRecipe, index: Index) -> tuple[Index, _Drawing]:
+    """The index with the place of each array, and what HDF5 writes of a file that holds them, none of them written."""
     import h5py
 
-    parts = _parts(recipe, data, rows, provenance, images)
-    index = _index(recipe, parts, len(rows), len(images))
-    with h5py.File(
-        temporary,
-        "w",
-        locking=False,
-        userblock_size=index.block,
-        alignment_threshold=ALIGNMENT,
-        alignment_interval=ALIGNMENT,
-    ) as file:
+    drawing, how = _Drawing(), {"alignment_threshold": ALIGNMENT, "alignment_interval": ALIGNMENT}
+    with h5py.File(drawing, "w", userblock_size=index.block, **how) as file:
         file.attrs["format"] = np.bytes_(FORMAT)
         file.attrs["version"] = FILE_VERSION
         file.attrs["recipe"] = np.bytes_(json.dumps(recipe.to_json()))
         file.attrs["recipe_key"] = np.bytes_(recipe.key)
         file.attrs["identity_sha256"] = np.bytes_(index.identity_sha256)
-        placed = {name: _placed(file, name, entry) for name, entry in {**index.parts, **index.tables}.items()}
-        for name, array in parts.items():
-            file[name][...] = array
+        parts = {name: _placed(file, name, entry) for name, entry in index.parts.items()}
+        tables = {name: _placed(file, name, entry) for name, entry in index.tables.items()}
         for level in recipe.levels:
             dataset = file[f"features/{level.name}"]
             dataset.attrs["stride"] = level.stride
             dataset.attrs["dtype"] = np.bytes_(recipe.dtype)
-        file["done"][...] = np.array([UNREADABLE if row.reason else MISSING for row in rows], dtype="u1")
-        file["checksum"][...] = 0
-        file["reason"][...] = np.array([encode_reason(row.reason) for row in rows], dtype=f"S{REASON_BYTES}")
-    return replace(
-        index,
-        parts={name: placed[name] for name in index.parts},
-        tables={name: placed[name] for name in index.tables},
-    )
+    return replace(index, parts=parts, tables=tables), drawing
 
 
 def _index(recipe: FeatureRecipe, parts: Mapping[str, NDArray], rows: int, images: int) -> Index:
@@ -262,7 +304,7 @@ def _index(recipe: FeatureRecipe, parts: Mapping[str, NDArray], rows: int, image
 
 
 def _placed(file: "h5py.File", name: str, entry: Entry) -> Entry:
-    """The entry of a new dataset, whose bytes have their place from the start and are never filled by HDF5."""
+    """The entry of a new dataset, whose bytes have their place from the start and are never written by HDF5."""
     import h5py
 
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

@@ -18,7 +18,6 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from featprobe.cache import header
 from featprobe.cache.contents import Contents, HeldFile, Span
 from featprobe.cache.header import FormatFault, Index, NewerFormat
 from featprobe.cache.layout import FORMAT
@@ -32,6 +31,7 @@ SPARE = 64 << 20  # bytes that an answer may be longer than its file
 PIECE = 1 << 20  # bytes that are taken from the child at once
 WALL_SECONDS = 60.0  # for a small file
 BYTES_PER_SECOND = 20 << 20  # of a large one, in which the child is given so much more time
+TOO_LONG = "HDF5's process answered more than a cache of this size holds"
 SETTLED_SECONDS = 2.0  # coarser than the times of most file systems
 
 
@@ -89,17 +89,15 @@ def old_identity(contents: Contents) -> str:
     return running.hexdigest()
 
 
-def disagreements(path: Path) -> list[str]:
+def disagreements(contents: Contents) -> list[str]:
     """Where HDF5's view of a file of version 3 differs from that of its header, in words; [] where both agree.
 
-    Names, places, types and shapes are compared, and the bytes of all that is written once. Raises FormatFault.
+    Names, places, types and shapes are compared, and the bytes of all that is written once.
     """
-    file = HeldFile(path)
-    start = file.read(0, min(header.FIXED.size, file.status.st_size))
-    index, _ = header.decode(start, file.read(header.FIXED.size, header.json_bytes(start)))
+    said = contents.index.to_json() | {"version": contents.version}
     try:
-        (said,) = _view("agrees", file.handle, json.dumps(index.to_json() | {"version": index.version}).encode())
-        return [ascii(line)[1:-1] for line in json.loads(said)]
+        (lines,) = _view("agrees", contents.file.handle, json.dumps(said).encode())
+        return [ascii(line)[1:-1] for line in json.loads(lines)]
     except (ViewRefused, ValueError) as error:
         return [f"HDF5 can't open the file: {error}"]
 
@@ -157,16 +155,18 @@ def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
 
 
 def _parts(pipe: int, end: float, most: int) -> list[bytes] | None:
-    """The parts of an answer; None where it ends too early or is longer than allowed. Raises TimeoutError."""
+    """The parts of an answer; None where it ends too early. Raises ViewRefused where it is too long, TimeoutError."""
     line = bytearray()
     while not line.endswith(b"\n"):
         byte = _some(pipe, end, 1)
-        if not byte or len(line) == MOST_LINE:
+        if not byte:
             return None
         line += byte
+        if len(line) > MOST_LINE:
+            raise ViewRefused(TOO_LONG)
     sizes = [int(size) for size in line.split()]
     if sum(sizes) > most:
-        return None
+        raise ViewRefused(TOO_LONG)
     parts = []
     for size in sizes:
         part = bytearray()

@@ -8,6 +8,7 @@ A scale has 16 significant bits at most, and is rounded up to them. So its produ
 every device reads the same fp16, whether it multiplies and adds in one step or in two.
 """
 
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -23,6 +24,7 @@ TABLE_DTYPE = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.bfloat16
 CODES = 255  # steps from a channel's smallest value to its largest
 BLOCK = 1 << 18  # values, for each thread, that are decoded at once: what a core's own cache holds
 TINY = 2.0**24  # 1 / the smallest fp16 > 0: a code is the bits of so many times that value
+_FACTORS = torch.tensor([TINY, 1.0])  # of scale and zero
 
 
 def quantise(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,26 +83,46 @@ def _decode_at_once(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
     torch.addcmul(zero, codes, scale, out=out)
 
 
+class _Scratch(threading.local):
+    """Memory of a thread that decodes. It is kept: making it anew for each block would cost as much as decoding one."""
+
+    def __init__(self) -> None:
+        self.wide = torch.empty(0, dtype=torch.int16)
+        self.mean, self.variance, self.unused = torch.zeros(0), torch.ones(0), torch.empty(0)
+
+    def of(self, channels: int, cells: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(1, channels, cells), int16, of any values; (channels,) zeros; (channels,) ones."""
+        if self.wide.numel() < channels * cells:
+            self.wide = torch.empty(channels * cells, dtype=torch.int16)
+        if len(self.mean) < channels:
+            self.mean, self.variance = torch.zeros(channels), torch.ones(channels)
+        return self.wide[: channels * cells].view(1, channels, cells), self.mean[:channels], self.variance[:channels]
+
+
+_scratch = _Scratch()
+
+
 def _decode_in_blocks(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Pieces that fit a CPU's caches.
 
     A code, widened to 16 bits, is an fp16 number of its own: code / TINY. Batch norm that subtracts nothing and divides
     by one is the operation of torch that takes fp16 and, for each channel, a float32 factor and summand, in one pass.
     """
-    channels = scales.shape[0] * scales.shape[1]
     if not codes.numel():
         return
+    channels = scales.shape[0] * scales.shape[1]
     source, target = codes.view(1, channels, -1), out.view(1, channels, -1)
-    factor, summand = scales.view(channels, 2).t().contiguous()
-    factor = factor * TINY
-    step = min(channels, max(1, BLOCK * torch.get_num_threads() // source.shape[2]))
-    wide = torch.empty((1, step, source.shape[2]), dtype=torch.int16)
-    zeros, ones, unused = torch.zeros(step), torch.ones(step), torch.empty(0)
+    factor, summand = (scales.view(channels, 2) * _FACTORS).t().contiguous()
+    cells = source.shape[2]
+    step = min(channels, max(1, BLOCK * torch.get_num_threads() // cells))
+    wide, mean, variance = _scratch.of(step, cells)
+    half, unused = wide.view(torch.float16), _scratch.unused
     parts = (source.split(step, 1), target.split(step, 1), factor.split(step), summand.split(step))
-    for few, values, multiplied, added in zip(*parts, strict=True):
-        count = few.shape[1]
-        bits = wide[:, :count].copy_(few)
-        torch.ops.aten.native_batch_norm.out(
-            bits.view(torch.float16), multiplied, added, zeros[:count], ones[:count], False, 0.0, 0.0,
-            out=values, save_mean=unused, save_invstd=unused,
-        )  # fmt: skip
+    for few, values, own_factor, own_summand in zip(*parts, strict=True):
+        if len(own_factor) < step:  # the last ones
+            wide, mean, variance = _scratch.of(len(own_factor), cells)
+            half = wide.view(torch.float16)
+        wide.copy_(few)
+        torch.native_batch_norm(
+            half, own_factor, own_summand, mean, variance, False, 0.0, 0.0, out=(values, unused, unused)
+        )

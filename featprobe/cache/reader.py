@@ -36,8 +36,8 @@ MEMORY_SHARE = 0.7  # of the available memory that a mapped file may take
 RING = 3  # batches: one in use, one ready, one being read
 STAGED_RING = 2  # batches on their way to another device: one in use there, one being read and copied
 READERS = 4  # threads that read rows from a disk, or for another device
-DECODERS = min(2, usable_cores())  # threads that read rows of int8 from memory and decode them, on a CPU
-SCRATCH = 1 << 19  # bytes of codes, about, that one of them has at a time: they stay in its core's cache
+DECODERS = min(4, usable_cores())  # threads that read rows of int8 from memory and decode them, on a CPU
+SCRATCH = 1 << 20  # bytes of codes, about, that one of them has at a time: they stay in its core's cache
 DEVICE_SHARE = 0.5  # of a GPU's free memory that rows may take; the rest is for the training
 CONTENT = ""  # a name that no level has, of the buffer of content sizes
 PIECE = 64 * 2**20  # bytes, about, that are read at once when rows move to a GPU whole
@@ -219,7 +219,13 @@ class RowReader:
         return read
 
     def _some(self, buffers: list[memoryview], offset: int) -> int:
-        count = os.preadv(self.handle, buffers, offset)
+        try:
+            count = os.preadv(self.handle, buffers, offset)
+        except OSError as error:
+            raise CacheError(
+                f"{self.cache.path} can't be read at byte {offset}: {error.strerror}. Nothing was changed.\n"
+                f"If the disk is failing, make the file anew on another:  {self.cache.contents.command}"
+            ) from error
         if count == 0:
             raise CacheError(f"{self.cache.path} ended while it was read, at byte {offset}. Was it cut short?")
         return count

@@ -1,6 +1,6 @@
 """The rows of a cache in columns: some bytes for each beside its texts. A Row is made when it is asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol, SupportsIndex, overload
@@ -13,6 +13,7 @@ from featprobe.errors import CacheError
 from featprobe.geometry import Part, Placement, Size
 
 TARGET_KINDS = ("semantic", "instances")
+PIECE = 1 << 22  # bytes of labels that are read at once
 TEXT_FIELDS = ("id", "group", "split", "image", "image_hash")
 
 
@@ -51,10 +52,11 @@ class Blob(Protocol):
 
 
 class Texts(Sequence[str]):
-    """Many texts in one: a few bytes for each beside its characters."""
+    """Many texts in one: a few bytes for each beside its characters. Raises UnicodeError for what is no Unicode."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._all = "".join(texts)
+        self._all.encode()
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         self._ends = ends.astype(np.uint32) if len(self._all) < 1 << 32 else ends
 
@@ -87,6 +89,14 @@ class Targets:
     def of(self, row: int) -> bytes:
         """A row's bytes, as they lie there."""
         return self.blob[int(self.offsets[row]) : int(self.offsets[row + 1])]
+
+    def each(self) -> Iterator[bytes]:
+        """Every row's bytes, in order, of pieces that are read at once."""
+        start, piece = 0, b""
+        for first, stop in pairwise(self.offsets.tolist()):
+            if stop > start + len(piece):
+                start, piece = first, self.blob[first : max(stop, first + PIECE)]
+            yield piece[first - start : stop - start]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +163,9 @@ class RowTable(Sequence[Row]):
         """Rows whose labels do not hash to what was written."""
         if self.checksum is None:
             return []
-        expected = self.checksum.tolist()
-        return [i for i in range(len(self)) if target_checksums(self.unchecked(i)) != expected[i]]
+        blobs = zip(*(self.targets[kind].each() for kind in TARGET_KINDS), strict=True)
+        found = [[xxhash.xxh3_64_intdigest(blob) for blob in own] for own in blobs]
+        return [i for i, wanted in enumerate(self.checksum.tolist()) if found[i] != wanted]
 
     def grouped(self, groups: Sequence[str]) -> "RowTable":
         """The same rows in other groups, one for each."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from featprobe.cache.contents import read_contents
 from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, encode_reason, row_tables
 from featprobe.cache.rows import checksum
-from featprobe.disk import open_regular
+from featprobe.disk import make_folders, open_regular
 from featprobe.errors import CacheBusyError, CacheError, ShapeError
 
 CREATION_BYTE = 1 << 40  # of the lock file: past every row's byte
@@ -247,7 +247,7 @@ class RowLocks:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(path.parent)
             self.handle = open_regular(path.parent / f".{path.stem}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         except OSError as error:
             raise CacheError(

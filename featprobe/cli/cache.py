@@ -46,13 +46,13 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
       featprobe cache ls
     """
     from featprobe.machine import human_bytes
-    from featprobe.stages.caches import describe_cache
+    from featprobe.stages.caches import describe_cache, list_cache
 
     workspace = workspace_of(ctx)
     found, broken = [], []
     for path in workspace.cache_files():
         try:
-            found.append(describe_cache(path))
+            found.append(describe_cache(path) if json_ else list_cache(path))
         except FeatprobeError as error:
             broken.append({"path": str(path), "error": str(error)})
     if json_:
@@ -113,7 +113,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
             ("key", c["key"]),
             ("command", c["command"]),
-            ("made", f"{c['provenance']['created']} by featprobe {c['provenance']['featprobe']}{_device_text(c)}"),
+            ("made", _made_text(c["provenance"])),
         ]
         echo(columns(rows, (c["path"], "")))
         for name_, reason in c["unreadable"].items():
@@ -276,9 +276,9 @@ def _precision_text(recipe: dict[str, Any], doubt: str) -> str:
     return f"{recipe['precision']}; may hold TF32: {doubt}" if doubt else recipe["precision"]
 
 
-def _device_text(c: dict[str, Any]) -> str:
-    device = c["provenance"].get("device")
-    return f" on {device}" if device else ""
+def _made_text(made: dict[str, Any]) -> str:
+    device = f" on {made['device']}" if made.get("device") else ""
+    return f"{made.get('created', '?')} by featprobe {made.get('featprobe', '?')}{device}"
 
 
 def _window_text(recipe: dict[str, Any], origin: dict[str, Any]) -> str:

@@ -361,6 +361,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
       featprobe study examples/embedded.toml --launcher slurm --slurm partition=gpu --slurm gpus_per_node=1
     """
     from featprobe.stages.compare import compare as compare_all
+    from featprobe.stages.compare import is_behind
     from featprobe.stages.study import read_study, run_study
 
     if options["slurm"] and options["launcher"] == "local":
@@ -377,7 +378,8 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
     else:
         report = run_study(workspace, asked, _to_stderr, dry_run=dry_run, verify=verify)
     page = workspace.probes / "report" / file.stem
-    told = compare_all(workspace, page, quiet=json_, folders=report.folders) if report.rows else None
+    due = report.rows or (not (dry_run or report.missing) and is_behind(page, workspace, report.folders))
+    told = compare_all(workspace, page, quiet=json_, folders=report.folders) if due else None
     if json_:
         show_json({
             "cells": len(report.cells), "trained": len(report.rows), "done": report.done,

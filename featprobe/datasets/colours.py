@@ -9,7 +9,16 @@ from pathlib import Path, PurePath
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.datasets.files import files_below, files_in, folders_in, other_images, own_table, paired, stem_of
+from featprobe.datasets.files import (
+    files_below,
+    files_in,
+    folders_in,
+    leads_out,
+    other_images,
+    own_table,
+    paired,
+    stem_of,
+)
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.labelmap import read_labelmap
 from featprobe.datasets.objects import check_classes, check_size, class_lines, read_pixels
@@ -41,7 +50,7 @@ def find_pairs(root: Path) -> list[Pair]:
     inside = [path for path in folders_in(root) if not path.is_symlink()]
     pairs = [pair for folder in (root, *inside) for pair in _pairs_in(folder, root)]
     masks = (path for pair in pairs for path in files_in(pair.masks))
-    first = next((path for path in masks if path.suffix.lower() in SUFFIXES and not path.is_symlink()), None)
+    first = next((path for path in masks if path.suffix.lower() in SUFFIXES and not leads_out(root, path)), None)
     return pairs if first is not None and is_coloured(first) else []
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from featprobe.datasets.files import below, kept_below, read_text, start_of, words_of
+from featprobe.datasets.files import below, kept_below, leads_out, read_text, start_of, words_of
 from featprobe.datasets.objects import box_instance
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.datasets.values import gathered, to_numbers
@@ -18,7 +18,7 @@ LISTS = {"trainval.txt": "train", "test.txt": "test"}
 def is_deeppcb(root: Path) -> bool:
     """Whether a folder, or PCBData in it, holds both lists, and the first names box files."""
     folder = _folder(root)
-    if not all((folder / name).is_file() and not (folder / name).is_symlink() for name in LISTS):
+    if not all((folder / name).is_file() and not leads_out(root, folder / name) for name in LISTS):
         return False
     words = start_of(folder / "trainval.txt", 1000, root).partition(b"\n")[0].split()
     return len(words) == 2 and words[0].endswith(b".jpg") and words[1].endswith(b".txt")

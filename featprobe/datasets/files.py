@@ -225,8 +225,8 @@ def by_name(rows: Sequence[dict[str, str]], column: str, path: Path) -> dict[str
 
 
 def is_missing(path: Path) -> bool:
-    """Whether there is nothing at a path, no link that leads nowhere or to itself either."""
-    return not path.is_file() and not path.is_symlink()
+    """Whether there is nothing at a path: no pipe, and no link that leads nowhere or to itself either."""
+    return not os.path.lexists(path)
 
 
 def own_table(root: Path) -> Table:

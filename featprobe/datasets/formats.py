@@ -18,7 +18,7 @@ from featprobe.datasets.coco_sets import (
 )
 from featprobe.datasets.colours import find_pairs, read_colours
 from featprobe.datasets.deeppcb import is_deeppcb, read_deeppcb
-from featprobe.datasets.files import folders_in, links_followed
+from featprobe.datasets.files import FOLLOW_LINKS, folders_in, leads_out, links_followed
 from featprobe.datasets.folders import find_folders, meet, read_folders
 from featprobe.datasets.gdxray import find_series, find_welds, read_gdxray, read_welds
 from featprobe.datasets.labelme import is_bsdata, is_labelme, read_labelme
@@ -323,11 +323,16 @@ def _refusal(known: Mapping[str, Format], own: str, root: Path) -> str:
         f"{root} holds no data set that can be read{f' as {own}' if own else ''}.\n"
         f"  found   {inside or 'nothing: it is empty'}\n"
     )
+    links = _links_out(root) if root.is_dir() else []
+    if links:
+        said += f"  links   {listed(links, 3)}: they lead out of it and were not followed ({FOLLOW_LINKS})\n"
     if own:
         near = known[own].near
         lacks = near(root).lacks if near else ""
         return f"{said}  wanted  {known[own].layout}" + (f"\n  lacks   {lacks}" if lacks else "")
     for folder in folders_in(root)[:MOST_INSIDE] if root.is_dir() else []:
+        if leads_out(root, folder):
+            continue
         fitting = _fitting(FORMATS, folder)
         if fitting:
             return f"{said}  nearest {' and '.join(fitting)}, in {folder}\nNothing was read. Name that folder."
@@ -342,6 +347,12 @@ def _refusal(known: Mapping[str, Format], own: str, root: Path) -> str:
         f"{said}Nothing was read. Masks in any folders can be described:  {EXAMPLE}\n"
         f"What another format looks for, by its name:  featprobe data info {root} --format NAME"
     )
+
+
+def _links_out(root: Path) -> list[str]:
+    """Links in a folder and in the folders in it that lead out of it, relative to it."""
+    near = [*visible(root, root.iterdir()), *visible(root, root.glob("*/*"))]
+    return [path.relative_to(root).as_posix() for path in near if path.is_symlink() and leads_out(root, path)]
 
 
 def _read(entry: Format, part: str, format_name: str, name: str, root: Path, classes: Sequence[str] | None) -> DataSet:

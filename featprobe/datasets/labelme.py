@@ -64,7 +64,7 @@ def is_labelme(root: Path) -> bool:
     if not root.is_dir():
         return False
     files = (p for pattern in ("*.json", "*/*.json", "*/*/*.json") for p in visible(root, root.glob(pattern))[:20])
-    return any(_looks_like_labelme(path, root) for path in files if not path.is_symlink())
+    return any(_looks_like_labelme(path, root) for path in files)
 
 
 def is_bsdata(root: Path) -> bool:

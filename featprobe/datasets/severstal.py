@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.datasets.files import files_below, kept_below, read_text, rows_of, start_of
+from featprobe.datasets.files import files_below, kept_below, leads_out, read_text, rows_of, start_of
 from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.datasets.values import gathered, to_whole
@@ -23,7 +23,7 @@ CLASSES = 4
 def is_severstal(root: Path) -> bool:
     """Whether a folder holds train.csv, of its columns, and train_images/."""
     path = root / "train.csv"
-    if not (path.is_file() and (root / "train_images").is_dir()) or path.is_symlink():
+    if not (path.is_file() and (root / "train_images").is_dir()) or leads_out(root, path):
         return False
     return b"EncodedPixels" in start_of(path, 1000).partition(b"\n")[0]
 

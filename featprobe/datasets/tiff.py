@@ -1,6 +1,5 @@
 """TIFF: files of one image, and pages of a stack (see datasets.pages)."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from featprobe.datasets.pixels import (
     without_alpha,
     without_empty,
 )
+from featprobe.disk import parse_json
 from featprobe.errors import DataError
 from featprobe.pictures import MAX_PIXELS, check_claim, check_held, too_large
 from featprobe.targets import IGNORE
@@ -35,7 +35,7 @@ PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # what a TIFF says of its samples t
 CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
 BANDS = {"RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # samples that it needs; of the others, one
 BITS, INKS, NODATA = 258, 332, 42113  # tags
-DENSEST = {5: 1400, 8: 1032, 32773: 64, 32946: 1032}  # compressions: bytes that one becomes at most
+DENSEST = {1: 8, 5: 1400, 8: 1032, 32773: 64, 32946: 1032}  # compressions: bytes that one becomes at most
 CMYK, JPEG = 1, (6, 7)  # an ink set, and compressions that decode to RGB
 ALPHA = (1, 2)  # what ExtraSamples says of an alpha channel: premultiplied, or not
 EXTREME, NEAR = 1e30, 1e-5  # beyond it no level lies by chance, and a few digits will do: a relative difference
@@ -268,7 +268,7 @@ def _check_planes(path: Path, page: Any, plane: int, behind_one: bool) -> None:
     """
     _check_segments(path, page)
     shaped = page.shaped_description or ""
-    hidden = '"truncated": true' in shaped and math.prod(json.loads(shaped)["shape"]) > page.size
+    hidden = '"truncated": true' in shaped and math.prod(parse_json(shaped)["shape"]) > page.size
     planes = page.tags.get(STK_PLANES)
     if hidden or (planes is not None and planes.count > 1) or (behind_one and not page.is_contiguous):
         raise DataError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from featprobe.datasets.files import below, files_below, kept_below, own_table, read_text, start_of
+from featprobe.datasets.files import below, files_below, kept_below, leads_out, own_table, read_text, start_of
 from featprobe.datasets.images import SUFFIXES
 from featprobe.datasets.names import visible
 from featprobe.datasets.objects import Tally, box_instance, check_classes, partly, polygon_instance
@@ -23,7 +23,7 @@ from featprobe.targets import Instance, Target, semantic_from_instances
 
 SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 KEYS = (*SPLIT_KEYS, "names", "path", "nc", "kpt_shape")
-LARGEST = 1 << 24  # bytes of a YAML file
+LARGEST, DEEPEST = 1 << 24, 50  # bytes and levels of a YAML file
 EMPTY = ("", "~", "null", "Null", "NULL")  # YAML's words for nothing
 BOX_WORDS = 5  # class, centre x, centre y, width, height
 ROTATED_WORDS = 9  # class, four corners
@@ -36,6 +36,12 @@ class PlainLoader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}  # noqa: RUF012
+
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        """A list or a mapping in brackets. Raises YAMLError where they are nested deeper than in any annotation."""
+        if self.flow_level > DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
+        super().fetch_flow_collection_start(kind)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -51,7 +57,7 @@ def find_yolo(root: Path) -> Path | None:
         return None
     found = [path for path in visible(root, root.iterdir()) if path.suffix in (".yaml", ".yml") and path.is_file()]
     found.sort(key=lambda path: path.stem not in ("data", "dataset"))
-    return next((path for path in found if not path.is_symlink() and _names_a_set(path)), None)
+    return next((path for path in found if not leads_out(root, path) and _names_a_set(path)), None)
 
 
 def read_yolo(name: str, root: Path) -> DataSet:

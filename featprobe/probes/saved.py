@@ -158,11 +158,13 @@ def read_files(folder: Path, card: Mapping[str, Any], names: Iterable[str]) -> l
     found = []
     for name in names:
         try:
-            data = read_regular(below(folder, name, "its card"), available_memory() // IN_MEMORY)
+            data = read_regular(below(folder, name, f"The card of {folder}"), available_memory() // 2)
         except FileNotFoundError as error:
             raise ProbeError(f"{name} is not beside its head") from error
-        except (OSError, FileKindError) as error:
-            raise ProbeError(f"{name} can't be read: {getattr(error, 'strerror', None) or error}") from error
+        except OSError as error:
+            raise ProbeError(f"{name} can't be read: {error.strerror}") from error
+        except FileKindError as error:
+            raise ProbeError(str(error)) from error
         said = _said(card).get(name, {}).get("sha256")
         if said is not None and said != hashlib.sha256(data).hexdigest():
             raise ProbeError(f"{name} is not the file that card.json describes")
@@ -178,9 +180,11 @@ def fault_of(folder: Path, card: Mapping[str, Any], *, hashes: bool = False) -> 
     """
     for name, said in _said(card).items():
         try:
-            with open(below(folder, name, "its card"), "rb", opener=open_regular) as stream:
+            with open(below(folder, name, f"The card of {folder}"), "rb", opener=open_regular) as stream:
                 size, begins = os.fstat(stream.fileno()).st_size, stream.read(8)
-        except (OSError, FileKindError) as error:
+        except FileKindError as error:
+            return str(error)
+        except OSError as error:
             return f"{name} is not beside its head" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
         if not any(begins) or said.get("bytes", size) != size:
             return f"{name} is not the file that card.json describes"
@@ -242,6 +246,14 @@ class Checkpoint:
         self.kept = time.perf_counter()
 
 
+def head_folder(probes: Path, row: Mapping[str, Any]) -> Path:
+    """Where the head of a row lies. Raises ProbeError for a folder that is not below `probes`."""
+    try:
+        return below(probes, str(row["folder"]), "its row")
+    except FileKindError as error:
+        raise ProbeError(str(error)) from error
+
+
 def _torch_save(value: Any, stream: IO[bytes]) -> None:
     """torch.save, whose own error would not say what a disk refused."""
     refused: list[OSError] = []
@@ -257,11 +269,6 @@ def _torch_save(value: Any, stream: IO[bytes]) -> None:
         torch.save(value, SimpleNamespace(write=write, flush=lambda: None))
     except RuntimeError as error:
         raise refused[0] if refused else error from error
-
-
-def head_folder(probes: Path, row: Mapping[str, Any]) -> Path:
-    """Where the head of a row lies. Raises FileKindError for a folder that is not below `probes`."""
-    return below(probes, str(row["folder"]), "its row")
 
 
 def read_rows(

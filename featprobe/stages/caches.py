@@ -20,6 +20,7 @@ from featprobe.cache import (
     damaged_rows,
     make_temporary,
     read_contents,
+    read_states,
     replace_file,
     verify,
 )
@@ -31,6 +32,18 @@ from featprobe.stages.settled import look_path
 from featprobe.texts import printable
 
 LARGEST_LOG = 1 << 26  # bytes
+
+
+def list_cache(path: Path) -> dict[str, Any]:
+    """What a list of caches says of one, of its header and the states of its rows alone. Raises CacheError."""
+    recipe, done = read_states(path)
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "rows": len(done),
+        "whole": int((done == WHOLE).sum()),
+        "recipe": recipe.to_json(),
+    }
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -50,7 +63,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "data": asdict(cache.data),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
-        "may_hold_tf32": doubt.text if (doubt := tf32_doubt(path)) else "",
+        "may_hold_tf32": doubt.text if (doubt := _doubt(cache)) else "",
     }
 
 
@@ -68,18 +81,22 @@ def tf32_doubt(path: Path) -> Doubt | None:
     Versions that kept no device in `provenance` allowed TF32 on CUDA. On which device they computed stands in the log
     of runs beside the file, one line for each run that came to its end.
     """
-    contents = read_contents(path)
+    return _doubt(Cache(path, read_contents(path)))
+
+
+def _doubt(cache: Cache) -> Doubt | None:
+    contents = cache.contents
     if kept := contents.provenance.get("may_hold_tf32"):
         return Doubt(str(kept), False)
     if contents.recipe.precision != "fp32" or "device" in contents.provenance:
         return None
-    runs = _runs(path)
+    runs = _runs(cache.path)
     on_cuda = sum(run["computed"] for run in runs if str(run["device"]).startswith("cuda"))
     if on_cuda:
         return Doubt(
             f"{counted(on_cuda, 'row')} computed on CUDA by featprobe {contents.provenance['featprobe']}", True
         )
-    unknown = int((Cache(path, contents).done == WHOLE).sum()) - sum(run["computed"] for run in runs)
+    unknown = int((cache.done == WHOLE).sum()) - sum(run["computed"] for run in runs)
     if unknown > 0:
         return Doubt(f"{counted(unknown, 'row')} of which no run tells on which device it was computed", False)
     return None
@@ -119,7 +136,7 @@ def verify_cache(path: Path, quiet: bool = False, hdf5: bool = False) -> list[Da
             else:
                 bar.update(item)
     if hdf5 and contents.version == FILE_VERSION:
-        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(path)]
+        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents)]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
         with RowLocks(path) as locks, CacheWriter(path) as writer:

@@ -54,7 +54,7 @@ def again_command(row: Mapping[str, Any]) -> str:
     A row of an older featprobe does not say which --levels, --width and --pyramid were asked for: then the usual ones.
     """
     if row.get("chosen_from"):  # trained as the counterpart of a frozen result
-        return shlex.join(["featprobe", "finetune", *_unusual(row, {"regime": "full"})])
+        return shlex.join(["featprobe", "finetune", *_tuning(row)])
     head = row.get("asked") or {"levels": [], "width": None, "pyramid": "auto"}
     train = [*_train({"result": row, "head": head}), "--seeds", str(row["seed"] + 1)]
     train += [] if row["regime"] == "frozen" else _tuning(row)

@@ -105,6 +105,15 @@ def compare(
     return Comparison(tuple(answer), tuple(sets), tuple(gaps), tuple(unusable), tuple(notes), tuple(files))
 
 
+def is_behind(out: Path, workspace: Workspace, folders: Collection[str]) -> bool:
+    """Whether a comparison of these results is older than one of them, or was never written: as after a kill."""
+    try:
+        made = (out / "index.html").stat().st_mtime
+        return any((workspace.probes / folder / "card.json").stat().st_mtime > made for folder in folders)
+    except OSError:
+        return bool(folders)
+
+
 def plain_json(report: Comparison) -> dict[str, Any]:
     """A comparison as JSON can hold it: what is nan becomes null, paths become text."""
     values = asdict(report)

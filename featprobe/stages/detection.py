@@ -164,7 +164,8 @@ class Detection:
         ]
         truth = truth_of(images, self.classes, self.category_ids)
         for image, index in zip(truth["images"], shown, strict=True):
-            image |= {"file_name": self.cache.images[index].id, "group": self.cache.images[index].group}
+            texts = self.cache.images.texts
+            image |= {"file_name": texts["id"][index], "group": texts["group"][index]}
         return truth
 
     def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:

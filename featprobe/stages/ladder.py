@@ -298,10 +298,9 @@ def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     for (comparison, _), rows in results.items():
         row = max(rows, key=lambda row: row["recipe"]["iterations"])
         needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
-        folder = head_folder(workspace.probes, row)
         if has < needed and is_whole(workspace.probes, row):  # else it is in no table either
             seeds = [own["seed"] for own in rows if own["recipe"]["iterations"] == has]
-            again = level_command(read_card(folder, whole=True), seeds, row["data"])
+            again = level_command(read_card(head_folder(workspace.probes, row), whole=True), seeds, row["data"])
             notes.append(
                 f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
                 f"with needs {needed}. To bring it level:  {again}"

@@ -1,5 +1,7 @@
 """What is written of a trained head: its result row, its card, its curves. Formats: probes/README.md."""
 
+import io
+import math
 import platform
 import time
 import zipfile
@@ -10,12 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featprobe import __version__
 from featprobe.cache import Cache
-from featprobe.disk import open_regular, parse_json, read_regular
+from featprobe.disk import parse_json, read_regular
 from featprobe.errors import FileKindError, ProbeError
+from featprobe.machine import available_memory
 from featprobe.probes import DEFAULT_RECIPES, CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
-from featprobe.probes.saved import fault_of, head_folder, read_card
+from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
 from featprobe.processes import count
 from featprobe.stages.commands import again_command
 from featprobe.stages.outcome import Outcome
@@ -27,6 +33,11 @@ if TYPE_CHECKING:
     from featprobe.stages.trials import Run, Trial
 
 LARGEST_LOG = 1 << 26  # bytes
+UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError,
+    MemoryError, OverflowError, zipfile.BadZipFile, zlib.error, FileKindError,
+)  # fmt: skip
+"""What is raised by files beside a head that are none of ours."""
 WEIGHTS = {"best": "best validation", "end": "end of training"}
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the rows
 
@@ -158,18 +169,41 @@ def _unreadable(folder: Path, task: str) -> str:
     """What can't be read of what lies beside a head of an older featprobe, whose card does not say; "" for nothing."""
     for name in ("curves.json", *(("scores.npz",) if task == "semseg" else ("truth.json", "predictions.json"))):
         try:
+            (data,) = read_files(folder, {}, [name])
             if name.endswith(".json"):
-                parse_json(read_regular(folder / name, LARGEST_LOG))
-                continue
-            with open(folder / name, "rb", opener=open_regular) as stream, zipfile.ZipFile(stream) as kept:
-                if not kept.testzip():
-                    continue
-        except FileNotFoundError:
-            return f"{name} is not beside its head"
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, FileKindError):
-            pass
-        return f"{name} can't be read"
+                parse_json(data)
+            else:
+                read_arrays(data)
+        except ProbeError as error:
+            return str(error)
+        except UNREADABLE:
+            return f"{name} can't be read"
     return ""
+
+
+def read_arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of scores.npz that are there, each of which holds what its header claims.
+
+    Nothing is unpacked that claims more than a quarter of the memory. Raises ProbeError, or one of UNREADABLE.
+    """
+    most = available_memory() // 4
+    found = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if name not in ("ids", "groups", "confusion") or name in found:
+                continue
+            with archive.open(entry) as packed:
+                one = np.lib.format.read_magic(packed) == (1, 0)
+                header = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+                shape, _, dtype = header(packed)
+            claimed = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or claimed > entry.file_size or entry.file_size > most:
+                raise ProbeError(f"scores.npz claims {claimed} bytes of {name}, which it does not hold")
+            most -= entry.file_size
+            with archive.open(entry) as packed:
+                found[name] = np.lib.format.read_array(packed, allow_pickle=False)
+    return found
 
 
 def curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> dict[str, Any]:

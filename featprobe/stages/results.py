@@ -1,22 +1,17 @@
 """Scored heads as a comparison takes them: the rows that count, what each test image contributed, validation curves."""
 
 import hashlib
-import io
-import math
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.disk import parse_json
-from featprobe.errors import FeatprobeError, FileKindError, ProbeError
-from featprobe.machine import available_memory
+from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.metrics import (
     ResampledAp,
     Statistic,
@@ -34,7 +29,7 @@ from featprobe.probes.saved import head_folder, read_files, read_rows
 from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
 from featprobe.stages.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.recipes import shared_recipe
-from featprobe.stages.records import card_beside, damaged
+from featprobe.stages.records import UNREADABLE, card_beside, damaged, read_arrays
 
 RUN = (
     "backbone", "weights_sha256", "feature_key", "head", "regime", "augmentation", "fraction", "recipe_key",
@@ -56,38 +51,7 @@ labels."""
 PARTS: Mapping[str, tuple[str, Literal["bbox", "segm"]]] = {"detect": ("box", "bbox"), "instseg": ("mask", "segm")}
 """What each task's own scores are of: in rows, and as pycocotools calls it."""
 REGIMES = {"full": 2, "frozen-online": 1, "frozen": 0}  # by how much is trained or varied
-UNREADABLE = (
-    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError,
-    MemoryError, OverflowError, BadZipFile, zlib.error, FileKindError,
-)  # fmt: skip
-"""What is raised by files beside a head that are none of ours."""
 ROUNDING = 1e-6  # how far a row's score may lie from the one that its files give
-
-
-def read_arrays(data: bytes, names: Collection[str]) -> dict[str, NDArray[Any]]:
-    """Those arrays of an npz file that are there, each of which holds what its header claims.
-
-    Nothing is unpacked that claims more than a quarter of the memory. Raises ProbeError, or one of UNREADABLE.
-    """
-    most = available_memory() // 4
-    found = {}
-    with ZipFile(io.BytesIO(data)) as archive:
-        for name in names:
-            try:
-                entry = archive.getinfo(f"{name}.npy")
-            except KeyError:
-                continue
-            with archive.open(entry) as packed:
-                one = np.lib.format.read_magic(packed) == (1, 0)
-                header = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-                shape, _, dtype = header(packed)
-            claimed = math.prod(shape) * dtype.itemsize
-            if dtype.hasobject or claimed > entry.file_size or entry.file_size > most:
-                raise ProbeError(f"scores.npz claims {claimed} bytes of {name}, which it does not hold")
-            most -= entry.file_size
-            with archive.open(entry) as packed:
-                found[name] = np.lib.format.read_array(packed, allow_pickle=False)
-    return found
 
 
 @dataclass(frozen=True)
@@ -102,7 +66,7 @@ class PixelTest:
     def read(cls, folder: Path, card: Mapping[str, Any]) -> "PixelTest":
         """What lies beside a head, if it is what the card says."""
         (scores,) = read_files(folder, card, ["scores.npz"])
-        kept = read_arrays(scores, ("ids", "groups", "confusion"))
+        kept = read_arrays(scores)
         if not {"ids", "groups"} <= kept.keys():
             raise ProbeError("scores.npz names no images and groups: an older featprobe wrote it. Run it again")
         confusions = kept["confusion"]

@@ -254,7 +254,7 @@ class Segmentation:
 
         These are (images, height, width), uint8, and sent there once where they fit.
         """
-        size, key = self.cache.images[int(images[0])].placement.original, images.tobytes()
+        size, key = self.cache.images.placement(int(images[0])).original, images.tobytes()
         if self._truths_left is None:
             self._truths_left = DEVICE_MEMORY_SHARE * (device_room(self.device) or 0)
         if key not in self._truths:
@@ -288,10 +288,9 @@ class Segmentation:
         iou = dict(zip(self.classes, scores.per_class, strict=True))
         means: dict[str, Any] = {"miou": scores.miou, "miou_foreground": scores.miou_foreground}
         stream = io.BytesIO()
-        own = [self.cache.images[image] for image in images.tolist()]
-        np.savez_compressed(
-            stream, confusion=confusions, ids=np.array([r.id for r in own]), groups=np.array([r.group for r in own])
-        )
+        texts = self.cache.images.texts
+        ids, groups = (np.array([texts[name][image] for image in images.tolist()]) for name in ("id", "group"))
+        np.savez_compressed(stream, confusion=confusions, ids=ids, groups=groups)
         return Outcome(means | {"iou": iou}, means, {"scores.npz": stream.getvalue()})
 
 

@@ -288,9 +288,9 @@ class Run:
             chosen = spread_over(images_of(self.cache, test), self.task.fullness, count)
             panels = []
             for image, draw in self.task.panels(self.head, source.batches, rows_of(self.cache, test, chosen)):
-                path = Path(self.cache.data.root) / self.cache.images[image].image
+                path = Path(self.cache.data.root) / self.cache.images.texts["image"][image]
                 pixels = to_unit(read_levels(path), self.cache.recipe.window, self.cache.recipe.policy)
-                panels.append((self.cache.images[image].id, [Panel(pixels), *draw(pixels)]))
+                panels.append((self.cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
         path = self.folder / f"seed{self.seeds[0]}" / "sheet.png"
         save_sheet(path, panels, ["image", "truth", f"prediction ({self.cache.recipe.label})"], self.classes)
         return path
@@ -387,11 +387,9 @@ class Run:
             classes: dict[int, set[int]] = {}
             for row, image in zip(train.tolist(), self.cache.image_of[train].tolist(), strict=True):
                 classes.setdefault(image, set()).update(classes_in(row))
-            images = [self.cache.images[image] for image in classes]
-            kept = training_subset(
-                [i.id for i in images], [i.group for i in images], list(classes.values()), self.fraction,
-                self.seeds[0] if self.subset else None,
-            )  # fmt: skip
+            ids, groups = ([self.cache.images.texts[name][image] for image in classes] for name in ("id", "group"))
+            seed = self.seeds[0] if self.subset else None
+            kept = training_subset(ids, groups, list(classes.values()), self.fraction, seed)
             self.rows["train"] = rows_of(self.cache, train, np.array(list(classes), dtype=np.intp)[kept])
 
     def _trials(self) -> list[Trial]:
@@ -645,5 +643,5 @@ class Run:
 
 def without_views(cache: Cache, rows: Rows) -> Rows:
     """Those of the rows that show an image, or a tile of one, as it is."""
-    plain = [(part := cache.rows[row].part) is None or part.view == IDENTITY for row in rows.tolist()]
+    plain = [(part := cache.rows.part_of(row)) is None or part.view == IDENTITY for row in rows.tolist()]
     return rows[np.array(plain, dtype=bool)]

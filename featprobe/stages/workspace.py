@@ -174,7 +174,7 @@ class Workspace:
 
     def find_caches(self, text: str) -> list[Path]:
         """The caches that a path, a data set's name or a part of a file's name means; raises CacheError."""
-        if Path(text).is_file():
+        if os.path.lexists(text) and not Path(text).is_dir():
             return [Path(text)]
         files = self.cache_files()
         found = [path for path in files if text in f"{path.parent.name}/{path.name}"]
