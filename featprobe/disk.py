@@ -274,7 +274,7 @@ def read_regular(path: Path, most: int) -> bytes:
         size = os.fstat(stream.fileno()).st_size
         if size > most:
             raise FileKindError(f"{path} has {size} bytes, more than the {most} that are read of such a file.")
-        return stream.read(most)
+        return stream.read(size)
 
 
 def check_packed(path: Path) -> None:

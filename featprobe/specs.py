@@ -39,6 +39,10 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SIZES = f"height and width in pixels, 1 to {MOST_SIDE} each, at most {MOST_PIXELS} together"
 
 
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= 255 and "/" not in name
+
+
 def _is_size(size: Size) -> bool:
     return min(size) >= 1 and max(size) <= MOST_SIDE and size[0] * size[1] <= MOST_PIXELS
 
@@ -382,7 +386,7 @@ class FeatureRecipe:
         names = [level.name for level in self.levels]
         low, high = self.window or (0.0, 0.0)
         checks = {
-            "levels": (0 < len(set(names)) == len(names) <= MOST_LEVELS and "" not in names,
+            "levels": (0 < len(set(names)) == len(names) <= MOST_LEVELS and all(map(_is_name, names)),
                        f"1 to {MOST_LEVELS} levels, each with a name of its own", names),
             "size": (_is_size(self.size), SIZES, self.size),
             "frame": (_is_size(self.frame), SIZES, self.frame),
@@ -393,6 +397,7 @@ class FeatureRecipe:
             "overlap": (0 <= self.overlap < (self.tile or 1), "0 <= overlap < tile", self.overlap),
             "empty_tiles": (0 <= self.empty_tiles <= 1, "a share from 0 to 1", self.empty_tiles),
             "interpolation": (self.interpolation in INTERPOLATIONS, " or ".join(INTERPOLATIONS), self.interpolation),
+            "version": (1 <= self.version <= CACHE_VERSION, f"1 to {CACHE_VERSION}", self.version),
             "views": (self.views[:1] == (IDENTITY,), f"{IDENTITY}, then others", self.views),
         }  # fmt: skip
         found = limits(checks)
@@ -404,6 +409,8 @@ class FeatureRecipe:
             found += [fault.below("levels", i) for fault in limits(own)]
         if not found and any(side > room for side, room in zip(self.size, self.frame, strict=True)):
             found = [wrong(("frame",), f"room for the size, {self.size[0]}x{self.size[1]}", self.frame)]
+        if not found and any(side % level.stride for level in self.levels for side in self.frame):
+            found = [wrong(("frame",), "a multiple of every stride", self.frame)]
         parsers: Mapping[str, Callable[[], object]] = {
             "intensity": lambda: self.policy,
             "views": lambda: parse_views(",".join(self.views[1:]) or "none"),

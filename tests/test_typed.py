@@ -351,7 +351,8 @@ def used(space: Workspace) -> None:
         (("split",), "thirds", "split: 'thirds' is not a split."),
         (("fold",), 3, "fold: wanted 1 to 0 of own, found 3"),
         (("head",), "fcos", 'head: wanted one of linear, upsample, ridge, found "fcos"'),
-        (("regime",), "full", "tuning: wanted a table, in the regime full, found null"),
+        (("regime",), "full", "tuning: wanted a table, as the backbone was live, found null"),
+        (("chosen_from",), {"lr": [0.1], "weight_decay": []}, "tuning: wanted a table, as the backbone was live"),
         (("budget",), {"needed": "many", "open": 1}, "budget.needed: wanted a whole number"),
         (("levels",), [["stride4"]], 'levels[0]: wanted a text, found ["stride4"]'),
     ],
@@ -378,7 +379,7 @@ def test_a_row_may_hold_what_a_newer_featprobe_writes_and_lack_what_came_later(s
     assert {"weights_from", "budget", "subset", "tile", "head_precision"} <= set(later)
     for row in rows_in(space):
         assert result_faults({**row, "novel": {"deep": [1]}}) == []
-        assert set(row) <= {own.name for own in fields(ResultRow)} | {"asked"}, "a new field of rows is one here too"
+        assert set(row) <= {own.name for own in fields(ResultRow)}, "a new field of rows is one here too"
         assert result_faults({name: value for name, value in row.items() if name not in later}) == []
         for name in row.keys() - set(later):
             (fault,) = result_faults({own: value for own, value in row.items() if own != name})
@@ -407,7 +408,7 @@ LADDER: dict[str, Any] = {
 
 def test_rungs_of_ladders_are_typed_too() -> None:
     assert ladder_faults(LADDER | {"novel": 1}) == [] and ladder_faults({**LADDER, "score": None}) == []
-    assert {own.name for own in fields(LadderRow)} == set(LADDER) - {"version"}
+    assert {own.name for own in fields(LadderRow)} == set(LADDER) - {"version"} | {"verified"}
     for wrong in ({"iterations": "10"}, {"score": "0.5"}, {"seed_scores": 0.5}, {"ladder": None}):
         assert len(ladder_faults(LADDER | wrong)) == 1
 

@@ -21,11 +21,11 @@ from featprobe.cache import header
 from featprobe.cache.header import Entry, FormatFault, Index, NewerFormat, parse_json, short
 from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_texts, part_shapes, table_shapes
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
-from featprobe.cache.values import MOST_SIDE, OBJECT, check_fields, data_of, provenance_of, recipe_of
+from featprobe.cache.values import check_objects, data_of, provenance_of, recipe_of
 from featprobe.disk import open_regular
 from featprobe.errors import CacheError, FileKindError
 from featprobe.geometry import IDENTITY, TURNS
-from featprobe.specs import FILE_VERSION, DataInfo, FeatureRecipe
+from featprobe.specs import FILE_VERSION, MOST_SIDE, DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 LABELS = {f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS}
@@ -252,7 +252,7 @@ def _made(
 ) -> Contents:  # fmt: skip
     """`_parse`, of parts whose types and shapes are known to be right. read: of those that are read at once."""
     texts = parse_json(read["texts"], most_texts(index.rows, index.images), "texts")
-    check_fields("texts", texts, dict.fromkeys(("data", "rows", "images")[: 2 + recipe.in_parts], OBJECT), {})
+    check_objects("texts", texts, ("data", "rows", "images")[: 2 + recipe.in_parts])
     provenance = provenance_of(parse_json(read["provenance"], header.MOST_VALUES, "provenance"))
     arrays = {
         name: np.frombuffer(data, shapes[name][0]).reshape(index.parts[name].shape)

@@ -71,6 +71,15 @@ class Treatment:
 
 
 @dataclass(frozen=True)
+class AskedHead:
+    """What a head was asked for with. levels: names; empty for all. width: None for the kind's own."""
+
+    levels: tuple[str, ...]
+    width: int | None
+    pyramid: str
+
+
+@dataclass(frozen=True)
 class Solution:
     """How a closed-form head was solved."""
 
@@ -172,6 +181,8 @@ class ResultRow:
     ridge: Solution | None = None
     head_precision: str | None = None
     processes: int = 1
+    asked: AskedHead | None = None
+    verified: bool = True
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,7 @@ class LadderRow:
     score: Score
     seed_scores: tuple[Score, ...] = ()
     backbone: str | None = None
+    verified: bool = True
 
 
 def result_faults(row: Mapping[str, Any]) -> list[Fault]:
@@ -231,8 +243,8 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
         faults.append(wrong(("fraction",), "0 < fraction <= 1", row["fraction"]))
     if row["seed"] < 0:
         faults.append(wrong(("seed",), "0 or more", row["seed"]))
-    if row["regime"] != "frozen" and row["tuning"] is None:
-        faults.append(wrong(("tuning",), f"a table, in the regime {row['regime']}", None))
+    if row["tuning"] is None and (row["regime"] != "frozen" or row.get("chosen_from")):
+        faults.append(wrong(("tuning",), "a table, as the backbone was live", None))
     needed = [own.name for own in fields(TrainRecipe) if own.name not in LATER_IN_RECIPES]
     faults += [Fault(("recipe", name), MISSING_FIELD) for name in needed if name not in row["recipe"]]
     try:
