@@ -1,5 +1,6 @@
 """The header of a cache of version 3: what anybody may have written there is refused before it is used."""
 
+import hashlib
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from hypothesis import strategies as st
 from featprobe.cache import RowLocks, create_file, open_cache, read_contents, read_states
 from featprobe.cache import rows as row_module
 from featprobe.cache.contents import LABELS
-from featprobe.cache.header import FIXED, LEAST_BLOCK
+from featprobe.cache.header import FIXED, LEAST_BLOCK, Index
 from featprobe.errors import CacheError
 from featprobe.geometry import Part, Placement
 from featprobe.levels import FeatureLevel
@@ -110,7 +112,7 @@ def test_two_makings_of_one_cache_have_one_identity(tmp_path: Path) -> None:
 
 def test_texts_full_of_marks_of_json_are_kept_and_bounded(tmp_path: Path) -> None:
     rows = [
-        row.__class__(**{**vars(row), "id": f"{i}" + '[{,"\\é' * 9000, "group": "[" * 9000, "image": "," * 9000})
+        replace(row, id=f"{i}" + '[{,"\\é' * 9000, group="[" * 9000, image="," * 9000)
         for i, row in enumerate(rows_of(5))
     ]
     cache = make_cache(tmp_path / "cache.h5", rows=rows)
@@ -268,10 +270,6 @@ TEXTS: dict[str, Callable[[Any], object]] = {
 
 def sealed(path: Path, name: str, data: bytes) -> None:
     """Give a part other bytes, at the end of the file, and have all hashes hold."""
-    import hashlib
-
-    from featprobe.cache.header import Index
-
     offset = path.stat().st_size
     with path.open("ab") as stream:
         stream.write(data)
@@ -354,14 +352,9 @@ BOXES: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("what", BOXES)
 def test_parts_that_are_none_of_their_images_are_refused(tmp_path: Path, what: str) -> None:
     frame = Placement((32, 32), (32, 32), (32, 32))
-    image = rows_of(1)[0].__class__(**{**vars(rows_of(1)[0]), "placement": Placement((32, 64), (32, 64), (32, 64))})
-    rows = [
-        image.__class__(
-            **{**vars(image), "id": f"p@{x}", "placement": frame, "part": Part(x, 0, 32, 32), "image_index": 0}
-        )
-        for x in (0, 32)
-    ]
-    tiled = recipe_of().__class__(**{**vars(recipe_of()), "tile": 32, "version": 2})
+    image = replace(rows_of(1)[0], placement=Placement((32, 64), (32, 64), (32, 64)))
+    rows = [replace(image, id=f"p@{x}", placement=frame, part=Part(x, 0, 32, 32), image_index=0) for x in (0, 32)]
+    tiled = replace(recipe_of(), tile=32, version=2)
     path = tmp_path / "cache.h5"
     assert create_file(path, tiled, data_info(), rows, {}, [image])
     assert list(open_cache(path).rows) == rows and list(open_cache(path).images) == [image]

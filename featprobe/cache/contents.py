@@ -28,9 +28,8 @@ from featprobe.geometry import IDENTITY, TURNS
 from featprobe.specs import FILE_VERSION, DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-LABELS = {
-    f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS
-}  # parts that are read row by row
+LABELS = {f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS}
+"""Parts that are read row by row, when labels are used."""
 SINCE_VERSION_3 = {"rows/affine", "images/checksum"}  # parts that no reader needs of an older file, or it has not
 PIECE = 1 << 22  # bytes that are hashed at once
 VIEW = re.compile(rf"{IDENTITY}|{'|'.join(TURNS)}|crop\d+")
@@ -93,9 +92,10 @@ class Contents:
     """All of a cache file but its features, as read once when it is opened.
 
     index: what its header says; that of an older file is made up. images: what the rows are parts of, placed as they
-    are; none where rows are images.
+    are; None where rows are images.
     damaged: parts that are not what was written, of those that were hashed when the file was opened: all but labels.
-    inode: which file it was; file: that very one, held open.
+    file: that very one, held open. labels: by part, where they lie and their sha256; none of an older file, all of
+    which is hashed when it is opened.
     """
 
     index: Index

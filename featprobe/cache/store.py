@@ -30,7 +30,7 @@ class Cache:
         self.path = path
         self.contents = contents
         self.handle = contents.file.handle
-        if os.stat(path).st_ino != contents.inode:
+        if not path.exists() or path.stat().st_ino != contents.inode:
             raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
         self.recipe, self.data, self.rows = contents.recipe, contents.data, contents.rows
         self.images = contents.images or contents.rows
