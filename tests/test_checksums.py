@@ -20,7 +20,7 @@ from helpers import data_info, filled_cache, flip_byte, make_cache, opened, rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from old_format import write_old
+from old_caches import write_old
 
 from featprobe.cache import Cache, CacheWriter, store
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works

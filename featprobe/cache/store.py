@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from featprobe.targets import Instance, Labels, decode_image_id, decode_instance
 
 _files: WeakValueDictionary[tuple[int, int], NDArray[np.bool_]] = WeakValueDictionary()
 """Which rows' levels this process has hashed, (rows, levels), of each file that it holds open, by device and inode."""
+_one_at_a_time = threading.Lock()
 
 
 class Cache:
@@ -42,7 +44,6 @@ class Cache:
         own = np.arange(len(self.rows)) if self.rows.image_index is None else self.rows.image_index
         self.image_of = own.astype(np.intp)
         self._columns = {level.name: column for column, level in enumerate(self.levels)}
-        self._hashed = _hashed_of(contents)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -181,6 +182,14 @@ class Cache:
                 self._compare(row, column, checksum(parts))
                 self._hashed[row, column] = True
 
+    @cached_property
+    def _hashed(self) -> NDArray[np.bool_]:
+        """Which rows' levels this process has hashed: the same array for all that hold the file open."""
+        status = self.contents.file.status
+        own = np.zeros((len(self), len(self.levels)), dtype=np.bool_)
+        with _one_at_a_time:
+            return _files.setdefault((status.st_dev, status.st_ino), own)
+
     def _compare(self, row: int, column: int, found: int) -> None:
         """Raise CacheError where a row's checksum, as it is just now, is not the one found."""
         extent = self.contents.extents["checksum"]
@@ -200,13 +209,6 @@ class Cache:
             "The file was not changed. See all that is bad in it, then have that computed again:\n"
             f"  featprobe cache verify {shlex.quote(str(self.path))}\n  {self.contents.command}"
         )
-
-
-def _hashed_of(contents: Contents) -> NDArray[np.bool_]:
-    """Which rows' levels of a file this process has hashed: the same array for all that hold the file open."""
-    status = contents.file.status
-    own = np.zeros((len(contents.rows), len(contents.recipe.levels)), dtype=np.bool_)
-    return _files.setdefault((status.st_dev, status.st_ino), own)
 
 
 def open_cache(path: str | os.PathLike[str]) -> Cache:
