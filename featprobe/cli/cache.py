@@ -173,7 +173,7 @@ def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> No
     workspace = workspace_of(ctx)
     for path in [path for name in names for path in workspace.find_caches(name)]:
         done = upgrade_cache(path, quiet)
-        click.echo(f"{path}: {'now' if done else 'already'} of version {FILE_VERSION}")
+        echo(f"{path}: {'now' if done else 'already'} of version {FILE_VERSION}")
 
 
 @cache.command("audit")
@@ -206,12 +206,12 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
 
     workspace = workspace_of(ctx)
     heads = () if options["heads"] == "none" else names(options["heads"])
-    say = (lambda line: None) if json_ or options["quiet"] else lambda line: click.echo(line, err=True)
+    say = (lambda line: None) if json_ or options["quiet"] else lambda line: echo(line, err=True)
     how = AuditOptions(heads, options["seeds"], options["iterations"], options["device"], options["quiet"])
     found = audit(workspace, workspace.find_caches(name), how, say)
     if json_:
         return show_json([plain(asdict(one)) for one in found])
-    click.echo("\n\n".join(map(_audit_text, found)))
+    echo("\n\n".join(map(_audit_text, found)))
 
 
 @cache.command("rm")

@@ -316,7 +316,7 @@ def _study_file(ctx: click.Context, option: click.Parameter, asked: bool) -> Non
         from featprobe.stages.study import Study
         from featprobe.stages.study_file import schema, template
 
-        show_json(schema(Study)) if option.name == "schema" else click.echo(template(Study), nl=False)
+        show_json(schema(Study)) if option.name == "schema" else echo(template(Study).rstrip("\n"))
         ctx.exit()
 
 
