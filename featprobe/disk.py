@@ -13,6 +13,7 @@ import socket
 import stat
 import tomllib
 import uuid
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import IO, Any
 from featprobe.errors import DiskError, FileKindError
 
 Content = bytes | str
+MOST_PACKED = 4  # times its bytes that an archive of tensors may become: they hardly get smaller
 LONGEST_NAME = 200  # bytes: systems take 255, and names get more behind them
 _swept = set[tuple[int, Path]]()  # (process, folder) that was looked through for what killed processes left there
 
@@ -273,6 +275,21 @@ def read_regular(path: Path, most: int) -> bytes:
         if size > most:
             raise FileKindError(f"{path} has {size} bytes, more than the {most} that are read of such a file.")
         return stream.read(size)
+
+
+def check_packed(path: Path) -> None:
+    """Raise ValueError for an archive, as torch writes it, that is packed: it claims far more than it holds.
+
+    Raises FileKindError where there is no regular file, and OSError.
+    """
+    with open(path, "rb", opener=open_regular) as stream:
+        if not zipfile.is_zipfile(stream):
+            return
+        held = os.fstat(stream.fileno()).st_size
+        with zipfile.ZipFile(stream) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+    if claimed > MOST_PACKED * held:
+        raise ValueError(f"its {held} bytes claim to be {claimed}")
 
 
 def below(folder: Path, path: str | Path, where: str) -> Path:

@@ -276,21 +276,40 @@ def decode_instances(
     try:
         values = parse_json(data)
         objects = tuple(Instance(**{**row, "box_xyxy": tuple(row["box_xyxy"])}) for row in values["objects"])
-        own = values["image_id"]
-        for number, instance in enumerate(objects, start=1):
-            if fault := _fault_of(instance, size, classes):
-                raise DataError(f"Object {number} is none: {fault}.")
+        faults = (f"Object {i} is none: {said}." for i, own in enumerate(objects, 1) if (said := _fault_of(own, size)))
+        if fault := next(faults, ""):
+            raise DataError(fault)
+        if any(instance.category >= (classes or IGNORE) for instance in objects):
+            raise DataError(
+                f"The objects are of other classes than there are: {classes or IGNORE}, the background one."
+            )
+        rles: list[Any] = [instance.rle for instance in objects if instance.rle is not None]
+        if rles and not _runs_fit([rle["counts"] for rle in rles], [math.prod(rle["size"]) for rle in rles]):
+            raise DataError("A mask of the objects has other runs than its size.")
+        return objects, _image_id(values)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise DataError(f"The objects can't be decoded: {type(error).__name__}: {str(error)[:200]}.") from error
+
+
+def decode_image_id(data: bytes) -> int | str | None:
+    """The image's own id alone, without a look at the instances. Raises DataError."""
+    try:
+        return _image_id(parse_json(data))
+    except (ValueError, KeyError, TypeError, MemoryError) as error:
+        raise DataError(f"The objects can't be decoded: {type(error).__name__}: {str(error)[:200]}.") from error
+
+
+def _image_id(values: Any) -> int | str | None:
+    own: int | str | None = values["image_id"]
     if not (own is None or type(own) in (int, str)):
         raise DataError(f"The objects belong to an image that is called {str(own)[:80]!r}.")
-    return objects, own
+    return own
 
 
-def _fault_of(instance: Instance, size: Size | None, classes: int | None) -> str:
-    """What is wrong with an object that others wrote; "" when nothing is."""
+def _fault_of(instance: Instance, size: Size | None) -> str:
+    """What is wrong with an object that others wrote, but for its class and its runs; "" when nothing is."""
     box, rle, area = instance.box_xyxy, instance.rle, instance.area
-    if type(instance.category) is not int or instance.category < 1 or instance.category >= (classes or IGNORE):
+    if type(instance.category) is not int or instance.category < 1:
         return f"its class is {str(instance.category)[:80]}"
     if len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
         return f"its box is {str(box)[:80]}"
@@ -300,32 +319,41 @@ def _fault_of(instance: Instance, size: Size | None, classes: int | None) -> str
         return "its crowd or its area is of another type"
     if rle is None:
         return ""
-    if not isinstance(rle, dict) or set(rle) != {"size", "counts"} or type(rle["counts"]) is not str:
+    if not isinstance(rle, dict) or rle.keys() != {"size", "counts"} or type(rle["counts"]) is not str:
         return "its mask is no run lengths"
     found = rle["size"]
     if not isinstance(found, list) or len(found) != 2 or not all(type(v) is int and v > 0 for v in found):
         return f"its mask has the size {str(found)[:80]}"
     if size is not None and found != [*size]:
         return f"its mask has {found[0]}x{found[1]} pixels, its image {size[0]}x{size[1]}"
-    runs = run_lengths(rle["counts"])
-    if runs is None or (runs < 0).any() or (runs > found[0] * found[1]).any() or runs.sum() > found[0] * found[1]:
-        return "its mask has other runs than its size"
     return ""
 
 
-def run_lengths(counts: str) -> NDArray[np.int64] | None:
-    """The runs of a compressed COCO RLE, pixels, the background's first; None for what is no such text.
+def _runs_fit(texts: Sequence[str], pixels: Sequence[int]) -> bool:
+    """Whether texts are compressed COCO RLE of masks of at most so many pixels each."""
+    found = run_lengths(texts)
+    if found is None:
+        return False
+    runs, first = found
+    return bool((runs >= 0).all() and (np.add.reduceat(runs, first) <= np.array(pixels)).all())
 
-    >>> run_lengths("013000").tolist()
-    [0, 1, 3, 1, 3, 1]
+
+def run_lengths(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.intp]] | None:
+    """The runs of compressed COCO RLEs, pixels, the background's first, and where those of each text begin.
+
+    All texts are read in one go: an image may have hundreds. None where one is no such text.
+
+    >>> run_lengths(["013000", "4"])
+    (array([0, 1, 3, 1, 3, 1, 4]), array([0, 6]))
     """
-    if not counts:
-        return np.zeros(0, dtype=np.int64)
-    if not counts.isascii():
+    joined = "".join(texts)
+    sizes = np.array([len(text) for text in texts])
+    if not joined.isascii() or not sizes.all():
         return None
-    digits = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
+    digits = np.frombuffer(joined.encode(), dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((digits & 32) == 0)
-    if digits.min() < 0 or digits.max() > 63 or not len(ends) or ends[-1] != len(digits) - 1:
+    stops = np.cumsum(sizes) - 1  # the last character of each text
+    if digits.min() < 0 or digits.max() > 63 or not len(ends) or not np.isin(stops, ends).all():
         return None
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
@@ -334,9 +362,18 @@ def run_lengths(counts: str) -> NDArray[np.int64] | None:
     places = np.arange(len(digits)) - np.repeat(starts, lengths)
     values = np.add.reduceat((digits & 31) << (5 * places), starts)
     values -= np.where(digits[ends] & 16, 1 << (5 * lengths), 0)
-    for first in (1, 2):  # each is told against the last but one
-        values[first::2] = np.cumsum(values[first::2])
-    return values
+    first = np.searchsorted(starts, stops + 1 - sizes)
+    count = np.diff(first, append=len(values))
+    text = np.repeat(np.arange(len(texts)), count)
+    within = np.arange(len(values)) - np.repeat(first, count)  # its text
+    runs = values.copy()
+    for even in (0, 1):  # a run is told against the last but one, but for the first three
+        chain = np.flatnonzero((within % 2 == 1 - even) & (within > 0))
+        summed = np.cumsum(values[chain])
+        begins = np.flatnonzero(np.diff(text[chain], prepend=-1))
+        before = np.where(begins > 0, summed[begins - 1], 0) if len(chain) else begins
+        runs[chain] = summed - np.repeat(before, np.diff(begins, append=len(chain)))
+    return runs, first
 
 
 def labels_in_frame(labels: Labels, placement: Placement) -> Labels:

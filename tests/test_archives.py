@@ -52,9 +52,9 @@ def served_by(cache: Cache) -> dict[str, Any]:
     done = cache.done.tolist()
     rows = []
     for i, row in enumerate(cache.rows):
-        features = {
-            level.name: hashlib.sha256(cache.read_row(i, level).tobytes()).hexdigest() for level in cache.levels
-        }
+        kept = {level.name: cache.stored(i, level)[level.name] for level in cache.levels}
+        assert done[i] != 1 or all((cache.read_row(i, level) == kept[level.name]).all() for level in cache.levels)
+        features = {name: hashlib.sha256(own.tobytes()).hexdigest() for name, own in kept.items()}
         rows.append(
             {"id": row.id, "group": row.group, "split": row.split, "image": row.image, "image_hash": row.image_hash,
              "done": done[i], "features": features,

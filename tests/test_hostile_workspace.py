@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hostile_space import CONFIGS, FILES, FOLLOW_LINKS, LONGEST, SECRET
 
-OWN_CHILD = "featprobe.cache"  # the one process that is started: it reads old caches, see featprobe.cache.legacy
+OWN_CHILD = "featprobe/cache/hdf5_child.py"  # the one process that is started: it reads old caches
 UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]")
 
 

@@ -128,6 +128,17 @@ def test_a_child_that_fails_ends_in_words_and_leaves_no_process(
     assert not children()
 
 
+def test_where_no_process_can_be_started_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    old, new = old_cache(tmp_path / "cache.h5"), new_cache(tmp_path / "new")
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(CacheError, match="can't be started: Cannot allocate memory"):
+        read_contents(old)
+    assert ["can't be started" in line for line in legacy.disagreements(read_contents(new))] == [True]
+
+
 def children() -> list[str]:
     """Processes that this one has started and that are there still."""
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -232,6 +243,7 @@ def test_after_copying_nothing_is_computed_or_trained_again(name: str, tmp_path:
 
 def new_cache(folder: Path) -> Path:
     path = folder / "cache.h5"
+    folder.mkdir(exist_ok=True)
     write_sound(path, 3)
     return path
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import PoolingBackbone, extract, recipe_of
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -26,12 +28,16 @@ from featprobe.backbones.weights import read_weights
 from featprobe.datasets import pages, read_data
 from featprobe.datasets.split_file import read_split_file, write_split_file
 from featprobe.disk import below, open_regular, parse_json, plain_name, read_toml
-from featprobe.errors import BackboneError, DataError, DiskError, FeatprobeError, FileKindError
+from featprobe.errors import BackboneError, CacheError, DataError, DiskError, FeatprobeError, FileKindError
+from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import append_row, read_rows
 from featprobe.report.tables import csv_text
 from featprobe.stages import cluster
 from featprobe.stages.data import summarise
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.precision import cache_path
+from featprobe.stages.probe import probe
+from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import (
     Instance,
     decode_instances,
@@ -106,6 +112,13 @@ def test_paths_stay_below_their_folder(tmp_path: Path) -> None:
         assert not plain_name(name)
 
 
+def test_no_cache_is_called_by_a_name_that_leads_out(tmp_path: Path) -> None:
+    for label in ("../../x", "/x", "a/b", "..", "\x1b"):
+        with pytest.raises(CacheError, match="can't be called"):
+            cache_path(tmp_path, replace(recipe_of(), label=label))
+    assert cache_path(tmp_path, recipe_of()).parent == tmp_path
+
+
 def test_no_pipe_is_waited_for_and_no_link_is_written_through(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to(tmp_path / "aim")
@@ -147,9 +160,11 @@ def test_bad_lines_of_rows_lose_only_themselves(tmp_path: Path) -> None:
 @given(MASKS)
 def test_run_lengths_are_those_that_were_encoded(mask: list[list[bool]]) -> None:
     drawn = np.array(mask).T  # (height, width)
-    runs = run_lengths(str(encode_rle(drawn)["counts"]))
-    assert runs is not None and runs.sum() == drawn.size
-    assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs), drawn.T.ravel())
+    others = [np.eye(3, dtype=bool), drawn, ~drawn, drawn]
+    found = run_lengths([str(encode_rle(one)["counts"]) for one in others])
+    assert found is not None
+    for runs, one in zip(np.split(found[0], found[1][1:]), others, strict=True):
+        assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs), one.T.ravel())
 
 
 @given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30), st.integers(1, 40))
@@ -214,6 +229,22 @@ def test_packed_weights_are_refused_before_they_are_unpacked(tmp_path: Path) -> 
                 packed.writestr(name, plain.read(name))
     with pytest.raises(BackboneError, match="claim to be"):
         read_weights(tmp_path / "packed.pth")
+
+
+def test_a_sheet_shows_no_image_but_those_that_the_cache_was_made_from(tmp_path: Path) -> None:
+    """A cache of others may name any file as its image."""
+    workspace = Workspace(tmp_path)
+    data = make_generated("surface", workspace.data / "surface", images=12, size=(64, 64))
+    extract(tmp_path, data, PoolingBackbone())
+    recipe = TrainRecipe(iterations=2, batch_size=4, evaluations=1)
+    options = ProbeOptions(recipe=recipe, seeds=1, show=2, quiet=True)
+    assert len(probe(workspace, options=options).sheets) == 1
+    for path in (data / "images").iterdir():
+        Image.fromarray(np.full((64, 64, 3), 77, np.uint8)).save(path)
+    shutil.rmtree(workspace.probes)
+    again = probe(workspace, options=options)
+    assert not again.sheets and any("is not the image" in note for note in again.notes)
+    assert not list(workspace.probes.rglob("sheet.png"))
 
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------

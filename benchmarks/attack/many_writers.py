@@ -82,7 +82,9 @@ def stored(space: Path) -> dict[str, Any]:
     (path,) = space.glob("cache/*/*.h5")
     cache = open_cache(path)
     rows = [
-        hashlib.sha256(b"".join(cache.read_row(i, level).tobytes() for level in cache.levels)).hexdigest()
+        hashlib.sha256(
+            b"".join(own.tobytes() for level in cache.levels for own in cache.stored(i, level).values())
+        ).hexdigest()
         for i in range(len(cache))
     ]
     bad = sum(not isinstance(item, int) for item in verify(path))

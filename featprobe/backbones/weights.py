@@ -5,7 +5,6 @@ import importlib.util
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE
-from featprobe.disk import open_regular
+from featprobe.disk import check_packed, open_regular
 from featprobe.errors import BackboneError
 from featprobe.geometry import Size, parse_size
 
-MOST_PACKED = 4  # times its bytes that an archive may become; weights hardly get smaller
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 
 
@@ -38,7 +36,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
         else:
-            _check_unpacked(path)
+            check_packed(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text proposes to run the code
@@ -59,16 +57,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise BackboneError(f"{path} does not hold a dictionary of tensors, but {type(loaded).__name__}.")
     return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
-
-
-def _check_unpacked(path: Path) -> None:
-    """Raise ValueError for an archive of torch's that is packed: what it claims is not what it holds."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        claimed = sum(entry.file_size for entry in archive.infolist())
-    if claimed > MOST_PACKED * path.stat().st_size:
-        raise ValueError(f"its {path.stat().st_size} bytes claim to be {claimed}")
 
 
 def frame_of(path: Path) -> Size | None:

@@ -129,24 +129,25 @@ def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
     size = os.fstat(handle).st_size
     end = time.monotonic() + WALL_SECONDS + size / BYTES_PER_SECOND
     quiet = {"HDF5_PLUGIN_PRELOAD": "::", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # "::": no plug-ins
-    pipe, answers = os.pipe()
-    with tempfile.TemporaryFile() as stdin, open(pipe, "rb", buffering=0):
-        stdin.write(request)
-        stdin.seek(0)
-        child = subprocess.Popen(
-            [sys.executable, "-P", str(CHILD), kind, str(handle)], stdin=stdin, stdout=answers,
-            stderr=subprocess.DEVNULL, pass_fds=(handle,), env=os.environ | quiet,
-        )  # fmt: skip
-        os.close(answers)
+    try:
+        with tempfile.TemporaryFile() if request else open(os.devnull, "r+b") as stdin:
+            stdin.write(request)
+            stdin.seek(0)
+            child = subprocess.Popen(
+                [sys.executable, "-P", str(CHILD), kind, str(handle)], stdin=stdin, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, pass_fds=(handle,), env=os.environ | quiet,
+            )  # fmt: skip
+    except OSError as error:
+        raise ViewRefused(f"HDF5's process can't be started: {error.strerror or error}") from error
+    with child:
         try:
-            parts = _parts(pipe, end, 2 * size + SPARE)
+            parts = _parts(child.stdout.fileno() if child.stdout else -1, end, 2 * size + SPARE)
             if parts is None:
                 raise ViewRefused(_fate(child.wait(max(0.0, end - time.monotonic()))))
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             raise ViewRefused("HDF5 came to no end with it") from error
         finally:
             child.kill()
-            child.wait()
     if not parts[0]:
         refusal = ViewRefused(ascii(parts[1].decode(errors="replace"))[1:-1])
         refusal.kind = parts[2].decode(errors="replace")

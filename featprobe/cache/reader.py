@@ -9,9 +9,9 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -405,8 +405,9 @@ class FeatureLoader:
         return self._from_device(orders) if self.held else self._streamed(orders)
 
     def _streamed(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
-        for held in self._ahead(orders):
-            yield held.rows, held.between(0, len(held.rows)).to(self.device)
+        with closing(self._ahead(orders)) as batches:
+            for held in batches:
+                yield held.rows, held.between(0, len(held.rows)).to(self.device)
 
     def _from_device(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
         coming = iter(orders)
@@ -423,7 +424,7 @@ class FeatureLoader:
                 index = index.pin_memory() if self.device.type == "cuda" else index
                 yield rows, held.at(index.to(self.device, non_blocking=True))
 
-    def _ahead(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[Held]:
+    def _ahead(self, orders: Iterable[NDArray[np.intp]]) -> Generator[Held]:
         """Batches as they are stored, read ahead; each lies in a slot of the ring until the next is asked for."""
         free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         stopped = threading.Event()

@@ -17,7 +17,7 @@ from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, level_tables
 from featprobe.cache.rows import Row, checksum
 from featprobe.errors import CacheError, CacheIncompleteError, DataError
 from featprobe.levels import FeatureLevel
-from featprobe.targets import Instance, Labels, decode_instances, decode_semantic
+from featprobe.targets import Instance, Labels, decode_image_id, decode_instances, decode_semantic
 
 _files: WeakValueDictionary[tuple[int, int], NDArray[np.bool_]] = WeakValueDictionary()
 """Which rows' levels this process has hashed, (rows, levels), of each file that it holds open, by device and inode."""
@@ -108,7 +108,7 @@ class Cache:
 
     @cached_property
     def _image_ids(self) -> list[Any]:
-        return [self._objects(image)[1] if image.instances else None for image in self.images]
+        return [self._image_id(image) if image.instances else None for image in self.images]
 
     def _semantic(self, row: Row) -> Labels:
         if not row.semantic:
@@ -121,11 +121,14 @@ class Cache:
     def _instances(self, row: Row) -> tuple[Instance, ...]:
         if not row.instances:
             raise CacheError(f"{self.path} holds no instances, only {', '.join(self.data.tasks)} targets.")
-        return self._objects(row)[0]
-
-    def _objects(self, row: Row) -> tuple[tuple[Instance, ...], int | str | None]:
         try:
-            return decode_instances(row.instances, row.placement.original, len(self.data.classes))
+            return decode_instances(row.instances, row.placement.original, len(self.data.classes))[0]
+        except DataError as error:
+            raise self._unlike(row, error) from error
+
+    def _image_id(self, row: Row) -> int | str | None:
+        try:
+            return decode_image_id(row.instances)
         except DataError as error:
             raise self._unlike(row, error) from error
 

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -109,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
+    sys.excepthook = lambda *raised: echo("".join(traceback.format_exception(*raised)), err=True)
     plain = warnings.formatwarning
     warnings.formatwarning = lambda *told, **more: printable(
         plain(*told, **more)
@@ -316,7 +318,7 @@ def _study_file(ctx: click.Context, option: click.Parameter, asked: bool) -> Non
         from featprobe.stages.study import Study
         from featprobe.stages.study_file import schema, template
 
-        show_json(schema(Study)) if option.name == "schema" else echo(template(Study).rstrip("\n"))
+        show_json(schema(Study)) if option.name == "schema" else echo(template(Study), nl=False)
         ctx.exit()
 
 

@@ -258,9 +258,9 @@ def head_options(command: Command) -> Command:
     return command
 
 
-def echo(text: object = "", err: bool = False) -> None:
+def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
     """Print a line: the one way to the terminal, which control characters of files don't get through."""
-    click.echo(printable(str(text)), err=err)
+    click.echo(printable(str(text)), err=err, nl=nl)
 
 
 def show_json(value: object) -> None:

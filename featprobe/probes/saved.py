@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from featprobe.disk import (
     append_line,
     below,
+    check_packed,
     make_folders,
     open_regular,
     parse_json,
@@ -226,7 +227,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            os.close(open_regular(self.path))  # a pipe would be waited for
+            check_packed(self.path)
             kept = torch.load(self.path, map_location="cpu", weights_only=True)
             if kept["identity"] != self.identity:
                 return None

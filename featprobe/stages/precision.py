@@ -8,7 +8,8 @@ import torch
 
 from featprobe.backbones.precision import ONLY_ON_CUDA, resolve
 from featprobe.cache import MISSING, Cache, read_contents
-from featprobe.errors import BackboneError
+from featprobe.disk import plain_name
+from featprobe.errors import BackboneError, CacheError
 from featprobe.specs import CachePrecision, FeatureRecipe
 
 
@@ -48,7 +49,15 @@ def settled(
 
 
 def cache_path(folder: Path, recipe: FeatureRecipe) -> Path:
-    """Where the cache of a recipe lies in the folder of its data set."""
+    """Where the cache of a recipe lies in the folder of its data set.
+
+    Raises CacheError for a backbone whose name would lead out of it, as a cache of others may give it.
+    """
+    if not plain_name(recipe.label):
+        raise CacheError(
+            f"A cache can't be called after the backbone {recipe.label[:80]!r}. Nothing was computed.\n"
+            "  wanted  a name without / and \\ and control characters"
+        )
     return folder / f"{recipe.label}-{recipe.key[:8]}.h5"
 
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from featprobe.backbones.precision import Precision, resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
-from featprobe.datasets.images import read_levels, to_unit
+from featprobe.datasets.images import hash_image, read_levels, to_unit
 from featprobe.disk import remove_leftovers
-from featprobe.errors import DivergedError, ProbeError, counted
+from featprobe.errors import DataError, DivergedError, ProbeError, counted
 from featprobe.geometry import IDENTITY
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
@@ -289,6 +289,8 @@ class Run:
             panels = []
             for image, draw in self.task.panels(self.head, source.batches, rows_of(self.cache, test, chosen)):
                 path = Path(self.cache.data.root) / self.cache.images.texts["image"][image]
+                if hash_image(path) != self.cache.images.texts["image_hash"][image]:
+                    raise DataError(f"{path} is not the image that {self.cache.path} was made from")
                 pixels = to_unit(read_levels(path), self.cache.recipe.window, self.cache.recipe.policy)
                 panels.append((self.cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
         path = self.folder / f"seed{self.seeds[0]}" / "sheet.png"
