@@ -14,8 +14,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic import Field as Field
 
 from featprobe.errors import nearest
-from featprobe.fields import MISSING_FIELD, NAMES, Fault, Place, unknown, wrong
+from featprobe.fields import LARGEST, MISSING_FIELD, NAMES, Fault, Place, unknown, wrong
 
+NOTHING: Any = [[]]
+"""What no field takes, in the place of what JSON does not have."""
 WANTED: Mapping[str, str] = {
     "string_type": NAMES[str],
     "string_too_short": "a text that is not empty",
@@ -44,13 +46,22 @@ def check(kind: type, data: object, *, closed: bool = True, empty_texts: bool = 
     closed: a key that no field is called by is a fault; else it is ignored. empty_texts: whether a text may be empty.
     """
     try:
-        text = json.dumps([data], ensure_ascii=False, default=lambda other: [[]])  # a date of TOML is no text
+        text = json.dumps([_plain(data)], ensure_ascii=False, default=lambda date: NOTHING)
         _adapter(kind, closed, empty_texts).validate_json(text.encode(errors="replace"))
     except ValidationError as error:
         return _faults(kind, data, error.errors(include_url=False))
     except (ValueError, RecursionError):
-        return [Fault((), "it holds a number of thousands of digits, or lists within lists without end")]
+        return [Fault((), "it holds lists within lists without end")]
     return []
+
+
+def _plain(value: Any) -> Any:
+    """A value with what fits nowhere in the place of whole numbers that no one has."""
+    if isinstance(value, dict):
+        return {key: _plain(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_plain(own) for own in value]
+    return NOTHING if isinstance(value, int) and abs(value) > LARGEST else value
 
 
 @cache
@@ -97,6 +108,8 @@ def _fault(kind: type, data: object, place: Place, errors: list[Any]) -> Fault:
     value = _at(data, place)
     if not isinstance(value, (str, int, float, list, dict, type(None))):
         return wrong(place, "no date or time", value)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return wrong(place, f"a number of at most {LARGEST}", value)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in errors))
     names = [
         name for error in errors if error["type"] == "literal_error" for name in re.split(", | or ", _wanted(error))

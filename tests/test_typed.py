@@ -133,6 +133,8 @@ def read(folder: Path, text: str) -> Study:
         ("[train.lineer]\nlr = 0.1", "train.lineer: unknown. Did you mean linear?"),
         ('heads = ["fcos"]', 'heads[0]: wanted heads of the tasks of this study, of semseg: linear, upsample, ridge'),
         ("lr = [0.1, 0]", "lr[1]: wanted more than 0, found 0"),
+        (f"seeds = 1{'0' * 30}", "seeds: wanted a number of at most 9223372036854775807, found 1000000000"),
+        (f"[train.all]\nlr = 0x{'f' * 9000}", "train.all.lr: wanted a number of at most 9223372036854775807, found "),
         ("seeds = 0", "seeds: wanted 1 or more, found 0"),
     ("seeds = 1979-05-27", "seeds: wanted no date or time, found \"date 1979-05-27\""),
         ("fractions = []", "fractions: wanted at least 1 of them, found []"),
