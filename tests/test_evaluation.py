@@ -225,9 +225,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
     found: Counter[bytes] = Counter()
     plain = store.decode_semantic
 
-    def counting(data: bytes) -> Any:
+    def counting(data: bytes, *claimed: Any) -> Any:
         found[data] += 1
-        return plain(data)
+        return plain(data, *claimed)
 
     monkeypatch.setattr(store, "decode_semantic", counting)
     return found
@@ -272,9 +272,9 @@ def test_objects_are_decoded_once_for_all_seeds(tmp_path: Path, monkeypatch: pyt
     found: Counter[bytes] = Counter()
     plain = store.decode_instances
 
-    def counting(data: bytes) -> Any:
+    def counting(data: bytes, *claimed: Any) -> Any:
         found[data] += 1
-        return plain(data)
+        return plain(data, *claimed)
 
     monkeypatch.setattr(store, "decode_instances", counting)
     extract(tmp_path, write_coco(tmp_path / "parts"))

@@ -576,12 +576,12 @@ def test_all_that_is_wrong_in_a_configuration_is_said_at_once(tmp_path: Path) ->
         Workspace(tmp_path)
     said = str(error.value)
     for part in (
-        "[data.x]: path is an empty text",
-        "[data.x]: tile = True",
-        "unknown spit_file. Did you mean split_file?",
-        "[data.y]: '64' is not a size",
-        "[data.y]: 'sideways' are no views",
-        "[backbones.z]: random_init = 'true'",
+        'data.x.path: wanted a text that is not empty, found ""',
+        "data.x.tile: wanted a whole number, found true",
+        "data.x.spit_file: unknown. Did you mean split_file?",
+        "data.y.size: '64' is not a size",
+        "data.y.views: 'sideways' are no views",
+        'backbones.z.random_init: wanted true or false, found "true"',
     ):
         assert part in said, part
 
@@ -596,11 +596,12 @@ def test_a_study_takes_no_number_for_a_text_and_no_truth_for_a_number(tmp_path: 
         read_study(tmp_path / "study.toml", Workspace(tmp_path))
     said = str(error.value)
     for part in (
-        "data holds an empty text",
-        "seeds: True is no int",
-        "train.linear: 5 is no section",
-        "tuning: augment = 'no' is no bool",
-        "tuning: accumulate = 1.5 is no int",
+        'data[0]: wanted a text that is not empty, found ""',
+        "seeds: wanted a whole number, found true",
+        "fractions[0]: wanted a finite number, found NaN",
+        "train.linear: wanted a table, found 5",
+        'tuning.augment: wanted true or false, found "no"',
+        "tuning.accumulate: wanted a whole number, found 1.5",
     ):
         assert part in said, part
     text(
@@ -611,8 +612,9 @@ def test_a_study_takes_no_number_for_a_text_and_no_truth_for_a_number(tmp_path: 
     with pytest.raises(DataError) as error:
         read_study(tmp_path / "study.toml", Workspace(tmp_path))
     said = str(error.value)
-    assert "iterations = '400' is no int" in said and "batch_size = True is no int" in said
-    assert "loss_at = 'pixel' is no level or image" in said and "lr = 1" not in said
+    assert 'iterations: wanted a whole number or auto, found "400"' in said
+    assert "batch_size: wanted a whole number, found true" in said
+    assert 'loss_at: wanted level or image, found "pixel"' in said and "train.all.lr" not in said
 
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
