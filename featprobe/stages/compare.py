@@ -380,7 +380,7 @@ def _write(
     unusable: Sequence[Unusable],
     notes: Sequence[str],
 ) -> list[Path]:
-    """Write the tables and the page, all of them or none; returns their paths. Raises DiskError."""
+    """Write the tables, and last the page, which says that they are there; returns their paths. Raises DiskError."""
     results = result_frame([line for item in sets for line in item.lines])
     differences = difference_frame([*(line for item in sets for line in item.differences), *gaps])
     pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
@@ -390,5 +390,5 @@ def _write(
         out / "differences.csv": csv_text(differences),
         out / "results.parquet": results.to_parquet(index=False),
     }
-    write_together(files)
+    write_together(files, out / "index.html")
     return list(files)
