@@ -137,9 +137,6 @@ class _Writes:
             return stream if "b" in mode else io.TextIOWrapper(stream, *more, **named)
 
         io.open = builtins.open = opened  # type: ignore[assignment]
-        import h5py
-
-        self._before(h5py.File, "__init__", lambda own, name, mode="r", *_, **__: name if mode != "r" else "/")
 
     def _before(self, owner: Any, name: str, target: Callable[..., Any]) -> None:
         plain = getattr(owner, name)
