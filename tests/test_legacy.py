@@ -123,9 +123,10 @@ def test_a_child_that_fails_ends_in_words_and_leaves_no_process(
     stub.write_text(code)
     monkeypatch.setattr(legacy, "CHILD", stub)
     monkeypatch.setattr(legacy, "WALL_SECONDS", 0.5 if name == "sleeps" else 60.0)
+    before = children()
     with pytest.raises(CacheError, match=words):
         read_contents(old_cache(tmp_path / "cache.h5"))
-    assert not children()
+    assert children() == before
 
 
 def test_where_no_process_can_be_started_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,15 +145,15 @@ def children() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
-def test_ctrl_c_ends_a_command_that_waits_for_a_damaged_file(tmp_path: Path) -> None:
-    path = old_cache(tmp_path / "cache.h5")
-    zeroed_sector(path)
+def test_ctrl_c_ends_a_command_that_waits_for_hdf5(tmp_path: Path) -> None:
+    path, child = old_cache(tmp_path / "cache.h5"), tmp_path / "hdf5.py"
+    child.write_text("import time; time.sleep(600)")  # a damaged file may end its child by a limit, at any time
     code = (
         "import sys; from featprobe.cache import legacy, read_contents; from pathlib import Path\n"
-        "print('ready', flush=True)\nread_contents(Path(sys.argv[1]))"
+        "legacy.CHILD = Path(sys.argv[2])\nprint('ready', flush=True)\nread_contents(Path(sys.argv[1]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(path), str(child)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
