@@ -158,9 +158,10 @@ def sync_folder(folder: Path) -> None:
     _sync_path(folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this host that are dead were writing into a folder."""
-    own = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}\.tmp")
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes of this host that are dead were writing into a folder; name: of one file alone."""
+    begin = r"\..*" if name is None else re.escape(f".{name}")
+    own = re.compile(rf"{begin}\.{re.escape(socket.gethostname())}-([0-9]+)-[0-9a-f]{{8}}\.tmp", re.DOTALL)
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             found = own.fullmatch(entry.name)
@@ -179,8 +180,12 @@ def _temporary(path: Path) -> Path:
     if own not in _swept:
         _swept.add(own)
         remove_leftovers(path.parent)
-    maker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return path.parent / f".{path.name[:40]}.{maker}.tmp"
+    return path.parent / temporary_name(path.name[:40])
+
+
+def temporary_name(name: str) -> str:
+    """A file's name while this process makes it, which no other takes; `remove_leftovers` knows it."""
+    return f".{name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
 
 
 def _new_file(path: Path) -> IO[bytes]:

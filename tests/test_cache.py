@@ -47,12 +47,12 @@ from featprobe.cache import (
     open_cache,
     read_contents,
     reader,
-    remove_leftovers,
     replace_file,
 )
 from featprobe.cache.header import MAGIC, Index
 from featprobe.cache.layout import row_tables
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
+from featprobe.disk import remove_leftovers
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.specs import FeatureRecipe
@@ -260,8 +260,22 @@ def test_a_temporary_file_of_a_dead_process_is_swept_and_of_a_living_one_kept(tm
     living = make_temporary(tmp_path / "cache.h5", recipe_of(), data_info(), rows_of(1), {})
     dead = living.with_name(living.name.replace(f"-{os.getpid()}-", f"-{finished_process()}-"))
     shutil.copy(living, dead)
-    remove_leftovers(tmp_path / "cache.h5")
-    assert living.exists() and not dead.exists()
+    others = [living.with_name(name + dead.name.removeprefix(".cache")) for name in (".cache2", ".other.cache")]
+    for other in others:
+        shutil.copy(living, other)
+    remove_leftovers(tmp_path, "cache")
+    assert living.exists() and not dead.exists() and all(other.exists() for other in others)
+
+
+@pytest.mark.parametrize("name", ["cache", "a[b]*c"])
+def test_a_sweep_survives_folders_and_numbers_that_no_process_has(tmp_path, name):
+    living = make_temporary(tmp_path / f"{name}.h5", recipe_of(), data_info(), rows_of(1), {})
+    number = f"-{os.getpid()}-"
+    huge, folder = (living.with_name(living.name.replace(number, f"-{pid}-")) for pid in (10**30, finished_process()))
+    shutil.copy(living, huge)
+    folder.mkdir()
+    remove_leftovers(tmp_path, name)
+    assert living.exists() and huge.exists() and not folder.exists()
 
 
 def finished_process() -> int:

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -12,7 +13,7 @@ from helpers import extract, flip_byte, opened, row_bytes, spy_on_writes, stored
 
 from featprobe.cache import WHOLE, CacheWriter, Damage, damaged_rows, open_cache, verify
 from featprobe.cache import writer as writer_module
-from featprobe.errors import CacheError
+from featprobe.errors import CacheBusyError, CacheError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.stages.caches import verify_cache
 
@@ -296,4 +297,36 @@ def test_verify_writes_nothing_into_a_file_whose_addresses_are_damaged(path):
     flip_byte(path, address_of(path, "features/stride4"))
     before = path.read_bytes()
     assert {found.part for found in verify_cache(path, quiet=True)} > {"features/stride4"}
+    assert path.read_bytes() == before
+
+
+def test_damage_is_reported_where_its_rows_can_not_be_marked(path, monkeypatch):
+    def busy(self):
+        raise CacheBusyError("another process has it")
+
+    flip_byte(path, offset_of(path, "features/stride4", 2))
+    before, said = path.read_bytes(), []
+    monkeypatch.setattr(writer_module.RowLocks, "claim_all", busy)
+    assert [found.row for found in verify_cache(path, quiet=True, say=said.append)] == [2]
+    assert len(said) == 1 and "not marked" in said[0] and "another process has it" in said[0]
+    assert path.read_bytes() == before
+
+
+def test_no_row_is_marked_of_a_file_that_replaced_the_one_verified(path, monkeypatch):
+    def replacing(self):
+        shutil.copy(path, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    flip_byte(path, offset_of(path, "features/stride4", 2))
+    said = []
+    monkeypatch.setattr(writer_module.RowLocks, "claim_all", replacing)
+    assert [found.row for found in verify_cache(path, quiet=True, say=said.append)] == [2]
+    assert "was replaced" in said[0] and (opened(path).done == WHOLE).all()
+
+
+@pytest.mark.parametrize("row", [-1, ROWS])
+def test_a_row_that_a_cache_has_not_is_never_written(path, row):
+    before = path.read_bytes()
+    with CacheWriter(path) as writer, pytest.raises(ShapeError, match=f"{ROWS} rows"):
+        writer.mark_missing(row)
     assert path.read_bytes() == before

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,21 @@ def test_both_ways_to_decode_give_the_bits_of_the_formula(m, block):
         patch.setattr("featprobe.cache.quantised.BLOCK", block)
         in_blocks = decode(codes, scales)
     assert at_once.numpy().tobytes() == in_blocks.numpy().tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("modes", [(True, False, True), (False, True, False)])
+def test_memory_that_is_kept_for_decoding_serves_in_and_out_of_inference_mode(modes):
+    def decode_growing():
+        for size, mode in enumerate(modes, start=1):
+            values = torch.randn(2, 3 * size, 4 * size, 5, generator=torch.Generator().manual_seed(size)).half()
+            with torch.inference_mode(mode):
+                codes, scales = quantise(values)
+                expected = torch.empty(values.shape, dtype=torch.float16)
+                _decode_at_once(codes, scales, expected)
+                assert torch.equal(decode(codes, scales), expected)
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread has memory of its own
+        fresh.submit(decode_growing).result()
 
 
 def test_scales_have_16_significant_bits_so_that_a_device_may_fuse_or_not():

@@ -11,7 +11,6 @@ from featprobe.cache.layout import (
     Extent,
     create_file,
     make_temporary,
-    remove_leftovers,
     replace_file,
 )
 from featprobe.cache.rows import Row, RowTable, checksum
@@ -37,7 +36,6 @@ __all__ = [
     "open_cache",
     "read_contents",
     "read_states",
-    "remove_leftovers",
     "replace_file",
     "verify",
 ]

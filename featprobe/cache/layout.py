@@ -9,8 +9,6 @@ import io
 import json
 import os
 import re
-import socket
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 from featprobe.cache import header
 from featprobe.cache.header import Entry, Index
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Row, target_checksums
-from featprobe.disk import make_folders, sync_folder
+from featprobe.disk import make_folders, sync_folder, temporary_name
 from featprobe.errors import CacheError, ShapeError
 from featprobe.levels import FeatureLevel
 from featprobe.machine import human_bytes
@@ -162,7 +160,7 @@ def make_temporary(
     """A complete cache file without features, under a unique name beside `path`; see create_file."""
     try:
         make_folders(path.parent)
-        temporary = path.parent / f".{path.stem}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+        temporary = path.parent / temporary_name(path.stem)
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except OSError as error:
         raise CacheError(
@@ -190,15 +188,6 @@ def replace_file(temporary: Path, path: Path) -> None:
     """Swap a finished temporary file in; readers that hold the old file keep it."""
     os.replace(temporary, path)
     sync_folder(path.parent)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Delete temporary files of this cache whose maker, on this host, is dead."""
-    prefix = f".{path.stem}.{socket.gethostname()}-"
-    for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
-        maker = leftover.name.removeprefix(prefix).split("-")[0]
-        if leftover.name.startswith(prefix) and maker.isdigit() and not _alive(int(maker)):
-            leftover.unlink(missing_ok=True)
 
 
 def _fill(
@@ -375,13 +364,3 @@ def _allocate_disk(handle: int, size: int) -> None:
         os.posix_fallocate(handle, 0, size)
     else:
         os.ftruncate(handle, size)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # alive, and another user's
-    return True

@@ -84,12 +84,17 @@ def _decode_at_once(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
 
 
 class _Scratch(threading.local):
-    """Memory of a thread that decodes. It is kept: making it anew for each block would cost as much as decoding one."""
+    """Memory of a thread that decodes. It is kept: making it anew for each block would cost as much as decoding one.
 
+    It is made outside of inference mode: what is made within can't be changed in place any more outside.
+    """
+
+    @torch.inference_mode(False)
     def __init__(self) -> None:
         self.wide = torch.empty(0, dtype=torch.int16)
         self.mean, self.variance, self.unused = torch.zeros(0), torch.ones(0), torch.empty(0)
 
+    @torch.inference_mode(False)
     def of(self, channels: int, cells: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(1, channels, cells), int16, of any values; (channels,) zeros; (channels,) ones."""
         if self.wide.numel() < channels * cells:

@@ -56,6 +56,7 @@ class CacheWriter:
         contents = read_contents(path)
         self.path = path
         self.recipe = contents.recipe
+        self.inode, self.identity_sha256 = contents.inode, contents.identity_sha256
         self.extents = contents.extents
         self._turn = threading.Condition()  # guards the four below
         self._held: set[int] = set()  # rows that a thread writes or marks just now
@@ -193,6 +194,8 @@ class CacheWriter:
     def _put(self, name: str, row: int, data: NDArray) -> None:
         extent = self.extents[name]
         view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        if row < 0 or row * extent.row_bytes + view.nbytes > extent.rows * extent.row_bytes:
+            raise ShapeError(f"{self.path} has {extent.rows} rows: none can be written at row {row}, {name}.")
         first = offset = extent.offset + row * extent.row_bytes
         fcntl.lockf(self.handle, fcntl.LOCK_EX, data.nbytes, first)  # makes NFS clients write through
         try:

@@ -139,7 +139,7 @@ def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, 
 
     workspace = workspace_of(ctx)
     paths = workspace.find_caches(name) if name else workspace.cache_files()
-    found = {str(path): verify_cache(path, quiet, hdf5) for path in paths}
+    found = {str(path): verify_cache(path, quiet, hdf5, lambda line: echo(line, err=True)) for path in paths}
     if json_:
         show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
     else:

@@ -1,5 +1,6 @@
 """Looking after cache files: list, describe, verify, upgrade, remove."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,9 +25,10 @@ from featprobe.cache import (
     replace_file,
     verify,
 )
+from featprobe.cache.contents import Contents
 from featprobe.cache.legacy import disagreements
 from featprobe.disk import parse_json, read_regular
-from featprobe.errors import CacheError, FileKindError, counted
+from featprobe.errors import CacheError, FeatprobeError, FileKindError, counted
 from featprobe.specs import FILE_VERSION
 from featprobe.stages.settled import look_path
 from featprobe.texts import printable
@@ -115,13 +117,16 @@ def _runs(path: Path) -> list[dict[str, Any]]:
     return [run for run in found if isinstance(run, dict) and type(run.get("computed")) is int and "device" in run]
 
 
-def verify_cache(path: Path, quiet: bool = False, hdf5: bool = False) -> list[Damage]:
+def verify_cache(
+    path: Path, quiet: bool = False, hdf5: bool = False, say: Callable[[str], None] = lambda line: None
+) -> list[Damage]:
     """Hash every row, level and target again; rows whose features are bad are marked missing.
 
     `extract` then computes exactly those rows anew. A file whose targets or identity are damaged is left as
     it is: `extract` makes it anew from the data set and copies over the features that are sound. A file
     that can't be opened is damage too. hdf5: whether a file of version 3 is also opened through HDF5, in a process of
-    its own, which must find what the file's header says; older files are read so anyway.
+    its own, which must find what the file's header says; older files are read so anyway. say: told where bad rows
+    could not be marked, and why.
     """
     found: list[Damage] = []
     try:
@@ -139,11 +144,23 @@ def verify_cache(path: Path, quiet: bool = False, hdf5: bool = False) -> list[Da
         found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents)]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
-        with RowLocks(path) as locks, CacheWriter(path) as writer:
-            locks.claim_all()
-            for row in bad:
-                writer.mark_missing(row)
+        try:
+            _mark_missing(contents, bad)
+        except FeatprobeError as error:
+            say(f"{path}: bad rows were not marked as missing: {error}")
     return found
+
+
+def _mark_missing(contents: Contents, rows: list[int]) -> None:
+    """Mark rows of the very file that was verified, whose path may mean another by now. Raises CacheError."""
+    path = contents.file.path
+    with RowLocks(path) as locks:
+        locks.claim_all()
+        with CacheWriter(path) as writer:
+            if (writer.inode, writer.identity_sha256) != (contents.inode, contents.identity_sha256):
+                raise CacheError("the file was replaced while it was verified. Run the same command again.")
+            for row in rows:
+                writer.mark_missing(row)
 
 
 def upgrade_cache(path: Path, quiet: bool = False) -> bool:
@@ -183,7 +200,7 @@ def _copy_whole(old: Cache, target: Path, quiet: bool) -> list[str]:
     total = old.recipe.row_bytes * int((old.done == WHOLE).sum())
     with (
         CacheWriter(target) as writer,
-        tqdm(total=total, desc=old.path.name, unit="B", unit_scale=True, disable=quiet, leave=False) as bar,
+        tqdm(total=total, desc=printable(old.path.name), unit="B", unit_scale=True, disable=quiet, leave=False) as bar,
     ):
         for row in np.flatnonzero(old.done == WHOLE).tolist():
             kept = [old.stored(row, level) for level in old.levels]

@@ -24,11 +24,10 @@ from featprobe.cache import (
     create_file,
     make_temporary,
     read_contents,
-    remove_leftovers,
     replace_file,
 )
 from featprobe.datasets import DataSet
-from featprobe.disk import append_line
+from featprobe.disk import append_line, remove_leftovers
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
@@ -195,7 +194,7 @@ def share_of(rows: int, block: int, shard: tuple[int, int] | None) -> tuple[int,
 
 def _ensure_file(job: Job, locks: RowLocks) -> int:
     """Have the job's file in place, of this very data set; returns how many rows were copied over."""
-    remove_leftovers(job.path)
+    remove_leftovers(job.path.parent, job.path.stem)
     if not job.path.exists():
         check_disk(job)
         create_file(job.path, job.recipe, job.info, job.rows, provenance(job), job.whole)
