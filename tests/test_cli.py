@@ -498,6 +498,18 @@ def test_the_hint_on_a_file_that_can_not_be_opened_works(space: Path) -> None:
     assert "24 of 24 images computed" in call(space, "extract", *NETWORK, "--data", "xray", "--quiet").stdout
 
 
+def test_predict_says_what_a_folder_without_a_head_holds(tmp_path: Path) -> None:
+    for seed in ("seed0", "seed1"):
+        (tmp_path / "run" / seed).mkdir(parents=True)
+        (tmp_path / "run" / seed / "card.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "new").mkdir()
+    said = refusal(tmp_path, "predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "out")
+    assert "This folder holds seed0, seed1. Name one of them." in said
+    said = refusal(tmp_path, "predict", tmp_path / "bare", tmp_path / "new", "--out", tmp_path / "out")
+    assert "has no card.json" in said and "Train it again" in said and "Error:" not in said
+
+
 PROBE = ("probe", "--iterations", 20, "--batch-size", 8, "--quiet")
 
 
