@@ -474,8 +474,11 @@ def test_a_flipped_byte_is_found_with_code_3_and_mended_by_extract(space: Path) 
     flip_byte(path, read_contents(path).extents["features/stride8"].offset + 1000)
     found = call(space, "cache", "verify", "--quiet")
     assert found.exit_code == 3 and "1 bad" in found.stdout and "features/stride8" in found.stdout
+    (row,) = re.findall(r"row (\d+) is now marked as missing", found.stdout)
     cache = Cache(path, read_contents(path))
-    assert (cache.done == MISSING).sum() == 1
+    assert np.flatnonzero(cache.done == MISSING).tolist() == [int(row)]
+    again = call(space, "cache", "verify", "--quiet")
+    assert again.exit_code == 0 and "sound, but 1 of 24 rows is missing: finish it: featprobe extract" in again.stdout
     assert "featprobe extract" in refusal(space, "probe")
     assert "1 of 24 rows are missing" in refusal(space, "probe", "--data", "xray")
     mended = call(space, "extract", *NETWORK, "--data", "xray", "--quiet")
@@ -483,6 +486,28 @@ def test_a_flipped_byte_is_found_with_code_3_and_mended_by_extract(space: Path) 
     assert call(space, "cache", "verify", "--quiet").exit_code == 0
     assert as_json(space, "cache", "verify", "xray", "--quiet") == {str(path): []}
     assert path.read_bytes() == before
+
+
+def test_the_hint_on_a_file_that_can_not_be_opened_works(space: Path) -> None:
+    path = find_file(space)
+    path.write_bytes(path.read_bytes()[:1000])
+    found = call(space, "cache", "verify", "--quiet")
+    assert found.exit_code == 3
+    (command,) = re.findall(r"Remove it: featprobe (cache rm \S+ --yes)\. Then run the extract command", found.stdout)
+    assert call(space, *command.split()).exit_code == 0
+    assert "24 of 24 images computed" in call(space, "extract", *NETWORK, "--data", "xray", "--quiet").stdout
+
+
+def test_predict_says_what_a_folder_without_a_head_holds(tmp_path: Path) -> None:
+    for seed in ("seed0", "seed1"):
+        (tmp_path / "run" / seed).mkdir(parents=True)
+        (tmp_path / "run" / seed / "card.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "new").mkdir()
+    said = refusal(tmp_path, "predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "out")
+    assert "This folder holds seed0, seed1. Name one of them." in said
+    said = refusal(tmp_path, "predict", tmp_path / "bare", tmp_path / "new", "--out", tmp_path / "out")
+    assert "has no card.json" in said and "Train it again" in said and "Error:" not in said
 
 
 PROBE = ("probe", "--iterations", 20, "--batch-size", 8, "--quiet")

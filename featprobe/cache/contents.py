@@ -7,6 +7,7 @@ against its recipe before it is used. Files of versions 1 and 2 go through featp
 import hashlib
 import os
 import re
+import shlex
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,9 @@ class HeldFile:
             more = os.pread(self.handle, count - len(data), offset + len(data))
             if not more:
                 end = offset + len(data)
-                raise CacheError(f"{self.path} ended while it was read, at byte {end}. Was it cut short?")
+                raise CacheError(
+                    f"{self.path} ended while it was read, at byte {end}. Was it cut short?\n{_remove(self.path)}"
+                )
             data += more
         return data
 
@@ -207,9 +210,12 @@ def _letters(path: Path) -> Iterator[None]:
 
 def _unopened(path: Path, wanted: str, found: str) -> CacheError:
     return CacheError(
-        f"{path} is not a feature cache that can be opened.\n  wanted  {wanted}\n  found   {found}\n"
-        "Nothing was changed. Remove it and extract again:  featprobe cache rm FILE"
+        f"{path} is not a feature cache that can be opened.\n  wanted  {wanted}\n  found   {found}\n{_remove(path)}"
     )
+
+
+def _remove(path: Path) -> str:
+    return f"Remove it: featprobe cache rm {shlex.quote(str(path))} --yes. Then run the extract command again."
 
 
 def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:

@@ -21,7 +21,10 @@ from featprobe.cli.options import (
 from featprobe.errors import FeatprobeError, counted
 
 if TYPE_CHECKING:
+    from featprobe.cache import Damage
     from featprobe.stages.audit import Audit
+
+FEW_ROWS = 5  # that are named in one line
 
 
 @click.group()
@@ -144,11 +147,7 @@ def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, 
         show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
     else:
         for path, damages in found.items():
-            echo(f"{path}: {'sound' if not damages else f'{len(damages)} bad'}")
-            for damage in damages:
-                echo(f"  row {damage.row} {damage.id}: {damage.part}" if damage.row >= 0 else f"  {damage.part}")
-        if any(found.values()):
-            echo("Mend them: run the `featprobe extract` command that made the file again.")
+            echo(_verified_text(Path(path), damages))
     if any(found.values()):
         ctx.exit(3)
 
@@ -234,6 +233,30 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
     echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+
+
+def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
+    """What was found in a file, what became of it, and what to do."""
+    from featprobe.stages.caches import describe_cache
+
+    lines = [f"  row {one.row} {one.id}: {one.part}" if one.row >= 0 else f"  {one.part}" for one in damages]
+    try:
+        now = describe_cache(path)
+    except FeatprobeError as error:
+        return "\n".join([f"{path}: {len(damages)} bad", *lines, f"  {str(error).splitlines()[-1]}"])
+    if damages:
+        rows = sorted({one.row for one in damages if one.row >= 0})
+        if rows and now["intact"]:
+            few = ", ".join(map(str, rows[:FEW_ROWS])) + (", …" if len(rows) > FEW_ROWS else "")
+            one = len(rows) == 1
+            lines.append(
+                f"  {'row' if one else f'{len(rows)} rows:'} {few} {'is' if one else 'are'} now marked as missing"
+            )
+        return "\n".join([f"{path}: {len(damages)} bad", *lines, f"  Mend it: {now['command']}"])
+    if missing := now["missing"]:
+        lack = f"{missing} of {counted(now['rows'], 'row')} {'is' if missing == 1 else 'are'} missing"
+        return f"{path}: sound, but {lack}: finish it: {now['command']}"
+    return f"{path}: sound"
 
 
 def _audit_text(found: "Audit") -> str:

@@ -133,6 +133,8 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
             )
         if card.pop("card_sha256") != digest(card):
             raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
+    except FileNotFoundError as error:
+        raise ProbeError(_no_card(folder)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     faults = card_faults(card, whole=whole)
@@ -140,6 +142,14 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
         what = f"{folder}/card.json is no card that this featprobe can use. Nothing was computed."
         raise ProbeError(letter(what, faults, "Train the head again, or update featprobe where a newer one wrote it."))
     return card
+
+
+def _no_card(folder: Path) -> str:
+    """What to say of a folder in which there is no card."""
+    seeds = sorted(path.parent.name for path in folder.glob("seed*/card.json"))
+    if seeds:
+        return f"{folder} holds no head itself. This folder holds {', '.join(seeds)}. Name one of them."
+    return f"{folder} has no card.json, so there is no saved head in it. Nothing was computed. Train it again."
 
 
 def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRecipe) -> None:
