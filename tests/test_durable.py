@@ -5,6 +5,7 @@ The harness of the commands is the benchmarks': benchmarks/_commands.py, disk_er
 
 import ast
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -152,6 +153,18 @@ def test_a_study_trains_damaged_heads_again_and_no_others(tmp_path: Path) -> Non
     assert run_study(workspace, study).done == 2
     assert run_study(workspace, study, dry_run=True, verify=True).missing[0].seed == 1
     assert [row["seed"] for row in run_study(workspace, study, verify=True).rows] == [1]
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "curves.json", "scores.npz"])
+def test_a_card_that_does_not_name_what_its_task_needs_is_of_no_whole_head(
+    space: Workspace, heads: list[Path], name: str
+) -> None:
+    from featprobe.probes.saved import digest, read_card
+
+    card = read_card(heads[0])
+    card["files"] = {key: value for key, value in card["files"].items() if key != name}
+    (heads[0] / "card.json").write_text(json.dumps(card | {"card_sha256": digest(card)}))
+    assert f"its card names no {name}" in load_results(space.probes)[1][0].reason
 
 
 def test_a_head_of_an_older_featprobe_is_judged_by_what_its_card_says(space: Workspace, heads: list[Path]) -> None:

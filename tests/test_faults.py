@@ -149,12 +149,12 @@ def test_a_rebuild_copies_sound_rows_and_computes_damaged_ones(path, data, tmp_p
     assert stored(path) == before and damages(path) == []
 
 
-@pytest.mark.parametrize(("what", "copied"), [("id", ROWS), ("split", ROWS), ("image_hash", ROWS - 1)])
-def test_a_damaged_identity_is_mended_by_extract(path, data, tmp_path, what, copied):
+@pytest.mark.parametrize("what", ["id", "split", "image_hash"])
+def test_a_damaged_identity_is_mended_by_extract_that_copies_nothing_by_it(path, data, tmp_path, what):
     before, rows = stored(path), list(open_cache(path).rows)
     flip_byte(path, byte_of_text(path, getattr(rows[1], what)))
     report = extract(tmp_path, data)
-    assert (report.copied, report.computed) == (copied, ROWS - copied)
+    assert (report.copied, report.computed) == (0, ROWS)
     assert stored(path) == before and list(open_cache(path).rows) == rows
 
 

@@ -236,7 +236,12 @@ def _refuse_tf32(job: Job) -> None:
 
 
 def _copy_rows(old: Cache, target: Path, rows: Sequence[Row]) -> int:
-    """Copy features of images that did not change, where their bytes still hash to what was written."""
+    """Copy features of images that did not change, where their bytes still hash to what was written.
+
+    None where what says which row is which is damaged: all that is hashed on opening. Damaged labels do no harm.
+    """
+    if old.contents.damaged:
+        return 0
     done, expected = old.done, old.stored_checksums()
     hashes = old.rows.column("image_hash")
     of = {i: (hashes[i], old.rows.part_of(i), old.rows.placement(i)) for i in np.flatnonzero(done == WHOLE).tolist()}

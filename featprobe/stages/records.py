@@ -144,6 +144,9 @@ def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -
     if {**card["result"], "version": None} != {**row, "version": None}:
         raise ProbeError("its folder was written again since, by another run")
     fault = fault_of(folder, card, hashes=hashes)
+    if not fault and "files" in card:
+        missing = [name for name in ("head.safetensors", *_beside(row["task"])) if name not in card["files"]]
+        fault = f"its card names no {', '.join(missing)}" if missing else ""
     fault = fault or ("" if "files" in card else _unreadable(folder, row["task"]))
     if fault:
         raise damaged(row, fault)
@@ -165,9 +168,14 @@ def is_whole(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> b
     return True
 
 
+def _beside(task: str) -> tuple[str, ...]:
+    """The files that lie beside each head of a task."""
+    return "curves.json", *(("scores.npz",) if task == "semseg" else ("truth.json", "predictions.json"))
+
+
 def _unreadable(folder: Path, task: str) -> str:
     """What can't be read of what lies beside a head of an older featprobe, whose card does not say; "" for nothing."""
-    for name in ("curves.json", *(("scores.npz",) if task == "semseg" else ("truth.json", "predictions.json"))):
+    for name in _beside(task):
         try:
             (data,) = read_files(folder, {}, [name])
             if name.endswith(".json"):
