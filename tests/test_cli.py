@@ -465,6 +465,7 @@ def test_caches_are_listed_and_described(space: Path) -> None:
     assert listed == described
     assert described["whole"] == 24 and described["intact"] and described["recipe"]["label"].endswith("-random")
     text = call(space, "cache", "info", find_file(space)).stdout
+    assert described["version"] == 3 and re.search(r"version +3\n", text)
     assert "24 whole, 0 missing, 0 unreadable of 24" in text and "64x64 (resize to 64x64)" in text
 
 

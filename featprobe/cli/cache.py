@@ -276,6 +276,7 @@ def _audit_text(found: "Audit") -> str:
     errors = [(level, *(f"{own[dtype]:.3%}" for dtype in dtypes)) for level, own in found.errors.items()]
     lines = [
         f"{found.path}: all features take {sizes}",
+        *(["int8 is larger here: keep fp16"] if found.bytes_of["int8"] >= found.bytes_of["fp16"] else []),
         f"relative L2 error against the stored {found.dtype}, of {counted(found.rows, 'row')}",
         columns(errors, ("level", *dtypes)),
     ]
