@@ -431,6 +431,21 @@ def test_frozen_features_of_stored_views_are_a_variant_and_tell_augmentation_apa
     assert "fine-tuning" in said and "against frozen features of augmented views" in said
 
 
+def test_the_dtype_is_named_where_results_differ_in_it(told: Told) -> None:
+    told.tell(confusions(0.5), backbone="a", feature_key="a16", features={"dtype": "fp16"})
+    told.tell(confusions(0.6), backbone="b", feature_key="b16", features={"dtype": "fp16"})
+    alike = told.compare()
+    assert "dtype" not in comparison.result_table(alike.sets[0].lines)
+    told.tell(confusions(0.7), curve=(0.1, 0.9), backbone="a", feature_key="a8", features={"dtype": "int8"})
+    report = told.compare()
+    table = comparison.result_table(report.sets[0].lines, brief=True)
+    assert sorted(zip(table["backbone"], table["dtype"], strict=True)) == [("a", "fp16"), ("a", "int8"), ("b", "fp16")]
+    assert "dtype" in comparison.class_table(report.sets[0].lines)
+    assert any("input size, dtype or" in note for note in report.notes)
+    (difference,) = report.sets[0].differences
+    assert "dtype int8 | fp16" in comparison.marks_of(difference)
+
+
 def test_stored_views_are_named_where_they_were_trained_on(told: Told) -> None:
     cached = {"features": {"views": ["identity", "hflip", "crop:2"], "tile": 32, "overlap": 4, "empty_tiles": 1.0}}
     told.tell(confusions(0.5), augmentation={"views": ["hflip", "crop:2"]}, **cached)

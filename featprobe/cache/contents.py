@@ -164,19 +164,22 @@ def read_contents(path: Path) -> Contents:
         return contents if sealed else replace(contents, damaged=("header", *contents.damaged))
 
 
-def read_states(path: Path) -> tuple[FeatureRecipe, NDArray[np.uint8]]:
-    """A cache's recipe, and `done` of each row as it stands there: of its header alone. Raises CacheError."""
+def read_states(path: Path) -> tuple[FeatureRecipe, NDArray[np.uint8], int]:
+    """A cache's recipe, `done` of each row as it stands there, and the version, of its header alone.
+
+    Raises CacheError.
+    """
     file = HeldFile(path)
     with _letters(path):
         if _is_old(file):
             contents = read_contents(path)
             recipe, done = contents.recipe, contents.extents["done"]
-            return recipe, np.frombuffer(contents.file.read(done.offset, done.rows), np.uint8)
+            return recipe, np.frombuffer(contents.file.read(done.offset, done.rows), np.uint8), contents.version
         index, sealed = _header(file)
         recipe, _ = _checked(file, index)
         if not sealed:
             raise FormatFault("a header whose sha256 holds", "another sha256: it is damaged")
-        return recipe, np.frombuffer(file.read(index.tables["done"].offset, index.rows), np.uint8)
+        return recipe, np.frombuffer(file.read(index.tables["done"].offset, index.rows), np.uint8), index.version
 
 
 def _is_old(file: HeldFile) -> bool:

@@ -68,11 +68,12 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
             c["recipe"]["dtype"],
             f"{c['whole']} of {c['rows']}",
             human_bytes(c["bytes"]),
+            _version_text(c["version"]),
         )
         for c in found
     ]
     if rows:
-        echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size")))
+        echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size", "version")))
     elif not broken:
         echo(f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray")
     for entry in broken:
@@ -102,6 +103,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
         rows: list[tuple[str, object]] = [
             ("rows", f"{c['whole']} whole, {c['missing']} missing, {len(c['unreadable'])} unreadable of {c['rows']}"),
             ("size", human_bytes(c["bytes"])),
+            ("version", _version_text(c["version"])),
             ("backbone", f"{recipe['label']}: {recipe['backbone']}, weights sha256 {recipe['weights_sha256'][:12]}…"),
             ("levels", levels),
             ("final norm", recipe["final_norm"]),
@@ -235,6 +237,12 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
 
 
+def _version_text(version: int) -> str:
+    from featprobe.specs import FILE_VERSION
+
+    return str(version) if version == FILE_VERSION else f"{version}, older: featprobe cache upgrade"
+
+
 def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
     """What was found in a file, what became of it, and what to do."""
     from featprobe.stages.caches import describe_cache
@@ -268,6 +276,7 @@ def _audit_text(found: "Audit") -> str:
     errors = [(level, *(f"{own[dtype]:.3%}" for dtype in dtypes)) for level, own in found.errors.items()]
     lines = [
         f"{found.path}: all features take {sizes}",
+        *(["int8 is larger here: keep fp16"] if found.bytes_of["int8"] >= found.bytes_of["fp16"] else []),
         f"relative L2 error against the stored {found.dtype}, of {counted(found.rows, 'row')}",
         columns(errors, ("level", *dtypes)),
     ]

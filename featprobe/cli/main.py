@@ -363,7 +363,6 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
       featprobe study examples/embedded.toml --launcher slurm --slurm partition=gpu --slurm gpus_per_node=1
     """
     from featprobe.stages.compare import compare as compare_all
-    from featprobe.stages.compare import is_behind
     from featprobe.stages.study import read_study, run_study
 
     if options["slurm"] and options["launcher"] == "local":
@@ -380,7 +379,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
     else:
         report = run_study(workspace, asked, _to_stderr, dry_run=dry_run, verify=verify)
     page = workspace.probes / "report" / file.stem
-    due = report.rows or (not (dry_run or report.missing) and is_behind(page, workspace, report.folders))
+    due = report.rows or (report.folders and not (dry_run or report.missing))
     told = compare_all(workspace, page, quiet=json_, folders=report.folders) if due else None
     if json_:
         show_json({
@@ -623,11 +622,16 @@ def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     if json_:
         return show_json(report.rows)
     from featprobe.report.tables import result_text
+    from featprobe.stages.records import card_beside
 
+    rows = [
+        {**row, "dtype": card_beside(probes, row)["features"]["dtype"]} if row["regime"] == "frozen" else row
+        for row in report.rows
+    ]
     for note in report.notes:
         echo(f"note: {note}")
     echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
-    echo(result_text(report.rows, terminal_width()))
+    echo(result_text(rows, terminal_width()))
     echo()
     for folder in dict.fromkeys(Path(row["folder"]).parent for row in report.rows):
         seeds = ", ".join(Path(r["folder"]).name for r in report.rows if Path(r["folder"]).parent == folder)

@@ -76,13 +76,16 @@ def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
     usual = {"of train": {"100 %"}, "*": {"*"}, "split": set(table["split"][:1])}
     usual |= {"size": set(table["size"][:1])} if brief else {}
     usual[REACHED] = {"–/–/–"}
+    if len(set(table["dtype"]) - {NONE}) < 2:
+        usual["dtype"] = set(table["dtype"])
     table = table.drop(columns=[name for name, values in usual.items() if set(table[name]) == values])
     return table if table["marks"].any() or not brief else table.drop(columns="marks")
 
 
 def _result_cells(line: Line, brief: bool) -> dict[str, str]:
     cells = {"backbone": line["backbone"], "regime": line["regime"], "head": line["head"], "split": line["split"],
-             "size": line["size"], "of train": f"{100 * line['fraction']:g} %", "*": "*" if line["chosen"] else "",
+             "size": line["size"], "dtype": line["dtype"] or NONE,
+             "of train": f"{100 * line['fraction']:g} %", "*": "*" if line["chosen"] else "",
              "seeds": str(line["seeds"])}  # fmt: skip
     for i, name in enumerate(scores_of(line)):
         cells[LABELS[name]] = number(100 * line[name])
@@ -101,9 +104,10 @@ def _result_cells(line: Line, brief: bool) -> dict[str, str]:
 
 def class_table(lines: Sequence[Line]) -> pd.DataFrame:
     """The score of each class (IoU, AP) as text for people, in percent; a dash for one that takes no part."""
-    kinds = ("backbone", "regime", "head", "size")
+    dtypes = ["dtype"] if len({line["dtype"] for line in lines} - {None}) > 1 else []
+    kinds = ("backbone", "regime", "head", "size", *dtypes)
     return pd.DataFrame([
-        {**{name: line[name] for name in kinds}, "of train": f"{100 * line['fraction']:g} %"}
+        {**{name: line[name] or NONE for name in kinds}, "of train": f"{100 * line['fraction']:g} %"}
         | {name: number(100 * value) for name, value in line["classes"].items()}
         for line in lines
     ])  # fmt: skip

@@ -225,11 +225,11 @@ def on_most_data(lines: Sequence[Line]) -> list[Line]:
 
 def label_of(line: Line, lines: Sequence[Line]) -> str:
     """What tells a line apart from the others in a plot."""
-    varying = [name for name in ("regime", "head", "size") if len({other[name] for other in lines}) > 1]
+    varying = [name for name in ("regime", "head", "size", "dtype") if len({other[name] for other in lines}) > 1]
     share = [f"{100 * line['fraction']:g} % of train"] if len({other["fraction"] for other in lines}) > 1 else []
     alike = [other for other in lines if all(other[k] == line[k] for k in ("backbone", "fraction", *varying))]
     recipe = [f"recipe {line['recipe_key']}"] if len(alike) > 1 else []
-    return ", ".join([line["backbone"], *(str(line[name]) for name in varying), *share, *recipe])
+    return ", ".join([line["backbone"], *(str(line[name]) for name in varying if line[name]), *share, *recipe])
 
 
 def curves_of(lines: Sequence[Line]) -> list[Series]:

@@ -36,10 +36,10 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Of a cross-validation the scores are averaged over folds too, and n counts a seed once for each fold.
 
-    Columns: task, backbone, data, regime (where one is not frozen), head, cache (its key, tiles and views, where lines
-    would look alike), n (seeds), the task's scores, the standard deviation over seeds of the first that counts the
-    defects alone (with two or more), seconds of training, head parameters, the score of each class. A task's columns
-    are nan for the others.
+    Columns: task, backbone, data, regime (where one is not frozen), head, cache (its key, dtype, tiles and views, where
+    lines would look alike), n (seeds), the task's scores, the standard deviation over seeds of the first that counts
+    the defects alone (with two or more), seconds of training, head parameters, the score of each class. A task's
+    columns are nan for the others.
     """
     frame = pd.DataFrame([_line(row) for row in _told_apart(rows)])
     keys = ["task", "backbone", "data", "regime", "head", "cache", "recipe"]
@@ -95,7 +95,8 @@ def _data_text(row: Mapping[str, Any]) -> str:
 
 def _cache_text(row: Mapping[str, Any]) -> str:
     tiles = [f"tiles of {row['tile']}"] if row.get("tile") else []  # rows of an older featprobe do not say
-    return ", ".join([row["feature_key"][:8], *tiles, *(row["augmentation"] or {}).get("views", [])])
+    dtype = [row["dtype"]] if row.get("dtype") else []  # of the card
+    return ", ".join([row["feature_key"][:8], *dtype, *tiles, *(row["augmentation"] or {}).get("views", [])])
 
 
 def _at(values: Any, place: Sequence[str]) -> Any:

@@ -38,9 +38,10 @@ LARGEST_LOG = 1 << 26  # bytes
 
 def list_cache(path: Path) -> dict[str, Any]:
     """What a list of caches says of one, of its header and the states of its rows alone. Raises CacheError."""
-    recipe, done = read_states(path)
+    recipe, done, version = read_states(path)
     return {
         "path": str(path),
+        "version": version,
         "bytes": path.stat().st_size,
         "rows": len(done),
         "whole": int((done == WHOLE).sum()),
@@ -54,6 +55,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
     done = cache.done
     return {
         "path": str(path),
+        "version": cache.contents.version,
         "bytes": path.stat().st_size,
         "rows": len(cache),
         "whole": int((done == WHOLE).sum()),

@@ -105,15 +105,6 @@ def compare(
     return Comparison(tuple(answer), tuple(sets), tuple(gaps), tuple(unusable), tuple(notes), tuple(files))
 
 
-def is_behind(out: Path, workspace: Workspace, folders: Collection[str]) -> bool:
-    """Whether a comparison of these results is older than one of them, or was never written: as after a kill."""
-    try:
-        made = (out / "index.html").stat().st_mtime
-        return any((workspace.probes / folder / "card.json").stat().st_mtime > made for folder in folders)
-    except OSError:
-        return bool(folders)
-
-
 def plain_json(report: Comparison) -> dict[str, Any]:
     """A comparison as JSON can hold it: what is nan becomes null, paths become text."""
     values = asdict(report)
@@ -180,9 +171,9 @@ def _notes(workspace: Workspace, table: Table) -> list[str]:
     said = [*_of_the_split(table), *_of_the_scores(table), *_of_the_seeds(table), *_of_the_budgets(workspace, table)]
     if len(table.chosen) < len(table.results):
         said.append(
-            "where a backbone has several results that differ in recipe, input size or the name of one split alone, "
-            "differences are taken at the recipe and size that most of them have, then of the one best on validation "
-            "(marked *)"
+            "where a backbone has several results that differ in recipe, input size, dtype or the name of one split "
+            "alone, differences are taken at the recipe and size that most of them have, then of the one best on "
+            "validation (marked *)"
         )
     return [f"{table.title}: {text}" for text in said]
 
@@ -319,6 +310,7 @@ def line_of(result: Result, table: Table) -> Line:
         "regime": result.variant,
         "head": row["head"],
         "size": result.size,
+        "dtype": result.dtype or None,
         "fraction": row["fraction"],
         "train_images": row["images"]["train"],
         "seeds": len(result.runs),

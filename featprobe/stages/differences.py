@@ -141,6 +141,8 @@ class Pair:
 def _fields(kind: Kind, a: Result, b: Result) -> tuple[Field, ...]:
     """In what two results differ beside what is compared; numbers of seeds are named alone."""
     found = fields_that_differ(kind, (a.row, a.head), (b.row, b.head))
+    if a.dtype and b.dtype and a.dtype != b.dtype:
+        found = (*found, Field("dtype", a.dtype, b.dtype, bars=False))
     alike = a.solved or len(a.runs) == len(b.runs)
     return found if alike else (*found, Field("seeds", str(len(a.runs)), str(len(b.runs)), bars=False))
 

@@ -245,6 +245,11 @@ class Result:
         return "x".join(map(str, features["size"])) + tiles
 
     @property
+    def dtype(self) -> str:
+        """In which its features were stored; "" where none were, as of a backbone that is trained."""
+        return self.runs[0].card["features"].get("dtype", "") if self.row["regime"] == "frozen" else ""
+
+    @property
     def size(self) -> str:
         """The scale, and what else tells results of one backbone apart: how tiles were cut, stored views, intensity."""
         features = self.runs[0].card["features"]
@@ -412,7 +417,7 @@ def joined(folds: Sequence[Run]) -> Run:
 def _order(result: Result) -> tuple[Any, ...]:
     row = result.row
     return (row["data"], row["task"], row["split"], result.comparable, row["head"], row["backbone"], row["fraction"],
-            REGIMES[row["regime"]], result.variant, result.size, row["recipe_key"])  # fmt: skip
+            REGIMES[row["regime"]], result.variant, result.size, result.dtype, row["recipe_key"])  # fmt: skip
 
 
 def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
