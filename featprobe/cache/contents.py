@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from featprobe.cache import header
 from featprobe.cache.header import Entry, FormatFault, Index, NewerFormat, parse_json, short
-from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_texts, part_shapes, table_shapes
+from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_bytes, most_texts, part_shapes, table_shapes
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
 from featprobe.cache.values import check_objects, data_of, provenance_of, recipe_of
 from featprobe.disk import open_regular
@@ -228,6 +228,9 @@ def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
     """
     recipe, shapes = _checked(file, index)
     old = index.version < FILE_VERSION
+    for name, most in most_bytes(index.rows, index.images).items():
+        if len(parts[name]) > most:
+            raise FormatFault(f"{name} of at most {most} bytes", f"{len(parts[name])} bytes")
     read = {name: parts[name][:] for name in shapes if name not in LABELS}
     damaged = [] if old else [name for name, data in read.items() if _sha256(data) != index.parts[name].sha256]
     if not old and index.identity() != index.identity_sha256:

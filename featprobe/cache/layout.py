@@ -35,6 +35,7 @@ REASON_BYTES = 240
 MISSING, WHOLE, UNREADABLE = 0, 1, 2
 STORED_AS: Mapping[str, str] = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2", "int8": "u1"}
 ESCAPED = {ord(mark): f"\\u{ord(mark):04x}" for mark in "[{,"}  # in texts of JSON
+MOST_JSON, MOST_TEXT = 1 << 24, 1 << 16  # bytes of a JSON, and more of them for each row and image
 FREE = -1  # a length that follows from nothing else
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
@@ -111,6 +112,11 @@ def _target_shapes(group: str, rows: int) -> Shapes:
     shapes: Shapes = {f"{group}/{kind}": ("u1", (FREE,)) for kind in TARGET_KINDS}
     shapes |= {f"{group}/{kind}_offset": ("<u8", (rows + 1,)) for kind in TARGET_KINDS}
     return shapes | {f"{group}/checksum": ("<u8", (rows, len(TARGET_KINDS)))}
+
+
+def most_bytes(rows: int, images: int) -> dict[str, int]:
+    """How many bytes those parts may have that are JSON, which takes several times as many in memory."""
+    return {"texts": MOST_JSON + MOST_TEXT * (rows + images), "provenance": MOST_JSON}
 
 
 def most_texts(rows: int, images: int) -> int:
