@@ -317,4 +317,5 @@ def test_where_hdf5_sees_something_else_it_is_said(tmp_path: Path, change: objec
 def test_an_old_cache_has_one_view_alone(tmp_path: Path) -> None:
     path = old_cache(tmp_path / "cache.h5")
     assert "sound" in call(tmp_path, "cache", "verify", path, "--hdf5").stdout
+    assert "older: featprobe cache upgrade" in call(tmp_path, "cache", "info", path).stdout
     assert len(Cache(path, read_contents(path))) == ROWS

@@ -145,6 +145,16 @@ def test_a_cell_that_another_device_trained_in_its_own_precision_is_done(workspa
     assert len(run_study(workspace, in_fp32, dry_run=True).missing) == 1
 
 
+def test_a_finished_study_says_its_answer_and_page_again(workspace: Workspace, tmp_path: Path) -> None:
+    text = SMALL.replace('["semseg", "detect"]', '["semseg"]').replace('"frozen", "full"', '"frozen"')
+    study = written(tmp_path, text.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]"))
+    first, again = (CliRunner().invoke(cli, ["--workspace", str(workspace.root), "study", str(study)]) for _ in "ab")
+    assert first.exit_code == again.exit_code == 0
+    said = again.stdout.strip()
+    assert "page: " in said and first.stdout.strip().endswith(said.splitlines()[-1])
+    assert "there already" in again.stderr and len(said.splitlines()) > 2
+
+
 def test_a_plan_goes_past_a_damaged_cache(workspace: Workspace, tmp_path: Path) -> None:
     study = read_study(written(tmp_path, SMALL.replace('["semseg", "detect"]', '["semseg"]')), workspace)
     run_study(workspace, study)
