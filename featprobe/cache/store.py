@@ -221,7 +221,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
     if contents.damaged:
         raise CacheError(
             f"{path} is damaged: its rows or targets are not what was written ({', '.join(contents.damaged)}).\n"
-            "Nothing was changed. See what is bad:  featprobe cache verify FILE\n"
+            f"Nothing was changed. See what is bad:  featprobe cache verify {shlex.quote(str(path))}\n"
             f"and mend it from the images:  {contents.command}"
         )
     return Cache(path, contents)

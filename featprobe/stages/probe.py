@@ -217,7 +217,7 @@ def find_caches(
             "  featprobe probe … --instances components"
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
-    notes += [f"left aside: {' '.join(str(error).split())}" for error in broken]
+    notes += [f"left aside: {' '.join(str(error).splitlines())}" for error in broken]
     complete, incomplete = [], []
     for cache in able:
         try:

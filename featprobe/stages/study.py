@@ -466,7 +466,7 @@ def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
         except CacheIncompleteError:
             continue  # it is to be completed
         except CacheError as error:
-            notes.append(f"left aside: {str(error).splitlines()[0]}")
+            notes.append(f"left aside: {' '.join(str(error).splitlines())}")
     return min(found, key=lambda cache: len(cache.contents.command), default=None)  # with the fewest options
 
 
