@@ -150,6 +150,7 @@ def test_ctrl_c_ends_a_command_that_waits_for_hdf5(tmp_path: Path) -> None:
     child.write_text("import time; time.sleep(600)")  # a damaged file may end its child by a limit, at any time
     code = (
         "import sys; from featprobe.cache import legacy, read_contents; from pathlib import Path\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it\n"
         "legacy.CHILD = Path(sys.argv[2])\nprint('ready', flush=True)\nread_contents(Path(sys.argv[1]))"
     )
     process = subprocess.Popen(
