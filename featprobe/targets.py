@@ -367,7 +367,7 @@ def run_lengths(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int
     text = np.repeat(np.arange(len(texts)), count)
     within = np.arange(len(values)) - np.repeat(first, count)  # its text
     runs = values.copy()
-    for even in (0, 1):  # a run is told against the last but one, but for the first three
+    for even in (0, 1):  # a run is stored as its difference from the last but one, but for the first three
         chain = np.flatnonzero((within % 2 == 1 - even) & (within > 0))
         summed = np.cumsum(values[chain])
         begins = np.flatnonzero(np.diff(text[chain], prepend=-1))

@@ -101,7 +101,7 @@ OWN_JSON = (
 )
 """Where what is parsed was written by the same process, or in a child with limits."""
 CALLS = {
-    r"\bImage\.open\(": {"pictures.py"},  # which is told its formats
+    r"\bImage\.open\(": {"pictures.py"},  # which names the formats
     r"\bclick\.s?echo\(": {"cli/options.py"},  # which shows control characters
     r"\bjson\.loads?\(": {"cache/header.py", "disk.py", *OWN_JSON},  # which bear deep nesting
     r"\btomllib\.loads?\(": {"disk.py"},

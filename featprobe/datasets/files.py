@@ -64,7 +64,7 @@ def start_of(path: Path, count: int, root: Path | None = None) -> bytes:
 
 
 def read_text(path: Path, most: int | None = None) -> str:
-    """A UTF-8 text, its byte order mark left away. Raises DataError, also for one that memory can't hold.
+    """A UTF-8 text, without its byte order mark. Raises DataError, also for one that memory can't hold.
 
     most: bytes that such a file may have, where that is known.
     """
