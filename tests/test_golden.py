@@ -9,8 +9,10 @@ import pytest
 from golden.make_golden import (
     CONFIGURATIONS,
     HERE,
+    OLD,
     SPACES,
     STUDIES,
+    archived,
     compared,
     done,
     extracted,
@@ -65,8 +67,15 @@ def test_stored_results_are_the_trainings_of_their_studies(name: str, stored: Pa
     assert (stored / "probes" / "results.jsonl").read_text() == rows
 
 
-def test_stored_results_compare_as_ever(stored: Path) -> None:
-    same(compared(stored), json.loads((HERE / "compare.json").read_text(encoding="utf-8")))
+def test_stored_results_compare_as_ever(stored: Path, tmp_path: Path) -> None:
+    space = shutil.copytree(stored, tmp_path / "stored")  # whose cards go
+    same(compared(space), json.loads((HERE / "compare.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_archived_results_compare_as_ever(name: str, tmp_path: Path) -> None:
+    golden = (HERE / f"compare-{name}.json").read_text(encoding="utf-8")
+    same(compared(archived(name, tmp_path / name)), json.loads(golden))
 
 
 def same(found: Any, wanted: Any, place: str = "") -> None:

@@ -29,6 +29,9 @@ from PIL import Image
 from featprobe.cli.main import cli
 
 HERE = Path(__file__).parent
+ARCHIVES = HERE.parent / "archives"
+OLD = tuple(sorted(path.name for path in ARCHIVES.glob("*-*") if path.is_dir()))
+"""Names of the archives."""
 ANY = "any"
 EXTRACT = ("extract", "--backbone", "embedded", "--data", "parts", "--precision", "fp32", "--device", "cpu")
 SPACES: Mapping[str, tuple[str, ...]] = {
@@ -255,17 +258,21 @@ def trained(space: Path, commands: Sequence[Sequence[str]]) -> dict[str, Any]:
     rows, probes = rows_in(space), space / "probes"
     heads = [head_said(probes / row["folder"], row) for row in rows]
     left = sorted(path.name for path in probes.iterdir() if path.is_file() and not path.name.startswith("."))
-    for row in rows:
-        (probes / row["folder"] / "card.json").unlink()
-    again = AGAIN.findall(call(space, "compare").output)
     return {
         "commands": [" ".join(command) for command in commands],
         "exit codes": [result.exit_code for result in results],
         "titles": [title for result in results for title in TITLE.findall(result.stderr)],
         "files": left,
         "heads": heads,
-        "trained again by": dict(again),
+        "trained again by": again_commands(space),
     }
+
+
+def again_commands(space: Path) -> dict[str, str]:
+    """The command that trains each result of a workspace again, by its folder. The cards are gone afterwards."""
+    for row in rows_in(space):
+        (space / "probes" / row["folder"] / "card.json").unlink()
+    return dict(AGAIN.findall(call(space, "compare").output))
 
 
 def head_said(folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -403,7 +410,14 @@ def restored(space: Path) -> Path:
 def compared(space: Path) -> dict[str, Any]:
     """What `compare` finds in a workspace: figures and commands, no sentences."""
     found: dict[str, Any] = json.loads(done(space, "compare", "--json", "--quiet").stdout)
-    return {name: own for name, own in found.items() if name not in ("answer", "notes")}
+    tables = {path.name: path.read_text().partition("\n")[0] for path in sorted(space.glob("probes/report/*.csv"))}
+    figures = {name: own for name, own in found.items() if name not in ("answer", "notes")}
+    return {**figures, "columns": tables, "trained again by": again_commands(space)}
+
+
+def archived(name: str, space: Path) -> Path:
+    """A copy of an archive (../archives)."""
+    return shutil.copytree(ARCHIVES / name, space)
 
 
 def golden_files() -> dict[str, Callable[[Path], str]]:
@@ -413,6 +427,8 @@ def golden_files() -> dict[str, Callable[[Path], str]]:
         made[f"cache-{name}.json"] = lambda folder, name=name: text_of(extracted(make_space(folder / name, name)))
     for name in CONFIGURATIONS:
         made[f"{name}.json"] = lambda folder, name=name: make_trained(name, folder)
+    for name in OLD:
+        made[f"compare-{name}.json"] = lambda folder, name=name: text_of(compared(archived(name, folder)))
     return {**made, "compare.json": lambda folder: text_of(compared(restored(folder / "restored")))}
 
 
