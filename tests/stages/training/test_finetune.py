@@ -319,6 +319,7 @@ import sys
 import featprobe.stages.training.trials
 featprobe.stages.training.trials.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
+from featprobe.kinds import TrainRecipe
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
