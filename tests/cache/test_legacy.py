@@ -137,9 +137,8 @@ def test_where_no_process_can_be_started_it_is_said(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(subprocess, "Popen", refuse)
     with pytest.raises(CacheError, match="can't be started: Cannot allocate memory"):
         read_contents(old)
-    assert [
-        "can't be started" in line for line in legacy.disagreements((now := read_contents(new)).file, now.index)
-    ] == [True]
+    contents = read_contents(new)
+    assert ["can't be started" in line for line in legacy.disagreements(contents.file, contents.index)] == [True]
 
 
 def children() -> list[str]:
