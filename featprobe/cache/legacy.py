@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache.contents import Contents, HeldFile, Span
-from featprobe.cache.header import FormatFault, Index, NewerFormat
+from featprobe.cache.header import FILE_VERSION, FormatFault, Index, NewerFormat
 from featprobe.cache.layout import FORMAT
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob
 from featprobe.errors import CacheError
-from featprobe.specs import FILE_VERSION
 
 CHILD = Path(__file__).with_name("hdf5_child.py")
 MOST_LINE = 100  # bytes: of an answer's first line

@@ -168,7 +168,7 @@ def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> No
     Example:
       featprobe cache upgrade xray
     """
-    from featprobe.specs import FILE_VERSION
+    from featprobe.cache.header import FILE_VERSION
     from featprobe.stages.upkeep.caches import upgrade_cache
 
     workspace = workspace_of(ctx)
@@ -238,7 +238,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
 
 
 def _version_text(version: int) -> str:
-    from featprobe.specs import FILE_VERSION
+    from featprobe.cache.header import FILE_VERSION
 
     return str(version) if version == FILE_VERSION else f"{version}, older: featprobe cache upgrade"
 

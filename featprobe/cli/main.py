@@ -576,8 +576,8 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 
 def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
     from featprobe.geometry import parse_size
-    from featprobe.specs import parse_views
     from featprobe.stages.extraction.extract_options import ExtractOptions
+    from featprobe.tiling import parse_views
 
     same = (
         "format",

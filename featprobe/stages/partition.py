@@ -19,7 +19,8 @@ from featprobe.datasets.splits import (
     starved,
 )
 from featprobe.errors import DataError, ProbeError
-from featprobe.specs import Rows, SplitChoice, digest
+from featprobe.specs import Rows, digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.row_images import images_of
 from featprobe.targets import IGNORE, Target
 

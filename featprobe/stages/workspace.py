@@ -17,8 +17,10 @@ from featprobe.disk import new_folder, plain_name, read_toml
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.fields import Fault, letter, shown
 from featprobe.geometry import Fit, parse_size
-from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
+from featprobe.intensity import Intensity
+from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract_options import read_as
+from featprobe.tiling import Tiling, parse_views
 
 CONFIG = "featprobe.toml"
 

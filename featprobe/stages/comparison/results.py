@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from featprobe.disk import parse_json
 from featprobe.errors import FeatprobeError, ProbeError
+from featprobe.intensity import DEFAULT_16BIT
 from featprobe.metrics import (
     ResampledAp,
     Statistic,
@@ -26,7 +27,8 @@ from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
 from featprobe.probes.result_rows import result_faults
 from featprobe.probes.saved import head_folder, read_files, read_rows
-from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
+from featprobe.specs import digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.comparison.recipes import shared_recipe
 from featprobe.stages.training.records import UNREADABLE, card_beside, damaged, read_arrays

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from featprobe.errors import DataError
 from featprobe.geometry import Fit, Size, parse_size
+from featprobe.intensity import Intensity
 from featprobe.machine import usable_cores
-from featprobe.specs import CacheDtype, CachePrecision, Intensity, Tiling, parse_views
+from featprobe.specs import CacheDtype, CachePrecision
+from featprobe.tiling import Tiling, parse_views
 
 MOST_WORKERS = 16  # unasked
 

@@ -19,10 +19,12 @@ from featprobe.datasets.samples import listed
 from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Fit, Placement, Size, default_size, place
-from featprobe.specs import CACHE_VERSION, CacheDtype, DataInfo, FeatureRecipe, Intensity, Tiling, default_intensity
+from featprobe.intensity import Intensity, default_intensity
+from featprobe.specs import RECIPE_VERSION, CacheDtype, DataInfo, FeatureRecipe
 from featprobe.stages.extraction.parts import parts_of
 from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
+from featprobe.tiling import Tiling
 
 CLIPPED_WARNING = 0.01
 UNREAD = Header((1, 1), 0, 1, "", False)
@@ -198,7 +200,7 @@ def make_recipe(
     if any(header.empty for _, header in surveyed.headers):
         recipe = replace(recipe, empty_pixels="0")
     recipe = replace(recipe, views=(*recipe.views, *views))
-    return replace(recipe, version=CACHE_VERSION) if recipe.in_parts else recipe
+    return replace(recipe, version=RECIPE_VERSION) if recipe.in_parts else recipe
 
 
 def make_rows(surveyed: Survey, recipe: FeatureRecipe, multiple: int) -> tuple[list[Row], list[Row]]:

@@ -14,9 +14,11 @@ from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.fields import Fault, letter, wrong
 from featprobe.geometry import parse_size
+from featprobe.intensity import Intensity
 from featprobe.kinds import KINDS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
-from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse_views
+from featprobe.specs import FeatureRecipe
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.missing import backbone_of
@@ -28,6 +30,7 @@ from featprobe.stages.training.probe import checked, show
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.training.trials import Run, Say
 from featprobe.stages.workspace import Workspace
+from featprobe.tiling import Tiling, parse_views
 
 
 @dataclass(frozen=True)

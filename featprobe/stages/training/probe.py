@@ -11,7 +11,7 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeE
 from featprobe.kinds import KINDS, TrainRecipe, kinds_of
 from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
-from featprobe.specs import SplitChoice
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.missing import caches_of, make_missing
 from featprobe.stages.partition import single_splits, split_notes, split_rows

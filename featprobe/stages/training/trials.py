@@ -43,7 +43,8 @@ from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import CacheDtype, Rows, SplitChoice, digest
+from featprobe.specs import CacheDtype, Rows, digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.augment import Augmentation
 from featprobe.stages.memory import Batches, Portions, fitting
 from featprobe.stages.partition import regrouped, split_rows
