@@ -14,6 +14,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "fields",
         "specs",
+        "intensity",
+        "tiling",
+        "splitting",
         "kinds",
         "scores",
         "geometry",

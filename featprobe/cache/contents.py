@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from featprobe.cache import header
 from featprobe.cache.checked_values import check_objects, data_of, provenance_of, recipe_of
-from featprobe.cache.header import Entry, FormatFault, Index, NewerFormat, parse_json, short
+from featprobe.cache.header import FILE_VERSION, Entry, FormatFault, Index, NewerFormat, parse_json, short
 from featprobe.cache.held_file import HeldFile, Span, removal
 from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_bytes, most_texts, part_shapes, table_shapes
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
 from featprobe.errors import CacheError
-from featprobe.geometry import IDENTITY, TURNS
-from featprobe.specs import FILE_VERSION, MOST_SIDE, DataInfo, FeatureRecipe
+from featprobe.geometry import IDENTITY, MOST_SIDE, TURNS
+from featprobe.specs import DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 LABELS = {f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS}

@@ -19,12 +19,12 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from featprobe.cache.header import FormatFault, Index, NewerFormat
+from featprobe.cache.header import FILE_VERSION, FormatFault, Index, NewerFormat
 from featprobe.cache.held_file import HeldFile, Span
 from featprobe.cache.layout import FORMAT, Extent
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable
 from featprobe.errors import CacheError
-from featprobe.specs import FILE_VERSION, DataInfo, FeatureRecipe
+from featprobe.specs import DataInfo, FeatureRecipe
 
 CHILD = Path(__file__).with_name("hdf5_child.py")
 MOST_LINE = 100  # bytes: of an answer's first line

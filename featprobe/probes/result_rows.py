@@ -11,7 +11,7 @@ from featprobe.errors import DataError, FieldError, ProbeError
 from featprobe.fields import MISSING_FIELD, Fault, wrong
 from featprobe.kinds import TrainRecipe, kinds_of
 from featprobe.schemas import check
-from featprobe.specs import SplitChoice
+from featprobe.splitting import SplitChoice
 
 Score = float | None
 """In [0, 1]; None where it does not exist."""

@@ -18,7 +18,8 @@ from featprobe.report.answer import SURE, answer_of, gap_sentences
 from featprobe.report.comparison import LABELS, difference_frame, result_frame
 from featprobe.report.page import PageSet, page_text
 from featprobe.report.tables import csv_text
-from featprobe.specs import SplitChoice, digest
+from featprobe.specs import digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.convergence import SHARES, iterations_to, late_rise, still_rising
 from featprobe.stages.comparison.differences import (
     RESAMPLES,

@@ -21,7 +21,7 @@ from featprobe.metrics import (
     procedure_gap,
     seed_spread,
 )
-from featprobe.specs import SplitChoice
+from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.convergence import iterations_to, still_rising
 from featprobe.stages.comparison.recipes import Field, fields_that_differ
 from featprobe.stages.comparison.results import REGIMES, Result, representatives, shortfalls

@@ -19,7 +19,8 @@ from featprobe.probes import append_row, plain
 from featprobe.probes.result_rows import ladder_faults, result_faults
 from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import from_main, is_main
-from featprobe.specs import SplitChoice, digest
+from featprobe.specs import digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.training.commands import level_command
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
 from featprobe.stages.training.records import is_whole

@@ -44,7 +44,8 @@ from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.scores import SCORES
-from featprobe.specs import CacheDtype, Rows, SplitChoice, digest
+from featprobe.specs import CacheDtype, Rows, digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.augment import Augmentation
 from featprobe.stages.memory import Portions, fitting
 from featprobe.stages.partition import regrouped, split_rows
@@ -231,7 +232,7 @@ class Run:
         return digest([
             self.task_name, self.kind, options.width, options.pyramid, loop, tried, options.shared_order, self.fraction,
             self.choice.key, options.instances, options.absent, asked, self.subset, self.cache.data.fingerprint,
-            features.views[1:], features.tile, features.overlap, features.empty_tiles,
+            *features.shown,
         ])  # fmt: skip
 
     @property
@@ -338,7 +339,7 @@ class Run:
         """The same as rows keep it, with the views that the cache holds; None for images as they are."""
         if self.augmentation:
             return self.augmentation.to_json()
-        stored = self.cache.recipe.views[1:]
+        stored = self.cache.recipe.further_views
         return {"views": list(stored)} if stored else None
 
     @property
