@@ -37,12 +37,12 @@ from featprobe.probes import (
     save_head,
     train,
 )
-from featprobe.probes.result_rows import result_faults
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
+from featprobe.result_rows import result_faults
 from featprobe.specs import CacheDtype, Rows, digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.augment import Augmentation
@@ -56,7 +56,8 @@ from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.logs import Recorder
 from featprobe.stages.training.outcome import EVALUATION_BATCH, Outcome, evaluation_batches, spread_over
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
-from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, is_whole, row_of
+from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, row_of
+from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.segmentation import Segmentation
 from featprobe.stages.training.sources import Source, feed_of, spec_of
 from featprobe.stages.training.subset import training_subset
