@@ -4,6 +4,7 @@ from featprobe.fields import plain
 from featprobe.probes.bank import LinearBank
 from featprobe.probes.detections import Detections, ObjectTarget, object_sides
 from featprobe.probes.fcos import FcosHead
+from featprobe.probes.head import DenseHead, Head, ObjectHead
 from featprobe.probes.heads import HeadRecipe, build_head, parameter_count
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss, start_at_prior
@@ -16,11 +17,14 @@ from featprobe.probes.upsample import UpsampleHead
 
 __all__ = [
     "CurvePoint",
+    "DenseHead",
     "Detections",
     "FcosHead",
+    "Head",
     "HeadRecipe",
     "LinearBank",
     "LinearHead",
+    "ObjectHead",
     "ObjectTarget",
     "RcnnHead",
     "UpsampleHead",
