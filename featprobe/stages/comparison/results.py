@@ -31,7 +31,6 @@ from featprobe.specs import digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.comparison.recipes import shared_recipe
-from featprobe.stages.training.records import UNREADABLE, card_beside, damaged, read_arrays
 from featprobe.stages.training.saved_results import UNREADABLE, card_beside, damaged, read_arrays
 from featprobe.tiling import Tiling
 
