@@ -24,9 +24,10 @@ from kill9 import write_set
 
 CONTEXT = multiprocessing.get_context("forkserver")  # the slow imports are done once, for all children
 CONTEXT.set_forkserver_preload([
-    "featprobe.cli.main", "featprobe.stages.extract", "featprobe.stages.finetune", "featprobe.stages.study",
-    "featprobe.stages.compare", "featprobe.stages.predict", "featprobe.stages.check", "featprobe.stages.convert",
-    "featprobe.stages.data", "featprobe.stages.caches", "featprobe.backbones.backbone", "timm", "pyarrow.parquet",
+    "featprobe.cli.main", "featprobe.stages.extraction.extract", "featprobe.stages.training.finetune",
+    "featprobe.stages.study.study", "featprobe.stages.comparison.compare", "featprobe.stages.predict",
+    "featprobe.stages.upkeep.check", "featprobe.stages.upkeep.convert", "featprobe.stages.upkeep.describe",
+    "featprobe.stages.upkeep.caches", "featprobe.backbones.backbone", "timm", "pyarrow.parquet",
 ])  # fmt: skip
 IMAGES, SIDE = 12, 32
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}

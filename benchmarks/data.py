@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from featprobe.datasets import DataSet, Sample, read_data
-from featprobe.datasets.images import read_levels
+from featprobe.datasets.images.reading import read_levels
 
 TARGET = 0.9
 BUDGET = 1280  # bytes of an image in an index, the text of its five polygons included

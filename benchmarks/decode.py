@@ -20,10 +20,10 @@ from data import pillow
 from extract import texture
 from PIL import Image
 
-from featprobe.datasets.images import header_of, read_levels
+from featprobe.datasets.images.reading import header_of, read_levels
 from featprobe.geometry import place
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.frames import Buffer, Framing, Kind
+from featprobe.stages.extraction.frames import Buffer, Framing, Kind
 
 TARGET = 0.9
 THREADS = 2

@@ -17,10 +17,10 @@ import numpy as np
 from _bench import positive, report
 
 from featprobe.probes import DEFAULT_RECIPES
-from featprobe.stages.extract import extract
-from featprobe.stages.options import ExtractOptions
-from featprobe.stages.probe import probe
-from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.extraction.extract import extract
+from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.training.probe import probe
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 
 SHORT = (60, 200)  # iterations

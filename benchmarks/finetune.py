@@ -28,9 +28,9 @@ from featprobe.cache import Cache, open_cache
 from featprobe.features import Features, cell_shares
 from featprobe.probes import LinearHead, TrainRecipe, level_loss, train
 from featprobe.probes.train import Tuned
-from featprobe.stages.extract import extract_with
-from featprobe.stages.live import LiveFeatures
-from featprobe.stages.options import ExtractOptions
+from featprobe.stages.extraction.extract import extract_with
+from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.workspace import Workspace
 
 TARGET = 0.95

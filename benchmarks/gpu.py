@@ -38,18 +38,18 @@ from featprobe.backbones.catalog import find_backbone
 from featprobe.backbones.precision import computing, resolve
 from featprobe.cache import open_cache, reader
 from featprobe.cache.reader import RowReader
-from featprobe.datasets.images import header_of, read_levels
+from featprobe.datasets.images.reading import header_of, read_levels
 from featprobe.geometry import place
 from featprobe.machine import usable_cores
 from featprobe.probes import DEFAULT_RECIPES
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.extract import ExtractReport, extract_with
-from featprobe.stages.finetune import finetune
-from featprobe.stages.frames import Buffer, Framing, Kind
-from featprobe.stages.options import ExtractOptions
-from featprobe.stages.probe import checked, probe
-from featprobe.stages.probe_options import ProbeOptions, Tuning
-from featprobe.stages.trials import Run
+from featprobe.stages.extraction.extract import ExtractReport, extract_with
+from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.frames import Buffer, Framing, Kind
+from featprobe.stages.training.finetune import finetune
+from featprobe.stages.training.probe import checked, probe
+from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace
 
 RATES, DECAYS = (1e-3, 5e-3, 1e-2), (1e-4, 1e-3, 1e-2)  # of the bank of nine

@@ -38,11 +38,11 @@ from featprobe.cache.quantised import as_read, coded
 from featprobe.cache.reader import FeatureLoader
 from featprobe.probes import DEFAULT_RECIPES
 from featprobe.specs import BackboneSpec
-from featprobe.stages.audit import AuditOptions, audit
-from featprobe.stages.extract import extract
-from featprobe.stages.options import ExtractOptions
-from featprobe.stages.probe import probe
-from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.comparison.audit import AuditOptions, audit
+from featprobe.stages.extraction.extract import extract
+from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.training.probe import probe
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 
 READ_TARGET = 0.8  # at least, rows/s of int8 over those of fp16

@@ -33,14 +33,14 @@ from featprobe.cache import Cache, reader
 from featprobe.levels import FeatureLevel
 from featprobe.probes import DEFAULT_RECIPES, execution
 from featprobe.probes.train import _Loop, _steps
-from featprobe.stages import segmentation
-from featprobe.stages.extract import extract_with
-from featprobe.stages.options import ExtractOptions
-from featprobe.stages.outcome import EVALUATION_BATCH
-from featprobe.stages.probe import find_caches
-from featprobe.stages.probe_options import ProbeOptions
-from featprobe.stages.sources import feed_of
-from featprobe.stages.trials import Run
+from featprobe.stages.extraction.extract import extract_with
+from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.training import segmentation
+from featprobe.stages.training.outcome import EVALUATION_BATCH
+from featprobe.stages.training.probe import find_caches
+from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.sources import feed_of
+from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace
 
 SIDE, BATCH, OBJECTS, CLASSES = 128, 16, 3, 5  # pixels, images a step, objects an image, classes of objects

@@ -24,11 +24,11 @@ from _seeds import Cell, draw_table, mean_score
 
 from featprobe.metrics import SeedVariance, Statistic, procedure_difference, seed_spread
 from featprobe.probes import DEFAULT_RECIPES
-from featprobe.stages.extract import extract
-from featprobe.stages.options import ExtractOptions
-from featprobe.stages.probe import probe
-from featprobe.stages.probe_options import ProbeOptions
-from featprobe.stages.results import load_results
+from featprobe.stages.comparison.results import load_results
+from featprobe.stages.extraction.extract import extract
+from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.training.probe import probe
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 
 BACKBONE, DATA, SIZE, ITERATIONS = "embedded", "surface", (256, 256), 1000

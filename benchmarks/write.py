@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from featprobe.cache import WHOLE, CacheWriter, open_cache, verify
 from featprobe.cache.writer import GROUP_BYTES
-from featprobe.stages.pipeline import WRITERS
+from featprobe.stages.extraction.pipeline import WRITERS
 
 TARGETS = {"disk": 0.9, "memory": 0.8}
 KEPT = 2  # blocks of features that are written in turn

@@ -13,7 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the s
 SEED = 20
 """Of whatever randomness a test does not seed itself, as the weights that a head begins with."""
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # tests share the benchmarks' harnesses
+HERE = Path(__file__).parent
+FOLDERS = [Path(folder) for folder, *_ in os.walk(HERE) if not {"archives", "__pycache__"} & {*Path(folder).parts}]
+sys.path[:0] = map(str, [*FOLDERS, HERE.parent / "benchmarks"])  # tests share the sets and harnesses of others
 settings.register_profile("named", derandomize=True, print_blob=True)  # the examples follow from the test itself
 settings.load_profile("named")
 

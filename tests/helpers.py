@@ -22,8 +22,8 @@ from featprobe.cache.quantised import SCALES
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
-from featprobe.stages.extract import ExtractReport, extract_with
-from featprobe.stages.options import ExtractOptions
+from featprobe.stages.extraction.extract import ExtractReport, extract_with
+from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import encode_instances, encode_semantic
 

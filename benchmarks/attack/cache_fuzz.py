@@ -40,7 +40,7 @@ import numpy as np
 from featprobe.cache import WHOLE, legacy, open_cache, read_contents, verify
 from featprobe.cache.reader import RowReader
 from featprobe.errors import FeatprobeError
-from featprobe.stages.caches import describe_cache, upgrade_cache
+from featprobe.stages.upkeep.caches import describe_cache, upgrade_cache
 
 ARCHIVES = Path(__file__).parents[2] / "tests" / "archives"
 SOUND = {1: ("images-8775eda",), 2: ("tiles-9f0d5d9", "views-8775eda"), 3: ("images-8775eda", "tiles-9f0d5d9")}

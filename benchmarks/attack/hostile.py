@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "cache"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hostile_caches import HARMLESS, NEW, OLD

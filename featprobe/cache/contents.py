@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.cache import header
+from featprobe.cache.checked_values import check_objects, data_of, provenance_of, recipe_of
 from featprobe.cache.header import Entry, FormatFault, Index, NewerFormat, parse_json, short
 from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_bytes, most_texts, part_shapes, table_shapes
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
-from featprobe.cache.values import check_objects, data_of, provenance_of, recipe_of
 from featprobe.disk import open_regular
 from featprobe.errors import CacheError, FileKindError
 from featprobe.geometry import IDENTITY, TURNS

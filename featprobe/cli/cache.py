@@ -22,7 +22,7 @@ from featprobe.errors import FeatprobeError, counted
 
 if TYPE_CHECKING:
     from featprobe.cache import Damage
-    from featprobe.stages.audit import Audit
+    from featprobe.stages.comparison.audit import Audit
 
 FEW_ROWS = 5  # that are named in one line
 
@@ -49,7 +49,7 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
       featprobe cache ls
     """
     from featprobe.machine import human_bytes
-    from featprobe.stages.caches import describe_cache, list_cache
+    from featprobe.stages.upkeep.caches import describe_cache, list_cache
 
     workspace = workspace_of(ctx)
     found, broken = [], []
@@ -92,7 +92,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
       featprobe cache info xray
     """
     from featprobe.machine import human_bytes
-    from featprobe.stages.caches import describe_cache
+    from featprobe.stages.upkeep.caches import describe_cache
 
     found = [describe_cache(path) for path in workspace_of(ctx).find_caches(name)]
     if json_:
@@ -140,7 +140,7 @@ def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, 
     Example:
       featprobe cache verify xray
     """
-    from featprobe.stages.caches import verify_cache
+    from featprobe.stages.upkeep.caches import verify_cache
 
     workspace = workspace_of(ctx)
     paths = workspace.find_caches(name) if name else workspace.cache_files()
@@ -169,7 +169,7 @@ def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> No
       featprobe cache upgrade xray
     """
     from featprobe.specs import FILE_VERSION
-    from featprobe.stages.caches import upgrade_cache
+    from featprobe.stages.upkeep.caches import upgrade_cache
 
     workspace = workspace_of(ctx)
     for path in [path for name in names for path in workspace.find_caches(name)]:
@@ -203,7 +203,7 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
       featprobe cache audit xray --heads none
     """
     from featprobe.probes.saved import plain
-    from featprobe.stages.audit import AuditOptions, audit
+    from featprobe.stages.comparison.audit import AuditOptions, audit
 
     workspace = workspace_of(ctx)
     heads = () if options["heads"] == "none" else names(options["heads"])
@@ -227,7 +227,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
       featprobe cache rm xray --yes
     """
     from featprobe.machine import human_bytes
-    from featprobe.stages.caches import remove_cache
+    from featprobe.stages.upkeep.caches import remove_cache
 
     paths = workspace_of(ctx).find_caches(name)
     for path in paths:
@@ -245,7 +245,7 @@ def _version_text(version: int) -> str:
 
 def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
     """What was found in a file, what became of it, and what to do."""
-    from featprobe.stages.caches import describe_cache
+    from featprobe.stages.upkeep.caches import describe_cache
 
     lines = [f"  row {one.row} {one.id}: {one.part}" if one.row >= 0 else f"  {one.part}" for one in damages]
     try:

@@ -73,7 +73,7 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
     Example:
       featprobe data info surface
     """
-    from featprobe.stages.data import summarise
+    from featprobe.stages.upkeep.describe import summarise
 
     summary = summarise(_read(workspace_of(ctx), name, how))
     if json_:
@@ -123,7 +123,7 @@ def data_show(
     Example:
       featprobe data show xray --out xray.png
     """
-    from featprobe.stages.data import contact_sheet
+    from featprobe.stages.upkeep.describe import contact_sheet
 
     workspace = workspace_of(ctx)
     policy = intensity or workspace.data_options(name).get("intensity")
@@ -164,8 +164,8 @@ def data_check(
     """
     from featprobe.geometry import parse_size
     from featprobe.report.text import table_text
-    from featprobe.stages.check import check, class_table, entry_texts, head_lines, object_line, object_table
-    from featprobe.stages.options import ExtractOptions, configured
+    from featprobe.stages.extraction.extract_options import ExtractOptions, configured
+    from featprobe.stages.upkeep.check import check, class_table, entry_texts, head_lines, object_line, object_table
 
     workspace = workspace_of(ctx)
     named = _read(workspace, name, how, complete=False)
@@ -216,7 +216,7 @@ def data_convert(
       featprobe data convert path/to/my_set --out my_set_coco
     """
     from featprobe.datasets.files import FOLLOW_LINKS
-    from featprobe.stages.convert import convert
+    from featprobe.stages.upkeep.convert import convert
 
     done = convert(_read(workspace_of(ctx), name, how), out, link=link, quiet=quiet)
     if json_:
@@ -267,7 +267,7 @@ def data_split(
       featprobe data split xray --out split.csv --split stratified
       featprobe probe --data xray --split split.csv
     """
-    from featprobe.stages.data import write_split
+    from featprobe.stages.upkeep.describe import write_split
 
     named = _read(workspace_of(ctx), name, how)
     report = write_split(named, out, split, seed, workers=workers, quiet=quiet)

@@ -35,10 +35,10 @@ from featprobe.errors import FeatprobeError, counted
 from featprobe.texts import printable
 
 if TYPE_CHECKING:
-    from featprobe.stages.compare import Comparison
-    from featprobe.stages.options import ExtractOptions
-    from featprobe.stages.probe import ProbeReport
-    from featprobe.stages.probe_options import ProbeOptions, Tuning
+    from featprobe.stages.comparison.compare import Comparison
+    from featprobe.stages.extraction.extract_options import ExtractOptions
+    from featprobe.stages.training.probe import ProbeReport
+    from featprobe.stages.training.probe_options import ProbeOptions, Tuning
     from featprobe.stages.workspace import Workspace
 
 
@@ -143,8 +143,8 @@ def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe extract --backbone embedded --data path/to/scans --tile 512 --overlap 64 --views hflip,crop:2
       torchrun --nproc-per-node 4 -m featprobe extract --backbone convnext_in1k --data path/to/set
     """
-    from featprobe.stages.extract import extract as run
-    from featprobe.stages.extract import speed_text
+    from featprobe.stages.extraction.extract import extract as run
+    from featprobe.stages.extraction.extract import speed_text
 
     workspace = workspace_of(ctx)
     report = run(workspace, _backbone(workspace, options), options["data"], _extract_options(options))
@@ -169,7 +169,7 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe plan --backbone convnext_dinov3 --data xray
     """
     from featprobe.machine import human_bytes
-    from featprobe.stages.plan import plan as run
+    from featprobe.stages.extraction.plan import plan as run
 
     workspace = workspace_of(ctx)
     cost = run(workspace, _backbone(workspace, options), options["data"], _extract_options(options))
@@ -217,7 +217,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --extract --data xray --backbone embedded
     """
     from featprobe.processes import is_main
-    from featprobe.stages.probe import probe as run
+    from featprobe.stages.training.probe import probe as run
 
     report = run(
         workspace_of(ctx),
@@ -289,8 +289,8 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
       torchrun --nproc-per-node 4 -m featprobe finetune
     """
     from featprobe.processes import is_main
-    from featprobe.stages.finetune import finetune as run
-    from featprobe.stages.probe_options import Tuning
+    from featprobe.stages.training.finetune import finetune as run
+    from featprobe.stages.training.probe_options import Tuning
 
     given = {name: options[name] for name in Tuning.__dataclass_fields__ if options[name] is not None}
     tuning = Tuning(**given)
@@ -315,8 +315,8 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 def _study_file(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
     """Print what a study file may hold, as a file with comments or as a JSON schema, and end."""
     if asked and not ctx.resilient_parsing:
-        from featprobe.stages.study import Study
-        from featprobe.stages.study_file import schema, template
+        from featprobe.stages.study.study import Study
+        from featprobe.stages.study.study_file import schema, template
 
         show_json(schema(Study)) if option.name == "schema" else echo(template(Study), nl=False)
         ctx.exit()
@@ -362,8 +362,8 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
       featprobe study examples/embedded.toml
       featprobe study examples/embedded.toml --launcher slurm --slurm partition=gpu --slurm gpus_per_node=1
     """
-    from featprobe.stages.compare import compare as compare_all
-    from featprobe.stages.study import read_study, run_study
+    from featprobe.stages.comparison.compare import compare as compare_all
+    from featprobe.stages.study.study import read_study, run_study
 
     if options["slurm"] and options["launcher"] == "local":
         raise click.UsageError("--slurm belongs to --launcher slurm.")
@@ -372,7 +372,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
     asked = replace(asked, log=tuple(dict.fromkeys(asked.log + options["log"])))
     handed: dict[str, int] = {}
     if options["launcher"] == "slurm" and not dry_run:
-        from featprobe.stages import cluster
+        from featprobe.stages.study import cluster
 
         sent = cluster.submit_study(workspace, asked, cluster.parameters(options["slurm"]), _to_stderr, verify=verify)
         report, handed = sent.plan, {"handed_over": len(sent.jobs), "queued": len(sent.queued)}
@@ -388,7 +388,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
             "page": str(told.files[0]) if told else None,
         })  # fmt: skip
     elif report.rows:
-        from featprobe.stages.probe import ProbeReport
+        from featprobe.stages.training.probe import ProbeReport
 
         _show_probe(ProbeReport(report.rows, (), report.notes), json_, workspace.probes)
     else:
@@ -432,8 +432,8 @@ def compare(
       featprobe compare --gap convnext_dinov3,convnext_in1k --on surface,xray
     """
     from featprobe.report.comparison import comparison_text
-    from featprobe.stages.compare import compare as run
-    from featprobe.stages.compare import plain_json
+    from featprobe.stages.comparison.compare import compare as run
+    from featprobe.stages.comparison.compare import plain_json
 
     if (gap is None) != (on is None):
         raise click.UsageError("--gap and --on belong together: --gap A,B --on RGBSET,XRAYSET")
@@ -538,7 +538,7 @@ def _show_answer(report: "Comparison") -> None:
 
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
     from featprobe.probes import DEFAULT_RECIPES, kinds_of
-    from featprobe.stages.probe_options import ProbeOptions
+    from featprobe.stages.training.probe_options import ProbeOptions
 
     kinds = kinds_of(options["task"] or "semseg")
     default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])
@@ -577,7 +577,7 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
     from featprobe.geometry import parse_size
     from featprobe.specs import parse_views
-    from featprobe.stages.options import ExtractOptions
+    from featprobe.stages.extraction.extract_options import ExtractOptions
 
     same = (
         "format",
@@ -622,7 +622,7 @@ def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     if json_:
         return show_json(report.rows)
     from featprobe.report.tables import result_text
-    from featprobe.stages.records import card_beside
+    from featprobe.stages.training.records import card_beside
 
     rows = [
         {**row, "dtype": card_beside(probes, row)["features"]["dtype"]} if row["regime"] == "frozen" else row

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import uniform_filter
 
-from featprobe.datasets.images import Levels
+from featprobe.datasets.images.reading import Levels
 from featprobe.datasets.samples import Sample
 
 HASH_SIDE, DETAIL_SIDE = 32, 64  # pixels of the thumbnails

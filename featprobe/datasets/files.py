@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.images.pages import can_be_counted, opened_file, page_of, page_path, pages_of
+from featprobe.datasets.images.reading import SUFFIXES
 from featprobe.datasets.names import alike, as_on_disk, by_form, is_hidden, renamed, visible
-from featprobe.datasets.pages import can_be_counted, opened_file, page_of, page_path, pages_of
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import raise_all
 from featprobe.disk import parse_json

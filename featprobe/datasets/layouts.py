@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import compress, product
 from posixpath import basename, dirname, splitext
 
-from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.images.reading import SUFFIXES
 from featprobe.datasets.names import plain
 from featprobe.datasets.patterns import MASK_SUFFIXES, SPLIT_WORDS, Description, Pairs, Pattern, pair
 from featprobe.errors import DataError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
-from featprobe.datasets.pages import misnamed, once_a_file
+from featprobe.datasets.images.pages import misnamed, once_a_file
 from featprobe.errors import DataError
 
 T = TypeVar("T")

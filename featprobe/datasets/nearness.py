@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.images.reading import SUFFIXES
 from featprobe.datasets.layouts import can_stand, role_of
 from featprobe.datasets.names import is_hidden, visible
 from featprobe.datasets.patterns import MASK_SUFFIXES

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from featprobe.datasets.decode import NPY_START, stored_array, stored_page
 from featprobe.datasets.files import is_missing, kept_below, read_text, start_of
-from featprobe.datasets.pages import count_pages, page_of
+from featprobe.datasets.images.decode import NPY_START, stored_array, stored_page
+from featprobe.datasets.images.pages import count_pages, page_of
+from featprobe.datasets.images.tiff import NODATA
 from featprobe.datasets.samples import listed
-from featprobe.datasets.tiff import NODATA
 from featprobe.datasets.values import stated_side
 from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages take it from here
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from posixpath import basename, dirname, splitext
 
-from featprobe.datasets.images import SUFFIXES
+from featprobe.datasets.images.reading import SUFFIXES
 from featprobe.datasets.names import meant, plain
 from featprobe.errors import DataError, nearest
 

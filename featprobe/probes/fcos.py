@@ -11,8 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, pad, s
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
-from featprobe.probes.execution import full_products, half_products
-from featprobe.probes.objects import (
+from featprobe.probes.detections import (
     Detections,
     ObjectBatch,
     ObjectTarget,
@@ -22,6 +21,7 @@ from featprobe.probes.objects import (
     side_ranges,
     suppress,
 )
+from featprobe.probes.execution import full_products, half_products
 from featprobe.probes.pyramid import ConvBlock, PyramidKind, rectified
 from featprobe.processes import summed
 

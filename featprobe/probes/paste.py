@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featprobe.geometry import Placement, Size
-from featprobe.probes.objects import Detections
+from featprobe.probes.detections import Detections
 from featprobe.targets import Instance, encode_rle
 
 MASK_THRESHOLD = 0.5

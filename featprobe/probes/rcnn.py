@@ -17,7 +17,7 @@ from torchvision.ops import box_area, box_iou, roi_align
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
-from featprobe.probes.objects import (
+from featprobe.probes.detections import (
     MOST_DETECTIONS,
     Detections,
     ObjectTarget,

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from featprobe.errors import counted
-from featprobe.stages.extract import extract
-from featprobe.stages.options import ExtractOptions
-from featprobe.stages.probe import ProbeReport, probe
-from featprobe.stages.probe_options import ProbeOptions
+from featprobe.stages.extraction.extract import extract
+from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.training.probe import ProbeReport, probe
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 
 

@@ -20,7 +20,7 @@ from featprobe.datasets.splits import (
 )
 from featprobe.errors import DataError, ProbeError
 from featprobe.specs import Rows, SplitChoice, digest
-from featprobe.stages.rows import images_of
+from featprobe.stages.row_images import images_of
 from featprobe.targets import IGNORE, Target
 
 SCARCE_FIRST: Mapping[str, float] = {split: SHARES[split] for split in ("train", "test", "val")}

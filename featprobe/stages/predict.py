@@ -21,10 +21,10 @@ from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.precision import computing
 from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.files import stem_of
-from featprobe.datasets.images import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
+from featprobe.datasets.images.pages import is_page_name, misnamed, page_of, pages_of
+from featprobe.datasets.images.pixels import counted_levels
+from featprobe.datasets.images.reading import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
 from featprobe.datasets.names import visible
-from featprobe.datasets.pages import is_page_name, misnamed, page_of, pages_of
-from featprobe.datasets.pixels import counted_levels
 from featprobe.datasets.samples import check_names, listed
 from featprobe.disk import below, make_folders, write_together, write_whole
 from featprobe.errors import DataError, ProbeError, counted
@@ -35,11 +35,11 @@ from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
 from featprobe.report.sheets import Panel, colour_of, draw_overlay, png
 from featprobe.specs import BackboneSpec, FeatureRecipe
-from featprobe.stages.detection import coco_results
-from featprobe.stages.frames import Framing
+from featprobe.stages.extraction.frames import Framing
+from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
-from featprobe.stages.survey import skippable
+from featprobe.stages.training.detection import coco_results
 from featprobe.targets import Labels, decode_rle
 from featprobe.texts import printable
 

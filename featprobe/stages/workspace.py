@@ -18,7 +18,7 @@ from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, n
 from featprobe.fields import Fault, letter, shown
 from featprobe.geometry import Fit, parse_size
 from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
-from featprobe.stages.options import read_as
+from featprobe.stages.extraction.extract_options import read_as
 
 CONFIG = "featprobe.toml"
 

@@ -1,0 +1,1 @@
+"""Images of every kind: decoded, and brought into [0, 1]."""

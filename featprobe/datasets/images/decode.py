@@ -1,0 +1,255 @@
+"""Images of every kind: what a file is is told by its content; Pillow's kinds and numpy's files are read here."""
+
+import logging
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from featprobe.datasets.images.dicom import open_dicom
+from featprobe.datasets.images.pages import LOOKED_AT_FIRST, TIFF_STARTS, is_dicom, opened_file, page_of
+from featprobe.datasets.images.pixels import (
+    Levels,
+    Opened,
+    bits_of_dtype,
+    check_page,
+    several,
+    to_levels,
+    turned,
+    unusable,
+    without_alpha,
+    without_empty,
+)
+from featprobe.datasets.images.tiff import NODATA, open_tiff
+from featprobe.datasets.names import not_there
+from featprobe.errors import DataError
+from featprobe.pictures import IMAGE_FORMATS, MASK_FORMATS, check_claim, picture
+
+NPY_START = b"\x93NUMPY"
+PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG
+JPEG_SCAN, JPEG_END = 0xFFDA, b"\xff\xd9"
+PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I")  # Pillow's, of channels that are levels as they are
+PNG_ORIENTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may hold one
+ORIENTATION = 0x0112  # EXIF's tag
+
+for library in ("tifffile", "pydicom", "imagecodecs"):  # what they log of a damaged file stands in our error
+    logging.getLogger(library).addHandler(logging.NullHandler())
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Opened]:
+    """An image file by its content, whatever its suffix, or a page of one (see datasets.pages); closed in the end.
+
+    All that goes wrong, here or in `read`, is a DataError: libraries raise whatever they like on damaged files.
+    """
+    file, page = page_of(path)
+    try:
+        with opened_file(file) as stream:
+            start = stream.read(LOOKED_AT_FIRST)
+            stream.seek(0)
+            with _kind(start)(path, stream, page) as image:
+                yield image
+    except DataError:
+        raise
+    except MemoryError as error:
+        raise DataError(f"{path} asks for more memory than there is. Cut it into smaller images.") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(not_there(path) or f"{path} can't be read as an image: {error.strerror}.") from error
+        raise DataError(f"{path} is truncated or damaged: {' '.join(str(error).split())[:300]}.") from error
+
+
+def stored_page(path: Path) -> tuple[str, NDArray[Any]]:
+    """The pixel format of a TIFF's page, as Pillow calls it, and its values as they are stored. Raises DataError."""
+    with opened(path) as image:
+        if image.stored is None:
+            raise DataError(f"{path} can't be read as a mask. wanted: a page of a TIFF.")
+        return image.stored()[:2]
+
+
+def called_empty(path: Path) -> NDArray[np.bool_] | None:
+    """(height, width): where the header of a mask calls its pixels empty; None for nowhere.
+
+    Raises DataError, and OSError where there is no image.
+    """
+    if page_of(path)[1] is None:
+        with opened_file(path) as stream:
+            if stream.read(4) not in TIFF_STARTS:
+                return None
+        with picture(path, MASK_FORMATS) as image:
+            if NODATA not in getattr(image, "tag_v2", ()):
+                return None
+    with opened(path) as image:
+        return image.stored()[2] if image.empty and image.stored else None
+
+
+def stored_array(path: Path) -> tuple[str, NDArray[Any]]:
+    """The pixel format of a numpy file of indices, as Pillow calls it, and its values (height, width) as stored.
+
+    Raises DataError for other than whole numbers, for what Pillow's formats do not hold, and for other shapes.
+    """
+    with opened(path):  # says what is wrong with the file
+        values = np.load(path, allow_pickle=False)
+    plane = values[:, :, 0] if values.shape[2:] == (1,) else values
+    if plane.ndim != 2 or plane.dtype.kind not in "bui":
+        raise DataError(
+            f"{path} can't be read as a mask: it holds {values.dtype} of the shape {values.shape}.\n"
+            "  wanted  whole numbers, (height, width) or (height, width, 1): class indices, or 0 and one of an object"
+        )
+    if plane.dtype.kind == "b" or (plane.min(initial=0) >= 0 and plane.max(initial=0) < 256):
+        return "L", plane.astype(np.uint8)
+    return "I", plane
+
+
+def _kind(start: bytes) -> Callable[[Path, BinaryIO, int | None], AbstractContextManager[Opened]]:
+    """What opens a file that begins like this, or a page of it, named by the path."""
+    if start[:4] in TIFF_STARTS:
+        return open_tiff
+    if start.startswith(NPY_START):
+        return _open_npy
+    return open_dicom if is_dicom(start) else _open_pillow
+
+
+@contextmanager
+def _open_pillow(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened]:
+    check_page(path, page, 1)
+    with picture(stream, IMAGE_FORMATS, path) as image:
+        count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its previews
+        if count > 1:
+            raise DataError(f"{several(path, count)}Cut it into one file an image.")
+        turn = _orientation(image)
+        size = turned(image.height, image.width, turn)
+        channels = 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
+        if image.format == "PNG" and image.mode in PNG_MODES and _png_depth(stream) in (8, 16):
+            shown = image.info.get("transparency")
+            yield Opened(
+                size,
+                _png_depth(stream),
+                channels,
+                lambda out=None: _png_levels(image, stream, path, turn, out),
+                turn,
+                empty="" if shown is None else f"tRNS {shown}",
+                into=shown is None and image.mode not in ("LA", "RGBA"),
+            )
+        elif image.format == "JPEG" and image.mode in ("L", "RGB"):
+            yield Opened(
+                size, 8, channels, lambda out=None: _jpeg_levels(image, stream, path, turn, out), turn, into=True
+            )
+        else:
+            if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+                raise DataError(unusable(path, "CMYK without Adobe's marker, which says whether 0 is full ink"))
+            bits = 32 if image.mode == "F" else 16 if image.mode.startswith("I") else 8
+            yield Opened(size, bits, channels, lambda: _pillow_levels(image, path, turn), turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, as far as the header tells it."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(map(str, image.info)):
+        return 1  # Pillow would decode the whole image to look for it behind the pixels
+    turn = image.getexif().get(ORIENTATION, 1)
+    return turn if turn in range(1, 9) else 1
+
+
+def _png_depth(stream: BinaryIO) -> int:
+    """Bits per channel, from the header: Pillow reads 16-bit colour as 8-bit and does not tell."""
+    place = stream.tell()
+    stream.seek(PNG_DEPTH)
+    depth = stream.read(1)[0]
+    stream.seek(place)
+    return depth
+
+
+def _jpeg_levels(
+    image: Image.Image, stream: BinaryIO, path: Path, turn: int, out: NDArray[np.uint8] | None = None
+) -> Levels:
+    """Pixels of a JPEG, the same as Pillow's: both use libjpeg, and here no copy is made.
+
+    Behind the end of a truncated one libjpeg itself would see grey: what has no mark of its end is left to Pillow,
+    which says so.
+    """
+    stream.seek(0)
+    data = stream.read()
+    if data.rfind(JPEG_END, _jpeg_scan(data)) < 0:
+        stream.seek(0)
+        return _pillow_levels(image, path, turn)
+    return imagecodecs.jpeg8_decode(data, out=out)
+
+
+def _jpeg_scan(data: bytes) -> int:
+    """Where the first scan of a JPEG begins, behind headers that may hold another, a preview; its length if none."""
+    place = 2
+    while place + 4 <= len(data):
+        marker, length = struct.unpack_from(">HH", data, place)
+        if marker == JPEG_SCAN:
+            return place
+        place += 1 if marker >> 8 != 0xFF or marker == 0xFFFF else 2 + length
+    return len(data)
+
+
+def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int, out: NDArray[Any] | None = None) -> Levels:
+    """Pixels of a PNG of plain channels, at their depth: all in one call, in which other threads can run.
+
+    The level or colour that tRNS calls transparent is empty; an alpha channel is dropped.
+    """
+    stream.seek(0)
+    data = stream.read()
+    if _tells_behind_pixels(data):
+        stream.seek(0)
+        with picture(stream, ("PNG",), path) as again:
+            _pillow_levels(again, path, turn)  # refuses one; it would cut colours to 8 bits
+    values = imagecodecs.png_decode(data, out=out)  # tRNS comes as an alpha channel
+    empty = values[:, :, -1] == 0 if "transparency" in image.info else None
+    return without_empty(without_alpha(values), empty, lambda levels: levels)
+
+
+def _tells_behind_pixels(data: bytes) -> bool:
+    """Whether a PNG has a chunk behind its pixels that may hold an orientation."""
+    place, seen = PNG_CHUNKS, False
+    while place + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        text = name in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(PNG_ORIENTATIONS, place + 8)
+        if seen and (text or name == b"eXIf"):
+            return True
+        seen |= name == b"IDAT"
+        place += length + 12
+    return False
+
+
+def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
+    image.load()
+    if image.format == "PNG" and _orientation(image) != turn:
+        raise DataError(f"{path} has its orientation tag behind its pixels, where few programs look. Write it before.")
+    if image.mode in ("L", "RGB", "F") or image.mode.startswith("I"):
+        return to_levels(np.asarray(image), path)
+    if image.mode in ("P", "PA"):
+        return without_alpha(np.asarray(image.convert("RGBA")))  # by RGB Pillow would warn of some palettes
+    if image.mode in ("RGBA", "RGBX", "CMYK", "YCbCr"):
+        return np.asarray(image.convert("RGB"))
+    if image.mode in ("1", "LA", "La"):
+        return np.asarray(image.convert("L"))
+    raise DataError(unusable(path, image.mode))
+
+
+@contextmanager
+def _open_npy(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened]:
+    check_page(path, page, 1)
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)  # no more of it is read than the header
+    except ValueError as error:
+        raise DataError(f"{path} can't be read as an array of numbers: {error}") from error
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3)):
+        raise DataError(
+            f"{path} holds an array of the shape {values.shape}.\n"
+            "  wanted  (height, width), (height, width, 1) or (height, width, 3)"
+        )
+    check_claim(path, *values.shape[:2])
+    plane = values[:, :, 0] if values.shape[2:] == (1,) else values
+    size, bits = (values.shape[0], values.shape[1]), bits_of_dtype(values.dtype, path)
+    channels = 1 if plane.ndim == 2 else 3
+    yield Opened(size, bits, channels, lambda: to_levels(np.array(plane), path))  # a copy: the file may change

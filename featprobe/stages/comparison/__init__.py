@@ -1,0 +1,1 @@
+"""From scored heads to an answer."""

@@ -1,0 +1,386 @@
+"""Scored heads to an answer: tables with intervals, paired differences, curves, a page."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from featprobe.cache import open_cache
+from featprobe.disk import write_together
+from featprobe.errors import FeatprobeError, ProbeError, counted
+from featprobe.metrics import FEW_GROUPS, Statistic, score_interval
+from featprobe.probes.saved import head_folder, plain
+from featprobe.report.answer import SURE, answer_of, gap_sentences
+from featprobe.report.comparison import LABELS, difference_frame, result_frame
+from featprobe.report.page import PageSet, page_text
+from featprobe.report.tables import csv_text
+from featprobe.specs import SplitChoice, digest
+from featprobe.stages.comparison.convergence import SHARES, iterations_to, late_rise, still_rising
+from featprobe.stages.comparison.differences import (
+    RESAMPLES,
+    Line,
+    Table,
+    budget_unchecked,
+    corrected,
+    differences_of,
+    iterations_of,
+    modality_gaps,
+)
+from featprobe.stages.comparison.results import SCORES, Result, Unusable, comparable_sets, load_results
+from featprobe.stages.partition import partition_of
+from featprobe.stages.training.commands import commands_of, level_command
+from featprobe.stages.training.records import SHARED_ORDER
+from featprobe.stages.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class ComparedSet:
+    """Results that may stand in one table.
+
+    lines: a dict per result, scores in [0, 1]. differences: a dict per pair that was asked about, p values corrected
+    for those of all sets together. sheets: captions and picture sheets that are there. commands: that made the results.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+    differences: tuple[Line, ...]
+    sheets: tuple[tuple[str, Path], ...]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all results of a workspace say.
+
+    answer: titles, and sentences in plain language of each. gaps: modality gaps that were asked for. unusable: rows
+    that could not be used, and why. files: that were written.
+    """
+
+    answer: tuple[tuple[str, tuple[str, ...]], ...]
+    sets: tuple[ComparedSet, ...]
+    gaps: tuple[Line, ...]
+    unusable: tuple[Unusable, ...]
+    notes: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def compare(
+    workspace: Workspace,
+    out: Path | None = None,
+    gap: Sequence[str] = (),
+    on: Sequence[str] = (),
+    quiet: bool = False,
+    folders: Collection[str] | None = None,
+    across_recipes: bool = False,
+) -> Comparison:
+    """Put the results of probes/results.jsonl side by side; write tables and a page into a folder.
+
+    out: the folder, probes/report by default. gap: two backbones, on: two data sets; by how much more the first
+    backbone is ahead of the second on the first set than on the second set; unasked where all results are of two
+    backbones on two sets. quiet: no progress bar; average precision
+    takes minutes where a test split has hundreds of groups. folders: of the results to compare, as rows name them; None
+    for all. across_recipes: give verdicts also where the recipes of two results differ.
+    Raises ProbeError when there is no result, or none that can be used, or no gap can be made of those that there are.
+    """
+    results, unusable, notes = load_results(workspace.probes, folders)
+    if not results:
+        reasons = "\n".join(f"  {item.folder}: {item.reason}" for item in unusable)
+        raise ProbeError(f"None of the results in {workspace.probes} can be compared.\n{reasons}\nRun them again.")
+    found = _met(workspace, comparable_sets(results))
+    tables = [Table.of(title, own) for title, own in zip(_titles(found), found, strict=True)]
+    with tqdm(total=len(results), desc="intervals", unit="result", disable=quiet, leave=False) as bar:
+        sets = [_compared(workspace, table, bar, across_recipes) for table in tables]
+    gaps = modality_gaps(tables, gap, on, across_recipes)
+    family = [*(line for item in sets for line in item.differences), *gaps]
+    corrected(family)
+    notes += _of_the_family(family)
+    notes += [note for table in tables for note in _notes(workspace, table)]
+    answer = [(item.title, answer_of(item.lines, item.differences)) for item in sets]
+    answer += [("Modality gap", gap_sentences(gaps))] if gaps else []
+    files = _write(workspace, out or workspace.probes / "report", answer, sets, gaps, unusable, notes)
+    return Comparison(tuple(answer), tuple(sets), tuple(gaps), tuple(unusable), tuple(notes), tuple(files))
+
+
+def plain_json(report: Comparison) -> dict[str, Any]:
+    """A comparison as JSON can hold it: what is nan becomes null, paths become text."""
+    values = asdict(report)
+    for item in values["sets"]:
+        item["sheets"] = [str(path) for _, path in item["sheets"]]
+    return plain(values | {"files": [str(path) for path in report.files]})
+
+
+def _met(workspace: Workspace, tables: Sequence[list[Result]]) -> list[list[Result]]:
+    """The tables, those whose splits are one partition under several names as one.
+
+    Rows keep the images that were tested, not those that were trained and chosen on: their caches tell. Where a cache
+    is not here any more, or is not what it was, the split stands alone.
+    """
+    alike = Counter(table[0].tested_alike for table in tables)
+    found: dict[str, list[Result]] = {}
+    for table in tables:
+        key = _partition(workspace, table[0]) if alike[table[0].tested_alike] > 1 else table[0].comparable
+        found.setdefault(key, []).extend(table)
+    return list(found.values())
+
+
+def _partition(workspace: Workspace, result: Result) -> str:
+    """The same for results of one table, by what their splits are where the cache tells, else by their names."""
+    row = result.row
+    place = "/".join(Path(row["folder"]).parts[:2])  # as of its cache
+    try:
+        cache = open_cache(workspace.cache / f"{place}.h5")
+        partition, tested = partition_of(cache, row["split"])
+    except FeatprobeError:
+        return result.comparable
+    known = cache.data.fingerprint == row["data_fingerprint"] and tested == set(result.runs[0].test.ids)
+    return digest([partition, result.tested_alike]) if known else result.comparable
+
+
+def _titles(tables: Sequence[Sequence[Result]]) -> list[str]:
+    """What people call each table; where two would be called alike, what tells them apart is added."""
+    rows = [table[0].row for table in tables]
+    plain = [_title(table) for table in tables]
+    titles = []
+    for table, row, title in zip(tables, rows, plain, strict=True):
+        alike = [other for other, its in zip(tables, plain, strict=True) if its == title]
+        images = counted(row["images"]["test"], "test image")
+        more = f" [data {row['data_fingerprint'][:6]}, {images}]" if len(alike) > 1 else ""
+        same = [other for other in alike if other[0].row["data_fingerprint"] == row["data_fingerprint"]]
+        more += f" [set {table[0].comparable[:6]}]" if len(same) > 1 else ""
+        titles.append(title + more)
+    return titles
+
+
+def _title(table: Sequence[Result]) -> str:
+    row = table[0].row
+    splits: dict[str, str] = {}
+    for choice in (SplitChoice.parse(result.row["split"]) for result in table):
+        splits.setdefault(choice.key, choice.text)
+    first, *others = splits.values()
+    parts = [row["data"], row["task"], f"{first} (also {', '.join(others)})" if others else first]
+    parts += ["connected components"] if row["instances"] != "own" else []
+    return ", ".join(parts)
+
+
+def _notes(workspace: Workspace, table: Table) -> list[str]:
+    """What a reader of a table should know of it."""
+    said = [*_of_the_split(table), *_of_the_scores(table), *_of_the_seeds(table), *_of_the_budgets(workspace, table)]
+    if len(table.chosen) < len(table.results):
+        said.append(
+            "where a backbone has several results that differ in recipe, input size, dtype or the name of one split "
+            "alone, differences are taken at the recipe and size that most of them have, then of the one best on "
+            "validation (marked *)"
+        )
+    return [f"{table.title}: {text}" for text in said]
+
+
+def _of_the_family(lines: Sequence[Line]) -> list[str]:
+    """That so many differences are corrected together that resamples are too few for any of them to be sure."""
+    tested = [line for line in lines if not np.isnan(line["p"])]
+    scores = {line["score"] for line in tested}
+    return [
+        f"{task}: p values of {resamples} resamples are corrected for {len(tested)} differences and gaps, so that none "
+        "can be sure. Compare fewer results at once: a study compares its own alone"
+        for task, resamples in RESAMPLES.items()
+        if SCORES[task][0] in scores and len(tested) > SURE * (1 + resamples)
+    ]
+
+
+def _of_the_split(table: Table) -> list[str]:
+    first = table.results[0]
+    groups = sum(first.runs[0].scores[first.main].sizes)
+    choice = SplitChoice.parse(first.row["split"])
+    said = []
+    if groups < FEW_GROUPS:
+        said.append(
+            f"{counted(groups, 'test group')}. Intervals from fewer than {FEW_GROUPS} rest on guesses about "
+            "groups that nobody has seen"
+        )
+    if choice.folds:
+        what = "images" if choice.by == "image" else "groups"
+        ranked = "" if first.row["task"] == "semseg" else "; AP ranks what the heads of all folds found together"
+        said.append(
+            f"{choice.folds} heads, each scored on the {what} that it was not trained on; all images together "
+            f"are one test set{ranked}. Intervals draw its groups again for these heads, and do not cover that folds "
+            "share training images"
+        )
+    if choice.by == "image" and groups < first.row["images"]["test"]:
+        said.append("a split by image of parts with several images; test holds parts that training saw")
+    return said
+
+
+def _of_the_scores(table: Table) -> list[str]:
+    """By which rule they are taken, where that is not how each result's own row has it, or may surprise."""
+    first = table.results[0]
+    if first.row["task"] != "semseg":
+        return [
+            f"{LABELS[first.main]} is what trials are chosen by and what is compared: inspection asks whether a flaw "
+            "is found, and labels of flaws that are a few pixels wide do not tell outlines apart at an IoU of 0.75"
+        ]
+    zero = sum(result.row["absent_classes"] == "zero" for result in table.results)
+    lacking = [name for name, value in class_scores(first).items() if np.isnan(value)]
+    said = [f"the test split holds no {', '.join(lacking)}: no mean counts it"] if lacking else []
+    if zero and lacking:
+        said.append(
+            f"{zero} of {counted(len(table.results), 'result')} scored with --absent-classes zero, so that a class "
+            "that the test split lacks counts as 0 there once it is predicted; here it does not"
+        )
+    return said
+
+
+def _of_the_seeds(table: Table) -> list[str]:
+    said = []
+    if any(result.row["fraction"] < 1 and not result.own_subsets for result in table.results):
+        said.append(
+            "some heads on a share of the training images had the same images for all seeds: their spread over seeds "
+            "holds no other choice of images: there is no verdict on backbones or regimes. Run them again to have one"
+        )
+    if any(result.row["spread"] == SHARED_ORDER and not result.solved for result in table.results):
+        said.append(
+            "heads of --shared-order saw the images in one order for all seeds: their spread over seeds is too narrow "
+            "for a verdict on backbones or regimes"
+        )
+    return said
+
+
+def _of_the_budgets(workspace: Workspace, table: Table) -> list[str]:
+    """Budgets that were found and are too small, each with the command that mends it."""
+    said = []
+    for result, needed in table.short.items():
+        beside = [r for r in table.results if r.budget and r.compared_budgets == result.compared_budgets]
+        if any(r.cell == result.cell and r.scale == result.scale and r not in table.short for r in beside):
+            continue  # it was brought level since
+        had = int(result.row["recipe"]["iterations"])
+        what = f"{table.names[result.backbone]}, {result.variant}, {result.row['head']}"
+        backbones = list(dict.fromkeys(r.row["backbone"] for r in beside))
+        if had < needed:
+            command = level_command(*_described(workspace, result), backbones=backbones)
+            said.append(f"{what} had {had} iterations, and {needed} are needed. To bring it level:  {command}")
+        else:
+            command = level_command(*_described(workspace, result), backbones=backbones, iterations=2 * had)
+            said.append(
+                f"{what} still gained, or found nothing yet, when the search for its iterations ended at {had}. To "
+                f"train all backbones with a given number, more than that:  {command}"
+            )
+    return said
+
+
+# ---- one table -------------------------------------------------------------------------------------------------------
+
+
+def _compared(workspace: Workspace, table: Table, bar: tqdm, across: bool) -> ComparedSet:
+    lines = []
+    for result in table.results:
+        lines.append(line_of(result, table))
+        bar.update()
+    sheets = [sheet for result in table.results for sheet in _sheet(workspace, result, table)]
+    commands = dict.fromkeys(c for result in table.results for c in commands_of(*_described(workspace, result)))
+    return ComparedSet(table.title, tuple(lines), tuple(differences_of(table, across)), tuple(sheets), tuple(commands))
+
+
+def _described(workspace: Workspace, result: Result) -> tuple[Any, ...]:
+    """What the commands are made from that give a result again, in this workspace."""
+    card = result.runs[0].card
+    name, root = card["data"]["name"], card["data"]["root"]
+    known = name in workspace.config.get("data", {}) or Path(root).resolve() == (workspace.data / name).resolve()
+    return card, result.seeds, name if known else root, workspace.data_options(name) if known else {}
+
+
+def _sheet(workspace: Workspace, result: Result, table: Table) -> list[tuple[str, Path]]:
+    paths = [head_folder(workspace.probes, run.row) / "sheet.png" for run in result.runs]
+    caption = f"{table.names[result.backbone]}, {result.variant}, {result.row['head']}, {result.size}"
+    return [(caption, path) for path in paths if path.is_file()][:1]
+
+
+def line_of(result: Result, table: Table) -> Line:
+    """A result as a line of its table. Scores in [0, 1]; low and high are of the 95 % interval; nan for what is not."""
+    row, curve = result.row, result.kept
+    train, extract, total = result.seconds()
+    reached = {share: iterations_to(curve, share * curve.final) if result.budget else None for share in SHARES}
+    return {
+        "set": table.title,
+        **{name: row[name] for name in ("data", "task", "split")},
+        "backbone": table.names[result.backbone],
+        "model": row.get("model"),
+        "random_weights": result.random_weights,
+        "regime": result.variant,
+        "head": row["head"],
+        "size": result.size,
+        "dtype": result.dtype or None,
+        "fraction": row["fraction"],
+        "train_images": row["images"]["train"],
+        "seeds": len(result.runs),
+        **_score_values(result),
+        "test_images": row["images"]["test"],
+        "groups": sum(result.score(result.main).sizes),
+        "trials": row["trials"],
+        "head_parameters": row["parameters"],
+        "backbone_parameters": row["backbone_parameters"],
+        "iterations": iterations_of(result),
+        "iterations_found": result.budget is not None,
+        "iterations_needed": table.short.get(result),
+        "budget_unchecked": budget_unchecked(result),
+        "weights_from": result.weights_from,
+        **{f"iterations_{share:.0%}".rstrip("%"): value for share, value in reached.items()},
+        "late_rise": late_rise(curve),
+        "not_converged": still_rising(curve),
+        "train_seconds": train,
+        "extract_seconds": extract,
+        "total_seconds": total,
+        "recipe_key": row["recipe_key"],
+        "chosen": result in table.chosen,
+        "classes": class_scores(result),
+        "curve": {"iterations": list(result.curve.iterations), "values": list(result.curve.values)},
+    }
+
+
+def _score_values(result: Result) -> Line:
+    """Mean over seeds, standard deviation over seeds and interval over test groups of each score of the task."""
+    values: Line = {}
+    for name in SCORES[result.row["task"]]:
+        every = [_estimate(run.scores[name]) for run in result.runs]
+        interval = score_interval(result.score(name), resamples=RESAMPLES[result.row["task"]])
+        spread = float(np.std(every, ddof=1)) if len(every) > 1 else float("nan")
+        low, high = (interval.low, interval.high) if interval.has_interval else (float("nan"), float("nan"))
+        values |= {name: interval.estimate, f"{name}_sd": spread, f"{name}_low": low, f"{name}_high": high}
+    return values
+
+
+def class_scores(result: Result) -> dict[str, float]:
+    """Mean over seeds of the IoU (semseg) or the AP of each class; nan for a class that the test split lacks."""
+    every = [run.test.per_class(run.row) for run in result.runs]
+    return {name: float(np.mean([own[name] for own in every])) for name in result.row["classes"] if name in every[0]}
+
+
+def _estimate(statistic: Statistic) -> float:
+    return float(statistic.value(np.ones((1, sum(statistic.sizes))))[0])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    workspace: Workspace,
+    out: Path,
+    answer: Sequence[tuple[str, Sequence[str]]],
+    sets: Sequence[ComparedSet],
+    gaps: Sequence[Line],
+    unusable: Sequence[Unusable],
+    notes: Sequence[str],
+) -> list[Path]:
+    """Write the tables, and last the page, which says that they are there; returns their paths. Raises DiskError."""
+    results = result_frame([line for item in sets for line in item.lines])
+    differences = difference_frame([*(line for item in sets for line in item.differences), *gaps])
+    pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
+    files: dict[Path, bytes | str] = {
+        out / "index.html": page_text(answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes),
+        out / "results.csv": csv_text(results),
+        out / "differences.csv": csv_text(differences),
+        out / "results.parquet": results.to_parquet(index=False),
+    }
+    write_together(files, out / "index.html")
+    return list(files)

@@ -1,0 +1,194 @@
+"""Caches that a command needs and that are not there: made in the same process, before anything is trained."""
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from featprobe.cache import MISSING, Cache, open_cache
+from featprobe.datasets import DataSet
+from featprobe.errors import CacheError, ProbeError, counted
+from featprobe.processes import from_main, gathered, pick_device
+from featprobe.specs import BackboneSpec
+from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions, configured
+from featprobe.stages.workspace import CONFIG, Workspace, name_of
+
+RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
+Names = tuple[str, ...]
+
+
+def make_missing(
+    workspace: Workspace,
+    data: Sequence[str],
+    backbones: Sequence[str],
+    task: str | None,
+    options: ExtractOptions,
+    say: Callable[[str], None],
+    *,
+    dry_run: bool = False,
+) -> tuple[Names, Names, bool]:
+    """Complete the unfinished caches of these sets and backbones, and make that of each pair that has none.
+
+    data, backbones: their names; empty for what featprobe.toml names, and, of unfinished caches, for all. An unfinished
+    cache is completed as it was begun. task: whose labels a data set must hold, None for any; one that does not is
+    passed over, and said. options: of extraction of a new cache, where featprobe.toml says nothing. say: told in a line
+    what is made. dry_run: that alone. Processes that compute together make a part of each cache each.
+
+    Returns the data sets and the backbones as caches call them, empty where they were, and whether caches are still
+    missing. Raises FeatprobeError.
+    """
+    sets = tuple(data) or tuple(workspace.config.get("data", {}))
+    asked = tuple(backbones) or tuple(workspace.config.get("backbones", {}))
+    begun = from_main(lambda: _begun(workspace, data, backbones))
+    if not begun:
+        _check_named(workspace, sets, asked)
+    for path in begun:
+        _complete(workspace, open_cache(path), options, say, dry_run)
+    gathered([None])  # what is made next looks for complete caches
+    labels, lacking = from_main(lambda: _lacking(workspace, sets, asked))
+    useless = []
+    for name in dict.fromkeys(own for own, _ in lacking):
+        of = [backbone for own, backbone in lacking if own == name]
+        if not _make(workspace, name, of, task, options, say, dry_run):
+            useless.append(name)
+    gathered([None])  # all parts are there when the last process comes here
+    if useless and len(useless) == len(sets):
+        raise ProbeError(
+            f"No labels for the task {task}: {', '.join(sets)}. Nothing was extracted.\n"
+            "Where there are only masks of classes, their connected parts can serve:  --instances components"
+        )
+    able = tuple(name for name in data if name not in useless)
+    return able, tuple(labels[name] for name in backbones), dry_run and bool(lacking or begun)
+
+
+def _begun(workspace: Workspace, data: Sequence[str], backbones: Sequence[str]) -> list[Path]:
+    """Caches of these sets and backbones, or of any where none is named, that miss rows."""
+    found = []
+    for path in workspace.cache_files():
+        try:
+            cache = open_cache(path)
+            of_set = not data or any(caches_of(workspace, [cache], name) for name in data)
+            if of_set and (not backbones or cache.recipe.label in backbones):
+                found.append(cache)
+        except CacheError:
+            continue  # another is made beside it
+    return [cache.path for cache in found if bool((cache.done == MISSING).any())]
+
+
+def _complete(
+    workspace: Workspace, cache: Cache, options: ExtractOptions, say: Callable[[str], None], dry_run: bool
+) -> None:
+    """Compute what an unfinished cache misses, as it was begun."""
+    from featprobe.stages.extraction.job import read_set
+    from featprobe.stages.training.sources import spec_of
+
+    recipe, missing = cache.recipe, int((cache.done == MISSING).sum())
+    tiles = (recipe.tile, recipe.overlap, recipe.empty_tiles) if recipe.tile else (0, None, None)
+    how: ExtractOptions = replace(
+        options, size=recipe.size, fit=None if recipe.tile else recipe.fit, intensity=recipe.intensity,
+        levels=tuple(level.name for level in recipe.levels), dtype=recipe.dtype, precision=recipe.precision,
+        batch_size=_batch_size(cache.contents.command), tile=tiles[0], overlap=tiles[1], empty_tiles=tiles[2],
+        views=recipe.views[1:],
+        **_read_as(cache),
+    )  # fmt: skip
+    say(f"{'to complete' if dry_run else 'completing'}: {cache.path}, {counted(missing, 'row')} of {len(cache)}")
+    if not dry_run:
+        name = workspace.data_argument(cache.data.name, Path(cache.data.root))
+        _extract(workspace, read_set(workspace, name, how), spec_of(cache), how)
+
+
+def _read_as(cache: Cache) -> dict[str, Any]:
+    """How the data set of a cache was read, by the names of ExtractOptions."""
+    kept = cache.contents.provenance.get("read_as")
+    found = kept if isinstance(kept, dict) else {}
+    return {name: found[name] for name in READ_AS if isinstance(found.get(name), str)}
+
+
+def _batch_size(command: str) -> int:
+    """The batch size of a command that made a cache: the bytes of its rows follow from it.
+
+    >>> _batch_size("featprobe extract --data xray --batch-size 4"), _batch_size("featprobe extract --data xray")
+    (4, 16)
+    """
+    words = shlex.split(command)
+    given = words[words.index("--batch-size") + 1] if "--batch-size" in words[:-1] else ""
+    return int(given) if given.isdigit() else ExtractOptions.batch_size
+
+
+def _check_named(workspace: Workspace, data: Names, backbones: Names) -> None:
+    """Raise ProbeError where nothing says which caches are wanted."""
+    lacks = [side for side, given in (("data set", data), ("backbone", backbones)) if not given]
+    if lacks:
+        raise ProbeError(
+            f"--extract has no {' and no '.join(lacks)} to make a cache of. Nothing was started.\n"
+            f"  wanted  --data and --backbone, or [data.NAME] and [backbones.NAME] in {workspace.root / CONFIG}\n"
+            "Name them:  --extract --data NAME --backbone NAME"
+        )
+
+
+def _lacking(workspace: Workspace, data: Names, backbones: Names) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """How caches call each backbone, and the pairs of a data set and a backbone that no complete cache serves."""
+    complete = []
+    for path in workspace.cache_files():
+        try:
+            cache = open_cache(path)
+            cache.usable()
+            complete.append(cache)
+        except CacheError:
+            continue  # it is to be completed, or another is made beside it
+    here = {cache.recipe.label for cache in complete}
+    labels = {name: name if name in here else backbone_of(workspace, name).label for name in backbones}
+    served = {(name, cache.recipe.label) for name in data for cache in caches_of(workspace, complete, name)}
+    return labels, [(name, own) for name in data for own in backbones if (name, labels[own]) not in served]
+
+
+def _make(
+    workspace: Workspace,
+    name: str,
+    backbones: Sequence[str],
+    task: str | None,
+    options: ExtractOptions,
+    say: Callable[[str], None],
+    dry_run: bool,
+) -> bool:
+    """Extract a data set under some backbones; False, and nothing is made, where it holds no labels for the task."""
+    from featprobe.stages.extraction.job import read_set
+
+    how = configured(options, workspace.data_options(name))
+    data = read_set(workspace, name, how)
+    if task is not None and task not in data.tasks:
+        say(f"left out: {name} holds no labels for {task}")
+        return False
+    for backbone in backbones:
+        spec = backbone_of(workspace, backbone)
+        verb, images = "to extract" if dry_run else "extracting", counted(len(data.samples), "image")
+        size = f" at {how.size[0]}x{how.size[1]}" if how.size else ""
+        say(f"{verb}: {spec.label} on {name}, {images}{size}")
+        if not dry_run:
+            _extract(workspace, data, spec, how)
+    return True
+
+
+def _extract(workspace: Workspace, data: DataSet, spec: BackboneSpec, how: ExtractOptions) -> None:
+    from featprobe.backbones.backbone import load_backbone  # timm takes time, and most commands make nothing
+    from featprobe.stages.extraction.extract import extract_with
+
+    begun, device = time.perf_counter(), pick_device(how.device)
+    model = load_backbone(spec, how.levels, device)
+    extract_with(workspace, model, data, how, device, load_seconds=time.perf_counter() - begun)
+
+
+def caches_of(workspace: Workspace, caches: Sequence[Cache], name: str) -> list[Cache]:
+    """Those of some caches that are of the data set at a path, or else of that name."""
+    folder = workspace.cache_folder(name_of(Path(name)), Path(name)).name
+    at_path = [cache for cache in caches if cache.path.parent.name == folder]
+    return at_path or [cache for cache in caches if cache.data.name == name]
+
+
+def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
+    """The backbone of a name; with the ending -random, where no backbone has that name, its seeded random weights."""
+    if name.endswith(RANDOM) and name not in workspace.backbone_names():
+        return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
+    return workspace.backbone(name)

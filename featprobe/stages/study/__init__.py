@@ -1,0 +1,1 @@
+"""Grids of trainings from one file, here and on a cluster."""

@@ -1,0 +1,334 @@
+"""A study on a SLURM cluster: its missing cells as job arrays, by submitit."""
+
+import getpass
+import json
+import re
+import shutil
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from featprobe.cache import Cache, open_cache
+from featprobe.disk import below, read_json, write_whole
+from featprobe.errors import FeatprobeError, FileKindError, counted
+from featprobe.probes import append_row
+from featprobe.probes.saved import read_rows
+from featprobe.specs import digest
+from featprobe.stages.study.study import (
+    Cell,
+    Place,
+    Study,
+    StudyReport,
+    by_cache,
+    ladder_of,
+    make_cache,
+    run_cells,
+    run_study,
+)
+from featprobe.stages.training.trials import Say
+from featprobe.stages.workspace import Workspace
+from featprobe.texts import printable
+
+JOBS = "jobs"  # folder of a workspace: what was handed over, logs, answers of jobs
+JOB = re.compile(r"\d{1,20}(_\d{1,20})?", re.ASCII)  # what SLURM calls a job, or a task of an array
+LONGEST_ANSWER = 1 << 16  # bytes
+USUAL = {"job_name": "featprobe", "time": 240}  # minutes; submitit's own limit is 5
+OURS = ("array", "dependency", "output", "error")
+LISTS = ("setup", "teardown", "srun_args")
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What was handed over. plan: of the whole study. ladders: jobs that find iterations. jobs: (cell, its job).
+    queued: cells that are in the queue.
+    """
+
+    plan: StudyReport
+    extractions: tuple[str, ...]
+    ladders: tuple[str, ...]
+    jobs: tuple[tuple[Cell, str], ...]
+    queued: tuple[Cell, ...]
+
+
+class _Again(ABC):
+    """A job that begins again, and goes on where it was, when SLURM takes its node away or its time is over.
+
+    In the end it answers in a JSON file: {"ended": "success" or "error", "cache": path or null, "reason": text}.
+    submitit's own pickle of a result, which lies beside it, is never read: who can write it could run code here.
+    """
+
+    root: Path
+
+    @abstractmethod
+    def work(self) -> Path | None:
+        """What it does; returns the cache that it made, if any."""
+
+    def __call__(self) -> None:
+        import submitit
+
+        answer = _path(Workspace(self.root), submitit.JobEnvironment().job_id, "answer.json")
+        answer.unlink(missing_ok=True)
+        try:
+            made = self.work()
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            reason = lines[0] if isinstance(error, FeatprobeError) else f"{type(error).__name__}: {lines[0]}"
+            write_whole(answer, json.dumps({"ended": "error", "cache": None, "reason": reason[:1000]}))
+            raise
+        write_whole(answer, json.dumps({"ended": "success", "cache": made and str(made.resolve()), "reason": ""}))
+
+    def checkpoint(self) -> Any:
+        """What submitit puts into the queue in the place of the job that is stopped."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Extraction(_Again):
+    """Makes the cache of a place, or goes on with it; returns where it is."""
+
+    root: Path
+    place: Place
+
+    def work(self) -> Path:
+        """The cache's path."""
+        return make_cache(Workspace(self.root), self.place).path
+
+
+@dataclass(frozen=True)
+class Climb(_Again):
+    """Finds the iterations of a cell on the cache that a job has made; rungs that are known are not trained again."""
+
+    root: Path
+    study: Study
+    cell: Cell
+    extraction: str
+
+    def work(self) -> None:
+        """Climbs until the iterations are found."""
+        workspace = Workspace(self.root)
+        ladder = ladder_of(workspace, self.study, _made(workspace, self.extraction), self.cell)
+        assert ladder is not None  # the plan names none but those that climb
+        ladder.climb(_log)
+
+
+@dataclass(frozen=True)
+class Training(_Again):
+    """Trains a cell on the cache that a job has made."""
+
+    root: Path
+    study: Study
+    cell: Cell
+    extraction: str
+    verify: bool = False
+
+    def work(self) -> None:
+        """Trains, and appends the row; raises FeatprobeError where that fails."""
+        workspace = Workspace(self.root)
+        cache = _made(workspace, self.extraction)
+        report = run_cells(workspace, self.study, cache, [self.cell], _log, verify=self.verify)
+        for note in report.notes:
+            _log(f"note: {note}")
+        if report.failed:
+            raise FeatprobeError(report.failed[0][1])
+
+
+def submit_study(
+    workspace: Workspace, study: Study, slurm: Mapping[str, Any], say: Say, *, verify: bool = False
+) -> Handed:
+    """Hand what is missing of a study over to SLURM: an array of extractions, and behind it arrays of each cache.
+
+    Each training waits for its own extraction, which ends at once where the cache is complete, and for the ladders that
+    find the iterations of all backbones it is compared with. What is in the queue already is not handed over again.
+    slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: told the plan first. verify: as
+    for `run_study`. Raises FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
+    """
+    root = workspace.root.resolve()
+    executor = _executor(root / JOBS, slurm)
+    queue = _queue()
+    plan = run_study(workspace, study, say, dry_run=True, verify=verify)
+    here_only = [(cell, reason) for cell, reason in plan.failed if cell in plan.missing]  # as for want of memory
+    plan = replace(plan, failed=tuple(pair for pair in plan.failed if pair not in here_only))
+    latest = _handed_over(root / JOBS / "jobs.jsonl")
+    queued = [cell for cell in plan.missing if latest.get(_key(study, cell)) in queue]
+    wanted = [cell for cell in plan.missing if cell not in queued]
+    if queued:
+        say(f"{counted(len(queued), 'training is', 'trainings are')} in the queue already")
+    for cell in wanted:
+        if _key(study, cell) in latest:
+            say(f"failed before: {cell}: {_reason(workspace, latest[_key(study, cell)])}")
+    waiting = {cell: latest.get(_ladder_key(study, cell), "") for cell in plan.ladders}
+    unknown = [cell for cell, job in waiting.items() if job not in queue]
+    groups = by_cache(dict.fromkeys([*unknown, *wanted]))
+    keys = {place: digest(asdict(place)) for place in groups}
+    running = {place: latest[keys[place]] for place in groups if latest.get(keys[place]) in queue}
+    missing = [place for place in groups if place not in running]
+    made = _submit(executor, [Extraction(root, place) for place in missing])
+    for place, job in zip(missing, made, strict=True):
+        append_row(root / JOBS / "jobs.jsonl", {"what": keys[place], "job": job, "text": str(place)})
+    extractions = running | dict(zip(missing, made, strict=True))
+    climbs = [Climb(root, study, cell, extractions[cell.place]) for cell in unknown]
+    own = _hand_over(executor, root, climbs, lambda cell: _ladder_key(study, cell))
+    trainings = [Training(root, study, cell, extractions[cell.place], verify) for cell in wanted]
+    jobs = _hand_over(executor, root, trainings, lambda cell: _key(study, cell), waiting | dict(own))
+    what = f"{counted(len(made), 'extraction')} and {counted(len(jobs), 'training')}"
+    what += f", behind {counted(len(own), 'search', 'searches')} for iterations" if own else ""
+    say(f"handed over: {what}; their logs: {root / JOBS}")
+    return Handed(plan, tuple(made), tuple(job for _, job in own), tuple(jobs), tuple(queued))
+
+
+def _hand_over(
+    executor: Any,
+    root: Path,
+    tasks: Sequence[Any],
+    key: Callable[[Cell], str],
+    ladders: Mapping[Cell, str] = MappingProxyType({}),
+) -> list[tuple[Cell, str]]:
+    """The jobs of tasks, (cell, its job). Those that wait for the same jobs go over as one array.
+
+    ladders: the jobs that find iterations, by the cell that they find them for.
+    """
+    arrays: dict[str, list[Any]] = {}  # by the jobs that they wait for
+    for task in tasks:
+        behind = [task.extraction, *(job for cell, job in ladders.items() if _compared(cell) == _compared(task.cell))]
+        arrays.setdefault(":".join(behind), []).append(task)
+    jobs = []
+    for waited, array in arrays.items():
+        executor.update_parameters(dependency=f"afterany:{waited}")
+        for task, job in zip(array, _submit(executor, array), strict=True):
+            append_row(root / JOBS / "jobs.jsonl", {"what": key(task.cell), "job": job, "text": str(task.cell)})
+            jobs.append((task.cell, job))
+    return jobs
+
+
+def _compared(cell: Cell) -> tuple[Any, ...]:
+    """The same for cells whose backbones share a number of iterations."""
+    return cell.place.data, cell.task, cell.head, cell.regime, cell.fraction, cell.split
+
+
+def _log(line: str) -> None:
+    """Say something in a job's log, which people read in a terminal."""
+    print(printable(line))
+
+
+def parameters(words: Sequence[str]) -> dict[str, Any]:
+    """The parameters of KEY=VALUE words; raises FeatprobeError.
+
+    >>> parameters(["partition=gpu", "time=120", "exclusive=true"])
+    {'partition': 'gpu', 'time': 120, 'exclusive': True}
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.strip().lstrip("-").replace("-", "_")
+        if not equals or not key or key in OURS:
+            why = "featprobe sets it" if key in OURS else "wanted: KEY=VALUE, as partition=gpu"
+            raise FeatprobeError(f"--slurm {word!r} can't be used: {why}. Nothing was handed over.")
+        plain: Any = int(value) if value.isdecimal() else True if value == "true" else value
+        found[key] = [*found.get(key, []), value] if key in LISTS else plain
+    if not isinstance(found.get("time", 1), int):
+        raise FeatprobeError(f"--slurm time={found['time']} can't be used. wanted: minutes, as time=120.")
+    return found
+
+
+def _executor(folder: Path, slurm: Mapping[str, Any]) -> Any:
+    """What hands jobs to SLURM."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise FeatprobeError(
+            "--launcher slurm needs submitit, which is not installed. Nothing was handed over.\n"
+            "Install it:  pip install 'featprobe[slurm]'"
+        ) from error
+    absent = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
+    if absent:
+        raise FeatprobeError(
+            f"There is no {', '.join(absent)} on this machine. Nothing was handed over.\n"
+            "wanted: a machine of a SLURM cluster, as its login node. Without one:  featprobe study FILE"
+        )
+    executor = submitit.SlurmExecutor(folder)
+    values = {**USUAL, **slurm}
+    known = {name: value for name, value in values.items() if name in submitit.SlurmExecutor._valid_parameters()}
+    others = {name.replace("_", "-"): value for name, value in values.items() if name not in known}
+    executor.update_parameters(**known, additional_parameters=others)
+    return executor
+
+
+def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
+    """The jobs of tasks, which go over as one array."""
+    if not tasks:
+        return []
+    try:
+        with executor.batch():
+            jobs = [executor.submit(task) for task in tasks]
+    except Exception as error:  # what sbatch says comes in several classes
+        raise FeatprobeError(f"SLURM takes no job: {error}.\nWhat it took before is in the queue: squeue") from error
+    return [job.job_id for job in jobs]
+
+
+def _queue() -> set[str]:
+    """The user's jobs that wait or run."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", "--user", getpass.getuser()]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise FeatprobeError(f"SLURM does not answer: {asked.stderr.strip()}\nNothing was handed over.")
+    return set(asked.stdout.split())
+
+
+def _key(study: Study, cell: Cell) -> str:
+    """What tells a cell from those of studies that train otherwise."""
+    alike = replace(study, seeds=1, log=())
+    return digest([asdict(cell), asdict(alike.options(cell.task, cell.head, cell.regime))])
+
+
+def _ladder_key(study: Study, cell: Cell) -> str:
+    """The same for the ladder of a cell."""
+    return digest(["ladder", _key(study, cell)])
+
+
+def _handed_over(path: Path) -> dict[str, str]:
+    """The latest job of each thing that was handed over; lines that name no job are passed over."""
+    pairs = [(row.get("what"), row.get("job")) for row in read_rows(path)[0]]
+    return {what: job for what, job in pairs if isinstance(what, str) and isinstance(job, str) and JOB.fullmatch(job)}
+
+
+def _made(workspace: Workspace, extraction: str) -> Cache:
+    """The cache that a job has made; raises FeatprobeError."""
+    answer = _answer(workspace, extraction)
+    made = answer.get("cache") if answer.get("ended") == "success" else None
+    if not isinstance(made, str):
+        raise FeatprobeError(f"There is no cache to train on: {_reason(workspace, extraction)}")
+    return open_cache(below(workspace.cache, Path(made), f"The answer of job {extraction}"))
+
+
+def _answer(workspace: Workspace, job: str) -> dict[str, Any]:
+    """What a job said in the end, see `_Again`; empty where it said nothing. Raises FeatprobeError."""
+    path = _path(workspace, job, "answer.json")
+    try:
+        found = read_json(path, LONGEST_ANSWER)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, FileKindError) as error:
+        raise FeatprobeError(f"{path} can't be read: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _reason(workspace: Workspace, job: str) -> str:
+    """Why a job has left no result, in a line that names its log."""
+    answer = _answer(workspace, job)
+    said = answer.get("reason") if answer.get("ended") == "error" else "its result is gone" if answer else ""
+    lines = said.strip().splitlines() if isinstance(said, str) else []
+    reason = lines[0] if lines else f"job {job} ended without an answer"
+    return f"{reason} (see {_path(workspace, job, 'log.err')})"
+
+
+def _path(workspace: Workspace, job: str, end: str) -> Path:
+    """A file of a job. Raises FeatprobeError for a name that is no job's."""
+    if not JOB.fullmatch(job):
+        raise FeatprobeError(f"{job[:80]!r} is no job. wanted: SLURM's number, as 12 or 12_3.")
+    return workspace.root.resolve() / JOBS / f"{job}_0_{end}"

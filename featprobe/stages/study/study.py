@@ -1,0 +1,481 @@
+"""A study: a grid of data sets, backbones, their features, tasks, heads, regimes, seeds and fractions from one file."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from featprobe.backbones.precision import Precision
+from featprobe.cache import Cache, open_cache
+from featprobe.disk import read_toml
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
+from featprobe.fields import Fault, letter, wrong
+from featprobe.geometry import parse_size
+from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
+from featprobe.processes import check_together
+from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse_views
+from featprobe.stages.extraction.extract import extract
+from featprobe.stages.extraction.extract_options import ExtractOptions, configured
+from featprobe.stages.extraction.missing import backbone_of
+from featprobe.stages.partition import single_splits
+from featprobe.stages.study.study_file import AUTO, faults_of
+from featprobe.stages.training.ladder import Ladder, climb_all
+from featprobe.stages.training.logs import check_logs
+from featprobe.stages.training.probe import checked, show
+from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file asks for; each list is one side of the grid.
+
+    heads: of any task; empty for each task's default. sizes, tiles, views: () for what featprobe.toml says of each data
+    set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
+    train: fields of TrainRecipe by kind of head, "all" for every kind; iterations may be "auto", for a ladder. tuning:
+    fields of Tuning. show: test images on the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions
+    has it. no_verify: do not hash the features that are read.
+    """
+
+    data: tuple[str, ...]
+    backbones: tuple[str, ...]
+    tasks: tuple[str, ...] = ("semseg",)
+    heads: tuple[str, ...] = ()
+    regimes: tuple[str, ...] = ("frozen", "full")
+    seeds: int = 3
+    fractions: tuple[float, ...] = (1.0,)
+    sizes: tuple[str, ...] = ()
+    tiles: tuple[int, ...] = ()
+    overlap: int | None = None
+    empty_tiles: float | None = None
+    views: tuple[str, ...] = ()
+    split: str = "own"
+    lr: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    train: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    show: int = 4
+    log: tuple[str, ...] = ()
+    no_verify: bool = False
+
+    def kinds(self, task: str) -> list[str]:
+        """The heads of a task."""
+        return [kind for kind in self.heads if (task, kind) in HEADS] or kinds_of(task)[:1]
+
+    def said(self, kind: str) -> dict[str, Any]:
+        """What the study says of the training of a kind of head."""
+        return {**self.train.get("all", {}), **self.train.get(kind, {})}
+
+    def recipe(self, kind: str) -> TrainRecipe:
+        """How a kind of head is trained; with its usual iterations where a ladder is to find them."""
+        said = self.said(kind)
+        found = {"iterations"} if said.get("iterations") == AUTO else set()
+        return replace(DEFAULT_RECIPES[kind], **{name: v for name, v in said.items() if name not in found})
+
+    def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
+        """Whether the iterations of a kind of head are said, or to be found."""
+        said = self.said(kind).get("iterations")
+        return None if said is None or kind == "ridge" else "auto" if said == AUTO else "fixed"
+
+    def options(self, task: str, kind: str, regime: str) -> ProbeOptions:
+        """How a head is probed in a regime; raises ProbeError for what can't be."""
+        tuning = None if regime == "frozen" else Tuning(**{**self.tuning, "regime": regime})
+        solved = kind == "ridge"
+        recipe = DEFAULT_RECIPES[kind] if solved else self.recipe(kind)
+        return checked(
+            task,
+            ProbeOptions(
+                head=kind, recipe=recipe, lr=() if solved else self.lr,
+                weight_decay=() if solved else self.weight_decay, budget=self.budget(kind), seeds=self.seeds,
+                split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
+                verify=not self.no_verify,
+            ),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """What names a cache in a study. options: as the study and featprobe.toml together say."""
+
+    data: str
+    backbone: str
+    options: ExtractOptions
+
+    def __str__(self) -> str:
+        options, text = self.options, f"{self.backbone} on {self.data}"
+        text += f" at {options.size[0]}x{options.size[1]}" if options.size else ""
+        text += f" in {options.tiling}" if options.tiling else ""
+        return text + (f" with {', '.join(options.views)}" if options.views else "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a study."""
+
+    place: Place
+    task: str
+    head: str
+    regime: str
+    fraction: float
+    seed: int
+    split: str = "own"
+
+    def __str__(self) -> str:
+        part = "" if self.fraction == 1 else f", {self.fraction:g} of train"
+        choice = SplitChoice.parse(self.split)
+        part += f", fold {choice.fold} of {choice.folds}" if choice.fold else ""
+        return f"{self.place}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What a study did. rows: of this run. done: cells that were there already. failed: (cell, reason).
+
+    missing: cells that a plan found to be trained. ladders: cells, of the first seed, whose iterations a plan found not
+    to be known. folders: of the results that its cells have, below probes/.
+    """
+
+    cells: tuple[Cell, ...] = ()
+    rows: tuple[dict[str, Any], ...] = ()
+    done: int = 0
+    failed: tuple[tuple[Cell, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    missing: tuple[Cell, ...] = ()
+    ladders: tuple[Cell, ...] = ()
+    folders: tuple[str, ...] = ()
+
+    def __add__(self, other: "StudyReport") -> "StudyReport":
+        return StudyReport(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+
+
+def read_study(path: Path, workspace: Workspace) -> Study:
+    """A study file, checked; raises DataError that lists everything in it that does not exist or makes no sense."""
+    try:
+        values = read_toml(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read as a study: {error}.") from error
+    faults = faults_of(Study, values)
+    bad = {fault.place[:1] for fault in faults}
+    good = {name: value for name, value in values.items() if (name,) not in bad}
+    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in good.items()}
+    faults += _missing_names(sides, workspace) + _senseless(sides)
+    if not faults:
+        study = Study(**sides)
+        faults = _untrainable(study, workspace)
+    if faults:
+        to_do = "Mend it, then run the same command again. All keys and what they mean:  featprobe study --template"
+        raise DataError(letter(f"{path} can't be run. Nothing was computed.", faults, to_do))
+    return study
+
+
+def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault]:
+    """Names in the sides of a study, as far as they are of the right types, that stand for nothing."""
+    checks: Mapping[str, Callable[[str], object]] = {
+        "data": partial(_check_set, workspace),
+        "backbones": partial(backbone_of, workspace),
+        "sizes": parse_size,
+        "views": parse_views,
+    }
+    found = [
+        Fault((side, i), said)
+        for side, check in checks.items()
+        for i, name in enumerate(sides.get(side, ()))
+        if (said := _refusal(partial(check, name)))
+    ]
+    said = _refusal(partial(single_splits, sides["split"])) if "split" in sides else ""
+    return found + ([Fault(("split",), said)] if said else [])
+
+
+def _check_set(workspace: Workspace, name: str) -> None:
+    """Raise DataError where nothing is called so; unlike `data_root` it makes no set."""
+    if name not in workspace.data_names() and not os.path.exists(name):
+        raise DataError(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
+
+
+def _senseless(sides: Mapping[str, Any]) -> list[Fault]:
+    """Heads that no task of a study has, and settings of trainings that can't be."""
+    tasks, found = sides.get("tasks", Study.tasks), []
+    for i, kind in enumerate(sides.get("heads", ())):
+        if not any((task, kind) in HEADS for task in tasks):
+            known = "; ".join(f"of {task}: {', '.join(kinds_of(task))}" for task in tasks)
+            found.append(wrong(("heads", i), f"heads of the tasks of this study, {known}", kind))
+    for kind, values in sides.get("train", {}).items():
+        usual = DEFAULT_RECIPES.get(kind, TrainRecipe())
+        own = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
+        said = _refusal(partial(replace, usual, **own))
+        found += [Fault(("train", kind), said)] if said else []
+    said = _refusal(partial(Tuning, **{**sides.get("tuning", {}), "regime": "full"}))
+    return found + ([Fault(("tuning",), said)] if said and "full" in sides.get("regimes", Study.regimes) else [])
+
+
+def _refusal(check: Callable[[], object]) -> str:
+    """What a check says is wrong, in one line; "" when nothing is."""
+    try:
+        check()
+    except FeatprobeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _untrainable(study: Study, workspace: Workspace) -> list[Fault]:
+    """What of a study, whose every key is right by itself, can't be had together."""
+    grid = itertools.product(study.tasks, study.regimes)
+    cells = [(task, kind, regime) for task, regime in grid for kind in study.kinds(task)]
+    found = [_refusal(partial(study.options, *cell)) for cell in cells]
+    for place in places_of(study, workspace):
+        said = _refusal(place.options.check)
+        found.append(f"{place.data}: {said}" if said else "")
+    if not any(found) and SplitChoice.parse(study.split).folds and climbing(study, cells_of(study, workspace)):
+        found.append("a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all")
+    if not any(found) and not cells_of(study, workspace):
+        found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
+    return [Fault((), said) for said in dict.fromkeys(found) if said]
+
+
+def places_of(study: Study, workspace: Workspace) -> list[Place]:
+    """Every cache that a study may need."""
+    places = []
+    sides = (study.data, study.backbones, study.sizes or (None,), study.tiles or (None,), study.views or (None,))
+    for data, backbone, size, tile, views in itertools.product(*sides):
+        asked = ExtractOptions(
+            size=None if size is None else parse_size(size),
+            tile=tile,
+            overlap=None if tile == 0 else study.overlap,
+            empty_tiles=None if tile == 0 else study.empty_tiles,
+            views=None if views is None else parse_views(views),
+            quiet=True,
+        )
+        places.append(Place(data, backbone, configured(asked, workspace.data_options(data))))
+    return places
+
+
+def _why_not(study: Study, place: Place, regime: str) -> str:
+    """Why a study trains nothing on a cache in a regime; "" where it does."""
+    options = place.options
+    bound = options.views or (options.tiling and options.tiling.empty_tiles < 1)
+    if study.split != "own" and bound:
+        return f"stored views and thinned tiles have the set's own split alone: none with split = {study.split!r}"
+    fewest = min((parse_views(views) for views in study.views), key=len, default=options.views or ())
+    if regime != "frozen" and study.tuning.get("augment", True) and (options.views or ()) != fewest:
+        return f"{regime} augments images anew, whatever views are stored: trained once, with the fewest of them"
+    return ""
+
+
+def left_out(study: Study, workspace: Workspace) -> list[str]:
+    """Which parts of the grid are not trained, and why."""
+    pairs = itertools.product(places_of(study, workspace), study.regimes)
+    return list(dict.fromkeys(filter(None, (_why_not(study, place, regime) for place, regime in pairs))))
+
+
+def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
+    """Every training of a study, those of one cache together, less those that are `left_out`.
+
+    Ridge, which has no other regime, is in the frozen one.
+    """
+    splits = single_splits(study.split)
+    return [
+        Cell(place, task, kind, regime, float(fraction), seed, split)
+        for place in places_of(study, workspace)
+        for task, regime in itertools.product(study.tasks, study.regimes)
+        for kind in study.kinds(task)
+        if (kind != "ridge" or regime == "frozen") and not _why_not(study, place, regime)
+        for fraction, seed, split in itertools.product(study.fractions, range(study.seeds), splits)
+        if seed == 0 or kind != "ridge" or fraction < 1
+    ]
+
+
+def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
+    """The cells of each cache."""
+    groups: dict[Place, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.place, []).append(cell)
+    return groups
+
+
+def run_study(
+    workspace: Workspace,
+    study: Study,
+    say: Say = lambda line: None,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
+) -> StudyReport:
+    """Extract and train what is missing of a study, one cell after another.
+
+    A cell that fails is reported and the others go on. Run it again to go on after a stop. say: told the plan first,
+    then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already. verify:
+    a head is there where all bytes of its files are what its card says; else their sizes will do.
+    """
+    check_logs(study.log)
+    check_together()
+    cells = cells_of(study, workspace)
+    groups = by_cache(cells)
+    say(f"{counted(len(cells), 'training')} on {counted(len(groups), 'cache')}")
+    for reason in left_out(study, workspace):
+        say(f"left out: {reason}")
+    report, caches = StudyReport(tuple(cells)), dict[Place, Cache]()
+    for place, own in groups.items():
+        notes: list[str] = []
+        try:
+            if dry_run:
+                cache = _find(workspace, place, notes)
+            else:
+                cache = make_cache(workspace, place)
+        except FeatprobeError as error:
+            report += StudyReport(failed=tuple((cell, str(error)) for cell in own))
+            say(f"failed: {place}: {str(error).splitlines()[0]}")
+            continue
+        report += StudyReport(notes=tuple(notes))
+        if cache is None:
+            unknown = climbing(study, own)
+            report += StudyReport(missing=tuple(own), ladders=tuple(unknown))
+            search = f"{counted(len(unknown), 'search', 'searches')} for iterations and " if unknown else ""
+            say(f"to extract: {place}, then {search}{counted(len(own), 'training')}")
+            continue
+        caches[place] = cache
+    for place, cache in caches.items():  # all of them, before the first cell: backbones share the largest number
+        report += climb_ladders(workspace, study, cache, groups[place], say, dry_run=dry_run)
+    for place, cache in caches.items():
+        report += run_cells(workspace, study, cache, groups[place], say, dry_run=dry_run, verify=verify)
+    if report.done:
+        say(f"{counted(report.done, 'training is', 'trainings are')} there already")
+    return replace(report, notes=tuple(dict.fromkeys(report.notes)))
+
+
+def climbing(study: Study, cells: Iterable[Cell]) -> list[Cell]:
+    """The cells of the first seed whose iterations a ladder finds."""
+    return [
+        cell
+        for cell in cells
+        if cell.seed == 0 and study.options(cell.task, cell.head, cell.regime).climbs(cell.fraction)
+    ]
+
+
+def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> Ladder | None:
+    """What finds the iterations of a cell; None where the study says them."""
+    options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
+    return Ladder(workspace, cache, cell.task, options, cell.fraction) if options.climbs(cell.fraction) else None
+
+
+def climb_ladders(
+    workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, dry_run: bool = False
+) -> StudyReport:
+    """Find the iterations of the cells of one cache where they are not known; a plan names those that are not."""
+    unknown = []
+    for cell in climbing(study, cells):
+        try:
+            ladder = ladder_of(workspace, study, cache, cell) if cell.task in cache.data.tasks else None
+            if ladder is not None and not ladder.is_climbed():
+                unknown.append(cell)
+                climb_all([ladder], say, dry_run)
+        except FeatprobeError as error:  # its cells fail, and the others go on
+            say(f"failed: the iterations of {cell}: {str(error).splitlines()[0]}")
+    return StudyReport(ladders=tuple(unknown))
+
+
+def run_cells(
+    workspace: Workspace,
+    study: Study,
+    cache: Cache,
+    cells: Sequence[Cell],
+    say: Say,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
+) -> StudyReport:
+    """Train the cells of one cache that are not there yet, one after another; see `run_study`."""
+    rows: list[dict[str, Any]] = []
+    failed: list[tuple[Cell, str]] = []
+    notes: list[str] = []
+    missing: list[Cell] = []
+    folders: list[str] = []
+    minutes: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
+    ladders: dict[Cell, Ladder | None] = {}  # of the same
+    done = 0
+    for cell in cells:
+        if cell.task not in cache.data.tasks:
+            notes.append(f"{cell.place.data} holds no labels for {cell.task}")
+            continue
+        try:
+            alike = replace(cell, seed=0)
+            if alike not in ladders:
+                ladders[alike] = ladder_of(workspace, study, cache, cell)
+            ladder = ladders[alike]
+            if dry_run and ladder and not ladder.is_climbed():
+                missing.append(cell)
+                say(f"to train: {cell}, once its iterations are found")
+                continue
+            options = ladder.found() if ladder else study.options(cell.task, cell.head, cell.regime)
+            run = Run(workspace, cache, cell.task, replace(options, split=cell.split), [cell.seed], cell.fraction)
+            if there := _done(run, verify):
+                done += 1
+                folders += there.folders
+                if not dry_run:
+                    run.forget()
+            elif dry_run:
+                missing.append(cell)
+                if alike not in minutes:
+                    minutes[alike] = run.foresee().seconds(run.recipe) / 60 if cell.head != "ridge" else 0.0
+                say(f"to train: {cell}, about {minutes[alike]:.1f} min")
+            else:
+                say(str(cell))
+                rows += run.do(lambda line: None)
+                folders += run.folders
+                if study.show and cell.seed == 0:
+                    show(run, study.show, [], notes)
+            notes += run.notes
+        except FeatprobeError as error:
+            failed.append((cell, str(error)))
+            say(f"failed: {cell}: {str(error).splitlines()[0]}")
+    return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
+
+
+def _done(run: Run, verify: bool) -> Run | None:
+    """A cell's run that is there; where the study names no precision, in the one that another device takes as well."""
+    if (done := run.is_done(hashes=verify)) or run.tuning is None or run.tuning.precision:
+        return run if done else None
+    own: set[Precision] = {"bf16", "fp32", *([] if run.regime == "full" else [run.cache.recipe.precision])}
+    for other in sorted(own - {run.precision}):
+        options = replace(run.options, tuning=replace(run.tuning, precision=other))
+        twin = Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction)
+        if twin.is_done(hashes=verify):
+            return twin
+    return None
+
+
+def make_cache(workspace: Workspace, place: Place) -> Cache:
+    """The complete cache of a study's place, made where it is missing; raises FeatprobeError."""
+    return open_cache(extract(workspace, backbone_of(workspace, place.backbone), place.data, place.options).path)
+
+
+def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
+    """The complete cache of a place that is there already, or None; one that can't be read is noted."""
+    label, root = backbone_of(workspace, place.backbone).label, Path(place.data).resolve()
+    found = []
+    for path in workspace.cache_files():
+        try:
+            cache = open_cache(path)
+            of_data = cache.data.name == place.data or Path(cache.data.root) == root
+            if of_data and cache.recipe.label == label and _is_made_so(cache.recipe, place.options):
+                cache.usable()
+                found.append(cache)
+        except CacheIncompleteError:
+            continue  # it is to be completed
+        except CacheError as error:
+            notes.append(f"left aside: {' '.join(str(error).splitlines())}")
+    return min(found, key=lambda cache: len(cache.contents.command), default=None)  # with the fewest options
+
+
+def _is_made_so(recipe: FeatureRecipe, options: ExtractOptions) -> bool:
+    """Whether features are those that a study asks for; any size will do where neither it nor tiles say one."""
+    tiling = options.tiling
+    size = options.size or ((tiling.tile, tiling.tile) if tiling else recipe.size)
+    fit = "letterbox" if tiling else options.fit or "resize"
+    policy = str(Intensity.parse(options.intensity)) if options.intensity else recipe.intensity
+    cut = Tiling(recipe.tile, recipe.overlap, recipe.empty_tiles) if recipe.tile else None
+    asked = (size, fit, policy, tiling, options.views or ())
+    return asked == (recipe.size, recipe.fit, recipe.intensity, cut, recipe.views[1:])

@@ -1,0 +1,218 @@
+"""What a study file may hold: keys, types, limits and meanings; the template and the JSON schema are made from them."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, field, fields, make_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_type_hints
+
+from featprobe.fields import Fault
+from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe
+from featprobe.schemas import Field, check, json_schema
+from featprobe.stages.training.logs import LOGS
+from featprobe.stages.training.probe_options import REGIMES, Tuning
+
+AUTO = "auto"
+ALL = "all"
+KINDS = tuple(dict.fromkeys(kind for _, kind in HEADS))
+Texts = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def _some_of(names: Iterable[str], least: int = 0) -> Any:
+    """The type of a list of these names."""
+    return Annotated[tuple[Literal[tuple(names)], ...], Field(min_length=least)]  # type: ignore[misc]
+
+
+LIMITED: Mapping[str, Any] = {
+    "data": Texts,
+    "backbones": Texts,
+    "tasks": _some_of(dict.fromkeys(task for task, _ in HEADS), 1),
+    "heads": _some_of(KINDS),
+    "regimes": _some_of(REGIMES, 1),
+    "seeds": Annotated[int, Field(ge=1, le=1000)],
+    "fractions": Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)],
+    "tiles": tuple[Annotated[int, Field(ge=0)], ...],
+    "overlap": Annotated[int, Field(ge=0)],
+    "empty_tiles": Annotated[float, Field(ge=0, le=1)],
+    "lr": tuple[Annotated[float, Field(gt=0)], ...],
+    "weight_decay": tuple[Annotated[float, Field(ge=0)], ...],
+    "show": Annotated[int, Field(ge=0, le=1000)],
+    "log": _some_of(LOGS),
+}
+"""Types of the keys of `Study` that hold more than its annotations say."""
+SAID: Mapping[str, str] = {
+    "data": "Data sets: built-in names, names in featprobe.toml, or paths.",
+    "backbones": "Aliases, names of timm or featprobe.toml; with -random behind: random weights.",
+    "tasks": "A set that has no labels for a task is omitted there.",
+    "heads": "A task that has none of these gets its default: linear, fcos, maskrcnn.",
+    "regimes": "full: the backbone is trained too; frozen-online: not, but images are augmented.",
+    "seeds": "How many of each training, from 0 on.",
+    "fractions": "Shares of the training images, each trained on apart.",
+    "sizes": "Height x width in pixels. Omitted: as featprobe.toml says, else extract's default.",
+    "tiles": "Sides in pixels, 0 for whole images. Omitted: as featprobe.toml says.",
+    "overlap": "Of neighbouring tiles, pixels. Omitted: an eighth of a tile.",
+    "empty_tiles": "Share of the training tiles without a defect that is kept. Omitted: all.",
+    "views": "Stored views of training images. Omitted: as featprobe.toml says.",
+    "split": "own, group, stratified, image; :K behind for K folds; or a file of `data split`.",
+    "lr": "Learning rates, all are tried. Omitted: that of [train].",
+    "weight_decay": "All are tried. Omitted: that of [train].",
+    "train": "How heads are trained: [train.all] is about all kinds, a kind's own section comes before it.",
+    "tuning": "How images and a live backbone are treated, in the regimes full and frozen-online.",
+    "show": "Test images on the picture sheet of each first seed, 0 for no sheets.",
+    "log": "Curves while it trains; needs the extra of that name.",
+    "no_verify": "Do not hash the features that are read.",
+}
+SAID_OF_TRAINING: Mapping[str, str] = {
+    "iterations": 'Training steps; "auto": as many as validation gains from.',
+    "batch_size": "Images per step.",
+    "lr": "Peak learning rate of AdamW.",
+    "weight_decay": "Of AdamW.",
+    "warmup": "Share of the iterations over which the rate rises.",
+    "loss": "Of dense heads: ce, dice, focal, or a sum as ce+dice.",
+    "loss_at": "Grid of the loss of dense heads: image, or level, which is several times faster.",
+    "class_weights": "Of the loss of dense heads: inverse-sqrt or none.",
+    "clip": "Largest norm of a head's gradient, 0 for no limit.",
+    "evaluations": "Points of the validation curve.",
+    "weights_from": "Point of that curve whose weights are kept: best or end.",
+}
+SAID_OF_TUNING: Mapping[str, str] = {
+    "regime": "No effect here: regimes says it.",
+    "augment": "Crops, flips, grey levels.",
+    "backbone_lr": "Learning rate of the backbone, as a multiple of the head's.",
+    "layer_decay": "Of that rate, layer by layer downwards.",
+    "bn": "BatchNorm of the backbone: frozen or train.",
+    "clip": "Largest norm of the backbone's gradient.",
+    "accumulate": "Parts of a batch that go forward one after another.",
+    "ema": "Decay of a running mean of the weights, 0 for none.",
+    "checkpointing": "Compute activations again on the way back, to save memory.",
+    "precision": "Omitted: bf16 on a GPU that has it, else fp32; frozen-online: as its cache.",
+    "compile": "Let torch compile the backbone.",
+    "init_head": "A saved head to start from. Omitted: none.",
+    "workers": "Threads that decode images. Omitted: the cores that may be used, at most 16.",
+}
+"""What each key means."""
+EXAMPLES: Mapping[str, Any] = {
+    "data": ["surface"],
+    "backbones": ["embedded"],
+    "heads": ["linear", "ridge"],
+    "sizes": ["256x256"],
+    "tiles": [0, 512],
+    "overlap": 64,
+    "empty_tiles": 0.1,
+    "views": ["none", "hflip,crop:2"],
+    "lr": [0.001, 0.005],
+    "weight_decay": [0.0001, 0.001],
+    "log": ["tensorboard"],
+    "precision": "fp32",
+    "init_head": "probes/SET/BACKBONE/HEAD/seed0",
+    "workers": 4,
+}
+"""Of keys that have no default value, or an empty one."""
+
+
+def _kind(name: str, of: type, said: Mapping[str, str], changed: Mapping[str, Any], defaults: object = None) -> type:
+    """A dataclass with the fields of another one, their meanings, and types of their own.
+
+    defaults: an instance that gives the default values; else they are the dataclass's own. None where there is none.
+    """
+    made: list[Any] = []
+    hints: dict[str, Any] = {**get_type_hints(of), **changed}
+    for own in fields(of):
+        usual = own.default if defaults is None else getattr(defaults, own.name)
+        examples = [EXAMPLES[own.name]] if usual in (None, MISSING, ()) and own.name in EXAMPLES else None
+        described = Field(description=said[own.name], examples=examples)
+        hint: Any = Annotated[hints[own.name], described]
+        needed = own.default is MISSING and own.default_factory is MISSING
+        made.append(
+            (own.name, hint) if needed else (own.name, hint, field(default=None if usual is MISSING else usual))
+        )
+    return make_dataclass(name, made, frozen=True)
+
+
+@cache
+def schema_of(study: type) -> type:
+    """The dataclass that a study file is checked against, made from `Study`, `TrainRecipe` and `Tuning`."""
+    steps = {"iterations": int | Literal["auto"]}
+    heads = [
+        (kind, _kind(f"Training of {kind}", TrainRecipe, SAID_OF_TRAINING, steps, DEFAULT_RECIPES.get(kind)), None)
+        for kind in (ALL, *KINDS)
+    ]
+    sections = {"train": make_dataclass("Trainings", heads), "tuning": _kind("Tuning", Tuning, SAID_OF_TUNING, {})}
+    return _kind("Study", study, SAID, {**LIMITED, **sections})
+
+
+def faults_of(study: type, values: Mapping[str, Any]) -> list[Fault]:
+    """Everything in a study file that is of a wrong type, out of its limits or unknown."""
+    return check(schema_of(study), values)
+
+
+def schema(study: type) -> dict[str, Any]:
+    """The JSON schema of a study file, which editors of TOML take."""
+    whole: dict[str, Any] = _without_null(json_schema(schema_of(study)))
+    return whole
+
+
+def _without_null(value: Any) -> Any:
+    """A JSON schema without null, which TOML does not have."""
+    if isinstance(value, list):
+        return [_without_null(own) for own in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {k: _without_null(own) for k, own in value.items() if not (k == "default" and own is None) and k != "title"}
+    kinds = [own for own in kept.get("anyOf", []) if own != {"type": "null"}]
+    if len(kinds) == 1:
+        return {**kinds[0], **{k: own for k, own in kept.items() if k != "anyOf"}}
+    return kept | ({"anyOf": kinds} if kinds else {})
+
+
+def template(study: type) -> str:
+    """A study file with every key: the needed ones filled in, the others behind `# `, with default and meaning."""
+    whole = schema(study)
+    lines = [
+        "# A study:  featprobe study FILE.toml --dry-run",
+        "# Behind a # stands the default; where there is none it is an example, and the meaning says what holds.",
+        "",
+    ]
+    sections = []
+    for key, own in whole["properties"].items():
+        if "$ref" in own:
+            sections.append((key, own))
+        else:
+            lines += _lines({key: own}, whole["required"])
+    for key, own in sections:
+        part = _part(whole, own)
+        lines += ["", f"# {own['description']}"]
+        if all("$ref" in inner for inner in part.values()):
+            lines += _of_heads(key, {name: _part(whole, inner) for name, inner in part.items()})
+        else:
+            lines += [f"# [{key}]", *_lines(part)]
+    return "\n".join(lines) + "\n"
+
+
+def _part(whole: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a section of a schema."""
+    found: dict[str, Any] = whole["$defs"][own["$ref"].rpartition("/")[2]]["properties"]
+    return found
+
+
+def _of_heads(key: str, kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Sections of the kinds of heads that are trained: of the first all keys, of the others what differs there."""
+    first, *others = [kind for kind in kinds if kind not in (ALL, "ridge")]
+    yield f"# [{key}.{first}]"
+    yield from _lines(kinds[first])
+    for kind in others:
+        differing = {n: own for n, own in kinds[kind].items() if own["default"] != kinds[first][n]["default"]}
+        yield f"# [{key}.{kind}]"
+        yield from (f"# {name} = {_toml(own['default'])}" for name, own in differing.items())
+
+
+def _lines(keys: Mapping[str, Mapping[str, Any]], needed: tuple[str, ...] | list[str] = ()) -> Iterator[str]:
+    """A line for each key: name, value, meaning."""
+    for name, own in keys.items():
+        value = own["default"] if own.get("default") not in (None, [], ()) else own["examples"][0]
+        yield f"{'' if name in needed else '# '}{name} = {_toml(value)}".ljust(34) + f"  # {own['description']}"
+
+
+def _toml(value: Any) -> str:
+    """A text, number, truth or list of these in TOML, which has them as JSON does."""
+    return json.dumps(value, ensure_ascii=False)

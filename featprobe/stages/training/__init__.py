@@ -1,0 +1,1 @@
+"""From caches, or images, to scored heads."""

@@ -1,0 +1,286 @@
+"""Detection and instance segmentation from a feed: targets in the frame, COCO's scores at the original size."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from featprobe.cache import Cache
+from featprobe.cache.reader import device_room
+from featprobe.features import Features
+from featprobe.geometry import Placement
+from featprobe.machine import available_memory
+from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
+from featprobe.probes import FcosHead, ObjectTarget, object_sides, objects_at_original
+from featprobe.probes.detections import ObjectBatch, on_host
+from featprobe.probes.train import Feed
+from featprobe.processes import count, from_main, gathered
+from featprobe.report.sheets import Panel
+from featprobe.specs import Rows
+from featprobe.stages.row_images import by_image, images_of
+from featprobe.stages.stitch import Objects, stitched_objects
+from featprobe.stages.training.labels import shelf_of
+from featprobe.stages.training.live import Truth, Views
+from featprobe.stages.training.outcome import Batch, Outcome, evaluation_batches, scored_here
+from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
+
+SHOWN_FROM = 0.3  # least score of a detection in a picture
+MASK_MEMORY_SHARE = 0.2  # of the memory where the head trains, for masks kept ready
+
+
+class Detection:
+    """The objects of a cache's rows as detection and instance heads are trained and scored on them.
+
+    masks: whether masks are trained and scored too. source: "own" for the set's objects, "components" for connected
+    components of its masks. chooses_by: the validation score that trials and weights are chosen by: AP50, which is also
+    what compare compares. Inspection asks whether a flaw is found; the outline of one that is a few pixels wide is not
+    known to an IoU of 0.75 or more, so that AP over ten thresholds is mostly about the outlines.
+    """
+
+    def __init__(
+        self, cache: Cache, train: Rows, device: torch.device, *, masks: bool, source: Literal["own", "components"]
+    ) -> None:
+        self.cache, self.device, self.masks, self.source = cache, device, masks, source
+        self.classes = cache.data.classes
+        own_ids = cache.data.category_ids if source == "own" else ()
+        self.category_ids = own_ids or tuple(range(1, len(self.classes)))
+        self.chooses_by = "mask_ap50" if masks else "box_ap50"
+        self._instances = shelf_of(cache).objects.setdefault(source, {})
+        self.targets = {row: self._target(row) for row in train.tolist()}
+
+    @property
+    def sides(self) -> tuple[float, ...]:
+        """Percentiles of the training objects' sides, see probes.objects.object_sides."""
+        return object_sides(torch.cat([target.boxes for target in self.targets.values()]))
+
+    def train_counts(self) -> dict[str, int]:
+        """Training objects of each class but the background, crowds not counted."""
+        labels = torch.cat([target.labels for target in self.targets.values()])
+        counts = torch.bincount(labels, minlength=len(self.classes)).tolist()
+        return dict(list(zip(self.classes, counts, strict=True))[1:])
+
+    def instances(self, row: int) -> tuple[Instance, ...]:
+        """A row's objects, in pixels of what it shows; the background is none."""
+        if row not in self._instances:
+            self._instances[row] = self._objects(row, self.cache.semantic, self.cache.instances)
+        return self._instances[row]
+
+    def image_instances(self, image: int) -> tuple[Instance, ...]:
+        """A whole image's objects, in its pixels; the background is none."""
+        if not self.cache.recipe.in_parts:
+            return self.instances(image)
+        return self._objects(image, self.cache.image_semantic, self.cache.image_instances)
+
+    def _objects(
+        self, index: int, semantic: Callable[[int], Labels], own: Callable[[int], tuple[Instance, ...]]
+    ) -> tuple[Instance, ...]:
+        found = components(semantic(index), len(self.classes)) if self.source == "components" else own(index)
+        return tuple(instance for instance in found if instance.category > 0)
+
+    def truth_of(self, row: int) -> Truth:
+        """What augmented views of a row are labelled from."""
+        return None, self.instances(row)
+
+    def fixed(self, head: nn.Module) -> bool:
+        """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
+        return isinstance(head, FcosHead)
+
+    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch | Tensor], Tensor]:
+        """The heads' losses on a batch, (heads,), one head after the other.
+
+        A batch is rows, augmented views, or, for heads that are `fixed`, places among the sorted training rows,
+        (batch,), on the device.
+        """
+        if all(self.fixed(head) for head in heads):
+            rows = np.array(sorted(self.targets), dtype=np.intp)
+            every = ObjectBatch.of([self.targets[row] for row in rows.tolist()]).to(self.device)
+
+            def wanted(batch: Batch | Tensor) -> Sequence[ObjectTarget] | ObjectBatch:
+                if isinstance(batch, Views):
+                    return ObjectBatch.of(batch.objects or ()).to(self.device)
+                places = batch if isinstance(batch, Tensor) else torch.from_numpy(np.searchsorted(rows, batch))
+                return every.at(places.to(self.device, non_blocking=True))
+        else:
+            own = {row: self.targets[row].to(self.device) for row in self.targets}
+
+            def wanted(batch: Batch | Tensor) -> Sequence[ObjectTarget] | ObjectBatch:
+                if isinstance(batch, Views):
+                    return [target.to(self.device) for target in batch.objects or ()]
+                assert not isinstance(batch, Tensor)  # which `fixed` rules out
+                targets = [own[row] for row in batch.tolist()]
+                if not self.masks:
+                    return targets
+                masks = [self._masks.of(row, partial(self._framed_masks, row)) for row in batch.tolist()]
+                return [replace(t, masks=m) for t, m in zip(targets, masks, strict=True)]
+
+        def loss(features: Features, batch: Batch | Tensor) -> Tensor:
+            targets, others = wanted(batch), []
+            for head in heads[:-1]:  # all draw the same samples, whichever heads they are trained beside
+                alike = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+                with nullcontext() if isinstance(targets, ObjectBatch) else alike:
+                    others.append(head(features, targets))
+            return torch.stack([*others, heads[-1](features, targets)])
+
+        return loss
+
+    @torch.inference_mode()
+    def predictions(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> Iterable[tuple[int, list[Objects]]]:
+        """(image, what each head finds in it) for each image that the rows show, in pixels of the original image."""
+
+        def objects() -> Iterator[tuple[int, list[Objects]]]:
+            for batch, features in feed(evaluation_batches(rows)):
+                every = on_host([own for head in heads for own in head(features)])  # those of a head side by side
+                for i, row in enumerate(batch.tolist()):
+                    placement = self.cache.rows.placement(row)
+                    yield row, [objects_at_original(own, placement) for own in every[i :: len(batch)]]
+
+        for image, found in by_image(self.cache, objects()):
+            pieces = [(self.cache.rows.part_of(row), own) for row, own in found]
+            size = self.cache.images.placement(image).original
+            yield image, [stitched_objects([(own[k], part) for part, own in pieces], size) for k in range(len(heads))]
+
+    def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
+        """COCO's scores of each head on the images that the rows show, which several processes share out among them."""
+        results: list[list[dict[str, Any]]] = [[] for _ in heads]
+        for image, found in self.predictions(heads, feed, scored_here(self.cache, rows)):
+            for own, objects in zip(results, found, strict=True):
+                own += coco_results(objects, self.cache.image_id(image), self.category_ids)
+        every = [gathered(own) for own in results]
+        return from_main(lambda: [self._outcome(truth, own) for truth in [self.truth(rows)] for own in every])
+
+    def truth(self, rows: Rows) -> dict[str, Any]:
+        """The objects of the images that rows show, as COCO JSON holds them."""
+        shown = images_of(self.cache, rows).tolist()
+        images = [
+            TruthImage(self.cache.image_id(i), self.cache.images.placement(i).original, self.image_instances(i))
+            for i in shown
+        ]
+        truth = truth_of(images, self.classes, self.category_ids)
+        for image, index in zip(truth["images"], shown, strict=True):
+            texts = self.cache.images.texts
+            image |= {"file_name": texts["id"][index], "group": texts["group"][index]}
+        return truth
+
+    def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+        """(image, what draws truth and prediction over it) for each image that the rows show."""
+        for image, (objects,) in self.predictions([head], feed, rows):
+            shown = tuple(instance for instance, score in objects if score >= SHOWN_FROM)
+            truth = self.image_instances(image)
+            yield image, lambda pixels, t=truth, p=shown: [Panel(pixels, instances=t), Panel(pixels, instances=p)]
+
+    def fullness(self, image: int) -> int:
+        """How much there is to see in an image: its objects."""
+        return len(self.image_instances(image))
+
+    def _outcome(self, truth: dict[str, Any], results: list[dict[str, Any]]) -> Outcome:
+        kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"} | ({"mask": "segm"} if self.masks else {})  # type: ignore[assignment]
+        scores = {name: self._named(average_precision(truth, results, kind)) for name, kind in kinds.items()}
+        brief = {f"{name}_{part}": own[part] for name, own in scores.items() for part in ("ap", "ap50")}
+        files = {"predictions.json": json.dumps(results).encode(), "truth.json": json.dumps(truth).encode()}
+        return Outcome(scores, brief, files)
+
+    def _named(self, scores: ApScores) -> dict[str, Any]:
+        values = asdict(scores)
+        for name in ("per_class", "per_class_50"):
+            values[name] = dict(zip(self.classes[1:], values[name], strict=True))
+        return values
+
+    def _target(self, row: int) -> ObjectTarget:
+        """Boxes, labels and crowds of a row in frame pixels; its masks wait until they are needed."""
+        placement = self.cache.rows.placement(row)
+        own = [i for i in self.instances(row) if not i.crowd and _sized(i)]
+        crowds = [i for i in self.instances(row) if i.crowd]
+        labels = torch.tensor([i.category for i in own], dtype=torch.int64)
+        return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
+
+    @cached_property
+    def _masks(self) -> "MaskStore":
+        return MaskStore(self.device)
+
+    def _framed_masks(self, row: int) -> NDArray[np.uint8]:
+        """The masks of a row's objects, (objects, frame height, frame width), 0 or 1."""
+        placement = self.cache.rows.placement(row)
+        rles = [i.rle for i in self.instances(row) if not i.crowd and _sized(i)]
+        masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
+        for mask, rle in zip(masks, rles, strict=True):
+            mask[:] = _mask_in_frame(rle, placement)
+        return masks
+
+
+class MaskStore:
+    """Masks of rows' objects, each decoded once and then kept where the head trains, cut out around its object.
+
+    Where the memory holds no more of them, a row's are decoded each time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        room = device_room(device)
+        self.room = MASK_MEMORY_SHARE * (available_memory() / count() if room is None else room)
+        self.kept: dict[int, tuple[tuple[int, ...], list[tuple[int, int, Tensor]]]] = {}
+
+    def of(self, row: int, decode: Callable[[], NDArray[np.uint8]]) -> Tensor:
+        """The masks of a row, (objects, frame height, frame width), uint8, on the device."""
+        if row not in self.kept:
+            masks = torch.from_numpy(decode())
+            crops = [_crop(mask) for mask in masks]
+            size = sum(crop.nbytes for _, _, crop in crops)
+            if size > self.room:
+                return masks.to(self.device, non_blocking=True)
+            self.room -= size
+            moved = [(top, left, crop.to(self.device, non_blocking=True)) for top, left, crop in crops]
+            self.kept[row] = tuple(masks.shape), moved
+        shape, crops = self.kept[row]
+        found = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        for mask, (top, left, crop) in zip(found, crops, strict=True):
+            mask[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
+        return found
+
+
+def _crop(mask: Tensor) -> tuple[int, int, Tensor]:
+    """(top, left, the part of a mask that holds all that is set in it)."""
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    if not len(rows):
+        return 0, 0, mask[:0, :0].clone()
+    top, left = int(rows[0]), int(columns[0])
+    return top, left, mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone()
+
+
+def coco_results(objects: Objects, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Objects of one image as COCO's results format has them: boxes as x, y, width, height."""
+    results = []
+    for instance, score in objects:
+        x1, y1, x2, y2 = instance.box_xyxy
+        result: dict[str, Any] = {
+            "image_id": image_id,
+            "category_id": category_ids[instance.category - 1],
+            "bbox": [round(v, 4) for v in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(score, 6),
+        }
+        results.append(result if instance.rle is None else result | {"segmentation": dict(instance.rle)})
+    return results
+
+
+def _mask_in_frame(rle: Rle | None, placement: Placement) -> np.ndarray:
+    assert rle is not None  # a cache for this task holds a mask for each object
+    framed = labels_in_frame(decode_rle(rle).astype(np.uint8), placement)
+    return framed == 1  # padding is 255
+
+
+def _sized(instance: Instance) -> bool:
+    """Whether an object's box has an area; one without can't be learnt."""
+    x1, y1, x2, y2 = instance.box_xyxy
+    return x2 > x1 and y2 > y1
+
+
+def _boxes(instances: Sequence[Instance], placement: Placement) -> Tensor:
+    scale_y, scale_x = (c / o for c, o in zip(placement.content, placement.original, strict=True))
+    boxes = torch.tensor([i.box_xyxy for i in instances], dtype=torch.float64).reshape(-1, 4)
+    return (boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float64)).float()

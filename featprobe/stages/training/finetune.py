@@ -1,0 +1,304 @@
+"""Images to scored heads and backbones: the full regime, and the frozen one on augmented images."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from featprobe.backbones.precision import resolve
+from featprobe.cache import Cache, open_cache
+from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
+from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
+from featprobe.probes.result_rows import result_faults
+from featprobe.probes.saved import head_folder, read_card, read_rows
+from featprobe.processes import is_main, pick_device, together
+from featprobe.stages.extraction.missing import make_missing
+from featprobe.stages.partition import single_splits
+from featprobe.stages.training.forecast import Forecast
+from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
+from featprobe.stages.training.logs import check_logs
+from featprobe.stages.training.probe import (
+    ProbeReport,
+    checked,
+    extraction,
+    find_caches,
+    labels_for,
+    left_aside,
+    notes_of,
+    show,
+    splittable,
+)
+from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.training.records import is_whole
+from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.workspace import Workspace
+
+CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
+"""What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
+FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
+"""Options that a counterpart does not take from its frozen result."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A counterpart that is to be trained, and the cache that names its images."""
+
+    cache: Cache
+    task: str
+    options: ProbeOptions
+    seed: int
+    fraction: float
+
+    def run(self, workspace: Workspace) -> Run:
+        """The training, with nothing computed yet."""
+        return Run(workspace, self.cache, self.task, self.options, [self.seed], self.fraction)
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """The same for trainings that differ in nothing but the seed."""
+        return self.cache.path, self.task, self.options, self.fraction
+
+    def ladder(self, workspace: Workspace) -> Ladder | None:
+        """What finds its iterations; None where they are given."""
+        if not self.options.climbs(self.fraction):
+            return None
+        return Ladder(workspace, self.cache, self.task, self.options, self.fraction)
+
+
+def finetune(
+    workspace: Workspace,
+    task: str | None = None,
+    data: Sequence[str] = (),
+    backbones: Sequence[str] = (),
+    options: ProbeOptions | None = None,
+    say: Say = lambda line: None,
+    dry_run: bool = False,
+    *,
+    extract: bool = False,
+) -> ProbeReport:
+    """Train heads with a live backbone on the images that caches were made from; score and save them as `probe` does.
+
+    With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
+    already is not trained again. With none of these: the missing counterpart of every frozen result in
+    probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
+    moves; the default is the full regime. say: told the list with the predicted time first. dry_run: that list alone.
+    extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
+    there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
+    """
+    options = options or ProbeOptions()
+    options = replace(options, tuning=options.tuning or Tuning())
+    device = pick_device(options.device)
+    if options.tuning and options.tuning.precision:
+        resolve(options.tuning.precision, device)  # refuses what this device can't compute
+    with together(device):
+        say = say if is_main() else lambda line: None
+        if extract:
+            named = bool(task or data or backbones)
+            needed = labels_for(task or "semseg", _checked(task or "semseg", options)) if named else None
+            how = extraction(options)
+            data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
+            if lacking:
+                say("what is trained on them is listed once they are there")
+                return ProbeReport((), (), ())
+        return _finetune(workspace, task, data, backbones, options, say, dry_run)
+
+
+def _finetune(
+    workspace: Workspace,
+    task: str | None,
+    data: Sequence[str],
+    backbones: Sequence[str],
+    options: ProbeOptions,
+    say: Say,
+    dry_run: bool,
+) -> ProbeReport:
+    check_logs(options.log)
+    if task or data or backbones:
+        wanted, notes = _asked_for(workspace, task or "semseg", data, backbones, options)
+    else:
+        wanted, notes = missing_counterparts(workspace, options)
+    alike = {one.alike: one.ladder(workspace) for one in wanted}
+    ladders = [ladder for ladder in alike.values() if ladder]
+    climb_all(ladders, say, dry_run)
+    found = {how: ladder.found() for how, ladder in alike.items() if ladder and ladder.is_climbed()}
+    wanted = [replace(one, options=found.get(one.alike, one.options)) for one in wanted]
+    forecasts: list[Forecast | None] = []
+    seconds = 0.0
+    for one in wanted:  # all of them are tried for a few steps, before the first is trained
+        run = one.run(workspace)
+        if one.options.climbs(one.fraction):
+            forecasts.append(None)
+            say(f"{run.title}: {run.task_name} {run.kind}, {run.regime}, once its iterations are found")
+            continue
+        run.forecast = run.foresee()
+        forecasts.append(run.forecast)
+        seconds += run.forecast.seconds(run.recipe)
+        say(run.forecast_text)
+    later = forecasts.count(None)
+    more = f" and {later} whose iterations are not found yet" if later else ""
+    say(f"{counted(len(wanted) - later, 'training')}, about {seconds / 60:.1f} min in all{more}")
+    rows: list[dict[str, Any]] = []
+    sheets: list[Path] = []
+    for one, forecast in zip(wanted, forecasts, strict=True) if not dry_run else ():
+        run = one.run(workspace)
+        run.forecast = forecast
+        rows += run.do(say)
+        notes += run.notes
+        if options.show and is_main():
+            show(run, options.show, sheets, notes)
+    notes += left_behind(workspace, [ladder for ladder in ladders if ladder.is_climbed()])
+    return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
+
+
+def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
+    """The options with their defaults filled in; raises ProbeError for what can't be fine-tuned."""
+    options = checked(task, options)
+    if options.head == "ridge":
+        raise ProbeError("ridge is solved in closed form on frozen features: nothing of it can be fine-tuned.")
+    if options.shared_order:
+        raise ProbeError("Seeds share no pass where each has a backbone of its own. Leave --shared-order away.")
+    return options
+
+
+def _asked_for(
+    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions
+) -> tuple[list[Missing], list[str]]:
+    options = _checked(task, options)
+    caches, notes = find_caches(workspace, task, data, backbones, options.instances)
+    splits = single_splits(options.split)
+    found = []
+    for cache in splittable(caches, options.split, notes):
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
+        for split, fraction in product(splits, options.fractions):
+            first = Missing(cache, task, replace(options, split=split), 0, fraction)
+            ladder = first.ladder(workspace)
+            own = ladder.found() if ladder and ladder.is_climbed() else first.options
+            for seed in range(options.seeds_at(fraction)):
+                one = replace(first, seed=seed)
+                run = replace(one, options=own).run(workspace)
+                if not own.climbs(fraction) and run.is_done():
+                    notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
+                else:
+                    found.append(one)
+    return found, notes
+
+
+def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[list[Missing], list[str]]:
+    """What frozen results have no counterpart of in the regime that is asked for; raises ProbeError for none at all.
+
+    Of several frozen results of one kind the last counts. Where images are augmented anew, stored views make no kind of
+    their own if the cache without them is here.
+    """
+    plain = ProbeOptions()
+    given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
+    if given:
+        raise ProbeError(
+            f"A counterpart takes {', '.join(given)} from its frozen result. Leave it away, or name what to train:\n"
+            "  featprobe finetune --task TASK --data NAME …"
+        )
+    rows, notes = read_rows(workspace.probes / "results.jsonl", result_faults)
+    assert options.tuning is not None
+    caches = _caches_by_key(workspace)
+    if options.tuning.augment:
+        rows = [{**row, "feature_key": _without_views(row, caches)} for row in rows]
+    climbs = options.budget == "auto"
+    frozen = {
+        cell_of({**row, "budget": row.get("budget") or climbs}): row
+        for row in rows
+        if row["regime"] == "frozen" and row["head"] != "ridge"
+    }
+    treated = (options.regime, options.tuning.augment)
+    there = {
+        cell_of(row)
+        for row in rows
+        if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated and is_whole(workspace.probes, row)
+    }
+    if not frozen:
+        raise ProbeError(
+            f"There is no frozen result in {workspace.probes} to compare with.\n"
+            "Make one:  featprobe probe\nor name what to train:  featprobe finetune --task TASK --data NAME"
+        )
+    left = [row for cell, row in frozen.items() if cell not in there]
+    if not left:
+        raise ProbeError(f"Each of the {len(frozen)} frozen results has its counterpart ({options.regime}).")
+    found = []
+    for row in left:
+        cache = caches.get((row["feature_key"], row["data_fingerprint"]))
+        try:
+            if cache is None:
+                raise CacheError("its cache is not here any more")
+            cache.usable()
+            if row["fraction"] < 1 and not row.get("subset"):
+                raise ProbeError("its part of the training split does not follow the seed: probe it again")
+            own = _as_frozen(workspace, row, options)
+            if own.climbs(row["fraction"]) and row.get("fold") is not None:
+                raise ProbeError("no iterations can be looked for in a cross-validation; omit --iterations auto for it")
+            found.append(Missing(cache, row["task"], own, row["seed"], row["fraction"]))
+        except CacheIncompleteError as error:
+            notes.append(left_aside(error))
+        except FeatprobeError as error:
+            notes.append(f"{row['folder']} was left aside: {str(error).splitlines()[0]}")
+    if not found:
+        raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(dict.fromkeys(notes)))
+    for one in found:
+        notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.task, one.options.split)]
+    return found, notes
+
+
+def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a result and its counterparts in other regimes agree in. Each regime has a ladder of its own."""
+    recipe = row["recipe"]
+    return (
+        *(row[name] for name in CELL),
+        row.get("fold"),
+        tuple(row["levels"]),
+        "ladder" if row.get("budget") else recipe["iterations"],
+        recipe["batch_size"],
+        row.get("weights_from", "end of training"),
+        row.get("subset"),
+    )
+
+
+def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
+    found = {}
+    for path in workspace.cache_files():
+        try:
+            cache = open_cache(path)
+        except CacheError:
+            continue  # a row that needs it is told to be left aside
+        found[cache.recipe.key, cache.data.fingerprint] = cache
+    return found
+
+
+def _without_views(row: Mapping[str, Any], caches: Mapping[tuple[str, str], Cache]) -> str:
+    """The key of the features that a result is of, or of the same ones without stored views where they are here."""
+    cache = caches.get((row["feature_key"], row["data_fingerprint"]))
+    if cache is not None:
+        wanted = replace(cache.recipe, views=cache.recipe.views[:1], version=0)
+        for (key, fingerprint), other in caches.items():
+            if fingerprint == row["data_fingerprint"] and replace(other.recipe, version=0) == wanted:
+                return key
+    return str(row["feature_key"])
+
+
+def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
+    """The options that train what a frozen row trained, but for the regime."""
+    head = read_card(head_folder(workspace.probes, row))["head"]
+    recipe, climbs = TrainRecipe.from_json(row["recipe"]), bool(row.get("budget")) or options.budget == "auto"
+    usual = DEFAULT_RECIPES[row["head"]].iterations
+    grid = row["grid"]
+    return replace(
+        options,
+        head=row["head"],
+        levels=tuple(head["levels"]),
+        width=head["width"],
+        pyramid=head["pyramid"],
+        recipe=replace(recipe, iterations=usual) if climbs else recipe,
+        chosen_from=(tuple(grid["lr"]), tuple(grid["weight_decay"])) if any(grid.values()) else None,
+        budget="auto" if climbs else "fixed",
+        split=row["split"] if row.get("fold") is None else f"{row['split']}/{row['fold']}",
+        instances=row["instances"],
+        absent=row["absent_classes"],
+        fractions=(row["fraction"],),
+    )

@@ -1,0 +1,98 @@
+"""How long training will take, and whether it fits the memory: a few steps, timed before it starts."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from featprobe.errors import ProbeError, counted
+from featprobe.probes import TrainRecipe
+from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
+from featprobe.processes import count, own_part
+from featprobe.stages.memory import largest_that_fits
+from featprobe.stages.row_images import images_of, rows_of
+from featprobe.stages.training.outcome import scored_here
+from featprobe.stages.training.sources import Source, feed_of
+
+if TYPE_CHECKING:
+    from featprobe.stages.training.trials import Run, Trial
+
+REHEARSED = 3  # training steps that are timed before training starts, the first not counted
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How long the trials of a run take together. iteration, evaluation: seconds of one."""
+
+    iteration: float
+    evaluation: float
+
+    def seconds(self, recipe: TrainRecipe) -> float:
+        """Of a whole training."""
+        return self.iteration * recipe.iterations + self.evaluation * len(evaluation_points(recipe))
+
+
+def foresee(run: "Run", trials: Sequence["Trial"], source: Source) -> Forecast:
+    """How long training will take, from a few steps, whose effect is undone.
+
+    Raises ProbeError where a step does not fit the memory.
+    """
+    together = [trial.head for trial in (trials[:1] if run.regime == "full" else trials)]
+    tuned = run.tuned(source, run.recipe)
+    moving = nn.ModuleList([*together, *([tuned.backbone] if tuned else [])])
+    before = {name: value.clone() for name, value in moving.state_dict().items()}
+    step = _rehearse(run, trials[: len(together)], source, tuned)
+    moving.load_state_dict(before)
+    for parameter in moving.parameters():
+        parameter.grad = None
+    moving.eval()
+    val = run.rows["val"]
+    few = rows_of(run.cache, val, images_of(run.cache, val[:4]))  # whole images
+    begun = time.perf_counter()
+    run.evaluate(together, source, few)
+    evaluation = (time.perf_counter() - begun) * len(scored_here(run.cache, val)) / len(few)
+    times = len(trials) / len(together)
+    return Forecast(times * step, times * evaluation)
+
+
+def _rehearse(run: "Run", trials: Sequence["Trial"], source: Source, tuned: Tuned | None) -> float:
+    """Seconds of a training step; raises ProbeError with a batch size that fits where this one does not."""
+    parts = run.parts
+    rows = run.rows["train"][: -(-min(run.recipe.batch_size, len(run.rows["train"])) // parts)]
+    heads = [trial.head for trial in trials]
+    loss = run.task.start(heads, fresh=run.fresh)
+    one_part = replace(tuned, accumulate=1, ema=0.0) if tuned else None
+
+    def step(images: int, counted: int = REHEARSED - 1) -> float:
+        recipes = [replace(trial.recipe, batch_size=images) for trial in trials]
+        return seconds_per_step(
+            heads,
+            recipes,
+            feed_of(source),
+            rows[:images],
+            loss,
+            one_part,
+            counted=counted,
+            **run.placed(source, heads[0]),
+        )
+
+    try:
+        return parts * step(len(rows))
+    except torch.OutOfMemoryError as error:
+        found = str(error).splitlines()[0]
+    # out here, where nothing holds the tensors of the step that failed any more
+    # several processes would wait for each other in steps that do not fit all of them
+    fits = 0 if count() > 1 else largest_that_fits(len(rows), lambda images: step(images, 1))
+    advice = f"--batch-size {fits * parts}" if fits else "fewer --levels, a smaller --width, or --device cpu"
+    if count() > 1:
+        advice = "a smaller --batch-size, more processes, or --device cpu"
+    elif run.regime == "full":
+        advice = f"--accumulate {-(-parts * len(rows) // fits)}" if fits else "--checkpointing, or --device cpu"
+    raise ProbeError(
+        f"{run.title}: the memory of {run.device} does not hold a training step.\n"
+        f"  wanted  {counted(len(rows[own_part(len(rows))]), 'image')} at once\n"
+        f"  found   {found}\nNothing was trained. What fits:  {advice}"
+    )

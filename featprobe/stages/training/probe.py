@@ -1,0 +1,262 @@
+"""Cache to scored heads: the frozen regime."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from featprobe.cache import UNREADABLE, Cache, open_cache
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, counted, nearest
+from featprobe.probes import DEFAULT_RECIPES, HeadRecipe, TrainRecipe, build_head, grid_of, kinds_of
+from featprobe.processes import is_main, pick_device, together
+from featprobe.specs import SplitChoice
+from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.missing import caches_of, make_missing
+from featprobe.stages.partition import single_splits, split_notes, split_rows
+from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
+from featprobe.stages.training.logs import check_logs
+from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.workspace import Workspace
+
+LET_IT = "Or let this command make it first:"
+DENSE_ONLY = ("loss", "loss_at", "class_weights")
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Result rows, picture sheets, and what a user should know."""
+
+    rows: tuple[dict[str, Any], ...]
+    sheets: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def probe(
+    workspace: Workspace,
+    task: str = "semseg",
+    data: Sequence[str] = (),
+    backbones: Sequence[str] = (),
+    options: ProbeOptions | None = None,
+    say: Say = lambda line: None,
+    *,
+    extract: bool = False,
+) -> ProbeReport:
+    """Train and score heads on every complete cache that can serve a task, or on those asked for.
+
+    say: told, before each training starts, how long it will take. extract: make caches that are missing first, see
+    `missing.make_missing`. Processes that torchrun started do this together, and
+    all return the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or
+    when a cache that is asked for is not complete.
+    """
+    options = checked(task, options or ProbeOptions())
+    with together(pick_device(options.device)):
+        say = say if is_main() else lambda line: None
+        if extract:
+            how = extraction(options)
+            data, backbones, _ = make_missing(workspace, data, backbones, labels_for(task, options), how, say)
+        return _probe(workspace, task, data, backbones, options, say)
+
+
+def extraction(options: ProbeOptions) -> ExtractOptions:
+    """How features are made that a training finds missing: as `extract` makes them, on the same device."""
+    return ExtractOptions(device=options.device, quiet=options.quiet or not is_main())
+
+
+def labels_for(task: str, options: ProbeOptions) -> str:
+    """The task whose labels a data set must hold to serve a task."""
+    return "semseg" if options.instances == "components" else task
+
+
+def _probe(
+    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions, say: Say
+) -> ProbeReport:
+    caches, notes = find_caches(workspace, task, data, backbones, options.instances)
+    splits = single_splits(options.split)
+    caches = splittable(caches, options.split, notes)
+    for cache in caches:  # all of them, before the first is trained on
+        for split in splits:
+            split_rows(cache, split)
+        build_head(HeadRecipe(task, str(options.head), cache.data.classes, options.levels, options.width,
+                              options.pyramid), cache.levels)  # fmt: skip
+    every = [(cache, fraction) for cache in caches for fraction in options.fractions]
+    ladders = [Ladder(workspace, c, task, options, fraction) for c, fraction in every if options.climbs(fraction)]
+    climb_all(ladders, say)
+    found = {(ladder.cache.path, ladder.fraction): ladder.found() for ladder in ladders}
+    rows: list[dict[str, Any]] = []
+    sheets: list[Path] = []
+    for cache in caches:
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
+        for fraction in options.fractions:
+            shown = False
+            own = found.get((cache.path, fraction), options)
+            for split, seeds in product(splits, _passes(own, fraction)):
+                run = Run(workspace, cache, task, replace(own, split=split), seeds, fraction)
+                rows += run.do(say)
+                notes += run.notes
+                if options.show and not shown and is_main():
+                    shown = True
+                    show(run, options.show, sheets, notes)
+    notes += left_behind(workspace, ladders)
+    return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
+
+
+def splittable(caches: Sequence[Cache], split: str, notes: list[str]) -> list[Cache]:
+    """The caches less those of views or thinned tiles, where the split needs other rows and another cache serves it."""
+    bound = [cache for cache in caches if cache.recipe.views[1:] or cache.recipe.empty_tiles < 1]
+    free = {cache.data.fingerprint for cache in caches if cache not in bound}
+    aside = [c for c in bound if split != "own" and c.data.fingerprint in free]
+    notes += [f"left aside: {c.path.name} has views or few empty tiles, of its own split alone" for c in aside]
+    return [cache for cache in caches if cache not in aside]
+
+
+def show(run: Run, count: int, sheets: list[Path], notes: list[str]) -> None:
+    """Add a run's picture sheet, or a note where its images are not here."""
+    try:
+        sheets.append(run.show(count))
+    except DataError as error:
+        notes.append(f"no picture sheet of {run.cache.data.name}: its images are not here ({error})")
+
+
+def checked(task: str, options: ProbeOptions) -> ProbeOptions:
+    """The options with their defaults filled in; raises ProbeError for what can't be."""
+    head = options.head or kinds_of(task)[0]
+    if head not in kinds_of(task):
+        raise ProbeError(f"There is no {task} head {head!r}. {nearest(head, kinds_of(task))}")
+    recipe = options.recipe or DEFAULT_RECIPES[head]
+    if head == "ridge":
+        if options.lr or options.weight_decay:
+            raise ProbeError("ridge is solved, not trained: it has no --lr and no --weight-decay to try.")
+        if options.budget == "auto":
+            raise ProbeError("ridge is solved, not trained: it has no iterations to look for. Omit --iterations auto.")
+        recipe = replace(recipe, iterations=1, evaluations=1, weights_from="end")
+    _check_meaning(task, head, options, recipe)
+    check_logs(options.log)
+    grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
+    if options.seeds is not None and options.seeds < 1:
+        raise ProbeError(f"{options.seeds} seeds can't be trained. wanted: --seeds 1 or more.")
+    wrong = [f for f in options.fractions if not 0 < f <= 1]
+    if wrong or not options.fractions:
+        raise ProbeError(f"{wrong or 'nothing'} is no fraction of the training split. wanted: 0 < F <= 1.")
+    return replace(options, head=head, recipe=recipe)
+
+
+def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRecipe) -> None:
+    """Raise ProbeError for an option that the head would not look at."""
+    plain = DEFAULT_RECIPES[head]
+    dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(plain, n) for n in DENSE_ONLY}
+    idle = {
+        "--width": options.width is not None and head in ("linear", "ridge"),
+        "--pyramid": options.pyramid != "auto" and head in ("linear", "ridge"),
+        "--log": bool(options.log) and head == "ridge",
+        "--instances": options.instances != "own" and task == "semseg",
+        **{name: given and task != "semseg" for name, given in dense.items()},
+        **{name: dense[name] and head == "ridge" for name in ("--loss", "--loss-at") if task == "semseg"},
+    }
+    given = [name for name, is_idle in idle.items() if is_idle]
+    if given:
+        raise ProbeError(f"{', '.join(given)} would change nothing for {task} with the head {head}. Leave it away.")
+
+
+def _passes(options: ProbeOptions, fraction: float) -> list[list[int]]:
+    """The seeds that share one pass over the rows."""
+    seeds = list(range(options.seeds_at(fraction)))
+    return [seeds] if options.shared_order else [[seed] for seed in seeds]
+
+
+def find_caches(
+    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], instances: str = "own"
+) -> tuple[list[Cache], list[str]]:
+    """Complete caches that serve a task, and notes on those left aside.
+
+    Raises CacheIncompleteError where a data set, a backbone, or, where both are named, a pair of them has no complete
+    cache, or where none is named and none is complete; ProbeError when all that was asked for falls away.
+    """
+    found, broken = [], []
+    for path in workspace.cache_files():
+        try:
+            found.append(open_cache(path))
+        except CacheError as error:
+            broken.append(error)
+    own = {name: {cache.path for cache in caches_of(workspace, found, name)} for name in data}
+    sets = {cache.data.name for cache in found} | {name for name in data if own[name]}
+    labels = {cache.recipe.label for cache in found}
+    for asked, known, what in ((data, sets, "data set"), (backbones, labels, "backbone")):
+        unknown = [name for name in asked if name not in known]
+        if unknown and broken:
+            raise broken[0]
+        if unknown:
+            raise CacheError(
+                f"There is no cache of the {what} {unknown[0]!r} in {workspace.cache}. {nearest(unknown[0], known)}\n"
+                f"Make one:  featprobe extract --backbone NAME --data NAME\n{LET_IT}  --extract"
+            )
+
+    def is_asked_for(cache: Cache) -> bool:
+        by_data = not data or any(cache.path in paths for paths in own.values())
+        return by_data and (not backbones or cache.recipe.label in backbones)
+
+    asked_for = [cache for cache in found if is_asked_for(cache)]
+    if not asked_for and broken:
+        raise broken[0]
+    if not asked_for:
+        raise CacheError(
+            f"There is no feature cache in {workspace.cache} to probe.\n"
+            "Make one:  featprobe extract --backbone embedded --data xray\n"
+            f"{LET_IT}  --extract --backbone embedded --data xray"
+        )
+    served = {"semseg"} if instances == "components" else {task}
+    able = [cache for cache in asked_for if served & set(cache.data.tasks)]
+    if not able:
+        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks)}" for c in asked_for)
+        holds = "; ".join(list(each)[:5])
+        raise ProbeError(
+            f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
+            "semseg and instseg need masks in the data set's files, detect needs boxes or objects with "
+            "masks. Where there are only masks of classes, their connected parts can serve:\n"
+            "  featprobe probe … --instances components"
+        )
+    notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
+    notes += [f"left aside: {' '.join(str(error).splitlines())}" for error in broken]
+    complete, incomplete = [], []
+    for cache in able:
+        try:
+            cache.usable()
+            complete.append(cache)
+        except CacheIncompleteError as error:
+            incomplete.append((cache, error))
+
+    def named(cache: Cache) -> tuple[str, str]:
+        return cache.data.name if data else "", cache.recipe.label if backbones else ""
+
+    served_by = {named(cache) for cache in complete}
+    for cache, lack in incomplete:
+        if named(cache) not in served_by:
+            raise CacheIncompleteError(f"{lack}\n{LET_IT}  --extract") from lack
+        notes.append(left_aside(lack))
+    return complete, notes
+
+
+def left_aside(error: CacheIncompleteError) -> str:
+    """A note on a cache that is passed over: what it lacks, and how to complete it."""
+    return f"left aside: {' '.join(str(error).splitlines())}"
+
+
+def notes_of(cache: Cache, task: str, split: str) -> list[str]:
+    """What a cache says of its data, less what another split mends, of its split, and the rows it can't use."""
+    by = SplitChoice.parse(split).by
+    notes = [note for note in cache.data.notes if by == "own" or "split" not in note]
+    notes += split_notes(cache, split)
+    count = len(cache.images)
+    groups = len(set(cache.images.column("group")))
+    if by == "image" and groups < count:
+        notes.append(
+            f"split by image: {counted(count, 'image')} of {counted(groups, 'group')}, so test holds parts that "
+            "training saw"
+        )
+    if task != "semseg" and not cache.own_ids:
+        notes.append("its files call several images by one id, so predictions.json counts the images from 1")
+    unreadable = len(set(cache.image_of[cache.done == UNREADABLE].tolist()))
+    if unreadable:
+        notes.append(f"{unreadable} of {count} images can't be read and take no part")
+    return notes

@@ -1,0 +1,145 @@
+"""How heads are trained and scored: what a caller of `probe` and `finetune` says."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from featprobe.backbones.precision import Precision
+from featprobe.errors import ProbeError
+from featprobe.machine import usable_cores
+from featprobe.metrics.semantic import Absent
+from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
+from featprobe.probes.pyramid import PyramidKind
+from featprobe.stages.extraction.extract_options import MOST_WORKERS
+
+Regime = Literal["frozen", "frozen-online", "full"]
+REGIMES = get_args(Regime)
+SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the caller says nothing
+OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
+OF_THE_MACHINE = ("workers", "checkpointing", "compile")
+"""They change time and memory, and results by rounding alone."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is done with images and a live backbone; see `featprobe finetune --help` for each.
+
+    regime: "full" trains the backbone too; "frozen-online" does not, so that augmentation alone tells it from the
+    frozen regime. backbone_lr: the backbone's learning rate, as a multiple of the head's. clip: largest L2 norm of the
+    backbone's gradient. accumulate: parts of a batch. precision: None for bf16 on a GPU that has it, else fp32; of a
+    frozen backbone, for what its cache was computed in. compile: let torch compile the backbone, which computes the
+    same to rounding. init_head: folder of a saved head that training starts from. workers: threads that decode images.
+    """
+
+    regime: Literal["full", "frozen-online"] = "full"
+    augment: bool = True
+    backbone_lr: float = 0.1
+    layer_decay: float = 1.0
+    bn: Literal["frozen", "train"] = "frozen"
+    clip: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.0
+    checkpointing: bool = False
+    precision: Precision | None = None
+    compile: bool = False
+    init_head: str | None = None
+    workers: int = field(default_factory=lambda: min(MOST_WORKERS, usable_cores()))
+
+    def __post_init__(self) -> None:
+        limits = {
+            "backbone_lr": 0 < self.backbone_lr < float("inf"),
+            "layer_decay": 0 < self.layer_decay <= 1,
+            "clip": 0 <= self.clip < float("inf"),
+            "accumulate": self.accumulate >= 1,
+            "ema": 0 <= self.ema < 1,
+        }
+        wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
+        if wrong:
+            raise ProbeError(f"This can't be trained: {', '.join(wrong)}. See  featprobe finetune --help")
+        if self.precision == "amp" and self.regime == "full":
+            raise ProbeError(
+                "--precision amp is for a frozen backbone: in float16 the gradients of one that is trained vanish.\n"
+                "Nothing was trained. Take bf16, or omit --precision."
+            )
+        plain = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
+        idle = [name for name in OF_THE_BACKBONE if getattr(self, name) != plain[name]]
+        if idle and self.regime == "frozen-online":
+            raise ProbeError(f"{', '.join(idle)} would change nothing for a frozen backbone. Leave it away.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that decide the result, as rows keep them."""
+        return {name: value for name, value in asdict(self).items() if name not in OF_THE_MACHINE}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a ladder of iterations found for one backbone, see `stages.ladder`.
+
+    needed: iterations of the smallest rung that is as good as the best. open: the last rung there is still gained, so
+    that more iterations might be better. comparison: the same for the ladders of all backbones that are compared.
+    """
+
+    needed: int
+    open: bool
+    comparison: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as rows keep them."""
+        return {"rule": "ladder", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How to probe; see `featprobe probe --help` for each.
+
+    head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
+    combinations; empty for the recipe's. chosen_from: learning rates and weight decays that another regime chose the
+    recipe's from; they stand for the recipe's own where results are compared. budget: "fixed" for the recipe's
+    iterations, "auto" for those that a ladder around them finds, None for a ladder on parts of the training split where
+    the recipe has its kind's usual iterations, and fixed otherwise; a Budget once it is found. seeds: None for 3; of
+    the closed form 1, as all are alike, but on a part of the training split, which follows the seed. split: "own" as
+    the cache holds it, "group" for featprobe's own split by group, "stratified" for one that looks at the classes too,
+    "image" for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all
+    five folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on
+    apart. show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard",
+    "wandb" or both; it changes no result. verify: hash each row's features when they are first read, see `Cache.check`.
+    """
+
+    head: str | None = None
+    levels: tuple[str, ...] = ()
+    width: int | None = None
+    pyramid: PyramidKind = "auto"
+    recipe: TrainRecipe | None = None
+    lr: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    chosen_from: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    budget: Literal["auto", "fixed"] | Budget | None = None
+    seeds: int | None = None
+    shared_order: bool = False
+    fractions: tuple[float, ...] = (1.0,)
+    split: str = "own"
+    instances: Literal["own", "components"] = "own"
+    absent: Absent = "ignore"
+    device: str | None = None
+    show: int = 0
+    quiet: bool = False
+    tuning: Tuning | None = None
+    log: tuple[str, ...] = ()
+    verify: bool = True
+
+    @property
+    def regime(self) -> Regime:
+        """What moves, and what is looked at."""
+        return self.tuning.regime if self.tuning else "frozen"
+
+    def seeds_at(self, fraction: float) -> int:
+        """How many seeds are trained on a fraction of the training split."""
+        return self.seeds or (1 if self.head == "ridge" and fraction == 1 else SEEDS)
+
+    def climbs(self, fraction: float) -> bool:
+        """Whether a ladder is to find the iterations. Of options whose head and recipe are filled in."""
+        usual = (
+            self.head is not None
+            and self.recipe is not None
+            and (self.recipe.iterations == DEFAULT_RECIPES[self.head].iterations)
+        )
+        return self.budget == "auto" or (self.budget is None and fraction < 1 and usual and self.head != "ridge")

@@ -1,0 +1,355 @@
+"""Semantic segmentation from a feed: labels on cells, the loss of many heads at once, scores at the original size."""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from featprobe.cache import Cache
+from featprobe.cache.reader import device_room
+from featprobe.features import Features, cell_shares
+from featprobe.geometry import Placement
+from featprobe.metrics import confusion_matrix, iou_scores
+from featprobe.metrics.semantic import Absent
+from featprobe.probes import (
+    LinearBank,
+    LinearHead,
+    TrainRecipe,
+    execution,
+    image_loss,
+    inverse_sqrt_weights,
+    level_loss,
+    start_at_prior,
+)
+from featprobe.probes.linear import logits_of
+from featprobe.probes.pixel_classes import VALUES_AT_ONCE, count_pairs, logits_at_original
+from featprobe.probes.train import Feed
+from featprobe.processes import gathered
+from featprobe.report.sheets import Panel
+from featprobe.specs import Rows
+from featprobe.stages.row_images import by_image, images_of
+from featprobe.stages.stitch import stitched_classes
+from featprobe.stages.training.labels import encode, shelf_of
+from featprobe.stages.training.live import Truth, Views
+from featprobe.stages.training.outcome import Batch, Outcome, evaluation_batches, scored_here
+
+SENT_AT_ONCE = 64  # masks
+DEVICE_MEMORY_SHARE = 0.2  # of a GPU's free memory, for labels of training that are kept there; and as much for masks
+
+
+class Segmentation:
+    """The labels of a cache's rows as dense heads are trained and scored on them.
+
+    train: rows that heads are trained on. views: whether they are trained on augmented views, which bring labels of
+    their own. chooses_by: the validation score that trials and weights are chosen by.
+    """
+
+    chooses_by = "miou_foreground"
+    masks = False
+
+    def __init__(
+        self,
+        cache: Cache,
+        train: Rows,
+        recipe: TrainRecipe,
+        device: torch.device,
+        absent: Absent,
+        *,
+        views: bool = False,
+    ) -> None:
+        self.cache, self.train, self.recipe, self.device, self.absent = cache, train, recipe, device, absent
+        self.views = views
+        self.classes = cache.data.classes
+        self._stores: dict[tuple[str, int, bytes], _LabelStore] = {}
+        self._truths: dict[bytes, Tensor] = {}  # of the images of some rows, on the device
+        self._truths_left: float | None = None  # bytes there, for more of them; None until the first are asked for
+
+    def truth_of(self, row: int) -> Truth:
+        """What augmented views of a row are labelled from."""
+        return self.cache.semantic(row), None
+
+    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
+        """Set the biases of fresh heads to the class prior; returns their losses on a batch, (heads,).
+
+        A batch is rows, augmented views, or places among the sorted training rows, (batch,), on the device.
+        """
+        stride = _stride(heads[0])
+        store, weights = self.store(stride), self.weights(stride)
+        for head in heads if fresh else ():
+            start_at_prior(head, store.pixels, weights)
+        # heads with 3x3 convolutions stay apart: these are what costs, and stacked by vmap they took 1.6 times as long
+        bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if self._banked(heads) else None
+        at_level, loss_of = self.recipe.loss_at == "level", level_loss if self.recipe.loss_at == "level" else image_loss
+        if len(heads) > 1 and not at_level and self.recipe.loss != "ce":  # or many would not fit the memory
+            loss_of = partial(checkpoint, image_loss, use_reentrant=False, preserve_rng_state=False)
+
+        def loss(features: Features, batch: Batch | Tensor) -> Tensor:
+            labels = self._labels(store, batch)
+            if bank is not None and self.recipe.loss == "ce":
+                return (bank.loss if at_level else bank.image_loss)(features, labels, weights)
+            every = bank.logits(features) if bank is not None else (head(features) for head in heads)
+            return torch.stack([loss_of(logits, labels, weights, self.recipe.loss) for logits in every])
+
+        return loss
+
+    def _banked(self, heads: Sequence[nn.Module]) -> bool:
+        """Whether heads are computed as one bank; on a CPU one head alone is faster without."""
+        several = len(heads) > 1 or execution.whole_batches(self.device)
+        return several and all(isinstance(head, LinearHead) for head in heads)
+
+    def fixed(self, head: nn.Module) -> bool:
+        """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
+        return not self.views and self.store(_stride(head)).resident
+
+    def _labels(self, store: "_LabelStore", batch: Batch | Tensor) -> Tensor:
+        """A batch's labels as the loss wants them, on the device. A tensor: places among the training rows, there."""
+        if isinstance(batch, Tensor):
+            return store.on_device(batch)
+        if isinstance(batch, Views):
+            assert batch.labels is not None  # which views of this task bring
+            return store.encoded(batch.labels.to(self.device, non_blocking=True))
+        return store(batch).to(self.device, non_blocking=True)
+
+    def store(self, stride: int) -> "_LabelStore":
+        """The training labels on a grid of this stride, read once."""
+        return self._store(self.train, self.recipe.loss_at, stride)
+
+    def _store(self, rows: Rows, loss_at: str, stride: int) -> "_LabelStore":
+        key = (loss_at, stride, rows.tobytes())
+        if key not in self._stores:
+            ready = not self.views or rows is not self.train
+            self._stores[key] = _LabelStore(self.cache, rows, loss_at, stride, self.device, ready=ready)
+        return self._stores[key]
+
+    def weights(self, stride: int) -> Tensor | None:
+        """Class weights of the loss, (classes,); None for none."""
+        if self.recipe.class_weights == "none":
+            return None
+        return inverse_sqrt_weights(self.store(stride).pixels).to(self.device)
+
+    def shares(self, rows: Rows, stride: int) -> Callable[[Rows], Tensor]:
+        """From some of these rows to the class shares of their cells, read once.
+
+        What it gives: (batch, classes, height / stride, width / stride), float32, on the device.
+        """
+        store = self._store(rows, "level", stride)
+        return lambda batch: store(batch).to(self.device, non_blocking=True)
+
+    def train_counts(self, stride: int) -> dict[str, int]:
+        """Labelled pixels of each class in the training rows, at frame size."""
+        return dict(zip(self.classes, self.store(stride).pixels.long().tolist(), strict=True))
+
+    def predictions(
+        self, heads: Sequence[nn.Module], feed: Feed, rows: Rows
+    ) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
+        """(image, each head's class of every pixel of the original image) for each image that the rows show."""
+        for image, classes in self._classes(heads, feed, rows):
+            yield image, [own.cpu().numpy() for own in classes]
+
+    @torch.inference_mode()
+    def _classes(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> Iterator[tuple[int, list[Tensor]]]:
+        """`predictions`, on the device: image by image, of many tiles or of one piece."""
+        stride = _stride(heads[0])
+
+        def logits() -> Iterator[tuple[int, list[Tensor]]]:
+            for batch, features in feed(evaluation_batches(rows)):
+                every = [head(features) for head in heads]
+                for i, row in enumerate(batch.tolist()):
+                    yield row, [own[i] for own in every]
+
+        for image, found in by_image(self.cache, logits()):
+            pieces = ((own, self.cache.rows.placement(row), self.cache.rows.part_of(row)) for row, own in found)
+            yield image, stitched_classes(pieces, stride, self.cache.images.placement(image).original)
+
+    def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
+        """Scores of each head on the images that the rows show, which several processes share out among them."""
+        here = scored_here(self.cache, rows)
+        if execution.whole_batches(self.device):
+            matrices = self._counted_there(heads, feed, here)
+        else:
+            matrices = self._counted(heads, feed, here)
+        images = images_of(self.cache, rows)
+        return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
+
+    def _counted(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+        """Confusion matrices, (heads, images, classes, classes), image by image: what suits a CPU."""
+        classes, images = len(self.classes), images_of(self.cache, rows)
+        matrices = np.zeros((len(heads), len(images), classes, classes), dtype=np.int64)
+        for i, (image, found) in enumerate(self.predictions(heads, feed, rows)):
+            (truth,) = shelf_of(self.cache).truths(self.cache, np.array([image]))
+            for own, predicted in zip(matrices, found, strict=True):
+                own[i] = confusion_matrix(truth, predicted, classes)
+        return matrices
+
+    def _counted_there(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+        """The same in few operations on the device, which is waited for once, at the end.
+
+        Masks that were kept there are given up, and none is kept any more, where its memory is too small.
+        """
+        try:
+            return self._counted_whole(heads, feed, rows)
+        except torch.OutOfMemoryError:
+            self._truths.clear()
+            self._truths_left = 0
+            raise
+
+    @torch.inference_mode()
+    def _counted_whole(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+        """Images go through together where they are of one size and come whole; tiles are stitched image by image."""
+        images, classes = images_of(self.cache, rows), len(self.classes)
+        index = torch.arange(classes, device=self.device)
+        found = torch.empty((len(images), classes, len(heads), classes), dtype=torch.int64, device=self.device)
+        order, done = images.tolist(), 0
+        if self.cache.recipe.in_parts:
+            for i, (image, every) in enumerate(self._classes(heads, feed, rows)):
+                count_pairs(self._sent(np.array([image])), torch.stack(every)[None], index, found[i : i + 1])
+        else:
+            groups = self._of_one_size(rows)
+            order = [row for group in groups for row in group.tolist()]
+            fed = feed([batch for group in groups for batch in evaluation_batches(group)])
+            for group in groups:
+                masks, start = self._truth(group), done
+                while done < start + len(group):
+                    batch, features = next(fed)
+                    stop = done + len(batch)
+                    self._count(
+                        heads, features, int(batch[0]), masks(done - start, stop - start), index, found[done:stop]
+                    )
+                    done = stop
+        place = {image: i for i, image in enumerate(order)}
+        return found.permute(2, 0, 1, 3).cpu().numpy()[:, [place[image] for image in images.tolist()]]
+
+    def _count(
+        self, heads: Sequence[nn.Module], features: Features, row: int, truth: Tensor, index: Tensor, out: Tensor
+    ) -> None:
+        """Fill in the confusion matrices of images of one size, of which one is shown by a row; see count_pairs."""
+        placement, stride = self.cache.rows.placement(row), _stride(heads[0])
+        logits = _every_logits(heads, features.cut(placement.content))
+        images, classes = len(truth), len(index)
+        size = prod(placement.original) * classes  # values of one image and head
+        at_once = max(1, min(images, VALUES_AT_ONCE // size))
+        beside = max(1, min(len(heads), VALUES_AT_ONCE // (size * at_once)))
+        for i, k in product(range(0, images, at_once), range(0, len(heads), beside)):
+            own = slice(i, i + at_once), slice(k, k + beside)
+            predicted = logits_at_original(logits[own], stride, placement).argmax(2)
+            count_pairs(truth[own[0]], predicted, index, out[own[0], :, own[1]])
+
+    def _of_one_size(self, rows: Rows) -> list[Rows]:
+        """The rows in groups of one placement, each in order."""
+        groups: dict[Placement, list[int]] = {}
+        for row in rows.tolist():
+            groups.setdefault(self.cache.rows.placement(row), []).append(row)
+        return [np.array(group, dtype=np.intp) for group in groups.values()]
+
+    def _truth(self, images: Rows) -> Callable[[int, int], Tensor]:
+        """From a start and a stop to the masks of some of these images, which are of one size, on the device.
+
+        These are (images, height, width), uint8, and sent there once where they fit.
+        """
+        size, key = self.cache.images.placement(int(images[0])).original, images.tobytes()
+        if self._truths_left is None:
+            self._truths_left = DEVICE_MEMORY_SHARE * (device_room(self.device) or 0)
+        if key not in self._truths:
+            if len(images) * prod(size) > self._truths_left:
+                return lambda start, stop: self._sent(images[start:stop])
+            whole = torch.empty((len(images), *size), dtype=torch.uint8, device=self.device)
+            for start in range(0, len(images), SENT_AT_ONCE):
+                whole[start : start + SENT_AT_ONCE] = self._sent(images[start : start + SENT_AT_ONCE])
+            self._truths[key] = whole
+            self._truths_left -= whole.nbytes
+        return lambda start, stop: self._truths[key][start:stop]
+
+    def _sent(self, images: Rows) -> Tensor:
+        """The masks of images of one size, on their way to the device: (images, height, width), uint8."""
+        masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images)))
+        return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
+
+    def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+        """(image, what draws truth and prediction over it) for each image that the rows show."""
+        for image, (predicted,) in self.predictions([head], feed, rows):
+            truth = self.cache.image_semantic(image)
+            yield image, lambda pixels, t=truth, p=predicted: [Panel(pixels, t), Panel(pixels, p)]
+
+    def fullness(self, image: int) -> int:
+        """How much there is to see in an image: labelled foreground pixels."""
+        labels = self.cache.image_semantic(image)
+        return int(((labels > 0) & (labels < len(self.classes))).sum())
+
+    def _outcome(self, confusions: NDArray[np.int64], images: Rows) -> Outcome:
+        scores = iou_scores(confusions.sum(0), self.absent)
+        iou = dict(zip(self.classes, scores.per_class, strict=True))
+        means: dict[str, Any] = {"miou": scores.miou, "miou_foreground": scores.miou_foreground}
+        stream = io.BytesIO()
+        texts = self.cache.images.texts
+        ids, groups = (np.array([texts[name][image] for image in images.tolist()]) for name in ("id", "group"))
+        np.savez_compressed(stream, confusion=confusions, ids=ids, groups=groups)
+        return Outcome(means | {"iou": iou}, means, {"scores.npz": stream.getvalue()})
+
+
+class _LabelStore:
+    """Labels of some rows as the loss wants them, kept ready where they fit: on the device that trains, or beside it.
+
+    loss_at "level": shares of each class per cell, float32 (batch, classes, rows, columns).
+    loss_at "image": frame labels, uint8 (batch, height, width).
+    """
+
+    def __init__(
+        self, cache: Cache, rows: Rows, loss_at: str, stride: int, device: torch.device, *, ready: bool
+    ) -> None:
+        self.cache, self.rows, self.loss_at, self.stride = cache, np.unique(rows), loss_at, stride
+        self.device = device
+        found = shelf_of(cache).encoded(cache, self.rows, loss_at, stride, keep=ready)
+        self.pixels = found.pixels.double()
+        self.kept, room = found.labels, device_room(device)
+        if self.kept is not None and room is not None and self.kept.nbytes < DEVICE_MEMORY_SHARE * room:
+            self.kept = self.kept.to(device)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        if self.kept is None:
+            return self._decoded(encode(self.cache, rows, self.loss_at, self.stride))
+        index = torch.from_numpy(np.searchsorted(self.rows, rows).astype(np.int64))
+        return self.on_device(index.to(self.kept.device, non_blocking=True))
+
+    @property
+    def resident(self) -> bool:
+        """Whether all labels lie on the device that trains, as `on_device` wants them."""
+        return self.kept is not None and self.kept.device.type == self.device.type
+
+    def on_device(self, index: Tensor) -> Tensor:
+        """Labels at places among the ascending rows: (batch,), int64, where they lie. Pure work of that device."""
+        assert self.kept is not None  # as `resident` says
+        return self._decoded(self.kept.index_select(0, index))
+
+    def encoded(self, labels: Tensor) -> Tensor:
+        """Labels of views, uint8 (batch, height, width), as the loss wants them."""
+        if self.loss_at == "image":
+            return labels
+        return cell_shares(labels, len(self.cache.data.classes), self.stride)
+
+    def _decoded(self, labels: Tensor) -> Tensor:
+        return labels.float() / self.stride**2 if self.loss_at == "level" else labels
+
+
+def _every_logits(heads: Sequence[nn.Module], features: Features) -> Tensor:
+    """(images, heads, classes, rows, columns); linear heads of one set of statistics together."""
+    linear = [head for head in heads if isinstance(head, LinearHead)]
+    means = {id(norm.running_mean) for head in linear for norm in head.norms.values()}
+    if len(linear) == len(heads) and len(means) == len(linear[0].norms):
+        return logits_of(linear, features).unflatten(1, (len(heads), -1))
+    if len(heads) == 1:
+        return heads[0](features)[:, None]
+    return torch.stack([head(features) for head in heads], 1)
+
+
+def _stride(head: nn.Module) -> int:
+    stride = head.stride
+    assert isinstance(stride, int)  # every dense head states it
+    return stride

@@ -1,0 +1,234 @@
+"""Looking after cache files: list, describe, verify, upgrade, remove."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from featprobe.cache import (
+    MISSING,
+    UNREADABLE,
+    WHOLE,
+    Cache,
+    CacheWriter,
+    Damage,
+    RowLocks,
+    checksum,
+    damaged_rows,
+    make_temporary,
+    read_contents,
+    read_states,
+    replace_file,
+    verify,
+)
+from featprobe.cache.contents import Contents
+from featprobe.cache.legacy import disagreements
+from featprobe.disk import parse_json, read_regular
+from featprobe.errors import CacheError, FeatprobeError, FileKindError, counted
+from featprobe.specs import FILE_VERSION
+from featprobe.stages.extraction.settled import look_path
+from featprobe.texts import printable
+
+LARGEST_LOG = 1 << 26  # bytes
+
+
+def list_cache(path: Path) -> dict[str, Any]:
+    """What a list of caches says of one, of its header and the states of its rows alone. Raises CacheError."""
+    recipe, done, version = read_states(path)
+    return {
+        "path": str(path),
+        "version": version,
+        "bytes": path.stat().st_size,
+        "rows": len(done),
+        "whole": int((done == WHOLE).sum()),
+        "recipe": recipe.to_json(),
+    }
+
+
+def describe_cache(path: Path) -> dict[str, Any]:
+    """What a cache file holds, as plain values."""
+    cache = Cache(path, read_contents(path))
+    done = cache.done
+    return {
+        "path": str(path),
+        "version": cache.contents.version,
+        "bytes": path.stat().st_size,
+        "rows": len(cache),
+        "whole": int((done == WHOLE).sum()),
+        "missing": int((done == MISSING).sum()),
+        "unreadable": {cache.rows.texts["id"][i]: cache.reason(i) for i in np.flatnonzero(done == UNREADABLE).tolist()},
+        "intact": cache.contents.is_intact(),
+        "key": cache.recipe.key,
+        "recipe": cache.recipe.to_json(),
+        "data": asdict(cache.data),
+        "command": cache.contents.command,
+        "provenance": dict(cache.contents.provenance),
+        "may_hold_tf32": doubt.text if (doubt := _doubt(cache)) else "",
+    }
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why a cache of the precision fp32 may hold TF32. on_record: whether a run on CUDA is known, or only possible."""
+
+    text: str
+    on_record: bool
+
+
+def tf32_doubt(path: Path) -> Doubt | None:
+    """Why a cache may hold TF32 where its recipe says fp32; None where it doesn't.
+
+    Versions that kept no device in `provenance` allowed TF32 on CUDA. On which device they computed stands in the log
+    of runs beside the file, one line for each run that came to its end.
+    """
+    return _doubt(Cache(path, read_contents(path)))
+
+
+def _doubt(cache: Cache) -> Doubt | None:
+    contents = cache.contents
+    if kept := contents.provenance.get("may_hold_tf32"):
+        return Doubt(str(kept), False)
+    if contents.recipe.precision != "fp32" or "device" in contents.provenance:
+        return None
+    runs = _runs(cache.path)
+    on_cuda = sum(run["computed"] for run in runs if str(run["device"]).startswith("cuda"))
+    if on_cuda:
+        return Doubt(
+            f"{counted(on_cuda, 'row')} computed on CUDA by featprobe {contents.provenance['featprobe']}", True
+        )
+    unknown = int((cache.done == WHOLE).sum()) - sum(run["computed"] for run in runs)
+    if unknown > 0:
+        return Doubt(f"{counted(unknown, 'row')} of which no run tells on which device it was computed", False)
+    return None
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    """What the log beside a cache tells of each run; [] without one."""
+    try:
+        lines = read_regular(path.with_suffix(".runs.jsonl"), LARGEST_LOG).splitlines()
+    except (OSError, FileKindError):
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):  # a line that its process did not end
+            found.append(parse_json(line))
+    return [run for run in found if isinstance(run, dict) and type(run.get("computed")) is int and "device" in run]
+
+
+def verify_cache(
+    path: Path, quiet: bool = False, hdf5: bool = False, say: Callable[[str], None] = lambda line: None
+) -> list[Damage]:
+    """Hash every row, level and target again; rows whose features are bad are marked missing.
+
+    `extract` then computes exactly those rows anew. A file whose targets or identity are damaged is left as
+    it is: `extract` makes it anew from the data set and copies over the features that are sound. A file
+    that can't be opened is damage too. hdf5: whether a file of version 3 is also opened through HDF5, in a process of
+    its own, which must find what the file's header says; older files are read so anyway. say: told where bad rows
+    could not be marked, and why.
+    """
+    found: list[Damage] = []
+    try:
+        contents = read_contents(path)
+    except CacheError as error:
+        return [Damage(-1, "", f"the whole file: {str(error).splitlines()[0]}")]
+    total = contents.recipe.row_bytes * len(contents.rows)
+    with tqdm(total=total, desc=printable(path.name), unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+        for item in verify(path):
+            if isinstance(item, Damage):
+                found.append(item)
+            else:
+                bar.update(item)
+    if hdf5 and contents.version == FILE_VERSION:
+        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents)]
+    bad = damaged_rows(found)
+    if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
+        try:
+            _mark_missing(contents, bad)
+        except FeatprobeError as error:
+            say(f"{path}: bad rows were not marked as missing: {error}")
+    return found
+
+
+def _mark_missing(contents: Contents, rows: list[int]) -> None:
+    """Mark rows of the very file that was verified, whose path may mean another by now. Raises CacheError."""
+    path = contents.file.path
+    with RowLocks(path) as locks:
+        locks.claim_all()
+        with CacheWriter(path) as writer:
+            if (writer.inode, writer.identity_sha256) != (contents.inode, contents.identity_sha256):
+                raise CacheError("the file was replaced while it was verified. Run the same command again.")
+            for row in rows:
+                writer.mark_missing(row)
+
+
+def upgrade_cache(path: Path, quiet: bool = False) -> bool:
+    """Copy a cache of version 1 or 2 into one of version 3 under its name; False where it is one already.
+
+    Rows keep their states, reasons and checksums, so that nothing is computed again. Raises CacheError where a row or
+    anything else is damaged, or a process writes into the file; the file is as it was then.
+    """
+    with RowLocks(path) as locks:
+        locks.wait_for_creation()
+        locks.claim_all()
+        old = Cache(path, read_contents(path))
+        if old.contents.version == FILE_VERSION:
+            return False
+        if not old.contents.is_intact() or old.contents.damaged_targets():
+            raise _damaged(path, "its rows or targets are not what was written", old.contents.command)
+        unreadable = {i: old.reason(i) for i in np.flatnonzero(old.done == UNREADABLE).tolist()}
+        rows = [replace(row, reason=unreadable.get(i, "")) for i, row in enumerate(old.rows)]
+        images = old.images if old.recipe.in_parts else ()
+        temporary = make_temporary(path, old.recipe, old.data, rows, old.contents.provenance, images)
+        try:
+            bad = _copy_whole(old, temporary, quiet)
+            if bad:
+                rows_text = counted(len(bad), "row")
+                what = f"features of {rows_text} are not what was written, {bad[0]!r} first"
+                raise _damaged(path, what, old.contents.command)
+            replace_file(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _copy_whole(old: Cache, target: Path, quiet: bool) -> list[str]:
+    """Copy all rows that are whole; returns the ids of those that do not hash to what was written."""
+    bad = []
+    expected, ids = old.stored_checksums(), old.rows.column("id")
+    total = old.recipe.row_bytes * int((old.done == WHOLE).sum())
+    with (
+        CacheWriter(target) as writer,
+        tqdm(total=total, desc=printable(old.path.name), unit="B", unit_scale=True, disable=quiet, leave=False) as bar,
+    ):
+        for row in np.flatnonzero(old.done == WHOLE).tolist():
+            kept = [old.stored(row, level) for level in old.levels]
+            if [checksum(list(own.values())) for own in kept] != expected[row].tolist():
+                bad.append(ids[row])
+            writer.write(row, {name: array[np.newaxis] for own in kept for name, array in own.items()})
+            bar.update(old.recipe.row_bytes)
+    return bad
+
+
+def _damaged(path: Path, what: str, command: str) -> CacheError:
+    return CacheError(
+        f"{path} is damaged: {what}.\nNothing was changed. See what is bad, and have it marked as missing:  "
+        f"featprobe cache verify FILE\nThen upgrade the file, and mend it from the images:  {command}"
+    )
+
+
+def remove_cache(path: Path) -> int:
+    """Delete a cache file and what lies beside it but the lock file; returns the bytes set free.
+
+    Raises CacheBusyError when a process is writing into it.
+    """
+    with RowLocks(path) as locks:
+        locks.claim_all()
+        size = path.stat().st_size
+        path.unlink()
+        path.with_suffix(".runs.jsonl").unlink(missing_ok=True)
+        look_path(path).unlink(missing_ok=True)
+    return size

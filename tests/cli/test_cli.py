@@ -1,0 +1,633 @@
+"""The command line as a user meets it: help, exit codes, one paragraph for every mistake, and the whole way once."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from helpers import filled_cache, find_file, flip_byte, write_set
+from PIL import Image
+
+import featprobe
+from featprobe.cache import MISSING, WHOLE, Cache, read_contents
+from featprobe.cli.main import cli
+from featprobe.probes import load_head
+
+ROOT = Path(__file__).parents[2]
+NETWORK = ("--backbone", "tf_efficientnet_lite0", "--random-init")
+
+
+def call(workspace: Path, *arguments: object, **more: Any) -> Result:
+    """Run a command in this process."""
+    result = CliRunner().invoke(
+        cli, ["--workspace", str(workspace), *map(str, arguments)], prog_name="featprobe", **more
+    )
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def child(*arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `python -m featprobe` in a process of its own, or some code with these arguments."""
+    how = ["-c", code] if code else ["-m", "featprobe"]
+    environment = {k: v for k, v in os.environ.items() if k != "FEATPROBE_WORKSPACE"}
+    command = [sys.executable, *how, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
+def refusal(workspace: Path, *arguments: object, code: int = 1) -> str:
+    """What a command says that can't be done: on stderr, one paragraph, of ours; nothing on stdout."""
+    result = call(workspace, *arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    text = result.stderr.rpartition("\r")[2].strip()
+    assert "\n\n" not in text or code == 2
+    if code == 1:
+        assert text.startswith("featprobe: "), text
+    return text
+
+
+def commands(group: click.Group = cli, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command and subcommand with its words."""
+    for name, command in group.commands.items():
+        words = f"{path} {name}".strip()
+        yield words, command
+        if isinstance(command, click.Group):
+            yield from commands(command, words)
+
+
+WORDS = [words for words, _ in commands()]
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_the_documented_ones() -> None:
+    wanted = "extract plan probe finetune study compare predict demo backbones data cache".split()
+    assert sorted(cli.commands) == sorted(wanted)
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_every_commands_help_has_an_example_that_names_it(words: str) -> None:
+    result = CliRunner().invoke(cli, [*words.split(), "--help"], prog_name="featprobe")
+    assert result.exit_code == 0
+    example = result.stdout.partition("Example:")[2].partition("Options:")[0]
+    assert re.search(rf"featprobe (--workspace \S+ )?{words}\b", example), result.stdout
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_every_command_stands_in_the_readme(words: str) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"featprobe {words}\b", text), f"README.md does not name `featprobe {words}`"
+
+
+def test_options_that_state_a_default_state_the_one_of_the_recipe() -> None:
+    """As `1000 linear, 300 others`, or one value for all."""
+    from featprobe.probes import DEFAULT_RECIPES
+
+    checked = 0
+    for option in cli.commands["probe"].params:
+        stated = re.search(r"\[default: (.*)\]", getattr(option, "help", None) or "")
+        if stated and hasattr(DEFAULT_RECIPES["linear"], str(option.name)):
+            said = {words[-1]: words[0] for part in stated[1].split(", ") if (words := part.split())}
+            for kind, recipe in DEFAULT_RECIPES.items():
+                if kind != "ridge":
+                    value = str(getattr(recipe, str(option.name)))
+                    assert value == said.get(kind, said.get("others", stated[1])), (option.name, kind)
+                    checked += 1
+    assert checked >= 15
+
+
+def test_help_version_and_usage_errors_answer_without_torch() -> None:
+    code = (
+        "import sys\nfrom featprobe.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('HEAVY', sorted({'torch', 'timm', 'h5py', 'numpy', 'pandas'} & set(sys.modules)))"
+    )
+    for arguments, exit_code, said in (
+        (["--help"], 0, "Which pretrained backbone"),
+        (["--version"], 0, featprobe.__version__),
+        (["extract", "--help"], 0, "--backbone"),
+        (["extract", "--data", "xray"], 2, "Missing option '--backbone'"),
+        (["probe", "--iterations", "0"], 2, "--iterations"),
+    ):
+        result = child(*arguments, code=code)
+        assert result.returncode == exit_code, result.stderr
+        assert said in result.stdout + result.stderr
+        assert result.stdout.rstrip().endswith("HEAVY []")
+
+
+def test_looking_after_data_and_caches_needs_neither_torch_nor_timm(images: Path, tmp_path: Path) -> None:
+    cache = filled_cache(tmp_path / "cache" / "parts-000000" / "some-00000000.h5")
+    lines = [
+        ["data"],
+        ["data", "info", images],
+        ["data", "show", images, "--out", tmp_path / "sheet.png"],
+        ["data", "check", images, "--quiet"],
+        ["data", "split", images, "--out", tmp_path / "split.csv", "--split", "stratified"],
+        ["data", "convert", images, "--out", tmp_path / "coco", "--quiet"],
+        ["data", "make", "surface", "--out", tmp_path / "made", "--images", 12, "--size", "32x32"],
+        ["cache", "ls"],
+        ["cache", "info", cache.path, "--json"],
+        ["cache", "verify", "--quiet"],
+        ["cache", "rm", cache.path, "--yes"],
+    ]
+    code = (
+        "import contextlib, json, sys\nfrom featprobe.cli.main import cli\n"
+        "for words in json.loads(sys.argv[2]):\n"
+        "    with contextlib.redirect_stdout(sys.stderr):\n"
+        "        cli(['--workspace', sys.argv[1], *words], standalone_mode=False)\n"
+        "    print(words[:2], sorted({'torch', 'torchvision', 'timm'} & set(sys.modules)))"
+    )
+    result = child(tmp_path, json.dumps([list(map(str, words)) for words in lines]), code=code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"{list(map(str, words))[:2]} []" for words in lines]
+
+
+# ---- terminals and pipes ---------------------------------------------------------------------------------------------
+
+
+def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "parts", 6, (32, 32))
+    name = "a_defect_with_a_long_name_as_some_have"
+    (folder / "classes.txt").write_text(f"background\n{name}\n")
+    piped = child("data", "check", folder, "--quiet").stdout
+    assert any(len(line) > 70 and "pixels" in line for line in piped.splitlines())
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 70, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("FEATPROBE_WORKSPACE", "COLUMNS")}
+    command = [sys.executable, "-m", "featprobe", "data", "check", str(folder), "--quiet"]
+    with subprocess.Popen(command, stdout=ours, stderr=ours, env=environment) as process:
+        os.close(ours)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other side was closed
+            while part := os.read(terminal, 4096):
+                shown += part
+    os.close(terminal)
+    tables = shown.decode().replace("\r", "").partition("class")[2].partition("pixels: median")[0]
+    assert name in tables and tables.count("background") == 2
+    assert max(map(len, tables.splitlines())) <= 70, tables
+    assert process.returncode == child("data", "check", folder, "--quiet").returncode
+
+
+HEARD = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell has its background jobs ignore
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_closed_pipe_and_an_interruption_end_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "featprobe", "--workspace", str(tmp_path)]
+    with subprocess.Popen([*command, "cache", "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+    wanted = [*command, "data", "make", "surface", "--images", "20000", "--size", "512x512"]  # minutes
+    heard = [sys.executable, "-c", HEARD, *wanted]
+    with subprocess.Popen(heard, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (tmp_path / "data").is_dir():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == (b"", b"\nAborted!\n")
+    assert process.returncode == 1
+    assert not list((tmp_path / "data").iterdir())
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small set of masks in a folder."""
+    return write_set(tmp_path_factory.mktemp("images") / "parts", 6, (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backbone", "convnext_dinov4"], "Did you mean convnext_dinov3"),
+        ([*NETWORK, "--data", "xrei"], "Did you mean xray"),
+        ([*NETWORK, "--data", "nowhere/at/all"], "no data set 'nowhere/at/all'"),
+        ([*NETWORK, "--levels", "stride4,stride5"], "no level 'stride5'"),
+        ([*NETWORK, "--size", "big"], "'big' is not a size. wanted: HxW"),
+        ([*NETWORK, "--size", "0x64"], "is not a size"),
+        ([*NETWORK, "--size", "00x64"], "is not a size"),
+        ([*NETWORK, "--size", "64"], "is not a size"),
+        ([*NETWORK, "--intensity", "percentile:9"], "is not an intensity policy"),
+        ([*NETWORK, "--intensity", "window:9:3"], "is not an intensity policy"),
+        ([*NETWORK, "--shard", "4/3"], "no shard 4/3"),
+        ([*NETWORK, "--device", "tpu"], "no device 'tpu' here"),
+        ([*NETWORK, "--device", "cpu:first"], "no device 'cpu:first' here"),
+        ([*NETWORK, "--final-norm"], "no final norm"),
+        (["--backbone", "resnet18", "--weights", "nowhere.pth"], "no weights file nowhere.pth"),
+    ],
+)
+def test_what_extract_is_wrongly_asked_for_is_answered_in_one_paragraph(
+    images: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    data = [] if "--data" in arguments else ["--data", images]
+    for command in ("extract", "plan") if "--shard" not in arguments else ("extract",):
+        assert said in refusal(tmp_path, command, *arguments, *data, "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["extract", *NETWORK, "--data", "xray", "--shard", "three"], "wanted: I/N"),
+        (["extract", *NETWORK, "--data", "xray", "--weights", "a.pth"], "exclude each other"),
+        (["extract", *NETWORK, "--data", "xray", "--batch-size", "0"], "--batch-size"),
+        (["extract", *NETWORK, "--data", "xray", "--dtype", "fp8"], "'fp8' is not one of"),
+        (["probe", "--seeds", "0"], "--seeds"),
+        (["data", "make", "wood"], "'wood' is not one of"),
+        (["data", "show", "xray"], "Missing option '--out'"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ],
+)
+def test_wrong_usage_ends_with_2(tmp_path: Path, arguments: list[str], said: str) -> None:
+    assert said in refusal(tmp_path, *arguments, code=2)
+
+
+def test_a_workspace_that_is_a_file_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refusal(tmp_path / "file", "data", code=2)
+
+
+def test_a_workspace_that_can_not_be_written_is_named(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = tmp_path / "file" / "space"
+    assert "can't be written" in refusal(nowhere, "extract", *NETWORK, "--data", images, "--quiet")
+    assert "can't be written" in refusal(nowhere, "data", "make", "xray", "--images", 12, "--size", "32x32")
+    sheet = tmp_path / "file" / "a.png"
+    assert f"{sheet} can't be written" in refusal(tmp_path, "data", "show", images, "--out", sheet)
+
+
+def test_without_any_cache_the_way_to_one_is_told(tmp_path: Path) -> None:
+    for arguments in (["probe"], ["probe", "--data", "xray"], ["probe", "--backbone", "embedded"]):
+        text = refusal(tmp_path, *arguments)
+        assert "featprobe extract" in text and "Known: ." not in text
+    for words in ("info", "verify", "rm"):
+        assert "No cache in" in refusal(tmp_path, "cache", words, "xray")
+    assert "featprobe extract" in call(tmp_path, "cache", "ls").stdout
+    assert call(tmp_path, "cache", "verify").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[data", "can't be read as TOML"),
+        ("[dta.x]\npath = 'a'", "dta: unknown. Did you mean data?"),
+        ("data = 3", "data: wanted a table, found 3"),
+        ("[data]\nx = 'a'", 'data.x: wanted a table, found "a"'),
+        ("[data.x]\npath = 'a'\npth = 'b'", "data.x.pth: unknown. Did you mean path?"),
+        ("[data.x]\nsize = '32x32'", "data.x.path: it is missing"),
+        ("[data.x]\npath = 3", "data.x.path: wanted a text, found 3"),
+        ("[data.x]\npath = 'a'\nsize = 64", "data.x.size: wanted a text, found 64"),
+        ("[data.x]\npath = 'a'\nfit = 'crop'", 'data.x.fit: wanted resize or letterbox, found "crop"'),
+        ("[data.x]\npath = 'a'\nsize = '64'", "data.x.size: '64' is not a size"),
+        ("[data.x]\npath = 'a'\nintensity = 'bright'", "data.x.intensity: 'bright' is not an intensity policy"),
+        ("[data.x]\npath = 'a'\ntile = 0.5", "data.x.tile: wanted a whole number, found 0.5"),
+        ("[data.x]\npath = 'a'\ntile = true", "data.x.tile: wanted a whole number, found true"),
+        ("[data.x]\npath = 'a'\ntile = -8", "data.x: Images can't be cut into tiles of -8 pixels"),
+        ("[data.x]\npath = 'a'\ntile = 8\noverlap = 8", "0 <= --overlap < T"),
+        ("[data.x]\npath = 'a'\ntile = 8\nempty_tiles = 2", "--empty-tiles 2"),
+        ("[data.x]\npath = 'a'\noverlap = 8", "data.x: --overlap and --empty-tiles say how tiles are cut"),
+        ("[data.x]\npath = 'a'\ntile = 8\nfit = 'resize'", "data.x: Tiles keep their scale"),
+        ("[data.x]\npath = 'a'\nviews = ['hflip']", 'data.x.views: wanted a text, found ["hflip"]'),
+        ("[data.x]\npath = 'a'\nviews = 'sideways'", "data.x.views: 'sideways' are no views"),
+        ("[backbones.x]\nweights = 'a.pth'", "backbones.x.model: it is missing"),
+        (
+            "[backbones.x]\nmodel = 'resnet18'\nfinal_norm = 'yes'",
+            'backbones.x.final_norm: wanted true or false, found "yes"',
+        ),
+    ],
+)
+def test_a_broken_configuration_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "featprobe.toml").write_text(text)
+    for arguments in (["data"], ["backbones"], ["cache", "ls"]):
+        found = refusal(tmp_path, *arguments)
+        assert said in found and str(tmp_path / "featprobe.toml") in found
+
+
+def test_a_configuration_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "featprobe.toml").write_bytes(b"\xff\xfe")
+    assert "can't be read as TOML" in refusal(tmp_path, "data")
+
+
+def test_names_of_the_configuration_can_be_asked_for(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "featprobe.toml").write_text(
+        f"[data.castings]\npath = '{images}'\nsize = '64x96'\nfit = 'letterbox'\n"
+        "[backbones.ours]\nmodel = 'tf_efficientnet_lite0'\nrandom_init = true\n"
+    )
+    assert "castings" in call(tmp_path, "data").stdout and "ours" in call(tmp_path, "backbones").stdout
+    result = call(tmp_path, "extract", "--backbone", "ours", "--data", "castings", "--quiet", "--json")
+    assert result.exit_code == 0
+    recipe = read_contents(find_file(tmp_path)).recipe
+    assert (recipe.label, recipe.size, recipe.fit) == ("ours-random", (64, 96), "letterbox")
+
+
+def test_tiles_and_views_of_the_configuration_give_the_cache_of_the_same_options(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "featprobe.toml").write_text(
+        f"[data.scans]\npath = '{images}'\nsize = '24x24'\ntile = 16\noverlap = 4\nempty_tiles = 1\nviews = 'hflip'\n"
+        f"[data.whole]\npath = '{images}'\nsize = '32x32'\n"
+    )
+
+    def planned(data: str, *options: object) -> tuple[str, int]:
+        plan = json.loads(call(tmp_path, "plan", *NETWORK, "--data", data, *options, "--quiet", "--json").stdout)
+        return Path(plan["path"]).name, plan["rows"]
+
+    same = ("--size", "24x24", "--tile", "16", "--overlap", "4", "--empty-tiles", "1.0", "--views", "hflip")
+    assert planned("scans") == planned("whole", *same)
+    assert planned("scans", "--tile", "0", "--views", "none") == planned("whole", "--size", "32x32")
+    assert planned("scans", "--tile", "0") == planned("whole", "--size", "32x32", "--views", "hflip")
+    tile = ("--tile", "32", "--overlap", "4", "--views", "vflip")
+    assert planned("scans", "--tile", "32", "--views", "vflip") == planned("whole", *tile)
+    assert len({planned("scans"), planned("whole"), planned("scans", "--tile", "0"), planned("whole", *tile)}) == 4
+    made = call(tmp_path, "extract", *NETWORK, "--data", "scans", "--quiet", "--json")
+    assert Path(json.loads(made.stdout)["path"]).name == planned("scans")[0]
+    assert "--tile 16 --overlap 4 --empty-tiles 1 --views hflip" in read_contents(find_file(tmp_path)).command
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [("no image", "not an image"), ("mask size", "another size"), ("label", "beyond the classes")],
+)
+def test_a_bad_sample_stops_extract_by_name_and_may_be_left_out(tmp_path: Path, spoil: str, said: str) -> None:
+    data = write_set(tmp_path / "parts", 8, (32, 32))
+    if spoil == "no image":
+        (data / "images" / "part02.png").write_text("nothing")
+    else:
+        mask = np.full((32, 32) if spoil == "label" else (16, 32), 3 if spoil == "label" else 1, dtype=np.uint8)
+        Image.fromarray(mask).save(data / "masks" / "part02.png")
+    text = refusal(tmp_path, "extract", *NETWORK, "--data", data, "--quiet")
+    assert said in text and "part02" in text
+    result = call(tmp_path, "extract", *NETWORK, "--data", data, "--quiet", "--skip-bad")
+    assert result.exit_code == 0 and "left out: part02.png" in result.stdout
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["--debug", "--workspace", str(tmp_path), "probe"])
+    assert isinstance(result.exception, featprobe.FeatprobeError)
+
+
+def test_real_processes_end_with_the_same_codes(tmp_path: Path) -> None:
+    result = child("--workspace", tmp_path, "probe")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("featprobe: There is no feature cache") and "Traceback" not in result.stderr
+    assert child("--workspace", tmp_path, "prob").returncode == 2
+
+
+# ---- the whole way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a generated set and its cache."""
+    root = tmp_path_factory.mktemp("space")
+    made = call(root, "data", "make", "xray", "--images", 24, "--size", "64x64")
+    assert made.exit_code == 0 and "24 images of 64x64" in made.stdout
+    extracted = call(root, "extract", *NETWORK, "--data", "xray", "--quiet")
+    assert extracted.exit_code == 0 and "24 of 24 images computed" in extracted.stdout
+    return root
+
+
+def as_json(workspace: Path, *arguments: object) -> Any:
+    """What a command prints with --json, which is one JSON value and nothing else."""
+    result = call(workspace, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_set_that_is_there_is_not_made_again(space: Path) -> None:
+    assert "holds a data set already" in refusal(space, "data", "make", "xray")
+
+
+def test_data_is_listed_described_and_drawn(space: Path, tmp_path: Path) -> None:
+    assert re.search(r"xray .* built in, there\n", call(space, "data").stdout)
+    text = call(space, "data", "info", "xray").stdout
+    assert "24 images, 16-bit, 64x64 (height x width)" in text and "labels for semseg, detect, instseg" in text
+    summary = as_json(space, "data", "info", "xray")
+    assert sum(summary["images"].values()) == 24 and summary["depth"] == 16
+    assert sum(summary["pixels"].values()) == pytest.approx(1)
+    result = call(space, "data", "show", "xray", "--out", tmp_path / "sheet", "--count", 3)
+    assert result.exit_code == 0 and "3 images of train" in result.stdout
+    with Image.open(tmp_path / "sheet") as sheet:
+        assert sheet.format == "PNG" and sheet.height > 3 * 256
+
+
+def test_backbones_are_listed_with_licences(space: Path) -> None:
+    assert re.search(r"convnext_dinov3 .*dinov3-license", call(space, "backbones").stdout)
+    rows = as_json(space, "backbones", "*dinov3*")
+    assert {"name", "model", "weights", "licence"} == set(rows[0])
+    assert "No pretrained model of timm matches" in refusal(space, "backbones", "no such model")
+
+
+def test_extract_again_does_nothing_and_says_so(space: Path) -> None:
+    result = call(space, "extract", *NETWORK, "--data", "xray", "--quiet")
+    assert "complete (24 images); nothing to do" in result.stdout
+    report = as_json(space, "extract", *NETWORK, "--data", "xray", "--quiet")
+    assert report["computed"] == 0 and report["missing"] == 0 and Path(report["path"]) == find_file(space)
+
+
+def test_plan_states_costs_and_makes_nothing(space: Path, tmp_path: Path) -> None:
+    data = space / "data" / "xray"
+    text = call(tmp_path, "plan", *NETWORK, "--data", data, "--quiet").stdout
+    assert "24 at 64x64, levels stride4, stride8, stride16, stride32" in text and "pays from" in text
+    assert not (tmp_path / "cache").exists()
+    cost = as_json(space, "plan", *NETWORK, "--data", "xray", "--quiet")
+    assert cost["exists"] and cost["fits_disk"] and cost["images"] == 24
+    cache = Cache(find_file(space), read_contents(find_file(space)))
+    assert cost["feature_bytes"] == cache.recipe.row_bytes * 24
+
+
+def test_caches_are_listed_and_described(space: Path) -> None:
+    assert "24 of 24" in call(space, "cache", "ls").stdout
+    (listed,) = as_json(space, "cache", "ls")
+    (described,) = as_json(space, "cache", "info", "xray")
+    assert listed == described
+    assert described["whole"] == 24 and described["intact"] and described["recipe"]["label"].endswith("-random")
+    text = call(space, "cache", "info", find_file(space)).stdout
+    assert described["version"] == 3 and re.search(r"version +3\n", text)
+    assert "24 whole, 0 missing, 0 unreadable of 24" in text and "64x64 (resize to 64x64)" in text
+
+
+def test_a_flipped_byte_is_found_with_code_3_and_mended_by_extract(space: Path) -> None:
+    path = find_file(space)
+    before = path.read_bytes()
+    flip_byte(path, read_contents(path).extents["features/stride8"].offset + 1000)
+    found = call(space, "cache", "verify", "--quiet")
+    assert found.exit_code == 3 and "1 bad" in found.stdout and "features/stride8" in found.stdout
+    (row,) = re.findall(r"row (\d+) is now marked as missing", found.stdout)
+    cache = Cache(path, read_contents(path))
+    assert np.flatnonzero(cache.done == MISSING).tolist() == [int(row)]
+    again = call(space, "cache", "verify", "--quiet")
+    assert again.exit_code == 0 and "sound, but 1 of 24 rows is missing: finish it: featprobe extract" in again.stdout
+    assert "featprobe extract" in refusal(space, "probe")
+    assert "1 of 24 rows are missing" in refusal(space, "probe", "--data", "xray")
+    mended = call(space, "extract", *NETWORK, "--data", "xray", "--quiet")
+    assert "1 of 24 images computed" in mended.stdout
+    assert call(space, "cache", "verify", "--quiet").exit_code == 0
+    assert as_json(space, "cache", "verify", "xray", "--quiet") == {str(path): []}
+    assert path.read_bytes() == before
+
+
+def test_the_hint_on_a_file_that_can_not_be_opened_works(space: Path) -> None:
+    path = find_file(space)
+    path.write_bytes(path.read_bytes()[:1000])
+    found = call(space, "cache", "verify", "--quiet")
+    assert found.exit_code == 3
+    (command,) = re.findall(r"Remove it: featprobe (cache rm \S+ --yes)\. Then run the extract command", found.stdout)
+    assert call(space, *command.split()).exit_code == 0
+    assert "24 of 24 images computed" in call(space, "extract", *NETWORK, "--data", "xray", "--quiet").stdout
+
+
+def test_predict_says_what_a_folder_without_a_head_holds(tmp_path: Path) -> None:
+    for seed in ("seed0", "seed1"):
+        (tmp_path / "run" / seed).mkdir(parents=True)
+        (tmp_path / "run" / seed / "card.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "new").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "new" / "a.png")
+    said = refusal(tmp_path, "predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "out")
+    assert "This folder holds seed0, seed1. Name one of them." in said
+    said = refusal(tmp_path, "predict", tmp_path / "bare", tmp_path / "new", "--out", tmp_path / "out")
+    assert "no card.json" in said and "Train it again" in said
+
+
+PROBE = ("probe", "--iterations", 20, "--batch-size", 8, "--quiet")
+
+
+def test_probe_trains_scores_saves_and_draws(space: Path) -> None:
+    result = call(space, *PROBE, "--task", "semseg", "--seeds", 1, "--show", 2)
+    assert result.exit_code == 0, result.output
+    assert "fg mIoU" in result.stdout and "xray" in result.stdout
+    sheet = Path(re.search(r"pictures: (\S+)", result.stdout)[1])  # type: ignore[index]
+    with Image.open(sheet) as image:
+        assert image.height > 2 * 256
+    row = json.loads((space / "probes" / "results.jsonl").read_text().splitlines()[-1])
+    assert row["task"] == "semseg" and row["data"] == "xray" and 0 <= row["test"]["miou"] <= 1
+    folder = space / "probes" / row["folder"]
+    assert sheet.parent == folder
+    head, card = load_head(folder, read_contents(find_file(space)).recipe)
+    assert card["result"]["test"] == row["test"] and not head.training
+
+
+def test_the_same_probe_twice_gives_the_same_scores_and_another_seed_others(space: Path) -> None:
+    first = as_json(space, *PROBE, "--seeds", 2)
+    second = as_json(space, *PROBE)
+    assert [row["seed"] for row in first] == [0, 1]
+    assert second[0]["test"] == first[0]["test"] and second[0]["val"] == first[0]["val"]
+    assert first[1]["val"] != first[0]["val"] or first[1]["test"] != first[0]["test"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "semsg"], "no task 'semsg'. Did you mean semseg"),
+        (["--task", "detect", "--head", "linear"], "no detect head 'linear'"),
+        (["--loss", "ce+dise"], "no loss 'dise'. Did you mean dice"),
+        (["--fraction", "2"], "0 < F <= 1"),
+        (["--head", "lineer"], "Did you mean linear"),
+        (["--levels", "stride2"], "no level 'stride2' here"),
+        (["--data", "surface"], "no cache of the data set 'surface'"),
+        (["--backbone", "tf_efficientnet"], "no cache of the backbone 'tf_efficientnet'"),
+        (["--lr", "-1"], "lr = -1.0"),
+        (["--lr", "nan"], "lr = nan"),
+        (["--weight-decay", "-1"], "weight_decay = -1.0"),
+        (["--device", "tpu"], "no device 'tpu' here"),
+    ],
+)
+def test_what_probe_is_wrongly_asked_for_is_answered_in_one_paragraph(
+    space: Path, arguments: list[str], said: str
+) -> None:
+    assert said in refusal(space, "probe", "--quiet", *arguments)
+
+
+def test_probes_that_can_not_be_written_are_refused_before_training(space: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").symlink_to(space / "cache")
+    (tmp_path / "probes").write_text("in the way")
+    assert "can't be written" in refusal(tmp_path, "probe", "--quiet")
+
+
+def spoiled(space: Path, root: Path, how: str) -> Path:
+    """A workspace whose only cache is spoiled."""
+    path = root / "cache" / "xray-123456" / "net-12345678.h5"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(find_file(space).read_bytes())
+    if how == "no HDF5":
+        path.write_bytes(b"this is no HDF5 file" * 1000)
+    elif how == "newer":
+        with path.open("r+b") as stream:
+            stream.seek(8)
+            stream.write(bytes([99]))
+    elif how == "other HDF5":
+        path.unlink()
+        with h5py.File(path, "w") as file:
+            file["x"] = [1]
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-5000])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no HDF5", "is not a feature cache that can be opened"),
+        ("newer", "is of a newer format than this featprobe reads"),
+        ("other HDF5", "is HDF5, but not a feature cache"),
+        ("cut", "is not a feature cache that can be opened"),
+    ],
+)
+def test_a_cache_that_can_not_be_read_is_named_and_can_be_removed(
+    space: Path, tmp_path: Path, how: str, said: str
+) -> None:
+    path = spoiled(space, tmp_path, how)
+    for arguments in (["probe", "--quiet"], ["cache", "info", "net"]):
+        text = refusal(tmp_path, *arguments)
+        assert said in text and str(path) in text
+    listed = call(tmp_path, "cache", "ls")
+    assert listed.exit_code == 0 and said in listed.stderr
+    assert said in as_json(tmp_path, "cache", "ls")[0]["error"]
+    assert call(tmp_path, "cache", "rm", "net", "--yes").exit_code == 0
+    assert not path.exists()
+
+
+def test_rm_asks_first(space: Path, tmp_path: Path) -> None:
+    path = spoiled(space, tmp_path, "no")
+    assert call(tmp_path, "cache", "rm", "xray", input="n\n").exit_code == 1
+    assert path.exists()
+    assert call(tmp_path, "cache", "rm", "xray", input="y\n").exit_code == 0
+    assert [own.name for own in path.parent.iterdir()] == [f".{path.stem}.lock"]
+
+
+def test_a_real_process_verifies_with_code_3(space: Path, tmp_path: Path) -> None:
+    path = spoiled(space, tmp_path, "no")
+    flip_byte(path, read_contents(path).extents["features/stride4"].offset)
+    result = child("--workspace", tmp_path, "cache", "verify", "--json", "--quiet")
+    assert result.returncode == 3 and result.stderr == ""
+    ((found,),) = json.loads(result.stdout).values()
+    assert found["part"] == "features/stride4" and found["row"] == 0
+
+
+def test_the_workspace_may_come_from_the_environment(space: Path) -> None:
+    result = CliRunner().invoke(cli, ["cache", "ls", "--json"], env={"FEATPROBE_WORKSPACE": str(space)})
+    assert [entry["path"] for entry in json.loads(result.stdout)] == [str(find_file(space))]
+    assert (Cache(find_file(space), read_contents(find_file(space))).done == WHOLE).all()
