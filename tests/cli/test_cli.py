@@ -92,12 +92,6 @@ def test_every_commands_help_has_an_example_that_names_it(words: str) -> None:
     assert re.search(rf"featprobe (--workspace \S+ )?{words}\b", example), result.stdout
 
 
-@pytest.mark.parametrize("words", WORDS)
-def test_every_command_stands_in_the_readme(words: str) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.search(rf"featprobe {words}\b", text), f"README.md does not name `featprobe {words}`"
-
-
 def test_options_that_state_a_default_state_the_one_of_the_recipe() -> None:
     """As `1000 linear, 300 others`, or one value for all."""
     from featprobe.probes import DEFAULT_RECIPES
