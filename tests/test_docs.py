@@ -14,10 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
+import numpy as np
 import pytest
+import torch
 
 import featprobe
 from featprobe.cli.main import cli
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
+from featprobe.probes import start_at_prior
 from featprobe.schemas import check
 from featprobe.stages.study.study import Study
 from featprobe.stages.study.study_file import faults_of, schema
@@ -248,3 +253,50 @@ def test_the_block_about_python_calls_functions_as_they_are(tmp_path: Path, monk
 def test_the_page_about_python_names_every_public_name() -> None:
     page = text_of(DOCS / "from-python.md")
     assert all(f"`{name}`" in page for name in set(featprobe.__all__) - {"__version__"})
+
+
+# ---- pages for those who add something: the reader's page is run by datasets/formats/test_entry_points.py ------------
+
+
+def python_of(name: str) -> list[str]:
+    return [code for kind, code in FENCED.findall(text_of(DOCS / f"{name}.md")) if kind == "python"]
+
+
+def test_the_documented_head_keeps_the_contract() -> None:
+    space: dict[str, Any] = {}
+    for code in python_of("add-a-head"):
+        exec(compile(code, "add-a-head.md", "exec"), space)
+    levels = (FeatureLevel("stride4", 5, 4), FeatureLevel("stride8", 7, 8))
+    torch.manual_seed(0)
+    head = space["TwoLayerHead"](levels, 3)
+    maps = {level.name: torch.randn(2, level.channels, *level.cells((32, 48))).half() for level in levels}
+    content = torch.tensor([[32, 48], [23, 31]])
+    found = head(Features(maps, (32, 48), content))
+    assert found.shape == (2, head.classes, 32 // head.stride, 48 // head.stride) and found.dtype == torch.float32
+    assert set(head.levels) <= set(levels) and head.bias.shape == (3,)
+    start_at_prior(head, torch.tensor([98.0, 1.0, 1.0]))
+    changed = {name: values.clone() for name, values in maps.items()}
+    changed["stride4"][1, :, 6:], changed["stride4"][1, :, :, 8:] = 9, 9
+    torch.testing.assert_close(head(Features(changed, (32, 48), content)), head(Features(maps, (32, 48), content)))
+
+
+def test_the_documented_metric_is_its_own_score_with_an_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    groups = [f"part{i // 2}" for i in range(24)]
+    space: dict[str, Any] = {"groups": groups}
+    space["confusions"], space["others"] = rng.integers(0, 50, (2, 24, 3, 3))
+    for code in python_of("add-a-metric"):
+        exec(compile(code, "add-a-metric.md", "exec"), space)
+    whole = space["confusions"].sum(0)
+    assert space["interval"].estimate == pytest.approx(whole[1:, 1:].sum() / whole[1:].sum())
+    assert space["interval"].low < space["interval"].estimate < space["interval"].high
+    assert 0 <= space["difference"].p_value <= 1 and " to " in capsys.readouterr().out
+
+
+def test_every_file_of_the_project_that_a_page_names_is_there() -> None:
+    parts = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    path = re.compile(rf"`((?:{parts})/[\w/.-]+\.(?:py|md|toml))`")
+    known = {(page, name) for page in pages for name in path.findall(text_of(page))}
+    assert len(known) > 20
+    assert not [(named(page), name) for page, name in known if not (ROOT / name).is_file()]
