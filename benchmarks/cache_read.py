@@ -33,8 +33,9 @@ from featprobe.cache import Cache, CacheWriter, Row, create_file, open_cache
 from featprobe.cache.reader import RING, FeatureLoader, RowReader
 from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement
+from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
-from featprobe.probes import LinearHead, TrainRecipe, level_loss, train
+from featprobe.probes import LinearHead, level_loss, train
 from featprobe.specs import CacheDtype, DataInfo, FeatureRecipe
 
 LEVELS = tuple(FeatureLevel(f"stride{stride}", 24 * stride, stride) for stride in (4, 8, 16, 32))  # ConvNeXt-T's

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from _bench import positive, report
 
-from featprobe.probes import DEFAULT_RECIPES
+from featprobe.kinds import KINDS
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.training.probe import probe
@@ -49,7 +49,7 @@ def main() -> None:
         for fraction in options.fractions:
             usual = ProbeOptions(seeds=options.seeds, fractions=(fraction,), quiet=True)
             found, iterations = scores_of(workspace, usual)
-            recipe = replace(DEFAULT_RECIPES["linear"], weights_from="end")
+            recipe = replace(KINDS["linear"].recipe, weights_from="end")
             short = {
                 n: scores_of(workspace, replace(usual, recipe=replace(recipe, iterations=n), budget="fixed"))[0]
                 for n in SHORT

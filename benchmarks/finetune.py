@@ -26,7 +26,8 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.backbones.catalog import find_backbone
 from featprobe.cache import Cache, open_cache
 from featprobe.features import Features, cell_shares
-from featprobe.probes import LinearHead, TrainRecipe, level_loss, train
+from featprobe.kinds import TrainRecipe
+from featprobe.probes import LinearHead, level_loss, train
 from featprobe.probes.train import Tuned
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions

@@ -40,8 +40,8 @@ from featprobe.cache import open_cache, reader
 from featprobe.cache.reader import RowReader
 from featprobe.datasets.images.reading import header_of, read_levels
 from featprobe.geometry import place
+from featprobe.kinds import KINDS
 from featprobe.machine import usable_cores
-from featprobe.probes import DEFAULT_RECIPES
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -266,7 +266,7 @@ class Training:
     def seconds(self, task: str, iterations: int, **how: Any) -> tuple[float, dict[str, Any]]:
         """Seconds of a training of so many iterations, and its row."""
         head = how["head"]
-        recipe = replace(DEFAULT_RECIPES[head], iterations=iterations, evaluations=1, **how.pop("loop", {}))
+        recipe = replace(KINDS[head].recipe, iterations=iterations, evaluations=1, **how.pop("loop", {}))
         tuning = how.pop("tuning", None)
         options = ProbeOptions(
             recipe=recipe, seeds=1, quiet=True, budget="fixed", device=self.bench.device.type, tuning=tuning, **how

@@ -36,7 +36,7 @@ from cache_read import (
 from featprobe.cache import Cache, CacheWriter, open_cache
 from featprobe.cache.quantised import as_read, coded
 from featprobe.cache.reader import FeatureLoader
-from featprobe.probes import DEFAULT_RECIPES
+from featprobe.kinds import KINDS
 from featprobe.specs import BackboneSpec
 from featprobe.stages.comparison.audit import AuditOptions, audit
 from featprobe.stages.extraction.extract import extract
@@ -115,7 +115,7 @@ def scores(folder: Path, data: str, options: argparse.Namespace) -> dict[str, ob
             errors = {level: own["int8"] for level, own in found_errors.errors.items()}
         found[dtype] = {}
         for head in ("linear", "ridge"):
-            recipe = DEFAULT_RECIPES[head]
+            recipe = KINDS[head].recipe
             if head == "linear":
                 recipe = replace(recipe, iterations=options.iterations, loss_at="level")
             how = ProbeOptions(

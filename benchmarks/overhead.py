@@ -30,8 +30,9 @@ from kill9 import PoolingBackbone
 from PIL import Image
 
 from featprobe.cache import Cache, reader
+from featprobe.kinds import KINDS
 from featprobe.levels import FeatureLevel
-from featprobe.probes import DEFAULT_RECIPES, execution
+from featprobe.probes import execution
 from featprobe.probes.train import _Loop, _steps
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -124,7 +125,7 @@ def extracted(folder: Path, frames: str) -> tuple[Workspace, Cache]:
 
 def run_of(arm: Arm, workspace: Workspace, cache: Cache) -> Run:
     """The product's run of an arm: its own recipe, with clipping."""
-    recipe = DEFAULT_RECIPES[arm.head]
+    recipe = KINDS[arm.head].recipe
     changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": BATCH, "clip": recipe.clip or 1.0}
     changes |= {"loss_at": arm.loss_at} if arm.loss_at else {}
     rates = tuple(10.0**-power for power in range(2, 2 + arm.rates)) if arm.rates > 1 else ()

@@ -22,8 +22,8 @@ import numpy as np
 from _bench import positive, print_table
 from _seeds import Cell, draw_table, mean_score
 
+from featprobe.kinds import KINDS
 from featprobe.metrics import SeedVariance, Statistic, procedure_difference, seed_spread
-from featprobe.probes import DEFAULT_RECIPES
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -44,7 +44,7 @@ def train(workspace: Workspace) -> list[Statistic]:
     """The score of each seed, over the groups of the test split."""
     spec = workspace.backbone(BACKBONE)
     extract(workspace, spec, DATA, ExtractOptions(size=SIZE, quiet=True))
-    recipe = replace(DEFAULT_RECIPES["linear"], iterations=ITERATIONS, loss_at="level")
+    recipe = replace(KINDS["linear"].recipe, iterations=ITERATIONS, loss_at="level")
     options = ProbeOptions(head="linear", recipe=recipe, seeds=SEEDS, quiet=True)
     rows = probe(workspace, "semseg", [DATA], [spec.label], options).rows
     (result,), _, _ = load_results(workspace.probes, {row["folder"] for row in rows})

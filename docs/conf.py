@@ -20,7 +20,7 @@ project = "featprobe"
 release = __version__
 extensions = ["myst_parser"]
 root_doc = "docs/index"
-FOLDERS = ("", "docs/", "cache/", "probes/", "examples/", "benchmarks/", "tests/archives/")
+FOLDERS = ("", "docs/", "cache/", "probes/", "examples/", "benchmarks/", "tests/archives/", "tests/golden/")
 include_patterns = [f"{folder}*.md" for folder in FOLDERS]
 exclude_patterns = [".*", "build"]
 html_theme = "furo"
@@ -35,7 +35,8 @@ MARK = "<!-- commands -->"
 
 def helps(command: click.Command, words: str, parent: click.Context | None = None) -> Iterator[str]:
     """A heading and the help of a command, then those of its subcommands."""
-    context = click.Context(command, parent=parent, info_name=words.rpartition(" ")[2], terminal_width=100)
+    settings = {**command.context_settings, "terminal_width": 88}
+    context = click.Context(command, parent=parent, info_name=words.rpartition(" ")[2], **settings)
     yield f"## {words}\n\n```text\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):
         for name in command.list_commands(context):

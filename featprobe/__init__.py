@@ -17,7 +17,7 @@ _PUBLIC = {
     "Features": "featprobe.features",
     "HeadRecipe": "featprobe.probes",
     "ProbeOptions": "featprobe.stages.training.probe_options",
-    "TrainRecipe": "featprobe.probes",
+    "TrainRecipe": "featprobe.kinds",
     "Tuning": "featprobe.stages.training.probe_options",
     "Workspace": "featprobe.stages.workspace",
     "build_head": "featprobe.probes",

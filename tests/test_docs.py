@@ -31,7 +31,7 @@ from featprobe.stages.workspace import Config
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 START = DOCS / "index.md"
-FOLDERS = (".", "docs", "cache", "probes", "examples", "benchmarks", "tests/archives")
+FOLDERS = (".", "docs", "cache", "probes", "examples", "benchmarks", "tests/archives", "tests/golden")
 PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 README_LINES = 160
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -11,7 +11,20 @@ PACKAGE = Path(__file__).parents[1] / "featprobe"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "levels", "features"),
-    ("fields", "specs", "geometry", "targets", "machine", "processes", "disk", "pictures", "texts", "schemas"),
+    (
+        "fields",
+        "specs",
+        "kinds",
+        "scores",
+        "geometry",
+        "targets",
+        "machine",
+        "processes",
+        "disk",
+        "pictures",
+        "texts",
+        "schemas",
+    ),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),
     ("stages",),
     ("cli",),

@@ -32,6 +32,7 @@ from featprobe.cli.options import (
     workspace_of,
 )
 from featprobe.errors import FeatprobeError, counted
+from featprobe.kinds import KINDS, kinds_of
 from featprobe.texts import printable
 
 if TYPE_CHECKING:
@@ -537,11 +538,10 @@ def _show_answer(report: "Comparison") -> None:
 
 
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
-    from featprobe.probes import DEFAULT_RECIPES, kinds_of
     from featprobe.stages.training.probe_options import ProbeOptions
 
     kinds = kinds_of(options["task"] or "semseg")
-    default = DEFAULT_RECIPES.get(options["head"] or kinds[0], DEFAULT_RECIPES[kinds[0]])
+    default = KINDS.get(options["head"] or kinds[0], KINDS[kinds[0]]).recipe
     trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at", "weights_from")
     given = {name: options[name] for name in trained if options[name] not in (None, "auto")}
     return ProbeOptions(

@@ -3,19 +3,17 @@
 from featprobe.probes.bank import LinearBank
 from featprobe.probes.detections import Detections, ObjectTarget, object_sides
 from featprobe.probes.fcos import FcosHead
-from featprobe.probes.heads import HEADS, HeadRecipe, build_head, kinds_of, parameter_count
+from featprobe.probes.heads import HeadRecipe, build_head, parameter_count
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss, start_at_prior
 from featprobe.probes.paste import objects_at_original
 from featprobe.probes.pixel_classes import best_classes, logits_at_original, predict_classes
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, plain, save_head
-from featprobe.probes.train import DEFAULT_RECIPES, CurvePoint, TrainRecipe, grid_of, kept_point, train
+from featprobe.probes.train import CurvePoint, grid_of, kept_point, train
 from featprobe.probes.upsample import UpsampleHead
 
 __all__ = [
-    "DEFAULT_RECIPES",
-    "HEADS",
     "CurvePoint",
     "Detections",
     "FcosHead",
@@ -24,7 +22,6 @@ __all__ = [
     "LinearHead",
     "ObjectTarget",
     "RcnnHead",
-    "TrainRecipe",
     "UpsampleHead",
     "append_row",
     "best_classes",
@@ -34,7 +31,6 @@ __all__ = [
     "image_loss",
     "inverse_sqrt_weights",
     "kept_point",
-    "kinds_of",
     "level_loss",
     "load_head",
     "logits_at_original",

@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms, box_area
 
 from featprobe.features import Features
+from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
-from featprobe.probes.pyramid import Maps, Pyramid, PyramidKind, make_pyramid
+from featprobe.probes.pyramid import Maps, Pyramid, make_pyramid
 
 MOST_DETECTIONS = 100  # an image, as COCO counts
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span

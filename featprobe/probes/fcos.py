@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, pad, softplus
 
 from featprobe.features import Features
+from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
 from featprobe.probes.detections import (
@@ -22,7 +23,7 @@ from featprobe.probes.detections import (
     suppress,
 )
 from featprobe.probes.execution import full_products, half_products
-from featprobe.probes.pyramid import ConvBlock, PyramidKind, rectified
+from featprobe.probes.pyramid import ConvBlock, rectified
 from featprobe.processes import summed
 
 CENTRE_RADIUS = 2.5  # cells around an object's centre that answer for it; long thin cracks need more than FCOS's 1.5

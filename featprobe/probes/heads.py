@@ -8,10 +8,10 @@ from torch import nn
 
 from featprobe.errors import ProbeError, nearest
 from featprobe.fields import Fault, limits, made
+from featprobe.kinds import KINDS, PyramidKind, kinds_of
 from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.probes.fcos import FcosHead
 from featprobe.probes.linear import LinearHead
-from featprobe.probes.pyramid import PyramidKind
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
 from featprobe.specs import MOST_CLASSES
@@ -54,8 +54,6 @@ class HeadRecipe:
         })  # fmt: skip
 
 
-WIDTHS: Mapping[str, int] = {"upsample": 128, "fcos": 64, "fasterrcnn": 64, "maskrcnn": 64}
-"""Channels of each kind's pyramid where the recipe names none."""
 Build = Callable[[Sequence[FeatureLevel], HeadRecipe], nn.Module]
 
 
@@ -64,39 +62,35 @@ def _linear(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
 
 
 def _upsample(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
-    return UpsampleHead(levels, len(recipe.classes), recipe.width or WIDTHS[recipe.kind], recipe.pyramid)
+    return UpsampleHead(levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.pyramid)
 
 
 def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
     return FcosHead(
-        levels, len(recipe.classes), recipe.width or WIDTHS[recipe.kind], sides=recipe.sides, pyramid=recipe.pyramid
+        levels,
+        len(recipe.classes),
+        recipe.width or KINDS[recipe.kind].width,
+        sides=recipe.sides,
+        pyramid=recipe.pyramid,
     )
 
 
 def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
     masks = recipe.task == "instseg"
     return RcnnHead(
-        levels, len(recipe.classes), recipe.width or WIDTHS[recipe.kind], recipe.sides, recipe.pyramid, masks
+        levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.sides, recipe.pyramid, masks
     )
 
 
-HEADS: Mapping[tuple[str, str], Build] = {
-    ("semseg", "linear"): _linear,
-    ("semseg", "upsample"): _upsample,
-    ("semseg", "ridge"): _linear,
-    ("detect", "fcos"): _fcos,
-    ("detect", "fasterrcnn"): _rcnn,
-    ("instseg", "maskrcnn"): _rcnn,
+BUILDERS: Mapping[str, Build] = {
+    "linear": _linear,
+    "upsample": _upsample,
+    "ridge": _linear,
+    "fcos": _fcos,
+    "fasterrcnn": _rcnn,
+    "maskrcnn": _rcnn,
 }
-"""(task, kind) -> what builds it; the first kind of a task is its default."""
-
-
-def kinds_of(task: str) -> list[str]:
-    """The kinds of heads for a task, the default first; raises ProbeError for a task that does not exist."""
-    kinds = [kind for own, kind in HEADS if own == task]
-    if not kinds:
-        raise ProbeError(f"There is no task {task!r}. {nearest(task, {own for own, _ in HEADS})}")
-    return kinds
+"""Kind -> what builds it; a test compares the names with `kinds.KINDS`."""
 
 
 def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> nn.Module:
@@ -119,7 +113,7 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> nn.Module:
             f"There is no level {error.args[0]!r} here. {nearest(error.args[0], names)}\n"
             "Extract it:  featprobe extract … --levels " + ",".join([*names, error.args[0]])
         ) from None
-    return HEADS[recipe.task, recipe.kind](chosen, recipe)
+    return BUILDERS[recipe.kind](chosen, recipe)
 
 
 def parameter_count(head: nn.Module) -> int:

@@ -11,27 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from featprobe.errors import ProbeError, ShapeError, nearest
+from featprobe.errors import ProbeError, ShapeError
+from featprobe.kinds import parse_loss
 from featprobe.probes import execution
 from featprobe.processes import count, summed
 from featprobe.targets import IGNORE
 
 T = TypeVar("T")
-LOSSES = ("ce", "dice", "focal")
 FOCUS = 2.0  # exponent of the focal loss (Lin et al., 2017)
-
-
-def parse_loss(text: str) -> tuple[str, ...]:
-    """The terms of a loss written as a sum; raises ProbeError for one that does not exist.
-
-    >>> parse_loss("ce+dice")
-    ('ce', 'dice')
-    """
-    terms = tuple(part.strip() for part in text.split("+"))
-    for term in terms:
-        if term not in LOSSES:
-            raise ProbeError(f"There is no loss {term!r}. {nearest(term, LOSSES)} Sums are written as ce+dice.")
-    return terms
 
 
 def level_loss(logits: Tensor, shares: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:

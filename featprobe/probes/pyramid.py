@@ -5,7 +5,7 @@ image is, and no normalisation counts them.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolat
 
 from featprobe.errors import ProbeError
 from featprobe.features import Features
+from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
 from featprobe.probes.linear import LevelNorm, level_statistics
 
-PyramidKind = Literal["auto", "levels", "simple"]
 GROUPS = 16  # of GroupNorm, as many as divide the width
 SIMPLE_FROM = 8  # pixels: levels of one stride at least this coarse get a simple pyramid
 

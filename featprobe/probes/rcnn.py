@@ -15,6 +15,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_area, box_iou, roi_align
 
 from featprobe.features import Features
+from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
 from featprobe.probes.detections import (
@@ -26,7 +27,6 @@ from featprobe.probes.detections import (
     in_crowd,
     maps_of,
 )
-from featprobe.probes.pyramid import PyramidKind
 from featprobe.processes import summed
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from featprobe.errors import DataError, FieldError, ProbeError
 from featprobe.fields import MISSING_FIELD, Fault, wrong
-from featprobe.probes.heads import HEADS, kinds_of
-from featprobe.probes.train import TrainRecipe
+from featprobe.kinds import TrainRecipe, kinds_of
 from featprobe.schemas import check
 from featprobe.specs import SplitChoice
 
@@ -235,7 +234,7 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
     )
     if faults:
         return faults
-    if task in ROWS and (task, row["head"]) not in HEADS:
+    if task in ROWS and row["head"] not in kinds_of(str(task)):
         faults.append(wrong(("head",), f"one of {', '.join(kinds_of(row['task']))}", row["head"]))
     if len(set(row["classes"])) < max(2, len(row["classes"])):
         faults.append(wrong(("classes",), "the background and others, each once", row["classes"]))

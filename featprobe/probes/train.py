@@ -1,12 +1,12 @@
 """The one training loop, wherever features come from, for one head or for many over the same batches."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from math import cos, isfinite, isnan, pi
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
-from featprobe.fields import made
+from featprobe.kinds import TrainRecipe
 from featprobe.probes import execution
-from featprobe.probes.losses import parse_loss
 from featprobe.processes import check_batch, check_norms, count, is_main, own_part, sum_gradients, summed
 from featprobe.specs import Rows
 
@@ -31,72 +30,7 @@ Resident = Callable[[Tensor], Features]
 """From places among the sorted rows of a training, (batch,), to their features; all on the device."""
 Loss = Callable[[Features, Any], Tensor]
 """From features, and what the feed gives with them or their places as `Resident` takes them, to losses, (heads,)."""
-MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
 WARM_UP = 3  # steps before a step is recorded: libraries choose their ways, the optimizer makes its state
-
-
-@dataclass(frozen=True)
-class TrainRecipe:
-    """How a head is trained; equal for every backbone that is compared.
-
-    batch_size: images a step, of all processes together. warmup: share of the iterations over which the learning rate
-    rises from 0. loss, loss_at, class_weights: of dense
-    heads. clip: largest L2 norm of a head's gradient, 0 for no limit. evaluations: how many points the validation
-    curve has, see `evaluation_points`. weights_from: the point of that curve whose weights are kept, the best or the
-    last.
-    """
-
-    iterations: int = 1000
-    batch_size: int = 16
-    lr: float = 5e-3
-    weight_decay: float = 1e-3
-    warmup: float = 0.05
-    loss: str = "ce"
-    loss_at: Literal["level", "image"] = "level"
-    class_weights: Literal["none", "inverse-sqrt"] = "inverse-sqrt"
-    clip: float = 0.0
-    evaluations: int = 8
-    weights_from: Literal["best", "end"] = "best"
-
-    def __post_init__(self) -> None:
-        limits = {
-            "iterations": 1 <= self.iterations <= MOST_STEPS,
-            "batch_size": 1 <= self.batch_size <= MOST_STEPS,
-            "warmup": 0 <= self.warmup < float("inf"),
-            "lr": 0 < self.lr < float("inf"),
-            "weight_decay": 0 <= self.weight_decay < float("inf"),
-            "clip": 0 <= self.clip < float("inf"),
-            "evaluations": 1 <= self.evaluations <= MOST_EVALUATIONS,
-            "weights_from": self.weights_from in ("best", "end"),
-        }
-        wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
-        if wrong:
-            raise ProbeError(
-                f"This can't be trained: {', '.join(wrong)}.\n"
-                "wanted: at least one iteration, image and evaluation, positive rates, weights_from best or end."
-            )
-        parse_loss(self.loss)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as cards keep them. Weights of the end are not named, as in rows from before any choice."""
-        values = asdict(self)
-        return values if self.weights_from == "best" else {k: v for k, v in values.items() if k != "weights_from"}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "TrainRecipe":
-        """The recipe that a row or a card keeps; raises FieldError, or ProbeError for what can't be trained."""
-        return made(cls, {"weights_from": "end", **values}, "A training recipe")
-
-
-DEFAULT_RECIPES = {
-    "linear": TrainRecipe(loss_at="image"),
-    "ridge": TrainRecipe(iterations=1, evaluations=1, weights_from="end"),
-    "upsample": TrainRecipe(iterations=300, batch_size=8, lr=1e-3),
-    "fcos": TrainRecipe(iterations=400, batch_size=8, lr=2e-3, clip=10.0, evaluations=4),
-    "fasterrcnn": TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
-    "maskrcnn": TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4),
-}
-"""How each kind of head is trained where the user says nothing."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from featprobe.features import Features
+from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
 from featprobe.probes.execution import full_products, half_products
 from featprobe.probes.linear import over_padding
-from featprobe.probes.pyramid import ConvBlock, PyramidKind, make_pyramid
+from featprobe.probes.pyramid import ConvBlock, make_pyramid
 
 
 class UpsampleHead(nn.Module):

@@ -26,7 +26,7 @@ from featprobe.cache import Cache, CacheWriter, store
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError
-from featprobe.probes import DEFAULT_RECIPES
+from featprobe.kinds import KINDS
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -334,7 +334,7 @@ def call(space: Workspace, words: Sequence[str]) -> Result:
     return CliRunner().invoke(cli, ["--workspace", str(space.root), *words], prog_name="featprobe")
 
 
-SHORT = replace(DEFAULT_RECIPES["linear"], iterations=4, batch_size=8, evaluations=1, loss_at="level")
+SHORT = replace(KINDS["linear"].recipe, iterations=4, batch_size=8, evaluations=1, loss_at="level")
 
 
 @pytest.mark.parametrize("head", ["ridge", "linear"])

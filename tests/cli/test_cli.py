@@ -27,6 +27,7 @@ from PIL import Image
 import featprobe
 from featprobe.cache import MISSING, WHOLE, Cache, read_contents
 from featprobe.cli.main import cli
+from featprobe.kinds import KINDS
 from featprobe.probes import load_head
 
 ROOT = Path(__file__).parents[2]
@@ -94,14 +95,13 @@ def test_every_commands_help_has_an_example_that_names_it(words: str) -> None:
 
 def test_options_that_state_a_default_state_the_one_of_the_recipe() -> None:
     """As `1000 linear, 300 others`, or one value for all."""
-    from featprobe.probes import DEFAULT_RECIPES
 
     checked = 0
     for option in cli.commands["probe"].params:
         stated = re.search(r"\[default: (.*)\]", getattr(option, "help", None) or "")
-        if stated and hasattr(DEFAULT_RECIPES["linear"], str(option.name)):
+        if stated and hasattr(KINDS["linear"].recipe, str(option.name)):
             said = {words[-1]: words[0] for part in stated[1].split(", ") if (words := part.split())}
-            for kind, recipe in DEFAULT_RECIPES.items():
+            for kind, recipe in ((kind.name, kind.recipe) for kind in KINDS.values()):
                 if kind != "ridge":
                     value = str(getattr(recipe, str(option.name)))
                     assert value == said.get(kind, said.get("others", stated[1])), (option.name, kind)

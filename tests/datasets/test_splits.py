@@ -41,8 +41,8 @@ from featprobe.datasets.splits import (
     starved,
 )
 from featprobe.errors import DataError, FeatprobeError
+from featprobe.kinds import TrainRecipe
 from featprobe.metrics import average_precision, iou_scores
-from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.specs import SplitChoice
 from featprobe.stages.comparison.compare import compare

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from featprobe.features import Features, cell_shares
+from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
     HeadRecipe,
     LinearBank,
     LinearHead,
     ObjectTarget,
-    TrainRecipe,
     build_head,
     execution,
     image_loss,

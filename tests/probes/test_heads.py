@@ -19,10 +19,9 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
+from featprobe.kinds import KINDS
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
-    DEFAULT_RECIPES,
-    HEADS,
     Detections,
     HeadRecipe,
     ObjectTarget,
@@ -45,6 +44,7 @@ from featprobe.probes.detections import (
     side_ranges,
 )
 from featprobe.probes.fcos import assign, grid_of
+from featprobe.probes.heads import BUILDERS
 from featprobe.probes.paste import paste_mask
 from featprobe.probes.pyramid import PaddedGroupNorm, Pyramid, TopDown, cells_inside
 from featprobe.probes.rcnn import RegionPool, half_pixel_later
@@ -57,7 +57,7 @@ ONE = FOUR[1:2]
 VIT = tuple(FeatureLevel(f"block{b}", 10, 16) for b in (2, 5, 8, 11))
 FRAMES = {"four levels": (FOUR, (64, 96)), "one level": (ONE, (56, 40)), "one stride": (VIT, (48, 80))}
 CLASSES = ("background", "pore", "crack")
-KINDS = sorted(HEADS)
+EVERY = sorted((kind.task, kind.name) for kind in KINDS.values())
 SMALL = {"width": 32, "sides": (9.0, 15.0, 50.0)}
 
 
@@ -96,7 +96,7 @@ def loss_of(head: nn.Module, task: str, features: Features, targets: list[Object
     return torch.nn.functional.cross_entropy(logits, torch.arange(logits[:, 0].numel()).view(logits[:, 0].shape) % 3)
 
 
-@pytest.fixture(params=KINDS, ids=["-".join(kind) for kind in KINDS])
+@pytest.fixture(params=EVERY, ids=["-".join(kind) for kind in EVERY])
 def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
@@ -374,8 +374,8 @@ def parts_of(found: Any) -> Iterator[Tensor]:
         yield from (v for v in (own.boxes, own.labels, own.scores, own.masks) if v is not None)
 
 
-def test_every_kind_says_how_it_is_trained() -> None:
-    assert {kind for _, kind in HEADS} == set(DEFAULT_RECIPES)
+def test_every_kind_has_a_builder() -> None:
+    assert set(BUILDERS) == set(KINDS)
 
 
 @pytest.mark.parametrize("sides", [(), (9.0, 15.0, 50.0), (70.0, 100.0, 150.0), (300.0, 400.0, 500.0)])

@@ -14,7 +14,7 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.cli.main import cli
 from featprobe.errors import BackboneError, ProbeError
 from featprobe.features import Features
-from featprobe.probes import TrainRecipe
+from featprobe.kinds import TrainRecipe
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.memory import Portions, largest_that_fits, with_batch_size

@@ -26,9 +26,9 @@ from featprobe.datasets.images.reading import frame_image, read_levels
 from featprobe.errors import CacheError, DataError, ProbeError
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tile_starts, tiles_of
+from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
-from featprobe.probes import TrainRecipe
 from featprobe.specs import BackboneSpec, parse_views
 from featprobe.stages.extraction.augment import Augmentation, augment
 from featprobe.stages.extraction.extract import extract as extract_for_real

@@ -32,7 +32,8 @@ from torch import nn
 from featprobe.cli.main import cli
 from featprobe.disk import append_line, new_folder, write_together, write_whole
 from featprobe.errors import DiskError, ProbeError
-from featprobe.probes import TrainRecipe, load_head, save_head
+from featprobe.kinds import TrainRecipe
+from featprobe.probes import load_head, save_head
 from featprobe.probes.saved import Checkpoint, read_rows
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.study.study import read_study, run_study

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from featprobe.cache import WHOLE, Cache, open_cache, read_contents, reader, verify
-from featprobe.probes import TrainRecipe, train
+from featprobe.kinds import TrainRecipe
+from featprobe.probes import train
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions

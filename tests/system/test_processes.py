@@ -24,14 +24,13 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import BackboneError, DivergedError, ProbeError
 from featprobe.features import Features, cell_shares
+from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
-    DEFAULT_RECIPES,
     HeadRecipe,
     LinearBank,
     LinearHead,
     ObjectTarget,
-    TrainRecipe,
     build_head,
     image_loss,
     level_loss,
@@ -101,7 +100,7 @@ def test_two_processes_train_the_head_that_one_trains_and_score_each_image_once(
     space: Workspace, tmp_path: Path
 ) -> None:
     one, two = beside(space, tmp_path / "one"), beside(space, tmp_path / "two")
-    recipe = replace(DEFAULT_RECIPES["linear"], iterations=20, batch_size=5)
+    recipe = replace(KINDS["linear"].recipe, iterations=20, batch_size=5)
     probe(one, "semseg", options=ProbeOptions(recipe=recipe, seeds=1, quiet=True))
     asked = ["probe", "--iterations", "20", "--batch-size", "5", "--seeds", "1", "--show", "2", "--json"]
     ended = launch(["-m", "featprobe", "--workspace", str(two.root), *asked])
@@ -123,7 +122,6 @@ def test_two_processes_train_the_head_that_one_trains_and_score_each_image_once(
 DETECTIONS = """
 import sys
 from pathlib import Path
-from featprobe.probes import TrainRecipe
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
@@ -165,7 +163,6 @@ STOPPED = """
 import sys
 from pathlib import Path
 from featprobe.errors import ProbeError
-from featprobe.probes import TrainRecipe
 from featprobe.probes.saved import Checkpoint
 from featprobe.processes import is_main
 from featprobe.stages.training import trials

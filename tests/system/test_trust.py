@@ -30,7 +30,7 @@ from featprobe.datasets.images import pages
 from featprobe.datasets.split_file import read_split_file, write_split_file
 from featprobe.disk import below, open_regular, parse_json, plain_name, read_toml
 from featprobe.errors import BackboneError, CacheError, DataError, DiskError, FeatprobeError, FileKindError
-from featprobe.probes import TrainRecipe
+from featprobe.kinds import TrainRecipe
 from featprobe.probes.saved import append_row, read_rows
 from featprobe.report.tables import csv_text
 from featprobe.stages.extraction.cache_precision import cache_path

@@ -25,7 +25,8 @@ from featprobe.cli.main import cli
 from featprobe.errors import DataError, FeatprobeError, FieldError, ProbeError
 from featprobe.fields import path_text
 from featprobe.geometry import IDENTITY
-from featprobe.probes import TrainRecipe, load_head
+from featprobe.kinds import TrainRecipe
+from featprobe.probes import load_head
 from featprobe.probes.result_rows import LadderRow, ResultRow, ladder_faults, result_faults
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.report.tables import result_text

@@ -13,8 +13,8 @@ from featprobe.cache import Cache, open_cache
 from featprobe.cache.quantised import as_read
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import CacheError, ProbeError, counted
+from featprobe.kinds import KINDS
 from featprobe.metrics import Difference, Statistic, iou_statistic, mean_of, paired_difference
-from featprobe.probes import DEFAULT_RECIPES
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.training.outcome import Outcome
@@ -161,7 +161,7 @@ def _check_range(cache: Cache, maps: Any) -> None:
 
 
 def _head_cost(workspace: Workspace, cache: Cache, head: str, options: AuditOptions, say: Say) -> HeadCost:
-    recipe = DEFAULT_RECIPES[head]
+    recipe = KINDS[head].recipe
     if options.iterations and head != "ridge":
         recipe = replace(recipe, iterations=options.iterations)
     how = checked("semseg", ProbeOptions(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from featprobe.probes.heads import WIDTHS
+from featprobe.kinds import KINDS
 from featprobe.specs import digest
 
 Row = Mapping[str, Any]
@@ -65,7 +65,7 @@ def _shared(row: Row, head: Head) -> dict[str, Any]:
         **{name.replace("_", " "): value for name, value in loop.items()},
         "weights from": row.get("weights_from", "end of training"),
         **share,
-        "width": head.get("width") or WIDTHS.get(row["head"]),
+        "width": head.get("width") or KINDS[row["head"]].width or None,
         "pyramid": head.get("pyramid", "auto"),
     }
 

@@ -14,7 +14,7 @@ from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.fields import Fault, letter, wrong
 from featprobe.geometry import parse_size
-from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe, kinds_of
+from featprobe.kinds import KINDS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
 from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse_views
 from featprobe.stages.extraction.extract import extract
@@ -64,7 +64,7 @@ class Study:
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
-        return [kind for kind in self.heads if (task, kind) in HEADS] or kinds_of(task)[:1]
+        return [kind for kind in self.heads if kind in kinds_of(task)] or kinds_of(task)[:1]
 
     def said(self, kind: str) -> dict[str, Any]:
         """What the study says of the training of a kind of head."""
@@ -74,7 +74,7 @@ class Study:
         """How a kind of head is trained; with its usual iterations where a ladder is to find them."""
         said = self.said(kind)
         found = {"iterations"} if said.get("iterations") == AUTO else set()
-        return replace(DEFAULT_RECIPES[kind], **{name: v for name, v in said.items() if name not in found})
+        return replace(KINDS[kind].recipe, **{name: v for name, v in said.items() if name not in found})
 
     def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
         """Whether the iterations of a kind of head are said, or to be found."""
@@ -85,7 +85,7 @@ class Study:
         """How a head is probed in a regime; raises ProbeError for what can't be."""
         tuning = None if regime == "frozen" else Tuning(**{**self.tuning, "regime": regime})
         solved = kind == "ridge"
-        recipe = DEFAULT_RECIPES[kind] if solved else self.recipe(kind)
+        recipe = KINDS[kind].recipe if solved else self.recipe(kind)
         return checked(
             task,
             ProbeOptions(
@@ -200,11 +200,11 @@ def _senseless(sides: Mapping[str, Any]) -> list[Fault]:
     """Heads that no task of a study has, and settings of trainings that can't be."""
     tasks, found = sides.get("tasks", Study.tasks), []
     for i, kind in enumerate(sides.get("heads", ())):
-        if not any((task, kind) in HEADS for task in tasks):
+        if not any(kind in kinds_of(task) for task in tasks):
             known = "; ".join(f"of {task}: {', '.join(kinds_of(task))}" for task in tasks)
             found.append(wrong(("heads", i), f"heads of the tasks of this study, {known}", kind))
     for kind, values in sides.get("train", {}).items():
-        usual = DEFAULT_RECIPES.get(kind, TrainRecipe())
+        usual = KINDS[kind].recipe if kind in KINDS else TrainRecipe()
         own = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
         said = _refusal(partial(replace, usual, **own))
         found += [Fault(("train", kind), said)] if said else []

@@ -7,14 +7,13 @@ from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 from featprobe.fields import Fault
-from featprobe.probes import DEFAULT_RECIPES, HEADS, TrainRecipe
+from featprobe.kinds import KINDS, TASKS, TrainRecipe
 from featprobe.schemas import Field, check, json_schema
 from featprobe.stages.training.logs import LOGS
 from featprobe.stages.training.probe_options import REGIMES, Tuning
 
 AUTO = "auto"
 ALL = "all"
-KINDS = tuple(dict.fromkeys(kind for _, kind in HEADS))
 Texts = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -26,7 +25,7 @@ def _some_of(names: Iterable[str], least: int = 0) -> Any:
 LIMITED: Mapping[str, Any] = {
     "data": Texts,
     "backbones": Texts,
-    "tasks": _some_of(dict.fromkeys(task for task, _ in HEADS), 1),
+    "tasks": _some_of(TASKS, 1),
     "heads": _some_of(KINDS),
     "regimes": _some_of(REGIMES, 1),
     "seeds": Annotated[int, Field(ge=1, le=1000)],
@@ -133,9 +132,9 @@ def _kind(name: str, of: type, said: Mapping[str, str], changed: Mapping[str, An
 def schema_of(study: type) -> type:
     """The dataclass that a study file is checked against, made from `Study`, `TrainRecipe` and `Tuning`."""
     steps = {"iterations": int | Literal["auto"]}
+    kinds = ((ALL, None), *((kind.name, kind.recipe) for kind in KINDS.values()))
     heads = [
-        (kind, _kind(f"Training of {kind}", TrainRecipe, SAID_OF_TRAINING, steps, DEFAULT_RECIPES.get(kind)), None)
-        for kind in (ALL, *KINDS)
+        (kind, _kind(f"Training of {kind}", TrainRecipe, SAID_OF_TRAINING, steps, usual), None) for kind, usual in kinds
     ]
     sections = {"train": make_dataclass("Trainings", heads), "tuning": _kind("Tuning", Tuning, SAID_OF_TUNING, {})}
     return _kind("Study", study, SAID, {**LIMITED, **sections})

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
+from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.stages.training.probe_options import Tuning
 
 ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_at", "class_weights", "weights_from")
@@ -99,7 +99,7 @@ def _train(card: Mapping[str, Any]) -> Words:
 
 
 def _recipe(row: Mapping[str, Any]) -> Words:
-    usual, recipe = asdict(DEFAULT_RECIPES[row["head"]]), asdict(TrainRecipe.from_json(row["recipe"]))
+    usual, recipe = asdict(KINDS[row["head"]].recipe), asdict(TrainRecipe.from_json(row["recipe"]))
     climbed = row["fraction"] < 1 and row["head"] != "ridge"  # where nothing is said of iterations
     words = []
     for name in ON_THE_LINE:
@@ -132,7 +132,7 @@ def _tuning(row: Mapping[str, Any]) -> Words:
 
 def _unsaid(row: Mapping[str, Any]) -> str:
     """A comment on parts of the recipe that are not the default and that the command line can't say."""
-    usual = asdict(DEFAULT_RECIPES[row["head"]])
+    usual = asdict(KINDS[row["head"]].recipe)
     recipe = asdict(TrainRecipe.from_json(row["recipe"]))
     other = [f"{k}={v}" for k, v in recipe.items() if k not in ON_THE_LINE and v != usual[k]]
     return f"  # and from Python: {', '.join(other)}" if other and row["head"] != "ridge" else ""

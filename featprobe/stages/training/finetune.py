@@ -9,7 +9,7 @@ from typing import Any
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
-from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
+from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.probes.result_rows import result_faults
 from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import is_main, pick_device, together
@@ -286,7 +286,7 @@ def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptio
     """The options that train what a frozen row trained, but for the regime."""
     head = read_card(head_folder(workspace.probes, row))["head"]
     recipe, climbs = TrainRecipe.from_json(row["recipe"]), bool(row.get("budget")) or options.budget == "auto"
-    usual = DEFAULT_RECIPES[row["head"]].iterations
+    usual = KINDS[row["head"]].recipe.iterations
     grid = row["grid"]
     return replace(
         options,

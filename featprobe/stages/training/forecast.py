@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from featprobe.errors import ProbeError, counted
-from featprobe.probes import TrainRecipe
+from featprobe.kinds import TrainRecipe
 from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
 from featprobe.stages.memory import largest_that_fits

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featprobe.errors import ProbeError, nearest
-from featprobe.probes import TrainRecipe
+from featprobe.kinds import TrainRecipe
 from featprobe.probes.train import learning_rate
 from featprobe.processes import is_main
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from featprobe.cache import UNREADABLE, Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, counted, nearest
-from featprobe.probes import DEFAULT_RECIPES, HeadRecipe, TrainRecipe, build_head, grid_of, kinds_of
+from featprobe.kinds import KINDS, TrainRecipe, kinds_of
+from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
 from featprobe.specs import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -124,7 +125,7 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
     head = options.head or kinds_of(task)[0]
     if head not in kinds_of(task):
         raise ProbeError(f"There is no {task} head {head!r}. {nearest(head, kinds_of(task))}")
-    recipe = options.recipe or DEFAULT_RECIPES[head]
+    recipe = options.recipe or KINDS[head].recipe
     if head == "ridge":
         if options.lr or options.weight_decay:
             raise ProbeError("ridge is solved, not trained: it has no --lr and no --weight-decay to try.")
@@ -144,7 +145,7 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
 
 def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRecipe) -> None:
     """Raise ProbeError for an option that the head would not look at."""
-    plain = DEFAULT_RECIPES[head]
+    plain = KINDS[head].recipe
     dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(plain, n) for n in DENSE_ONLY}
     idle = {
         "--width": options.width is not None and head in ("linear", "ridge"),

@@ -5,10 +5,9 @@ from typing import Any, Literal, get_args
 
 from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
+from featprobe.kinds import KINDS, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
-from featprobe.probes import DEFAULT_RECIPES, TrainRecipe
-from featprobe.probes.pyramid import PyramidKind
 from featprobe.stages.extraction.extract_options import MOST_WORKERS
 
 Regime = Literal["frozen", "frozen-online", "full"]
@@ -140,6 +139,6 @@ class ProbeOptions:
         usual = (
             self.head is not None
             and self.recipe is not None
-            and (self.recipe.iterations == DEFAULT_RECIPES[self.head].iterations)
+            and (self.recipe.iterations == KINDS[self.head].recipe.iterations)
         )
         return self.budget == "auto" or (self.budget is None and fraction < 1 and usual and self.head != "ridge")

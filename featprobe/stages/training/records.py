@@ -19,8 +19,9 @@ from featprobe import __version__
 from featprobe.cache import Cache
 from featprobe.disk import parse_json, read_regular
 from featprobe.errors import FileKindError, ProbeError
+from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.machine import available_memory
-from featprobe.probes import DEFAULT_RECIPES, CurvePoint, TrainRecipe, fingerprint, parameter_count, plain
+from featprobe.probes import CurvePoint, fingerprint, parameter_count, plain
 from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
 from featprobe.processes import count
 from featprobe.stages.row_images import images_of
@@ -155,7 +156,7 @@ def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -
 
 def damaged(row: Mapping[str, Any], reason: str) -> ProbeError:
     """That a row has no sound head any more, why, and the command that trains it again."""
-    again = f" Train it again:  {again_command(row)}" if row["head"] in DEFAULT_RECIPES else ""
+    again = f" Train it again:  {again_command(row)}" if row["head"] in KINDS else ""
     return ProbeError(f"{reason.rstrip('.')}.{again}")
 
 

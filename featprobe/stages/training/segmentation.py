@@ -17,12 +17,12 @@ from featprobe.cache import Cache
 from featprobe.cache.reader import device_room
 from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement
+from featprobe.kinds import TrainRecipe
 from featprobe.metrics import confusion_matrix, iou_scores
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
     LinearBank,
     LinearHead,
-    TrainRecipe,
     execution,
     image_loss,
     inverse_sqrt_weights,

@@ -21,11 +21,11 @@ from featprobe.datasets.images.reading import hash_image, read_levels, to_unit
 from featprobe.disk import remove_leftovers
 from featprobe.errors import DataError, DivergedError, ProbeError, counted
 from featprobe.geometry import IDENTITY
+from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
     CurvePoint,
     HeadRecipe,
-    TrainRecipe,
     append_row,
     build_head,
     grid_of,

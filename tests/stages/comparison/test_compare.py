@@ -28,6 +28,7 @@ from torch import nn
 
 from featprobe.cli.main import cli
 from featprobe.errors import FeatprobeError, ProbeError
+from featprobe.kinds import TrainRecipe
 from featprobe.metrics import (
     FEW_GROUPS,
     ResampledAp,
@@ -45,7 +46,7 @@ from featprobe.metrics import (
     score_interval,
     seed_spread,
 )
-from featprobe.probes import TrainRecipe, append_row, plain, save_head
+from featprobe.probes import append_row, plain, save_head
 from featprobe.probes.saved import read_card
 from featprobe.report import comparison
 from featprobe.report.answer import answer_of

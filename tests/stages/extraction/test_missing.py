@@ -11,7 +11,7 @@ from helpers import write_set
 
 from featprobe.cache import WHOLE, CacheWriter, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError
-from featprobe.probes import TrainRecipe
+from featprobe.kinds import TrainRecipe
 from featprobe.stages.extraction import extract as extracting
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featprobe.cache import Cache, open_cache, store
 from featprobe.cache.reader import FeatureLoader
 from featprobe.features import cell_shares
+from featprobe.kinds import TrainRecipe
 from featprobe.metrics import confusion_matrix
-from featprobe.probes import HeadRecipe, LinearBank, TrainRecipe, build_head, execution, pixel_classes
+from featprobe.probes import HeadRecipe, LinearBank, build_head, execution, pixel_classes
 from featprobe.probes.pixel_classes import count_pairs
 from featprobe.probes.train import train
 from featprobe.stages.memory import Portions

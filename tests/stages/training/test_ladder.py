@@ -21,7 +21,8 @@ from featprobe.cache.reader import FeatureLoader
 from featprobe.cli.main import cli
 from featprobe.errors import DataError, ProbeError
 from featprobe.features import Features
-from featprobe.probes import DEFAULT_RECIPES, CurvePoint, TrainRecipe, kept_point, train
+from featprobe.kinds import KINDS, TrainRecipe
+from featprobe.probes import CurvePoint, kept_point, train
 from featprobe.probes.saved import append_row, read_rows
 from featprobe.probes.train import evaluation_points
 from featprobe.specs import BackboneSpec
@@ -315,7 +316,7 @@ def test_a_ladder_is_the_default_where_few_images_are_trained_on_and_nothing_is_
     usual = checked("semseg", ProbeOptions(fractions=(0.1, 1.0)))
     assert usual.climbs(0.1) and not usual.climbs(1.0)
     fixed = replace(usual, budget="fixed")
-    said = checked("semseg", ProbeOptions(recipe=replace(DEFAULT_RECIPES["linear"], iterations=60)))
+    said = checked("semseg", ProbeOptions(recipe=replace(KINDS["linear"].recipe, iterations=60)))
     assert not fixed.climbs(0.1) and not said.climbs(0.1)
     assert replace(usual, budget="auto").climbs(1.0)
     assert not checked("semseg", ProbeOptions(head="ridge")).climbs(0.1)
@@ -352,7 +353,7 @@ def space(made: Workspace, tmp_path: Path) -> Workspace:
 def test_finetune_climbs_a_ladder_of_its_own_for_what_a_ladder_trained(
     space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(DEFAULT_RECIPES, "linear", BRIEF)
+    monkeypatch.setitem(KINDS, "linear", replace(KINDS["linear"], recipe=BRIEF))
     probe(space, options=replace(AUTO, seeds=1))
     said: list[str] = []
     finetune(space, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
@@ -411,7 +412,7 @@ evaluations = 2
 def test_a_study_finds_the_iterations_of_all_backbones_before_it_trains_one(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(DEFAULT_RECIPES, "linear", BRIEF)
+    monkeypatch.setitem(KINDS, "linear", replace(KINDS["linear"], recipe=BRIEF))
     file = tmp_path / "study.toml"
     file.write_text(STUDY)
     study = read_study(file, space)

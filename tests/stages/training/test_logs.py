@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from featprobe.cli.main import cli
 from featprobe.errors import ProbeError
-from featprobe.probes import TrainRecipe
+from featprobe.kinds import TrainRecipe
 from featprobe.probes.saved import read_rows
 from featprobe.probes.train import _Loop, learning_rate
 from featprobe.specs import BackboneSpec

@@ -32,13 +32,13 @@ from featprobe.datasets.images.reading import frame_image, read_levels
 from featprobe.errors import CacheError, CacheIncompleteError, DiskError, ProbeError, ShapeError
 from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement, place
+from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix, iou_scores
 from featprobe.probes import (
     CurvePoint,
     HeadRecipe,
     LinearHead,
-    TrainRecipe,
     append_row,
     build_head,
     fingerprint,

@@ -26,7 +26,8 @@ from featprobe.cache import open_cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images.reading import read_levels, write_levels
 from featprobe.errors import DataError, ProbeError
-from featprobe.probes import TrainRecipe, load_head
+from featprobe.kinds import TrainRecipe
+from featprobe.probes import load_head
 from featprobe.processes import pick_device
 from featprobe.report.tables import result_table
 from featprobe.specs import BackboneSpec

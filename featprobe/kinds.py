@@ -1,0 +1,128 @@
+"""The kinds of heads, and how each is trained where the user says nothing.
+
+A new kind is a row of KINDS here and a builder in `featprobe.probes.heads`; options, help and tests follow the table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from featprobe.errors import ProbeError, nearest
+from featprobe.fields import made
+
+PyramidKind = Literal["auto", "levels", "simple"]
+LOSSES = ("ce", "dice", "focal")
+MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
+
+
+def parse_loss(text: str) -> tuple[str, ...]:
+    """The terms of a loss written as a sum; raises ProbeError for one that does not exist.
+
+    >>> parse_loss("ce+dice")
+    ('ce', 'dice')
+    """
+    terms = tuple(part.strip() for part in text.split("+"))
+    for term in terms:
+        if term not in LOSSES:
+            raise ProbeError(f"There is no loss {term!r}. {nearest(term, LOSSES)} Sums are written as ce+dice.")
+    return terms
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How a head is trained; equal for every backbone that is compared.
+
+    batch_size: images per step, over all processes. warmup: share of the iterations over which the learning rate
+    rises from 0. loss, loss_at, class_weights: of dense heads. clip: largest L2 norm of a head's gradient, 0 for no
+    limit. evaluations: how many points the validation curve has, see `probes.train.evaluation_points`. weights_from:
+    the point of that curve whose weights are kept, the best or the last. Raises ProbeError for values out of range.
+    """
+
+    iterations: int = 1000
+    batch_size: int = 16
+    lr: float = 5e-3
+    weight_decay: float = 1e-3
+    warmup: float = 0.05
+    loss: str = "ce"
+    loss_at: Literal["level", "image"] = "level"
+    class_weights: Literal["none", "inverse-sqrt"] = "inverse-sqrt"
+    clip: float = 0.0
+    evaluations: int = 8
+    weights_from: Literal["best", "end"] = "best"
+
+    def __post_init__(self) -> None:
+        limits = {
+            "iterations": 1 <= self.iterations <= MOST_STEPS,
+            "batch_size": 1 <= self.batch_size <= MOST_STEPS,
+            "warmup": 0 <= self.warmup < float("inf"),
+            "lr": 0 < self.lr < float("inf"),
+            "weight_decay": 0 <= self.weight_decay < float("inf"),
+            "clip": 0 <= self.clip < float("inf"),
+            "evaluations": 1 <= self.evaluations <= MOST_EVALUATIONS,
+            "weights_from": self.weights_from in ("best", "end"),
+        }
+        wrong = [f"{name} = {getattr(self, name)}" for name, holds in limits.items() if not holds]
+        if wrong:
+            raise ProbeError(
+                f"This can't be trained: {', '.join(wrong)}.\n"
+                "wanted: at least one iteration, image and evaluation, positive rates, weights_from best or end."
+            )
+        parse_loss(self.loss)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as cards keep them. Weights of the end are not named, as in rows from before any choice."""
+        values = asdict(self)
+        return values if self.weights_from == "best" else {k: v for k, v in values.items() if k != "weights_from"}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainRecipe":
+        """The recipe that a row or a card keeps; raises FieldError, or ProbeError for what can't be trained."""
+        return made(cls, {"weights_from": "end", **values}, "A training recipe")
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """A kind of head.
+
+    task: what it is for. recipe: how it is trained where the user says nothing. width: channels of its pyramid where
+    the user says nothing, 0 for a head without a pyramid. solved: it has a closed form, so nothing is trained: it
+    has no iterations and no rates to try, one seed says it all, and it can't be fine-tuned.
+    """
+
+    task: str
+    name: str
+    recipe: TrainRecipe
+    width: int = 0
+    solved: bool = False
+
+
+KINDS: Mapping[str, HeadKind] = {
+    kind.name: kind
+    for kind in (
+        HeadKind("semseg", "linear", TrainRecipe(loss_at="image")),
+        HeadKind("semseg", "upsample", TrainRecipe(iterations=300, batch_size=8, lr=1e-3), 128),
+        HeadKind("semseg", "ridge", TrainRecipe(iterations=1, evaluations=1, weights_from="end"), solved=True),
+        HeadKind("detect", "fcos", TrainRecipe(iterations=400, batch_size=8, lr=2e-3, clip=10.0, evaluations=4), 64),
+        HeadKind(
+            "detect", "fasterrcnn", TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4), 64
+        ),
+        HeadKind(
+            "instseg", "maskrcnn", TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4), 64
+        ),
+    )
+}
+"""By name; the first kind of a task is its default."""
+TASKS: tuple[str, ...] = tuple(dict.fromkeys(kind.task for kind in KINDS.values()))
+"""The first is the default."""
+
+
+def kinds_of(task: str) -> list[str]:
+    """The kinds of heads for a task, the default first; raises ProbeError for a task that does not exist.
+
+    >>> kinds_of("detect")
+    ['fcos', 'fasterrcnn']
+    """
+    kinds = [name for name, kind in KINDS.items() if kind.task == task]
+    if not kinds:
+        raise ProbeError(f"There is no task {task!r}. {nearest(task, TASKS)}")
+    return kinds

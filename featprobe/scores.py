@@ -1,0 +1,98 @@
+"""What each task is scored by: names, labels, order, places in a result row. The one place that says it.
+
+The first score of a task is the main one: trials and weights are chosen by it on validation, backbones are compared by
+it, and validation curves are read for it. Of objects it is AP50. Inspection asks whether a flaw is found; the outline
+of a flaw that is a few pixels wide is not known to an IoU of 0.75, so AP over ten thresholds is also about the labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+On = Literal["pixels", "boxes", "masks"]
+"""What a task's scores compare with the labels."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of a task.
+
+    name: in a row's `val`, in a comparison and in its files. label: for people. place: keys below a row's `test`.
+    column: in the table of results, where it is not the label.
+    """
+
+    name: str
+    label: str
+    place: tuple[str, ...]
+    column: str = ""
+
+    def of(self, test: Mapping[str, Any]) -> float | None:
+        """The value in a row's `test`; None where the score does not exist."""
+        return at(test, self.place)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The scores of one task.
+
+    on: what is compared with the labels. compared: the scores of a comparison, the main one first. shown: the scores of
+    the table of results, in its order. per_class: what a score of one class is called, and its place in a row's `test`.
+    """
+
+    on: On
+    compared: tuple[Score, ...]
+    shown: tuple[Score, ...]
+    per_class: tuple[str, tuple[str, ...]]
+
+    @property
+    def main(self) -> Score:
+        """The score that chooses and is compared."""
+        return self.compared[0]
+
+    @property
+    def dense(self) -> bool:
+        """Whether each pixel is scored, and not each object."""
+        return self.on == "pixels"
+
+
+def at(values: Any, place: Sequence[str]) -> Any:
+    """What lies under these keys, one below the other.
+
+    >>> at({"box": {"ap50": 0.5}}, ("box", "ap50"))
+    0.5
+    """
+    for name in place:
+        values = values[name]
+    return values
+
+
+_FOREGROUND = Score("miou_foreground", "fg mIoU", ("miou_foreground",))
+_MIOU = Score("miou", "mIoU", ("miou",))
+_BOX_AP50 = Score("box_ap50", "box AP50", ("box", "ap50"))
+_BOX_AP = Score("box_ap", "box AP", ("box", "ap"))
+_MASK_AP50 = Score("mask_ap50", "mask AP50", ("mask", "ap50"))
+_MASK_AP = Score("mask_ap", "mask AP", ("mask", "ap"))
+
+SCORES: Mapping[str, TaskScores] = {
+    "semseg": TaskScores("pixels", (_FOREGROUND, _MIOU), (_MIOU, _FOREGROUND), ("IoU", ("iou",))),
+    "detect": TaskScores(
+        "boxes",
+        (_BOX_AP50, _BOX_AP),
+        (
+            Score("box_ap", "box AP", ("box", "ap"), "AP"),
+            Score("box_ap50", "box AP50", ("box", "ap50"), "AP50"),
+            Score("box_ap75", "box AP75", ("box", "ap75"), "AP75"),
+            Score("box_ar100", "box AR100", ("box", "ar100"), "AR100"),
+        ),
+        ("AP", ("box", "per_class")),
+    ),
+    "instseg": TaskScores(
+        "masks",
+        (_MASK_AP50, _MASK_AP),
+        (_MASK_AP, _MASK_AP50, _BOX_AP, _BOX_AP50),
+        ("AP", ("mask", "per_class")),
+    ),
+}
+"""By task."""
+LABELS: Mapping[str, str] = {score.name: score.label for task in SCORES.values() for score in task.compared}
+"""What people call each score that is compared; of the scores in one line the first is the main one."""
