@@ -158,6 +158,7 @@ def test_looking_after_data_and_caches_needs_neither_torch_nor_timm(images: Path
 # ---- terminals and pipes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "parts", 6, (32, 32))
     name = "a_defect_with_a_long_name_as_some_have"
@@ -382,6 +383,7 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
     assert isinstance(result.exception, featprobe.FeatprobeError)
 
 
+@pytest.mark.slow
 def test_real_processes_end_with_the_same_codes(tmp_path: Path) -> None:
     result = child("--workspace", tmp_path, "probe")
     assert result.returncode == 1 and result.stdout == ""
