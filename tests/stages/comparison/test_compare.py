@@ -1002,6 +1002,7 @@ def opened(page: Path, folder: Path) -> tuple[list[str], list[str]]:
     return console, sorted(host for host in hosts if not host.endswith(OWN))
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here to open the page with")
 def test_a_browser_opens_the_page_without_a_word_or_a_request(rich: Told, tmp_path: Path) -> None:
     page = rich.compare().files[0]
