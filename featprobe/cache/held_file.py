@@ -15,10 +15,10 @@ PIECE = 1 << 22  # bytes that are hashed at once
 
 
 class HeldFile:
-    """A regular file, open for as long as this object lives, whatever its name comes to mean."""
+    """A regular file that stays open as long as this object lives, also when another file takes its name."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CacheError where there is none."""
+        """Raises CacheError where there is no such file, or it can't be read."""
         self.path = path
         try:
             self.handle = open_regular(path)
@@ -30,7 +30,7 @@ class HeldFile:
         self.status = os.fstat(self.handle)
 
     def read(self, offset: int, count: int) -> bytes:
-        """So many bytes. Raises CacheError where the file has ended before."""
+        """`count` bytes from `offset` on. Raises CacheError where the file ends earlier."""
         data = os.pread(self.handle, count, offset)
         while len(data) < count:
             more = os.pread(self.handle, count - len(data), offset + len(data))
@@ -45,7 +45,7 @@ class HeldFile:
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file, whose bytes are read when they are asked for."""
+    """A part of a file. Its bytes are read only when they are needed."""
 
     file: HeldFile
     entry: Entry
@@ -58,7 +58,7 @@ class Span:
         return self.file.read(self.entry.offset + start, max(0, stop - start))
 
     def sha256(self) -> str:
-        """Of all of it, some at a time."""
+        """The sha256 over the whole part, which is read in pieces."""
         running = hashlib.sha256()
         for start in range(0, len(self), PIECE):
             running.update(self[start : start + PIECE])

@@ -103,7 +103,7 @@ def test_a_cache_that_is_opened_again_is_read_once_until_it_changes(
 
 
 STUBS = {
-    "sleeps": ("import time; time.sleep(60)", "came to no end"),
+    "sleeps": ("import time; time.sleep(60)", "did not finish"),
     "says too much": ("print(1 << 60, flush=True); import time; time.sleep(60)", "more than a cache"),
     "says nothing": ("", "exit code 0"),
     "stops in the middle": ("print(100); print('x')", "without a whole answer"),

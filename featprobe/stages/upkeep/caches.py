@@ -26,10 +26,10 @@ from featprobe.cache import (
     verify,
 )
 from featprobe.cache.contents import Contents
+from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
 from featprobe.disk import parse_json, read_regular
 from featprobe.errors import CacheError, FeatprobeError, FileKindError, counted
-from featprobe.specs import FILE_VERSION
 from featprobe.stages.extraction.settled import look_path
 from featprobe.texts import printable
 
