@@ -21,6 +21,7 @@ from featprobe.stages.comparison.convergence import Curve, best_so_far, curve_of
 from featprobe.stages.comparison.recipes import shared_recipe
 from featprobe.stages.comparison.tested import Tested, read_test
 from featprobe.stages.training.saved_results import UNREADABLE, card_beside, damaged
+from featprobe.tiling import Tiling
 
 REGIMES = {"full": 2, "frozen-online": 1, "frozen": 0}  # by how much is trained or varied
 
@@ -122,11 +123,8 @@ class Result:
     def size(self) -> str:
         """The scale, and what else tells results of one backbone apart: how tiles were cut, stored views, intensity."""
         features = self.runs[0].card["features"]
-        parts = [self.scale]
-        if features.get("tile"):
-            parts += [f"overlap {features['overlap']}"]
-            parts += [f"{features['empty_tiles']:.0%} of the empty"] if features["empty_tiles"] < 1 else []
-        parts += self.row.views
+        tiling = Tiling.in_json(features)
+        parts = [self.scale, *(tiling.manner if tiling else ()), *self.row.views]
         usual = ("none", str(DEFAULT_16BIT))
         return ", ".join([*parts, *{features["intensity"]}.difference(usual)])
 

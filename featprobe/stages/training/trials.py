@@ -232,7 +232,7 @@ class Run:
         return digest([
             self.task_name, self.kind, options.width, options.pyramid, loop, tried, options.shared_order, self.fraction,
             self.choice.key, options.instances, options.absent, asked, self.subset, self.cache.data.fingerprint,
-            features.views[1:], features.tile, features.overlap, features.empty_tiles,
+            *features.shown,
         ])  # fmt: skip
 
     @property
@@ -339,7 +339,7 @@ class Run:
         """The same as rows keep it, with the views that the cache holds; None for images as they are."""
         if self.augmentation:
             return self.augmentation.to_json()
-        stored = self.cache.recipe.views[1:]
+        stored = self.cache.recipe.further_views
         return {"views": list(stored)} if stored else None
 
     @property
