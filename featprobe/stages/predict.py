@@ -34,6 +34,7 @@ from featprobe.probes import DenseHead, ObjectHead, load_head, objects_at_origin
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
 from featprobe.report.sheets import Panel, colour_of, draw_overlay, png
+from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
@@ -269,7 +270,7 @@ def predict(
                     write_together(pictures)
             bar.update(len(batch))
     if not predictor.dense:
-        own_objects = predictor.card["result"]["instances"] == "own"
+        own_objects = ResultRow.from_json(predictor.card["result"]).instances == "own"
         ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
         write_whole(out / "predictions.json", json.dumps(written) + "\n")

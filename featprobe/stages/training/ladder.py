@@ -16,9 +16,9 @@ import numpy as np
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.probes import append_row, plain
-from featprobe.probes.saved import head_folder, read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_results, read_rows
 from featprobe.processes import from_main, is_main
-from featprobe.result_rows import ladder_faults, result_faults
+from featprobe.result_rows import ResultRow, ladder_faults
 from featprobe.specs import digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.training.commands import level_command
@@ -290,20 +290,19 @@ class Ladder:
 def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     """Notes on results of other backbones that were trained with fewer iterations than a later backbone needs."""
     most = {ladder.comparison: ladder.found().recipe for ladder in ladders}
-    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in read_rows(workspace.probes / "results.jsonl", result_faults)[0] if most else ():
-        comparison = (row.get("budget") or {}).get("comparison")
-        if comparison in most:
-            results.setdefault((comparison, row["feature_key"]), []).append(row)
+    results: dict[tuple[str, str], list[ResultRow]] = {}
+    for row in read_results(workspace.probes / "results.jsonl")[0] if most else ():
+        if row.budget and row.budget.comparison in most:
+            results.setdefault((row.budget.comparison, row.feature_key), []).append(row)
     notes = []
     for (comparison, _), rows in results.items():
-        row = max(rows, key=lambda row: row["recipe"]["iterations"])
-        needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
+        row = max(rows, key=lambda row: row.recipe.iterations)
+        needed, has = most[comparison].iterations, row.recipe.iterations  # type: ignore[union-attr]
         if has < needed and is_whole(workspace.probes, row):  # else it is in no table either
-            seeds = [own["seed"] for own in rows if own["recipe"]["iterations"] == has]
-            again = level_command(read_card(head_folder(workspace.probes, row), whole=True), seeds, row["data"])
+            seeds = [own.seed for own in rows if own.recipe.iterations == has]
+            again = level_command(read_card(head_folder(workspace.probes, row), whole=True), seeds)
             notes.append(
-                f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
+                f"{row.backbone} on {row.data} was trained with {has} iterations; a backbone that it is compared "
                 f"with needs {needed}. To bring it level:  {again}"
             )
     return notes

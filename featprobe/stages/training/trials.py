@@ -38,11 +38,10 @@ from featprobe.probes import (
     save_head,
     train,
 )
-from featprobe.probes.saved import Checkpoint, read_card, read_rows
+from featprobe.probes.saved import Checkpoint, read_card, read_results
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.result_rows import result_faults
 from featprobe.scores import SCORES
 from featprobe.specs import CacheDtype, Rows, digest
 from featprobe.splitting import SplitChoice
@@ -283,8 +282,8 @@ class Run:
 
         hashes: compare all bytes of the files, beside their sizes.
         """
-        rows, _ = read_rows(self.workspace.probes / "results.jsonl", result_faults)
-        last = {row["folder"]: row for row in rows if row["data_fingerprint"] == self.cache.data.fingerprint}
+        rows, _ = read_results(self.workspace.probes / "results.jsonl")
+        last = {row.folder: row for row in rows if row.data_fingerprint == self.cache.data.fingerprint}
         probes = self.workspace.probes
         return all(folder in last and is_whole(probes, last[folder], hashes=hashes) for folder in self.folders)
 
