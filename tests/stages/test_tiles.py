@@ -30,10 +30,11 @@ from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
 from featprobe.specs import BackboneSpec
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.augment import Augmentation, augment
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
-from featprobe.stages.partition import regrouped, single_splits, split_rows
+from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.predict import predict
 from featprobe.stages.stitch import stitched_classes, stitched_logits, stitched_objects
 from featprobe.stages.training.commands import commands_of
@@ -335,14 +336,15 @@ def test_folds_and_split_files_are_of_whole_images(tiled: Workspace, tmp_path: P
     lines = [f"{name},g{i // 2},{split}" for i, (name, split) in enumerate(names.items())]
     file = tmp_path / "mine.csv"
     file.write_text("\n".join(["id,group,split", *lines]))
-    for split in (str(file), *single_splits("group:3")):
-        rows = split_rows(cache, split)
+    mine = SplitChoice.parse(str(file))
+    for split in (mine, *single_splits(SplitChoice("group", 3))):
+        rows = Partition(cache, split).rows
         shown = {part: {cache.images[i].id for i in cache.image_of[own]} for part, own in rows.items()}
         assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(len(cache)))
         assert sum(map(len, shown.values())) == len(cache.images), "no image stands in two splits"
-        if split == str(file):
+        if split == mine:
             assert {name: part for part, own in shown.items() for name in own} == names
-    own = regrouped(cache, str(file))
+    own = Partition(cache, mine).cache
     assert [image.group for image in own.images] == [line.split(",")[1] for line in lines]
     assert all(row.group == own.images[row.image_index].group for row in own.rows)
 

@@ -65,6 +65,11 @@ class Study:
     log: tuple[str, ...] = ()
     no_verify: bool = False
 
+    @property
+    def choice(self) -> SplitChoice:
+        """What `split` says; raises DataError for what is no split."""
+        return SplitChoice.parse(self.split)
+
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
         return [kind for kind in self.heads if kind in kinds_of(task)] or kinds_of(task)[:1]
@@ -125,12 +130,11 @@ class Cell:
     regime: str
     fraction: float
     seed: int
-    split: str = "own"
+    split: SplitChoice
 
     def __str__(self) -> str:
         part = "" if self.fraction == 1 else f", {self.fraction:g} of train"
-        choice = SplitChoice.parse(self.split)
-        part += f", fold {choice.fold} of {choice.folds}" if choice.fold else ""
+        part += f", fold {self.split.fold} of {self.split.folds}" if self.split.fold else ""
         return f"{self.place}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
 
 
@@ -189,7 +193,7 @@ def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault
         for i, name in enumerate(sides.get(side, ()))
         if (said := _refusal(partial(check, name)))
     ]
-    said = _refusal(partial(single_splits, sides["split"])) if "split" in sides else ""
+    said = _refusal(lambda: single_splits(SplitChoice.parse(sides["split"]))) if "split" in sides else ""
     return found + ([Fault(("split",), said)] if said else [])
 
 
@@ -232,7 +236,7 @@ def _untrainable(study: Study, workspace: Workspace) -> list[Fault]:
     for place in places_of(study, workspace):
         said = _refusal(place.options.check)
         found.append(f"{place.data}: {said}" if said else "")
-    if not any(found) and SplitChoice.parse(study.split).folds and climbing(study, cells_of(study, workspace)):
+    if not any(found) and study.choice.folds and climbing(study, cells_of(study, workspace)):
         found.append("a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all")
     if not any(found) and not cells_of(study, workspace):
         found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
@@ -279,7 +283,7 @@ def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
 
     Ridge, which has no other regime, is in the frozen one.
     """
-    splits = single_splits(study.split)
+    splits = single_splits(study.choice)
     return [
         Cell(place, task, kind, regime, float(fraction), seed, split)
         for place in places_of(study, workspace)
@@ -360,7 +364,7 @@ def climbing(study: Study, cells: Iterable[Cell]) -> list[Cell]:
 
 def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> Ladder | None:
     """What finds the iterations of a cell; None where the study says them."""
-    options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
+    options = replace(study.options(cell.task, cell.head, cell.regime), split=str(cell.split))
     return Ladder(workspace, cache, cell.task, options, cell.fraction) if options.climbs(cell.fraction) else None
 
 
@@ -413,7 +417,7 @@ def run_cells(
                 say(f"to train: {cell}, once its iterations are found")
                 continue
             options = ladder.found() if ladder else study.options(cell.task, cell.head, cell.regime)
-            run = Run(workspace, cache, cell.task, replace(options, split=cell.split), [cell.seed], cell.fraction)
+            run = Run(workspace, cache, cell.task, replace(options, split=str(cell.split)), [cell.seed], cell.fraction)
             if there := _done(run, verify):
                 done += 1
                 folders += there.folders

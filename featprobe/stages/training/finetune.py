@@ -166,12 +166,12 @@ def _asked_for(
 ) -> tuple[list[Missing], list[str]]:
     options = _checked(task, options)
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
-    splits = single_splits(options.split)
+    splits = single_splits(options.choice)
     found = []
-    for cache in splittable(caches, options.split, notes):
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
+    for cache in splittable(caches, options.choice, notes):
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.choice)]
         for split, fraction in product(splits, options.fractions):
-            first = Missing(cache, task, replace(options, split=split), 0, fraction)
+            first = Missing(cache, task, replace(options, split=str(split)), 0, fraction)
             ladder = first.ladder(workspace)
             own = ladder.found() if ladder and ladder.is_climbed() else first.options
             for seed in range(options.seeds_at(fraction)):
@@ -242,7 +242,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     if not found:
         raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(dict.fromkeys(notes)))
     for one in found:
-        notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.task, one.options.split)]
+        notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.task, one.options.choice)]
     return found, notes
 
 

@@ -20,7 +20,6 @@ from featprobe.probes.result_rows import ladder_faults, result_faults
 from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import from_main, is_main
 from featprobe.specs import digest
-from featprobe.splitting import SplitChoice
 from featprobe.stages.training.commands import level_command
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
 from featprobe.stages.training.records import is_whole
@@ -99,7 +98,7 @@ class Ladder:
     fraction: float
 
     def __post_init__(self) -> None:
-        if SplitChoice.parse(self.options.split).folds:
+        if self.options.choice.folds:
             raise ProbeError(
                 "A cross-validation finds no number of iterations: the validation images of one fold are test images "
                 "of others.\nNothing was trained. Give one:  --iterations N"

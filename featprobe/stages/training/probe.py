@@ -14,7 +14,7 @@ from featprobe.processes import is_main, pick_device, together
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.missing import caches_of, make_missing
-from featprobe.stages.partition import single_splits, split_notes, split_rows
+from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe_options import ProbeOptions
@@ -74,11 +74,11 @@ def _probe(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions, say: Say
 ) -> ProbeReport:
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
-    splits = single_splits(options.split)
-    caches = splittable(caches, options.split, notes)
+    splits = single_splits(options.choice)
+    caches = splittable(caches, options.choice, notes)
     for cache in caches:  # all of them, before the first is trained on
         for split in splits:
-            split_rows(cache, split)
+            _ = Partition(cache, split).rows  # refuses one that lacks a side
         build_head(HeadRecipe(task, str(options.head), cache.data.classes, options.levels, options.width,
                               options.pyramid), cache.levels)  # fmt: skip
     every = [(cache, fraction) for cache in caches for fraction in options.fractions]
@@ -88,12 +88,12 @@ def _probe(
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     for cache in caches:
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.choice)]
         for fraction in options.fractions:
             shown = False
             own = found.get((cache.path, fraction), options)
             for split, seeds in product(splits, _passes(own, fraction)):
-                run = Run(workspace, cache, task, replace(own, split=split), seeds, fraction)
+                run = Run(workspace, cache, task, replace(own, split=str(split)), seeds, fraction)
                 rows += run.do(say)
                 notes += run.notes
                 if options.show and not shown and is_main():
@@ -103,11 +103,11 @@ def _probe(
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
-def splittable(caches: Sequence[Cache], split: str, notes: list[str]) -> list[Cache]:
+def splittable(caches: Sequence[Cache], choice: SplitChoice, notes: list[str]) -> list[Cache]:
     """The caches less those of views or thinned tiles, where the split needs other rows and another cache serves it."""
     bound = [cache for cache in caches if cache.recipe.views[1:] or cache.recipe.empty_tiles < 1]
     free = {cache.data.fingerprint for cache in caches if cache not in bound}
-    aside = [c for c in bound if split != "own" and c.data.fingerprint in free]
+    aside = [c for c in bound if choice.by != "own" and c.data.fingerprint in free]
     notes += [f"left aside: {c.path.name} has views or few empty tiles, of its own split alone" for c in aside]
     return [cache for cache in caches if cache not in aside]
 
@@ -243,14 +243,13 @@ def left_aside(error: CacheIncompleteError) -> str:
     return f"left aside: {' '.join(str(error).splitlines())}"
 
 
-def notes_of(cache: Cache, task: str, split: str) -> list[str]:
+def notes_of(cache: Cache, task: str, choice: SplitChoice) -> list[str]:
     """What a cache says of its data, less what another split mends, of its split, and the rows it can't use."""
-    by = SplitChoice.parse(split).by
-    notes = [note for note in cache.data.notes if by == "own" or "split" not in note]
-    notes += split_notes(cache, split)
+    notes = [note for note in cache.data.notes if choice.by == "own" or "split" not in note]
+    notes += split_notes(cache, choice)
     count = len(cache.images)
     groups = len(set(cache.images.column("group")))
-    if by == "image" and groups < count:
+    if choice.by == "image" and groups < count:
         notes.append(
             f"split by image: {counted(count, 'image')} of {counted(groups, 'group')}, so test holds parts that "
             "training saw"

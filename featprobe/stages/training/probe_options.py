@@ -1,6 +1,7 @@
 """How heads are trained and scored: what a caller of `probe` and `finetune` says."""
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from featprobe.backbones.precision import Precision
@@ -8,6 +9,7 @@ from featprobe.errors import ProbeError
 from featprobe.kinds import KINDS, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import MOST_WORKERS
 
 Regime = Literal["frozen", "frozen-online", "full"]
@@ -124,6 +126,11 @@ class ProbeOptions:
     tuning: Tuning | None = None
     log: tuple[str, ...] = ()
     verify: bool = True
+
+    @cached_property
+    def choice(self) -> SplitChoice:
+        """What `split` says; raises DataError for what is no split."""
+        return SplitChoice.parse(self.split)
 
     @property
     def regime(self) -> Regime:

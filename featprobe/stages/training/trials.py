@@ -47,7 +47,7 @@ from featprobe.specs import CacheDtype, Rows, digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.augment import Augmentation
 from featprobe.stages.memory import Batches, Portions, fitting
-from featprobe.stages.partition import regrouped, split_rows
+from featprobe.stages.partition import Partition
 from featprobe.stages.row_images import images_of, rows_of
 from featprobe.stages.training.detection import Detection
 from featprobe.stages.training.forecast import Forecast, foresee
@@ -94,7 +94,8 @@ class Run:
         fraction: float,
     ) -> None:
         self.workspace, self.task_name, self.options, self.seeds = workspace, task, options, seeds
-        self.cache, self.choice = regrouped(cache, options.split), SplitChoice.parse(options.split)
+        partition = Partition(cache, options.choice)
+        self.cache, self.choice = partition.cache, partition.choice
         self.fraction, self.notes = fraction, list[str]()
         if not options.verify and options.regime == "frozen":
             self.notes.append(f"{cache.path}: features are not hashed when they are read (no verify)")
@@ -127,7 +128,7 @@ class Run:
         fold = f"fold{self.choice.fold}" if self.choice.fold else ""
         self.folder = workspace.probes / cache.path.parent.name / cache.path.stem / name / fold
         self.portions = Portions(self.device, EVALUATION_BATCH, self.title, self.notes.append)
-        self.rows = split_rows(self.cache, options.split)
+        self.rows = dict(partition.rows)
         if self.augmentation:  # takes the place of stored views
             self.rows["train"] = without_views(self.cache, self.rows["train"])
         self.task = self._task()

@@ -28,6 +28,7 @@ from featprobe.metrics import confusion_matrix
 from featprobe.probes import HeadRecipe, LinearBank, build_head, execution, pixel_classes
 from featprobe.probes.pixel_classes import count_pairs
 from featprobe.probes.train import train
+from featprobe.splitting import SplitChoice
 from featprobe.stages.memory import Portions
 from featprobe.stages.partition import split_notes
 from featprobe.stages.training import labels, segmentation
@@ -250,7 +251,7 @@ def test_each_mask_is_decoded_once_for_all_seeds_trials_and_evaluation_points(
     recipe = replace(BRIEF, loss_at=loss_at)
     (cache_file,) = parts.cache_files()
     cache = open_cache(cache_file)
-    split_notes(cache, "own")  # looks at every mask for classes that a split lacks
+    split_notes(cache, SplitChoice("own"))  # looks at every mask for classes that a split lacks
     looking = Counter(decoded)
     assert set(looking.values()) == {1} and len(looking) == 24
     decoded.clear()
