@@ -3,6 +3,7 @@
 from featprobe.probes.bank import LinearBank
 from featprobe.probes.detections import Detections, ObjectTarget, object_sides
 from featprobe.probes.fcos import FcosHead
+from featprobe.probes.head import DenseHead, Head, ObjectHead
 from featprobe.probes.heads import HeadRecipe, build_head, parameter_count
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss, start_at_prior
@@ -15,11 +16,14 @@ from featprobe.probes.upsample import UpsampleHead
 
 __all__ = [
     "CurvePoint",
+    "DenseHead",
     "Detections",
     "FcosHead",
+    "Head",
     "HeadRecipe",
     "LinearBank",
     "LinearHead",
+    "ObjectHead",
     "ObjectTarget",
     "RcnnHead",
     "UpsampleHead",

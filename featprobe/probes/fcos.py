@@ -17,13 +17,13 @@ from featprobe.probes.detections import (
     ObjectBatch,
     ObjectTarget,
     clip_to,
-    detection_pyramid,
     in_crowd,
     side_ranges,
     suppress,
 )
 from featprobe.probes.execution import full_products, half_products
-from featprobe.probes.pyramid import ConvBlock, rectified
+from featprobe.probes.head import BatchedObjectHead
+from featprobe.probes.pyramid import ConvBlock, detection_pyramid, rectified
 from featprobe.processes import summed
 
 CENTRE_RADIUS = 2.5  # cells around an object's centre that answer for it; long thin cracks need more than FCOS's 1.5
@@ -93,7 +93,7 @@ class _Said:
         return torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], -1)
 
 
-class FcosHead(nn.Module):
+class FcosHead(BatchedObjectHead):
     """Boxes from every cell of a feature pyramid: class, distances to the four sides, centrality.
 
     levels: offered, finest first; those finer than its finest stride are not taken. classes: the background counted.
@@ -132,16 +132,17 @@ class FcosHead(nn.Module):
             f"stride {s}": f"{low:g} to {high:g} px" for s, (low, high) in zip(self.strides, self.ranges, strict=True)
         }
 
-    def forward(
-        self, features: Features, targets: Sequence[ObjectTarget] | ObjectBatch | None = None
-    ) -> Tensor | list[Detections]:
+    def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
         """The loss, a scalar, where targets are given; else what it finds in each image."""
-        said = self._said(features)
         if targets is None:
-            return self._detections(said, features)
-        batch = targets if isinstance(targets, ObjectBatch) else ObjectBatch.of(targets)
+            return self._detections(self._said(features), features)
+        return self.batch_loss(features, ObjectBatch.of(targets))
+
+    def batch_loss(self, features: Features, targets: ObjectBatch) -> Tensor:
+        """The loss of a batch, a scalar."""
+        said = self._said(features)
         with full_products(said.logits.device):
-            return self._loss(said, batch)
+            return self._loss(said, targets)
 
     def _said(self, features: Features) -> _Said:
         """Both towers side by side: first convolved as one, then as two groups of one convolution."""

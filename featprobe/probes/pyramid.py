@@ -16,6 +16,7 @@ from featprobe.features import Features
 from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
+from featprobe.probes.detections import detection_strides
 from featprobe.probes.linear import LevelNorm, level_statistics
 
 GROUPS = 16  # of GroupNorm, as many as divide the width
@@ -400,3 +401,17 @@ def make_pyramid(levels: Sequence[FeatureLevel], width: int, kind: PyramidKind =
         return SimplePyramid(levels, width, finest)
     kept = [level for level in levels if level.stride >= min(finest, max(strides))]
     return TopDown(kept, width)
+
+
+def detection_pyramid(
+    levels: Sequence[FeatureLevel], width: int, sides: Sequence[float], kind: PyramidKind
+) -> tuple[tuple[int, ...], Pyramid]:
+    """The strides at which objects of these sizes are looked for, and a pyramid that has them."""
+    strides = detection_strides(make_pyramid(levels, width, kind).strides, sides)
+    return strides, make_pyramid(levels, width, kind, strides[0])
+
+
+def maps_of(pyramid: Pyramid, strides: Sequence[int], features: Features) -> Maps:
+    """(map, cells inside) of these strides alone, as the pyramid gives them."""
+    found = dict(zip(pyramid.strides, pyramid(features), strict=True))
+    return [found[stride] for stride in strides]

@@ -34,6 +34,7 @@ from featprobe.fields import MISSING_FIELD, Fault, letter, shown
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
 from featprobe.probes.cards import card_faults
+from featprobe.probes.head import Head
 from featprobe.probes.heads import HeadRecipe, build_head
 from featprobe.specs import FeatureRecipe, digest
 
@@ -90,9 +91,7 @@ def make_folder(folder: Path) -> None:
         raise ProbeError(f"{folder} can't be written ({error.strerror}). Nothing was trained.") from error
 
 
-def load_head(
-    folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool = False
-) -> tuple[nn.Module, dict[str, Any]]:
+def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool = False) -> tuple[Head, dict[str, Any]]:
     """A saved head in eval mode, and its card.
 
     recipe: of the features that it is to be fed, checked against the card's fingerprint when given. whole: as for

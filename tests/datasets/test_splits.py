@@ -534,7 +534,7 @@ def test_a_study_runs_every_fold(made: Workspace) -> None:
     from featprobe.stages.study.study import Study, cells_of
 
     cells = cells_of(Study(("surface",), ("pooling",), regimes=("frozen",), seeds=2, split="group:3"), made)
-    assert [(cell.split, cell.seed) for cell in cells] == [(f"group:3/{f}", s) for s in (0, 1) for f in (1, 2, 3)]
+    assert [(str(cell.split), cell.seed) for cell in cells] == [(f"group:3/{f}", s) for s in (0, 1) for f in (1, 2, 3)]
     with pytest.raises(FeatprobeError):
         cells_of(Study(("surface",), ("pooling",), split="grup"), made)
 

@@ -157,7 +157,7 @@ class Ladder:
             scores[rung] = float(np.mean(seeds))
             if is_main():
                 self._keep(rung, seeds, time.perf_counter() - begun)
-            name = self.run.task.chooses_by.replace("_", " ")
+            name = self.run.chooses_by.replace("_", " ")
             say(f"  {rung} iterations: {name} {100 * scores[rung]:.1f} % on validation")
             rung = next_rung(self.rungs, self.usual, scores)
         self._check_scored(scores)
@@ -264,7 +264,7 @@ class Ladder:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "ladder": self.key,
             "comparison": self.comparison, "backbone": self.cache.recipe.label, "data": self.cache.data.name,
             "task": self.task, "head": self.options.head, "regime": self.options.regime, "fraction": self.fraction,
-            "split": self.run.choice.whole, "score_name": self.run.task.chooses_by, "iterations": rung,
+            "split": self.run.choice.whole, "score_name": self.run.chooses_by, "iterations": rung,
             "score": float(np.mean(seeds)), "seed_scores": list(seeds), "seconds": seconds,
             **({} if self.options.verify else {"verified": False}),
         }  # fmt: skip

@@ -26,9 +26,8 @@ from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
 from featprobe.processes import count
 from featprobe.stages.row_images import images_of
 from featprobe.stages.training.commands import again_command
-from featprobe.stages.training.outcome import Outcome
-from featprobe.stages.training.segmentation import Segmentation
 from featprobe.stages.training.sources import spec_of
+from featprobe.stages.training.task import Outcome
 
 if TYPE_CHECKING:
     from featprobe.stages.training.trials import Run, Trial
@@ -64,14 +63,14 @@ def row_of(
         "feature_key": cache.recipe.key,
         "tile": cache.recipe.tile,
         "head": run.kind,
-        "levels": [level.name for level in head.levels],  # type: ignore[union-attr]
+        "levels": [level.name for level in head.levels],
         "asked": {"levels": list(options.levels), "width": options.width, "pyramid": options.pyramid},
         "parameters": parameter_count(head),
         "backbone_parameters": run.backbone_parameters,
         "recipe": trial.recipe.to_json(),
         "grid": {"lr": list(options.lr), "weight_decay": list(options.weight_decay)},
         "chosen_from": options.chosen_from and dict(zip(("lr", "weight_decay"), options.chosen_from, strict=True)),
-        "chosen_by": run.task.chooses_by,
+        "chosen_by": run.chooses_by,
         "recipe_key": run.recipe_key,
         "seed": trial.seed,
         "spread": SHARED_ORDER if options.shared_order else "initialisation and order",
@@ -108,7 +107,7 @@ def card_of(run: "Run", row: dict[str, Any], curve: list[CurvePoint]) -> dict[st
     """The card of a saved head."""
     packages = ("torch", "torchvision", "timm", "numpy")
     versions = {"featprobe": __version__, **{p: version(p) for p in packages}, "python": platform.python_version()}
-    assignment = {} if isinstance(run.task, Segmentation) else {"assignment": run.head.assignment}
+    assignment = {"assignment": run.head.assignment} if run.head.assignment else {}
     recipe, spec = run.cache.recipe, run.cache.contents.provenance.get("backbone")
     if run.weights:  # a backbone of its own, whose features no cache rounds
         recipe = replace(recipe, weights_sha256=run.tuned_sha256, dtype="fp32", precision="fp32")

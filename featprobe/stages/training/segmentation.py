@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from featprobe.cache import Cache
@@ -21,15 +21,15 @@ from featprobe.kinds import TrainRecipe
 from featprobe.metrics import confusion_matrix, iou_scores
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
+    DenseHead,
     LinearBank,
-    LinearHead,
     execution,
     image_loss,
     inverse_sqrt_weights,
     level_loss,
     start_at_prior,
 )
-from featprobe.probes.linear import logits_of
+from featprobe.probes.bank import all_linear, every_logits
 from featprobe.probes.pixel_classes import VALUES_AT_ONCE, count_pairs, logits_at_original
 from featprobe.probes.train import Feed
 from featprobe.processes import gathered
@@ -39,7 +39,7 @@ from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
 from featprobe.stages.training.labels import encode, shelf_of
 from featprobe.stages.training.live import Truth, Views
-from featprobe.stages.training.outcome import Batch, Outcome, evaluation_batches, scored_here
+from featprobe.stages.training.task import Batch, Outcome, evaluation_batches, scored_here
 
 SENT_AT_ONCE = 64  # masks
 DEVICE_MEMORY_SHARE = 0.2  # of a GPU's free memory, for labels of training that are kept there; and as much for masks
@@ -49,11 +49,11 @@ class Segmentation:
     """The labels of a cache's rows as dense heads are trained and scored on them.
 
     train: rows that heads are trained on. views: whether they are trained on augmented views, which bring labels of
-    their own. chooses_by: the validation score that trials and weights are chosen by.
+    their own. See `task.Task`.
     """
 
-    chooses_by = "miou_foreground"
     masks = False
+    sides: tuple[float, ...] = ()
 
     def __init__(
         self,
@@ -76,22 +76,23 @@ class Segmentation:
         """What augmented views of a row are labelled from."""
         return self.cache.semantic(row), None
 
-    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
+    def start(self, heads: Sequence[DenseHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
         """Set the biases of fresh heads to the class prior; returns their losses on a batch, (heads,).
 
         A batch is rows, augmented views, or places among the sorted training rows, (batch,), on the device.
         """
-        stride = _stride(heads[0])
+        stride = heads[0].stride
         store, weights = self.store(stride), self.weights(stride)
         for head in heads if fresh else ():
             start_at_prior(head, store.pixels, weights)
         # heads with 3x3 convolutions stay apart: these are what costs, and stacked by vmap they took 1.6 times as long
-        bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if self._banked(heads) else None
+        linear = all_linear(heads) if len(heads) > 1 or execution.whole_batches(self.device) else []
+        bank = LinearBank(linear) if linear else None  # on a CPU one head alone is faster without
         at_level, loss_of = self.recipe.loss_at == "level", level_loss if self.recipe.loss_at == "level" else image_loss
         if len(heads) > 1 and not at_level and self.recipe.loss != "ce":  # or many would not fit the memory
             loss_of = partial(checkpoint, image_loss, use_reentrant=False, preserve_rng_state=False)
 
-        def loss(features: Features, batch: Batch | Tensor) -> Tensor:
+        def loss(features: Features, batch: Batch) -> Tensor:
             labels = self._labels(store, batch)
             if bank is not None and self.recipe.loss == "ce":
                 return (bank.loss if at_level else bank.image_loss)(features, labels, weights)
@@ -100,23 +101,20 @@ class Segmentation:
 
         return loss
 
-    def _banked(self, heads: Sequence[nn.Module]) -> bool:
-        """Whether heads are computed as one bank; on a CPU one head alone is faster without."""
-        several = len(heads) > 1 or execution.whole_batches(self.device)
-        return several and all(isinstance(head, LinearHead) for head in heads)
-
-    def fixed(self, head: nn.Module) -> bool:
+    def fixed(self, head: DenseHead) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
-        return not self.views and self.store(_stride(head)).resident
+        return not self.views and self.store(head.stride).resident
 
-    def _labels(self, store: "_LabelStore", batch: Batch | Tensor) -> Tensor:
+    def _labels(self, store: "_LabelStore", batch: Batch) -> Tensor:
         """A batch's labels as the loss wants them, on the device. A tensor: places among the training rows, there."""
-        if isinstance(batch, Tensor):
-            return store.on_device(batch)
-        if isinstance(batch, Views):
-            assert batch.labels is not None  # which views of this task bring
-            return store.encoded(batch.labels.to(self.device, non_blocking=True))
-        return store(batch).to(self.device, non_blocking=True)
+        match batch:
+            case Tensor():
+                return store.on_device(batch)
+            case Views():
+                assert batch.labels is not None  # which views of this task bring
+                return store.encoded(batch.labels.to(self.device, non_blocking=True))
+            case rows:
+                return store(rows).to(self.device, non_blocking=True)
 
     def store(self, stride: int) -> "_LabelStore":
         """The training labels on a grid of this stride, read once."""
@@ -143,21 +141,21 @@ class Segmentation:
         store = self._store(rows, "level", stride)
         return lambda batch: store(batch).to(self.device, non_blocking=True)
 
-    def train_counts(self, stride: int) -> dict[str, int]:
+    def train_counts(self, head: DenseHead) -> dict[str, int]:
         """Labelled pixels of each class in the training rows, at frame size."""
-        return dict(zip(self.classes, self.store(stride).pixels.long().tolist(), strict=True))
+        return dict(zip(self.classes, self.store(head.stride).pixels.long().tolist(), strict=True))
 
     def predictions(
-        self, heads: Sequence[nn.Module], feed: Feed, rows: Rows
+        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows
     ) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
         """(image, each head's class of every pixel of the original image) for each image that the rows show."""
         for image, classes in self._classes(heads, feed, rows):
             yield image, [own.cpu().numpy() for own in classes]
 
     @torch.inference_mode()
-    def _classes(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> Iterator[tuple[int, list[Tensor]]]:
+    def _classes(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> Iterator[tuple[int, list[Tensor]]]:
         """`predictions`, on the device: image by image, of many tiles or of one piece."""
-        stride = _stride(heads[0])
+        stride = heads[0].stride
 
         def logits() -> Iterator[tuple[int, list[Tensor]]]:
             for batch, features in feed(evaluation_batches(rows)):
@@ -169,7 +167,7 @@ class Segmentation:
             pieces = ((own, self.cache.rows.placement(row), self.cache.rows.part_of(row)) for row, own in found)
             yield image, stitched_classes(pieces, stride, self.cache.images.placement(image).original)
 
-    def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
+    def evaluate(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show, which several processes share out among them."""
         here = scored_here(self.cache, rows)
         if execution.whole_batches(self.device):
@@ -179,7 +177,7 @@ class Segmentation:
         images = images_of(self.cache, rows)
         return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
 
-    def _counted(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
         """Confusion matrices, (heads, images, classes, classes), image by image: what suits a CPU."""
         classes, images = len(self.classes), images_of(self.cache, rows)
         matrices = np.zeros((len(heads), len(images), classes, classes), dtype=np.int64)
@@ -189,7 +187,7 @@ class Segmentation:
                 own[i] = confusion_matrix(truth, predicted, classes)
         return matrices
 
-    def _counted_there(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted_there(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
         """The same in few operations on the device, which is waited for once, at the end.
 
         Masks that were kept there are given up, and none is kept any more, where its memory is too small.
@@ -202,7 +200,7 @@ class Segmentation:
             raise
 
     @torch.inference_mode()
-    def _counted_whole(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted_whole(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
         """Images go through together where they are of one size and come whole; tiles are stitched image by image."""
         images, classes = images_of(self.cache, rows), len(self.classes)
         index = torch.arange(classes, device=self.device)
@@ -228,11 +226,11 @@ class Segmentation:
         return found.permute(2, 0, 1, 3).cpu().numpy()[:, [place[image] for image in images.tolist()]]
 
     def _count(
-        self, heads: Sequence[nn.Module], features: Features, row: int, truth: Tensor, index: Tensor, out: Tensor
+        self, heads: Sequence[DenseHead], features: Features, row: int, truth: Tensor, index: Tensor, out: Tensor
     ) -> None:
         """Fill in the confusion matrices of images of one size, of which one is shown by a row; see count_pairs."""
-        placement, stride = self.cache.rows.placement(row), _stride(heads[0])
-        logits = _every_logits(heads, features.cut(placement.content))
+        placement, stride = self.cache.rows.placement(row), heads[0].stride
+        logits = every_logits(heads, features.cut(placement.content))
         images, classes = len(truth), len(index)
         size = prod(placement.original) * classes  # values of one image and head
         at_once = max(1, min(images, VALUES_AT_ONCE // size))
@@ -272,7 +270,7 @@ class Segmentation:
         masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images)))
         return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
 
-    def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+    def panels(self, head: DenseHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         for image, (predicted,) in self.predictions([head], feed, rows):
             truth = self.cache.image_semantic(image)
@@ -336,20 +334,3 @@ class _LabelStore:
 
     def _decoded(self, labels: Tensor) -> Tensor:
         return labels.float() / self.stride**2 if self.loss_at == "level" else labels
-
-
-def _every_logits(heads: Sequence[nn.Module], features: Features) -> Tensor:
-    """(images, heads, classes, rows, columns); linear heads of one set of statistics together."""
-    linear = [head for head in heads if isinstance(head, LinearHead)]
-    means = {id(norm.running_mean) for head in linear for norm in head.norms.values()}
-    if len(linear) == len(heads) and len(means) == len(linear[0].norms):
-        return logits_of(linear, features).unflatten(1, (len(heads), -1))
-    if len(heads) == 1:
-        return heads[0](features)[:, None]
-    return torch.stack([head(features) for head in heads], 1)
-
-
-def _stride(head: nn.Module) -> int:
-    stride = head.stride
-    assert isinstance(stride, int)  # every dense head states it
-    return stride

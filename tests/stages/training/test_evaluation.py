@@ -36,7 +36,6 @@ from featprobe.stages.training.labels import LabelShelf, encode, shelf_of
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.segmentation import Segmentation
-from featprobe.stages.training.sources import feed_of
 from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import labels_in_frame
@@ -204,7 +203,7 @@ def test_each_head_of_a_bank_ends_with_the_statistics_of_its_own_best_point(part
         train(
             heads,
             [t.recipe for t in trials],
-            feed_of(source),
+            source.training,
             rows,
             run.task.start(heads),
             0,
