@@ -38,11 +38,11 @@ from featprobe.probes import (
     save_head,
     train,
 )
-from featprobe.probes.result_rows import result_faults
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
+from featprobe.result_rows import result_faults
 from featprobe.scores import SCORES
 from featprobe.specs import CacheDtype, Rows, digest
 from featprobe.splitting import SplitChoice
@@ -56,7 +56,8 @@ from featprobe.stages.training.labels import shelf_of
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.logs import Recorder
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
-from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, is_whole, row_of
+from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, row_of
+from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.segmentation import Segmentation
 from featprobe.stages.training.solve import Solution, solve
 from featprobe.stages.training.sources import Source, spec_of
