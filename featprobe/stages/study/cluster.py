@@ -29,7 +29,7 @@ from featprobe.stages.study.study import (
     run_cells,
     run_study,
 )
-from featprobe.stages.training.trials import Say
+from featprobe.stages.training.run import Say
 from featprobe.stages.workspace import Workspace
 from featprobe.texts import printable
 

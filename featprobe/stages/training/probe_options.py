@@ -139,7 +139,17 @@ class ProbeOptions:
 
     def seeds_at(self, fraction: float) -> int:
         """How many seeds are trained on a fraction of the training split."""
-        return self.seeds or (1 if self.head == "ridge" and fraction == 1 else SEEDS)
+        return self.seeds or (1 if self.is_solved and fraction == 1 else SEEDS)
+
+    def passes(self, fraction: float) -> list[tuple[int, ...]]:
+        """The seeds that share one pass over the rows, at a fraction of the training split."""
+        seeds = tuple(range(self.seeds_at(fraction)))
+        return [seeds] if self.shared_order else [(seed,) for seed in seeds]
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether its head has a closed form."""
+        return self.head is not None and KINDS[self.head].solved
 
     def climbs(self, fraction: float) -> bool:
         """Whether a ladder is to find the iterations. Of options whose head and recipe are filled in."""
@@ -148,4 +158,4 @@ class ProbeOptions:
             and self.recipe is not None
             and (self.recipe.iterations == KINDS[self.head].recipe.iterations)
         )
-        return self.budget == "auto" or (self.budget is None and fraction < 1 and usual and self.head != "ridge")
+        return self.budget == "auto" or (self.budget is None and fraction < 1 and usual and not self.is_solved)
