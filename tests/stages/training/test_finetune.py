@@ -323,8 +323,8 @@ import sys
 import featprobe.stages.training.fit
 featprobe.stages.training.fit.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
+from featprobe.kinds import TrainRecipe
 from featprobe.stages.training.finetune import finetune
-from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 recipe = TrainRecipe(iterations=24, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)
