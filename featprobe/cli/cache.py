@@ -295,11 +295,10 @@ def _audit_text(found: "Audit") -> str:
 
 
 def _parts_text(recipe: dict[str, Any]) -> str:
-    tiles = "whole images"
-    if recipe.get("tile"):
-        tiles = (
-            f"tiles of {recipe['tile']} pixels, overlap {recipe['overlap']}, {recipe['empty_tiles']:.0%} of the empty"
-        )
+    from featprobe.tiling import Tiling
+
+    tiling = Tiling.in_json(recipe)
+    tiles = tiling.text if tiling else "whole images"
     views = recipe["views"][1:]
     return f"{tiles}; of training images also {', '.join(views)}" if views else tiles
 

@@ -79,7 +79,7 @@ class Partition:
         DataError where the split does not fit the cache's images.
         """
         cache, usable = self.source, self.source.usable()
-        if self.choice.by != "own" and (cache.recipe.views[1:] or cache.recipe.empty_tiles < 1):
+        if self.choice.by != "own" and cache.recipe.keeps_own_split:
             raise ProbeError(
                 f"{cache.path} holds views, or fewer empty tiles, of the training images of the set's own split.\n"
                 f"Leave --split {self.choice} away, which would need others; or extract without --views and "

@@ -34,6 +34,7 @@ from featprobe.probes import load_head, objects_at_original
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
 from featprobe.report.sheets import Panel, colour_of, draw_overlay, png
+from featprobe.result_rows import ResultRow
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
 from featprobe.stages.extraction.survey import skippable
@@ -252,7 +253,7 @@ def predict(
                     write_together(pictures)
             bar.update(len(batch))
     if predictor.task != "semseg":
-        own_objects = predictor.card["result"]["instances"] == "own"
+        own_objects = ResultRow.from_json(predictor.card["result"]).instances == "own"
         ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
         write_whole(out / "predictions.json", json.dumps(written) + "\n")

@@ -44,9 +44,11 @@ from featprobe.errors import DataError, FeatprobeError
 from featprobe.kinds import TrainRecipe
 from featprobe.metrics import average_precision, iou_scores
 from featprobe.probes.saved import read_card, read_rows
+from featprobe.result_rows import ResultRow
 from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.compare import compare
-from featprobe.stages.comparison.results import ObjectTest, load_results
+from featprobe.stages.comparison.results import load_results
+from featprobe.stages.comparison.tested import ObjectTest
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.partition import SCARCE_FIRST, Partition, classes_of, single_splits, split_notes
 from featprobe.stages.training.commands import commands_of
@@ -488,11 +490,11 @@ def test_objects_of_several_heads_are_ranked_as_one_test_set(space: Workspace) -
                                 [p for p in whole.predictions if p["image_id"] in ids]))  # fmt: skip
     joined = ObjectTest.joined(parts)
     assert sorted(joined.ids) == sorted(whole.ids)
-    assert joined.scores(row)["box"]["ap"] == pytest.approx(
+    assert joined.scores(ResultRow.from_json(row))["box"]["ap"] == pytest.approx(
         average_precision(whole.truth, whole.predictions, "bbox").ap
     )
     results, _, _ = load_results(space.probes)
-    assert results[0].row["test"]["box"]["ap"] == row["test"]["box"]["ap"]
+    assert results[0].row.test["box"]["ap"] == row["test"]["box"]["ap"]
 
 
 def test_detection_in_folds_is_compared(space: Workspace) -> None:

@@ -310,6 +310,7 @@ def two_images() -> tuple[Features, tuple[FeatureLevel, ...], list[ObjectTarget]
     return Features({n: m.clone() for n, m in maps.items()}, (128, 128)), backbone.levels, targets, labels
 
 
+@pytest.mark.slow
 def test_a_head_overfits_two_images(kind: tuple[str, str], two_images: Any) -> None:
     if kind[1] == "ridge":
         pytest.skip("solved, not trained: see test_ridge.py")

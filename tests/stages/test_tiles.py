@@ -548,6 +548,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[s
     return workspace, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["semseg", "instseg"])
 def test_predict_cuts_and_stitches_as_the_row_was_scored(task: str, trained: Any, tmp_path: Path) -> None:
     workspace, rows = trained

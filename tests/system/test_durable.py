@@ -92,7 +92,7 @@ def test_a_head_that_a_loss_of_power_spoiled_is_not_ranked_and_not_done(
     lose(heads[0], lost)
     assert not asked_for(space, 0).is_done() and asked_for(space, 1).is_done()
     results, (unusable,), _ = load_results(space.probes)
-    assert sorted((result.row["task"], result.seeds) for result in results) == [("detect", (0,)), ("semseg", (1,))]
+    assert sorted((result.row.task, result.seeds) for result in results) == [("detect", (0,)), ("semseg", (1,))]
     assert unusable.folder == heads[0].relative_to(space.probes).as_posix()
     assert "Train it again:  featprobe probe --task semseg --data surface --backbone pooling" in unusable.reason
     if {"head.safetensors", "card.json"} & set(lost):
@@ -122,7 +122,7 @@ def test_a_head_that_was_trained_again_takes_the_place_of_the_spoiled_one(space:
     after, unusable, _ = load_results(space.probes)
     assert not unusable and len(after) == len(before)
     for one, other in zip(after, before, strict=True):
-        assert one.seeds == other.seeds and one.row["test"] == other.row["test"]
+        assert one.seeds == other.seeds and one.row.test == other.row.test
 
 
 def test_bytes_are_looked_at_when_they_are_asked_for_and_when_they_are_compared(

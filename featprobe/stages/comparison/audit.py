@@ -14,7 +14,7 @@ from featprobe.cache.quantised import as_read
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.kinds import KINDS
-from featprobe.metrics import Difference, Statistic, iou_statistic, mean_of, paired_difference
+from featprobe.metrics import Difference, Statistic, mean_of, paired_difference, pixel_statistic
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.partition import Partition
@@ -184,4 +184,4 @@ def _head_cost(workspace: Workspace, cache: Cache, head: str, options: AuditOpti
 def _statistic(outcome: Outcome) -> Statistic:
     """Foreground mIoU of a head as a function of how often each group counts."""
     with np.load(io.BytesIO(outcome.files["scores.npz"]), allow_pickle=False) as file:
-        return iou_statistic(file["confusion"], file["groups"].tolist())
+        return pixel_statistic(file["confusion"], file["groups"].tolist())

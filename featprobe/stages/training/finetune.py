@@ -9,10 +9,9 @@ from typing import Any
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
-from featprobe.kinds import KINDS, TrainRecipe
-from featprobe.probes.saved import head_folder, read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
-from featprobe.result_rows import result_faults
+from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.training.forecast import Forecast, forecast_text
@@ -35,8 +34,6 @@ from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
-CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
-"""What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
 FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
 """Options that a counterpart does not take from its frozen result."""
 
@@ -200,22 +197,22 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
             f"A counterpart takes {', '.join(given)} from its frozen result. Leave it away, or name what to train:\n"
             "  featprobe finetune --task TASK --data NAME …"
         )
-    rows, notes = read_rows(workspace.probes / "results.jsonl", result_faults)
+    rows, notes = read_results(workspace.probes / "results.jsonl")
     assert options.tuning is not None
     caches = _caches_by_key(workspace)
     if options.tuning.augment:
-        rows = [{**row, "feature_key": _without_views(row, caches)} for row in rows]
+        rows = [replace(row, feature_key=_without_views(row, caches)) for row in rows]
     climbs = options.budget == "auto"
     frozen = {
-        cell_of({**row, "budget": row.get("budget") or climbs}): row
+        counterpart_of(row, climbs): row
         for row in rows
-        if row["regime"] == "frozen" and row["head"] in KINDS and not KINDS[row["head"]].solved
+        if row.regime == "frozen" and row.is_known and not row.kind.solved
     }
     treated = (options.regime, options.tuning.augment)
     there = {
-        cell_of(row)
+        counterpart_of(row)
         for row in rows
-        if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated and is_whole(workspace.probes, row)
+        if (row.regime, bool(row.tuning and row.tuning.augment)) == treated and is_whole(workspace.probes, row)
     }
     if not frozen:
         raise ProbeError(
@@ -227,21 +224,21 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         raise ProbeError(f"Each of the {len(frozen)} frozen results has its counterpart ({options.regime}).")
     found = []
     for row in left:
-        cache = caches.get((row["feature_key"], row["data_fingerprint"]))
+        cache = caches.get((row.feature_key, row.data_fingerprint))
         try:
             if cache is None:
                 raise CacheError("its cache is not here any more")
             cache.usable()
-            if row["fraction"] < 1 and not row.get("subset"):
+            if row.fraction < 1 and not row.subset:
                 raise ProbeError("its part of the training split does not follow the seed: probe it again")
             own = _as_frozen(workspace, row, options)
-            if own.climbs(row["fraction"]) and row.get("fold") is not None:
+            if own.climbs(row.fraction) and row.fold is not None:
                 raise ProbeError("no iterations can be looked for in a cross-validation; omit --iterations auto for it")
-            found.append(Missing(Partition(cache, own.choice), row["task"], own, row["seed"], row["fraction"]))
+            found.append(Missing(Partition(cache, own.choice), row.task, own, row.seed, row.fraction))
         except CacheIncompleteError as error:
             notes.append(left_aside(error))
         except FeatprobeError as error:
-            notes.append(f"{row['folder']} was left aside: {str(error).splitlines()[0]}")
+            notes.append(f"{row.folder} was left aside: {str(error).splitlines()[0]}")
     if not found:
         raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(dict.fromkeys(notes)))
     for one in found:
@@ -250,18 +247,15 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     return found, notes
 
 
-def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a result and its counterparts in other regimes agree in. Each regime has a ladder of its own."""
-    recipe = row["recipe"]
-    return (
-        *(row[name] for name in CELL),
-        row.get("fold"),
-        tuple(row["levels"]),
-        "ladder" if row.get("budget") else recipe["iterations"],
-        recipe["batch_size"],
-        row.get("weights_from", "end of training"),
-        row.get("subset"),
-    )
+def counterpart_of(row: ResultRow, climbs: bool = False) -> tuple[Any, ...]:
+    """What a result and its counterparts in other regimes agree in. Each regime has a ladder of its own.
+
+    climbs: whether iterations are looked for, also where the row's own were given.
+    """
+    data = (row.backbone, row.feature_key, row.data_fingerprint, row.task, row.split, row.fold, row.instances)
+    head = (row.head, row.levels, row.fraction, row.subset, row.seed)
+    iterations = "ladder" if row.budget or climbs else row.recipe.iterations
+    return *data, *head, iterations, row.recipe.batch_size, row.weights_from
 
 
 def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
@@ -275,34 +269,32 @@ def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
     return found
 
 
-def _without_views(row: Mapping[str, Any], caches: Mapping[tuple[str, str], Cache]) -> str:
+def _without_views(row: ResultRow, caches: Mapping[tuple[str, str], Cache]) -> str:
     """The key of the features that a result is of, or of the same ones without stored views where they are here."""
-    cache = caches.get((row["feature_key"], row["data_fingerprint"]))
+    cache = caches.get((row.feature_key, row.data_fingerprint))
     if cache is not None:
         wanted = replace(cache.recipe, views=cache.recipe.views[:1], version=0)
         for (key, fingerprint), other in caches.items():
-            if fingerprint == row["data_fingerprint"] and replace(other.recipe, version=0) == wanted:
+            if fingerprint == row.data_fingerprint and replace(other.recipe, version=0) == wanted:
                 return key
-    return str(row["feature_key"])
+    return row.feature_key
 
 
-def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
+def _as_frozen(workspace: Workspace, row: ResultRow, options: ProbeOptions) -> ProbeOptions:
     """The options that train what a frozen row trained, but for the regime."""
     head = read_card(head_folder(workspace.probes, row))["head"]
-    recipe, climbs = TrainRecipe.from_json(row["recipe"]), bool(row.get("budget")) or options.budget == "auto"
-    usual = KINDS[row["head"]].recipe.iterations
-    grid = row["grid"]
+    climbs, usual = bool(row.budget) or options.budget == "auto", row.kind.recipe.iterations
     return replace(
         options,
-        head=row["head"],
+        head=row.head,
         levels=tuple(head["levels"]),
         width=head["width"],
         pyramid=head["pyramid"],
-        recipe=replace(recipe, iterations=usual) if climbs else recipe,
-        chosen_from=(tuple(grid["lr"]), tuple(grid["weight_decay"])) if any(grid.values()) else None,
+        recipe=replace(row.recipe, iterations=usual) if climbs else row.recipe,
+        chosen_from=(row.grid.lr, row.grid.weight_decay) if row.grid.lr or row.grid.weight_decay else None,
         budget="auto" if climbs else "fixed",
-        split=row["split"] if row.get("fold") is None else f"{row['split']}/{row['fold']}",
-        instances=row["instances"],
-        absent=row["absent_classes"],
-        fractions=(row["fraction"],),
+        split=str(row.choice),
+        instances=row.instances,
+        absent=row.absent_classes,
+        fractions=(row.fraction,),
     )

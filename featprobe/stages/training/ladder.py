@@ -8,7 +8,8 @@ that a ladder that was stopped goes on, and its answer is known without training
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import numpy as np
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.probes import append_row, plain
-from featprobe.probes.saved import head_folder, read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_results, read_rows
 from featprobe.processes import from_main, is_main
-from featprobe.result_rows import ladder_faults, result_faults
+from featprobe.result_rows import ResultRow, ladder_faults
 from featprobe.scores import SCORES
 from featprobe.specs import digest
 from featprobe.stages.partition import Partition
@@ -27,7 +28,7 @@ from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
 from featprobe.stages.training.run import Say, foreseen, validated
 from featprobe.stages.training.saved_results import is_whole
-from featprobe.stages.training.training import Training, rows_now
+from featprobe.stages.training.training import Training, state_of
 from featprobe.stages.workspace import Workspace
 
 GAIN = 0.005  # of the validation score, half a point: what a rung must gain, and how near to the best is as good
@@ -239,7 +240,8 @@ class Ladder:
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        return from_main(lambda: list(rows_now(self.workspace.probes / FILE, ladder_faults)))
+        path = self.workspace.probes / FILE
+        return from_main(lambda: _rungs(path, state_of(path)))
 
     def _own_scores(self, rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
         seeds = len(self._seeds())
@@ -294,23 +296,28 @@ class Ladder:
         return Training(self.workspace, self.partition, self.task, options, seeds, self.fraction)
 
 
+@lru_cache(1)
+def _rungs(path: Path, state: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The rows of a file of ladders, parsed once as long as its state is the same."""
+    return read_rows(path, ladder_faults)[0]
+
+
 def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     """Notes on results of other backbones that were trained with fewer iterations than a later backbone needs."""
     most = {ladder.comparison: ladder.found().recipe for ladder in ladders}
-    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in read_rows(workspace.probes / "results.jsonl", result_faults)[0] if most else ():
-        comparison = (row.get("budget") or {}).get("comparison")
-        if comparison in most:
-            results.setdefault((comparison, row["feature_key"]), []).append(row)
+    results: dict[tuple[str, str], list[ResultRow]] = {}
+    for row in read_results(workspace.probes / "results.jsonl")[0] if most else ():
+        if row.budget and row.budget.comparison in most:
+            results.setdefault((row.budget.comparison, row.feature_key), []).append(row)
     notes = []
     for (comparison, _), rows in results.items():
-        row = max(rows, key=lambda row: row["recipe"]["iterations"])
-        needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
+        row = max(rows, key=lambda row: row.recipe.iterations)
+        needed, has = most[comparison].iterations, row.recipe.iterations  # type: ignore[union-attr]
         if has < needed and is_whole(workspace.probes, row):  # else it is in no table either
-            seeds = [own["seed"] for own in rows if own["recipe"]["iterations"] == has]
-            again = level_command(read_card(head_folder(workspace.probes, row), whole=True), seeds, row["data"])
+            seeds = [own.seed for own in rows if own.recipe.iterations == has]
+            again = level_command(read_card(head_folder(workspace.probes, row), whole=True), seeds)
             notes.append(
-                f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
+                f"{row.backbone} on {row.data} was trained with {has} iterations; a backbone that it is compared "
                 f"with needs {needed}. To bring it level:  {again}"
             )
     return notes

@@ -1,7 +1,7 @@
 """A training, settled before anything is computed: what it is, where its results lie, and whether they are there."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,12 +11,11 @@ import torch
 
 from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache
-from featprobe.fields import Fault
 from featprobe.kinds import KINDS, HeadKind, TrainRecipe
 from featprobe.probes import grid_of
-from featprobe.probes.saved import read_card, read_rows
+from featprobe.probes.saved import read_card, read_results
 from featprobe.processes import pick_device
-from featprobe.result_rows import result_faults
+from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES, TaskScores
 from featprobe.specs import DataInfo, FeatureRecipe, digest
 from featprobe.splitting import SplitChoice
@@ -25,8 +24,6 @@ from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe_options import Budget, ProbeOptions, Regime, Tuning
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.workspace import Workspace
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class Training:
         """The same as rows keep it, with the views that the cache holds; None for images as they are."""
         if self.augmentation:
             return self.augmentation.to_json()
-        stored = self.features.views[1:]
+        stored = self.features.further_views
         return {"views": list(stored)} if stored else None
 
     @cached_property
@@ -193,7 +190,7 @@ class Training:
         return digest([
             self.task, self.kind.name, options.width, options.pyramid, loop, tried, options.shared_order, self.fraction,
             self.choice.key, options.instances, options.absent, asked, self.subset, self.data.fingerprint,
-            features.views[1:], features.tile, features.overlap, features.empty_tiles,
+            *features.shown,
         ])  # fmt: skip
 
     @cached_property
@@ -231,23 +228,14 @@ class Training:
 
         hashes: compare all bytes of the files, beside their sizes.
         """
-        probes, last = self.workspace.probes, last_rows(self.workspace.probes / "results.jsonl")
+        probes = self.workspace.probes
+        last = _last_rows(probes / "results.jsonl", state_of(probes / "results.jsonl"))
         rows = [last.get((folder, self.data.fingerprint)) for folder in self.folders]
         return all(row is not None and is_whole(probes, row, hashes=hashes) for row in rows)
 
 
-def last_rows(path: Path) -> Mapping[tuple[str, str], Row]:
-    """The last row of each folder and data set of a file of results, by both."""
-    return _last_rows(path, _state(path))
-
-
-def rows_now(path: Path, faults_of: Callable[[Mapping[str, Any]], list[Fault]]) -> tuple[Row, ...]:
-    """The rows of a file, see `read_rows`; parsed again only where the file is not what it was."""
-    return _rows_now(path, faults_of, _state(path))
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """What differs where a file was written again, or grew."""
+def state_of(path: Path) -> tuple[int, ...]:
+    """What differs where a file was written again, or grew: its inode, bytes and time; () where there is none."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -256,12 +244,6 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 @lru_cache(1)
-def _last_rows(path: Path, state: tuple[int, ...]) -> Mapping[tuple[str, str], Row]:
-    return {(row["folder"], row["data_fingerprint"]): row for row in rows_now(path, result_faults)}
-
-
-@lru_cache(2)
-def _rows_now(
-    path: Path, faults_of: Callable[[Mapping[str, Any]], list[Fault]], state: tuple[int, ...]
-) -> tuple[Row, ...]:
-    return tuple(read_rows(path, faults_of)[0])
+def _last_rows(path: Path, state: tuple[int, ...]) -> Mapping[tuple[str, str], ResultRow]:
+    """The last row of each folder and data set of a file of results, parsed once as long as its state is the same."""
+    return {(row.folder, row.data_fingerprint): row for row in read_results(path)[0]}
