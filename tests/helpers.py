@@ -26,6 +26,9 @@ from featprobe.result_rows import ResultRow
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
 from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.partition import Partition
+from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import encode_instances, encode_semantic
 
@@ -64,6 +67,13 @@ def extract(root: Path, data: Path, backbone: object = None, **changed: object) 
 def opened(path: Path) -> Cache:
     """The cache at a path, whether its identity is intact or not."""
     return Cache(path, read_contents(path))
+
+
+def training_of(
+    workspace: Workspace, cache: Cache, task: str, options: ProbeOptions, seed: int = 0, fraction: float = 1.0
+) -> Training:
+    """The training of one seed."""
+    return Training(workspace, Partition(cache, options.choice), task, options, (seed,), fraction)
 
 
 def stored(path: Path) -> dict[str, bytes]:

@@ -17,10 +17,12 @@ from featprobe.kinds import KINDS
 from featprobe.metrics import Difference, Statistic, mean_of, paired_difference, pixel_statistic
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
+from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe import checked
 from featprobe.stages.training.probe_options import SEEDS, ProbeOptions
+from featprobe.stages.training.run import judged
 from featprobe.stages.training.task import Outcome
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 MOST_ROWS = 512  # that errors are measured on
@@ -161,20 +163,19 @@ def _check_range(cache: Cache, maps: Any) -> None:
 
 
 def _head_cost(workspace: Workspace, cache: Cache, head: str, options: AuditOptions, say: Say) -> HeadCost:
-    recipe = KINDS[head].recipe
-    if options.iterations and head != "ridge":
+    task, recipe, solved = KINDS[head].task, KINDS[head].recipe, KINDS[head].solved
+    if options.iterations and not solved:
         recipe = replace(recipe, iterations=options.iterations)
-    how = checked("semseg", ProbeOptions(
+    how = checked(task, ProbeOptions(
         head=head, recipe=recipe, shared_order=True, device=options.device, quiet=options.quiet,
     ))  # fmt: skip
-    seeds = list(range(1 if head == "ridge" else options.seeds))
+    seeds = tuple(range(1 if solved else options.seeds))
     scores: dict[str, Statistic] = {}
     dtypes: tuple[CacheDtype, ...] = ("fp16", "int8")
     for dtype in dtypes:
-        run = Run(workspace, cache, "semseg", how, seeds, 1.0)
-        run.as_dtype = dtype
-        say(f"{run.title}: {head} on {dtype}, {counted(len(seeds), 'seed')}")
-        scores[dtype] = mean_of([_statistic(outcome) for outcome in run.judged()])
+        training = Training(workspace, Partition(cache, how.choice), task, how, seeds)
+        say(f"{training.title}: {head} on {dtype}, {counted(len(seeds), 'seed')}")
+        scores[dtype] = mean_of([_statistic(outcome) for outcome in judged(training, dtype)])
     difference = paired_difference(scores["int8"], scores["fp16"])
     fp16, int8 = (float(scores[dtype].value(np.ones((1, sum(scores[dtype].sizes))))[0]) for dtype in dtypes)
     return HeadCost(head, len(seeds), fp16, int8, difference)

@@ -132,7 +132,7 @@ def _partition(workspace: Workspace, result: Result) -> str:
     place = "/".join(Path(row.folder).parts[:2])  # as of its cache
     try:
         cache = open_cache(workspace.cache / f"{place}.h5")
-        partition, tested = partition_of(cache, row.split)
+        partition, tested = partition_of(cache, row.choice)
     except FeatprobeError:
         return result.comparable
     known = cache.data.fingerprint == row.data_fingerprint and tested == set(result.runs[0].test.ids)

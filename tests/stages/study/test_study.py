@@ -32,7 +32,7 @@ from featprobe.report.tables import result_table
 from featprobe.result_rows import ResultRow
 from featprobe.stages.comparison.compare import compare
 from featprobe.stages.study.study import Study, cells_of, left_out, read_study, run_study
-from featprobe.stages.training import trials
+from featprobe.stages.training import fit
 from featprobe.stages.workspace import Workspace, make_generated
 
 ROOT = Path(__file__).parents[3]
@@ -404,7 +404,7 @@ KILLS = 10
 
 def run_all(root: Path, study: Path) -> None:
     """A whole study in a process of its own, which keeps its state at every pass over the training images."""
-    trials.CHECKPOINT_SECONDS = 0.0
+    fit.CHECKPOINT_SECONDS = 0.0
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     workspace = Workspace(root)
     run_study(workspace, read_study(study, workspace))

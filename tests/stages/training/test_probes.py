@@ -738,7 +738,7 @@ def test_a_place_that_can_not_be_written_is_met_before_training(
 ) -> None:
     (tmp_path / "probes").write_text("a file where a folder should be")
     monkeypatch.setattr(pooled, "probes", tmp_path / "probes")
-    monkeypatch.setattr("featprobe.stages.training.trials.train", None)
+    monkeypatch.setattr("featprobe.stages.training.fit.train", None)
     with pytest.raises(ProbeError, match=r"can't be written \(.*\)\. Nothing was trained"):
         probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))
 
