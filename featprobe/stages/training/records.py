@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe import __version__
-from featprobe.cache import Cache
-from featprobe.disk import parse_json, read_regular
+from featprobe.disk import parse_json
 from featprobe.errors import FileKindError, ProbeError
 from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.machine import available_memory
@@ -223,13 +222,3 @@ def curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> di
         "chosen": chosen,
         "curve": [asdict(point) for point in curve],
     }
-
-
-def extraction_seconds(cache: Cache) -> float | None:
-    """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
-    log = cache.path.with_suffix(".runs.jsonl")
-    try:
-        lines = read_regular(log, LARGEST_LOG).splitlines()
-        return sum(parse_json(line)["seconds"]["run"] for line in lines)
-    except (OSError, ValueError, KeyError, TypeError, FileKindError):  # a kill can tear a line
-        return None

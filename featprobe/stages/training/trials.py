@@ -17,7 +17,7 @@ from tqdm import tqdm
 from featprobe.backbones.precision import Precision, resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
-from featprobe.datasets.images.reading import hash_image, read_levels, to_unit
+from featprobe.datasets.images.reading import hash_image, read_levels, unit_of
 from featprobe.disk import remove_leftovers
 from featprobe.errors import DataError, DivergedError, ProbeError, counted
 from featprobe.geometry import IDENTITY
@@ -45,7 +45,8 @@ from featprobe.processes import check_batch, check_together, from_main, is_main,
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import CacheDtype, Rows, digest
 from featprobe.splitting import SplitChoice
-from featprobe.stages.extraction.augment import Augmentation
+from featprobe.stages.extraction.crops import Augmentation
+from featprobe.stages.extraction.run_log import extraction_seconds
 from featprobe.stages.memory import Batches, Portions, fitting
 from featprobe.stages.partition import regrouped, split_rows
 from featprobe.stages.row_images import images_of, rows_of
@@ -56,7 +57,7 @@ from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.logs import Recorder
 from featprobe.stages.training.outcome import EVALUATION_BATCH, Outcome, evaluation_batches, spread_over
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
-from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, is_whole, row_of
+from featprobe.stages.training.records import card_of, curve_json, is_whole, row_of
 from featprobe.stages.training.segmentation import Segmentation
 from featprobe.stages.training.sources import Source, feed_of, spec_of
 from featprobe.stages.training.subset import training_subset
@@ -292,7 +293,7 @@ class Run:
                 path = Path(self.cache.data.root) / self.cache.images.texts["image"][image]
                 if hash_image(path) != self.cache.images.texts["image_hash"][image]:
                     raise DataError(f"{path} is not the image that {self.cache.path} was made from")
-                pixels = to_unit(read_levels(path), self.cache.recipe.window, self.cache.recipe.policy)
+                pixels = unit_of(read_levels(path), self.cache.recipe)
                 panels.append((self.cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
         path = self.folder / f"seed{self.seeds[0]}" / "sheet.png"
         save_sheet(path, panels, ["image", "truth", f"prediction ({self.cache.recipe.label})"], self.classes)
