@@ -32,7 +32,6 @@ from featprobe.stages.training.sources import spec_of
 if TYPE_CHECKING:
     from featprobe.stages.training.trials import Run, Trial
 
-LARGEST_LOG = 1 << 26  # bytes
 UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError,
     MemoryError, OverflowError, zipfile.BadZipFile, zlib.error, FileKindError,
