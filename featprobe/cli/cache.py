@@ -202,7 +202,7 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
       featprobe cache audit xray
       featprobe cache audit xray --heads none
     """
-    from featprobe.probes.saved import plain
+    from featprobe.fields import plain
     from featprobe.stages.comparison.audit import AuditOptions, audit
 
     workspace = workspace_of(ctx)

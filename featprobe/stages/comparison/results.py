@@ -25,13 +25,13 @@ from featprobe.metrics import (
 )
 from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
-from featprobe.probes.result_rows import result_faults
 from featprobe.probes.saved import head_folder, read_files, read_rows
+from featprobe.result_rows import result_faults
 from featprobe.specs import digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.comparison.recipes import shared_recipe
-from featprobe.stages.training.records import UNREADABLE, card_beside, damaged, read_arrays
+from featprobe.stages.training.saved_results import UNREADABLE, card_beside, damaged, read_arrays
 from featprobe.tiling import Tiling
 
 RUN = (
