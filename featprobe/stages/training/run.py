@@ -14,11 +14,12 @@ from featprobe.probes import Head, append_row, make_folder, plain, save_head
 from featprobe.processes import from_main, is_main
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import CacheDtype
+from featprobe.stages.extraction.run_log import extraction_seconds
 from featprobe.stages.row_images import images_of, rows_of
 from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
 from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
-from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, row_of
+from featprobe.stages.training.records import card_of, curve_json, row_of
 from featprobe.stages.training.sources import Source
 from featprobe.stages.training.task import Outcome, spread_over
 from featprobe.stages.training.training import Training
