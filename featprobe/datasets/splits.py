@@ -38,9 +38,9 @@ def split_by_group(
     """
     sizes: dict[str, int] = defaultdict(int)
     held_by: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # group -> class -> images
-    for group, held in zip(groups, classes or [()] * len(groups), strict=True):
+    for group, of_image in zip(groups, classes or [()] * len(groups), strict=True):
         sizes[group] += 1
-        for name in set(held):
+        for name in set(of_image):
             held_by[group][name] += 1
     if len(sizes) < len(shares):
         raise DataError(

@@ -247,7 +247,7 @@ def test_a_split_file_must_list_the_images_that_are_there() -> None:
     with pytest.raises(DataError) as caught:
         file.placed(["a", "b", "c", "d"], list("abcd"))
     assert "2 images that the file does not list: c, d" in str(caught.value)
-    assert "1 that it lists and that are not there: x" in str(caught.value)
+    assert "1 images that it lists and the set lacks: x" in str(caught.value)
 
 
 def test_another_split_is_not_told_what_the_own_one_lacks(tmp_path: Path) -> None:

@@ -446,7 +446,7 @@ def test_colours_without_names_are_classes_and_are_told(tmp_path: Path) -> None:
     data = read_data("set", colour_set(tmp_path))
     assert data.classes == ("#0000ff", "#ff0000") and data.tasks == ("semseg",)
     assert np.array_equal(target_of(data, "images/p0.png").semantic, square(2, 3, 5))
-    assert any("#0000ff, #ff0000, of which #0000ff counts as background" in note for note in data.notes)
+    assert any("#0000ff, #ff0000 are the classes, and #0000ff counts as background" in note for note in data.notes)
 
 
 @pytest.mark.parametrize(

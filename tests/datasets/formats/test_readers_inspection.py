@@ -74,7 +74,7 @@ def test_gc10_det_reads_an_image_in_two_class_folders_once(tmp_path: Path, place
     assert data.classes == ("background", "10_yaozhed", "1_chongkong", "2_hanfeng")
     assert [i.category for i in objects_of(data, f"{place}1/img_1.jpg")] == [2, 3]
     assert "1 images are in several folders and are counted once: img_1" in data.notes
-    assert "1 names stand for several images and one XML file and are left out: img_9" in data.notes
+    assert "1 names have several images but one XML file and are left out: img_9" in data.notes
 
 
 # ---- VisA ------------------------------------------------------------------------------------------------------------
