@@ -575,37 +575,9 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 
 
 def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
-    from featprobe.geometry import parse_size
-    from featprobe.specs import parse_views
     from featprobe.stages.extraction.extract_options import ExtractOptions
 
-    same = (
-        "format",
-        "images",
-        "masks",
-        "group_from",
-        "split_file",
-        "fit",
-        "intensity",
-        "batch_size",
-        "dtype",
-        "precision",
-        "device",
-        "skip_bad",
-        "quiet",
-        "tile",
-        "overlap",
-        "empty_tiles",
-    )
-    return ExtractOptions(
-        levels=names(options["levels"]),
-        size=parse_size(options["size"]) if options["size"] else None,
-        shard=_parse_shard(options.get("shard")),
-        rehash=options.get("rehash", False),
-        views=None if options["views"] is None else parse_views(options["views"]),
-        **{name: options[name] for name in same},
-        **({"workers": options["workers"]} if options["workers"] else {}),
-    )
+    return ExtractOptions.of({**options, "shard": _parse_shard(options.get("shard"))})
 
 
 def _parse_shard(text: str | None) -> tuple[int, int] | None:
@@ -622,7 +594,7 @@ def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     if json_:
         return show_json(report.rows)
     from featprobe.report.tables import result_text
-    from featprobe.stages.training.records import card_beside
+    from featprobe.stages.training.saved_results import card_beside
 
     rows = [
         {**row, "dtype": card_beside(probes, row)["features"]["dtype"]} if row["regime"] == "frozen" else row

@@ -75,8 +75,8 @@ class LinearBank:
 
 
 def all_linear(heads: Sequence[DenseHead]) -> list[LinearHead]:
-    """The heads, where all of them are linear, so that they can be computed together; else none of them."""
-    found = [head for head in heads if isinstance(head, LinearHead)]
+    """The heads, where all of them are LinearHead itself, and can be computed together; else none of them."""
+    found = [head for head in heads if type(head) is LinearHead]  # a subclass may compute something else
     return found if len(found) == len(heads) else []
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,12 @@ class _Said:
         return torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], -1)
 
 
+class _Output(nn.Conv2d):
+    """The last convolution of a tower, which has a bias."""
+
+    bias: nn.Parameter
+
+
 class FcosHead(BatchedObjectHead):
     """Boxes from every cell of a feature pyramid: class, distances to the four sides, centrality.
 
@@ -117,13 +124,13 @@ class FcosHead(BatchedObjectHead):
         self.class_tower = nn.ModuleList(ConvBlock(width) for _ in range(convs))
         self.box_tower = nn.ModuleList(ConvBlock(width) for _ in range(convs))
         last = torch.channels_last
-        self.class_out = nn.Conv2d(width, classes - 1, 3, padding=1).to(memory_format=last)
-        self.box_out = nn.Conv2d(width, 5, 3, padding=1).to(memory_format=last)  # four distances, centrality
+        self.class_out = _Output(width, classes - 1, 3, padding=1).to(memory_format=last)
+        self.box_out = _Output(width, 5, 3, padding=1).to(memory_format=last)  # four distances, centrality
         self.scales = nn.Parameter(torch.ones(len(self.strides)))
         for out in (self.class_out, self.box_out):
             nn.init.normal_(out.weight, std=0.01)
-            nn.init.zeros_(out.bias)  # type: ignore[arg-type]
-        nn.init.constant_(self.class_out.bias, -torch.tensor((1 - PRIOR) / PRIOR).log().item())  # type: ignore[arg-type]
+            nn.init.zeros_(out.bias)
+        nn.init.constant_(self.class_out.bias, -torch.tensor((1 - PRIOR) / PRIOR).log().item())
 
     @property
     def assignment(self) -> dict[str, str]:
@@ -147,7 +154,8 @@ class FcosHead(BatchedObjectHead):
     def _said(self, features: Features) -> _Said:
         """Both towers side by side: first convolved as one, then as two groups of one convolution."""
         device, width = self.scales.device, self.class_out.in_channels
-        towers: list[tuple[ConvBlock, ...]] = list(zip(self.class_tower, self.box_tower, strict=True))  # type: ignore[arg-type]
+        pairs = zip(self.class_tower, self.box_tower, strict=True)
+        towers = [[cast(ConvBlock, block) for block in pair] for pair in pairs]
         weights = [torch.cat([block.conv.weight for block in pair]) for pair in towers]
         with half_products(device, training=self.training):
             maps = self.pyramid.convolved(features, weights[0], self.strides)
@@ -159,7 +167,7 @@ class FcosHead(BatchedObjectHead):
             named, placed = (pad(own.weight, (0, 0, 0, 0, *side)) for own, side in (
                 (self.class_out, (0, width)), (self.box_out, (width, 0)),
             ))  # fmt: skip
-            weight, bias = torch.cat([named, placed]), torch.cat([self.class_out.bias, self.box_out.bias])  # type: ignore[list-item]
+            weight, bias = torch.cat([named, placed]), torch.cat([self.class_out.bias, self.box_out.bias])
             weight = weight.contiguous(memory_format=torch.channels_last)
             out = torch.cat([conv2d(x.to(weight.dtype), weight, bias, padding=1).flatten(2) for x, _ in maps], 2)
         grid = grid_of(self.strides, features.frame, device)

@@ -15,6 +15,7 @@ from featprobe.probes.head import Head
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
+from featprobe.scores import SCORES
 from featprobe.specs import MOST_CLASSES
 
 MOST_WIDTH = 2**12  # channels, of what a card may claim
@@ -77,7 +78,7 @@ def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
 
 
 def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
-    masks = recipe.task == "instseg"
+    masks = SCORES[recipe.task].on == "masks"
     return RcnnHead(
         levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.sides, recipe.pyramid, masks
     )

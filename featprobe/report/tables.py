@@ -9,7 +9,7 @@ import pandas as pd
 from featprobe.errors import counted
 from featprobe.report.comparison import NONE
 from featprobe.report.text import table_text
-from featprobe.specs import SplitChoice
+from featprobe.splitting import SplitChoice
 from featprobe.texts import cell
 
 SCORES: Mapping[str, Mapping[str, tuple[str, ...]]] = {

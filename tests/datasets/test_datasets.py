@@ -32,7 +32,7 @@ from featprobe.datasets.samples import Sample
 from featprobe.datasets.splits import SHARES, carve_validation, complete_splits, split_by_group
 from featprobe.errors import DataError, OutOfImageError
 from featprobe.geometry import place
-from featprobe.specs import Intensity
+from featprobe.intensity import Intensity
 from featprobe.stages.extraction.survey import choose_intensity, survey
 from featprobe.targets import Instance, Target, decode_rle, decode_window, encode_rle, semantic_from_instances
 

@@ -44,7 +44,7 @@ from featprobe.errors import DataError, FeatprobeError
 from featprobe.kinds import TrainRecipe
 from featprobe.metrics import average_precision, iou_scores
 from featprobe.probes.saved import read_card, read_rows
-from featprobe.specs import SplitChoice
+from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.compare import compare
 from featprobe.stages.comparison.results import ObjectTest, load_results
 from featprobe.stages.extraction.extract import extract_with

@@ -29,7 +29,7 @@ from featprobe.geometry import Part, Placement, place, place_tile, tile_starts, 
 from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
-from featprobe.specs import BackboneSpec, parse_views
+from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.augment import Augmentation, augment
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
@@ -53,6 +53,7 @@ from featprobe.targets import (
     labels_in_frame,
     move_rle,
 )
+from featprobe.tiling import parse_views
 
 BRIEF = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, evaluations=2, clip=10.0)
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

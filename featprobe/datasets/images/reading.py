@@ -20,7 +20,7 @@ from featprobe.datasets.names import not_there
 from featprobe.datasets.samples import listed
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Placement, Size
-from featprobe.specs import Intensity
+from featprobe.intensity import Intensity
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm", ".dicom")
 RESAMPLING = {

@@ -28,7 +28,7 @@ from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.training.labels import shelf_of
 from featprobe.stages.training.live import Truth, Views
-from featprobe.stages.training.task import Batch, Outcome, evaluation_batches, scored_here
+from featprobe.stages.training.task import Batch, Draw, Outcome, evaluation_batches, scored_here
 from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
@@ -178,12 +178,12 @@ class Detection:
             image |= {"file_name": texts["id"][index], "group": texts["group"][index]}
         return truth
 
-    def panels(self, head: ObjectHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+    def panels(self, head: ObjectHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         for image, (objects,) in self.predictions([head], feed, rows):
             shown = tuple(instance for instance, score in objects if score >= SHOWN_FROM)
             truth = self.image_instances(image)
-            yield image, lambda pixels, t=truth, p=shown: [Panel(pixels, instances=t), Panel(pixels, instances=p)]
+            yield image, partial(_panels, truth, shown)
 
     def fullness(self, image: int) -> int:
         """How much there is to see in an image: its objects."""
@@ -254,6 +254,10 @@ class MaskStore:
         for mask, (top, left, crop) in zip(found, crops, strict=True):
             mask[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
         return found
+
+
+def _panels(truth: tuple[Instance, ...], found: tuple[Instance, ...], pixels: NDArray[np.float32]) -> list[Panel]:
+    return [Panel(pixels, instances=truth), Panel(pixels, instances=found)]
 
 
 def _crop(mask: Tensor) -> tuple[int, int, Tensor]:

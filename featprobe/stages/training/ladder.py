@@ -16,13 +16,14 @@ import numpy as np
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.probes import append_row, plain
-from featprobe.probes.result_rows import ladder_faults, result_faults
 from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import from_main, is_main
-from featprobe.specs import SplitChoice, digest
+from featprobe.result_rows import ladder_faults, result_faults
+from featprobe.specs import digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.training.commands import level_command
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
-from featprobe.stages.training.records import is_whole
+from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.trials import Run, Say
 from featprobe.stages.workspace import Workspace
 

@@ -39,7 +39,8 @@ from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
 from featprobe.stages.training.labels import encode, shelf_of
 from featprobe.stages.training.live import Truth, Views
-from featprobe.stages.training.task import Batch, Outcome, evaluation_batches, scored_here
+from featprobe.stages.training.task import Batch, Draw, Outcome, evaluation_batches, scored_here
+from featprobe.targets import Labels
 
 SENT_AT_ONCE = 64  # masks
 DEVICE_MEMORY_SHARE = 0.2  # of a GPU's free memory, for labels of training that are kept there; and as much for masks
@@ -69,8 +70,7 @@ class Segmentation:
         self.views = views
         self.classes = cache.data.classes
         self._stores: dict[tuple[str, int, bytes], _LabelStore] = {}
-        self._truths: dict[bytes, Tensor] = {}  # of the images of some rows, on the device
-        self._truths_left: float | None = None  # bytes there, for more of them; None until the first are asked for
+        self._truths = _DeviceMasks(cache, device)
 
     def truth_of(self, row: int) -> Truth:
         """What augmented views of a row are labelled from."""
@@ -195,8 +195,7 @@ class Segmentation:
         try:
             return self._counted_whole(heads, feed, rows)
         except torch.OutOfMemoryError:
-            self._truths.clear()
-            self._truths_left = 0
+            self._truths.give_up()
             raise
 
     @torch.inference_mode()
@@ -208,73 +207,27 @@ class Segmentation:
         order, done = images.tolist(), 0
         if self.cache.recipe.in_parts:
             for i, (image, every) in enumerate(self._classes(heads, feed, rows)):
-                count_pairs(self._sent(np.array([image])), torch.stack(every)[None], index, found[i : i + 1])
+                count_pairs(self._truths.sent(np.array([image])), torch.stack(every)[None], index, found[i : i + 1])
         else:
-            groups = self._of_one_size(rows)
+            groups = _of_one_size(self.cache, rows)
             order = [row for group in groups for row in group.tolist()]
             fed = feed([batch for group in groups for batch in evaluation_batches(group)])
             for group in groups:
-                masks, start = self._truth(group), done
+                masks, start = self._truths.of(group), done
                 while done < start + len(group):
                     batch, features = next(fed)
                     stop = done + len(batch)
-                    self._count(
-                        heads, features, int(batch[0]), masks(done - start, stop - start), index, found[done:stop]
-                    )
+                    placement = self.cache.rows.placement(int(batch[0]))
+                    truth = masks(done - start, stop - start)
+                    _count(heads, features, placement, truth, index, found[done:stop])
                     done = stop
         place = {image: i for i, image in enumerate(order)}
         return found.permute(2, 0, 1, 3).cpu().numpy()[:, [place[image] for image in images.tolist()]]
 
-    def _count(
-        self, heads: Sequence[DenseHead], features: Features, row: int, truth: Tensor, index: Tensor, out: Tensor
-    ) -> None:
-        """Fill in the confusion matrices of images of one size, of which one is shown by a row; see count_pairs."""
-        placement, stride = self.cache.rows.placement(row), heads[0].stride
-        logits = every_logits(heads, features.cut(placement.content))
-        images, classes = len(truth), len(index)
-        size = prod(placement.original) * classes  # values of one image and head
-        at_once = max(1, min(images, VALUES_AT_ONCE // size))
-        beside = max(1, min(len(heads), VALUES_AT_ONCE // (size * at_once)))
-        for i, k in product(range(0, images, at_once), range(0, len(heads), beside)):
-            own = slice(i, i + at_once), slice(k, k + beside)
-            predicted = logits_at_original(logits[own], stride, placement).argmax(2)
-            count_pairs(truth[own[0]], predicted, index, out[own[0], :, own[1]])
-
-    def _of_one_size(self, rows: Rows) -> list[Rows]:
-        """The rows in groups of one placement, each in order."""
-        groups: dict[Placement, list[int]] = {}
-        for row in rows.tolist():
-            groups.setdefault(self.cache.rows.placement(row), []).append(row)
-        return [np.array(group, dtype=np.intp) for group in groups.values()]
-
-    def _truth(self, images: Rows) -> Callable[[int, int], Tensor]:
-        """From a start and a stop to the masks of some of these images, which are of one size, on the device.
-
-        These are (images, height, width), uint8, and sent there once where they fit.
-        """
-        size, key = self.cache.images.placement(int(images[0])).original, images.tobytes()
-        if self._truths_left is None:
-            self._truths_left = DEVICE_MEMORY_SHARE * (device_room(self.device) or 0)
-        if key not in self._truths:
-            if len(images) * prod(size) > self._truths_left:
-                return lambda start, stop: self._sent(images[start:stop])
-            whole = torch.empty((len(images), *size), dtype=torch.uint8, device=self.device)
-            for start in range(0, len(images), SENT_AT_ONCE):
-                whole[start : start + SENT_AT_ONCE] = self._sent(images[start : start + SENT_AT_ONCE])
-            self._truths[key] = whole
-            self._truths_left -= whole.nbytes
-        return lambda start, stop: self._truths[key][start:stop]
-
-    def _sent(self, images: Rows) -> Tensor:
-        """The masks of images of one size, on their way to the device: (images, height, width), uint8."""
-        masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images)))
-        return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
-
-    def panels(self, head: DenseHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+    def panels(self, head: DenseHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         for image, (predicted,) in self.predictions([head], feed, rows):
-            truth = self.cache.image_semantic(image)
-            yield image, lambda pixels, t=truth, p=predicted: [Panel(pixels, t), Panel(pixels, p)]
+            yield image, partial(_panels, self.cache.image_semantic(image), predicted)
 
     def fullness(self, image: int) -> int:
         """How much there is to see in an image: labelled foreground pixels."""
@@ -334,3 +287,67 @@ class _LabelStore:
 
     def _decoded(self, labels: Tensor) -> Tensor:
         return labels.float() / self.stride**2 if self.loss_at == "level" else labels
+
+
+class _DeviceMasks:
+    """Masks of whole images on the device that scores heads, each sent there once where they fit."""
+
+    def __init__(self, cache: Cache, device: torch.device) -> None:
+        self.cache, self.device = cache, device
+        self.kept: dict[bytes, Tensor] = {}  # by the images
+        self.left: float | None = None  # bytes, for more of them; None until the first are asked for
+
+    def of(self, images: Rows) -> Callable[[int, int], Tensor]:
+        """From a start and a stop to the masks of some of these images, which are of one size.
+
+        These are (images, height, width), uint8.
+        """
+        size, key = self.cache.images.placement(int(images[0])).original, images.tobytes()
+        if self.left is None:
+            self.left = DEVICE_MEMORY_SHARE * (device_room(self.device) or 0)
+        if key not in self.kept:
+            if len(images) * prod(size) > self.left:
+                return lambda start, stop: self.sent(images[start:stop])
+            whole = torch.empty((len(images), *size), dtype=torch.uint8, device=self.device)
+            for start in range(0, len(images), SENT_AT_ONCE):
+                whole[start : start + SENT_AT_ONCE] = self.sent(images[start : start + SENT_AT_ONCE])
+            self.kept[key] = whole
+            self.left -= whole.nbytes
+        return lambda start, stop: self.kept[key][start:stop]
+
+    def sent(self, images: Rows) -> Tensor:
+        """The masks of images of one size, on their way to the device: (images, height, width), uint8."""
+        masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images)))
+        return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
+
+    def give_up(self) -> None:
+        """Keep none any more."""
+        self.kept.clear()
+        self.left = 0
+
+
+def _panels(truth: Labels, predicted: Labels, pixels: NDArray[np.float32]) -> list[Panel]:
+    return [Panel(pixels, truth), Panel(pixels, predicted)]
+
+
+def _of_one_size(cache: Cache, rows: Rows) -> list[Rows]:
+    """The rows in groups of one placement, each in order."""
+    groups: dict[Placement, list[int]] = {}
+    for row in rows.tolist():
+        groups.setdefault(cache.rows.placement(row), []).append(row)
+    return [np.array(group, dtype=np.intp) for group in groups.values()]
+
+
+def _count(
+    heads: Sequence[DenseHead], features: Features, placement: Placement, truth: Tensor, index: Tensor, out: Tensor
+) -> None:
+    """Fill in the confusion matrices of images of one placement; truth, index, out: as for `count_pairs`."""
+    logits = every_logits(heads, features.cut(placement.content))
+    images, classes = len(truth), len(index)
+    size = prod(placement.original) * classes  # values of one image and head
+    at_once = max(1, min(images, VALUES_AT_ONCE // size))
+    beside = max(1, min(len(heads), VALUES_AT_ONCE // (size * at_once)))
+    for i, k in product(range(0, images, at_once), range(0, len(heads), beside)):
+        own = slice(i, i + at_once), slice(k, k + beside)
+        predicted = logits_at_original(logits[own], heads[0].stride, placement).argmax(2)
+        count_pairs(truth[own[0]], predicted, index, out[own[0], :, own[1]])

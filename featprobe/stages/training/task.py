@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from featprobe.cache import Cache
@@ -20,6 +21,8 @@ EVALUATION_BATCH = 8
 Batch = Rows | Views | Tensor
 """Rows, whose labels the task knows; augmented views with labels of their own; or, for heads whose loss is `fixed`,
 places among the sorted training rows, (batch,), int64, on the device."""
+Draw = Callable[[NDArray[np.float32]], list[Panel]]
+"""From an image's pixels, in [0, 1], to pictures of them under the truth and under a prediction."""
 H = TypeVar("H", contravariant=True)
 
 
@@ -66,8 +69,8 @@ class Task(Protocol[H]):
     def evaluate(self, heads: Sequence[H], feed: Feed, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show, which several processes share out among them."""
 
-    def panels(self, head: H, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
-        """(image, what draws truth and prediction over its pixels) for each image that the rows show."""
+    def panels(self, head: H, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
+        """(image, what draws truth and prediction over it) for each image that the rows show."""
 
     def fullness(self, image: int) -> int:
         """How much there is to see in an image: labelled foreground pixels, or objects."""

@@ -38,13 +38,14 @@ from featprobe.probes import (
     save_head,
     train,
 )
-from featprobe.probes.result_rows import result_faults
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
+from featprobe.result_rows import result_faults
 from featprobe.scores import SCORES
-from featprobe.specs import CacheDtype, Rows, SplitChoice, digest
+from featprobe.specs import CacheDtype, Rows, digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.augment import Augmentation
 from featprobe.stages.memory import Portions, fitting
 from featprobe.stages.partition import regrouped, split_rows
@@ -55,7 +56,8 @@ from featprobe.stages.training.labels import shelf_of
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.logs import Recorder
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
-from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, is_whole, row_of
+from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, row_of
+from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.segmentation import Segmentation
 from featprobe.stages.training.solve import Solution, solve
 from featprobe.stages.training.sources import Source, spec_of
@@ -231,7 +233,7 @@ class Run:
         return digest([
             self.task_name, self.kind, options.width, options.pyramid, loop, tried, options.shared_order, self.fraction,
             self.choice.key, options.instances, options.absent, asked, self.subset, self.cache.data.fingerprint,
-            features.views[1:], features.tile, features.overlap, features.empty_tiles,
+            *features.shown,
         ])  # fmt: skip
 
     @property
@@ -338,7 +340,7 @@ class Run:
         """The same as rows keep it, with the views that the cache holds; None for images as they are."""
         if self.augmentation:
             return self.augmentation.to_json()
-        stored = self.cache.recipe.views[1:]
+        stored = self.cache.recipe.further_views
         return {"views": list(stored)} if stored else None
 
     @property

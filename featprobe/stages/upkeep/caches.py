@@ -26,10 +26,10 @@ from featprobe.cache import (
     verify,
 )
 from featprobe.cache.contents import Contents
+from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
 from featprobe.disk import parse_json, read_regular
 from featprobe.errors import CacheError, FeatprobeError, FileKindError, counted
-from featprobe.specs import FILE_VERSION
 from featprobe.stages.extraction.settled import look_path
 from featprobe.texts import printable
 
@@ -143,7 +143,9 @@ def verify_cache(
             else:
                 bar.update(item)
     if hdf5 and contents.version == FILE_VERSION:
-        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents)]
+        found += [
+            Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents.file, contents.index)
+        ]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
         try:

@@ -17,7 +17,8 @@ from PIL import Image
 from featprobe.datasets.images.pixels import DTYPE_OF
 from featprobe.datasets.images.reading import frame_image, header_of, image_size, read_levels, training_window
 from featprobe.geometry import Part, Placement, place, place_tile
-from featprobe.specs import FeatureRecipe, Intensity
+from featprobe.intensity import Intensity
+from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.frames import Buffer, Framing, Kind
 
 DATA = Path(os.environ.get("FEATPROBE_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))

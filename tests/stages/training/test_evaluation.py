@@ -355,7 +355,7 @@ def test_masks_of_a_split_are_sent_to_a_device_once_where_they_fit(
 
 def kept_bytes(task: Segmentation) -> int:
     """Bytes of masks that lie on the device."""
-    return sum(masks.nbytes for masks in task._truths.values())
+    return sum(masks.nbytes for masks in task._truths.kept.values())
 
 
 def test_masks_of_all_splits_together_take_one_share_of_the_device(

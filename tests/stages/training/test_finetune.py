@@ -24,12 +24,13 @@ from featprobe.cache import CacheWriter, open_cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images.reading import read_levels, to_unit
 from featprobe.errors import BackboneError, DataError, ProbeError
+from featprobe.intensity import Intensity
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import execution, load_head
 from featprobe.probes.saved import read_rows
 from featprobe.probes.train import _Loop, batches_of
 from featprobe.report.sheets import GAP, LINE, TILE, Panel, draw_panel
-from featprobe.specs import BackboneSpec, FeatureRecipe, Intensity
+from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.extraction.augment import Augmentation, augment, choose_crop
 from featprobe.stages.extraction.extract import extract
@@ -323,6 +324,7 @@ import sys
 import featprobe.stages.training.trials
 featprobe.stages.training.trials.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
+from featprobe.kinds import TrainRecipe
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
