@@ -23,7 +23,7 @@ from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.images.pixels import counted_levels
-from featprobe.datasets.images.reading import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
+from featprobe.datasets.images.reading import SUFFIXES, Header, header_of, pixel_notes, read_levels, unit_of
 from featprobe.datasets.names import visible
 from featprobe.datasets.samples import check_names, listed
 from featprobe.disk import below, make_folders, write_together, write_whole
@@ -34,6 +34,7 @@ from featprobe.probes import DenseHead, ObjectHead, load_head, objects_at_origin
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
 from featprobe.report.sheets import Panel, colour_of, draw_overlay, png
+from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
@@ -125,7 +126,7 @@ class Predictor:
 
     def picture(self, path: Path) -> NDArray[np.float32]:
         """An image as the head's intensity policy shows it, in [0, 1]."""
-        return to_unit(read_levels(path), self.recipe.window, self.recipe.policy)
+        return unit_of(read_levels(path), self.recipe)
 
     def _whole(
         self, pieces: Sequence["_Piece"], read: Sequence[NDArray[Any]]
@@ -269,7 +270,7 @@ def predict(
                     write_together(pictures)
             bar.update(len(batch))
     if not predictor.dense:
-        own_objects = predictor.card["result"]["instances"] == "own"
+        own_objects = ResultRow.from_json(predictor.card["result"]).instances == "own"
         ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
         write_whole(out / "predictions.json", json.dumps(written) + "\n")
