@@ -22,7 +22,6 @@ import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from featprobe.errors import DataError, ShapeError
-from featprobe.metrics.semantic import PIXEL_SCORES, Absent, takes_part
 from featprobe.scores import FEW_GROUPS
 
 Floats = NDArray[np.float64]
@@ -139,78 +138,6 @@ def grouped(groups: Sequence[str]) -> tuple[Names, NDArray[np.intp]]:
     """
     names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     return tuple(names.tolist()), index
-
-
-def pixel_statistic(
-    confusions: NDArray[np.int64],
-    groups: Sequence[str] | None = None,
-    score: str = "miou_foreground",
-    absent: Absent = "ignore",
-) -> Statistic:
-    """A score of dense heads: what pixel_scores gives for the images of a resample.
-
-    confusions: (images, classes, classes), pixels, rows being the truth. groups: of each image; None: each its own.
-    score: a name of PIXEL_SCORES. absent: as iou_scores takes it. It decides on the whole split which classes take
-    part, and they do so in every resample: no mean goes over fewer. A class that a resample's truth lacks still has its
-    IoU there, 0 where it is predicted all the same. Where it isn't, its IoU on the whole split stands in, so that the
-    mean does not jump. The same holds for other scores.
-    Raises ShapeError when the arrays disagree, or hold no image.
-
-    Holding a class at its IoU on the whole split wherever the truth lacks it would hide how little is known of a rare
-    one: benchmarks/coverage.py measures it.
-    """
-    confusions = np.asarray(confusions)
-    if confusions.ndim != 3 or confusions.shape[1] != confusions.shape[2] or not len(confusions):
-        raise ShapeError(f"Confusions of shape {confusions.shape} are not (images, classes, classes) of some images.")
-    names, sums = _sums(confusions, groups)
-    kind, counted = PIXEL_SCORES[score], takes_part(sums.sum(0), absent)
-    counted[0] &= kind.background
-    part, whole = (own[:, counted].astype(float) for own in kind.ratio(sums))  # (groups, classes that take part)
-    value, influence = _mean_ratio(part, whole)
-    return Statistic(value, influence, (names,))
-
-
-def _sums(confusions: NDArray[np.int64], groups: Sequence[str] | None) -> tuple[Names, NDArray[np.int64]]:
-    """Names of the groups, and the confusion matrix of each: (groups, classes, classes)."""
-    if groups is None:
-        return tuple(map(str, range(len(confusions)))), confusions
-    if len(groups) != len(confusions):
-        raise ShapeError(f"{len(groups)} groups do not belong to {len(confusions)} images.")
-    names, index = grouped(groups)
-    sums = np.zeros((len(names), *confusions.shape[1:]), dtype=np.int64)
-    np.add.at(sums, index, confusions)
-    return names, sums
-
-
-def _mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
-    """Value and influence of the mean over classes of hit / union, both (groups, classes), each summed over groups."""
-    classes = hit.shape[1]
-    whole = hit.sum(0) / np.maximum(union.sum(0), 1)  # (classes,)
-
-    def ratio(weights: Floats) -> tuple[Floats, Floats]:
-        """IoU, and by how much a hit pixel moves it: both (resamples, classes)."""
-        unions = weights @ union  # (resamples, classes)
-        known, divisor = unions > 0, np.maximum(unions, 1)  # pixels
-        return np.where(known, weights @ hit / divisor, whole), known / divisor
-
-    def value(weights: Floats) -> Floats:
-        return ratio(weights)[0].mean(1) if classes else np.full(len(weights), np.nan)
-
-    def influence(weights: Floats) -> Floats:
-        iou, per_pixel = ratio(weights)
-        slope = per_pixel / max(1, classes)
-        return slope @ hit.T - (slope * iou) @ union.T
-
-    return value, influence
-
-
-def groups_with_truth(confusions: NDArray[np.int64], groups: Sequence[str] | None = None) -> tuple[int, ...]:
-    """In how many groups each class is to be found: what the interval of its IoU rests on.
-
-    confusions, groups: as pixel_statistic takes them. A class that one group alone holds widens an interval by next to
-    nothing: how others of its kind would score can't be seen from it.
-    """
-    return tuple((_sums(confusions, groups)[1].sum(2) > 0).sum(0).tolist())
 
 
 def jackknifed(
@@ -457,6 +384,7 @@ def score_interval(
     """A score of one system, or the mean_of its runs, with its interval.
 
     >>> perfect, blind = [[50, 0], [0, 50]], [[50, 0], [50, 0]]  # pixels of the truth's class by the predicted one
+    >>> from featprobe.metrics import pixel_statistic
     >>> score = pixel_statistic(np.array([perfect, blind] * 12), groups=[f"part{i:02}" for i in range(24)])
     >>> found = score_interval(score)
     >>> found.estimate, round(found.low, 2), round(found.high, 2), found.groups
