@@ -59,8 +59,9 @@ def pixel_scores(matrix: Counts, absent: Absent = "ignore") -> dict[str, float]:
 
     absent: as iou_scores takes it.
 
-    >>> pixel_scores(np.array([[3, 1], [0, 4]]))
-    {'miou': 0.775, 'miou_foreground': 0.8}
+    >>> found = pixel_scores(np.array([[3, 1], [0, 4]]))
+    >>> found["miou"], found["miou_foreground"]
+    (0.775, 0.8)
     """
     return {name: score.value(matrix, absent) for name, score in PIXEL_SCORES.items()}
 
