@@ -146,14 +146,15 @@ def change_provenance(path: Path, change: Callable[[dict[str, Any]], dict[str, A
 
 
 def recipe_of(
-    levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16"
+    levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16", **changed: Any
 ) -> FeatureRecipe:
-    """A recipe of some backbone that has these levels."""
-    return FeatureRecipe(
+    """A recipe of some backbone that has these levels. changed: further fields."""
+    recipe = FeatureRecipe(
         label="some", backbone="some", weights_sha256="0" * 64, levels=tuple(levels), final_norm=False, size=frame,
         frame=frame, fit="letterbox", intensity="none", window=None, mean=(0.5,) * 3, std=(0.5,) * 3,
         interpolation="bicubic", dtype=dtype,
     )  # fmt: skip
+    return replace(recipe, **changed)
 
 
 def rows_of(count: int, frame: tuple[int, int] = (32, 32), content: tuple[int, int] | None = None) -> list[Row]:

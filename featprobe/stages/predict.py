@@ -23,7 +23,7 @@ from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.images.pixels import counted_levels
-from featprobe.datasets.images.reading import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
+from featprobe.datasets.images.reading import SUFFIXES, Header, header_of, pixel_notes, read_levels, unit_of
 from featprobe.datasets.names import visible
 from featprobe.datasets.samples import check_names, listed
 from featprobe.disk import below, make_folders, write_together, write_whole
@@ -128,7 +128,7 @@ class Predictor:
 
     def picture(self, path: Path) -> NDArray[np.float32]:
         """An image as the head's intensity policy shows it, in [0, 1]."""
-        return to_unit(read_levels(path), self.recipe.window, self.recipe.policy)
+        return unit_of(read_levels(path), self.recipe)
 
     @torch.inference_mode()
     def _found(self, pieces: Sequence["_Piece"], at_once: int) -> Iterator[tuple["_Piece", Any]]:

@@ -40,7 +40,8 @@ from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
 from featprobe.specs import BackboneSpec
 from featprobe.splitting import SplitChoice
-from featprobe.stages.extraction.augment import Augmentation, augment
+from featprobe.stages.extraction.augment import augment
+from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.partition import Partition, single_splits
@@ -306,8 +307,7 @@ def test_each_row_holds_its_tile_and_the_file_the_whole_images(tiled: Workspace,
             assert part is not None and place.original == (40, 40) == place.content
             np.testing.assert_array_equal(cache.semantic(row), part.take(target.semantic))
             assert cache.instances(row) == cut_instances(target.instances, part)
-            recipe = cache.recipe
-            framed = frame_image(part.take(levels), place, recipe.window, recipe.interpolation, recipe.mean)
+            framed = frame_image(part.take(levels), place, cache.recipe)
             computed = PoolingBackbone()(torch.from_numpy(framed)[None]).maps["stride4"][0]
             assert np.array_equal(cache.read_row(row, cache.levels[0]), computed.half().numpy())
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from featprobe.backbones.precision import Precision, computing, float32_as
 from featprobe.cache import Cache
 from featprobe.datasets.images.pixels import Levels
-from featprobe.datasets.images.reading import frame_image, hash_image, image_window, read_levels, to_unit
+from featprobe.datasets.images.reading import frame_image, hash_image, image_window, read_levels, unit_of
 from featprobe.errors import DataError
 from featprobe.features import Features
 from featprobe.geometry import Placement, Size
@@ -25,7 +25,6 @@ from featprobe.probes import ObjectTarget, execution
 from featprobe.processes import own_part
 from featprobe.specs import Rows
 from featprobe.stages.extraction.augment import (
-    Augmentation,
     Plan,
     View,
     augment,
@@ -35,6 +34,7 @@ from featprobe.stages.extraction.augment import (
     mean_of,
     plan_view,
 )
+from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.extraction.frames import Buffer, Framing, Kind, Layout
 from featprobe.targets import Instance, Labels
 
@@ -192,13 +192,13 @@ class LiveFeatures:
         return own.show(levels)
 
     def _framed(self, row: int) -> View | Raw:
-        recipe, placement = self.cache.recipe, self.cache.rows.placement(row)
+        placement = self.cache.rows.placement(row)
         levels = self._read(row)
         if self.framing is not None:
             buffer = self._buffer(self.framing.layout([Kind.of(levels, placement)]), placement.frame)
             self.framing.put(buffer, 0, levels, placement)
             return Raw(buffer, placement.content)
-        image = frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
+        image = frame_image(levels, placement, self.cache.recipe)
         return View(torch.from_numpy(image), placement.content, None, None)
 
     def _augmented(self, row: int, number: int, place: int) -> View | Raw:
@@ -206,7 +206,7 @@ class LiveFeatures:
         recipe, (labels, instances), levels = self.cache.recipe, self.truth(row), self._read(row)
         random = np.random.default_rng([self.seed, number, place])
         if self.framing is None:
-            unit = to_unit(levels, recipe.window, recipe.policy)
+            unit = unit_of(levels, recipe)
             return augment(unit, labels, instances, recipe, self.augmentation, random, masks=self.masks)
         size = levels.shape[:2]
         plan = plan_view(size, labels, instances, recipe, self.augmentation, random)
@@ -225,7 +225,7 @@ class LiveFeatures:
             window = image_window(levels, recipe.policy) if recipe.policy.image else None
             self.framing.put(buffer, 0, crop, whole, window)
         else:
-            unit = plan.cut(to_unit(levels, recipe.window, recipe.policy))
+            unit = plan.cut(unit_of(levels, recipe))
             buffer.levels[0] = unit if unit.ndim == 2 else unit.transpose(2, 0, 1)
         return buffer
 

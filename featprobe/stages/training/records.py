@@ -8,9 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 from featprobe import __version__
-from featprobe.cache import Cache
-from featprobe.disk import parse_json, read_regular
-from featprobe.errors import FileKindError
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import CurvePoint, fingerprint, parameter_count
 from featprobe.processes import count
@@ -31,7 +28,6 @@ from featprobe.stages.training.prepared import Prepared
 from featprobe.stages.training.sources import spec_of
 from featprobe.stages.training.task import Outcome
 
-LARGEST_LOG = 1 << 26  # bytes
 WEIGHTS = {"best": "best validation", "end": "end of training"}
 
 
@@ -129,13 +125,3 @@ def curve_json(recipe: TrainRecipe, curve: Sequence[CurvePoint], chosen: bool) -
         "chosen": chosen,
         "curve": [asdict(point) for point in curve],
     }
-
-
-def extraction_seconds(cache: Cache) -> float | None:
-    """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
-    log = cache.path.with_suffix(".runs.jsonl")
-    try:
-        lines = read_regular(log, LARGEST_LOG).splitlines()
-        return sum(parse_json(line)["seconds"]["run"] for line in lines)
-    except (OSError, ValueError, KeyError, TypeError, FileKindError):  # a kill can tear a line
-        return None

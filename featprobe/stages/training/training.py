@@ -19,7 +19,7 @@ from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES, TaskScores
 from featprobe.specs import DataInfo, FeatureRecipe, digest
 from featprobe.splitting import SplitChoice
-from featprobe.stages.extraction.augment import Augmentation
+from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe_options import Budget, ProbeOptions, Regime, Tuning
 from featprobe.stages.training.saved_results import is_whole

@@ -14,7 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
-from helpers import extract
+from helpers import extract, recipe_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nst
@@ -122,7 +122,8 @@ def test_a_ramp_is_the_same_picture_in_every_format(tmp_path: Path, policy: str)
         write(tmp_path / name, ramp)
         window = training_window([tmp_path / name], parsed)
         placement = place(ramp.shape, (64, 64), "resize", 32)
-        pictures[name] = frame_image(read_levels(tmp_path / name), placement, window, "bicubic", (0.0,) * 3, parsed)
+        recipe = recipe_of(intensity=policy, window=window)
+        pictures[name] = frame_image(read_levels(tmp_path / name), placement, recipe)
     assert all(np.array_equal(picture, pictures["a.png"]) for picture in pictures.values())
     assert np.ptp(pictures["a.png"]) > 0.8
 

@@ -33,7 +33,8 @@ from featprobe.probes.train import _Loop, batches_of
 from featprobe.report.sheets import GAP, LINE, TILE, Panel, draw_panel
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.comparison.results import load_results
-from featprobe.stages.extraction.augment import Augmentation, augment, choose_crop
+from featprobe.stages.extraction.augment import augment
+from featprobe.stages.extraction.crops import Augmentation, choose_crop
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.predict import Predictor, predict
