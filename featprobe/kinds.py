@@ -13,6 +13,7 @@ from featprobe.fields import made
 PyramidKind = Literal["auto", "levels", "simple"]
 LOSSES = ("ce", "dice", "focal")
 MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
+SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the user says nothing
 
 
 def parse_loss(text: str) -> tuple[str, ...]:

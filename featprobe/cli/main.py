@@ -17,22 +17,27 @@ import click
 from featprobe import __version__
 from featprobe.cli.cache import cache
 from featprobe.cli.data import data
+from featprobe.cli.help import ALL_TASKS, Grouped, InOrder, under
 from featprobe.cli.options import (
     as_json,
     columns,
+    computing,
     device,
     echo,
     feature_options,
     head_options,
     log,
     names,
+    output,
     quiet,
     show_json,
     terminal_width,
+    wanted,
+    workers,
     workspace_of,
 )
 from featprobe.errors import FeatprobeError, counted
-from featprobe.kinds import KINDS, kinds_of
+from featprobe.kinds import KINDS, TASKS, kinds_of
 from featprobe.texts import printable
 
 if TYPE_CHECKING:
@@ -55,7 +60,7 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-class _Cli(click.Group):
+class _Cli(InOrder):
     """Shows our own errors as one paragraph, exit code 1; `--debug` shows where they come from."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -87,7 +92,7 @@ def _refusal(error: OSError | RuntimeError) -> str:
     type=click.Path(file_okay=False, path_type=Path),
     default=".",
     envvar="FEATPROBE_WORKSPACE",
-    help="The folder that holds cache/, probes/ and featprobe.toml. Default: where you stand.",
+    help="The folder that holds cache/, probes/ and featprobe.toml.  [default: the current folder]",
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="featprobe")
@@ -97,14 +102,11 @@ def cli(ctx: click.Context, workspace_root: Path, debug: bool) -> None:
 
     \b
     Example:
-      featprobe extract --backbone embedded --data xray    # images -> cache/
-      featprobe probe --task semseg                        # cache/ -> probes/, and a table
+      featprobe extract --backbone embedded --data xray   # images -> cache/
+      featprobe probe --task semseg                       # cache/ -> probes/
+      featprobe compare                                   # probes/ -> an answer
     """
     ctx.obj = workspace_root
-
-
-cli.add_command(data)
-cli.add_command(cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,28 +123,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.main(args=None if arguments is None else list(arguments), prog_name="featprobe")
 
 
+live = under("Backbone and images")
+
+
 def _to_stderr(line: str) -> None:
     echo(line, err=True)
 
 
-@cli.command()
+@cli.command(cls=Grouped)
 @feature_options
-@click.option("--shard", metavar="I/N", help="Make the I-th of N parts, 1 <= I <= N; parts may run at once.")
-@click.option("--rehash", is_flag=True, help="Read every file of the set, whatever sizes and times say.")
+@computing("--shard", metavar="I/N", help="Compute only part I of N, 1 <= I <= N. Parts can run at the same time.")
+@computing("--rehash", is_flag=True, help="Read every file again, even if its size and time have not changed.")
 @as_json
 @click.pass_context
 def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
     """Compute feature maps once and keep them in cache/.
 
-    Run it again to go on after an interruption, to repair rows that `cache verify` found bad, or after the
-    data set changed. Under torchrun each process makes its share of the same file.
+    Run the same command again to continue after an interruption, to repair rows that `cache verify` found damaged, or
+    to update the cache after the data set changed. Under torchrun each process computes its share of the same file.
 
     \b
     Example:
       featprobe extract --backbone convnext_dinov3 --data xray
       featprobe extract --backbone embedded --data path/to/set --size 256x640
-      featprobe extract --backbone embedded --data path/to/scans --tile 512 --overlap 64 --views hflip,crop:2
-      torchrun --nproc-per-node 4 -m featprobe extract --backbone convnext_in1k --data path/to/set
+      featprobe extract --backbone embedded --data scans --tile 512 --views hflip
+      torchrun --nproc-per-node 4 -m featprobe extract --backbone convnext_in1k \\
+        --data path/to/set
     """
     from featprobe.stages.extraction.extract import extract as run
     from featprobe.stages.extraction.extract import speed_text
@@ -158,12 +164,14 @@ def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
     echo(speed_text(report))
 
 
-@cli.command()
+@cli.command(cls=Grouped)
 @feature_options
 @as_json
 @click.pass_context
 def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
-    """Say what an extraction would cost, from a few timed batches, before it runs.
+    """Estimate what an extraction will cost, before you run it.
+
+    It times a few batches, and predicts bytes, disk, memory and minutes. Nothing is written.
 
     \b
     Example:
@@ -198,14 +206,16 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
     echo(columns(rows, ("what", "cost")))
 
 
-@cli.command()
-@click.option("--task", default="semseg", show_default=True, help="semseg, detect or instseg.")
+@cli.command(cls=Grouped)
+@wanted("--task", metavar="TASK", default=TASKS[0], show_default=True, help=f"What the heads do: {ALL_TASKS}.")
 @head_options
-@click.option("--no-verify", is_flag=True, help="Do not hash each row's features when they are first read.")
+@computing("--no-verify", is_flag=True, help="Do not check the hash of features when they are first read.")
 @as_json
 @click.pass_context
 def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
-    """Train heads on cached features, score them on test once, and print a table.
+    """Train heads on cached features and score them on test.
+
+    It prints a table of the scores and adds them to probes/results.jsonl. Heads are saved in probes/.
 
     \b
     Example:
@@ -233,60 +243,94 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
         _show_probe(report, json_, workspace_of(ctx).probes)
 
 
-@cli.command()
-@click.option("--task", help="semseg, detect or instseg.  [default: as each frozen result; semseg with --data]")
-@click.option(
+@cli.command(cls=Grouped)
+@wanted(
+    "--task",
+    metavar="TASK",
+    help=f"What the heads do: {ALL_TASKS}.  [default: the task of each frozen result; {TASKS[0]} with --data]",
+)
+@wanted(
     "--regime",
     type=click.Choice(["full", "frozen-online"]),
     default="full",
     show_default=True,
-    help="full: the backbone is trained too. frozen-online: it is not, but the images are augmented.",
+    help="full trains the backbone too. frozen-online keeps it frozen, but augments the images.",
 )
-@click.option("--augment/--no-augment", default=True, show_default=True, help="Crops, flips, grey levels.")
-@click.option("--backbone-lr", type=float, default=0.1, show_default=True, help="As a multiple of the head's --lr.")
-@click.option(
-    "--layer-decay", type=float, default=1.0, show_default=True, help="Of the rate, layer by layer downwards."
+@live("--augment/--no-augment", default=True, show_default=True, help="Vary images by crops, flips and grey levels.")
+@live(
+    "--backbone-lr",
+    type=float,
+    metavar="FACTOR",
+    default=0.1,
+    show_default=True,
+    help="Learning rate of the backbone, as a multiple of that of the head.",
 )
-@click.option(
+@live(
+    "--layer-decay",
+    type=float,
+    metavar="FACTOR",
+    default=1.0,
+    show_default=True,
+    help="Multiply that rate by this factor at each layer further down.",
+)
+@live(
     "--bn",
     type=click.Choice(["frozen", "train"]),
     default="frozen",
     show_default=True,
-    help="BatchNorm of the backbone.",
+    help="Keep the BatchNorm layers of the backbone as pretrained, or train them, which needs large batches.",
 )
-@click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the backbone's gradient.")
-@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Parts of a batch.")
-@click.option("--ema", type=float, default=0.0, show_default=True, help="Decay of a running mean of the weights.")
-@click.option("--checkpointing", is_flag=True, help="Compute activations again on the way back, to save memory.")
-@click.option(
+@live(
+    "--clip",
+    type=float,
+    metavar="NORM",
+    default=1.0,
+    show_default=True,
+    help="Largest norm of the backbone's gradient. 0 sets no limit.",
+)
+@live(
+    "--accumulate",
+    type=click.IntRange(1),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Compute each batch in N parts, one after another, to save memory.",
+)
+@live(
+    "--ema",
+    type=float,
+    metavar="DECAY",
+    default=0.0,
+    show_default=True,
+    help="Keep a running mean of the weights with this decay. 0 keeps none.",
+)
+@live("--init-head", type=click.Path(exists=True, file_okay=False), help="A saved head to start from.")
+@head_options
+@computing("--checkpointing", is_flag=True, help="Compute activations twice instead of storing them, to save memory.")
+@computing(
     "--precision",
     type=click.Choice(["fp32", "tf32", "amp", "bf16"]),
-    help="Of backbone and head. fp32: without TF32; tf32, amp: on CUDA alone, amp for a frozen backbone.  "
-    "[default: bf16 on a GPU that has it, else fp32; frozen-online: as its cache]",
+    help="How backbone and head compute. fp32 is float32 without TF32. tf32 and amp need CUDA, and amp needs a frozen "
+    "backbone.  [default: bf16 on a GPU that has it, else fp32; with frozen-online, that of the cache]",
 )
-@click.option("--compile", is_flag=True, help="Let torch compile the backbone: slow to start, then faster on a GPU.")
-@click.option("--init-head", type=click.Path(exists=True, file_okay=False), help="A saved head to start from.")
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    help="Threads that decode images.  [default: the cores that may be used, at most 16]",
-)
-@click.option("--dry-run", is_flag=True, help="Print what would be trained, and how long it would take.")
-@head_options
+@computing("--compile", is_flag=True, help="Compile the backbone with torch: a slow start, then faster on a GPU.")
+@workers
+@output("--dry-run", is_flag=True, help="Only print what would be trained, and how long it would take.")
 @as_json
 @click.pass_context
 def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> None:
-    """Train the same heads with the backbone unfrozen: the full regime, from the images.
+    """Train the same heads together with the backbone.
 
-    Without --task, --data and --backbone: the counterpart of every frozen result that has none yet. A training
-    that was stopped goes on when the same command is run again.
+    This is the full regime: it learns from the images, not from the cache. Without --task, --data and --backbone it
+    trains the counterpart of every frozen result that has none yet. Run the same command again to continue a training
+    that was stopped.
 
     \b
     Example:
       featprobe finetune --dry-run
       featprobe finetune
       featprobe finetune --regime frozen-online
-      featprobe finetune --task detect --data surface --backbone embedded --backbone-lr 0.3
+      featprobe finetune --task detect --data surface --backbone-lr 0.3
       torchrun --nproc-per-node 4 -m featprobe finetune
     """
     from featprobe.processes import is_main
@@ -328,40 +372,42 @@ _printed: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": F
 
 @cli.command()
 @click.argument("file", metavar="STUDY.toml", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--template", **_printed, help="Print a study file with every key, its default and its meaning, and end.")
-@click.option("--schema", **_printed, help="Print the JSON schema of study files, for editors, and end.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the predicted times, and run nothing.")
-@click.option("--verify", is_flag=True, help="Read all bytes of the heads that are there; train damaged ones again.")
+@click.option("--template", **_printed, help="Only print a study file with every key, its default and its meaning.")
+@click.option("--schema", **_printed, help="Only print the JSON schema of study files, which editors can use.")
+@click.option("--dry-run", is_flag=True, help="Only print the plan and the predicted times.")
+@click.option("--verify", is_flag=True, help="Check all bytes of the saved heads, and train damaged heads again.")
 @click.option(
     "--launcher",
     type=click.Choice(["local", "slurm"]),
     default="local",
     show_default=True,
-    help="slurm: hand what is missing over to a cluster, as job arrays, and return.",
+    help="Where to run. slurm submits what is missing to a cluster as job arrays, and returns.",
 )
 @click.option(
     "--slurm",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Of every SLURM job, as partition=gpu; may be repeated.  [default: time=240, in minutes]",
+    help="A parameter of all SLURM jobs, as partition=gpu. Can be repeated.  [default: time=240, in minutes]",
 )
 @log
 @as_json
 @click.pass_context
 def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bool, **options: Any) -> None:
-    """Run a grid of backbones, data sets, their features, tasks, heads, regimes, seeds and fractions from one file.
+    """Run a whole grid of trainings from one file.
 
-    What is done already is skipped, so the same command goes on after a stop, and a head that is gone or damaged is
-    trained again; a cell that fails does not stop the others, and makes the exit code 3. In the end the results of its
-    cells are put side by side, as `compare` does with all of the workspace, on a page in probes/report/STUDY. With
-    SLURM, the same command again tells what failed, and hands over what is missing and not in the queue.
+    The file lists backbones, data sets, tasks, heads, regimes, seeds and fractions, and how features are made. What is
+    finished is skipped, so run the same command again to continue after a stop. A head that is missing or damaged is
+    trained again. If one training fails, the others go on, and the exit code is 3. At the end, the results of this
+    study are compared as `featprobe compare` does, on a page in probes/report/STUDY. With SLURM, run the same command
+    again to see what failed and to submit what is still missing.
 
     \b
     Example:
       featprobe study --template > study.toml
       featprobe study examples/embedded.toml --dry-run
       featprobe study examples/embedded.toml
-      featprobe study examples/embedded.toml --launcher slurm --slurm partition=gpu --slurm gpus_per_node=1
+      featprobe study examples/embedded.toml --launcher slurm \\
+        --slurm partition=gpu --slurm gpus_per_node=1
     """
     from featprobe.stages.comparison.compare import compare as compare_all
     from featprobe.stages.study.study import read_study, run_study
@@ -406,10 +452,14 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
 
 
 @cli.command()
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: probes/report.")
-@click.option("--gap", metavar="A,B", help="Two backbones: how their difference depends on the images.")
-@click.option("--on", metavar="RGBSET,XRAYSET", help="The two data sets that --gap is about.")
-@click.option("--across-recipes", is_flag=True, help="Give a verdict also where the recipes of two results differ.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="The folder to write to.  [default: probes/report]"
+)
+@click.option("--gap", metavar="A,B", help="Two backbones. Measure how their difference depends on the data set.")
+@click.option("--on", metavar="RGBSET,XRAYSET", help="The two data sets for --gap.")
+@click.option(
+    "--across-recipes", is_flag=True, help="Give a verdict even if two results differ in how they were trained."
+)
 @quiet
 @as_json
 @click.pass_context
@@ -422,10 +472,10 @@ def compare(
     across_recipes: bool,
     quiet: bool,
 ) -> None:
-    """Put all results side by side: intervals, differences, a page with plots, the answer in words.
+    """Compare all results: an answer in words, tables, a page.
 
-    Only results on the same test images stand in one table. Differences between recipes get no verdict unasked. Writes
-    index.html, results.csv, results.parquet and differences.csv.
+    Each table holds results on the same test images. Two results that were trained in different ways get no verdict
+    without --across-recipes. The command writes index.html, results.csv, results.parquet and differences.csv.
 
     \b
     Example:
@@ -456,22 +506,23 @@ def compare(
 @click.argument("head", type=click.Path(exists=True, path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder to write to.")
+@click.option("--weights", type=click.Path(dir_okay=False), help="The weights of the backbone, if they have moved.")
 @click.option(
-    "--weights", type=click.Path(dir_okay=False), help="The backbone's weights, where they lie elsewhere now."
+    "--batch-size", type=click.IntRange(1), metavar="N", default=8, show_default=True, help="Images per batch."
 )
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images at once.")
-@click.option("--skip-bad", is_flag=True, help="Go on without images that can't be used, and list them.")
+@click.option("--skip-bad", is_flag=True, help="Omit images that can't be used, and list them.")
 @device
 @quiet
 @as_json
 def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **options: Any) -> None:
-    """Run a saved HEAD on IMAGES (files and folders): masks or COCO JSON, and overlays.
+    """Apply a saved head to new images.
 
-    HEAD: a folder that `probe` has written. Its card names the backbone and the preprocessing.
+    HEAD is a folder that `probe` or `finetune` has written; its card names the backbone and the preprocessing. IMAGES
+    are files and folders. The command writes masks or a COCO JSON file, and overlays.
 
     \b
     Example:
-      featprobe predict probes/xray-1a46e6/embedded-5672e3c4/semseg-linear-0a1b2c3d/seed0 new_scans/ --out found
+      featprobe predict probes/SET/BACKBONE/HEAD/seed0 new_scans --out found
     """
     from featprobe.stages.predict import predict as run
 
@@ -490,7 +541,9 @@ def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **option
 @as_json
 @click.pass_context
 def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
-    """Generate both built-in sets, extract, probe, and show the table: a few minutes on a CPU.
+    """Try everything on two small built-in data sets.
+
+    It generates the data sets, extracts features, trains heads and prints the table, in a few minutes on a CPU.
 
     \b
     Example:
@@ -507,7 +560,9 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
 @as_json
 @click.pass_context
 def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
-    """List backbones with the licence of their weights; with PATTERN, timm's pretrained models.
+    """List backbones and the licences of their weights.
+
+    With PATTERN, list the pretrained models of timm whose names match it.
 
     \b
     Example:
@@ -532,6 +587,10 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
     echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
 
 
+for _command in (data, cache):
+    cli.add_command(_command)
+
+
 def _show_answer(report: "Comparison") -> None:
     for title, sentences in report.answer:
         echo("\n  ".join([title, *sentences]) + "\n")
@@ -540,7 +599,7 @@ def _show_answer(report: "Comparison") -> None:
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
     from featprobe.stages.training.probe_options import ProbeOptions
 
-    kinds = kinds_of(options["task"] or "semseg")
+    kinds = kinds_of(options["task"] or TASKS[0])
     default = KINDS.get(options["head"] or kinds[0], KINDS[kinds[0]]).recipe
     trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at", "weights_from")
     given = {name: options[name] for name in trained if options[name] not in (None, "auto")}
