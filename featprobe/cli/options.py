@@ -326,6 +326,11 @@ def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
     click.echo(printable(str(text)), err=err, nl=nl)
 
 
+def to_stderr(line: str) -> None:
+    """Print a line of progress, which is no part of the result."""
+    echo(line, err=True)
+
+
 def show_json(value: object) -> None:
     """Print a value for a machine."""
     echo(json.dumps(value, default=str))

@@ -299,7 +299,7 @@ def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
     return groups
 
 
-def run_study(
+def run_grid(
     workspace: Workspace,
     study: Study,
     say: Say = lambda line: None,
@@ -390,7 +390,7 @@ def run_cells(
     dry_run: bool = False,
     verify: bool = False,
 ) -> StudyReport:
-    """Train the cells of one cache that are not there yet, one after another; see `run_study`."""
+    """Train the cells of one cache that are not there yet, one after another; see `run_grid`."""
     rows: list[dict[str, Any]] = []
     failed: list[tuple[Cell, str]] = []
     notes: list[str] = []
