@@ -113,6 +113,8 @@ KINDS: Mapping[str, HeadKind] = {
     )
 }
 """By name; the first kind of a task is its default."""
+SOLVED: tuple[str, ...] = tuple(kind.name for kind in KINDS.values() if kind.solved)
+"""Kinds with a closed form."""
 TASKS: tuple[str, ...] = tuple(dict.fromkeys(kind.task for kind in KINDS.values()))
 """The first is the default."""
 

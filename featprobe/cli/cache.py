@@ -20,14 +20,14 @@ from featprobe.cli.options import (
     workspace_of,
 )
 from featprobe.errors import FeatprobeError, counted
-from featprobe.kinds import KINDS, SEEDS, TASKS, kinds_of
+from featprobe.kinds import SEEDS, SOLVED, TASKS, kinds_of
 
 if TYPE_CHECKING:
     from featprobe.cache import Damage
     from featprobe.stages.comparison.audit import Audit
 
 FEW_ROWS = 5  # that are named in one line
-AUDITED = tuple(name for name in kinds_of(TASKS[0]) if KINDS[name].solved or name == kinds_of(TASKS[0])[0])
+AUDITED = (kinds_of(TASKS[0])[0], *SOLVED)
 
 
 @click.group(cls=InOrder)

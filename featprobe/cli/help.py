@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from featprobe.kinds import KINDS, SEEDS, TASKS, HeadKind, kinds_of
+from featprobe.kinds import KINDS, SEEDS, SOLVED, TASKS, HeadKind, kinds_of
 from featprobe.scores import SCORES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -74,7 +74,6 @@ def by_kind(value: Callable[[HeadKind], object], kinds: Iterable[HeadKind]) -> s
 
 TRAINED = [kind for kind in KINDS.values() if not kind.solved]
 DENSE = [kind for kind in TRAINED if SCORES[kind.task].dense]
-SOLVED = [kind.name for kind in KINDS.values() if kind.solved]
 ALL_KINDS = "; ".join(f"{task}: {', '.join(kinds_of(task))}" for task in TASKS)
 ALL_TASKS = listed(TASKS)
 SEEDS_TEXT = f"{SEEDS}; 1 for {listed(SOLVED)} on all training images"

@@ -15,7 +15,7 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, Featpr
 from featprobe.fields import Fault, letter, wrong
 from featprobe.geometry import parse_size
 from featprobe.intensity import Intensity
-from featprobe.kinds import KINDS, TrainRecipe, kinds_of
+from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
 from featprobe.specs import FeatureRecipe
 from featprobe.splitting import SplitChoice
@@ -46,7 +46,7 @@ class Study:
 
     data: tuple[str, ...]
     backbones: tuple[str, ...]
-    tasks: tuple[str, ...] = ("semseg",)
+    tasks: tuple[str, ...] = TASKS[:1]
     heads: tuple[str, ...] = ()
     regimes: tuple[str, ...] = ("frozen", "full")
     seeds: int = 3
@@ -82,12 +82,12 @@ class Study:
     def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
         """Whether the iterations of a kind of head are said, or to be found."""
         said = self.said(kind).get("iterations")
-        return None if said is None or kind == "ridge" else "auto" if said == AUTO else "fixed"
+        return None if said is None or KINDS[kind].solved else "auto" if said == AUTO else "fixed"
 
     def options(self, task: str, kind: str, regime: str) -> ProbeOptions:
         """How a head is probed in a regime; raises ProbeError for what can't be."""
         tuning = None if regime == "frozen" else Tuning(**{**self.tuning, "regime": regime})
-        solved = kind == "ridge"
+        solved = KINDS[kind].solved
         recipe = KINDS[kind].recipe if solved else self.recipe(kind)
         return checked(
             task,
@@ -277,7 +277,7 @@ def left_out(study: Study, workspace: Workspace) -> list[str]:
 def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
     """Every training of a study, those of one cache together, less those that are `left_out`.
 
-    Ridge, which has no other regime, is in the frozen one.
+    A head that is solved is in the frozen regime alone: it has no other.
     """
     splits = single_splits(study.split)
     return [
@@ -285,9 +285,9 @@ def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
         for place in places_of(study, workspace)
         for task, regime in itertools.product(study.tasks, study.regimes)
         for kind in study.kinds(task)
-        if (kind != "ridge" or regime == "frozen") and not _why_not(study, place, regime)
+        if (regime == "frozen" or not KINDS[kind].solved) and not _why_not(study, place, regime)
         for fraction, seed, split in itertools.product(study.fractions, range(study.seeds), splits)
-        if seed == 0 or kind != "ridge" or fraction < 1
+        if seed == 0 or fraction < 1 or not KINDS[kind].solved
     ]
 
 
@@ -422,7 +422,7 @@ def run_cells(
             elif dry_run:
                 missing.append(cell)
                 if alike not in minutes:
-                    minutes[alike] = run.foresee().seconds(run.recipe) / 60 if cell.head != "ridge" else 0.0
+                    minutes[alike] = run.foresee().seconds(run.recipe) / 60 if not KINDS[cell.head].solved else 0.0
                 say(f"to train: {cell}, about {minutes[alike]:.1f} min")
             else:
                 say(str(cell))
