@@ -24,7 +24,7 @@ from tqdm import tqdm
 from featprobe.errors import FeatprobeError
 from featprobe.probes import load_head
 from featprobe.probes.saved import read_rows
-from featprobe.stages.training.records import is_whole
+from featprobe.stages.training.saved_results import is_whole
 
 KILLED = ("extract", "probe", "finetune", "study")
 

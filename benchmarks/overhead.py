@@ -37,10 +37,9 @@ from featprobe.probes.train import _Loop, _steps
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.training import segmentation
-from featprobe.stages.training.outcome import EVALUATION_BATCH
 from featprobe.stages.training.probe import find_caches
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.sources import feed_of
+from featprobe.stages.training.task import EVALUATION_BATCH
 from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace
 
@@ -160,7 +159,7 @@ def count_step(run: Run) -> Counter[str]:
             raise RuntimeError(f"{run.kind} does not find its batches on the device")
         loop = _Loop(heads, [trial.recipe for trial in trials], 0, None, None, fixed=True)
         loop.mode(training=True)
-        with contextlib.closing(_steps(loop, feed_of(source), run.rows["train"], loss, 0, placed["resident"])) as steps:
+        with contextlib.closing(_steps(loop, source.training, run.rows["train"], loss, 0, placed["resident"])) as steps:
             for _ in range(STEPS):
                 next(steps)
             return operators(lambda: next(steps))

@@ -14,7 +14,7 @@ from featprobe.fields import Fault, limits, made, wrong
 from featprobe.geometry import IDENTITY, MOST_PIXELS, MOST_SIDE, Fit, Size
 from featprobe.intensity import Intensity
 from featprobe.levels import FeatureLevel
-from featprobe.tiling import parse_views
+from featprobe.tiling import SETTINGS, Tiling, keeps_own_split, parse_views
 
 CacheDtype = Literal["fp16", "fp32", "bf16", "int8"]
 """How a cache stores features. int8: a byte for each value, and for each channel of a row a scale and a zero."""
@@ -68,6 +68,11 @@ class BackboneSpec:
     final_norm: bool | None = None
     arguments: tuple[str, ...] = ()
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What names it on a command line."""
+        return self.arguments or ("--backbone", self.label)
+
     @classmethod
     def from_json(cls, data: object) -> "BackboneSpec":
         """The spec that a cache or a card keeps; raises FieldError."""
@@ -81,8 +86,8 @@ class FeatureRecipe:
     Its `key` names the cache file. `label` is how people call the backbone; it is not part of the key.
     window: the raw levels that become 0 and 1, where the intensity policy resolved to one for the whole set.
     precision: what the backbone computed in; see backbones.precision.
-    tile, overlap: pixels of the original image; a tile of None stands for whole images. empty_tiles: share of the
-    training tiles without a defect that is kept. views: of the training images; the first is the image as it is.
+    tile, overlap, empty_tiles: see Tiling; a tile of None stands for whole images. views: of the training images; the
+    first is the image as it is.
     empty_pixels: what pixels become that a header calls empty, `0`; "" for a set that has no such headers.
     sized: whether timm built the network for the frame, since as it was it would have computed something else.
     """
@@ -122,6 +127,26 @@ class FeatureRecipe:
         return self.tile is not None or len(self.views) > 1
 
     @property
+    def tiling(self) -> Tiling | None:
+        """How images were cut; None for whole images."""
+        return None if self.tile is None else Tiling(self.tile, self.overlap, self.empty_tiles)
+
+    @property
+    def further_views(self) -> tuple[str, ...]:
+        """Views of training images that are stored beside the images as they are."""
+        return self.views[1:]
+
+    @property
+    def keeps_own_split(self) -> bool:
+        """Whether rows serve the set's own split alone: its training images have more rows than others, or fewer."""
+        return keeps_own_split(self.tiling, self.further_views)
+
+    @property
+    def shown(self) -> tuple[object, ...]:
+        """What of images the rows show, as keys of comparisons take it: further views, and the settings of tiles."""
+        return (self.further_views, *(getattr(self, name) for name in SETTINGS))
+
+    @property
     def policy(self) -> Intensity:
         """How raw levels become [0, 1], together with `window`."""
         return Intensity.parse(self.intensity)
@@ -136,7 +161,7 @@ class FeatureRecipe:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the cache and the cards keep them; of tiles, empty pixels, `sized` only what holds."""
         idle = [name for name in ("empty_pixels", "sized") if not getattr(self, name)]
-        idle += ["tile", "overlap", "empty_tiles"] if self.tile is None else []
+        idle += SETTINGS if self.tile is None else ()
         return {name: value for name, value in asdict(self).items() if name not in idle}
 
     @classmethod
@@ -177,7 +202,7 @@ class FeatureRecipe:
             found = [wrong(("frame",), "a multiple of every stride", self.frame)]
         parsers: Mapping[str, Callable[[], object]] = {
             "intensity": lambda: self.policy,
-            "views": lambda: parse_views(",".join(self.views[1:]) or "none"),
+            "views": lambda: parse_views(",".join(self.further_views) or "none"),
         }
         for name, parse in parsers.items():
             try:

@@ -1,7 +1,11 @@
 """How images are cut into tiles, and which further views of training images are cached."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import xxhash
 
 from featprobe.errors import DataError, nearest
 from featprobe.geometry import MOST_SIDE, TURNS, Fit
@@ -50,10 +54,49 @@ class Tiling:
             )
         return cls(tile, tile // 8 if overlap is None else overlap, 1.0 if empty_tiles is None else float(empty_tiles))
 
+    @classmethod
+    def in_json(cls, recipe: Mapping[str, Any]) -> "Tiling | None":
+        """How the images of a recipe were cut, as caches and cards keep it; None for whole images."""
+        return cls(**{name: recipe[name] for name in SETTINGS}) if recipe.get("tile") else None
+
+    @property
+    def thinned(self) -> bool:
+        """Whether not all training tiles are kept."""
+        return self.empty_tiles < 1
+
+    def keeps(self, empty: str) -> bool:
+        """Whether a training tile without a defect, of this id, is kept; it follows from the id alone."""
+        return xxhash.xxh3_64_intdigest(empty.encode()) / 2**64 < self.empty_tiles
+
+    @property
+    def manner(self) -> tuple[str, ...]:
+        """How tiles of one side may differ, for people: their overlap, and the share that is kept if not all are.
+
+        >>> Tiling(512, 64, 0.1).manner
+        ('overlap 64', '10% of the empty')
+        """
+        return (f"overlap {self.overlap}", *([f"{self.empty_tiles:.0%} of the empty"] if self.thinned else []))
+
+    @property
+    def text(self) -> str:
+        """All of it, for people."""
+        return f"tiles of {self.tile} pixels, overlap {self.overlap}, {self.empty_tiles:.0%} of the empty"
+
     def __str__(self) -> str:
-        """For people."""
-        empty = f", {self.empty_tiles:.0%} of the empty" if self.empty_tiles < 1 else ""
-        return f"tiles of {self.tile} (overlap {self.overlap}{empty})"
+        """In short, for people."""
+        return f"tiles of {self.tile} ({', '.join(self.manner)})"
+
+
+SETTINGS = tuple(setting.name for setting in fields(Tiling))
+"""What recipes, options and files call the settings of a tiling."""
+
+
+def keeps_own_split(tiling: Tiling | None, views: Sequence[str]) -> bool:
+    """Whether features of such tiles and further views serve the set's own split alone.
+
+    Then training images have views that others lack, or not all of their tiles are kept.
+    """
+    return bool(views) or (tiling is not None and tiling.thinned)
 
 
 def parse_views(text: str) -> tuple[str, ...]:

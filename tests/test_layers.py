@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "splitting",
         "kinds",
         "scores",
+        "result_rows",
         "geometry",
         "targets",
         "machine",

@@ -1,6 +1,6 @@
-"""The feature cache (cache/README.md). The only part that imports h5py, and only to make files and to read old ones.
+"""The feature cache (cache/README.md). Only this part imports h5py, and only to make files and to read old ones.
 
-Handing features to torch is featprobe.cache.reader's: looking after caches needs none of it.
+featprobe.cache.reader gives features to torch. Commands that look after caches don't need torch.
 """
 
 from featprobe.cache.contents import Contents, read_contents, read_states

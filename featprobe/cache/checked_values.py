@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is kept of the making of a file, as far as it is read again."""
+    """How a file was made: the fields of its provenance that featprobe reads again."""
 
     command: str = ""
     read_as: Mapping[str, str] = field(default_factory=dict)
@@ -32,19 +32,19 @@ def recipe_of(value: Any) -> FeatureRecipe:
 
 
 def data_of(value: Any) -> DataInfo:
-    """What a file says of its data set; fields that are not known are ignored. Raises FormatFault."""
+    """The data set that a file names; unknown fields are ignored. Raises FormatFault."""
     return _typed(DataInfo, _known(DataInfo, value), "data set")
 
 
 def provenance_of(value: Any) -> Mapping[str, Any]:
-    """What a file says of its making, as it is; fields that are not known are ignored. Raises FormatFault."""
+    """The provenance in a file, unchanged; unknown fields are ignored. Raises FormatFault."""
     _typed(Provenance, _known(Provenance, value), "provenance")
     said: Mapping[str, Any] = value
     return said
 
 
 def check_objects(what: str, value: Any, names: Iterable[str]) -> None:
-    """Raise FormatFault where a value is no object that holds objects by these names."""
+    """Raise FormatFault unless the value is a JSON object that holds a JSON object under each of these names."""
     wrong = [name for name in names if not (isinstance(value, dict) and isinstance(value.get(name), dict))]
     if wrong:
         raise FormatFault(f"{what} with the objects {', '.join(wrong)}", short(value))
@@ -58,6 +58,6 @@ def _typed(kind: type[T], value: Any, what: str) -> T:
 
 
 def _known(kind: Any, value: Any) -> Any:
-    """The fields of an object that are known."""
-    names = {own.name for own in fields(kind)}
-    return {name: own for name, own in value.items() if name in names} if isinstance(value, dict) else value
+    """The known fields of a JSON object."""
+    names = {known.name for known in fields(kind)}
+    return {name: item for name, item in value.items() if name in names} if isinstance(value, dict) else value

@@ -1,14 +1,11 @@
-"""What a cache file holds beside its features, read and checked without HDF5.
+"""Everything that a cache file holds beside its features, read and checked without HDF5.
 
-All that comes out of a file is taken for anybody's: each size, type and shape is held against the file's length and
-against its recipe before it is used. Files of versions 1 and 2 go through featprobe.cache.legacy, which gives the same.
+No value of a file is trusted: each size, type and shape is compared with the file's length and with its recipe before
+it is used. Files of versions 1 and 2 are read by featprobe.cache.legacy, which gives the same values.
 """
 
 import hashlib
-import os
 import re
-import shlex
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,84 +18,32 @@ from numpy.typing import NDArray
 from featprobe.cache import header
 from featprobe.cache.checked_values import check_objects, data_of, provenance_of, recipe_of
 from featprobe.cache.header import FILE_VERSION, Entry, FormatFault, Index, NewerFormat, parse_json, short
+from featprobe.cache.held_file import HeldFile, Span, removal
 from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_bytes, most_texts, part_shapes, table_shapes
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
-from featprobe.disk import open_regular
-from featprobe.errors import CacheError, FileKindError
+from featprobe.errors import CacheError
 from featprobe.geometry import IDENTITY, MOST_SIDE, TURNS
 from featprobe.specs import DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 LABELS = {f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS}
-"""Parts that are read row by row, when labels are used."""
+"""Parts that are read row by row, when a row's labels are used."""
 SINCE_VERSION_3 = {"rows/affine", "images/checksum"}  # parts that no reader needs of an older file, or it has not
-PIECE = 1 << 22  # bytes that are hashed at once
 VIEW = re.compile(rf"{IDENTITY}|{'|'.join(TURNS)}|crop\d+")
 FAULTS = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError, OverflowError,
 )  # fmt: skip
 
 
-class HeldFile:
-    """A regular file, open for as long as this object lives, whatever its name comes to mean."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises CacheError where there is none."""
-        self.path = path
-        try:
-            self.handle = open_regular(path)
-        except FileNotFoundError as error:
-            raise CacheError(f"There is no cache {path}.") from error
-        except (OSError, FileKindError) as error:
-            raise CacheError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-        weakref.finalize(self, os.close, self.handle)
-        self.status = os.fstat(self.handle)
-
-    def read(self, offset: int, count: int) -> bytes:
-        """So many bytes. Raises CacheError where the file has ended before."""
-        data = os.pread(self.handle, count, offset)
-        while len(data) < count:
-            more = os.pread(self.handle, count - len(data), offset + len(data))
-            if not more:
-                end = offset + len(data)
-                raise CacheError(
-                    f"{self.path} ended while it was read, at byte {end}. Was it cut short?\n{_remove(self.path)}"
-                )
-            data += more
-        return data
-
-
-@dataclass(frozen=True)
-class Span:
-    """A part of a file, whose bytes are read when they are asked for."""
-
-    file: HeldFile
-    entry: Entry
-
-    def __len__(self) -> int:
-        return self.entry.size
-
-    def __getitem__(self, index: slice, /) -> bytes:
-        start, stop, _ = index.indices(self.entry.size)
-        return self.file.read(self.entry.offset + start, max(0, stop - start))
-
-    def sha256(self) -> str:
-        """Of all of it, some at a time."""
-        running = hashlib.sha256()
-        for start in range(0, len(self), PIECE):
-            running.update(self[start : start + PIECE])
-        return running.hexdigest()
-
-
 @dataclass(frozen=True)
 class Contents:
-    """All of a cache file but its features, as read once when it is opened.
+    """Everything in a cache file but its features, read once when the file is opened.
 
-    index: what its header says; that of an older file is made up. images: what the rows are parts of, placed as they
-    are; None where rows are images.
-    damaged: parts that are not what was written, of those that were hashed when the file was opened: all but labels.
-    file: that very one, held open. labels: by part, where they lie and their sha256; none of an older file, all of
-    which is hashed when it is opened.
+    index: the values of its header; for a file of version 1 or 2 they are made from the file's structure.
+    images: the whole images whose parts the rows show, with their placement; None where each row is an image.
+    damaged: names of the damaged parts, among those that are hashed when the file is opened (all but labels).
+    file: the open file. labels: per part of labels, where it lies and its sha256; empty for versions 1 and 2, whose
+    labels are hashed when the file is opened.
     """
 
     index: Index
@@ -114,46 +59,46 @@ class Contents:
 
     @property
     def version(self) -> int:
-        """Of the file."""
+        """The format version of the file."""
         return self.index.version
 
     @property
     def identity_sha256(self) -> str:
-        """Over all that was written once, as the file says."""
+        """The sha256 over all that was written once, as the header states it."""
         return self.index.identity_sha256
 
     @property
     def inode(self) -> int:
-        """Of the file that was read."""
+        """The inode number of the open file."""
         return self.file.status.st_ino
 
     @property
     def command(self) -> str:
-        """The command line that makes this cache, and goes on with it or mends it."""
+        """The command line that makes, completes or repairs this cache."""
         short = f"featprobe extract --backbone {self.recipe.label} --data {self.data.name}"
         return str(self.provenance.get("command", short))
 
     def damaged_targets(self) -> list[int]:
-        """Rows whose targets do not hash to what was written."""
+        """Indices of rows whose targets are not what was written, found by hashing them."""
         return self.rows.damaged()
 
     def damaged_parts(self) -> list[str]:
-        """Names of what was written once and is not what was written: all is hashed."""
+        """Names of the damaged parts among all that is written once. Hashes every part."""
         return [*self.damaged, *(name for name, (span, sha256) in self.labels.items() if span.sha256() != sha256)]
 
     def is_intact(self) -> bool:
-        """Whether recipe, data set, rows and targets hash to what was written."""
+        """Whether recipe, data set, rows and targets are what was written, found by hashing them."""
         return not self.damaged_parts()
 
 
 def read_contents(path: Path) -> Contents:
-    """Read a cache file's identity and where its bytes lie; raises CacheError.
+    """Read everything in a cache file but its features. Raises CacheError.
 
-    Whether all of it is what was written is left to `Contents.damaged` and `Contents.is_intact`, so that a damaged
-    file can be named and repaired.
+    A damaged file is read too, so that it can be named and repaired: `Contents.damaged` and `Contents.is_intact` say
+    whether it is what was written.
     """
     file = HeldFile(path)
-    with _letters(path):
+    with _as_cache_error(path):
         if _is_old(file):
             from featprobe.cache.legacy import read_old
 
@@ -165,12 +110,12 @@ def read_contents(path: Path) -> Contents:
 
 
 def read_states(path: Path) -> tuple[FeatureRecipe, NDArray[np.uint8], int]:
-    """A cache's recipe, `done` of each row as it stands there, and the version, of its header alone.
+    """A cache's recipe, the stored state (`done`) of each row, and the format version. Reads little beside the header.
 
     Raises CacheError.
     """
     file = HeldFile(path)
-    with _letters(path):
+    with _as_cache_error(path):
         if _is_old(file):
             contents = read_contents(path)
             recipe, done = contents.recipe, contents.extents["done"]
@@ -183,19 +128,19 @@ def read_states(path: Path) -> tuple[FeatureRecipe, NDArray[np.uint8], int]:
 
 
 def _is_old(file: HeldFile) -> bool:
-    """Whether a file is HDF5 from its first byte on, as versions 1 and 2 are."""
+    """Whether HDF5 begins at the file's first byte, as in versions 1 and 2."""
     return file.read(0, min(len(HDF5_SIGNATURE), file.status.st_size)) == HDF5_SIGNATURE
 
 
 def _header(file: HeldFile) -> tuple[Index, bool]:
-    """The index of a file of version 3, and whether its header is what was written."""
+    """The index of a file of version 3, and whether its header is undamaged."""
     start = file.read(0, min(header.FIXED.size, file.status.st_size))
     return header.decode(start, file.read(header.FIXED.size, header.json_bytes(start)))
 
 
 @contextmanager
-def _letters(path: Path) -> Iterator[None]:
-    """Turn what is wrong with a file into a CacheError that names it."""
+def _as_cache_error(path: Path) -> Iterator[None]:
+    """Turn any fault of a file into a CacheError that names the file."""
     try:
         yield
     except NewerFormat as error:
@@ -213,18 +158,14 @@ def _letters(path: Path) -> Iterator[None]:
 
 def _unopened(path: Path, wanted: str, found: str) -> CacheError:
     return CacheError(
-        f"{path} is not a feature cache that can be opened.\n  wanted  {wanted}\n  found   {found}\n{_remove(path)}"
+        f"{path} is not a feature cache that can be opened.\n  wanted  {wanted}\n  found   {found}\n{removal(path)}"
     )
 
 
-def _remove(path: Path) -> str:
-    return f"Remove it: featprobe cache rm {shlex.quote(str(path))} --yes. Then run the extract command again."
-
-
 def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
-    """The contents of a file, of its index and the bytes of its parts; those of labels are read when they are used.
+    """The contents of a file, from its index and the bytes of its parts. Labels are read later, when they are used.
 
-    Raises FormatFault for what is not as cache/README.md says.
+    Raises FormatFault for all that differs from cache/README.md.
     """
     recipe, shapes = _checked(file, index)
     old = index.version < FILE_VERSION
@@ -244,7 +185,7 @@ def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
 
 
 def _checked(file: HeldFile, index: Index) -> tuple[FeatureRecipe, Shapes]:
-    """The recipe, and type and shape of each part, of an index that is right as far as the file's length tells."""
+    """The recipe, and the type and shape of each part, once the index agrees with the file's length and the recipe."""
     index.check_places(file.status.st_size)
     recipe, old = recipe_of(index.recipe), index.version < FILE_VERSION
     if recipe.key != index.recipe_key and not old:
@@ -262,7 +203,7 @@ def _made(
     file: HeldFile, index: Index, recipe: FeatureRecipe, shapes: Shapes, read: Mapping[str, bytes],
     parts: Mapping[str, Blob], damaged: tuple[str, ...],
 ) -> Contents:  # fmt: skip
-    """`_parse`, of parts whose types and shapes are known to be right. read: of those that are read at once."""
+    """`_parse`, where types and shapes are known to be right. read: the bytes of the parts that are read at once."""
     texts = parse_json(read["texts"], most_texts(index.rows, index.images), "texts")
     check_objects("texts", texts, ("data", "rows", "images")[: 2 + recipe.in_parts])
     provenance = provenance_of(parse_json(read["provenance"], header.MOST_VALUES, "provenance"))
@@ -276,14 +217,14 @@ def _made(
     images = _images(index, texts["images"], arrays, parts) if recipe.in_parts else None
     if images is not None:
         _check_parts(arrays, rows, images)
-    extents = {name: Extent(own.offset, own.size // index.rows, index.rows) for name, own in index.tables.items()}
+    extents = {name: Extent(table.offset, table.size // index.rows, index.rows) for name, table in index.tables.items()}
     hashed = LABELS if index.version == FILE_VERSION else set()  # older files have hashes of rows alone
-    labels = {n: (own, index.parts[n].sha256) for n, own in parts.items() if n in hashed and isinstance(own, Span)}
+    labels = {n: (part, index.parts[n].sha256) for n, part in parts.items() if n in hashed and isinstance(part, Span)}
     return Contents(index, recipe, data_of(texts["data"]), provenance, rows, images, extents, damaged, file, labels)
 
 
 def _told(contents: Contents) -> Contents:
-    """The same contents, whose rows know what to say of labels that are damaged."""
+    """The same contents, whose rows can say how damaged labels are repaired."""
     mending = (
         f"  file    {contents.file.path}\nNothing was changed. See what is bad:  featprobe cache verify FILE\n"
         f"and mend it from the images:  {contents.command}"
@@ -296,11 +237,13 @@ def _of_old_identity(contents: Contents) -> Contents:
     """The contents of a file of version 1 or 2, whose identity covers all rows and labels."""
     from featprobe.cache.legacy import old_identity
 
-    return contents if old_identity(contents) == contents.identity_sha256 else replace(contents, damaged=("identity",))
+    tables = [contents.rows, *([contents.images] if contents.images else [])]
+    found = old_identity(contents.recipe, contents.data, contents.extents, tables)
+    return contents if found == contents.identity_sha256 else replace(contents, damaged=("identity",))
 
 
 def _check_entries(entries: Mapping[str, Entry], shapes: Shapes) -> None:
-    """Raise FormatFault unless there is an entry of each name, of its type and shape, and none else that is needed."""
+    """Raise FormatFault unless each name has an entry of its type and shape, and no other entry is required."""
     for name, (dtype, shape) in shapes.items():
         if name not in entries:
             raise FormatFault(f"{name}", "none")
@@ -340,7 +283,7 @@ def _images(index: Index, texts: Any, arrays: Mapping[str, NDArray], parts: Mapp
 
 
 def _columns(texts: Any, names: Sequence[str], count: int, what: str) -> dict[str, Texts]:
-    """The texts of rows or images, as many of each as there are of these."""
+    """The texts of rows or of images by field, one text per row or image in each field."""
     for name in names:
         column = texts.get(name)
         if not isinstance(column, list) or len(column) != count or set(map(type, column)) != {str}:
@@ -368,7 +311,8 @@ def _targets(arrays: Mapping[str, NDArray], parts: Mapping[str, Blob], group: st
 
 
 def _check_parts(arrays: Mapping[str, NDArray], rows: RowTable, images: RowTable) -> None:
-    """Raise FormatFault unless each row is a part of its image, of its group and split, one image after another."""
+    """Raise FormatFault unless each row is a part of its image, has its group and split, and rows of one image follow
+    each other."""
     index, boxes = arrays["rows/image_index"], arrays["rows/part"].astype(np.int64)  # left, top, height, width
     if index.min() < 0 or index.max() >= len(images):
         raise FormatFault(f"rows that are parts of {len(images)} images", f"image {index.min()} to {index.max()}")
@@ -385,8 +329,8 @@ def _check_parts(arrays: Mapping[str, NDArray], rows: RowTable, images: RowTable
     if (np.where(turned, sides[:, ::-1], sides) != rows.original).any():
         raise FormatFault("rows/original_size: what rows/part and rows/view show", "other sizes")
     for name in ("group", "split"):
-        own = images.column(name)
-        if [own[image] for image in index.tolist()] != rows.column(name):
+        of_images = images.column(name)
+        if [of_images[image] for image in index.tolist()] != rows.column(name):
             raise FormatFault(f"rows of the {name} of their images", "others")
 
 

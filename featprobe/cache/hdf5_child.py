@@ -1,13 +1,13 @@
 """HDF5's view of a cache file, taken in a process of its own:  python hdf5_child.py KIND DESCRIPTOR < REQUEST
 
-KIND is `old`, for the contents of a file of version 1 or 2, or `agrees`, for where HDF5 and the header in REQUEST
-differ, which is JSON. The file comes as an open descriptor. The answer goes to the standard output: how many bytes each
-of its parts has, in one line, then the parts.
+KIND is `old` for the contents of a file of version 1 or 2, or `agrees` for the differences between HDF5 and the header
+in REQUEST, which is JSON. The file comes as an open descriptor. The answer goes to the standard output: one line with
+the number of bytes of each part, then the parts.
 
-HDF5 follows a file wherever it leads: into other files, and round and round. So this process looks at the structure
-first, and reads only what lies in the file itself, where cache/README.md has it; and its memory and its time on a
-processor are limited. featprobe.cache.legacy starts it, and ends it where it takes too long. It imports nothing of
-featprobe, so that it starts in a moment and holds nothing that is worth having.
+HDF5 follows every link of a file, into other files and in circles. So this process first looks at the structure, and
+reads only what lies in the file itself, in the places that cache/README.md names; its memory and its processor time are
+limited. featprobe.cache.legacy starts it, and ends it where it takes too long. It imports nothing of featprobe, so that
+it starts at once and holds no data of others.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ ATTRIBUTES = ("recipe", "recipe_key", "data", "provenance", "identity_sha256")
 MOST_ATTRIBUTE = 4 << 20  # bytes of a text at the root
 MOST_LEVELS = 1000
 SUPERBLOCK = 48  # bytes: the least that HDF5 keeps at the front of its part of a file
-OPENING_SECONDS = 1  # of a processor, for opening a file and looking at its structure
-ROWS_PER_SECOND = 2000  # whose texts are read, at the least
+OPENING_SECONDS = 1  # of processor time, for opening a file and looking at its structure
+ROWS_PER_SECOND = 2000  # the least number of rows whose texts are read in a second
 PIECE = 1 << 22  # bytes that are hashed at once
 
 
 class Refused(Exception):
-    """The file is not what cache/README.md says; the text says how.
+    """The file differs from cache/README.md; the text says how.
 
-    kind: `newer` for a version to come, `other` for HDF5 that is no cache at all, else "".
+    kind: `newer` for a later version, `other` for HDF5 that is no cache at all, else "".
     """
 
     def __init__(self, found: str, kind: str = "") -> None:
@@ -50,7 +50,7 @@ class Refused(Exception):
 
 
 def limit_memory(size: int) -> None:
-    """No more than twice the file and 256 MB beside what is in use now."""
+    """Limit memory to what is in use now, and twice the file's size and 256 MB more."""
     try:
         with open("/proc/self/statm", encoding="ascii") as stream:
             used = int(stream.read().split()[0]) * resource.getpagesize()
@@ -60,13 +60,13 @@ def limit_memory(size: int) -> None:
 
 
 def limit_seconds(more: float) -> None:
-    """No more than so many seconds of a processor from now on; the system ends this process then."""
+    """Limit processor time from now on, in seconds; after that the system ends this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + more) + 1)
 
 
 def lower(which: int, limit: int) -> None:
-    """Set a limit, as far as whoever started this process allows."""
+    """Set a limit, but no higher than the process that started this one allows."""
     hard = resource.getrlimit(which)[1]
     resource.setrlimit(which, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
@@ -75,7 +75,7 @@ def lower(which: int, limit: int) -> None:
 
 
 def hard(parent: Any, name: str) -> Any:
-    """What a name means in a group of the file: by hard links alone, which can't leave it."""
+    """The object under a name in a group. Only hard links are followed, since they can't leave the file."""
     for step in name.encode().split(b"/"):
         if not isinstance(parent, h5py.h5g.GroupID) or not parent.links.exists(step):
             raise Refused(f"{name!r} is missing")
@@ -111,7 +111,7 @@ def shape_of(dataset: Any, name: str, *wanted: int | None) -> tuple[int, ...]:
 
 
 def is_of(kind: Any, dtype: str) -> bool:
-    """Whether a type of HDF5 is this one of numpy."""
+    """Whether an HDF5 type is the given numpy type."""
     wanted = np.dtype(dtype)
     if wanted.kind == "S":
         text = kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str()
@@ -120,7 +120,7 @@ def is_of(kind: Any, dtype: str) -> bool:
 
 
 def place_of(root: Any, name: str, dtype: str, length: int, *wanted: int | None) -> dict[str, Any]:
-    """Where an array of numbers lies, and what it is: its entry in a header."""
+    """The header entry of an array of numbers: its place, type and shape."""
     dataset = dataset_at(root, name)
     shape = shape_of(dataset, name, *wanted)
     if not is_of(dataset.get_type(), dtype):
@@ -147,7 +147,7 @@ def check_apart(places: Mapping[str, tuple[int, int]]) -> None:
 
 
 def attribute(root: Any, name: str) -> Any:
-    """A text or a whole number at the root."""
+    """The value of an attribute at the root, a text or a whole number."""
     if not h5py.h5a.exists(root, name.encode()):
         raise Refused(f"the attribute {name!r} is missing")
     found = h5py.h5a.open(root, name.encode())
@@ -169,7 +169,7 @@ def attribute(root: Any, name: str) -> Any:
 
 
 def text_attribute(root: Any, name: str) -> str:
-    """A text at the root."""
+    """The value of an attribute at the root, which must be a text."""
     value = attribute(root, name)
     if not isinstance(value, str):
         raise Refused(f"the attribute {name!r} is no text")
@@ -180,7 +180,7 @@ def text_attribute(root: Any, name: str) -> str:
 
 
 def read_old(root: Any, status: os.stat_result) -> Iterator[bytes]:
-    """The header that the file would have in version 3, with the places that it has; then texts and provenance."""
+    """The header that the file would have in version 3, with its real places; then its texts and provenance."""
     kind = attribute(root, "format") if h5py.h5a.exists(root, b"format") else None
     if kind != "featprobe-cache":
         raise Refused(short(kind), "other")
@@ -227,7 +227,7 @@ def read_old(root: Any, status: os.stat_result) -> Iterator[bytes]:
 
 
 def old_parts(rows: int, images: int, version: int) -> Iterator[tuple[str, str, tuple[int | None, ...]]]:
-    """Name, type and shape of each array of numbers that is written once."""
+    """(name, type, shape) of each array of numbers that is written once."""
     yield "rows/original_size", "<i4", (rows, 2)
     yield "rows/content_size", "<i4", (rows, 2)
     yield "rows/affine", "<f8", (rows, 2, 3)
@@ -245,7 +245,7 @@ def old_parts(rows: int, images: int, version: int) -> Iterator[tuple[str, str, 
 
 
 def old_tables(rows: int, levels: list[str], root: Any) -> Iterator[tuple[str, str, tuple[int | None, ...]]]:
-    """The same of each table that is written row by row; the type of features is one of those that are stored."""
+    """(name, type, shape) of each table that is written row by row; features may have any of the stored types."""
     for level in levels:
         name = f"features/{level}"
         kind = dataset_at(root, name).get_type()
@@ -259,7 +259,7 @@ def old_tables(rows: int, levels: list[str], root: Any) -> Iterator[tuple[str, s
 def old_texts(
     root: Any, rows: int, images: int, version: int, length: int
 ) -> tuple[list[tuple[str, str]], dict[str, tuple[int, int]]]:
-    """Group and name of each column of texts, and where its references lie, once they are found to be such."""
+    """Group and name of each column of texts and the place of its references, after a check of both."""
     columns = [("rows", name) for name in TEXT_FIELDS]
     columns += [("rows", "view"), *(("images", name) for name in TEXT_FIELDS)] if version == 2 else []
     places = {}
@@ -278,13 +278,14 @@ def old_texts(
 
 
 def place_in_answer(blob: bytes) -> dict[str, Any]:
-    """The entry of a part that has no place in an old file."""
+    """The header entry of a part that an old file does not hold as one array."""
     said = {"offset": 0, "bytes": len(blob), "dtype": "u1", "shape": [len(blob)]}
     return said | {"sha256": hashlib.sha256(blob).hexdigest(), "required": True}
 
 
 def dumped(value: Any) -> bytes:
-    """JSON in which brackets and commas stand for structure alone, so that a reader can count its values first."""
+    """JSON whose brackets and commas are structure only (in texts they are escaped), so that a reader can count the
+    values first."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     escaped = {ord(mark): f"\\u{ord(mark):04x}" for mark in "[{,"}
     return re.sub(r'"(?:[^"\\]|\\.)*"', lambda found: found[0].translate(escaped), text).encode()
@@ -294,7 +295,7 @@ def dumped(value: Any) -> bytes:
 
 
 def disagreements(root: Any, header: Mapping[str, Any], handle: int) -> Iterator[str]:
-    """Where HDF5's view of a file differs from its header's: names, places, types, shapes, bytes of parts."""
+    """The differences between a file as HDF5 reads it and its header: names, places, types, shapes, bytes of parts."""
     length = os.fstat(handle).st_size
     wanted = {
         "format": "featprobe-cache",
@@ -314,7 +315,7 @@ def disagreements(root: Any, header: Mapping[str, Any], handle: int) -> Iterator
 
 
 def entry_differs(root: Any, name: str, entry: Mapping[str, Any], length: int) -> None:
-    """Refuse a dataset that is not what the header says."""
+    """Raise Refused for a dataset that differs from its header entry."""
     found = place_of(root, name, entry["dtype"], length, *entry["shape"])
     size = entry["bytes"] if "bytes" in entry else entry["rows"] * entry["row_bytes"]
     differs(f"bytes of {name!r}", found["bytes"], size)
@@ -337,13 +338,13 @@ def hash_of(dataset: Any) -> str:
 
 
 def differs(what: str, found: Any, wanted: Any) -> None:
-    """Refuse what is not as wanted."""
+    """Raise Refused where a found value is not the wanted one."""
     if found != wanted:
         raise Refused(f"{what}: {short(found)} in HDF5, {short(wanted)} in the header")
 
 
 def said_by(check: Any) -> Iterator[str]:
-    """What a check refuses, in words."""
+    """The texts of what the checks refuse."""
     try:
         check()
     except Refused as refusal:
@@ -372,7 +373,7 @@ def short(value: Any) -> str:
 
 
 def answer(parts: list[bytes]) -> None:
-    """Say how long each part is, then the parts."""
+    """Write the length of each part, then the parts."""
     out = sys.stdout.buffer
     out.write(" ".join(str(len(part)) for part in parts).encode() + b"\n")
     for part in parts:
@@ -381,7 +382,7 @@ def answer(parts: list[bytes]) -> None:
 
 
 def main(kind: str, handle: int) -> None:
-    """Take the view that is asked for, within limits, and answer: b"", a refusal and its kind where there is none."""
+    """Make the answer within the limits and write it; where that fails write b"", the refusal and its kind."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # HDF5 would keep Python from seeing it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     status = os.fstat(handle)

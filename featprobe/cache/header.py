@@ -1,6 +1,6 @@
 """The header of a cache file of version 3: from bytes to a checked index, and back (cache/README.md, *Header*).
 
-It lies in the block at the front of the file that HDF5 skips, so that nothing of HDF5 is needed to read a cache.
+It lies in the block at the front of the file that HDF5 skips, so that a cache can be read without HDF5.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ MAGIC = b"\x89fpcach\n"
 FIXED = struct.Struct("<8sII32s")  # magic, version, bytes of the JSON, sha256 over all of these and the JSON
 LEAST_BLOCK = 4096  # bytes: the least user block
 MOST_JSON = 1 << 20  # bytes
-MOST_VALUES = 100_000  # in a JSON, beside the texts of rows: bounds the memory that reading it takes
+MOST_VALUES = 100_000  # in a JSON without the texts of rows: limits the memory that reading it takes
 WIDEST = 10**19  # an offset of more digits than any that a file has
 
 
 class FormatFault(Exception):
-    """A file is not what cache/README.md says. wanted, found: for the letter that becomes of it."""
+    """A file differs from cache/README.md. wanted, found: short texts for the message of the CacheError."""
 
     def __init__(self, wanted: str, found: str) -> None:
         super().__init__(f"wanted {wanted}, found {found}")
@@ -32,15 +32,15 @@ class FormatFault(Exception):
 
 
 class NewerFormat(FormatFault):
-    """A file asks for more than this featprobe knows."""
+    """A file needs a newer featprobe."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a part or a table lies: bytes [offset, offset + size) of the file.
+    """The place of a part or a table: bytes [offset, offset + size) of the file.
 
-    dtype, shape: of the array there. sha256: 64 hex digits over a part's bytes; "" for a table, which is written later.
-    required: whether a reader must know it.
+    dtype, shape: type and shape of the array there. sha256: 64 hex digits over a part's bytes; "" for a table, which is
+    written later. required: whether a reader that does not know this entry must refuse the file.
     """
 
     offset: int
@@ -51,11 +51,11 @@ class Entry:
     required: bool = True
 
     def part(self) -> dict[str, Any]:
-        """As the header holds a part."""
+        """The JSON of a part in the header."""
         return self._common() | {"bytes": self.size, "sha256": self.sha256}
 
     def table(self) -> dict[str, Any]:
-        """As the header holds a table."""
+        """The JSON of a table in the header."""
         return self._common() | {"rows": self.shape[0], "row_bytes": self.size // max(1, self.shape[0])}
 
     def _common(self) -> dict[str, Any]:
@@ -64,9 +64,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """What a header says. recipe: as JSON. rows, images: how many; images is 0 where rows are images.
+    """The values of a header.
 
-    block: bytes of the user block; 0 in what is made of a file of version 1 or 2.
+    recipe: as JSON. rows, images: their numbers; images is 0 where each row is an image. block: bytes of the user
+    block; 0 for a file of version 1 or 2.
     """
 
     version: int
@@ -81,7 +82,7 @@ class Index:
 
     @classmethod
     def of(cls, values: Any, version: int) -> "Index":
-        """The index that a header's JSON holds; raises FormatFault where its form is another."""
+        """The index in a header's JSON. Raises FormatFault where a field is missing or of another type."""
         if not isinstance(values, dict):
             raise FormatFault("a header that is a JSON object", short(values))
         for name, kind in (("recipe", dict), ("parts", dict), ("tables", dict), ("recipe_key", str)):
@@ -98,7 +99,7 @@ class Index:
         return cls(version, *said, rows, images, parts, tables, block)
 
     def to_json(self) -> dict[str, Any]:
-        """What `of` reads."""
+        """The JSON that `of` reads."""
         return {
             "recipe": self.recipe,
             "recipe_key": self.recipe_key,
@@ -111,7 +112,7 @@ class Index:
         }
 
     def identity(self) -> str:
-        """sha256 over all that is written once except the provenance, so that two makings of one cache agree."""
+        """sha256 over all that is written once but the provenance, so that the same cache made twice has the same."""
         parts = {
             name: [entry.dtype, list(entry.shape), entry.sha256]
             for name, entry in self.parts.items()
@@ -151,9 +152,9 @@ def encode(index: Index) -> bytes:
 
 
 def decode(start: bytes, said: bytes) -> tuple[Index, bool]:
-    """The index of a header, and whether its sha256 holds: of its first FIXED.size bytes, and the JSON behind them.
+    """The index of a header, and whether its sha256 holds. Raises FormatFault.
 
-    Raises FormatFault.
+    start: the first FIXED.size bytes of the file. said: the JSON after them.
     """
     _, version, _, expected = FIXED.unpack(start)
     index = Index.of(parse_json(said, MOST_VALUES, "the header"), version)
@@ -178,7 +179,7 @@ def json_bytes(start: bytes) -> int:
 
 
 def parse_json(data: bytes, most: int, what: str) -> Any:
-    """JSON of no more than so many values, which bounds the memory that it takes. Raises FormatFault."""
+    """The value of a JSON text of at most `most` values, which limits the memory it takes. Raises FormatFault."""
     count = len(data) - len(data.translate(None, b"[{,"))
     if count > most:
         raise FormatFault(f"at most {most} values in {what}", str(count))
@@ -230,7 +231,7 @@ def _common(name: str, entry: Any) -> tuple[int, tuple[int, ...], str, bool]:
 
 
 def _whole(value: Any, what: str) -> int:
-    """A whole number of a file: 0 <= value < 2^63."""
+    """A whole number from a file, 0 <= value < 2^63. Raises FormatFault for another value."""
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise FormatFault(f"a whole number from 0 on as {what}", short(value))
     return value

@@ -1,6 +1,6 @@
-"""The file: what stands where in it, and how it is made.
+"""The layout of a cache file, and how a file is made.
 
-The normative description is cache/README.md. Files are made through HDF5, and here alone; reading needs none of it.
+The normative description is cache/README.md. Only this module makes files, through HDF5; reading needs no HDF5.
 """
 
 import errno
@@ -35,14 +35,14 @@ REASON_BYTES = 240
 MISSING, WHOLE, UNREADABLE = 0, 1, 2
 STORED_AS: Mapping[str, str] = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2", "int8": "u1"}
 ESCAPED = {ord(mark): f"\\u{ord(mark):04x}" for mark in "[{,"}  # in texts of JSON
-MOST_JSON, MOST_TEXT = 1 << 24, 1 << 16  # bytes of a JSON, and more of them for each row and image
-FREE = -1  # a length that follows from nothing else
+MOST_JSON, MOST_TEXT = 1 << 24, 1 << 16  # bytes of a JSON, and further bytes per row and per image
+FREE = -1  # a length that nothing else determines
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a dataset's bytes lie in the file: offset and bytes per row."""
+    """The place of a dataset in the file, in bytes: its offset, the bytes per row, and the number of rows."""
 
     offset: int
     row_bytes: int
@@ -51,7 +51,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Table:
-    """What is kept of each row for a level. dtype, shape: of one row. key: what writers and readers call it."""
+    """An array that holds one entry per row for a level. dtype, shape: of one row. key: its name in `maps`."""
 
     name: str
     dtype: str
@@ -59,7 +59,7 @@ class Table:
 
     @property
     def key(self) -> str:
-        """The level's name for its features; the table's own for what lies beside them."""
+        """The level's name for a table of features, the table's name for others (scales)."""
         return self.name.removeprefix("features/")
 
     @property
@@ -69,7 +69,7 @@ class Table:
 
 
 def level_tables(recipe: FeatureRecipe, level: FeatureLevel) -> tuple[Table, ...]:
-    """What is kept of each row for a level, in the order in which its checksum takes it; features first."""
+    """The tables of one level, features first, in the order in which a row's checksum covers them."""
     features = Table(f"features/{level.name}", STORED_AS[recipe.dtype], (level.channels, *level.cells(recipe.frame)))
     if recipe.dtype != "int8":
         return (features,)
@@ -77,12 +77,12 @@ def level_tables(recipe: FeatureRecipe, level: FeatureLevel) -> tuple[Table, ...
 
 
 def row_tables(recipe: FeatureRecipe) -> dict[str, tuple[Table, ...]]:
-    """`level_tables` of each level, by its name."""
+    """`level_tables` per level, by the level's name."""
     return {level.name: level_tables(recipe, level) for level in recipe.levels}
 
 
 def table_shapes(recipe: FeatureRecipe, rows: int) -> Shapes:
-    """Every table of a file, which is written row by row."""
+    """Type and shape of every table of a file, by name. Tables are written row by row."""
     kept = [table for tables in row_tables(recipe).values() for table in tables]
     return {
         **{table.name: (table.dtype, (rows, *table.shape)) for table in kept},
@@ -93,7 +93,7 @@ def table_shapes(recipe: FeatureRecipe, rows: int) -> Shapes:
 
 
 def part_shapes(recipe: FeatureRecipe, rows: int, images: int) -> Shapes:
-    """Every part of a file, which is written once; FREE where a length is its own."""
+    """Type and shape of every part of a file, by name. Parts are written once. FREE stands for a free length."""
     shapes: Shapes = {
         "texts": ("u1", (FREE,)),
         "provenance": ("u1", (FREE,)),
@@ -115,12 +115,12 @@ def _target_shapes(group: str, rows: int) -> Shapes:
 
 
 def most_bytes(rows: int, images: int) -> dict[str, int]:
-    """How many bytes those parts may have that are JSON, which takes several times as many in memory."""
+    """The most bytes that each JSON part may have. Parsed JSON takes several times as much memory."""
     return {"texts": MOST_JSON + MOST_TEXT * (rows + images), "provenance": MOST_JSON}
 
 
 def most_texts(rows: int, images: int) -> int:
-    """How many values the JSON of a file's texts may hold."""
+    """The most values that the JSON of a file's texts may hold."""
     return header.MOST_VALUES + (len(TEXT_FIELDS) + 1) * (rows + images)
 
 
@@ -132,9 +132,9 @@ def create_file(
     provenance: Mapping,
     images: Sequence[Row] = (),
 ) -> bool:
-    """Put a new cache in place, its features allocated and missing; False when the name is taken.
+    """Put a new cache in place, with space for its features and all rows missing; False when the name is taken.
 
-    images: the whole images that rows are parts of; none where rows are images.
+    images: the whole images whose parts the rows show; empty where each row is an image.
 
     The file appears under its name whole or not at all. Raises CacheError when the folder can't be
     written or the disk can't hold it; no part of it is left behind then.
@@ -204,7 +204,7 @@ def _fill(
     provenance: Mapping,
     images: Sequence[Row],
 ) -> None:
-    """Write a new file: what HDF5 says of it, the parts, the first states of rows, then the header."""
+    """Write a new file: HDF5's structure, the parts, the first state of each row, and last the header."""
     parts = _parts(recipe, data, rows, provenance, images)
     index, drawn = _drawn(recipe, _index(recipe, parts, len(rows), len(images)))
     states = np.array([UNREADABLE if row.reason else MISSING for row in rows], dtype="u1")
@@ -225,9 +225,9 @@ def _put(stream: io.RawIOBase, offset: int, data: bytes) -> None:
 
 
 class _Drawing(io.RawIOBase):
-    """A file in memory, of which only those pieces exist that were written: (offset, bytes), in that order.
+    """A file in memory that holds only the pieces that were written, as (offset, bytes), in the order of writing.
 
-    HDF5 writes into it, and never to a disk: it has no words for one that refuses.
+    HDF5 writes into it, and never to a disk, because it gives no clear error when a disk refuses.
     """
 
     def __init__(self) -> None:
@@ -264,7 +264,7 @@ class _Drawing(io.RawIOBase):
 
 
 def _drawn(recipe: FeatureRecipe, index: Index) -> tuple[Index, _Drawing]:
-    """The index with the place of each array, and what HDF5 writes of a file that holds them, none of them written."""
+    """The index with the place of each array, and HDF5's structure of a file that holds them, without their values."""
     import h5py
 
     drawing, how = _Drawing(), {"alignment_threshold": ALIGNMENT, "alignment_interval": ALIGNMENT}
@@ -284,7 +284,7 @@ def _drawn(recipe: FeatureRecipe, index: Index) -> tuple[Index, _Drawing]:
 
 
 def _index(recipe: FeatureRecipe, parts: Mapping[str, NDArray], rows: int, images: int) -> Index:
-    """What the header of a new file says, but for where things lie."""
+    """The index of a new file, still without the places of parts and tables."""
     dtypes = part_shapes(recipe, rows, images)
     entries = {
         name: Entry(0, array.nbytes, dtypes[name][0], array.shape, hashlib.sha256(array.data).hexdigest())
@@ -299,7 +299,7 @@ def _index(recipe: FeatureRecipe, parts: Mapping[str, NDArray], rows: int, image
 
 
 def _placed(file: "h5py.File", name: str, entry: Entry) -> Entry:
-    """The entry of a new dataset, whose bytes have their place from the start and are never written by HDF5."""
+    """Make a dataset whose place is fixed at once and whose bytes HDF5 never writes; return its header entry."""
     import h5py
 
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -316,7 +316,7 @@ def _placed(file: "h5py.File", name: str, entry: Entry) -> Entry:
 def _parts(
     recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], provenance: Mapping, images: Sequence[Row]
 ) -> dict[str, NDArray]:
-    """All that is written once, by the names of `part_shapes`."""
+    """The arrays that are written once, by the names of `part_shapes`."""
     parts: dict[str, Any] = {
         "texts": _texts(recipe, data, rows, images),
         "provenance": np.frombuffer(json.dumps(dict(provenance)).encode(), dtype="u1"),
@@ -340,32 +340,32 @@ def _parts(
 def _target_parts(group: str, rows: Sequence[Row]) -> dict[str, Any]:
     parts: dict[str, Any] = {f"{group}/checksum": [target_checksums(row) for row in rows]}
     for kind in TARGET_KINDS:
-        own = [getattr(row, kind) for row in rows]
-        parts[f"{group}/{kind}"] = np.frombuffer(b"".join(own), dtype="u1")
-        parts[f"{group}/{kind}_offset"] = np.cumsum([0, *map(len, own)], dtype="<u8")
+        blobs = [getattr(row, kind) for row in rows]
+        parts[f"{group}/{kind}"] = np.frombuffer(b"".join(blobs), dtype="u1")
+        parts[f"{group}/{kind}_offset"] = np.cumsum([0, *map(len, blobs)], dtype="<u8")
     return parts
 
 
 def _texts(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], images: Sequence[Row]) -> NDArray[np.uint8]:
     """The data set and the texts of rows and images as UTF-8 JSON."""
-    own = {name: [getattr(row, name) for row in rows] for name in TEXT_FIELDS}
+    of_rows = {name: [getattr(row, name) for row in rows] for name in TEXT_FIELDS}
     if recipe.in_parts:
-        own["view"] = [row.part.view if row.part else "" for row in rows]
+        of_rows["view"] = [row.part.view if row.part else "" for row in rows]
     whole = {name: [getattr(row, name) for row in images] for name in TEXT_FIELDS}
-    said = {"data": asdict(data), "rows": own, **({"images": whole} if recipe.in_parts else {})}
-    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False)
-    if sum(map(text.count, "[{,")) > most_texts(len(rows), len(images)):  # those within texts do not count, escaped
+    texts = {"data": asdict(data), "rows": of_rows, **({"images": whole} if recipe.in_parts else {})}
+    text = json.dumps(texts, separators=(",", ":"), ensure_ascii=False)
+    if sum(map(text.count, "[{,")) > most_texts(len(rows), len(images)):  # inside texts they are escaped, not counted
         text = re.sub(r'"(?:[^"\\]|\\.)*"', lambda found: found[0].translate(ESCAPED), text)
     return np.frombuffer(text.encode(), dtype="u1")
 
 
 def encode_reason(reason: str) -> bytes:
-    """A reason cut to what its field holds, never within a character."""
+    """A reason as UTF-8, cut to REASON_BYTES between two characters."""
     return reason.encode()[:REASON_BYTES].decode(errors="ignore").encode()
 
 
 def _allocate_disk(handle: int, size: int) -> None:
-    """Reserve the file's bytes on the disk, so that a full disk is met here and not in the middle."""
+    """Reserve the file's bytes on the disk, so that a full disk is noticed now and not while features are written."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:

@@ -1,8 +1,8 @@
 """Files of versions 1 and 2, and HDF5's view of any cache file: both through a process that may fail, hang or grow.
 
-HDF5 does not guard itself against what a file says: one flipped byte makes it walk in circles past Ctrl-C, and a file
-made on purpose leads it into other files. So this process never opens a cache with it. A child does (hdf5_child.py),
-within limits on memory and on time, after a look at the structure, and answers with the little that is asked for.
+HDF5 trusts what a file says: one flipped byte makes it run in circles past Ctrl-C, and a malicious file leads it into
+other files. So this process never opens a cache with HDF5. A child process does (hdf5_child.py), within limits on
+memory and time and after a check of the structure, and answers only the question.
 """
 
 import hashlib
@@ -14,40 +14,42 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from featprobe.cache.contents import Contents, HeldFile, Span
 from featprobe.cache.header import FILE_VERSION, FormatFault, Index, NewerFormat
-from featprobe.cache.layout import FORMAT
-from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob
+from featprobe.cache.held_file import HeldFile, Span
+from featprobe.cache.layout import FORMAT, Extent
+from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable
 from featprobe.errors import CacheError
+from featprobe.specs import DataInfo, FeatureRecipe
 
 CHILD = Path(__file__).with_name("hdf5_child.py")
 MOST_LINE = 100  # bytes: of an answer's first line
-SPARE = 64 << 20  # bytes that an answer may be longer than its file
-PIECE = 1 << 20  # bytes that are taken from the child at once
+SPARE = 64 << 20  # bytes by which an answer may be longer than its file
+PIECE = 1 << 20  # bytes that are read from the child at once
 WALL_SECONDS = 60.0  # for a small file
-BYTES_PER_SECOND = 20 << 20  # of a large one, in which the child is given so much more time
+BYTES_PER_SECOND = 20 << 20  # of a large file: the child gets more time by its size
 TOO_LONG = "HDF5's process answered more than a cache of this size holds"
-SETTLED_SECONDS = 2.0  # coarser than the times of most file systems
+SETTLED_SECONDS = 2.0  # longer than the steps in which most file systems count time
 
 
 class ViewRefused(Exception):
-    """HDF5 found no cache in a file; the text says what it found. kind: as of the child's `Refused`."""
+    """HDF5 found no cache in a file; the text says what it found. kind: as in the child's `Refused`."""
 
     kind = ""
 
 
-_views: dict[tuple[int, ...], list[bytes] | ViewRefused] = {}  # of the old file that was read last
+_views: dict[tuple[int, ...], list[bytes] | ViewRefused] = {}  # the answer for the old file that was read last
 
 
 def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
-    """The header that a file of version 1 or 2 would have in version 3, with the places that it has, and its parts.
+    """The header that a file of version 1 or 2 would have in version 3, with its real places, and its parts.
 
-    The header holds `version` as well. Nothing of it has been held against the recipe. Raises FormatFault, NewerFormat,
-    and CacheError for HDF5 of another kind.
+    The header also holds `version`. Nothing in it has been compared with the recipe yet. Raises FormatFault,
+    NewerFormat, and CacheError for an HDF5 file that is no cache.
     """
     try:
         said, texts, provenance = _old_view(file)
@@ -65,17 +67,19 @@ def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
     return values, {**parts, "texts": texts, "provenance": provenance}
 
 
-def old_identity(contents: Contents) -> str:
-    """sha256 over all that is written once in versions 1 and 2, and where the rest has its place.
+def old_identity(
+    recipe: FeatureRecipe, data: DataInfo, extents: Mapping[str, Extent], tables: Sequence[RowTable]
+) -> str:
+    """sha256 over all that is written once in versions 1 and 2, and over the places of the tables.
 
-    The last because HDF5 does not guard its own bookkeeping: a flipped address would serve other rows.
+    tables: of the rows, and of the images where rows are parts of them. The places count because HDF5 does not check
+    its own bookkeeping: with a flipped address other rows would be read.
     """
     running = hashlib.sha256()
-    places = {name: asdict(extent) for name, extent in contents.extents.items()}
-    said = {name: value for name, value in asdict(contents.data).items() if name != "bits" or value}  # older lack it
-    head = {"recipe": contents.recipe.to_json(), "data": said, "extents": places}
+    places = {name: asdict(extent) for name, extent in extents.items()}
+    said = {name: value for name, value in asdict(data).items() if name != "bits" or value}  # older lack it
+    head = {"recipe": recipe.to_json(), "data": said, "extents": places}
     running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
-    tables = [contents.rows, *([contents.images] if contents.images else [])]
     for row in (table.unchecked(i) for table in tables for i in range(len(table))):
         text = [getattr(row, name) for name in TEXT_FIELDS]
         sizes = [row.placement.original, row.placement.content, row.placement.frame]
@@ -88,23 +92,24 @@ def old_identity(contents: Contents) -> str:
     return running.hexdigest()
 
 
-def disagreements(contents: Contents) -> list[str]:
-    """Where HDF5's view of a file of version 3 differs from that of its header, in words; [] where both agree.
+def disagreements(file: HeldFile, index: Index) -> list[str]:
+    """The differences between a file of version 3 as HDF5 reads it and its header, in words; [] where both agree.
 
     Names, places, types and shapes are compared, and the bytes of all that is written once.
     """
-    said = contents.index.to_json() | {"version": contents.version}
+    said = index.to_json() | {"version": index.version}
     try:
-        (lines,) = _view("agrees", contents.file.handle, json.dumps(said).encode())
+        (lines,) = _view("agrees", file.handle, json.dumps(said).encode())
         return [ascii(line)[1:-1] for line in json.loads(lines)]
     except (ViewRefused, ValueError) as error:
         return [f"HDF5 can't open the file: {error}"]
 
 
 def _old_view(file: HeldFile) -> list[bytes]:
-    """What the child tells of an old file; that of last time where it is the same file, and was not touched since.
+    """The child's answer for an old file. The last answer is kept, and used again while the file is unchanged.
 
-    A command opens a cache several times. What changed less than SETTLED_SECONDS ago may change again under one time.
+    A command opens a cache several times. A file that changed less than SETTLED_SECONDS ago may change again without
+    another time stamp, so its answer is not kept.
     """
     status = os.fstat(file.handle)
     key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -124,7 +129,7 @@ def _old_view(file: HeldFile) -> list[bytes]:
 
 
 def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
-    """What the child answers. Raises ViewRefused, also where it came to no end within its limits."""
+    """The child's answer. Raises ViewRefused, also where the child does not end within its limits."""
     size = os.fstat(handle).st_size
     end = time.monotonic() + WALL_SECONDS + size / BYTES_PER_SECOND
     quiet = {"HDF5_PLUGIN_PRELOAD": "::", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # "::": no plug-ins
@@ -144,7 +149,7 @@ def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
             if parts is None:
                 raise ViewRefused(_fate(child.wait(max(0.0, end - time.monotonic()))))
         except (TimeoutError, subprocess.TimeoutExpired) as error:
-            raise ViewRefused("HDF5 came to no end with it") from error
+            raise ViewRefused("HDF5 did not finish with it") from error
         finally:
             child.kill()
     if not parts[0]:
@@ -155,10 +160,10 @@ def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
 
 
 def _parts(pipe: int, end: float, most: int) -> list[bytes] | None:
-    """The parts of an answer; None where it ends too early. Raises ViewRefused where it is too long, TimeoutError."""
+    """The parts of an answer; None where it ends too early. Raises ViewRefused for a long answer, TimeoutError."""
     line = bytearray()
     while not line.endswith(b"\n"):
-        byte = _some(pipe, end, 1)
+        byte = _read_up_to(pipe, end, 1)
         if not byte:
             return None
         line += byte
@@ -171,7 +176,7 @@ def _parts(pipe: int, end: float, most: int) -> list[bytes] | None:
     for size in sizes:
         part = bytearray()
         while len(part) < size:
-            piece = _some(pipe, end, min(PIECE, size - len(part)))
+            piece = _read_up_to(pipe, end, min(PIECE, size - len(part)))
             if not piece:
                 return None
             part += piece
@@ -179,8 +184,8 @@ def _parts(pipe: int, end: float, most: int) -> list[bytes] | None:
     return parts
 
 
-def _some(pipe: int, end: float, most: int) -> bytes:
-    """What the pipe holds, up to so many bytes; b"" at its end. Raises TimeoutError."""
+def _read_up_to(pipe: int, end: float, most: int) -> bytes:
+    """Up to `most` bytes of the pipe, as soon as it holds any; b"" at its end. Raises TimeoutError at time `end`."""
     waiting = select.poll()
     waiting.register(pipe, select.POLLIN)
     if not waiting.poll(max(0.0, end - time.monotonic()) * 1000):
@@ -189,9 +194,9 @@ def _some(pipe: int, end: float, most: int) -> bytes:
 
 
 def _fate(code: int) -> str:
-    """How a child ended that did not answer."""
+    """How a child process ended that gave no answer, in words."""
     if code >= 0:
         return f"HDF5's process ended with exit code {code} and without a whole answer"
     if -code in (signal.SIGXCPU, signal.SIGKILL):
-        return "HDF5 came to no end with it, or took more memory than twice the file and 256 MB"
-    return f"HDF5 broke down over it ({signal.Signals(-code).name})"
+        return "HDF5 did not finish with it, or took more memory than twice the file and 256 MB"
+    return f"HDF5 crashed on it ({signal.Signals(-code).name})"

@@ -1,8 +1,8 @@
-"""int8: a channel of a row as one byte a value, with the two numbers that lead back to fp16.
+"""int8: a channel of a row as one byte per value, with the two numbers that turn bytes back into fp16.
 
     value = zero + scale * code          zero: the channel's smallest value, scale: its range / 255, both float32
 
-Codes are made of the fp16 that the cache would hold else, so that an int8 cache is a function of the fp16 cache. The
+Codes are made from the fp16 values that the cache would hold otherwise: an int8 cache follows from the fp16 cache. The
 range is the channel's whole range, and nothing is clipped: on inspection images the rare large values are the defects.
 A scale has 16 significant bits at most, and is rounded up to them. So its product with a code is exact in float32, and
 every device reads the same fp16, whether it multiplies and adds in one step or in two.
@@ -14,13 +14,13 @@ from collections.abc import Mapping
 import torch
 
 SCALES = "scales/"
-"""Before a level's name: its scales and zeros, in the tables of a cache and in what reading brings."""
+"""Prefix of a level's name for its scales and zeros, in the tables of a cache and in the buffers of a reader."""
 TORCH_DTYPE: Mapping[str, torch.dtype] = {
     "fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float16,
 }  # fmt: skip
-"""Number format of features as heads are fed them, by that of their cache."""
+"""Number format of features when a head gets them, by the number format of their cache."""
 TABLE_DTYPE = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.bfloat16, "u1": torch.uint8}
-"""Number format of what a table of features or scales holds, by what the file calls it."""
+"""torch's number format of a table of features or scales, by its name in the file."""
 CODES = 255  # steps from a channel's smallest value to its largest
 BLOCK = 1 << 18  # values, for each thread, that are decoded at once: what a core's own cache holds
 TINY = 2.0**24  # 1 / the smallest fp16 > 0: a code is the bits of so many times that value
@@ -31,8 +31,8 @@ def quantise(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes, (rows, channels, height, width), uint8, and scales, (rows, channels, 2), float32: scale and zero.
 
     m: (rows, channels, height, width), in any order in memory; every value finite in fp16 (so at most 65504 in size).
-    Both results lie in memory as their shapes say. A flat channel has scale 0 and is exact. Any other value is
-    at most half a scale from what its code stands for.
+    Both results are contiguous. A channel of one value has scale 0 and is exact. In others a value differs by at most
+    half a scale from the value of its code.
 
     >>> codes, scales = quantise(torch.tensor([[[[-1.0, 0.0, 1.0, 4.1]]]]))
     >>> codes.flatten().tolist()
@@ -46,7 +46,7 @@ def quantise(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def coded(maps: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Maps of all levels as a cache of int8 keeps them: codes under a level's name, scales behind SCALES."""
+    """Maps of all levels as an int8 cache stores them: codes under a level's name, scales under SCALES + that name."""
     found: dict[str, torch.Tensor] = {}
     for name, m in maps.items():
         found[name], found[SCALES + name] = quantise(m)
@@ -84,9 +84,9 @@ def _decode_at_once(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
 
 
 class _Scratch(threading.local):
-    """Memory of a thread that decodes. It is kept: making it anew for each block would cost as much as decoding one.
+    """Memory of a thread that decodes. It is kept, because making it for each block would cost as much as decoding one.
 
-    It is made outside of inference mode: what is made within can't be changed in place any more outside.
+    It is made outside of inference mode: tensors made in inference mode can't be changed in place outside of it.
     """
 
     @torch.inference_mode(False)
@@ -110,8 +110,8 @@ _scratch = _Scratch()
 def _decode_in_blocks(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Pieces that fit a CPU's caches.
 
-    A code, widened to 16 bits, is an fp16 number of its own: code / TINY. Batch norm that subtracts nothing and divides
-    by one is the operation of torch that takes fp16 and, for each channel, a float32 factor and summand, in one pass.
+    A code widened to 16 bits is the bits of an fp16 number: code / TINY. Batch norm with mean 0 and variance 1 is the
+    torch operation that applies a float32 factor and summand per channel to fp16 values in one pass.
     """
     if not codes.numel():
         return

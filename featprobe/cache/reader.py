@@ -1,4 +1,4 @@
-"""Reading random rows at the speed of memory or of the disk, ahead of the one who needs them.
+"""Reading rows in any order at the speed of memory or of the disk, before the training needs them.
 
 Measured against the alternatives in benchmarks/cache_read.py: a memory map with `np.take` when the
 file fits the memory; else O_DIRECT, which leaves the page cache alone, or preadv where the file system
@@ -28,6 +28,7 @@ from featprobe.errors import CacheError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory, human_bytes, usable_cores
+from featprobe.processes import own_part
 from featprobe.specs import CacheDtype
 
 Mode = Literal["memmap", "preadv", "direct"]
@@ -37,14 +38,14 @@ RING = 3  # batches: one in use, one ready, one being read
 STAGED_RING = 2  # batches on their way to another device: one in use there, one being read and copied
 READERS = 4  # threads that read rows from a disk, or for another device
 DECODERS = min(4, usable_cores())  # threads that read rows of int8 from memory and decode them, on a CPU
-SCRATCH = 1 << 20  # bytes of codes, about, that one of them has at a time: they stay in its core's cache
+SCRATCH = 1 << 20  # bytes of codes, about, that a thread decodes at once: they stay in its core's cache
 DEVICE_SHARE = 0.5  # of a GPU's free memory that rows may take; the rest is for the training
-CONTENT = ""  # a name that no level has, of the buffer of content sizes
-PIECE = 64 * 2**20  # bytes, about, that are read at once when rows move to a GPU whole
+CONTENT = ""  # name of the buffer of content sizes: no level has it
+PIECE = 64 * 2**20  # bytes, about, that are read at once when a split's rows move to a GPU
 
 
 def choose_mode(cache: Cache, levels: Sequence[FeatureLevel]) -> Mode:
-    """How to read these levels of a cache on this machine: see the module's text."""
+    """The way to read these levels of a cache on this machine; this module's docstring says which is taken when."""
     wanted = sum(table.row_bytes for level in levels for table in level_tables(cache.recipe, level)) * len(cache)
     if wanted <= MEMORY_SHARE * available_memory():
         return "memmap"
@@ -52,7 +53,7 @@ def choose_mode(cache: Cache, levels: Sequence[FeatureLevel]) -> Mode:
 
 
 class Buffer(NamedTuple):
-    """What reading brings of each row: its number format, and its shape."""
+    """What a reader gives per row for one name: its number format and its shape."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -66,8 +67,8 @@ class Buffer(NamedTuple):
 class RowReader:
     """Copies rows of some levels of a cache into buffers that the caller owns.
 
-    threads: that share out the rows. verify: hash each row's level when this process first reads it (`Cache.check`).
-    decoding: whether int8 becomes fp16 on the way; else its codes and scales are copied.
+    threads: how many share the rows. verify: hash each row's level when this process first reads it (`Cache.check`).
+    decoding: whether int8 is decoded to fp16 while it is copied; otherwise its codes and scales are copied.
     """
 
     def __init__(
@@ -106,25 +107,25 @@ class RowReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._pool is not None:
             self._pool.shutdown()
         os.close(self.handle)
 
     def buffers(self, level: FeatureLevel) -> dict[str, Buffer]:
-        """What reading brings of a level: features under its name, and scales behind SCALES where it brings codes."""
+        """Buffers of a level: features under its name, and scales under SCALES + name where codes are not decoded."""
         if self.decoding:
             return {level.name: Buffer(torch.float16, (level.channels, *level.cells(self.cache.recipe.frame)))}
         return {table.key: Buffer(TABLE_DTYPE[table.dtype], table.shape) for table in self._tables[level.name]}
 
     def row_bytes(self, level: FeatureLevel) -> int:
-        """Bytes of one row of a level in all its buffers."""
+        """Bytes per row of a level, over all its buffers."""
         return sum(buffer.row_bytes for buffer in self.buffers(level).values())
 
     def read(self, rows: NDArray[np.intp], out: Mapping[str, NDArray[np.uint8]]) -> None:
         """Copy rows, in the order given, into `out`: name of a buffer -> (rows, row bytes), uint8.
 
-        Raises CacheError for a row that is not what was written, and for a file that was cut short.
+        Raises CacheError for a damaged row, and for a file that was cut short.
         """
         self._check_length()
         if self._pool is None:
@@ -149,7 +150,7 @@ class RowReader:
             self.cache.check(rows, level, *out)
 
     def _decode_level(self, level: FeatureLevel, rows: NDArray[np.intp], out: Sequence[NDArray[np.uint8]]) -> None:
-        """Read a few rows' codes at a time into memory of this thread, and decode them from there."""
+        """Read the codes of a few rows at a time into this thread's memory, and decode them."""
         codes, scales = self._tables[level.name]
         few = max(1, SCRATCH // codes.row_bytes)
         if getattr(self._own, "scratch", np.empty(0)).nbytes < few * codes.row_bytes:
@@ -194,7 +195,7 @@ class RowReader:
         return read
 
     def _direct(self, extent: Extent) -> ReadRows:
-        """O_DIRECT wants aligned offsets and memory: where rows have none, spans are read and rows cut out."""
+        """Read rows with O_DIRECT, which needs aligned offsets and memory: aligned spans are read, rows cut out."""
         aligned_rows = extent.offset % ALIGNMENT == extent.row_bytes % ALIGNMENT == 0
         straight = self._positioned(extent)
         spans = -(-extent.row_bytes // ALIGNMENT) + 1
@@ -232,9 +233,9 @@ class RowReader:
 
 
 def _single_threaded(threads: int) -> ThreadPoolExecutor:
-    """Threads in which an operation of torch takes the calling thread alone; in all others nothing changes.
+    """Threads in which torch operations run in the calling thread only; nothing changes in other threads.
 
-    Operations that wait for threads of their own stop for milliseconds whenever cores are busy, as training keeps them.
+    Operations that wait for further threads stop for milliseconds whenever all cores are busy, as they are in training.
     """
     elsewhere, started = torch.get_num_threads(), threading.Barrier(threads + 1)
 
@@ -253,10 +254,10 @@ def _single_threaded(threads: int) -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class Held:
-    """Rows that lie on the device; int8 is decoded there when it is asked for.
+    """Rows whose features lie on the device; int8 is decoded there when features are asked for.
 
-    rows: ascending where rows are looked for. maps: level name -> (rows, channels, height, width), and for codes of
-    int8 SCALES + level name -> (rows, channels, 2), float32. content: (rows, 2), see Features. as_dtype: see
+    rows: indices of rows, ascending where rows are looked up. maps: level name -> (rows, channels, height, width), and
+    for int8 codes SCALES + level name -> (rows, channels, 2), float32. content: (rows, 2), see Features. as_dtype: see
     FeatureLoader.
     """
 
@@ -267,35 +268,35 @@ class Held:
     as_dtype: CacheDtype | None = None
 
     def places(self, rows: NDArray[np.intp]) -> NDArray[np.intp] | None:
-        """Where some rows lie among these; None where one of them does not."""
+        """The places of some rows among these; None unless all of them are here."""
         places = np.searchsorted(self.rows, rows).clip(max=len(self.rows) - 1)
         return places if np.array_equal(self.rows[places], rows) else None
 
     def at(self, index: torch.Tensor) -> Features:
-        """Features at some places: (batch,), int64, on the device. Nothing but work of the device."""
+        """Features at some places: (batch,), int64, on the device. The work is done on the device alone."""
         return self._features(lambda m: m.index_select(0, index))
 
     def between(self, start: int, stop: int) -> Features:
         """Features at consecutive places. Nothing is copied; int8 is decoded."""
         return self._features(lambda m: m[start:stop])
 
-    def _features(self, take: Callable[[torch.Tensor], torch.Tensor]) -> Features:
-        maps = {name: take(m) for name, m in self.maps.items()}
+    def _features(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> Features:
+        maps = {name: pick(m) for name, m in self.maps.items()}
         scales = {name: maps.pop(name) for name in self.maps if name.startswith(SCALES)}
         values = {name: decode(m, scales[SCALES + name]) if SCALES + name in scales else m for name, m in maps.items()}
         values = values if self.as_dtype is None else as_read(values, self.as_dtype)
-        return Features(values, self.frame, None if self.content is None else take(self.content))
+        return Features(values, self.frame, None if self.content is None else pick(self.content))
 
 
 class FeatureLoader:
-    """Batches of cached features, in any order asked for, on the device that trains.
+    """Batches of cached features, in any order of rows, on the device that trains.
 
-    verify: see RowReader. as_dtype: gives features as a cache of this dtype would that was made from them; None for as
-    they are.
+    verify: see RowReader. as_dtype: give the features that a cache of this dtype, made from this one, would give; None
+    for the stored features.
 
-    Rows that fit a GPU's memory move there once (`keep_on_device`). All others are read ahead by a thread: into a ring
-    of buffers; for CUDA into page-locked ones, from where a stream of their own copies them, so that
-    neither reading nor copying waits for what is computed.
+    Rows that fit a GPU's memory move there once (`keep_on_device`). All others are read ahead by a thread into a ring
+    of buffers. For CUDA the buffers are page-locked and a separate stream copies them, so that neither reading nor
+    copying waits for what is computed.
     """
 
     def __init__(
@@ -309,6 +310,7 @@ class FeatureLoader:
         as_dtype: CacheDtype | None = None,
     ) -> None:
         self.cache, self.as_dtype = cache, as_dtype
+        self.backbone: None = None  # nothing makes these features anew
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
@@ -328,10 +330,11 @@ class FeatureLoader:
         self.reader.close()
 
     def keep_on_device(self, splits: Mapping[str, NDArray[np.intp]]) -> str:
-        """Move the rows of each split to the GPU whole, the first first, as long as DEVICE_SHARE of its memory lasts.
+        """Move the rows of each split to the GPU, in the given order, as long as DEVICE_SHARE of its memory lasts.
 
-        Where less can be had than seemed free, that split and those after it stream. Returns what moved and what
-        streams, for a person; "" on a device whose memory is the machine's own.
+        A split moves whole or not at all. Where less memory is left than was reported free, that split and all after it
+        stream from the file. Returns a sentence on what moved and what streams; "" on a device without memory of its
+        own.
         """
         room = device_room(self.device)
         if room is None:
@@ -345,9 +348,9 @@ class FeatureLoader:
                 left = left - wanted if self._keep(np.unique(rows)) else 0
             (moved if self.resident(rows) else streamed).append(name)
         taken = human_bytes(sum(m.nbytes for held in self.held for m in held.maps.values()))
-        said = [f"features of {', '.join(moved)} lie on {self.device} ({taken})"] if moved else []
-        said += [f"{', '.join(streamed)} streamed from the file"] if streamed else []
-        return "; ".join(said)
+        notes = [f"features of {', '.join(moved)} lie on {self.device} ({taken})"] if moved else []
+        notes += [f"{', '.join(streamed)} streamed from the file"] if streamed else []
+        return "; ".join(notes)
 
     def _keep(self, rows: NDArray[np.intp]) -> bool:
         """Move ascending rows to the device; returns whether its memory held them."""
@@ -356,7 +359,7 @@ class FeatureLoader:
             return True
         except torch.OutOfMemoryError:
             pass
-        free_memory()  # out here nothing holds what did fit any more
+        free_memory()  # out here nothing refers any more to the maps that did fit
         return False
 
     def _moved(self, rows: NDArray[np.intp]) -> Held:
@@ -375,17 +378,18 @@ class FeatureLoader:
         return Held(rows, maps, self.cache.recipe.frame, content, self.as_dtype)
 
     def resident(self, rows: NDArray[np.intp]) -> Callable[[torch.Tensor], Features] | None:
-        """From places among a split's ascending rows, int64 on the device, to features; None for one that streams.
+        """A function from places among a split's ascending rows to their features; None for a split that streams.
 
-        What it gives is pure work of the device: nothing is read, sent or waited for.
+        The places are int64 on the device. The function works on the device alone: it reads nothing from the file,
+        copies nothing from the CPU and does not wait.
         """
-        own = np.unique(rows)
-        return next((held.at for held in self.held if np.array_equal(held.rows, own)), None)
+        ascending = np.unique(rows)
+        return next((held.at for held in self.held if np.array_equal(held.rows, ascending)), None)
 
     def positions(self, rows: NDArray[np.intp]) -> torch.Tensor:
-        """Places of rows, in the order given, among those of the split that was moved with them: int64, on the CPU.
+        """Places of rows, in the order given, among the rows of the split on the device that holds them.
 
-        Raises ValueError for rows that no split on the device holds.
+        Returns int64 on the CPU. Raises ValueError for rows that no split on the device holds.
         """
         found = self._holding(rows)
         if found is None:
@@ -396,20 +400,28 @@ class FeatureLoader:
         found = ((held, held.places(rows)) for held in self.held)
         return next(((held, places) for held, places in found if places is not None), None)
 
-    def batches(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
-        """(rows, their features) for each array of row indices.
+    def batches(self, orders: Iterable[NDArray[np.intp]]) -> Generator[tuple[NDArray[np.intp], Features]]:
+        """Yields (rows, their features) for each array of row indices.
 
-        A batch's tensors are valid until the next one is asked for: their memory is then used again. They are not to be
-        written to.
+        A batch's tensors are valid until the next batch is taken, which uses their memory again. Do not write to them.
         """
         return self._from_device(orders) if self.held else self._streamed(orders)
 
-    def _streamed(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
+    def training(
+        self, orders: Iterable[NDArray[np.intp]], first: int = 0
+    ) -> Generator[tuple[NDArray[np.intp], Features]]:
+        """The same for a training: of several processes each gets its part of every batch.
+
+        first: number of the first batch; stored features are the same in all of them.
+        """
+        return self.batches(rows[own_part(len(rows))] for rows in orders)
+
+    def _streamed(self, orders: Iterable[NDArray[np.intp]]) -> Generator[tuple[NDArray[np.intp], Features]]:
         with closing(self._ahead(orders)) as batches:
             for held in batches:
                 yield held.rows, held.between(0, len(held.rows)).to(self.device)
 
-    def _from_device(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
+    def _from_device(self, orders: Iterable[NDArray[np.intp]]) -> Generator[tuple[NDArray[np.intp], Features]]:
         coming = iter(orders)
         for rows in coming:
             found = self._holding(rows)
@@ -425,7 +437,7 @@ class FeatureLoader:
                 yield rows, held.at(index.to(self.device, non_blocking=True))
 
     def _ahead(self, orders: Iterable[NDArray[np.intp]]) -> Generator[Held]:
-        """Batches as they are stored, read ahead; each lies in a slot of the ring until the next is asked for."""
+        """Stored batches, read ahead; each lies in a slot of the ring until the next batch is taken."""
         free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         stopped = threading.Event()
         full: queue.SimpleQueue[tuple[NDArray[np.intp], _Slot] | BaseException | None] = queue.SimpleQueue()
@@ -462,7 +474,7 @@ class FeatureLoader:
 
 
 class _Copies:
-    """The stream on which batches are copied to a GPU, beside what is computed on them; nothing on other devices."""
+    """The CUDA stream that copies batches to a GPU while others are computed on; without effect on other devices."""
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"
@@ -471,7 +483,7 @@ class _Copies:
         self.computing = torch.cuda.current_stream(device) if cuda else None
 
     def empty(self, shape: tuple[int, int]) -> torch.Tensor:
-        """Memory of the device that both streams may use."""
+        """Memory on the device that both streams may use."""
         if self.own is None or self.computing is None:
             return torch.empty(shape, dtype=torch.uint8, device=self.device)
         with torch.cuda.stream(self.computing):
@@ -482,7 +494,7 @@ class _Copies:
 
     @contextmanager
     def after(self, used: torch.cuda.Event | None) -> Iterator[None]:
-        """What is asked of the device in here goes to the stream of copies, after an event."""
+        """Inside, work goes to the copying stream, and begins after an event."""
         if self.own is None or used is None:
             yield
             return
@@ -525,7 +537,7 @@ class _Slot:
                     self.copied.record()
 
     def held(self, rows: NDArray[np.intp]) -> Held:
-        """The batch on the device, where what follows waits for the copy; the caller does not."""
+        """The batch on the device. Later work on the device waits for the copy; the caller does not."""
         if self.copied is not None:
             torch.cuda.current_stream(self.copies.device).wait_event(self.copied)
         there = {name: memory[: len(rows)] for name, memory in self.there.items()}
@@ -534,13 +546,13 @@ class _Slot:
         return Held(rows, maps, self.loader.cache.recipe.frame, content, self.loader.as_dtype)
 
     def release(self) -> None:
-        """Let the memory be used again after all that was asked of the device so far."""
+        """Allow the memory to be used again once the device has done its work so far."""
         if self.used is not None:
             self.used.record(torch.cuda.current_stream(self.copies.device))
 
 
 def _memory(rows: int, width: int, pinned: bool) -> torch.Tensor:
-    """(rows, width) bytes from the start of a page, where O_DIRECT can read to; in huge pages."""
+    """(rows, width) bytes that begin at a memory page, as O_DIRECT needs, in huge pages where the system has them."""
     if pinned:
         return torch.empty((rows, width), dtype=torch.uint8, pin_memory=True)
     held = mmap.mmap(-1, max(1, rows * width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -550,7 +562,7 @@ def _memory(rows: int, width: int, pinned: bool) -> torch.Tensor:
 
 
 def device_room(device: torch.device) -> int | None:
-    """Bytes free on a GPU; None on a device whose memory is the machine's own."""
+    """Free bytes on a GPU; None on a device without memory of its own."""
     if device.type != "cuda":
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -558,13 +570,13 @@ def device_room(device: torch.device) -> int | None:
 
 
 def free_memory() -> None:
-    """Give back to the device what torch keeps of it without need."""
+    """Give unused memory that torch keeps back to the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _open_direct(cache: Cache) -> int:
-    """Open the cache's very file once more, past the page cache (its name may mean a newer file by now)."""
+    """Open the same file once more, past the page cache (its name may belong to a newer file by now)."""
     return os.open(f"/proc/self/fd/{cache.handle}", os.O_RDONLY | os.O_DIRECT)
 
 

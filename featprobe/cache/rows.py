@@ -1,4 +1,4 @@
-"""The rows of a cache in columns: some bytes for each beside its texts. A Row is made when it is asked for."""
+"""The rows of a cache, stored in columns. A Row object is made only when it is asked for."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ TEXT_FIELDS = ("id", "group", "split", "image", "image_hash")
 
 @dataclass(frozen=True)
 class Row:
-    """Who a row is: its sample, its image's bytes, its place in the frame, its labels.
+    """One row of a cache: its sample, its image file, its placement in the frame, its labels.
 
     image: path below the data set's root. image_hash: xxh3_128 of the file. semantic: PNG bytes,
     instances: JSON bytes, each empty where the set has none. reason: why the row can't be read, or "".
-    part: what the row shows of its image, None for all of it; placement and labels are the part's own then, and
-    image_index says which of the cache's images it is a part of.
+    part: the tile or view of its image that the row shows, None for the whole image. With a part, placement and labels
+    are those of the part, and image_index is the index of the image in the cache.
     """
 
     id: str
@@ -40,19 +40,19 @@ class Row:
     image_index: int = -1
 
     def show(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """What the row shows of its image's pixels, (height, width, …)."""
+        """The pixels that the row shows, from those of its image, (height, width, …)."""
         return pixels if self.part is None else self.part.take(pixels)
 
 
 class Blob(Protocol):
-    """Bytes in memory, or in a file that is read when they are asked for."""
+    """Bytes in memory, or bytes in a file that are read when they are needed."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: slice, /) -> bytes: ...
 
 
 class Texts(Sequence[str]):
-    """Many texts in one: a few bytes for each beside its characters. Raises UnicodeError for what is no Unicode."""
+    """Many texts stored in one, at a few bytes per text beside its characters. Raises UnicodeError for bad Unicode."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._all = "".join(texts)
@@ -74,24 +74,24 @@ class Texts(Sequence[str]):
         return self._all[self._ends[i] : self._ends[i + 1]]
 
     def to_list(self) -> list[str]:
-        """All of them."""
+        """All texts."""
         text = self._all
         return [text[start:stop] for start, stop in pairwise(self._ends.tolist())]
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The labels of all rows, of one kind: row i's are bytes [offsets[i], offsets[i + 1]) of the blob."""
+    """Labels of one kind for all rows: those of row i are bytes [offsets[i], offsets[i + 1]) of the blob."""
 
     blob: Blob
     offsets: NDArray[np.unsignedinteger]
 
     def of(self, row: int) -> bytes:
-        """A row's bytes, as they lie there."""
+        """A row's bytes, unchecked."""
         return self.blob[int(self.offsets[row]) : int(self.offsets[row + 1])]
 
     def each(self) -> Iterator[bytes]:
-        """Every row's bytes, in order, of pieces that are read at once."""
+        """Every row's bytes, in order. The file is read in larger pieces."""
         start, piece = 0, b""
         for first, stop in pairwise(self.offsets.tolist()):
             if stop > start + len(piece):
@@ -101,12 +101,12 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class RowTable(Sequence[Row]):
-    """Rows of a cache, or the whole images that they are parts of; see `Row`.
+    """Rows of a cache, or the whole images whose parts they show; see `Row`.
 
-    texts: those of TEXT_FIELDS, and `view` of parts. original, content: (rows, 2), (height, width) in pixels.
-    frame: of all rows; None where each row is as large as itself. targets: by kind. checksum: (rows, 2), xxh3_64 of
-    each kind; None where there is none to hold. part: (rows, 4), left, top, height, width, and image_index: (rows,);
-    None where rows are images. mending: what to say of labels that are damaged.
+    texts: TEXT_FIELDS, and `view` for parts. original, content: (rows, 2), (height, width) in pixels.
+    frame: of all rows; None where each row's frame is its original size. targets: by kind. checksum: (rows, 2), xxh3_64
+    per kind; None where the file holds none. part: (rows, 4), left, top, height, width, and image_index: (rows,);
+    None where each row is an image. mending: the end of the message on damaged labels: how they are repaired.
     """
 
     texts: Mapping[str, Texts]
@@ -127,7 +127,7 @@ class RowTable(Sequence[Row]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
     def __getitem__(self, index: SupportsIndex | slice) -> Row | tuple[Row, ...]:
-        """A row, whose labels are checked. Raises CacheError for those that are not what was written."""
+        """A row with checked labels. Raises CacheError where its labels are damaged."""
         if isinstance(index, slice):
             return tuple(self[i] for i in range(len(self))[index])
         i = range(len(self))[index]
@@ -137,38 +137,38 @@ class RowTable(Sequence[Row]):
         return row
 
     def unchecked(self, row: int) -> Row:
-        """A row, whatever became of its labels."""
-        own: dict[str, Any] = {name: self.texts[name][row] for name in TEXT_FIELDS}
-        own |= {kind: self.targets[kind].of(row) for kind in TARGET_KINDS}
+        """A row with unchecked labels."""
+        values: dict[str, Any] = {name: self.texts[name][row] for name in TEXT_FIELDS}
+        values |= {kind: self.targets[kind].of(row) for kind in TARGET_KINDS}
         image = -1 if self.image_index is None else int(self.image_index[row])
-        return Row(**own, placement=self.placement(row), part=self.part_of(row), image_index=image)
+        return Row(**values, placement=self.placement(row), part=self.part_of(row), image_index=image)
 
     def column(self, name: str) -> list[str]:
         """A text of every row: one of TEXT_FIELDS, or `view`."""
         return self.texts[name].to_list()
 
     def placement(self, row: int) -> Placement:
-        """A row's place in the frame."""
+        """A row's placement in the frame."""
         original, content = _size(self.original[row]), _size(self.content[row])
         return Placement(original, content, self.frame or original)
 
     def part_of(self, row: int) -> Part | None:
-        """What a row shows of its image; None for all of it."""
+        """The part of its image that a row shows; None for the whole image."""
         if self.part is None:
             return None
         left, top, height, width = self.part[row].tolist()
         return Part(left, top, height, width, self.texts["view"][row])
 
     def damaged(self) -> list[int]:
-        """Rows whose labels do not hash to what was written."""
+        """Indices of rows with damaged labels, found by hashing them."""
         if self.checksum is None:
             return []
         blobs = zip(*(self.targets[kind].each() for kind in TARGET_KINDS), strict=True)
-        found = [[xxhash.xxh3_64_intdigest(blob) for blob in own] for own in blobs]
+        found = [[xxhash.xxh3_64_intdigest(blob) for blob in of_row] for of_row in blobs]
         return [i for i, wanted in enumerate(self.checksum.tolist()) if found[i] != wanted]
 
     def grouped(self, groups: Sequence[str]) -> "RowTable":
-        """The same rows in other groups, one for each."""
+        """The same rows with other groups, one group per row."""
         return replace(self, texts={**self.texts, "group": Texts(groups)})
 
 
@@ -182,10 +182,10 @@ def target_checksums(row: Row) -> list[int]:
 
 
 def checksum(kept: Sequence[NDArray[Any]]) -> int:
-    """xxh3_64 of what is kept of a row for a level, in the order of `layout.level_tables`."""
+    """xxh3_64 over a row's values for one level, in the order of `layout.level_tables`."""
     if len(kept) == 1:
         return xxhash.xxh3_64_intdigest(kept[0].data)
     running = xxhash.xxh3_64()
-    for own in kept:
-        running.update(own.data)
+    for values in kept:
+        running.update(values.data)
     return running.intdigest()

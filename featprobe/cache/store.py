@@ -1,4 +1,4 @@
-"""An open cache: who its rows are, what it holds for each, and whether that is still what was written."""
+"""An open cache: its rows, their stored features and labels, and whether these are still what was written."""
 
 import os
 import shlex
@@ -21,16 +21,16 @@ from featprobe.levels import FeatureLevel
 from featprobe.targets import Instance, Labels, decode_image_id, decode_instances, decode_semantic
 
 _files: WeakValueDictionary[tuple[int, int], NDArray[np.bool_]] = WeakValueDictionary()
-"""Which rows' levels this process has hashed, (rows, levels), of each file that it holds open, by device and inode."""
+"""Which rows and levels this process has hashed, (rows, levels), per open file, by device and inode."""
 _one_at_a_time = threading.Lock()
 
 
 class Cache:
     """A feature cache opened for reading.
 
-    contents: recipe, data set, rows. images: the whole images, which are the rows unless those show parts; image_of:
-    (rows,), which of them each row shows. levels: what it stores, finest first. handle: of the file that the contents
-    were read from, so that a newer file under the same name does not change what is read.
+    contents: recipe, data set, rows. images: the whole images; they are the rows unless rows show parts of images.
+    image_of: (rows,), the index of the image that each row shows. levels: the stored levels, finest first. handle: the
+    open file that the contents were read from, so that a newer file under the same name does not change what is read.
     """
 
     def __init__(self, path: Path, contents: Contents) -> None:
@@ -41,8 +41,8 @@ class Cache:
             raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
         self.recipe, self.data, self.rows = contents.recipe, contents.data, contents.rows
         self.images = contents.images or contents.rows
-        own = np.arange(len(self.rows)) if self.rows.image_index is None else self.rows.image_index
-        self.image_of = own.astype(np.intp)
+        image_of = np.arange(len(self.rows)) if self.rows.image_index is None else self.rows.image_index
+        self.image_of = image_of.astype(np.intp)
         self._columns = {level.name: column for column, level in enumerate(self.levels)}
 
     def __len__(self) -> int:
@@ -53,21 +53,21 @@ class Cache:
 
     @property
     def levels(self) -> tuple[FeatureLevel, ...]:
-        """The levels that every row holds, finest first."""
+        """The stored levels, finest first. Every row has all of them."""
         return self.recipe.levels
 
     @property
     def done(self) -> NDArray[np.uint8]:
-        """State of each row just now: 0 missing, 1 whole, 2 unreadable."""
+        """(rows,), the present state of each row: 0 missing, 1 whole, 2 unreadable."""
         states = self._read_all("done", "u1")[:, 0]
-        return np.where(states > UNREADABLE, np.uint8(MISSING), states)  # what no writer writes is damage
+        return np.where(states > UNREADABLE, np.uint8(MISSING), states)  # no writer writes such a state: damage
 
     def reason(self, row: int) -> str:
         """Why a row is unreadable."""
         return self._read_all("reason", "u1")[row].tobytes().rstrip(b"\0").decode(errors="replace")
 
     def usable(self, split: str | None = None) -> NDArray[np.intp]:
-        """Indices of whole rows, of one split or of all; of an image with an unreadable part none is among them.
+        """Indices of whole rows, of one split or of all, without the rows of images that have an unreadable part.
 
         Raises CacheIncompleteError when rows are missing.
         """
@@ -76,35 +76,35 @@ class Cache:
         if missing:
             raise CacheIncompleteError(
                 f"{self.path} is not complete: {missing} of {len(self)} rows are missing.\n"
-                f"Finish it, it goes on from there:  {self.contents.command}"
+                f"To finish it, run:  {self.contents.command}"
             )
-        wanted = np.array([split in (None, own) for own in self.rows.column("split")], dtype=bool)
+        wanted = np.array([split in (None, name) for name in self.rows.column("split")], dtype=bool)
         torn = np.isin(self.image_of, self.image_of[done == UNREADABLE])
         return np.flatnonzero((done == WHOLE) & wanted & ~torn)
 
     def semantic(self, row: int) -> Labels:
-        """A row's mask at the size of what it shows: (height, width), uint8; raises CacheError without one."""
+        """A row's mask at the size of the image or part: (height, width), uint8. Raises CacheError without a mask."""
         return self._semantic(self.rows[row])
 
     def instances(self, row: int) -> tuple[Instance, ...]:
-        """A row's objects in pixels of what it shows; raises CacheError without any list."""
+        """A row's objects in pixels of the image or part. Raises CacheError where the set has no objects."""
         return self._instances(self.rows[row])
 
     def image_semantic(self, image: int) -> Labels:
-        """A whole image's mask: (height, width), uint8; raises CacheError without one."""
+        """A whole image's mask: (height, width), uint8. Raises CacheError without a mask."""
         return self._semantic(self.images[image]) if self.recipe.in_parts else self.semantic(image)
 
     def image_instances(self, image: int) -> tuple[Instance, ...]:
-        """A whole image's objects in its pixels; raises CacheError without any list."""
+        """A whole image's objects in its pixels. Raises CacheError where the set has no objects."""
         return self._instances(self.images[image]) if self.recipe.in_parts else self.instances(image)
 
     def image_id(self, image: int) -> int | str:
-        """What the set's own annotation calls an image; its number from 1 where `own_ids` is False."""
+        """The id of an image in the data set's annotation; its number, from 1 on, where `own_ids` is False."""
         return self._image_ids[image] if self.own_ids else image + 1
 
     @property
     def own_ids(self) -> bool:
-        """Whether the set's own annotation tells all images apart; not so where several files count from 0 each."""
+        """Whether the annotation gives each image another id. Several annotation files may each count from 0."""
         return None not in self._image_ids and len(set(self._image_ids)) == len(self.images)
 
     @cached_property
@@ -134,8 +134,8 @@ class Cache:
             raise self._unlike(row, error) from error
 
     def _unlike(self, row: Row, error: DataError) -> CacheError:
-        """What is said of labels that no featprobe wrote."""
-        return CacheError(f"{self.path}: the labels of {row.id!r} are none that featprobe writes. {error}")
+        """The error for labels that featprobe can't have written."""
+        return CacheError(f"{self.path}: featprobe never writes labels like those of {row.id!r}. {error}")
 
     def _read_all(self, name: str, dtype: str) -> NDArray:
         extent = self.contents.extents[name]
@@ -143,11 +143,11 @@ class Cache:
         return np.frombuffer(data, dtype=dtype).reshape(extent.rows, -1)
 
     def stored_checksums(self) -> NDArray[np.uint64]:
-        """xxh3_64 of each row's level, as written: (rows, levels)."""
+        """The stored xxh3_64 per row and level: (rows, levels)."""
         return self._read_all("checksum", "<u8")
 
     def stored(self, row: int, level: FeatureLevel) -> dict[str, NDArray]:
-        """All that is kept of a row for a level, as it lies there: what `CacheWriter.write` takes of one row."""
+        """The stored arrays of one row for a level, unchecked, by the names that `CacheWriter.write` takes."""
         found = {}
         for table in level_tables(self.recipe, level):
             extent = self.contents.extents[table.name]
@@ -156,12 +156,12 @@ class Cache:
         return found
 
     def read_row(self, row: int, level: FeatureLevel) -> NDArray:
-        """One row of one level in its stored format, (channels, height, width); of int8 the fp16 that it stands for.
+        """One row of one level in its stored number format, (channels, height, width); int8 is decoded to fp16.
 
-        Raises CacheError for a bad one.
+        Raises CacheError where the row is damaged or missing.
         """
         stored = self.stored(row, level)
-        self.check(np.array([row]), level, *(own[None] for own in stored.values()))
+        self.check(np.array([row]), level, *(values[None] for values in stored.values()))
         features, *scales = stored.values()
         if not scales:
             return features
@@ -169,10 +169,10 @@ class Cache:
         return (zero + scale * features).astype(np.float16)
 
     def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: NDArray) -> None:
-        """Hash what was read of some rows of a level, each row the first time that this process reads it.
+        """Check the values that were read for some rows of a level, each row once per process.
 
-        stored: what `level_tables` names, in that order, (rows, …) each. Any thread may call it. Raises CacheError for
-        a row that is not what was written, CacheIncompleteError for one that is missing.
+        stored: arrays (rows, …), one per table of `level_tables`, in that order. Any thread may call this. Raises
+        CacheError for a damaged row, CacheIncompleteError for a missing one.
         """
         column = self._columns[level.name]
         if self._hashed[rows, column].all():
@@ -184,14 +184,14 @@ class Cache:
 
     @cached_property
     def _hashed(self) -> NDArray[np.bool_]:
-        """Which rows' levels this process has hashed: the same array for all that hold the file open."""
+        """Which rows and levels this process has hashed: one array for all Cache objects of the same file."""
         status = self.contents.file.status
-        own = np.zeros((len(self), len(self.levels)), dtype=np.bool_)
+        fresh = np.zeros((len(self), len(self.levels)), dtype=np.bool_)
         with _one_at_a_time:
-            return _files.setdefault((status.st_dev, status.st_ino), own)
+            return _files.setdefault((status.st_dev, status.st_ino), fresh)
 
     def _compare(self, row: int, column: int, found: int) -> None:
-        """Raise CacheError where a row's checksum, as it is just now, is not the one found."""
+        """Raise CacheError where a row's stored checksum is not the one found."""
         extent = self.contents.extents["checksum"]
         data = self.contents.file.read(extent.offset + row * extent.row_bytes, extent.row_bytes)
         wanted = int(np.frombuffer(data, dtype="<u8")[column])
@@ -200,21 +200,21 @@ class Cache:
         name, state = f"row {row}, {self.rows.texts['id'][row]!r}", self.done[row]
         if state != WHOLE:  # as it is before its bytes change
             raise CacheIncompleteError(
-                f"{self.path}: {name}, is {'unreadable' if state == UNREADABLE else 'missing'} just now.\n"
+                f"{self.path}: {name}, is {'unreadable' if state == UNREADABLE else 'missing'} at the moment.\n"
                 f"Finish the file, then run the same command again:  {self.contents.command}"
             )
         raise CacheError(
             f"{self.path} is damaged: the features of {name}, are not what was written.\n"
             f"  wanted  {self.levels[column].name}, xxh3_64 {wanted:016x}\n  found   {found:016x}\n"
-            "The file was not changed. See all that is bad in it, then have that computed again:\n"
+            "The file was not changed. List all damaged rows, then compute them again:\n"
             f"  featprobe cache verify {shlex.quote(str(self.path))}\n  {self.contents.command}"
         )
 
 
 def open_cache(path: str | os.PathLike[str]) -> Cache:
-    """Open a cache for reading and check what is written once; raises CacheError.
+    """Open a cache for reading and check all that is written once but the labels. Raises CacheError.
 
-    Labels are checked when a row's are used first, features by whoever reads them.
+    Labels are checked when they are first used, features when they are read.
     """
     path = Path(path)
     contents = read_contents(path)
@@ -229,7 +229,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
 
 @dataclass(frozen=True)
 class Damage:
-    """What `verify` found: a row's level or target that does not hash to what was written; row -1: not of one row."""
+    """A damaged level or target of a row, as `verify` finds it; row is -1 where the damage belongs to no single row."""
 
     row: int
     id: str
@@ -237,9 +237,9 @@ class Damage:
 
 
 def verify(path: Path) -> Iterator[Damage | int]:
-    """Hash every row, level and target again, and all else that is written once.
+    """Hash every level and target of every row again, and everything else that is written once.
 
-    Yields a Damage for each that is not what was written, and after each level's row its bytes.
+    Yields a Damage per damaged part, and the number of bytes after each row of a level.
     """
     contents = read_contents(path)
     parts = contents.damaged_parts()
@@ -247,7 +247,7 @@ def verify(path: Path) -> Iterator[Damage | int]:
     for row in targets:
         yield Damage(row, contents.rows.texts["id"][row], "targets")
     for part in parts:
-        if not (targets and part in ("targets/semantic", "targets/instances", "identity")):  # rows say more
+        if not (targets and part in ("targets/semantic", "targets/instances", "identity")):  # damaged rows say more
             yield Damage(-1, "", f"identity (recipe, data set, ids, splits or sizes): {part}")
     cache = Cache(path, contents)
     whole = np.flatnonzero(cache.done == WHOLE)
@@ -257,9 +257,9 @@ def verify(path: Path) -> Iterator[Damage | int]:
             kept = list(cache.stored(row, level).values())
             if checksum(kept) != int(expected[row, column]):
                 yield Damage(row, ids[row], f"features/{level.name}")
-            yield sum(own.nbytes for own in kept)
+            yield sum(values.nbytes for values in kept)
 
 
 def damaged_rows(found: Sequence[Damage]) -> list[int]:
-    """Rows whose features must be computed again."""
+    """Indices of rows whose features must be computed again, ascending."""
     return sorted({damage.row for damage in found if damage.part.startswith("features/")})

@@ -1,7 +1,7 @@
 """Writing rows: positioned writes past HDF5, so that a killed process leaves a file that opens.
 
-Order per group of rows: features and checksums, then fdatasync, then `done`. Whatever dies in between, a
-row that says it is whole is whole.
+Order per group of rows: features and checksums, then fdatasync, then `done`. Even if a process dies in between, a
+row that is marked whole is whole.
 """
 
 import fcntl
@@ -23,8 +23,8 @@ from featprobe.disk import make_folders, open_regular
 from featprobe.errors import CacheBusyError, CacheError, ShapeError
 
 CREATION_BYTE = 1 << 40  # of the lock file: past every row's byte
-GROUP_BYTES = 256 << 20  # of rows that are written and not marked yet; the next write marks them
-GROUP_SECONDS = 5.0  # since the first row of a group was written; the same
+GROUP_BYTES = 256 << 20  # of rows that are written but not marked: from this size on the next write marks them
+GROUP_SECONDS = 5.0  # since the first row of a group was written: after this time the next write marks them
 _seek_lock = threading.Lock()
 
 
@@ -39,17 +39,17 @@ def _positioned_write(handle: int, data: memoryview, offset: int) -> int:
 
 
 write_some: Callable[[int, memoryview, int], int] = _positioned_write if hasattr(os, "pwritev") else _seek_and_write
-"""Write a part of the data at an offset and return how many bytes that was."""
+"""Write some of the data at an offset and return the number of bytes written."""
 
 sync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 """Bring what was written to the disk."""
 
 
 class CacheWriter:
-    """Writes rows of an existing cache; any number of threads and processes may write disjoint rows of one file.
+    """Writes rows of an existing cache. Any number of threads and processes may write different rows of one file.
 
-    Rows are written in groups: `write` leaves them missing, and `commit` brings what was written to the disk and then
-    calls it whole. A group that is full commits itself, and closing commits.
+    Rows are written in groups: `write` leaves them missing; `commit` brings them to the disk and then marks them whole.
+    A full group commits by itself, and closing commits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,11 +59,11 @@ class CacheWriter:
         self.inode, self.identity_sha256 = contents.inode, contents.identity_sha256
         self.extents = contents.extents
         self._turn = threading.Condition()  # guards the four below
-        self._held: set[int] = set()  # rows that a thread writes or marks just now
-        self._group: dict[int, int] = {}  # row that is in the file -> its state, which is not
+        self._held: set[int] = set()  # rows that a thread is writing or marking
+        self._group: dict[int, int] = {}  # written row -> its new state, which is not in the file yet
         self._bytes, self._since = 0, 0.0  # of the group: features in it, and when it began
         self._one_sync = threading.RLock()  # taken before `_turn`; who has it waits for no row
-        self._lost: OSError | None = None  # what the disk said when it did not keep what was written
+        self._lost: OSError | None = None  # the disk's error when it could not keep what was written
         try:
             self.handle = open_regular(path, os.O_RDWR)
         except OSError as error:
@@ -79,9 +79,9 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Commit, bring all to the disk and let go of the file."""
+        """Commit, bring everything to the disk and close the file."""
         try:
-            if self._lost is None:  # whoever met it has raised it
+            if self._lost is None:  # otherwise the thread that had the error has raised it
                 self.commit()
                 with self._refusal("at its end"):
                     os.fsync(self.handle)
@@ -91,11 +91,11 @@ class CacheWriter:
     def write(self, start: int, maps: Mapping[str, NDArray]) -> None:
         """Write consecutive rows, from row `start` on; they are whole after the next `commit`.
 
-        maps: level name -> (rows, channels, height, width), C-contiguous, in the cache's stored dtype; and what else
-        `row_tables` lists, by its key. Raises CacheError when the disk refuses; rows that were whole stay whole.
+        maps: level name -> (rows, channels, height, width), C-contiguous, in the cache's stored dtype; and the other
+        tables of `row_tables` by their key. Raises CacheError when the disk refuses; rows that were whole stay whole.
         """
         tables = row_tables(self.recipe)
-        wanted = {table.key: table for own in tables.values() for table in own}
+        wanted = {table.key: table for of_level in tables.values() for table in of_level}
         counts = {array.shape[0] for array in maps.values()}
         if set(maps) != set(wanted) or len(counts) != 1:
             raise ShapeError(f"A row needs every level of the cache, and as many of each: got {sorted(maps)}.")
@@ -110,22 +110,22 @@ class CacheWriter:
         with self._alone(start, start + rows, WHOLE):
             self._set_back(start, rows)
             checksums = np.empty((rows, len(tables)), dtype="<u8")
-            for column, own in enumerate(tables.values()):
-                kept = [flat[table.key] for table in own]
+            for column, of_level in enumerate(tables.values()):
+                kept = [flat[table.key] for table in of_level]
                 checksums[:, column] = [checksum([data[row] for data in kept]) for row in range(rows)]
-                for table in own:
+                for table in of_level:
                     self._put(table.name, start, flat[table.key])
             self._put("checksum", start, checksums)
         if self._is_due():
             with self._one_sync:
-                if self._is_due():  # still: who had the turn may have marked these rows, too
+                if self._is_due():  # asked again: the thread that committed before may have marked these rows too
                     self.commit()
 
     def commit(self) -> None:
-        """Bring to the disk what was written, then say that it is whole.
+        """Bring the written rows to the disk, then mark them whole.
 
-        One group at a time: while it is synced and marked the next one fills, so that no more than two are not marked.
-        Raises CacheError when the disk refuses. What was written and not marked is then never marked by this writer.
+        One group at a time: the next group fills meanwhile, so that at most two groups are unmarked. Raises CacheError
+        when the disk refuses; this writer then never marks the rows that it wrote but did not mark.
         """
         with self._one_sync:
             with self._turn:
@@ -145,22 +145,22 @@ class CacheWriter:
             return bool(self._group) and (old or self._bytes >= GROUP_BYTES)
 
     def mark_unreadable(self, row: int, reason: str) -> None:
-        """Set a row aside, and keep why; commits."""
+        """Mark a row unreadable and keep the reason; commits."""
         size = self.extents["reason"].row_bytes
         with self._alone(row, row + 1, UNREADABLE):
             self._put("reason", row, np.frombuffer(encode_reason(reason).ljust(size, b"\0"), dtype=np.uint8))
         self.commit()
 
     def mark_missing(self, row: int) -> None:
-        """Have a row computed again by the next `extract`."""
+        """Mark a row missing, so that the next `extract` computes it again."""
         with self._alone(row, row + 1):
             self._put("done", row, np.array([MISSING], dtype=np.uint8))
 
     @contextmanager
     def _alone(self, start: int, stop: int, state: int | None = None) -> Iterator[None]:
-        """Keep other threads from rows [start, stop), which then join the group with the state that they are to have.
+        """Keep other threads from rows [start, stop), which afterwards join the group with their new state.
 
-        They leave the group first, so that no commit can mark what is half written.
+        They leave the group first, so that no commit can mark a half-written row.
         """
         rows = range(start, stop)
         with self._turn:
@@ -185,7 +185,7 @@ class CacheWriter:
             self._turn.notify_all()
 
     def _set_back(self, start: int, rows: int) -> None:
-        """Have no row say that it is whole while its bytes change."""
+        """Mark rows missing in the file before their bytes change."""
         done = self.extents["done"]
         if WHOLE in os.pread(self.handle, rows, done.offset + start):
             self._put("done", start, np.full(rows, MISSING, dtype=np.uint8))
@@ -207,9 +207,9 @@ class CacheWriter:
             fcntl.lockf(self.handle, fcntl.LOCK_UN, data.nbytes, first)
 
     def _sync(self, row: int) -> None:
-        """Bring to the disk what was written; once that has failed it fails for good.
+        """Bring the written bytes to the disk. After one failure every later call fails too.
 
-        The system tells of what it lost only once, to one of the threads that ask.
+        The system reports a lost write only once, to one of the threads that ask.
         """
         with self._one_sync, self._refusal(f"at row {row}"):
             if self._lost is not None:
@@ -222,29 +222,29 @@ class CacheWriter:
 
     @contextmanager
     def _refusal(self, where: str) -> Iterator[None]:
-        """Turn what the disk refuses into a CacheError that says where."""
+        """The CacheError for an OSError of the disk, with its place."""
         try:
             yield
         except OSError as error:
             raise CacheError(
                 f"{self.path} can't be written, {where}: {error.strerror}.\n"
-                "Rows that were whole stay whole. Make room, then run the same command again: it goes on from here."
+                "Rows that were whole stay whole. Make room, then run the same command again: it continues from here."
             ) from error
 
 
 def _runs(group: Mapping[int, int]) -> Iterator[tuple[int, list[int]]]:
-    """First row and states of each run of consecutive rows."""
+    """(first row, states) per run of consecutive rows."""
     rows = np.array(sorted(group), dtype=np.intp)
     for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []:
         yield int(run[0]), [group[row] for row in run.tolist()]
 
 
 class RowLocks:
-    """Which process works on which rows of a cache: byte ranges of a lock file beside it, a byte a row.
+    """Locks on the rows of a cache: ranges of bytes, one byte per row, of a lock file beside the cache.
 
-    The locks belong to the process and vanish with it, however it ends. The lock file stays, also when the cache is
-    removed: who had opened it before would hold locks that nobody else sees. The cache file itself is never locked as
-    a whole, so that readers are free.
+    Locks belong to the process and end with it, however it ends. The lock file stays, also when the cache is removed:
+    a process that had opened it before would otherwise hold locks that nobody else sees. The cache file itself is never
+    locked as a whole, so that readers are free.
     """
 
     def __init__(self, path: Path) -> None:
@@ -267,29 +267,29 @@ class RowLocks:
         os.close(self.handle)
 
     def wait_for_creation(self) -> None:
-        """Wait until no other process is making or replacing the file, and keep others from it."""
+        """Wait until no other process makes or replaces the file, and then keep others from doing so."""
         fcntl.lockf(self.handle, fcntl.LOCK_EX, 1, CREATION_BYTE)
 
     def end_creation(self) -> None:
-        """Let others make or replace the file."""
+        """Allow others to make or replace the file."""
         fcntl.lockf(self.handle, fcntl.LOCK_UN, 1, CREATION_BYTE)
 
     def claim_all(self) -> None:
-        """Keep every row, whatever their number; raises CacheBusyError when another has some of them."""
+        """Lock every row, whatever their number. Raises CacheBusyError where another process holds some of them."""
         self.claim(0, CREATION_BYTE)
 
     def release(self) -> None:
-        """Let go of all rows."""
+        """Unlock all rows."""
         fcntl.lockf(self.handle, fcntl.LOCK_UN, CREATION_BYTE, 0)
 
     def claim(self, start: int, stop: int) -> None:
-        """Keep rows [start, stop) for this process; raises CacheBusyError when another has some of them."""
+        """Lock rows [start, stop) for this process. Raises CacheBusyError where another process holds some of them."""
         if start >= stop:
             return
         try:
             fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB, stop - start, start)
         except OSError as error:
             raise CacheBusyError(
-                f"Another process is extracting into {self.path} just now, into the same rows.\n"
-                "Nothing was changed. Wait for it; or let several share the work:  featprobe extract … --shard 1/2"
+                f"Another process is extracting into {self.path} right now, into the same rows.\n"
+                "Nothing was changed. Wait for it, or let several share the work:  featprobe extract … --shard 1/2"
             ) from error

@@ -218,7 +218,7 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
       featprobe cache audit xray
       featprobe cache audit xray --heads none
     """
-    from featprobe.probes.saved import plain
+    from featprobe.fields import plain
     from featprobe.stages.comparison.audit import AuditOptions, audit
 
     workspace = workspace_of(ctx)
@@ -313,11 +313,10 @@ def _audit_text(found: "Audit") -> str:
 
 
 def _parts_text(recipe: dict[str, Any]) -> str:
-    tiles = "whole images"
-    if recipe.get("tile"):
-        tiles = (
-            f"tiles of {recipe['tile']} pixels, overlap {recipe['overlap']}, {recipe['empty_tiles']:.0%} of the empty"
-        )
+    from featprobe.tiling import Tiling
+
+    tiling = Tiling.in_json(recipe)
+    tiles = tiling.text if tiling else "whole images"
     views = recipe["views"][1:]
     return f"{tiles}; of training images also {', '.join(views)}" if views else tiles
 

@@ -1,6 +1,6 @@
 """The commands that make features: extract, plan, backbones."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from featprobe.cli.options import (
     computing,
     echo,
     feature_options,
-    names,
     show_json,
     workspace_of,
 )
@@ -140,18 +139,10 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 
 def _extract_options(options: Mapping[str, Any]) -> "ExtractOptions":
     """What the command line says of an extraction; what it does not say is left to ExtractOptions."""
-    from featprobe.geometry import parse_size
     from featprobe.stages.extraction.extract_options import ExtractOptions
-    from featprobe.tiling import parse_views
 
-    parsers: Mapping[str, Callable[[str], Any]] = {
-        "levels": names,
-        "size": parse_size,
-        "views": parse_views,
-        "shard": _parse_shard,
-    }
-    given = {name: options[name] for name in ExtractOptions.__dataclass_fields__ if options.get(name) is not None}
-    return ExtractOptions(**given | {name: parse(given[name]) for name, parse in parsers.items() if name in given})
+    shard = options.get("shard")
+    return ExtractOptions.of({**options, "shard": None if shard is None else _parse_shard(shard)})
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

@@ -274,7 +274,7 @@ def show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     if json_:
         return show_json(report.rows)
     from featprobe.report.tables import result_text
-    from featprobe.stages.training.records import card_beside
+    from featprobe.stages.training.saved_results import card_beside
 
     rows = [
         {**row, "dtype": card_beside(probes, row)["features"]["dtype"]} if row["regime"] == "frozen" else row

@@ -1,4 +1,4 @@
-"""The answer in plain language, worded from intervals and p values, honest where they tell nothing."""
+"""The answer in plain sentences, made from intervals and p values. Where these show nothing, the answer says so."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
@@ -9,25 +9,27 @@ from featprobe.report.comparison import FEW_GROUPS, LABELS, budget_text, interva
 
 SURE = 0.05  # corrected p value up to which a difference is called one
 SMALL, PART = 0.02, 0.1  # points, and share of the higher score: a smaller gain makes no difference in practice
-FLOOR = 0.05  # a score whose interval reaches below may be one of nothing found
-ACROSS = "To have one all the same:  featprobe compare --across-recipes"
-SEEDS = 3  # that are proposed where there is one
+FLOOR = 0.05  # a score whose interval reaches below this may mean that nothing was found
+ACROSS = "To compare them anyway:  featprobe compare --across-recipes"
+SEEDS = 3  # the number of seeds that is proposed where there is one seed
 STORED_VIEWS = "frozen, augmented"  # the variant of frozen results on views that a cache holds
 Line = Mapping[str, Any]
 
 
 def answer_of(lines: Sequence[Line], differences: Sequence[Line]) -> tuple[str, ...]:
-    """What the results of one set say: which backbone, and whether frozen is enough.
+    """The answer for one data set: which backbone scores highest, and whether frozen is enough.
 
-    Only results on the most training data and those that stand for their backbone are spoken of.
+    lines: one per result. differences: one per compared pair of results. Both as `featprobe.report.comparison` has
+    them. Only the results on the largest share of training data that stand for their backbone count.
+    Returns sentences, one per claim.
     """
     most = max(line["fraction"] for line in lines)
     shown = [line for line in lines if line["fraction"] == most and line["chosen"]]
-    own = [line for line in differences if line["fraction"] == most and not isnan(line["difference"])]
+    among = [line for line in differences if line["fraction"] == most and not isnan(line["difference"])]
     sentences = []
     for head in dict.fromkeys(line["head"] for line in shown):
-        sentences += _of_head([line for line in shown if line["head"] == head], [d for d in own if d["head"] == head])
-    few = f"All of this rests on {counted(lines[0]['groups'], 'test group')} only: take it as a hint."
+        sentences += _of_head([line for line in shown if line["head"] == head], [d for d in among if d["head"] == head])
+    few = f"All of this rests on only {counted(lines[0]['groups'], 'test group')}: take it as a hint."
     return (*sentences, few) if lines[0]["groups"] < FEW_GROUPS else tuple(sentences)
 
 
@@ -36,15 +38,15 @@ def _of_head(lines: Sequence[Line], differences: Sequence[Line]) -> list[str]:
     scored = [line for line in lines if not isnan(line[score])]
     head = lines[0]["head"]
     if not scored:
-        return [f"{head}: this test split has no {LABELS[score]}: it holds no object to find."]
+        return [f"{head}: the test split holds no object to find, so there is no {LABELS[score]}."]
     if max(line[score] for line in scored) == 0:
-        return [f"{head}: {LABELS[score]} is 0 for all: nothing was found, so there is nothing to compare."]
+        return [f"{head}: {LABELS[score]} is 0 for every result: nothing was found, so there is nothing to compare."]
     sentences = []
     regimes = list(dict.fromkeys(line["regime"] for line in scored))
     for regime in regimes:
-        own = [line for line in scored if line["regime"] == regime]
-        if len(own) > 1 or regime == regimes[0]:
-            sentences += _which_backbone(own, score, [d for d in differences if d["kind"] == "backbones"])
+        of_regime = [line for line in scored if line["regime"] == regime]
+        if len(of_regime) > 1 or regime == regimes[0]:
+            sentences += _which_backbone(of_regime, score, [d for d in differences if d["kind"] == "backbones"])
     return sentences + (_is_frozen_enough(scored, score, differences) if head != "ridge" else [])
 
 
@@ -52,25 +54,25 @@ def _of_head(lines: Sequence[Line], differences: Sequence[Line]) -> list[str]:
 
 
 def _which_backbone(lines: Sequence[Line], score: str, differences: Sequence[Line]) -> list[str]:
-    """What is to be said of the backbones of one regime and head."""
+    """The sentences on the backbones of one regime and head."""
     best = max(lines, key=lambda line: line[score])
     within = f"{best['regime']}, {best['head']}"
     share = "" if best["fraction"] == 1 else f" on {100 * best['fraction']:g} % of the training images"
     value = f"{number(100 * best[score])} % {LABELS[score]} ({_interval_of(best, score)})"
     start = f"{within}{share}{_at(best['iterations'])}: {best['backbone']}"
     if len(lines) == 1:
-        return [f"{start} reaches {value}. There is no other backbone here to compare it with."]
-    own = [d for d in differences if d["within"] == within and best["backbone"] in (d["a"], d["b"])]
-    told = {claim: [d for d in own if d["claim"] == claim] for claim in ("procedures", "heads", "none")}
-    says = _ranks(told["procedures"], best, "", " beyond chance")
-    sentences = [f"{start} scores highest, {value}{': ' if says else ''}{'; '.join(says)}."]
-    if told["heads"]:
-        says = _ranks(told["heads"], best, "the head on ", "")
+        return [f"{start} reaches {value}. There is no other backbone to compare it with."]
+    with_best = [d for d in differences if d["within"] == within and best["backbone"] in (d["a"], d["b"])]
+    by_claim = {claim: [d for d in with_best if d["claim"] == claim] for claim in ("procedures", "heads", "none")}
+    ranks = _ranks(by_claim["procedures"], best, "", " beyond chance")
+    sentences = [f"{start} scores highest, {value}{': ' if ranks else ''}{'; '.join(ranks)}."]
+    if by_claim["heads"]:
+        ranks = _ranks(by_claim["heads"], best, "the head on ", "")
         sentences.append(
-            f"{within}: of the heads that were trained ({_seeds(told['heads'])}), the one on {best['backbone']} is "
-            f"{'; '.join(says)}. That says nothing yet of the backbones: {_what_tells(told['heads'])}."
+            f"{within}: among the trained heads ({_seeds(by_claim['heads'])}), the head on {best['backbone']} is "
+            f"{'; '.join(ranks)}. This says nothing yet about the backbones: {_for_a_verdict(by_claim['heads'])}."
         )
-    for alike in _by(told["none"], lambda d: (d["recipes"], d["a"] == best["backbone"])):
+    for alike in _by(by_claim["none"], lambda d: (d["recipes"], d["a"] == best["backbone"])):
         first = alike[0]["a"] == best["backbone"]
         sides = [best["backbone"], _list([d["b" if first else "a"] for d in alike])]
         which = " | ".join(sides if first else sides[::-1])
@@ -83,18 +85,18 @@ def _which_backbone(lines: Sequence[Line], score: str, differences: Sequence[Lin
 
 
 def _ranks(differences: Sequence[Line], best: Line, the: str, sure: str) -> list[str]:
-    """How the best backbone stands to the others. the: before each of their names; sure: after those that are
-    behind."""
+    """How the best backbone compares with the others. the: stands before each name; sure: stands after the names of
+    those that are surely behind."""
     ahead = [the + _other(d, best) for d in differences if d["p_holm"] <= SURE]
     before = [the + _other(d, best) for d in differences if d["p"] <= SURE < d["p_holm"]]
-    untold = [the + _other(d, best) for d in differences if not d["p"] <= SURE]
-    says = [f"ahead of {_list(ahead)}{sure}"] if ahead else []
-    says += [f"ahead of {_list(before)} before, but not after, correction for multiple comparisons"] if before else []
-    return says + ([f"not distinguishable from {_list(untold)} with these test groups"] if untold else [])
+    level = [the + _other(d, best) for d in differences if not d["p"] <= SURE]
+    ranks = [f"ahead of {_list(ahead)}{sure}"] if ahead else []
+    ranks += [f"ahead of {_list(before)} before, but not after, correction for multiple comparisons"] if before else []
+    return ranks + ([f"not distinguishable from {_list(level)} with these test groups"] if level else [])
 
 
 def _other(difference: Line, best: Line) -> str:
-    """The other side of a difference, with what sets it apart from the best one."""
+    """The other side of a difference: its name, the difference in points, and what else differs from the best one."""
     first = difference["a"] == best["backbone"]
     sign, name = (1, difference["b"]) if first else (-1, difference["a"])
     low, high = sorted((sign * difference["low"], sign * difference["high"]))
@@ -114,7 +116,7 @@ def _interval_of(line: Line, score: str) -> str:
 
 
 def _at(*iterations: int | None) -> str:
-    """How long was trained; nothing for heads that are solved."""
+    """How long the heads were trained; "" for heads that are solved."""
     return f" at {budget_text(iterations)}" if any(iterations) else ""
 
 
@@ -126,13 +128,13 @@ def _seeds(differences: Sequence[Line]) -> str:
     return "; ".join(dict.fromkeys(d["seeds"] for d in differences))
 
 
-def _what_tells(differences: Sequence[Line]) -> str:
-    """What to run for a verdict on backbones or regimes."""
+def _for_a_verdict(differences: Sequence[Line]) -> str:
+    """Why there is no verdict on backbones or regimes, and what to run for one."""
     why = {d["of_heads"] for d in differences}
-    tells = [f"another seed gives another head. --seeds {SEEDS} would tell"] if "one seed" in why else []
+    runs = [f"another seed gives another head. A verdict needs --seeds {SEEDS}"] if "one seed" in why else []
     others = " and ".join(sorted(why - {"one seed"}))
-    tells += [f"there was {others}. The same seeds without --shared-order would tell"] if others else []
-    return "; ".join(tells)
+    runs += [f"there was {others}. A verdict needs the same seeds without --shared-order"] if others else []
+    return "; ".join(runs)
 
 
 def _by(lines: Sequence[Line], key: Callable[[Line], Any]) -> list[list[Line]]:
@@ -151,14 +153,14 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _is_frozen_enough(lines: Sequence[Line], score: str, differences: Sequence[Line]) -> list[str]:
-    """A sentence for each backbone that has a frozen and a full result, or one that says that none has."""
+    """One sentence per backbone that has a frozen and a full result, or one sentence where no backbone has both."""
     head = lines[0]["head"]
     full = [
         d for d in differences
         if d["kind"] == "regimes" and d["a"].startswith("full") and d["b"] in ("frozen", STORED_VIEWS)
     ]  # fmt: skip
     if not full:
-        return [f"{head}: whether frozen is enough needs a frozen and a full result: featprobe finetune."]
+        return [f"{head}: to see whether frozen is enough, make a frozen and a full result: featprobe finetune."]
     return [
         f"{head}{_at_both(d['iterations_b'], d['iterations_a'])}: {_verdict(d, lines, score, differences)}"
         for d in full
@@ -173,40 +175,41 @@ def _verdict(difference: Line, lines: Sequence[Line], score: str, differences: S
     name += ", against frozen features of augmented views," if difference["b"] == STORED_VIEWS else ""
     found = f"({_points(difference['difference'], difference['low'], difference['high'])})"
     cause = (
-        " Part of that may be augmentation, which the frozen result lacks: featprobe finetune --regime frozen-online."
+        " Part of this difference may come from augmentation, which the frozen result lacks. To find out:"
+        "  featprobe finetune --regime frozen-online"
         if difference["confounded"]
         else ""
     )
-    cause += " The two saw images of another size." if _other_scale(difference) else ""
+    cause += " The two saw images of different sizes." if _other_scale(difference) else ""
     why = _no_verdict(difference, full, frozen, score)
     if why:
         return f"no verdict on {name} {found}: {why}"
     floor = _floor(frozen, lines, score, differences)
     margin = min(SMALL, PART * max(full[score], frozen[score]))
     if floor and not (full[f"{score}_low"] >= FLOOR and difference["p_holm"] <= SURE and difference["low"] > margin):
-        return f"no verdict on {name} {found}: {floor}, so there is nothing that could be enough.{cause}"
+        return f"no verdict on {name} {found}: {floor}, so frozen cannot be called enough.{cause}"
     if difference["claim"] == "heads":
         return _of_two_heads(difference, name, found) + cause
     return _worded(difference, name, found, margin) + (f" {floor[0].upper()}{floor[1:]}." if floor else "") + cause
 
 
 def _no_verdict(difference: Line, full: Line, frozen: Line, score: str) -> str:
-    """Why two results do not tell whether frozen is enough, whatever their scores; empty where they may."""
+    """Why two results can't show whether frozen is enough, whatever their scores; "" where they can."""
     if difference["claim"] == "none":
         return f"the recipes differ (fine-tuned | frozen: {difference['recipes']}). {ACROSS}"
     sides = {"frozen": frozen, "fine-tuned": full}
-    rising = [f"the {name} one" for name, line in sides.items() if line["not_converged"]]
-    small = [f"the {name} one" for name, line in sides.items() if line["iterations_needed"]]
+    rising = [f"the {name} result" for name, line in sides.items() if line["not_converged"]]
+    small = [f"the {name} result" for name, line in sides.items() if line["iterations_needed"]]
     text = f"{_list(rising)} had not converged. Train with more iterations." if rising else ""
     notes = "the notes name the commands"
     return text or (f"{_list(small)} had too few iterations: {notes}." if small else "")
 
 
 def _floor(frozen: Line, lines: Sequence[Line], score: str, differences: Sequence[Line]) -> str:
-    """That a frozen backbone may have found nothing; empty where it surely found something.
+    """The words that a frozen backbone may have found nothing; "" where it surely found something.
 
-    It did where it is ahead of the same network with random weights; where no such control can be compared, where its
-    interval stays clear of the floor.
+    It surely found something where it is ahead of the same network with random weights. Where no such control can be
+    compared, its interval must stay above the floor.
     """
     controls = [
         line["backbone"] for line in lines
@@ -222,20 +225,20 @@ def _floor(frozen: Line, lines: Sequence[Line], score: str, differences: Sequenc
                 return "" if ahead else f"frozen is not shown to be ahead of random weights ({control})"
     low = frozen[f"{score}_low"]
     value = f"{number(100 * frozen[score])} % {LABELS[score]}, {_interval_of(frozen, score)}"
-    found = frozen[score] >= FLOOR if isnan(low) else low >= FLOOR  # none reaches to the end of the scale
+    found = frozen[score] >= FLOOR if isnan(low) else low >= FLOOR  # without an interval the score itself counts
     return "" if found else f"frozen may have found nothing ({value})"
 
 
 def _of_two_heads(difference: Line, name: str, found: str) -> str:
-    """What one seed tells: something of these heads, and nothing of what made them."""
+    """What one seed shows: something about these two heads, nothing about the regimes that made them."""
     if not difference["p_holm"] <= SURE:
-        said = (
+        claim = (
             f"with these two heads ({difference['seeds']}), these test groups cannot show whether {name} helps {found}"
         )
     else:
         gains = "gained" if difference["difference"] > 0 else "lost"
-        said = f"with these two heads ({difference['seeds']}) {name} {gains} {found}"
-    return f"{said}. That says nothing yet of the regimes: {_what_tells([difference])}."
+        claim = f"with these two heads ({difference['seeds']}), {name} {gains} {found}"
+    return f"{claim}. This says nothing yet about the regimes: {_for_a_verdict([difference])}."
 
 
 def _worded(difference: Line, name: str, found: str, margin: float) -> str:
@@ -261,7 +264,7 @@ def _worded(difference: Line, name: str, found: str, margin: float) -> str:
 
 
 def gap_sentences(gaps: Sequence[Line]) -> tuple[str, ...]:
-    """Each gap in words."""
+    """One sentence per modality gap: whether one backbone's lead over another differs between two data sets."""
     return tuple(_gap_sentence(gap) for gap in gaps)
 
 
@@ -277,8 +280,8 @@ def _gap_sentence(gap: Line) -> str:
             f"({gap['recipes']}). {ACROSS}"
         )
     of_heads = gap["claim"] == "heads"
-    lead = f"{lead}, of these heads ({gap['seeds']})," if of_heads else lead
-    caution = f" That says nothing yet of the backbones: {_what_tells([gap])}." if of_heads else ""
+    lead = f"{lead}, with these heads ({gap['seeds']})," if of_heads else lead
+    caution = f" This says nothing yet about the backbones: {_for_a_verdict([gap])}." if of_heads else ""
     if gap["p_holm"] <= SURE:
         return f"{start} {lead} is {'larger' if gap['difference'] > 0 else 'smaller'} on {where} {found}.{caution}"
     if gap["p"] <= SURE:

@@ -122,7 +122,7 @@ def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
     DataError where the split does not fit the cache's images.
     """
     usable = cache.usable()
-    if split != "own" and (cache.recipe.views[1:] or cache.recipe.empty_tiles < 1):
+    if split != "own" and cache.recipe.keeps_own_split:
         raise ProbeError(
             f"{cache.path} holds views, or fewer empty tiles, of the training images of the set's own split.\n"
             f"Leave --split {split} away, which would need others; or extract without --views and --empty-tiles."

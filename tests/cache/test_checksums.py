@@ -285,7 +285,7 @@ def test_a_row_that_is_written_anew_while_it_is_read_is_called_missing_and_not_d
     with CacheWriter(cache.path) as writer:
         writer.mark_missing(5)
     overwrite(cache.path, "features/stride4", 5, b"half written")
-    with pytest.raises(CacheIncompleteError, match=r"row 5, 'part5.png', is missing just now"):
+    with pytest.raises(CacheIncompleteError, match=r"row 5, 'part5.png', is missing at the moment"):
         read(loader_of(cache, "memmap"), [5])
 
 
@@ -293,7 +293,7 @@ def test_a_row_that_was_set_aside_is_not_served(cache: Cache) -> None:
     with CacheWriter(cache.path) as writer:
         writer.mark_unreadable(5, "torn")
     overwrite(cache.path, "checksum", 5)
-    with pytest.raises(CacheIncompleteError, match="is unreadable just now"):
+    with pytest.raises(CacheIncompleteError, match="is unreadable at the moment"):
         read(loader_of(cache, "preadv"), [5])
 
 

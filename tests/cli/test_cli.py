@@ -91,12 +91,6 @@ def test_every_commands_help_has_an_example_that_names_it(words: str) -> None:
     assert re.search(rf"featprobe (--workspace \S+ )?{words}\b", example), example
 
 
-@pytest.mark.parametrize("words", WORDS)
-def test_every_command_stands_in_the_readme(words: str) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.search(rf"featprobe {words}\b", text), f"README.md does not name `featprobe {words}`"
-
-
 def help_of(words: str) -> str:
     """What a person reads in a terminal of 80 columns."""
     result = CliRunner().invoke(cli, [*words.split(), "--help"], prog_name="featprobe", terminal_width=80)
@@ -210,6 +204,7 @@ def test_looking_after_data_and_caches_needs_neither_torch_nor_timm(images: Path
 # ---- terminals and pipes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "parts", 6, (32, 32))
     name = "a_defect_with_a_long_name_as_some_have"
@@ -434,6 +429,7 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
     assert isinstance(result.exception, featprobe.FeatprobeError)
 
 
+@pytest.mark.slow
 def test_real_processes_end_with_the_same_codes(tmp_path: Path) -> None:
     result = child("--workspace", tmp_path, "probe")
     assert result.returncode == 1 and result.stdout == ""

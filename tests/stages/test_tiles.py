@@ -39,9 +39,9 @@ from featprobe.stages.stitch import stitched_classes, stitched_logits, stitched_
 from featprobe.stages.training.commands import commands_of
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.live import LiveFeatures
-from featprobe.stages.training.outcome import scored_here
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.training.task import scored_here
 from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import (
@@ -537,6 +537,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[s
     return workspace, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["semseg", "instseg"])
 def test_predict_cuts_and_stitches_as_the_row_was_scored(task: str, trained: Any, tmp_path: Path) -> None:
     workspace, rows = trained

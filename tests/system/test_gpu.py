@@ -23,7 +23,6 @@ from featprobe.stages.predict import predict
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.sources import feed_of
 from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace, make_generated
 
@@ -192,7 +191,7 @@ def test_a_step_on_a_card_waits_for_nothing(extracted: Workspace) -> None:
 
         try:
             train(
-                [trial.head], [recipe], feed_of(source), run.rows["train"], loss, 0, evaluate, resident=resident,
+                [trial.head], [recipe], source.training, run.rows["train"], loss, 0, evaluate, resident=resident,
                 fixed=True, taken=taken,
             )  # fmt: skip
         finally:

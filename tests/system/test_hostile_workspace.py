@@ -120,7 +120,7 @@ def test_nothing_of_a_file_reaches_a_terminal_a_page_or_a_spreadsheet(ran: Ran) 
         (("info", "deep_yolo"), "nested more than 50 deep"),
         (("probe", "eps"), "none that featprobe writes. The mask is not an image"),
         (("probe", "bomb"), "none that featprobe writes. The mask is too large"),
-        (("probe", "hollow"), "none that featprobe writes"),
+        (("probe", "hollow"), "featprobe never writes labels like"),
         (("cache", "info", "fifo.h5"), "no regular file"),
         (("predict", "hub"), "There is no model 'hf-hub:evil/x' in timm"),
         (("predict", "probes/local"), "in timm. Nothing was looked up"),

@@ -17,9 +17,9 @@ from featprobe.kinds import KINDS, SEEDS
 from featprobe.metrics import Difference, Statistic, iou_statistic, mean_of, paired_difference
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
-from featprobe.stages.training.outcome import Outcome
 from featprobe.stages.training.probe import checked
 from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.task import Outcome
 from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace
 

@@ -12,12 +12,14 @@ from tqdm import tqdm
 from featprobe.cache import open_cache
 from featprobe.disk import write_together
 from featprobe.errors import FeatprobeError, ProbeError, counted
+from featprobe.fields import plain
 from featprobe.metrics import FEW_GROUPS, Statistic, score_interval
-from featprobe.probes.saved import head_folder, plain
+from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, gap_sentences
 from featprobe.report.comparison import LABELS, difference_frame, result_frame
 from featprobe.report.page import PageSet, page_text
 from featprobe.report.tables import csv_text
+from featprobe.result_rows import SHARED_ORDER
 from featprobe.specs import digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.convergence import SHARES, iterations_to, late_rise, still_rising
@@ -34,7 +36,6 @@ from featprobe.stages.comparison.differences import (
 from featprobe.stages.comparison.results import SCORES, Result, Unusable, comparable_sets, load_results
 from featprobe.stages.partition import partition_of
 from featprobe.stages.training.commands import commands_of, level_command
-from featprobe.stages.training.records import SHARED_ORDER
 from featprobe.stages.workspace import Workspace
 
 

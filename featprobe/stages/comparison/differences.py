@@ -21,11 +21,11 @@ from featprobe.metrics import (
     procedure_gap,
     seed_spread,
 )
+from featprobe.result_rows import SHARED_ORDER
 from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.convergence import iterations_to, still_rising
 from featprobe.stages.comparison.recipes import Field, fields_that_differ
 from featprobe.stages.comparison.results import REGIMES, Result, representatives, shortfalls
-from featprobe.stages.training.records import SHARED_ORDER
 
 RESAMPLES = {"semseg": 10_000, "detect": 1_000, "instseg": 1_000}
 """Of the groups of a test split. Those of average precision are dear: each leaves every group out once."""

@@ -25,13 +25,14 @@ from featprobe.metrics import (
 )
 from featprobe.metrics.intervals import Floats
 from featprobe.metrics.resampled import ScoreName
-from featprobe.probes.result_rows import result_faults
 from featprobe.probes.saved import head_folder, read_files, read_rows
+from featprobe.result_rows import result_faults
 from featprobe.specs import digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.comparison.recipes import shared_recipe
-from featprobe.stages.training.records import UNREADABLE, card_beside, damaged, read_arrays
+from featprobe.stages.training.saved_results import UNREADABLE, card_beside, damaged, read_arrays
+from featprobe.tiling import Tiling
 
 RUN = (
     "backbone", "weights_sha256", "feature_key", "head", "regime", "augmentation", "fraction", "recipe_key",
@@ -255,10 +256,8 @@ class Result:
     def size(self) -> str:
         """The scale, and what else tells results of one backbone apart: how tiles were cut, stored views, intensity."""
         features = self.runs[0].card["features"]
-        parts = [self.scale]
-        if features.get("tile"):
-            parts += [f"overlap {features['overlap']}"]
-            parts += [f"{features['empty_tiles']:.0%} of the empty"] if features["empty_tiles"] < 1 else []
+        tiling = Tiling.in_json(features)
+        parts = [self.scale, *(tiling.manner if tiling else ())]
         parts += (self.row["augmentation"] or {}).get("views", [])  # of the cache, where they were trained on
         usual = ("none", str(DEFAULT_16BIT))
         return ", ".join([*parts, *{features["intensity"]}.difference(usual)])

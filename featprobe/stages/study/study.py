@@ -15,10 +15,8 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, Featpr
 from featprobe.fields import Fault, letter, wrong
 from featprobe.fields import Place as KeyPath
 from featprobe.geometry import parse_size
-from featprobe.intensity import Intensity
 from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
-from featprobe.specs import FeatureRecipe
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
@@ -31,7 +29,7 @@ from featprobe.stages.training.probe import checked, show
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.training.trials import Run, Say
 from featprobe.stages.workspace import Workspace
-from featprobe.tiling import Tiling, parse_views
+from featprobe.tiling import parse_views
 
 
 @dataclass(frozen=True)
@@ -298,8 +296,7 @@ def places_of(study: Study, workspace: Workspace) -> list[Place]:
 def _why_not(study: Study, place: Place, regime: str) -> str:
     """Why a study trains nothing on a cache in a regime; "" where it does."""
     options = place.options
-    bound = options.views or (options.tiling and options.tiling.empty_tiles < 1)
-    if study.split != "own" and bound:
+    if study.split != "own" and options.keeps_own_split:
         return f"stored views and thinned tiles have the set's own split alone: none with split = {study.split!r}"
     fewest = min((parse_views(views) for views in study.views), key=len, default=options.views or ())
     if regime != "frozen" and study.tuning.get("augment", True) and (options.views or ()) != fewest:
@@ -502,7 +499,7 @@ def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
         try:
             cache = open_cache(path)
             of_data = cache.data.name == place.data or Path(cache.data.root) == root
-            if of_data and cache.recipe.label == label and _is_made_so(cache.recipe, place.options):
+            if of_data and cache.recipe.label == label and place.options.gives(cache.recipe):
                 cache.usable()
                 found.append(cache)
         except CacheIncompleteError:
@@ -510,14 +507,3 @@ def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
         except CacheError as error:
             notes.append(f"left aside: {' '.join(str(error).splitlines())}")
     return min(found, key=lambda cache: len(cache.contents.command), default=None)  # with the fewest options
-
-
-def _is_made_so(recipe: FeatureRecipe, options: ExtractOptions) -> bool:
-    """Whether features are those that a study asks for; any size will do where neither it nor tiles say one."""
-    tiling = options.tiling
-    size = options.size or ((tiling.tile, tiling.tile) if tiling else recipe.size)
-    fit = "letterbox" if tiling else options.fit or "resize"
-    policy = str(Intensity.parse(options.intensity)) if options.intensity else recipe.intensity
-    cut = Tiling(recipe.tile, recipe.overlap, recipe.empty_tiles) if recipe.tile else None
-    asked = (size, fit, policy, tiling, options.views or ())
-    return asked == (recipe.size, recipe.fit, recipe.intensity, cut, recipe.views[1:])

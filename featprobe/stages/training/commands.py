@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from featprobe.kinds import KINDS, TrainRecipe
+from featprobe.stages.extraction.command_line import command_of_card, option_name
 from featprobe.stages.training.probe_options import Tuning
 
 ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_at", "class_weights", "weights_from")
@@ -25,7 +26,7 @@ def commands_of(
     row = card["result"]
     train = [*_train(card), "--seeds", str(max(seeds) + 1)]
     train += [] if row["regime"] == "frozen" else _tuning(row)
-    return _extract(card, data, table or {}), shlex.join(train) + _unsaid(row)
+    return command_of_card(card, data, table or {}), shlex.join(train) + _unsaid(row)
 
 
 def level_command(
@@ -61,30 +62,6 @@ def again_command(row: Mapping[str, Any]) -> str:
     return shlex.join(train) + _unsaid(row)
 
 
-def _extract(card: Mapping[str, Any], data: str, table: Mapping[str, Any]) -> str:
-    features, spec = card["features"], card["backbone"] or {}
-    backbone = spec.get("arguments") or ["--backbone", features["label"]]
-    words = ["featprobe", "extract", *backbone, "--data", data, "--size", _by(features["size"])]
-    words += ["--levels", ",".join(level["name"] for level in features["levels"])]
-    words += ["--fit", features["fit"], "--intensity", features["intensity"]]
-    words += [word for name, value in card.get("read_as", {}).items() for word in (_option(name), value)]
-    for name in ("tile", "overlap", "empty_tiles"):
-        if name in features:
-            words += [_option(name), f"{features[name]:g}"]
-    words += ["--tile", "0"] if table.get("tile") and "tile" not in features else []
-    views = ",".join(features["views"][1:]) or ("none" if "views" in table else "")
-    words += ["--views", views] if views else []
-    unasked = "amp" if card["result"].get("device", "cpu").startswith("cuda") else "fp32"  # what such a device takes
-    for name, usual in (("dtype", "fp16"), ("precision", unasked)):
-        if features[name] != usual and card["result"]["regime"] != "full":  # a full card's features come from no cache
-            words += [f"--{name}", features[name]]
-    return shlex.join(words)
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
-
-
 def _train(card: Mapping[str, Any]) -> Words:
     row, head = card["result"], card["head"]
     words = ["featprobe", "probe" if row["regime"] == "frozen" else "finetune", "--task", row["task"]]
@@ -107,17 +84,13 @@ def _recipe(row: Mapping[str, Any]) -> Words:
         if name == "iterations" and row.get("budget"):
             words += ["--iterations", "auto"]
         elif values != [usual[name]] or row["grid"].get(name) or (name == "iterations" and climbed):
-            words += [_option(name), ",".join(map(str, values))]
+            words += [option_name(name), ",".join(map(str, values))]
     return words
 
 
 def _unusual(values: Mapping[str, Any], usual: Mapping[str, Any]) -> Words:
     """Options whose value is not the usual one."""
-    return [word for name in usual if values[name] != usual[name] for word in (_option(name), str(values[name]))]
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return [word for name in usual if values[name] != usual[name] for word in (option_name(name), str(values[name]))]
 
 
 def _tuning(row: Mapping[str, Any]) -> Words:

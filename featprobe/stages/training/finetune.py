@@ -10,9 +10,9 @@ from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
 from featprobe.kinds import KINDS, TrainRecipe
-from featprobe.probes.result_rows import result_faults
 from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import is_main, pick_device, together
+from featprobe.result_rows import result_faults
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import single_splits
 from featprobe.stages.training.forecast import Forecast
@@ -30,7 +30,7 @@ from featprobe.stages.training.probe import (
     splittable,
 )
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.records import is_whole
+from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.trials import Run, Say
 from featprobe.stages.workspace import Workspace
 

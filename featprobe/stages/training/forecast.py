@@ -14,8 +14,8 @@ from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
 from featprobe.stages.memory import largest_that_fits
 from featprobe.stages.row_images import images_of, rows_of
-from featprobe.stages.training.outcome import scored_here
-from featprobe.stages.training.sources import Source, feed_of
+from featprobe.stages.training.sources import Source
+from featprobe.stages.training.task import scored_here
 
 if TYPE_CHECKING:
     from featprobe.stages.training.trials import Run, Trial
@@ -71,7 +71,7 @@ def _rehearse(run: "Run", trials: Sequence["Trial"], source: Source, tuned: Tune
         return seconds_per_step(
             heads,
             recipes,
-            feed_of(source),
+            source.training,
             rows[:images],
             loss,
             one_part,

@@ -16,14 +16,14 @@ import numpy as np
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.probes import append_row, plain
-from featprobe.probes.result_rows import ladder_faults, result_faults
 from featprobe.probes.saved import head_folder, read_card, read_rows
 from featprobe.processes import from_main, is_main
+from featprobe.result_rows import ladder_faults, result_faults
 from featprobe.specs import digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.training.commands import level_command
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
-from featprobe.stages.training.records import is_whole
+from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.trials import Run, Say
 from featprobe.stages.workspace import Workspace
 
@@ -158,7 +158,7 @@ class Ladder:
             scores[rung] = float(np.mean(seeds))
             if is_main():
                 self._keep(rung, seeds, time.perf_counter() - begun)
-            name = self.run.task.chooses_by.replace("_", " ")
+            name = self.run.chooses_by.replace("_", " ")
             say(f"  {rung} iterations: {name} {100 * scores[rung]:.1f} % on validation")
             rung = next_rung(self.rungs, self.usual, scores)
         self._check_scored(scores)
@@ -265,7 +265,7 @@ class Ladder:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "ladder": self.key,
             "comparison": self.comparison, "backbone": self.cache.recipe.label, "data": self.cache.data.name,
             "task": self.task, "head": self.options.head, "regime": self.options.regime, "fraction": self.fraction,
-            "split": self.run.choice.whole, "score_name": self.run.task.chooses_by, "iterations": rung,
+            "split": self.run.choice.whole, "score_name": self.run.chooses_by, "iterations": rung,
             "score": float(np.mean(seeds)), "seed_scores": list(seeds), "seconds": seconds,
             **({} if self.options.verify else {"verified": False}),
         }  # fmt: skip

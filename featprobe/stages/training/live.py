@@ -1,7 +1,7 @@
 """Features of a cache's rows from their images and a live backbone: what fine-tuning trains on."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -129,7 +129,14 @@ class LiveFeatures:
         for rows, views in self._ahead(((rows, 0) for rows in orders), lambda row, number, place: self._framed(row), 0):
             yield rows, self._features(views)
 
-    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Any, Features]]:
+    def keep_on_device(self, splits: Mapping[str, Rows]) -> str:
+        """Nothing is kept: the backbone, or what an image shows, may change."""
+        return ""
+
+    def resident(self, rows: Rows) -> None:
+        """No features lie on the device."""
+
+    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Rows | Views, Features]]:
         """(rows, or augmented views of them with their labels; features). first: number of the first batch.
 
         Of several processes each gets its part of every batch.
@@ -176,7 +183,7 @@ class LiveFeatures:
                 )
             self._known.add(own.image)
         levels = self._levels(path)
-        if isinstance(levels, np.ma.MaskedArray) and not self.cache.recipe.empty_pixels:
+        if np.ma.isMaskedArray(levels) and not self.cache.recipe.empty_pixels:
             raise DataError(
                 f"{path} has pixels that its header calls empty, and {self.cache.path} was made\n"
                 "by a featprobe that took them for levels.\n"

@@ -105,7 +105,7 @@ def _probe(
 
 def splittable(caches: Sequence[Cache], split: str, notes: list[str]) -> list[Cache]:
     """The caches less those of views or thinned tiles, where the split needs other rows and another cache serves it."""
-    bound = [cache for cache in caches if cache.recipe.views[1:] or cache.recipe.empty_tiles < 1]
+    bound = [cache for cache in caches if cache.recipe.keeps_own_split]
     free = {cache.data.fingerprint for cache in caches if cache not in bound}
     aside = [c for c in bound if split != "own" and c.data.fingerprint in free]
     notes += [f"left aside: {c.path.name} has views or few empty tiles, of its own split alone" for c in aside]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from featprobe.backbones.precision import Precision, resolve
@@ -21,10 +21,11 @@ from featprobe.datasets.images.reading import hash_image, read_levels, to_unit
 from featprobe.disk import remove_leftovers
 from featprobe.errors import DataError, DivergedError, ProbeError, counted
 from featprobe.geometry import IDENTITY
-from featprobe.kinds import TrainRecipe
+from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
     CurvePoint,
+    Head,
     HeadRecipe,
     append_row,
     build_head,
@@ -37,16 +38,16 @@ from featprobe.probes import (
     save_head,
     train,
 )
-from featprobe.probes.result_rows import result_faults
-from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together, from_main, is_main, pick_device
 from featprobe.report.sheets import Panel, save_sheet
+from featprobe.result_rows import result_faults
+from featprobe.scores import SCORES
 from featprobe.specs import CacheDtype, Rows, digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.augment import Augmentation
-from featprobe.stages.memory import Batches, Portions, fitting
+from featprobe.stages.memory import Portions, fitting
 from featprobe.stages.partition import regrouped, split_rows
 from featprobe.stages.row_images import images_of, rows_of
 from featprobe.stages.training.detection import Detection
@@ -54,12 +55,14 @@ from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.labels import shelf_of
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.logs import Recorder
-from featprobe.stages.training.outcome import EVALUATION_BATCH, Outcome, evaluation_batches, spread_over
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
-from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, is_whole, row_of
+from featprobe.stages.training.records import card_of, curve_json, extraction_seconds, row_of
+from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.segmentation import Segmentation
-from featprobe.stages.training.sources import Source, feed_of, spec_of
+from featprobe.stages.training.solve import Solution, solve
+from featprobe.stages.training.sources import Source, spec_of
 from featprobe.stages.training.subset import training_subset
+from featprobe.stages.training.task import EVALUATION_BATCH, Outcome, Task, spread_over
 from featprobe.stages.workspace import Workspace
 from featprobe.texts import printable
 
@@ -69,7 +72,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 LADDERS = "ladders"  # folder of the states of searches for iterations, below probes/
 CHECKPOINT_SECONDS = 60.0  # at least, between two states that are kept
-MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Trial:
 
     seed: int
     recipe: TrainRecipe
-    head: nn.Module
+    head: Head
 
 
 class Run:
@@ -130,12 +132,12 @@ class Run:
         self.rows = split_rows(self.cache, options.split)
         if self.augmentation:  # takes the place of stored views
             self.rows["train"] = without_views(self.cache, self.rows["train"])
+        self.solver: Callable[..., Solution] | None = None  # of a kind that is not trained
         self.task = self._task()
         if self.kind != "ridge":
             check_batch(min(self.recipe.batch_size, len(self.rows["train"])), self.parts)
-        sides = self.task.sides if isinstance(self.task, Detection) else ()
         self.head_recipe = HeadRecipe(
-            task, self.kind, self.classes, options.levels, options.width, options.pyramid, sides
+            task, self.kind, self.classes, options.levels, options.width, options.pyramid, self.task.sides
         )
 
     def do(self, say: Say) -> list[dict[str, Any]]:
@@ -189,7 +191,7 @@ class Run:
         chosen = [self._best(trials, curves, seed) for seed in self.seeds]
         for path in self.states if is_main() else ():
             path.unlink(missing_ok=True)
-        return [self.kept(trials[i], curves[i]).scores[self.task.chooses_by] for i in chosen]
+        return [self.kept(trials[i], curves[i]).scores[self.chooses_by] for i in chosen]
 
     def judged(self) -> list[Outcome]:
         """Train on cached features, choose on validation, and score each seed's head there, image by image.
@@ -203,13 +205,18 @@ class Run:
                 heads = [trials[self._best(trials, curves, seed)].head for seed in self.seeds]
                 return self.evaluate(heads, source, self.rows["val"])
 
-    def evaluate(self, heads: Sequence[nn.Module], source: Source, rows: Rows) -> list[Outcome]:
+    def evaluate(self, heads: Sequence[Head], source: Source, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small."""
         return self.portions.do(lambda batches: self.task.evaluate(heads, batches, rows), source.batches)
 
     def kept(self, trial: Trial, curve: Sequence[CurvePoint]) -> CurvePoint:
         """The point of a trial's curve whose weights are kept."""
-        return kept_point(curve, trial.recipe, self.task.chooses_by)
+        return kept_point(curve, trial.recipe, self.chooses_by)
+
+    @property
+    def chooses_by(self) -> str:
+        """The validation score that trials and weights are chosen by."""
+        return SCORES[self.task_name].main.name
 
     @property
     def comparison(self) -> str:
@@ -226,7 +233,7 @@ class Run:
         return digest([
             self.task_name, self.kind, options.width, options.pyramid, loop, tried, options.shared_order, self.fraction,
             self.choice.key, options.instances, options.absent, asked, self.subset, self.cache.data.fingerprint,
-            features.views[1:], features.tile, features.overlap, features.empty_tiles,
+            *features.shown,
         ])  # fmt: skip
 
     @property
@@ -298,15 +305,16 @@ class Run:
         save_sheet(path, panels, ["image", "truth", f"prediction ({self.cache.recipe.label})"], self.classes)
         return path
 
-    def source(self, head: nn.Module) -> AbstractContextManager[Source]:
+    def source(self, head: Head) -> AbstractContextManager[Source]:
         """Where the features for a head come from: the cache's file, or its images and a backbone."""
-        levels: Any = head.levels
         if self.tuning is None:
-            return FeatureLoader(self.cache, levels, self.device, verify=self.options.verify, as_dtype=self.as_dtype)
+            return FeatureLoader(
+                self.cache, head.levels, self.device, verify=self.options.verify, as_dtype=self.as_dtype
+            )
         if self.tuning.precision:
             resolve(self.tuning.precision, self.device)  # refuses what this device can't compute
         return LiveFeatures(
-            self.cache, self._backbone(levels), self.device, self.task.truth_of, masks=self.task.masks,
+            self.cache, self._backbone(head.levels), self.device, self.task.truth_of, masks=self.task.masks,
             augmentation=self.augmentation, seed=self.seeds[0], workers=self.tuning.workers, precision=self.precision,
         )  # fmt: skip
 
@@ -332,7 +340,7 @@ class Run:
         """The same as rows keep it, with the views that the cache holds; None for images as they are."""
         if self.augmentation:
             return self.augmentation.to_json()
-        stored = self.cache.recipe.views[1:]
+        stored = self.cache.recipe.further_views
         return {"views": list(stored)} if stored else None
 
     @property
@@ -363,20 +371,22 @@ class Run:
 
     def _take_backbone(self, source: Source, index: int) -> None:
         """Let a source compute with the backbone of a trial, where trials have one of their own."""
-        if isinstance(source, LiveFeatures) and index in self.weights:
+        if source.backbone is not None and index in self.weights:
             from featprobe.backbones.weights import weights_sha256
 
             source.backbone.model.load_state_dict(self.weights[index])
             source.backbone.eval()
             self.tuned_sha256 = weights_sha256(source.backbone.model)
 
-    def _task(self) -> Segmentation | Detection:
+    def _task(self) -> Task[Any]:
         if self.task_name == "semseg":
             self._take_fraction(lambda row: shelf_of(self.cache).values(self.cache, row))
             views = self.augmentation is not None
-            return Segmentation(
+            dense = Segmentation(
                 self.cache, self.rows["train"], self.recipe, self.device, self.options.absent, views=views
             )
+            self.solver = partial(solve, dense) if KINDS[self.kind].solved else None
+            return dense
         masks, source = self.task_name == "instseg", self.options.instances
         everything = Detection(self.cache, self.rows["train"], self.device, masks=masks, source=source)
         self._take_fraction(lambda row: everything.targets[row].labels.tolist())
@@ -407,11 +417,11 @@ class Run:
                 trials.append(Trial(seed, recipe, head.to(self.device)))
         return trials
 
-    def _begin_at(self, head: nn.Module, folder: Path) -> None:
+    def _begin_at(self, head: Head, folder: Path) -> None:
         """Give a head the weights of a saved one; raises ProbeError where the two are not of one kind."""
         saved, card = load_head(folder, self.cache.recipe, whole=True)
         same = {**card["head"], "sides": None} == plain({**self.head_recipe.to_json(), "sides": None})
-        if not same or getattr(saved, "assignment", None) != getattr(head, "assignment", None):  # levels follow sizes
+        if not same or saved.assignment != head.assignment:  # levels follow sizes
             raise ProbeError(
                 f"{folder} holds another head than is trained here. Nothing was trained.\n"
                 f"  wanted  {plain(self.head_recipe.to_json())}\n  found   {card['head']}"
@@ -437,7 +447,7 @@ class Run:
         """Whether heads begin at random."""
         return not (self.tuning and self.tuning.init_head)
 
-    def _note_absent(self, head: nn.Module) -> None:
+    def _note_absent(self, head: Head) -> None:
         absent = [name for name, count in self.counts(head).items() if not count]
         if absent:
             self.notes.append(f"{self.cache.data.name}: no training example of {', '.join(absent)}")
@@ -445,31 +455,30 @@ class Run:
     def _fit(self, trials: Sequence[Trial], source: Source, say: Say) -> list[list[CurvePoint]]:
         """The curve of every trial; all heads over the same features, or one after another with a backbone each."""
         where = self._settle(source)
-        if self.kind == "ridge":
+        if self.solver is not None:
             if where:
                 say(f"{self.title}: {where}")
-            return self._solve(trials, source)
+            return self._solve(trials, source, self.solver)
         if self.forecast is None:
             self.forecast = foresee(self, trials, source)
             say(f"{self.forecast_text}; {where}" if where else self.forecast_text)
-        if self.regime != "full":
+        backbone = source.backbone
+        if self.regime != "full" or backbone is None:
             return self._train(trials, source)
         curves: list[list[CurvePoint]] = []
-        fresh = source.backbone.tensors()  # type: ignore[union-attr]
+        fresh = backbone.tensors()
         for index, trial in enumerate(trials):
-            source.backbone.model.load_state_dict(fresh)  # type: ignore[union-attr]
+            backbone.model.load_state_dict(fresh)
             try:
                 curves += self._train([trial], source, index)
             except DivergedError:
                 curves.append([])
             if index in self._scores(trials, curves) and self._best(trials, curves, trial.seed) == index:
-                self.weights = {index: source.backbone.tensors()}  # type: ignore[union-attr]
+                self.weights = {index: backbone.tensors()}
         return curves
 
     def _settle(self, source: Source) -> str:
         """Move what fits to the GPU, the most used first; returns what lies there and what streams, "" for no GPU."""
-        if not isinstance(source, FeatureLoader):
-            return ""
         return source.keep_on_device({split: self.rows[split] for split in ("train", "val", "test")})
 
     def _train(self, trials: Sequence[Trial], source: Source, index: int = 0) -> list[list[CurvePoint]]:
@@ -510,17 +519,17 @@ class Run:
 
             checkpoint = self._checkpoint(index)
             curves = train(
-                heads, [trial.recipe for trial in trials], feed_of(source), self.rows["train"], loss, self.seeds[0],
+                heads, [trial.recipe for trial in trials], source.training, self.rows["train"], loss, self.seeds[0],
                 evaluate, progress, self.tuned(source, trials[0].recipe), checkpoint,
-                self.task.chooses_by if self.recipe.weights_from == "best" else None, taken=taken,
+                self.chooses_by if self.recipe.weights_from == "best" else None, taken=taken,
                 **self.placed(source, heads[0]),
             )  # fmt: skip
             self.seconds_before += checkpoint.before if checkpoint else 0.0
             return curves
 
-    def placed(self, source: Source, head: nn.Module) -> dict[str, Any]:
+    def placed(self, source: Source, head: Head) -> dict[str, Any]:
         """Whether steps of a training find their batches on the device, and how: see `probes.train.train`."""
-        if not isinstance(source, FeatureLoader) or not self.task.fixed(head):
+        if source.backbone is not None or not self.task.fixed(head):
             return {}
         return {"fixed": True, "resident": source.resident(self.rows["train"])}
 
@@ -538,9 +547,9 @@ class Run:
 
     def tuned(self, source: Source, recipe: TrainRecipe) -> Tuned | None:
         """The backbone as training moves it; None where it is frozen."""
-        if self.tuning is None or self.regime != "full" or isinstance(source, FeatureLoader):
-            return None
         backbone, how = source.backbone, self.tuning
+        if how is None or self.regime != "full" or backbone is None:
+            return None
         backbone.unfreeze(batch_norm=how.bn, checkpointing=how.checkpointing)
         self.backbone_parameters = parameter_count(backbone)
         groups = backbone.parameter_groups(how.backbone_lr * recipe.lr, recipe.weight_decay, how.layer_decay)
@@ -558,39 +567,20 @@ class Run:
             self.states.append(path)
         return Checkpoint(path, identity, every, self.recipe.iterations, CHECKPOINT_SECONDS)
 
-    def _solve(self, trials: Sequence[Trial], source: Source) -> list[list[CurvePoint]]:
-        """Solve for the ridge head, which is trained by no iteration; the main process does."""
-        state, self.ridge = from_main(lambda: self.portions.do(partial(self._solution, trials[0].head), source.batches))
+    def _solve(
+        self, trials: Sequence[Trial], source: Source, solver: Callable[..., Solution]
+    ) -> list[list[CurvePoint]]:
+        """Solve for a head that is trained by no iteration; the main process does."""
+        levels, train, val = trials[0].head.levels, self.rows["train"], self.rows["val"]
+        solution = from_main(
+            lambda: self.portions.do(lambda batches: solver(levels, batches, train, val), source.batches)
+        )
+        self.ridge = solution.chosen
         for trial in trials:
-            trial.head.load_state_dict(state)
+            trial.head.load_state_dict(solution.state)
             trial.head.eval()
         brief = self.evaluate([trials[0].head], source, self.rows["val"])[0].brief
         return [[CurvePoint(1, 0.0, brief)] for _ in trials]
-
-    def _solution(self, head: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The solved head's tensors, and its strength and offsets, which come from validation."""
-        task = self.task
-        assert isinstance(task, Segmentation)
-        levels: Any = head.levels
-        stride = levels[0].stride
-        weights = task.weights(stride)
-        ones = torch.ones(len(self.classes), device=self.device)
-        sums = RidgeSums(levels, len(self.classes), ones if weights is None else weights)
-        shares = task.shares(self.rows["train"], stride)
-        for rows, features in batches(evaluation_batches(self.rows["train"])):
-            sums.add(features, shares(rows))
-        solved = sums.solve()
-
-        val = self.rows["val"]
-        shares = task.shares(val, stride)
-        scored = ((features, shares(rows)) for rows, features in batches(evaluation_batches(val)))
-        cells = levels[0].cells(self.cache.recipe.frame)
-        step = -(-len(val) * cells[0] * cells[1] * len(self.classes) // MOST_LOGITS)
-        index, offsets, _ = choose(solved, scored, step)
-        with torch.no_grad():
-            solved[index].bias.add_(offsets)
-        state = {name: value.cpu() for name, value in solved[index].state_dict().items()}
-        return state, {"strength": STRENGTHS[index], "offsets": offsets.tolist(), "tried": len(solved)}
 
     def foresee(self) -> Forecast:
         """How long training will take, from a few steps; raises ProbeError where one does not fit the memory."""
@@ -617,7 +607,7 @@ class Run:
     def _scores(self, trials: Sequence[Trial], curves: Sequence[list[CurvePoint]]) -> dict[int, float]:
         """Validation score of the weights that are kept, of every trial that has ended so far."""
         return {
-            i: self.kept(trials[i], curve).scores[self.task.chooses_by]
+            i: self.kept(trials[i], curve).scores[self.chooses_by]
             for i, (_, curve) in enumerate(zip(trials, curves, strict=False))
             if curve and curve[-1].iteration == self.recipe.iterations
         }
@@ -629,11 +619,9 @@ class Run:
             raise DivergedError(f"No trial of seed {seed} ended with a finite loss. Try smaller --lr.")
         return max(scores, key=lambda i: (-1.0 if np.isnan(scores[i]) else scores[i], -i))
 
-    def counts(self, head: nn.Module) -> dict[str, int]:
+    def counts(self, head: Head) -> dict[str, int]:
         """Training examples of each class."""
-        if isinstance(self.task, Segmentation):
-            return self.task.train_counts(head.stride)  # type: ignore[arg-type]
-        return self.task.train_counts()
+        return self.task.train_counts(head)
 
     @property
     def title(self) -> str:

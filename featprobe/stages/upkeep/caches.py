@@ -143,7 +143,9 @@ def verify_cache(
             else:
                 bar.update(item)
     if hdf5 and contents.version == FILE_VERSION:
-        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents)]
+        found += [
+            Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents.file, contents.index)
+        ]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
         try:

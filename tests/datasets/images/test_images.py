@@ -437,7 +437,7 @@ def test_fractions_are_stretched_by_default_and_never_divided(tmp_path: Path) ->
     policy, window = choose_intensity(looked, None)
     assert str(policy) == "percentile:0.01:99.99" and window == (-3.0, 5.0)
     with pytest.raises(DataError, match=r"(?s)no largest value.*window:0:1"):
-        choose_intensity(looked, "none")
+        choose_intensity(looked, Intensity("none"))
     WRITERS["a.tif"](tmp_path / "images" / "0.tif", np.zeros((8, 8), np.uint16))
     mixed = survey(read_data("set", tmp_path), workers=1, skip_bad=False, quiet=True)
     with pytest.raises(DataError, match="mixes 16-bit and 32-bit images"):

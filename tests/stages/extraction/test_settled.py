@@ -165,8 +165,8 @@ def test_auto_by_times_takes_the_cache_and_says_the_notes_that_a_full_look_does(
 
     (data / "masks" / "alone.png").write_bytes((data / "masks" / "part01.png").read_bytes())  # a note on the set
     exact = run().path
-    for place in ("precision", "job"):
-        monkeypatch.setattr(f"featprobe.stages.{place}.resolve", resolve)
+    for place in ("cache_precision", "job"):
+        monkeypatch.setattr(f"featprobe.stages.extraction.{place}.resolve", resolve)
     alone = run()
     fast = run(precision="amp").path
     both = run()

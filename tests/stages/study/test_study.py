@@ -65,6 +65,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tmp_path: Path) -> None:
     study = read_study(written(tmp_path, SMALL), workspace)
     cells = cells_of(study, workspace)
@@ -166,6 +167,7 @@ def test_a_finished_study_says_its_answer_and_page_again(workspace: Workspace, t
     assert unfinished.report.missing and unfinished.page is None
 
 
+@pytest.mark.slow
 def test_a_plan_goes_past_a_damaged_cache(workspace: Workspace, tmp_path: Path) -> None:
     study = read_study(written(tmp_path, SMALL.replace('["semseg", "detect"]', '["semseg"]')), workspace)
     run_grid(workspace, study)
@@ -217,6 +219,7 @@ def arms(workspace: Workspace) -> set[tuple[str, int | None, tuple[str, ...]]]:
     return set(found)
 
 
+@pytest.mark.slow
 def test_a_study_of_tiles_and_views_trains_each_arm_once_and_tells_them_apart(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -444,6 +447,7 @@ def left_behind(workspace: Workspace) -> tuple[int, int, int]:
     return rows, len(list(workspace.probes.rglob("card.json"))), sum(steps)
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
     processes: ForkServerContext, workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -507,6 +511,7 @@ def hand_over(workspace: Workspace, study: Path, *words: str) -> Result:
     return CliRunner().invoke(cli, [*arguments, *(word for pair in words for word in ("--slurm", pair))])
 
 
+@pytest.mark.slow
 def test_a_study_runs_as_jobs(workspace: Workspace, tmp_path: Path, slurm: Path) -> None:
     (tmp_path / "empty" / "images").mkdir(parents=True)
     text = ON_A_CLUSTER.replace('["surface"]', f'["surface", "{tmp_path / "empty"}"]')
@@ -566,6 +571,7 @@ def test_trainings_wait_for_the_iterations_of_all_backbones(workspace: Workspace
     assert "0 extractions and 0 trainings, behind 1 search for iterations" in more.stderr
 
 
+@pytest.mark.slow
 def test_jobs_of_whole_images_and_of_tiles_are_not_taken_for_each_other(
     workspace: Workspace, tmp_path: Path, slurm: Path
 ) -> None:

@@ -35,7 +35,6 @@ from featprobe.stages.training.labels import LabelShelf, encode, shelf_of
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.segmentation import Segmentation
-from featprobe.stages.training.sources import feed_of
 from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import labels_in_frame
@@ -203,7 +202,7 @@ def test_each_head_of_a_bank_ends_with_the_statistics_of_its_own_best_point(part
         train(
             heads,
             [t.recipe for t in trials],
-            feed_of(source),
+            source.training,
             rows,
             run.task.start(heads),
             0,
@@ -356,7 +355,7 @@ def test_masks_of_a_split_are_sent_to_a_device_once_where_they_fit(
 
 def kept_bytes(task: Segmentation) -> int:
     """Bytes of masks that lie on the device."""
-    return sum(masks.nbytes for masks in task._truths.values())
+    return sum(masks.nbytes for masks in task._truths.kept.values())
 
 
 def test_masks_of_all_splits_together_take_one_share_of_the_device(

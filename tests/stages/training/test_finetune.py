@@ -91,6 +91,7 @@ def weights_of(workspace: Workspace, row: dict[str, Any]) -> dict[str, torch.Ten
 # ---- one loop --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_frozen_backbone_without_augmentation_trains_what_the_cache_trains(
     task: str, space: Workspace, losses: list[float]
@@ -165,6 +166,7 @@ def test_the_full_regime_moves_the_backbone_and_keeps_it_beside_the_head(space: 
     assert not list(space.probes.rglob("checkpoint*")), "nothing is left of an ended training"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_fine_tuned_on_augmented_views(task: str, space: Workspace, losses: list[float]) -> None:
     tuning = Tuning(accumulate=2, ema=0.5, layer_decay=0.8)
@@ -173,6 +175,7 @@ def test_every_task_is_fine_tuned_on_augmented_views(task: str, space: Workspace
     assert row["tuning"]["ema"] == 0.5 and np.isfinite(list(row["val"].values())).all()
 
 
+@pytest.mark.slow
 def test_trials_have_a_backbone_each_and_the_best_is_kept(space: Workspace) -> None:
     options = options_for("semseg", Tuning(), lr=(1e-3, 1e-2))
     (row,) = finetune(space, "semseg", options=options).rows
@@ -228,6 +231,7 @@ def test_an_image_that_changed_since_is_refused(space: Workspace, tmp_path: Path
 # ---- counterparts ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_arguments_the_missing_counterparts_are_trained_once(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +324,7 @@ import sys
 import featprobe.stages.training.trials
 featprobe.stages.training.trials.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
+from featprobe.kinds import TrainRecipe
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
@@ -331,6 +336,7 @@ finetune(Workspace(sys.argv[1]), "detect", options=options)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(space: Workspace, tmp_path: Path) -> None:
     ended = []
     for name, kills in (("whole", 0), ("killed", 2)):

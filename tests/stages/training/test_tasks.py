@@ -110,6 +110,7 @@ def stock_scores(annotations: Path, predictions: Path, kind: str) -> list[float]
     return evaluation.stats.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["detect", "instseg"])
 def test_stock_pycocotools_on_the_sets_own_file_gives_the_rows_numbers(
     task: str, objects: Workspace, coco_set: Path
@@ -173,6 +174,7 @@ def test_all_trials_are_kept_and_the_best_on_validation_is_scored_once(
         assert row["val"] == chosen["curve"][-1]["scores"]
 
 
+@pytest.mark.slow
 def test_a_detection_trial_ends_the_same_beside_whichever_others(dense: Workspace) -> None:
     options = ProbeOptions(head="fasterrcnn", recipe=BRIEF, seeds=1, quiet=True, device="cpu")
     heads = []
@@ -412,6 +414,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[s
     return workspace, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["semseg", "detect", "instseg"])
 def test_predict_on_the_test_images_scores_what_the_row_says(
     task: str, trained: tuple[Workspace, dict[str, dict[str, Any]]], tmp_path: Path
