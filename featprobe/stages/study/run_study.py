@@ -7,7 +7,7 @@ from pathlib import Path
 from featprobe.stages.comparison.compare import Comparison, compare
 from featprobe.stages.study.cluster import parameters, submit_study
 from featprobe.stages.study.study import StudyReport, read_study, run_grid
-from featprobe.stages.training.trials import Say
+from featprobe.stages.training.run import Say
 from featprobe.stages.workspace import Workspace
 
 
