@@ -225,7 +225,7 @@ def test_what_spreadsheets_write_is_read(tmp_path: Path, mark: str) -> None:
     [
         ("id,group\na,g\n", "is no split file"),
         ("id,group,split\n", "is no split file"),
-        ("id,split\na,train\na,test\n", "image 2: a stands there twice"),
+        ("id,split\na,train\na,test\n", "image 2: a is there twice"),
         ("id,split\na,train\n,test\n", "image 2: it has no id"),
         ("id,split\na,train\nb,tset\n", "names the splits tset. Did you mean test"),
         ("id,split\na,train\nb\n", r"row 3 can't be read. wanted: id, split"),
@@ -248,8 +248,8 @@ def test_a_split_file_must_list_the_images_that_are_there() -> None:
     file = SplitFile(Path("split.csv"), {"a": ("", "train"), "b": ("", "test"), "x": ("", "val")}, 0)
     with pytest.raises(DataError) as caught:
         file.placed(["a", "b", "c", "d"], list("abcd"))
-    assert "2 images that it does not list: c, d" in str(caught.value)
-    assert "1 that it lists and that are not there: x" in str(caught.value)
+    assert "2 images that the file does not list: c, d" in str(caught.value)
+    assert "1 images that it lists and the set lacks: x" in str(caught.value)
 
 
 def test_another_split_is_not_told_what_the_own_one_lacks(tmp_path: Path) -> None:

@@ -581,7 +581,7 @@ def test_fine_tuning_reads_tiles_as_the_cache_shows_them(trained: Any) -> None:
     cache = cache_of(workspace)
     with LiveFeatures(cache, PoolingBackbone(), torch.device("cpu"), lambda row: (None, None)) as live:  # type: ignore[arg-type]
         rows = np.arange(6, dtype=np.intp)
-        levels = [live._read(row) for row in rows.tolist()]
+        levels = [live._images.levels(row) for row in rows.tolist()]
     for row, pixels in zip(rows.tolist(), levels, strict=True):
         part = cache.rows[row].part
         assert part is not None

@@ -13,13 +13,13 @@ from featprobe.cache import Cache, open_cache
 from featprobe.cache.quantised import as_read
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import CacheError, ProbeError, counted
-from featprobe.kinds import KINDS
+from featprobe.kinds import KINDS, SEEDS
 from featprobe.metrics import Difference, Statistic, mean_of, paired_difference, pixel_statistic
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe import checked
-from featprobe.stages.training.probe_options import SEEDS, ProbeOptions
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.run import judged
 from featprobe.stages.training.task import Outcome
 from featprobe.stages.training.training import Training

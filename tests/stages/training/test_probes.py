@@ -896,7 +896,7 @@ def test_a_head_stays_until_the_new_one_is_on_the_disk(tmp_path: Path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(DiskError, match="What was there before is as it was"):
+    with pytest.raises(DiskError, match="What was there before is unchanged"):
         saved(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     load_head(tmp_path, recipe)
