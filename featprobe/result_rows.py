@@ -184,7 +184,7 @@ class ResultRow:
     images: Counts
     groups: Counts | None = None
     absent_classes: Literal["ignore", "zero"]
-    instances: str
+    instances: Literal["own", "components"]
     classes: tuple[str, ...]
     train_counts: Mapping[str, int] | None = None
     val: Mapping[str, Value]
@@ -216,6 +216,11 @@ class ResultRow:
         return {name: value for name, value in row.items() if name not in usual or value != usual[name]}
 
     @property
+    def is_known(self) -> bool:
+        """Whether it is of a task that this featprobe has; only then it has a kind and scores."""
+        return self.task in TASKS
+
+    @property
     def kind(self) -> HeadKind:
         """Of its head."""
         return KINDS[self.head]
@@ -224,6 +229,27 @@ class ResultRow:
     def scores(self) -> TaskScores:
         """What its task is scored by."""
         return SCORES[self.task]
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Views of the training images that its cache stores."""
+        stored = (self.augmentation or {}).get("views", ())
+        return () if isinstance(stored, float | int) else tuple(stored)
+
+    @property
+    def test_set(self) -> tuple[Any, ...]:
+        """What results must agree in to be compared, beside their split and the test images.
+
+        Classes that the test split lacks take no part in any comparison, whatever `absent_classes` a row was scored
+        with.
+        """
+        return self.data_fingerprint, self.task, self.instances, self.classes
+
+    @property
+    def run(self) -> tuple[Any, ...]:
+        """What the seeds of one result agree in; with the seed, what a repeated run agrees in."""
+        trained = (self.backbone, self.weights_sha256, self.feature_key, self.head, self.regime, self.augmentation)
+        return *trained, self.fraction, self.recipe_key, self.split, self.absent_classes, *self.test_set
 
     @cached_property
     def choice(self) -> SplitChoice:
@@ -234,6 +260,16 @@ class ResultRow:
     def shared_order(self) -> bool:
         """Whether the seeds of its training saw the images in one order."""
         return self.spread == SHARED_ORDER
+
+    @property
+    def chosen_with(self) -> str:
+        """The validation score that its trial was chosen by."""
+        return self.chosen_by or self.scores.chosen_before
+
+    @property
+    def iterations(self) -> int | None:
+        """Of its training; None of a head that is solved."""
+        return None if self.kind.solved else self.recipe.iterations
 
     @property
     def validation(self) -> float | None:

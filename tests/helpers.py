@@ -22,9 +22,13 @@ from featprobe.cache.header import FIXED, MAGIC
 from featprobe.cache.quantised import SCALES
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
+from featprobe.result_rows import ResultRow
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
 from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.partition import Partition
+from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import encode_instances, encode_semantic
 
@@ -33,6 +37,18 @@ __all__ = ["CONTEXT", "PoolingBackbone", "find_file", "row_bytes", "write_set"]
 CPU = torch.device("cpu")
 LEVELS = (FeatureLevel("stride4", 6, 4), FeatureLevel("stride8", 9, 8))
 UNSIGNED = {1: "u1", 2: "<u2", 4: "<u4"}  # bytes per value -> a dtype that takes any bits
+
+
+def stored_rows() -> list[dict[str, Any]]:
+    """The result rows of the stored workspace, as JSON."""
+    path = Path(__file__).parent / "golden" / "stored" / "probes" / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def result_row(**changed: Any) -> ResultRow:
+    """A stored result row of a frozen dense head, some of whose fields are changed."""
+    row = next(own for own in stored_rows() if own["task"] == "semseg" and own["regime"] == "frozen")
+    return replace(ResultRow.from_json(row), **changed)
 
 
 def options(**changed: object) -> ExtractOptions:
@@ -51,6 +67,13 @@ def extract(root: Path, data: Path, backbone: object = None, **changed: object) 
 def opened(path: Path) -> Cache:
     """The cache at a path, whether its identity is intact or not."""
     return Cache(path, read_contents(path))
+
+
+def training_of(
+    workspace: Workspace, cache: Cache, task: str, options: ProbeOptions, seed: int = 0, fraction: float = 1.0
+) -> Training:
+    """The training of one seed."""
+    return Training(workspace, Partition(cache, options.choice), task, options, (seed,), fraction)
 
 
 def stored(path: Path) -> dict[str, bytes]:

@@ -112,6 +112,6 @@ def test_no_module_name_is_doubled() -> None:
 
 
 def test_a_split_is_parsed_where_its_text_enters() -> None:
-    doors = {"cli", "probes/result_rows.py", "stages/study/study_file.py", "stages/workspace.py"}
+    doors = {"cli", "result_rows.py", "stages/study/study_file.py", "stages/workspace.py"}
     calls = {file for file in TREES if re.search(r"SplitChoice\.parse\(", (PACKAGE / file).read_text())}
     assert {file for file in calls if not {file, file.split("/")[0]} & doors} == set()

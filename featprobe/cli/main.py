@@ -594,19 +594,19 @@ def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     if json_:
         return show_json(report.rows)
     from featprobe.report.tables import result_text
+    from featprobe.result_rows import ResultRow
     from featprobe.stages.training.saved_results import card_beside
 
-    rows = [
-        {**row, "dtype": card_beside(probes, row)["features"]["dtype"]} if row["regime"] == "frozen" else row
-        for row in report.rows
-    ]
+    rows = [ResultRow.from_json(row) for row in report.rows]
+    dtypes = [card_beside(probes, row)["features"]["dtype"] if row.regime == "frozen" else "" for row in rows]
     for note in report.notes:
         echo(f"note: {note}")
     echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
-    echo(result_text(rows, terminal_width()))
+    echo(result_text(rows, terminal_width(), dtypes))
     echo()
-    for folder in dict.fromkeys(Path(row["folder"]).parent for row in report.rows):
-        seeds = ", ".join(Path(r["folder"]).name for r in report.rows if Path(r["folder"]).parent == folder)
+    heads = [Path(row.folder) for row in rows]
+    for folder in dict.fromkeys(head.parent for head in heads):
+        seeds = ", ".join(head.name for head in heads if head.parent == folder)
         echo(f"heads: {probes / folder}/ {seeds}")
     for sheet in report.sheets:
         echo(f"pictures: {sheet}")

@@ -257,10 +257,10 @@ class Checkpoint:
         self.kept = time.perf_counter()
 
 
-def head_folder(probes: Path, row: Mapping[str, Any]) -> Path:
+def head_folder(probes: Path, row: ResultRow) -> Path:
     """Where the head of a row lies. Raises ProbeError for a folder that is not below `probes`."""
     try:
-        return below(probes, str(row["folder"]), "its row")
+        return below(probes, row.folder, "its row")
     except FileKindError as error:
         raise ProbeError(str(error)) from error
 

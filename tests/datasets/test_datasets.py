@@ -262,7 +262,7 @@ def test_an_annotation_of_another_size_than_the_image_is_refused(tmp_path: Path)
         ({"counts": [HEIGHT * WIDTH]}, "can't be read"),
         ({"size": [HEIGHT, WIDTH]}, "can't be read"),
         ({"size": [HEIGHT, WIDTH], "counts": None}, "can't be read"),
-        ({"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]}, "of another size"),
+        ({"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]}, "has another size"),
         ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH - 1]}, "covers 191 pixels, wanted 192"),
         ({"size": [HEIGHT, WIDTH], "counts": [-8, HEIGHT * WIDTH + 8]}, "covers 192 pixels"),
         ({"size": [HEIGHT, WIDTH], "counts": ["x"]}, "wanted a whole number"),
@@ -594,8 +594,8 @@ def test_rows_of_a_table_and_images_that_do_not_meet_are_told(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("part/p0.png,train\npart/p1.png,test\n", "names no image that is here"),
-        ("p0.png,train\np1.png,test\np0.png,test\n", "image 3: p0.png stands there twice"),
+        ("part/p0.png,train\npart/p1.png,test\n", "names no image of this data set"),
+        ("p0.png,train\np1.png,test\np0.png,test\n", "image 3: p0.png is there twice"),
         ("p0.png,train\n,test\n", "image 2: it has no name"),
     ],
 )
@@ -611,7 +611,7 @@ def test_a_table_of_other_images_is_refused(tmp_path: Path, rows: str, said: str
 def test_two_files_of_one_name_are_refused(tmp_path: Path, twin: str) -> None:
     mask_set(tmp_path, {f"p{i}": grid(0, 1) for i in range(3)})
     Image.fromarray(grid(1, 0)).save(tmp_path / twin)
-    with pytest.raises(DataError, match="have one name"):
+    with pytest.raises(DataError, match="have the same name"):
         read_data("set", tmp_path)
 
 

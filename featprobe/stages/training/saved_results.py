@@ -4,7 +4,6 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 
 from featprobe.disk import parse_json
 from featprobe.errors import FileKindError, ProbeError
-from featprobe.kinds import KINDS
 from featprobe.machine import available_memory
 from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
+from featprobe.result_rows import ResultRow
 from featprobe.stages.training.commands import again_command
 
 UNREADABLE = (
@@ -25,12 +24,14 @@ UNREADABLE = (
 """What is raised by files beside a head that are none of ours."""
 
 
-def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> dict[str, Any]:
+def card_beside(probes: Path, row: ResultRow, *, hashes: bool = False) -> dict[str, Any]:
     """The card of the head that a row is of; raises ProbeError, saying why, where that is not there as it was saved.
 
     The files of the head are looked at as `fault_of` does, with `hashes` as well.
     """
     folder = head_folder(probes, row)
+    if not row.is_known:
+        raise ProbeError(f"the task {row.task} is not known here")
     if not (folder / "card.json").is_file():
         gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
         raise damaged(row, gone)
@@ -38,25 +39,25 @@ def card_beside(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -
         card = read_card(folder, whole=True)
     except ProbeError as error:
         raise damaged(row, str(error)) from error
-    if {**card["result"], "version": None} != {**row, "version": None}:
+    if ResultRow.from_json(card["result"]) != row:
         raise ProbeError("its folder was written again since, by another run")
     fault = fault_of(folder, card, hashes=hashes)
     if not fault and "files" in card:
-        missing = [name for name in ("head.safetensors", *_beside(row["task"])) if name not in card["files"]]
+        missing = [name for name in ("head.safetensors", *_beside(row)) if name not in card["files"]]
         fault = f"its card names no {', '.join(missing)}" if missing else ""
-    fault = fault or ("" if "files" in card else _unreadable(folder, row["task"]))
+    fault = fault or ("" if "files" in card else _unreadable(folder, row))
     if fault:
         raise damaged(row, fault)
     return card
 
 
-def damaged(row: Mapping[str, Any], reason: str) -> ProbeError:
+def damaged(row: ResultRow, reason: str) -> ProbeError:
     """That a row has no sound head any more, why, and the command that trains it again."""
-    again = f" Train it again:  {again_command(row)}" if row["head"] in KINDS else ""
+    again = f" Train it again:  {again_command(row)}" if row.is_known else ""
     return ProbeError(f"{reason.rstrip('.')}.{again}")
 
 
-def is_whole(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> bool:
+def is_whole(probes: Path, row: ResultRow, *, hashes: bool = False) -> bool:
     """Whether the head that a row is of is there as it was saved; see `card_beside`."""
     try:
         card_beside(probes, row, hashes=hashes)
@@ -65,14 +66,14 @@ def is_whole(probes: Path, row: Mapping[str, Any], *, hashes: bool = False) -> b
     return True
 
 
-def _beside(task: str) -> tuple[str, ...]:
-    """The files that lie beside each head of a task."""
-    return "curves.json", *(("scores.npz",) if task == "semseg" else ("truth.json", "predictions.json"))
+def _beside(row: ResultRow) -> tuple[str, ...]:
+    """The files that lie beside the head of a row."""
+    return "curves.json", *(("scores.npz",) if row.scores.dense else ("truth.json", "predictions.json"))
 
 
-def _unreadable(folder: Path, task: str) -> str:
+def _unreadable(folder: Path, row: ResultRow) -> str:
     """What can't be read of what lies beside a head of an older featprobe, whose card does not say; "" for nothing."""
-    for name in _beside(task):
+    for name in _beside(row):
         try:
             (data,) = read_files(folder, {}, [name])
             if name.endswith(".json"):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from featprobe.cache.reader import device_room
 from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement
 from featprobe.kinds import TrainRecipe
-from featprobe.metrics import confusion_matrix, iou_scores
+from featprobe.metrics import confusion_matrix, iou_scores, pixel_scores
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
     DenseHead,
@@ -235,9 +234,9 @@ class Segmentation:
         return int(((labels > 0) & (labels < len(self.classes))).sum())
 
     def _outcome(self, confusions: NDArray[np.int64], images: Rows) -> Outcome:
-        scores = iou_scores(confusions.sum(0), self.absent)
-        iou = dict(zip(self.classes, scores.per_class, strict=True))
-        means: dict[str, Any] = {"miou": scores.miou, "miou_foreground": scores.miou_foreground}
+        whole = confusions.sum(0)
+        iou = dict(zip(self.classes, iou_scores(whole, self.absent).per_class, strict=True))
+        means = pixel_scores(whole, self.absent)
         stream = io.BytesIO()
         texts = self.cache.images.texts
         ids, groups = (np.array([texts[name][image] for image in images.tolist()]) for name in ("id", "group"))

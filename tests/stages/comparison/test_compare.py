@@ -30,17 +30,16 @@ from featprobe.cli.main import cli
 from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.kinds import TrainRecipe
 from featprobe.metrics import (
-    FEW_GROUPS,
     ResampledAp,
     average_precision,
     grouped,
     holm,
     iou_scores,
-    iou_statistic,
     jackknifed,
     mean_of,
     modality_gap,
     paired_difference,
+    pixel_statistic,
     procedure_difference,
     procedure_gap,
     score_interval,
@@ -166,7 +165,7 @@ def confusions(hit: float, seed: int = 0, images: int = 2 * GROUPS, spread: floa
 
 
 def statistic(array: NDArray[np.int64], score: Any = "miou_foreground") -> Any:
-    return iou_statistic(array, [f"g{i // 2}" for i in range(len(array))], score)
+    return pixel_statistic(array, [f"g{i // 2}" for i in range(len(array))], score)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -467,7 +466,6 @@ def test_long_labels_leave_the_plots_their_room() -> None:
 
 
 def test_few_groups_are_warned_of(told: Told) -> None:
-    assert comparison.FEW_GROUPS == FEW_GROUPS
     told.tell(confusions(0.5), backbone="many")
     told.tell(confusions(0.5, images=10), backbone="few", data_fingerprint="few", feature_key="few")
     report = told.compare()
@@ -596,7 +594,7 @@ def test_one_seed_tells_of_two_heads_and_which_seeds_would_tell_more(told: Told)
     report = told.compare()
     sentences = "\n".join(report.answer[0][1])
     assert "beyond chance" not in sentences and "enough" not in sentences
-    assert "of the heads that were trained (seed 0 each), the one on a is ahead of the head on b (" in sentences
+    assert "among the trained heads (seed 0 each), the head on a is ahead of the head on b (" in sentences
     assert "with these two heads (seed 0 each) fine-tuning a gained" in sentences
     assert sentences.count("A verdict needs --seeds 3") == 2
     assert {d["claim"] for d in report.sets[0].differences} == {"heads"}
@@ -886,7 +884,9 @@ def test_a_budget_that_was_found_too_small_gives_no_verdict_on_frozen(told: Told
     for more, first in (({}, 0), (FULL, 5)):
         budget = {"rule": "ladder", "needed": 4, "open": not more}
         told.tell_seeds(0.5, first, **more, budget=budget)
-    assert "no verdict on fine-tuning pooling" in told.said() and "the frozen one had too few iterations" in told.said()
+    assert (
+        "no verdict on fine-tuning pooling" in told.said() and "the frozen result had too few iterations" in told.said()
+    )
 
 
 def test_fixed_budgets_are_marked_and_no_speed_is_read_from_them(told: Told) -> None:

@@ -29,9 +29,10 @@ from featprobe.errors import DataError
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.report.tables import result_table
+from featprobe.result_rows import ResultRow
 from featprobe.stages.comparison.compare import compare
 from featprobe.stages.study.study import Study, cells_of, left_out, read_study, run_study
-from featprobe.stages.training import trials
+from featprobe.stages.training import fit
 from featprobe.stages.workspace import Workspace, make_generated
 
 ROOT = Path(__file__).parents[3]
@@ -232,7 +233,7 @@ def test_a_study_of_tiles_and_views_trains_each_arm_once_and_tells_them_apart(
     for dry_run in (True, False):
         assert run_study(workspace, study, dry_run=dry_run).done == 6
     assert len(run_study(workspace, replace(study, overlap=8), dry_run=True).missing) == 3
-    table = result_table(report.rows)
+    table = result_table([ResultRow.from_json(row) for row in report.rows])
     assert (
         table["cache"].str.contains("tiles of 32").sum() == 3
         and table["cache"].str.contains("hflip, crop:1").sum() == 2
@@ -403,7 +404,7 @@ KILLS = 10
 
 def run_all(root: Path, study: Path) -> None:
     """A whole study in a process of its own, which keeps its state at every pass over the training images."""
-    trials.CHECKPOINT_SECONDS = 0.0
+    fit.CHECKPOINT_SECONDS = 0.0
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     workspace = Workspace(root)
     run_study(workspace, read_study(study, workspace))

@@ -735,7 +735,7 @@ def test_a_place_that_can_not_be_written_is_met_before_training(
 ) -> None:
     (tmp_path / "probes").write_text("a file where a folder should be")
     monkeypatch.setattr(pooled, "probes", tmp_path / "probes")
-    monkeypatch.setattr("featprobe.stages.training.trials.train", None)
+    monkeypatch.setattr("featprobe.stages.training.fit.train", None)
     with pytest.raises(ProbeError, match=r"can't be written \(.*\)\. Nothing was trained"):
         probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))
 
@@ -896,7 +896,7 @@ def test_a_head_stays_until_the_new_one_is_on_the_disk(tmp_path: Path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(DiskError, match="What was there before is as it was"):
+    with pytest.raises(DiskError, match="What was there before is unchanged"):
         saved(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     load_head(tmp_path, recipe)

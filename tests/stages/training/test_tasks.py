@@ -30,6 +30,7 @@ from featprobe.kinds import TrainRecipe
 from featprobe.probes import load_head
 from featprobe.processes import pick_device
 from featprobe.report.tables import result_table
+from featprobe.result_rows import ResultRow
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -362,9 +363,9 @@ def test_a_table_keeps_caches_apart(dense: Workspace) -> None:
     extract_into(dense.root, dense.data / "surface", PoolingBackbone(), size=(32, 32))
     try:
         rows = probe(dense, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows
-        table = result_table(rows)
+        table = result_table([ResultRow.from_json(row) for row in rows])
         assert list(table["n"]) == [1, 1] and table["cache"].nunique() == 2
-        assert "cache" not in result_table(rows[:1])
+        assert "cache" not in result_table([ResultRow.from_json(rows[0])])
     finally:
         (small,) = [p for p in dense.cache_files() if open_cache(p).recipe.size == (32, 32)]
         small.unlink()
