@@ -31,13 +31,13 @@ from featprobe.probes.saved import read_card, read_rows
 from featprobe.report.tables import result_text
 from featprobe.result_rows import LadderRow, ResultRow, ladder_faults, result_faults
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe, digest
+from featprobe.stages.commands import commands_of
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.extraction.extract import extract as run_extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.predict import Predictor
 from featprobe.stages.study.study import Study, cells_of, read_study
 from featprobe.stages.study.study_file import faults_of, schema, template
-from featprobe.stages.training.commands import commands_of
 from featprobe.stages.training.finetune import missing_counterparts
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
