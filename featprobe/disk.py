@@ -1,7 +1,7 @@
-"""Files that are whole or not there, and files that are what their name says: regular ones.
+"""Files that are written whole or not at all, and safe reading of regular files.
 
-Every file that is not a cache is written here: beside its place, brought to the disk, renamed. Every file that others
-may have made is opened here, so that no pipe and no device is ever waited for.
+Every file but caches is written here: beside its place, brought to the disk, renamed. Every file that others may have
+made is opened here, so that featprobe never waits for a pipe or a device.
 """
 
 import fcntl
@@ -22,18 +22,18 @@ from typing import IO, Any
 from featprobe.errors import DiskError, FileKindError
 
 Content = bytes | str
-MOST_PACKED = 4  # times its bytes that an archive of tensors may become: they hardly get smaller
-LONGEST_NAME = 200  # bytes: systems take 255, and names get more behind them
-_swept = set[tuple[int, Path]]()  # (process, folder) that was looked through for what killed processes left there
+MOST_PACKED = 4  # most unpacked bytes per byte of an archive of tensors, which hardly compress
+LONGEST_NAME = 200  # bytes: systems allow 255, and temporary names are longer
+_swept = set[tuple[int, Path]]()  # (process, folder) where leftovers of killed processes were removed
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose bytes become the file `path` when the block ends: all of them, or none where it fails.
+    """A stream whose bytes become the file `path` when the block ends: all of them, or none if the block fails.
 
-    They are on the disk by then, with the name, and with the names of folders that were made for it. A link at the path
-    is replaced, never followed. The file's mode follows the umask. Raises DiskError where the disk refuses; nothing is
-    left behind then. What a killed process left is removed by the next that writes into the folder.
+    Then the bytes, the name and the names of new folders are on the disk. A link at the path is replaced, never
+    followed. The file's mode follows the umask. Raises DiskError where the disk refuses, and leaves nothing behind.
+    The next process that writes into the folder removes the leftovers of a killed process.
     """
     temporary, kept = None, True
     try:
@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, data: Content) -> None:
-    """Make bytes, or a text as UTF-8, the whole content of a file; see `replacing`."""
+    """Write a file whose whole content is these bytes, or this text as UTF-8; see `replacing`."""
     with replacing(path) as stream:
         stream.write(_bytes_of(data))
 
@@ -62,8 +62,8 @@ def write_whole(path: Path, data: Content) -> None:
 def write_together(files: Mapping[Path, Content], seal: Path | None = None, stale: Iterable[Path] = ()) -> None:
     """Write files that belong together: each as by `replacing`, and none changes before all are on the disk.
 
-    seal: the one of them that says that the others are there; it is removed before they change, and comes last. stale:
-    files to be removed. Raises DiskError.
+    seal: one of them, whose presence shows that the others are complete; it is removed first and written last. stale:
+    files to remove. Raises DiskError.
     """
     written: dict[Path, Path] = {}  # path -> its temporary file
     path, kept = next(iter(files)), True
@@ -88,9 +88,9 @@ def write_together(files: Mapping[Path, Content], seal: Path | None = None, stal
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that becomes it when the block ends, with all that is in it on the disk.
+    """A temporary folder that becomes `path` when the block ends, with all its content on the disk.
 
-    `path` is not there yet, or an empty folder. Modes follow the umask. Where the block fails nothing is left behind.
+    `path` must not exist, or be an empty folder. Modes follow the umask. If the block fails nothing is left behind.
     Raises DiskError.
     """
     temporary = None
@@ -117,10 +117,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a line to a file, whole and on the disk, or not at all; several processes may do so at once.
+    """Append a line to a file, whole and on the disk, or not at all. Several processes may do so at once.
 
-    A torn last line, left by a kill, is closed off first, so that it spoils no other. A link is not followed. Raises
-    DiskError; what was there before is as it was then.
+    An incomplete last line, left by a killed process, gets a line end first, so that it spoils no other line. A link is
+    not followed. Raises DiskError; then the file is unchanged.
     """
     try:
         make_folders(path.parent)
@@ -143,7 +143,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder and those above it that are missing, and bring their names to the disk. Raises OSError."""
+    """Make a folder and its missing parents, and bring their names to the disk. Raises OSError."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)
@@ -159,12 +159,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what processes of this host that are dead were writing into a folder; name: of one file alone."""
+    """Remove from a folder the temporary files of dead processes of this host. name: only those for this file."""
     begin = r"\..*" if name is None else re.escape(f".{name}")
-    own = re.compile(rf"{begin}\.{re.escape(socket.gethostname())}-([0-9]+)-[0-9a-f]{{8}}\.tmp", re.DOTALL)
+    temporary = re.compile(rf"{begin}\.{re.escape(socket.gethostname())}-([0-9]+)-[0-9a-f]{{8}}\.tmp", re.DOTALL)
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            found = own.fullmatch(entry.name)
+            found = temporary.fullmatch(entry.name)
             if found is None or _alive(int(found[1])):
                 continue
             if entry.is_dir(follow_symlinks=False):
@@ -175,16 +175,16 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside a path that no other process takes; what dead processes left there is removed first."""
-    own = (os.getpid(), path.parent)
-    if own not in _swept:
-        _swept.add(own)
+    """A name beside a path that no other process uses. Leftovers of dead processes in the folder are removed first."""
+    here = (os.getpid(), path.parent)
+    if here not in _swept:
+        _swept.add(here)
         remove_leftovers(path.parent)
     return path.parent / temporary_name(path.name[:40])
 
 
 def temporary_name(name: str) -> str:
-    """A file's name while this process makes it, which no other takes; `remove_leftovers` knows it."""
+    """A name for a file while this process writes it. No other process uses it, and `remove_leftovers` finds it."""
     return f".{name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
 
 
@@ -206,7 +206,7 @@ def _sync_path(path: str | Path) -> None:
 
 
 def _put(written: list[tuple[Path, Path]]) -> None:
-    """Give temporary files their names."""
+    """Rename temporary files to their final names."""
     for path, temporary in written:
         temporary.replace(path)
     for folder in dict.fromkeys(path.parent for path, _ in written):
@@ -214,7 +214,7 @@ def _put(written: list[tuple[Path, Path]]) -> None:
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    """Remove files that may be there."""
+    """Remove files, where they exist."""
     there = [path for path in paths if os.path.lexists(path)]
     for path in there:
         path.unlink()
@@ -238,12 +238,12 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        pass  # another user's; or no process's number
+        pass  # another user's process, or no process number
     return True
 
 
 def _refused(path: Path, error: OSError, *, kept: bool = True) -> DiskError:
-    before = "What was there before is as it was." if kept else "It, or what belongs to it, is new, and may not last."
+    before = "What was there before is unchanged." if kept else "The new files may be lost."
     return DiskError(
         f"{path} can't be written: {error.strerror or error}.\n"
         f"{before} Make room or choose another disk, then run the same command again."
@@ -251,11 +251,11 @@ def _refused(path: Path, error: OSError, *, kept: bool = True) -> DiskError:
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file. Raises FileKindError for any other kind, without waiting; else OSError.
+    """Open a regular file and return its descriptor. Raises FileKindError at once for any other kind; else OSError.
 
-    The mode of one that is created follows the umask.
+    The mode of a new file follows the umask.
     """
-    with suppress(FileNotFoundError):  # opening alone may do things to a device
+    with suppress(FileNotFoundError):  # even opening may change a device
         _check_regular(path, os.stat(path, follow_symlinks=not flags & os.O_NOFOLLOW))
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
     try:
@@ -267,7 +267,7 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
 
 
 def _check_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):  # a link is refused by what opens it
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):  # opening refuses a link
         raise FileKindError(
             f"{os.fspath(path)} is no regular file, but a folder, pipe, device or socket. It was not read."
         )
@@ -278,12 +278,12 @@ def read_regular(path: Path, most: int) -> bytes:
     with open(path, "rb", opener=open_regular) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > most:
-            raise FileKindError(f"{path} has {size} bytes, more than the {most} that are read of such a file.")
+            raise FileKindError(f"{path} has {size} bytes, more than the {most} that such a file may have.")
         return stream.read(size)
 
 
 def check_packed(path: Path) -> None:
-    """Raise ValueError for an archive, as torch writes it, that is packed: it claims far more than it holds.
+    """Raise ValueError for an archive in torch's format that would unpack to far more bytes than it holds.
 
     Raises FileKindError where there is no regular file, and OSError.
     """
@@ -294,11 +294,11 @@ def check_packed(path: Path) -> None:
         with zipfile.ZipFile(stream) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
     if claimed > MOST_PACKED * held:
-        raise ValueError(f"its {held} bytes claim to be {claimed}")
+        raise ValueError(f"its {held} bytes would unpack to {claimed}")
 
 
 def below(folder: Path, path: str | Path, where: str) -> Path:
-    """The path of what lies in a folder. Raises FileKindError, naming `where`, where it leads out, by links too."""
+    """The path of a file in a folder. Raises FileKindError, naming `where`, for one that leads out, also by links."""
     found = folder / path
     try:
         inside = found.resolve().is_relative_to(folder.resolve())
@@ -313,7 +313,7 @@ def below(folder: Path, path: str | Path, where: str) -> Path:
 
 
 def plain_name(name: str) -> bool:
-    """Whether a name is one part of a path that a file or a folder can be called by.
+    """Whether a text can be the name of a file or folder: one part of a path, without control characters.
 
     >>> plain_name("bottle, 2nd"), plain_name("../evil"), plain_name("a\\x1bb"), plain_name("..")
     (True, False, False, False)
@@ -326,7 +326,7 @@ def plain_name(name: str) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError is all that it raises, also for one that is nested too deeply."""
+    """The value of a JSON text. Raises only ValueError, also for text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:

@@ -11,13 +11,13 @@
     │   └── OverflowsDtypeError   a feature does not fit the cache's number format
     ├── ProbeError                a head, a saved head, a training recipe
     │   └── DivergedError         a training whose loss is not finite any more
-    ├── DiskError                 a disk that does not take what is written
-    ├── FieldError                a value in a file that is of a wrong type or out of its limits
-    ├── FileKindError             a pipe, a device, a folder or too large a file, where a regular file is meant
+    ├── DiskError                 a disk that is full, read-only or failing
+    ├── FieldError                a value in a file with a wrong type or out of its limits
+    ├── FileKindError             a pipe, a device, a folder or too large a file, where a regular file is needed
     └── ShapeError                tensors that disagree (a caller's mistake)
 
-A message is a letter: what, where, what was wanted, what was found, what was done about it, what to
-do. Nothing that was written before is lost by any of them.
+A message says what is wrong, where, what was wanted, what was found, what featprobe did, and what to do
+now. No error loses anything that was written before.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -26,7 +26,7 @@ from typing import Any
 
 
 class FeatprobeError(Exception):
-    """Base of all errors of this package; its text is ready to be shown to a person."""
+    """Base of all errors of this package. Its text is meant for the user."""
 
 
 class DataError(FeatprobeError):
@@ -34,7 +34,7 @@ class DataError(FeatprobeError):
 
 
 class LabelSizeError(DataError):
-    """A mask or an annotation is of another size than its image."""
+    """A mask or an annotation has another size than its image."""
 
 
 class OutOfImageError(DataError):
@@ -70,15 +70,15 @@ class DivergedError(ProbeError):
 
 
 class DiskError(FeatprobeError):
-    """A disk is full, read-only or failing; what a file held before is as it was."""
+    """A disk is full, read-only or failing. What files held before is unchanged."""
 
 
 class FileKindError(FeatprobeError):
-    """A path means no regular file, or one larger than such a file can be."""
+    """A path leads to no regular file, or to one that is too large."""
 
 
 class FieldError(FeatprobeError):
-    """Values that were read from a file are of wrong types or out of their limits. faults: each, see `fields.Fault`."""
+    """Values from a file have wrong types or are out of their limits. faults: one `fields.Fault` per value."""
 
     def __init__(self, text: str, faults: Sequence[Any]) -> None:
         super().__init__(text)
@@ -90,7 +90,7 @@ class ShapeError(FeatprobeError):
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """A number of things in words; several of them are `one` with an s, where nothing else is given.
+    """A number with its noun: "3 groups", "1 group". The plural is `one` + "s" unless `many` is given.
 
     >>> counted(1, "group"), counted(0, "image stands", "images stand")
     ('1 group', '0 images stand')
@@ -99,7 +99,7 @@ def counted(count: int, one: str, many: str = "") -> str:
 
 
 def looks_like(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """Names that are not known and look like a known one that is missing, with that one: slips of the pen.
+    """Unknown names that look like a missing known name, with that name: probable misspellings.
 
     >>> looks_like(["image", "Spilt", "camera"], ["image", "split", "group"])
     {'Spilt': 'split'}
@@ -115,7 +115,7 @@ def looks_like(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that names the known names nearest to `name`, or all of them when few.
+    """A sentence with the known names nearest to `name`, or with all known names when they are few.
 
     >>> nearest("xrey", ["xray", "surface"])
     'Did you mean xray? Known: surface, xray.'

@@ -1,4 +1,4 @@
-"""Features of a batch of images, and its labels on the same grid of cells: what heads are fed and held against."""
+"""Features of a batch of images (the input of heads), and labels on the same grid of cells (their targets)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from featprobe.errors import ShapeError
 
-FEW_CLASSES = 8  # up to here comparing with each class is faster on a CPU than sorting pixels into slots
-WIDEST_CELL = 181  # pixels, whose square an int16 still counts
+FEW_CLASSES = 8  # up to so many, comparing with each class is faster on a CPU than counting in slots
+WIDEST_CELL = 181  # pixels; an int16 can count its square
 
 
 @dataclass(frozen=True)
 class Features:
-    """Feature maps of a batch, as every head takes them.
+    """Feature maps of a batch: the input of every head.
 
     maps: level name -> (batch, channels, height / stride, width / stride).
     frame: (height, width) of the frame in pixels, padding included.
-    content: (batch, 2), pixels: (height, width) of each image's own part of the frame, at its top
-        left; None when every image fills the frame. Cells beyond it are padding.
+    content: (batch, 2), pixels: (height, width) of each image in its frame, at the top left; None
+        when every image fills the frame. Cells outside of it are padding.
     """
 
     maps: Mapping[str, Tensor]
@@ -34,26 +34,26 @@ class Features:
 
     @property
     def batch(self) -> int:
-        """Number of images."""
+        """The number of images."""
         return next(iter(self.maps.values())).shape[0]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Features":
-        """The same features on another device, and in another number format where one is given."""
+        """The same features on another device, and in another number format if one is given."""
         maps = {n: m.to(device=device, dtype=dtype, non_blocking=True) for n, m in self.maps.items()}
         content = None if self.content is None else self.content.to(device, non_blocking=True)
         return replace(self, maps=maps, content=content)
 
     def cut(self, content: tuple[int, int]) -> "Features":
-        """The same without cells that hold nothing but padding, of images that all fill this much of their frame.
+        """The same features without cells of padding, for images that all fill the same part of their frame.
 
-        content: (height, width) in pixels. What is left of the padding completes cells of the coarsest level.
+        content: (height, width) of that part in pixels. The remaining padding completes cells of the coarsest level.
         """
         if self.content is None:
             return self
         cells = {name: m.shape[2:] for name, m in self.maps.items()}
         frame = [
-            min(side, -(-own // step) * step)
-            for axis, (side, own) in enumerate(zip(self.frame, content, strict=True))
+            min(side, -(-filled // step) * step)
+            for axis, (side, filled) in enumerate(zip(self.frame, content, strict=True))
             for step in [max(side // size[axis] for size in cells.values())]
         ]
         maps = {
@@ -63,7 +63,7 @@ class Features:
         return Features(maps, (frame[0], frame[1]), None if tuple(frame) == content else self.content)
 
     def valid_share(self, stride: int) -> Tensor | None:
-        """Share of each cell that is image and not padding: (batch, rows, columns) in [0, 1], float32.
+        """The share of each cell that is image and not padding: (batch, rows, columns) in [0, 1], float32.
 
         None when every image fills the frame.
         """
@@ -77,7 +77,7 @@ class Features:
 
 
 def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:
-    """Area share of each class in each cell of a level.
+    """The area share of each class in each cell of a level.
 
     labels: (batch, height, width), uint8, frame pixels; 255 is ignored.
     Returns (batch, classes, height / stride, width / stride), float32, in [0, 1]. The shares of a
@@ -93,9 +93,9 @@ def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:
 
 
 def cell_counts(labels: Tensor, classes: int, stride: int) -> Tensor:
-    """Pixels of each class in each cell of a level, as `cell_shares`: int16, or int64 for large cells and many classes.
+    """The pixels of each class in each cell of a level: int16, or int64 for large cells and many classes.
 
-    On a GPU it is three operations, and nothing waits for their result.
+    Arguments and shape are those of `cell_shares`. On a GPU it takes three operations and does not wait for a result.
     """
     batch, height, width = labels.shape
     rows, columns = height // stride, width // stride
@@ -104,7 +104,7 @@ def cell_counts(labels: Tensor, classes: int, stride: int) -> Tensor:
         column = torch.arange(width, device=labels.device) // stride
         cell = row[:, None] * columns + column  # (height, width)
         image = torch.arange(batch, device=labels.device)[:, None, None] * (classes + 1)
-        label = labels.long().clamp_(max=classes)  # the last slot gathers what is ignored
+        label = labels.long().clamp_(max=classes)  # the last slot collects ignored pixels
         slot = (image + label) * (rows * columns) + cell
         counts = torch.bincount(slot.flatten(), minlength=batch * (classes + 1) * rows * columns)
         return counts.view(batch, classes + 1, rows, columns)[:, :classes]

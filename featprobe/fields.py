@@ -1,6 +1,6 @@
-"""Values as JSON and TOML hold them, against the annotations of dataclasses; faults are named by the path to them.
+"""Checks of JSON and TOML values against the annotations of dataclasses; each fault names the path to its value.
 
-It needs the standard library alone, so that what looks at caches starts fast; `schemas` checks whole files.
+Only the standard library is used, so that commands on caches start fast. `schemas` checks whole files.
 """
 
 import json
@@ -28,7 +28,7 @@ NAMES: Mapping[Any, str] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A value that is not as it has to be. place: where it stands. said: what is wrong with it.
+    """A wrong value. place: the path to it. said: what is wrong with it.
 
     >>> print(wrong(("train", "linear", "lr", 1), "a number", "fast"))
     train.linear.lr[1]: wanted a number, found "fast"
@@ -38,7 +38,7 @@ class Fault:
     said: str
 
     def below(self, *outer: str | int) -> "Fault":
-        """The same fault of a value that is itself part of another one."""
+        """The same fault, where the value is part of another one at the path `outer`."""
         return Fault((*outer, *self.place), self.said)
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Fault:
 
 
 def path_text(place: Place) -> str:
-    """Where a value stands, as people write it.
+    """The path to a value as text.
 
     >>> path_text(("data", "x y", "classes", 0))
     'data."x y".classes[0]'
@@ -60,22 +60,22 @@ def path_text(place: Place) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as JSON has it, short, on one line."""
+    """A value as JSON, shortened, on one line."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=lambda own: f"{type(own).__name__} {own}")
-    except (ValueError, RecursionError):  # a number of thousands of digits, lists within lists without end
-        text = f"what can't be shown ({type(value).__name__})"
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists nested too deeply
+        text = f"a value that can't be shown ({type(value).__name__})"
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
 
 def wrong(place: Place, wanted: str, found: object) -> Fault:
-    """A value of another kind than is wanted, or out of its limits."""
+    """The fault of a value of a wrong type, or out of its limits."""
     return Fault(place, f"wanted {wanted}, found {shown(found)}")
 
 
 def unknown(place: Place, known: Sequence[str], beside: Sequence[str] = ()) -> Fault:
-    """A key that does not exist, with the known one that looks like it. beside: the other keys there."""
+    """The fault of an unknown key, with the known key that looks like it. beside: the other keys there."""
     key = str(place[-1])
     close = looks_like([key, *beside], known).get(key)
     guess = f"Did you mean {close}?" if close else nearest(key, known)
@@ -85,20 +85,20 @@ def unknown(place: Place, known: Sequence[str], beside: Sequence[str] = ()) -> F
 
 
 def letter(what: str, faults: Sequence[Fault], to_do: str = "") -> str:
-    """All faults of one file as an error's text."""
+    """The text of an error with all faults of one file."""
     return "\n".join([what, *(f"  {fault}" for fault in dict.fromkeys(faults)), *([to_do] if to_do else [])])
 
 
 def limits(checks: Mapping[str, tuple[bool, str, object]]) -> list[Fault]:
-    """Faults of fields out of their limits; checks: field -> (whether it holds, what is wanted, what was found)."""
+    """The faults of fields out of their limits. checks: field -> (whether it holds, what is wanted, what was found)."""
     return [wrong((name,), wanted, found) for name, (holds, wanted, found) in checks.items() if not holds]
 
 
 def misfits(value: object, wanted: Any, place: Place = ()) -> list[Fault]:
-    """What of a value is not as an annotation says.
+    """The faults of a value against an annotation.
 
-    Types are exact: true is no number, 2.0 and "2" are no whole numbers; a whole number is a number too. Numbers are
-    finite. A dataclass is a table of its fields, without others.
+    Types are exact: true is no number, 2.0 and "2" are no whole numbers; a whole number is also a number. Numbers must
+    be finite. A dataclass stands for a table with its fields and no others.
 
     >>> [str(fault) for fault in misfits([1, 2.5, True], tuple[int, ...])]
     ['[1]: wanted a whole number, found 2.5', '[2]: wanted a whole number, found true']
@@ -109,7 +109,7 @@ def misfits(value: object, wanted: Any, place: Place = ()) -> list[Fault]:
         return _misfits_of_table(value, wanted, place)
     origin, parts = get_origin(wanted), get_args(wanted)
     if origin is Literal:
-        alike = any(type(value) is type(own) and value == own for own in parts)
+        alike = any(type(value) is type(part) and value == part for part in parts)
         return [] if alike else [wrong(place, _listed(list(map(str, parts))), value)]
     if origin in (Union, UnionType):
         others = [part for part in parts if part is not type(None)]
@@ -122,7 +122,7 @@ def misfits(value: object, wanted: Any, place: Place = ()) -> list[Fault]:
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             return [wrong(place, "a table", value)]
-        return [fault for key, own in value.items() for fault in misfits(own, parts[1], (*place, str(key)))]
+        return [fault for key, item in value.items() for fault in misfits(item, parts[1], (*place, str(key)))]
     alike = type(value) is wanted or (wanted is float and type(value) is int)
     if alike and isinstance(value, (int, float)) and not (-LARGEST <= value <= LARGEST or isinstance(value, float)):
         return [wrong(place, f"a number of at most {LARGEST}", value)]
@@ -132,7 +132,7 @@ def misfits(value: object, wanted: Any, place: Place = ()) -> list[Fault]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names as in `a, b or c`."""
+    """Names joined as `a, b or c`."""
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -141,7 +141,7 @@ def _misfits_of_table(value: object, wanted: type, place: Place) -> list[Fault]:
         return [wrong(place, "a table", value)]
     hints = get_type_hints(wanted)
     faults = [unknown((*place, str(key)), list(hints), list(map(str, value))) for key in value if key not in hints]
-    needed = [own.name for own in fields(wanted) if own.default is MISSING and own.default_factory is MISSING]
+    needed = [field.name for field in fields(wanted) if field.default is MISSING and field.default_factory is MISSING]
     faults += [Fault((*place, name), MISSING_FIELD) for name in needed if name not in value]
     for name, hint in hints.items():
         faults += misfits(value[name], hint, (*place, name)) if name in value else []
@@ -152,16 +152,16 @@ def _misfits_of_list(value: object, parts: Sequence[Any], place: Place) -> list[
     if not isinstance(value, (list, tuple)):
         return [wrong(place, "a list", value)]
     if parts[-1] is ...:
-        return [fault for i, own in enumerate(value) for fault in misfits(own, parts[0], (*place, i))]
+        return [fault for i, item in enumerate(value) for fault in misfits(item, parts[0], (*place, i))]
     if len(value) != len(parts):
         return [wrong(place, f"a list of {len(parts)}", value)]
-    return [fault for i, own in enumerate(value) for fault in misfits(own, parts[i], (*place, i))]
+    return [fault for i, item in enumerate(value) for fault in misfits(item, parts[i], (*place, i))]
 
 
 def made(kind: type[T], data: object, called: str) -> T:
-    """A dataclass from the table that JSON holds of it; raises FieldError that names every field that is wrong.
+    """A dataclass from its JSON table. Raises FieldError, which names every wrong field.
 
-    Where the dataclass has a method `faults`, these are the limits of its values. called: what it is, for people.
+    If the dataclass has a method `faults`, that checks the limits of its values. called: its name in the message.
     """
     faults = misfits(data, kind)
     if not faults:

@@ -1,4 +1,4 @@
-"""Which part of an image is shown, and where it lies in its frame: resize or letterbox, then pad right and bottom.
+"""The part of an image that is shown, and its place in the frame: resize or letterbox, then pad right and bottom.
 
 Pixel coordinates are continuous, (x, y), with (0, 0) the top-left corner of the top-left pixel.
 """
@@ -24,14 +24,14 @@ TURNS: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "vflip": lambda pixels: pixels[::-1],
     "rot90": np.rot90,
 }
-"""Views that turn an image: left becomes right, top becomes bottom, a quarter turn against the clock."""
+"""Views that turn an image: mirrored left to right, mirrored top to bottom, a quarter turn counter-clockwise."""
 
 
 @dataclass(frozen=True)
 class Placement:
     """An image's place in a frame; all sizes are (height, width) in pixels.
 
-    original: the image as it lies on the disk; content: the same image after scaling, at the frame's
+    original: the image on the disk; content: the same image after scaling, at the frame's
     top left; frame: content plus padding.
     """
 
@@ -41,15 +41,15 @@ class Placement:
 
     @property
     def affine(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Rows of the 2x3 matrix that takes (x, y, 1) of the original image into the frame."""
+        """Rows of the 2x3 matrix that maps (x, y, 1) of the original image to (x, y) of the frame."""
         scale_y, scale_x = (c / o for c, o in zip(self.content, self.original, strict=True))
         return (scale_x, 0.0, 0.0), (0.0, scale_y, 0.0)
 
 
 def place(original: Size, asked: Size, fit: Fit, multiple: int) -> Placement:
-    """Place an image into the frame that the asked size and the backbone's largest stride give.
+    """Place an image into the frame that the requested size and the backbone's largest stride give.
 
-    resize stretches to the asked size; letterbox keeps the aspect ratio. The frame is the asked size
+    resize stretches to the requested size; letterbox keeps the aspect ratio. The frame is the requested size
     rounded up to a multiple of `multiple`, the same for every image of a data set.
 
     >>> place((250, 330), (250, 330), "resize", 32).frame
@@ -67,9 +67,9 @@ def place(original: Size, asked: Size, fit: Fit, multiple: int) -> Placement:
 
 @dataclass(frozen=True)
 class Part:
-    """What is shown of an image: a rectangle of its pixels, as it is or turned.
+    """The part of an image that is shown: a rectangle of its pixels, unchanged or turned.
 
-    left, top, height, width: pixels of the image, before it is turned. view: "identity", one of TURNS, or "crop" and a
+    left, top, height, width: pixels of the image, before the turn. view: "identity", one of TURNS, or "crop" with a
     number.
     """
 
@@ -81,11 +81,11 @@ class Part:
 
     @property
     def size(self) -> Size:
-        """(height, width) in pixels of what is shown."""
+        """(height, width) of the part in pixels, after the turn."""
         return (self.width, self.height) if self.view == "rot90" else (self.height, self.width)
 
     def take(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """What is shown of (height, width, …) pixels of the image.
+        """The part's pixels, cut from the image's pixels, (height, width, …), and turned.
 
         >>> Part(1, 0, 2, 2, "hflip").take(np.array([[1, 2, 3], [4, 5, 6]])).tolist()
         [[3, 2], [6, 5]]
@@ -95,7 +95,7 @@ class Part:
         return np.asanyarray(turned, order="C")  # a masked array stays one
 
     def take_box(self, box: Box) -> Box:
-        """A box x1 y1 x2 y2 of the image as it is shown, clipped; without area where nothing of it is.
+        """A box x1 y1 x2 y2 of the image in pixels of the part, clipped; without area where the part shows none of it.
 
         >>> Part(10, 0, 20, 30, "hflip").take_box((5, 2, 20, 8))
         (20, 2, 30, 8)
@@ -112,9 +112,9 @@ class Part:
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where the tiles of one side of an image begin, pixels: as few as cover it with at least this overlap.
+    """The first pixels of the tiles along one side of an image: the fewest tiles with at least this overlap.
 
-    The last is moved back to end at the border; a side that is no longer than a tile is one tile, as long as itself.
+    The last tile is moved back to end at the border. A side no longer than a tile is a single tile of its own length.
 
     >>> tile_starts(1000, 512, 64)
     [0, 448, 488]
@@ -134,7 +134,7 @@ def tiles_of(size: Size, tile: int, overlap: int) -> list[Part]:
 
 
 def place_tile(part: Size, tile: int, asked: Size, multiple: int) -> Placement:
-    """Place a tile, (height, width), so that every one of a data set has one scale, whole or smaller than asked for.
+    """Place a tile, (height, width), so that all tiles of a data set have the same scale, also smaller ones.
 
     >>> place_tile((512, 300), 512, (256, 256), 32).content
     (256, 150)
@@ -145,7 +145,7 @@ def place_tile(part: Size, tile: int, asked: Size, multiple: int) -> Placement:
 
 
 def default_size(originals: list[Size]) -> Size:
-    """The images' own size when all agree and no side passes 512 pixels, otherwise 512x512."""
+    """The size of the images if all have the same and no side is above 512 pixels, otherwise 512x512."""
     sizes = set(originals)
     if len(sizes) == 1 and max(originals[0]) <= 512:
         return originals[0]

@@ -1,7 +1,7 @@
-"""Feature levels: the one thing that backbones, caches and heads agree on.
+"""Feature levels: the common contract of backbones, caches and heads.
 
 A backbone *has* levels, a cache *stores* levels, a head is *built from* levels and *fed* `Features`.
-Nothing behind a head's input tells whether a file or a live network stands there.
+A head can't see whether its features come from a file or from a live network.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FeatureLevel:
-    """One feature map of a backbone: its name, its channels, its stride in frame pixels per cell."""
+    """One feature map of a backbone: its name, its number of channels, its stride in frame pixels per cell."""
 
     name: str
     channels: int
@@ -26,9 +26,9 @@ class FeatureLevel:
 
 
 def choose_levels(levels: Sequence[FeatureLevel], names: Sequence[str]) -> tuple[FeatureLevel, ...]:
-    """The levels of these names, finest first; all of them when no name is given.
+    """The levels with these names, finest first; all levels when no name is given.
 
-    Raises KeyError with the first name that does not exist.
+    Raises KeyError with the first unknown name.
     """
     by_name = {level.name: level for level in levels}
     chosen = [by_name[name] for name in names] if names else list(levels)

@@ -1,4 +1,4 @@
-"""What this machine has: memory and disk in bytes, cores."""
+"""The resources of this machine: memory and disk in bytes, cores."""
 
 import os
 import resource
@@ -14,8 +14,9 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 def available_memory(group: Path = CONTROL_GROUPS) -> int:
     """Bytes of main memory that this process can use without swapping, the page cache counted as free.
 
-    That is the least of what the machine has left (half of its memory where it does not say), what the control groups
-    (v2 and v1) that it is in leave, and what RLIMIT_AS and RLIMIT_DATA leave. group: where control groups are mounted.
+    It is the least of: the machine's available memory (half of all memory where the system does not report it), the
+    rest of the limits of its control groups (v2 and v1), and the rest of RLIMIT_AS and RLIMIT_DATA. group: the folder
+    where control groups are mounted.
     """
     return max(0, min(_left_on_machine(), _left_in_groups(group), _left_to_process()))
 
@@ -23,12 +24,12 @@ def available_memory(group: Path = CONTROL_GROUPS) -> int:
 def _left_on_machine() -> int:
     try:
         return _field(Path("/proc/meminfo"), "MemAvailable") * 1024
-    except (OSError, ValueError):  # not Linux: what POSIX knows
+    except (OSError, ValueError):  # not Linux: use POSIX
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _left_in_groups(group: Path) -> int:
-    """Least of limit less use over the memory groups of this process; a very large number where none limits it."""
+    """The least of limit minus use over the memory groups of this process; sys.maxsize where none limits it."""
     least = sys.maxsize
     for folder in _own_groups(group):
         least = min(least, _left_in(folder, "memory.max", "memory.current", ""))
@@ -38,7 +39,7 @@ def _left_in_groups(group: Path) -> int:
 
 
 def _left_in(folder: Path, limit: str, use: str, prefix: str) -> int:
-    """What one group leaves. Pages of files are in its use, and are given up for others."""
+    """Limit minus use of one group. Cached pages of files count as free, because the system gives them up."""
     try:
         left = int((folder / limit).read_text()) - int((folder / use).read_text())
         return left + sum(_field(folder / "memory.stat", f"{prefix}{kind}_file") for kind in ("active", "inactive"))
@@ -47,7 +48,7 @@ def _left_in(folder: Path, limit: str, use: str, prefix: str) -> int:
 
 
 def _left_to_process() -> int:
-    """What the limits of this very process leave it: of addresses, and of memory that is its own."""
+    """The rest of the limits of this process: on its address space and on its data."""
     least = sys.maxsize
     for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         limit, _ = resource.getrlimit(kind)
@@ -59,7 +60,7 @@ def _left_to_process() -> int:
 
 
 def _field(path: Path, name: str) -> int:
-    """The number behind a name in a file of such lines; raises OSError, or ValueError where there is none."""
+    """The number after a name in a file of such lines. Raises OSError, or ValueError where there is none."""
     for line in path.read_text().splitlines():
         words = line.replace(":", " ").split()
         if words[:1] == [name]:
@@ -70,16 +71,16 @@ def _field(path: Path, name: str) -> int:
 def usable_cores(group: Path = CONTROL_GROUPS) -> int:
     """How many cores this process may use, at least 1.
 
-    That is the fewest of the machine's cores, those that the process is bound to, and what the control groups (v2)
-    that it is in grant, rounded up: in a container often a few of many. group: where these are mounted.
+    It is the least of: the machine's cores, the cores that the process is bound to, and the quota of its control groups
+    (v2), rounded up. In a container this is often a few of many. group: the folder where control groups are mounted.
     """
-    bound = getattr(os, "sched_getaffinity", None)  # Linux alone
+    bound = getattr(os, "sched_getaffinity", None)  # only on Linux
     cores = len(bound(0)) if bound else os.cpu_count() or 1
     return max(1, ceil(min(cores, _granted(group))))
 
 
 def _granted(group: Path) -> float:
-    """Cores' worth of time that the control groups of this process grant; infinity where none limits it."""
+    """The cores' worth of time that the control groups of this process grant; infinity where none limits it."""
     least = float("inf")
     for folder in _own_groups(group):
         try:
@@ -91,29 +92,38 @@ def _granted(group: Path) -> float:
 
 
 def _own_groups(group: Path, controller: str = "") -> list[Path]:
-    """The folders of the control groups that this process is in, innermost first; some may not be there.
+    """The folders of this process's control groups, the innermost first; some may not exist.
 
-    controller: of v1, where each has a tree of its own; v2 has one tree for all.
+    controller: the v1 controller; in v1 each has its own tree, v2 has one tree for all.
     """
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         lines = []  # not Linux
     named = [line.split(":", 2)[1:] for line in lines]
-    own = next((path for names, path in named if controller in names.split(",")), "/")
-    inner = group / controller / own.lstrip("/")
+    inside = next((path for names, path in named if controller in names.split(",")), "/")
+    inner = group / controller / inside.lstrip("/")
     return [inner, *(folder for folder in inner.parents if folder.is_relative_to(group))]
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes free on the disk of a folder, or of its nearest parent that exists."""
+    """Free bytes on the disk of a folder, or of its nearest existing parent."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
+def minutes_text(seconds: float) -> str:
+    """A predicted time for people, who need no more of less than a minute.
+
+    >>> minutes_text(90), minutes_text(2)
+    ('about 1.5 min', 'under a minute')
+    """
+    return f"about {seconds / 60:.1f} min" if seconds >= 60 else "under a minute"
+
+
 def human_bytes(count: float) -> str:
-    """Bytes for people, in decimal units.
+    """A number of bytes as text, in decimal units.
 
     >>> human_bytes(5_900_000)
     '5.9 MB'

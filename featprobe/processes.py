@@ -1,12 +1,12 @@
 """Processes that train and score together, as torchrun and `accelerate launch` start them.
 
-All of them hold the same weights, recipe and order of rows; what differs is the slice of each batch that a process
-computes, so their number is no part of the result. DistributedDataParallel does not fit: heads are used through
-functions over their parameters (folded into one convolution, many of them as one bank), not through one module's
-forward. So losses, moments and gradients are summed here, in plain sight.
+All processes hold the same weights, recipe and order of rows; each computes another slice of every batch, so their
+number does not change the result. DistributedDataParallel does not fit: heads are used through functions of their
+parameters (folded into one convolution, many as one bank), not through the forward method of one module. So losses,
+moments and gradients are summed here, explicitly.
 
-A process alone pays nothing: nothing is sent, and Accelerate is not imported. A process that fails ends with its error
-and waits for no other; the launcher then ends the others.
+A single process has no overhead: nothing is sent, and Accelerate is not imported. A process that fails ends with its
+error and does not wait for others; the launcher then ends the others.
 """
 
 import atexit
@@ -23,16 +23,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featprobe.errors import BackboneError, ProbeError
 
-LONGEST_WAIT = timedelta(hours=2)  # for the main process while it solves, scores or writes alone
+LONGEST_WAIT = timedelta(hours=2)  # the others wait so long for the main process, which solves, scores and writes alone
 T = TypeVar("T")
 
-_rank, _count = 0, 1  # of the group that this process has joined
+_rank, _count = 0, 1  # this process's number, and the size of the group that it has joined
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of this name, or the best there is; under torchrun, the GPU of the local rank.
+    """The device of this name, or the best available device; under torchrun the GPU of the local rank.
 
-    Raises BackboneError when the device that is asked for is not here.
+    Raises BackboneError when the requested device is not available.
     """
     kind = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -40,7 +40,7 @@ def pick_device(name: str | None) -> torch.device:
         raise BackboneError(
             f"There is no device {kind!r} here.\n"
             f"  wanted  one of {', '.join(k for k, here in present.items() if here)}\n"
-            "Leave --device away to take the best there is."
+            "Omit --device to use the best available device."
         )
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         kind = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -48,7 +48,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def launched() -> tuple[int, int]:
-    """(number of this process from 0, how many there are) as torchrun says; (0, 1) where it started none."""
+    """(number of this process from 0, number of processes) from torchrun; (0, 1) without torchrun."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -56,10 +56,10 @@ def launched() -> tuple[int, int]:
 
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
-    """Compute with the processes that were launched beside this one: NCCL on GPUs, gloo on CPUs.
+    """Inside, this process computes together with the processes launched beside it: NCCL on GPUs, gloo on CPUs.
 
-    device: of this process. Where none was launched nothing happens. Raises BackboneError for a device that several
-    processes can't compute on together.
+    device: that of this process. Does nothing for a single process. Raises BackboneError for a device on which several
+    processes can't compute together.
     """
     global _rank, _count
     rank, count = launched()
@@ -69,21 +69,21 @@ def together(device: torch.device) -> Iterator[None]:
 
         PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)
         _rank, _count = rank, count
-    atexit.unregister(_leave)  # after an error it might wait for those that wait for this process
+    atexit.unregister(_leave)  # after an error it might wait for processes that wait for this one
     yield
     if count > 1:
         atexit.register(_leave)
 
 
 def _check_device(device: torch.device) -> None:
-    own, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if device.type == "cpu" or (device.type == "cuda" and device.index == own < gpus):
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device.type == "cpu" or (device.type == "cuda" and device.index == rank < gpus):
         return
     raise BackboneError(
         f"Several processes can't compute on {device} together. Nothing was started.\n"
-        f"  wanted  cpu, or cuda: each process takes the GPU of its number on its machine, this one cuda:{own}\n"
+        f"  wanted  cpu, or cuda: each process uses the GPU of its number on its machine, this one cuda:{rank}\n"
         f"  found   {gpus} GPUs\n"
-        "Leave --device away, start as many processes as there are GPUs, or one."
+        "Omit --device, and start as many processes as there are GPUs, or one."
     )
 
 
@@ -94,7 +94,7 @@ def _leave() -> None:
 
 
 def check_together() -> None:
-    """Raise ProbeError where several processes were launched that would each do the whole job."""
+    """Raise ProbeError where several processes were launched but each would do the whole job."""
     rank, started = launched()
     if started > _count:
         raise ProbeError(
@@ -104,7 +104,7 @@ def check_together() -> None:
 
 
 def count() -> int:
-    """How many processes compute together."""
+    """The number of processes that compute together."""
     return _count
 
 
@@ -114,7 +114,7 @@ def is_main() -> bool:
 
 
 def own_part(total: int) -> slice:
-    """Which of `total` things in a row are this process's: consecutive ones, as even as can be.
+    """The slice of `total` items for this process: consecutive items, slices as equal as possible.
 
     >>> own_part(7)
     slice(0, 7, None)
@@ -123,7 +123,7 @@ def own_part(total: int) -> slice:
 
 
 class _Sum(torch.autograd.Function):
-    """A sum over processes, whose gradient is the sum of what all processes make of it."""
+    """A sum over processes. Its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -141,47 +141,47 @@ def _all_reduced(x: Tensor) -> Tensor:
 
 
 def summed(x: Tensor) -> Tensor:
-    """x added up over all processes, with its gradient: what every loss and every normalisation goes through.
+    """x summed over all processes, with its gradient. Every loss and every normalisation uses it.
 
-    A loss is its own numerator over the denominator of all: `numerator / summed(denominator)`; such losses add up to
-    the loss of the whole batch, and so do their gradients. Every process must come here equally often, whatever its
-    slice of a batch holds.
+    A process's loss is its numerator over the denominator of all processes: `numerator / summed(denominator)`. Such
+    losses sum to the loss of the whole batch, and so do their gradients. Every process must call this equally often,
+    whatever its slice of a batch holds.
     """
     return x if _count == 1 else _Sum.apply(x)
 
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all processes in place, in one message for each number format and device.
+    """Sum the gradients of all processes in place, with one message per number format and device.
 
-    A parameter that has no gradient in any process keeps none, so that an optimizer passes it over.
+    A parameter without a gradient in every process keeps none, so that an optimizer skips it.
     """
     if _count == 1:
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for parameter in parameters:
         kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    for (dtype, device), own in kinds.items():
-        there = torch.tensor([p.grad is not None for p in own], dtype=dtype, device=device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+    for (dtype, device), alike in kinds.items():
+        there = torch.tensor([p.grad is not None for p in alike], dtype=dtype, device=device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
         total = summed(torch.cat([there, *(g.flatten() for g in gradients)]))
-        sums = total[len(own) :].split([g.numel() for g in gradients])
-        for p, gradient, found, anywhere in zip(own, gradients, sums, total.tolist()[: len(own)], strict=True):
+        sums = total[len(alike) :].split([g.numel() for g in gradients])
+        for p, gradient, found, anywhere in zip(alike, gradients, sums, total.tolist()[: len(alike)], strict=True):
             if anywhere:
-                p.grad = gradient.copy_(found.view_as(gradient))  # which keeps its layout in memory
+                p.grad = gradient.copy_(found.view_as(gradient))  # keeps its memory layout
 
 
-def gathered(own: Sequence[T]) -> list[T]:
-    """The things of all processes, those of the first process first."""
+def gathered(items: Sequence[T]) -> list[T]:
+    """The items of all processes, in the order of the processes."""
     if _count == 1:
-        return list(own)
+        return list(items)
     from accelerate.utils import gather_object
 
-    return gather_object(list(own))
+    return gather_object(list(items))
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` gives in the main process, which alone calls it; the others wait for it."""
+    """The result of `make`, which only the main process calls; the other processes wait for it."""
     if _count == 1:
         return make()
     from accelerate.utils import broadcast_object_list
@@ -190,23 +190,23 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def check_batch(images: int, parts: int) -> None:
-    """Raise ProbeError when a batch does not give each process an image of each of its parts."""
+    """Raise ProbeError when a batch has too few images for every process and every part of a step."""
     if images < parts * _count:
         each = f"{_count} processes" if parts == 1 else f"{_count} processes in {parts} parts (--accumulate)"
         raise ProbeError(
             f"A batch of {images} images can't be cut for {each}. Nothing was trained.\n"
-            f"  wanted  at least {parts * _count} images a step: --batch-size counts those of all processes together\n"
-            "Raise --batch-size where the training split has as many images, or start fewer processes."
+            f"  wanted  at least {parts * _count} images per step: --batch-size counts the images of all processes\n"
+            "Raise --batch-size if the training split has as many images, or start fewer processes."
         )
 
 
 def check_norms(module: nn.Module) -> None:
-    """Raise ProbeError for a BatchNorm in training whose statistics would be those of one process alone."""
+    """Raise ProbeError for a BatchNorm in training that would use only the statistics of one process."""
     if _count > 1 and any(
         isinstance(m, _BatchNorm) and m.training and not isinstance(m, nn.SyncBatchNorm) for m in module.modules()
     ):
         raise ProbeError(
-            f"BatchNorm would be trained by {_count} processes, each on statistics of its own. Nothing was trained.\n"
-            "  wanted  statistics of the whole batch, which torch.nn.SyncBatchNorm has on CUDA devices alone\n"
-            "Take --bn frozen, one process, or GPUs."
+            f"BatchNorm would be trained by {_count} processes, each with its own statistics. Nothing was trained.\n"
+            "  wanted  statistics of the whole batch, which torch.nn.SyncBatchNorm has only on CUDA devices\n"
+            "Use --bn frozen, one process, or GPUs."
         )

@@ -1,6 +1,6 @@
-"""Files that people and colleagues write, against typed schemas: the annotations of dataclasses, read by pydantic.
+"""Checks of files that users write against typed schemas: the annotations of dataclasses, read by pydantic.
 
-The door to pydantic. Types are exact, as in `fields.misfits`; what `Field` says of a value holds too.
+Only this module imports pydantic. Types are exact, as in `fields.misfits`; the limits in `Field` are checked too.
 """
 
 import json
@@ -17,7 +17,7 @@ from featprobe.errors import nearest
 from featprobe.fields import LARGEST, MISSING_FIELD, NAMES, Fault, Place, unknown, wrong
 
 NOTHING: Any = [[]]
-"""What no field takes, in the place of what JSON does not have."""
+"""A value that fits no field. It replaces values that JSON does not have."""
 WANTED: Mapping[str, str] = {
     "string_type": NAMES[str],
     "string_too_short": "a text that is not empty",
@@ -37,13 +37,13 @@ WANTED: Mapping[str, str] = {
     "too_long": "at most {max_length} of them",
     "literal_error": "{expected}",
 }
-"""What is wanted where pydantic finds an error of a kind; of whole numbers there are several kinds."""
+"""The wanted value per kind of pydantic error; whole numbers have several kinds."""
 
 
 def check(kind: type, data: object, *, closed: bool = True, empty_texts: bool = False) -> list[Fault]:
-    """What of a value, as TOML or JSON hold it, is not as a dataclass says.
+    """The faults of a TOML or JSON value against a dataclass.
 
-    closed: a key that no field is called by is a fault; else it is ignored. empty_texts: whether a text may be empty.
+    closed: whether a key without a field is a fault; otherwise it is ignored. empty_texts: whether a text may be empty.
     """
     try:
         text = json.dumps([_plain(data)], ensure_ascii=False, default=lambda date: NOTHING)
@@ -51,16 +51,16 @@ def check(kind: type, data: object, *, closed: bool = True, empty_texts: bool = 
     except ValidationError as error:
         return _faults(kind, data, error.errors(include_url=False))
     except (ValueError, RecursionError):
-        return [Fault((), "it holds lists within lists without end")]
+        return [Fault((), "it holds lists nested too deeply")]
     return []
 
 
 def _plain(value: Any) -> Any:
-    """A value with what fits nowhere in the place of whole numbers that no one has."""
+    """A value where whole numbers that are too large are replaced by a value that fits no field."""
     if isinstance(value, dict):
-        return {key: _plain(own) for key, own in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(own) for own in value]
+        return [_plain(item) for item in value]
     return NOTHING if isinstance(value, int) and abs(value) > LARGEST else value
 
 
@@ -73,23 +73,23 @@ def _adapter(kind: type, closed: bool, empty_texts: bool) -> TypeAdapter[Any]:
         allow_inf_nan=False,
     )
     whole: Any = tuple.__class_getitem__(kind)
-    return TypeAdapter(whole, config=settings)  # settings go down from a tuple, and from no dataclass
+    return TypeAdapter(whole, config=settings)  # a tuple passes settings on to its parts, a dataclass does not
 
 
 def _faults(kind: type, data: object, errors: list[Any]) -> list[Fault]:
-    """pydantic's errors, those of one value as one fault."""
+    """Faults from pydantic's errors, one per value."""
     found: dict[Place, list[Any]] = {}
     for error in errors:
         place = _place(data, error["loc"][1:], error["type"])
-        own = _at(data, place)
+        value = _at(data, place)
         enough = error.get("ctx", {}).get("min_length", 0)
-        if not (error["type"] == "too_short" and isinstance(own, list) and len(own) >= enough):
-            found.setdefault(place, []).append(error)  # pydantic does not count entries that are wrong
+        if not (error["type"] == "too_short" and isinstance(value, list) and len(value) >= enough):
+            found.setdefault(place, []).append(error)  # pydantic does not count wrong entries
     return [_fault(kind, data, place, own) for place, own in found.items()]
 
 
 def _place(data: object, steps: Place, error: str) -> Place:
-    """The steps of an error that lead to a value, without those that name a part of an annotation."""
+    """The steps of an error that lead to its value, without steps that name a part of an annotation."""
     value: Any = data
     for i, step in enumerate(steps):
         inside = step in value if isinstance(value, dict) else isinstance(value, list) and isinstance(step, int)
@@ -138,19 +138,19 @@ def _at(data: object, place: Place) -> object:
 
 
 def _known(kind: Any, place: Place) -> list[str]:
-    """Names of the fields of the dataclass that stands at a place within another one."""
+    """The field names of the dataclass at a place within another one."""
     if get_origin(kind) is Annotated:
         return _known(get_args(kind)[0], place)
     if is_dataclass(kind):
         if not place:
-            return [own.name for own in fields(kind)]
+            return [field.name for field in fields(kind)]
         return _known(get_type_hints(kind)[str(place[0])], place[1:])
     inner = [part for part in get_args(kind) if part not in (str, type(None), ...)]
     return _known(inner[0], place if type(None) in get_args(kind) else place[1:]) if inner else []
 
 
 def json_schema(kind: type) -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of files that `check` finds no fault in, closed and without empty texts."""
+    """The JSON schema (draft 2020-12) of files without a fault by `check`, closed and without empty texts."""
     whole = _adapter(kind, True, False).json_schema()
     parts = whole["$defs"]
     own = parts.pop(whole["prefixItems"][0]["$ref"].rpartition("/")[2])

@@ -1,7 +1,7 @@
-"""What a sample is labelled with.
+"""The labels of a sample: a mask of class indices, and objects.
 
-Class indices count from 0, the background; 255 is ignored. RLE is COCO's: column-major, run lengths
-from the background, as pycocotools writes it.
+Class indices count from 0, the background; 255 is ignored. RLE is COCO's: column-major run lengths that
+begin with the background, as pycocotools writes them.
 """
 
 import io
@@ -23,12 +23,12 @@ from featprobe.geometry import Part, Placement, Size
 from featprobe.pictures import picture
 
 IGNORE = 255
-"""Pixels of this label take part in no loss and no score."""
+"""Pixels of this label count in no loss and no score."""
 
 LEAST_VISIBLE = 0.25
-"""Share of an object that a part of its image must show; less is neither object nor background."""
+"""Least share of an object that a part of its image must show; with less it is neither object nor background."""
 LEAST_SIDE = 2.0
-"""Pixels that the shown part of an object must have on either side, unless it is shown whole."""
+"""Least height and width in pixels of the shown part of an object, unless all of it is shown."""
 
 Labels = NDArray[np.uint8]
 Rle = Mapping[str, object]
@@ -41,8 +41,8 @@ class Instance:
     category: index into the data set's classes, >= 1.
     box_xyxy: 0 <= x1 <= x2 <= width, 0 <= y1 <= y2 <= height.
     rle: its mask as compressed COCO RLE, {"size": [height, width], "counts": str}; None for a box.
-    crowd: True for a region of many objects that are not told apart.
-    area: pixels, as the set's own annotation gives it; None where it gives none.
+    crowd: True for a region of many objects without outlines of each.
+    area: pixels, from the annotation; None where it has none.
     """
 
     category: int
@@ -58,7 +58,7 @@ class Target:
 
     semantic: (height, width) class indices, or None where the set has no masks.
     instances: objects, or None where the set has only a semantic mask.
-    image_id: what the set's own annotation calls the image, so that predictions can be held against it.
+    image_id: the id of the image in the annotation, so that predictions can be compared with it.
     """
 
     semantic: Labels | None
@@ -77,15 +77,15 @@ def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
 
 
 def decode_rle(rle: Rle) -> NDArray[np.bool_]:
-    """(height, width) mask of a compressed COCO RLE."""
+    """The (height, width) mask of a compressed COCO RLE."""
     return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"]}), dtype=bool)
 
 
 def decode_window(rle: Rle) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
-    """Rows and columns that the mask of a compressed COCO RLE covers, and the mask there.
+    """The rows and columns that the mask of a compressed COCO RLE covers, and the mask there.
 
-    Only those columns are decoded: the runs of background before and after them, which the first number and the last
-    one give, are shortened in the string.
+    Only those columns are decoded: the runs of background before and after them (the first and the last number) are
+    shortened in the string.
 
     >>> mask = np.zeros((90, 100), dtype=bool)
     >>> mask[20:22, 50:53] = True
@@ -99,7 +99,7 @@ def decode_window(rle: Rle) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
     window = slice(top, top + height), slice(left, left + width)
     if not width:
         return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), dtype=bool)
-    if left + width > columns:  # a box of billions of columns, which pycocotools makes of empty runs alone
+    if left + width > columns:  # pycocotools makes a box of billions of columns if all runs are empty
         return (slice(0, rows), slice(0, columns)), decode_rle(rle)
     if left + width < columns:
         start = len(counts) - 1
@@ -111,13 +111,13 @@ def decode_window(rle: Rle) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
         counts = _digits(_number(counts[:stop]) - left * rows) + counts[stop:]
     try:
         mask = coco_mask.decode({"size": [rows, width], "counts": counts})
-    except ValueError:  # a run that became negative: what other programs write may begin or end with empty ones
+    except ValueError:  # a run became negative: other programs may write empty first or last runs
         return window, decode_rle(rle)[window]
     return window, mask[window[0]].view(bool)
 
 
 def _number(digits: str) -> int:
-    """A number of a compressed RLE: five bits a character from "0" on, the lowest first; the last has the sign."""
+    """A number of a compressed RLE: five bits per character from "0" on, the lowest first; the last has the sign."""
     value = 0
     for place, digit in enumerate(digits):
         value |= (ord(digit) - 48 & 31) << 5 * place
@@ -125,7 +125,7 @@ def _number(digits: str) -> int:
 
 
 def _digits(value: int) -> str:
-    """The number as `_number` reads it."""
+    """The characters of a number, as `_number` reads them."""
     digits = ""
     while not -16 <= value < 16:
         digits += chr((value & 31 | 32) + 48)
@@ -143,7 +143,7 @@ def move_rle(rle: Rle, left: int, top: int, size: Size) -> dict[str, object]:
     """
     columns, rows = np.nonzero(decode_rle(rle).T)
     inside = (columns + left) * size[0] + rows + top  # indices of its pixels, column by column
-    first = np.flatnonzero(np.diff(inside, prepend=-2) != 1)  # of each run
+    first = np.flatnonzero(np.diff(inside, prepend=-2) != 1)  # the first index of each run
     starts, stops = inside[first], inside[np.append(first[1:], len(inside)) - 1] + 1 if len(inside) else inside
     edges = np.stack([starts, stops], axis=1).ravel()
     counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
@@ -153,11 +153,11 @@ def move_rle(rle: Rle, left: int, top: int, size: Size) -> dict[str, object]:
 
 
 def cut_instances(instances: Sequence[Instance], part: Part) -> tuple[Instance, ...]:
-    """The objects of an image as a part of it shows them, in the part's pixels.
+    """The objects of an image that a part shows, in the part's pixels.
 
-    Boxes are clipped. An object of which less than LEAST_VISIBLE is shown (of its mask's pixels; of its box where it
-    has no mask), or less than LEAST_SIDE pixels of a side, becomes a crowd: nothing is learnt there, neither object nor
-    background. One of which nothing is shown is left out.
+    Boxes are clipped. An object becomes a crowd, where neither object nor background is learnt, if the part shows less
+    than LEAST_VISIBLE of it (of its mask's pixels, or of its box where it has no mask), or if the shown box is less
+    than LEAST_SIDE pixels high or wide. An object that is not shown is left out.
     """
     found = []
     for instance in instances:
@@ -194,7 +194,7 @@ def _box_of(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
 def semantic_from_instances(instances: Sequence[Instance], size: Size) -> Labels | None:
     """Paint instances into one (height, width) mask of class indices.
 
-    The smaller lies on top where two overlap; a crowd becomes 255. None when an instance has no mask.
+    Where two overlap the smaller is on top; a crowd becomes 255. None when an instance has no mask.
     """
     if any(instance.rle is None for instance in instances):
         return None
@@ -208,7 +208,7 @@ def semantic_from_instances(instances: Sequence[Instance], size: Size) -> Labels
 
 
 def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
-    """Objects from a (height, width) mask of class indices: the connected components of each class but the background.
+    """Objects from a (height, width) mask of class indices: the connected components per class but the background.
 
     Pixels that touch at a corner are connected. Each component of 255 is a crowd of every class.
 
@@ -228,7 +228,7 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
 
 
 def encode_semantic(labels: Labels | None) -> bytes:
-    """A (height, width) mask as the bytes of an 8-bit grey PNG; empty for no mask."""
+    """A (height, width) mask as the bytes of an 8-bit grey PNG; b"" for None."""
     if labels is None:
         return b""
     stream = io.BytesIO()
@@ -237,17 +237,17 @@ def encode_semantic(labels: Labels | None) -> bytes:
 
 
 def decode_semantic(data: bytes, size: Size | None = None, classes: int | None = None) -> Labels:
-    """The (height, width) mask that `encode_semantic` wrote. Raises DataError for anything else.
+    """The (height, width) mask in bytes that `encode_semantic` made. Raises DataError for other bytes.
 
-    size: of its image; classes: how many there are. What is neither of that size nor of these is refused, a wrong size
-    before anything is decoded.
+    size: (height, width) of the image. classes: the number of classes. A mask of another size (checked before decoding)
+    or with other labels is refused.
     """
     try:
         with picture(io.BytesIO(data), ("PNG",), "The mask") as image:
             if image.mode != "L" or size not in (None, (image.height, image.width)):
                 wanted = f"{size[0]}x{size[1]} pixels (height x width), " if size else ""
                 raise DataError(
-                    f"The mask is not its image's.\n  wanted  {wanted}8-bit grey\n"
+                    f"The mask does not fit its image.\n  wanted  {wanted}8-bit grey\n"
                     f"  found   {image.height}x{image.width} pixels, {image.mode}"
                 )
             labels = np.asarray(image, dtype=np.uint8)
@@ -259,7 +259,7 @@ def decode_semantic(data: bytes, size: Size | None = None, classes: int | None =
 
 
 def encode_instances(instances: Sequence[Instance] | None, image_id: int | str | None = None) -> bytes:
-    """Instances as UTF-8 JSON: {image_id, objects: [{category, box_xyxy, rle, crowd, area}]}; empty for no list."""
+    """Instances as UTF-8 JSON: {image_id, objects: [{category, box_xyxy, rle, crowd, area}]}; b"" for None."""
     if instances is None:
         return b""
     objects = [asdict(instance) for instance in instances]
@@ -269,30 +269,32 @@ def encode_instances(instances: Sequence[Instance] | None, image_id: int | str |
 def decode_instances(
     data: bytes, size: Size | None = None, classes: int | None = None
 ) -> tuple[tuple[Instance, ...], int | str | None]:
-    """The instances and the image's own id that `encode_instances` wrote. Raises DataError for anything else.
+    """The instances and the image's id in bytes that `encode_instances` made. Raises DataError for other bytes.
 
-    size: (height, width) of the image; classes: how many there are. Objects that are not in it or of them are refused.
+    size: (height, width) of the image. classes: the number of classes. Objects outside of the image or of other classes
+    are refused.
     """
     try:
         values = parse_json(data)
         objects = tuple(Instance(**{**row, "box_xyxy": tuple(row["box_xyxy"])}) for row in values["objects"])
-        faults = (f"Object {i} is none: {said}." for i, own in enumerate(objects, 1) if (said := _fault_of(own, size)))
+        texts = ((i, _fault_of(item, size)) for i, item in enumerate(objects, 1))
+        faults = (f"Object {i} is bad: {text}." for i, text in texts if text)
         if fault := next(faults, ""):
             raise DataError(fault)
         if any(instance.category >= (classes or IGNORE) for instance in objects):
             raise DataError(
-                f"The objects are of other classes than there are: {classes or IGNORE}, the background one."
+                f"Some objects have classes beyond the {classes or IGNORE} classes of the set (with the background)."
             )
         rles: list[Any] = [instance.rle for instance in objects if instance.rle is not None]
         if rles and not _runs_fit([rle["counts"] for rle in rles], [math.prod(rle["size"]) for rle in rles]):
-            raise DataError("A mask of the objects has other runs than its size.")
+            raise DataError("The runs of an object's mask do not fit its size.")
         return objects, _image_id(values)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise DataError(f"The objects can't be decoded: {type(error).__name__}: {str(error)[:200]}.") from error
 
 
 def decode_image_id(data: bytes) -> int | str | None:
-    """The image's own id alone, without a look at the instances. Raises DataError."""
+    """Only the image's id, without reading the instances. Raises DataError."""
     try:
         return _image_id(parse_json(data))
     except (ValueError, KeyError, TypeError, MemoryError) as error:
@@ -300,14 +302,14 @@ def decode_image_id(data: bytes) -> int | str | None:
 
 
 def _image_id(values: Any) -> int | str | None:
-    own: int | str | None = values["image_id"]
-    if not (own is None or type(own) in (int, str)):
-        raise DataError(f"The objects belong to an image that is called {str(own)[:80]!r}.")
-    return own
+    image_id: int | str | None = values["image_id"]
+    if not (image_id is None or type(image_id) in (int, str)):
+        raise DataError(f"The image of the objects has the id {str(image_id)[:80]!r}. wanted: a number or a text.")
+    return image_id
 
 
 def _fault_of(instance: Instance, size: Size | None) -> str:
-    """What is wrong with an object that others wrote, but for its class and its runs; "" when nothing is."""
+    """The fault of an object from a file, without its class and its runs; "" where it has none."""
     box, rle, area = instance.box_xyxy, instance.rle, instance.area
     if type(instance.category) is not int or instance.category < 1:
         return f"its class is {str(instance.category)[:80]}"
@@ -316,7 +318,7 @@ def _fault_of(instance: Instance, size: Size | None) -> str:
     if not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]) or (size and (box[2] > size[1] or box[3] > size[0])):
         return f"its box {str(box)[:80]} leaves the image"
     if type(instance.crowd) is not bool or not (area is None or (type(area) in (int, float) and math.isfinite(area))):
-        return "its crowd or its area is of another type"
+        return "its crowd or its area has a wrong type"
     if rle is None:
         return ""
     if not isinstance(rle, dict) or rle.keys() != {"size", "counts"} or type(rle["counts"]) is not str:
@@ -330,7 +332,7 @@ def _fault_of(instance: Instance, size: Size | None) -> str:
 
 
 def _runs_fit(texts: Sequence[str], pixels: Sequence[int]) -> bool:
-    """Whether texts are compressed COCO RLE of masks of at most so many pixels each."""
+    """Whether texts are compressed COCO RLE of masks, each of at most the given number of pixels."""
     found = run_lengths(texts)
     if found is None:
         return False
@@ -339,9 +341,9 @@ def _runs_fit(texts: Sequence[str], pixels: Sequence[int]) -> bool:
 
 
 def run_lengths(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.intp]] | None:
-    """The runs of compressed COCO RLEs, pixels, the background's first, and where those of each text begin.
+    """The runs of compressed COCO RLEs in pixels, the background first, and the index of each text's first run.
 
-    All texts are read in one go: an image may have hundreds. None where one is no such text.
+    All texts are read at once, because an image may have hundreds. None where a text is no RLE.
 
     >>> run_lengths(["013000", "4"])
     (array([0, 1, 3, 1, 3, 1, 4]), array([0, 6]))
@@ -367,7 +369,7 @@ def run_lengths(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int
     text = np.repeat(np.arange(len(texts)), count)
     within = np.arange(len(values)) - np.repeat(first, count)  # its text
     runs = values.copy()
-    for even in (0, 1):  # a run is stored as its difference from the last but one, but for the first three
+    for even in (0, 1):  # from the fourth on, a run is stored as the difference to the run two before
         chain = np.flatnonzero((within % 2 == 1 - even) & (within > 0))
         summed = np.cumsum(values[chain])
         begins = np.flatnonzero(np.diff(text[chain], prepend=-1))
@@ -377,9 +379,9 @@ def run_lengths(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int
 
 
 def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
-    """Lay a mask into the frame by nearest pixel: (frame height, frame width); padding is 255."""
+    """A mask placed in the frame by nearest pixel: (frame height, frame width); padding is 255."""
     if labels.shape != placement.original:
-        raise ShapeError(f"A mask of {labels.shape} pixels does not belong to an image of {placement.original}.")
+        raise ShapeError(f"A mask of {labels.shape} pixels does not fit an image of {placement.original}.")
     height, width = placement.content
     framed = np.full(placement.frame, IGNORE, dtype=np.uint8)
     if placement.content != placement.original:
@@ -399,7 +401,7 @@ def check_labels(labels: Labels, classes: int, where: str) -> None:
     if beyond:
         raise DataError(
             f"{where} holds labels {beyond}, beyond the classes.\n"
-            f"  wanted  0 to {classes - 1}, or {IGNORE} for what is to be ignored\n"
+            f"  wanted  0 to {classes - 1}, or {IGNORE} for ignored pixels\n"
             f"  found   {[int(v) for v in found]}\n"
-            "Nothing was written. Name all classes in classes.txt or featprobe.toml, or mend the mask."
+            "Nothing was written. Name all classes in classes.txt or featprobe.toml, or correct the mask."
         )

@@ -1,15 +1,15 @@
-"""Texts that others may have written, on their way out: to a terminal, to a page, to a spreadsheet."""
+"""Texts from files of others, made safe for a terminal, a page or a spreadsheet."""
 
 import re
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Control characters but tab and new line, and those that turn the direction of writing."""
+"""Control characters but tab and new line, and characters that change the direction of writing."""
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def printable(text: str) -> str:
-    r"""A text whose control characters are shown, as \u001b, and do nothing.
+    r"""A text with its control characters escaped, as \u001b, so that they have no effect.
 
     >>> printable("\x1b]0;owned\x07 and\n\ta line")
     '\\u001b]0;owned\\u0007 and\n\ta line'
@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 def cell(value: object) -> object:
-    """A value as a cell of a CSV file: a text that a spreadsheet would compute gets a ' before it; see `uncell`.
+    """A value as a cell of a CSV file. A text that a spreadsheet would compute gets a ' before it; see `uncell`.
 
     >>> cell("=1+1"), cell("-0.5"), cell(-0.5), cell("a=b"), cell("'=1+1")
     ("'=1+1", '-0.5', -0.5, 'a=b', "''=1+1")
@@ -29,7 +29,7 @@ def cell(value: object) -> object:
 
 
 def uncell(text: str) -> str:
-    """The text that `cell` made a cell of.
+    """The text from which `cell` made a cell.
 
     >>> uncell("'=1+1"), uncell("'tis"), uncell("-0.5")
     ('=1+1', "'tis", '-0.5')

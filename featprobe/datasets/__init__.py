@@ -1,4 +1,4 @@
-"""Data sets as they lie on the disk: readers, splits, images, and two generated sets (datasets.generated)."""
+"""Data sets on the disk: readers per format, splits, images, and two generated sets (datasets.generated)."""
 
 from featprobe.datasets.formats import FORMATS, Format, read_data
 from featprobe.datasets.samples import GENERATED, DataSet, Sample

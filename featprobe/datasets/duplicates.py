@@ -1,7 +1,7 @@
-"""Copies among images: the same bytes, and the same picture saved anew, resized, brighter or darker.
+"""Copies among images: the same bytes (exact), and the same picture saved again, resized, brighter or darker (near).
 
-Such near copies are found in two steps: a perceptual hash proposes pairs, fine detail confirms them. The hash alone
-takes pictures of one scene for copies: among BSData's 145 crops it proposes 1411 pairs, of which 6 are confirmed.
+Near copies are found in two steps: a perceptual hash proposes pairs, fine detail confirms them. The hash alone
+confuses pictures of one scene with copies: among BSData's 145 crops it proposes 1411 pairs; detail confirms 6 of them.
 """
 
 from collections import defaultdict
@@ -19,11 +19,11 @@ from featprobe.datasets.samples import Sample
 
 HASH_SIDE, DETAIL_SIDE = 32, 64  # pixels of the thumbnails
 BITS = 64
-NEAR = 6  # bits by which the hashes of near copies differ at most
-DETAIL_AGREES = 0.95  # correlation of the details, the set's mean taken away
-ENOUGH = 20  # images from which the mean detail of a set is its scene, not its pictures
+NEAR = 6  # most bits in which the hashes of near copies differ
+DETAIL_AGREES = 0.95  # least correlation of the details, after the set's mean is subtracted
+ENOUGH = 20  # least images for which the mean detail shows the scene of a set and not single pictures
 HUGE = 1e30
-CHUNK = 1024  # images that are compared with as many others at once
+CHUNK = 1024  # images of a block: blocks of this size are compared with each other
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Look:
 
 
 def look_of(levels: Levels) -> Look:
-    """The look of an image's raw levels, (height, width) or (height, width, 3); colours are added up, and empty pixels
-    take the mean of the others.
+    """The look of an image's raw levels, (height, width) or (height, width, 3).
 
-    The hash is pHash: signs of the 8x8 lowest frequencies of a 32x32 thumbnail against their median. The detail is a
-    64x64 thumbnail without what 5x5 pixels of it have in common; zeros for a picture of one grey.
+    Colours are summed; empty pixels get the mean of the others. The hash is pHash: for the 8x8 lowest frequencies of a
+    32x32 thumbnail, whether each is above their median. The detail is a 64x64 thumbnail minus its mean over 5x5 pixels;
+    zeros for a picture of one grey.
     """
     planes = [levels] if levels.ndim == 2 else [levels[..., channel] for channel in range(3)]
     grey = planes[0].astype(np.float32)
@@ -48,7 +48,7 @@ def look_of(levels: Levels) -> Look:
     if isinstance(grey, np.ma.MaskedArray):
         grey = grey.filled(0.0 if grey.mask.all() else grey.mean(dtype=np.float64))
     peak = float(max(grey.max(), -grey.min()))
-    if peak > HUGE:  # float32 could not add up so much
+    if peak > HUGE:  # float32 could not sum such values
         grey /= np.float32(peak)
     image = Image.fromarray(grey)
     low = dctn(_thumbnail(image, HASH_SIDE), norm="ortho")[:8, :8].ravel()
@@ -59,24 +59,24 @@ def look_of(levels: Levels) -> Look:
 
 
 def exact_copies(samples: Sequence[Sample], hashes: Sequence[str]) -> list[list[Sample]]:
-    """Samples of the same bytes, two or more each, from the hash of each image's file; "" is no file's."""
+    """Lists of two or more samples with the same bytes. hashes: of each sample's file; "" for an unreadable file."""
     same: dict[str, list[Sample]] = defaultdict(list)
     for sample, image_hash in zip(samples, hashes, strict=True):
         if image_hash:
             same[image_hash].append(sample)
-    return [own for own in same.values() if len(own) > 1]
+    return [copies for copies in same.values() if len(copies) > 1]
 
 
 def in_several_splits(samples: Sequence[Sample]) -> bool:
-    """Whether samples do not all stand in one split."""
+    """Whether samples are in more than one split."""
     return len({sample.split for sample in samples}) > 1
 
 
 def near_copies(looks: Sequence[Look]) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of images that look the same. Turned and cropped copies are not seen.
+    """Pairs (i, j), i < j, of images that look the same. Rotated and cropped copies are not found.
 
-    From 20 images on their mean detail is taken away first: what a fixed camera sees in every picture makes no copy.
-    Pictures of one grey are copies of nothing.
+    From 20 images on the mean detail is subtracted first, so that the background of a fixed camera makes no copies.
+    A picture of one grey is a copy of none.
     """
     if len(looks) < 2:
         return []
@@ -92,13 +92,13 @@ def near_copies(looks: Sequence[Look]) -> list[tuple[int, int]]:
         rows, columns = np.nonzero(np.triu(alike, k=1) if top == left else alike)
         if rows.size:
             first, second = np.unique(rows), np.unique(columns)
-            agree = _own_detail(looks, first + top, scene) @ _own_detail(looks, second + left, scene).T
+            agree = _detail_beside(looks, first + top, scene) @ _detail_beside(looks, second + left, scene).T
             sure = agree[np.searchsorted(first, rows), np.searchsorted(second, columns)] >= DETAIL_AGREES
             found += [(top + int(i), left + int(j)) for i, j in zip(rows[sure], columns[sure], strict=True)]
     return sorted(found)
 
 
-def _own_detail(looks: Sequence[Look], chosen: NDArray[np.intp], scene: NDArray[np.float32]) -> NDArray[np.float32]:
+def _detail_beside(looks: Sequence[Look], chosen: NDArray[np.intp], scene: NDArray[np.float32]) -> NDArray[np.float32]:
     """(chosen, pixels) details of norm 1 without the scene; zeros for pictures of one grey."""
     details = np.stack([looks[i].detail for i in chosen])
     return _normed((details - scene) * details.any(axis=1, keepdims=True))

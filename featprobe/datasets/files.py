@@ -1,4 +1,4 @@
-"""What readers share of files: text, tables, and paths that never lead out of the data folder."""
+"""Files for all readers: text, tables, and paths that never lead out of the data folder."""
 
 import csv
 import io
@@ -23,17 +23,17 @@ from featprobe.disk import parse_json
 from featprobe.errors import DataError, counted, looks_like
 from featprobe.machine import available_memory, human_bytes
 
-LONGEST, LONGEST_NAME = 2048, 255  # bytes of a path, half of what systems take, and of a name in it
-IN_MEMORY = 8  # bytes that a byte of annotations takes, about, when it is parsed
-SMALL = 1 << 24  # bytes of a text that always may be read
+LONGEST, LONGEST_NAME = 2048, 255  # most bytes of a path (half of what systems allow), and of a name in it
+IN_MEMORY = 8  # bytes of memory, about, per byte of annotations, once parsed
+SMALL = 1 << 24  # bytes: a text up to this size may always be read
 FOLLOW_LINKS = "--follow-links"
 _FOLLOWED: ContextVar[bool] = ContextVar("links are followed", default=False)
-SEPARATORS = (",", ";", "\t")  # of columns: spreadsheets write each of them
+SEPARATORS = (",", ";", "\t")  # of columns; spreadsheets write each of these
 
 
 @contextmanager
 def links_followed(wanted: bool) -> Iterator[None]:
-    """Whether links may lead out of the data folder while a set or its labels are read in this thread."""
+    """Inside, links may (wanted) or may not lead out of the data folder when this thread reads a set or its labels."""
     token = _FOLLOWED.set(wanted)
     try:
         yield
@@ -42,7 +42,7 @@ def links_followed(wanted: bool) -> Iterator[None]:
 
 
 def leads_out(root: Path, path: Path) -> bool:
-    """Whether a link on the way to a path leads out of a data folder, and is not followed there, or leads to itself."""
+    """Whether a path leads out of a data folder by a link that may not be followed, or by a link to itself."""
     try:
         return not _FOLLOWED.get() and not path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):
@@ -50,9 +50,9 @@ def leads_out(root: Path, path: Path) -> bool:
 
 
 def start_of(path: Path, count: int, root: Path | None = None) -> bytes:
-    """The first bytes of a file, to tell its kind by; none where there is no file. Raises DataError.
+    """The first bytes of a file, which show its kind; b"" where there is no file. Raises DataError.
 
-    root: the data folder, out of which nothing is read; None for a file that is known to lie in it.
+    root: the data folder; a file outside of it is not read. None for a file that is known to be inside.
     """
     if not path.is_file() or (root is not None and leads_out(root, path)):
         return b""
@@ -64,15 +64,15 @@ def start_of(path: Path, count: int, root: Path | None = None) -> bytes:
 
 
 def read_text(path: Path, most: int | None = None) -> str:
-    """A UTF-8 text, without its byte order mark. Raises DataError, also for one that memory can't hold.
+    """The text of a UTF-8 file, without a byte order mark. Raises DataError, also for a file too large for the memory.
 
-    most: bytes that such a file may have, where that is known.
+    most: the most bytes that such a file may have; None for no limit but the memory.
     """
     try:
         with opened_file(path) as stream:
             held = os.fstat(stream.fileno()).st_size
             if held > SMALL and held > (most or available_memory() // IN_MEMORY):
-                limit = f"such a file may have ({human_bytes(most)})" if most else "the memory holds"
+                limit = f"such a file may have ({human_bytes(most)})" if most else "fits the memory"
                 raise DataError(f"{path} has {human_bytes(held)}, more than {limit}. It was not read.")
             with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
                 return text.read()
@@ -89,31 +89,31 @@ def read_json(path: Path) -> Any:
         value = parse_json(text)
     except ValueError as error:
         raise DataError(f"{path} can't be read as JSON: {error}.") from error
-    if re.search(r"\\u[dD][89a-fA-F]", text):  # escapes of which only pairs are characters
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # escapes that are a character only in pairs
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"{path} holds {error.object[error.start]!a}, which is half a character, in a text."
-            ) from error
+            raise DataError(f"{path} holds a text with half a character, {error.object[error.start]!a}.") from error
     return value
 
 
 def read_csv(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Rows of a CSV file that has these columns, as `rows_of` reads them. Raises DataError."""
+    """The rows of a CSV file with these columns, as `rows_of` reads them. Raises DataError."""
     return rows_of(read_text(path), path, columns, optional)
 
 
 def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Rows of a table that a spreadsheet may have written: comma, semicolon or tab separate, blanks around are no part.
+    """The rows of a CSV table, by column. It may come from a spreadsheet: comma, semicolon or tab separate cells.
 
-    Columns are known in any case. Rows of empty cells are none. Raises DataError for a column that is missing, stands
-    there twice, or looks like a known one that is missing, and for rows of more cells than columns.
+    Blanks around a cell are removed, names of columns match in any case, and rows of empty cells are skipped. Raises
+    DataError for a column that is missing, is there twice, or looks like a missing one, and for rows with more cells
+    than columns.
     """
     first, _, rest = text.partition("\n")
-    stated = first.strip().removeprefix("sep=") if first.startswith("sep=") else ""  # a spreadsheet's own word for it
+    # Some spreadsheets name their separator in a first line.
+    stated = first.strip().removeprefix("sep=") if first.startswith("sep=") else ""
     text, first = (rest, "") if stated else (text, first)
-    separator = next((mark for mark in SEPARATORS if mark in (stated or first)), ",")
+    separator = next((known for known in SEPARATORS if known in (stated or first)), ",")
     try:
         cells = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
     except csv.Error as error:
@@ -122,18 +122,18 @@ def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[st
     known = {name.casefold(): name for name in (*columns, *optional)}
     header = [known.get(name.casefold(), name) for name in (rows[0] if rows else [])]
     alike = looks_like(header, tuple(known.values()))
-    faults = [f"{name!r}, which looks like {own!r}" for name, own in alike.items()]
+    faults = [f"{name!r}, which looks like {column!r}" for name, column in alike.items()]
     faults += [f"{name!r} twice" for name in dict.fromkeys(header) if name and header.count(name) > 1]
     if faults or not set(columns) <= set(header):
-        also = f", and perhaps {', '.join(optional)}" if optional else ""
+        also = f"; optional: {', '.join(optional)}" if optional else ""
         raise DataError(
             f"{path} has the columns {', '.join(header) or '(none)'}. wanted: {', '.join(columns)}{also}."
-            + (f"\n  found   {'; '.join(faults)}\nRename what is meant, and take the rest away." if faults else "")
+            + (f"\n  found   {'; '.join(faults)}\nRename these columns, or remove them." if faults else "")
         )
     long = [number for number, row in enumerate(rows, start=1) if any(row[len(header) :])]
     if long:
         raise DataError(
-            f"{path}, row {long[0]} has more cells than there are columns. A name with a {separator!r} in it stands in "
+            f"{path}, row {long[0]} has more cells than there are columns. Put a name with a {separator!r} in it in "
             f"quotes.\n  wanted  {', '.join(header)}\n  found   {separator.join(rows[long[0] - 1])[:200]}"
         )
     needed = max(header.index(name) for name in columns)
@@ -148,9 +148,10 @@ def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[st
 
 @dataclass
 class Table:
-    """Rows of a table of images by what it calls them; it remembers which were met, and which images it lacks.
+    """Rows of a table by the names of images. It remembers which rows were used and which images have no row.
 
-    lent: by its name, the name of another form by which a row was met.
+    met: names of used rows. lacked: names of images without a row. lent: name of a row -> the differently written name
+    (see `datasets.names`) of the image that uses it.
     """
 
     path: Path
@@ -161,90 +162,93 @@ class Table:
 
     @cached_property
     def forms(self) -> Mapping[str, Sequence[str]]:
-        """Names of rows, see names.by_form."""
+        """The names of rows by their form, see `names.by_form`."""
         return by_form(self.rows)
 
     def row(self, *names: str) -> Mapping[str, str]:
-        """The row of an image under the first of its names that has one; empty where none has.
+        """The row of an image, by the first of its names that has a row; {} where none has.
 
-        Blanks around a name are no part of it. A name of the same form comes first. Raises DataError for a row that two
-        images could mean.
+        Blanks around a name are ignored. A row of exactly this name is preferred to one that differs in form alone.
+        Raises DataError for a row that fits two images.
         """
         names = tuple(map(str.strip, names))
         asked_as = {name: name for name in names if name in self.rows}
         if not asked_as:
             found = {name: alike(name, self.forms) for name in names}
-            asked_as = {own: name for name, own in found.items() if own and (own in self.lent or own not in self.met)}
+            asked_as = {row: name for name, row in found.items() if row and (row in self.lent or row not in self.met)}
             self.lent = asked_as | self.lent
         here = list(asked_as)
         self.met.update(here)
-        twice = [own for own, name in asked_as.items() if self.lent.get(own, name) != name]
+        twice = [row for row, name in asked_as.items() if self.lent.get(row, name) != name]
         if twice:
-            raise DataError(f"{self.path} has a row for {twice[0]}, and two images have names that look like that.")
+            raise DataError(f"{self.path} has a row for {twice[0]}, and two images have names that look like it.")
         if not here:
             self.lacked.append(names[0])
         return self.rows[here[0]] if here else {}
 
     def notes(self) -> list[str]:
-        """What does not fit, once all images were asked for. Raises DataError where no row is of an image here."""
+        """Notes on rows without an image and images without a row, once all images were looked up.
+
+        Raises DataError where no row belongs to an image here.
+        """
         gone = [name for name in self.rows if name not in self.met]
         if gone and not self.met:
             raise DataError(
-                f"{self.path} names no image that is here.\n  wanted  {listed(self.lacked)}\n"
-                f"  found   {listed(gone)}\nNothing was read. Mend the names, or take the file away."
+                f"{self.path} names no image of this data set.\n  wanted  {listed(self.lacked)}\n"
+                f"  found   {listed(gone)}\nNothing was read. Correct the names, or remove the file."
             )
         bare = self.lacked if self.rows else []
-        told = (
+        findings = (
             (gone, "names", counted(len(gone), "image that is not here", "images that are not here")),
             (bare, "has no row for", counted(len(bare), "image")),
         )
-        return [f"{self.path.name} {verb} {count}: {listed(names)}" for names, verb, count in told if names]
+        return [f"{self.path.name} {verb} {count}: {listed(names)}" for names, verb, count in findings if names]
 
 
 def read_table(path: Path) -> Table:
-    """A samples.csv (image,split,group), as `rows_of` reads it; empty when there is none.
+    """The table of a samples.csv (image,split,group); empty when there is no such file.
 
-    Raises DataError for a table without images, and one that names an image twice.
+    Raises DataError for a row without an image, and for an image with two rows.
     """
     rows = [] if is_missing(path) else read_csv(path, ("image",), ("split", "group"))
     return Table(path, by_name(rows, "image", path))
 
 
 def by_name(rows: Sequence[dict[str, str]], column: str, path: Path) -> dict[str, dict[str, str]]:
-    """Rows by the image that a column names. Raises DataError for all that have none, or one of another row."""
+    """Rows by the image that a column names. Raises DataError for all rows that name none, or the image of another."""
     named: dict[str, dict[str, str]] = {}
     faults = []
     for number, row in enumerate(rows, start=1):
         name = row[column].replace("\\", "/") if column == "image" else row[column]
         if not name or name in named:
             called = "name" if column == "image" else column
-            faults.append(f"{path}, image {number}: {f'{name} stands there twice' if name else f'it has no {called}'}.")
+            faults.append(f"{path}, image {number}: {f'{name} is there twice' if name else f'it has no {called}'}.")
         named[name] = row
     raise_all([DataError(fault) for fault in faults])
     return named
 
 
 def is_missing(path: Path) -> bool:
-    """Whether there is nothing at a path: no pipe, and no link that leads nowhere or to itself either."""
+    """Whether there is nothing at a path, not even a pipe or a link that leads nowhere or to itself."""
     return not os.path.lexists(path)
 
 
 def own_table(root: Path) -> Table:
-    """The samples.csv that lies in a data folder itself. Raises DataError."""
+    """The table of the samples.csv at the top of a data folder. Raises DataError."""
     return read_table(kept_below(root, root / "samples.csv"))
 
 
 def below(root: Path, text: str, where: object, base: Path | None = None) -> Path:
-    """The path that an annotation names, relative to `base` (else `root`), always below `root`.
+    """The path that an annotation names, relative to `base` (else to `root`), always below `root`.
 
-    Windows' separators are taken as such. Raises DataError, naming `where`, for a path that is absolute,
-    that leads out of the data folder by `..` or by a link, or that links to itself.
+    Windows' separators are understood. Raises DataError, naming `where`, for an absolute path, for one that leads out
+    of the data folder by `..` or by a link, and for a link to itself.
     """
     return kept_below(root, named_below(root, text, where, base))
 
 
 def named_below(root: Path, text: str, where: object, base: Path | None = None) -> Path:
-    """`below` without a look at the disk: links, which lie there by the user's own hand, are not followed.
+    """Like `below`, without reading the disk: links are not checked.
 
     Raises DataError, naming `where`, for a path that is absolute or leads out of the data folder by `..`.
     """
@@ -260,13 +264,13 @@ def named_below(root: Path, text: str, where: object, base: Path | None = None) 
         raise DataError(
             f"{where} names a path that is not below the data folder.\n"
             f"  wanted  a relative path below {root}\n  found   {text[:200]!r}\n"
-            "It was not opened. Mend the annotation."
+            "It was not opened. Correct the annotation."
         )
     return root / relative
 
 
 def kept_below(root: Path, path: Path) -> Path:
-    """The path as it lies on the disk, see names. Raises DataError when a link leads out of `root`, see `leads_out`."""
+    """The path as it is written on the disk, see `names`. Raises DataError when it leads out of `root` by a link."""
     path = as_on_disk(root, path)
     try:
         real = path.resolve()
@@ -281,16 +285,16 @@ def kept_below(root: Path, path: Path) -> Path:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Folders in a folder, linked ones too, sorted, no hidden ones. Quick where thousands of files lie beside them."""
-    with os.scandir(folder) as entries:  # an entry that links to itself is asked as a path, which answers no
+    """The folders in a folder, also linked ones, without hidden ones, sorted. Fast also beside thousands of files."""
+    with os.scandir(folder) as entries:  # an entry that links to itself is tested as a path, which is no folder
         found = [folder / e.name for e in entries if (Path(e) if e.is_symlink() else e).is_dir()]
     return visible(folder, found)
 
 
 def files_below(root: Path, folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
-    """Files of these suffixes (lower case) in a folder and the folders in it, sorted; linked folders are not entered.
+    """Files with these suffixes (lower case) in a folder and below, sorted; linked folders are not entered.
 
-    Hidden ones are passed over, see names. Raises DataError for a link out of `root`, or to itself.
+    Hidden files are skipped, see `names`. Raises DataError for a link out of `root`, or to itself.
     """
     kept_below(root, folder)
     chosen = [path for path in files_in(folder) if path.suffix.lower() in suffixes]
@@ -298,8 +302,7 @@ def files_below(root: Path, folder: Path, suffixes: Collection[str] = SUFFIXES) 
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files in a folder and the folders in it but hidden ones, sorted, links among them; folders are not entered
-    through a link."""
+    """All files in a folder and below, but hidden ones, sorted. Linked files count; linked folders are not entered."""
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
@@ -308,9 +311,9 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def other_images(root: Path, read: Sequence[Path]) -> list[str]:
-    """A note on images below `root` that lie in none of the folders that were read, by folder; none without them.
+    """A note with the number, per folder, of images below `root` outside of the folders that were read; [] without any.
 
-    Those to which such a folder or a file in it is a link are read too.
+    Images count as read also where a link in a read folder leads to them.
     """
     others = [p for p in files_in(root) if p.suffix.lower() in SUFFIXES and not any(map(p.is_relative_to, read))]
     if not others:
@@ -328,7 +331,7 @@ def other_images(root: Path, read: Sequence[Path]) -> list[str]:
 
 
 def stem_of(path: Path, folder: Path) -> str:
-    """An image's path below a folder without its file's suffix: `a/stack/0003` of `a/stack.tif/0003`."""
+    """An image's path below a folder without the suffix of its file: `a/stack/0003` for `a/stack.tif/0003`."""
     file, page = page_of(path)
     stem = file.relative_to(folder).with_suffix("").as_posix()
     return stem if page is None else f"{stem}/{path.name}"
@@ -337,37 +340,37 @@ def stem_of(path: Path, folder: Path) -> str:
 def paired(
     images: Sequence[Path], image_folder: Path, masks: Sequence[Path], mask_folder: Path
 ) -> tuple[list[Path], dict[str, Path]]:
-    """All images of files, page by page, and all masks of files by stem; damaged files are met again, by name.
+    """All images, page by page, and all masks by stem. Damaged files are kept: reading them later raises the error.
 
-    Raises DataError where a file of images has a mask of another number of pages, and where a stem stands for several.
+    Raises DataError where an image has a mask with another number of pages, and where a stem belongs to several files.
     """
     image_of, mask_files = _by_stem(images, image_folder), _by_stem(masks, mask_folder)
     pages = {file: pages_of(file) for file in image_of.values()}
     drawn = {stem: (file, pages_of(file)) for stem, file in renamed(mask_files, image_of).items()}
-    for image, own in pages.items():
+    for image, own_pages in pages.items():
         stem = stem_of(image, image_folder)
-        mask, found = drawn.get(stem, (image, own))
-        if len(found) == len(own) or not can_be_counted(image):
+        mask, found = drawn.get(stem, (image, own_pages))
+        if len(found) == len(own_pages) or not can_be_counted(image):
             continue
         if can_be_counted(mask):
-            raise DataError(_of_other_pages(image, len(own), mask, len(found)))
-        drawn[stem] = mask, [page_path(mask, number) for number in range(len(own))]
+            raise DataError(_of_other_pages(image, len(own_pages), mask, len(found)))
+        drawn[stem] = mask, [page_path(mask, number) for number in range(len(own_pages))]
     mask_of = {
-        stem if page == mask else f"{stem}/{page.name}": page for stem, (mask, own) in drawn.items() for page in own
+        stem if page == mask else f"{stem}/{page.name}": page for stem, (mask, found) in drawn.items() for page in found
     }
-    return [page for own in pages.values() for page in own], mask_of
+    return [page for found in pages.values() for page in found], mask_of
 
 
 def _by_stem(files: Sequence[Path], folder: Path) -> dict[str, Path]:
-    """Files by stem, one with an image's suffix before others. Raises DataError for two such of one stem."""
+    """Files by stem; a file with an image's suffix is preferred. Raises DataError for two such files of one stem."""
     found: dict[str, Path] = {}
     for file in files:
         stem = stem_of(file, folder)
         known, new = (path.suffix.lower() in SUFFIXES for path in (found.get(stem, Path()), file))
         if known and new:
             raise DataError(
-                f"{found[stem]} and {file} have one name, so that images and masks can't be told apart.\n"
-                "Nothing was read. Rename one, or take it away."
+                f"{found[stem]} and {file} have the same name, so images and masks can't be paired.\n"
+                "Nothing was read. Rename one, or remove it."
             )
         if not known:
             found[stem] = file
@@ -375,7 +378,10 @@ def _by_stem(files: Sequence[Path], folder: Path) -> dict[str, Path]:
 
 
 def words_of(text: str, where: object, count: int) -> list[list[str]]:
-    """Words of each line that is not empty, separated by spaces or commas. Raises DataError for another number."""
+    """The words of each line, separated by spaces or commas; empty lines are skipped.
+
+    Raises DataError for a line with another number of words than `count`.
+    """
     rows = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
     for number, row in enumerate(rows, start=1):
         if len(row) != count:
@@ -384,9 +390,9 @@ def words_of(text: str, where: object, count: int) -> list[list[str]]:
 
 
 def mask_pages(image: Path, pages: Sequence[Path], mask: Path) -> list[Path]:
-    """The pages of a mask, as many as its image has; damaged files are met again, by name.
+    """The pages of a mask, as many as its image has. A damaged file is kept: reading it later raises the error.
 
-    Raises DataError for another number.
+    Raises DataError for another number of pages.
     """
     found = pages_of(mask)
     if len(found) == len(pages) or not can_be_counted(image):
@@ -398,7 +404,7 @@ def mask_pages(image: Path, pages: Sequence[Path], mask: Path) -> list[Path]:
 
 def _of_other_pages(image: Path, pages: int, mask: Path, found: int) -> str:
     return (
-        f"{mask} is not the mask of {image}: they go page by page.\n"
+        f"{mask} is not the mask of {image}: each page of the image needs one page of the mask.\n"
         f"  wanted  {counted(pages, 'page')}, as the image has\n  found   {found}\n"
-        "Nothing was read. Mend the mask, or the image."
+        "Nothing was read. Correct the mask or the image."
     )

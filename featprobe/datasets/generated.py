@@ -119,9 +119,9 @@ _DESCRIPTIONS = {
 def generate(name: str, out: Path, *, images: int = 240, size: tuple[int, int] = (256, 256), seed: int = 0) -> None:
     """Write the generated data set `name` into the folder `out`.
 
-    `images` pictures of `size` (height, width) pixels go to `out/images`, two to a part; COCO files of the
-    train, val and test parts (60, 20 and 20 percent) go to `out/annotations`. The bytes depend on the
-    arguments alone. Raises DataError for a name not in GENERATED, fewer pictures than three parts need, a
+    `images` pictures of `size` (height, width) pixels go to `out/images`, two per part; COCO files of the
+    train, val and test parts (60, 20 and 20 percent) go to `out/annotations`. The bytes depend only on the
+    arguments. Raises DataError for a name not in GENERATED, fewer pictures than three parts need, a
     side under 32 pixels, a negative seed, or an `out` that is not a folder.
     """
     _check(name, out, images, size, seed)
@@ -157,7 +157,7 @@ def generate(name: str, out: Path, *, images: int = 240, size: tuple[int, int] =
 
 
 def split_parts(parts: int, seed: int) -> dict[str, list[int]]:
-    """Parts 0 .. parts-1 dealt at random to train, val and test, 60, 20 and 20 percent; none is empty."""
+    """Parts 0 .. parts-1 drawn at random into train, val and test, 60, 20 and 20 percent; no split is empty."""
     order = np.random.default_rng((seed, parts)).permutation(parts).tolist()
     held_out = max(1, round(0.2 * parts))
     test, val, train = order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :]

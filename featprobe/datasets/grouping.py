@@ -1,4 +1,4 @@
-"""Groups from links: what shows the same thing is one group."""
+"""Groups from links: items that are linked, directly or through others, are one group."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar

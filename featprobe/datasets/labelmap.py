@@ -1,4 +1,4 @@
-"""CVAT's labelmap.txt: `name:R,G,B:parts:actions` a line; class masks in these colours, or in indices of its lines."""
+"""CVAT's labelmap.txt, one `name:R,G,B:parts:actions` per line. Masks hold these colours, or the lines' indices."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ from featprobe.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Labels
 
 NAME = "labelmap.txt"
-IGNORED = ("ignored", "ignore")  # CVAT's word for VOC's void, and ours
-VOID = 0xE0E0C0  # VOC's colour of what is ignored
+IGNORED = ("ignored", "ignore")  # CVAT's name for VOC's void, and featprobe's
+VOID = 0xE0E0C0  # VOC's colour of ignored pixels
 COLOURED = ("RGB", "RGBA")
 INDEXED = ("P", "L", "1")
 
 
 @dataclass(frozen=True)
 class Labelmap:
-    """What the file says. classes: the background first; of_colour, of_line: class index, or IGNORE, of each."""
+    """The content of the file. classes: names, the background first. of_colour, of_line: class index or IGNORE per
+    colour and per line."""
 
     path: Path
     classes: tuple[str, ...]
@@ -33,9 +34,9 @@ class Labelmap:
     of_line: tuple[int, ...]
 
     def read(self, path: Path) -> Labels:
-        """(height, width) class indices of a mask; a palette's colours are taken where all are named, else its indices.
+        """(height, width) class indices of a mask. A palette's colours count where all are named, else its indices.
 
-        Raises DataError for a colour or an index that is not named.
+        Raises DataError for a colour or an index that is not in the file.
         """
         mode, values = stored_pixels(path)
         if mode not in (*COLOURED, *INDEXED):
@@ -56,7 +57,7 @@ class Labelmap:
         unknown = [form.format(value) for value in found.tolist() if value not in named]
         if unknown:
             raise DataError(
-                f"{path} holds what {self.path.name} does not name.\n"
+                f"{path} holds values that {self.path.name} does not name.\n"
                 f"  wanted  {', '.join(form.format(value) for value in named)}\n  found   {listed(unknown)}"
             )
         index = np.array([named[value] for value in found.tolist()], dtype=np.uint8)
@@ -64,7 +65,7 @@ class Labelmap:
 
 
 def read_labelmap(root: Path, *folders: Path) -> Labelmap | None:
-    """The labelmap.txt of the first of these folders below `root` that has one; None without. Raises DataError."""
+    """The labelmap.txt in the first of these folders that has one; None without. Raises DataError."""
     path = next((folder / NAME for folder in (*folders, root) if not is_missing(folder / NAME)), None)
     if path is None:
         return None
@@ -89,7 +90,7 @@ def read_labelmap(root: Path, *folders: Path) -> Labelmap | None:
 
 
 def codes_of(path: Path) -> tuple[NDArray, int]:
-    """(height, width) numbers of a mask's objects, or their colours as numbers, and the one that is ignored."""
+    """(height, width) numbers of a mask's objects (in a colour mask their colours), and the ignored number."""
     mode, values = stored_pixels(path)
     if mode not in (*COLOURED, *INDEXED):
         raise DataError(f"{path} is a mask of the pixel format {mode}. wanted: RGB colours, a palette or 8-bit grey.")
@@ -97,7 +98,7 @@ def codes_of(path: Path) -> tuple[NDArray, int]:
 
 
 def _line(line: str, where: str) -> tuple[str, int]:
-    """The name and the colour, 65536 R + 256 G + B, of a line. Raises DataError."""
+    """The name of a line and its colour as 65536 R + 256 G + B. Raises DataError."""
     name, _, rest = line.partition(":")
     colour = rest.partition(":")[0].split(",")
     if not name.strip() or len(colour) != 3:

@@ -1,4 +1,4 @@
-"""Names of files: which are no data, and which file a name means that is written in another form than on the disk."""
+"""Names of files: hidden files, which are no data, and names that are written in another form than on the disk."""
 
 import os
 import unicodedata
@@ -13,24 +13,24 @@ from featprobe.errors import DataError
 
 T = TypeVar("T")
 
-HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # what macOS, Windows and Synology leave, in lower case
+HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # left by macOS, Windows and Synology; in lower case
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder of this name is no data: dot files, as .ipynb_checkpoints and ._a.png, and HIDDEN."""
+    """Whether a file or folder of this name is no data: dot files (.ipynb_checkpoints, ._a.png) and HIDDEN."""
     return name.startswith(".") or name.lower() in HIDDEN
 
 
 def visible(root: Path, paths: Iterable[Path]) -> list[Path]:
-    """Those paths below a folder, sorted, that are not hidden and in no hidden folder of it."""
+    """The paths that are not hidden and in no hidden folder below `root`, sorted."""
     return sorted(path for path in paths if not any(map(is_hidden, path.relative_to(root).parts)))
 
 
 def as_on_disk(root: Path, path: Path) -> Path:
-    """A path below `root`; where nothing is there, the file that is and whose name differs in form alone.
+    """A path below `root` as it is written on the disk. Where nothing is there, a file whose name differs only in form.
 
-    Such forms are Unicode's (composed and decomposed) and percent-encoding. A name that differs in nothing comes first.
-    Raises DataError where several files are meant.
+    Forms are Unicode's (composed and decomposed) and percent-encoding. Exactly the same name is preferred. Raises
+    DataError where several files fit.
     """
     if path == root or _is_there(path):
         return path
@@ -40,15 +40,16 @@ def as_on_disk(root: Path, path: Path) -> Path:
 
 
 def first_there(root: Path, places: Collection[Path]) -> Path | None:
-    """The first of these paths below `root` that leads to a file, else the first that `as_on_disk` finds; or None."""
+    """The first of these paths below `root` that exists, else the first that `as_on_disk` finds, else None."""
     found = (as_on_disk(root, place) for place in places)
     return next(filter(_leads_to_file, places), None) or next(filter(_leads_to_file, found), None)
 
 
 def meant(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """The known name that each name means: itself, else the one that differs in form alone; itself without such.
+    """The known name for each name: the same, else the known name that differs only in form, else the name itself.
 
-    A known name that is met as it is means nothing else. Raises DataError where several are meant, or by several.
+    A known name that is used exactly stands for nothing else. Raises DataError where a name fits several known names,
+    or several names fit one.
 
     >>> meant(["a%20b", "c"], ["a b", "d"])
     {'a%20b': 'a b', 'c': 'c'}
@@ -67,26 +68,26 @@ def meant(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
 
 
 def alike(name: str, forms: Mapping[str, Sequence[str]]) -> str | None:
-    """The only name of `by_form` that looks like this one; None without. Raises DataError where several do."""
+    """The name of `by_form` that differs from this one in form alone; None without. Raises DataError for several."""
     found = forms.get(plain(name))
     return _only(found, f"There is no {name}, and") if found else None
 
 
-def renamed(own: Mapping[str, T], known: Collection[str]) -> dict[str, T]:
-    """Values by name, each under the known name that is `meant`."""
-    known_as = meant(own, known)
-    return {known_as[name]: value for name, value in own.items()}
+def renamed(values: Mapping[str, T], known: Collection[str]) -> dict[str, T]:
+    """The same values by known names, see `meant`."""
+    known_as = meant(values, known)
+    return {known_as[name]: value for name, value in values.items()}
 
 
 def not_there(path: Path) -> str:
-    """What is said of a path where no file is; "" where that is not what is wrong."""
-    if (said := misnamed(path)) or _is_there(path) or not path.parent.is_dir():
-        return said
+    """The error text for a path without a file, where similar names exist or it names no page; else ""."""
+    if (fault := misnamed(path)) or _is_there(path) or not path.parent.is_dir():
+        return fault
     wanted = plain(path.name).casefold()
-    alike = [name for form, own in _inside(path.parent).items() if form.casefold() == wanted for name in own]
+    alike = [name for form, names in _inside(path.parent).items() if form.casefold() == wanted for name in names]
     if not alike:
         return ""
-    return f"There is no {path}. Did you mean {' or '.join(sorted(alike))}? Upper and lower case are told apart."
+    return f"There is no {path}. Did you mean {' or '.join(sorted(alike))}? Upper and lower case matter."
 
 
 def _only(names: Collection[str], what: str) -> str:
@@ -96,7 +97,7 @@ def _only(names: Collection[str], what: str) -> str:
 
 
 def _is_there(path: Path) -> bool:
-    return os.path.lexists(path) or path.parent.is_file()  # what is below a file is a page, or is told to be none
+    return os.path.lexists(path) or path.parent.is_file()  # a path below a file is a page, or misnamed
 
 
 def _leads_to_file(path: Path) -> bool:
@@ -104,7 +105,7 @@ def _leads_to_file(path: Path) -> bool:
 
 
 def plain(name: str) -> str:
-    """The one form of all names that look alike.
+    """The common form of all names that differ in form alone.
 
     >>> plain("Pru\u0308f%201") == "Pr\xfcf 1"
     True
@@ -113,7 +114,7 @@ def plain(name: str) -> str:
 
 
 def by_form(names: Iterable[str]) -> Mapping[str, list[str]]:
-    """Names by the one form of all that look alike."""
+    """Names by their common form, see `plain`."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         found[plain(name)].append(name)
@@ -126,7 +127,7 @@ def _listing(folder: Path) -> Mapping[str, list[str]]:
 
 
 def _inside(folder: Path) -> Mapping[str, list[str]]:
-    """Names in a folder by their form; empty where that can't be told."""
+    """Names in a folder by their form; {} where the folder can't be read."""
     try:
         return _listing(folder) if folder.is_dir() else {}
     except OSError:

@@ -1,4 +1,4 @@
-"""How near a folder is to a format, for the refusal of one that none fits."""
+"""How near a folder is to a format, for the error message when no format fits."""
 
 import os
 from collections import Counter
@@ -16,16 +16,16 @@ from featprobe.errors import counted
 
 @dataclass(frozen=True)
 class Near:
-    """What a folder has of the things that a format looks for, and the first that it lacks."""
+    """found: the things a format looks for that a folder has. lacks: the first of them that it lacks."""
 
     found: tuple[str, ...]
     lacks: str
 
 
 def seek(*wanted: str, then: str = "") -> Callable[[Path], Near]:
-    """What looks for things in their order: each a pattern of `Path.glob`, or several with | between.
+    """A function that looks for things in a folder, in order. Each is a `Path.glob` pattern, or several joined by |.
 
-    then: what their contents must be, which is lacking where all are there and the format does not fit.
+    then: the contents that they must have; this is what is lacking where all are there and the format does not fit.
     """
 
     def look(root: Path) -> Near:
@@ -34,7 +34,7 @@ def seek(*wanted: str, then: str = "") -> Callable[[Path], Near]:
         }
         found = tuple(path.relative_to(root).as_posix() for path in there.values() if path)
         lacking = [" or ".join(each.split("|")) for each, path in there.items() if not path]
-        return Near(found, lacking[0] if lacking else then or "files that are as their names say")
+        return Near(found, lacking[0] if lacking else then or "files whose contents fit their names")
 
     return look
 
@@ -62,19 +62,19 @@ def nearest_pairs(root: Path) -> Near:
         there = (f"links to folders: {listed(linked)}",) if linked else ()
         return Near((*found, *there), f"images (files ending in {', '.join(SUFFIXES)}){also}")
     if masks:
-        lacks = "names that meet: no mask is called as an image, whatever stands before or behind its name"
+        lacks = "matching names: no mask has the name of an image, with any text before or after it"
     elif others:
         each = [f"{counted(n, 'file')} of {suffix} in {folder}" for (folder, suffix), n in sorted(others.items())]
-        lacks = f"masks that are images; there are {listed(each)}. wanted: {', '.join(MASK_SUFFIXES)}"
+        lacks = f"masks that are images; it has {listed(each)}. wanted: {', '.join(MASK_SUFFIXES)}"
     else:
         wanted = "a folder called masks, labels, annotations, seg or gt, or names as NAME_mask"
         held = listed([f"{n} images in {f}" for f, n in images.most_common()], 3)
-        lacks = f"masks: {wanted}; there are {held}"
+        lacks = f"masks: {wanted}; it has {held}"
     return Near(found, lacks + also)
 
 
 def linked_folders(root: Path) -> list[str]:
-    """Folders below a folder that are links, which no search enters, relative to it."""
+    """Linked folders below a folder, relative to it. No search enters them."""
     return sorted(
         Path(place, name).relative_to(root).as_posix()
         for place, folders, _ in os.walk(root)

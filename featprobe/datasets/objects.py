@@ -1,4 +1,4 @@
-"""What readers share of labels: boxes and polygons that lie in their image, numbers, sizes, class names."""
+"""Labels for all readers: objects from boxes, polygons and masks, sizes, pixels of masks, class names."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -16,14 +16,14 @@ from featprobe.datasets.images.pages import count_pages, page_of
 from featprobe.datasets.images.tiff import NODATA
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import stated_side
-from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages take it from here
+from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages import it from here
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
 from featprobe.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
 
-SHOWN = 3  # places of objects in a note
-SLACK = 1.0  # pixels by which a coordinate may pass the image's edge: rounding of common exporters
+SHOWN = 3  # most places of objects in a note
+SLACK = 1.0  # pixels by which a coordinate may pass the image's edge, because common exporters round
 
 
 def box_instance(
@@ -35,13 +35,13 @@ def box_instance(
     rle: Rle | None = None,
     area: float | None = None,
 ) -> Instance:
-    """An object of a box x1 y1 x2 y2, pixels; it may pass the image's edge by a pixel, which is clipped.
+    """An object from a box x1 y1 x2 y2 in pixels, clipped to the image; it may pass the image's edge by a pixel.
 
-    rle, area: of its mask, as Instance has them. Raises OutOfImageError, naming `where`, for a box that is empty or
-    lies elsewhere, and for a mask without a pixel: nothing that is found could ever match such an object.
+    rle, area: its mask and the mask's area, as in Instance. Raises OutOfImageError, naming `where`, for a box that is
+    empty or leaves the image, and for a mask without a pixel: no prediction could ever match such an object.
     """
     if rle is not None and not coco_mask.area(rle):
-        raise OutOfImageError(f"{where}: the mask is empty. wanted: one pixel or more, else nothing can match it.")
+        raise OutOfImageError(f"{where}: the mask is empty, so nothing can match it. wanted: one pixel or more.")
     height, width = size
     x1, y1, x2, y2 = box
     clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
@@ -55,10 +55,10 @@ def box_instance(
 
 
 def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: Size, where: object) -> Instance:
-    """An object of polygons, each (points, 2), pixels, x y; they may pass the image's edge by a pixel.
+    """An object from polygons, each (points, 2), x y in pixels; they may pass the image's edge by a pixel.
 
-    Raises DataError, naming `where`, for fewer than three points; OutOfImageError for points elsewhere, and for
-    polygons that cover no pixel.
+    Raises DataError, naming `where`, for fewer than three points; OutOfImageError for polygons that leave the image or
+    cover no pixel.
     """
     short = [len(part) for part in parts if len(part) < 3]
     if short:
@@ -67,7 +67,7 @@ def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: 
     flat = [part.ravel().tolist() for part in parts]
     xs, ys = ([value for part in flat for value in part[axis::2]] for axis in (0, 1))
     box = (min(xs), min(ys), max(xs), max(ys))
-    if math.isnan(sum(xs) + sum(ys)) or not _is_inside(box, size):  # of nan there is no smallest
+    if math.isnan(sum(xs) + sum(ys)) or not _is_inside(box, size):  # nan has no smallest value
         raise OutOfImageError(
             f"{where}: the polygon leaves the image.\n"
             f"  wanted  0 <= x <= {width}, 0 <= y <= {height} pixels\n"
@@ -94,7 +94,7 @@ def _is_inside(box: Sequence[float], size: Size) -> bool:
 
 
 def mask_instance(category: int, mask: NDArray[np.bool_]) -> Instance:
-    """An object of a (height, width) mask that is not empty."""
+    """An object from a (height, width) mask, which must not be empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
     return Instance(category, box, encode_rle(mask), area=float(mask.sum()))
@@ -105,27 +105,27 @@ def _text_rle(rle: Any) -> Rle:
 
 
 def check_stated(height: Any, width: Any, size: Size, where: object) -> None:
-    """Raise LabelSizeError, naming `where`, when labels state another size than their image's; 0 and null state none.
+    """Raise LabelSizeError, naming `where`, when labels state another size than that of their image.
 
-    Raises DataError for what is no whole number.
+    0 and null state no size. Raises DataError for a value that is no whole number.
     """
     stated = stated_side(height, where), stated_side(width, where)
     check_size((stated[0] or size[0], stated[1] or size[1]), size, where)
 
 
 def check_size(found: Size, size: Size, where: object) -> None:
-    """Raise LabelSizeError, naming `where`, when an annotation or mask is of another (height, width) than its image."""
+    """Raise LabelSizeError, naming `where`, when an annotation or mask has another (height, width) than its image."""
     if found != size:
         raise LabelSizeError(
-            f"{where} is of another size than its image.\n"
+            f"{where} has another size than its image.\n"
             f"  wanted  {size[0]}x{size[1]} pixels (height x width)\n  found   {found[0]}x{found[1]}"
         )
 
 
 def stored_pixels(path: Path) -> tuple[str, NDArray[Any]]:
-    """A mask's pixel format, as Pillow calls it, and its values as stored; of numpy's files those of whole numbers.
+    """A mask's pixel format, by Pillow's name, and its stored values; numpy files must hold whole numbers.
 
-    Raises DataError where it can't be read, and for a file of several images.
+    Raises DataError for a file that can't be read or holds several images.
     """
     file, page = page_of(path)
     if not file.is_file():
@@ -147,7 +147,7 @@ def stored_pixels(path: Path) -> tuple[str, NDArray[Any]]:
 
 
 def read_pixels(path: Path, modes: Sequence[str], wanted: str) -> NDArray[np.uint8]:
-    """An 8-bit mask's values as stored, indices for a palette. Raises DataError for another pixel format."""
+    """The stored values of an 8-bit mask, (height, width); a palette's indices. Raises DataError for other formats."""
     mode, values = stored_pixels(path)
     if mode not in modes:
         raise DataError(f"{path} is a mask of the pixel format {mode}. wanted: {wanted}.")
@@ -155,18 +155,18 @@ def read_pixels(path: Path, modes: Sequence[str], wanted: str) -> NDArray[np.uin
 
 
 def read_binary(path: Path, above: int = 0) -> Labels:
-    """A mask of 0 and 1 from a grey one: 1 where it is brighter than `above`.
+    """A mask of 0 and 1 from a grey mask: 1 where it is brighter than `above`.
 
-    Raises DataError, also where something is drawn and nothing of it is as bright.
+    Raises DataError for an unreadable mask, and for one that has levels above 0 but none above `above`.
     """
     values = read_pixels(path, ("L", "P", "1"), "8-bit grey")
     if 0 < values.max(initial=0) <= above:
-        raise DataError(f"{path} is a mask of levels up to {values.max()}. wanted: 0 and 255, or 0 alone.")
+        raise DataError(f"{path} is a mask with levels up to {values.max()}. wanted: 0 and 255, or only 0.")
     return (values > above).astype(np.uint8)  # (height, width)
 
 
 def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
-    """Class names, the background first. Raises DataError when they are too many, too few, or not distinct."""
+    """Class names, the background first, checked. Raises DataError for too many, too few, or equal names."""
     twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
     if not 2 <= len(classes) < IGNORE or twice:
         said = f", of which several are called {listed(twice)}" if twice else ""
@@ -178,7 +178,7 @@ def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
 
 
 def class_lines(root: Path, given: Sequence[str] | None = None) -> tuple[list[str], str] | None:
-    """The lines that name a set's classes and where they stand: those given, else of its classes.txt; None without.
+    """The lines that name a set's classes, and their place: the given lines, else those of classes.txt; None without.
 
     Raises DataError.
     """
@@ -186,34 +186,34 @@ def class_lines(root: Path, given: Sequence[str] | None = None) -> tuple[list[st
     if given is None and is_missing(path):
         return None
     lines = read_text(kept_below(root, path)).splitlines() if given is None else given
-    where = f"{path}" if given is None else f"What names the classes of {root}"
+    where = f"{path}" if given is None else f"The list of classes of {root}"
     return [line.strip() for line in lines if line.strip()], where
 
 
 def read_classes(root: Path, given: Sequence[str] | None = None) -> tuple[str, ...] | None:
-    """Class names, one a line, the background first, as `class_lines` finds them. Raises DataError."""
+    """Class names, one per line, the background first, as `class_lines` finds them. Raises DataError."""
     found = class_lines(root, given)
     return None if found is None else check_classes(*found)
 
 
 def check_known(labels: Collection[str], classes: Sequence[str], root: Path) -> None:
-    """Raise DataError where labels are none of the classes that were named."""
+    """Raise DataError where labels are not among the named classes."""
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise DataError(
-            f"What names the classes of {root} does not name {listed(unknown)}. It names: {', '.join(classes)}."
+            f"The list of classes of {root} does not name {listed(unknown)}. It names: {', '.join(classes)}."
         )
 
 
 @dataclass
 class Tally:
-    """How many objects are of a kind, and where the first of them stand."""
+    """How many objects are of one kind, and the places of the first of them."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, where: object) -> None:
-        """One more, which stands at `where`."""
+        """Count one more object, whose place is `where`."""
         self.count += 1
         if self.count <= SHOWN:
             self.first.append(str(where))
@@ -224,9 +224,9 @@ class Tally:
 
 
 def partly(so: str, these: Tally, how: str, others: Tally) -> list[str]:
-    """A note where some objects of a set are of another kind than the rest, which decides for all of it.
+    """A note where some objects of a set are of another kind than the others, which decides how the whole set is read.
 
-    so: what follows; how: what these are, as against the others; where the fewer stand is named.
+    so: the consequence. how: how these objects differ from the others. The note names the places of the fewer objects.
 
     >>> partly("boxes alone are read", Tally(1, ["a.txt, line 4"]), "as polygons", Tally(9))
     ['boxes alone are read: 1 of 10 objects as polygons (a.txt, line 4)']

@@ -1,4 +1,4 @@
-"""A data set: samples with splits and groups, and a way to read their labels."""
+"""A data set: samples with splits and groups, and a function that reads their labels."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,9 +10,10 @@ import numpy as np
 
 from featprobe.errors import DataError
 from featprobe.geometry import Size
+from featprobe.scores import SCORES, On
 from featprobe.targets import Target
 
-GENERATED = ("xray", "surface")  # sets that featprobe draws itself, see datasets.generated
+GENERATED = ("xray", "surface")  # sets that featprobe generates, see datasets.generated
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -22,9 +23,9 @@ SPLIT_WORDS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One image. `id` is unique in its data set; images of one `group` never belong in two splits.
+    """One image. `id` is unique in its data set; images of one `group` should never be in two splits.
 
-    labels: whatever its reader needs to find its labels: a path, or the labels themselves.
+    labels: what its reader needs to find the labels: a path, or the labels themselves.
     """
 
     id: str
@@ -35,13 +36,13 @@ class Sample:
 
 
 class Samples(Sequence[Sample]):
-    """Samples as one array of text a field, from which each is made when it is asked for.
+    """Samples stored as one array of text per field. A Sample is made only when it is asked for.
 
-    So the index of a large set takes its texts and 16 bytes for each, where objects would take ten times that.
+    So the index of a large set takes its texts and 16 bytes per text; objects would take ten times as much.
     """
 
     def __init__(self, samples: Iterable[Sample]) -> None:
-        """Raises DataError for a name that is no text."""
+        """Raises DataError for a name that is no UTF-8 text."""
         rows = [(s.id, str(s.image), s.group, s.split, s.labels) for s in samples]
         self._columns = [_Column(texts) for texts in (zip(*rows, strict=True) if rows else [()] * 5)]
 
@@ -57,15 +58,15 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> "Sample | Samples":
         if isinstance(index, slice):
             return Samples(self[i] for i in range(len(self))[index])
-        own, image, group, split, labels = (column[index] for column in self._columns)
-        return Sample(own, Path(image), group, split, labels)
+        identity, image, group, split, labels = (column[index] for column in self._columns)
+        return Sample(identity, Path(image), group, split, labels)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Samples) and list(self) == list(other)
 
 
 class _Column:
-    """Texts without the beginning that all of them share, which most paths have."""
+    """Texts, stored without the beginning that all of them share, as paths do."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.shared = os.path.commonprefix(texts)  # noqa: RUF071  # characters are meant, not folders
@@ -79,7 +80,7 @@ class _Column:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise DataError for a name whose bytes are no UTF-8, which neither caches nor results could hold."""
+    """Raise DataError for a name whose bytes are no UTF-8: caches and results can't hold it."""
     for name in names:
         try:
             name.encode()
@@ -93,15 +94,15 @@ def _no_text(name: str) -> DataError:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a reader found.
+    """A data set, as a reader found it.
 
     classes: names by class index, the background first.
-    samples: any sequence of them; kept as Samples.
-    tasks: which of semseg, detect, instseg its labels can serve.
-    read_target: labels of a sample whose image has this (height, width); raises DataError.
-    notes: what a user should know of it: leaks, files left aside.
-    category_ids: what its annotations call each class but the background; empty where they call it nothing.
-    description: what featprobe.toml would say beside its path, so that it is read in this very way.
+    samples: any sequence of Sample; kept as Samples.
+    tasks: those that the labels can serve.
+    read_target: gives the labels of a sample whose image has this (height, width); raises DataError.
+    notes: sentences for the user: leaks between splits, files that are not read.
+    category_ids: the annotations' ids of all classes but the background; empty where they have none.
+    description: the entries of featprobe.toml, beside the path, that read the set in the same way again.
     """
 
     name: str
@@ -118,8 +119,18 @@ class DataSet:
         check_names([os.path.abspath(self.root)])
         if not isinstance(self.samples, Samples):
             object.__setattr__(self, "samples", Samples(self.samples))
-        told = tuple(note.encode("utf-8", "backslashreplace").decode() for note in self.notes)
-        object.__setattr__(self, "notes", told)  # a file that is passed over may have a name that no text can hold
+        notes = tuple(note.encode("utf-8", "backslashreplace").decode() for note in self.notes)
+        object.__setattr__(self, "notes", notes)  # the name of a skipped file may be no UTF-8 text
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether its labels say the class of each pixel."""
+        return any(SCORES[task].dense for task in self.tasks)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether its labels list the objects of each image."""
+        return any(not SCORES[task].dense for task in self.tasks)
 
     def in_split(self, split: str) -> list[Sample]:
         """The samples of a split, in order."""
@@ -127,23 +138,23 @@ class DataSet:
 
 
 def tasks_of(*, masks: bool, instances: bool) -> tuple[str, ...]:
-    """Which tasks labels of these kinds can serve.
+    """The tasks that labels of these kinds can serve.
 
     >>> tasks_of(masks=True, instances=False)
     ('semseg',)
     """
-    served = [("semseg", masks), ("detect", instances), ("instseg", masks and instances)]
-    return tuple(task for task, possible in served if possible)
+    served: Mapping[On, bool] = {"pixels": masks, "boxes": instances, "masks": masks and instances}
+    return tuple(task for task, scores in SCORES.items() if served[scores.on])
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few of a list of names, and how many more there are."""
+    """The first names of a list, and how many more there are, as one text."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def split_of(text: str) -> str:
-    """The split that a word names, in any case; the text itself where it names none.
+    """The split that a word names, in any case; another text unchanged.
 
     >>> split_of("Train"), split_of("validation"), split_of("holdout")
     ('train', 'val', 'holdout')
@@ -152,7 +163,8 @@ def split_of(text: str) -> str:
 
 
 def splits_below(images: Iterable[Path], folder: Path) -> dict[Path, str]:
-    """The split of each image, where each lies in a folder of `folder` that names one, and they are several; else none.
+    """The split of each image, where each lies in a folder below `folder` that names a split and there are two splits
+    or more; else {}.
 
     >>> splits_below([Path("images/Train/a.png"), Path("images/testing/a.png")], Path("images")).values()
     dict_values(['train', 'test'])

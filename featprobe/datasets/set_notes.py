@@ -1,4 +1,4 @@
-"""What can be said of labels as a set, in all formats: copies of objects, classes alike, parts without groups."""
+"""Notes on a set's labels, for all formats: copies of objects, similar names of classes, parts without groups."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,21 +11,21 @@ from featprobe.datasets.samples import DataSet, listed
 from featprobe.errors import counted
 from featprobe.targets import Target
 
-FEWEST = 3  # groups, as a split needs
+FEWEST = 3  # groups that a split needs
 PATTERNS = (
     r"([^/]+)\.rf\.[0-9a-f]+\.",  # Roboflow's copies of one picture
-    r"([^/]*\d[^/]*)/[^/]+$",  # a folder a part, where files in them have the same names
+    r"([^/]*\d[^/]*)/[^/]+$",  # one folder per part, where files in them have the same names
     r"(?:^|/)([^/_]*\d[^/_]*)_[^/]*$",
     r"(?:^|/)([^/_-]*\d[^/_-]*)-[^/]*$",
     r"(?:^|/)([^/]*\d[^/]*?)[_-][a-zA-Z]*\d+[_-][a-zA-Z]*\d+\.[^./]+$",
     r"(?:^|/)([^/]*\d[^/]*)[_-][a-zA-Z]*\d+\.[^./]+$",
 )
-"""How a part is named in ids, the widest reading first; a part's name has a number in it, a class's has none."""
+"""Patterns of a part's name in ids, the widest first. Names of parts contain a number, names of classes don't."""
 OF_FOLDERS = PATTERNS[1]
 
 
 def copies_in(target: Target, classes: Sequence[str]) -> list[str]:
-    """Objects of an image that stand there more than once: of one class, one box and one mask. No crowds."""
+    """Objects that an image has more than once (same class, box and mask), as texts. Crowds do not count."""
     objects = (i for i in target.instances or () if not i.crowd)
     seen = Counter((i.category, i.box_xyxy, i.rle and str(i.rle["counts"])) for i in objects)
     return [
@@ -36,7 +36,7 @@ def copies_in(target: Target, classes: Sequence[str]) -> list[str]:
 
 
 def copy_notes(copies: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """A note on the images, by id, in which `copies_in` found some."""
+    """A note on the images with copies of objects. held: id -> the texts of `copies_in`."""
     held = [f"{own} ({'; '.join(texts)})" for own, texts in copies if texts]
     if not held:
         return []
@@ -44,7 +44,7 @@ def copy_notes(copies: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
 
 
 def alike_classes(data: DataSet) -> list[str]:
-    """A note on classes whose names differ in blanks or case alone.
+    """A note per pair of classes whose names differ only in blanks or case.
 
     >>> from pathlib import Path
     >>> alike_classes(DataSet("set", Path(), ("background", "pore", "Pore "), (), (), lambda *_: Target(None, None)))
@@ -59,7 +59,7 @@ def alike_classes(data: DataSet) -> list[str]:
 
 
 def unnamed_parts(data: DataSet) -> list[str]:
-    """A note, with what to type, where every image is its own group although ids name parts that they share."""
+    """A note, with the option to use, where every image is its own group although ids name common parts."""
     ids = [sample.id for sample in data.samples]
     if len({sample.group for sample in data.samples}) < len(ids):
         return []
@@ -67,7 +67,7 @@ def unnamed_parts(data: DataSet) -> list[str]:
         groups = _groups(ids, pattern)
         if groups:
             first = next(iter(groups))
-            shown = ", ".join(PurePath(own).name for own in groups[first][:2])
+            shown = ", ".join(PurePath(identity).name for identity in groups[first][:2])
             return [
                 f"every image is its own group, though names show {len(groups)} parts ({first}: {shown}, …): images of "
                 f"one part may stand in two splits; --group-from {quote(pattern)} makes them groups"
@@ -76,10 +76,10 @@ def unnamed_parts(data: DataSet) -> list[str]:
 
 
 def _groups(ids: Sequence[str], pattern: str) -> dict[str, list[str]]:
-    """The ids of each part that a pattern finds; none where it makes no sense as one.
+    """Part -> its ids, as a pattern finds them; {} where these are no sensible parts.
 
-    It does where it matches all ids, the parts are three or more, none is more than half of all images, and most images
-    share theirs with another.
+    Sensible: the pattern matches all ids, there are three parts or more, none has more than half of all images, and
+    most images share their part with another.
     """
     search = re.compile(pattern).search
     groups: dict[str, list[str]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""A split in a file that people can edit: a row an image, with its group and its split or fold."""
+"""A split in a file that people can edit: one row per image, with its group and its split or fold."""
 
 import csv
 import io
@@ -21,10 +21,10 @@ DIGITS = 8  # of the digest, in the name of a pinned split
 
 @dataclass(frozen=True)
 class SplitFile:
-    """What a split file says.
+    """The content of a split file.
 
-    places: id -> (group, split); a group is "" where the file leaves it open. A split is train, val or test, or a
-    fold's number from 1 on in every row. folds: how many; 0 where splits are named.
+    places: id -> (group, split). A group is "" where the file names none. The split is train, val or test, or in every
+    row the number of a fold, from 1 on. folds: the number of folds; 0 where splits are named.
     """
 
     path: Path
@@ -33,11 +33,11 @@ class SplitFile:
 
     @property
     def digest(self) -> str:
-        """The same for files that say the same, in whatever order."""
+        """A digest that is equal for files with the same rows in any order."""
         return digest(sorted([name, *place] for name, place in self.places.items()))[:DIGITS]
 
     def placed(self, ids: Sequence[str], groups: Sequence[str]) -> tuple[list[str], list[str]]:
-        """The group and the split of each image; `groups` are taken where the file leaves them open.
+        """The group and the split of each image. `groups` are used where the file names no group.
 
         Raises DataError where the file's images are not those of `ids`.
         """
@@ -46,23 +46,24 @@ class SplitFile:
         unlisted = [name for name in names if name not in places]
         gone = sorted(places.keys() - set(names))
         if unlisted or gone:
-            found = [f"{len(unlisted)} images that it does not list: {listed(unlisted)}"] if unlisted else []
-            found += [f"{len(gone)} that it lists and that are not there: {listed(gone)}"] if gone else []
+            found = [f"{len(unlisted)} images that the file does not list: {listed(unlisted)}"] if unlisted else []
+            found += [f"{len(gone)} images that it lists and the set lacks: {listed(gone)}"] if gone else []
             both = ";\n          ".join(found)
             raise DataError(
                 f"{self.path} is not the split of these {len(ids)} images.\n"
-                f"  wanted  a row for each image, and none beside\n  found   {both}\n"
-                "Nothing was done. Mend the file, or name the data set that it belongs to with --data NAME."
+                f"  wanted  a row for each image, and no other rows\n  found   {both}\n"
+                "Nothing was done. Correct the file, or name its data set with --data NAME."
             )
         chosen = [places[name] for name in names]
-        return [own or group for (own, _), group in zip(chosen, groups, strict=True)], [split for _, split in chosen]
+        found = [named or group for (named, _), group in zip(chosen, groups, strict=True)]
+        return found, [split for _, split in chosen]
 
 
 def read_split_file(path: Path) -> SplitFile:
-    """A CSV file with the columns id and split, and perhaps group. Comma, semicolon or tab separate them.
+    """Read a CSV file with the columns id, split and optionally group, separated by comma, semicolon or tab.
 
-    Raises DataError for a missing column, an id that stands there twice, an unknown split, an empty one, and a mixture
-    of splits and folds.
+    Raises DataError for a missing column, an id that is there twice, an unknown or empty split, and a mixture of splits
+    and folds.
     """
     try:
         rows = read_csv(path, ("id", "split"), ("group",))
@@ -78,7 +79,7 @@ def read_split_file(path: Path) -> SplitFile:
 
 
 def _folds_of(path: Path, splits: Sequence[str]) -> int:
-    """The number of folds, 0 for named splits; raises DataError for what is neither, and for one without images."""
+    """The number of folds, 0 for named splits. Raises DataError for other words, and for a split without images."""
     known = set(splits)
     folds = {split for split in known if split.isascii() and split.isdigit()}
     unknown = sorted(known - set(SPLITS) - folds)
@@ -86,7 +87,7 @@ def _folds_of(path: Path, splits: Sequence[str]) -> int:
         wrong = unknown or sorted(folds)
         raise DataError(
             f"{path} names the splits {listed([split or '(empty)' for split in wrong])}. {nearest(wrong[0], SPLITS)}\n"
-            f"  wanted  {', '.join(SPLITS)}; or 1, 2, 3, … in every row, the folds of a cross-validation"
+            f"  wanted  {', '.join(SPLITS)}; or in every row the number of a fold of a cross-validation: 1, 2, 3, …"
         )
     wanted = [str(fold) for fold in range(1, max(2, len(folds)) + 1)] if folds else ["train", "test"]
     empty = [split for split in wanted if split not in known]
@@ -97,9 +98,9 @@ def _folds_of(path: Path, splits: Sequence[str]) -> int:
 
 
 def write_split_file(path: Path, ids: Sequence[str], groups: Sequence[str], splits: Sequence[str]) -> None:
-    """Write a split file; a mark that tells spreadsheets its encoding is put before text that is not ASCII.
+    """Write a split file, with a byte order mark (for spreadsheets) where its text is not ASCII.
 
-    Raises DataError where something is there already, DiskError where nothing can be written.
+    Raises DataError where the path exists already, DiskError where nothing can be written.
     """
     stream = io.StringIO(newline="")
     csv.writer(stream, lineterminator="\n").writerows(
@@ -111,18 +112,19 @@ def write_split_file(path: Path, ids: Sequence[str], groups: Sequence[str], spli
     try:
         write_whole(path, text.encode("utf-8" if text.isascii() else "utf-8-sig"))
     except DiskError:
-        path.unlink(missing_ok=True)  # it was not there, and the same command is to find it so
+        path.unlink(missing_ok=True)  # it was not there before, so the same command can run again
         raise
 
 
 def pin(data: DataSet, file: SplitFile) -> DataSet:
-    """A data set in the splits of a file, and in its groups where it names them.
+    """A data set with the splits of a file, and with its groups where the file names them.
 
     Raises DataError where the file's images are not the set's, or the file holds folds.
     """
     if file.folds:
         raise DataError(
-            f"{file.path} holds {file.folds} folds of a cross-validation, but features are extracted once for all.\n"
+            f"{file.path} holds {file.folds} folds of a cross-validation. But features are extracted only once, for "
+            "all folds.\n"
             f"  wanted  {', '.join(SPLITS)}\nGive it to the command that trains:  featprobe probe --split {file.path}"
         )
     groups, splits = file.placed([s.id for s in data.samples], [s.group for s in data.samples])

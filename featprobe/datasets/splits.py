@@ -1,4 +1,4 @@
-"""Splits by group: deterministic, and never one part in two splits."""
+"""Splits by group: deterministic, and no group is in two splits."""
 
 import re
 from collections import defaultdict
@@ -20,15 +20,16 @@ def split_by_group(
     classes: Sequence[Collection[int]] | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """A split for each image, from the name of its group alone; with classes, from those too.
+    """A split for each image. It depends only on the names of groups and, where given, on their classes.
 
-    Groups are taken in the order of a hash of their name; each goes to the split that lacks most images
-    of its share. Every split gets a group where there are enough of them.
+    groups: the group of each image. shares: split -> share of the images. Groups are placed in the order of a hash of
+    their name; each goes to the split that lacks most images of its share. Every split gets a group where there are
+    enough groups. Raises DataError for fewer groups than splits.
 
-    classes: of each image, to stratify by: groups of the rarest class are placed first, each in a split that has
-    none of that class, else in the one that lacks most of it. So every split gets a class that as many groups hold
-    as there are splits, as far as groups that hold several classes allow; one of fewer groups is given to the splits
-    in the order of `shares`. seed: of the hash.
+    classes: the classes of each image, to stratify by. Groups with the rarest class are placed first, each in a split
+    without that class, else in the split that lacks most of it. So a class that is in at least as many groups as there
+    are splits gets into every split, as far as groups with several classes allow; a class in fewer groups goes to the
+    splits in the order of `shares`. seed: of the hash.
 
     >>> split_by_group(["a", "a", "b", "c"])
     ['test', 'test', 'train', 'val']
@@ -37,16 +38,16 @@ def split_by_group(
     """
     sizes: dict[str, int] = defaultdict(int)
     held_by: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # group -> class -> images
-    for group, own in zip(groups, classes or [()] * len(groups), strict=True):
+    for group, of_image in zip(groups, classes or [()] * len(groups), strict=True):
         sizes[group] += 1
-        for name in set(own):
+        for name in set(of_image):
             held_by[group][name] += 1
     if len(sizes) < len(shares):
         raise DataError(
             f"{counted(len(sizes), 'group')} of images can't be split into {', '.join(shares)}.\n"
-            f"  wanted  at least {len(shares)} groups, so that no part stands in two splits\n"
+            f"  wanted  at least {len(shares)} groups, so that no group is in two splits\n"
             f"  found   {listed(sorted(sizes))}\n"
-            "Give the images a finer group, or name their splits."
+            "Give the images smaller groups, or name their splits."
         )
     held = dict.fromkeys(shares, 0)
     seen: dict[tuple[str, int], int] = defaultdict(int)  # images of a class in a split
@@ -66,7 +67,7 @@ def split_by_group(
 
 
 def _rarest_first(by_hash: Sequence[str], held_by: Mapping[str, Mapping[int, int]]) -> list[tuple[str, int | None]]:
-    """Groups with the class that each is placed by: those of the class that fewest hold first, those of none last."""
+    """(group, class by which it is placed): groups with the rarest class first, groups without a class last."""
     found: list[tuple[str, int | None]] = []
     left = list(by_hash)
     while left:
@@ -89,7 +90,7 @@ def fold_splits(
 ) -> list[str]:
     """The split of each image in one fold of a cross-validation by group.
 
-    The test groups of the folds share none and together are all. Of the rest 20 % are validation, by group.
+    Each group is a test group in exactly one fold. Of the other groups' images, 20 % are validation, by group.
     fold: 1 <= fold <= folds. Raises DataError for fewer groups than folds.
     """
     return splits_of_fold(groups, folds_by_group(groups, folds, classes, seed), fold, classes, seed)
@@ -98,7 +99,7 @@ def fold_splits(
 def folds_by_group(
     groups: Sequence[str], folds: int, classes: Sequence[Collection[int]] | None = None, seed: int = 0
 ) -> list[str]:
-    """The fold of each image, "1" to the number of folds: of all folds as many images as groups allow."""
+    """The fold of each image, "1" to the number of folds. Folds have as equal numbers of images as groups allow."""
     return split_by_group(groups, {str(fold): 1.0 for fold in range(1, folds + 1)}, classes, seed)
 
 
@@ -109,17 +110,17 @@ def splits_of_fold(
     classes: Sequence[Collection[int]] | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Test where an image's fold is the one asked for; train and val, carved by group, elsewhere."""
-    splits = ["test" if own == str(fold) else "train" for own in fold_of]
+    """The split of each image: test in the given fold; elsewhere train, and val carved from it by group."""
+    splits = ["test" if image_fold == str(fold) else "train" for image_fold in fold_of]
     return carve_validation(groups, splits, classes, seed)
 
 
 def complete_splits(data: DataSet, called: str = "its own split") -> DataSet:
-    """Give every sample of a data set a split, keeping the set's own where it has one.
+    """Give every sample of a data set a split, and keep the set's own split where it has one.
 
-    Without any, 60/20/20 by group. Validation is carved from train by group (20 %), never from test. A
-    set of train and val only has its val scored as test. Leaks and choices are told in the notes.
-    called: what the notes call the split that samples have.
+    Without any split, 60/20/20 % by group. A missing validation split is carved from train by group (20 %), never from
+    test. Where a set has only train and val, val becomes test. Notes report leaks and choices. called: the name of the
+    samples' split in the notes. Raises DataError for splits that are unknown, empty, or named for some images only.
     """
     named = {sample.split for sample in data.samples if sample.split}
     if any(split_of(word) != word for word in named):
@@ -159,18 +160,18 @@ def carve_validation(
     classes: Sequence[Collection[int]] | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Move 20 % of the training images, whole groups of them, to val."""
+    """The splits, with 20 % of the training images, in whole groups, moved to val."""
     train = [i for i, split in enumerate(splits) if split == "train"]
     shares = {"train": 1 - VAL_OF_TRAIN, "val": VAL_OF_TRAIN}
-    own = [classes[i] for i in train] if classes is not None else None
+    of_train = [classes[i] for i in train] if classes is not None else None
     found = list(splits)
-    for i, split in zip(train, split_by_group([groups[i] for i in train], shares, own, seed), strict=True):
+    for i, split in zip(train, split_by_group([groups[i] for i in train], shares, of_train, seed), strict=True):
         found[i] = split
     return found
 
 
 def leaks(groups: Sequence[str], splits: Sequence[str], called: str = "its own split") -> list[str]:
-    """A note where groups straddle the splits, none where they do not.
+    """A note where groups are in more than one split; [] where none is.
 
     >>> leaks(["a", "a", "b"], ["train", "test", "test"])
     ['its own split leaks: 1 of 2 groups stand in more than one split (a); --split group makes one that does not']
@@ -190,9 +191,9 @@ def leaks(groups: Sequence[str], splits: Sequence[str], called: str = "its own s
 def starved(
     splits: Sequence[str], classes: Sequence[Collection[int]], groups: Sequence[str], names: Sequence[str]
 ) -> list[str]:
-    """A note for each split that lacks a class which the others hold, with how many groups hold it in all.
+    """A note per split that lacks a class of the other splits, with the number of groups that hold the class.
 
-    classes: of each image. names: of the classes, by index.
+    classes: the classes of each image. names: class names by index.
 
     >>> starved(["train", "val", "test"], [{1}, {1}, {2}], ["a", "b", "c"], ["ground", "pore", "dent"])
     ['no train image holds dent (1 group in all)', 'no val image holds dent (1 group in all)', \
@@ -200,9 +201,9 @@ def starved(
     """
     holders: dict[int, set[str]] = defaultdict(set)
     seen: dict[str, set[int]] = defaultdict(set)
-    for split, own, group in zip(splits, classes, groups, strict=True):
-        seen[split].update(own)
-        for name in own:
+    for split, held, group in zip(splits, classes, groups, strict=True):
+        seen[split].update(held)
+        for name in held:
             holders[name].add(group)
     notes = []
     for split in SPLITS:
@@ -214,20 +215,20 @@ def starved(
 
 
 def group_pattern(text: str) -> re.Pattern[str]:
-    """The regular expression of a text that finds groups in ids. Raises DataError for what is none."""
+    """The regular expression of a text, to find groups in ids. Raises DataError for a text that is none."""
     try:
         return re.compile(text)
     except re.error as error:
         raise DataError(
             f"--group-from {text!r} is no regular expression: {error}.\n"
-            r"  wanted  one as '(C\d+)_', whose first group, or whole match, is the name of a sample's group"
+            r"  wanted  one such as '(C\d+)_': its first group, or else the whole match, names a sample's group"
         ) from error
 
 
 def regroup(data: DataSet, pattern: str) -> DataSet:
     """Give every sample the group that a regular expression finds in its id: its first group, else the whole match.
 
-    A sample that it does not match is a group of its own. Raises DataError for what is no regular expression, and
+    A sample without a match is a group of its own. Raises DataError for a text that is no regular expression, and
     for one that matches no sample.
     """
     search = group_pattern(pattern).search
@@ -237,7 +238,7 @@ def regroup(data: DataSet, pattern: str) -> DataSet:
         raise DataError(
             f"--group-from {pattern!r} matches no image of {data.root}.\n"
             f"  found   {listed([sample.id for sample in data.samples])}\n"
-            "Nothing was read. Write one that matches these ids, from left to right; a \\ before a dot means the dot."
+            "Nothing was read. Write one that matches these ids; \\. matches a dot."
         )
     samples = tuple(replace(s, group=name or s.id) for s, name in zip(data.samples, names, strict=True))
     missed = [sample.id for sample, name in zip(data.samples, names, strict=True) if not name]

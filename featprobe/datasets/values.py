@@ -1,7 +1,7 @@
-"""Values of label files and tables: read as what they plainly mean, or refused with their place.
+"""Values of label files and tables: read where their meaning is clear, else refused with their place.
 
-Exporters write numbers as texts, and truth as 1, "1" or "true". A boolean is no number, `1_000` and an empty text are
-none either, and "0" is not true.
+Exporters write numbers as texts, and true as 1, "1" or "true". A boolean, `1_000` and an empty text are no numbers, and
+"0" is not true.
 """
 
 import math
@@ -23,21 +23,21 @@ SHORT.maxstring = SHORT.maxother = 200
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it, shortened; a text is quoted, so that "1" is told from 1.
+    """A value as text for an error message, shortened; a text is quoted, so that "1" differs from 1.
 
-    A YAML value of a few lines can stand for a text of gigabytes.
+    It is shortened because a YAML value of a few lines can stand for a text of gigabytes.
 
     >>> shown("96"), shown(96)
     ("'96'", '96')
     """
     try:
         return SHORT.repr(value)
-    except ValueError:  # Python writes no number of thousands of digits
+    except ValueError:  # Python refuses to write a number of thousands of digits
         return "a number of thousands of digits"
 
 
 def to_number(value: Any, where: object, wanted: str = "a number") -> float:
-    """A finite number, which may be written as a text. Raises DataError, naming `where`.
+    """The finite number that a number or a text states. Raises DataError, naming `where`.
 
     >>> to_number(" 1.5e1 ", "here"), to_number(7, "here")
     (15.0, 7.0)
@@ -56,7 +56,7 @@ def to_number(value: Any, where: object, wanted: str = "a number") -> float:
 
 
 def to_numbers(values: Any, where: object, count: int | None = None) -> list[float]:
-    """Finite numbers of a list, of `count` where one is given. Raises DataError, naming `where`."""
+    """The finite numbers of a list, which must have `count` where that is given. Raises DataError, naming `where`."""
     wanted = f"{count} numbers" if count else "numbers"
     if not isinstance(values, list | tuple) or (count and len(values) != count):
         raise DataError(f"{where}: wanted {wanted}, found {shown(values)}.")
@@ -64,18 +64,18 @@ def to_numbers(values: Any, where: object, count: int | None = None) -> list[flo
 
 
 def to_whole(value: Any, where: object, least: int = 0, wanted: str = "") -> int:
-    """A whole number from `least` on; 96.0 and "96" are 96. Raises DataError, naming `where`."""
-    said = wanted or f"a whole number from {least} on"
-    number = to_number(value, where, said)
+    """The whole number >= `least` that a value states; 96.0 and "96" are 96. Raises DataError, naming `where`."""
+    wanted = wanted or f"a whole number from {least} on"
+    number = to_number(value, where, wanted)
     digits = isinstance(value, int) or (isinstance(value, str) and DIGITS.fullmatch(value.strip()))
-    whole = int(value) if digits else int(number)  # of a large one the float is another number
+    whole = int(value) if digits else int(number)  # the float of a large number may be another number
     if (not digits and number != whole) or whole < least:
-        raise DataError(f"{where}: wanted {said}, found {shown(value)}.")
+        raise DataError(f"{where}: wanted {wanted}, found {shown(value)}.")
     return whole
 
 
 def to_truth(value: Any, where: object, default: bool = False) -> bool:
-    """True or false, which may be a number or a text; the default for null and an empty text. Raises DataError.
+    """True or false, stated by a number or a text; the default for null and an empty text. Raises DataError.
 
     >>> to_truth("0", "here"), to_truth("True", "here"), to_truth(None, "here")
     (False, True, False)
@@ -90,7 +90,7 @@ def to_truth(value: Any, where: object, default: bool = False) -> bool:
 
 
 def to_name(value: Any, where: object) -> str:
-    """A name as a text, "" for null and blanks; a whole number is its digits. Raises DataError, naming `where`.
+    """A name as text: a whole number becomes its digits, null and blanks "". Raises DataError, naming `where`.
 
     >>> to_name(7.0, "here"), to_name(" 7 ", "here"), to_name(None, "here")
     ('7', '7', '')
@@ -101,12 +101,12 @@ def to_name(value: Any, where: object) -> str:
 
 
 def stated_side(value: Any, where: object) -> int | None:
-    """A side of an image as its labels state it, pixels; None for 0 and nothing, by which exporters say "unknown"."""
+    """The side of an image that its labels state, in pixels; None for 0 and null, which mean "unknown"."""
     return None if value in NOTHING else to_whole(value, where) or None
 
 
 def gathered(makers: Iterable[Callable[[], T]]) -> list[T]:
-    """What each of these makes. Raises their DataErrors as one, so that all faults of a file are told at once."""
+    """The results of all makers. Raises their DataErrors as one, so that one message shows all faults of a file."""
     made: list[T] = []
     faults: list[DataError] = []
     for make in makers:
@@ -119,7 +119,7 @@ def gathered(makers: Iterable[Callable[[], T]]) -> list[T]:
 
 
 def raise_all(faults: Sequence[DataError], most: int = 10) -> None:
-    """Raise errors as one, of their kind where they are of one; nothing where there is none."""
+    """Raise several errors as one, of their class where all have the same; do nothing where there are none."""
     if faults:
         kinds = {type(fault) for fault in faults}
         more = [f"and {len(faults) - most} more"] if len(faults) > most else []
@@ -128,11 +128,11 @@ def raise_all(faults: Sequence[DataError], most: int = 10) -> None:
 
 
 def check_names(entry: Mapping[Any, Any], known: Sequence[str], where: object) -> None:
-    """Raise DataError where a field of an entry is none of the known, but looks like one that the entry lacks.
+    """Raise DataError where an entry has an unknown field that looks like a known field that it lacks.
 
-    Other fields are anybody's and are left aside.
+    Other unknown fields are ignored.
     """
     alike = looks_like(map(str, entry), known)
     if alike:
-        said = ", ".join(f"{name!r} (did you mean {own!r}?)" for name, own in alike.items())
-        raise DataError(f"{where} has a field that is not known and looks like one that is: {said}. Rename it.")
+        fields = ", ".join(f"{name!r} (did you mean {field!r}?)" for name, field in alike.items())
+        raise DataError(f"{where} has an unknown field that looks like a known one: {fields}. Rename it.")

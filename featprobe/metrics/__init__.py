@@ -1,4 +1,4 @@
-"""Scores as the field computes them."""
+"""Scores, as the field defines them, and their intervals."""
 
 from featprobe.metrics.boxes import ApScores, TruthImage, average_precision, truth_of
 from featprobe.metrics.intervals import (

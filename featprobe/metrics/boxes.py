@@ -24,10 +24,10 @@ class ApScores:
     """COCO's twelve numbers, in [0, 1]; nan where there is no truth of that kind.
 
     ap: mean over classes and over IoU 0.50, 0.55, ..., 0.95; ap50, ap75: at one IoU; ap_small, ap_medium,
-    ap_large: of objects of up to 32x32, up to 96x96 and more pixels.
-    ar1, ar10, ar100: mean of the largest recall, with that many predictions of a class in an image;
-    ar_small, ar_medium, ar_large: with 100.
-    per_class, per_class_50: ap and ap50 of each category, in the order of the truth's `categories`.
+    ap_large: for objects of up to 32x32, up to 96x96 and more pixels.
+    ar1, ar10, ar100: mean of the largest recall with at most 1, 10 or 100 predictions per class and image;
+    ar_small, ar_medium, ar_large: with at most 100.
+    per_class, per_class_50: ap and ap50 per category, in the order of the truth's `categories`.
     """
 
     ap: float
@@ -48,9 +48,9 @@ class ApScores:
 
 @dataclass(frozen=True)
 class TruthImage:
-    """What is to be found in one image.
+    """The true objects of one image.
 
-    size: (height, width) of the original image in pixels; instances: in its pixels.
+    size: (height, width) of the original image in pixels; instances: in pixels of that image.
     """
 
     image_id: int | str
@@ -59,16 +59,16 @@ class TruthImage:
 
 
 def average_precision(truth: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], kind: ApKind) -> ApScores:
-    """Scores of predictions against a truth: the numbers that pycocotools gives for the two as files.
+    """Scores of predictions against the truth: the same numbers as pycocotools' for the two as files.
 
-    truth: images, annotations and categories, as COCO JSON holds them; annotation ids count from 1, since
-    pycocotools takes an object of id 0 for one that is never found. Neither argument is changed.
+    truth: a dict with images, annotations and categories, as in COCO JSON; annotation ids count from 1, because
+    pycocotools never finds an object with id 0. Neither argument is changed.
     predictions: COCO results: image_id, category_id, score, bbox [x, y, width, height] in pixels of the
-    original image, and `segmentation`, a compressed RLE, for "segm". Where the first has a bbox, a
-    prediction's area, which small, medium and large go by, is that of its box, for "segm" too.
-    A category that the truth does not list takes no part.
-    Raises DataError when a prediction's image is not in the truth, or when masks are asked for and the
-    truth has objects without.
+    original image, and for "segm" `segmentation`, a compressed RLE. If the first prediction has a bbox, the area of
+    a prediction (for small, medium and large) is that of its box, also for "segm".
+    Predictions of a category that the truth does not list are ignored.
+    Raises DataError when a prediction's image is not in the truth, and for "segm" when objects of the truth have no
+    mask.
     """
     evaluation = unmatched(truth, predictions, kind)
     with redirect_stdout(StringIO()):
@@ -90,9 +90,9 @@ def average_precision(truth: Mapping[str, Any], predictions: Sequence[Mapping[st
 
 
 def unmatched(truth: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], kind: ApKind) -> COCOeval:
-    """pycocotools' evaluation of copies of the two, before its first step; arguments and errors of average_precision.
+    """pycocotools' evaluation object of copies of both, before its first step. Arguments and errors: average_precision.
 
-    pycocotools tells its progress as it goes on: redirect what it prints.
+    pycocotools prints its progress: redirect the standard output.
     """
     _check(truth, predictions, kind)
     with redirect_stdout(StringIO()):
@@ -102,15 +102,15 @@ def unmatched(truth: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
 def truth_of(images: Sequence[TruthImage], classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
     """The COCO dict of labelled images.
 
-    classes: names, the background first; category_ids: what COCO calls each of them but the background.
-    An object's area is the set's own, else that of its mask, else that of its box.
+    classes: names, the background first; category_ids: the COCO ids of all classes but the background.
+    An object's area is that of the data set, else that of its mask, else that of its box.
 
     >>> image = TruthImage(7, (20, 30), (Instance(1, (2.0, 3.0, 6.0, 8.0)),))
     >>> truth_of([image], ["background", "pore"], [5])["annotations"]  # doctest: +NORMALIZE_WHITESPACE
     [{'id': 1, 'image_id': 7, 'category_id': 5, 'bbox': [2.0, 3.0, 4.0, 5.0], 'area': 20.0, 'iscrowd': 0}]
     """
     if len(category_ids) != len(classes) - 1:
-        raise ShapeError(f"{len(category_ids)} category ids do not name the {len(classes) - 1} classes of {classes}.")
+        raise ShapeError(f"{len(category_ids)} category ids do not fit the {len(classes) - 1} classes of {classes}.")
     objects = [(image, instance) for image in images for instance in image.instances if instance.category > 0]
     return {
         "images": [{"id": i.image_id, "height": i.size[0], "width": i.size[1]} for i in images],
@@ -137,35 +137,36 @@ def _check(truth: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], k
     if unknown:
         raise DataError(
             f"Predictions name {len(unknown)} images that the truth does not list, such as {min(unknown, key=str)!r}.\n"
-            "Nothing was scored. Predict for the images of the truth, and call them by its ids."
+            "Nothing was scored. Predict for the images of the truth, and use its image ids."
         )
     bare = sum("segmentation" not in a for a in truth["annotations"])
     if bare and kind == "segm":
         raise DataError(
-            f"{bare} of {len(truth['annotations'])} objects have no mask, so that masks can't be scored.\n"
-            "Nothing was scored. Score boxes, or take a data set with masks."
+            f"{bare} of {len(truth['annotations'])} objects have no mask, so masks can't be scored.\n"
+            "Nothing was scored. Score boxes, or use a data set with masks."
         )
 
 
 def _load(truth: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> tuple[COCO, COCO]:
-    """Both sides as pycocotools holds them, of copies: it writes ids, areas, masks and flags into what it is given."""
+    """Truth and predictions as pycocotools' objects, from copies, because it writes ids, areas, masks and flags into
+    its input."""
     true = COCO()
     true.dataset = {**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]}
     true.createIndex()
     if predictions:
         return true, true.loadRes([_result(prediction) for prediction in predictions])
-    found = COCO()  # loadRes looks into the first prediction
+    found = COCO()  # loadRes reads the first prediction, so it needs one
     found.dataset = {**truth, "annotations": []}
     found.createIndex()
     return true, found
 
 
 def _result(prediction: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy whose box is a list: pycocotools takes no tuple for a box."""
+    """A copy with the box as a list, because pycocotools does not accept a tuple."""
     return {**prediction, "bbox": list(prediction["bbox"])} if "bbox" in prediction else dict(prediction)
 
 
 def _known_mean(values: NDArray[np.float64]) -> float:
-    """Mean of what is not -1, which pycocotools writes where there is no truth; nan for none."""
+    """Mean of the values that are not -1 (pycocotools' value where there is no truth); nan where there are none."""
     known = values[values > -1]
     return float(known.mean()) if known.size else float("nan")

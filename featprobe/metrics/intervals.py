@@ -1,13 +1,13 @@
-"""How sure a score is, and whether two systems differ: a bootstrap over the groups of a test split.
+"""Intervals of scores, and tests whether two systems differ: a bootstrap over the groups of a test split.
 
-Images of one group (a part, a film, a series) resemble each other, so whole groups are drawn again, not images. A score
-is a `Statistic`: a function of how often each group counts. All intervals are made from that alone, and so in one way
-for every score; differences and means of statistics are statistics again, over the same groups.
+Images of one group (a part, a film, a series) resemble each other, so whole groups are resampled, not images. A score
+is a `Statistic`: a function of how often each group counts. All intervals are made from this function alone, in the
+same way for every score; differences and means of statistics are statistics too, over the same groups.
 
-The interval that everything here uses by default is the studentised one (see `studentised_interval`): of those compared
-in benchmarks/coverage.py it is the only one that covers what it says with a dozen groups, and its test of a difference
-the only one that keeps its level. Seeds are averaged here, not drawn again: an interval says what other test groups
-would have given to these trained heads. What other seeds would have given is in procedures.py.
+The default interval is the studentised one (see `studentised_interval`): among those compared in benchmarks/coverage.py
+only it has its nominal coverage with a dozen groups, and only its test of a difference keeps its level. Seeds are
+averaged here, not resampled: an interval shows what these trained heads would score on other test groups. What other
+seeds would give is the subject of procedures.py.
 
 Efron and Tibshirani, An Introduction to the Bootstrap (1993); Hall, The Bootstrap and Edgeworth Expansion (1992);
 Field and Welsh, Bootstrapping clustered data (2007).
@@ -31,20 +31,20 @@ Names = tuple[str, ...]  # of groups
 LEVEL = 0.95
 RESAMPLES = 10_000
 AT_ONCE = 2**16  # weights of one step: 512 KiB, which stay in a processor's cache
-SAME = 1e-12  # scores this near are the same: what rounding leaves of a difference of equals
-EDGE = 1e-9  # how near to 0 and 1 the logit looks
+SAME = 1e-12  # scores this near are equal: rounding leaves such differences between equal scores
+EDGE = 1e-9  # least distance to 0 and 1 at which the logit is computed
 
 
 @dataclass(frozen=True)
 class Statistic:
     """A score as a function of how often each group of the test split counts.
 
-    value: weights (resamples, groups) -> (resamples,). Weights are whole numbers >= 0, held as float64; with weights of
-    one it is the score itself. nan where a resample has no score.
-    influence: weights -> (resamples, groups), by how much the value grows with the weight of each group. Over a
-    resample, each group counted as often as its weight says, influences sum to 0.
-    sets: names of the groups of each test set, in the order of the columns. Each set is drawn for itself.
-    bounds: the least and the largest value that there can be.
+    value: weights (resamples, groups) -> (resamples,). Weights are whole numbers >= 0, as float64; with all weights 1
+    it is the score. nan where a resample has no score.
+    influence: weights -> (resamples, groups), the derivative of the value by the weight of each group. In each
+    resample the influences, times their weights, sum to 0.
+    sets: names of the groups per test set, in the order of the columns. Test sets are resampled independently.
+    bounds: the least and the largest possible value.
     """
 
     value: Callable[[Floats], Floats]
@@ -54,16 +54,16 @@ class Statistic:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many groups each test set has."""
+        """The number of groups of each test set."""
         return tuple(map(len, self.sets))
 
 
 @dataclass(frozen=True)
 class Resamples:
-    """A statistic on the test split and on resamples of its groups: all that an interval is made from.
+    """A statistic on the test split and on resamples of its groups: the input of every interval.
 
     estimate, standard_error: on the split. influence: (groups,), on the split.
-    values, standard_errors: (resamples,). bounds: of the statistic.
+    values, standard_errors: (resamples,). bounds: those of the statistic.
     """
 
     estimate: float
@@ -76,9 +76,9 @@ class Resamples:
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and where it lies; low and high are nan where it has no interval: one group, or no score.
+    """A score and its interval; low and high are nan where there is none: one group, or no score.
 
-    groups: how many the interval rests on. bounds: the least and the largest score that there can be.
+    groups: the number of groups of the interval. bounds: the least and the largest possible score.
     """
 
     estimate: float
@@ -89,21 +89,22 @@ class Interval:
 
     @property
     def few_groups(self) -> bool:
-        """Whether it rests on too few groups to be taken at its word."""
+        """Whether it has fewer than FEW_GROUPS groups, too few to rely on."""
         return self.groups < FEW_GROUPS
 
     @property
     def has_interval(self) -> bool:
-        """Whether low and high say where the score lies: both are known, and neither is a bound of the scale."""
+        """Whether low and high limit the score: both are known, and neither is a bound of the scale."""
         return _inside(self.low, self.high, self.bounds)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of scores, its interval, and the two-sided p-value of there being none; nan as in Interval.
+    """A difference of scores, its interval, and the two-sided p-value of no difference; nan as in Interval.
 
-    From 6 groups on the interval leaves 0 out exactly when p_value <= 1 - level.
-    groups: how many it rests on; the fewer of two sets. bounds: the least and the largest difference that there can be.
+    From 6 groups on the interval excludes 0 exactly when p_value <= 1 - level.
+    groups: the number of groups; the smaller number for two test sets. bounds: the least and the largest possible
+    difference.
     """
 
     estimate: float
@@ -115,12 +116,12 @@ class Difference:
 
     @property
     def few_groups(self) -> bool:
-        """Whether it rests on too few groups to be taken at its word."""
+        """Whether it has fewer than FEW_GROUPS groups, too few to rely on."""
         return self.groups < FEW_GROUPS
 
     @property
     def has_interval(self) -> bool:
-        """Whether low and high say where the difference lies: both are known, and neither is a bound of the scale."""
+        """Whether low and high limit the difference: both are known, and neither is a bound of the scale."""
         return _inside(self.low, self.high, self.bounds)
 
 
@@ -130,7 +131,7 @@ def _inside(low: float, high: float, bounds: tuple[float, float]) -> bool:
 
 
 def grouped(groups: Sequence[str]) -> tuple[Names, NDArray[np.intp]]:
-    """Distinct names in alphabetical order, and the index among them of each image's group, (images,).
+    """Distinct names of groups in alphabetical order, and the index of each image's group among them, (images,).
 
     >>> names, index = grouped(["b", "a", "b"])
     >>> names, index.tolist()
@@ -143,10 +144,10 @@ def grouped(groups: Sequence[str]) -> tuple[Names, NDArray[np.intp]]:
 def jackknifed(
     value: Callable[[Floats], Floats], groups: Sequence[str], bounds: tuple[float, float] = (0.0, 1.0)
 ) -> Statistic:
-    """A statistic of any score whose influence nobody has derived: each group is left out once instead.
+    """A statistic of any score without a known influence: each group is left out once instead (the jackknife).
 
     value: weights (resamples, groups), whole numbers, -> (resamples,). groups: distinct names, in the order of the
-    columns. A studentised interval then takes about 0.63 evaluations per resample and group: with a dear score take
+    columns. A studentised interval then needs about 0.63 evaluations per resample and group: for an expensive score use
     fewer resamples, 1,000 instead of 10,000.
     """
 
@@ -157,9 +158,9 @@ def jackknifed(
 
 
 def _left_out(value: Callable[[Floats], Floats], weights: Floats) -> Floats:
-    """Influences such that their standard error is the jackknife's: from leaving out one copy of each group, in turn.
+    """Influences with the jackknife's standard error, from leaving out one copy of each group in turn.
 
-    A copy whose leaving leaves no score, nan, counts as one that changes nothing.
+    Where the rest has no score (nan), leaving out the copy counts as no change.
     """
     row, column = np.nonzero(weights)
     drawn = weights.sum(1, keepdims=True)
@@ -176,12 +177,12 @@ def _left_out(value: Callable[[Floats], Floats], weights: Floats) -> Floats:
 
 
 def mean_of(runs: Sequence[Statistic]) -> Statistic:
-    """The mean over runs (seeds) of one system on one test split; each resample draws the same groups for all.
+    """The mean over runs (seeds) of one system on one test split; each resample draws the same groups for all runs.
 
-    Raises ShapeError when there is none, or when they were scored on other groups.
+    Raises ShapeError when there is no run, or when runs were scored on different groups.
     """
     if not runs:
-        raise ShapeError("There is no run to take the mean of.")
+        raise ShapeError("The mean needs one run or more, found none.")
     for run in runs[1:]:
         check_paired(runs[0], run)
     return Statistic(
@@ -195,7 +196,7 @@ def mean_of(runs: Sequence[Statistic]) -> Statistic:
 def difference_of(a: Statistic, b: Statistic) -> Statistic:
     """a - b of two systems on one test split; each resample draws the same groups for both.
 
-    Raises ShapeError when they were scored on other groups.
+    Raises ShapeError when they were scored on different groups.
     """
     check_paired(a, b)
     return Statistic(
@@ -206,8 +207,8 @@ def difference_of(a: Statistic, b: Statistic) -> Statistic:
     )
 
 
-def apart(a: Statistic, b: Statistic) -> Statistic:
-    """a - b of two test sets, each drawn for itself."""
+def unpaired_of(a: Statistic, b: Statistic) -> Statistic:
+    """a - b of one score on two test sets, whose groups are resampled independently."""
     end = sum(a.sizes)
     return Statistic(
         lambda weights: a.value(weights[:, :end]) - b.value(weights[:, end:]),
@@ -218,7 +219,7 @@ def apart(a: Statistic, b: Statistic) -> Statistic:
 
 
 def check_paired(a: Statistic, b: Statistic) -> None:
-    """Raise ShapeError when two systems were scored on other groups."""
+    """Raise ShapeError when two systems were scored on different groups."""
     if a.sets != b.sets:
         raise ShapeError(
             f"Scores on {sum(a.sizes)} and on {sum(b.sizes)} groups can't be paired: the groups are not the same.\n"
@@ -227,16 +228,16 @@ def check_paired(a: Statistic, b: Statistic) -> None:
 
 
 def resample(statistic: Statistic, resamples: int = RESAMPLES, seed: int = 0) -> Resamples:
-    """Draw the groups of each test set again, as many as there are, and take the statistic of each draw.
+    """Resample the groups of each test set, as many as it has, and compute the statistic for each resample.
 
-    The same seed draws the same groups of a set, whatever is scored on it. Raises DataError with fewer than two groups
-    in a set: nothing can be said of other groups.
+    The same seed draws the same groups of a set for every statistic. Raises DataError for fewer than two groups in a
+    set, because one group says nothing about others.
     """
     sizes = statistic.sizes
     if min(sizes) < 2:
         held = ", ".join(map(str, sizes))
         raise DataError(f"A test set of {held} group(s) has no interval. wanted: two groups or more in each set.")
-    correction = np.concatenate([np.full(size, size / (size - 1)) for size in sizes])  # as of a sample's variance
+    correction = np.concatenate([np.full(size, size / (size - 1)) for size in sizes])  # as for the variance of a sample
 
     def measured(weights: Floats) -> tuple[Floats, Floats, Floats]:
         influence = statistic.influence(weights)
@@ -249,19 +250,21 @@ def resample(statistic: Statistic, resamples: int = RESAMPLES, seed: int = 0) ->
 
 
 def group_variances(influence: Floats, sizes: Sequence[int]) -> Floats:
-    """Variance that the groups of each set give to statistics, (statistics, sets); influence: (statistics, groups).
+    """Variance of statistics due to the groups of each set, (statistics, sets); influence: (statistics, groups).
 
-    A set of one group gives none that could be known, and counts as 0.
+    The variance of a set of one group is unknown, and counts as 0.
     """
     squares = np.split(influence**2, np.cumsum(sizes)[:-1], axis=1)
     pairs = zip(squares, sizes, strict=True)
-    return np.stack([own.sum(1) * size / max(1, size - 1) for own, size in pairs], axis=1)
+    return np.stack([squares.sum(1) * size / max(1, size - 1) for squares, size in pairs], axis=1)
 
 
 def draw_weights(sizes: Sequence[int], resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each group is drawn, (some resamples, groups) at a time: as often in all as its set has groups.
+    """Yields how often each group is drawn, (some resamples, groups) at a time: a resample has as many draws per set as
+    the set has groups.
 
-    sizes: groups of each test set. Each set has random numbers of its own, so that another set changes nothing in it.
+    sizes: the number of groups per test set. Each set has its own random numbers, so that adding a set changes nothing
+    in the others.
     """
     streams = [np.random.default_rng([seed, i]) for i in range(len(sizes))]
     step = max(1, AT_ONCE // sum(sizes))
@@ -276,7 +279,7 @@ def _counts(stream: np.random.Generator, rows: int, size: int) -> Floats:
 
 
 def percentile_interval(sample: Resamples, level: float = LEVEL) -> tuple[float, float]:
-    """Between two quantiles of the resampled values; it covers too little when groups are few.
+    """The interval between two quantiles of the resampled values. With few groups its coverage is too low.
 
     Efron and Tibshirani (1993), chapter 13.
     """
@@ -284,7 +287,7 @@ def percentile_interval(sample: Resamples, level: float = LEVEL) -> tuple[float,
 
 
 def bca_interval(sample: Resamples, level: float = LEVEL) -> tuple[float, float]:
-    """Quantiles moved for the bias of the resampled values and for the skewness of the groups' influences.
+    """The BCa interval: quantiles corrected for the bias of the resampled values and the skewness of the influences.
 
     Efron, Better Bootstrap Confidence Intervals (1987).
     """
@@ -306,12 +309,12 @@ def _quantiles(sample: Resamples, shares: Floats) -> tuple[float, float]:
 
 
 def studentised_interval(sample: Resamples, level: float = LEVEL) -> tuple[float, float]:
-    """The bootstrap-t interval, symmetric on the scale of the logit: it holds the estimate and stays within the bounds.
+    """The bootstrap-t interval, symmetric on the logit scale: it contains the estimate and stays within the bounds.
 
-    Each resampled value is taken as so many of its own standard errors away from the estimate; the interval reaches to
-    both sides as many standard errors of the estimate as a share `level` of the resamples stays within. Resamples whose
-    groups tell nothing of their spread lie infinitely far away: with too many of them the interval goes from bound to
-    bound, which is all that such groups say.
+    The distance of each resampled value to the estimate is measured in the standard errors of that resample. The
+    interval reaches as many standard errors of the estimate to both sides as contain a share `level` of the resamples.
+    A resample without a standard error counts as infinitely far away: with too many of them the interval goes from
+    bound to bound, because such groups show no more.
 
     Hall (1992), sections 3.5 and 3.6.
     """
@@ -319,14 +322,14 @@ def studentised_interval(sample: Resamples, level: float = LEVEL) -> tuple[float
 
 
 def _reach(distances: Floats, level: float) -> float:
-    """How far from the estimate a share `level` of the draws stays, in standard errors."""
+    """The distance to the estimate, in standard errors, within which a share `level` of the draws is."""
     farther = np.sort(np.abs(distances))
     within = int(np.ceil(level * (len(farther) + 1) - SAME))  # the estimate itself counts as one of the draws
     return float(farther[within - 1]) if within <= len(farther) else np.inf
 
 
 def _within(sample: Resamples, standard_error: float, reach: float) -> tuple[float, float]:
-    """So many standard errors to both sides of the estimate, on the scale of the logit."""
+    """The interval of so many standard errors to both sides of the estimate, on the logit scale."""
     if standard_error <= SAME:
         return sample.estimate, sample.estimate
     centre, slope = _on_logit(np.array(sample.estimate), sample.bounds)
@@ -337,24 +340,24 @@ def _within(sample: Resamples, standard_error: float, reach: float) -> tuple[flo
 
 
 def distances_of(sample: Resamples) -> Floats:
-    """Each resampled value less the estimate, (resamples,), in its own standard errors on the scale of the logit."""
+    """Each resampled value minus the estimate, (resamples,), on the logit scale, in the standard errors of each."""
     estimate, _ = _on_logit(np.array(sample.estimate), sample.bounds)
     values, slopes = _on_logit(sample.values, sample.bounds)
     errors = sample.standard_errors * slopes
-    told = sample.standard_errors > SAME  # False for nan
-    distances = np.divide(values - estimate, errors, out=np.full(len(values), np.inf), where=told)
+    known = sample.standard_errors > SAME  # False for nan
+    distances = np.divide(values - estimate, errors, out=np.full(len(values), np.inf), where=known)
     return np.where(np.abs(sample.values - sample.estimate) <= SAME, 0, distances)
 
 
 def _on_logit(values: Floats, bounds: tuple[float, float]) -> tuple[Floats, Floats]:
-    """The logit of each value's place between the bounds, and its derivative by the value."""
+    """The logit of each value, scaled from the bounds to [0, 1], and its derivative by the value."""
     width = bounds[1] - bounds[0]
     place = np.clip((values - bounds[0]) / width, EDGE, 1 - EDGE)
     return scipy.special.logit(place), 1 / (width * place * (1 - place))
 
 
 def _distance_of_zero(sample: Resamples, standard_error: float) -> float:
-    """How many standard errors the estimate is away from 0, on the scale of the logit."""
+    """The distance of the estimate to 0, in standard errors, on the logit scale."""
     if abs(sample.estimate) <= SAME:
         return 0.0
     estimate, slope = _on_logit(np.array(sample.estimate), sample.bounds)
@@ -363,7 +366,7 @@ def _distance_of_zero(sample: Resamples, standard_error: float) -> float:
 
 
 def _share_beyond(distances: Floats, distance: float) -> float:
-    """The share of draws that are so far from the estimate, or farther; it counts as one of them."""
+    """The share of draws at this distance from the estimate or farther; the estimate counts as one such draw."""
     return (1 + int(np.sum(np.abs(distances) >= distance))) / (1 + len(distances))
 
 
@@ -381,7 +384,7 @@ def score_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """A score of one system, or the mean_of its runs, with its interval.
+    """A score of one system, or the `mean_of` its runs, with its interval.
 
     >>> perfect, blind = [[50, 0], [0, 50]], [[50, 0], [50, 0]]  # pixels of the truth's class by the predicted one
     >>> from featprobe.metrics import pixel_statistic
@@ -400,9 +403,9 @@ def score_interval(
 def paired_difference(
     a: Statistic, b: Statistic, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """a - b of two systems scored on the same test images, each resample drawing the same groups for both.
+    """a - b of two systems scored on the same test images; each resample draws the same groups for both.
 
-    Raises ShapeError when they were scored on other groups.
+    Raises ShapeError when they were scored on different groups.
     """
     return _difference(difference_of(a, b), level, resamples, seed)
 
@@ -414,18 +417,18 @@ def modality_gap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """By how much more a is ahead on a first test set than on a second: (a - b on RGB) - (a - b on X-ray).
+    """How much larger the lead of a over b is on a first test set than on a second: (a - b on RGB) - (a - b on X-ray).
 
-    first, second: a and b on that set, paired; the two sets are drawn independently. Raises ShapeError when a and b of
-    one set were scored on other groups.
+    first, second: a and b on that set, paired; the two sets are resampled independently. Raises ShapeError when a and b
+    of one set were scored on different groups.
     """
-    return _difference(apart(difference_of(*first), difference_of(*second)), level, resamples, seed)
+    return _difference(unpaired_of(difference_of(*first), difference_of(*second)), level, resamples, seed)
 
 
 def _difference(statistic: Statistic, level: float, resamples: int, seed: int) -> Difference:
-    """A difference, its interval, and its p-value: the share of resamples as far from it as 0 is, or farther.
+    """A difference, its interval, and its p-value: the share of resamples at least as far from it as 0 is.
 
-    The p-value is the studentised interval turned round.
+    The p-value is the inverse of the studentised interval.
     """
     if not can_be_resampled(statistic):
         return no_difference(statistic)
@@ -434,10 +437,10 @@ def _difference(statistic: Statistic, level: float, resamples: int, seed: int) -
 
 
 def widest(statistic: Statistic, sample: Resamples, errors: Sequence[tuple[float, Floats]], level: float) -> Difference:
-    """A difference with the widest interval and the largest p-value that some views of its error give.
+    """A difference with the widest interval and the largest p-value of several estimates of its error.
 
-    errors: a standard error, and draws in it (as of distances_of, but however many), of each view. No p-value is less
-    than 2^(1 - groups): of groups whose differences might as well have had the other sign, no test can say more.
+    errors: a standard error and draws (as from distances_of, in any number) per estimate. No p-value is below
+    2^(1 - groups): no test of differences that could have either sign in each group can reach less.
     """
     lows, highs = zip(*(_within(sample, error, _reach(draws, level)) for error, draws in errors), strict=True)
     shares = [_share_beyond(draws, _distance_of_zero(sample, error)) for error, draws in errors]
@@ -446,12 +449,12 @@ def widest(statistic: Statistic, sample: Resamples, errors: Sequence[tuple[float
 
 
 def can_be_resampled(statistic: Statistic) -> bool:
-    """Whether it has a score, and two groups or more in each test set."""
+    """Whether a statistic has a score, and each test set two groups or more."""
     return min(statistic.sizes) >= 2 and not np.isnan(_estimate(statistic))
 
 
 def no_difference(statistic: Statistic) -> Difference:
-    """A difference of which nothing but its estimate is known."""
+    """A difference with only its estimate; interval and p-value are nan."""
     return Difference(_estimate(statistic), np.nan, np.nan, np.nan, min(statistic.sizes), statistic.bounds)
 
 
@@ -460,9 +463,9 @@ def _estimate(statistic: Statistic) -> float:
 
 
 def holm(p_values: ArrayLike) -> tuple[float, ...]:
-    """P-values of a family of tests, raised so that one false finding among all is as rare as each says.
+    """P-values of a family of tests, corrected so that any false finding among all is as rare as each p-value says.
 
-    nan, a test that could not be made, stays nan and does not count. Raises ShapeError for what is no p-value.
+    nan, a test that could not be made, stays nan and does not count. Raises ShapeError for values that are no p-values.
 
     >>> holm([0.01, 0.04, 0.03])
     (0.03, 0.06, 0.06)

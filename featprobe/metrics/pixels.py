@@ -72,17 +72,17 @@ def pixel_statistic(
     score: str = "miou_foreground",
     absent: Absent = "ignore",
 ) -> Statistic:
-    """A score of dense heads: what pixel_scores gives for the images of a resample.
+    """A score of dense heads, as pixel_scores gives it for the images of a resample.
 
-    confusions: (images, classes, classes), pixels, rows being the truth. groups: of each image; None: each its own.
-    score: a name of PIXEL_SCORES. absent: as iou_scores takes it. It decides on the whole split which classes take
-    part, and they do so in every resample: no mean goes over fewer. A class that a resample's truth lacks still has its
-    IoU there, 0 where it is predicted all the same. Where it isn't, its IoU on the whole split stands in, so that the
+    confusions: (images, classes, classes), pixels; rows are the truth. groups: the group of each image; None: each
+    image is a group. score: a name of PIXEL_SCORES. absent: see iou_scores. It decides on the whole split which classes
+    count, and these count in every resample, so the number of classes in the mean is fixed. A class that the truth of a
+    resample lacks has the IoU 0 there if it is predicted; otherwise its IoU on the whole split is used, so that the
     mean does not jump. The same holds for other scores.
     Raises ShapeError when the arrays disagree, or hold no image.
 
-    Holding a class at its IoU on the whole split wherever the truth lacks it would hide how little is known of a rare
-    one: benchmarks/coverage.py measures it.
+    Using the IoU on the whole split also where the class is predicted would hide how little is known about a rare
+    class: benchmarks/coverage.py measures it.
     """
     confusions = np.asarray(confusions)
     if confusions.ndim != 3 or confusions.shape[1] != confusions.shape[2] or not len(confusions):
@@ -92,7 +92,7 @@ def pixel_statistic(
 
 
 def _sums(confusions: NDArray[np.int64], groups: Sequence[str] | None) -> tuple[Names, NDArray[np.int64]]:
-    """Names of the groups, and the confusion matrix of each: (groups, classes, classes)."""
+    """Names of the groups, and the confusion matrix per group: (groups, classes, classes)."""
     if groups is None:
         return tuple(map(str, range(len(confusions)))), confusions
     if len(groups) != len(confusions):
@@ -104,12 +104,12 @@ def _sums(confusions: NDArray[np.int64], groups: Sequence[str] | None) -> tuple[
 
 
 def _mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
-    """Value and influence of the mean over classes of hit / union, both (groups, classes), each summed over groups."""
+    """The statistic of the mean over classes of sum(hit) / sum(union) over groups; hit, union: (groups, classes)."""
     classes = hit.shape[1]
     whole = hit.sum(0) / np.maximum(union.sum(0), 1)  # (classes,)
 
     def ratio(weights: Floats) -> tuple[Floats, Floats]:
-        """IoU, and by how much a hit pixel moves it: both (resamples, classes)."""
+        """IoU, and its change per hit pixel: both (resamples, classes)."""
         unions = weights @ union  # (resamples, classes)
         known, divisor = unions > 0, np.maximum(unions, 1)  # pixels
         return np.where(known, weights @ hit / divisor, whole), known / divisor
@@ -126,9 +126,9 @@ def _mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats],
 
 
 def groups_with_truth(confusions: NDArray[np.int64], groups: Sequence[str] | None = None) -> tuple[int, ...]:
-    """In how many groups each class is to be found: what the interval of its IoU rests on.
+    """The number of groups whose truth holds each class, (classes,): on these the interval of its IoU rests.
 
-    confusions, groups: as pixel_statistic takes them. A class that one group alone holds widens an interval by next to
-    nothing: how others of its kind would score can't be seen from it.
+    confusions, groups: see pixel_statistic. A class in only one group hardly widens an interval, because one group does
+    not show how others would score.
     """
     return tuple((_sums(confusions, groups)[1].sum(2) > 0).sum(0).tolist())

@@ -1,22 +1,22 @@
-"""Whether two procedures differ: a backbone with its head and recipe, whatever the seed that trains it.
+"""Tests whether two procedures differ. A procedure is a backbone with its head and recipe, for any seed.
 
-Two heads that differ by the seed alone do differ: a bootstrap over groups says so, and is right about these two heads.
-Of the procedures that made them it says nothing: a difference of procedures has to hold the seeds, too. Seeds and
-groups are crossed, all heads being scored on the same test groups:
+Two heads from the same procedure with different seeds do differ: a bootstrap over groups finds it, and is right about
+these two heads. But it says nothing about the procedures: a difference of procedures must include the variance of
+seeds. Seeds and groups are crossed, because all heads are scored on the same test groups:
 
     score(A, s, g) = mean(A) + seed(A, s) + group(g) + procedure x group(A, g) + seed x group(A, s, g)
 
-What groups do to the difference of two means over seeds, V_g, the bootstrap over groups holds, and in it what seed x
-group does. The variance between the scores of seeds, S2, holds that too: so much of it as seed x group explains, M.
-Both are pooled over the results of a table, since few seeds say little of a variance. With c = 1/k_A + 1/k_B for k
-seeds a side, the difference has the variance
+The bootstrap over groups gives V_g: the variance that groups cause in the difference of two means over seeds, with the
+part of seed x group. The variance between the scores of seeds, S2, contains seed x group too: this part is M. S2 and M
+are pooled over the results of a table, because few seeds say little about a variance. With c = 1/k_A + 1/k_B for k
+seeds per side, the difference has the variance
 
     max(V_g - c M, 0) + c S2
 
-The error of the second term is drawn from Student's t, since seeds are few; that of the first is drawn again with the
-groups, and both are added (Behrens and Fisher's problem). Where seeds happen to agree that may come out surer than the
-bootstrap over groups alone. Then the latter counts: nothing is surer of procedures than of the heads that they made.
-benchmarks/coverage.py measures how often equals are found to differ.
+The error of the second term is drawn from Student's t, because seeds are few; that of the first comes from the
+resampled groups, and both are added (Behrens and Fisher's problem). Where seeds agree by chance, the result may be
+surer than the bootstrap over groups alone. Then the bootstrap counts: procedures can't be known better than the heads
+that they made. benchmarks/coverage.py measures how often equal procedures are found to differ.
 
 Searle, Casella and McCulloch, Variance Components (1992); Fisher, The comparison of samples with possibly unequal
 variances (1939).
@@ -37,7 +37,6 @@ from featprobe.metrics.intervals import (
     Names,
     Resamples,
     Statistic,
-    apart,
     can_be_resampled,
     check_paired,
     difference_of,
@@ -46,16 +45,17 @@ from featprobe.metrics.intervals import (
     mean_of,
     no_difference,
     resample,
+    unpaired_of,
     widest,
 )
 
 
 @dataclass(frozen=True)
 class SeedVariance:
-    """Variance between the scores of seeds of one procedure, and what it is made of.
+    """Variance between the scores of the seeds of one procedure, and its parts.
 
-    between: of the scores, each on all test groups. by_groups: what seed x group explains of it; it would vanish with
-    ever more test groups. degrees: of freedom that both rest on; with 0 nothing is known of them.
+    between: variance of the scores, each on all test groups. by_groups: the part due to seed x group, which would
+    vanish with infinitely many test groups. degrees: degrees of freedom of both; with 0 nothing is known about them.
     """
 
     between: float
@@ -64,7 +64,7 @@ class SeedVariance:
 
     @property
     def of_seeds(self) -> float:
-        """What seeds would do on test splits without end, >= 0."""
+        """The variance of seeds on an infinitely large test split, >= 0."""
         return max(self.between - self.by_groups, 0.0)
 
 
@@ -73,11 +73,12 @@ UNKNOWN, NO_VARIANCE = SeedVariance(np.nan, np.nan, 0), SeedVariance(0.0, 0.0, 1
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """What seeds do to the results of one table.
+    """The variance of seeds in the results of one table.
 
-    sets: of the groups that the results were scored on. own: of a result's seeds. shared: number of seeds -> of results
-    that ran the same seeds, less what a seed does to all of them; where the seed picks the training images, that is
-    much. Half the variance of a difference of two results with one and the same seed.
+    sets: names of the test groups of the results. own: variance between the seeds of one result. shared: number of
+    seeds -> variance for results that ran the same seeds, without the common effect of a seed on all of them, which is
+    large where the seed picks the training images. It is half the variance of a difference of two results with the same
+    seed.
     """
 
     sets: tuple[Names, ...] = field(repr=False)
@@ -88,35 +89,35 @@ class SeedSpread:
 def seed_spread(results: Sequence[Sequence[Statistic]]) -> SeedSpread:
     """The seed variance of results that share task, head, fraction and data, pooled.
 
-    results: of each a statistic per seed, all over the same groups. One with one seed says nothing of seeds, and a seed
-    without a score (nan) is left out. For `shared`, results with equally many seeds are taken to have run the same ones
-    in the same order; where they did not, it is too large rather than too small.
-    Raises ShapeError where there is no result, or where they were scored on other groups.
+    results: per result one statistic per seed, all over the same groups. A result with one seed says nothing about
+    seeds, and a seed without a score (nan) is left out. For `shared`, results with the same number of seeds are assumed
+    to have the same seeds in the same order; where they have not, the variance is too large rather than too small.
+    Raises ShapeError where there is no result, or where results were scored on different groups.
     """
     runs = [run for result in results for run in result]
     if not runs:
-        raise ShapeError("There is no result whose seeds could be compared.")
+        raise ShapeError("The spread over seeds needs one result or more, found none.")
     for run in runs[1:]:
         check_paired(runs[0], run)
     sizes = runs[0].sizes
     known = [_known_seeds(result) for result in results]
-    own = [seeds - seeds.mean(0) for seeds in known if len(seeds) > 1]
+    deviations = [seeds - seeds.mean(0) for seeds in known if len(seeds) > 1]
     shared = {}
-    for count in sorted({len(seeds) for seeds in own}):
-        alike = np.stack([seeds for seeds in own if len(seeds) == count])  # (results, seeds, 1 + groups)
+    for count in sorted({len(seeds) for seeds in deviations}):
+        alike = np.stack([seeds for seeds in deviations if len(seeds) == count])  # (results, seeds, 1 + groups)
         shared[count] = _pooled(alike - alike.mean(0), (len(alike) - 1) * (count - 1), sizes)
-    return SeedSpread(runs[0].sets, _pooled(own, sum(len(seeds) - 1 for seeds in own), sizes), shared)
+    return SeedSpread(runs[0].sets, _pooled(deviations, sum(len(seeds) - 1 for seeds in deviations), sizes), shared)
 
 
 def _known_seeds(result: Sequence[Statistic]) -> Floats:
-    """Score and influences of each seed that has a score, (seeds, 1 + groups)."""
+    """Score and influences per seed, for the seeds with a score, (seeds, 1 + groups)."""
     ones = [np.ones((1, sum(run.sizes))) for run in result]
     every = [np.hstack([run.value(one)[:, None], run.influence(one)]) for run, one in zip(result, ones, strict=True)]
     return np.concatenate([seed for seed in every if not np.isnan(seed[0, 0])] or [np.empty((0, 1))])
 
 
 def _pooled(deviations: Sequence[Floats] | Floats, degrees: int, sizes: Sequence[int]) -> SeedVariance:
-    """From deviations of scores and influences, of each result (seeds, 1 + groups)."""
+    """The variance from deviations of scores and influences, (seeds, 1 + groups) per result."""
     if not degrees:
         return UNKNOWN
     every = np.concatenate(list(deviations))
@@ -134,13 +135,13 @@ def procedure_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """Mean over seeds of a less that of b, as other test groups and other seeds might have given it.
+    """Mean over seeds of a minus that of b, with an interval that covers other test groups and other seeds.
 
     a, b: a statistic per seed. spread: the seed_spread of their table; None where neither has seed variance (solved
-    heads on all training images): then groups alone count, as in paired_difference. same_seeds: both ran the same
-    seeds, in this order, and a seed does something to both (it picks the training images): what it does to both
-    cancels. low, high and p_value are nan where nothing is known of seeds: no result of the table has two.
-    Raises ShapeError where they were scored on other groups, or same_seeds have other numbers of seeds.
+    heads on all training images): then only groups count, as in paired_difference. same_seeds: both ran the same
+    seeds, in this order, and a seed has an effect on both (it picks the training images): the common effect cancels.
+    low, high and p_value are nan where nothing is known about seeds, because no result of the table has two.
+    Raises ShapeError where a and b were scored on different groups, or have different numbers of seeds with same_seeds.
     """
     return _claim([_side(a, b, spread, same_seeds)], level, resamples, seed)
 
@@ -155,11 +156,11 @@ def procedure_gap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """By how much more a procedure is ahead on a first test set than on a second; compare modality_gap.
+    """How much larger the lead of procedure a over b is on a first test set than on a second; compare modality_gap.
 
-    first, second: a and b on that set, a statistic per seed; the heads of the two sets were trained apart, so that
-    neither groups nor seeds of one say anything of the other. spreads: of the table of each. Else as
-    procedure_difference.
+    first, second: a and b on that set, a statistic per seed. The heads of the two sets were trained independently, so
+    neither groups nor seeds of one set say anything about the other. spreads: the seed_spread of each set's table. Else
+    as procedure_difference.
     """
     sides = [_side(*pair, spread, same_seeds) for pair, spread in zip((first, second), spreads, strict=True)]
     return _claim(sides, level, resamples, seed)
@@ -167,7 +168,7 @@ def procedure_gap(
 
 @dataclass(frozen=True)
 class _Side:
-    """A difference on one test set. seeds: variance of a seed's score; share: how much of it the difference has."""
+    """A difference on one test set. seeds: variance of a seed's score; share: its factor in the difference (c)."""
 
     difference: Statistic
     seeds: SeedVariance
@@ -179,7 +180,7 @@ def _side(a: Sequence[Statistic], b: Sequence[Statistic], spread: SeedSpread | N
     if spread is None:
         return _Side(difference, NO_VARIANCE, 0.0)
     if spread.sets != difference.sets:
-        raise ShapeError("The spread over seeds is of results on other test groups than those of the difference.")
+        raise ShapeError("The spread over seeds was computed on other test groups than the difference.")
     if same_seeds and len(a) != len(b):
         raise ShapeError(f"{len(a)} and {len(b)} seeds are not the same seeds.")
     seeds = spread.shared.get(len(a), UNKNOWN) if same_seeds else spread.own
@@ -187,8 +188,8 @@ def _side(a: Sequence[Statistic], b: Sequence[Statistic], spread: SeedSpread | N
 
 
 def _claim(sides: Sequence[_Side], level: float, resamples: int, seed: int) -> Difference:
-    """The difference, or the difference of two differences, with an interval that holds groups and seeds."""
-    statistic = sides[0].difference if len(sides) == 1 else apart(sides[0].difference, sides[1].difference)
+    """The difference, or the difference of two differences, with an interval that covers groups and seeds."""
+    statistic = sides[0].difference if len(sides) == 1 else unpaired_of(sides[0].difference, sides[1].difference)
     if not can_be_resampled(statistic) or any(not side.seeds.degrees for side in sides):
         return no_difference(statistic)
     sample = resample(statistic, resamples, seed)
@@ -205,26 +206,26 @@ def _claim(sides: Sequence[_Side], level: float, resamples: int, seed: int) -> D
 
 
 def _variances(sides: Sequence[_Side], sample: Resamples) -> tuple[float, list[float]]:
-    """What groups give to the variance beyond what the seeds' hold of it, and the seeds' of each side."""
+    """The variance due to groups that is not in the seeds' variance, and the seeds' variance per side."""
     of_sets = group_variances(sample.influence[None], [size for side in sides for size in side.difference.sizes])[0]
     of_sides = np.split(of_sets, np.cumsum([len(side.difference.sizes) for side in sides])[:-1])
     groups = [
-        max(float(own.sum()) - side.share * side.seeds.by_groups, 0.0)
-        for own, side in zip(of_sides, sides, strict=True)
+        max(float(of_groups.sum()) - side.share * side.seeds.by_groups, 0.0)
+        for of_groups, side in zip(of_sides, sides, strict=True)
     ]
     return sum(groups), [side.share * side.seeds.between for side in sides]
 
 
 def _seed_errors(sides: Sequence[_Side], seeds: Sequence[float], variance: float, resamples: int, seed: int) -> Floats:
-    """Errors that the seeds of each side make, (resamples,): Student's t, since their variance is only estimated.
+    """Errors due to the seeds of all sides, (resamples,): from Student's t, because their variance is only estimated.
 
-    The less of the variance they are, the less does doubt about their own matter: degrees of freedom grow with the
-    ratio of both standard errors.
+    The smaller their share of the variance, the less the doubt about it matters: degrees of freedom grow with the ratio
+    of both standard errors.
     """
-    sets = sum(len(side.difference.sizes) for side in sides)  # which have random numbers of their own
+    sets = sum(len(side.difference.sizes) for side in sides)  # the sets use the random numbers before these
     total = np.zeros(resamples)
-    for i, (side, own) in enumerate(zip(sides, seeds, strict=True)):
-        if own > SAME**2:
-            degrees = side.seeds.degrees * np.sqrt(variance / own)
-            total += np.sqrt(own) * np.random.default_rng([seed, sets + i]).standard_t(degrees, resamples)
+    for i, (side, of_seeds) in enumerate(zip(sides, seeds, strict=True)):
+        if of_seeds > SAME**2:
+            degrees = side.seeds.degrees * np.sqrt(variance / of_seeds)
+            total += np.sqrt(of_seeds) * np.random.default_rng([seed, sets + i]).standard_t(degrees, resamples)
     return total

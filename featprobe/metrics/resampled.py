@@ -1,8 +1,8 @@
 """COCO average precision of many resamples of the images, from one matching of predictions to truth.
 
-Whether a prediction is a hit depends on its image alone. So each image is matched once, by pycocotools, and a resample
-only changes how often its hits and false alarms count when precision is accumulated. That is done for many resamples at
-a time, and the envelope of precision is taken at the hits alone: between two hits it is constant.
+Whether a prediction is a hit depends only on its image. So pycocotools matches each image once, and a resample only
+changes how often its hits and false alarms count when precision is accumulated. Many resamples are computed at a time.
+The envelope of precision is computed only at hits, because it is constant between two hits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ AbsentClass = Literal["ignore", "hold"]
 OfGroups = Callable[[ArrayLike], NDArray[np.float64]]  # weights (resamples, groups) -> (resamples,)
 
 THRESHOLDS: Mapping[str, slice] = {"ap": slice(0, 10), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of IoU
-RECALLS = np.linspace(0, 1, 101)  # pycocotools' own, to the last bit
+RECALLS = np.linspace(0, 1, 101)  # equal to pycocotools' to the last bit
 AT_ONCE = 2**19  # detections times resamples of one step: 4 MiB of counts, which stay in a processor's cache
 
 
 @dataclass(frozen=True)
 class ResampledScores:
-    """COCO's numbers of each resample, in [0, 1].
+    """COCO's numbers per resample, in [0, 1].
 
     ap, ap50, ap75: (resamples,), mean over classes; nan where no class has a score.
     per_class, per_class_50: (resamples, classes), ap and ap50 in the order of the truth's `categories`; nan where the
@@ -43,17 +43,16 @@ class ResampledScores:
 
 
 class ResampledAp:
-    """Average precision under image weights: a weight of 3 counts an image, with all its objects, three times.
+    """Average precision with weights on images: with weight 3 an image, with all its objects, counts three times.
 
-    truth, predictions, kind: as average_precision takes them, with its errors; neither is changed or kept.
+    truth, predictions, kind: see average_precision, which raises the same errors; they are not changed or kept.
 
-    The scores are those of pycocotools (area "all", at most 100 predictions of a class in an image) on a data set in
-    which each image stands as often as its weight says. Where scores tie, pycocotools goes by the order of the images,
-    which it sorts by id. So that order has to be said: the copies of an image stand side by side, at the place that its
-    id has among the ids of the truth. With weights of one the scores are those of average_precision. All weights
-    multiplied by an integer >= 1 give the same scores, unless a hit and a false alarm of one class and one image tie:
-    pycocotools then ranks the false alarm of the first copy before the hit of the second, and so does this. For such
-    ties time and memory grow with the largest weight.
+    The scores are those of pycocotools (area "all", at most 100 predictions per class and image) on a data set that
+    holds each image as often as its weight. Where scores tie, pycocotools goes by the order of the images, which it
+    sorts by id: here all copies of an image are at the place of its id. With all weights 1 the scores are those of
+    average_precision. All weights times an integer >= 1 give the same scores, unless a hit and a false alarm of one
+    class tie in one image: then pycocotools ranks the false alarm of the first copy before the hit of the second, and
+    so does this class. For such ties time and memory grow with the largest weight.
 
     >>> box = {"category_id": 1, "bbox": [2.0, 3.0, 4.0, 5.0]}
     >>> objects = [box | {"id": i, "image_id": i, "area": 20.0, "iscrowd": 0} for i in (1, 2)]
@@ -79,11 +78,11 @@ class ResampledAp:
 
         weights: (resamples, images), whole numbers >= 0 of any dtype, in the order of the truth's `images`: how often
         each image counts. 0 leaves an image out, as the jackknife does; fractions have no meaning here.
-        absent: what becomes of a class of which a resample holds no object. "ignore": the mean goes over the other
-        classes, as pycocotools takes it, so that it jumps where an easy or a hard class falls out. "hold": the classes
-        are fixed on the whole data set, and this one enters the mean with its score there. The mean does not jump, but
-        such resamples say nothing of the spread of that class: count the nan of `per_class` before an interval rests
-        on a class that few groups hold. A class without an object in the whole data set takes no part in either.
+        absent: how to treat a class without an object in a resample. "ignore": the mean is over the other classes, as
+        in pycocotools, so it jumps where an easy or a hard class is missing. "hold": the classes are fixed on the whole
+        data set, and the class enters the mean with its score there. The mean does not jump, but such resamples say
+        nothing about the spread of that class: count the nan of `per_class` before you rely on an interval with a class
+        that few groups hold. A class without an object in the whole data set is in neither mean.
         Raises ShapeError when weights are not of that shape, or not whole numbers >= 0.
         """
         images = np.arange(self.images)
@@ -95,13 +94,12 @@ class ResampledAp:
         )
 
     def by_group(self, score: str, groups: ArrayLike, absent: AbsentClass = "ignore") -> OfGroups:
-        """What gives one score of each resample, (resamples,), from weights of groups of images, (resamples, groups).
+        """A function from weights of groups, (resamples, groups), to one score per resample, (resamples,).
 
-        groups: (images,), the index of each image's group, in the order of the truth's `images`; there are as many
-        groups as the largest index says. All images of a group get its weight. The weights are whole numbers >= 0, as
-        `scores` takes them, and `absent` means what it means there. Only the IoU thresholds of the score are gone
-        through.
-        Raises ShapeError when groups do not fit the images; what it gives raises it when weights do not fit the groups.
+        groups: (images,), the index of each image's group, in the order of the truth's `images`; the largest index
+        gives the number of groups. All images of a group get its weight. Weights and `absent` are as in `scores`. Only
+        the IoU thresholds of the score are computed.
+        Raises ShapeError when groups do not fit the images; the function raises it when weights do not fit the groups.
         """
         group = np.asarray(groups)
         if group.shape != (self.images,) or group.dtype.kind not in "iu" or group.min(initial=0) < 0:
@@ -142,10 +140,11 @@ class ResampledAp:
 
 @dataclass(frozen=True)
 class _Line:
-    """Detections of a class in the order in which pycocotools goes through a resample.
+    """Detections of a class in the order of pycocotools for a resample.
 
-    image: (entries,), the index of each one's image. copy: (entries,), which copy of the image it belongs to, from 0;
-    -1 where one entry stands for all copies. hit, ignored: (thresholds, entries); what is neither is a false alarm.
+    image: (entries,), the index of the image. copy: (entries,), to which copy of the image the entry belongs, from 0;
+    -1 where one entry stands for all copies. hit, ignored: (thresholds, entries); an entry that is neither is a false
+    alarm.
     """
 
     image: NDArray[np.intp]
@@ -156,11 +155,11 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Matches:
-    """What pycocotools found of one class, detections by falling score and then by image.
+    """pycocotools' matches of one class; detections are sorted by falling score and then by image.
 
-    image: (detections,), index of the image. tie: (detections,), ascending from 0, one number for what has one image
-    and one score. mixed: (detections,), whether hits and false alarms tie so, at any threshold.
-    hit, ignored: (thresholds, detections). truths: (images,), objects that are to be found.
+    image: (detections,), index of the image. tie: (detections,), numbers ascending from 0, the same for detections of
+    one image with one score. mixed: (detections,), whether such a tie has both hits and false alarms, at any threshold.
+    hit, ignored: (thresholds, detections). truths: (images,), the number of objects to find.
     """
 
     image: NDArray[np.intp]
@@ -171,11 +170,11 @@ class _Matches:
     truths: NDArray[np.int64]
 
     def line(self, copies: int) -> _Line:
-        """The detections of resamples that hold an image up to so many times.
+        """The detections for resamples that hold an image at most `most` times.
 
-        The copies of a detection stand together and count as one entry: in a run of hits precision is highest at the
-        end, and the recalls that are reached within the run are given that. Where hits and false alarms of one image
-        tie, the false alarm of the first copy stands before the hit of the second, so each copy has its own entries.
+        The copies of a detection are neighbours and count as one entry: in a run of hits precision is highest at the
+        end, and all recalls within the run get that precision. Where hits and false alarms of one image tie, the false
+        alarm of the first copy comes before the hit of the second, so each copy has its own entries.
         """
         if copies < 2 or not self.mixed.any():
             return _Line(self.image, np.full(len(self.image), -1), self.hit, self.ignored)
@@ -188,19 +187,19 @@ class _Matches:
 
 
 def _matches(evaluation: COCOeval, column: Mapping[Any, int]) -> list[_Matches]:
-    """Those of each category, in the order of evaluation.params.catIds; column: index of the image of each id."""
+    """The matches per category, in the order of evaluation.params.catIds. column: image id -> index of the image."""
     images, categories = len(evaluation.params.imgIds), len(evaluation.params.catIds)
     every = [evaluation.evalImgs[i * images : (i + 1) * images] for i in range(categories)]
-    return [_of_class([image for image in own if image is not None], column) for own in every]
+    return [_of_class([image for image in images if image is not None], column) for images in every]
 
 
 def _of_class(found: Sequence[Mapping[str, Any]], column: Mapping[Any, int]) -> _Matches:
-    """From pycocotools' record of each image that holds truth or detections of a class, in the order of image ids."""
+    """The matches from pycocotools' records of the images with truth or detections of a class, in the order of ids."""
     index = np.array([column[image["image_id"]] for image in found], dtype=np.intp)
     truths = np.zeros(len(column), dtype=np.int64)
     truths[index] = [np.count_nonzero(image["gtIgnore"] == 0) for image in found]
     score = np.concatenate([np.empty(0), *(image["dtScores"] for image in found)])
-    order = np.argsort(-score, kind="mergesort")  # pycocotools' own: among equal scores the images keep their order
+    order = np.argsort(-score, kind="mergesort")  # as in pycocotools: with equal scores the images keep their order
     none = np.empty((10, 0), dtype=bool)  # (thresholds, detections)
     matched, ignored = (
         np.concatenate([none, *(image[part] != 0 for image in found)], axis=1)[:, order]
@@ -212,13 +211,13 @@ def _of_class(found: Sequence[Mapping[str, Any]], column: Mapping[Any, int]) -> 
 
 
 def _ties(image: NDArray[np.intp], score: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Numbers ascending from 0, (detections,): the same for neighbours of one image and score."""
+    """Numbers ascending from 0, (detections,): equal for neighbours of the same image and score."""
     changes = (image[1:] != image[:-1]) | (score[1:] != score[:-1])
     return np.concatenate([np.zeros(min(1, len(image)), dtype=np.intp), changes.cumsum()])
 
 
 def _mixed(tie: NDArray[np.intp], hit: NDArray[np.bool_], false: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(detections,): whether hits and false alarms, (thresholds, detections), have its number, at any threshold."""
+    """(detections,): whether its tie has both hits and false alarms, (thresholds, detections), at any threshold."""
     if not len(tie):
         return np.empty(0, dtype=bool)
     first = np.flatnonzero(np.diff(tie, prepend=-1))
@@ -231,11 +230,11 @@ def _average(
 ) -> NDArray[np.float64]:
     """Average precision of one class: (resamples, thresholds); nan where there is no truth.
 
-    copies: (resamples, entries), how often the entry's image counts, overwritten; truths: (resamples,), objects to be
-    found.
+    copies: (resamples, entries), how often the entry's image counts; it is overwritten. truths: (resamples,), the
+    number of objects to find.
     """
-    own = np.flatnonzero(line.copy >= 0)
-    copies[:, own] = copies[:, own] > line.copy[own]
+    single = np.flatnonzero(line.copy >= 0)
+    copies[:, single] = copies[:, single] > line.copy[single]
     counted = copies.cumsum(1)  # (resamples, entries), detections up to here; floats would take eight times as long
     result = np.empty((len(copies), len(thresholds)))
     for i, threshold in enumerate(thresholds):
@@ -254,24 +253,24 @@ def _mean_precision(
 ) -> NDArray[np.float64]:
     """Mean of the precision envelope at the 101 recalls, (resamples,).
 
-    hits, detections: (resamples, entries), how many there are up to each entry that is a hit; truths: (resamples, 1).
-    An entry stands for the recalls that it is the first to reach; recall 0 belongs to the first entry, whatever its
-    weight, and is given the highest precision of all. Another entry of weight 0 reaches no recall, and its precision is
-    not above that of the hit before it, so it changes nothing.
+    hits, detections: (resamples, entries), their numbers up to each entry that is a hit; truths: (resamples, 1).
+    An entry stands for the recalls that it is the first to reach. Recall 0 belongs to the first entry, whatever its
+    weight, and gets the highest precision of all. Any other entry of weight 0 reaches no new recall, and its precision
+    is not above that of the hit before it, so it changes nothing.
     """
     precision = hits / (detections + np.spacing(1))
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     recall = hits / np.maximum(truths, 1)
-    level = (recall * 100 + 1e-9).astype(np.intp)  # the last of RECALLS that may be reached: rounding decides, as there
+    level = (recall * 100 + 1e-9).astype(np.intp)  # the last of RECALLS that may be reached; rounding as in pycocotools
     reached = level + (recall >= RECALLS[level])
     return np.einsum("re,re->r", envelope, np.diff(reached, axis=1, prepend=0)) / len(RECALLS)
 
 
 def _whole_numbers(weights: ArrayLike, columns: int) -> NDArray[np.int64]:
-    """Weights as integers, of the shape that is wanted."""
+    """Weights as integers of the wanted shape. Raises ShapeError for other values or another shape."""
     given = np.asarray(weights)
     if given.ndim != 2 or given.shape[1] != columns:
         raise ShapeError(f"Weights of shape {given.shape} are not (resamples, {columns}).")
     if not np.all(np.isfinite(given) & (given >= 0) & (given == np.floor(given))):
-        raise ShapeError("Weights say how often an image counts: whole numbers >= 0. Found others.")
+        raise ShapeError("Weights must be whole numbers >= 0: how often an image counts. Found others.")
     return given.astype(np.int64)

@@ -15,9 +15,9 @@ Absent = Literal["zero", "ignore"]
 
 @dataclass(frozen=True)
 class IouScores:
-    """IoU in [0, 1]; nan for a class that takes no part.
+    """IoU in [0, 1]; nan for a class that does not count.
 
-    miou: mean over classes, the background counted. miou_foreground: mean without it.
+    miou: mean over classes, with the background. miou_foreground: mean without the background.
     """
 
     miou: float
@@ -26,9 +26,10 @@ class IouScores:
 
 
 def confusion_matrix(truth: Labels, predicted: Labels, classes: int) -> NDArray[np.int64]:
-    """Pixels of each true class (row) that were given each class (column): (classes, classes).
+    """The number of pixels per true class (row) and predicted class (column): (classes, classes).
 
-    truth, predicted: (height, width), uint8. Pixels whose truth is 255 are left out.
+    truth, predicted: (height, width), uint8. Pixels with truth 255 are left out. Raises ShapeError where they differ in
+    shape.
 
     >>> confusion_matrix(np.array([[0, 1, 255]], np.uint8), np.array([[0, 0, 1]], np.uint8), 2).tolist()
     [[1, 0], [1, 0]]
@@ -56,10 +57,9 @@ def iou_counts(matrix: Counts) -> tuple[Counts, Counts]:
 def iou_scores(matrix: Counts, absent: Absent = "ignore") -> IouScores:
     """IoU per class and their means, from a confusion matrix.
 
-    The classes are those of the truth with absent="ignore" (as Detectron2 counts them): one that is predicted but
-    absent from the truth takes no part, and each of its pixels counts against the class that it was taken from. With
-    "zero" (as DINOv3's evaluation has it) it scores 0, so that a single pixel can cost many points. A class in neither
-    never takes part.
+    With absent="ignore" (as in Detectron2) the classes of the truth count: a class that is predicted but not in the
+    truth does not count, and its pixels count against the classes that they truly belong to. With "zero" (as in
+    DINOv3's evaluation) it scores 0, so a single pixel can cost many points. A class in neither never counts.
     """
     per_class = ratio_of_each(matrix, iou_counts, absent)
     return IouScores(mean_of_known(per_class), mean_of_known(per_class[1:]), tuple(per_class.tolist()))

@@ -1,4 +1,4 @@
-"""The formats that can be read, and finding which one a folder holds."""
+"""The formats that can be read, and finding the format of a folder."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -50,13 +50,15 @@ from featprobe.targets import Target
 
 @dataclass(frozen=True)
 class Format:
-    """One format: what is looked for, whether a path has it, and its reader (of a set's name and path).
+    """One format of data sets.
 
-    read_named: the reader where classes are named beside the set (their lines last), None where a format names its own.
-    gives_way_to: formats that are meant, unless this one is named, where a path has theirs too.
-    parts: readers of a part or a kind of its labels alone, which FORMAT:PART names.
-    near: how much of what it looks for a path has, and what it lacks first, for a refusal; None where it does not say.
-    last: whether it is looked for only where no other format fits.
+    layout: the files and folders that it looks for, as a text for users. fits: whether a path has this format.
+    read: reads the set, from its name and path. read_named: reads it with classes that the user names (their lines are
+    the third argument); None where the format names its classes itself.
+    gives_way_to: formats that are preferred, unless this one is named, where a path fits them too.
+    parts: readers of one part, or of one kind of labels, which FORMAT:PART names.
+    near: which of the things it looks for a path has, and which it lacks first, for error messages; None without that.
+    last: whether it is tried only where no other format fits.
     """
 
     layout: str
@@ -70,7 +72,7 @@ class Format:
 
 
 def _fits_folders(root: Path) -> bool:
-    """Coloured masks in the same folders are another format, as are names that do not meet."""
+    """Whether images and masks have the same stems. Coloured masks in such folders are another format."""
     places = [(place / "images", place / "masks") for place in find_folders(root).values()]
     return root.is_dir() and meet(places) and not find_pairs(root)
 
@@ -125,7 +127,7 @@ FORMATS: Mapping[str, Format] = {
         near=seek("images|*images|*/*images", "masks|*masks|*/*masks", then="RGB masks with the stems of the images"),
     ),
     "labelme": Format(
-        "labelme: one JSON file an image, with shapes",
+        "labelme: one JSON file per image, with shapes",
         is_labelme,
         read_labelme,
         read_labelme,
@@ -210,11 +212,11 @@ FORMATS: Mapping[str, Format] = {
         last=True,
     ),
 }
-"""In the order in which they are looked for; what several of them fit has to be named."""
+"""The formats by name, in the order in which they are tried. Where several fit a folder, the user must name one."""
 
-MOST_INSIDE = 20  # folders that are looked into where the one that was named holds no set
+MOST_INSIDE = 20  # most subfolders that are searched where the named folder holds no set
 ENTRY_POINTS = "featprobe.datasets"
-"""The group under which another package names a Format of its own."""
+"""The group of entry points under which other packages name their formats."""
 
 
 def read_data(
@@ -229,15 +231,15 @@ def read_data(
     masks: str | None = None,
     follow_links: bool = False,
 ) -> DataSet:
-    """The data set that lies at a path, in a named format or in the one found by looking, its splits completed.
+    """Read the data set at a path, in a named format or in the format that fits, and complete its splits.
 
-    format_name: FORMAT, or FORMAT:PART for a part or a kind of labels that the format has. Formats of other packages
-    are looked for last, and loaded only then or when they are named. group_from: a regular expression that finds the
-    groups in the ids, in place of the format's. split_file: whose splits and groups take the place of the set's own.
-    complete=False leaves the splits as they are. classes: what stands in classes.txt otherwise, line by line.
-    images, masks: patterns that describe the set, see `datasets.patterns`; its format is `pairs`. follow_links: read
-    also what links in the folder lead to outside of it; else such a link is an error.
-    Raises DataError when no format fits, with the nearest and what it lacks, and with their names when several do.
+    format_name: FORMAT, or FORMAT:PART for one part of the set or one kind of its labels. Formats of other packages
+    are tried last, and loaded only then or when they are named. group_from: a regular expression that finds groups in
+    ids, instead of the format's groups. split_file: its splits and groups replace those of the set. complete=False
+    keeps the splits as they are. classes: the lines of a classes.txt, instead of that file. images, masks: patterns
+    that describe the set, see `datasets.patterns`; its format is then `pairs`. follow_links: also read files outside of
+    the folder to which links in it lead; otherwise such a link is an error.
+    Raises DataError when no format fits (with the nearest format and what is missing), and when several fit.
     """
     with links_followed(follow_links):
         described = _described(images, masks, format_name)
@@ -245,7 +247,8 @@ def read_data(
         own, _, part = (format_name or "").partition(":")
         known: Mapping[str, Format] = FORMATS if format_name is None else {own: find_format(own)}
         if part and part not in known[own].parts:
-            raise DataError(f"The format {own} has no part {part!r}. wanted: {', '.join(known[own].parts) or 'none'}.")
+            parts = ", ".join(known[own].parts) or "none"
+            raise DataError(f"The format {own} has no part {part!r}. wanted: {parts}.")
         if not root.exists():
             raise DataError(f"There is no folder or file {root} (data set {name}).")
         broken: list[str] = []
@@ -258,12 +261,12 @@ def read_data(
             each = "\n          ".join(f"{name}: {known[name].layout}" for name in fitting)
             raise DataError(
                 f"{root} can be read in {len(fitting)} formats.\n  wanted  one\n  found   {each}\n"
-                f"Nothing was read. Name the one that is meant:  --format {' or --format '.join(fitting)}"
+                f"Nothing was read. Name one of them:  --format {' or --format '.join(fitting)}"
             )
         if not fitting:
-            raise DataError(_refusal(known, own, root) + "".join(f"\n{letter}" for letter in broken))
-        for letter in broken:
-            warnings.warn(letter, stacklevel=2)
+            raise DataError(_refusal(known, own, root) + "".join(f"\n{message}" for message in broken))
+        for message in broken:
+            warnings.warn(message, stacklevel=2)
         if described:
             data = read_pairs(name, root, classes, described)
         else:
@@ -282,7 +285,7 @@ def read_data(
 
 
 def _following(data: DataSet) -> DataSet:
-    """A set whose labels are read as it was: links that lead out of its folder are followed."""
+    """The same set, whose labels are also read where links lead out of its folder."""
     read = data.read_target
 
     def read_target(sample: Sample, size: Size) -> Target:
@@ -293,13 +296,14 @@ def _following(data: DataSet) -> DataSet:
 
 
 def places_of(root: Path) -> list[Path]:
-    """Where the formats here read a set in a folder from: that folder, and the tables that VisA's objects share."""
+    """The folders from which a set is read: its own folder, and the tables that VisA's objects share."""
     beside = root.resolve().parent / "split_csv"
     return [root, *([beside] if beside.exists() else [])]
 
 
 def _described(images: str | None, masks: str | None, format_name: str | None) -> Description | None:
-    """The description of two patterns, None without. Raises DataError for one alone, and for two beside a format."""
+    """The description from two patterns; None without patterns. Raises DataError for one alone, and for two patterns
+    beside another format."""
     if images is None and masks is None:
         return None
     if images is None or masks is None:
@@ -317,8 +321,8 @@ def _described(images: str | None, masks: str | None, format_name: str | None) -
 
 
 def _refusal(known: Mapping[str, Format], own: str, root: Path) -> str:
-    """What is said of a folder that no format fits, or not the one that was named: what is nearest, what that lacks."""
-    inside = listed([p.name for p in visible(root, root.iterdir())], 8) if root.is_dir() else "a file, and no folder"
+    """The error text for a folder that no format, or not the named format, fits: the nearest one and what it lacks."""
+    inside = listed([p.name for p in visible(root, root.iterdir())], 8) if root.is_dir() else "a file, not a folder"
     said = (
         f"{root} holds no data set that can be read{f' as {own}' if own else ''}.\n"
         f"  found   {inside or 'nothing: it is empty'}\n"
@@ -335,7 +339,7 @@ def _refusal(known: Mapping[str, Format], own: str, root: Path) -> str:
             continue
         fitting = _fitting(FORMATS, folder)
         if fitting:
-            return f"{said}  nearest {' and '.join(fitting)}, in {folder}\nNothing was read. Name that folder."
+            return f"{said}  nearest {' and '.join(fitting)}, in {folder}\nNothing was read. Use that folder."
     nears = {name: entry.near(root) for name, entry in known.items() if entry.near and root.is_dir()}
     name = max(nears, key=lambda name: (len(nears[name].found), name == "pairs"), default="")
     if name and nears[name].found:
@@ -345,12 +349,12 @@ def _refusal(known: Mapping[str, Format], own: str, root: Path) -> str:
         said += "  wanted  images and their labels, in a format that `featprobe data` lists\n"
     return (
         f"{said}Nothing was read. Masks in any folders can be described:  {EXAMPLE}\n"
-        f"What another format looks for, by its name:  featprobe data info {root} --format NAME"
+        f"To see what a format looks for, name it:  featprobe data info {root} --format NAME"
     )
 
 
 def _links_out(root: Path) -> list[str]:
-    """Links in a folder and in the folders in it that lead out of it, relative to it."""
+    """Links that lead out of a folder, in it and in its subfolders, relative to it."""
     near = [*visible(root, root.iterdir()), *visible(root, root.glob("*/*"))]
     return [path.relative_to(root).as_posix() for path in near if path.is_symlink() and leads_out(root, path)]
 
@@ -361,20 +365,23 @@ def _read(entry: Format, part: str, format_name: str, name: str, root: Path, cla
     if entry.read_named is None or part:
         named = [name for name, known in FORMATS.items() if known.read_named]
         raise DataError(
-            f"The classes of {root} were named, but its format {format_name} says itself what they are called.\n"
-            f"  wanted  no names, or one of the formats {', '.join(named)}\nNothing was read. Leave the names away."
+            f"The classes of {root} were named, but its format {format_name} names its classes itself.\n"
+            f"  wanted  no names, or one of the formats {', '.join(named)}\nNothing was read. Omit the names."
         )
     return entry.read_named(name, root, classes)
 
 
 def _fitting(known: Mapping[str, Format], root: Path, *, last: bool = False) -> list[str]:
-    """The formats that a folder can be read in; those that are looked for last only if asked."""
+    """The names of the formats that fit a folder. last: also try formats that are tried last."""
     found = [name for name, entry in known.items() if (last or not entry.last) and entry.fits(root)]
     return [name for name in found if not set(known[name].gives_way_to) & set(found)]
 
 
 def find_format(name: str) -> Format:
-    """The format of a name, ours or another package's. Raises DataError when there is none, or it can't be loaded."""
+    """The format with a name, of featprobe or of another package.
+
+    Raises DataError when there is none, or it can't be loaded.
+    """
     if name in FORMATS:
         return FORMATS[name]
     points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
@@ -385,7 +392,10 @@ def find_format(name: str) -> Format:
 
 
 def added_formats() -> tuple[dict[str, Format], list[str]]:
-    """The formats of other packages by name, and a letter for each that can't be loaded. Ours keep their names."""
+    """The formats of other packages by name, and an error message for each that can't be loaded.
+
+    A format of another package with the name of one of featprobe's is ignored.
+    """
     added: dict[str, Format] = {}
     broken = []
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
@@ -400,10 +410,10 @@ def added_formats() -> tuple[dict[str, Format], list[str]]:
 def _load(point: EntryPoint) -> Format:
     where = f"The format {point.name} of the package {point.dist.name if point.dist else '?'}"
     wanted = f"  wanted  {point.value}, a featprobe.datasets.Format\n"
-    to_do = "Mend that package, or remove it; every other format can be read without it."
+    to_do = "Repair that package, or remove it; all other formats can be read without it."
     try:
         value = point.load()
-    except Exception as error:  # what another package's import may raise is anything
+    except Exception as error:  # another package's import may raise anything
         found = f"  found   {type(error).__name__}: {error}\n"
         raise DataError(f"{where} can't be loaded.\n{wanted}{found}{to_do}") from error
     if not isinstance(value, Format):

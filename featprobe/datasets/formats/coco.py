@@ -45,12 +45,12 @@ READ = {"id", "file_name", "height", "width", "category_id", "segmentation", "bb
 PLAIN_NUMBER = re.compile(r"0|-?[1-9]\d{0,99}", re.ASCII)
 T = TypeVar("T")
 Id = int | str
-"""What a file calls an image or a category; `same_id` tells which are the same."""
+"""The id of an image or a category in a file; `same_id` makes equal ids equal values."""
 
 
 @dataclass(frozen=True)
 class Category:
-    """One category. thing: whether its annotations are objects, not regions; background: whether it is class 0."""
+    """One category. thing: whether its annotations are objects and not regions; background: whether it is class 0."""
 
     name: str
     thing: bool
@@ -68,13 +68,13 @@ def find_coco(root: Path) -> list[Path]:
 
 
 def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
-    """The data set of one or more COCO files, one per split or one in all.
+    """The data set of one or more COCO files, one per split or one for all.
 
-    A file's split is named by its stem or folder (train, val, test); an image's entry may also carry
-    `split` and `group`. What is `isthing` 0, itself or by its category, is painted over the objects and is none; a
-    set whose categories all are has no objects. A category that is `background`, or called so, is class 0. Of several
-    categories of one name those without annotations are left out. Numbers may be written as texts. Raises DataError
-    when the files disagree on their categories, or two categories of one name have annotations.
+    The stem or folder of a file names its split (train, val, test); an image's entry may also have `split` and `group`.
+    An annotation with `isthing` 0, itself or by its category, is a region and no object: it is painted over the objects
+    in the mask. A set where all categories have `isthing` 0 has no objects. A category with `background`, or of that
+    name, is class 0. Among categories of one name those without annotations are left out. Numbers may be written as
+    texts. Raises DataError when files have different categories, or two categories of one name have annotations.
     """
     folder = root if root.is_dir() else root.parent
     loaded = [(path, _load(path if path == root else kept_below(folder, path))) for path in files]
@@ -98,9 +98,9 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
         ids = {same_id(image["id"]) for image in data["images"]}
         unknown = sorted(map(shown, by_image.keys() - ids))
         if unknown:
-            raise DataError(f"{path} has annotations of images that it does not list: {listed(unknown)}.")
+            raise DataError(f"{path} has annotations for images that it does not list: {listed(unknown)}.")
         if len(ids) < len(data["images"]):
-            raise DataError(f"{path} gives several images the same id, so that their annotations can't be told apart.")
+            raise DataError(f"{path} gives several images the same id, so their annotations can't be assigned.")
         for image in data["images"]:
             where = f"{path}, image {image['file_name']}"
             split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
@@ -124,7 +124,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
         raise DataError(f"{root} lists no images.")
 
     masks = not bare.count
-    notes += partly("no masks are read, boxes alone", bare, "without a segmentation", outlined)
+    notes += partly("no masks are read, only boxes", bare, "without a segmentation", outlined)
 
     def read_one(annotation: Mapping[str, Any], size: Size, where: str) -> tuple[Instance, bool]:
         category = known_as.get(same_id(annotation["category_id"]))
@@ -155,7 +155,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
 
 
 def same_id(value: Any) -> Id:
-    """What an id is compared by: the number 7, 7.0 and the text "7" are one id.
+    """The value by which ids are compared: 7, 7.0 and "7" are the same id.
 
     >>> same_id("7"), same_id(7.0), same_id("07")
     (7, 7, '07')
@@ -166,10 +166,10 @@ def same_id(value: Any) -> Id:
 
 
 def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
-    """Where an image of a COCO file lies; the first place tried when it lies nowhere.
+    """The path of an image of a COCO file; the first possible path where it is nowhere.
 
-    PIDray's and CVAT's images lie in folders of the last word of a file's name, RarePlanes' in PS-RGB_tiled of a
-    split's. Raises DataError for a name that is absolute, or leads out of the data folder by `..` from every place.
+    PIDray's and CVAT's images are in a folder with the last word of the JSON file's name, RarePlanes' in PS-RGB_tiled
+    of a split's folder. Raises DataError for a name that is absolute, or leads out of the data folder by `..`.
     """
     last = annotations.stem.rpartition("_")[2]
     folders = ["images", f"images/{annotations.stem}", f"images/{last}", ".", "data", last]
@@ -185,12 +185,12 @@ def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Pat
 
 
 def _kept(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What is read of an image's entry, or of an annotation."""
+    """The fields of an image's entry or an annotation that are read later."""
     return {name: value for name, value in entry.items() if name in READ}
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The value of a COCO file whose entries have what they need; raises DataError for all that is wrong with them."""
+    """The value of a COCO file, whose entries have the fields they need. Raises DataError with all faults."""
     data = read_json(path)
     if not isinstance(data, dict) or any(not isinstance(data.get(part), list) for part in FIELDS):
         alike = looks_like(data, FIELDS) if isinstance(data, dict) else {}
@@ -208,7 +208,7 @@ def _load(path: Path) -> dict[str, Any]:
     raise_all(faults)
     for part, names in FIELDS.items():
         known = (*names, *OPTIONAL[part])
-        if looks_like(set().union(*data[part]) - set(known), known):  # seldom, so that entries are looked at one by one
+        if looks_like(set().union(*data[part]) - set(known), known):  # rare, so only then each entry is checked
             each = (partial(check_names, entry, known, f"{path}, {part}[{i}]") for i, entry in enumerate(data[part]))
             gathered(each)
     return data
@@ -222,14 +222,14 @@ def _is_id(value: Any) -> bool:
 
 
 def _looks_like_coco(path: Path, root: Path) -> bool:
-    if leads_out(root, path):  # it is not opened to be told, and is said where it is read
+    if leads_out(root, path):  # not opened here; reading it raises the error
         return path.name.startswith("instances") or path.parent.name == "annotations"
     start = start_of(path, 1 << 20)
     return b'"images"' in start or b'"annotations"' in start or b'"categories"' in start
 
 
 def _split_word(path: Path, root: Path) -> str:
-    """The split that a file's stem names, or its folder where that lies inside of the data set."""
+    """The split that a file's stem names, or its folder where that is inside the data set."""
     words = path.stem.lower().replace("-", "_").split("_")
     if root not in (path, path.parent):
         words.append(path.parent.name.lower())
@@ -244,14 +244,14 @@ def _categories(loaded: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[Id, Ca
         others = _categories_of(data, path)
         if others != categories:
             raise DataError(
-                f"{path} and {first_path} name other categories:\n"
+                f"{path} and {first_path} have different categories:\n"
                 f"  {', '.join(map(str, others.values()))}\n  {', '.join(map(str, categories.values()))}"
             )
     return categories
 
 
 def _categories_of(data: Mapping[str, Any], path: Path) -> dict[Id, Category]:
-    """Categories by id. Where none is marked as the background, one called so is. Raises DataError."""
+    """Categories by id. Where none is marked as background, the one of that name is. Raises DataError."""
 
     def says(entry: Mapping[str, Any], field: str, default: bool) -> bool:
         return to_truth(entry.get(field), f"{path}, category {entry['id']}, {field}", default)
@@ -270,9 +270,9 @@ def _categories_of(data: Mapping[str, Any], path: Path) -> dict[Id, Category]:
 def _once_each(
     categories: Mapping[Id, Category], used: Collection[Id], root: Path
 ) -> tuple[dict[Id, Category], list[str]]:
-    """Categories of which no two have one name, and a note on each that was left out for it: none has annotations.
+    """Categories with different names, and a note per category without annotations that was left out for its name.
 
-    Raises DataError where two of one name have.
+    Raises DataError where two categories of one name have annotations.
     """
     kept, notes = dict(categories), []
     for name in dict.fromkeys(c.name for c in categories.values()):
@@ -280,14 +280,14 @@ def _once_each(
         drawn = [number for number in own if same_id(number) in used]
         if len(drawn) > 1:
             raise DataError(
-                f"{root} has {len(drawn)} categories of the name {name!r} with annotations, so that they can't be told "
+                f"{root} has {len(drawn)} categories of the name {name!r} with annotations, so they can't be told "
                 f"apart.\n  wanted  a name for each\n  found   {', '.join(map(shown, drawn))}\n"
                 "Nothing was read. Rename one, or give its annotations to the other."
             )
         for number in own:
             if number != (drawn or own)[0]:
                 del kept[number]
-                notes.append(f"the category {number} ({name}) has another's name and no annotation, and is left out")
+                notes.append(f"the category {number} ({name}) has another's name but no annotation, and is left out")
     return kept, notes
 
 
@@ -297,7 +297,7 @@ def _class_index(categories: Mapping[Id, Category]) -> tuple[tuple[str, ...], di
         order = sorted(categories)
     except TypeError as error:
         raise DataError(
-            f"The category ids {list(categories)[:20]} are numbers and texts. wanted: all of a kind."
+            f"The category ids {list(categories)[:20]} are numbers and texts. wanted: only numbers, or only texts."
         ) from error
     named = [number for number in order if not categories[number].background]
     index = dict.fromkeys(order, 0) | {number: i for i, number in enumerate(named, start=1)}
@@ -308,7 +308,7 @@ def _class_index(categories: Mapping[Id, Category]) -> tuple[tuple[str, ...], di
 
 
 def _painted(objects: Sequence[Instance], regions: Sequence[Instance], size: Size) -> Labels | None:
-    """The (height, width) mask of objects with regions over it, in their order."""
+    """The (height, width) mask of objects, with regions painted over it in their order."""
     painted = semantic_from_instances(objects, size)
     for region in regions:
         if painted is not None and region.rle is not None:
@@ -319,7 +319,7 @@ def _painted(objects: Sequence[Instance], regions: Sequence[Instance], size: Siz
 def _read(
     read: Callable[[Mapping[str, Any], Size, str], T], annotation: Mapping[str, Any], size: Size, where: str
 ) -> T:
-    """What is read of an annotation; whatever is wrong with it is a DataError."""
+    """The result of reading an annotation. Any error becomes a DataError."""
     try:
         return read(annotation, size, where)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -341,13 +341,13 @@ def _instance(annotation: Mapping[str, Any], category: int, size: Size, where: s
 
 
 def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
-    """Compressed RLE of any of COCO's three forms of a mask; None when there is none."""
+    """Compressed RLE from any of COCO's three forms of a mask; None where there is no mask."""
     if segmentation in NOTHING:
         return None
     height, width = size
     if isinstance(segmentation, list):
         short = [len(polygon) for polygon in segmentation if len(polygon) < 6 or len(polygon) % 2]
-        if short:  # pycocotools would take four numbers for a box
+        if short:  # pycocotools would read four numbers as a box
             raise DataError(f"{where}: a polygon of {short[0]} numbers. wanted: x y of three points or more.")
         polygons = [to_numbers(polygon, f"{where}, segmentation") for polygon in segmentation]
         inside = (
@@ -361,7 +361,7 @@ def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
     else:
         if [to_whole(side, f"{where}, segmentation, size") for side in segmentation["size"]] != [height, width]:
             raise LabelSizeError(
-                f"{where}: the RLE mask is of another size than the image.\n"
+                f"{where}: the RLE mask has another size than the image.\n"
                 f"  wanted  {[height, width]} (height, width)\n  found   {segmentation['size']}"
             )
         counts = segmentation["counts"]
@@ -389,7 +389,7 @@ def _check_compressed(counts: str, pixels: int, where: str) -> None:
     value = shift = 0
     for character in counts.encode():
         bits = character - 48
-        if not 0 <= bits < 64:  # pycocotools would stop at a 0, and take what is beyond as something else
+        if not 0 <= bits < 64:  # pycocotools would stop at a 0, and misread others
             raise DataError(f"{where}: the RLE holds the byte {character}. The string is damaged.")
         value |= (bits & 0x1F) << shift
         shift += 5

@@ -21,7 +21,7 @@ TILES = "PS-RGB_tiled"
 
 
 def find_pidray(root: Path, test_sets: Sequence[str] = TEST_SETS) -> list[Path]:
-    """PIDray's training file and those of its test sets that are here; none where either is missing."""
+    """PIDray's training file and the files of its test sets that exist; [] where either is missing."""
     train = root / "annotations" / "xray_train.json"
     tests = [train.with_name(f"xray_test_{name}.json") for name in test_sets]
     here = [path for path in tests if path.is_file()]
@@ -29,7 +29,7 @@ def find_pidray(root: Path, test_sets: Sequence[str] = TEST_SETS) -> list[Path]:
 
 
 def read_pidray(name: str, root: Path, test_sets: Sequence[str] = TEST_SETS) -> DataSet:
-    """The data set of PIDray in its own split, its test sets read as one or, where one is named, that one alone."""
+    """The data set of PIDray in its published split. Its test sets are read together, or only the named one."""
     files = find_pidray(root, test_sets)
     if not files:
         raise DataError(f"{root / 'annotations'} lacks xray_train.json or xray_test_{' or '.join(test_sets)}.json.")
@@ -40,7 +40,7 @@ def read_pidray(name: str, root: Path, test_sets: Sequence[str] = TEST_SETS) -> 
 
 
 def find_rareplanes(root: Path, labels: Sequence[str] = PLANE_LABELS) -> list[Path]:
-    """RarePlanes' training and test file of the first of these labels that is here; none where there are no tiles."""
+    """RarePlanes' training and test file of the first kind of labels that exists; [] where there are no tiles."""
     if not (root / "train" / TILES).is_dir():
         return []
     folder = root / "metadata_annotations"
@@ -49,7 +49,8 @@ def find_rareplanes(root: Path, labels: Sequence[str] = PLANE_LABELS) -> list[Pa
 
 
 def read_rareplanes(name: str, root: Path, labels: Sequence[str] = PLANE_LABELS) -> DataSet:
-    """The data set of RarePlanes' tiles in its own split; the group is the scene, which a tile's name begins with."""
+    """The data set of RarePlanes' tiles in its published split. The group is the scene, the first part of a tile's
+    name."""
     files = find_rareplanes(root, labels)
     if not files:
         wanted = " or ".join(f"instances_{{train,test}}_{label}.json" for label in labels)

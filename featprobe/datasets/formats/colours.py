@@ -36,7 +36,7 @@ LEFT_OUT = "ignore"  # a colour of this name is ignored
 
 @dataclass(frozen=True)
 class Pair:
-    """A folder of images and the one of their masks; split: as its name or its parent's says, "" for none."""
+    """A folder of images and the folder of their masks. split: by its name or its parent's name, "" for none."""
 
     images: Path
     masks: Path
@@ -44,7 +44,7 @@ class Pair:
 
 
 def find_pairs(root: Path) -> list[Pair]:
-    """Folders of images beside their masks, at the top or one folder down, of which the first mask is coloured."""
+    """Folders of images beside their masks, at the top or one folder down, where the first mask is coloured."""
     if not root.is_dir():
         return []
     inside = [path for path in folders_in(root) if not path.is_symlink()]
@@ -57,9 +57,9 @@ def find_pairs(root: Path) -> list[Pair]:
 def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> DataSet:
     """The data set of coloured masks with the same stems as their images.
 
-    The colours are named, `R,G,B name` a line, the background first. Without that the colours that occur
+    classes.txt names the colours, one `R,G,B name` per line, the background first. Without it the colours that occur
     are the classes, sorted, black first where there is black. samples.csv (image,split,group) is optional. The pages
-    of a file are images of one group, and go with the pages of its mask.
+    of a file are images of one group, and match the pages of its mask.
     """
     pairs = find_pairs(root)
     table = own_table(root)
@@ -90,17 +90,17 @@ def read_colours(name: str, root: Path, lines: Sequence[str] | None = None) -> D
 def colour_targets(
     name: str, root: Path, samples: Sequence[Sample], notes: Sequence[str], lines: Sequence[str] | None
 ) -> DataSet:
-    """The data set of samples whose labels are the path of a coloured mask. lines: of colours, see `read_colours`.
+    """The data set of samples whose labels are paths of coloured masks. lines: they name colours, see `read_colours`.
 
-    Where they are not named, CVAT's labelmap.txt names them.
+    Without such lines CVAT's labelmap.txt names the colours.
     """
     named, notes = _read_colour_names(root, lines), [*notes]
     labelmap = read_labelmap(root) if named is None else None
     if named is None and not labelmap:
         named = _colours_in([Path(sample.labels) for sample in samples], root)
         notes.append(
-            f"colours are the classes, {', '.join(named.values())}, of which {next(iter(named.values()))} counts as "
-            "background; name them in classes.txt or featprobe.toml, `R,G,B name` a line, the background first"
+            f"the colours {', '.join(named.values())} are the classes, and {next(iter(named.values()))} counts as "
+            "background; name them in classes.txt or featprobe.toml, one `R,G,B name` per line, the background first"
         )
     if labelmap:
         classes, read = labelmap.classes, labelmap.read
@@ -120,7 +120,7 @@ def colour_targets(
 
 
 def read_codes(path: Path) -> NDArray[np.int32]:
-    """(height, width) colours of a mask as 65536 R + 256 G + B. Raises DataError for a mask that has none."""
+    """(height, width) colours of a mask as 65536 R + 256 G + B. Raises DataError for a mask without colours."""
     values = read_pixels(path, COLOURED, "RGB colours")[..., :3].astype(np.int32)
     return np.asarray(values @ np.array([0x10000, 0x100, 1], dtype=np.int32))
 
@@ -132,10 +132,10 @@ def _labels(named: Mapping[int, str], classes: Sequence[str], path: Path) -> Lab
     unknown = [_hex(int(code)) for code in found if int(code) not in named]
     if unknown:
         raise DataError(
-            f"{path} holds colours that are no class.\n"
+            f"{path} holds colours that belong to no class.\n"
             f"  wanted  {', '.join(f'{_hex(code)} {name}' for code, name in named.items())}\n"
             f"  found   {listed(unknown)}\n"
-            "Nothing was written. Name them in classes.txt or featprobe.toml, or mend the mask."
+            "Nothing was written. Name them in classes.txt or featprobe.toml, or correct the mask."
         )
     names = [named[int(code)] for code in found]
     index = np.array([IGNORE if n == LEFT_OUT else classes.index(n) for n in names], dtype=np.uint8)
@@ -143,21 +143,21 @@ def _labels(named: Mapping[int, str], classes: Sequence[str], path: Path) -> Lab
 
 
 def _colours_in(paths: Iterable[Path], root: Path) -> dict[int, str]:
-    """Colours of all masks with their hex codes as names; masks that can't be read are met again, by name."""
+    """The colours in all masks, with hex codes as names. Unreadable masks are skipped: reading their labels raises."""
     found: set[int] = set()
     for path in paths:
         with suppress(DataError):
             found |= set(np.unique(read_codes(path)).tolist())
         if len(found) >= IGNORE:
             raise DataError(
-                f"{path} and the masks before it hold {len(found)} colours and more. wanted: at most {IGNORE - 1}, "
-                "one a class. Smoothed or JPEG-compressed masks can't be told apart."
+                f"{path} and the masks before it hold {len(found)} colours or more. wanted: at most {IGNORE - 1}, "
+                "one per class. Smoothed or JPEG-compressed masks can't be read."
             )
     return {code: _hex(code) for code in sorted(found)}
 
 
 def _read_colour_names(root: Path, given: Sequence[str] | None) -> dict[int, str] | None:
-    """Names by colour from lines of `R,G,B name`; None when there are no such lines. Raises DataError."""
+    """Names by colour, from lines `R,G,B name`; None when there are no such lines. Raises DataError."""
     found = class_lines(root, given)
     if found is None:
         return None
@@ -187,7 +187,7 @@ def _pairs_in(folder: Path, root: Path) -> list[Pair]:
 
 
 def is_coloured(path: Path) -> bool:
-    """Whether a mask's pixel format is one of colours."""
+    """Whether a mask's pixel format has colours."""
     try:
         with picture(path, MASK_FORMATS) as image:
             return image.mode in COLOURED

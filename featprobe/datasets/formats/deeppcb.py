@@ -1,4 +1,4 @@
-"""Reader for DeepPCB: two lists of images and of box files, `x1 y1 x2 y2 type` a line, one folder a board."""
+"""Reader for DeepPCB: two lists of images and box files (one `x1 y1 x2 y2 type` per line), one folder per board."""
 
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ def is_deeppcb(root: Path) -> bool:
 def read_deeppcb(name: str, root: Path) -> DataSet:
     """The data set of DeepPCB's lists. A list names X.jpg where the tested board is X_test.jpg.
 
-    The group is the folder, a board. Images that the lists name and that are not here are counted and left out.
+    The group is the folder of the board. Images of the lists that are not here are counted and left out.
     """
     folder = _folder(root)
     samples: list[Sample] = []
@@ -48,7 +48,7 @@ def read_deeppcb(name: str, root: Path) -> DataSet:
             boxes = below(root, box_name, where, folder)
             samples.append(Sample(identity, image, image_name.replace("\\", "/").split("/")[0], split, str(boxes)))
     if not samples:
-        raise DataError(f"{folder}: none of the {len(missing)} images that its lists name are here.")
+        raise DataError(f"{folder} holds none of the {len(missing)} images that its lists name.")
 
     def read_target(sample: Sample, size: Size) -> Target:
         return Target(None, read_boxes(Path(sample.labels), size))
@@ -62,7 +62,7 @@ def read_deeppcb(name: str, root: Path) -> DataSet:
 
 
 def read_boxes(path: Path, size: Size) -> tuple[Instance, ...]:
-    """The objects of a box file; its types count from 1, as the classes do. Raises DataError."""
+    """The objects of a box file; types count from 1, as classes do. Raises DataError."""
 
     def read(words: list[str], where: str) -> Instance:
         *box, kind = to_numbers(words, where)
@@ -79,7 +79,7 @@ def _folder(root: Path) -> Path:
 
 
 def _image_of(root: Path, folder: Path, named: str, where: str) -> Path:
-    """The tested board that a list names, or the very file where that is here instead."""
+    """The image of the tested board for a listed name, or the file of exactly that name where it exists instead."""
     plain = below(root, named, where, folder)
     tested = below(root, f"{Path(named).with_suffix('')}_test{Path(named).suffix}", where, folder)
     return plain if plain.is_file() and not tested.is_file() else tested

@@ -1,4 +1,4 @@
-"""Reader for folders of images and masks with the same stems, or with a mask an object."""
+"""Reader for folders of images and masks with the same stems, or with one mask per object."""
 
 import json
 from collections import Counter, defaultdict
@@ -24,15 +24,15 @@ from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances
 
 PLAIN = ("train", "val", "valid", "validation", "test")
-"""Words for splits, of which a set has one; of other words alone (Train/, training/) it is read as `pairs`."""
+"""Names of split folders, of which a set needs one; a set with only other words (Train/) is read as `pairs`."""
 
 Reader = Callable[[Path], tuple[Labels, NDArray[np.bool_]]]
-"""Reads the labels of a mask, and where its header calls them empty, both (height, width)."""
+"""Reads the labels of a mask, and which pixels its header calls empty, both (height, width)."""
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Files of masks: of whole images and of objects; free: where the mask of an image without any would be, by id."""
+    """Mask files of whole images and of objects, by id. free: id of an image without masks -> its mask's usual path."""
 
     of_images: list[Path] = field(default_factory=list)
     of_objects: list[Path] = field(default_factory=list)
@@ -40,9 +40,10 @@ class Masks:
 
 
 def find_folders(root: Path) -> dict[str, Path]:
-    """Folders that hold images/ and masks/, by what ids in them begin with: the root (""), or those that name a split.
+    """Folders that hold images/ and masks/, by the beginning of ids in them: the root (""), or folders of splits.
 
-    That is the split, or the name of the folder where several are of one split. One is called by a word of PLAIN.
+    For folders of splits it is the split, or the folder's name where several folders are of one split. At least one of
+    them must have a name in PLAIN.
     """
 
     def holds_both(folder: Path) -> bool:
@@ -60,9 +61,9 @@ def find_folders(root: Path) -> dict[str, Path]:
 
 
 def meet(places: Sequence[tuple[Path, Path]]) -> bool:
-    """Whether a mask in one of these folders of images and of masks is called as an image, or as an object in it.
+    """Whether, in these pairs of folders, a mask has the name of an image or of an object in an image.
 
-    Folders without an image meet too: that is said when they are read.
+    True also for folders without an image: reading them raises the error.
     """
     any_images = False
     for images, masks in places:
@@ -77,10 +78,11 @@ def meet(places: Sequence[tuple[Path, Path]]) -> bool:
 def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
     """The data set of images/ and masks/ with the same stems, or with masks NAME_1, NAME_2, … of the objects of NAME.
 
-    Masks hold class indices, palette masks included, or 0 and 255 throughout for one class. Classes are those named,
-    the background first; without them one defect. samples.csv (image,split,group) is optional. Where a
-    mask is an object, an image without any has none. The pages of a file are images of one group, and go with the pages
-    of its mask. Raises DataError where some masks are objects and some are not, or pages do not match.
+    Masks hold class indices (also as a palette), or only 0 and 255 in all masks for one class. Classes are the named
+    ones, the background first; without names there is one class, defect. samples.csv (image,split,group) is optional.
+    If there is one mask per object, an image without masks has no objects. The pages of a file are images of one group,
+    and match the pages of its mask. Raises DataError where some masks are of objects and some of whole images, or where
+    pages do not match.
     """
     folders = find_folders(root)
     table = own_table(root)
@@ -93,7 +95,7 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
         files = [path for path in files_in(folder / "images") if path.suffix.lower() in SUFFIXES]
         drawn = [path for path in files_in(folder / "masks") if path.is_file()]
         for path in (*files, *drawn):
-            if path.is_symlink() and path.exists():  # a link to itself is met again, by name
+            if path.is_symlink() and path.exists():  # a link to itself stays: reading it raises the error
                 kept_below(root, path)
         images, mask_of = paired(files, folder / "images", drawn, folder / "masks")
         bare = {stem_of(image, folder / "images") for image in images} - mask_of.keys()
@@ -126,9 +128,9 @@ def read_folders(name: str, root: Path, named: Sequence[str] | None = None) -> D
 def index_targets(
     name: str, root: Path, samples: Sequence[Sample], masks: Masks, notes: Sequence[str], named: Sequence[str] | None
 ) -> DataSet:
-    """The data set of samples whose labels are the paths of their masks, a JSON list of text.
+    """The data set of samples whose labels are the paths of their masks, as a JSON list.
 
-    Raises DataError where some masks are objects and some are not, and for classes that can't be used.
+    Raises DataError where some masks are of objects and some of whole images, and for bad classes.
     """
     of_images, of_objects, free, notes = masks.of_images, masks.of_objects, masks.free, [*notes]
     given = read_classes(root, named)
@@ -150,8 +152,8 @@ def index_targets(
     instances_too = bool(of_objects)
     binary = False
     if not of_objects and len(classes) == 2:
-        binary, said = _is_binary(of_images, root, stored)
-        notes += said
+        binary, note = _is_binary(of_images, root, stored)
+        notes += note
     elif not of_objects:
         _check_classes_drawn(of_images, root, classes, read)
 
@@ -159,7 +161,7 @@ def index_targets(
         labels, empty = stored(path) if binary else read(path)
         check_size((labels.shape[0], labels.shape[1]), size, path)
         if binary:
-            check_labels(labels, len(classes), str(path))  # of grey edges, say
+            check_labels(labels, len(classes), str(path))  # grey edges have labels that are too high
         if binary or (instances_too and len(classes) == 2 and _drawn(labels, empty) <= {IGNORE}):
             labels = np.where(empty, IGNORE, labels > 0).astype(np.uint8)
         check_labels(labels, len(classes), str(path))
@@ -174,7 +176,7 @@ def index_targets(
             raise DataError(
                 f"There is no mask {free[sample.id]} for the image of that name.\n"
                 f"  wanted  {counted(len(samples), 'mask')}\n  found   {len(samples) - len(free)}\n"
-                "Draw it; one of background alone where there is no defect. Or go on without such images: --skip-bad."
+                "Draw one, with only background where there is no defect. Or omit such images:  --skip-bad"
             )
         return Target(read_labels(masks[0], size), None)
 
@@ -183,7 +185,7 @@ def index_targets(
 
 
 def read_mask(path: Path) -> Labels:
-    """A mask's class indices, (height, width); a palette PNG gives its indices, not its colours.
+    """The class indices of a mask, (height, width); a palette PNG gives its indices, not its colours.
 
     Raises DataError for a missing, unreadable or coloured mask.
     """
@@ -196,7 +198,7 @@ def read_mask(path: Path) -> Labels:
 
 
 def _take_objects(mask_of: dict[str, Path], images: Collection[str]) -> dict[str, list[Path]]:
-    """Masks NAME_<number> of the images NAME that have no other, by number; they are taken out of `mask_of`."""
+    """Image NAME -> its masks NAME_<number>, by number, where it has no other mask. Removes them from `mask_of`."""
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     named = meant(dict.fromkeys(stem.rpartition("_")[0] for stem in mask_of), images)
     for stem in mask_of:
@@ -204,11 +206,11 @@ def _take_objects(mask_of: dict[str, Path], images: Collection[str]) -> dict[str
         image = named[image]
         if image in images and number.isascii() and number.isdecimal():
             found[image].append((int(number), stem))
-    return {image: [mask_of.pop(stem) for _, stem in sorted(own)] for image, own in found.items()}
+    return {image: [mask_of.pop(stem) for _, stem in sorted(stems)] for image, stems in found.items()}
 
 
 def _object(labels: Labels, path: Path) -> Instance:
-    """The object of a mask that holds one class beside the background. Raises DataError for another."""
+    """The object in a mask that holds one class beside the background. Raises DataError for other masks."""
     kinds = np.unique(labels[labels > 0])
     if len(kinds) != 1 or kinds[0] == IGNORE:
         raise DataError(f"{path} is not the mask of one object. wanted: 0 and one class. found: {kinds.tolist()}.")
@@ -216,20 +218,20 @@ def _object(labels: Labels, path: Path) -> Instance:
 
 
 def _with_empty(read: Callable[[Path], Labels], path: Path) -> tuple[Labels, NDArray[np.bool_]]:
-    """(height, width) labels of a mask, and where its header calls them empty, so that 255 is not drawn there."""
+    """(height, width) labels of a mask, and which pixels its header calls empty: 255 there is not drawn."""
     labels, empty = read(path), called_empty(path)
     return labels, np.zeros(labels.shape, dtype=np.bool_) if empty is None else empty
 
 
 def _drawn(labels: Labels, empty: NDArray[np.bool_]) -> set[int]:
-    """The labels from 1 on that are drawn in a mask."""
+    """The labels above 0 that are drawn in a mask."""
     return set(np.flatnonzero(np.bincount(labels[~empty], minlength=256)).tolist()) - {0}
 
 
 def _check_classes_drawn(paths: Sequence[Path], root: Path, classes: Sequence[str], read: Reader) -> None:
-    """Raise DataError where 255, which is ignored beside several classes, is drawn and none of the classes ever is.
+    """Raise DataError where masks hold 255, which is ignored beside several classes, but none of the classes.
 
-    Masks that can't be read have no say; nothing is looked at behind the first that holds a class.
+    Unreadable masks do not count. The search ends at the first mask that holds a class.
     """
     full = Tally()
     for path in paths:
@@ -241,19 +243,19 @@ def _check_classes_drawn(paths: Sequence[Path], root: Path, classes: Sequence[st
                 full.add(path.relative_to(root))
     if full.count:
         raise DataError(
-            f"The masks of {root} hold 0 and 255 alone, and {len(classes)} classes are named: {listed(classes)}.\n"
+            f"The masks of {root} hold only 0 and 255, but {len(classes)} classes are named: {listed(classes)}.\n"
             f"  wanted  the number of a class, 1 to {len(classes) - 1}, where it is drawn; 255 is ignored\n"
             f"  found   255 and no class in {full}\n"
-            "Nothing was read. Name two classes, the background first, where 255 is the one class; or mend the masks."
+            "Nothing was read. If 255 is the one class, name two classes, the background first. Or correct the masks."
         )
 
 
 def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, list[str]]:
-    """Whether masks use 0 and 255 only, all of them: then 255 is the one class and not `ignore`; and a note on others.
+    """Whether all masks hold only 0 and 255, so that 255 is the one class and not `ignore`; and notes.
 
-    Pixels that a header calls empty do not count; where nothing else is drawn a note reports them. Masks that can't be
-    read do not count either: they are met again, by name, when their labels are wanted. Raises DataError where some
-    masks hold 0 and 255 and others 0 and 1, and none holds both, so that 255 may mean either.
+    Pixels that a header calls empty do not count; where nothing else is drawn a note reports them. Unreadable masks do
+    not count either: reading their labels raises the error. Raises DataError where some masks hold 0 and 255, others 0
+    and 1, and none holds both, so that 255 may mean either.
     """
     full, index, both, hidden = Tally(), Tally(), Tally(), Tally()
     for path in paths:
@@ -261,7 +263,7 @@ def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, l
             labels, empty = read(path)
             seen = _drawn(labels, empty)
             if seen:
-                if IGNORE in seen and seen - {1, IGNORE}:  # grey edges have no say; the mask is met again, by name
+                if IGNORE in seen and seen - {1, IGNORE}:  # a mask with grey edges does not count; reading it raises
                     continue
                 kind = full if seen == {IGNORE} else both if IGNORE in seen else index
                 kind.add(path.relative_to(root))
@@ -275,8 +277,8 @@ def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, l
         return False, [f"{held} 255 and no class ({full}): it is ignored, as by 1 and 255 in one mask ({both})"]
     if full.count and index.count:
         raise DataError(
-            f"{root} has masks of 0 and 255 beside masks of 0 and 1, so that 255 may be the class or `ignore`.\n"
-            f"  wanted  masks of one kind: 0 and 1 where 255 is to be ignored, or 0 and 255 throughout\n"
-            f"  found   0 and 255 in {full}; 0 and 1 in {index}\nNothing was read. Mend the fewer ones."
+            f"{root} has masks of 0 and 255 beside masks of 0 and 1, so 255 may be the class or `ignore`.\n"
+            f"  wanted  masks of one kind: 0 and 1 where 255 means `ignore`, or 0 and 255 in all masks\n"
+            f"  found   0 and 255 in {full}; 0 and 1 in {index}\nNothing was read. Correct the fewer ones."
         )
     return bool(full.count), []

@@ -23,21 +23,21 @@ WELDS, WELD_MASKS = "W0001", "W0002"
 
 
 def find_series(root: Path) -> list[Path]:
-    """Folders of a series' ground truth: the folder itself, or one or two folders down; each once."""
+    """Folders with a series' ground truth: the folder itself, or folders one or two levels down; each once."""
     if not root.is_dir():
         return []
     patterns = (TRUTH, f"*/{TRUTH}", f"*/*/{TRUTH}")
     found = [path.parent for pattern in patterns for path in visible(root, root.glob(pattern))]
-    once = {folder.resolve(): folder for folder in reversed(found)}  # a link to another of them is not a second one
-    own = [folder for folder in found if once[folder.resolve()] == folder]
-    return [folder for folder in own if visible(root, folder.glob(f"{folder.resolve().name}_*.png"))]
+    once = {folder.resolve(): folder for folder in reversed(found)}  # a link to one of them does not count
+    distinct = [folder for folder in found if once[folder.resolve()] == folder]
+    return [folder for folder in distinct if visible(root, folder.glob(f"{folder.resolve().name}_*.png"))]
 
 
 def read_gdxray(name: str, root: Path) -> DataSet:
     """The data set of GDXray's series that have a ground truth; the group is the series.
 
-    An image of such a series without a row has no defect. A row whose two x or y stand in the wrong order is mended,
-    and counted in a note. Where no series but the welds W0001 has one, their masks are read instead.
+    An image of such a series without a row has no defect. A row with its two x or y in the wrong order is corrected,
+    and counted in a note. Where only the welds W0001 have a ground truth, their masks are read instead.
     """
     welds = find_welds(root)
     if welds is not None and {folder.resolve().name for folder in find_series(root)} <= {WELDS}:
@@ -49,25 +49,25 @@ def read_gdxray(name: str, root: Path) -> DataSet:
         path = kept_below(root, folder / TRUTH)
         rows, swapped = read_truth(path)
         mended += swapped
-        for where, (x1, y1, _, _) in (row for own in rows.values() for row in own):
+        for where, (x1, y1, _, _) in (row for of_image in rows.values() for row in of_image):
             (at_zero if min(x1, y1) < 0 else others).add(where)
         for image in files_below(root, folder, (".png",)):
             if image.parent == folder and image.stem.rpartition("_")[2].isdecimal():
                 identity = image.relative_to(root).as_posix()
                 boxes = rows.pop(int(image.stem.rpartition("_")[2]), [])
                 samples.append(Sample(identity, image, folder.resolve().name, labels=json.dumps(boxes)))
-        gone += sum(len(own) for own in rows.values())
+        gone += sum(map(len, rows.values()))
     bare = _without_truth(root, {sample.group for sample in samples})
     notes = ["groups are the series"]
     if mended:
-        notes.append(f"{mended} boxes stood with their sides in the wrong order and were mended")
+        notes.append(f"{mended} boxes had their sides in the wrong order and were corrected")
     notes += partly("boxes count pixels from 1 and are clipped", at_zero, "with a corner at 0", others)
     if gone:
         notes.append(f"{gone} boxes belong to images that are not here")
     if bare:
         notes.append(f"{len(bare)} series have no {TRUTH} and are left out: {listed(bare)}")
     if welds is not None:
-        notes.append(f"the masks of {WELDS}, in {WELD_MASKS}, are left aside: --format gdxray:masks reads them alone")
+        notes.append(f"the masks of {WELDS}, in {WELD_MASKS}, are not read: --format gdxray:masks reads only them")
 
     def read_target(sample: Sample, size: Size) -> Target:
         rows = json.loads(sample.labels)
@@ -87,9 +87,9 @@ def find_welds(root: Path) -> Path | None:
 
 
 def read_welds(name: str, root: Path) -> DataSet:
-    """The data set of the welds W0001 with the masks W0002, of which whatever is not 0 is a defect.
+    """The data set of the welds W0001 with the masks W0002, where every value but 0 is a defect.
 
-    The ten images are one series, so that each has to be its own group.
+    The ten images are one series, so each must be its own group.
     """
     folder = find_welds(root)
     if folder is None:
@@ -109,9 +109,9 @@ def read_welds(name: str, root: Path) -> DataSet:
 
 
 def read_truth(path: Path) -> tuple[dict[int, list[tuple[str, tuple[float, ...]]]], int]:
-    """Boxes x1 y1 x2 y2 by image number, in pixels from 0, each with where it stands; and how many were mended.
+    """Boxes x1 y1 x2 y2 by image number, in pixels from 0, with their place in the file; and the number of corrections.
 
-    Rows count pixels from 1 and include their last. Raises DataError.
+    Rows of the file count pixels from 1 and include their last. Raises DataError.
     """
     found: dict[int, list[tuple[str, tuple[float, ...]]]] = defaultdict(list)
     mended = 0
@@ -126,7 +126,7 @@ def read_truth(path: Path) -> tuple[dict[int, list[tuple[str, tuple[float, ...]]
 
 
 def _without_truth(root: Path, known: set[str]) -> list[str]:
-    """Series beside the known ones that have no ground truth."""
+    """Series beside the given ones that have no ground truth."""
     patterns = ("*/*_0001.png", "*/*/*_0001.png")
     folders = {path.parent for pattern in patterns for path in visible(root, root.glob(pattern))}
     return sorted(folder.name for folder in folders if folder.name not in known)

@@ -1,4 +1,4 @@
-"""Reader for labelme: one JSON file an image, polygons and rectangles. BSData's image_data.json is understood."""
+"""Reader for labelme: one JSON file per image, polygons and rectangles. Also reads BSData's image_data.json."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -35,13 +35,13 @@ BSDATA = "image_data.json"
 IMAGE_FOLDERS = (".", "images", "data", "imgs", "JPEGImages")
 FIELDS = ("version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
 SHAPE_FIELDS = ("label", "points", "group_id", "shape_type", "flags", "description", "mask")
-IGNORED, BACKGROUND = "__ignore__", "_background_"  # labelme's own words
-LOOKED_AT = 1 << 24  # bytes in which "shapes" is looked for; the picture may come before
+IGNORED, BACKGROUND = "__ignore__", "_background_"  # labelme's names
+LOOKED_AT = 1 << 24  # bytes that are searched for "shapes"; the picture may come before it
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One drawn shape. part_of: what the shapes of one object share; points: (points, 2), pixels, x y."""
+    """One drawn shape. part_of: a text that shapes of one object share; points: (points, 2), x y in pixels."""
 
     label: str
     part_of: str
@@ -51,7 +51,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One labelme file. named: its imagePath; size: (height, width) that it states, None for what it does not."""
+    """One labelme file. named: its imagePath; size: the stated (height, width), None for a side that is not stated."""
 
     path: Path
     named: Any
@@ -73,10 +73,10 @@ def is_bsdata(root: Path) -> bool:
 
 
 def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
-    """The data set of labelme files: their image is the one that imagePath names, or lies at an image's usual place.
+    """The data set of labelme files. Their image is where imagePath says, or at the usual places.
 
-    Shapes of one label and group_id are one object; `__ignore__` is ignored. Classes are the labels, sorted, or
-    those named. samples.csv (image,split,group) or BSData's image_data.json gives splits and groups.
+    Shapes with the same label and group_id are one object; `__ignore__` is ignored. Classes are the labels, sorted, or
+    the named ones. samples.csv (image,split,group) or BSData's image_data.json gives splits and groups.
     """
     images = files_below(root, root)
     stems = {path.stem for path in images}  # a JSON file of such a name is labelme's, or damaged
@@ -89,7 +89,7 @@ def read_labelme(name: str, root: Path, named: Sequence[str] | None = None) -> D
     else:
         table, notes = own_table(root), []
     if not file_of:
-        raise DataError(f"{root} holds no labelme files whose images are here.")
+        raise DataError(f"{root} holds no labelme files with their images.")
     classes = _classes(root, drawings, named)
     drawn = {page_of(image)[0] for image in file_of}
     rectangles, polygons = Tally(), Tally()
@@ -130,9 +130,9 @@ def _looks_like_labelme(path: Path, root: Path) -> bool:
 def _read_drawings(
     root: Path, files: Sequence[Path], images: Sequence[Path]
 ) -> tuple[list[Drawing], dict[Path, Path], set[Path]]:
-    """The drawings, the file of each image, and damaged files, each of which belongs to the image of its name.
+    """The drawings, the labelme file of each image, and the damaged files, which belong to the images of their names.
 
-    They are met again, by name, when their labels are wanted. Raises DataError where that image can't be told.
+    Reading the labels of a damaged file raises the error. Raises DataError where there is no image of its name.
     """
     damaged: set[Path] = set()
     drawings: list[Drawing] = []
@@ -149,7 +149,7 @@ def _read_drawings(
             image = alike[0]
             damaged.add(path)
         if image in file_of:
-            raise DataError(f"{path} and {file_of[image]}: several labelme files name one image. wanted: one an image.")
+            raise DataError(f"{path} and {file_of[image]} name the same image. wanted: one labelme file per image.")
         file_of[image] = path
     if files and not drawings:
         _image_of(_read_drawing(files[0]), root)
@@ -166,7 +166,7 @@ def _read_drawing(path: Path) -> Drawing:
 
 
 def _image_of(drawing: Drawing, root: Path) -> Path:
-    """Where the image of a labelme file lies; the first place tried when it lies nowhere."""
+    """The path of the image of a labelme file; the first possible path where it is nowhere."""
     path, named = drawing.path, drawing.named
     text = named if isinstance(named, str) and named else path.stem
     first = below(root, text, f"{path}, imagePath", path.parent)
@@ -210,7 +210,7 @@ def _classes(root: Path, drawings: Sequence[Drawing], named: Sequence[str] | Non
 
 
 def _instances(drawing: Drawing, classes: Sequence[str], size: Size) -> list[Instance]:
-    """The objects of a drawing; background is none, and what is to be ignored is a crowd of every class."""
+    """The objects of a drawing. Background is no object; an ignored shape becomes a crowd of every class."""
     parts: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
     for shape in drawing.shapes:
         if shape.label not in (BACKGROUND, classes[0]):
@@ -218,21 +218,21 @@ def _instances(drawing: Drawing, classes: Sequence[str], size: Size) -> list[Ins
 
     def read(label: str, part_of: str, points: list[NDArray[np.float64]]) -> list[Instance]:
         if label not in (IGNORED, *classes):
-            raise DataError(f"{drawing.path}, {part_of}: {label!r} is none of the classes {', '.join(classes)}.")
+            raise DataError(f"{drawing.path}, {part_of}: {label!r} is not among the classes {', '.join(classes)}.")
         category = 1 if label == IGNORED else classes.index(label)
         one = polygon_instance(category, points, size, f"{drawing.path}, {part_of} ({label})")
         crowds = [replace(one, category=c, crowd=True) for c in range(1, len(classes))]
         return crowds if label == IGNORED else [one]
 
     found = gathered(partial(read, *named, points) for named, points in parts.items())
-    return [instance for own in found for instance in own]
+    return [instance for of_shape in found for instance in of_shape]
 
 
 def _read_bsdata(path: Path, here: Sequence[str]) -> tuple[Table, list[str]]:
-    """Split and group by image name from BSData's own list, and what it lists that is not here.
+    """Split and group by image name from BSData's list, and notes on listed images that are not here.
 
-    Its wear chains that share an image show one place and are one group; an image of no chain is grouped with
-    the other crops of its photograph.
+    Wear chains that share an image show one place and are one group; an image in no chain is in one group with the
+    other crops of its photograph.
     """
     data = read_json(path)
     listed_images = data.get("images") if isinstance(data, dict) else None
@@ -240,7 +240,7 @@ def _read_bsdata(path: Path, here: Sequence[str]) -> tuple[Table, list[str]]:
         raise DataError(f"{path} can't be read. wanted: a list called images.")
     entries = [entry for entry in listed_images if _checked(entry, path)["train_test_split"]]
     chains = [entry["wear_dev"] for entry in entries]
-    place = components((c for own in chains for c in own), (pair for own in chains for pair in pairwise(own)))
+    place = components((c for chain in chains for c in chain), (pair for chain in chains for pair in pairwise(chain)))
     table = {
         entry["filename"]: {
             "split": entry["train_test_split"],
@@ -259,7 +259,7 @@ def _read_bsdata(path: Path, here: Sequence[str]) -> tuple[Table, list[str]]:
 
 
 def _checked(entry: Any, path: Path) -> Mapping[str, Any]:
-    """An entry of image_data.json that has all that is read of it. Raises DataError."""
+    """An entry of image_data.json, which has all fields that are read. Raises DataError."""
     known = isinstance(entry, dict) and isinstance(entry.get("filename"), str)
     split = entry.get("train_test_split", "") if known else ""
     chains = entry.get("wear_dev") if known else None

@@ -20,10 +20,10 @@ from featprobe.geometry import Size
 from featprobe.targets import Target
 
 FREE = "free"
-BRIGHT = 127  # masks are meant to be 0 and 255 but have smoothed edges: what is brighter is the defect
+BRIGHT = 127  # masks should be 0 and 255 but have smoothed edges: brighter pixels are the defect
 NO_FRAME = 1 << 40
-FRAME_GAP = 400  # frames; beyond it, neighbours look no more alike than others
-SAME_PICTURE = 0.985  # correlation of thumbnails; of pictures far apart, median 0.33 and 0.945 in one of 1000
+FRAME_GAP = 400  # frames; pictures further apart look no more alike than any others
+SAME_PICTURE = 0.985  # correlation of thumbnails; for pictures far apart the median is 0.33, one in 1000 has 0.945
 SIDE = 32  # pixels of a thumbnail
 
 
@@ -33,10 +33,10 @@ def is_magnetic_tile(root: Path) -> bool:
 
 
 def read_magnetic_tile(name: str, root: Path) -> DataSet:
-    """The data set of the MT_ folders; a mask's class is that of its folder, MT_Free is background alone.
+    """The data set of the MT_ folders. A mask's class is that of its folder; MT_Free has only background.
 
-    The group is the tile: names hold a running frame number, and pictures up to 400 frames apart are one tile, as are
-    pictures that are nearly identical. A picture without a frame number is grouped by its look alone.
+    The group is the tile: names hold a running frame number, and pictures up to 400 frames apart are of one tile, as
+    are pictures that are nearly identical. A picture without a frame number is grouped only by its look.
     """
     folders = [path for path in visible(root, root.glob("MT_*/Imgs")) if path.is_dir()]
     images = [path for folder in folders for path in files_below(root, folder, (".jpg", ".jpeg"))]
@@ -60,7 +60,7 @@ def read_magnetic_tile(name: str, root: Path) -> DataSet:
 
 
 def tile_groups(images: Sequence[Path]) -> dict[Path, str]:
-    """The tile of each image. One that can't be read is met again, by name, when it is wanted."""
+    """The tile of each image. An unreadable image has a tile too: reading it later raises the error."""
     items = {path: (_frame(path), path) for path in images}
     frames = sorted(item for item in items.values() if item[0] < NO_FRAME)
     links = [(a, b) for a, b in pairwise(frames) if b[0] - a[0] <= FRAME_GAP]
@@ -85,7 +85,7 @@ def _frame(path: Path) -> int:
 
 
 def _kind(folder: Path) -> str:
-    """The class of an Imgs folder, from the one that it lies in."""
+    """The class of an Imgs folder, from the name of the folder around it."""
     return folder.parent.name.removeprefix("MT_").lower()
 
 

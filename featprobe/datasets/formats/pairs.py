@@ -1,4 +1,4 @@
-"""Reader for images and masks in any folders: as they are described, or found from the names, see `layouts`."""
+"""Reader for images and masks in any folders, by a description or from their names, see `layouts`."""
 
 import json
 import shlex
@@ -22,12 +22,12 @@ EXAMPLE = "--images 'shots/*/*.jpg' --masks 'seg/{stem}_m.png'"
 
 
 def found_pairs(root: Path) -> list[Candidate]:
-    """The descriptions that the names of a folder's files fit; several where they do not tell which is meant."""
+    """The descriptions that fit the names of a folder's files; several where the names allow more than one."""
     return find_layouts(_files(root)) if root.is_dir() else []
 
 
 def has_pairs(root: Path) -> bool:
-    """Whether names of a folder's files pair images with masks, even where reading them then says what is wrong."""
+    """Whether the names of a folder's files pair images with masks, also where reading them would raise an error."""
     try:
         return bool(found_pairs(root))
     except DataError:
@@ -35,7 +35,7 @@ def has_pairs(root: Path) -> bool:
 
 
 def choose(root: Path, found: Sequence[Candidate]) -> Description:
-    """The one description that fits. Raises DataError, with what each would give, where there are several, or none."""
+    """The only description that fits. Raises DataError where none fits, or several (with the pairs of each)."""
     if not found:
         raise DataError(
             f"No names of folders and files pair images of {root} with masks.\n"
@@ -45,20 +45,20 @@ def choose(root: Path, found: Sequence[Candidate]) -> Description:
     if len(found) > 1:
         raise DataError(
             f"{root} can be read in {len(found)} ways.\n  wanted  one\n  found   " + "\n          ".join(each) + "\n"
-            "Nothing was read. Take the two options of the one that is meant, or images and masks in featprobe.toml."
+            "Nothing was read. Use the two options of one of them, or set images and masks in featprobe.toml."
         )
     pairs = found[0].pairs
     if not found[0].enough:
         raise DataError(
-            f"{root} has masks of few of its images.\n"
-            f"  wanted  {counted(len(pairs.masks), 'mask')}: {pairs.bare[0]} wants {pairs.wanted[pairs.bare[0]]}\n"
-            f"  found   {each[0]}\nNothing was read. If this is what is meant, take these two options."
+            f"{root} has masks for only a few of its images.\n"
+            f"  wanted  {counted(len(pairs.masks), 'mask')}: {pairs.bare[0]} needs {pairs.wanted[pairs.bare[0]]}\n"
+            f"  found   {each[0]}\nNothing was read. If this is right, use these two options."
         )
     return found[0].description
 
 
 def options_of(description: Description) -> str:
-    """The options of the command line that describe a set.
+    """The command line options that describe a set.
 
     >>> options_of(Description.of("a/*.jpg", "b/{stem}.png"))
     "--images 'a/*.jpg' --masks 'b/{stem}.png'"
@@ -69,17 +69,17 @@ def options_of(description: Description) -> str:
 def read_pairs(
     name: str, root: Path, named: Sequence[str] | None = None, description: Description | None = None
 ) -> DataSet:
-    """The data set of images and masks where a description says, or where the names of folders and files say.
+    """The data set of images and masks by a description, or by the names of folders and files.
 
-    Masks hold class indices or colours, as those of `folders` and of `colours`, or are objects. An image's id is its
-    path. A split of which no image has a mask is omitted. samples.csv (image,split,group) is optional.
-    Raises DataError where nothing fits, or several descriptions do.
+    Masks hold class indices or colours, as those of `folders` and `colours` do, or each mask is an object. An image's
+    id is its path. A split where no image has a mask is omitted. samples.csv (image,split,group) is optional.
+    Raises DataError where no description fits, or several do.
     """
     described = description or choose(root, found_pairs(root))
     pairs = pair(described, _files(root, described))
     if not pairs.count:
         raise DataError(_no_pairs(root, described, pairs))
-    bare_splits = {*pairs.splits.values()} - {pairs.splits[image] for image, own in pairs.masks.items() if own}
+    bare_splits = {*pairs.splits.values()} - {pairs.splits[image] for image, masks in pairs.masks.items() if masks}
     omitted = Counter(pairs.splits[image] for image in pairs.masks if pairs.splits[image] in bare_splits)
     coloured = not described.of_objects and is_coloured(root / next(own[0] for own in pairs.masks.values() if own))
     table = own_table(root)
@@ -121,17 +121,17 @@ def _files(root: Path, description: Description | None = None) -> list[str]:
 
 
 def _by_page(image: Path, masks: Sequence[Path]) -> list[tuple[Path, list[Path]]]:
-    """The pages of an image, each with its own of the masks."""
+    """(page, its mask pages) for each page of an image."""
     pages = pages_of(image)
-    own = [mask_pages(image, pages, mask) for mask in masks]
-    return [(page, [of_mask[i] for of_mask in own]) for i, page in enumerate(pages)]
+    of_masks = [mask_pages(image, pages, mask) for mask in masks]
+    return [(page, [of_mask[i] for of_mask in of_masks]) for i, page in enumerate(pages)]
 
 
 def _no_pairs(root: Path, described: Description, pairs: Pairs) -> str:
     images, free = list(pairs.masks), pairs.free
     linked = linked_folders(root)
     to_do = f"  linked  {listed(linked)}: linked folders are not entered\n" if linked else ""
-    to_do += "Nothing was read. Mend the pattern; * is any text in a name, ** any folders, {stem} the image's name."
+    to_do += "Nothing was read. Correct the pattern: * is any text in a name, ** any folders, {stem} the image's name."
     if not images:
         found = listed([*free, *(file for file in _files(root, described) if file not in free)]) or "no images"
         return (
@@ -146,8 +146,8 @@ def _no_pairs(root: Path, described: Description, pairs: Pairs) -> str:
 
 
 def _aside(root: Path, pairs: Pairs) -> list[str]:
-    """A note on images that are neither, by folder."""
-    met = {*pairs.masks, *pairs.free, *(mask for own in pairs.masks.values() for mask in own)}
-    left = Counter(PurePosixPath(file).parent.as_posix() for file in _files(root) if file not in met)
+    """A note on images that are in no pair and are no mask, by folder."""
+    used = {*pairs.masks, *pairs.free, *(mask for masks in pairs.masks.values() for mask in masks)}
+    left = Counter(PurePosixPath(file).parent.as_posix() for file in _files(root) if file not in used)
     each = [f"{count} of {folder}/" for folder, count in sorted(left.items())]
     return [f"{counted(left.total(), 'other image was', 'other images were')} not read: {listed(each)}"] if left else []

@@ -31,14 +31,14 @@ def is_severstal(root: Path) -> bool:
 def read_severstal(name: str, root: Path) -> DataSet:
     """The data set of train.csv, in the form ImageId,ClassId,EncodedPixels or ImageId_ClassId,EncodedPixels.
 
-    An image without a row, or with empty rows, has no defect. Where classes overlap the smaller lies on top.
+    An image without a row, or with empty rows, has no defect. Where classes overlap, the smaller area is on top.
     """
     path = kept_below(root, root / "train.csv")
     runs = _read_runs(path)
     images = {image.name: image for image in files_below(root, root / "train_images")}
     if not images:
         raise DataError(f"{root / 'train_images'} holds no images.")
-    most = max([CLASSES, *(kind for own in runs.values() for kind in own)])
+    most = max([CLASSES, *(kind for of_image in runs.values() for kind in of_image)])
     classes = ("background", *(f"class {kind}" for kind in range(1, most + 1)))
 
     def read_target(sample: Sample, size: Size) -> Target:
@@ -59,7 +59,7 @@ def read_severstal(name: str, root: Path) -> DataSet:
 
 
 def decode_runs(text: str, size: Size, where: str) -> NDArray[np.bool_]:
-    """(height, width) mask of `start length start length …`; starts count from 1, column by column.
+    """The (height, width) mask of a text `start length start length …`; starts count from 1, column by column.
 
     Raises DataError for runs that overlap, are empty, or leave the image.
 
@@ -77,7 +77,7 @@ def decode_runs(text: str, size: Size, where: str) -> NDArray[np.bool_]:
     if (starts < 0).any() or (lengths < 1).any() or (ends > pixels).any() or (starts[1:] < ends[:-1]).any():
         raise DataError(
             f"{where}: the run lengths do not fit the image.\n"
-            f"  wanted  runs of one pixel or more within 1 to {pixels}, none on another\n  found   {text[:80]!r}"
+            f"  wanted  runs of one pixel or more within 1 to {pixels} that don't overlap\n  found   {text[:80]!r}"
         )
     steps = np.zeros(pixels + 1, dtype=np.int8)
     np.add.at(steps, starts, 1)
@@ -86,7 +86,7 @@ def decode_runs(text: str, size: Size, where: str) -> NDArray[np.bool_]:
 
 
 def _read_runs(path: Path) -> dict[str, dict[int, str]]:
-    """Run lengths by image and class; rows without any are left aside. Raises DataError for all that can't be read."""
+    """Run lengths by image and class; rows without any are skipped. Raises DataError with all bad rows."""
     text = read_text(path)
     joined = "imageid_classid" in text.partition("\n")[0].lower()
     rows = rows_of(text, path, (*(("ImageId_ClassId",) if joined else ("ImageId", "ClassId")), "EncodedPixels"))
@@ -112,5 +112,5 @@ def _read_runs(path: Path) -> dict[str, dict[int, str]]:
         found[image][number] = row["EncodedPixels"]
 
     gathered(partial(take, row, f"{path}, row {number}") for number, row in enumerate(rows, start=2))
-    drawn = {image: {kind: runs for kind, runs in own.items() if runs} for image, own in found.items()}
-    return {image: own for image, own in drawn.items() if own}
+    drawn = {image: {kind: runs for kind, runs in kinds.items() if runs} for image, kinds in found.items()}
+    return {image: kinds for image, kinds in drawn.items() if kinds}

@@ -23,7 +23,7 @@ def is_kolektor(root: Path) -> bool:
 
 
 def read_kolektor(name: str, root: Path) -> DataSet:
-    """The data set of KolektorSDD2: {train,test}/ID.png with ID_GT.png, in its own split."""
+    """The data set of KolektorSDD2: {train,test}/ID.png with ID_GT.png, in its published split."""
     samples = [
         Sample(path.relative_to(root).as_posix(), path, path.relative_to(root).as_posix(), split)
         for split in ("train", "test")
@@ -47,9 +47,9 @@ def is_commutators(root: Path) -> bool:
 
 
 def read_commutators(name: str, root: Path) -> DataSet:
-    """The data set of the first KolektorSDD; the group is the commutator, a folder kosNN. It has no split of its own.
+    """The data set of the first KolektorSDD. The group is the commutator, a folder kosNN. There is no published split.
 
-    Layout: Tabernik et al., 2019, and the dataset's page at vicos.si. Whatever is not 0 in a mask is the defect.
+    Layout: Tabernik et al., 2019, and the dataset's page at vicos.si. Every value but 0 in a mask is the defect.
     """
     folders = [path for path in visible(root, root.glob("kos*")) if path.is_dir()]
     images = [path for folder in folders for path in files_below(root, folder, (".jpg",))]
@@ -69,18 +69,18 @@ def read_commutators(name: str, root: Path) -> DataSet:
 
 
 def is_mvtec(root: Path) -> bool:
-    """Whether a folder is a category of MVTec AD, or holds some."""
+    """Whether a folder is a category of MVTec AD, or holds categories."""
     return _is_category(root) or bool(_categories(root))
 
 
 def read_mvtec(name: str, root: Path) -> DataSet:
     """The data set of one category of MVTec AD: test/<defect>/NNN.png with ground_truth/<defect>/NNN_mask.png.
 
-    Its training split has no defects, so that nothing could be learnt from it: all images are split anew.
+    Its training split has no defects, so nothing could be learnt from it: all images get new splits.
     """
     if not _is_category(root):
         raise DataError(
-            f"{root} holds several categories of MVTec AD, each a data set with defects of its own.\n"
+            f"{root} holds several categories of MVTec AD. Each is a data set with its own defects.\n"
             f"  wanted  the folder of one\n  found   {listed(_categories(root), 20)}"
         )
     images = [*files_below(root, root / "train", (".png",)), *files_below(root, root / "test", (".png",))]

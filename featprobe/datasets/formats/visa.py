@@ -21,16 +21,16 @@ CLASSES = ("background", "anomaly")
 
 
 def find_visa(root: Path, shots: Sequence[str] = SHOTS) -> Path | None:
-    """The CSV file of the first of these splits: in the folder of all objects, or beside the folder of one."""
+    """The CSV file of the first of these splits that exists: in the folder of all objects, or beside that of one."""
     own = [root / "split_csv" / f"2cls_{shot}.csv" for shot in shots]
     beside = [root.resolve().parent / "split_csv" / path.name for path in own] if _is_object(root) else []
     return next((path for path in (*own, *beside) if not is_missing(path)), None)
 
 
 def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
-    """The data set of a split with defects to learn from, of all objects or, in the folder of one, of that one.
+    """The data set of a split with defects in its training images, of all objects, or of the object of the folder.
 
-    Masks number the kinds of anomaly of each object anew, or hold 0 and 255: whatever is not 0 is one class.
+    Masks number the kinds of anomaly for each object from 1, or hold 0 and 255: every value but 0 is one class.
     """
     table = find_visa(root, shots)
     if table is None:
@@ -50,7 +50,7 @@ def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
             if identity in known:
                 raise DataError(f"{where} lists the image {row['image']} again.")
             if (row["label"].lower() == "normal") != (not row["mask"]):
-                raise DataError(f"{where}: wanted a mask for every image but normal ones, found {list(row.values())}.")
+                raise DataError(f"{where}: wanted a mask for each image that isn't normal, found {list(row.values())}.")
             known.add(identity)
             mask = str(_place(root, row["mask"], one, where)) if row["mask"] else ""
             samples.append(Sample(identity, image, identity, row["split"], mask))
@@ -76,5 +76,5 @@ def _is_object(root: Path) -> bool:
 
 
 def _place(root: Path, text: str, one: str | None, where: str) -> Path:
-    """The path that the table names from the folder of all objects, in that folder or in the one of one object."""
+    """The path for a name in the table, which begins at the folder of all objects; also where only one is here."""
     return below(root, text if one is None else text.removeprefix(f"{one}/"), where)

@@ -1,7 +1,7 @@
 """Readers for Pascal VOC: boxes from XML (NEU-DET's and GC10-DET's folders too), and pairs of images and masks.
 
-GC10-DET (Lv et al., 2020) has lable/*.xml, spelled so, beside the folders 1/ to 10/ of its classes, some of which hold
-the same image.
+GC10-DET (Lv et al., 2020) has lable/*.xml (this spelling) beside the folders 1/ to 10/ of its classes; some of these
+hold the same image.
 """
 
 import json
@@ -51,9 +51,9 @@ CLASS_MASKS, OBJECT_MASKS = "SegmentationClass", "SegmentationObject"
 
 @dataclass(frozen=True)
 class Place:
-    """Folders of XML files and of their images; split: as the folder around them says, "" for none.
+    """A folder of XML files and the folders of their images. split: by the folder around them, "" for none.
 
-    by_class: whether the images lie in a folder a class, one of several classes in several.
+    by_class: whether there is one folder of images per class; an image of several classes is in several.
     """
 
     annotations: Path
@@ -64,7 +64,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One XML file. boxes: class name, x1 y1 x2 y2 as written, and whether it is marked difficult.
+    """One XML file. boxes: class name, x1 y1 x2 y2 as written, and whether the object is marked difficult.
 
     size: height and width as texts, if stated.
     """
@@ -75,7 +75,7 @@ class Drawn:
 
 
 def find_voc(root: Path) -> list[Place]:
-    """Folders of XML files beside their images, at the top, in the last VOCdevkit/VOC*, or in one folder per split."""
+    """Folders of XML files beside their images: at the top, in the last VOCdevkit/VOC*, or in one folder per split."""
     if not root.is_dir():
         return []
     tops = [root, *sorted(root.glob("VOCdevkit/VOC*")), *sorted(root.glob("VOC2*"))]
@@ -87,12 +87,12 @@ def find_voc(root: Path) -> list[Place]:
 
 
 def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
-    """The data set of VOC's XML files; an image is found by the stem of its XML file, never by what that says.
+    """The data set of VOC's XML files. An image is found by the stem of its XML file, never by the text in it.
 
-    Boxes count pixels from 1 and include their last, but where corners say that they count from 0: `counts_from`. A
-    `difficult` object becomes a crowd: it is neither asked for nor held against a head. ImageSets/Main/*.txt names the
-    splits where there is one, else the folders do; samples.csv (image,split,group) may name both splits and groups.
-    Classes are the names, sorted, or those named.
+    Boxes count pixels from 1 and include their last, unless their corners show that they count from 0, see
+    `counts_from`. A `difficult` object becomes a crowd: it is ignored in training and scoring. ImageSets/Main/*.txt
+    names the splits where it exists, else folders do; samples.csv (image,split,group) may name splits and groups.
+    Classes are the names of objects, sorted, or the named ones.
     """
     table = own_table(root)
     samples: list[Sample] = []
@@ -116,22 +116,22 @@ def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataS
                 drawings.append(path)
         unlisted = sorted(files.keys() - split_of.keys()) if split_of else []
         left_out = {
-            "images lie in several folders and are counted once": sorted(path.stem for path in copies),
-            "names stand for several images and one XML file and are left out": sorted(differing),
+            "images are in several folders and are counted once": sorted(path.stem for path in copies),
+            "names have several images but one XML file and are left out": sorted(differing),
             "images have no XML file and are left out": sorted(image_of),
-            "XML files stand in no list of ImageSets/Main and are left out": unlisted,
+            "XML files are in no list of ImageSets/Main and are left out": unlisted,
             "names of ImageSets/Main have no XML file": sorted(split_of.keys() - files.keys()),
         }
         notes += [f"{len(stems)} {what}: {listed(stems)}" for what, stems in left_out.items() if stems]
     if not samples:
         raise DataError(f"{root} holds no XML files of VOC, or none that its lists name.")
     if len({sample.id for sample in samples}) < len(samples):
-        raise DataError(f"{root}: several XML files are of one image. wanted: one XML file an image.")
+        raise DataError(f"{root} has several XML files for one image. wanted: one XML file per image.")
     notes += table.notes()
     drawn = _read_all(drawings)
     classes = _classes(root, drawn, named)
-    first, said = counts_from(drawn)
-    notes += said
+    first, note = counts_from(drawn)
+    notes += note
 
     def read_target(sample: Sample, size: Size) -> Target:
         one = read_xml(Path(sample.labels))
@@ -151,7 +151,7 @@ def read_voc(name: str, root: Path, named: Sequence[str] | None = None) -> DataS
 
 
 def _read_all(files: Sequence[Path]) -> list[Drawn]:
-    """The files that can be read. The others have no say; they are met again, by name. Raises DataError for none."""
+    """The readable files. The others are skipped: reading their labels raises. Raises DataError where none is left."""
     drawn = []
     for path in files:
         with suppress(DataError):
@@ -172,10 +172,10 @@ def _classes(root: Path, drawn: Sequence[Drawn], named: Sequence[str] | None) ->
 
 
 def counts_from(drawn: Sequence[Drawn]) -> tuple[int, list[str]]:
-    """The number of the first pixel, 1 or 0, and a note where a box speaks for 0.
+    """The number of the first pixel, 1 or 0, and a note where boxes point to 0.
 
-    A corner at 0, or between two pixels, speaks for 0, a first corner at 1 for 1: boxes at an image's edge are many
-    where there is one. The more decide; where none speaks it is 1, as VOC says.
+    A corner at 0, or between two pixels, points to 0; a first corner at 1 points to 1. Where one box is at an image's
+    edge, many are. The majority decides; without any such box it is 1, as in VOC.
     """
     from_0, from_1 = Tally(), Tally()
     for one in drawn:
@@ -194,7 +194,7 @@ def counts_from(drawn: Sequence[Drawn]) -> tuple[int, list[str]]:
 
 
 class _Shallow(ET.TreeBuilder):
-    """Builds no tree that is nested deeper than any annotation: taking such a one apart takes seconds."""
+    """Refuses XML that is nested deeper than any annotation: freeing such a tree would take seconds."""
 
     depth = 0
 
@@ -212,10 +212,10 @@ class _Shallow(ET.TreeBuilder):
 
 
 def read_xml(path: Path) -> Drawn:
-    """The size and the boxes of a VOC XML file. Raises DataError; a file that declares entities is never expanded."""
+    """The size and the boxes of a VOC XML file. Raises DataError. Entities are never expanded."""
     text = read_text(path, LARGEST)
     if re.search(r"<!\s*(DOCTYPE|ENTITY)", text, re.IGNORECASE):
-        raise DataError(f"{path} declares a document type or entities, which no annotation needs. It was not expanded.")
+        raise DataError(f"{path} declares a document type or entities, which no annotation needs. It was not read.")
     try:
         top = ET.fromstring(text, ET.XMLParser(target=_Shallow()))
     except (ET.ParseError, ValueError, RecursionError) as error:
@@ -259,7 +259,7 @@ def _places_in(folder: Path, split: str) -> list[Place]:
 
 
 def _copies(paths: Sequence[Path]) -> tuple[list[Path], set[str]]:
-    """Images whose bytes lie in an earlier file of the same stem too, and the stems whose files differ."""
+    """Images that are exact copies of an earlier file of the same stem, and the stems whose files differ."""
     first: dict[str, Path] = {}
     again = [path for path in paths if first.setdefault(path.stem, path) is not path]
     differing = {path.stem for path in again if not _same_bytes(path, first[path.stem])}
@@ -273,19 +273,19 @@ def _same_bytes(path: Path, other: Path) -> bool:
 
 
 def _by_stem(paths: Sequence[Path]) -> dict[str, Path]:
-    """Images by stem; raises DataError when two share one, so that their XML file would be anybody's."""
+    """Images by stem. Raises DataError when two share a stem, so that their XML file could belong to either."""
     found: dict[str, Path] = {}
     for path in paths:
         if path.stem in found:
-            raise DataError(f"{path} and {found[path.stem]} have one name, so that their XML file can't be told apart.")
+            raise DataError(f"{path} and {found[path.stem]} have the same name, so their XML file fits both.")
         found[path.stem] = path
     return found
 
 
 def _split_lists(root: Path, folder: Path) -> dict[str, str]:
-    """The split of each stem that train.txt, val.txt and test.txt of an ImageSets folder list; empty without them.
+    """The split of each stem in train.txt, val.txt and test.txt of an ImageSets folder; {} without these lists.
 
-    A list may carry a second word (VOC's lists of one class do), which is left aside. Raises DataError.
+    A second word in a line (VOC's lists of one class have it) is ignored. Raises DataError.
     """
     found: dict[str, str] = {}
     for split in LISTS:
@@ -312,11 +312,11 @@ def find_segmentation(root: Path) -> Path | None:
 
 
 def read_segmentation(name: str, root: Path, named: Sequence[str] | None = None) -> DataSet:
-    """The data set of SegmentationClass/ and, where they are there for all, SegmentationObject/ masks.
+    """The data set of SegmentationClass/ masks and, where all images have them, SegmentationObject/ masks.
 
-    Palette masks are read as class indices; 255 is ignored. ImageSets/Segmentation/*.txt names the splits where
-    there is one. Classes are those named, the background first; without them those of CVAT's labelmap.txt, whose
-    colours masks may have too; without that VOC's own twenty.
+    Palette masks are read as class indices; 255 is ignored. ImageSets/Segmentation/*.txt names the splits where it
+    exists. Classes are the named ones, the background first; without names those of CVAT's labelmap.txt, whose colours
+    masks may have too; without that file VOC's twenty.
     """
     top = find_segmentation(root) or root
     split_of = _split_lists(root, top / "ImageSets" / "Segmentation")
@@ -349,7 +349,7 @@ def read_segmentation(name: str, root: Path, named: Sequence[str] | None = None)
             f"  wanted  as many\n  found   {', '.join(labelmap.classes)}; {', '.join(classes)}"
         )
     if not given and not labelmap:
-        notes.append("classes are called as VOC's own twenty; name yours in classes.txt or featprobe.toml")
+        notes.append("classes have the names of VOC's twenty; name yours in classes.txt or featprobe.toml")
     bare = [stem for stem in stems if stem not in numbered]
     if numbered and bare:
         notes.append(f"no objects are read: {len(bare)} of {len(stems)} images have no {OBJECT_MASKS}: {listed(bare)}")
@@ -372,7 +372,7 @@ def _indices(path: Path, size: Size, labelmap: Labelmap | None) -> Labels:
 
 
 def _objects(labels: Labels, path: Path, size: Size) -> tuple[Instance, ...]:
-    """One object for each number, or colour, of a SegmentationObject mask, its class from the other mask.
+    """One object per number, or per colour, of a SegmentationObject mask. Its class is from the other mask.
 
     Raises DataError when a number covers several classes.
     """
@@ -380,12 +380,12 @@ def _objects(labels: Labels, path: Path, size: Size) -> tuple[Instance, ...]:
     check_size((numbers.shape[0], numbers.shape[1]), size, path)
     found = []
     for number in np.unique(numbers[(numbers > 0) & (numbers != void)]):
-        own = numbers == number
-        kinds = np.unique(labels[own & (labels != IGNORE)])
+        covered = numbers == number
+        kinds = np.unique(labels[covered & (labels != IGNORE)])
         if len(kinds) != 1 or kinds[0] == 0:
             raise DataError(
                 f"{path}: object {number} covers the classes {kinds.tolist()} of the other mask. "
                 "wanted: one class, not the background"
             )
-        found.append(mask_instance(int(kinds[0]), own))
+        found.append(mask_instance(int(kinds[0]), covered))
     return tuple(found)

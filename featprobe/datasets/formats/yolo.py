@@ -1,4 +1,4 @@
-"""Reader for YOLO: data.yaml, images/ and labels/ with the same stems, boxes and polygons in shares of the image."""
+"""Reader for YOLO: data.yaml, images/ and labels/ with the same stems, boxes and polygons as shares of the image."""
 
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -24,13 +24,13 @@ from featprobe.targets import Instance, Target, semantic_from_instances
 SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 KEYS = (*SPLIT_KEYS, "names", "path", "nc", "kpt_shape")
 LARGEST, DEEPEST = 1 << 24, 50  # bytes and levels of a YAML file
-EMPTY = ("", "~", "null", "Null", "NULL")  # YAML's words for nothing
+EMPTY = ("", "~", "null", "Null", "NULL")  # YAML's words for null
 BOX_WORDS = 5  # class, centre x, centre y, width, height
 ROTATED_WORDS = 9  # class, four corners
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML in which every plain word is a text, for class names: `no`, `010` and `1_000` are names, and `null` is one.
+    """YAML where every plain word is a text: `no`, `010`, `1_000` and `null` are names of classes.
 
     A key that a mapping has twice is an error.
     """
@@ -38,7 +38,7 @@ class PlainLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}  # noqa: RUF012
 
     def fetch_flow_collection_start(self, kind: Any) -> None:
-        """A list or a mapping in brackets. Raises YAMLError where they are nested deeper than in any annotation."""
+        """A list or a mapping in brackets begins. Raises YAMLError where it is nested deeper than any annotation."""
         if self.flow_level > DEEPEST:
             raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
         super().fetch_flow_collection_start(kind)
@@ -47,7 +47,7 @@ class PlainLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         again = [key for i, key in enumerate(keys) if key in keys[:i]]
         if again:
-            raise yaml.constructor.ConstructorError(problem=f"{shown(again[0])} stands there twice")
+            raise yaml.constructor.ConstructorError(problem=f"{shown(again[0])} is there twice")
         return super().construct_mapping(node, deep)
 
 
@@ -61,11 +61,11 @@ def find_yolo(root: Path) -> Path | None:
 
 
 def read_yolo(name: str, root: Path) -> DataSet:
-    """The data set of a YOLO folder. A label line is `class x y width height` (centre), or `class x1 y1 x2 y2 …`.
+    """The data set of a YOLO folder. A line of labels is `class x y width height` (centre), or `class x1 y1 x2 y2 …`.
 
-    Paths begin at `path` where that is a folder in the data folder, else at the data folder itself. An image without a
-    label file has no objects. With a polygon for every object the set serves masks, else boxes. Of labels with
-    keypoints, which `kpt_shape` announces, the boxes are read. samples.csv (image,split,group) may name groups.
+    Paths begin at `path` where that is a folder in the data folder, else at the data folder. An image without a label
+    file has no objects. If every object has a polygon the set has masks, else only boxes. From labels with keypoints,
+    which `kpt_shape` announces, only the boxes are read. samples.csv (image,split,group) may name groups.
     """
     path = find_yolo(root)
     if path is None:
@@ -89,20 +89,20 @@ def read_yolo(name: str, root: Path) -> DataSet:
             samples.append(Sample(identity, image, row.get("group") or whole, split, str(label_of[identity])))
     if not samples:
         raise DataError(
-            f"{path} names no image that is here. wanted: train, val and test as folders or lists below it."
+            f"{path} names no image of this folder. wanted: train, val and test as folders or lists below it."
         )
     bare = [identity for identity, label in label_of.items() if not label.is_file()]
     if len(bare) == len(label_of):
-        raise DataError(f"{root} has no label files. wanted: {label_of[bare[0]]} and its like.")
+        raise DataError(f"{root} has no label files. wanted: {label_of[bare[0]]} and so on.")
     counts = counted(len(bare), "image has no label file and counts", "images have no label file and count")
     notes = [f"{counts} as free of objects: {listed(bare)}"] if bare else []
     notes += table.notes()
     masks = False
     if keypoints:
-        notes.append(f"keypoints (kpt_shape of {path.name}) are left aside, and boxes alone are read")
+        notes.append(f"keypoints (kpt_shape of {path.name}) are ignored, only boxes are read")
     else:
-        masks, said = _kinds(label_of.values(), root)
-        notes += said
+        masks, kinds = _kinds(label_of.values(), root)
+        notes += kinds
 
     def read_target(sample: Sample, size: Size) -> Target:
         label = Path(sample.labels)
@@ -130,7 +130,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _names_a_set(path: Path) -> bool:
-    """Whether a file names classes and a training split, or has slips of these beside a folder of labels."""
+    """Whether a file names classes and a training split, or has misspelled ones beside a folder of labels."""
     lines = start_of(path, 1 << 16).splitlines()
     if all(any(line.startswith(word) for line in lines) for word in (b"names", b"train")):
         return True
@@ -150,12 +150,15 @@ def _classes(data: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise DataError(f"{path}: wanted names as a list, or by number from 0 on. found: {shown(names)}")
     if "nc" in data and to_whole(data["nc"], f"{path}, nc") != len(names):
-        raise DataError(f"{path}: nc is {data['nc']}, and {len(names)} names are given.")
+        raise DataError(f"{path}: nc is {data['nc']}, but it lists {len(names)} names.")
     return check_classes(["background", *(name.strip() for name in names)], path)
 
 
 def _keypoint_words(data: Mapping[str, Any], path: Path) -> int:
-    """How many words of a line are keypoints, as `kpt_shape` says: points times 2 or 3; 0 without. Raises DataError."""
+    """The number of words per line that are keypoints, by `kpt_shape`: points times 2 or 3; 0 without it.
+
+    Raises DataError.
+    """
     if "kpt_shape" not in data:
         return 0
     where, stated = f"{path}, kpt_shape", data["kpt_shape"]
@@ -166,7 +169,7 @@ def _keypoint_words(data: Mapping[str, Any], path: Path) -> int:
 
 
 def _base(root: Path, data: Mapping[str, Any]) -> Path:
-    """Where the paths of a YAML file begin: `path`, where that is a folder below its own, else its own."""
+    """The folder where the paths of a YAML file begin: `path`, if that is a folder in the data folder, else `root`."""
     named = data.get("path")
     if isinstance(named, str):
         with suppress(DataError):
@@ -176,7 +179,7 @@ def _base(root: Path, data: Mapping[str, Any]) -> Path:
 
 
 def _images(root: Path, data: Mapping[str, Any], key: str, path: Path) -> list[Path]:
-    """The images of a split: of one folder or list, or of several. Raises DataError."""
+    """The images of a split, from one or more folders or lists. Raises DataError."""
     base = _base(root, data)
     named = data.get(key) or []
     texts = named if isinstance(named, list) else [named]
@@ -198,7 +201,7 @@ def _images(root: Path, data: Mapping[str, Any], key: str, path: Path) -> list[P
 
 
 def _place(root: Path, base: Path, text: str, where: str) -> Path:
-    """What a split names. Exports of Roboflow write `../train/images` for a folder beside the YAML file."""
+    """The path that a split names. Roboflow writes `../train/images` for a folder beside the YAML file."""
     plain = text.replace("\\", "/")
     inside = plain.removeprefix("../")
     return below(root, inside if plain != inside and (base / inside).is_dir() else plain, where, base)
@@ -214,9 +217,9 @@ def _label_path(root: Path, image: Path) -> Path:
 
 
 def _kinds(paths: Iterable[Path], root: Path) -> tuple[bool, list[str]]:
-    """Whether every object is a polygon, and there is one; and notes on those that are of another kind.
+    """Whether there are objects and all are polygons; and notes on objects of another kind.
 
-    Files that can't be read are met again, by name.
+    Unreadable files are skipped: reading their labels raises.
     """
     boxes, polygons, rotated = Tally(), Tally(), Tally()
     for path in paths:
@@ -228,10 +231,10 @@ def _kinds(paths: Iterable[Path], root: Path) -> tuple[bool, list[str]]:
                     kind.add(f"{path.relative_to(root)}, line {number}")
                     if words == ROTATED_WORDS:
                         rotated.add(path)
-    notes = partly("no masks are read, boxes alone", polygons, "as polygons", boxes)
+    notes = partly("no masks are read, only boxes", polygons, "as polygons", boxes)
     if rotated.count and rotated.count == polygons.count:
         notes.append(
-            "every polygon has four corners, as rotated boxes (OBB) have: if they are, masks are boxes and no outlines"
+            "every polygon has four corners, like rotated boxes (OBB): if they are boxes, masks show no outlines"
         )
     return bool(polygons.count) and not boxes.count, notes
 

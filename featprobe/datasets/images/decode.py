@@ -1,4 +1,4 @@
-"""Images of every kind: what a file is is told by its content; Pillow's kinds and numpy's files are read here."""
+"""Images of every kind. The content of a file shows its kind. Pillow's kinds and numpy files are read here."""
 
 import logging
 import struct
@@ -34,19 +34,19 @@ from featprobe.pictures import IMAGE_FORMATS, MASK_FORMATS, check_claim, picture
 NPY_START = b"\x93NUMPY"
 PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG
 JPEG_SCAN, JPEG_END = 0xFFDA, b"\xff\xd9"
-PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I")  # Pillow's, of channels that are levels as they are
+PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I")  # Pillow's, where the channels are levels
 PNG_ORIENTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may hold one
 ORIENTATION = 0x0112  # EXIF's tag
 
-for library in ("tifffile", "pydicom", "imagecodecs"):  # what they log of a damaged file stands in our error
+for library in ("tifffile", "pydicom", "imagecodecs"):  # featprobe's error holds what they log
     logging.getLogger(library).addHandler(logging.NullHandler())
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Opened]:
-    """An image file by its content, whatever its suffix, or a page of one (see datasets.pages); closed in the end.
+    """Open an image file by its content, whatever its suffix, or a page of one (see `pages`); it is closed at the end.
 
-    All that goes wrong, here or in `read`, is a DataError: libraries raise whatever they like on damaged files.
+    Every error, here or in `read`, becomes a DataError, because libraries raise many kinds of errors on damaged files.
     """
     file, page = page_of(path)
     try:
@@ -58,7 +58,7 @@ def opened(path: Path) -> Iterator[Opened]:
     except DataError:
         raise
     except MemoryError as error:
-        raise DataError(f"{path} asks for more memory than there is. Cut it into smaller images.") from error
+        raise DataError(f"{path} needs more memory than there is. Cut it into smaller images.") from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise DataError(not_there(path) or f"{path} can't be read as an image: {error.strerror}.") from error
@@ -66,7 +66,7 @@ def opened(path: Path) -> Iterator[Opened]:
 
 
 def stored_page(path: Path) -> tuple[str, NDArray[Any]]:
-    """The pixel format of a TIFF's page, as Pillow calls it, and its values as they are stored. Raises DataError."""
+    """The pixel format of a TIFF page, by Pillow's name, and its stored values. Raises DataError."""
     with opened(path) as image:
         if image.stored is None:
             raise DataError(f"{path} can't be read as a mask. wanted: a page of a TIFF.")
@@ -74,7 +74,7 @@ def stored_page(path: Path) -> tuple[str, NDArray[Any]]:
 
 
 def called_empty(path: Path) -> NDArray[np.bool_] | None:
-    """(height, width): where the header of a mask calls its pixels empty; None for nowhere.
+    """The pixels that the header of a mask calls empty, (height, width), bool; None where it calls none empty.
 
     Raises DataError, and OSError where there is no image.
     """
@@ -90,11 +90,11 @@ def called_empty(path: Path) -> NDArray[np.bool_] | None:
 
 
 def stored_array(path: Path) -> tuple[str, NDArray[Any]]:
-    """The pixel format of a numpy file of indices, as Pillow calls it, and its values (height, width) as stored.
+    """The pixel format of a numpy file of indices, by Pillow's name, and its stored values, (height, width).
 
-    Raises DataError for other than whole numbers, for what Pillow's formats do not hold, and for other shapes.
+    Raises DataError for values that are no whole numbers or don't fit Pillow's formats, and for other shapes.
     """
-    with opened(path):  # says what is wrong with the file
+    with opened(path):  # raises for a damaged file
         values = np.load(path, allow_pickle=False)
     plane = values[:, :, 0] if values.shape[2:] == (1,) else values
     if plane.ndim != 2 or plane.dtype.kind not in "bui":
@@ -108,7 +108,7 @@ def stored_array(path: Path) -> tuple[str, NDArray[Any]]:
 
 
 def _kind(start: bytes) -> Callable[[Path, BinaryIO, int | None], AbstractContextManager[Opened]]:
-    """What opens a file that begins like this, or a page of it, named by the path."""
+    """The function that opens a file with these first bytes, or a page of it, named by the path."""
     if start[:4] in TIFF_STARTS:
         return open_tiff
     if start.startswith(NPY_START):
@@ -122,7 +122,7 @@ def _open_pillow(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Ope
     with picture(stream, IMAGE_FORMATS, path) as image:
         count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its previews
         if count > 1:
-            raise DataError(f"{several(path, count)}Cut it into one file an image.")
+            raise DataError(f"{several(path, count)}Cut it into one file per image.")
         turn = _orientation(image)
         size = turned(image.height, image.width, turn)
         channels = 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
@@ -149,15 +149,15 @@ def _open_pillow(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Ope
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, as far as the header tells it."""
+    """EXIF's orientation, as far as it is in the header."""
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(map(str, image.info)):
-        return 1  # Pillow would decode the whole image to look for it behind the pixels
+        return 1  # Pillow would decode the whole image to find one after the pixels
     turn = image.getexif().get(ORIENTATION, 1)
     return turn if turn in range(1, 9) else 1
 
 
 def _png_depth(stream: BinaryIO) -> int:
-    """Bits per channel, from the header: Pillow reads 16-bit colour as 8-bit and does not tell."""
+    """Bits per channel, from the header, because Pillow reads 16-bit colour as 8-bit without a warning."""
     place = stream.tell()
     stream.seek(PNG_DEPTH)
     depth = stream.read(1)[0]
@@ -168,10 +168,10 @@ def _png_depth(stream: BinaryIO) -> int:
 def _jpeg_levels(
     image: Image.Image, stream: BinaryIO, path: Path, turn: int, out: NDArray[np.uint8] | None = None
 ) -> Levels:
-    """Pixels of a JPEG, the same as Pillow's: both use libjpeg, and here no copy is made.
+    """Pixels of a JPEG, equal to Pillow's: both use libjpeg, and here no copy is made.
 
-    Behind the end of a truncated one libjpeg itself would see grey: what has no mark of its end is left to Pillow,
-    which says so.
+    libjpeg fills the missing pixels of a truncated file with grey, so a file without an end marker is left to Pillow,
+    which raises an error.
     """
     stream.seek(0)
     data = stream.read()
@@ -182,7 +182,7 @@ def _jpeg_levels(
 
 
 def _jpeg_scan(data: bytes) -> int:
-    """Where the first scan of a JPEG begins, behind headers that may hold another, a preview; its length if none."""
+    """The offset of a JPEG's first scan, after headers that may hold a preview; the file's length without a scan."""
     place = 2
     while place + 4 <= len(data):
         marker, length = struct.unpack_from(">HH", data, place)
@@ -193,23 +193,23 @@ def _jpeg_scan(data: bytes) -> int:
 
 
 def _png_levels(image: Image.Image, stream: BinaryIO, path: Path, turn: int, out: NDArray[Any] | None = None) -> Levels:
-    """Pixels of a PNG of plain channels, at their depth: all in one call, in which other threads can run.
+    """Pixels of a PNG without a palette, at their depth, decoded in one call while other threads can run.
 
     The level or colour that tRNS calls transparent is empty; an alpha channel is dropped.
     """
     stream.seek(0)
     data = stream.read()
-    if _tells_behind_pixels(data):
+    if _turned_after_pixels(data):
         stream.seek(0)
         with picture(stream, ("PNG",), path) as again:
-            _pillow_levels(again, path, turn)  # refuses one; it would cut colours to 8 bits
+            _pillow_levels(again, path, turn)  # raises for a file with one; Pillow would cut colours to 8 bits
     values = imagecodecs.png_decode(data, out=out)  # tRNS comes as an alpha channel
     empty = values[:, :, -1] == 0 if "transparency" in image.info else None
     return without_empty(without_alpha(values), empty, lambda levels: levels)
 
 
-def _tells_behind_pixels(data: bytes) -> bool:
-    """Whether a PNG has a chunk behind its pixels that may hold an orientation."""
+def _turned_after_pixels(data: bytes) -> bool:
+    """Whether a PNG has a chunk after its pixels that may hold an orientation."""
     place, seen = PNG_CHUNKS, False
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
@@ -224,11 +224,11 @@ def _tells_behind_pixels(data: bytes) -> bool:
 def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
     image.load()
     if image.format == "PNG" and _orientation(image) != turn:
-        raise DataError(f"{path} has its orientation tag behind its pixels, where few programs look. Write it before.")
+        raise DataError(f"{path} has its orientation tag after its pixels, where few programs look. Write it before.")
     if image.mode in ("L", "RGB", "F") or image.mode.startswith("I"):
         return to_levels(np.asarray(image), path)
     if image.mode in ("P", "PA"):
-        return without_alpha(np.asarray(image.convert("RGBA")))  # by RGB Pillow would warn of some palettes
+        return without_alpha(np.asarray(image.convert("RGBA")))  # with RGB Pillow would warn about some palettes
     if image.mode in ("RGBA", "RGBX", "CMYK", "YCbCr"):
         return np.asarray(image.convert("RGB"))
     if image.mode in ("1", "LA", "La"):
@@ -240,7 +240,7 @@ def _pillow_levels(image: Image.Image, path: Path, turn: int) -> Levels:
 def _open_npy(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened]:
     check_page(path, page, 1)
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)  # no more of it is read than the header
+        values = np.load(path, mmap_mode="r", allow_pickle=False)  # only the header is read
     except ValueError as error:
         raise DataError(f"{path} can't be read as an array of numbers: {error}") from error
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3)):

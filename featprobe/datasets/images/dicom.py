@@ -1,4 +1,4 @@
-"""DICOM and DICONDE, by pydicom where it is installed: files of one image, and frames (see datasets.pages)."""
+"""DICOM and DICONDE, through pydicom where it is installed: files of one image, and frames (see `pages`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from featprobe.errors import DataError
 from featprobe.pictures import check_claim
 
 DICOM_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax that packs all of a file, without a bound
+DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax that compresses a whole file, without a size limit
 
 
 @contextmanager
 def open_dicom(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opened]:
-    """A DICOM file that holds one image, or a frame of one, named by the path."""
+    """Open a DICOM file of one image, or the frame of one that the path names."""
     file = path if page is None else path.parent
     header, start = _header(file)
     if not {"Rows", "Columns", "BitsAllocated", "PhotometricInterpretation"} <= set(header.dir()):
@@ -48,9 +48,9 @@ def open_dicom(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opene
 
 @once_a_file(8)
 def _header(file: Path) -> tuple[Any, int]:
-    """All of a DICOM file but its pixel data, and where that begins, bytes.
+    """Everything in a DICOM file but its pixel data, and the offset of the pixel data in bytes.
 
-    A bare data set, without preamble and file meta information, gets the transfer syntax that it was read by.
+    A bare data set, without preamble and file meta information, gets the transfer syntax with which it was read.
     """
     try:
         from pydicom import dcmread
@@ -64,7 +64,7 @@ def _header(file: Path) -> tuple[Any, int]:
         ) from error
     bare = not is_file_format(file)
     if not bare and read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
-        raise DataError(f"{file} is deflated as a whole. Store it as Explicit VR Little Endian.")
+        raise DataError(f"{file} is compressed as a whole (deflated). Store it as Explicit VR Little Endian.")
     with opened_file(file) as stream:
         header, start = dcmread(stream, stop_before_pixels=True, force=bare), stream.tell()
     if bare and "TransferSyntaxUID" not in header.file_meta:
@@ -74,10 +74,9 @@ def _header(file: Path) -> tuple[Any, int]:
 
 
 def _padding(header: Any, path: Path) -> tuple[int, int] | None:
-    """The stored values, lowest and highest, that mark pixels outside of the picture; None for none.
+    """The lowest and highest stored value of padding, which marks pixels outside of the picture; None without padding.
 
-    They are of the sign of the pixels, whatever sign they are written with. Raises DataError for one that no stored
-    pixel can have.
+    They are read with the sign of the pixels. Raises DataError for a value that no stored pixel can have.
     """
     value, limit = header.get("PixelPaddingValue"), header.get("PixelPaddingRangeLimit")
     if value is None:
@@ -93,21 +92,21 @@ def _padding(header: Any, path: Path) -> tuple[int, int] | None:
             raise DataError(
                 f"{path} pads its picture with a value that none of its pixels can have.\n"
                 f"  wanted  PixelPaddingValue and PixelPaddingRangeLimit of {low} to {low + (1 << stored) - 1}\n"
-                f"  found   {number}\nWhich pixels are empty can't be told. Mend the tag, or take it away."
+                f"  found   {number}\nSo it is unknown which pixels are empty. Correct the tag, or remove it."
             )
     return min(found), max(found)
 
 
 def _rescale(header: Any, frame: int) -> Any:
-    """What holds the modality's rescaling of a frame: its functional group, the one of all frames, or the data set.
+    """The element with the modality's rescaling of a frame: its functional group, the shared one, or the data set.
 
-    None where levels are stored as they are. Where frames are rescaled one by one, all of them are, by 1 and 0 too:
-    a file's levels are of one kind.
+    None where levels are not rescaled. If some frames have a rescaling of their own, all frames are rescaled (others by
+    slope 1 and intercept 0), so that all levels of a file are of one kind.
     """
     each, common = (header.get(f"{whose}FunctionalGroupsSequence") or [] for whose in ("PerFrame", "Shared"))
-    own = each[frame].get("PixelValueTransformationSequence") if frame < len(each) else None
-    if own:
-        return own[0]
+    of_frame = each[frame].get("PixelValueTransformationSequence") if frame < len(each) else None
+    if of_frame:
+        return of_frame[0]
     of_all = common[0].get("PixelValueTransformationSequence") if common else None
     found = of_all[0] if of_all else header
     return found if _changes(found) else None
@@ -119,7 +118,7 @@ def _changes(rescale: Any) -> bool:
 
 
 def _check_decoder(path: Path, syntax: Any) -> None:
-    """Raise DataError where a DICOM file is compressed in a way that nothing installed can undo."""
+    """Raise DataError where no installed decoder can read the compression of a DICOM file."""
     from pydicom.pixels import get_decoder
 
     if syntax is None or not syntax.is_compressed:
@@ -137,7 +136,7 @@ def _check_decoder(path: Path, syntax: Any) -> None:
 
 
 def _values(file: Path, stream: BinaryIO, frame: int | None, header: Any) -> NDArray[Any]:
-    """Stored values of a file, or of one of its frames, of which no more is read. Bits beyond those stored are 0."""
+    """Raw pixel values; with `frame`, only that frame is read. Bits above the stored ones are set to 0."""
     from pydicom import dcmread
     from pydicom.pixels import pixel_array
 
@@ -151,7 +150,7 @@ def _values(file: Path, stream: BinaryIO, frame: int | None, header: Any) -> NDA
 
 
 def _levels(values: NDArray[Any], header: Any, rescale: Any, padding: tuple[int, int] | None, path: Path) -> Levels:
-    """Stored values, turned over where 0 is white, then through the modality's rescaling; padding is masked."""
+    """Levels from stored values: inverted where 0 is white, then rescaled as the modality asks; padding is masked."""
     empty = None if padding is None else (values >= padding[0]) & (values <= padding[1])
     return without_empty(values, empty, lambda filled: _rescaled(filled, header, rescale, path))
 
@@ -174,7 +173,7 @@ def _rescaled(values: NDArray[Any], header: Any, rescale: Any, path: Path) -> Le
 
 
 def _bytes(stream: BinaryIO, start: int, header: Any, frame: int) -> Iterator[bytes]:
-    """The bytes of a frame: all of the file before the pixel data, its number, and its part of the pixel data."""
+    """The bytes of a frame: the file up to the pixel data, the frame's number, and its part of the pixel data."""
     from pydicom.encaps import get_frame
 
     stream.seek(0)

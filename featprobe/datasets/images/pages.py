@@ -1,7 +1,7 @@
-"""Files of several images: how a page is named, how many there are, and where those of a TIFF lie.
+"""Files of several images (pages): their names, their number, and their places in a TIFF.
 
 A page is named as if its file were a folder, by four digits from 0 on: images/stack.tif/0003. In a TIFF it is an IFD
-that is no reduced copy and no transparency mask, or a plane of an ImageJ stack behind a lone IFD; in DICOM, a frame.
+that is no reduced copy and no transparency mask, or a plane of an ImageJ stack after its only IFD; in DICOM, a frame.
 """
 
 import re
@@ -21,26 +21,26 @@ T = TypeVar("T")
 
 DIGITS = 4
 MAX_PAGES = 10**DIGITS
-PAGED = (".tif", ".tiff", ".dcm", ".dicom")  # the only files that are looked into for pages where a folder is listed
-LOOKED_AT_FIRST = 132  # bytes that tell a TIFF and a DICOM file from others
+PAGED = (".tif", ".tiff", ".dcm", ".dicom")  # when a folder is listed, only these files are searched for pages
+LOOKED_AT_FIRST = 132  # bytes that show whether a file is TIFF or DICOM
 VALUE_TYPES = frozenset(
     "AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
 )
 LONG_TYPES = frozenset("OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two bytes, and a length of four
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAX_TAGS = 4096  # of an IFD; tifffile takes more for damage, too
+MAX_TAGS = 4096  # most tags of an IFD; tifffile too treats more as damage
 SUBFILE, OLD_SUBFILE, DESCRIPTION = 254, 255, 270  # tags
-COPY_OR_MASK, MASK, OLD_COPY = 0b101, 0b100, 2  # bits of NewSubfileType; what SubfileType says of a reduced copy
+COPY_OR_MASK, MASK, OLD_COPY = 0b101, 0b100, 2  # bits of NewSubfileType; SubfileType's value for a reduced copy
 SHORT = 3  # the type of two bytes
 LOOKED_AT = 1 << 16  # bytes of a description
-USUAL = 512  # bytes that most IFDs are shorter than
-RACY = 2_000_000_000  # nanoseconds after which a file that is written again has another time, on any file system
+USUAL = 512  # bytes: most IFDs are shorter
+RACY = 2_000_000_000  # nanoseconds after which a new write gives a file another time, on any file system
 FRAMES = 0x00280008  # DICOM's NumberOfFrames
 
 
 @contextmanager
 def opened_file(file: Path, buffering: int = -1) -> Iterator[BinaryIO]:
-    """A file of a data set, open to be read. Raises DataError for a pipe, a device or a folder, OSError as `open`."""
+    """Open a file of a data set for reading. Raises DataError for a pipe, a device or a folder, OSError as `open`."""
     try:
         opened = open(file, "rb", buffering, opener=open_regular)
     except FileKindError as error:
@@ -50,9 +50,9 @@ def opened_file(file: Path, buffering: int = -1) -> Iterator[BinaryIO]:
 
 
 def page_of(path: Path) -> tuple[Path, int | None]:
-    """The file of an image, and the page of it that the image is; None where it is the file itself.
+    """The file of an image and the number of its page; None for an image that is the whole file.
 
-    >>> page_of(Path("images/0003"))[1] is None  # no file is called images here
+    >>> page_of(Path("images/0003"))[1] is None  # there is no file called images
     True
     """
     if is_page_name(path.name) and path.parent.is_file():
@@ -61,12 +61,12 @@ def page_of(path: Path) -> tuple[Path, int | None]:
 
 
 def is_page_name(name: str) -> bool:
-    """Whether a page may be called so: by four digits."""
+    """Whether a name can be that of a page: four digits."""
     return len(name) == DIGITS and name.isascii() and name.isdecimal()
 
 
 def page_path(file: Path, number: int) -> Path:
-    """The path of a page; raises ValueError for a number that has no name.
+    """The path of a page. Raises ValueError for a number that four digits can't hold.
 
     >>> page_path(Path("stack.tif"), 3).as_posix()
     'stack.tif/0003'
@@ -77,10 +77,9 @@ def page_path(file: Path, number: int) -> Path:
 
 
 def pages_of(file: Path) -> list[Path]:
-    """The images in a file: its pages, or itself where it holds one.
+    """The paths of the images in a file: its pages, or the file where it holds one image.
 
-    A few bytes of each page are read. What can't be read stands for itself: it is met again, by name, when its pixels
-    are wanted.
+    Reads a few bytes per page. An unreadable file counts as one image: reading its pixels raises the error.
     """
     count = 1
     if file.suffix.lower() in PAGED:
@@ -90,24 +89,24 @@ def pages_of(file: Path) -> list[Path]:
 
 
 def group_of(identity: str, image: Path) -> str:
-    """The group of an image for which none is named: its own id, or for a page the id of its file."""
+    """The default group of an image: its id, or for a page the id of its file."""
     return identity if page_of(image)[1] is None else identity[: -DIGITS - 1]
 
 
 def count_pages(file: Path) -> int:
-    """How many images a TIFF or a DICOM file holds; 1 for any other. Raises DataError, and OSError as `open` does."""
+    """The number of images in a TIFF or DICOM file; 1 for other files. Raises DataError, and OSError as `open`."""
     with opened_file(file, buffering=0) as stream:
         start = stream.read(LOOKED_AT_FIRST)
         if is_dicom(start):
             try:
                 return _count_frames(stream)
-            except Exception as error:  # pydicom raises whatever it likes on damaged files, and may not be there
+            except Exception as error:  # pydicom may be missing, and raises many kinds of errors
                 raise DataError(f"{file} can't be read as DICOM: {error}.") from error
     return len(tiff_images(file)) if start[:4] in TIFF_STARTS else 1
 
 
 def can_be_counted(file: Path) -> bool:
-    """Whether it can be told how many images a file holds."""
+    """Whether `count_pages` succeeds on a file."""
     try:
         return count_pages(file) <= MAX_PAGES
     except (DataError, OSError):
@@ -115,10 +114,10 @@ def can_be_counted(file: Path) -> bool:
 
 
 def once_a_file(most: int) -> Callable[[Callable[[Path], T]], Callable[[Path], T]]:
-    """A reader of files that remembers what it found in the last `most`, so that a page costs no look at all others.
+    """A reader of files that keeps its results for the last `most` files, so that a page needs no scan of all pages.
 
-    A file is looked at again when its time, size or inode is another, and each time within two seconds of when it was
-    written, when its time can't tell yet.
+    A file is read again when its time, size or inode has changed, and always within two seconds of its last write,
+    because a further write may not change its time.
     """
 
     def remembering(read: Callable[[Path], T]) -> Callable[[Path], T]:
@@ -137,7 +136,7 @@ def once_a_file(most: int) -> Callable[[Callable[[Path], T]], Callable[[Path], T
 
 
 def misnamed(path: Path) -> str:
-    """What is said of a path below a file that is no page's; "" for any other path."""
+    """The error text for a path below a file that is no name of a page; "" for other paths."""
     if not path.parent.is_file():
         return ""
     return (
@@ -155,10 +154,10 @@ def _count_frames(stream: BinaryIO) -> int:
 
 
 def is_dicom(start: bytes) -> bool:
-    """Whether a file that begins with these 132 bytes is DICOM: `DICM` behind a preamble, or a bare data set.
+    """Whether a file with these first 132 bytes is DICOM: a preamble and `DICM`, or a bare data set.
 
-    A bare one, as older systems write, is told by its first two elements: the first is of group 2 or 8, tags rise, and
-    lengths are even, in little endian.
+    A bare data set, as older systems write it, is recognised by its first two elements: the first is of group 2 or 8,
+    tags rise, and lengths are even, in little endian.
     """
     if start[128:] == b"DICM":
         return True
@@ -183,16 +182,16 @@ def is_dicom(start: bytes) -> bool:
 
 @once_a_file(64)
 def tiff_images(file: Path) -> tuple[int, ...]:
-    """`tiff_images_in` a file."""
+    """`tiff_images_in` for the path of a file."""
     with opened_file(file, buffering=0) as stream:
         return tiff_images_in(stream, file)
 
 
 def tiff_images_in(stream: BinaryIO, file: Path) -> tuple[int, ...]:
-    """Where the IFDs of an open TIFF's images begin, bytes: one number again and again for planes behind a lone IFD.
+    """The offset of each image's IFD in an open TIFF, in bytes; planes after a single IFD all have its offset.
 
-    No more is read than the IFDs, each once, and ImageJ's description. Raises DataError for IFDs that are not in the
-    file or lead in a circle, for more than 10,000, and where ImageJ counts more images than there are.
+    Only the IFDs (each once) and ImageJ's description are read. Raises DataError for IFDs that are not in the file or
+    form a circle, for more than 10,000, and where ImageJ counts more images than there are.
     """
     tiff = _Tiff(stream, file)
     found: list[int] = []
@@ -219,9 +218,9 @@ def tiff_images_in(stream: BinaryIO, file: Path) -> tuple[int, ...]:
 
 
 def tiff_mask_behind(stream: BinaryIO, file: Path, image: int) -> int:
-    """Where the IFD of the transparency mask begins that follows an image's IFD; 0 where none does. Raises DataError.
+    """The offset of the transparency mask's IFD after an image's IFD; 0 where there is none. Raises DataError.
 
-    A mask of a reduced copy is another's. It is looked for up to the next image.
+    The search ends at the next image. Masks of reduced copies do not count.
     """
     tiff = _Tiff(stream, file)
     offset, seen = tiff.directory(image).following, {image}
@@ -237,7 +236,7 @@ def tiff_mask_behind(stream: BinaryIO, file: Path, image: int) -> int:
 
 
 def too_many(file: Path, found: str) -> str:
-    """What is said of a file of more pages than have names."""
+    """The error text for a file with more pages than four digits can name."""
     return (
         f"{file} holds {found} images (pages, slices or frames), or its header is damaged.\n"
         f"  wanted  at most {MAX_PAGES}, as four digits name\nCut it into several files."
@@ -246,7 +245,7 @@ def too_many(file: Path, found: str) -> str:
 
 @dataclass(frozen=True)
 class _Directory:
-    """An IFD. tags: in their order; entries: bytes of all of them; following: where the next one begins, 0 for none."""
+    """An IFD. tags: in their order; entries: the bytes of all tags; following: offset of the next IFD, 0 for none."""
 
     tags: tuple[int, ...]
     entries: bytes
@@ -254,7 +253,7 @@ class _Directory:
 
 
 class _Tiff:
-    """The IFDs of an open TIFF, of either byte order and of either size of offsets."""
+    """The IFDs of an open TIFF, of both byte orders and both sizes of offsets."""
 
     def __init__(self, stream: BinaryIO, file: Path) -> None:
         self._stream, self._file = stream, file
@@ -266,7 +265,7 @@ class _Tiff:
             raise DataError(self._damaged("it holds no page"))
 
     def directory(self, offset: int) -> _Directory:
-        """The IFD at an offset. Raises DataError for one that is not there, or of thousands of tags."""
+        """The IFD at an offset. Raises DataError where there is none, or it has thousands of tags."""
         data = self._read(offset, USUAL)
         before = struct.calcsize("=" + self._count)
         count = self._number(self._count, data[:before])
@@ -281,16 +280,16 @@ class _Tiff:
         )
 
     def is_image(self, directory: _Directory) -> bool:
-        """Whether an IFD is of an image of its own: neither a reduced copy of one nor a transparency mask."""
+        """Whether an IFD is an image, neither a reduced copy nor a transparency mask."""
         kind = self._value(directory, SUBFILE)
         return not kind & COPY_OR_MASK if kind else self._value(directory, OLD_SUBFILE) != OLD_COPY
 
     def is_mask(self, directory: _Directory) -> bool:
-        """Whether an IFD is the transparency mask of an image that is no reduced copy."""
+        """Whether an IFD is the transparency mask of an image and not of a reduced copy."""
         return self._value(directory, SUBFILE) & COPY_OR_MASK == MASK
 
     def imagej_images(self, directory: _Directory) -> int:
-        """How many images ImageJ's description counts; 1 where there is none."""
+        """The number of images in ImageJ's description; 1 where there is no description."""
         if DESCRIPTION not in directory.tags:
             return 1
         length, place = struct.unpack(
@@ -322,7 +321,7 @@ class _Tiff:
     def _read(self, offset: int, count: int) -> bytes:
         try:
             self._stream.seek(offset)
-        except (OSError, OverflowError, ValueError) as error:  # of a place that no file has
+        except (OSError, OverflowError, ValueError) as error:  # the place is outside of the file
             raise DataError(self._damaged("one of its pages is not there")) from error
         return self._stream.read(count)
 

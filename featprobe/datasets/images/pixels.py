@@ -1,4 +1,4 @@
-"""An open image of any kind: its size, its depth, its levels, of which no two that differ become one."""
+"""An open image of any kind: its size, its depth, and its levels; different levels stay different."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from featprobe.geometry import Size
 
 Levels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 """(height, width) or (height, width, 3). Where the header calls pixels empty, a masked array (`numpy.ma`) that masks
-them; beneath the mask is the lowest level of the others."""
+them; below the mask is the lowest level of the other pixels."""
 
 DTYPE_OF = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16), 32: np.dtype(np.float32)}
-"""Bits of a channel -> the number format of its levels."""
+"""Bits per channel -> the number format of the levels."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An image that is open: a file, or a page of one.
+    """An open image: a file, or a page of one.
 
-    size: (height, width) in pixels, as it is to be looked at. bits: of a channel as `load` gives it: 8, 16, or 32 for
-    float32. channels: 1 or 3. load: the pixels, (height, width) or (height, width, 3), in the stored orientation; with
-    `into`, it takes an array of their shape and number format to decode into, or None for a new one. turn:
-    EXIF's orientation, 1 to 8. raw: the bytes of its file that make a page what it is. stored: of a page of a TIFF, its
-    pixel format as Pillow calls it, its values as they are stored, palette indices for a palette, and where these are
-    called empty, (height, width), None for nowhere. empty: what the header calls empty, as `GDAL_NODATA -9999`; ""
-    where it calls nothing so. unnamed: whether its three channels are bands that the header gives no colours.
+    size: (height, width) in pixels, in the orientation for viewing. bits: per channel of the levels that `load` gives:
+    8, 16, or 32 for float32. channels: 1 or 3. load: gives the pixels, (height, width) or (height, width, 3), in the
+    stored orientation; with `into`, it takes an array of this shape and number format to decode into, or None for a new
+    array. turn: EXIF's orientation, 1 to 8. raw: the bytes of the file that define this page. stored: for a page of a
+    TIFF, its pixel format by Pillow's name, its stored values (indices for a palette), and which of these are called
+    empty, (height, width), or None. empty: the header's entry on empty pixels, as `GDAL_NODATA -9999`; "" without one.
+    unnamed: whether its three channels are bands without colours in the header.
     """
 
     size: Size
@@ -45,10 +45,10 @@ class Opened:
     into: bool = False
 
     def read(self, out: NDArray[Any] | None = None) -> Levels:
-        """The pixels as they are to be looked at.
+        """The pixels, in the orientation for viewing.
 
-        out: where they are decoded to, and what is returned, where the image's reader can do that and the array is
-        C-contiguous, of their shape and number format.
+        out: an array to decode into and to return. It is used only where the image's reader can do that and the array
+        is C-contiguous and has the pixels' shape and number format.
         """
         shape = self.size if self.channels == 1 else (*self.size, self.channels)
         if out is not None and self.into and self.turn == 1 and out.flags.c_contiguous:
@@ -58,7 +58,7 @@ class Opened:
 
 
 def oriented(levels: NDArray[Any], turn: int) -> NDArray[Any]:
-    """An image turned as EXIF's orientation (1 to 8) asks; any other number leaves it as it is."""
+    """An image turned by EXIF's orientation (1 to 8); unchanged for any other number."""
     if turn in (5, 6, 7, 8):
         levels = levels.swapaxes(0, 1)
     if turn in (2, 3, 6, 7):
@@ -69,12 +69,12 @@ def oriented(levels: NDArray[Any], turn: int) -> NDArray[Any]:
 
 
 def turned(height: int, width: int, turn: int) -> Size:
-    """(height, width) as an orientation (1 to 8) turns it."""
+    """(height, width) after the turn of an orientation (1 to 8)."""
     return (width, height) if turn in (5, 6, 7, 8) else (height, width)
 
 
 def bits_of_dtype(dtype: np.dtype[Any], path: Path) -> int:
-    """Bits of a channel, as `to_levels` gives values of this kind: 8, 16, or 32 for float32. Raises DataError."""
+    """Bits per channel of the levels that `to_levels` makes: 8, 16, or 32 for float32. Raises DataError."""
     if dtype == np.bool_ or dtype == np.uint8:
         return 8
     if dtype.kind == "f" or dtype in (np.int8, np.int16):
@@ -85,10 +85,10 @@ def bits_of_dtype(dtype: np.dtype[Any], path: Path) -> int:
 
 
 def to_levels(values: NDArray[Any], path: Path) -> Levels:
-    """Values of any number format as uint8, uint16 or float32, every two that differ still different.
+    """Values of any number format as uint8, uint16 or float32; different values stay different.
 
-    Bits become 0 and 255. Integers of 32 bits and more must fit 16, those of 64-bit fractions must fit float32.
-    Raises DataError where they do not, and for values that are not finite.
+    Bits become 0 and 255. Integers of 32 bits and more must fit 16 bits, 64-bit fractions must fit float32. Raises
+    DataError where they do not, and for values that are not finite.
     """
     bits = bits_of_dtype(values.dtype, path)
     if values.dtype == np.bool_:
@@ -103,7 +103,7 @@ def to_levels(values: NDArray[Any], path: Path) -> Levels:
         bad = int((~np.isfinite(values)).sum())
         raise DataError(
             f"{path} holds {bad} values that are not finite (NaN or infinite), of {values.size}.\n"
-            "Replace them by a level that means what they mean, or leave the image out."
+            "Replace them by a level with the same meaning, or omit the image."
         )
     if values.dtype.itemsize <= 4:
         return np.ascontiguousarray(values, dtype=np.float32)
@@ -117,9 +117,9 @@ def to_levels(values: NDArray[Any], path: Path) -> Levels:
 def without_empty(
     values: NDArray[Any], empty: NDArray[np.bool_] | None, convert: Callable[[NDArray[Any]], Levels]
 ) -> Levels:
-    """What `convert` makes of stored values, those masked that are `empty`, (height, width); see Levels.
+    """Levels that `convert` makes from stored values, with the pixels masked that are `empty`, (height, width).
 
-    It meets 0 in place of empty values, and is all that is done where there are none.
+    `convert` gets 0 in place of empty values. Where none is empty, its result is returned. See Levels.
     """
     if empty is None or not empty.any():
         return convert(values)
@@ -138,26 +138,26 @@ def counted_levels(levels: Levels) -> Levels:
 
 
 def _is_finite(values: NDArray[Any]) -> bool:
-    """Whether no value is NaN or infinite. The sum of squares tells most arrays in a pass that is quicker than any."""
+    """Whether no value is NaN or infinite. For most arrays the sum of squares shows it in one fast pass."""
     flat = values.ravel()
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
 
 
 def largest(levels: Levels) -> int:
-    """The largest value of the number format of uint8 or uint16."""
+    """The largest value of a number format, uint8 or uint16."""
     return 255 if levels.dtype == np.uint8 else 65535
 
 
 def without_alpha(values: NDArray[Any]) -> NDArray[Any]:
-    """Grey of grey with alpha, colour of colour with alpha."""
+    """Levels without the alpha channel, of grey or of colour."""
     if values.ndim == 3 and values.shape[2] in (2, 4):
         values = values[:, :, : values.shape[2] - 1]
     return values[:, :, 0] if values.ndim == 3 and values.shape[2] == 1 else values
 
 
 def check_page(path: Path, page: int | None, count: int, how: str = "") -> None:
-    """Raise DataError where a path doesn't name one of the `count` images of its file. how: to cut it, as a command."""
+    """Raise DataError where a path doesn't name one of the `count` images of its file. how: a command that cuts it."""
     if page is None and count == 1:
         return
     if count > MAX_PAGES:
@@ -168,22 +168,22 @@ def check_page(path: Path, page: int | None, count: int, how: str = "") -> None:
         raise DataError(
             f"{several(path, count)}"
             f"Name one as if the file were a folder, from {first.as_posix()} to {last.as_posix()};\n"
-            "put it into images/ and its masks, page for page, into masks/ (formats folders and colours);\n"
-            f"or cut it into one file an image{how}"
+            "put the file into images/ and its masks, page for page, into masks/ (formats folders and colours);\n"
+            f"or cut it into one file per image{how}"
         )
     if count == 1:
-        raise DataError(f"{path} is no page: {file.name} holds one image. Name the file alone.")
+        raise DataError(f"{path} is no page: {file.name} holds one image. Name only the file.")
     if page >= count:
         raise DataError(f"{path} is not there: {file.name} holds {count} pages. wanted: {first.name} to {last.name}")
 
 
 def several(path: Path, count: int) -> str:
-    """The begin of what is said of a file of several images."""
+    """The beginning of the error text for a file of several images."""
     return f"{path} holds {count} images (pages, slices or frames).\n  wanted  one image, with labels of its own\n"
 
 
 def unusable(path: Path, found: str) -> str:
-    """What is said of a pixel format that can't be read."""
+    """The error for a pixel format that can't be read."""
     return (
         f"{path} has the pixel format {found}, which can't be read without losing depth or meaning.\n"
         "  wanted  grey or RGB of 8 or 16 bits, or float32"

@@ -1,4 +1,4 @@
-"""Reading images of every kind, grey and colour, into [0, 1] by a stated policy."""
+"""Reading images of every kind, grey and colour, and mapping their levels to [0, 1] by an intensity policy."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,6 +21,7 @@ from featprobe.datasets.samples import listed
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Placement, Size
 from featprobe.intensity import Intensity
+from featprobe.specs import FeatureRecipe
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm", ".dicom")
 RESAMPLING = {
@@ -33,10 +34,10 @@ GREY_LEVELS = 1 << 16
 
 
 def hash_image(path: Path) -> str:
-    """xxh3_128 of the bytes of a file, or of those that a page of one is made of: 32 hex digits.
+    """xxh3_128 over the bytes of a file, or over the bytes of one page: 32 hex digits.
 
-    A page of a TIFF keeps its hash when others are appended, but for the first of an ImageJ stack, which tells their
-    number. Raises DataError when it can't be read or is empty.
+    Appending pages does not change the hash of a TIFF's page, except for page 0 of an ImageJ stack, whose header stores
+    the number of pages. Raises DataError when the file can't be read or is empty.
     """
     if page_of(path)[1] is not None:
         with opened(path) as image:
@@ -56,7 +57,7 @@ def hash_image(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What an image's header says of it; see pixels.Opened."""
+    """Values of an image's header; see pixels.Opened."""
 
     size: Size
     bits: int
@@ -66,31 +67,29 @@ class Header:
 
 
 def header_of(path: Path) -> Header:
-    """What an image's header says of it. Raises DataError."""
+    """Read the header of an image. Raises DataError."""
     with opened(path) as image:
         return Header(image.size, image.bits, image.channels, image.empty, image.unnamed)
 
 
 def pixel_notes(headers: Sequence[tuple[str, Header]]) -> list[str]:
-    """What a user should know of a set's pixels, from (id, header) of its images: the exceptions, and empty pixels."""
+    """Notes on a set's pixels, from (id, header) of its images: images that differ from most, and empty pixels."""
     notes = []
     for what in ("bits", "channels"):
         by_kind: dict[int, list[str]] = defaultdict(list)
-        for own, header in headers:
-            by_kind[getattr(header, what)].append(own)
+        for identity, header in headers:
+            by_kind[getattr(header, what)].append(identity)
         kinds = sorted(by_kind.items(), key=lambda kind: len(kind[1]), reverse=True)
         for value, names in kinds[1:]:
             texts = {"bits": f"of {value} bits", "channels": "in colour" if value == 3 else "grey"}
             usual = {"bits": f"of {kinds[0][0]}", "channels": "in colour" if kinds[0][0] == 3 else "grey"}
             count = counted(len(names), "image is", "images are")
             notes.append(f"{count} {texts[what]}, where {len(kinds[0][1])} are {usual[what]}: {listed(names)}")
-    unnamed = [own for own, header in headers if header.unnamed]
+    unnamed = [identity for identity, header in headers if header.unnamed]
     if unnamed:
         bands = counted(len(unnamed), "image holds", "images hold")
-        notes.append(
-            f"{bands} three bands without a colour, which are taken for red, green and blue: {listed(unnamed)}"
-        )
-    empty = [own for own, header in headers if header.empty]
+        notes.append(f"{bands} three bands without colours, which are read as red, green and blue: {listed(unnamed)}")
+    empty = [identity for identity, header in headers if header.empty]
     if empty:
         tags = listed(sorted({header.empty for _, header in headers if header.empty}), 3)
         names_level = counted(len(empty), "image names", "images name")
@@ -102,13 +101,13 @@ def pixel_notes(headers: Sequence[tuple[str, Header]]) -> list[str]:
 
 
 def image_size(path: Path) -> Size:
-    """(height, width) in pixels as the image is to be looked at, from the file's header. Raises DataError."""
+    """(height, width) in pixels, in the orientation for viewing, from the file's header. Raises DataError."""
     with opened(path) as image:
         return image.size
 
 
 def bits_of(path: Path) -> int:
-    """Bits of a channel of an image's levels, from its header: 8, 16, or 32 for fractions. Raises DataError."""
+    """Bits per channel of an image's levels, from its header: 8, 16, or 32 for fractions. Raises DataError."""
     with opened(path) as image:
         return image.bits
 
@@ -116,20 +115,20 @@ def bits_of(path: Path) -> int:
 def read_levels(path: Path, out: NDArray[Any] | None = None) -> Levels:
     """Raw levels of an image: (height, width) or (height, width, 3), uint8, uint16 or float32.
 
-    The format is told by the content. The image is turned as its orientation tag says; levels grow with brightness;
-    palettes and CMYK become RGB and an alpha channel is dropped; signed levels and those that DICOM rescales become
-    float32. Where the header calls pixels empty, and some are, a masked array (numpy.ma) masks them. Raises DataError
-    for a file that is no image, holds several, is truncated, has pixels that are not finite, or is of a kind that would
-    lose its depth, or a band, in silence.
+    The content shows the format. The image is turned by its orientation tag; levels grow with brightness; palettes and
+    CMYK become RGB; an alpha channel is dropped; signed levels and those that DICOM rescales become float32. Where the
+    header calls pixels empty, and some are, the result is a masked array (numpy.ma). Raises DataError for a file that
+    is no image, holds several images, is truncated, has pixels that are not finite, or would lose depth or a band
+    without notice.
 
-    out: where to decode, and what is returned then; see pixels.Opened.read for when that can be.
+    out: an array to decode into and to return; see pixels.Opened.read for when it is used.
     """
     with opened(path) as image:
         return image.read(out)
 
 
 def write_levels(path: Path, levels: Levels) -> None:
-    """Write raw levels as a TIFF that reads back the same, empty pixels too, whatever its suffix."""
+    """Write raw levels as a TIFF that reads back equal, with its empty pixels, whatever the suffix of the path."""
     more: dict[str, Any] = {}
     if isinstance(levels, np.ma.MaskedArray):
         value = "nan" if levels.dtype == np.float32 else str(_unused(levels, path))
@@ -139,7 +138,7 @@ def write_levels(path: Path, levels: Levels) -> None:
 
 
 def _unused(levels: "np.ma.MaskedArray[Any, Any]", path: Path) -> int:
-    """A level of which no pixel is in all channels, to stand for empty ones. Raises DataError where all are taken."""
+    """A level that no pixel has in all channels, to mark empty pixels. Raises DataError where all levels are in use."""
     bands = levels.reshape(levels.shape[0] * levels.shape[1], -1)
     filled = bands.data[~np.ma.getmaskarray(bands).any(axis=1)]
     counts = np.bincount(filled[(filled == filled[:, :1]).all(axis=1), 0], minlength=largest(levels) + 1)
@@ -151,9 +150,9 @@ def _unused(levels: "np.ma.MaskedArray[Any, Any]", path: Path) -> int:
 
 
 def training_window(paths: Iterable[Path], policy: Intensity) -> tuple[float, float] | None:
-    """The raw levels that become 0 and 1, one window for a whole data set; None where there is no such.
+    """The raw levels that become 0 and 1: one window for a whole data set, or None where the policy needs no window.
 
-    percentile and minmax are taken over every pixel that is not empty of the images given, the training ones.
+    percentile and minmax are computed over all pixels, but empty ones, of the given images (the training images).
     """
     if policy.kind == "none" or policy.image:
         return None
@@ -166,10 +165,10 @@ def training_window(paths: Iterable[Path], policy: Intensity) -> tuple[float, fl
 
 
 def image_window(levels: Levels, policy: Intensity) -> tuple[float, float]:
-    """The raw levels of one image that become 0 and 1, by a policy that is taken over its own pixels."""
+    """The raw levels that become 0 and 1 in one image, by a policy that uses only the pixels of this image."""
     pixels = _counted(levels, policy)
     if not pixels.size:
-        return 1.0, 1.0  # nothing above 0, of which to take a logarithm: all of it becomes 0
+        return 1.0, 1.0  # no level above 0 has a logarithm: the whole image becomes 0
     low, high = policy.percent
     ranks = int(low / 100 * pixels.size), max(0, int(np.ceil(high / 100 * pixels.size)) - 1)
     first, last = min(ranks[0], pixels.size - 1), ranks[1]
@@ -178,7 +177,8 @@ def image_window(levels: Levels, policy: Intensity) -> tuple[float, float]:
 
 
 def _window_of_all(paths: list[Path], policy: Intensity) -> tuple[float, float]:
-    """Percentiles over the pixels of many images, exactly; float32 takes a second look at the levels near the two."""
+    """Exact percentiles over the pixels of many images. For float32 the images are read a second time, to find the
+    levels near the two percentiles."""
     fractions = bool(paths) and bits_of(paths[0]) == 32
     shift = 16 if fractions else 0
 
@@ -214,13 +214,13 @@ def _window_of_all(paths: list[Path], policy: Intensity) -> tuple[float, float]:
 
 
 def _counted(levels: Levels, policy: Intensity) -> Levels:
-    """The levels that percentiles are of, (pixels,): of a logarithm, those that have one."""
+    """The levels for the percentiles, (pixels,): all that are not empty; for logarithms only those above 0."""
     flat = counted_levels(levels)
     return flat[flat > 0] if policy.log else flat
 
 
 def _ordered(levels: Levels) -> NDArray[np.uint32]:
-    """Integers in the order of the levels: integers themselves; the bits of fractions, negative ones turned over."""
+    """Integers in the order of the levels: integers unchanged; fractions as their bits, inverted for negative ones."""
     if levels.dtype != np.float32:
         return levels.astype(np.uint32)
     bits = (levels + np.float32(0)).view(np.uint32)  # + 0: there is one zero only
@@ -228,7 +228,7 @@ def _ordered(levels: Levels) -> NDArray[np.uint32]:
 
 
 def _fraction(key: int) -> float:
-    """The float32 that `_ordered` made a number of."""
+    """The float32 for a number from `_ordered`."""
     bits = key ^ (1 << 31) if key >> 31 else ~key & 0xFFFFFFFF
     return float(np.uint32(bits).view(np.float32))
 
@@ -236,10 +236,10 @@ def _fraction(key: int) -> float:
 def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensity | None = None) -> NDArray[np.float32]:
     """Raw levels as float32 in [0, 1]: (height, width) or (height, width, 3).
 
-    With a window, its lower level becomes 0 and its upper 1, and what lies outside is clipped. Without
-    one, levels are divided by the largest value of their number format. policy: whether the window is the image's own
-    (where that is one level, what is above it becomes 1), and whether logarithms are taken; None for neither. Empty
-    pixels become 0.
+    With a window, its lower level becomes 0 and its upper level 1, and levels outside are clipped. Without a window,
+    levels are divided by the largest value of their number format. policy: whether the window is computed per image
+    (if it is a single level, higher levels become 1), and whether logarithms are used; None for neither. Empty pixels
+    become 0.
     """
     if policy is not None and policy.image:
         window = image_window(levels, policy)
@@ -249,7 +249,7 @@ def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensit
         filled[np.ma.getmaskarray(levels)] = 0.0
         return filled
     if window is None and levels.dtype == np.float32:
-        raise DataError("Images of fractions have no largest value to be divided by: they need an intensity window.")
+        raise DataError("Images of float32 levels have no largest value to divide by: they need an intensity window.")
     low, high = window if window is not None else (0.0, float(largest(levels)))
     if not low < high:
         return (levels > low).astype(np.float32)
@@ -262,35 +262,26 @@ def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensit
     return np.clip(unit, 0.0, 1.0, out=unit).astype(np.float32, copy=False)
 
 
-def frame_image(
-    levels: Levels,
-    placement: Placement,
-    window: tuple[float, float] | None,
-    interpolation: str,
-    fill: tuple[float, ...],
-    policy: Intensity | None = None,
-) -> NDArray[np.float32]:
-    """An image in its frame as a backbone takes it: (3, frame height, frame width), float32, [0, 1].
+def unit_of(levels: Levels, recipe: FeatureRecipe) -> NDArray[np.float32]:
+    """Raw levels as a recipe's backbone needs them, see `to_unit`."""
+    return to_unit(levels, recipe.window, recipe.policy)
 
-    Grey is repeated into three channels. Padding holds `fill`, per channel. Resampling is done on the
-    window's float values, never on clipped 8-bit ones. window, policy: as `to_unit` takes them.
+
+def frame_image(levels: Levels, placement: Placement, recipe: FeatureRecipe) -> NDArray[np.float32]:
+    """An image in its frame, as a recipe's backbone needs it: (3, frame height, frame width), float32, [0, 1].
+
+    Grey is repeated in three channels. Padding has the recipe's mean, per channel. Resampling uses the window's float
+    values, never values clipped to 8 bits.
     """
     framed = np.empty((3, *placement.frame), dtype=np.float32)  # (channel, height, width)
-    framed[:] = np.asarray(fill, dtype=np.float32)[:, None, None]
-    put_image(framed, levels, placement, window, interpolation, policy)
+    framed[:] = np.asarray(recipe.mean, dtype=np.float32)[:, None, None]
+    put_image(framed, levels, placement, recipe)
     return framed
 
 
-def put_image(
-    framed: NDArray[np.float32],
-    levels: Levels,
-    placement: Placement,
-    window: tuple[float, float] | None,
-    interpolation: str,
-    policy: Intensity | None = None,
-) -> None:
+def put_image(framed: NDArray[np.float32], levels: Levels, placement: Placement, recipe: FeatureRecipe) -> None:
     """Write an image into its place in a frame, (3, frame height, frame width), or (1, …) for grey; see frame_image."""
-    unit = to_unit(levels, window, policy)
+    unit = unit_of(levels, recipe)
     height, width = placement.content
     for channel in range(3 if unit.ndim == 3 else 1):
         plane = unit if unit.ndim == 2 else np.ascontiguousarray(unit[:, :, channel])
@@ -298,5 +289,5 @@ def put_image(
         if placement.content == placement.original:
             shown[:] = plane
         else:
-            resized = Image.fromarray(plane).resize((width, height), RESAMPLING[interpolation])
+            resized = Image.fromarray(plane).resize((width, height), RESAMPLING[recipe.interpolation])
             np.clip(np.asarray(resized), 0.0, 1.0, out=shown)

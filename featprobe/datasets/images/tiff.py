@@ -1,4 +1,4 @@
-"""TIFF: files of one image, and pages of a stack (see datasets.pages)."""
+"""TIFF: files of one image, and pages of a stack (see `pages`)."""
 
 import math
 from collections.abc import Iterator
@@ -29,24 +29,24 @@ from featprobe.errors import DataError
 from featprobe.pictures import MAX_PIXELS, check_claim, check_held, too_large
 from featprobe.targets import IGNORE
 
-PLACES = (273, 324, 330)  # tags that say where in the file something lies: strips, tiles, further IFDs
-STK_PLANES = 33629  # MetaMorph's tag with an entry for each plane behind an IFD
-PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # what a TIFF says of its samples that are levels as they are
-CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # and that become RGB, of 8 bits
-BANDS = {"RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # samples that it needs; of the others, one
+PLACES = (273, 324, 330)  # tags with places in the file: strips, tiles, further IFDs
+STK_PLANES = 33629  # MetaMorph's tag with one entry per plane of an IFD
+PLAIN = ("MINISBLACK", "MINISWHITE", "RGB")  # kinds of samples that are levels
+CONVERTED = ("PALETTE", "SEPARATED", "YCBCR")  # kinds of samples that become RGB, of 8 bits
+BANDS = {"RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # samples that a kind needs; other kinds need one
 BITS, INKS, NODATA = 258, 332, 42113  # tags
-DENSEST = {1: 8, 5: 1400, 8: 1032, 32773: 64, 32946: 1032}  # compressions: bytes that one becomes at most
+DENSEST = {1: 8, 5: 1400, 8: 1032, 32773: 64, 32946: 1032}  # compressions: most bytes that one compressed byte gives
 CMYK, JPEG = 1, (6, 7)  # an ink set, and compressions that decode to RGB
-ALPHA = (1, 2)  # what ExtraSamples says of an alpha channel: premultiplied, or not
-EXTREME, NEAR = 1e30, 1e-5  # beyond it no level lies by chance, and a few digits will do: a relative difference
+ALPHA = (1, 2)  # ExtraSamples' values for an alpha channel: premultiplied, or not
+EXTREME, NEAR = 1e30, 1e-5  # above EXTREME levels are no chance, and agree within a relative NEAR
 
 
 @contextmanager
 def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Opened]:
-    """A TIFF that holds one image, or a page of one, named by the path."""
+    """Open a TIFF of one image, or the page of one that the path names."""
     offsets = tiff_images_in(stream, path) if number is None else tiff_images(path.parent)
     stream.seek(0)
-    check_page(path, number, len(offsets), f", as by libtiff:  tiffsplit {path.name} {path.stem}-")
+    check_page(path, number, len(offsets), f", for example with libtiff:  tiffsplit {path.name} {path.stem}-")
     number = number or 0
     behind_one = offsets.count(offsets[0]) > 1
     plane = number if behind_one else 0
@@ -82,7 +82,7 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
             1 if kind in PLAIN and bands == 1 else 3,
             lambda: _levels(page, _values(page, plane), kind, nodata, shown, path),
             turn,
-            lambda: (piece for own in (page, shown) if own for piece in _bytes(own, plane)),
+            lambda: (piece for part in (page, shown) if part for piece in _bytes(part, plane)),
             lambda: _mask(page, _values(page, plane), kind, nodata),
             empty=" and ".join(called),
             unnamed=kind != "RGB" and kind in PLAIN and bands == 3,
@@ -90,9 +90,9 @@ def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Open
 
 
 def _bands(page: Any, kind: str, path: Path) -> int:
-    """How many samples of a pixel hold levels: all but an alpha channel behind them that ExtraSamples calls so.
+    """The number of samples per pixel that hold levels: all but an alpha channel (by ExtraSamples) after them.
 
-    Raises DataError for another number than one of grey, three of colour, or what its colours need.
+    Raises DataError for another number than one for grey, three for colour, or as many as its kind of colours needs.
     """
     count, wanted = page.samplesperpixel, BANDS.get(kind, 1)
     extra = [int(code) for code in page.extrasamples][: count - wanted]
@@ -101,19 +101,19 @@ def _bands(page: Any, kind: str, path: Path) -> int:
     bands = count - alpha
     grey_or_three = bands == wanted or (kind in ("MINISBLACK", "MINISWHITE") and bands == 3)
     if not grey_or_three or any(code in ALPHA for code in extra[:-1]) or (alpha and kind in CONVERTED):
-        said = ", ".join({0: "unspecified", 1: "alpha", 2: "alpha"}.get(code, str(code)) for code in extra)
+        kinds = ", ".join({0: "unspecified", 1: "alpha", 2: "alpha"}.get(code, str(code)) for code in extra)
         raise DataError(
-            f"{path} holds {count} bands: {kind}, and behind it {len(extra)} that ExtraSamples calls {said}.\n"
-            "  wanted  1 band of grey or 3 of colour, and at most an alpha channel behind them that is called so\n"
+            f"{path} holds {count} bands: {kind}, and after it {len(extra)} that ExtraSamples calls {kinds}.\n"
+            "  wanted  1 band of grey or 3 of colour, and at most one alpha channel after them, named in ExtraSamples\n"
             f"  found   {bands} bands that hold data\n"
-            "Nothing was read, for a band would be dropped. Write those that are meant into a file of their own\n"
-            "(gdal_translate -b 1 IN OUT), or set ExtraSamples to 2 (alpha) where the last one is alpha."
+            "Nothing was read, because a band would be dropped. Write the bands that you need into another file\n"
+            "(gdal_translate -b 1 IN OUT), or set ExtraSamples to 2 (alpha) where the last band is alpha."
         )
     return bands
 
 
 def _nodata(page: Any, path: Path) -> float | None:
-    """The stored value that GDAL_NODATA calls empty; None for none, and for one that no pixel can have.
+    """The stored value that GDAL_NODATA calls empty; None without the tag, and for a value that no pixel can have.
 
     Raises DataError for a text that is no number.
     """
@@ -126,9 +126,9 @@ def _nodata(page: Any, path: Path) -> float | None:
     except ValueError as error:
         raise DataError(
             f"{path} calls {text[:80]!r} the level of its empty pixels (tag GDAL_NODATA).\n  wanted  a number, or nan\n"
-            "Which pixels are empty can't be told. Mend the tag, or take it away:  gdal_edit.py -unsetnodata FILE"
+            "So it is unknown which pixels are empty. Correct the tag, or remove it:  gdal_edit.py -unsetnodata FILE"
         ) from error
-    if np.isinf(number) and "inf" not in text.lower():  # the lowest float64 in fifteen digits
+    if np.isinf(number) and "inf" not in text.lower():  # the lowest float64, rounded to fifteen digits
         number = math.copysign(np.finfo(float).max, number)
     if page.dtype.kind == "f":
         return number
@@ -137,7 +137,7 @@ def _nodata(page: Any, path: Path) -> float | None:
 
 
 def _mask_at(file: Any, offset: int, page: Any, path: Path) -> Any:
-    """The page of a transparency mask, which is 0 where the image is empty; None for the offset 0. Raises DataError."""
+    """The page of a transparency mask, which is 0 where the image is empty; None for offset 0. Raises DataError."""
     if not offset:
         return None
     file.filehandle.seek(offset)
@@ -146,7 +146,7 @@ def _mask_at(file: Any, offset: int, page: Any, path: Path) -> Any:
     if found != (page.imagelength, page.imagewidth, 1, 1) or mask.dtype is None:
         size = f"{page.imagelength}x{page.imagewidth} pixels (height x width)"
         raise DataError(
-            f"{path} has a transparency mask that is not the image's.\n  wanted  {size}, one band\n"
+            f"{path} has a transparency mask that does not fit its image.\n  wanted  {size}, one band\n"
             f"  found   {found[0]}x{found[1]}, {found[2]} bands"
         )
     _check_segments(path, mask)
@@ -154,9 +154,9 @@ def _mask_at(file: Any, offset: int, page: Any, path: Path) -> Any:
 
 
 def _empty(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
-    """(height, width): where all bands of a pixel hold the value that is called empty; None where nothing is.
+    """(height, width), bool: pixels where all bands hold the empty value; None where there are none.
 
-    Far from all levels (1e30) a few digits of it will do, for GDAL_NODATA is a text.
+    Above 1e30 the values need not agree in all digits, because GDAL_NODATA is a text.
     """
     if nodata is None:
         return None
@@ -173,7 +173,7 @@ def _empty(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | No
 
 
 def _values(page: Any, plane: int) -> NDArray[Any]:
-    """Values of a page as they are stored, (height, width) or (height, width, samples)."""
+    """The stored values of a page, (height, width) or (height, width, samples)."""
     if plane:
         values = np.frombuffer(_plane_bytes(page, plane), page.parent.byteorder + page.dtype.char).reshape(page.shape)
     else:
@@ -184,7 +184,7 @@ def _values(page: Any, plane: int) -> NDArray[Any]:
 
 
 def _levels(page: Any, values: NDArray[Any], kind: str, nodata: float | None, shown: Any, path: Path) -> Levels:
-    """Pixels of a page, palettes and CMYK as RGB, levels of which 0 is white turned over; empty ones masked.
+    """Pixels of a page. Palettes and CMYK become RGB, levels are inverted where 0 is white, empty pixels are masked.
 
     shown: the page of its transparency mask, None without one.
     """
@@ -210,16 +210,16 @@ def _converted(page: Any, values: NDArray[Any], kind: str, path: Path) -> Levels
     if kind != "MINISWHITE":
         return levels
     if levels.dtype == np.float32:
-        raise DataError(f"{path} holds fractions of which 0 is white. wanted: 0 is black (MinIsBlack).")
+        raise DataError(f"{path} holds float32 levels where 0 is white. wanted: 0 is black (MinIsBlack).")
     return levels.dtype.type(largest(levels)) - levels
 
 
 def _mask(
     page: Any, values: NDArray[Any], kind: str, nodata: float | None
 ) -> tuple[str, NDArray[Any], NDArray[np.bool_] | None]:
-    """The pixel format and the values of a page as Pillow would give them, were it a file of its own; empty pixels.
+    """The pixel format and values of a page, as Pillow would give them for a file of this page alone; and empty pixels.
 
-    Empty pixels are IGNORE, but where 0 is called empty: a mask's background.
+    Empty pixels become IGNORE, except where 0 is the empty value, which is a mask's background.
     """
     mode, found = _as_pillow(page, values, kind)
     empty = _empty(values, nodata) if nodata and values.ndim == 2 and values.dtype.kind in "iu" else None
@@ -240,7 +240,7 @@ def _as_pillow(page: Any, values: NDArray[Any], kind: str) -> tuple[str, NDArray
 
 
 def _bytes(page: Any, plane: int) -> Iterator[bytes]:
-    """The bytes of a page: its tags, those left out that say where it lies, and its strips or tiles."""
+    """The bytes of a page: its tags, without places in the file, and its strips or tiles."""
     stream = page.parent.filehandle
     yield page.parent.byteorder.encode()
     for tag in page.tags:
@@ -262,9 +262,9 @@ def _plane_bytes(page: Any, plane: int) -> bytes:
 
 
 def _check_planes(path: Path, page: Any, plane: int, behind_one: bool) -> None:
-    """Raise DataError for pages that are not in the file, and for such of which only the first could be read.
+    """Raise DataError for pages that are not in the file, and for planes after one IFD, where only the first is read.
 
-    behind_one: whether the file's images all are planes behind one IFD, as ImageJ writes stacks beyond 4 GB.
+    behind_one: whether all images are planes after one IFD, as in ImageJ's stacks beyond 4 GB, which can be read.
     """
     _check_segments(path, page)
     shaped = page.shaped_description or ""
@@ -272,15 +272,15 @@ def _check_planes(path: Path, page: Any, plane: int, behind_one: bool) -> None:
     planes = page.tags.get(STK_PLANES)
     if hidden or (planes is not None and planes.count > 1) or (behind_one and not page.is_contiguous):
         raise DataError(
-            f"{path} holds several images behind one page (as MetaMorph and tifffile's truncate write them), of which\n"
-            "only the first would be read. Save it as a TIFF with a page for each image."
+            f"{path} holds several images in one page (as MetaMorph and tifffile's truncate write them). Only\n"
+            "the first would be read. Save it as a TIFF with one page per image."
         )
     if page.dataoffsets[0] + (plane + 1) * page.nbytes > page.parent.filehandle.size and behind_one:
         raise DataError(f"{path} is truncated or damaged: it is not in the file.")
 
 
 def _check_segments(path: Path, page: Any) -> None:
-    """Raise DataError where strips or tiles are missing, or claim what is not in the file, or are huge."""
+    """Raise DataError where strips or tiles are missing, are not in the file, or are huge."""
     if math.prod(page.chunks) > 4 * MAX_PIXELS:
         raise DataError(too_large(path, f"tiles of {math.prod(page.chunks)}"))
     length = page.parent.filehandle.size

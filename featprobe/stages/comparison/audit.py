@@ -13,19 +13,21 @@ from featprobe.cache import Cache, open_cache
 from featprobe.cache.quantised import as_read
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import CacheError, ProbeError, counted
-from featprobe.kinds import KINDS
+from featprobe.kinds import KINDS, SEEDS, SOLVED, TASKS, kinds_of
 from featprobe.metrics import Difference, Statistic, mean_of, paired_difference, pixel_statistic
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
+from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe import checked
-from featprobe.stages.training.probe_options import SEEDS, ProbeOptions
+from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.run import judged
 from featprobe.stages.training.task import Outcome
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 MOST_ROWS = 512  # that errors are measured on
 ROWS_AT_ONCE = 8
-HEADS = ("linear", "ridge")
+HEADS = (kinds_of(TASKS[0])[0], *SOLVED)
 SIZES: tuple[CacheDtype, ...] = ("fp32", "fp16", "int8")
 Say = Callable[[str], None]
 
@@ -102,8 +104,8 @@ def _audit(workspace: Workspace, cache: Cache, options: AuditOptions, say: Say) 
         raise CacheError(f"{cache.path} has no usable row. Nothing was measured.")
     errors = _errors(cache, rows, pick_device(options.device))
     heads = []
-    if options.heads and "semseg" not in cache.data.tasks:
-        notes.append(f"no heads: {cache.data.name} has no masks, which linear and ridge are trained on")
+    if options.heads and TASKS[0] not in cache.data.tasks:
+        notes.append(f"no heads: {cache.data.name} has no masks, which {' and '.join(HEADS)} are trained on")
     else:
         heads = [_head_cost(workspace, cache, head, options, say) for head in options.heads]
     every = {dtype: len(cache) * replace(cache.recipe, dtype=dtype).row_bytes for dtype in SIZES}
@@ -161,20 +163,19 @@ def _check_range(cache: Cache, maps: Any) -> None:
 
 
 def _head_cost(workspace: Workspace, cache: Cache, head: str, options: AuditOptions, say: Say) -> HeadCost:
-    recipe = KINDS[head].recipe
-    if options.iterations and head != "ridge":
+    task, recipe, solved = KINDS[head].task, KINDS[head].recipe, KINDS[head].solved
+    if options.iterations and not solved:
         recipe = replace(recipe, iterations=options.iterations)
-    how = checked("semseg", ProbeOptions(
+    how = checked(task, ProbeOptions(
         head=head, recipe=recipe, shared_order=True, device=options.device, quiet=options.quiet,
     ))  # fmt: skip
-    seeds = list(range(1 if head == "ridge" else options.seeds))
+    seeds = tuple(range(1 if solved else options.seeds))
     scores: dict[str, Statistic] = {}
     dtypes: tuple[CacheDtype, ...] = ("fp16", "int8")
     for dtype in dtypes:
-        run = Run(workspace, cache, "semseg", how, seeds, 1.0)
-        run.as_dtype = dtype
-        say(f"{run.title}: {head} on {dtype}, {counted(len(seeds), 'seed')}")
-        scores[dtype] = mean_of([_statistic(outcome) for outcome in run.judged()])
+        training = Training(workspace, Partition(cache, how.choice), task, how, seeds)
+        say(f"{training.title}: {head} on {dtype}, {counted(len(seeds), 'seed')}")
+        scores[dtype] = mean_of([_statistic(outcome) for outcome in judged(training, dtype)])
     difference = paired_difference(scores["int8"], scores["fp16"])
     fp16, int8 = (float(scores[dtype].value(np.ones((1, sum(scores[dtype].sizes))))[0]) for dtype in dtypes)
     return HeadCost(head, len(seeds), fp16, int8, difference)

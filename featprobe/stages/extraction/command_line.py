@@ -9,14 +9,14 @@ from typing import Any
 from featprobe.datasets.files import FOLLOW_LINKS
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, READ_AS, ExtractOptions
 
-SAID = tuple(option.name for option in fields(ExtractOptions) if option.name not in OF_ONE_RUN)
+IN_COMMANDS = tuple(option.name for option in fields(ExtractOptions) if option.name not in OF_ONE_RUN)
 """Options that a command says, in this order."""
 FIRST, LAST = ("size", "levels", "fit", "intensity"), ("dtype", "precision")
 """Where the command of a card has other places for them."""
-CARD_ORDER = (*FIRST, *(name for name in SAID if name not in (*FIRST, *LAST)), *LAST)
+CARD_ORDER = (*FIRST, *(name for name in IN_COMMANDS if name not in (*FIRST, *LAST)), *LAST)
 
 
-def command_of(backbone: Sequence[str], data: str, options: ExtractOptions, order: Sequence[str] = SAID) -> str:
+def command_of(backbone: Sequence[str], data: str, options: ExtractOptions, order: Sequence[str] = IN_COMMANDS) -> str:
     """The command line that makes the same cache. backbone: its words there, see `backbone_words`.
 
     >>> command_of(("--backbone", "embedded"), "xray", ExtractOptions(size=(64, 96), empty_tiles=0.5, skip_bad=True))

@@ -9,7 +9,7 @@ import xxhash
 from featprobe.cache import Row
 from featprobe.geometry import IDENTITY, TURNS, Part, Placement, place, place_tile, tiles_of
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.extraction.augment import Augmentation, choose_crop, place_crop
+from featprobe.stages.extraction.crops import Augmentation, choose_crop, place_crop
 from featprobe.targets import (
     IGNORE,
     Labels,

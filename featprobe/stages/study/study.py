@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,22 @@ from featprobe.cache import Cache, open_cache
 from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.fields import Fault, letter, wrong
+from featprobe.fields import Place as KeyPath
 from featprobe.geometry import parse_size
-from featprobe.kinds import KINDS, TrainRecipe, kinds_of
+from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.missing import backbone_of
-from featprobe.stages.partition import single_splits
+from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.study.study_file import AUTO, faults_of
 from featprobe.stages.training.ladder import Ladder, climb_all
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import checked, show
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.training.run import Say, foreseen, forget, run
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 from featprobe.tiling import parse_views
 
@@ -44,7 +46,7 @@ class Study:
 
     data: tuple[str, ...]
     backbones: tuple[str, ...]
-    tasks: tuple[str, ...] = ("semseg",)
+    tasks: tuple[str, ...] = TASKS[:1]
     heads: tuple[str, ...] = ()
     regimes: tuple[str, ...] = ("frozen", "full")
     seeds: int = 3
@@ -63,6 +65,11 @@ class Study:
     log: tuple[str, ...] = ()
     no_verify: bool = False
 
+    @property
+    def choice(self) -> SplitChoice:
+        """What `split` says; raises DataError for what is no split."""
+        return SplitChoice.parse(self.split)
+
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
         return [kind for kind in self.heads if kind in kinds_of(task)] or kinds_of(task)[:1]
@@ -80,12 +87,12 @@ class Study:
     def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
         """Whether the iterations of a kind of head are said, or to be found."""
         said = self.said(kind).get("iterations")
-        return None if said is None or kind == "ridge" else "auto" if said == AUTO else "fixed"
+        return None if said is None or KINDS[kind].solved else "auto" if said == AUTO else "fixed"
 
     def options(self, task: str, kind: str, regime: str) -> ProbeOptions:
         """How a head is probed in a regime; raises ProbeError for what can't be."""
         tuning = None if regime == "frozen" else Tuning(**{**self.tuning, "regime": regime})
-        solved = kind == "ridge"
+        solved = KINDS[kind].solved
         recipe = KINDS[kind].recipe if solved else self.recipe(kind)
         return checked(
             task,
@@ -123,12 +130,11 @@ class Cell:
     regime: str
     fraction: float
     seed: int
-    split: str = "own"
+    split: SplitChoice
 
     def __str__(self) -> str:
         part = "" if self.fraction == 1 else f", {self.fraction:g} of train"
-        choice = SplitChoice.parse(self.split)
-        part += f", fold {choice.fold} of {choice.folds}" if choice.fold else ""
+        part += f", fold {self.split.fold} of {self.split.folds}" if self.split.fold else ""
         return f"{self.place}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
 
 
@@ -160,21 +166,37 @@ def read_study(path: Path, workspace: Workspace) -> Study:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     faults = faults_of(Study, values)
-    bad = {fault.place[:1] for fault in faults}
-    good = {name: value for name, value in values.items() if (name,) not in bad}
-    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in good.items()}
-    faults += _missing_names(sides, workspace) + _senseless(sides)
-    if not faults:
-        study = Study(**sides)
-        faults = _untrainable(study, workspace)
+    bad = {fault.place for fault in faults}
+    sound = {} if () in bad else _sound(values, bad)
+    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in sound.items()}
+    faults += _missing_names(sides, workspace) + _senseless(sides, {place[:1] for place in bad})
+    wrong_keys = {str(step) for fault in faults for step in fault.place[:1]}
+    good = {name: value for name, value in sides.items() if name not in wrong_keys}
+    study = Study(**{"data": (), "backbones": (), **good})
+    if () not in bad:
+        faults += _untrainable(study, workspace, wrong_keys)
     if faults:
-        to_do = "Mend it, then run the same command again. All keys and what they mean:  featprobe study --template"
+        to_do = "Correct it, then run the same command again. All keys and what they mean:  featprobe study --template"
         raise DataError(letter(f"{path} can't be run. Nothing was computed.", faults, to_do))
     return study
 
 
+def _sound(value: Any, bad: Collection[KeyPath], place: KeyPath = ()) -> Any:
+    """A value of TOML without what stands at the bad places: a key is omitted, an entry of a list becomes None.
+
+    >>> _sound({"seeds": "x", "lr": [0.1, "y"]}, [("seeds",), ("lr", 1)])
+    {'lr': [0.1, None]}
+    """
+    if isinstance(value, dict):
+        kept = {key: inner for key, inner in value.items() if (*place, key) not in bad}
+        return {key: _sound(inner, bad, (*place, key)) for key, inner in kept.items()}
+    if isinstance(value, list):
+        return [None if (*place, i) in bad else _sound(inner, bad, (*place, i)) for i, inner in enumerate(value)]
+    return value
+
+
 def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault]:
-    """Names in the sides of a study, as far as they are of the right types, that stand for nothing."""
+    """Names that stand for nothing, in the values of a study that are of the right type."""
     checks: Mapping[str, Callable[[str], object]] = {
         "data": partial(_check_set, workspace),
         "backbones": partial(backbone_of, workspace),
@@ -185,32 +207,44 @@ def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault
         Fault((side, i), said)
         for side, check in checks.items()
         for i, name in enumerate(sides.get(side, ()))
-        if (said := _refusal(partial(check, name)))
+        if name is not None and (said := _refusal(partial(check, name)))
     ]
-    said = _refusal(partial(single_splits, sides["split"])) if "split" in sides else ""
+    said = _refusal(lambda: single_splits(SplitChoice.parse(sides["split"]))) if "split" in sides else ""
     return found + ([Fault(("split",), said)] if said else [])
 
 
 def _check_set(workspace: Workspace, name: str) -> None:
-    """Raise DataError where nothing is called so; unlike `data_root` it makes no set."""
+    """Raise DataError if no data set has this name; unlike `data_root`, it generates none."""
     if name not in workspace.data_names() and not os.path.exists(name):
         raise DataError(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
 
 
-def _senseless(sides: Mapping[str, Any]) -> list[Fault]:
-    """Heads that no task of a study has, and settings of trainings that can't be."""
+def _senseless(sides: Mapping[str, Any], bad: Collection[KeyPath]) -> list[Fault]:
+    """Heads that no task of a study has, and settings of trainings that can't be, in values of the right type.
+
+    bad: keys with another fault; what depends on such a key is not judged.
+    """
     tasks, found = sides.get("tasks", Study.tasks), []
-    for i, kind in enumerate(sides.get("heads", ())):
-        if not any(kind in kinds_of(task) for task in tasks):
+    for i, kind in enumerate(() if ("tasks",) in bad else sides.get("heads", ())):
+        if kind is not None and not any(kind in kinds_of(task) for task in tasks):
             known = "; ".join(f"of {task}: {', '.join(kinds_of(task))}" for task in tasks)
             found.append(wrong(("heads", i), f"heads of the tasks of this study, {known}", kind))
     for kind, values in sides.get("train", {}).items():
         usual = KINDS[kind].recipe if kind in KINDS else TrainRecipe()
-        own = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
-        said = _refusal(partial(replace, usual, **own))
-        found += [Fault(("train", kind), said)] if said else []
-    said = _refusal(partial(Tuning, **{**sides.get("tuning", {}), "regime": "full"}))
-    return found + ([Fault(("tuning",), said)] if said and "full" in sides.get("regimes", Study.regimes) else [])
+        settings = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
+        found += _wrong_settings(("train", kind), partial(replace, usual), settings)
+    if "full" in sides.get("regimes", Study.regimes):
+        settings = {name: value for name, value in sides.get("tuning", {}).items() if name != "regime"}
+        found += _wrong_settings(("tuning",), Tuning, settings)
+    return found
+
+
+def _wrong_settings(place: KeyPath, make: Callable[..., object], settings: Mapping[str, Any]) -> list[Fault]:
+    """Settings that can't be, each by itself; if there are none, those that can't be had together."""
+    refusals = {name: _refusal(partial(make, **{name: value})) for name, value in settings.items()}
+    found = [Fault((*place, name), said) for name, said in refusals.items() if said]
+    together = "" if found else _refusal(partial(make, **settings))
+    return [*found, Fault(place, together)] if together else found
 
 
 def _refusal(check: Callable[[], object]) -> str:
@@ -222,18 +256,28 @@ def _refusal(check: Callable[[], object]) -> str:
     return ""
 
 
-def _untrainable(study: Study, workspace: Workspace) -> list[Fault]:
-    """What of a study, whose every key is right by itself, can't be had together."""
-    grid = itertools.product(study.tasks, study.regimes)
-    cells = [(task, kind, regime) for task, regime in grid for kind in study.kinds(task)]
-    found = [_refusal(partial(study.options, *cell)) for cell in cells]
-    for place in places_of(study, workspace):
-        said = _refusal(place.options.check)
-        found.append(f"{place.data}: {said}" if said else "")
-    if not any(found) and SplitChoice.parse(study.split).folds and climbing(study, cells_of(study, workspace)):
-        found.append("a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all")
-    if not any(found) and not cells_of(study, workspace):
-        found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
+OF_TRAININGS = {"tasks", "heads", "regimes", "seeds", "split", "lr", "weight_decay", "train", "tuning", "log"}
+OF_CACHES = {"data", "sizes", "tiles", "overlap", "empty_tiles", "views"}
+"""Keys that say how heads are trained, and how features are made."""
+
+
+def _untrainable(study: Study, workspace: Workspace, bad: Collection[str]) -> list[Fault]:
+    """What can't be had together, of keys that are right by themselves. bad: keys that are not, and are omitted."""
+    found = []
+    if OF_TRAININGS.isdisjoint(bad):
+        grid = itertools.product(study.tasks, study.regimes)
+        cells = [(task, kind, regime) for task, regime in grid for kind in study.kinds(task)]
+        found += [_refusal(partial(study.options, *cell)) for cell in cells]
+    if OF_CACHES.isdisjoint(bad):
+        for place in places_of(replace(study, backbones=("any",)), workspace):
+            said = _refusal(place.options.check)
+            found.append(f"{place.data}: {said}" if said else "")
+    if not bad and not any(found):
+        cells_left = cells_of(study, workspace)
+        if study.choice.folds and climbing(study, cells_left):
+            found = ["a cross-validation finds no number of iterations: add iterations = 400 under train.all"]
+        elif not cells_left:
+            found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
     return [Fault((), said) for said in dict.fromkeys(found) if said]
 
 
@@ -274,17 +318,17 @@ def left_out(study: Study, workspace: Workspace) -> list[str]:
 def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
     """Every training of a study, those of one cache together, less those that are `left_out`.
 
-    Ridge, which has no other regime, is in the frozen one.
+    A head that is solved is in the frozen regime alone: it has no other.
     """
-    splits = single_splits(study.split)
+    splits = single_splits(study.choice)
     return [
         Cell(place, task, kind, regime, float(fraction), seed, split)
         for place in places_of(study, workspace)
         for task, regime in itertools.product(study.tasks, study.regimes)
         for kind in study.kinds(task)
-        if (kind != "ridge" or regime == "frozen") and not _why_not(study, place, regime)
+        if (regime == "frozen" or not KINDS[kind].solved) and not _why_not(study, place, regime)
         for fraction, seed, split in itertools.product(study.fractions, range(study.seeds), splits)
-        if seed == 0 or kind != "ridge" or fraction < 1
+        if seed == 0 or fraction < 1 or not KINDS[kind].solved
     ]
 
 
@@ -296,7 +340,7 @@ def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
     return groups
 
 
-def run_study(
+def run_grid(
     workspace: Workspace,
     study: Study,
     say: Say = lambda line: None,
@@ -357,8 +401,10 @@ def climbing(study: Study, cells: Iterable[Cell]) -> list[Cell]:
 
 def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> Ladder | None:
     """What finds the iterations of a cell; None where the study says them."""
-    options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
-    return Ladder(workspace, cache, cell.task, options, cell.fraction) if options.climbs(cell.fraction) else None
+    options = study.options(cell.task, cell.head, cell.regime)
+    if not options.climbs(cell.fraction):
+        return None
+    return Ladder(workspace, Partition(cache, cell.split), cell.task, options, cell.fraction)
 
 
 def climb_ladders(
@@ -387,7 +433,7 @@ def run_cells(
     dry_run: bool = False,
     verify: bool = False,
 ) -> StudyReport:
-    """Train the cells of one cache that are not there yet, one after another; see `run_study`."""
+    """Train the cells of one cache that are not there yet, one after another; see `run_grid`."""
     rows: list[dict[str, Any]] = []
     failed: list[tuple[Cell, str]] = []
     notes: list[str] = []
@@ -410,41 +456,47 @@ def run_cells(
                 say(f"to train: {cell}, once its iterations are found")
                 continue
             options = ladder.found() if ladder else study.options(cell.task, cell.head, cell.regime)
-            run = Run(workspace, cache, cell.task, replace(options, split=cell.split), [cell.seed], cell.fraction)
-            if there := _done(run, verify):
+            partition = Partition(cache, cell.split)
+            training = Training(workspace, partition, cell.task, options, (cell.seed,), cell.fraction)
+            own = training.notes
+            if there := _done(training, verify):
                 done += 1
                 folders += there.folders
                 if not dry_run:
-                    run.forget()
+                    forget(training)
             elif dry_run:
                 missing.append(cell)
                 if alike not in minutes:
-                    minutes[alike] = run.foresee().seconds(run.recipe) / 60 if cell.head != "ridge" else 0.0
+                    minutes[alike] = _minutes(training)
                 say(f"to train: {cell}, about {minutes[alike]:.1f} min")
             else:
                 say(str(cell))
-                rows += run.do(lambda line: None)
-                folders += run.folders
+                finished = run(training)
+                rows += finished.rows
+                folders += training.folders
+                own = finished.notes
                 if study.show and cell.seed == 0:
-                    show(run, study.show, [], notes)
-            notes += run.notes
+                    show(finished, study.show, [], notes)
+            notes += own
         except FeatprobeError as error:
             failed.append((cell, str(error)))
             say(f"failed: {cell}: {str(error).splitlines()[0]}")
     return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
 
 
-def _done(run: Run, verify: bool) -> Run | None:
-    """A cell's run that is there; where the study names no precision, in the one that another device takes as well."""
-    if (done := run.is_done(hashes=verify)) or run.tuning is None or run.tuning.precision:
-        return run if done else None
-    own: set[Precision] = {"bf16", "fp32", *([] if run.regime == "full" else [run.cache.recipe.precision])}
-    for other in sorted(own - {run.precision}):
-        options = replace(run.options, tuning=replace(run.tuning, precision=other))
-        twin = Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction)
-        if twin.is_done(hashes=verify):
-            return twin
-    return None
+def _minutes(training: Training) -> float:
+    """How long a training will take; a head that is solved takes next to no time."""
+    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe) / 60
+
+
+def _done(training: Training, verify: bool) -> Training | None:
+    """A training that is there; where the study names no precision, in the one that another device takes as well."""
+    tuning, found = training.tuning, [training]
+    if tuning is not None and not tuning.precision:
+        own: set[Precision] = {"bf16", "fp32", *([] if training.regime == "full" else [training.features.precision])}
+        twins = [replace(tuning, precision=other) for other in sorted(own - {training.precision})]
+        found += [replace(training, options=replace(training.options, tuning=twin)) for twin in twins]
+    return next((one for one in found if one.is_done(hashes=verify)), None)
 
 
 def make_cache(workspace: Workspace, place: Place) -> Cache:

@@ -9,12 +9,13 @@ from typing import Any
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
+from featprobe.kinds import TASKS
 from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
-from featprobe.stages.partition import single_splits
-from featprobe.stages.training.forecast import Forecast
+from featprobe.stages.partition import Partition, single_splits
+from featprobe.stages.training.forecast import Forecast, forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import (
@@ -29,8 +30,9 @@ from featprobe.stages.training.probe import (
     splittable,
 )
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.saved_results import is_whole
-from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
@@ -41,26 +43,26 @@ FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budge
 class Missing:
     """A counterpart that is to be trained, and the cache that names its images."""
 
-    cache: Cache
+    partition: Partition
     task: str
     options: ProbeOptions
     seed: int
     fraction: float
 
-    def run(self, workspace: Workspace) -> Run:
-        """The training, with nothing computed yet."""
-        return Run(workspace, self.cache, self.task, self.options, [self.seed], self.fraction)
+    def training(self, workspace: Workspace) -> Training:
+        """The same, in a workspace."""
+        return Training(workspace, self.partition, self.task, self.options, (self.seed,), self.fraction)
 
     @property
     def alike(self) -> tuple[Any, ...]:
         """The same for trainings that differ in nothing but the seed."""
-        return self.cache.path, self.task, self.options, self.fraction
+        return self.partition.source.path, self.partition.choice, self.task, self.options, self.fraction
 
     def ladder(self, workspace: Workspace) -> Ladder | None:
         """What finds its iterations; None where they are given."""
         if not self.options.climbs(self.fraction):
             return None
-        return Ladder(workspace, self.cache, self.task, self.options, self.fraction)
+        return Ladder(workspace, self.partition, self.task, self.options, self.fraction)
 
 
 def finetune(
@@ -92,7 +94,7 @@ def finetune(
         say = say if is_main() else lambda line: None
         if extract:
             named = bool(task or data or backbones)
-            needed = labels_for(task or "semseg", _checked(task or "semseg", options)) if named else None
+            needed = labels_for(task or TASKS[0], _checked(task or TASKS[0], options)) if named else None
             how = extraction(options)
             data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
             if lacking:
@@ -112,7 +114,7 @@ def _finetune(
 ) -> ProbeReport:
     check_logs(options.log)
     if task or data or backbones:
-        wanted, notes = _asked_for(workspace, task or "semseg", data, backbones, options)
+        wanted, notes = _asked_for(workspace, task or TASKS[0], data, backbones, options)
     else:
         wanted, notes = missing_counterparts(workspace, options)
     alike = {one.alike: one.ladder(workspace) for one in wanted}
@@ -123,27 +125,27 @@ def _finetune(
     forecasts: list[Forecast | None] = []
     seconds = 0.0
     for one in wanted:  # all of them are tried for a few steps, before the first is trained
-        run = one.run(workspace)
+        training = one.training(workspace)
         if one.options.climbs(one.fraction):
             forecasts.append(None)
-            say(f"{run.title}: {run.task_name} {run.kind}, {run.regime}, once its iterations are found")
+            what = f"{training.task} {training.kind.name}, {training.regime}"
+            say(f"{training.title}: {what}, once its iterations are found")
             continue
-        run.forecast = run.foresee()
-        forecasts.append(run.forecast)
-        seconds += run.forecast.seconds(run.recipe)
-        say(run.forecast_text)
+        forecast = foreseen(training)
+        forecasts.append(forecast)
+        seconds += forecast.seconds(training.recipe)
+        say(forecast_text(training, forecast))
     later = forecasts.count(None)
     more = f" and {later} whose iterations are not found yet" if later else ""
     say(f"{counted(len(wanted) - later, 'training')}, about {seconds / 60:.1f} min in all{more}")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for one, forecast in zip(wanted, forecasts, strict=True) if not dry_run else ():
-        run = one.run(workspace)
-        run.forecast = forecast
-        rows += run.do(say)
-        notes += run.notes
+    for one, known in zip(wanted, forecasts, strict=True) if not dry_run else ():
+        finished = run(one.training(workspace), say, known)
+        rows += finished.rows
+        notes += finished.notes
         if options.show and is_main():
-            show(run, options.show, sheets, notes)
+            show(finished, options.show, sheets, notes)
     notes += left_behind(workspace, [ladder for ladder in ladders if ladder.is_climbed()])
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
@@ -151,8 +153,10 @@ def _finetune(
 def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
     """The options with their defaults filled in; raises ProbeError for what can't be fine-tuned."""
     options = checked(task, options)
-    if options.head == "ridge":
-        raise ProbeError("ridge is solved in closed form on frozen features: nothing of it can be fine-tuned.")
+    if options.is_solved:
+        raise ProbeError(
+            f"{options.head} is solved in closed form on frozen features: nothing of it can be fine-tuned."
+        )
     if options.shared_order:
         raise ProbeError("Seeds share no pass where each has a backbone of its own. Leave --shared-order away.")
     return options
@@ -163,19 +167,19 @@ def _asked_for(
 ) -> tuple[list[Missing], list[str]]:
     options = _checked(task, options)
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
-    splits = single_splits(options.split)
+    splits = single_splits(options.choice)
     found = []
-    for cache in splittable(caches, options.split, notes):
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
+    for cache in splittable(caches, options.choice, notes):
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.choice)]
         for split, fraction in product(splits, options.fractions):
-            first = Missing(cache, task, replace(options, split=split), 0, fraction)
+            first = Missing(Partition(cache, split), task, options, 0, fraction)
             ladder = first.ladder(workspace)
             own = ladder.found() if ladder and ladder.is_climbed() else first.options
             for seed in range(options.seeds_at(fraction)):
                 one = replace(first, seed=seed)
-                run = replace(one, options=own).run(workspace)
-                if not own.climbs(fraction) and run.is_done():
-                    notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
+                training = replace(one, options=own).training(workspace)
+                if not own.climbs(fraction) and training.is_done():
+                    notes.append(f"there already: {training.folder}/seed{seed} (remove it to train again)")
                 else:
                     found.append(one)
     return found, notes
@@ -231,7 +235,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
             own = _as_frozen(workspace, row, options)
             if own.climbs(row.fraction) and row.fold is not None:
                 raise ProbeError("no iterations can be looked for in a cross-validation; omit --iterations auto for it")
-            found.append(Missing(cache, row.task, own, row.seed, row.fraction))
+            found.append(Missing(Partition(cache, own.choice), row.task, own, row.seed, row.fraction))
         except CacheIncompleteError as error:
             notes.append(left_aside(error))
         except FeatprobeError as error:
@@ -239,7 +243,8 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     if not found:
         raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(dict.fromkeys(notes)))
     for one in found:
-        notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.task, one.options.split)]
+        cache, choice = one.partition.source, one.partition.choice
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, one.task, choice)]
     return found, notes
 
 

@@ -2,117 +2,122 @@
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featprobe import __version__
-from featprobe.cache import Cache
-from featprobe.disk import parse_json, read_regular
-from featprobe.errors import FileKindError
 from featprobe.kinds import TrainRecipe
-from featprobe.probes import CurvePoint, fingerprint, parameter_count, plain
+from featprobe.probes import CurvePoint, fingerprint, parameter_count
 from featprobe.processes import count
-from featprobe.result_rows import SHARED_ORDER
+from featprobe.result_rows import (
+    SHARED_ORDER,
+    AskedHead,
+    Counts,
+    FoundBudget,
+    Grid,
+    ResultRow,
+    Seconds,
+    Solution,
+    Treatment,
+)
+from featprobe.stages.extraction.missing import spec_of
 from featprobe.stages.row_images import images_of
-from featprobe.stages.training.sources import spec_of
+from featprobe.stages.training.fit import Fitted, kept
+from featprobe.stages.training.prepared import Prepared
 from featprobe.stages.training.task import Outcome
 
-if TYPE_CHECKING:
-    from featprobe.stages.training.trials import Run, Trial
-
-LARGEST_LOG = 1 << 26  # bytes
 WEIGHTS = {"best": "best validation", "end": "end of training"}
 
 
 def row_of(
-    run: "Run", trial: "Trial", curve: list[CurvePoint], outcome: Outcome, trials: int, seconds: Mapping[str, Any]
+    prepared: Prepared, fitted: Fitted, index: int, outcome: Outcome, seconds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The result row of a chosen trial. trials: how many its seed had."""
-    cache, options, head = run.cache, run.options, trial.head
-    kept = run.kept(trial, curve)
+    """The result row of a chosen trial, at its place among the trials. seconds: as `result_rows.Seconds` has them."""
+    training, cache, trial = prepared.training, prepared.cache, fitted.trials[index]
+    options, solution = training.options, fitted.solution
+    best = kept(training, trial, fitted.curves[index])
     groups = cache.rows.column("group")
-    row: dict[str, Any] = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "regime": run.regime,
-        "tuning": run.treatment,
-        "augmentation": run.variation,
-        "task": run.task_name,
-        "backbone": cache.recipe.label,
-        "model": cache.recipe.backbone,
-        "weights_sha256": cache.recipe.weights_sha256,
-        "data": cache.data.name,
-        "data_fingerprint": cache.data.fingerprint,
-        "feature_key": cache.recipe.key,
-        "tile": cache.recipe.tile,
-        "head": run.kind,
-        "levels": [level.name for level in head.levels],
-        "asked": {"levels": list(options.levels), "width": options.width, "pyramid": options.pyramid},
-        "parameters": parameter_count(head),
-        "backbone_parameters": run.backbone_parameters,
-        "recipe": trial.recipe.to_json(),
-        "grid": {"lr": list(options.lr), "weight_decay": list(options.weight_decay)},
-        "chosen_from": options.chosen_from and dict(zip(("lr", "weight_decay"), options.chosen_from, strict=True)),
-        "chosen_by": run.chooses_by,
-        "recipe_key": run.recipe_key,
-        "seed": trial.seed,
-        "spread": SHARED_ORDER if options.shared_order else "initialisation and order",
-        "trials": trials,
-        "budget": run.budget and run.budget.to_json(),
-        "weights_from": WEIGHTS[trial.recipe.weights_from],
-        "weights_at": kept.iteration,
-        "split": run.choice.whole,
-        "fold": run.choice.fold or None,
-        "fraction": run.fraction,
-        "subset": run.subset,
-        "images": {split: len(images_of(cache, rows)) for split, rows in run.rows.items()},
-        "groups": {s: len({groups[r] for r in rows.tolist()}) for s, rows in run.rows.items()},
-        "absent_classes": options.absent,
-        "instances": options.instances,
-        "classes": list(run.classes),
-        "train_counts": run.counts(head),
-        "val": kept.scores,
-        "test": outcome.scores,
-        "seconds": dict(seconds),
-        "device": str(run.device),
-        "head_precision": "mixed" if run.device.type == "cuda" and run.kind != "ridge" else "fp32",
-        "processes": count(),
-        "folder": (run.folder / f"seed{trial.seed}").relative_to(run.workspace.probes).as_posix(),
-    }
-    if not options.verify and run.regime == "frozen":
-        row["verified"] = False
-    if run.kind == "ridge":
-        row |= {"ridge": run.ridge, "trials": run.ridge["tried"], "weights_from": "closed form"}
-    return plain(row)
+    row = ResultRow(
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        regime=training.regime,
+        tuning=Treatment(**training.treatment) if training.treatment else None,
+        augmentation=training.variation,
+        task=training.task,
+        backbone=cache.recipe.label,
+        model=cache.recipe.backbone,
+        weights_sha256=cache.recipe.weights_sha256,
+        data=cache.data.name,
+        data_fingerprint=cache.data.fingerprint,
+        feature_key=cache.recipe.key,
+        tile=cache.recipe.tile,
+        head=training.kind.name,
+        levels=tuple(level.name for level in trial.head.levels),
+        asked=AskedHead(options.levels, options.width, options.pyramid),
+        parameters=parameter_count(trial.head),
+        backbone_parameters=fitted.backbone_parameters,
+        recipe=trial.recipe,
+        grid=Grid(options.lr, options.weight_decay),
+        chosen_from=Grid(*options.chosen_from) if options.chosen_from else None,
+        chosen_by=training.chooses_by,
+        recipe_key=training.recipe_key,
+        seed=trial.seed,
+        spread=SHARED_ORDER if options.shared_order else "initialisation and order",
+        trials=solution["tried"] if solution else len(training.grid),
+        budget=FoundBudget(**training.budget.to_json()) if training.budget else None,
+        weights_from="closed form" if solution else WEIGHTS[trial.recipe.weights_from],
+        weights_at=best.iteration,
+        split=training.choice.whole,
+        fold=training.choice.fold or None,
+        fraction=training.fraction,
+        subset=training.subset,
+        images=Counts(**{split: len(images_of(cache, rows)) for split, rows in prepared.rows.items()}),
+        groups=Counts(**{s: len({groups[r] for r in rows.tolist()}) for s, rows in prepared.rows.items()}),
+        absent_classes=options.absent,
+        instances=options.instances,
+        classes=cache.data.classes,
+        train_counts=prepared.task.train_counts(trial.head),
+        val=best.scores,
+        test=outcome.scores,
+        seconds=Seconds(**seconds),
+        device=str(training.device),
+        head_precision="mixed" if training.device.type == "cuda" and not solution else "fp32",
+        processes=count(),
+        folder=(training.folder / f"seed{trial.seed}").relative_to(training.workspace.probes).as_posix(),
+        verified=options.verify or training.regime != "frozen",
+        ridge=Solution(**solution) if solution else None,
+    )
+    return row.to_json()
 
 
-def card_of(run: "Run", row: dict[str, Any], curve: list[CurvePoint]) -> dict[str, Any]:
-    """The card of a saved head."""
+def card_of(prepared: Prepared, fitted: Fitted, index: int, row: Mapping[str, Any], sha256: str) -> dict[str, Any]:
+    """The card of a saved head. row: its result. sha256: of the backbone that was trained with it, "" for none."""
     packages = ("torch", "torchvision", "timm", "numpy")
     versions = {"featprobe": __version__, **{p: version(p) for p in packages}, "python": platform.python_version()}
-    assignment = {"assignment": run.head.assignment} if run.head.assignment else {}
-    recipe, spec = run.cache.recipe, run.cache.contents.provenance.get("backbone")
-    if run.weights:  # a backbone of its own, whose features no cache rounds
-        recipe = replace(recipe, weights_sha256=run.tuned_sha256, dtype="fp32", precision="fp32")
-        spec = asdict(replace(spec_of(run.cache), source="file", weights="backbone.safetensors"))
+    found = fitted.trials[index].head.assignment
+    cache = prepared.cache
+    recipe, spec = cache.recipe, cache.contents.provenance.get("backbone")
+    if sha256:  # a backbone of its own, whose features no cache rounds
+        recipe = replace(recipe, weights_sha256=sha256, dtype="fp32", precision="fp32")
+        spec = asdict(replace(spec_of(cache), source="file", weights="backbone.safetensors"))
     return {
         "format": "featprobe-head",
         "version": 1,
-        "head": run.head_recipe.to_json(),
-        **assignment,
+        "head": prepared.head.to_json(),
+        **({"assignment": found} if found else {}),
         "fingerprint": fingerprint(recipe),
         "features": recipe.to_json(),
         "backbone": spec,
-        "data": asdict(run.cache.data),
-        "read_as": run.cache.contents.provenance.get("read_as", {}),
+        "data": asdict(cache.data),
+        "read_as": cache.contents.provenance.get("read_as", {}),
         "result": row,
-        "curve": [asdict(point) for point in curve],
+        "curve": [asdict(point) for point in fitted.curves[index]],
         "versions": versions,
     }
 
 
-def curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> dict[str, Any]:
+def curve_json(recipe: TrainRecipe, curve: Sequence[CurvePoint], chosen: bool) -> dict[str, Any]:
     """A trial's curve as curves.json keeps it."""
     return {
         "lr": recipe.lr,
@@ -120,13 +125,3 @@ def curve_json(recipe: TrainRecipe, curve: list[CurvePoint], chosen: bool) -> di
         "chosen": chosen,
         "curve": [asdict(point) for point in curve],
     }
-
-
-def extraction_seconds(cache: Cache) -> float | None:
-    """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
-    log = cache.path.with_suffix(".runs.jsonl")
-    try:
-        lines = read_regular(log, LARGEST_LOG).splitlines()
-        return sum(parse_json(line)["seconds"]["run"] for line in lines)
-    except (OSError, ValueError, KeyError, TypeError, FileKindError):  # a kill can tear a line
-        return None

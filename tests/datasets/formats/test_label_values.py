@@ -229,7 +229,7 @@ def test_yolo_names_are_the_texts_that_stand_there(tmp_path: Path, names: str, w
         (YAML + "kpt_shape: [3, yes]\n", "kpt_shape: wanted a whole number from 1 on, found 'yes'"),
         (YAML + "kpt_shape: [3, 2]\n", "line 1: wanted a class, a box and 6 numbers of keypoints, found 9 words"),
         (YAML.replace("nc: 2", "nc: two"), "nc: wanted a whole number from 0 on, found 'two'"),
-        (YAML.replace("nc: 2", "names: [a, b]"), "'names' stands there twice"),
+        (YAML.replace("nc: 2", "names: [a, b]"), "'names' is there twice"),
         (YAML.replace("[pore, crack]", "[pore, '']"), "wanted names as a list"),
         (YAML.replace("val:", "vall:"), "'vall' (did you mean 'val'?)"),
         (YAML.replace("names:", "name:"), "'name' (did you mean 'names'?)"),
@@ -244,7 +244,7 @@ def test_a_yaml_that_says_something_else_is_refused(tmp_path: Path, data: str, s
 def test_yolo_keypoints_are_left_aside(tmp_path: Path) -> None:
     line = BOX.strip() + " 0.3 0.3 1 0.7 0.7 2\n"
     data = read_data("set", yolo_set(tmp_path, line + BOX.replace("0.25", "0.5"), line, YAML + "kpt_shape: [2, 3]\n"))
-    assert data.tasks == ("detect",) and "keypoints (kpt_shape of data.yaml) are left aside" in data.notes[0]
+    assert data.tasks == ("detect",) and "keypoints (kpt_shape of data.yaml) are ignored" in data.notes[0]
     assert [i.box_xyxy for i in objects_of(data, "images/train/p0.png")] == [(6, 3, 10, 9), (4, 3, 12, 9)]
 
 
@@ -260,10 +260,10 @@ def test_yaml_words_for_nothing_name_no_split_and_other_keys_are_anybodys(tmp_pa
 def test_the_object_that_costs_a_set_its_masks_is_named(tmp_path: Path) -> None:
     data = read_data("set", coco_with(tmp_path / "coco", lambda v: v["annotations"][2].update(segmentation=[])))
     assert data.tasks == ("detect",)
-    said = "no masks are read, boxes alone: 1 of 3 objects without a segmentation (all.json, annotation 3)"
+    said = "no masks are read, only boxes: 1 of 3 objects without a segmentation (all.json, annotation 3)"
     assert said in data.notes
     polygons = read_data("set", yolo_set(tmp_path / "yolo", BOX + POLYGON))
-    said = "no masks are read, boxes alone: 1 of 7 objects as polygons (labels/train/p0.txt, line 2)"
+    said = "no masks are read, only boxes: 1 of 7 objects as polygons (labels/train/p0.txt, line 2)"
     assert polygons.tasks == ("detect",) and said in polygons.notes
     boxes = read_data("set", yolo_set(tmp_path / "other", POLYGON + BOX, POLYGON)).notes
     assert any("6 of 7 objects as polygons (all but labels/train/p0.txt, line 2)" in note for note in boxes)
@@ -340,7 +340,7 @@ def test_a_mask_of_another_kind_than_a_formats_is_refused(tmp_path: Path) -> Non
     for frame in (100, 3000, 9000):
         path = picture(tmp_path / "MT_Crack" / "Imgs" / f"exp1_num_{frame}.jpg", seed=frame)
         mask(path.with_suffix(".png"), square(2, 3, 5) * (1 if frame == 3000 else 255))
-    assert "exp1_num_3000.png is a mask of levels up to 1" in refused(tmp_path)
+    assert "exp1_num_3000.png is a mask with levels up to 1" in refused(tmp_path)
 
 
 # ---- labelmap.txt ----------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_a_labelmap_names_classes_in_any_folders(tmp_path: Path, folders: tuple[
     data = read_data("set", tmp_path)
     assert data.classes == ("background", "pore", "crack")
     assert all(np.array_equal(target_of(data, s.id).semantic, wanted) for s in data.samples)
-    assert not any("colours are the classes" in note for note in data.notes)
+    assert not any("are the classes, and" in note for note in data.notes)
     names = (
         ["0,0,0 ground", "250,50,83 hole", "1,2,3 rift", "224,224,192 ignore"] if how == "colours" else ["a", "b", "c"]
     )
@@ -424,7 +424,7 @@ def test_a_labelmap_of_one_class_names_it_for_masks_of_0_and_255(tmp_path: Path)
         assert data.classes == ("background", "pore")
         assert np.array_equal(target_of(data, "p0.png").semantic, square(2, 3, 5))
     text(tmp_path / "labelmap.txt", "\n".join([*lines, "crack:1,2,3::"]))
-    assert "hold 0 and 255 alone, and 3 classes are named: background, pore, crack" in refused(tmp_path)
+    assert "hold only 0 and 255, but 3 classes are named: background, pore, crack" in refused(tmp_path)
 
 
 def test_names_of_the_user_stand_before_those_of_a_labelmap(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_headers_are_known_in_any_case_and_with_blanks(tmp_path: Path, header: s
         ("image,split,Split\np0.png,train,test\n", "'split' twice"),
         ("image,group\np0.png,a,b\n", "row 2 has more cells than there are columns"),
         ("split,image\ntrain\n", "row 2 can't be read"),
-        ("image,group\n,a\np0.png,a\np0.png,b\n", "image 3: p0.png stands there twice"),
+        ("image,group\n,a\np0.png,a\np0.png,b\n", "image 3: p0.png is there twice"),
         ("image,group\n,a\np0.png,a\np0.png,b\n", "image 1: it has no name"),
     ],
 )
@@ -519,7 +519,7 @@ SLIPS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "coco, image": (
         lambda r: coco_with(r, lambda v: v["images"][2].update(spilt="train")),
-        "images[2] has a field that",
+        "images[2] has an unknown field that",
     ),
     "coco, annotation": (
         lambda r: coco_with(r, lambda v: first(v).update(is_crowd=1)),
@@ -739,7 +739,7 @@ def test_two_categories_of_one_name(tmp_path: Path, used: bool) -> None:
     else:
         data = read_data("set", tmp_path)
         assert data.classes == ("background", "pore", "crack") and data.category_ids == (7, 9)
-        assert any(note.startswith("the category 0 (pore) has another's name and no annotation") for note in data.notes)
+        assert any(note.startswith("the category 0 (pore) has another's name but no annotation") for note in data.notes)
 
 
 FAULTY: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {

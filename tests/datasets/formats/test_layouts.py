@@ -306,7 +306,7 @@ def test_descriptions_of_one_layout(tmp_path: Path, images: str, masks: str) -> 
         ("imgs**/*.jpg", "gt/{stem}.png", "beside other text"),
         ("imgs/**", "gt/{stem}.png", "ends with folders"),
         ("{split}/{split}/*.jpg", "gt/{stem}.png", "has {split} twice"),
-        ("imgs/*.jpg", "gt/*.png", "does not say of which image a mask is"),
+        ("imgs/*.jpg", "gt/*.png", "does not say to which image a mask belongs"),
         ("imgs/*.jpg", "{split}/{stem}.png", "a field {split}, and images"),
         ("", "gt/{stem}.png", "is no path below the data folder"),
         ("shots/*.jpg", "gt/{stem}.png", "fits no file of"),
@@ -420,7 +420,7 @@ def test_all_faults_of_a_section_are_said_at_once(tmp_path: Path) -> None:
     wanted = (
         "data.one.tyle: unknown",
         "banana",
-        "does not say of which image a mask is",
+        "does not say to which image a mask belongs",
         "no regular expression",
         'data.one.overlap: wanted a whole number, found "wide"',
     )
@@ -490,7 +490,7 @@ def test_numbers_tell_images_apart_and_are_never_set_aside(tmp_path: Path) -> No
     for i in range(4):
         to.image(f"imgs/{i}_000_01.png")
         to.mask(f"gt/{i}_002_00.png")
-    assert "lacks   names that meet" in said_of(tmp_path)
+    assert "lacks   matching names" in said_of(tmp_path)
 
 
 def test_two_images_of_one_mask_are_both_named(tmp_path: Path) -> None:
@@ -523,10 +523,10 @@ def test_places_that_are_less_alike(tmp_path: Path, image: str, mask: str) -> No
     ("files", "said"),
     [
         (["images/a.png", "images/b.png", "labels/a.txt", "labels/b.txt"], ["nearest yolo", "lacks   *.yaml"]),
-        (["images/a.png", "masks/b.png"], ["nearest pairs", "1 image in images/", "lacks   names that meet"]),
+        (["images/a.png", "masks/b.png"], ["nearest pairs", "1 image in images/", "lacks   matching names"]),
         (
             ["images/a.png", "gt/a.mat"],
-            ["nearest pairs", "lacks   masks that are images; there are 1 file of .mat in gt/"],
+            ["nearest pairs", "lacks   masks that are images; it has 1 file of .mat in gt/"],
         ),
         (["images/a.png"], ["nearest pairs", "lacks   masks: a folder called masks", "1 images in images/"]),
         (["masks/a.png"], ["lacks   images"]),
@@ -551,7 +551,7 @@ def test_a_set_in_a_folder_of_the_one_that_was_named_is_pointed_to(tmp_path: Pat
         Builder(tmp_path).text(f"release/labels/p{i}.txt", "0 0.5 0.5 0.2 0.2\n")
     Builder(tmp_path).text("release/data.yaml", "train: .\nval: .\nnames: [pore]\n")
     Builder(tmp_path).text("README.md")
-    assert f"nearest yolo, in {tmp_path / 'release'}\nNothing was read. Name that folder." in said_of(tmp_path)
+    assert f"nearest yolo, in {tmp_path / 'release'}\nNothing was read. Use that folder." in said_of(tmp_path)
 
 
 def test_a_refusal_of_a_named_format_says_what_that_one_lacks(tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ def test_a_set_of_which_few_images_have_masks_is_refused_with_the_first_that_has
         to.image(f"imgs/p{i}.png")
         to.mask(f"gt/p{i}.png" if i < 2 else f"gt/p{i + 50}.png")
     said = said_of(tmp_path)
-    assert "wanted  9 masks: imgs/p2.png wants gt/p2.png\n  found   2 pairs of --images 'imgs/{stem}.png'" in said
+    assert "wanted  9 masks: imgs/p2.png needs gt/p2.png\n  found   2 pairs of --images 'imgs/{stem}.png'" in said
     how = {"images": "imgs/{stem}.png", "masks": "gt/{stem}.png"}
     assert len(read_data("set", tmp_path, **how).samples) == 9  # type: ignore[arg-type]
 
@@ -673,7 +673,7 @@ def test_dicom_masks_are_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "gt").mkdir()
     (tmp_path / "gt/p0.dcm").write_bytes(bytes(128) + b"DICM")
     assert "1 file of .dcm in gt/" in said_of(tmp_path)
-    with pytest.raises(DataError, match="read as images alone"):
+    with pytest.raises(DataError, match="can only be images"):
         read_data("set", tmp_path, images="img/{stem}.png", masks="gt/{stem}.dcm")
 
 

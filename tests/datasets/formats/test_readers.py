@@ -246,7 +246,7 @@ def test_a_bad_labelme_file_is_named(tmp_path: Path) -> None:
         (whole.replace(b"pore", b"p\xf6re"), "wanted: UTF-8"),
         (b'{"shapes": 3}', "wanted: a list called shapes"),
         (whole.replace(b'"imageWidth": 16', b'"imageWidth": 17'), "found   12x17"),
-        (whole.replace(b"p0.png", b"p1.png"), "several labelme files name one image"),
+        (whole.replace(b"p0.png", b"p1.png"), "name the same image"),
     ]:
         path.write_bytes(value)
         assert said in refused(tmp_path)
@@ -446,7 +446,7 @@ def test_colours_without_names_are_classes_and_are_told(tmp_path: Path) -> None:
     data = read_data("set", colour_set(tmp_path))
     assert data.classes == ("#0000ff", "#ff0000") and data.tasks == ("semseg",)
     assert np.array_equal(target_of(data, "images/p0.png").semantic, square(2, 3, 5))
-    assert any("#0000ff, #ff0000, of which #0000ff counts as background" in note for note in data.notes)
+    assert any("#0000ff, #ff0000 are the classes, and #0000ff counts as background" in note for note in data.notes)
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ def test_folders_of_several_splits_are_the_splits(tmp_path: Path, folders: tuple
 @pytest.mark.parametrize(
     ("classes", "said"),
     [
-        ("0,0,255 rock\n0,255,0 pore\n", "colours that are no class"),
+        ("0,0,255 rock\n0,255,0 pore\n", "colours that belong to no class"),
         ("0,0,255 rock\n", "names 1 classes"),
         ("0,0,255 rock\n255,0,0 rock\n", "each once"),
         ("0,0,255 rock\n0,0,255 pore\n", "names the colour 0,0,255 again"),
@@ -560,7 +560,7 @@ def test_voc_lists_name_the_splits_and_leave_images_out(tmp_path: Path) -> None:
         text(tmp_path / "ImageSets" / "Main" / f"{split}.txt", f"p{i} 1\n")
     data = read_data("set", tmp_path)
     assert [(s.image.stem, s.split) for s in data.samples] == [("p0", "train"), ("p1", "val"), ("p2", "test")]
-    assert "1 XML files stand in no list of ImageSets/Main and are left out: p3" in data.notes
+    assert "1 XML files are in no list of ImageSets/Main and are left out: p3" in data.notes
     text(tmp_path / "ImageSets" / "Main" / "val.txt", "p1\ngone\n")
     assert "1 names of ImageSets/Main have no XML file: gone" in read_data("set", tmp_path).notes
     text(tmp_path / "ImageSets" / "Main" / "val.txt", "p0\n")
@@ -585,7 +585,7 @@ def test_neu_det_as_it_is_passed_on(tmp_path: Path, splits: tuple[str, str]) -> 
     ("first", "said"),
     [
         (xml([PORE])[:-9], "can't be read as XML"),
-        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "It was not expanded"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "It was not read"),
         (xml([("pore", (4, 3, 4000, 7))]), "the box is empty or leaves the image"),
         (xml([("pore", (9, 3, 4, 7))]), "the box is empty or leaves the image"),
         (xml([("pore", ("x", 3, 4, 7))]), "wanted numbers"),
@@ -610,7 +610,7 @@ def test_a_bad_voc_folder_is_named(tmp_path: Path) -> None:
     assert "does not name pore" in refused(tmp_path)
     (tmp_path / "classes.txt").unlink()
     picture(tmp_path / "JPEGImages" / "again" / "p0.jpg")
-    assert "have one name" in refused(tmp_path)
+    assert "have the same name" in refused(tmp_path)
     (tmp_path / "JPEGImages" / "again" / "p0.jpg").unlink()
     (tmp_path / "JPEGImages" / "p0.jpg").unlink()
     assert "p0.jpg can't be read" in refused(tmp_path)
@@ -639,7 +639,7 @@ def test_voc_segmentation_pairs(tmp_path: Path) -> None:
     assert [(i.category, i.box_xyxy) for i in found.instances or ()] == [
         (1, (0, 0, 2, 4)), (1, (2, 0, 4, 4)), (2, (8, 6, 11, 9))
     ]  # fmt: skip
-    assert any(note.startswith("classes are called as VOC's own twenty") for note in data.notes)
+    assert any(note.startswith("classes have the names of VOC's twenty") for note in data.notes)
     (tmp_path / "SegmentationObject" / "p3.png").unlink()
     text(tmp_path / "classes.txt", "background\npore\ncrack\n")
     data = read_data("set", tmp_path)
@@ -760,7 +760,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (YAML.replace("[pore, crack]", "[pore"), "can't be read as YAML"),
         (YAML.replace("[pore, crack]", "{1: pore, 2: crack}"), "wanted names as a list"),
         (YAML.replace("[pore, crack]", "!!python/object/apply:os.getcwd []"), "can't be read as YAML"),
-        (YAML.replace("nc: 2", "nc: 3"), "nc is 3, and 2 names"),
+        (YAML.replace("nc: 2", "nc: 3"), "nc is 3, but it lists 2 names"),
         (BOMB + YAML.replace("[pore, crack]", "*j"), "wanted names as a list"),
         (BOMB + YAML.replace("images/train", "*j"), "wanted train as a path"),
         (YAML.replace("[pore, crack]", "\n  0: pore\n  ? 0x" + "f" * 9999 + "\n  : crack"), "wanted names as a list"),
@@ -860,7 +860,7 @@ def test_gdxray_series(tmp_path: Path, folder: str) -> None:
     assert objects_of(data, first.replace("_0001", "_0002")) == ()
     assert {s.group for s in data.samples} == {"C0001", "C0002", "C0003"} and len(data.samples) == 6
     for note in (
-        "1 boxes stood with their sides in the wrong order and were mended",
+        "1 boxes had their sides in the wrong order and were corrected",
         "1 boxes belong to images that are not here",
         "1 series have no ground_truth.txt and are left out: C0004",
     ):

@@ -73,8 +73,8 @@ def test_gc10_det_reads_an_image_in_two_class_folders_once(tmp_path: Path, place
     assert {s.id for s in data.samples} == {f"{place}{name}.jpg" for name in ("1/img_1", "2/img_2", "10/img_3")}
     assert data.classes == ("background", "10_yaozhed", "1_chongkong", "2_hanfeng")
     assert [i.category for i in objects_of(data, f"{place}1/img_1.jpg")] == [2, 3]
-    assert "1 images lie in several folders and are counted once: img_1" in data.notes
-    assert "1 names stand for several images and one XML file and are left out: img_9" in data.notes
+    assert "1 images are in several folders and are counted once: img_1" in data.notes
+    assert "1 names have several images but one XML file and are left out: img_9" in data.notes
 
 
 # ---- VisA ------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_objects_of_visa_that_are_not_here_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ("pcb1,train,anomaly,pcb1/Data/Images/Anomaly/009.JPG,", "wanted a mask for every image but normal ones"),
+        ("pcb1,train,anomaly,pcb1/Data/Images/Anomaly/009.JPG,", "wanted a mask for each image that isn't normal"),
         ("pcb1,train,normal,pcb1/Data/Images/Normal/002.JPG,", "again"),
         ("pcb1,train,normal,../x.JPG,", "not below the data folder"),
         ("pcb1,train,normal", "can't be read"),

@@ -216,7 +216,7 @@ def test_a_transparency_mask_of_another_size_is_refused(tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(np.zeros((4, 5), np.uint8), photometric="minisblack", metadata=None)
         file.write(np.ones((3, 5), bool), photometric="mask", metadata=None, subfiletype=4)
-    with pytest.raises(DataError, match=r"a\.tif has a transparency mask that is not the image's"):
+    with pytest.raises(DataError, match=r"a\.tif has a transparency mask that does not fit its image"):
         read_levels(tmp_path / "a.tif")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
-from helpers import extract
+from helpers import extract, recipe_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nst
@@ -122,7 +122,8 @@ def test_a_ramp_is_the_same_picture_in_every_format(tmp_path: Path, policy: str)
         write(tmp_path / name, ramp)
         window = training_window([tmp_path / name], parsed)
         placement = place(ramp.shape, (64, 64), "resize", 32)
-        pictures[name] = frame_image(read_levels(tmp_path / name), placement, window, "bicubic", (0.0,) * 3, parsed)
+        recipe = recipe_of(intensity=policy, window=window)
+        pictures[name] = frame_image(read_levels(tmp_path / name), placement, recipe)
     assert all(np.array_equal(picture, pictures["a.png"]) for picture in pictures.values())
     assert np.ptp(pictures["a.png"]) > 0.8
 
@@ -250,7 +251,7 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_refused(tmp_path: Path) ->
     Image.fromarray(np.eye(9, dtype=np.uint8)).save(path)
     data = path.read_bytes()
     path.write_bytes(data[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[-12:])
-    with pytest.raises(DataError, match="orientation tag behind its pixels"):
+    with pytest.raises(DataError, match="orientation tag after its pixels"):
         read_levels(path)
 
 

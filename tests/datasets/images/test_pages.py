@@ -165,7 +165,7 @@ def test_images_that_hide_behind_a_page_are_refused(tmp_path: Path, count: int) 
         if count == 1:
             assert np.array_equal(read_levels(tmp_path / name), stack[0])
             continue
-        with pytest.raises(DataError, match="several images behind one page"):
+        with pytest.raises(DataError, match="several images in one page"):
             read_levels(tmp_path / name)
 
 
@@ -179,7 +179,7 @@ def test_a_page_has_one_name(tmp_path: Path, name: str) -> None:
         read_levels(tmp_path / "stack.tif" / "0004")
     for alone in ("a.tif", "a.png", "a.npy", "a.dcm"):
         WRITERS[alone](tmp_path / alone, np.eye(9, dtype=np.uint16))
-        with pytest.raises(DataError, match=r"holds one image\. Name the file alone"):
+        with pytest.raises(DataError, match=r"holds one image\. Name only the file"):
             read_levels(tmp_path / alone / "0000")
 
 

@@ -594,7 +594,7 @@ def test_one_seed_tells_of_two_heads_and_which_seeds_would_tell_more(told: Told)
     report = told.compare()
     sentences = "\n".join(report.answer[0][1])
     assert "beyond chance" not in sentences and "enough" not in sentences
-    assert "of the heads that were trained (seed 0 each), the one on a is ahead of the head on b (" in sentences
+    assert "among the trained heads (seed 0 each), the head on a is ahead of the head on b (" in sentences
     assert "with these two heads (seed 0 each) fine-tuning a gained" in sentences
     assert sentences.count("A verdict needs --seeds 3") == 2
     assert {d["claim"] for d in report.sets[0].differences} == {"heads"}
@@ -884,7 +884,9 @@ def test_a_budget_that_was_found_too_small_gives_no_verdict_on_frozen(told: Told
     for more, first in (({}, 0), (FULL, 5)):
         budget = {"rule": "ladder", "needed": 4, "open": not more}
         told.tell_seeds(0.5, first, **more, budget=budget)
-    assert "no verdict on fine-tuning pooling" in told.said() and "the frozen one had too few iterations" in told.said()
+    assert (
+        "no verdict on fine-tuning pooling" in told.said() and "the frozen result had too few iterations" in told.said()
+    )
 
 
 def test_fixed_budgets_are_marked_and_no_speed_is_read_from_them(told: Told) -> None:

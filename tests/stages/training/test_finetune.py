@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import training_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,14 +33,16 @@ from featprobe.probes.train import _Loop, batches_of
 from featprobe.report.sheets import GAP, LINE, TILE, Panel, draw_panel
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.comparison.results import load_results
-from featprobe.stages.extraction.augment import Augmentation, augment, choose_crop
+from featprobe.stages.extraction.augment import augment
+from featprobe.stages.extraction.crops import Augmentation, choose_crop
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.predict import Predictor, predict
-from featprobe.stages.training import trials
+from featprobe.stages.training import finetune as finetune_module
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.live import LiveFeatures
+from featprobe.stages.training.prepared import prepare
 from featprobe.stages.training.probe import checked, find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
@@ -195,9 +198,9 @@ def test_a_training_may_start_from_a_saved_head(space: Workspace, losses: list[f
     finetune(space, "semseg", options=options_for("semseg", replace(PLAIN, init_head=start)))
     head, _ = load_head(space.probes / row["folder"])
     (cache,), _ = find_caches(space, "semseg", (), ())
-    run = trials.Run(space, cache, "semseg", checked("semseg", options_for("semseg")), [0], 1.0)
-    batch = next(batches_of(run.rows["train"], RECIPES["semseg"], 0))
-    loss = run.task.start([head.train()], fresh=False)
+    ready = prepare(training_of(space, cache, "semseg", checked("semseg", options_for("semseg"))))
+    batch = next(batches_of(ready.rows["train"], RECIPES["semseg"], 0))
+    loss = ready.task.start([head.train()], fresh=False)
     with FeatureLoader(cache) as loader:
         ((_, features),) = list(loader.batches([batch]))
         assert losses[0] == pytest.approx(float(loss(features, batch).detach()), rel=1e-4)
@@ -249,7 +252,8 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(
     for line, task in zip(said, ("semseg linear", "detect fcos"), strict=False):
         assert f"lite0 on xray, seed 0 ({cache}): {task}, full" in line, line
     with monkeypatch.context() as patch:
-        patch.setattr(trials.Run, "foresee", lambda run: Forecast(0.0, (90 if run.task_name == "semseg" else 30) / 2))
+        seconds = {"semseg": 90, "detect": 30}
+        patch.setattr(finetune_module, "foreseen", lambda training: Forecast(0.0, seconds[training.task] / 2))
         finetune(workspace, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
     assert ["about 1.5 min" in said[3], "about 0.5 min" in said[4], "about 2.0 min in all" in said[5]] == [True] * 3
     rows = finetune(workspace, options=ProbeOptions(quiet=True)).rows
@@ -321,12 +325,11 @@ def test_a_backbone_moves_where_it_should_and_nowhere_else() -> None:
 
 CHILD = """
 import sys
-import featprobe.stages.training.trials
-featprobe.stages.training.trials.CHECKPOINT_SECONDS = 0.0
+import featprobe.stages.training.fit
+featprobe.stages.training.fit.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
 from featprobe.kinds import TrainRecipe
 from featprobe.stages.training.finetune import finetune
-from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 recipe = TrainRecipe(iterations=24, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)
