@@ -13,6 +13,7 @@ from featprobe.fields import made
 PyramidKind = Literal["auto", "levels", "simple"]
 LOSSES = ("ce", "dice", "focal")
 MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
+SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the user says nothing
 
 
 def parse_loss(text: str) -> tuple[str, ...]:
@@ -112,6 +113,8 @@ KINDS: Mapping[str, HeadKind] = {
     )
 }
 """By name; the first kind of a task is its default."""
+SOLVED: tuple[str, ...] = tuple(kind.name for kind in KINDS.values() if kind.solved)
+"""Kinds with a closed form."""
 TASKS: tuple[str, ...] = tuple(dict.fromkeys(kind.task for kind in KINDS.values()))
 """The first is the default."""
 

@@ -82,7 +82,6 @@ def _complete(
 ) -> None:
     """Compute what an unfinished cache misses, as it was begun."""
     from featprobe.stages.extraction.job import read_set
-    from featprobe.stages.training.sources import spec_of
 
     missing = int((cache.done == MISSING).sum())
     how = replace(
@@ -180,3 +179,11 @@ def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
     if name.endswith(RANDOM) and name not in workspace.backbone_names():
         return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
     return workspace.backbone(name)
+
+
+def spec_of(cache: Cache) -> BackboneSpec:
+    """What loads the network that a cache was made with; raises ProbeError where it does not say."""
+    values = cache.contents.provenance.get("backbone")
+    if values is None:
+        raise ProbeError(f"{cache.path} does not say where its backbone comes from. Extract it again.")
+    return BackboneSpec.from_json(values)

@@ -22,16 +22,16 @@ from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together
 from featprobe.result_rows import ResultRow
 from featprobe.specs import CacheDtype, Rows
+from featprobe.stages.extraction.missing import spec_of
 from featprobe.stages.memory import Portions, fitting
+from featprobe.stages.partition import training_subset
 from featprobe.stages.row_images import rows_of
 from featprobe.stages.training.detection import Detection
 from featprobe.stages.training.labels import shelf_of
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.segmentation import Segmentation
 from featprobe.stages.training.solve import Solution, solve
-from featprobe.stages.training.sources import Source, spec_of
-from featprobe.stages.training.subset import training_subset
-from featprobe.stages.training.task import EVALUATION_BATCH, Outcome, Task
+from featprobe.stages.training.task import EVALUATION_BATCH, Outcome, Source, Task
 from featprobe.stages.training.training import Training
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from featprobe.errors import FileKindError, ProbeError
 from featprobe.machine import available_memory
 from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
 from featprobe.result_rows import ResultRow
-from featprobe.stages.training.commands import again_command
+from featprobe.stages.commands import again_command
 
 UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError,

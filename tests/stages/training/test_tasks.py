@@ -35,10 +35,10 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.memory import largest_that_fits
+from featprobe.stages.partition import training_subset
 from featprobe.stages.predict import Predictor, find_images, predict
 from featprobe.stages.training.probe import find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.subset import training_subset
 from featprobe.stages.workspace import Workspace, make_generated
 
 BRIEF = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, evaluations=2, clip=10.0)
