@@ -164,7 +164,7 @@ def _begin_at(prepared: Prepared, head: Head, folder: Path) -> None:
 
 def _check_unseen(training: Training, folder: Path, card: Mapping[str, Any]) -> None:
     """Raise ProbeError for a head that was trained on another split of this set: it may know the test images."""
-    data, choice = card["data"], ResultRow.from_json(card["result"]).choice
+    data, choice = card["data"], ResultRow.from_checked(card["result"]).choice
     own = [training.data.fingerprint, training.choice.key, training.choice.fold or None]
     found = [data["fingerprint"], choice.key, choice.fold or None]
     same = data["root"] == training.data.root or data["fingerprint"] == training.data.fingerprint
