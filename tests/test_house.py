@@ -115,3 +115,16 @@ def test_a_split_is_parsed_where_its_text_enters() -> None:
     doors = {"cli", "result_rows.py", "stages/study/study_file.py", "stages/workspace.py"}
     calls = {file for file in TREES if re.search(r"SplitChoice\.parse\(", (PACKAGE / file).read_text())}
     assert {file for file in calls if not {file, file.split("/")[0]} & doors} == set()
+
+
+def test_an_extraction_option_is_written_in_few_modules() -> None:
+    """Counted for the share of empty tiles, which a caller, featprobe.toml, a study and a recipe can name."""
+    written = [file for file in TREES if re.search(r"\bempty[_-]tiles\b", (PACKAGE / file).read_text())]
+    assert len(written) <= 7, written
+
+
+def test_extraction_needs_nothing_of_training_comparing_or_upkeep() -> None:
+    above = {f"featprobe.stages.{room}" for room in ("training", "comparison", "upkeep", "study")}
+    room = "featprobe.stages.extraction"
+    inside = {name: others for name, others in imports_of(PACKAGE).items() if name.startswith(room)}
+    assert [(name, other) for name in inside for other in inside[name] if other.rpartition(".")[0] in above] == []

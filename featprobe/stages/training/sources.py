@@ -3,11 +3,9 @@
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from featprobe.cache import Cache
-from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.probes.train import Resident
-from featprobe.specs import BackboneSpec, Rows
+from featprobe.specs import Rows
 from featprobe.stages.training.live import Views
 
 if TYPE_CHECKING:
@@ -35,11 +33,3 @@ class Source(Protocol):
 
     def resident(self, rows: Rows) -> Resident | None:
         """From places among ascending rows to features, where all of these lie on the device; else None."""
-
-
-def spec_of(cache: Cache) -> BackboneSpec:
-    """What loads the network that a cache was made with; raises ProbeError where it does not say."""
-    values = cache.contents.provenance.get("backbone")
-    if values is None:
-        raise ProbeError(f"{cache.path} does not say where its backbone comes from. Extract it again.")
-    return BackboneSpec.from_json(values)
