@@ -131,3 +131,16 @@ def test_tasks_sources_and_heads_are_used_by_their_contracts() -> None:
     assert {file for file, text in files.items() if asked.search(text)} <= {"probes/head.py"}
     assert {file for file, text in files.items() if re.search(r"[gh](et|as)attr\(\w*(head|task)\b", text)} == set()
     assert {file for file, text in files.items() if "# type: ignore" in text and file.startswith("probes/")} == set()
+
+
+def test_an_extraction_option_is_written_in_few_modules() -> None:
+    """Counted for the share of empty tiles, which a caller, featprobe.toml, a study and a recipe can name."""
+    written = [file for file in TREES if re.search(r"\bempty[_-]tiles\b", (PACKAGE / file).read_text())]
+    assert len(written) <= 7, written
+
+
+def test_extraction_needs_nothing_of_training_comparing_or_upkeep() -> None:
+    above = {f"featprobe.stages.{room}" for room in ("training", "comparison", "upkeep", "study")}
+    room = "featprobe.stages.extraction"
+    inside = {name: others for name, others in imports_of(PACKAGE).items() if name.startswith(room)}
+    assert [(name, other) for name in inside for other in inside[name] if other.rpartition(".")[0] in above] == []

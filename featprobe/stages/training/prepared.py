@@ -22,10 +22,10 @@ from featprobe.probes.train import Tuned
 from featprobe.processes import check_batch, check_together
 from featprobe.result_rows import ResultRow
 from featprobe.specs import CacheDtype, Rows
-from featprobe.stages.extraction.missing import spec_of
+from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.memory import Portions, fitting
 from featprobe.stages.partition import training_subset
-from featprobe.stages.row_images import rows_of
+from featprobe.stages.row_images import rows_showing
 from featprobe.stages.training.detection import Detection
 from featprobe.stages.training.labels import shelf_of
 from featprobe.stages.training.live import LiveFeatures
@@ -132,7 +132,7 @@ def _part_of(training: Training, train: Rows, classes_in: Callable[[int], list[i
     ids, groups = ([cache.images.texts[name][image] for image in classes] for name in ("id", "group"))
     seed = training.seeds[0] if training.subset else None
     kept = training_subset(ids, groups, list(classes.values()), training.fraction, seed)
-    return rows_of(cache, train, np.array(list(classes), dtype=np.intp)[kept])
+    return rows_showing(cache, train, np.array(list(classes), dtype=np.intp)[kept])
 
 
 def trials_of(prepared: Prepared) -> list[Trial]:

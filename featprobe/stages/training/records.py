@@ -22,7 +22,7 @@ from featprobe.result_rows import (
     Solution,
     Treatment,
 )
-from featprobe.stages.extraction.missing import spec_of
+from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.row_images import images_of
 from featprobe.stages.training.fit import Fitted, kept
 from featprobe.stages.training.prepared import Prepared

@@ -15,7 +15,7 @@ from featprobe.processes import from_main, is_main
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import CacheDtype
 from featprobe.stages.extraction.run_log import extraction_seconds
-from featprobe.stages.row_images import images_of, rows_of
+from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
 from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
@@ -144,7 +144,7 @@ def draw_sheet(finished: Finished, count: int) -> Path:
         test = prepared.rows["test"]
         chosen = spread_over(images_of(cache, test), prepared.task.fullness, count)
         panels = []
-        for image, draw in prepared.task.panels(head, source.batches, rows_of(cache, test, chosen)):
+        for image, draw in prepared.task.panels(head, source.batches, rows_showing(cache, test, chosen)):
             path = Path(cache.data.root) / cache.images.texts["image"][image]
             if hash_image(path) != cache.images.texts["image_hash"][image]:
                 raise DataError(f"{path} is not the image that {cache.path} was made from")

@@ -14,7 +14,7 @@ from featprobe.probes.train import Feed, Resident
 from featprobe.processes import own_part
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
-from featprobe.stages.row_images import images_of, rows_of
+from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.training.live import Truth, Views
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def scored_here(cache: Cache, rows: Rows) -> Rows:
     """
     if cache.recipe.in_parts:
         images = images_of(cache, rows)
-        return rows_of(cache, rows, images[own_part(len(images))])
+        return rows_showing(cache, rows, images[own_part(len(images))])
     own = evaluation_batches(rows)[own_part(-(-len(rows) // EVALUATION_BATCH))]
     return np.concatenate([rows[:0], *own])
 
