@@ -26,7 +26,7 @@ from featprobe.cache import Row, create_file, open_cache
 from featprobe.cache.contents import LABELS
 from featprobe.geometry import Part, Placement
 from featprobe.levels import FeatureLevel
-from featprobe.specs import CACHE_VERSION, DataInfo, FeatureRecipe
+from featprobe.specs import RECIPE_VERSION, DataInfo, FeatureRecipe
 
 SECONDS, ROW_BYTES, LIST_SECONDS = 0.5, 100.0, 1.0  # at most: to open, to keep of a row, to list
 CACHES = 50
@@ -41,7 +41,7 @@ def recipe_of(tile: int | None) -> FeatureRecipe:
         label="some", backbone="some", weights_sha256="0" * 64, levels=(FeatureLevel("stride32", 1, 32),),
         final_norm=False, size=(SIDE, SIDE), frame=(SIDE, SIDE), fit="letterbox", intensity="none", window=None,
         mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", dtype="fp16", tile=tile,
-        version=CACHE_VERSION if tile else 1,
+        version=RECIPE_VERSION if tile else 1,
     )  # fmt: skip
 
 

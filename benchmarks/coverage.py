@@ -37,11 +37,11 @@ from featprobe.metrics import (
     grouped,
     groups_with_truth,
     iou_scores,
-    iou_statistic,
     jackknifed,
     modality_gap,
     paired_difference,
     percentile_interval,
+    pixel_statistic,
     resample,
     studentised_interval,
 )
@@ -167,7 +167,7 @@ DEFAULT = "studentised"  # what score_interval and paired_difference use
 def iou_by_rule(confusions: NDArray[np.int64], groups: Sequence[str], rule: str) -> Statistic:
     """Foreground mIoU, jackknifed, by another rule for a class that a resample's truth lacks and the split's has.
 
-    rule: RATIO is that of iou_statistic; HOLD takes the class's IoU on the whole split; LEAVE_OUT takes the mean over
+    rule: RATIO is that of pixel_statistic; HOLD takes the class's IoU on the whole split; LEAVE_OUT takes the mean over
     the other classes.
     """
     names, index = grouped(groups)
@@ -219,12 +219,12 @@ Looks = Iterator[tuple[str, str, Tally]]  # what was looked at, method
 def look_at_scores(world: str, split: Split, truth: Mapping[str, float], seed: int) -> Looks:
     """Whether the intervals of the first system's scores hold the world's."""
     confusions, groups = split.confusions[0], split.groups
-    statistics = {FOREGROUND: iou_statistic(confusions, groups)}
+    statistics = {FOREGROUND: pixel_statistic(confusions, groups)}
     lacks_some = world == "rare" and len(set(groups)) in FEW
     if lacks_some:
         statistics |= {rule: iou_by_rule(confusions, groups, rule) for rule in RULES}
     if world == "common":
-        statistics[MEAN] = iou_statistic(confusions, groups, "miou")
+        statistics[MEAN] = pixel_statistic(confusions, groups, "miou")
     complete = lacks_some and min(groups_with_truth(confusions, groups)) > 0
     for what, statistic in statistics.items():
         sample = resample(statistic, RESAMPLES, seed)
@@ -238,7 +238,9 @@ def look_at_scores(world: str, split: Split, truth: Mapping[str, float], seed: i
 
 def look_at_equals(first: Split, second: Split, seed: int) -> Looks:
     """Whether two systems that are equal are found to differ, on one test set, and on one more than on another."""
-    pairs = [[iou_statistic(confusions, split.groups) for confusions in split.confusions] for split in (first, second)]
+    pairs = [
+        [pixel_statistic(confusions, split.groups) for confusions in split.confusions] for split in (first, second)
+    ]
     sample = resample(difference_of(*pairs[0]), RESAMPLES, seed)
     for method, interval in METHODS.items():
         low, high = interval(sample)

@@ -46,10 +46,12 @@ from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Buffer, Framing, Kind
+from featprobe.stages.partition import Partition
 from featprobe.stages.training.finetune import finetune
+from featprobe.stages.training.prepared import keep_on_device, prepare, source_of, trials_of
 from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 RATES, DECAYS = (1e-3, 5e-3, 1e-2), (1e-4, 1e-3, 1e-2)  # of the bank of nine
@@ -257,7 +259,7 @@ def streaming() -> Iterator[None]:
         reader.DEVICE_SHARE = kept
 
 
-class Training:
+class Trainings:
     """Trainings from the cache of a workspace, and how fast their steps are."""
 
     def __init__(self, bench: Bench, folder: Path) -> None:
@@ -292,13 +294,13 @@ class Training:
         """Images per second of scoring a linear head on the test images, the labels known."""
         cache = open_cache(next(iter(self.workspace.cache_files())))
         options = checked("semseg", ProbeOptions(seeds=1, quiet=True, device=self.bench.device.type))
-        run = Run(self.workspace, cache, "semseg", options, [0], 1.0)
-        (trial,) = run._trials()
+        ready = prepare(Training(self.workspace, Partition(cache, options.choice), "semseg", options, (0,)))
+        (trial,) = trials_of(ready)
         trial.head.eval()
-        rows = run.rows["test"]
-        with run.source(trial.head) as source:
-            run._settle(source)
-            return self.bench.rate(lambda: run.task.evaluate([trial.head], source.batches, rows), len(rows), 5)
+        rows = ready.rows["test"]
+        with source_of(ready, trial.head) as source:
+            keep_on_device(ready, source)
+            return self.bench.rate(lambda: ready.task.evaluate([trial.head], source.batches, rows), len(rows), 5)
 
 
 def by_hand(bench: Bench, backbone: Backbone, batch: int) -> float:
@@ -370,7 +372,7 @@ def measure(bench: Bench) -> None:
     one = one_core_decoding(bench)
     bench.note("Pillow on one core", one, "images/s")
     memory = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
-    training: Training | None = None
+    training: Trainings | None = None
     half = bench.count // 2
     for where, work in ((bench.root, "extract, disk"), (memory, "extract, tmpfs")):
         with bench.part(work):
@@ -382,7 +384,7 @@ def measure(bench: Bench) -> None:
                 bench.note(f"plain writes, {work.split()[1]}", written, "images/s")
                 bench.line(work, rate, "images/s", 0.9, min(forward, one * cores, written))
                 if where == bench.root:
-                    training = Training(bench, folder)
+                    training = Trainings(bench, folder)
             finally:
                 if where != bench.root:
                     shutil.rmtree(folder, ignore_errors=True)

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from featprobe.errors import FeatprobeError
 from featprobe.probes import load_head
-from featprobe.probes.saved import read_rows
-from featprobe.stages.training.records import is_whole
+from featprobe.probes.saved import read_results
+from featprobe.stages.training.saved_results import is_whole
 
 KILLED = ("extract", "probe", "finetune", "study")
 
@@ -37,12 +37,12 @@ def faults_after(bench: Bench) -> list[str]:
     except FeatprobeError as error:
         found.append(f"a cache does not open: {error}")
     probes = bench.root / "probes"
-    rows, faults = read_rows(probes / "results.jsonl")
+    rows, faults = read_results(probes / "results.jsonl")
     found += [fault for fault in faults if "is torn" not in fault]
     for row in rows:
         try:
-            load_head(probes / row["folder"])
-            found += [] if is_whole(probes, row, hashes=True) else [f"{row['folder']} is not what its row says"]
+            load_head(probes / row.folder)
+            found += [] if is_whole(probes, row, hashes=True) else [f"{row.folder} is not what its row says"]
         except FeatprobeError as error:
             found.append(f"a row without its head: {error}")
     return found

@@ -36,12 +36,13 @@ from featprobe.probes import execution
 from featprobe.probes.train import _Loop, _steps
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.partition import Partition
 from featprobe.stages.training import segmentation
-from featprobe.stages.training.outcome import EVALUATION_BATCH
+from featprobe.stages.training.prepared import Prepared, keep_on_device, placed, prepare, source_of, trials_of
 from featprobe.stages.training.probe import find_caches
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.sources import feed_of
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.task import EVALUATION_BATCH
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 SIDE, BATCH, OBJECTS, CLASSES = 128, 16, 3, 5  # pixels, images a step, objects an image, classes of objects
@@ -123,8 +124,8 @@ def extracted(folder: Path, frames: str) -> tuple[Workspace, Cache]:
     return workspace, find_caches(workspace, "detect", (), ())[0][0]
 
 
-def run_of(arm: Arm, workspace: Workspace, cache: Cache) -> Run:
-    """The product's run of an arm: its own recipe, with clipping."""
+def prepared(arm: Arm, workspace: Workspace, cache: Cache) -> Prepared:
+    """The product's training of an arm: its own recipe, with clipping."""
     recipe = KINDS[arm.head].recipe
     changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": BATCH, "clip": recipe.clip or 1.0}
     changes |= {"loss_at": arm.loss_at} if arm.loss_at else {}
@@ -133,7 +134,7 @@ def run_of(arm: Arm, workspace: Workspace, cache: Cache) -> Run:
         head=arm.head, recipe=replace(recipe, **changes), lr=rates, weight_decay=rates, seeds=1,
         device="cpu", quiet=True,
     )  # fmt: skip
-    return Run(workspace, cache, arm.task, options, [0], 1.0)
+    return prepare(Training(workspace, Partition(cache, options.choice), arm.task, options, (0,)))
 
 
 @contextlib.contextmanager
@@ -149,37 +150,38 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def count_step(run: Run) -> Counter[str]:
-    """Operators of one training step of all heads of a run."""
-    trials = run._trials()
+def count_step(ready: Prepared) -> Counter[str]:
+    """Operators of one training step of all heads of a training."""
+    trials = trials_of(ready)
     heads = [trial.head for trial in trials]
-    with run.source(heads[0]) as source:
-        run._settle(source)
-        placed, loss = run.placed(source, heads[0]), run.task.start(heads)
-        if placed.get("resident") is None:
-            raise RuntimeError(f"{run.kind} does not find its batches on the device")
+    with source_of(ready, heads[0]) as source:
+        keep_on_device(ready, source)
+        where, loss = placed(ready, source, heads[0]), ready.task.start(heads)
+        if where.get("resident") is None:
+            raise RuntimeError(f"{ready.training.kind.name} does not find its batches on the device")
         loop = _Loop(heads, [trial.recipe for trial in trials], 0, None, None, fixed=True)
         loop.mode(training=True)
-        with contextlib.closing(_steps(loop, feed_of(source), run.rows["train"], loss, 0, placed["resident"])) as steps:
+        made = _steps(loop, source.training, ready.rows["train"], loss, 0, where["resident"])
+        with contextlib.closing(made) as steps:
             for _ in range(STEPS):
                 next(steps)
             return operators(lambda: next(steps))
 
 
-def count_batch(run: Run) -> Counter[str]:
+def count_batch(ready: Prepared) -> Counter[str]:
     """Operators of one evaluated batch: of three in a row the mean."""
-    (trial,) = run._trials()
-    with run.source(trial.head) as source:
-        run._settle(source)
+    (trial,) = trials_of(ready)
+    with source_of(ready, trial.head) as source:
+        keep_on_device(ready, source)
         trial.head.eval()
-        rows = run.rows["val"]
+        rows = ready.rows["val"]
         batches = -(-len(rows) // EVALUATION_BATCH)
-        run.task.evaluate([trial.head], source.batches, rows)  # labels are read once
-        found = operators(lambda: run.task.evaluate([trial.head], source.batches, rows))
+        ready.task.evaluate([trial.head], source.batches, rows)  # labels are read once
+        found = operators(lambda: ready.task.evaluate([trial.head], source.batches, rows))
     return Counter({name: number / batches for name, number in found.items()})  # type: ignore[misc]
 
 
-COUNTS: dict[str, Callable[[Run], Counter[str]]] = {"step": count_step, "batch": count_batch}
+COUNTS: dict[str, Callable[[Prepared], Counter[str]]] = {"step": count_step, "batch": count_batch}
 
 
 def counted(arms: Sequence[Arm], frames: str) -> dict[str, Counter[str]]:
@@ -187,7 +189,7 @@ def counted(arms: Sequence[Arm], frames: str) -> dict[str, Counter[str]]:
     with tempfile.TemporaryDirectory() as folder:
         workspace, cache = extracted(Path(folder), frames)
         with as_on_a_gpu():
-            return {arm.name: COUNTS[arm.count](run_of(arm, workspace, cache)) for arm in arms}
+            return {arm.name: COUNTS[arm.count](prepared(arm, workspace, cache)) for arm in arms}
 
 
 def main() -> None:

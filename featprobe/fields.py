@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -164,19 +165,37 @@ def made(kind: type[T], data: object, called: str) -> T:
     """
     faults = misfits(data, kind)
     if not faults:
-        value: T = _built(kind, data)
+        value: T = built(kind, data)
         faults = value.faults() if hasattr(value, "faults") else []
     if faults:
         raise FieldError(letter(f"{called} has wrong fields.", faults), faults)
     return value
 
 
-def _built(wanted: Any, data: Any) -> Any:
-    """A checked value as its annotation asks, with tuples for lists and dataclasses for tables."""
-    if is_dataclass(wanted) and isinstance(wanted, type):
-        hints = get_type_hints(wanted)
-        return wanted(**{name: _built(hints[name], item) for name, item in data.items()})
+def built(wanted: Any, data: Any) -> Any:
+    """A value that fits an annotation, with lists as tuples and tables as dataclasses; unknown keys are omitted."""
+    own = [wanted, *(get_args(wanted) if get_origin(wanted) in (Union, UnionType) else ())]
+    kind = next((part for part in own if isinstance(part, type) and is_dataclass(part)), None)
+    if kind is not None and isinstance(data, Mapping):
+        hints = _hints(kind)
+        return kind(**{name: built(hints[name], value) for name, value in data.items() if name in hints})
     if isinstance(data, (list, tuple)):
         part = next(iter(get_args(wanted)), None)
-        return tuple(_built(part if is_dataclass(part) else None, item) for item in data)
+        return tuple(built(part if is_dataclass(part) else None, value) for value in data)
     return data
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it, which has no nan: a score that does not exist is None."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

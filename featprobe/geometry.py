@@ -16,6 +16,8 @@ from featprobe.errors import DataError
 Fit = Literal["resize", "letterbox"]
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
+MOST_SIDE, MOST_PIXELS = 2**24, 2**28
+"""Limits of what a file may claim: pixels of a side and of all of an image as a backbone sees it."""
 IDENTITY = "identity"
 TURNS: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "hflip": lambda pixels: pixels[:, ::-1],

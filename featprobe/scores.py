@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+FEW_GROUPS = 20  # test groups; with fewer, every interval rests on guesses about groups that nobody has seen
 On = Literal["pixels", "boxes", "masks"]
 """What a task's scores compare with the labels."""
 
@@ -26,9 +27,22 @@ class Score:
     place: tuple[str, ...]
     column: str = ""
 
+    @property
+    def title(self) -> str:
+        """Of its column in the table of results."""
+        return self.column or self.label
+
+    def is_stated(self, test: Mapping[str, Any]) -> bool:
+        """Whether a row's `test` names the score: one from before the score came does not."""
+        try:
+            at(test, self.place)
+        except KeyError:
+            return False
+        return True
+
     def of(self, test: Mapping[str, Any]) -> float | None:
-        """The value in a row's `test`; None where the score does not exist."""
-        return at(test, self.place)
+        """The value in a row's `test`; None where the score does not exist, or is not named."""
+        return at(test, self.place) if self.is_stated(test) else None
 
 
 @dataclass(frozen=True)
@@ -37,17 +51,26 @@ class TaskScores:
 
     on: what is compared with the labels. compared: the scores of a comparison, the main one first. shown: the scores of
     the table of results, in its order. per_class: what a score of one class is called, and its place in a row's `test`.
+    resamples: of the groups of a test split, for an interval; those of average precision are dear, as each leaves every
+    group out once. chosen_before: the score that trials were chosen by where a row does not say.
     """
 
     on: On
     compared: tuple[Score, ...]
     shown: tuple[Score, ...]
     per_class: tuple[str, tuple[str, ...]]
+    resamples: int
+    chosen_before: str
 
     @property
     def main(self) -> Score:
         """The score that chooses and is compared."""
         return self.compared[0]
+
+    @property
+    def every(self) -> tuple[Score, ...]:
+        """The scores that are compared, then those that are only shown."""
+        return tuple({score.name: score for score in (*self.compared, *self.shown)}.values())
 
     @property
     def dense(self) -> bool:
@@ -74,23 +97,29 @@ _MASK_AP50 = Score("mask_ap50", "mask AP50", ("mask", "ap50"))
 _MASK_AP = Score("mask_ap", "mask AP", ("mask", "ap"))
 
 SCORES: Mapping[str, TaskScores] = {
-    "semseg": TaskScores("pixels", (_FOREGROUND, _MIOU), (_MIOU, _FOREGROUND), ("IoU", ("iou",))),
+    "semseg": TaskScores(
+        "pixels", (_FOREGROUND, _MIOU), (_MIOU, _FOREGROUND), ("IoU", ("iou",)), 10_000, "miou_foreground"
+    ),
     "detect": TaskScores(
-        "boxes",
-        (_BOX_AP50, _BOX_AP),
-        (
+        on="boxes",
+        compared=(_BOX_AP50, _BOX_AP),
+        shown=(
             Score("box_ap", "box AP", ("box", "ap"), "AP"),
             Score("box_ap50", "box AP50", ("box", "ap50"), "AP50"),
             Score("box_ap75", "box AP75", ("box", "ap75"), "AP75"),
             Score("box_ar100", "box AR100", ("box", "ar100"), "AR100"),
         ),
-        ("AP", ("box", "per_class")),
+        per_class=("AP", ("box", "per_class")),
+        resamples=1_000,
+        chosen_before="box_ap",
     ),
     "instseg": TaskScores(
-        "masks",
-        (_MASK_AP50, _MASK_AP),
-        (_MASK_AP, _MASK_AP50, _BOX_AP, _BOX_AP50),
-        ("AP", ("mask", "per_class")),
+        on="masks",
+        compared=(_MASK_AP50, _MASK_AP),
+        shown=(_MASK_AP, _MASK_AP50, _BOX_AP, _BOX_AP50),
+        per_class=("AP", ("mask", "per_class")),
+        resamples=1_000,
+        chosen_before="mask_ap",
     ),
 }
 """By task."""

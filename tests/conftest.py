@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the s
 SEED = 20
 """Of whatever randomness a test does not seed itself, as the weights that a head begins with."""
 
+STARTED = pytest.StashKey[float]()
+
 HERE = Path(__file__).parent
 FOLDERS = [Path(folder) for folder, *_ in os.walk(HERE) if not {"archives", "__pycache__"} & {*Path(folder).parts}]
 sys.path[:0] = map(str, [*FOLDERS, HERE.parent / "benchmarks"])  # tests share the sets and harnesses of others
@@ -20,9 +23,22 @@ settings.register_profile("named", derandomize=True, print_blob=True)  # the exa
 settings.load_profile("named")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--within: how long `make check` may take."""
+    parser.addoption("--within", type=float, metavar="SECONDS", help="Skip the tests that have not begun by then.")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The clock of --within starts."""
+    session.config.stash[STARTED] = time.monotonic()
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Seed all generators before a test's fixtures are made: no test depends on those before it, nor on its process."""
+    within = item.config.getoption("--within")
+    if within is not None and time.monotonic() - item.config.stash[STARTED] > within:
+        pytest.skip(f"not begun within {within:.0f} seconds: make test runs it")
     random.seed(SEED)
     np.random.seed(SEED)
     if torch := sys.modules.get("torch"):
@@ -30,7 +46,10 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a card where there is none."""
+    """Mark what is about whole processes; skip what needs a card where there is none."""
+    for item in items:
+        if HERE / "system" in item.path.parents:
+            item.add_marker("process")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

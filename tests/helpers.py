@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ from featprobe.cache.header import FIXED, MAGIC
 from featprobe.cache.quantised import SCALES
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
+from featprobe.result_rows import ResultRow
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
 from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.partition import Partition
+from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import encode_instances, encode_semantic
 
@@ -32,6 +37,18 @@ __all__ = ["CONTEXT", "PoolingBackbone", "find_file", "row_bytes", "write_set"]
 CPU = torch.device("cpu")
 LEVELS = (FeatureLevel("stride4", 6, 4), FeatureLevel("stride8", 9, 8))
 UNSIGNED = {1: "u1", 2: "<u2", 4: "<u4"}  # bytes per value -> a dtype that takes any bits
+
+
+def stored_rows() -> list[dict[str, Any]]:
+    """The result rows of the stored workspace, as JSON."""
+    path = Path(__file__).parent / "golden" / "stored" / "probes" / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def result_row(**changed: Any) -> ResultRow:
+    """A stored result row of a frozen dense head, some of whose fields are changed."""
+    row = next(own for own in stored_rows() if own["task"] == "semseg" and own["regime"] == "frozen")
+    return replace(ResultRow.from_json(row), **changed)
 
 
 def options(**changed: object) -> ExtractOptions:
@@ -50,6 +67,13 @@ def extract(root: Path, data: Path, backbone: object = None, **changed: object) 
 def opened(path: Path) -> Cache:
     """The cache at a path, whether its identity is intact or not."""
     return Cache(path, read_contents(path))
+
+
+def training_of(
+    workspace: Workspace, cache: Cache, task: str, options: ProbeOptions, seed: int = 0, fraction: float = 1.0
+) -> Training:
+    """The training of one seed."""
+    return Training(workspace, Partition(cache, options.choice), task, options, (seed,), fraction)
 
 
 def stored(path: Path) -> dict[str, bytes]:
@@ -122,14 +146,15 @@ def change_provenance(path: Path, change: Callable[[dict[str, Any]], dict[str, A
 
 
 def recipe_of(
-    levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16"
+    levels: Sequence[FeatureLevel] = LEVELS, frame: tuple[int, int] = (32, 32), dtype: str = "fp16", **changed: Any
 ) -> FeatureRecipe:
-    """A recipe of some backbone that has these levels."""
-    return FeatureRecipe(
+    """A recipe of some backbone that has these levels. changed: further fields."""
+    recipe = FeatureRecipe(
         label="some", backbone="some", weights_sha256="0" * 64, levels=tuple(levels), final_norm=False, size=frame,
         frame=frame, fit="letterbox", intensity="none", window=None, mean=(0.5,) * 3, std=(0.5,) * 3,
         interpolation="bicubic", dtype=dtype,
     )  # fmt: skip
+    return replace(recipe, **changed)
 
 
 def rows_of(count: int, frame: tuple[int, int] = (32, 32), content: tuple[int, int] | None = None) -> list[Row]:

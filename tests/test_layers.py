@@ -14,8 +14,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "fields",
         "specs",
+        "intensity",
+        "tiling",
+        "splitting",
         "kinds",
         "scores",
+        "result_rows",
         "geometry",
         "targets",
         "machine",

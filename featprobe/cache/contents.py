@@ -5,10 +5,7 @@ it is used. Files of versions 1 and 2 are read by featprobe.cache.legacy, which 
 """
 
 import hashlib
-import os
 import re
-import shlex
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,74 +17,22 @@ from numpy.typing import NDArray
 
 from featprobe.cache import header
 from featprobe.cache.checked_values import check_objects, data_of, provenance_of, recipe_of
-from featprobe.cache.header import Entry, FormatFault, Index, NewerFormat, parse_json, short
+from featprobe.cache.header import FILE_VERSION, Entry, FormatFault, Index, NewerFormat, parse_json, short
+from featprobe.cache.held_file import HeldFile, Span, removal
 from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_bytes, most_texts, part_shapes, table_shapes
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
-from featprobe.disk import open_regular
-from featprobe.errors import CacheError, FileKindError
-from featprobe.geometry import IDENTITY, TURNS
-from featprobe.specs import FILE_VERSION, MOST_SIDE, DataInfo, FeatureRecipe
+from featprobe.errors import CacheError
+from featprobe.geometry import IDENTITY, MOST_SIDE, TURNS
+from featprobe.specs import DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 LABELS = {f"{group}/{kind}" for group in ("targets", "images") for kind in TARGET_KINDS}
 """Parts that are read row by row, when a row's labels are used."""
 SINCE_VERSION_3 = {"rows/affine", "images/checksum"}  # parts that no reader needs of an older file, or it has not
-PIECE = 1 << 22  # bytes that are hashed at once
 VIEW = re.compile(rf"{IDENTITY}|{'|'.join(TURNS)}|crop\d+")
 FAULTS = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError, OverflowError,
 )  # fmt: skip
-
-
-class HeldFile:
-    """A regular file that stays open as long as this object lives, also when another file takes its name."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises CacheError where there is no such file, or it can't be read."""
-        self.path = path
-        try:
-            self.handle = open_regular(path)
-        except FileNotFoundError as error:
-            raise CacheError(f"There is no cache {path}.") from error
-        except (OSError, FileKindError) as error:
-            raise CacheError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-        weakref.finalize(self, os.close, self.handle)
-        self.status = os.fstat(self.handle)
-
-    def read(self, offset: int, count: int) -> bytes:
-        """`size` bytes from `offset` on. Raises CacheError where the file ends earlier."""
-        data = os.pread(self.handle, count, offset)
-        while len(data) < count:
-            more = os.pread(self.handle, count - len(data), offset + len(data))
-            if not more:
-                end = offset + len(data)
-                raise CacheError(
-                    f"{self.path} ended while it was read, at byte {end}. Was it cut short?\n{_remove(self.path)}"
-                )
-            data += more
-        return data
-
-
-@dataclass(frozen=True)
-class Span:
-    """A part of a file. Its bytes are read only when they are needed."""
-
-    file: HeldFile
-    entry: Entry
-
-    def __len__(self) -> int:
-        return self.entry.size
-
-    def __getitem__(self, index: slice, /) -> bytes:
-        start, stop, _ = index.indices(self.entry.size)
-        return self.file.read(self.entry.offset + start, max(0, stop - start))
-
-    def sha256(self) -> str:
-        """The sha256 over the whole part, which is read in pieces."""
-        running = hashlib.sha256()
-        for start in range(0, len(self), PIECE):
-            running.update(self[start : start + PIECE])
-        return running.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -213,12 +158,8 @@ def _as_cache_error(path: Path) -> Iterator[None]:
 
 def _unopened(path: Path, wanted: str, found: str) -> CacheError:
     return CacheError(
-        f"{path} is not a feature cache that can be opened.\n  wanted  {wanted}\n  found   {found}\n{_remove(path)}"
+        f"{path} is not a feature cache that can be opened.\n  wanted  {wanted}\n  found   {found}\n{removal(path)}"
     )
-
-
-def _remove(path: Path) -> str:
-    return f"Remove it: featprobe cache rm {shlex.quote(str(path))} --yes. Then run the extract command again."
 
 
 def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
@@ -296,7 +237,9 @@ def _of_old_identity(contents: Contents) -> Contents:
     """The contents of a file of version 1 or 2, whose identity covers all rows and labels."""
     from featprobe.cache.legacy import old_identity
 
-    return contents if old_identity(contents) == contents.identity_sha256 else replace(contents, damaged=("identity",))
+    tables = [contents.rows, *([contents.images] if contents.images else [])]
+    found = old_identity(contents.recipe, contents.data, contents.extents, tables)
+    return contents if found == contents.identity_sha256 else replace(contents, damaged=("identity",))
 
 
 def _check_entries(entries: Mapping[str, Entry], shapes: Shapes) -> None:

@@ -14,16 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from featprobe.cache.contents import Contents, HeldFile, Span
-from featprobe.cache.header import FormatFault, Index, NewerFormat
-from featprobe.cache.layout import FORMAT
-from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob
+from featprobe.cache.header import FILE_VERSION, FormatFault, Index, NewerFormat
+from featprobe.cache.held_file import HeldFile, Span
+from featprobe.cache.layout import FORMAT, Extent
+from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable
 from featprobe.errors import CacheError
-from featprobe.specs import FILE_VERSION
+from featprobe.specs import DataInfo, FeatureRecipe
 
 CHILD = Path(__file__).with_name("hdf5_child.py")
 MOST_LINE = 100  # bytes: of an answer's first line
@@ -66,17 +67,19 @@ def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
     return values, {**parts, "texts": texts, "provenance": provenance}
 
 
-def old_identity(contents: Contents) -> str:
+def old_identity(
+    recipe: FeatureRecipe, data: DataInfo, extents: Mapping[str, Extent], tables: Sequence[RowTable]
+) -> str:
     """sha256 over all that is written once in versions 1 and 2, and over the places of the tables.
 
-    The places count because HDF5 does not check its own bookkeeping: with a flipped address other rows would be read.
+    tables: of the rows, and of the images where rows are parts of them. The places count because HDF5 does not check
+    its own bookkeeping: with a flipped address other rows would be read.
     """
     running = hashlib.sha256()
-    places = {name: asdict(extent) for name, extent in contents.extents.items()}
-    said = {name: value for name, value in asdict(contents.data).items() if name != "bits" or value}  # older lack it
-    head = {"recipe": contents.recipe.to_json(), "data": said, "extents": places}
+    places = {name: asdict(extent) for name, extent in extents.items()}
+    said = {name: value for name, value in asdict(data).items() if name != "bits" or value}  # older lack it
+    head = {"recipe": recipe.to_json(), "data": said, "extents": places}
     running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
-    tables = [contents.rows, *([contents.images] if contents.images else [])]
     for row in (table.unchecked(i) for table in tables for i in range(len(table))):
         text = [getattr(row, name) for name in TEXT_FIELDS]
         sizes = [row.placement.original, row.placement.content, row.placement.frame]
@@ -89,14 +92,14 @@ def old_identity(contents: Contents) -> str:
     return running.hexdigest()
 
 
-def disagreements(contents: Contents) -> list[str]:
+def disagreements(file: HeldFile, index: Index) -> list[str]:
     """The differences between a file of version 3 as HDF5 reads it and its header, in words; [] where both agree.
 
     Names, places, types and shapes are compared, and the bytes of all that is written once.
     """
-    said = contents.index.to_json() | {"version": contents.version}
+    said = index.to_json() | {"version": index.version}
     try:
-        (lines,) = _view("agrees", contents.file.handle, json.dumps(said).encode())
+        (lines,) = _view("agrees", file.handle, json.dumps(said).encode())
         return [ascii(line)[1:-1] for line in json.loads(lines)]
     except (ViewRefused, ValueError) as error:
         return [f"HDF5 can't open the file: {error}"]

@@ -28,6 +28,7 @@ from featprobe.errors import CacheError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory, human_bytes, usable_cores
+from featprobe.processes import own_part
 from featprobe.specs import CacheDtype
 
 Mode = Literal["memmap", "preadv", "direct"]
@@ -309,6 +310,7 @@ class FeatureLoader:
         as_dtype: CacheDtype | None = None,
     ) -> None:
         self.cache, self.as_dtype = cache, as_dtype
+        self.backbone: None = None  # nothing makes these features anew
         self.levels = tuple(levels) or cache.levels
         self.device = torch.device(device)
         self.staged = self.device.type == "cuda"  # threads of their own crash other GPUs
@@ -398,19 +400,28 @@ class FeatureLoader:
         found = ((held, held.places(rows)) for held in self.held)
         return next(((held, places) for held, places in found if places is not None), None)
 
-    def batches(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
+    def batches(self, orders: Iterable[NDArray[np.intp]]) -> Generator[tuple[NDArray[np.intp], Features]]:
         """Yields (rows, their features) for each array of row indices.
 
         A batch's tensors are valid until the next batch is taken, which uses their memory again. Do not write to them.
         """
         return self._from_device(orders) if self.held else self._streamed(orders)
 
-    def _streamed(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
+    def training(
+        self, orders: Iterable[NDArray[np.intp]], first: int = 0
+    ) -> Generator[tuple[NDArray[np.intp], Features]]:
+        """The same for a training: of several processes each gets its part of every batch.
+
+        first: number of the first batch; stored features are the same in all of them.
+        """
+        return self.batches(rows[own_part(len(rows))] for rows in orders)
+
+    def _streamed(self, orders: Iterable[NDArray[np.intp]]) -> Generator[tuple[NDArray[np.intp], Features]]:
         with closing(self._ahead(orders)) as batches:
             for held in batches:
                 yield held.rows, held.between(0, len(held.rows)).to(self.device)
 
-    def _from_device(self, orders: Iterable[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], Features]]:
+    def _from_device(self, orders: Iterable[NDArray[np.intp]]) -> Generator[tuple[NDArray[np.intp], Features]]:
         coming = iter(orders)
         for rows in coming:
             found = self._holding(rows)

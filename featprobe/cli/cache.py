@@ -168,7 +168,7 @@ def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> No
     Example:
       featprobe cache upgrade xray
     """
-    from featprobe.specs import FILE_VERSION
+    from featprobe.cache.header import FILE_VERSION
     from featprobe.stages.upkeep.caches import upgrade_cache
 
     workspace = workspace_of(ctx)
@@ -202,7 +202,7 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
       featprobe cache audit xray
       featprobe cache audit xray --heads none
     """
-    from featprobe.probes.saved import plain
+    from featprobe.fields import plain
     from featprobe.stages.comparison.audit import AuditOptions, audit
 
     workspace = workspace_of(ctx)
@@ -238,7 +238,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
 
 
 def _version_text(version: int) -> str:
-    from featprobe.specs import FILE_VERSION
+    from featprobe.cache.header import FILE_VERSION
 
     return str(version) if version == FILE_VERSION else f"{version}, older: featprobe cache upgrade"
 
@@ -295,11 +295,10 @@ def _audit_text(found: "Audit") -> str:
 
 
 def _parts_text(recipe: dict[str, Any]) -> str:
-    tiles = "whole images"
-    if recipe.get("tile"):
-        tiles = (
-            f"tiles of {recipe['tile']} pixels, overlap {recipe['overlap']}, {recipe['empty_tiles']:.0%} of the empty"
-        )
+    from featprobe.tiling import Tiling
+
+    tiling = Tiling.in_json(recipe)
+    tiles = tiling.text if tiling else "whole images"
     views = recipe["views"][1:]
     return f"{tiles}; of training images also {', '.join(views)}" if views else tiles
 

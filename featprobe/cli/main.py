@@ -575,37 +575,9 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 
 
 def _extract_options(options: dict[str, Any]) -> "ExtractOptions":
-    from featprobe.geometry import parse_size
-    from featprobe.specs import parse_views
     from featprobe.stages.extraction.extract_options import ExtractOptions
 
-    same = (
-        "format",
-        "images",
-        "masks",
-        "group_from",
-        "split_file",
-        "fit",
-        "intensity",
-        "batch_size",
-        "dtype",
-        "precision",
-        "device",
-        "skip_bad",
-        "quiet",
-        "tile",
-        "overlap",
-        "empty_tiles",
-    )
-    return ExtractOptions(
-        levels=names(options["levels"]),
-        size=parse_size(options["size"]) if options["size"] else None,
-        shard=_parse_shard(options.get("shard")),
-        rehash=options.get("rehash", False),
-        views=None if options["views"] is None else parse_views(options["views"]),
-        **{name: options[name] for name in same},
-        **({"workers": options["workers"]} if options["workers"] else {}),
-    )
+    return ExtractOptions.of({**options, "shard": _parse_shard(options.get("shard"))})
 
 
 def _parse_shard(text: str | None) -> tuple[int, int] | None:
@@ -622,19 +594,19 @@ def _show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     if json_:
         return show_json(report.rows)
     from featprobe.report.tables import result_text
-    from featprobe.stages.training.records import card_beside
+    from featprobe.result_rows import ResultRow
+    from featprobe.stages.training.saved_results import card_beside
 
-    rows = [
-        {**row, "dtype": card_beside(probes, row)["features"]["dtype"]} if row["regime"] == "frozen" else row
-        for row in report.rows
-    ]
+    rows = [ResultRow.from_json(row) for row in report.rows]
+    dtypes = [card_beside(probes, row)["features"]["dtype"] if row.regime == "frozen" else "" for row in rows]
     for note in report.notes:
         echo(f"note: {note}")
     echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
-    echo(result_text(rows, terminal_width()))
+    echo(result_text(rows, terminal_width(), dtypes))
     echo()
-    for folder in dict.fromkeys(Path(row["folder"]).parent for row in report.rows):
-        seeds = ", ".join(Path(r["folder"]).name for r in report.rows if Path(r["folder"]).parent == folder)
+    heads = [Path(row.folder) for row in rows]
+    for folder in dict.fromkeys(head.parent for head in heads):
+        seeds = ", ".join(head.name for head in heads if head.parent == folder)
         echo(f"heads: {probes / folder}/ {seeds}")
     for sheet in report.sheets:
         echo(f"pictures: {sheet}")

@@ -48,7 +48,7 @@ images_at = click.option(
 masks_at = click.option(
     "--masks",
     metavar="PATTERN",
-    help="Where the mask of an image lies, as 'seg/{stem}_m.png'; also {dir} and {split}, see the README.",
+    help="Where the mask of an image lies, as 'seg/{stem}_m.png'; also {dir} and {split}, see docs/formats.md.",
 )
 follow_links = click.option(
     "--follow-links",

@@ -2,7 +2,6 @@
 
 from featprobe.metrics.boxes import ApScores, TruthImage, average_precision, truth_of
 from featprobe.metrics.intervals import (
-    FEW_GROUPS,
     Difference,
     Interval,
     Resamples,
@@ -12,12 +11,12 @@ from featprobe.metrics.intervals import (
     grouped,
     groups_with_truth,
     holm,
-    iou_statistic,
     jackknifed,
     mean_of,
     modality_gap,
     paired_difference,
     percentile_interval,
+    pixel_statistic,
     resample,
     score_interval,
     studentised_interval,
@@ -30,10 +29,10 @@ from featprobe.metrics.procedures import (
     seed_spread,
 )
 from featprobe.metrics.resampled import ResampledAp, ResampledScores
-from featprobe.metrics.semantic import IouScores, confusion_matrix, iou_scores
+from featprobe.metrics.semantic import PIXEL_SCORES, IouScores, confusion_matrix, iou_scores, pixel_scores
 
 __all__ = [
-    "FEW_GROUPS",
+    "PIXEL_SCORES",
     "ApScores",
     "Difference",
     "Interval",
@@ -53,12 +52,13 @@ __all__ = [
     "groups_with_truth",
     "holm",
     "iou_scores",
-    "iou_statistic",
     "jackknifed",
     "mean_of",
     "modality_gap",
     "paired_difference",
     "percentile_interval",
+    "pixel_scores",
+    "pixel_statistic",
     "procedure_difference",
     "procedure_gap",
     "resample",

@@ -22,14 +22,13 @@ import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from featprobe.errors import DataError, ShapeError
-from featprobe.metrics.semantic import Absent
+from featprobe.metrics.semantic import PIXEL_SCORES, Absent, takes_part
+from featprobe.scores import FEW_GROUPS
 
 Floats = NDArray[np.float64]
 Method = Literal["percentile", "bca", "studentised"]
-IouName = Literal["miou", "miou_foreground"]
 Names = tuple[str, ...]  # of groups
 
-FEW_GROUPS = 20  # with fewer, an interval depends much on groups that are not in the test split
 LEVEL = 0.95
 RESAMPLES = 10_000
 AT_ONCE = 2**16  # weights of one step: 512 KiB, which stay in a processor's cache
@@ -143,18 +142,19 @@ def grouped(groups: Sequence[str]) -> tuple[Names, NDArray[np.intp]]:
     return tuple(names.tolist()), index
 
 
-def iou_statistic(
+def pixel_statistic(
     confusions: NDArray[np.int64],
     groups: Sequence[str] | None = None,
-    score: IouName = "miou_foreground",
+    score: str = "miou_foreground",
     absent: Absent = "ignore",
 ) -> Statistic:
-    """Mean IoU of one system, as iou_scores gives it for the images of a resample.
+    """A score of dense heads, as pixel_scores gives it for the images of a resample.
 
     confusions: (images, classes, classes), pixels; rows are the truth. groups: the group of each image; None: each
-    image is a group. absent: see iou_scores. It decides on the whole split which classes count, and these count in
-    every resample, so the number of classes in the mean is fixed. A class that the truth of a resample lacks has the
-    IoU 0 there if it is predicted; otherwise its IoU on the whole split is used, so that the mean does not jump.
+    image is a group. score: a name of PIXEL_SCORES. absent: see iou_scores. It decides on the whole split which classes
+    count, and these count in every resample, so the number of classes in the mean is fixed. A class that the truth of a
+    resample lacks has the IoU 0 there if it is predicted; otherwise its IoU on the whole split is used, so that the
+    mean does not jump. The same holds for other scores.
     Raises ShapeError when the arrays disagree, or hold no image.
 
     Using the IoU on the whole split also where the class is predicted would hide how little is known about a rare
@@ -164,12 +164,10 @@ def iou_statistic(
     if confusions.ndim != 3 or confusions.shape[1] != confusions.shape[2] or not len(confusions):
         raise ShapeError(f"Confusions of shape {confusions.shape} are not (images, classes, classes) of some images.")
     names, sums = _sums(confusions, groups)
-    first = 1 if score == "miou_foreground" else 0
-    hit = np.diagonal(sums, axis1=1, axis2=2)[:, first:].astype(float)  # (groups, classes)
-    truth, predicted = sums.sum(2)[:, first:], sums.sum(1)[:, first:]
-    union = truth + predicted - hit
-    counted = (union if absent == "zero" else truth).sum(0) > 0
-    value, influence = _mean_ratio(hit[:, counted], union[:, counted])
+    kind, counted = PIXEL_SCORES[score], takes_part(sums.sum(0), absent)
+    counted[0] &= kind.background
+    part, whole = (own[:, counted].astype(float) for own in kind.ratio(sums))  # (groups, classes that take part)
+    value, influence = _mean_ratio(part, whole)
     return Statistic(value, influence, (names,))
 
 
@@ -188,7 +186,7 @@ def _sums(confusions: NDArray[np.int64], groups: Sequence[str] | None) -> tuple[
 def _mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
     """The statistic of the mean over classes of sum(hit) / sum(union) over groups; hit, union: (groups, classes)."""
     classes = hit.shape[1]
-    whole = hit.sum(0) / union.sum(0)  # (classes,)
+    whole = hit.sum(0) / np.maximum(union.sum(0), 1)  # (classes,)
 
     def ratio(weights: Floats) -> tuple[Floats, Floats]:
         """IoU, and its change per hit pixel: both (resamples, classes)."""
@@ -210,7 +208,7 @@ def _mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats],
 def groups_with_truth(confusions: NDArray[np.int64], groups: Sequence[str] | None = None) -> tuple[int, ...]:
     """The number of groups whose truth holds each class, (classes,): on these the interval of its IoU rests.
 
-    confusions, groups: see iou_statistic. A class in only one group hardly widens an interval, because one group does
+    confusions, groups: see pixel_statistic. A class in only one group hardly widens an interval, because one group does
     not show how others would score.
     """
     return tuple((_sums(confusions, groups)[1].sum(2) > 0).sum(0).tolist())
@@ -462,7 +460,7 @@ def score_interval(
     """A score of one system, or the `mean_of` its runs, with its interval.
 
     >>> perfect, blind = [[50, 0], [0, 50]], [[50, 0], [50, 0]]  # pixels of the truth's class by the predicted one
-    >>> score = iou_statistic(np.array([perfect, blind] * 12), groups=[f"part{i:02}" for i in range(24)])
+    >>> score = pixel_statistic(np.array([perfect, blind] * 12), groups=[f"part{i:02}" for i in range(24)])
     >>> found = score_interval(score)
     >>> found.estimate, round(found.low, 2), round(found.high, 2), found.groups
     (0.5, 0.31, 0.69, 24)

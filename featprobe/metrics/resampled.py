@@ -19,10 +19,9 @@ from featprobe.errors import ShapeError
 from featprobe.metrics.boxes import ApKind, unmatched
 
 AbsentClass = Literal["ignore", "hold"]
-ScoreName = Literal["ap", "ap50", "ap75"]
 OfGroups = Callable[[ArrayLike], NDArray[np.float64]]  # weights (resamples, groups) -> (resamples,)
 
-THRESHOLDS: Mapping[ScoreName, slice] = {"ap": slice(0, 10), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of IoU
+THRESHOLDS: Mapping[str, slice] = {"ap": slice(0, 10), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of IoU
 RECALLS = np.linspace(0, 1, 101)  # equal to pycocotools' to the last bit
 AT_ONCE = 2**19  # detections times resamples of one step: 4 MiB of counts, which stay in a processor's cache
 
@@ -94,7 +93,7 @@ class ResampledAp:
             per_class_50=by_threshold[:, :, 0],
         )
 
-    def by_group(self, score: ScoreName, groups: ArrayLike, absent: AbsentClass = "ignore") -> OfGroups:
+    def by_group(self, score: str, groups: ArrayLike, absent: AbsentClass = "ignore") -> OfGroups:
         """A function from weights of groups, (resamples, groups), to one score per resample, (resamples,).
 
         groups: (images,), the index of each image's group, in the order of the truth's `images`; the largest index
@@ -113,7 +112,7 @@ class ResampledAp:
 
         return values
 
-    def _per_class(self, weights: NDArray[np.int64], group: NDArray[np.intp], score: ScoreName) -> NDArray[np.float64]:
+    def _per_class(self, weights: NDArray[np.int64], group: NDArray[np.intp], score: str) -> NDArray[np.float64]:
         """Average precision at each IoU threshold of a score: (resamples, classes, thresholds), nan without truth.
 
         weights: (resamples, groups); group: (images,), the column of each image.

@@ -1,25 +1,30 @@
 """Heads, their losses, the training loop, and saved heads (probes/README.md)."""
 
+from featprobe.fields import plain
 from featprobe.probes.bank import LinearBank
 from featprobe.probes.detections import Detections, ObjectTarget, object_sides
 from featprobe.probes.fcos import FcosHead
+from featprobe.probes.head import DenseHead, Head, ObjectHead
 from featprobe.probes.heads import HeadRecipe, build_head, parameter_count
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss, start_at_prior
 from featprobe.probes.paste import objects_at_original
 from featprobe.probes.pixel_classes import best_classes, logits_at_original, predict_classes
 from featprobe.probes.rcnn import RcnnHead
-from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, plain, save_head
+from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, save_head
 from featprobe.probes.train import CurvePoint, grid_of, kept_point, train
 from featprobe.probes.upsample import UpsampleHead
 
 __all__ = [
     "CurvePoint",
+    "DenseHead",
     "Detections",
     "FcosHead",
+    "Head",
     "HeadRecipe",
     "LinearBank",
     "LinearHead",
+    "ObjectHead",
     "ObjectTarget",
     "RcnnHead",
     "UpsampleHead",

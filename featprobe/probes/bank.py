@@ -9,6 +9,7 @@ from torch import Tensor
 from featprobe.errors import ShapeError
 from featprobe.features import Features
 from featprobe.probes import execution
+from featprobe.probes.head import DenseHead
 from featprobe.probes.linear import LinearHead, fold, logits_of
 from featprobe.probes.losses import image_losses, level_loss, level_losses
 from featprobe.processes import summed
@@ -71,6 +72,26 @@ class LinearBank:
         by_class = x.unflatten(0, (len(self.heads), -1)).transpose(0, 1)
         differences = (by_class[1:] - by_class[:1]).flatten(0, 1)
         return torch.cat([differences, x.new_zeros(-len(differences) % LANES, *x.shape[1:])])
+
+
+def all_linear(heads: Sequence[DenseHead]) -> list[LinearHead]:
+    """The heads, where all of them are LinearHead itself, and can be computed together; else none of them."""
+    found = [head for head in heads if type(head) is LinearHead]  # a subclass may compute something else
+    return found if len(found) == len(heads) else []
+
+
+def every_logits(heads: Sequence[DenseHead], features: Features) -> Tensor:
+    """Logits of heads of one stride: (images, heads, classes, rows, columns).
+
+    Linear heads that share their statistics are computed together.
+    """
+    linear = all_linear(heads)
+    means = {id(norm.running_mean) for head in linear for norm in head.level_norms}
+    if linear and len(means) == len(linear[0].levels):
+        return logits_of(linear, features).unflatten(1, (len(heads), -1))
+    if len(heads) == 1:
+        return heads[0](features)[:, None]
+    return torch.stack([head(features) for head in heads], 1)
 
 
 class _FusedLoss(torch.autograd.Function):

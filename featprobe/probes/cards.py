@@ -8,7 +8,7 @@ from featprobe.errors import FieldError
 from featprobe.fields import MISSING_FIELD, Fault, wrong
 from featprobe.levels import FeatureLevel
 from featprobe.probes.heads import HeadRecipe
-from featprobe.probes.result_rows import result_faults
+from featprobe.result_rows import result_faults
 from featprobe.schemas import check
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
 

@@ -11,11 +11,6 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms, box_area
 
-from featprobe.features import Features
-from featprobe.kinds import PyramidKind
-from featprobe.levels import FeatureLevel
-from featprobe.probes.pyramid import Maps, Pyramid, make_pyramid
-
 MOST_DETECTIONS = 100  # an image, as COCO counts
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
 CELLS_AT_BORDER = 8  # an object whose side spans more cells of a level goes to the next (FCOS: 64 pixels at stride 8)
@@ -103,20 +98,6 @@ def detection_strides(strides: Sequence[int], sides: Sequence[float]) -> tuple[i
     finest = max(fine) if fine else min(strides)
     kept = [stride for stride in strides if stride >= finest]
     return tuple(s for i, s in enumerate(kept) if i == 0 or CELLS_AT_BORDER * kept[i - 1] < 1.5 * sides[2])
-
-
-def detection_pyramid(
-    levels: Sequence[FeatureLevel], width: int, sides: Sequence[float], kind: PyramidKind
-) -> tuple[tuple[int, ...], Pyramid]:
-    """The strides at which objects of these sizes are looked for, and a pyramid that has them."""
-    strides = detection_strides(make_pyramid(levels, width, kind).strides, sides)
-    return strides, make_pyramid(levels, width, kind, strides[0])
-
-
-def maps_of(pyramid: Pyramid, strides: Sequence[int], features: Features) -> Maps:
-    """(map, cells inside) of these strides alone, as the pyramid gives them."""
-    found = dict(zip(pyramid.strides, pyramid(features), strict=True))
-    return [found[stride] for stride in strides]
 
 
 def object_sides(boxes: Tensor) -> tuple[float, ...]:

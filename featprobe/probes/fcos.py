@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ from featprobe.probes.detections import (
     ObjectBatch,
     ObjectTarget,
     clip_to,
-    detection_pyramid,
     in_crowd,
     side_ranges,
     suppress,
 )
 from featprobe.probes.execution import full_products, half_products
-from featprobe.probes.pyramid import ConvBlock, rectified
+from featprobe.probes.head import BatchedObjectHead
+from featprobe.probes.pyramid import ConvBlock, detection_pyramid, rectified
 from featprobe.processes import summed
 
 CENTRE_RADIUS = 2.5  # cells around an object's centre that answer for it; long thin cracks need more than FCOS's 1.5
@@ -93,7 +94,13 @@ class _Said:
         return torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], -1)
 
 
-class FcosHead(nn.Module):
+class _Output(nn.Conv2d):
+    """The last convolution of a tower, which has a bias."""
+
+    bias: nn.Parameter
+
+
+class FcosHead(BatchedObjectHead):
     """Boxes from every cell of a feature pyramid: class, distances to the four sides, centrality.
 
     levels: offered, finest first; those finer than its finest stride are not taken. classes: the background counted.
@@ -117,13 +124,13 @@ class FcosHead(nn.Module):
         self.class_tower = nn.ModuleList(ConvBlock(width) for _ in range(convs))
         self.box_tower = nn.ModuleList(ConvBlock(width) for _ in range(convs))
         last = torch.channels_last
-        self.class_out = nn.Conv2d(width, classes - 1, 3, padding=1).to(memory_format=last)
-        self.box_out = nn.Conv2d(width, 5, 3, padding=1).to(memory_format=last)  # four distances, centrality
+        self.class_out = _Output(width, classes - 1, 3, padding=1).to(memory_format=last)
+        self.box_out = _Output(width, 5, 3, padding=1).to(memory_format=last)  # four distances, centrality
         self.scales = nn.Parameter(torch.ones(len(self.strides)))
         for out in (self.class_out, self.box_out):
             nn.init.normal_(out.weight, std=0.01)
-            nn.init.zeros_(out.bias)  # type: ignore[arg-type]
-        nn.init.constant_(self.class_out.bias, -torch.tensor((1 - PRIOR) / PRIOR).log().item())  # type: ignore[arg-type]
+            nn.init.zeros_(out.bias)
+        nn.init.constant_(self.class_out.bias, -torch.tensor((1 - PRIOR) / PRIOR).log().item())
 
     @property
     def assignment(self) -> dict[str, str]:
@@ -132,21 +139,23 @@ class FcosHead(nn.Module):
             f"stride {s}": f"{low:g} to {high:g} px" for s, (low, high) in zip(self.strides, self.ranges, strict=True)
         }
 
-    def forward(
-        self, features: Features, targets: Sequence[ObjectTarget] | ObjectBatch | None = None
-    ) -> Tensor | list[Detections]:
+    def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
         """The loss, a scalar, where targets are given; else what it finds in each image."""
-        said = self._said(features)
         if targets is None:
-            return self._detections(said, features)
-        batch = targets if isinstance(targets, ObjectBatch) else ObjectBatch.of(targets)
+            return self._detections(self._said(features), features)
+        return self.batch_loss(features, ObjectBatch.of(targets))
+
+    def batch_loss(self, features: Features, targets: ObjectBatch) -> Tensor:
+        """The loss of a batch, a scalar."""
+        said = self._said(features)
         with full_products(said.logits.device):
-            return self._loss(said, batch)
+            return self._loss(said, targets)
 
     def _said(self, features: Features) -> _Said:
         """Both towers side by side: first convolved as one, then as two groups of one convolution."""
         device, width = self.scales.device, self.class_out.in_channels
-        towers: list[tuple[ConvBlock, ...]] = list(zip(self.class_tower, self.box_tower, strict=True))  # type: ignore[arg-type]
+        pairs = zip(self.class_tower, self.box_tower, strict=True)
+        towers = [[cast(ConvBlock, block) for block in pair] for pair in pairs]
         weights = [torch.cat([block.conv.weight for block in pair]) for pair in towers]
         with half_products(device, training=self.training):
             maps = self.pyramid.convolved(features, weights[0], self.strides)
@@ -158,7 +167,7 @@ class FcosHead(nn.Module):
             named, placed = (pad(own.weight, (0, 0, 0, 0, *side)) for own, side in (
                 (self.class_out, (0, width)), (self.box_out, (width, 0)),
             ))  # fmt: skip
-            weight, bias = torch.cat([named, placed]), torch.cat([self.class_out.bias, self.box_out.bias])  # type: ignore[list-item]
+            weight, bias = torch.cat([named, placed]), torch.cat([self.class_out.bias, self.box_out.bias])
             weight = weight.contiguous(memory_format=torch.channels_last)
             out = torch.cat([conv2d(x.to(weight.dtype), weight, bias, padding=1).flatten(2) for x, _ in maps], 2)
         grid = grid_of(self.strides, features.frame, device)

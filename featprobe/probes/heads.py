@@ -11,9 +11,11 @@ from featprobe.fields import Fault, limits, made
 from featprobe.kinds import KINDS, PyramidKind, kinds_of
 from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.probes.fcos import FcosHead
+from featprobe.probes.head import Head
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
+from featprobe.scores import SCORES
 from featprobe.specs import MOST_CLASSES
 
 MOST_WIDTH = 2**12  # channels, of what a card may claim
@@ -54,18 +56,18 @@ class HeadRecipe:
         })  # fmt: skip
 
 
-Build = Callable[[Sequence[FeatureLevel], HeadRecipe], nn.Module]
+Build = Callable[[Sequence[FeatureLevel], HeadRecipe], Head]
 
 
-def _linear(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
+def _linear(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     return LinearHead(levels, len(recipe.classes))
 
 
-def _upsample(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
+def _upsample(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     return UpsampleHead(levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.pyramid)
 
 
-def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
+def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     return FcosHead(
         levels,
         len(recipe.classes),
@@ -75,8 +77,8 @@ def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
     )
 
 
-def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> nn.Module:
-    masks = recipe.task == "instseg"
+def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    masks = SCORES[recipe.task].on == "masks"
     return RcnnHead(
         levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.sides, recipe.pyramid, masks
     )
@@ -93,7 +95,7 @@ BUILDERS: Mapping[str, Build] = {
 """Kind -> what builds it; a test compares the names with `kinds.KINDS`."""
 
 
-def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> nn.Module:
+def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
     """A new head for features of these levels: from a cache or from a live backbone, the same line.
 
     Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that is not there.

@@ -1,7 +1,7 @@
 """The linear head: BatchNorm and a 1x1 convolution per level, summed at the finest level's grid."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
+from featprobe.probes.head import DenseHead, over_padding
 from featprobe.processes import count, summed
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # of BatchNorm, as in torch.nn.BatchNorm2d
@@ -77,23 +78,7 @@ def weighted_moments(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, T
     return mean, (squares / count - mean.square()).clamp(min=0), count
 
 
-def over_padding(logits: Tensor, content: Tensor | None, stride: int) -> Tensor:
-    """Logits whose cells of nothing but padding repeat the nearest cell that holds some image.
-
-    Else bilinear upsampling would mix padding into the image's last cells. logits: (batch, classes, rows,
-    columns). content: (batch, 2), see Features; with None they are returned as they are.
-    """
-    if content is None:
-        return logits
-    for axis, cells in enumerate(logits.shape[2:]):
-        last = (content[:, axis].long() - 1) // stride  # (batch,)
-        index = torch.arange(cells, device=logits.device).minimum(last[:, None])  # (batch, cells)
-        shape = (-1, 1, cells, 1) if axis == 0 else (-1, 1, 1, cells)
-        logits = logits.gather(axis + 2, index.view(shape).expand_as(logits))
-    return logits
-
-
-class LinearHead(nn.Module):
+class LinearHead(DenseHead):
     """Per-pixel class logits from a linear map of all levels.
 
     Equal to upsampling every level to the finest, concatenating them and convolving 1x1, since a 1x1
@@ -117,6 +102,11 @@ class LinearHead(nn.Module):
     def stride(self) -> int:
         """Frame pixels per cell of the logits."""
         return self.levels[0].stride
+
+    @property
+    def level_norms(self) -> tuple[LevelNorm, ...]:
+        """The normalisation of each level, finest first."""
+        return tuple(cast(LevelNorm, self.norms[level.name]) for level in self.levels)
 
     def forward(self, features: Features) -> Tensor:
         """Logits at the finest level's grid: (batch, classes, height / stride, width / stride)."""
@@ -144,10 +134,9 @@ def fold(heads: Sequence[LinearHead], features: Features) -> tuple[list[Tensor],
     """
     first = heads[0]
     maps, weights, shift = [], [], torch.cat([head.bias for head in heads])
-    for level in first.levels:
+    for level, *norms in zip(first.levels, *(head.level_norms for head in heads), strict=True):
         x = features.maps[level.name].to(first.bias.dtype).flatten(2)
         share = features.valid_share(level.stride)
-        norms: list[LevelNorm] = [head.norms[level.name] for head in heads]  # type: ignore[misc]
         mean, rstd = norms[0].statistics(x, None if share is None else share.flatten(1))
         weight = torch.stack([head.weights[level.name] for head in heads])  # (heads, classes, channels)
         scale = torch.stack([norm.weight for norm in norms]) * rstd  # (heads, channels)
@@ -191,8 +180,7 @@ def _logits_at_once(heads: Sequence[LinearHead], features: Features) -> Tensor:
     maps = [features.maps[level.name].flatten(2) for level in levels]
     if not _mixed(maps[0]):
         maps = [x.to(dtype) for x in maps]
-    norms: list[LevelNorm] = [first.norms[level.name] for level in levels]  # type: ignore[misc]
-    mean, rstd = level_statistics(norms, maps, levels, features, dtype)
+    mean, rstd = level_statistics(first.level_norms, maps, levels, features, dtype)
     weights, gamma, beta, bias = _stacked(heads)
     folded = weights * (gamma * rstd)[:, None]
     if _mixed(maps[0]):
@@ -210,7 +198,7 @@ def _stacked(heads: Sequence[LinearHead]) -> tuple[Tensor, Tensor, Tensor, Tenso
     One copy of all parameters, cut in views: so is its gradient.
     """
     levels, many, classes = heads[0].levels, len(heads), heads[0].classes
-    norms = [[head.norms[level.name] for level in levels] for head in heads]
+    norms = [head.level_norms for head in heads]
     own = [[head.weights[level.name] for head in heads] for level in levels]
     parts = [
         *(weight.flatten() for weights in own for weight in weights),

@@ -8,12 +8,13 @@ from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from featprobe.errors import ProbeError, ShapeError
 from featprobe.kinds import parse_loss
 from featprobe.probes import execution
+from featprobe.probes.head import DenseHead
 from featprobe.processes import count, summed
 from featprobe.targets import IGNORE
 
@@ -276,9 +277,8 @@ def inverse_sqrt_weights(pixels: Tensor) -> Tensor:
     return torch.where(pixels > 0, weights, torch.ones_like(weights)).float()
 
 
-@torch.no_grad()
-def start_at_prior(head: nn.Module, pixels: Tensor, weights: Tensor | None = None) -> None:
-    """Set a dense head's last bias so that it begins by predicting the classes' frequencies.
+def start_at_prior(head: DenseHead, pixels: Tensor, weights: Tensor | None = None) -> None:
+    """Let a dense head begin by predicting the classes' frequencies.
 
     pixels: (classes,), labelled pixels of each class in the training split. weights: of the loss.
     Defects fill well under a percent of most images: from a bias of 0, thousands of steps go by before
@@ -290,4 +290,4 @@ def start_at_prior(head: nn.Module, pixels: Tensor, weights: Tensor | None = Non
     share = pixels.double().clamp(min=1) / pixels.sum()
     if weights is not None:
         share = share * weights.to(share)
-    head.bias.copy_((share / share.sum()).log())  # type: ignore[operator]
+    head.start_at(share / share.sum())

@@ -5,7 +5,7 @@ image is, and no normalisation counts them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from featprobe.features import Features
 from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
+from featprobe.probes.detections import detection_strides
 from featprobe.probes.linear import LevelNorm, level_statistics
 
 GROUPS = 16  # of GroupNorm, as many as divide the width
@@ -74,7 +75,7 @@ def rectified(norms: Sequence[PaddedGroupNorm], x: Tensor, inside: Tensor | None
 
     x: (batch, channels of all norms, rows, columns). inside: (batch, rows, columns), bool, or None for all.
     """
-    weight, bias = (joined([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
+    weight, bias = joined([norm.weight for norm in norms]), joined([norm.bias for norm in norms])
     groups = sum(norm.num_groups for norm in norms)
     return group_norm(x, inside, groups, weight, bias, norms[0].eps, rectify=True)
 
@@ -243,9 +244,12 @@ class TopDown(Pyramid):
             found.insert(0, (only_inside(total, inside) if stride in wanted else total, inside))
         return found
 
+    def _lateral(self, level: FeatureLevel) -> Lateral:
+        return cast(Lateral, self.laterals[level.name])
+
     def _laterals(self, features: Features, levels: Sequence[FeatureLevel]) -> dict[str, Tensor]:
         """What comes out of these levels' laterals: name -> (batch, width, rows, columns)."""
-        laterals: list[Lateral] = [self.laterals[level.name] for level in levels]  # type: ignore[misc]
+        laterals = [self._lateral(level) for level in levels]
         maps, first = [features.maps[level.name] for level in levels], laterals[0]
         if not execution.whole_batches(first.weight.device):
             found = [lateral(m, features) for lateral, m in zip(laterals, maps, strict=True)]
@@ -289,8 +293,7 @@ class TopDown(Pyramid):
         parts: list[tuple[Tensor, Tensor, int]] = []
         for level in self.levels:
             if level.stride < self.strides[base]:
-                lateral: Lateral = self.laterals[level.name]  # type: ignore[assignment]
-                m, own, shift = lateral.folded(features.maps[level.name], features)
+                m, own, shift = self._lateral(level).folded(features.maps[level.name], features)
                 m = only_inside(m, cells_inside(features.content, (m.shape[2], m.shape[3]), level.stride))
                 parts.append((m, torch.einsum("owyx,wc->ocyx", weight, own), level.stride))
                 x = x + shift[:, None, None]  # a constant stays what it is when it is upsampled
@@ -379,7 +382,7 @@ class SimplePyramid(Pyramid):
         for step, (up, norm) in enumerate(zip(self.up, self.norms, strict=True), start=1):
             x = up(x)
             inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride // 2**step)
-            x = rectified([norm], x, inside)  # type: ignore[list-item]
+            x = cast(PaddedGroupNorm, norm).rectified(x, inside)
             maps.insert(0, (x, inside))
         return maps
 
@@ -400,3 +403,17 @@ def make_pyramid(levels: Sequence[FeatureLevel], width: int, kind: PyramidKind =
         return SimplePyramid(levels, width, finest)
     kept = [level for level in levels if level.stride >= min(finest, max(strides))]
     return TopDown(kept, width)
+
+
+def detection_pyramid(
+    levels: Sequence[FeatureLevel], width: int, sides: Sequence[float], kind: PyramidKind
+) -> tuple[tuple[int, ...], Pyramid]:
+    """The strides at which objects of these sizes are looked for, and a pyramid that has them."""
+    strides = detection_strides(make_pyramid(levels, width, kind).strides, sides)
+    return strides, make_pyramid(levels, width, kind, strides[0])
+
+
+def maps_of(pyramid: Pyramid, strides: Sequence[int], features: Features) -> Maps:
+    """(map, cells inside) of these strides alone, as the pyramid gives them."""
+    found = dict(zip(pyramid.strides, pyramid(features), strict=True))
+    return [found[stride] for stride in strides]

@@ -23,10 +23,10 @@ from featprobe.probes.detections import (
     Detections,
     ObjectTarget,
     anchor_sizes,
-    detection_pyramid,
     in_crowd,
-    maps_of,
 )
+from featprobe.probes.head import ObjectHead
+from featprobe.probes.pyramid import detection_pyramid, maps_of
 from featprobe.processes import summed
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -35,7 +35,7 @@ MASK_CONVS = 2
 CELLS_OF_REGION = 14  # a region spans about as many cells of the level that it is pooled from
 
 
-class RcnnHead(nn.Module):
+class RcnnHead(ObjectHead):
     """Region proposals, then a class, a box and, with `masks`, a mask for each region.
 
     levels: offered, finest first; those finer than its finest stride are not taken. classes: the background counted.

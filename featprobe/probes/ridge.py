@@ -83,10 +83,9 @@ class RidgeSums:
     def _head(self, weight: Tensor, mean: Tensor, variance: Tensor, bias: Tensor) -> LinearHead:
         head = LinearHead(self.levels, self.classes).to(weight.device)
         head.bias.copy_(bias)
-        for level, part in zip(self.levels, self.parts, strict=True):
-            norm = head.norms[level.name]
-            norm.running_mean.copy_(mean[part])  # type: ignore[operator]
-            norm.running_var.copy_(variance[part])  # type: ignore[operator]
+        for level, norm, part in zip(self.levels, head.level_norms, self.parts, strict=True):
+            norm.running_mean.copy_(mean[part])
+            norm.running_var.copy_(variance[part])
             head.weights[level.name].copy_(weight[:, part])
         return head.eval()
 

@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,14 +28,17 @@ from featprobe.disk import (
     replacing,
     write_together,
 )
-from featprobe.errors import FileKindError, ProbeError
-from featprobe.fields import MISSING_FIELD, Fault, letter, shown
+from featprobe.errors import FieldError, FileKindError, ProbeError
+from featprobe.fields import MISSING_FIELD, Fault, letter, plain, shown
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
 from featprobe.probes.cards import card_faults
+from featprobe.probes.head import Head
 from featprobe.probes.heads import HeadRecipe, build_head
+from featprobe.result_rows import ResultRow
 from featprobe.specs import FeatureRecipe, digest
 
+T = TypeVar("T")
 HEAD_FORMAT, HEAD_VERSION, ROW_VERSION = "featprobe-head", 1, 1
 FINGERPRINT = ("backbone", "weights_sha256", "levels", "final_norm", "channels", "mean", "std", "intensity")
 
@@ -90,9 +92,7 @@ def make_folder(folder: Path) -> None:
         raise ProbeError(f"{folder} can't be written ({error.strerror}). Nothing was trained.") from error
 
 
-def load_head(
-    folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool = False
-) -> tuple[nn.Module, dict[str, Any]]:
+def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool = False) -> tuple[Head, dict[str, Any]]:
     """A saved head in eval mode, and its card.
 
     recipe: of the features that it is to be fed, checked against the card's fingerprint when given. whole: as for
@@ -257,10 +257,10 @@ class Checkpoint:
         self.kept = time.perf_counter()
 
 
-def head_folder(probes: Path, row: Mapping[str, Any]) -> Path:
+def head_folder(probes: Path, row: ResultRow) -> Path:
     """Where the head of a row lies. Raises ProbeError for a folder that is not below `probes`."""
     try:
-        return below(probes, str(row["folder"]), "its row")
+        return below(probes, row.folder, "its row")
     except FileKindError as error:
         raise ProbeError(str(error)) from error
 
@@ -282,6 +282,11 @@ def _torch_save(value: Any, stream: IO[bytes]) -> None:
         raise refused[0] if refused else error from error
 
 
+def read_results(path: Path) -> tuple[list[ResultRow], list[str]]:
+    """The rows of results.jsonl, and what was wrong with lines that hold none, as `read_rows` has them."""
+    return _read(path, _result)
+
+
 def read_rows(
     path: Path, faults_of: Callable[[Mapping[str, Any]], list[Fault]] | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -290,12 +295,17 @@ def read_rows(
     A torn last line, left by a kill, rows of another schema version, and rows in which `faults_of` finds something are
     left aside.
     """
+    return _read(path, partial(_row, faults_of=faults_of))
+
+
+def _read(path: Path, parse: Callable[[bytes], tuple[T | None, str]]) -> tuple[list[T], list[str]]:
+    """What the lines of a file hold, and what was wrong with those that hold nothing."""
     rows, faults = [], []
     lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if os.path.lexists(path) else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        row, said = _row(line, faults_of)
+        row, said = parse(line)
         if row is not None:
             rows.append(row)
             continue
@@ -308,7 +318,7 @@ NO_JSON = "is no JSON, or too long or deep"
 
 
 def _row(
-    line: bytes, faults_of: Callable[[Mapping[str, Any]], list[Fault]] | None
+    line: bytes, faults_of: Callable[[Mapping[str, Any]], list[Fault]] | None = None
 ) -> tuple[dict[str, Any] | None, str]:
     """The row of a line, or None and why there is none."""
     try:
@@ -321,30 +331,26 @@ def _row(
         return None, "is no JSON object"
     if type(row.get("version")) is not int or row["version"] != ROW_VERSION:
         return None, f"is of version {shown(row.get('version'))}, known is {ROW_VERSION}"
-    said = _said_of(line, faults_of) if faults_of else ""
-    return None if said else row, said
+    faults = faults_of(row) if faults_of else []
+    return (None, _said_of(row, faults)) if faults else (row, "")
 
 
 @lru_cache(4096)
-def _said_of(line: bytes, faults_of: Callable[[Mapping[str, Any]], list[Fault]]) -> str:
-    """What is wrong with the fields of a row; "" for nothing. Files are read again and again, and their lines stay."""
-    row = json.loads(line)
-    faults = faults_of(row)
-    if not faults:
-        return ""
+def _result(line: bytes) -> tuple[ResultRow | None, str]:
+    """The result row of a line. Files are read again and again, and their lines stay."""
+    row, said = _row(line)
+    if row is None:
+        return None, said
+    try:
+        return ResultRow.from_json(row), ""
+    except FieldError as error:
+        return None, _said_of(row, error.faults)
+
+
+def _said_of(row: Mapping[str, Any], faults: Sequence[Fault]) -> str:
+    """What is wrong with the fields of a row."""
     missing = [fault.place[-1] for fault in faults if fault.said == MISSING_FIELD]
     others = [str(fault) for fault in faults if fault.said != MISSING_FIELD]
     others += [f"it holds no {', '.join(map(str, missing))}: an older featprobe wrote it"] if missing else []
     folder = f" ({row['folder']})" if isinstance(row.get("folder"), str) else ""
     return f"has wrong fields{folder}: {'; '.join(others)}"
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it, which has no nan: a score that does not exist is None."""
-    if isinstance(value, Mapping):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

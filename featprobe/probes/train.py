@@ -340,6 +340,40 @@ def _is_recorded(heads: Sequence[nn.Module], tuned: Tuned | None, fixed: bool) -
     return fixed and tuned is None and count() == 1 and execution.recorded(next(heads[0].parameters()).device)
 
 
+class _Rates:
+    """The learning rates of an optimizer's groups, as `learning_rate` has them step by step.
+
+    For a device that takes whole batches they lie there, so that no step waits for the host.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, recipe: TrainRecipe, device: torch.device, *, recorded: bool
+    ) -> None:
+        self.optimizer, self.recipe, self.recorded = optimizer, recipe, recorded
+        self.whole = execution.whole_batches(device)
+        self.full: list[float] = [group["lr"] for group in optimizer.param_groups]
+        if self.whole:
+            factors = [learning_rate(step, recipe) for step in range(recipe.iterations)]
+            self.factors = torch.tensor(factors, dtype=torch.float32, device=device)
+            self.full_there = torch.tensor(self.full, dtype=torch.float32, device=device)
+            self.there = self.full_there.clone()
+        self.link()
+
+    def link(self) -> None:
+        """Let the optimizer read each group's rate where it lies on the device."""
+        for index, group in enumerate(self.optimizer.param_groups if self.whole else ()):
+            group |= {"lr": self.there[index], "fused": True, "capturable": self.recorded}
+
+    def set(self, step: int, place: Tensor) -> None:
+        """Give every group the rate of a step. place: (1,), the same number on the device."""
+        if self.whole:
+            torch.mul(self.full_there, self.factors.index_select(0, place), out=self.there)
+            return
+        factor = learning_rate(step, self.recipe)
+        for group, rate in zip(self.optimizer.param_groups, self.full, strict=True):
+            group["lr"] = rate * factor
+
+
 class _Loop:
     """The state of a training, and what a step does to it."""
 
@@ -367,16 +401,11 @@ class _Loop:
             [*groups, *(tuned.groups if tuned else ())], fused=True, capturable=self.recorded
         )
         self.optimizer._warned_capturable_if_run_uncaptured = True  # as the first steps do
-        self.rates: list[float] = [group["lr"] for group in self.optimizer.param_groups]
-        if self.whole:  # where step, rates and losses lie, so that no step waits for the host
-            self.place = torch.zeros(1, dtype=torch.long, device=self.device)
-            factors = [learning_rate(step, recipes[0]) for step in range(recipes[0].iterations)]
-            self.factors = torch.tensor(factors, dtype=torch.float32, device=self.device)
-            self.full_rates = torch.tensor(self.rates, dtype=torch.float32, device=self.device)
-            self.own_rates = self.full_rates.clone()
+        self.rates = _Rates(self.optimizer, recipes[0], self.device, recorded=self.recorded)
+        self.place = torch.zeros(1, dtype=torch.long, device=self.device)  # the step, where the device can read it
+        if self.whole:  # losses lie there too, so that no step waits for the host
             self.ones = groups[0]["params"][0].new_ones(len(heads), requires_grad=False)
             self.gathered = groups[0]["params"][0].new_zeros((recipes[0].iterations, len(heads)), requires_grad=False)
-        self._link()
         self.curves: list[list[CurvePoint]] = [[] for _ in heads]
         self.alive = [True] * len(heads)
         self.losses: list[Tensor] = []  # (heads,) of each step since the last mark
@@ -416,7 +445,7 @@ class _Loop:
                 nn.utils.clip_grad_norm_(head.parameters(), self.recipes[0].clip)
         if self.tuned and self.tuned.clip:
             nn.utils.clip_grad_norm_(self.tuned.backbone.parameters(), self.tuned.clip)
-        self._set_rates()
+        self.rates.set(self.step, self.place)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.moving)
@@ -426,20 +455,6 @@ class _Loop:
         self.gathered.index_copy_(0, self.place, total[None].to(self.gathered))
         self.place += 1
         return self.gathered[self.step]
-
-    def _set_rates(self) -> None:
-        """Give every group the learning rate of this step."""
-        if self.whole:
-            torch.mul(self.full_rates, self.factors.index_select(0, self.place), out=self.own_rates)
-            return
-        factor = learning_rate(self.step, self.recipes[0])
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-
-    def _link(self) -> None:
-        """Let the optimizer read each group's rate where it lies on the device."""
-        for index, group in enumerate(self.optimizer.param_groups if self.whole else ()):
-            group |= {"lr": self.own_rates[index], "fused": True, "capturable": self.recorded}
 
     def note(self, losses: Tensor) -> None:
         """Count a step that was taken. losses: its own, (heads,)."""
@@ -518,9 +533,8 @@ class _Loop:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._link()
-        if self.whole:
-            self.place.fill_(self.step)
+        self.rates.link()
+        self.place.fill_(self.step)
         self.curves = [[CurvePoint(**point) for point in curve] for curve in state["curves"]]
         self.alive = list(state["alive"])
         self.losses = [values.to(next(self.moving.parameters()).device) for values in state["losses"]]

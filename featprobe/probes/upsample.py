@@ -10,11 +10,11 @@ from featprobe.features import Features
 from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
 from featprobe.probes.execution import full_products, half_products
-from featprobe.probes.linear import over_padding
+from featprobe.probes.head import DenseHead, over_padding
 from featprobe.probes.pyramid import ConvBlock, make_pyramid
 
 
-class UpsampleHead(nn.Module):
+class UpsampleHead(DenseHead):
     """Per-pixel class logits from the finest map of a feature pyramid.
 
     Lateral 1x1 convolutions bring every level to one width, coarse ones are upsampled and added, a 3x3 convolution

@@ -5,7 +5,9 @@ from math import isnan
 from typing import Any
 
 from featprobe.errors import counted
-from featprobe.report.comparison import FEW_GROUPS, LABELS, budget_text, interval_text, number, scores_of
+from featprobe.kinds import KINDS
+from featprobe.report.comparison import budget_text, interval_text, number, scores_of
+from featprobe.scores import FEW_GROUPS, LABELS
 
 SURE = 0.05  # corrected p value up to which a difference is called one
 SMALL, PART = 0.02, 0.1  # points, and share of the higher score: a smaller gain makes no difference in practice
@@ -47,7 +49,7 @@ def _of_head(lines: Sequence[Line], differences: Sequence[Line]) -> list[str]:
         of_regime = [line for line in scored if line["regime"] == regime]
         if len(of_regime) > 1 or regime == regimes[0]:
             sentences += _which_backbone(of_regime, score, [d for d in differences if d["kind"] == "backbones"])
-    return sentences + (_is_frozen_enough(scored, score, differences) if head != "ridge" else [])
+    return sentences + ([] if KINDS[head].solved else _is_frozen_enough(scored, score, differences))
 
 
 # ---- which backbone --------------------------------------------------------------------------------------------------

@@ -7,17 +7,8 @@ from typing import Any
 import pandas as pd
 
 from featprobe.report.text import table_text
+from featprobe.scores import FEW_GROUPS, LABELS
 
-LABELS: Mapping[str, str] = {
-    "miou_foreground": "fg mIoU",
-    "miou": "mIoU",
-    "box_ap50": "box AP50",
-    "box_ap": "box AP",
-    "mask_ap50": "mask AP50",
-    "mask_ap": "mask AP",
-}
-"""What people call the scores; of those in one line the first is the main one."""
-FEW_GROUPS = 20  # below, an interval can't be taken at its word (metrics.FEW_GROUPS, which a test compares)
 NOT_KEPT = ("curve", "classes")  # parts of a line that are no column
 NONE = "–"
 VERDICTS_ON = {"procedures": "any seed", "heads": "these heads", "none": "none"}

@@ -1,7 +1,8 @@
 """Result rows as tables."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -9,45 +10,29 @@ import pandas as pd
 from featprobe.errors import counted
 from featprobe.report.comparison import NONE
 from featprobe.report.text import table_text
-from featprobe.specs import SplitChoice
+from featprobe.result_rows import ResultRow
+from featprobe.scores import at
 from featprobe.texts import cell
 
-SCORES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "semseg": {"mIoU": ("miou",), "fg mIoU": ("miou_foreground",)},
-    "detect": {"AP": ("box", "ap"), "AP50": ("box", "ap50"), "AP75": ("box", "ap75"), "AR100": ("box", "ar100")},
-    "instseg": {
-        "mask AP": ("mask", "ap"),
-        "mask AP50": ("mask", "ap50"),
-        "box AP": ("box", "ap"),
-        "box AP50": ("box", "ap50"),
-    },
-}
-"""Columns of each task's table, and where a row's `test` holds them."""
-SPREAD_OF = {"semseg": "fg mIoU", "detect": "AP50", "instseg": "mask AP50"}
-PER_CLASS = {
-    "semseg": ("IoU", ("iou",)),
-    "detect": ("AP", ("box", "per_class")),
-    "instseg": ("AP", ("mask", "per_class")),
-}
 
-
-def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def result_table(rows: Sequence[ResultRow], dtypes: Sequence[str] = ()) -> pd.DataFrame:
     """One line per task, backbone, data set, regime, head, cache and recipe: scores in percent, averaged over seeds.
 
     Of a cross-validation the scores are averaged over folds too, and n counts a seed once for each fold.
+    dtypes: in which the features of each row were stored, where that is known; "" for a backbone that was trained.
 
     Columns: task, backbone, data, regime (where one is not frozen), head, cache (its key, dtype, tiles and views, where
-    lines would look alike), n (seeds), the task's scores, the standard deviation over seeds of the first that counts
-    the defects alone (with two or more), seconds of training, head parameters, the score of each class. A task's
-    columns are nan for the others.
+    lines would look alike), n (seeds), the task's scores, the standard deviation over seeds of the main one (with two
+    or more), seconds of training, head parameters, the score of each class. A task's columns are nan for the others.
     """
-    frame = pd.DataFrame([_line(row) for row in _told_apart(rows)])
+    every = zip(_told_apart(rows), dtypes or [""] * len(rows), strict=True)
+    frame = pd.DataFrame([_line(row, dtype) for row, dtype in every])
     keys = ["task", "backbone", "data", "regime", "head", "cache", "recipe"]
     grouped = frame.groupby(keys, sort=False, dropna=False)
     table = grouped.mean()
     table.insert(0, "n", grouped.size())
     if (table["n"] > 1).any():
-        for column in dict.fromkeys(SPREAD_OF[str(row["task"])] for row in rows):
+        for column in dict.fromkeys(_main_column(row) for row in rows):
             name = f"{column.removesuffix(' mIoU')} sd"
             table.insert(list(table.columns).index(column) + 1, name, grouped[column].std())
     table = table.reset_index().drop(columns=["recipe"])
@@ -57,52 +42,49 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return table if alike.any() else table.drop(columns=["cache"])
 
 
-def _line(row: Mapping[str, Any]) -> dict[str, Any]:
-    task = row["task"]
-    prefix, place = PER_CLASS[task]
-    per_class = _at(row["test"], place)
+def _main_column(row: ResultRow) -> str:
+    """The column of the score that decides."""
+    return next(score.title for score in row.scores.shown if score.name == row.scores.main.name)
+
+
+def _line(row: ResultRow, dtype: str) -> dict[str, Any]:
+    prefix, place = row.scores.per_class
+    per_class = at(row.test, place)
     return {
-        "task": task,
-        "backbone": row["backbone"],
+        "task": row.task,
+        "backbone": row.backbone,
         "data": _data_text(row),
-        "regime": row["regime"],
-        "head": row["head"],
-        "cache": _cache_text(row),
-        "recipe": row["recipe_key"],
-        **{name: percent(_at(row["test"], own)) for name, own in SCORES[task].items()},
-        "seconds": row["seconds"]["train"],
-        "head params": row["parameters"],
-        **{f"{prefix} {name}": percent(per_class[name]) for name in row["classes"] if name in per_class},
+        "regime": row.regime,
+        "head": row.head,
+        "cache": _cache_text(row, dtype),
+        "recipe": row.recipe_key,
+        **{score.title: percent(score.of(row.test)) for score in row.scores.shown},
+        "seconds": row.seconds.train,
+        "head params": row.parameters,
+        **{f"{prefix} {name}": percent(per_class[name]) for name in row.classes if name in per_class},
     }
 
 
-def _told_apart(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _told_apart(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Rows whose data set has a name of its own: that of its folder where one name stands for several sets."""
-    folder_of = [str(row["folder"]).partition("/")[0] for row in rows]
-    sets = {(row["data"], folder) for row, folder in zip(rows, folder_of, strict=True)}
+    folder_of = [row.folder.partition("/")[0] for row in rows]
+    sets = {(row.data, folder) for row, folder in zip(rows, folder_of, strict=True)}
     several = {name for name, count in Counter(name for name, _ in sets).items() if count > 1}
-    return [{**r, "data": f} if r["data"] in several else r for r, f in zip(rows, folder_of, strict=True)]
+    return [replace(r, data=f) if r.data in several else r for r, f in zip(rows, folder_of, strict=True)]
 
 
-def _data_text(row: Mapping[str, Any]) -> str:
-    notes = [] if row["split"] == "own" else [SplitChoice.parse(row["split"]).text]
-    images = counted(row["images"]["train"], "image")
-    notes += [] if row["fraction"] == 1 else [f"{row['fraction']:g} of train: {images}"]
-    notes += [] if row["instances"] == "own" else ["connected components"]
-    notes += ["absent classes 0"] if row["task"] == "semseg" and row.get("absent_classes") == "zero" else []
-    return f"{row['data']} ({', '.join(notes)})" if notes else str(row["data"])
+def _data_text(row: ResultRow) -> str:
+    notes = [] if row.split == "own" else [replace(row.choice, fold=0).text]
+    images = counted(row.images.train, "image")
+    notes += [] if row.fraction == 1 else [f"{row.fraction:g} of train: {images}"]
+    notes += [] if row.instances == "own" else ["connected components"]
+    notes += ["absent classes 0"] if row.scores.dense and row.absent_classes == "zero" else []
+    return f"{row.data} ({', '.join(notes)})" if notes else row.data
 
 
-def _cache_text(row: Mapping[str, Any]) -> str:
-    tiles = [f"tiles of {row['tile']}"] if row.get("tile") else []  # rows of an older featprobe do not say
-    dtype = [row["dtype"]] if row.get("dtype") else []  # of the card
-    return ", ".join([row["feature_key"][:8], *dtype, *tiles, *(row["augmentation"] or {}).get("views", [])])
-
-
-def _at(values: Any, place: Sequence[str]) -> Any:
-    for name in place:
-        values = values[name]
-    return values
+def _cache_text(row: ResultRow, dtype: str) -> str:
+    tiles = [f"tiles of {row.tile}"] if row.tile else []  # rows of an older featprobe do not say
+    return ", ".join([row.feature_key[:8], *([dtype] if dtype else []), *tiles, *row.views])
 
 
 def percent(share: float | None) -> float:
@@ -110,12 +92,13 @@ def percent(share: float | None) -> float:
     return float("nan") if share is None else 100 * share
 
 
-def result_text(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
+def result_text(rows: Sequence[ResultRow], width: int | None = None, dtypes: Sequence[str] = ()) -> str:
     """Result rows as text: a table per task and data set, with the classes in its own order; see `table_text`."""
-    blocks: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in _told_apart(rows):
-        blocks.setdefault((row["task"], _data_text(row)), []).append(row)
-    return "\n\n".join(f"{data}\n{table_text(_texts(result_table(own)), width)}" for (_, data), own in blocks.items())
+    blocks: dict[tuple[str, str], list[tuple[ResultRow, str]]] = {}
+    for row, dtype in zip(_told_apart(rows), dtypes or [""] * len(rows), strict=True):
+        blocks.setdefault((row.task, _data_text(row)), []).append((row, dtype))
+    tables = [(data, result_table(*zip(*own, strict=True))) for (_, data), own in blocks.items()]
+    return "\n\n".join(f"{data}\n{table_text(_texts(table), width)}" for data, table in tables)
 
 
 def _texts(table: pd.DataFrame) -> pd.DataFrame:

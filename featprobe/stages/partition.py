@@ -1,7 +1,8 @@
 """Which rows of a cache are trained on, chosen on and scored."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,8 @@ from featprobe.datasets.splits import (
     starved,
 )
 from featprobe.errors import DataError, ProbeError
-from featprobe.specs import Rows, SplitChoice, digest
+from featprobe.specs import Rows, digest
+from featprobe.splitting import SplitChoice
 from featprobe.stages.row_images import images_of
 from featprobe.targets import IGNORE, Target
 
@@ -27,24 +29,70 @@ SCARCE_FIRST: Mapping[str, float] = {split: SHARES[split] for split in ("train",
 """The shares in the order in which they are given a class of fewer than three groups."""
 Classes = list[set[int]]
 _classes: WeakKeyDictionary[Cache, Classes] = WeakKeyDictionary()
-_regrouped: WeakKeyDictionary[Cache, dict[str, Cache]] = WeakKeyDictionary()
+_regrouped: WeakKeyDictionary[Cache, dict[SplitChoice, Cache]] = WeakKeyDictionary()
 
 
-def single_splits(split: str) -> list[str]:
+def single_splits(choice: SplitChoice) -> list[SplitChoice]:
     """What a choice of split stands for, one split each: the folds of a cross-validation, a file with its digest.
 
-    Raises DataError for what is no split, and for a file that can't be read or is not what the choice has pinned.
+    Raises DataError for a file that can't be read or is not what the choice has pinned.
 
-    >>> single_splits("group:3")
+    >>> [str(single) for single in single_splits(SplitChoice("group", 3))]
     ['group:3/1', 'group:3/2', 'group:3/3']
     """
-    choice = SplitChoice.parse(split)
     if choice.file:
         file = _file_of(choice)
         choice = replace(choice, by=f"{choice.file}#{file.digest}", folds=file.folds)
     if choice.fold or not choice.folds:
-        return [str(choice)]
-    return [str(replace(choice, fold=fold)) for fold in range(1, choice.folds + 1)]
+        return [choice]
+    return [replace(choice, fold=fold) for fold in range(1, choice.folds + 1)]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A cache under one of the `single_splits`: which of its rows are trained on, chosen on and scored.
+
+    source: the cache as it was opened. Nothing is read of it, or of a split file, before it is asked for.
+    """
+
+    source: Cache
+    choice: SplitChoice
+
+    @property
+    def cache(self) -> Cache:
+        """The cache, whose images have the groups that a split file gives them; raises DataError.
+
+        The same object for each partition of one cache and split, so that what is known of it is known to all of them.
+        """
+        if not self.choice.file:
+            return self.source
+        known = _regrouped.setdefault(self.source, {})
+        if self.choice not in known:
+            known[self.choice] = _regroup(self.source, self.choice)
+        return known[self.choice]
+
+    @cached_property
+    def rows(self) -> Mapping[str, Rows]:
+        """Usable rows of train, val and test.
+
+        Raises ProbeError when one of them is empty, or when another split than the cache's would need other rows;
+        DataError where the split does not fit the cache's images.
+        """
+        cache, usable = self.source, self.source.usable()
+        if self.choice.by != "own" and cache.recipe.keeps_own_split:
+            raise ProbeError(
+                f"{cache.path} holds views, or fewer empty tiles, of the training images of the set's own split.\n"
+                f"Leave --split {self.choice} away, which would need others; or extract without --views and "
+                "--empty-tiles."
+            )
+        images = images_of(cache, usable)
+        split_of = dict(zip(images.tolist(), _assigned_in(cache, self.choice, images)[1], strict=True))
+        splits = [split_of[image] for image in cache.image_of[usable].tolist()]
+        rows = {s: usable[[a == s for a in splits]] for s in ("train", "val", "test")}
+        empty = [s for s, found in rows.items() if not len(found)]
+        if empty:
+            raise ProbeError(f"{cache.path}: the {', '.join(empty)} split has no usable image. Nothing was trained.")
+        return rows
 
 
 def _file_of(choice: SplitChoice) -> SplitFile:
@@ -90,9 +138,8 @@ def assigned(
     return list(groups), splits_of_fold(units, folds, choice.fold, held, seed) if choice.fold else folds
 
 
-def _assigned_in(cache: Cache, split: str, images: Rows) -> tuple[list[str], list[str]]:
+def _assigned_in(cache: Cache, choice: SplitChoice, images: Rows) -> tuple[list[str], list[str]]:
     """The group and the split of each of these images."""
-    choice = SplitChoice.parse(split)
     asked = range(len(cache.images)) if choice.file else images.tolist()  # a file names what can't be used too
     columns = [cache.images.column(name) for name in ("id", "group", "split")]
     ids, groups, own = ([column[i] for i in asked] for column in columns)
@@ -101,7 +148,7 @@ def _assigned_in(cache: Cache, split: str, images: Rows) -> tuple[list[str], lis
     return [found[0][place[i]] for i in images.tolist()], [found[1][place[i]] for i in images.tolist()]
 
 
-def partition_of(cache: Cache, split: str) -> tuple[str, set[str]]:
+def partition_of(cache: Cache, choice: SplitChoice) -> tuple[str, set[str]]:
     """A digest over the group and the split of each usable image, in each fold, and the ids of those that are tested.
 
     The same digest for the same partition, whatever it is called. Raises FeatprobeError where that can't be told now.
@@ -109,56 +156,21 @@ def partition_of(cache: Cache, split: str) -> tuple[str, set[str]]:
     images = images_of(cache, cache.usable())
     every = cache.images.column("id")
     ids = [every[i] for i in images.tolist()]
-    folds = [_assigned_in(cache, single, images) for single in single_splits(split)]
+    folds = [_assigned_in(cache, single, images) for single in single_splits(choice)]
     tested = {name for _, splits in folds for name, own in zip(ids, splits, strict=True) if own == "test"}
     return digest(sorted(zip(ids, *(column for fold in folds for column in fold), strict=True))), tested
 
 
-def split_rows(cache: Cache, split: str) -> dict[str, Rows]:
-    """Usable rows of train, val and test under one of the `single_splits`.
-
-    Raises ProbeError when one of them is empty, or when another split than the cache's would need other rows;
-    DataError where the split does not fit the cache's images.
-    """
-    usable = cache.usable()
-    if split != "own" and (cache.recipe.views[1:] or cache.recipe.empty_tiles < 1):
-        raise ProbeError(
-            f"{cache.path} holds views, or fewer empty tiles, of the training images of the set's own split.\n"
-            f"Leave --split {split} away, which would need others; or extract without --views and --empty-tiles."
-        )
-    images = images_of(cache, usable)
-    split_of = dict(zip(images.tolist(), _assigned_in(cache, split, images)[1], strict=True))
-    splits = [split_of[image] for image in cache.image_of[usable].tolist()]
-    rows = {s: usable[[a == s for a in splits]] for s in ("train", "val", "test")}
-    empty = [s for s, found in rows.items() if not len(found)]
-    if empty:
-        raise ProbeError(f"{cache.path}: the {', '.join(empty)} split has no usable image. Nothing was trained.")
-    return rows
-
-
-def regrouped(cache: Cache, split: str) -> Cache:
-    """A cache whose images have the groups that a split file gives them; the same cache for other splits.
-
-    The same object each time, so that what is known of it is known in all runs.
-    """
-    if not SplitChoice.parse(split).file:
-        return cache
-    own = _regrouped.setdefault(cache, {})
-    if split not in own:
-        own[split] = _regroup(cache, split)
-    return own[split]
-
-
-def _regroup(cache: Cache, split: str) -> Cache:
-    groups, _ = _assigned_in(cache, split, np.arange(len(cache.images)))
+def _regroup(cache: Cache, choice: SplitChoice) -> Cache:
+    groups, _ = _assigned_in(cache, choice, np.arange(len(cache.images)))
     rows = cache.rows.grouped([groups[i] for i in cache.image_of.tolist()])
     images = cache.images.grouped(groups) if cache.recipe.in_parts else None
     return Cache(cache.path, replace(cache.contents, rows=rows, images=images))
 
 
-def split_notes(cache: Cache, split: str) -> list[str]:
+def split_notes(cache: Cache, choice: SplitChoice) -> list[str]:
     """What a user should know of a split: leaks of a file, classes that a part of it lacks, how folds are scored."""
-    choices = [SplitChoice.parse(single) for single in single_splits(split)]
+    choices = single_splits(choice)
     images = images_of(cache, cache.usable())
     notes = []
     if len(choices) > 1:
@@ -166,7 +178,7 @@ def split_notes(cache: Cache, split: str) -> list[str]:
     elif choices[0].fold:
         notes.append(f"fold {choices[0].fold} of {choices[0].folds} alone; featprobe compare waits for the others")
     for one in choices:
-        groups, splits = _assigned_in(cache, str(one), images)
+        groups, splits = _assigned_in(cache, one, images)
         if one.file and one.fold <= 1:
             notes += leaks(groups, splits, f"the split of {Path(one.file).name}")
         lacking = starved(splits, [classes_of(cache)[i] for i in images.tolist()], groups, cache.data.classes)

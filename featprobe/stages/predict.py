@@ -3,13 +3,13 @@
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from os.path import realpath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,17 +23,19 @@ from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images.pages import is_page_name, misnamed, page_of, pages_of
 from featprobe.datasets.images.pixels import counted_levels
-from featprobe.datasets.images.reading import SUFFIXES, Header, header_of, pixel_notes, read_levels, to_unit
+from featprobe.datasets.images.reading import SUFFIXES, Header, header_of, pixel_notes, read_levels, unit_of
 from featprobe.datasets.names import visible
 from featprobe.datasets.samples import check_names, listed
 from featprobe.disk import below, make_folders, write_together, write_whole
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
-from featprobe.probes import load_head, objects_at_original
+from featprobe.probes import DenseHead, ObjectHead, load_head, objects_at_original
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
 from featprobe.report.sheets import Panel, colour_of, draw_overlay, png
+from featprobe.result_rows import ResultRow
+from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
 from featprobe.stages.extraction.survey import skippable
@@ -43,6 +45,7 @@ from featprobe.stages.training.detection import coco_results
 from featprobe.targets import Labels, decode_rle
 from featprobe.texts import printable
 
+T = TypeVar("T")
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
 
@@ -84,6 +87,10 @@ class PredictReport:
     notes: tuple[str, ...]
 
 
+def _image_of(found: tuple[_Piece, object]) -> int:
+    return found[0].image
+
+
 class Predictor:
     """A saved head behind its own backbone and preprocessing, all of them from the head's card.
 
@@ -96,7 +103,7 @@ class Predictor:
         head, self.card = load_head(folder, whole=True)
         self.recipe = FeatureRecipe.from_json(self.card["features"])
         self.classes = tuple(self.card["head"]["classes"])
-        self.task = self.card["head"]["task"]
+        self.dense = SCORES[self.card["head"]["task"]].dense
         self.head = head.to(self.device)
         self.backbone = self._backbone(folder, weights)
         self.framing = Framing(self.recipe, self.device)
@@ -110,32 +117,44 @@ class Predictor:
             for i, levels in enumerate(read)
             for part in self._parts(levels)
         ]
-        predictions = []
-        for i, found in groupby(self._found(pieces, len(images)), lambda pair: pair[0].image):
-            (path, name), size = images[i], (read[i].shape[0], read[i].shape[1])
-            clipped = self._clipped(read[i])
-            if self.task == "semseg":
-                stride: Any = self.head.stride
-                logits = (([own], piece.placement, piece.part) for piece, own in found)
-                (semantic,) = stitched_classes(logits, stride, size)
-                predictions.append(Prediction(path, name, size, semantic.cpu().numpy(), None, clipped, headers[i]))
-            else:
-                objects = [(objects_at_original(own, piece.placement), piece.part) for piece, own in found]
-                merged = stitched_objects(objects, size)
-                predictions.append(Prediction(path, name, size, None, merged, clipped, headers[i]))
-        return predictions
+        return [
+            Prediction(path, name, (levels.shape[0], levels.shape[1]), semantic, objects, self._clipped(levels), header)
+            for (path, name), levels, header, (semantic, objects) in zip(
+                images, read, headers, self._whole(pieces, read), strict=True
+            )
+        ]
 
     def picture(self, path: Path) -> NDArray[np.float32]:
         """An image as the head's intensity policy shows it, in [0, 1]."""
-        return to_unit(read_levels(path), self.recipe.window, self.recipe.policy)
+        return unit_of(read_levels(path), self.recipe)
+
+    def _whole(
+        self, pieces: Sequence["_Piece"], read: Sequence[NDArray[Any]]
+    ) -> Iterator[tuple[Labels | None, Objects | None]]:
+        """The classes of each image's pixels, or its objects, from its pieces."""
+        sizes = [(levels.shape[0], levels.shape[1]) for levels in read]
+        match self.head:
+            case DenseHead() as dense:
+                cells = self._found(lambda features: dense(features).unbind(), pieces, len(read))
+                for size, (_, own) in zip(sizes, groupby(cells, _image_of), strict=True):
+                    logits = (([found], piece.placement, piece.part) for piece, found in own)
+                    (classes,) = stitched_classes(logits, dense.stride, size)
+                    yield classes.cpu().numpy(), None
+            case ObjectHead() as finder:
+                detections = self._found(finder, pieces, len(read))
+                for size, (_, found) in zip(sizes, groupby(detections, _image_of), strict=True):
+                    objects = [(objects_at_original(one, piece.placement), piece.part) for piece, one in found]
+                    yield None, stitched_objects(objects, size)
 
     @torch.inference_mode()
-    def _found(self, pieces: Sequence["_Piece"], at_once: int) -> Iterator[tuple["_Piece", Any]]:
+    def _found(
+        self, head: Callable[[Features], Sequence[T]], pieces: Sequence["_Piece"], at_once: int
+    ) -> Iterator[tuple["_Piece", T]]:
         """Each piece and what the head finds in it."""
         for start in range(0, len(pieces), at_once):
             some = pieces[start : start + at_once]
-            found: Any = self.head(self._features([p.levels for p in some], [p.placement for p in some]))
-            yield from ((piece, found[k]) for k, piece in enumerate(some))
+            found = head(self._features([p.levels for p in some], [p.placement for p in some]))
+            yield from zip(some, found, strict=True)
 
     def _read(self, path: Path, header: Header) -> NDArray[Any]:
         bits, wanted = header.bits, self.card["data"].get("bits")
@@ -198,8 +217,7 @@ class Predictor:
                 spec = replace(spec, weights=str(below(folder, named, f"The card of {folder}")))
         if weights is not None:
             spec = replace(spec, source="file", weights=weights)
-        head_levels: Any = self.head.levels
-        backbone = load_backbone(spec, [level.name for level in head_levels], self.device)
+        backbone = load_backbone(spec, [level.name for level in self.head.levels], self.device)
         now = replace(
             self.recipe, weights_sha256=backbone.sha256, final_norm=backbone.final_norm, mean=backbone.mean,
             std=backbone.std, interpolation=backbone.interpolation,
@@ -251,12 +269,12 @@ def predict(
                 if pictures:
                     write_together(pictures)
             bar.update(len(batch))
-    if predictor.task != "semseg":
-        own_objects = predictor.card["result"]["instances"] == "own"
+    if not predictor.dense:
+        own_objects = ResultRow.from_json(predictor.card["result"]).instances == "own"
         ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
         written = coco_of(done, predictor.classes, ids)
         write_whole(out / "predictions.json", json.dumps(written) + "\n")
-    files = ("masks/", "overlays/") if predictor.task == "semseg" else ("predictions.json", "overlays/")
+    files = ("masks/", "overlays/") if predictor.dense else ("predictions.json", "overlays/")
     notes = _clipped_notes(done, predictor.recipe.window) + pixel_notes([(str(one.image), one.header) for one in done])
     return PredictReport(out, len(done), files, tuple(left_out), tuple(notes))
 

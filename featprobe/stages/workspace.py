@@ -3,45 +3,21 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
-from featprobe.datasets.patterns import Description, Pattern
-from featprobe.datasets.splits import group_pattern
 from featprobe.disk import new_folder, plain_name, read_toml
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
-from featprobe.fields import Fault, letter, shown
-from featprobe.geometry import Fit, parse_size
-from featprobe.specs import BackboneSpec, Intensity, Tiling, parse_views
-from featprobe.stages.extraction.extract_options import read_as
+from featprobe.fields import Fault, letter
+from featprobe.specs import BackboneSpec
+from featprobe.stages.extraction.command_line import backbone_words
+from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
 
 CONFIG = "featprobe.toml"
-
-
-@dataclass(frozen=True)
-class DataEntry:
-    """A section [data.NAME] of featprobe.toml: where a set lies, and how it is read and framed."""
-
-    path: str
-    size: str | None = None
-    fit: Fit | None = None
-    intensity: str | None = None
-    format: str | None = None
-    images: str | None = None
-    masks: str | None = None
-    group_from: str | None = None
-    split_file: str | None = None
-    classes: tuple[str, ...] = ()
-    tile: int | None = None
-    overlap: int | None = None
-    empty_tiles: float | None = None
-    views: str | None = None
-    follow_links: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,10 +57,7 @@ class Workspace:
         from featprobe.backbones.catalog import find_backbone  # timm takes seconds, and most commands need none of it
 
         table = self.config.get("backbones", {})
-        arguments = ["--backbone", name, *(["--weights", str(Path(weights).resolve())] if weights else [])]
-        arguments += ["--random-init"] if random_init else []
-        if final_norm is not None:
-            arguments.append("--final-norm" if final_norm else "--no-final-norm")
+        arguments = backbone_words(name, weights, random_init, final_norm)
         if name in table:
             spec = replace(find_backbone(table[name]["model"]), label=name)
             weights = weights or self._path(table[name].get("weights"))
@@ -97,7 +70,7 @@ class Workspace:
             spec = replace(spec, label=label, source="file", weights=weights)
         elif random_init:
             spec = replace(spec, label=f"{spec.label}-random", source="random")
-        return replace(spec, final_norm=final_norm, arguments=tuple(arguments))
+        return replace(spec, final_norm=final_norm, arguments=arguments)
 
     def backbone_names(self) -> list[str]:
         """Short names that can be asked for here."""
@@ -208,7 +181,7 @@ class Workspace:
             bad = {fault.place[2] for fault in faults if fault.place[:2] == ("data", name) and len(fault.place) > 2}
             if isinstance(entry, dict):
                 own = {key: value for key, value in entry.items() if key not in bad}
-                faults += [fault.below("data", name) for fault in _senseless(own, entry)]
+                faults += [fault.below("data", name) for fault in entry_faults(own, entry)]
         if faults:
             raise FeatprobeError(letter(f"{path} can't be used. Nothing was computed.", faults, "Mend it, then go on."))
         return config
@@ -221,46 +194,6 @@ def name_of(path: Path) -> str:
     'new_castings'
     """
     return re.sub(r"[^\w.-]+", "_", path.resolve().name)
-
-
-def _described(entry: Mapping[str, Any]) -> str:
-    """What is wrong with the description of a set, whatever its patterns are; "" when nothing is."""
-    there = [name for name in ("images", "masks") if name in entry]
-    if len(there) == 1:
-        return f"{there[0]} without {'masks' if there == ['images'] else 'images'}, which describe a set together"
-    if there and entry.get("format", "pairs") != "pairs":
-        return f"images and masks describe a set beside format = {shown(entry['format'])}; omit one of the two"
-    return ""
-
-
-def _senseless(entry: Mapping[str, Any], whole: Mapping[str, Any]) -> list[Fault]:
-    """What makes no sense in an entry whose values are of the right kind; whole: with those that are not."""
-    parsers: Mapping[str, Callable[[str], object]] = {
-        "size": parse_size,
-        "intensity": Intensity.parse,
-        "views": parse_views,
-        "images": partial(Pattern, called="images"),
-        "masks": partial(Pattern, called="masks"),
-        "group_from": group_pattern,
-    }
-    faults = {key: _fault(partial(parse, entry[key])) for key, parse in parsers.items() if key in entry}
-    found = [Fault((key,), said) for key, said in faults.items() if said]
-    found += [Fault((), said)] if (said := _described(whole)) else []
-    if faults.get("images") == faults.get("masks") == "":
-        found += [Fault((), said)] if (said := _fault(partial(Description.of, entry["images"], entry["masks"]))) else []
-    cut = ("tile", "overlap", "empty_tiles", "fit")
-    if all(key in entry for key in cut if key in whole):
-        found += [Fault((), said)] if (said := _fault(partial(Tiling.of, *map(entry.get, cut)))) else []
-    return found
-
-
-def _fault(check: Callable[[], object]) -> str:
-    """What a check says is wrong; "" when nothing is."""
-    try:
-        check()
-    except DataError as error:
-        return str(error)
-    return ""
 
 
 def make_generated(

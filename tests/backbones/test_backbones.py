@@ -207,6 +207,7 @@ UNLIKE = {
 """Models of unlike families -> what is to happen at a size that is not their own; the smaller ones of benchmarks/."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", UNLIKE)
 def test_levels_at_two_sizes_are_timms_own(model: str) -> None:
     at_own, at_other = compare(model)

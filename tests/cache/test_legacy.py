@@ -137,7 +137,8 @@ def test_where_no_process_can_be_started_it_is_said(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(subprocess, "Popen", refuse)
     with pytest.raises(CacheError, match="can't be started: Cannot allocate memory"):
         read_contents(old)
-    assert ["can't be started" in line for line in legacy.disagreements(read_contents(new))] == [True]
+    contents = read_contents(new)
+    assert ["can't be started" in line for line in legacy.disagreements(contents.file, contents.index)] == [True]
 
 
 def children() -> list[str]:
@@ -252,7 +253,8 @@ def new_cache(folder: Path) -> Path:
 
 def test_hdf5_sees_what_the_header_says(tmp_path: Path) -> None:
     path = new_cache(tmp_path)
-    assert legacy.disagreements(read_contents(path)) == []
+    contents = read_contents(path)
+    assert legacy.disagreements(contents.file, contents.index) == []
     assert "sound" in call(tmp_path, "cache", "verify", path, "--hdf5").stdout
 
 

@@ -93,12 +93,6 @@ def test_every_commands_help_has_an_example_that_names_it(words: str) -> None:
     assert re.search(rf"featprobe (--workspace \S+ )?{words}\b", example), result.stdout
 
 
-@pytest.mark.parametrize("words", WORDS)
-def test_every_command_stands_in_the_readme(words: str) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.search(rf"featprobe {words}\b", text), f"README.md does not name `featprobe {words}`"
-
-
 def test_options_that_state_a_default_state_the_one_of_the_recipe() -> None:
     """As `1000 linear, 300 others`, or one value for all."""
 
@@ -164,6 +158,7 @@ def test_looking_after_data_and_caches_needs_neither_torch_nor_timm(images: Path
 # ---- terminals and pipes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "parts", 6, (32, 32))
     name = "a_defect_with_a_long_name_as_some_have"
@@ -388,6 +383,7 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
     assert isinstance(result.exception, featprobe.FeatprobeError)
 
 
+@pytest.mark.slow
 def test_real_processes_end_with_the_same_codes(tmp_path: Path) -> None:
     result = child("--workspace", tmp_path, "probe")
     assert result.returncode == 1 and result.stdout == ""

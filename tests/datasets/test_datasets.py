@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import recipe_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nst
@@ -32,7 +33,7 @@ from featprobe.datasets.samples import Sample
 from featprobe.datasets.splits import SHARES, carve_validation, complete_splits, split_by_group
 from featprobe.errors import DataError, OutOfImageError
 from featprobe.geometry import place
-from featprobe.specs import Intensity
+from featprobe.intensity import Intensity
 from featprobe.stages.extraction.survey import choose_intensity, survey
 from featprobe.targets import Instance, Target, decode_rle, decode_window, encode_rle, semantic_from_instances
 
@@ -1035,7 +1036,7 @@ def test_a_damaged_image_is_read_or_refused_and_nothing_else(
 
 def test_letterboxing_fills_the_padding_and_leaves_the_image_alone() -> None:
     levels = np.full((20, 40), 200, dtype=np.uint8)
-    framed = frame_image(levels, place((20, 40), (64, 64), "letterbox", 32), None, "bicubic", (0.1, 0.2, 0.3))
+    framed = frame_image(levels, place((20, 40), (64, 64), "letterbox", 32), recipe_of(mean=(0.1, 0.2, 0.3)))
     assert framed.shape == (3, 64, 64) and framed.dtype == np.float32
     for channel, fill in enumerate((0.1, 0.2, 0.3)):
         assert np.allclose(framed[channel, 32:], fill)
@@ -1043,19 +1044,19 @@ def test_letterboxing_fills_the_padding_and_leaves_the_image_alone() -> None:
 
 
 def test_resizing_fills_the_asked_size_and_pads_right_and_below_only() -> None:
-    framed = frame_image(
-        np.full((9, 7), 255, np.uint8), place((9, 7), (40, 50), "resize", 32), None, "bilinear", (0,) * 3
-    )
+    recipe = recipe_of(interpolation="bilinear", mean=(0,) * 3)
+    framed = frame_image(np.full((9, 7), 255, np.uint8), place((9, 7), (40, 50), "resize", 32), recipe)
     assert framed.shape == (3, 64, 64)
     assert (framed[:, :40, :50] == 1).all() and (framed[:, 40:] == 0).all() and (framed[:, :, 50:] == 0).all()
 
 
 def test_grey_is_repeated_and_colour_keeps_its_order() -> None:
-    grey = frame_image(deep((32, 32)), place((32, 32), (32, 32), "resize", 32), (0, 65535), "bicubic", (0,) * 3)
+    recipe = recipe_of(window=(0, 65535), intensity="window:0:65535")
+    grey = frame_image(deep((32, 32)), place((32, 32), (32, 32), "resize", 32), recipe)
     assert np.array_equal(grey[0], grey[1]) and np.array_equal(grey[0], grey[2])
     colour = np.zeros((32, 32, 3), dtype=np.uint8)
     colour[:] = (255, 128, 0)
-    framed = frame_image(colour, place((32, 32), (32, 32), "resize", 32), None, "bicubic", (0,) * 3)
+    framed = frame_image(colour, place((32, 32), (32, 32), "resize", 32), recipe_of())
     assert [float(framed[c].mean()) for c in range(3)] == pytest.approx([1, 128 / 255, 0])
 
 
@@ -1063,7 +1064,8 @@ def test_16_bit_levels_are_resampled_at_full_depth() -> None:
     """Two levels that any 8-bit step would merge stay apart through window and resampling."""
     levels = np.full((16, 16), 30_000, dtype=np.uint16)
     levels[:, 8:] = 30_010
-    framed = frame_image(levels, place((16, 16), (32, 32), "resize", 32), (0.0, 65535.0), "bicubic", (0,) * 3)
+    recipe = recipe_of(window=(0.0, 65535.0), intensity="window:0:65535")
+    framed = frame_image(levels, place((16, 16), (32, 32), "resize", 32), recipe)
     assert framed[0, 0, -1] - framed[0, 0, 0] == pytest.approx(10 / 65535, rel=1e-2)
 
 

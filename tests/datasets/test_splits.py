@@ -44,11 +44,13 @@ from featprobe.errors import DataError, FeatprobeError
 from featprobe.kinds import TrainRecipe
 from featprobe.metrics import average_precision, iou_scores
 from featprobe.probes.saved import read_card, read_rows
-from featprobe.specs import SplitChoice
+from featprobe.result_rows import ResultRow
+from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.compare import compare
-from featprobe.stages.comparison.results import ObjectTest, load_results
+from featprobe.stages.comparison.results import load_results
+from featprobe.stages.comparison.tested import ObjectTest
 from featprobe.stages.extraction.extract import extract_with
-from featprobe.stages.partition import SCARCE_FIRST, classes_of, single_splits, split_notes, split_rows
+from featprobe.stages.partition import SCARCE_FIRST, Partition, classes_of, single_splits, split_notes
 from featprobe.stages.training.commands import commands_of
 from featprobe.stages.training.finetune import missing_counterparts
 from featprobe.stages.training.probe import notes_of, probe
@@ -260,8 +262,8 @@ def test_another_split_is_not_told_what_the_own_one_lacks(tmp_path: Path) -> Non
     assert create_file(path, recipe_of(), replace(data_info(), notes=own.notes), rows_of(4), {})
     with CacheWriter(path) as writer:
         writer.write(0, random_maps(recipe_of(), 4))
-    assert notes_of(opened(path), "semseg", "own")[:2] == list(own.notes)
-    assert not set(own.notes) & set(notes_of(opened(path), "semseg", "image"))
+    assert notes_of(opened(path), "semseg", SplitChoice("own"))[:2] == list(own.notes)
+    assert not set(own.notes) & set(notes_of(opened(path), "semseg", SplitChoice("image")))
 
 
 def test_a_file_that_leaks_is_used_and_told_and_one_without_val_gets_it_from_train() -> None:
@@ -306,11 +308,11 @@ def test_a_written_split_is_the_one_that_probing_takes(made: Workspace, tmp_path
     out = tmp_path / "split.csv"
     report = write_split(made.data_set("surface"), out, split)
     cache = cache_of(made)
-    wanted = split_rows(cache, split)
+    wanted = Partition(cache, SplitChoice(split)).rows
     assert {name: len(rows) for name, rows in wanted.items()} == report.images
-    (pinned,) = single_splits(str(out))
-    assert pinned == f"{out}#{read_split_file(out).digest}"
-    found = split_rows(cache, pinned)
+    (pinned,) = single_splits(SplitChoice.parse(str(out)))
+    assert str(pinned) == f"{out}#{read_split_file(out).digest}"
+    found = Partition(cache, pinned).rows
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
     held = {c: sum(c in classes_of(cache)[r] for r in wanted["test"].tolist()) for c in range(1, 4)}
     assert [*report.holders["test"].values()] == [*held.values()][: len(report.holders["test"])]
@@ -321,8 +323,9 @@ def test_written_folds_are_the_ones_that_probing_takes(made: Workspace, tmp_path
     report = write_split(made.data_set("surface"), out, "group:3")
     assert list(report.images) == ["1", "2", "3"]
     cache = cache_of(made)
-    for pinned, plain in zip(single_splits(str(out)), single_splits("group:3"), strict=True):
-        found, wanted = split_rows(cache, pinned), split_rows(cache, plain)
+    every = zip(*(single_splits(SplitChoice.parse(text)) for text in (str(out), "group:3")), strict=True)
+    for pinned, plain in every:
+        found, wanted = Partition(cache, pinned).rows, Partition(cache, plain).rows
         assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -361,8 +364,9 @@ def test_probing_on_a_file_scores_its_test_images_in_its_groups(space: Workspace
     first = next(i for i, line in enumerate(out.read_text().splitlines()) if line.endswith(",one,test"))
     edited(out, lambda lines: [line.replace(",test", ",train") if i == first else line for i, line in enumerate(lines)])
     with pytest.raises(DataError, match="says something else than it did"):
-        split_rows(cache_of(space), row["split"])
-    assert any("the split of split.csv leaks: 1 of" in note for note in split_notes(cache_of(space), str(out)))
+        _ = Partition(cache_of(space), SplitChoice.parse(row["split"])).rows
+    now = SplitChoice.parse(str(out))
+    assert any("the split of split.csv leaks: 1 of" in note for note in split_notes(cache_of(space), now))
 
 
 def test_a_class_that_a_split_lacks_is_told(space: Workspace, tmp_path: Path) -> None:
@@ -372,9 +376,8 @@ def test_a_class_that_a_split_lacks_is_told(space: Workspace, tmp_path: Path) ->
     rest = [name for name in held if name not in bare]
     splits = ["test" if name in bare else "val" if name in rest[:2] else "train" for name in held]
     write_split_file(out, list(held), list(held), splits)
-    assert any(
-        note.startswith(f"no test image holds {cache.data.classes[1]} (") for note in split_notes(cache, str(out))
-    )
+    notes = split_notes(cache, SplitChoice.parse(str(out)))
+    assert any(note.startswith(f"no test image holds {cache.data.classes[1]} (") for note in notes)
 
 
 def test_extracting_with_another_split_or_groups_copies_the_features(tmp_path: Path, monkeypatch: Any) -> None:
@@ -487,11 +490,11 @@ def test_objects_of_several_heads_are_ranked_as_one_test_set(space: Workspace) -
                                 [p for p in whole.predictions if p["image_id"] in ids]))  # fmt: skip
     joined = ObjectTest.joined(parts)
     assert sorted(joined.ids) == sorted(whole.ids)
-    assert joined.scores(row)["box"]["ap"] == pytest.approx(
+    assert joined.scores(ResultRow.from_json(row))["box"]["ap"] == pytest.approx(
         average_precision(whole.truth, whole.predictions, "bbox").ap
     )
     results, _, _ = load_results(space.probes)
-    assert results[0].row["test"]["box"]["ap"] == row["test"]["box"]["ap"]
+    assert results[0].row.test["box"]["ap"] == row["test"]["box"]["ap"]
 
 
 def test_detection_in_folds_is_compared(space: Workspace) -> None:
@@ -533,7 +536,7 @@ def test_a_study_runs_every_fold(made: Workspace) -> None:
     from featprobe.stages.study.study import Study, cells_of
 
     cells = cells_of(Study(("surface",), ("pooling",), regimes=("frozen",), seeds=2, split="group:3"), made)
-    assert [(cell.split, cell.seed) for cell in cells] == [(f"group:3/{f}", s) for s in (0, 1) for f in (1, 2, 3)]
+    assert [(str(cell.split), cell.seed) for cell in cells] == [(f"group:3/{f}", s) for s in (0, 1) for f in (1, 2, 3)]
     with pytest.raises(FeatprobeError):
         cells_of(Study(("surface",), ("pooling",), split="grup"), made)
 

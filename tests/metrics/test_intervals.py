@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from featprobe.errors import DataError, ShapeError
 from featprobe.metrics import (
-    FEW_GROUPS,
     Resamples,
     Statistic,
     bca_interval,
@@ -19,17 +18,18 @@ from featprobe.metrics import (
     groups_with_truth,
     holm,
     iou_scores,
-    iou_statistic,
     jackknifed,
     mean_of,
     modality_gap,
     paired_difference,
     percentile_interval,
+    pixel_statistic,
     resample,
     score_interval,
     studentised_interval,
 )
 from featprobe.metrics.intervals import INTERVALS, draw_weights
+from featprobe.scores import FEW_GROUPS
 
 SEEDS = st.integers(0, 2**32 - 1)
 QUICK = settings(max_examples=40, deadline=None)
@@ -63,7 +63,7 @@ def of_values(values: list[float]) -> Resamples:
 
 
 def test_mean_iou_under_weights_counted_by_hand() -> None:
-    score = iou_statistic(np.array([binary(30, 10, 10), binary(10, 30, 10), binary(0, 0, 0)]), ["b", "a", "c"])
+    score = pixel_statistic(np.array([binary(30, 10, 10), binary(10, 30, 10), binary(0, 0, 0)]), ["b", "a", "c"])
     weights = np.array([[1, 1, 1], [2, 1, 0], [0, 3, 0], [0, 0, 3]], dtype=float)  # of a, b, c
     assert score.value(weights) == pytest.approx([40 / 100, 50 / 150, 30 / 50, 40 / 100])
     assert score.sets == (("a", "b", "c"),)
@@ -75,14 +75,14 @@ def test_a_resample_without_a_class_keeps_its_iou_on_the_whole_split() -> None:
     confusions[:, 2, 2] = confusions[:, 2, 0] = 10
     confusions[0, 1, 1] = 9
     confusions[0, 1, 0] = 1
-    score = iou_statistic(confusions)
+    score = pixel_statistic(confusions)
     held = score.value(np.array([[0.0, 2, 1], [0, 0, 3], [3, 0, 0], [1, 1, 1]]))
     assert held == pytest.approx([(0.9 + 0.5) / 2] * 4)
     assert groups_with_truth(confusions) == (0, 1, 3)
 
 
 def test_a_class_that_a_resample_lacks_and_predicts_all_the_same_scores_0_there() -> None:
-    score = iou_statistic(np.array([binary(50, 0, 0), binary(0, 0, 5)]))
+    score = pixel_statistic(np.array([binary(50, 0, 0), binary(0, 0, 5)]))
     assert score.value(np.array([[1.0, 1], [0, 2]])) == pytest.approx([50 / 55, 0])
 
 
@@ -92,7 +92,7 @@ def test_a_class_that_a_resample_lacks_and_predicts_all_the_same_scores_0_there(
 @QUICK
 def test_the_estimate_is_the_score_of_the_whole_split(absent, name, seed, images) -> None:
     confusions = random_confusions(seed, images)
-    found = score_interval(iou_statistic(confusions, score=name, absent=absent), resamples=FEW_DRAWS)
+    found = score_interval(pixel_statistic(confusions, score=name, absent=absent), resamples=FEW_DRAWS)
     expected = getattr(iou_scores(confusions.sum(0), absent), name)
     assert found.estimate == pytest.approx(expected, nan_ok=True)
 
@@ -101,7 +101,7 @@ def test_the_estimate_is_the_score_of_the_whole_split(absent, name, seed, images
 @given(seed=SEEDS)
 @QUICK
 def test_the_influence_is_the_derivative_and_sums_to_0(of, seed) -> None:
-    one, other = (iou_statistic(random_confusions(s, 6), score="miou") for s in (seed, seed + 1))
+    one, other = (pixel_statistic(random_confusions(s, 6), score="miou") for s in (seed, seed + 1))
     score = {"one": one, "mean": mean_of([one, other]), "difference": difference_of(one, other)}[of]
     weights = next(draw_weights([6], 5, seed))
     influence = score.influence(weights)
@@ -113,7 +113,7 @@ def test_the_influence_is_the_derivative_and_sums_to_0(of, seed) -> None:
 
 
 def test_a_jackknifed_score_has_nearly_the_interval_of_its_derivative() -> None:
-    score = iou_statistic(random_confusions(5, 120), parts(120, 3))
+    score = pixel_statistic(random_confusions(5, 120), parts(120, 3))
     asked = []
 
     def value(weights):
@@ -170,7 +170,7 @@ def test_a_set_is_drawn_alike_whatever_stands_beside_it_and_however_many_at_once
 @given(seed=SEEDS)
 @QUICK
 def test_the_same_seed_gives_the_same_interval_and_another_one_another(seed) -> None:
-    score = iou_statistic(random_confusions(1), parts(24))
+    score = pixel_statistic(random_confusions(1), parts(24))
     first, again, other = (score_interval(score, resamples=FEW_DRAWS, seed=s) for s in (seed, seed, seed + 1))
     assert first == again
     assert first.estimate == other.estimate and first.low != other.low
@@ -209,14 +209,14 @@ def test_draws_that_say_nothing_of_their_spread_widen_the_studentised_interval_t
 @given(seed=SEEDS, images=st.integers(4, 40))
 @QUICK
 def test_the_default_interval_holds_the_estimate_and_stays_within_0_and_1(seed, images) -> None:
-    found = score_interval(iou_statistic(random_confusions(seed, images), parts(images)), resamples=FEW_DRAWS)
+    found = score_interval(pixel_statistic(random_confusions(seed, images), parts(images)), resamples=FEW_DRAWS)
     assert 0 <= found.low <= found.estimate <= found.high <= 1
     assert found.groups == (images + 1) // 2
     assert found.few_groups == (found.groups < FEW_GROUPS)
 
 
 def test_more_groups_and_a_lower_level_make_it_narrower() -> None:
-    few, many = (iou_statistic(random_confusions(2, images), parts(images)) for images in (24, 240))
+    few, many = (pixel_statistic(random_confusions(2, images), parts(images)) for images in (24, 240))
 
     def width(score: Statistic, level: float = 0.95) -> float:
         found = score_interval(score, level=level, resamples=999)
@@ -234,8 +234,8 @@ def test_more_groups_and_a_lower_level_make_it_narrower() -> None:
 def test_the_order_of_the_images_changes_nothing(seed) -> None:
     confusions, groups = random_confusions(seed), parts(24)
     order = np.random.default_rng(seed).permutation(24)
-    moved = iou_statistic(confusions[order], [groups[i] for i in order])
-    whole = iou_statistic(confusions, groups)
+    moved = pixel_statistic(confusions[order], [groups[i] for i in order])
+    whole = pixel_statistic(confusions, groups)
     assert score_interval(moved, resamples=FEW_DRAWS) == score_interval(whole, resamples=FEW_DRAWS)
 
 
@@ -244,7 +244,7 @@ def test_the_order_of_the_images_changes_nothing(seed) -> None:
 def test_the_names_of_the_groups_change_no_more_than_another_seed_does(seed) -> None:
     confusions = random_confusions(seed)
     renamed = [f"{name:03}" for name in np.random.default_rng(seed).permutation(12).repeat(2)]
-    here, there = (resample(iou_statistic(confusions, groups), 9) for groups in (parts(24), renamed))
+    here, there = (resample(pixel_statistic(confusions, groups), 9) for groups in (parts(24), renamed))
     assert here.estimate == pytest.approx(there.estimate)
     assert here.standard_error == pytest.approx(there.standard_error)
     assert sorted(here.influence) == pytest.approx(sorted(there.influence))
@@ -252,21 +252,24 @@ def test_the_names_of_the_groups_change_no_more_than_another_seed_does(seed) -> 
 
 def test_a_group_for_each_image_is_the_bootstrap_over_images() -> None:
     confusions = random_confusions(3)
-    each = score_interval(iou_statistic(confusions, parts(24, each=1)), resamples=FEW_DRAWS)
-    assert each == score_interval(iou_statistic(confusions), resamples=FEW_DRAWS)
+    each = score_interval(pixel_statistic(confusions, parts(24, each=1)), resamples=FEW_DRAWS)
+    assert each == score_interval(pixel_statistic(confusions), resamples=FEW_DRAWS)
 
 
 def test_copies_of_the_images_within_their_groups_make_nothing_surer() -> None:
     confusions = random_confusions(4)
-    once, twice = iou_statistic(confusions, parts(24)), iou_statistic(confusions.repeat(2, axis=0), parts(48, each=4))
+    once, twice = (
+        pixel_statistic(confusions, parts(24)),
+        pixel_statistic(confusions.repeat(2, axis=0), parts(48, each=4)),
+    )
     assert score_interval(once, resamples=FEW_DRAWS) == score_interval(twice, resamples=FEW_DRAWS)
-    as_images = score_interval(iou_statistic(confusions.repeat(2, axis=0)), resamples=FEW_DRAWS)
+    as_images = score_interval(pixel_statistic(confusions.repeat(2, axis=0)), resamples=FEW_DRAWS)
     found = score_interval(once, resamples=FEW_DRAWS)
     assert as_images.high - as_images.low < found.high - found.low  # which would be surer than it should
 
 
 def test_the_mean_of_equal_runs_is_the_run_and_of_others_lies_between() -> None:
-    a, b = (iou_statistic(random_confusions(seed), parts(24)) for seed in (6, 7))
+    a, b = (pixel_statistic(random_confusions(seed), parts(24)) for seed in (6, 7))
     assert score_interval(mean_of([a, a]), resamples=FEW_DRAWS) == score_interval(a, resamples=FEW_DRAWS)
     both, alone = resample(mean_of([a, b]), FEW_DRAWS), [resample(run, FEW_DRAWS) for run in (a, b)]
     assert both.values == pytest.approx((alone[0].values + alone[1].values) / 2)
@@ -277,14 +280,14 @@ def test_the_mean_of_equal_runs_is_the_run_and_of_others_lies_between() -> None:
 
 
 def test_a_limit_at_the_bound_of_the_scale_is_no_interval() -> None:
-    a, b = (iou_statistic(random_confusions(seed), parts(24)) for seed in (1, 2))
-    two = iou_statistic(np.array([binary(50, 5, 0), binary(30, 30, 2)]))
-    one = iou_statistic(random_confusions(0, 3), ["only"] * 3)
+    a, b = (pixel_statistic(random_confusions(seed), parts(24)) for seed in (1, 2))
+    two = pixel_statistic(np.array([binary(50, 5, 0), binary(30, 30, 2)]))
+    one = pixel_statistic(random_confusions(0, 3), ["only"] * 3)
     assert score_interval(a).has_interval and paired_difference(a, b).has_interval
     assert modality_gap((a, b), (b, a)).has_interval
     for unknown in (score_interval(two), score_interval(one), paired_difference(one, one)):
         assert not unknown.has_interval
-    other = iou_statistic(np.array([binary(51, 5, 0), binary(30, 35, 2)]))
+    other = pixel_statistic(np.array([binary(51, 5, 0), binary(30, 35, 2)]))
     found = paired_difference(two, other)
     assert (found.low, found.high) == (-1, 1) and not found.has_interval
     gap = modality_gap((two, other), (other, two))
@@ -292,7 +295,7 @@ def test_a_limit_at_the_bound_of_the_scale_is_no_interval() -> None:
 
 
 def test_one_group_has_a_score_and_no_interval() -> None:
-    score = iou_statistic(random_confusions(0, 3), ["only"] * 3)
+    score = pixel_statistic(random_confusions(0, 3), ["only"] * 3)
     found, difference = score_interval(score), paired_difference(score, score)
     assert found.estimate == pytest.approx(iou_scores(random_confusions(0, 3).sum(0)).miou_foreground)
     assert math.isnan(found.low) and math.isnan(found.high) and math.isnan(difference.p_value)
@@ -303,40 +306,40 @@ def test_one_group_has_a_score_and_no_interval() -> None:
 
 @pytest.mark.parametrize("method", INTERVALS)
 def test_groups_that_all_score_alike_leave_no_room(method) -> None:
-    found = score_interval(iou_statistic(np.array([binary(30, 10, 10)] * 8)), method)
+    found = score_interval(pixel_statistic(np.array([binary(30, 10, 10)] * 8)), method)
     assert (found.low, found.high) == pytest.approx((0.6, 0.6))
 
 
 @pytest.mark.parametrize(("hit", "missed", "score"), [(50, 0, 1.0), (0, 50, 0.0)])
 def test_scores_of_0_and_1_have_an_interval(hit, missed, score) -> None:
-    perfect = iou_statistic(np.array([binary(hit, missed, 0)] * 8))
+    perfect = pixel_statistic(np.array([binary(hit, missed, 0)] * 8))
     assert score_interval(perfect).estimate == score_interval(perfect).low == score_interval(perfect).high == score
 
 
 def test_a_split_of_background_alone_has_no_foreground_score() -> None:
-    empty = iou_statistic(np.array([binary(0, 0, 0)] * 8))
+    empty = pixel_statistic(np.array([binary(0, 0, 0)] * 8))
     found, difference = score_interval(empty), paired_difference(empty, empty)
     assert all(math.isnan(value) for value in (found.estimate, found.low, found.high, difference.p_value))
-    assert score_interval(iou_statistic(np.array([binary(0, 0, 0)] * 8), score="miou")).estimate == 1
+    assert score_interval(pixel_statistic(np.array([binary(0, 0, 0)] * 8), score="miou")).estimate == 1
 
 
 def test_two_groups_that_differ_say_next_to_nothing() -> None:
-    found = score_interval(iou_statistic(np.array([binary(50, 5, 0), binary(30, 30, 2)])))
+    found = score_interval(pixel_statistic(np.array([binary(50, 5, 0), binary(30, 30, 2)])))
     assert (found.low, found.high) == (0, 1)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: iou_statistic(np.zeros((0, 2, 2), dtype=np.int64)),
-        lambda: iou_statistic(np.zeros((4, 2, 3), dtype=np.int64)),
-        lambda: iou_statistic(np.zeros((2, 2), dtype=np.int64)),
-        lambda: iou_statistic(random_confusions(0, 4), ["a", "b"]),
+        lambda: pixel_statistic(np.zeros((0, 2, 2), dtype=np.int64)),
+        lambda: pixel_statistic(np.zeros((4, 2, 3), dtype=np.int64)),
+        lambda: pixel_statistic(np.zeros((2, 2), dtype=np.int64)),
+        lambda: pixel_statistic(random_confusions(0, 4), ["a", "b"]),
         lambda: mean_of([]),
-        lambda: difference_of(iou_statistic(random_confusions(0, 4)), iou_statistic(random_confusions(0, 5))),
+        lambda: difference_of(pixel_statistic(random_confusions(0, 4)), pixel_statistic(random_confusions(0, 5))),
         lambda: paired_difference(
-            iou_statistic(random_confusions(0, 4), ["a", "a", "b", "b"]),
-            iou_statistic(random_confusions(0, 4), ["a", "a", "c", "c"]),
+            pixel_statistic(random_confusions(0, 4), ["a", "a", "b", "b"]),
+            pixel_statistic(random_confusions(0, 4), ["a", "a", "c", "c"]),
         ),
         lambda: holm([0.5, 1.5]),
         lambda: holm([[0.5]]),
@@ -353,7 +356,7 @@ def test_what_does_not_fit_together_is_refused(make: Callable[[], object]) -> No
 @given(seed=SEEDS)
 @QUICK
 def test_a_system_does_not_differ_from_itself(seed) -> None:
-    score = iou_statistic(random_confusions(seed), parts(24))
+    score = pixel_statistic(random_confusions(seed), parts(24))
     found = paired_difference(score, score, resamples=FEW_DRAWS)
     assert (found.estimate, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
@@ -363,7 +366,7 @@ def test_a_system_does_not_differ_from_itself(seed) -> None:
 def test_a_difference_turns_round_and_its_interval_agrees_with_its_p_value(seed, shift) -> None:
     first, second = random_confusions(seed), random_confusions(seed + 1)
     second[:, 1, 1] += shift
-    a, b = (iou_statistic(confusions, parts(24)) for confusions in (first, second))
+    a, b = (pixel_statistic(confusions, parts(24)) for confusions in (first, second))
     there, back = (paired_difference(*pair, resamples=FEW_DRAWS) for pair in ((a, b), (b, a)))
     assert there.estimate == score_interval(a).estimate - score_interval(b).estimate
     assert (there.estimate, there.low, there.high) == pytest.approx((-back.estimate, -back.high, -back.low))
@@ -375,9 +378,9 @@ def test_a_difference_turns_round_and_its_interval_agrees_with_its_p_value(seed,
 def test_a_small_lead_on_every_part_is_found_where_unpaired_intervals_overlap() -> None:
     rng = np.random.default_rng(0)
     hits = rng.integers(20, 80, 40)
-    a = iou_statistic(np.array([binary(hit, 100 - hit, 0) for hit in hits]))
+    a = pixel_statistic(np.array([binary(hit, 100 - hit, 0) for hit in hits]))
     fewer = hits - rng.integers(1, 5, 40)
-    b = iou_statistic(np.array([binary(hit, 100 - hit, 0) for hit in fewer]))
+    b = pixel_statistic(np.array([binary(hit, 100 - hit, 0) for hit in fewer]))
     found, ahead, behind = paired_difference(a, b), score_interval(a), score_interval(b)
     assert behind.high > ahead.low
     assert 0 < found.low < found.estimate < found.high < 0.05
@@ -385,13 +388,13 @@ def test_a_small_lead_on_every_part_is_found_where_unpaired_intervals_overlap() 
 
 
 def test_three_groups_can_not_say_more_than_three_coins() -> None:
-    a = iou_statistic(np.array([binary(80, 20, 0), binary(70, 30, 0), binary(75, 25, 0)]))
-    b = iou_statistic(np.array([binary(20, 80, 0), binary(10, 90, 0), binary(15, 85, 0)]))
+    a = pixel_statistic(np.array([binary(80, 20, 0), binary(70, 30, 0), binary(75, 25, 0)]))
+    b = pixel_statistic(np.array([binary(20, 80, 0), binary(10, 90, 0), binary(15, 85, 0)]))
     assert paired_difference(a, b).p_value >= 0.25
 
 
 def test_a_difference_on_which_all_groups_agree_is_certain_as_far_as_groups_go() -> None:
-    a, b = (iou_statistic(np.array([binary(hit, 100 - hit, 0)] * 8)) for hit in (60, 50))
+    a, b = (pixel_statistic(np.array([binary(hit, 100 - hit, 0)] * 8)) for hit in (60, 50))
     found = paired_difference(a, b)
     assert (found.estimate, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
     assert found.p_value == 2**-7
@@ -399,7 +402,7 @@ def test_a_difference_on_which_all_groups_agree_is_certain_as_far_as_groups_go()
 
 def test_the_modality_gap_is_the_difference_of_the_differences() -> None:
     first, second = (
-        [iou_statistic(random_confusions(seed, images), parts(images)) for seed in seeds]
+        [pixel_statistic(random_confusions(seed, images), parts(images)) for seed in seeds]
         for images, seeds in ((48, (1, 2)), (24, (3, 4)))
     )
     gap, turned = modality_gap(tuple(first), tuple(second)), modality_gap(tuple(second), tuple(first))
@@ -414,7 +417,7 @@ def test_the_modality_gap_is_the_difference_of_the_differences() -> None:
 
 
 def test_there_is_no_gap_where_neither_set_shows_a_difference() -> None:
-    a, b = (iou_statistic(random_confusions(seed), parts(24)) for seed in (1, 2))
+    a, b = (pixel_statistic(random_confusions(seed), parts(24)) for seed in (1, 2))
     found = modality_gap((a, a), (b, b), resamples=FEW_DRAWS)
     assert (found.estimate, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 

@@ -16,10 +16,10 @@ from featprobe.metrics import (
     SeedSpread,
     Statistic,
     difference_of,
-    iou_statistic,
     mean_of,
     modality_gap,
     paired_difference,
+    pixel_statistic,
     procedure_difference,
     procedure_gap,
     seed_spread,
@@ -106,7 +106,9 @@ def test_variances_of_iou_come_from_its_influences() -> None:
     """Heads with the same pixels wrong on other parts: their scores agree, their groups do not."""
     rng = np.random.default_rng(5)
     hits = rng.integers(40, 60, 24)
-    runs = [iou_statistic(np.array([[[500, 0], [100 - hit, hit]] for hit in rng.permutation(hits)])) for _ in range(3)]
+    runs = [
+        pixel_statistic(np.array([[[500, 0], [100 - hit, hit]] for hit in rng.permutation(hits)])) for _ in range(3)
+    ]
     found = seed_spread([runs]).own
     assert found.between == pytest.approx(0, abs=1e-15)
     assert found.by_groups == pytest.approx(np.var(hits / 100, ddof=1) / 24, rel=0.3)

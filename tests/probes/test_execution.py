@@ -389,13 +389,13 @@ def test_no_step_dispatches_more_operators_than_it_may_or_waits_for_the_device(f
 def test_a_step_over_levels_of_one_stride_waits_for_no_device(kind: str, padded: bool, whole: None) -> None:
     levels = tuple(FeatureLevel(f"block{i}", 8, 16) for i in range(3))
     task = "detect" if kind == "fcos" else "semseg"
-    head = build_head(HeadRecipe(task, kind, ("background", "a", "b"), (), 16), levels).train()
+    head: Any = build_head(HeadRecipe(task, kind, ("background", "a", "b"), (), 16), levels).train()
     features, labels = features_of(levels, padded, torch.float32), labels_of(padded)
     boxes = ObjectTarget(torch.tensor([[2.0, 2.0, 40.0, 30.0]]), torch.tensor([1]), None, torch.zeros(0, 4))
     objects = ObjectBatch.of([boxes] * BATCH)
 
     def step() -> None:
-        loss = head(features, objects) if kind == "fcos" else image_loss(head(features), labels)
+        loss = head.batch_loss(features, objects) if kind == "fcos" else image_loss(head(features), labels)
         loss.backward()
 
     step()  # what is kept for later steps is made by the first

@@ -38,7 +38,6 @@ from featprobe.probes.detections import (
     ObjectBatch,
     anchor_sizes,
     detection_strides,
-    maps_of,
     object_sides,
     on_host,
     side_ranges,
@@ -46,7 +45,7 @@ from featprobe.probes.detections import (
 from featprobe.probes.fcos import assign, grid_of
 from featprobe.probes.heads import BUILDERS
 from featprobe.probes.paste import paste_mask
-from featprobe.probes.pyramid import PaddedGroupNorm, Pyramid, TopDown, cells_inside
+from featprobe.probes.pyramid import PaddedGroupNorm, Pyramid, TopDown, cells_inside, maps_of
 from featprobe.probes.rcnn import RegionPool, half_pixel_later
 from featprobe.specs import BackboneSpec
 from featprobe.stages.training.detection import MaskStore
@@ -230,11 +229,13 @@ def test_the_finest_map_need_not_be_made() -> None:
 def test_objects_of_a_batch_in_tensors_of_one_shape_train_as_lists_do() -> None:
     levels, frame = FRAMES["four levels"]
     torch.manual_seed(0)
-    head = build_head(recipe_for("detect", "fcos"), levels).train()
+    head: Any = build_head(recipe_for("detect", "fcos"), levels).train()
     features, targets = random_features(levels, frame), crowded_targets(frame)
     every = ObjectBatch.of([targets[1], targets[0], *targets])
     assert every.boxes.shape == (4, 2, 4) and every.labels[:, 0].tolist() == [0, 1, 1, 0]
-    assert head(features, every.at(torch.tensor([1, 0]))).item() == pytest.approx(head(features, targets).item())
+    assert head.batch_loss(features, every.at(torch.tensor([1, 0]))).item() == pytest.approx(
+        head(features, targets).item()
+    )
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -309,6 +310,7 @@ def two_images() -> tuple[Features, tuple[FeatureLevel, ...], list[ObjectTarget]
     return Features({n: m.clone() for n, m in maps.items()}, (128, 128)), backbone.levels, targets, labels
 
 
+@pytest.mark.slow
 def test_a_head_overfits_two_images(kind: tuple[str, str], two_images: Any) -> None:
     if kind[1] == "ridge":
         pytest.skip("solved, not trained: see test_ridge.py")

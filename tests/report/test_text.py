@@ -3,11 +3,13 @@
 import re
 
 import pandas as pd
+from helpers import result_row
 from hypothesis import given
 from hypothesis import strategies as st
 
 from featprobe.report.tables import result_table, result_text
 from featprobe.report.text import table_text
+from featprobe.result_rows import ResultRow
 
 WORDS = st.text("abcdefg0123456789.", min_size=1, max_size=9)
 
@@ -45,20 +47,14 @@ def test_what_is_the_same_in_all_rows_is_said_once_and_parts_name_their_rows() -
     ]  # fmt: skip
 
 
-def row_of(data: str, classes: list[str]) -> dict[str, object]:
-    iou = dict.fromkeys(classes, 0.5)
-    return {
-        "folder": f"{data}-0/some-1/semseg-linear-2/seed0",
-        "task": "semseg", "backbone": "some", "data": data, "regime": "frozen", "head": "linear", "classes": classes,
-        "feature_key": "f" * 64, "recipe_key": "r", "test": {"miou": 0.5, "miou_foreground": 0.5, "iou": iou},
-        "seconds": {"train": 1.0}, "augmentation": None,
-        "images": {"train": 3}, "parameters": 7, "split": "own", "fraction": 1, "instances": "own",
-    }  # fmt: skip
+def row_of(data: str, classes: list[str], folder: str = "") -> ResultRow:
+    test = {"miou": 0.5, "miou_foreground": 0.5, "iou": dict.fromkeys(classes, 0.5)}
+    folder = f"{folder or f'{data}-0'}/some-1/semseg-linear-2/seed0"
+    return result_row(data=data, classes=tuple(classes), test=test, folder=folder, split="own", fraction=1.0)
 
 
 def test_sets_of_one_name_are_told_apart() -> None:
-    rows = [row_of("set", ["ground", "pore"]) for _ in range(3)]
-    rows[2] |= {"folder": "set-9/some-1/semseg-linear-2/seed0"}
+    rows = [row_of("set", ["ground", "pore"], folder) for folder in ("", "", "set-9")]
     blocks = result_text(rows).split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == ["set-0", "set-9"]
     assert result_table(rows)["n"].tolist() == [2, 1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import CPU, PoolingBackbone, extract, opened, options, stored, write_set
+from helpers import CPU, PoolingBackbone, extract, opened, options, stored, training_of, write_set
 
 from featprobe.backbones.backbone import load_backbone
 from featprobe.cli.main import cli
@@ -19,10 +19,10 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.memory import Portions, largest_that_fits, with_batch_size
 from featprobe.stages.predict import Predictor, predict
-from featprobe.stages.training import trials
+from featprobe.stages.training import fit, run
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.run import foreseen, validated
 from featprobe.stages.workspace import Workspace
 
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB.\nMore of it."
@@ -151,7 +151,7 @@ def test_trouble_late_in_a_training_is_one_paragraph(
     def late(*_: Any, **__: Any) -> Any:
         raise kind(text)
 
-    monkeypatch.setattr(trials, "train", late)
+    monkeypatch.setattr(fit, "train", late)
     words = f"probe --iterations 2 --batch-size {batch_size} --seeds 1 --quiet --device cpu".split()
     result = CliRunner().invoke(cli, ["--workspace", str(space.root), *words])
     assert result.exit_code == 1 and said in result.stderr and "Traceback" not in result.stderr
@@ -159,18 +159,19 @@ def test_trouble_late_in_a_training_is_one_paragraph(
     assert ("failed and can't be used" in result.stderr) == (text == GONE)
 
 
-@pytest.mark.parametrize("place", ["_trials", "_settle"])
-@pytest.mark.parametrize("ask", [lambda run: run.do(lambda line: None), Run.validated, Run.foresee])
+@pytest.mark.parametrize("place", ["trials_of", "keep_on_device"])
+@pytest.mark.parametrize("ask", [run.run, validated, foreseen])
 def test_too_little_memory_anywhere_in_a_run_is_one_paragraph(
     space: Workspace, monkeypatch: pytest.MonkeyPatch, place: str, ask: Any
 ) -> None:
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError(NO_MEMORY)
 
-    run = Run(space, opened(space.cache_files()[0]), "semseg", replace(QUICK, head="linear"), [0], 1.0)
-    monkeypatch.setattr(Run, place, full)
+    training = training_of(space, opened(space.cache_files()[0]), "semseg", replace(QUICK, head="linear"))
+    for module in (run, fit):
+        monkeypatch.setattr(module, place, full, raising=False)
     with pytest.raises(ProbeError, match=r"The memory of cpu is too small\.\n  found   CUDA out of memory") as caught:
-        ask(run)
+        ask(training)
     assert is_one_paragraph(caught.value) and "--device cpu" in str(caught.value)
 
 
@@ -178,7 +179,7 @@ def test_other_errors_are_not_taken_for_a_devices(space: Workspace, monkeypatch:
     def wrong(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(trials, "train", wrong)
+    monkeypatch.setattr(fit, "train", wrong)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         probe(space, options=QUICK)
 

@@ -12,7 +12,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import PoolingBackbone, change_part, filled_cache, make_cache, recipe_of, spy_on_writes, write_set
+from helpers import (
+    PoolingBackbone,
+    change_part,
+    filled_cache,
+    make_cache,
+    recipe_of,
+    spy_on_writes,
+    training_of,
+    write_set,
+)
 from helpers import extract as extract_into
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,20 +38,22 @@ from featprobe.geometry import Part, Placement, place, place_tile, tile_starts, 
 from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
-from featprobe.specs import BackboneSpec, parse_views
-from featprobe.stages.extraction.augment import Augmentation, augment
+from featprobe.specs import BackboneSpec
+from featprobe.splitting import SplitChoice
+from featprobe.stages.extraction.augment import augment
+from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
-from featprobe.stages.partition import regrouped, single_splits, split_rows
+from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.predict import predict
 from featprobe.stages.stitch import stitched_classes, stitched_logits, stitched_objects
 from featprobe.stages.training.commands import commands_of
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.live import LiveFeatures
-from featprobe.stages.training.outcome import scored_here
+from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.task import scored_here
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import (
     IGNORE,
@@ -53,6 +64,7 @@ from featprobe.targets import (
     labels_in_frame,
     move_rle,
 )
+from featprobe.tiling import parse_views
 
 BRIEF = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, evaluations=2, clip=10.0)
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -295,8 +307,7 @@ def test_each_row_holds_its_tile_and_the_file_the_whole_images(tiled: Workspace,
             assert part is not None and place.original == (40, 40) == place.content
             np.testing.assert_array_equal(cache.semantic(row), part.take(target.semantic))
             assert cache.instances(row) == cut_instances(target.instances, part)
-            recipe = cache.recipe
-            framed = frame_image(part.take(levels), place, recipe.window, recipe.interpolation, recipe.mean)
+            framed = frame_image(part.take(levels), place, cache.recipe)
             computed = PoolingBackbone()(torch.from_numpy(framed)[None]).maps["stride4"][0]
             assert np.array_equal(cache.read_row(row, cache.levels[0]), computed.half().numpy())
 
@@ -307,8 +318,8 @@ def test_tiles_of_an_image_never_fall_into_two_splits(tiled: Workspace) -> None:
         own = cache.images[image]
         assert (row.split, row.group, row.image, row.image_hash) == (own.split, own.group, own.image, own.image_hash)
     for split in ("own", "group", "image"):
-        run = Run(tiled, cache, "semseg", replace(options_of("semseg"), split=split), [0], 1.0)
-        sides = [set(cache.image_of[rows].tolist()) for rows in run.rows.values()]
+        parts = Partition(cache, SplitChoice(split)).rows.values()
+        sides = [set(cache.image_of[rows].tolist()) for rows in parts]
         assert sum(map(len, sides)) == len(set().union(*sides)) == len(cache.images)
 
 
@@ -334,14 +345,15 @@ def test_folds_and_split_files_are_of_whole_images(tiled: Workspace, tmp_path: P
     lines = [f"{name},g{i // 2},{split}" for i, (name, split) in enumerate(names.items())]
     file = tmp_path / "mine.csv"
     file.write_text("\n".join(["id,group,split", *lines]))
-    for split in (str(file), *single_splits("group:3")):
-        rows = split_rows(cache, split)
+    mine = SplitChoice.parse(str(file))
+    for split in (mine, *single_splits(SplitChoice("group", 3))):
+        rows = Partition(cache, split).rows
         shown = {part: {cache.images[i].id for i in cache.image_of[own]} for part, own in rows.items()}
         assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(len(cache)))
         assert sum(map(len, shown.values())) == len(cache.images), "no image stands in two splits"
-        if split == str(file):
+        if split == mine:
             assert {name: part for part, own in shown.items() for name in own} == names
-    own = regrouped(cache, str(file))
+    own = Partition(cache, mine).cache
     assert [image.group for image in own.images] == [line.split(",")[1] for line in lines]
     assert all(row.group == own.images[row.image_index].group for row in own.rows)
 
@@ -472,10 +484,10 @@ def test_a_pointwise_head_scores_the_same_from_tiles_as_from_whole_images(tmp_pa
         extract_into(space.root, data, PixelBackbone(), dtype="fp32", **changed)
         (row,) = probe(space, options=replace(options_of("semseg"), recipe=recipe)).rows
         cache = cache_of(space)
-        run = Run(space, cache, "semseg", replace(options_of("semseg"), recipe=recipe), [0], 1.0)
-        head = run._trials()[0].head.eval()  # untrained, and so the same for all three
-        with run.source(head) as source:
-            (outcome,) = run.task.evaluate([head], source.batches, run.rows["test"])
+        ready = prepare(training_of(space, cache, "semseg", replace(options_of("semseg"), recipe=recipe)))
+        head = trials_of(ready)[0].head.eval()  # untrained, and so the same for all three
+        with source_of(ready, head) as source:
+            (outcome,) = ready.task.evaluate([head], source.batches, ready.rows["test"])
         kept = np.load(space.probes / row["folder"] / "scores.npz")
         groups.append((kept["ids"].tolist(), kept["groups"].tolist(), kept["confusion"].sum((1, 2)).tolist()))
         matrices.append(outcome.scores)
@@ -513,11 +525,11 @@ def test_rows_cards_and_files_are_about_whole_images(task: str, tiled: Workspace
 
 def test_fractions_take_whole_images(tiled: Workspace) -> None:
     cache = cache_of(tiled)
-    run = Run(tiled, cache, "detect", options_of("detect"), [0], 0.3)
-    images = set(cache.image_of[run.rows["train"]].tolist())
+    rows = prepare(training_of(tiled, cache, "detect", options_of("detect"), fraction=0.3)).rows
+    images = set(cache.image_of[rows["train"]].tolist())
     assert 2 <= len(images) < 8
     every = {k for k, image in enumerate(cache.image_of.tolist()) if image in images}
-    assert set(run.rows["train"].tolist()) == every
+    assert set(rows["train"].tolist()) == every
 
 
 @pytest.fixture(scope="module")
@@ -536,6 +548,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[s
     return workspace, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["semseg", "instseg"])
 def test_predict_cuts_and_stitches_as_the_row_was_scored(task: str, trained: Any, tmp_path: Path) -> None:
     workspace, rows = trained
@@ -568,7 +581,7 @@ def test_fine_tuning_reads_tiles_as_the_cache_shows_them(trained: Any) -> None:
     cache = cache_of(workspace)
     with LiveFeatures(cache, PoolingBackbone(), torch.device("cpu"), lambda row: (None, None)) as live:  # type: ignore[arg-type]
         rows = np.arange(6, dtype=np.intp)
-        levels = [live._read(row) for row in rows.tolist()]
+        levels = [live._images.levels(row) for row in rows.tolist()]
     for row, pixels in zip(rows.tolist(), levels, strict=True):
         part = cache.rows[row].part
         assert part is not None
@@ -646,12 +659,12 @@ def test_crops_show_a_defect_seven_times_in_ten_and_where_chance_has_it_and_are_
 
 def test_heads_train_on_views_and_are_scored_without(viewed: Workspace) -> None:
     cache = cache_of(viewed)
-    run = Run(viewed, cache, "semseg", options_of("semseg"), [0], 0.3)
-    images = set(cache.image_of[run.rows["train"]].tolist())
+    rows = prepare(training_of(viewed, cache, "semseg", options_of("semseg"), fraction=0.3)).rows
+    images = set(cache.image_of[rows["train"]].tolist())
     every = [k for k, row in enumerate(cache.rows) if row.image_index in images]
-    assert run.rows["train"].tolist() == every, "a fraction takes views along with their image"
+    assert rows["train"].tolist() == every, "a fraction takes views along with their image"
     for split in ("val", "test"):
-        assert all("~" not in cache.rows[row].id for row in run.rows[split].tolist())
+        assert all("~" not in cache.rows[row].id for row in rows[split].tolist())
     (row,) = probe(viewed, options=options_of("semseg")).rows
     assert row["augmentation"] == {"views": list(VIEWS)} and row["regime"] == "frozen" and row["tuning"] is None
     assert row["images"] == {"train": 8, "val": 4, "test": 9}
@@ -662,7 +675,8 @@ def test_heads_train_on_views_and_are_scored_without(viewed: Workspace) -> None:
     assert commands_of(plain, [0], "parts", table)[0].endswith("--tile 0 --views none"), (
         "what featprobe.toml adds is not wanted"
     )
-    live = Run(viewed, cache, "semseg", options_of("semseg", tuning=Tuning(regime="frozen-online")), [0], 1.0)
+    options = options_of("semseg", tuning=Tuning(regime="frozen-online"))
+    live = prepare(training_of(viewed, cache, "semseg", options))
     assert not any("~" in cache.rows[row].id for row in live.rows["train"].tolist()), "augmentation takes their place"
     with pytest.raises(ProbeError, match="--split group"):
         probe(viewed, options=options_of("semseg", split="group"))

@@ -25,7 +25,7 @@ from _commands import COMMANDS, CONTEXT, HEAD, Bench, Fault
 from click.testing import CliRunner
 from disk_errors import counted, faults_of
 from head_loss import lose, states
-from helpers import PoolingBackbone, write_set
+from helpers import PoolingBackbone, training_of, write_set
 from helpers import extract as extract_into
 from torch import nn
 
@@ -39,7 +39,7 @@ from featprobe.stages.comparison.results import load_results
 from featprobe.stages.study.study import read_study, run_study
 from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace, make_generated
 
 PACKAGE = Path(__file__).parents[2] / "featprobe"
@@ -78,11 +78,11 @@ def rows_of(space: Workspace) -> list[dict[str, Any]]:
     return read_rows(space.probes / "results.jsonl")[0]
 
 
-def run_of(space: Workspace, seed: int) -> Run:
+def asked_for(space: Workspace, seed: int) -> Training:
     from featprobe.cache import open_cache
 
     (path,) = space.cache_files()
-    return Run(space, open_cache(path), "semseg", checked("semseg", options()), [seed], 1.0)
+    return training_of(space, open_cache(path), "semseg", checked("semseg", options()), seed)
 
 
 @pytest.mark.parametrize(("name", "lost"), list(states("frozen")), ids=[name for name, _ in states("frozen")])
@@ -90,9 +90,9 @@ def test_a_head_that_a_loss_of_power_spoiled_is_not_ranked_and_not_done(
     space: Workspace, heads: list[Path], name: str, lost: dict[str, str]
 ) -> None:
     lose(heads[0], lost)
-    assert not run_of(space, 0).is_done() and run_of(space, 1).is_done()
+    assert not asked_for(space, 0).is_done() and asked_for(space, 1).is_done()
     results, (unusable,), _ = load_results(space.probes)
-    assert sorted((result.row["task"], result.seeds) for result in results) == [("detect", (0,)), ("semseg", (1,))]
+    assert sorted((result.row.task, result.seeds) for result in results) == [("detect", (0,)), ("semseg", (1,))]
     assert unusable.folder == heads[0].relative_to(space.probes).as_posix()
     assert "Train it again:  featprobe probe --task semseg --data surface --backbone pooling" in unusable.reason
     if {"head.safetensors", "card.json"} & set(lost):
@@ -118,11 +118,11 @@ def test_a_head_that_was_trained_again_takes_the_place_of_the_spoiled_one(space:
     before = load_results(space.probes)[0]
     lose(heads[0], {"scores.npz": "empty"})
     probe(space, options=options(seeds=1))
-    assert run_of(space, 0).is_done(hashes=True)
+    assert asked_for(space, 0).is_done(hashes=True)
     after, unusable, _ = load_results(space.probes)
     assert not unusable and len(after) == len(before)
     for one, other in zip(after, before, strict=True):
-        assert one.seeds == other.seeds and one.row["test"] == other.row["test"]
+        assert one.seeds == other.seeds and one.row.test == other.row.test
 
 
 def test_bytes_are_looked_at_when_they_are_asked_for_and_when_they_are_compared(
@@ -132,7 +132,7 @@ def test_bytes_are_looked_at_when_they_are_asked_for_and_when_they_are_compared(
         data = bytearray((heads[0] / file).read_bytes())
         data[-1] ^= 1
         (heads[0] / file).write_bytes(data)
-        assert run_of(space, 0).is_done() and not run_of(space, 0).is_done(hashes=True)
+        assert asked_for(space, 0).is_done() and not asked_for(space, 0).is_done(hashes=True)
     assert "scores.npz is not the file that card.json describes" in load_results(space.probes)[1][0].reason
 
 
@@ -177,10 +177,10 @@ def test_a_head_of_an_older_featprobe_is_judged_by_what_its_card_says(space: Wor
     card = {key: value for key, value in read_card(heads[0]).items() if key != "files"}
     (heads[0] / "card.json").write_text(json.dumps(card | {"card_sha256": digest(card)}))
     whole = {path.name: path.read_bytes() for path in heads[0].iterdir()}
-    assert run_of(space, 0).is_done() and not load_results(space.probes)[1]
+    assert asked_for(space, 0).is_done() and not load_results(space.probes)[1]
     for name, lost in states("frozen"):
         lose(heads[0], lost)
-        assert not run_of(space, 0).is_done(), name
+        assert not asked_for(space, 0).is_done(), name
         assert len(load_results(space.probes)[1]) == 1, name
         for file, data in whole.items():
             (heads[0] / file).write_bytes(data)

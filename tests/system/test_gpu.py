@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import training_of
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,10 +22,9 @@ from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.predict import predict
 from featprobe.stages.training.finetune import finetune
+from featprobe.stages.training.prepared import keep_on_device, prepare, source_of, trials_of
 from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.sources import feed_of
-from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace, make_generated
 
 pytestmark = pytest.mark.gpu
@@ -173,12 +173,12 @@ def test_a_step_on_a_card_waits_for_nothing(extracted: Workspace) -> None:
     (path,) = extracted.cache_files()
     recipe = TrainRecipe(iterations=12, batch_size=8, evaluations=1)
     options = checked("semseg", ProbeOptions(recipe=recipe, seeds=1, quiet=True, device="cuda"))
-    run = Run(extracted, open_cache(path), "semseg", options, [0], 1.0)
-    (trial,) = run._trials()
-    with run.source(trial.head) as source:
-        run._settle(source)
-        loss = run.task.start([trial.head])
-        resident = source.resident(run.rows["train"])  # type: ignore[union-attr]
+    ready = prepare(training_of(extracted, open_cache(path), "semseg", options))
+    (trial,) = trials_of(ready)
+    with source_of(ready, trial.head) as source:
+        keep_on_device(ready, source)
+        loss = ready.task.start([trial.head])
+        resident = source.resident(ready.rows["train"])
         assert resident is not None
         modes = iter(["error"])
 
@@ -192,7 +192,7 @@ def test_a_step_on_a_card_waits_for_nothing(extracted: Workspace) -> None:
 
         try:
             train(
-                [trial.head], [recipe], feed_of(source), run.rows["train"], loss, 0, evaluate, resident=resident,
+                [trial.head], [recipe], source.training, ready.rows["train"], loss, 0, evaluate, resident=resident,
                 fixed=True, taken=taken,
             )  # fmt: skip
         finally:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import training_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -42,10 +43,11 @@ from featprobe.probes.train import _Loop, train
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.training import fit
 from featprobe.stages.training.finetune import finetune
+from featprobe.stages.training.prepared import Prepared, prepare
 from featprobe.stages.training.probe import checked, find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace, make_generated
 
 CPU = torch.device("cpu")
@@ -147,13 +149,14 @@ def test_predictions_of_two_processes_are_complete_and_counterparts_are_found(sp
     found = json.loads((folder / "predictions.json").read_text())
     head, _ = load_head(folder)
     (cache,), _ = find_caches(one, "detect", (), ())
-    run = Run(one, cache, "detect", checked("detect", ProbeOptions(recipe=DETECT, device="cpu")), [0], 1.0)
+    options = checked("detect", ProbeOptions(recipe=DETECT, device="cpu"))
+    ready = prepare(training_of(one, cache, "detect", options))
     with FeatureLoader(cache) as loader:
-        (outcome,) = run.task.evaluate([head], loader.batches, run.rows["test"])
+        (outcome,) = ready.task.evaluate([head], loader.batches, ready.rows["test"])
     assert found == json.loads(outcome.files["predictions.json"]), "those of the same head in one process, in order"
     assert (folder / "truth.json").read_bytes() == outcome.files["truth.json"]
     assert rows[0]["test"] == json.loads(json.dumps(plain(outcome.scores)))
-    tested = [cache.image_id(r) for r in run.rows["test"].tolist()]
+    tested = [cache.image_id(r) for r in ready.rows["test"].tolist()]
     assert list(dict.fromkeys(p["image_id"] for p in found)) == tested, "each image, and each in one place"
     (alone,) = probe(one, "semseg", options=ProbeOptions(head="ridge", quiet=True)).rows
     assert alone["test"] == rows[1]["test"] and alone["ridge"] == rows[1]["ridge"]
@@ -165,12 +168,12 @@ from pathlib import Path
 from featprobe.errors import ProbeError
 from featprobe.probes.saved import Checkpoint
 from featprobe.processes import is_main
-from featprobe.stages.training import trials
+from featprobe.stages.training import fit
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
-trials.CHECKPOINT_SECONDS = 0.0
+fit.CHECKPOINT_SECONDS = 0.0
 framed = LiveFeatures._augmented
 def failing(self, row, number, place):
     if number >= 4 and place >= 2:  # which the second process alone comes to
@@ -187,7 +190,7 @@ finetune(Workspace(Path(sys.argv[1])), "semseg", options=options)
 def test_a_process_that_fails_ends_the_job_and_one_process_goes_on_from_its_state(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Run, "_checkpoint", every_step(Run._checkpoint))
+    monkeypatch.setattr(fit, "checkpoint_of", every_step(fit.checkpoint_of))
     one, two = beside(space, tmp_path / "one"), beside(space, tmp_path / "two")
     program = STOPPED.replace("finetune(Workspace", f"{EVERY_STEP}\nfinetune(Workspace")
     (tmp_path / "program.py").write_text(program)
@@ -212,20 +215,20 @@ def test_a_process_that_fails_ends_the_job_and_one_process_goes_on_from_its_stat
 
 
 EVERY_STEP = """
-make = trials.Run._checkpoint
-def every_step(self, index):
-    checkpoint = make(self, index)
+make = fit.checkpoint_of
+def every_step(prepared, index, *, rehearsal=False):
+    checkpoint = make(prepared, index, rehearsal=rehearsal)
     checkpoint.every = 1
     return checkpoint
-trials.Run._checkpoint = every_step
+fit.checkpoint_of = every_step
 """
 
 
-def every_step(make: Callable[[Run, int], Checkpoint | None]) -> Callable[[Run, int], Checkpoint | None]:
+def every_step(make: Callable[..., Checkpoint | None]) -> Callable[..., Checkpoint | None]:
     """Checkpoints that keep every step."""
 
-    def made(self: Run, index: int) -> Checkpoint | None:
-        checkpoint = make(self, index)
+    def made(prepared: Prepared, index: int, *, rehearsal: bool = False) -> Checkpoint | None:
+        checkpoint = make(prepared, index, rehearsal=rehearsal)
         assert checkpoint is not None
         checkpoint.every = 1
         return checkpoint
@@ -445,7 +448,7 @@ def test_what_several_processes_can_not_do_is_refused_before_anything_is_trained
         (ProbeOptions(recipe=LIVE, tuning=Tuning(accumulate=2)), "3 processes in 2 parts"),
     ):
         with pytest.raises(ProbeError, match=words):
-            Run(space, cache, "semseg", checked("semseg", options), [0], 1.0)
+            prepare(training_of(space, cache, "semseg", checked("semseg", options)))
     with pytest.raises(ProbeError, match="SyncBatchNorm"):
         backbone.unfreeze(batch_norm="train")
     backbone.unfreeze(batch_norm="frozen")
@@ -471,7 +474,7 @@ def test_processes_that_would_each_train_everything_are_refused(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ProbeError, match="process 1 of 2"):
-        Run(space, cache, "semseg", checked("semseg", ProbeOptions()), [0], 1.0)
+        prepare(training_of(space, cache, "semseg", checked("semseg", ProbeOptions())))
 
 
 def test_one_process_does_not_load_accelerate(space: Workspace, tmp_path: Path) -> None:

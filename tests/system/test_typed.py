@@ -27,9 +27,9 @@ from featprobe.fields import path_text
 from featprobe.geometry import IDENTITY
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import load_head
-from featprobe.probes.result_rows import LadderRow, ResultRow, ladder_faults, result_faults
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.report.tables import result_text
+from featprobe.result_rows import LadderRow, ResultRow, ladder_faults, result_faults
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe, digest
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.extraction.extract import extract as run_extract

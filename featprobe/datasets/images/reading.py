@@ -20,7 +20,8 @@ from featprobe.datasets.names import not_there
 from featprobe.datasets.samples import listed
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Placement, Size
-from featprobe.specs import Intensity
+from featprobe.intensity import Intensity
+from featprobe.specs import FeatureRecipe
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm", ".dicom")
 RESAMPLING = {
@@ -261,35 +262,26 @@ def to_unit(levels: Levels, window: tuple[float, float] | None, policy: Intensit
     return np.clip(unit, 0.0, 1.0, out=unit).astype(np.float32, copy=False)
 
 
-def frame_image(
-    levels: Levels,
-    placement: Placement,
-    window: tuple[float, float] | None,
-    interpolation: str,
-    fill: tuple[float, ...],
-    policy: Intensity | None = None,
-) -> NDArray[np.float32]:
-    """An image in its frame, as a backbone needs it: (3, frame height, frame width), float32, [0, 1].
+def unit_of(levels: Levels, recipe: FeatureRecipe) -> NDArray[np.float32]:
+    """Raw levels as a recipe's backbone needs them, see `to_unit`."""
+    return to_unit(levels, recipe.window, recipe.policy)
 
-    Grey is repeated in three channels. Padding has the values `fill`, one per channel. Resampling uses the window's
-    float values, never values clipped to 8 bits. window, policy: see `to_unit`.
+
+def frame_image(levels: Levels, placement: Placement, recipe: FeatureRecipe) -> NDArray[np.float32]:
+    """An image in its frame, as a recipe's backbone needs it: (3, frame height, frame width), float32, [0, 1].
+
+    Grey is repeated in three channels. Padding has the recipe's mean, per channel. Resampling uses the window's float
+    values, never values clipped to 8 bits.
     """
     framed = np.empty((3, *placement.frame), dtype=np.float32)  # (channel, height, width)
-    framed[:] = np.asarray(fill, dtype=np.float32)[:, None, None]
-    put_image(framed, levels, placement, window, interpolation, policy)
+    framed[:] = np.asarray(recipe.mean, dtype=np.float32)[:, None, None]
+    put_image(framed, levels, placement, recipe)
     return framed
 
 
-def put_image(
-    framed: NDArray[np.float32],
-    levels: Levels,
-    placement: Placement,
-    window: tuple[float, float] | None,
-    interpolation: str,
-    policy: Intensity | None = None,
-) -> None:
+def put_image(framed: NDArray[np.float32], levels: Levels, placement: Placement, recipe: FeatureRecipe) -> None:
     """Write an image into its place in a frame, (3, frame height, frame width), or (1, …) for grey; see frame_image."""
-    unit = to_unit(levels, window, policy)
+    unit = unit_of(levels, recipe)
     height, width = placement.content
     for channel in range(3 if unit.ndim == 3 else 1):
         plane = unit if unit.ndim == 2 else np.ascontiguousarray(unit[:, :, channel])
@@ -297,5 +289,5 @@ def put_image(
         if placement.content == placement.original:
             shown[:] = plane
         else:
-            resized = Image.fromarray(plane).resize((width, height), RESAMPLING[interpolation])
+            resized = Image.fromarray(plane).resize((width, height), RESAMPLING[recipe.interpolation])
             np.clip(np.asarray(resized), 0.0, 1.0, out=shown)

@@ -14,13 +14,15 @@ from featprobe.cache.quantised import as_read
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.kinds import KINDS
-from featprobe.metrics import Difference, Statistic, iou_statistic, mean_of, paired_difference
+from featprobe.metrics import Difference, Statistic, mean_of, paired_difference, pixel_statistic
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
-from featprobe.stages.training.outcome import Outcome
+from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe import checked
 from featprobe.stages.training.probe_options import SEEDS, ProbeOptions
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.run import judged
+from featprobe.stages.training.task import Outcome
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 MOST_ROWS = 512  # that errors are measured on
@@ -161,20 +163,19 @@ def _check_range(cache: Cache, maps: Any) -> None:
 
 
 def _head_cost(workspace: Workspace, cache: Cache, head: str, options: AuditOptions, say: Say) -> HeadCost:
-    recipe = KINDS[head].recipe
-    if options.iterations and head != "ridge":
+    task, recipe, solved = KINDS[head].task, KINDS[head].recipe, KINDS[head].solved
+    if options.iterations and not solved:
         recipe = replace(recipe, iterations=options.iterations)
-    how = checked("semseg", ProbeOptions(
+    how = checked(task, ProbeOptions(
         head=head, recipe=recipe, shared_order=True, device=options.device, quiet=options.quiet,
     ))  # fmt: skip
-    seeds = list(range(1 if head == "ridge" else options.seeds))
+    seeds = tuple(range(1 if solved else options.seeds))
     scores: dict[str, Statistic] = {}
     dtypes: tuple[CacheDtype, ...] = ("fp16", "int8")
     for dtype in dtypes:
-        run = Run(workspace, cache, "semseg", how, seeds, 1.0)
-        run.as_dtype = dtype
-        say(f"{run.title}: {head} on {dtype}, {counted(len(seeds), 'seed')}")
-        scores[dtype] = mean_of([_statistic(outcome) for outcome in run.judged()])
+        training = Training(workspace, Partition(cache, how.choice), task, how, seeds)
+        say(f"{training.title}: {head} on {dtype}, {counted(len(seeds), 'seed')}")
+        scores[dtype] = mean_of([_statistic(outcome) for outcome in judged(training, dtype)])
     difference = paired_difference(scores["int8"], scores["fp16"])
     fp16, int8 = (float(scores[dtype].value(np.ones((1, sum(scores[dtype].sizes))))[0]) for dtype in dtypes)
     return HeadCost(head, len(seeds), fp16, int8, difference)
@@ -183,4 +184,4 @@ def _head_cost(workspace: Workspace, cache: Cache, head: str, options: AuditOpti
 def _statistic(outcome: Outcome) -> Statistic:
     """Foreground mIoU of a head as a function of how often each group counts."""
     with np.load(io.BytesIO(outcome.files["scores.npz"]), allow_pickle=False) as file:
-        return iou_statistic(file["confusion"], file["groups"].tolist())
+        return pixel_statistic(file["confusion"], file["groups"].tolist())

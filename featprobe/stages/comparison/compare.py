@@ -12,28 +12,27 @@ from tqdm import tqdm
 from featprobe.cache import open_cache
 from featprobe.disk import write_together
 from featprobe.errors import FeatprobeError, ProbeError, counted
-from featprobe.metrics import FEW_GROUPS, Statistic, score_interval
-from featprobe.probes.saved import head_folder, plain
+from featprobe.fields import plain
+from featprobe.metrics import Statistic, score_interval
+from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, gap_sentences
-from featprobe.report.comparison import LABELS, difference_frame, result_frame
+from featprobe.report.comparison import difference_frame, result_frame
 from featprobe.report.page import PageSet, page_text
 from featprobe.report.tables import csv_text
-from featprobe.specs import SplitChoice, digest
+from featprobe.scores import FEW_GROUPS, SCORES
+from featprobe.specs import digest
 from featprobe.stages.comparison.convergence import SHARES, iterations_to, late_rise, still_rising
 from featprobe.stages.comparison.differences import (
-    RESAMPLES,
     Line,
     Table,
     budget_unchecked,
     corrected,
     differences_of,
-    iterations_of,
     modality_gaps,
 )
-from featprobe.stages.comparison.results import SCORES, Result, Unusable, comparable_sets, load_results
+from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
 from featprobe.stages.partition import partition_of
 from featprobe.stages.training.commands import commands_of, level_command
-from featprobe.stages.training.records import SHARED_ORDER
 from featprobe.stages.workspace import Workspace
 
 
@@ -130,13 +129,13 @@ def _met(workspace: Workspace, tables: Sequence[list[Result]]) -> list[list[Resu
 def _partition(workspace: Workspace, result: Result) -> str:
     """The same for results of one table, by what their splits are where the cache tells, else by their names."""
     row = result.row
-    place = "/".join(Path(row["folder"]).parts[:2])  # as of its cache
+    place = "/".join(Path(row.folder).parts[:2])  # as of its cache
     try:
         cache = open_cache(workspace.cache / f"{place}.h5")
-        partition, tested = partition_of(cache, row["split"])
+        partition, tested = partition_of(cache, row.choice)
     except FeatprobeError:
         return result.comparable
-    known = cache.data.fingerprint == row["data_fingerprint"] and tested == set(result.runs[0].test.ids)
+    known = cache.data.fingerprint == row.data_fingerprint and tested == set(result.runs[0].test.ids)
     return digest([partition, result.tested_alike]) if known else result.comparable
 
 
@@ -147,9 +146,9 @@ def _titles(tables: Sequence[Sequence[Result]]) -> list[str]:
     titles = []
     for table, row, title in zip(tables, rows, plain, strict=True):
         alike = [other for other, its in zip(tables, plain, strict=True) if its == title]
-        images = counted(row["images"]["test"], "test image")
-        more = f" [data {row['data_fingerprint'][:6]}, {images}]" if len(alike) > 1 else ""
-        same = [other for other in alike if other[0].row["data_fingerprint"] == row["data_fingerprint"]]
+        images = counted(row.images.test, "test image")
+        more = f" [data {row.data_fingerprint[:6]}, {images}]" if len(alike) > 1 else ""
+        same = [other for other in alike if other[0].row.data_fingerprint == row.data_fingerprint]
         more += f" [set {table[0].comparable[:6]}]" if len(same) > 1 else ""
         titles.append(title + more)
     return titles
@@ -158,11 +157,11 @@ def _titles(tables: Sequence[Sequence[Result]]) -> list[str]:
 def _title(table: Sequence[Result]) -> str:
     row = table[0].row
     splits: dict[str, str] = {}
-    for choice in (SplitChoice.parse(result.row["split"]) for result in table):
-        splits.setdefault(choice.key, choice.text)
+    for result in table:
+        splits.setdefault(result.row.choice.key, result.row.choice.text)
     first, *others = splits.values()
-    parts = [row["data"], row["task"], f"{first} (also {', '.join(others)})" if others else first]
-    parts += ["connected components"] if row["instances"] != "own" else []
+    parts = [row.data, row.task, f"{first} (also {', '.join(others)})" if others else first]
+    parts += ["connected components"] if row.instances != "own" else []
     return ", ".join(parts)
 
 
@@ -183,17 +182,17 @@ def _of_the_family(lines: Sequence[Line]) -> list[str]:
     tested = [line for line in lines if not np.isnan(line["p"])]
     scores = {line["score"] for line in tested}
     return [
-        f"{task}: p values of {resamples} resamples are corrected for {len(tested)} differences and gaps, so that none "
-        "can be sure. Compare fewer results at once: a study compares its own alone"
-        for task, resamples in RESAMPLES.items()
-        if SCORES[task][0] in scores and len(tested) > SURE * (1 + resamples)
+        f"{task}: p values of {kind.resamples} resamples are corrected for {len(tested)} differences and gaps, so that "
+        "none can be sure. Compare fewer results at once: a study compares its own alone"
+        for task, kind in SCORES.items()
+        if kind.main.name in scores and len(tested) > SURE * (1 + kind.resamples)
     ]
 
 
 def _of_the_split(table: Table) -> list[str]:
     first = table.results[0]
     groups = sum(first.runs[0].scores[first.main].sizes)
-    choice = SplitChoice.parse(first.row["split"])
+    choice = first.row.choice
     said = []
     if groups < FEW_GROUPS:
         said.append(
@@ -202,13 +201,13 @@ def _of_the_split(table: Table) -> list[str]:
         )
     if choice.folds:
         what = "images" if choice.by == "image" else "groups"
-        ranked = "" if first.row["task"] == "semseg" else "; AP ranks what the heads of all folds found together"
+        ranked = "" if first.row.scores.dense else "; AP ranks what the heads of all folds found together"
         said.append(
             f"{choice.folds} heads, each scored on the {what} that it was not trained on; all images together "
             f"are one test set{ranked}. Intervals draw its groups again for these heads, and do not cover that folds "
             "share training images"
         )
-    if choice.by == "image" and groups < first.row["images"]["test"]:
+    if choice.by == "image" and groups < first.row.images.test:
         said.append("a split by image of parts with several images; test holds parts that training saw")
     return said
 
@@ -216,12 +215,13 @@ def _of_the_split(table: Table) -> list[str]:
 def _of_the_scores(table: Table) -> list[str]:
     """By which rule they are taken, where that is not how each result's own row has it, or may surprise."""
     first = table.results[0]
-    if first.row["task"] != "semseg":
+    if not first.row.scores.dense:
         return [
-            f"{LABELS[first.main]} is what trials are chosen by and what is compared: inspection asks whether a flaw "
-            "is found, and labels of flaws that are a few pixels wide do not tell outlines apart at an IoU of 0.75"
+            f"{first.row.scores.main.label} is what trials are chosen by and what is compared: inspection asks whether "
+            "a flaw is found, and labels of flaws that are a few pixels wide do not tell outlines apart at an IoU of "
+            "0.75"
         ]
-    zero = sum(result.row["absent_classes"] == "zero" for result in table.results)
+    zero = sum(result.row.absent_classes == "zero" for result in table.results)
     lacking = [name for name, value in class_scores(first).items() if np.isnan(value)]
     said = [f"the test split holds no {', '.join(lacking)}: no mean counts it"] if lacking else []
     if zero and lacking:
@@ -234,12 +234,12 @@ def _of_the_scores(table: Table) -> list[str]:
 
 def _of_the_seeds(table: Table) -> list[str]:
     said = []
-    if any(result.row["fraction"] < 1 and not result.own_subsets for result in table.results):
+    if any(result.row.fraction < 1 and not result.own_subsets for result in table.results):
         said.append(
             "some heads on a share of the training images had the same images for all seeds: their spread over seeds "
             "holds no other choice of images: there is no verdict on backbones or regimes. Run them again to have one"
         )
-    if any(result.row["spread"] == SHARED_ORDER and not result.solved for result in table.results):
+    if any(result.row.shared_order and not result.solved for result in table.results):
         said.append(
             "heads of --shared-order saw the images in one order for all seeds: their spread over seeds is too narrow "
             "for a verdict on backbones or regimes"
@@ -254,14 +254,14 @@ def _of_the_budgets(workspace: Workspace, table: Table) -> list[str]:
         beside = [r for r in table.results if r.budget and r.compared_budgets == result.compared_budgets]
         if any(r.cell == result.cell and r.scale == result.scale and r not in table.short for r in beside):
             continue  # it was brought level since
-        had = int(result.row["recipe"]["iterations"])
-        what = f"{table.names[result.backbone]}, {result.variant}, {result.row['head']}"
-        backbones = list(dict.fromkeys(r.row["backbone"] for r in beside))
+        had = result.row.recipe.iterations
+        what = f"{table.names[result.backbone]}, {result.variant}, {result.row.head}"
+        backbones = list(dict.fromkeys(r.row.backbone for r in beside))
         if had < needed:
-            command = level_command(*_described(workspace, result), backbones=backbones)
+            command = level_command(result.runs[0].card, result.seeds, backbones=backbones)
             said.append(f"{what} had {had} iterations, and {needed} are needed. To bring it level:  {command}")
         else:
-            command = level_command(*_described(workspace, result), backbones=backbones, iterations=2 * had)
+            command = level_command(result.runs[0].card, result.seeds, backbones=backbones, iterations=2 * had)
             said.append(
                 f"{what} still gained, or found nothing yet, when the search for its iterations ended at {had}. To "
                 f"train all backbones with a given number, more than that:  {command}"
@@ -292,7 +292,7 @@ def _described(workspace: Workspace, result: Result) -> tuple[Any, ...]:
 
 def _sheet(workspace: Workspace, result: Result, table: Table) -> list[tuple[str, Path]]:
     paths = [head_folder(workspace.probes, run.row) / "sheet.png" for run in result.runs]
-    caption = f"{table.names[result.backbone]}, {result.variant}, {result.row['head']}, {result.size}"
+    caption = f"{table.names[result.backbone]}, {result.variant}, {result.row.head}, {result.size}"
     return [(caption, path) for path in paths if path.is_file()][:1]
 
 
@@ -303,24 +303,26 @@ def line_of(result: Result, table: Table) -> Line:
     reached = {share: iterations_to(curve, share * curve.final) if result.budget else None for share in SHARES}
     return {
         "set": table.title,
-        **{name: row[name] for name in ("data", "task", "split")},
+        "data": row.data,
+        "task": row.task,
+        "split": row.split,
         "backbone": table.names[result.backbone],
-        "model": row.get("model"),
+        "model": row.model,
         "random_weights": result.random_weights,
         "regime": result.variant,
-        "head": row["head"],
+        "head": row.head,
         "size": result.size,
         "dtype": result.dtype or None,
-        "fraction": row["fraction"],
-        "train_images": row["images"]["train"],
+        "fraction": row.fraction,
+        "train_images": row.images.train,
         "seeds": len(result.runs),
         **_score_values(result),
-        "test_images": row["images"]["test"],
+        "test_images": row.images.test,
         "groups": sum(result.score(result.main).sizes),
-        "trials": row["trials"],
-        "head_parameters": row["parameters"],
-        "backbone_parameters": row["backbone_parameters"],
-        "iterations": iterations_of(result),
+        "trials": row.trials,
+        "head_parameters": row.parameters,
+        "backbone_parameters": row.backbone_parameters,
+        "iterations": row.iterations,
         "iterations_found": result.budget is not None,
         "iterations_needed": table.short.get(result),
         "budget_unchecked": budget_unchecked(result),
@@ -331,7 +333,7 @@ def line_of(result: Result, table: Table) -> Line:
         "train_seconds": train,
         "extract_seconds": extract,
         "total_seconds": total,
-        "recipe_key": row["recipe_key"],
+        "recipe_key": row.recipe_key,
         "chosen": result in table.chosen,
         "classes": class_scores(result),
         "curve": {"iterations": list(result.curve.iterations), "values": list(result.curve.values)},
@@ -341,9 +343,9 @@ def line_of(result: Result, table: Table) -> Line:
 def _score_values(result: Result) -> Line:
     """Mean over seeds, standard deviation over seeds and interval over test groups of each score of the task."""
     values: Line = {}
-    for name in SCORES[result.row["task"]]:
+    for name in (score.name for score in result.row.scores.compared):
         every = [_estimate(run.scores[name]) for run in result.runs]
-        interval = score_interval(result.score(name), resamples=RESAMPLES[result.row["task"]])
+        interval = score_interval(result.score(name), resamples=result.row.scores.resamples)
         spread = float(np.std(every, ddof=1)) if len(every) > 1 else float("nan")
         low, high = (interval.low, interval.high) if interval.has_interval else (float("nan"), float("nan"))
         values |= {name: interval.estimate, f"{name}_sd": spread, f"{name}_low": low, f"{name}_high": high}
@@ -353,7 +355,7 @@ def _score_values(result: Result) -> Line:
 def class_scores(result: Result) -> dict[str, float]:
     """Mean over seeds of the IoU (semseg) or the AP of each class; nan for a class that the test split lacks."""
     every = [run.test.per_class(run.row) for run in result.runs]
-    return {name: float(np.mean([own[name] for own in every])) for name in result.row["classes"] if name in every[0]}
+    return {name: float(np.mean([own[name] for own in every])) for name in result.row.classes if name in every[0]}
 
 
 def _estimate(statistic: Statistic) -> float:

@@ -21,14 +21,10 @@ from featprobe.metrics import (
     procedure_gap,
     seed_spread,
 )
-from featprobe.specs import SplitChoice
 from featprobe.stages.comparison.convergence import iterations_to, still_rising
 from featprobe.stages.comparison.recipes import Field, fields_that_differ
 from featprobe.stages.comparison.results import REGIMES, Result, representatives, shortfalls
-from featprobe.stages.training.records import SHARED_ORDER
 
-RESAMPLES = {"semseg": 10_000, "detect": 1_000, "instseg": 1_000}
-"""Of the groups of a test split. Those of average precision are dear: each leaves every group out once."""
 Line = dict[str, Any]
 Kind = Literal["backbones", "regimes"]
 Names = Mapping[tuple[str, str], str]
@@ -87,7 +83,7 @@ class Pair:
     @classmethod
     def of(cls, kind: Kind, a: Result, b: Result, table: Table) -> "Pair":
         """Of regimes the one that trains or varies more is first."""
-        rank = [(REGIMES[result.row["regime"]], result.augmented) for result in (a, b)]
+        rank = [(REGIMES[result.row.regime], result.augmented) for result in (a, b)]
         first, second = (b, a) if kind == "regimes" and rank[1] > rank[0] else (a, b)
         return cls(kind, first, second, table, _fields(kind, first, second))
 
@@ -102,9 +98,9 @@ class Pair:
         trained = [result for result in self.sides if not result.solved]
         if any(len(result.runs) == 1 for result in trained):
             return ONE_SEED
-        if any(result.row["spread"] == SHARED_ORDER for result in trained):
+        if any(result.row.shared_order for result in trained):
             return ONE_ORDER
-        return ONE_SHARE if any(result.row["fraction"] < 1 and not result.own_subsets for result in self.sides) else ""
+        return ONE_SHARE if any(result.row.fraction < 1 and not result.own_subsets for result in self.sides) else ""
 
     @property
     def same_seeds(self) -> bool:
@@ -130,7 +126,7 @@ class Pair:
         alike = [
             result for result in self.table.chosen
             if result.cell[-2:] == self.a.cell[-2:] and result.variant in variants and result.shared_recipe in recipes
-            and result.own_subsets in {side.own_subsets for side in self.sides} and result.row["spread"] != SHARED_ORDER
+            and result.own_subsets in {side.own_subsets for side in self.sides} and not result.row.shared_order
             and (not result.random_weights or any(side.random_weights for side in self.sides))
             and (not self.same_seeds or result.seeds == self.a.seeds)
         ]  # fmt: skip
@@ -180,13 +176,13 @@ def _found(claim: Line, found: Difference) -> Line:
 def differences_of(table: Table, across: bool = False) -> list[Line]:
     """Differences of the main score between backbones and between regimes. across: also where recipes differ."""
     pairs = [Pair.of(kind, a, b, table) for a, b in combinations(table.chosen, 2) if (kind := _kind(a, b))]
-    pairs.sort(key=lambda pair: (pair.a.row["head"], -pair.a.row["fraction"], pair.kind))
+    pairs.sort(key=lambda pair: (pair.a.row.head, -pair.a.row.fraction, pair.kind))
     return [_line(pair, across) for pair in pairs]
 
 
 def _kind(a: Result, b: Result) -> Kind | None:
     """What two results of a table differ in, where it is one thing only that is asked about."""
-    if (a.row["head"], a.row["fraction"]) != (b.row["head"], b.row["fraction"]):
+    if (a.row.head, a.row.fraction) != (b.row.head, b.row.fraction):
         return None
     if a.variant == b.variant and a.backbone != b.backbone:
         return "backbones"
@@ -201,17 +197,17 @@ def _line(pair: Pair, across: bool) -> Line:
     return {
         "set": pair.table.title,
         "kind": pair.kind,
-        "within": f"{a.variant if backbones else names[a.backbone]}, {row['head']}",
-        "head": row["head"],
-        "fraction": row["fraction"],
+        "within": f"{a.variant if backbones else names[a.backbone]}, {row.head}",
+        "head": row.head,
+        "fraction": row.fraction,
         "score": a.main,
         "a": names[a.backbone] if backbones else a.variant,
         "b": names[b.backbone] if backbones else b.variant,
         **_found(claim, _difference(pair, claim)),
         "scale_a": a.scale,
         "scale_b": b.scale,
-        "iterations_a": iterations_of(a),
-        "iterations_b": iterations_of(b),
+        "iterations_a": a.row.iterations,
+        "iterations_b": b.row.iterations,
         "confounded": not backbones and confounded(a, b, pair.table.chosen),
         "not_converged": still_rising(a.kept) or still_rising(b.kept),
         "budget_unchecked": any(budget_unchecked(result) for result in pair.sides),
@@ -222,20 +218,15 @@ def _line(pair: Pair, across: bool) -> Line:
 
 
 def _difference(pair: Pair, claim: Line) -> Difference:
-    resamples, (a, b) = RESAMPLES[pair.a.row["task"]], pair.scores()
+    resamples, (a, b) = pair.a.row.scores.resamples, pair.scores()
     if claim["claim"] == "procedures":
         return procedure_difference(a, b, pair.spread(), same_seeds=pair.same_seeds, resamples=resamples)
     return paired_difference(pair.a.score(pair.a.main), pair.b.score(pair.a.main), resamples=resamples)
 
 
-def iterations_of(result: Result) -> int | None:
-    """Iterations of a training; None of a head that is solved."""
-    return None if result.row["head"] == "ridge" else int(result.row["recipe"]["iterations"])
-
-
 def budget_unchecked(result: Result) -> bool:
     """Whether nobody has looked if more iterations would give more."""
-    return result.row["head"] != "ridge" and not result.budget
+    return not result.row.kind.solved and not result.budget
 
 
 def confounded(full: Result, frozen: Result, chosen: Sequence[Result]) -> bool:
@@ -243,10 +234,10 @@ def confounded(full: Result, frozen: Result, chosen: Sequence[Result]) -> bool:
 
     One that tells is a frozen backbone on augmented images, or a full one without augmentation.
     """
-    if (full.row["regime"], frozen.row["regime"]) != ("full", "frozen") or full.augmented == frozen.augmented:
+    if (full.row.regime, frozen.row.regime) != ("full", "frozen") or full.augmented == frozen.augmented:
         return False
     beside = [r for r in chosen if (*r.backbone, r.cell[-2:]) == (*full.backbone, full.cell[-2:])]
-    return not any((r.row["regime"] != "full") == r.augmented for r in beside)
+    return not any((r.row.regime != "full") == r.augmented for r in beside)
 
 
 # ---- modality gap ----------------------------------------------------------------------------------------------------
@@ -267,8 +258,8 @@ def modality_gaps(
         return _all_gaps(tables, gap, on, across) if gap else []
     if len(set(gap)) != 2 or len(set(on)) != 2:
         raise ProbeError("A modality gap is of two backbones on two data sets. wanted: --gap A,B --on RGBSET,XRAYSET")
-    for asked, key, what in ((gap, "backbone", "backbone"), (on, "data", "data set")):
-        known = {result.row[key] for result in results}
+    backbones, sets = _named(results)
+    for asked, known, what in ((gap, backbones, "backbone"), (on, sets, "data set")):
         for name in asked:
             if name not in known:
                 raise ProbeError(f"There is no result of the {what} {name!r}. {nearest(name, known)}")
@@ -281,10 +272,16 @@ def modality_gaps(
     return lines
 
 
+def _named(results: Sequence[Result]) -> tuple[list[str], list[str]]:
+    """The backbones and the data sets of results, in their order."""
+    rows = [result.row for result in results]
+    return list(dict.fromkeys(row.backbone for row in rows)), list(dict.fromkeys(row.data for row in rows))
+
+
 def _only_gap(results: Sequence[Result]) -> tuple[list[str], list[str]]:
     """The two backbones and the two data sets that all results are of; nothing where there are more or fewer."""
-    named = [list(dict.fromkeys(result.row[key] for result in results)) for key in ("backbone", "data")]
-    return (named[0], named[1]) if all(len(names) == 2 for names in named) else ([], [])
+    backbones, sets = _named(results)
+    return (backbones, sets) if len(backbones) == len(sets) == 2 else ([], [])
 
 
 def _all_gaps(tables: Sequence[Table], gap: Sequence[str], on: Sequence[str], across: bool) -> list[Line]:
@@ -293,9 +290,9 @@ def _all_gaps(tables: Sequence[Table], gap: Sequence[str], on: Sequence[str], ac
 
 def _gaps_between(tables: tuple[Table, Table], gap: Sequence[str], on: Sequence[str], across: bool) -> list[Line]:
     """The gaps of two tables, where these are of the two sets that are asked for."""
-    if any(name not in {r.row["data"] for r in table.results} for table, name in zip(tables, on, strict=True)):
+    if any(name not in {r.row.data for r in table.results} for table, name in zip(tables, on, strict=True)):
         return []
-    cells = [{_gap_cell(r): r for r in table.chosen if r.row["backbone"] in gap} for table in tables]
+    cells = [{_gap_cell(r): r for r in table.chosen if r.row.backbone in gap} for table in tables]
     lines = []
     for cell in cells[0]:
         four = [own.get((*cell[:-1], name)) for own in cells for name in gap]
@@ -308,9 +305,8 @@ def _gaps_between(tables: tuple[Table, Table], gap: Sequence[str], on: Sequence[
 
 def _gap_cell(result: Result) -> tuple[Any, ...]:
     row = result.row
-    same = tuple(row[name] for name in ("task", "instances", "head", "fraction"))
-    split = SplitChoice.parse(row["split"])
-    return (*same, "a file's" if split.file else split.key, result.variant, row["backbone"])
+    split = "a file's" if row.choice.file else row.choice.key
+    return row.task, row.instances, row.head, row.fraction, split, result.variant, row.backbone
 
 
 def _gap_line(pairs: tuple[Pair, Pair], gap: Sequence[str], on: Sequence[str], across: bool) -> Line:
@@ -319,16 +315,16 @@ def _gap_line(pairs: tuple[Pair, Pair], gap: Sequence[str], on: Sequence[str], a
     fields = [*first.fields, *second.fields, *_fields("backbones", first.a, second.a)]
     claim = _claim(first.of_heads or second.of_heads, fields, across, sides)
     return {
-        "task": row["task"],
-        "split": row["split"],
+        "task": row.task,
+        "split": row.split,
         "regime": first.a.variant,
-        "head": row["head"],
-        "fraction": row["fraction"],
+        "head": row.head,
+        "fraction": row.fraction,
         "score": first.a.main,
         **{"a": gap[0], "b": gap[1], "first": on[0], "second": on[1]},
         **_found(claim, _gap(first, second, claim)),
-        "iterations_a": iterations_of(first.a),
-        "iterations_b": iterations_of(second.a),
+        "iterations_a": first.a.row.iterations,
+        "iterations_b": second.a.row.iterations,
         "not_converged": any(still_rising(result.kept) for result in sides),
         "budget_unchecked": any(budget_unchecked(result) for result in sides),
         "budget_small": any(result in pair.table.short for pair in pairs for result in pair.sides),
@@ -336,7 +332,7 @@ def _gap_line(pairs: tuple[Pair, Pair], gap: Sequence[str], on: Sequence[str], a
 
 
 def _gap(first: Pair, second: Pair, claim: Line) -> Difference:
-    resamples = RESAMPLES[first.a.row["task"]]
+    resamples = first.a.row.scores.resamples
     if claim["claim"] == "procedures":
         return procedure_gap(
             first.scores(), second.scores(), (first.spread(), second.spread()),

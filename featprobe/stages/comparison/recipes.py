@@ -1,17 +1,15 @@
 """What heads were trained with, and in which of it two results differ."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from featprobe.kinds import KINDS
+from featprobe.probes import HeadRecipe
+from featprobe.result_rows import ResultRow
 from featprobe.specs import digest
 
-Row = Mapping[str, Any]
-Head = Mapping[str, Any]  # a head's recipe, as cards keep it
 OF_TRIALS = ("lr", "weight_decay", "iterations", "weights_from")  # of a training recipe; taken from elsewhere in a row
 LADDER = "found by doubling"
-OLD_CHOICE = {"semseg": "miou_foreground", "detect": "box_ap", "instseg": "mask_ap"}  # of rows that do not say
 
 
 @dataclass(frozen=True)
@@ -30,65 +28,60 @@ class Field:
         return f"{self.name} {self.a} | {self.b}"
 
 
-def shared_recipe(row: Row, head: Head) -> str:
+def shared_recipe(row: ResultRow, head: HeadRecipe) -> str:
     """A digest of what backbones and regimes have to agree in to be compared: the same for recipes that meet."""
-    return digest({**_shared(row, head), "iterations": LADDER if row.get("budget") else _iterations(row)})
+    return digest({**_shared(row, head), "iterations": LADDER if row.budget else row.iterations})
 
 
 def fields_that_differ(
-    kind: Literal["backbones", "regimes"], a: tuple[Row, Head], b: tuple[Row, Head]
+    kind: Literal["backbones", "regimes"], a: tuple[ResultRow, HeadRecipe], b: tuple[ResultRow, HeadRecipe]
 ) -> tuple[Field, ...]:
     """In what the recipes of two results differ.
 
     Budgets that were both found by doubling are alike, whatever they are. What belongs to a regime (its augmentation,
     its treatment of the backbone, the rates that were tried) bars nothing between regimes.
     """
+    one, other = a[0], b[0]
     regimes = kind == "regimes"
-    ladders = all(row.get("budget") for row, _ in (a, b))
-    fields = [] if ladders else list(_differing({"iterations": _iterations(a[0])}, {"iterations": _iterations(b[0])}))
+    ladders = one.budget and other.budget
+    iterations = [{"iterations": row.iterations} for row in (one, other)]
+    fields = [] if ladders else list(_differing(*iterations))
     fields += _differing(_shared(*a), _shared(*b))
-    if a[0].get("model") == b[0].get("model"):  # levels follow the network
-        fields += _differing({"levels": a[0].get("levels")}, {"levels": b[0].get("levels")})
-    fields += _differing(_tried(a[0]), _tried(b[0]), bars=not regimes)
-    if all(row["trials"] > 1 and row["head"] != "ridge" for row, _ in (a, b)):
-        fields += _differing(_chosen_by(a[0]), _chosen_by(b[0]))
+    if one.model == other.model:  # levels follow the network
+        fields += _differing({"levels": one.levels}, {"levels": other.levels})
+    fields += _differing(_tried(one), _tried(other), bars=not regimes)
+    if all(row.trials > 1 and not row.kind.solved for row in (one, other)):
+        fields += _differing({"trials chosen by": one.chosen_with}, {"trials chosen by": other.chosen_with})
     if not regimes:
-        fields += _differing(_treatment(a[0]), _treatment(b[0]))
+        fields += _differing(_treatment(one), _treatment(other))
     return tuple(fields)
 
 
-def _shared(row: Row, head: Head) -> dict[str, Any]:
+def _shared(row: ResultRow, head: HeadRecipe) -> dict[str, Any]:
     """The part of a recipe that is not its regime's, without the iterations."""
-    loop = {} if row["head"] == "ridge" else {k: v for k, v in row["recipe"].items() if k not in OF_TRIALS}
-    share = {"images of the share": row.get("subset") or "one for all seeds"} if row["fraction"] < 1 else {}
+    loop = {} if row.kind.solved else {k: v for k, v in asdict(row.recipe).items() if k not in OF_TRIALS}
+    share = {"images of the share": row.subset or "one for all seeds"} if row.fraction < 1 else {}
     return {
         **{name.replace("_", " "): value for name, value in loop.items()},
-        "weights from": row.get("weights_from", "end of training"),
+        "weights from": row.weights_from,
         **share,
-        "width": head.get("width") or KINDS[row["head"]].width or None,
-        "pyramid": head.get("pyramid", "auto"),
+        "width": head.width or row.kind.width or None,
+        "pyramid": head.pyramid,
     }
 
 
-def _iterations(row: Row) -> Any:
-    return None if row["head"] == "ridge" else row["recipe"]["iterations"]
-
-
-def _tried(row: Row) -> dict[str, Any]:
+def _tried(row: ResultRow) -> dict[str, Any]:
     """What the chosen trial was chosen from."""
-    grid = row.get("chosen_from") or row["grid"]
-    rates = {} if row["head"] == "ridge" else {n: list(grid.get(n) or [row["recipe"][n]]) for n in OF_TRIALS[:2]}
-    return {**{name.replace("_", " "): value for name, value in rates.items()}, "trials": row["trials"]}
+    grid, own = row.chosen_from or row.grid, row.recipe
+    rates = {"lr": grid.lr or (own.lr,), "weight decay": grid.weight_decay or (own.weight_decay,)}
+    return {**({} if row.kind.solved else rates), "trials": row.trials}
 
 
-def _chosen_by(row: Row) -> dict[str, Any]:
-    return {"trials chosen by": row.get("chosen_by") or OLD_CHOICE[row["task"]]}
-
-
-def _treatment(row: Row) -> dict[str, Any]:
+def _treatment(row: ResultRow) -> dict[str, Any]:
     """How images and backbone were treated."""
-    tuning = {k.replace("_", " "): v for k, v in (row["tuning"] or {}).items() if k not in ("regime", "augment")}
-    return {**tuning, **{f"augmentation {k}": v for k, v in (row["augmentation"] or {}).items()}}
+    treated = asdict(row.tuning) if row.tuning else {}
+    tuning = {k.replace("_", " "): v for k, v in treated.items() if k not in ("regime", "augment")}
+    return {**tuning, **{f"augmentation {k}": v for k, v in (row.augmentation or {}).items()}}
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any], *, bars: bool = True) -> Iterator[Field]:

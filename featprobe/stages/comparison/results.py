@@ -1,170 +1,40 @@
 """Scored heads as a comparison takes them: the rows that count, what each test image contributed, validation curves."""
 
-import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featprobe.disk import parse_json
 from featprobe.errors import FeatprobeError, ProbeError
-from featprobe.metrics import (
-    ResampledAp,
-    Statistic,
-    average_precision,
-    grouped,
-    iou_scores,
-    iou_statistic,
-    jackknifed,
-    mean_of,
-)
-from featprobe.metrics.intervals import Floats
-from featprobe.metrics.resampled import ScoreName
-from featprobe.probes.result_rows import result_faults
-from featprobe.probes.saved import head_folder, read_files, read_rows
-from featprobe.specs import DEFAULT_16BIT, SplitChoice, digest
+from featprobe.fields import built
+from featprobe.intensity import DEFAULT_16BIT
+from featprobe.metrics import Statistic, mean_of
+from featprobe.probes import HeadRecipe
+from featprobe.probes.saved import head_folder, read_files, read_results
+from featprobe.result_rows import Counts, FoundBudget, ResultRow
+from featprobe.specs import digest
 from featprobe.stages.comparison.convergence import Curve, best_so_far, curve_of, mean_curve
 from featprobe.stages.comparison.recipes import shared_recipe
-from featprobe.stages.training.records import UNREADABLE, card_beside, damaged, read_arrays
+from featprobe.stages.comparison.tested import Tested, read_test
+from featprobe.stages.training.saved_results import UNREADABLE, card_beside, damaged
+from featprobe.tiling import Tiling
 
-RUN = (
-    "backbone", "weights_sha256", "feature_key", "head", "regime", "augmentation", "fraction", "recipe_key",
-    "data_fingerprint", "split", "task", "absent_classes", "instances", "classes",
-)  # fmt: skip
-"""What the seeds of one result agree in; with the seed, what a repeated run agrees in."""
-SAME_TEST = ("data_fingerprint", "split", "task", "instances", "classes")
-"""What results must agree in to be compared, beside the test images. Classes that the test split lacks take no part in
-any comparison, whatever `absent_classes` a row was scored with."""
-SCORES: Mapping[str, tuple[str, ...]] = {
-    "semseg": ("miou_foreground", "miou"),
-    "detect": ("box_ap50", "box_ap"),
-    "instseg": ("mask_ap50", "mask_ap"),
-}
-"""Scores of each task. The first, the main one, is what trials are chosen by and what is compared, and what validation
-curves are read for. Of objects it is AP50: inspection asks whether a flaw is found, and the labels of flaws that are a
-few pixels wide do not tell outlines apart at an IoU of 0.75, so that AP over ten thresholds is also about the
-labels."""
-PARTS: Mapping[str, tuple[str, Literal["bbox", "segm"]]] = {"detect": ("box", "bbox"), "instseg": ("mask", "segm")}
-"""What each task's own scores are of: in rows, and as pycocotools calls it."""
 REGIMES = {"full": 2, "frozen-online": 1, "frozen": 0}  # by how much is trained or varied
-ROUNDING = 1e-6  # how far a row's score may lie from the one that its files give
 
 
 @dataclass(frozen=True)
-class PixelTest:
-    """What a segmentation head gave for its test images. confusions: (images, classes, classes), pixels."""
-
-    ids: list[str]
-    groups: list[str]
-    confusions: NDArray[np.int64]
-
-    @classmethod
-    def read(cls, folder: Path, card: Mapping[str, Any]) -> "PixelTest":
-        """What lies beside a head, if it is what the card says."""
-        (scores,) = read_files(folder, card, ["scores.npz"])
-        kept = read_arrays(scores)
-        if not {"ids", "groups"} <= kept.keys():
-            raise ProbeError("scores.npz names no images and groups: an older featprobe wrote it. Run it again")
-        confusions = kept["confusion"]
-        if confusions.shape[:1] + kept["ids"].shape + kept["groups"].shape != (len(confusions),) * 3:
-            raise ProbeError("scores.npz holds other images than groups and confusions. Run it again")
-        return cls(kept["ids"].tolist(), kept["groups"].tolist(), confusions)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Any]) -> "PixelTest":
-        """The test images of several heads as one test set."""
-        ids, groups = ([name for part in parts for name in getattr(part, what)] for what in ("ids", "groups"))
-        return cls(ids, groups, np.concatenate([part.confusions for part in parts]))
-
-    def statistics(self, row: Mapping[str, Any]) -> dict[str, Statistic]:
-        """The task's scores as functions of how often each group counts, over the classes of the truth."""
-        names: tuple[Literal["miou_foreground", "miou"], ...] = ("miou_foreground", "miou")
-        return {name: iou_statistic(self.confusions, self.groups, name, "ignore") for name in names}
-
-    def scores(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The scores as a row's `test` holds them, with the row's own rule for classes that the truth lacks."""
-        found = iou_scores(self.confusions.sum(0), row["absent_classes"])
-        iou = dict(zip(row["classes"], found.per_class, strict=True))
-        return {"miou": found.miou, "miou_foreground": found.miou_foreground, "iou": iou}
-
-    def per_class(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """IoU of each class; nan for one that the truth lacks."""
-        return dict(zip(row["classes"], iou_scores(self.confusions.sum(0), "ignore").per_class, strict=True))
-
-
-@dataclass(frozen=True)
-class ObjectTest:
-    """What is in the test images and what a detection head found there, as COCO JSON."""
-
-    truth: dict[str, Any]
-    predictions: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, folder: Path, card: Mapping[str, Any]) -> "ObjectTest":
-        """What lies beside a head, if it is what the card says."""
-        truth, predictions = map(parse_json, read_files(folder, card, ["truth.json", "predictions.json"]))
-        if not all({"file_name", "group"} <= set(image) for image in truth["images"]):
-            raise ProbeError("truth.json names no images and groups: an older featprobe wrote it. Run it again")
-        return cls(truth, predictions)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Any]) -> "ObjectTest":
-        """The test images of several heads as one test set; objects are counted anew."""
-        images = [image for part in parts for image in part.truth["images"]]
-        objects = [annotation for part in parts for annotation in part.truth["annotations"]]
-        numbered = [{**annotation, "id": number} for number, annotation in enumerate(objects, start=1)]
-        truth = {**parts[0].truth, "images": images, "annotations": numbered}
-        return cls(truth, [found for part in parts for found in part.predictions])
-
-    @property
-    def ids(self) -> list[str]:
-        """Of the images."""
-        return [str(image["file_name"]) for image in self.truth["images"]]
-
-    @property
-    def groups(self) -> list[str]:
-        """Of each image."""
-        return [str(image["group"]) for image in self.truth["images"]]
-
-    def statistics(self, row: Mapping[str, Any]) -> dict[str, Statistic]:
-        """The task's scores as functions of how often each group counts."""
-        names, index = grouped(self.groups)
-        part, kind = PARTS[row["task"]]
-        matched = ResampledAp(self.truth, self.predictions, kind)
-
-        def score(name: ScoreName) -> Statistic:
-            return remembered(jackknifed(matched.by_group(name, index, "hold"), names))
-
-        return {f"{part}_ap50": score("ap50"), f"{part}_ap": score("ap")}
-
-    def scores(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The scores of the task's own kind as a row's `test` holds them."""
-        part, kind = PARTS[row["task"]]
-        found = average_precision(self.truth, self.predictions, kind)
-        return {part: {**asdict(found), "per_class": dict(zip(row["classes"][1:], found.per_class, strict=True))}}
-
-    def per_class(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """AP of each class; nan for one that the truth lacks, as pycocotools takes it."""
-        stated = row["test"][PARTS[row["task"]][0]]["per_class"]
-        return {name: np.nan if value is None else value for name, value in stated.items()}
-
-
-Tested = PixelTest | ObjectTest
-
-
-@dataclass(frozen=True)
-class Run:
+class ReadResult:
     """One result row of one seed that can be used.
 
     test: what its test images gave. scores: name -> the score as a function of how often each group of test images
     counts, over the classes of the truth. curve: the main score on validation, of the trial that was chosen.
     """
 
-    row: Mapping[str, Any]
+    row: ResultRow
     card: Mapping[str, Any]
     test: Tested
     scores: Mapping[str, Statistic]
@@ -188,10 +58,10 @@ class Unusable:
 class Result:
     """The seeds of one run: what a line of the comparison stands for. Each is equal to itself alone."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[ReadResult, ...]
 
     @property
-    def row(self) -> Mapping[str, Any]:
+    def row(self) -> ResultRow:
         """The row of the first seed; the others differ in seed, scores, and the trial that was chosen."""
         return self.runs[0].row
 
@@ -200,42 +70,42 @@ class Result:
         """The same for results whose recipes meet, whatever the regime."""
         return shared_recipe(self.row, self.head)
 
-    @property
-    def head(self) -> Mapping[str, Any]:
+    @cached_property
+    def head(self) -> HeadRecipe:
         """The recipe of its head."""
-        found: Mapping[str, Any] = self.runs[0].card["head"]
+        found: HeadRecipe = built(HeadRecipe, self.runs[0].card["head"])
         return found
 
     @property
     def comparable(self) -> str:
         """The same for results that may stand in one table, as far as the names of their splits tell."""
-        return digest([SplitChoice.parse(self.row["split"]).key, self.tested_alike])
+        return digest([self.row.choice.key, self.tested_alike])
 
     @property
     def tested_alike(self) -> str:
         """The same for results with the same test images, groups, labels and rules of scoring, whatever the split."""
-        return digest([*(self.row[name] for name in SAME_TEST if name != "split"), self.runs[0].tested])
+        return digest([*self.row.test_set, self.runs[0].tested])
 
     @property
     def backbone(self) -> tuple[str, str]:
         """Short name and weights."""
-        return self.row["backbone"], self.row["weights_sha256"]
+        return self.row.backbone, self.row.weights_sha256
 
     @property
     def augmented(self) -> bool:
         """Whether training looked at augmented images."""
-        return self.row["augmentation"] is not None
+        return self.row.augmentation is not None
 
     @property
     def variant(self) -> str:
         """The regime, and whether augmentation is as usual there: none in `frozen`, some in the others."""
-        usual = self.augmented == (self.row["regime"] != "frozen")
-        return f"{self.row['regime']}{'' if usual else ', augmented' if self.augmented else ', not augmented'}"
+        usual = self.augmented == (self.row.regime != "frozen")
+        return f"{self.row.regime}{'' if usual else ', augmented' if self.augmented else ', not augmented'}"
 
     @property
     def cell(self) -> tuple[Any, ...]:
         """What tells results of one table apart that differ in more than the recipe: backbone, variant, head, share."""
-        return (*self.backbone, self.variant, self.row["head"], self.row["fraction"])
+        return (*self.backbone, self.variant, self.row.head, self.row.fraction)
 
     @property
     def scale(self) -> str:
@@ -247,24 +117,21 @@ class Result:
     @property
     def dtype(self) -> str:
         """In which its features were stored; "" where none were, as of a backbone that is trained."""
-        return self.runs[0].card["features"].get("dtype", "") if self.row["regime"] == "frozen" else ""
+        return self.runs[0].card["features"].get("dtype", "") if self.row.regime == "frozen" else ""
 
     @property
     def size(self) -> str:
         """The scale, and what else tells results of one backbone apart: how tiles were cut, stored views, intensity."""
         features = self.runs[0].card["features"]
-        parts = [self.scale]
-        if features.get("tile"):
-            parts += [f"overlap {features['overlap']}"]
-            parts += [f"{features['empty_tiles']:.0%} of the empty"] if features["empty_tiles"] < 1 else []
-        parts += (self.row["augmentation"] or {}).get("views", [])  # of the cache, where they were trained on
+        tiling = Tiling.in_json(features)
+        parts = [self.scale, *(tiling.manner if tiling else ()), *self.row.views]
         usual = ("none", str(DEFAULT_16BIT))
         return ", ".join([*parts, *{features["intensity"]}.difference(usual)])
 
     @property
     def validation(self) -> float:
         """Mean over seeds of the main score on validation; -1 where there is none."""
-        values = [run.row["val"].get(SCORES[self.row["task"]][0]) for run in self.runs]
+        values = [run.row.validation for run in self.runs]
         return float(np.mean([-1.0 if value is None else value for value in values]))
 
     @cached_property
@@ -281,43 +148,43 @@ class Result:
     @property
     def main(self) -> str:
         """The score that decides."""
-        return SCORES[self.row["task"]][0]
+        return self.row.scores.main.name
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Numbers of its seeds, ascending."""
-        return tuple(run.row["seed"] for run in self.runs)
+        return tuple(run.row.seed for run in self.runs)
 
     @property
     def weights_from(self) -> str:
         """Of which point of the validation curve the weights are; rows of an older featprobe hold those of the end."""
-        return str(self.row.get("weights_from", "end of training"))
+        return self.row.weights_from
 
     @property
     def own_subsets(self) -> bool:
         """Whether each seed was trained on a share of the training images of its own."""
-        return self.row["fraction"] < 1 and self.row.get("subset") == "by seed"
+        return self.row.fraction < 1 and self.row.subset == "by seed"
 
     @property
     def solved(self) -> bool:
         """Whether another seed would give the same head: it has a closed form, and the same training images."""
-        return self.row["head"] == "ridge" and self.row["fraction"] == 1
+        return self.row.kind.solved and self.row.fraction == 1
 
     @property
     def random_weights(self) -> bool:
         """Whether its backbone was never trained: a control."""
         spec = self.runs[0].card["backbone"] or {}
-        return spec.get("source") == "random" or str(self.row["backbone"]).endswith("-random")
+        return spec.get("source") == "random" or self.row.backbone.endswith("-random")
 
     @property
-    def budget(self) -> Mapping[str, Any] | None:
+    def budget(self) -> FoundBudget | None:
         """How its number of iterations was found; None where it was fixed, and no one knows whether it is enough."""
-        return self.row.get("budget")
+        return self.row.budget
 
     @property
     def compared_budgets(self) -> tuple[Any, ...]:
         """The same for results whose numbers of iterations were found for one comparison."""
-        return (*self.cell[-2:], self.row["regime"], (self.budget or {}).get("comparison"))
+        return (*self.cell[-2:], self.row.regime, self.budget.comparison if self.budget else None)
 
     def each(self, name: str) -> list[Statistic]:
         """A score of each seed."""
@@ -332,8 +199,8 @@ class Result:
 
         A live backbone needs no extraction.
         """
-        train = float(np.mean([run.row["seconds"]["train"] for run in self.runs]))
-        extract = self.row["seconds"].get("extract") if self.row["regime"] == "frozen" else 0.0
+        train = float(np.mean([run.row.seconds.train for run in self.runs]))
+        extract = self.row.seconds.extract if self.row.regime == "frozen" else 0.0
         taken = float("nan") if extract is None else float(extract)
         return train, taken, train + taken
 
@@ -346,50 +213,50 @@ def load_results(
     Of rows that are the same run of the same seed the last counts. folders: of the rows that are looked at, None for
     all. Raises ProbeError where there is no row at all.
     """
-    rows, notes = read_rows(probes / "results.jsonl", result_faults)
-    rows = [row for row in rows if folders is None or row.get("folder") in folders]
-    last: dict[str, Mapping[str, Any]] = {}
-    unusable, found = [], list[Run]()
+    rows, notes = read_results(probes / "results.jsonl")
+    rows = [row for row in rows if folders is None or row.folder in folders]
+    last: dict[str, ResultRow] = {}
+    unusable, found = [], list[ReadResult]()
     for row in rows:
-        last[digest([[row[name] for name in RUN], row["seed"], row.get("fold")])] = row
+        last[digest([row.run, row.seed, row.fold])] = row
     for counted in last.values():
         try:
-            found.append(read_run(probes, counted))
+            found.append(read_result(probes, counted))
         except FeatprobeError as error:
-            unusable.append(Unusable(counted["folder"], str(error)))
+            unusable.append(Unusable(counted.folder, str(error)))
     if not rows:
         raise ProbeError(
             f"There is no result in {probes} to compare.\n" + "".join(f"{note}\n" for note in notes)
             + "Make some:  featprobe extract --backbone embedded --data xray\n"
             "            featprobe probe --task semseg"
         )  # fmt: skip
-    results: dict[tuple[str, str], list[Run]] = {}
+    results: dict[tuple[str, str], list[ReadResult]] = {}
     for run in _joined(found, unusable):
-        results.setdefault((digest([run.row[name] for name in RUN]), run.tested), []).append(run)
-    whole = [Result(tuple(sorted(runs, key=lambda run: run.row["seed"]))) for runs in results.values()]
+        results.setdefault((digest(run.row.run), run.tested), []).append(run)
+    whole = [Result(tuple(sorted(runs, key=lambda run: run.row.seed))) for runs in results.values()]
     return sorted(whole, key=_order), unusable, notes
 
 
-def _joined(runs: Sequence[Run], unusable: list[Unusable]) -> list[Run]:
+def _joined(runs: Sequence[ReadResult], unusable: list[Unusable]) -> list[ReadResult]:
     """Runs with the folds of each cross-validation and seed as one; those that lack a fold become unusable."""
-    whole = [run for run in runs if run.row.get("fold") is None]
-    validations: dict[str, dict[int, Run]] = {}
+    whole = [run for run in runs if run.row.fold is None]
+    validations: dict[str, dict[int, ReadResult]] = {}
     for run in runs:
-        if run.row.get("fold") is not None:
-            key = digest([[run.row[name] for name in RUN], run.row["seed"]])
-            validations.setdefault(key, {})[run.row["fold"]] = run
+        if run.row.fold is not None:
+            key = digest([run.row.run, run.row.seed])
+            validations.setdefault(key, {})[run.row.fold] = run
     for folds in validations.values():
-        choice = SplitChoice.parse(next(iter(folds.values())).row["split"])
-        missing = [str(fold) for fold in range(1, choice.folds + 1) if fold not in folds]
+        needed = next(iter(folds.values())).row.choice.folds
+        missing = [str(fold) for fold in range(1, needed + 1) if fold not in folds]
         if missing:
-            reason = f"a cross-validation needs all {choice.folds} folds; without a usable result: {', '.join(missing)}"
-            unusable += [Unusable(run.row["folder"], reason) for run in folds.values()]
+            reason = f"a cross-validation needs all {needed} folds; without a usable result: {', '.join(missing)}"
+            unusable += [Unusable(run.row.folder, reason) for run in folds.values()]
         else:
             whole.append(joined([folds[fold] for fold in sorted(folds)]))
     return whole
 
 
-def joined(folds: Sequence[Run]) -> Run:
+def joined(folds: Sequence[ReadResult]) -> ReadResult:
     """All folds of a cross-validation as one run. Its test set is all images, each scored by the head of its own fold.
 
     Confusions are summed over all images, and objects found in any image are ranked together: a score is what it is on
@@ -399,82 +266,54 @@ def joined(folds: Sequence[Run]) -> Run:
     row = folds[0].row
     every = [fold.row for fold in folds]
     test: Tested = type(folds[0].test).joined([fold.test for fold in folds])
-    counts = {
-        name: {split: sum(own[name][split] for own in every) // (1 if split == "test" else len(folds))
-               for split in row[name]}
-        for name in ("images", "groups")
-    }  # fmt: skip
-    seconds = {**row["seconds"], "train": sum(own["seconds"]["train"] for own in every)}
-    val = {
-        name: None if any(own["val"].get(name) is None for own in every)
-        else float(np.mean([own["val"][name] for own in every]))
-        for name in row["val"]
-    }  # fmt: skip
-    whole = {**row, **counts, "fold": None, "seconds": seconds, "val": val, "test": test.scores(row)}
-    return Run(whole, folds[0].card, test, test.statistics(row), mean_curve([fold.curve for fold in folds]))
+    whole = replace(
+        row,
+        images=_of_all([own.images for own in every]),
+        groups=_of_all([own.groups for own in every if own.groups]) if row.groups else None,
+        fold=None,
+        seconds=replace(row.seconds, train=sum(own.seconds.train for own in every)),
+        val={name: _mean([own.val.get(name) for own in every]) for name in row.val},
+        test=test.scores(row),
+    )
+    return ReadResult(whole, folds[0].card, test, test.statistics(row), mean_curve([fold.curve for fold in folds]))
+
+
+def _of_all(counts: Sequence[Counts]) -> Counts:
+    """Over the folds of a cross-validation: sums of what was tested, means of what was trained and chosen on."""
+    train, val, test = (sum(own) for own in zip(*((c.train, c.val, c.test) for c in counts), strict=True))
+    return Counts(train // len(counts), val // len(counts), test)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _order(result: Result) -> tuple[Any, ...]:
     row = result.row
-    return (row["data"], row["task"], row["split"], result.comparable, row["head"], row["backbone"], row["fraction"],
-            REGIMES[row["regime"]], result.variant, result.size, result.dtype, row["recipe_key"])  # fmt: skip
+    return (row.data, row.task, row.split, result.comparable, row.head, row.backbone, row.fraction,
+            REGIMES[row.regime], result.variant, result.size, result.dtype, row.recipe_key)  # fmt: skip
 
 
-def read_run(probes: Path, row: Mapping[str, Any]) -> Run:
+def read_result(probes: Path, row: ResultRow) -> ReadResult:
     """A row with what lies in its folder; raises ProbeError, saying why, where it can't be used.
 
     What is read is what the card says, byte for byte.
     """
     folder = head_folder(probes, row)
-    if row["task"] not in SCORES or row["regime"] not in REGIMES:
-        raise ProbeError(f"{row['task']} in the regime {row['regime']} is not known here")
+    if not row.is_known or row.regime not in REGIMES:
+        raise ProbeError(f"{row.task} in the regime {row.regime} is not known here")
     card = card_beside(probes, row)
     try:
-        test: Tested = (PixelTest if row["task"] == "semseg" else ObjectTest).read(folder, card)
-        scores = test.statistics(row)
+        test, scores = read_test(folder, card, row)
         (curves,) = map(parse_json, read_files(folder, card, ["curves.json"]))
         (chosen,) = [trial["curve"] for trial in curves if trial["chosen"]]
-        curve = curve_of(chosen, SCORES[row["task"]][0]) if row["head"] != "ridge" else Curve((), ())
-        _check_scores(row, test, scores)
+        curve = Curve((), ()) if row.kind.solved else curve_of(chosen, row.scores.main.name)
     except ProbeError as error:
         raise damaged(row, str(error)) from error
     except UNREADABLE as error:
         raise damaged(row, f"what lies beside its head can't be read: {type(error).__name__}: {error}") from error
-    return Run(row, card, test, scores, curve)
-
-
-def remembered(statistic: Statistic) -> Statistic:
-    """A statistic that keeps what it gave for some weights: a dear one is asked for the same resamples many times."""
-    return replace(statistic, value=_remembering(statistic.value), influence=_remembering(statistic.influence))
-
-
-def _remembering(function: Callable[[Floats], Floats]) -> Callable[[Floats], Floats]:
-    kept: dict[bytes, Floats] = {}
-
-    def lookup(weights: Floats) -> Floats:
-        key = hashlib.sha256(f"{weights.shape}".encode() + weights.tobytes()).digest()
-        if key not in kept:
-            kept[key] = function(weights)
-        return kept[key]
-
-    return lookup
-
-
-def _check_scores(row: Mapping[str, Any], test: Tested, scores: Mapping[str, Statistic]) -> None:
-    """Raise ProbeError where the files beside a head do not give the scores that its row states, by the row's rule."""
-    own = {**row, "test": test.scores(row)} if isinstance(test, PixelTest) else None
-    for name, statistic in scores.items():
-        found = stated_score(own, name) if own else float(statistic.value(np.ones((1, sum(statistic.sizes))))[0])
-        known = [value for value in (found, stated_score(row, name)) if value is not None and not np.isnan(value)]
-        if len(known) == 1 or (known and abs(known[0] - known[1]) > ROUNDING):
-            raise ProbeError(f"what lies beside its head gives {name} {found}, its row says {stated_score(row, name)}")
-
-
-def stated_score(row: Mapping[str, Any], name: str) -> float | None:
-    """A score as a row states it for the test split; None where it has none."""
-    part, _, rest = name.partition("_")
-    value = row["test"][name] if row["task"] == "semseg" else row["test"][part][rest]
-    return None if value is None else float(value)
+    return ReadResult(row, card, test, scores, curve)
 
 
 def comparable_sets(results: Sequence[Result]) -> list[list[Result]]:
@@ -526,9 +365,9 @@ def shortfalls(results: Sequence[Result]) -> dict[Result, int]:
     most: dict[tuple[Any, ...], int] = {}
     kinds = {result: result.compared_budgets for result in results if result.budget}
     for result, kind in kinds.items():
-        most[kind] = max(most.get(kind, 0), int((result.budget or {})["needed"]))
+        most[kind] = max(most.get(kind, 0), result.budget.needed if result.budget else 0)
     return {
-        result: max(most[kind], result.row["recipe"]["iterations"])
+        result: max(most[kind], result.row.recipe.iterations)
         for result, kind in kinds.items()
-        if result.row["recipe"]["iterations"] < most[kind] or (result.budget or {}).get("open")
+        if result.row.recipe.iterations < most[kind] or (result.budget and result.budget.open)
     }

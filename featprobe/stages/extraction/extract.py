@@ -1,6 +1,5 @@
 """Images to cache: decode ahead, compute on the device, write behind; stop and go on at will."""
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.datasets import DataSet
-from featprobe.disk import append_line, remove_leftovers
+from featprobe.disk import remove_leftovers
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
@@ -36,8 +35,8 @@ from featprobe.stages.extraction import cache_precision
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.extraction.pipeline import Filler, runs
+from featprobe.stages.extraction.run_log import log_run, tf32_doubt
 from featprobe.stages.extraction.settled import Asked, Settled, ask, keep, settled
-from featprobe.stages.upkeep.caches import tf32_doubt
 from featprobe.stages.workspace import Workspace
 
 
@@ -140,7 +139,7 @@ def extract_with(
         images=len(job.surveyed.found),
     )
     if report.computed:
-        _log_run(report)
+        log_run(report.path, asdict(report))
     if asked and (done == WHOLE).all():  # what can't be read may be readable next time
         keep(asked, cache, data, job.info.notes)
     return report
@@ -312,9 +311,3 @@ def _own_shard() -> tuple[int, int]:
     """This process's shard under torchrun."""
     rank, count = launched()
     return rank + 1, count
-
-
-def _log_run(report: ExtractReport) -> None:
-    """Keep what an extraction cost beside its file, a JSON line a run."""
-    values = asdict(report) | {"path": report.path.name, "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    append_line(report.path.with_suffix(".runs.jsonl"), json.dumps(values).encode())

@@ -1,73 +1,162 @@
 """How features are made: what a caller says, and what featprobe.toml says where the caller does not."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from featprobe.datasets.patterns import Description, Pattern
+from featprobe.datasets.splits import group_pattern
 from featprobe.errors import DataError
+from featprobe.fields import Fault, shown
 from featprobe.geometry import Fit, Size, parse_size
+from featprobe.intensity import Intensity
 from featprobe.machine import usable_cores
-from featprobe.specs import CacheDtype, CachePrecision, Intensity, Tiling, parse_views
+from featprobe.specs import CacheDtype, CachePrecision, FeatureRecipe
+from featprobe.tiling import SETTINGS, Tiling, keeps_own_split, parse_views
 
 MOST_WORKERS = 16  # unasked
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """A section [data.NAME] of featprobe.toml: where a set lies, and how it is read and framed."""
+
+    path: str
+    size: str | None = None
+    fit: Fit | None = None
+    intensity: str | None = None
+    format: str | None = None
+    images: str | None = None
+    masks: str | None = None
+    group_from: str | None = None
+    split_file: str | None = None
+    classes: tuple[str, ...] = ()
+    tile: int | None = None
+    overlap: int | None = None
+    empty_tiles: float | None = None
+    views: str | None = None
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
     """How features are made; see `featprobe extract --help` for each.
 
-    size: (height, width) in pixels. batch_size: images per block, the unit of resuming and sharding. workers: threads
-    that decode images, by default one for each core that may be used, at most 16. precision: "auto" for that of the
-    cache that is there, else amp on CUDA and fp32 elsewhere.
-    shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. rehash: read every file of the data set, where
-    sizes and times of files would say that nothing changed. format: of the data set, None to look.
-    group_from, split_file: where its groups and splits are from, None for the set itself. images, masks: patterns that
-    describe where they lie, see datasets.patterns.
+    size: (height, width) in pixels. format: of the data set, None to look. images, masks: patterns that describe where
+    they lie, see datasets.patterns. group_from, split_file: where its groups and splits are from, None for the set
+    itself. batch_size: images per block, the unit of resuming and sharding. precision: "auto" for that of the cache
+    that is there, else amp on CUDA and fp32 elsewhere.
     tile: side of the tiles that images are cut into, 0 for whole images; overlap: of neighbours, by default an eighth
     of a tile; both in pixels of the original image. empty_tiles: share of the training tiles without a defect that is
     kept, by default all. views: of training images, as `parse_views` gives them. What is None is as featprobe.toml
     says, where it names the set.
+    workers: threads that decode images, by default one for each core that may be used, at most 16. shard: (i, n),
+    1 <= i <= n: this process makes the i-th of n parts. rehash: read every file of the data set, where sizes and times
+    of files would say that nothing changed.
     """
 
     levels: tuple[str, ...] = ()
     size: Size | None = None
+    format: str | None = None
+    images: str | None = None
+    masks: str | None = None
+    group_from: str | None = None
+    split_file: str | None = None
     fit: Fit | None = None
     intensity: str | None = None
     batch_size: int = 16
-    workers: int = field(default_factory=lambda: min(MOST_WORKERS, usable_cores()))
     dtype: CacheDtype = "fp16"
     precision: CachePrecision | Literal["auto"] = "auto"
-    device: str | None = None
-    shard: tuple[int, int] | None = None
-    skip_bad: bool = False
-    quiet: bool = False
-    rehash: bool = False
-    format: str | None = None
-    group_from: str | None = None
-    split_file: str | None = None
-    images: str | None = None
-    masks: str | None = None
     tile: int | None = None
     overlap: int | None = None
     empty_tiles: float | None = None
     views: tuple[str, ...] | None = None
+    skip_bad: bool = False
+    workers: int = field(default_factory=lambda: min(MOST_WORKERS, usable_cores()))
+    device: str | None = None
+    shard: tuple[int, int] | None = None
+    quiet: bool = False
+    rehash: bool = False
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> "ExtractOptions":
+        """The options that a command line says, with size, levels and views as texts; other names are ignored.
+
+        What is None, or not there, has its default. Raises DataError.
+
+        >>> ExtractOptions.of({"size": "64x96", "views": "hflip,crop:2", "tile": None}).views
+        ('hflip', 'crop:2')
+        """
+        given = {known.name: said[known.name] for known in fields(cls) if said.get(known.name) is not None}
+        return cls(**{name: PARSERS[name](value) if name in PARSERS else value for name, value in given.items()})
+
+    @classmethod
+    def making(cls, features: Mapping[str, Any]) -> "ExtractOptions":
+        """The options that make features of this recipe again, whatever featprobe.toml says.
+
+        features: the recipe's JSON, as caches and cards keep it.
+        """
+        tiling = Tiling.in_json(features)
+        return cls(
+            levels=tuple(level["name"] for level in features["levels"]),
+            size=(features["size"][0], features["size"][1]),
+            views=tuple(features["views"][1:]),
+            **{name: features[name] for name in ("fit", "intensity", "dtype", "precision")},
+            **(asdict(tiling) if tiling else {"tile": 0}),
+        )
 
     @property
     def tiling(self) -> Tiling | None:
         """How images are cut; None for not at all. Raises DataError for what can't be."""
-        return Tiling.of(self.tile, self.overlap, self.empty_tiles, self.fit)
+        return Tiling.of(**{name: getattr(self, name) for name in SETTINGS}, fit=self.fit)
+
+    @property
+    def policy(self) -> Intensity | None:
+        """How raw levels become [0, 1]; None for what suits the images. Raises DataError."""
+        return Intensity.parse(self.intensity) if self.intensity else None
+
+    @property
+    def fitted(self) -> Fit:
+        """How images, or tiles, meet their size. Raises DataError."""
+        return "letterbox" if self.tiling else self.fit or "resize"
+
+    @property
+    def keeps_own_split(self) -> bool:
+        """Whether the features serve the set's own split alone; see FeatureRecipe. Raises DataError."""
+        return keeps_own_split(self.tiling, self.views or ())
 
     def check(self) -> None:
         """Raise DataError for what can't be had together, as far as it can be told without the images."""
-        policy = Intensity.parse(self.intensity) if self.intensity else None
+        policy = self.policy
         if policy and policy.image and (self.tiling or self.views):
             raise DataError(
                 f"--intensity {policy} would stretch each tile and view of an image in another way.\n"
                 "Take a policy of the whole set (without :image), or whole images alone: --tile 0 --views none."
             )
         if self.size and not self.tiling:
-            check_turns(self.views or (), self.size, self.fit or "resize")
+            check_turns(self.views or (), self.size, self.fitted)
+
+    def gives(self, recipe: FeatureRecipe) -> bool:
+        """Whether features are those that are asked for; of any size where neither size nor tile is said.
+
+        Levels, dtype and precision are not looked at. Raises DataError.
+        """
+        tiling = self.tiling
+        size = self.size or ((tiling.tile, tiling.tile) if tiling else recipe.size)
+        asked = (size, self.fitted, self.policy or recipe.policy, tiling, self.views or ())
+        return asked == (recipe.size, recipe.fit, recipe.policy, recipe.tiling, recipe.further_views)
+
+
+PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "levels": lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+    "size": lambda text: parse_size(text) if text else None,
+    "views": parse_views,
+}
+"""Of the options that are texts on the command line, and in featprobe.toml, and values here."""
+OF_ONE_RUN = ("workers", "device", "shard", "quiet", "rehash")
+"""Options that say how one run computes, on one machine: they are no part of a command that is to repeat it."""
 
 
 def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOptions:
@@ -78,20 +167,13 @@ def configured(options: ExtractOptions, table: Mapping[str, Any]) -> ExtractOpti
     """
     tile = table.get("tile") if options.tile is None else options.tile
     idle = [] if (tile or 0) == table.get("tile", 0) else ["size", "fit"]
-    idle += [] if tile else ["overlap", "empty_tiles"]
-    table = {name: value for name, value in table.items() if name not in idle}
-    views = parse_views(table["views"]) if options.views is None and "views" in table else options.views
-    return replace(
-        options,
-        size=options.size or (parse_size(table["size"]) if "size" in table else None),
-        tile=tile,
-        overlap=table.get("overlap") if options.overlap is None else options.overlap,
-        empty_tiles=table.get("empty_tiles") if options.empty_tiles is None else options.empty_tiles,
-        views=views,
-        fit=options.fit or table.get("fit"),
-        intensity=options.intensity or table.get("intensity"),
-        **read_as({name: getattr(options, name) for name in READ_AS}, table),
-    )
+    idle += [] if tile else [name for name in SETTINGS if name != "tile"]
+    known = {own.name for own in fields(DataEntry)} & {own.name for own in fields(ExtractOptions)}
+    found: dict[str, Any] = {}
+    for name in known.difference(READ_AS, idle).intersection(table):
+        if getattr(options, name) in (None, ""):
+            found[name] = PARSERS[name](table[name]) if name in PARSERS else table[name]
+    return replace(options, **found, **read_as({name: getattr(options, name) for name in READ_AS}, table))
 
 
 READ_AS = ("format", "images", "masks", "group_from", "split_file")
@@ -124,3 +206,43 @@ def check_turns(views: Sequence[str], size: Size, fit: Fit) -> None:
             f"The view rot90 would be stretched to {size[0]}x{size[1]} pixels. Nothing was computed.\n"
             "Keep shapes with --fit letterbox, or choose a square --size."
         )
+
+
+def _described(entry: Mapping[str, Any]) -> str:
+    """What is wrong with the description of a set, whatever its patterns are; "" when nothing is."""
+    there = [name for name in ("images", "masks") if name in entry]
+    if len(there) == 1:
+        return f"{there[0]} without {'masks' if there == ['images'] else 'images'}, which describe a set together"
+    if there and entry.get("format", "pairs") != "pairs":
+        return f"images and masks describe a set beside format = {shown(entry['format'])}; omit one of the two"
+    return ""
+
+
+def entry_faults(entry: Mapping[str, Any], whole: Mapping[str, Any]) -> list[Fault]:
+    """What makes no sense in a DataEntry, as a table, whose values are of the right types; whole: with the others."""
+    parsers: Mapping[str, Callable[[str], object]] = {
+        "size": parse_size,
+        "intensity": Intensity.parse,
+        "views": parse_views,
+        "images": partial(Pattern, called="images"),
+        "masks": partial(Pattern, called="masks"),
+        "group_from": group_pattern,
+    }
+    faults = {key: _fault(partial(parse, entry[key])) for key, parse in parsers.items() if key in entry}
+    found = [Fault((key,), said) for key, said in faults.items() if said]
+    found += [Fault((), said)] if (said := _described(whole)) else []
+    if faults.get("images") == faults.get("masks") == "":
+        found += [Fault((), said)] if (said := _fault(partial(Description.of, entry["images"], entry["masks"]))) else []
+    cut = (*SETTINGS, "fit")
+    if all(key in entry for key in cut if key in whole):
+        found += [Fault((), said)] if (said := _fault(partial(Tiling.of, *map(entry.get, cut)))) else []
+    return found
+
+
+def _fault(check: Callable[[], object]) -> str:
+    """What a check says is wrong; "" when nothing is."""
+    try:
+        check()
+    except DataError as error:
+        return str(error)
+    return ""

@@ -143,7 +143,7 @@ class Framing:
         """
         recipe, policy = self.recipe, self.recipe.policy
         if not buffer.layout.raw:
-            put_image(buffer.levels[k], levels, placement, recipe.window, recipe.interpolation, policy)
+            put_image(buffer.levels[k], levels, placement, recipe)
             buffer.facts[k] = 0, 1, *placement.content
             return
         if window is None:

@@ -1,7 +1,6 @@
 """An extraction, settled before anything is computed: its recipe, its rows, its file, the command that repeats it."""
 
 import platform
-import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,13 +15,13 @@ from featprobe.backbones.backbone import Backbone
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Row
 from featprobe.datasets import DataSet
-from featprobe.datasets.files import FOLLOW_LINKS
 from featprobe.datasets.images.reading import Header
 from featprobe.errors import CacheError
 from featprobe.geometry import Size
 from featprobe.machine import free_disk, human_bytes
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
 from featprobe.stages.extraction.cache_precision import cache_path, settled
+from featprobe.stages.extraction.command_line import command_of, with_links
 from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions, check_turns
 from featprobe.stages.extraction.survey import Survey, describe, make_recipe, make_rows, survey
 from featprobe.stages.workspace import Workspace
@@ -71,18 +70,8 @@ def prepare(
     """Look at the whole data set and settle the recipe, the rows and the file's name. device: that computes."""
     options.check()
     resolve(options.precision, device)  # refuses before anything is read
-    tiling = options.tiling
     surveyed = survey(data, workers=options.workers, skip_bad=options.skip_bad, quiet=options.quiet)
-    recipe = make_recipe(
-        surveyed,
-        backbone,
-        size=options.size,
-        fit="letterbox" if tiling else options.fit or "resize",
-        intensity=options.intensity,
-        dtype=options.dtype,
-        tiling=tiling,
-        views=options.views or (),
-    )
+    recipe = make_recipe(surveyed, backbone, options)
     check_turns(recipe.views, recipe.size, recipe.fit)
     backbone.fit(recipe.frame)
     folder = workspace.cache_folder(data.name, data.root)
@@ -92,8 +81,8 @@ def prepare(
         options = replace(options, precision=recipe.precision)  # the command is to make this very file
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
     images = [data.samples[row.image_index if whole else i].image for i, row in enumerate(rows)]
-    command = command_of(backbone.spec, workspace.data_argument(data.name, data.root), options)
-    command += f" {FOLLOW_LINKS}" if data.description.get("follow_links") else ""
+    command = command_of(backbone.spec.words, workspace.data_argument(data.name, data.root), options)
+    command = with_links(command, bool(data.description.get("follow_links")))
     how = {name: getattr(options, name) for name in READ_AS}
     return Job(
         cache_path(folder, recipe), recipe, describe(surveyed, recipe), tuple(rows), tuple(images), surveyed, command,
@@ -105,26 +94,6 @@ def read_set(workspace: Workspace, name: str, options: ExtractOptions) -> DataSe
     """The data set of a name, read as options say."""
     how = {name: getattr(options, name) for name in READ_AS if name != "format"}
     return workspace.data_set(name, options.format, **how)
-
-
-def command_of(spec: BackboneSpec, data: str, options: ExtractOptions) -> str:
-    """The command line that makes the same cache.
-
-    >>> command_of(BackboneSpec("embedded", "m"), "xray", ExtractOptions(size=(64, 96), skip_bad=True))
-    'featprobe extract --backbone embedded --data xray --size 64x96 --skip-bad'
-    """
-    words = ["featprobe", "extract", *(spec.arguments or ("--backbone", spec.label)), "--data", data]
-    if options.levels:
-        words += ["--levels", ",".join(options.levels)]
-    if options.size:
-        words += ["--size", f"{options.size[0]}x{options.size[1]}"]
-    names = ("fit", "intensity", "batch_size", "dtype", "precision", "tile", "overlap", "empty_tiles")
-    for name in (*READ_AS, *names):
-        value = getattr(options, name)
-        if value != getattr(ExtractOptions, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += [] if options.views is None else ["--views", ",".join(options.views) or "none"]
-    return shlex.join([*words, *(["--skip-bad"] if options.skip_bad else [])])
 
 
 def _placed(spec: BackboneSpec) -> BackboneSpec:

@@ -1,6 +1,5 @@
 """Caches that a command needs and that are not there: made in the same process, before anything is trained."""
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +11,8 @@ from featprobe.datasets import DataSet
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.processes import from_main, gathered, pick_device
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions, configured
+from featprobe.stages.extraction.command_line import batch_size_in
+from featprobe.stages.extraction.extract_options import OF_ONE_RUN, READ_AS, ExtractOptions, configured
 from featprobe.stages.workspace import CONFIG, Workspace, name_of
 
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
@@ -84,15 +84,14 @@ def _complete(
     from featprobe.stages.extraction.job import read_set
     from featprobe.stages.training.sources import spec_of
 
-    recipe, missing = cache.recipe, int((cache.done == MISSING).sum())
-    tiles = (recipe.tile, recipe.overlap, recipe.empty_tiles) if recipe.tile else (0, None, None)
-    how: ExtractOptions = replace(
-        options, size=recipe.size, fit=None if recipe.tile else recipe.fit, intensity=recipe.intensity,
-        levels=tuple(level.name for level in recipe.levels), dtype=recipe.dtype, precision=recipe.precision,
-        batch_size=_batch_size(cache.contents.command), tile=tiles[0], overlap=tiles[1], empty_tiles=tiles[2],
-        views=recipe.views[1:],
+    missing = int((cache.done == MISSING).sum())
+    how = replace(
+        ExtractOptions.making(cache.recipe.to_json()),
+        batch_size=batch_size_in(cache.contents.command),
+        skip_bad=options.skip_bad,
+        **{name: getattr(options, name) for name in OF_ONE_RUN},
         **_read_as(cache),
-    )  # fmt: skip
+    )
     say(f"{'to complete' if dry_run else 'completing'}: {cache.path}, {counted(missing, 'row')} of {len(cache)}")
     if not dry_run:
         name = workspace.data_argument(cache.data.name, Path(cache.data.root))
@@ -104,17 +103,6 @@ def _read_as(cache: Cache) -> dict[str, Any]:
     kept = cache.contents.provenance.get("read_as")
     found = kept if isinstance(kept, dict) else {}
     return {name: found[name] for name in READ_AS if isinstance(found.get(name), str)}
-
-
-def _batch_size(command: str) -> int:
-    """The batch size of a command that made a cache: the bytes of its rows follow from it.
-
-    >>> _batch_size("featprobe extract --data xray --batch-size 4"), _batch_size("featprobe extract --data xray")
-    (4, 16)
-    """
-    words = shlex.split(command)
-    given = words[words.index("--batch-size") + 1] if "--batch-size" in words[:-1] else ""
-    return int(given) if given.isdigit() else ExtractOptions.batch_size
 
 
 def _check_named(workspace: Workspace, data: Names, backbones: Names) -> None:

@@ -9,7 +9,7 @@ import xxhash
 from featprobe.cache import Row
 from featprobe.geometry import IDENTITY, TURNS, Part, Placement, place, place_tile, tiles_of
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.extraction.augment import Augmentation, choose_crop, place_crop
+from featprobe.stages.extraction.crops import Augmentation, choose_crop, place_crop
 from featprobe.targets import (
     IGNORE,
     Labels,
@@ -24,13 +24,11 @@ from featprobe.targets import (
 def parts_of(row: Row, recipe: FeatureRecipe, multiple: int, image_index: int) -> list[Row]:
     """The rows that show an image: its tiles, and for a training image their views, each with labels of its own.
 
-    row: of the whole image, unplaced in any frame. A training tile without a defect stays with the share of
-    `empty_tiles`, by a hash of its id. A crop shows a defect seven times in ten where there is one.
+    row: of the whole image, unplaced in any frame. Of the training tiles without a defect, those are there that the
+    tiling keeps. A crop shows a defect seven times in ten where there is one.
     """
-    whole = row.placement.original
-    tiles = tiles_of(whole, recipe.tile, recipe.overlap) if recipe.tile else [Part(0, 0, *whole)]
-    if row.reason:
-        tiles = [Part(0, 0, *whole)]
+    whole, tiling = row.placement.original, recipe.tiling
+    tiles = tiles_of(whole, tiling.tile, tiling.overlap) if tiling and not row.reason else [Part(0, 0, *whole)]
     labels = decode_semantic(row.semantic) if row.semantic else None
     objects = decode_instances(row.instances) if row.instances else None
 
@@ -45,10 +43,10 @@ def parts_of(row: Row, recipe: FeatureRecipe, multiple: int, image_index: int) -
 
     found = []
     for part in tiles:
-        name = f"{row.id}@{part.left},{part.top}" if recipe.tile else row.id
+        name = f"{row.id}@{part.left},{part.top}" if tiling else row.id
         own = cut(replace(row, id=name, image_index=image_index), part)
         training = row.split == "train" and not row.reason
-        if training and not _has_defect(own) and _unit_hash(name) >= recipe.empty_tiles:
+        if training and tiling and tiling.thinned and not _has_defect(own) and not tiling.keeps(name):
             continue
         found.append(own)
         if training:
@@ -89,8 +87,3 @@ def _has_defect(row: Row) -> bool:
     if labels is not None and bool(((labels > 0) & (labels != IGNORE)).any()):
         return True
     return bool(row.instances) and any(not instance.crowd for instance in decode_instances(row.instances)[0])
-
-
-def _unit_hash(text: str) -> float:
-    """A number in [0, 1) that follows from a text alone."""
-    return xxhash.xxh3_64_intdigest(text.encode()) / 2**64

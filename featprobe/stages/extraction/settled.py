@@ -19,13 +19,13 @@ from featprobe.datasets.formats import ENTRY_POINTS, places_of
 from featprobe.disk import read_json, write_whole
 from featprobe.errors import DiskError, FileKindError
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions
 from featprobe.stages.workspace import Workspace
 
 VERSION = 1  # of what is kept; another is ignored
 RACY_SECONDS = 2.0  # a file that changed so shortly before may change again and show the same time
 MOST_BYTES = 1 << 20  # of what is kept of one cache
-IDLE = ("workers", "device", "shard", "batch_size", "quiet", "rehash")  # options that change no file
+IDLE = ("batch_size", *OF_ONE_RUN)  # options that change no file
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from os.path import realpath
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from featprobe.datasets.images.reading import Header, hash_image, header_of, pix
 from featprobe.datasets.samples import listed
 from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.errors import DataError, counted
-from featprobe.geometry import Fit, Placement, Size, default_size, place
-from featprobe.specs import CACHE_VERSION, CacheDtype, DataInfo, FeatureRecipe, Intensity, Tiling, default_intensity
+from featprobe.geometry import Placement, Size, default_size, place
+from featprobe.intensity import Intensity, default_intensity
+from featprobe.specs import RECIPE_VERSION, DataInfo, FeatureRecipe
+from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.parts import parts_of
 from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
@@ -118,8 +119,8 @@ def training_images(surveyed: Survey) -> list[Sample]:
     return [f.sample for f in surveyed.found if f.sample.split == "train" and not f.reason]
 
 
-def choose_intensity(surveyed: Survey, asked: str | None) -> tuple[Intensity, tuple[float, float] | None]:
-    """The intensity policy, and the window of raw levels that it means for this data set.
+def choose_intensity(surveyed: Survey, asked: Intensity | None) -> tuple[Intensity, tuple[float, float] | None]:
+    """The intensity policy, and the window of raw levels that it means for this data set. asked: None for the default.
 
     Raises DataError when images of 8 bits, of 16 bits or of fractions stand in one set, which no single window can
     serve, and for fractions that are to be divided by the largest value of their number format.
@@ -132,7 +133,7 @@ def choose_intensity(surveyed: Survey, asked: str | None) -> tuple[Intensity, tu
             f"  wanted  images of one depth\n  found   {pixel_notes(surveyed.headers)[0]}\n"
             "Nothing was computed. Take the few out, or write all in one depth."
         )
-    policy = Intensity.parse(asked) if asked else default_intensity(bits[0])
+    policy = asked or default_intensity(bits[0])
     if policy.kind == "none" and bits == [32]:
         raise DataError(
             f"{surveyed.data.root} holds images of fractions or signed levels, which have no largest value.\n"
@@ -162,21 +163,12 @@ def clipped_share(surveyed: Survey, window: tuple[float, float] | None) -> float
     return clipped / annotated if annotated else None
 
 
-def make_recipe(
-    surveyed: Survey,
-    backbone: Backbone,
-    *,
-    size: Size | None,
-    fit: Fit,
-    intensity: str | None,
-    dtype: CacheDtype,
-    tiling: Tiling | None = None,
-    views: Sequence[str] = (),
-) -> FeatureRecipe:
-    """All that decides the features of a data set under a backbone."""
+def make_recipe(surveyed: Survey, backbone: Backbone, options: ExtractOptions) -> FeatureRecipe:
+    """All that decides the features of a data set under a backbone, as the options say. Raises DataError."""
+    tiling, fit = options.tiling, options.fitted
     whole = default_size([f.size for f in surveyed.found if not f.reason])
-    asked = size or (whole if tiling is None else (tiling.tile, tiling.tile))
-    policy, window = choose_intensity(surveyed, intensity)
+    asked = options.size or (whole if tiling is None else (tiling.tile, tiling.tile))
+    policy, window = choose_intensity(surveyed, options.policy)
     recipe = FeatureRecipe(
         label=backbone.spec.label,
         backbone=backbone.spec.model,
@@ -191,14 +183,14 @@ def make_recipe(
         mean=backbone.mean,
         std=backbone.std,
         interpolation=backbone.interpolation,
-        dtype=dtype,
+        dtype=options.dtype,
     )
     if tiling:
-        recipe = replace(recipe, tile=tiling.tile, overlap=tiling.overlap, empty_tiles=tiling.empty_tiles)
+        recipe = replace(recipe, **asdict(tiling))
     if any(header.empty for _, header in surveyed.headers):
         recipe = replace(recipe, empty_pixels="0")
-    recipe = replace(recipe, views=(*recipe.views, *views))
-    return replace(recipe, version=CACHE_VERSION) if recipe.in_parts else recipe
+    recipe = replace(recipe, views=(*recipe.views, *(options.views or ())))
+    return replace(recipe, version=RECIPE_VERSION) if recipe.in_parts else recipe
 
 
 def make_rows(surveyed: Survey, recipe: FeatureRecipe, multiple: int) -> tuple[list[Row], list[Row]]:

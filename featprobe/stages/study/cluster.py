@@ -29,7 +29,7 @@ from featprobe.stages.study.study import (
     run_cells,
     run_study,
 )
-from featprobe.stages.training.trials import Say
+from featprobe.stages.training.run import Say
 from featprobe.stages.workspace import Workspace
 from featprobe.texts import printable
 
@@ -283,7 +283,8 @@ def _queue() -> set[str]:
 def _key(study: Study, cell: Cell) -> str:
     """What tells a cell from those of studies that train otherwise."""
     alike = replace(study, seeds=1, log=())
-    return digest([asdict(cell), asdict(alike.options(cell.task, cell.head, cell.regime))])
+    said = {**asdict(cell), "split": str(cell.split)}
+    return digest([said, asdict(alike.options(cell.task, cell.head, cell.regime))])
 
 
 def _ladder_key(study: Study, cell: Cell) -> str:

@@ -16,18 +16,20 @@ from featprobe.fields import Fault, letter, wrong
 from featprobe.geometry import parse_size
 from featprobe.kinds import KINDS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
-from featprobe.specs import FeatureRecipe, Intensity, SplitChoice, Tiling, parse_views
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.missing import backbone_of
-from featprobe.stages.partition import single_splits
+from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.study.study_file import AUTO, faults_of
 from featprobe.stages.training.ladder import Ladder, climb_all
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import checked, show
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.training.run import Say, foreseen, forget, run
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
+from featprobe.tiling import parse_views
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Study:
     show: int = 4
     log: tuple[str, ...] = ()
     no_verify: bool = False
+
+    @property
+    def choice(self) -> SplitChoice:
+        """What `split` says; raises DataError for what is no split."""
+        return SplitChoice.parse(self.split)
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
@@ -122,12 +129,11 @@ class Cell:
     regime: str
     fraction: float
     seed: int
-    split: str = "own"
+    split: SplitChoice
 
     def __str__(self) -> str:
         part = "" if self.fraction == 1 else f", {self.fraction:g} of train"
-        choice = SplitChoice.parse(self.split)
-        part += f", fold {choice.fold} of {choice.folds}" if choice.fold else ""
+        part += f", fold {self.split.fold} of {self.split.folds}" if self.split.fold else ""
         return f"{self.place}: {self.task} {self.head}, {self.regime}{part}, seed {self.seed}"
 
 
@@ -186,7 +192,7 @@ def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault
         for i, name in enumerate(sides.get(side, ()))
         if (said := _refusal(partial(check, name)))
     ]
-    said = _refusal(partial(single_splits, sides["split"])) if "split" in sides else ""
+    said = _refusal(lambda: single_splits(SplitChoice.parse(sides["split"]))) if "split" in sides else ""
     return found + ([Fault(("split",), said)] if said else [])
 
 
@@ -229,7 +235,7 @@ def _untrainable(study: Study, workspace: Workspace) -> list[Fault]:
     for place in places_of(study, workspace):
         said = _refusal(place.options.check)
         found.append(f"{place.data}: {said}" if said else "")
-    if not any(found) and SplitChoice.parse(study.split).folds and climbing(study, cells_of(study, workspace)):
+    if not any(found) and study.choice.folds and climbing(study, cells_of(study, workspace)):
         found.append("a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all")
     if not any(found) and not cells_of(study, workspace):
         found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
@@ -256,8 +262,7 @@ def places_of(study: Study, workspace: Workspace) -> list[Place]:
 def _why_not(study: Study, place: Place, regime: str) -> str:
     """Why a study trains nothing on a cache in a regime; "" where it does."""
     options = place.options
-    bound = options.views or (options.tiling and options.tiling.empty_tiles < 1)
-    if study.split != "own" and bound:
+    if study.split != "own" and options.keeps_own_split:
         return f"stored views and thinned tiles have the set's own split alone: none with split = {study.split!r}"
     fewest = min((parse_views(views) for views in study.views), key=len, default=options.views or ())
     if regime != "frozen" and study.tuning.get("augment", True) and (options.views or ()) != fewest:
@@ -276,7 +281,7 @@ def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
 
     Ridge, which has no other regime, is in the frozen one.
     """
-    splits = single_splits(study.split)
+    splits = single_splits(study.choice)
     return [
         Cell(place, task, kind, regime, float(fraction), seed, split)
         for place in places_of(study, workspace)
@@ -357,8 +362,10 @@ def climbing(study: Study, cells: Iterable[Cell]) -> list[Cell]:
 
 def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> Ladder | None:
     """What finds the iterations of a cell; None where the study says them."""
-    options = replace(study.options(cell.task, cell.head, cell.regime), split=cell.split)
-    return Ladder(workspace, cache, cell.task, options, cell.fraction) if options.climbs(cell.fraction) else None
+    options = study.options(cell.task, cell.head, cell.regime)
+    if not options.climbs(cell.fraction):
+        return None
+    return Ladder(workspace, Partition(cache, cell.split), cell.task, options, cell.fraction)
 
 
 def climb_ladders(
@@ -410,41 +417,47 @@ def run_cells(
                 say(f"to train: {cell}, once its iterations are found")
                 continue
             options = ladder.found() if ladder else study.options(cell.task, cell.head, cell.regime)
-            run = Run(workspace, cache, cell.task, replace(options, split=cell.split), [cell.seed], cell.fraction)
-            if there := _done(run, verify):
+            partition = Partition(cache, cell.split)
+            training = Training(workspace, partition, cell.task, options, (cell.seed,), cell.fraction)
+            own = training.notes
+            if there := _done(training, verify):
                 done += 1
                 folders += there.folders
                 if not dry_run:
-                    run.forget()
+                    forget(training)
             elif dry_run:
                 missing.append(cell)
                 if alike not in minutes:
-                    minutes[alike] = run.foresee().seconds(run.recipe) / 60 if cell.head != "ridge" else 0.0
+                    minutes[alike] = _minutes(training)
                 say(f"to train: {cell}, about {minutes[alike]:.1f} min")
             else:
                 say(str(cell))
-                rows += run.do(lambda line: None)
-                folders += run.folders
+                finished = run(training)
+                rows += finished.rows
+                folders += training.folders
+                own = finished.notes
                 if study.show and cell.seed == 0:
-                    show(run, study.show, [], notes)
-            notes += run.notes
+                    show(finished, study.show, [], notes)
+            notes += own
         except FeatprobeError as error:
             failed.append((cell, str(error)))
             say(f"failed: {cell}: {str(error).splitlines()[0]}")
     return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
 
 
-def _done(run: Run, verify: bool) -> Run | None:
-    """A cell's run that is there; where the study names no precision, in the one that another device takes as well."""
-    if (done := run.is_done(hashes=verify)) or run.tuning is None or run.tuning.precision:
-        return run if done else None
-    own: set[Precision] = {"bf16", "fp32", *([] if run.regime == "full" else [run.cache.recipe.precision])}
-    for other in sorted(own - {run.precision}):
-        options = replace(run.options, tuning=replace(run.tuning, precision=other))
-        twin = Run(run.workspace, run.cache, run.task_name, options, run.seeds, run.fraction)
-        if twin.is_done(hashes=verify):
-            return twin
-    return None
+def _minutes(training: Training) -> float:
+    """How long a training will take; a head that is solved takes next to no time."""
+    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe) / 60
+
+
+def _done(training: Training, verify: bool) -> Training | None:
+    """A training that is there; where the study names no precision, in the one that another device takes as well."""
+    tuning, found = training.tuning, [training]
+    if tuning is not None and not tuning.precision:
+        own: set[Precision] = {"bf16", "fp32", *([] if training.regime == "full" else [training.features.precision])}
+        twins = [replace(tuning, precision=other) for other in sorted(own - {training.precision})]
+        found += [replace(training, options=replace(training.options, tuning=twin)) for twin in twins]
+    return next((one for one in found if one.is_done(hashes=verify)), None)
 
 
 def make_cache(workspace: Workspace, place: Place) -> Cache:
@@ -460,7 +473,7 @@ def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
         try:
             cache = open_cache(path)
             of_data = cache.data.name == place.data or Path(cache.data.root) == root
-            if of_data and cache.recipe.label == label and _is_made_so(cache.recipe, place.options):
+            if of_data and cache.recipe.label == label and place.options.gives(cache.recipe):
                 cache.usable()
                 found.append(cache)
         except CacheIncompleteError:
@@ -468,14 +481,3 @@ def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
         except CacheError as error:
             notes.append(f"left aside: {' '.join(str(error).splitlines())}")
     return min(found, key=lambda cache: len(cache.contents.command), default=None)  # with the fewest options
-
-
-def _is_made_so(recipe: FeatureRecipe, options: ExtractOptions) -> bool:
-    """Whether features are those that a study asks for; any size will do where neither it nor tiles say one."""
-    tiling = options.tiling
-    size = options.size or ((tiling.tile, tiling.tile) if tiling else recipe.size)
-    fit = "letterbox" if tiling else options.fit or "resize"
-    policy = str(Intensity.parse(options.intensity)) if options.intensity else recipe.intensity
-    cut = Tiling(recipe.tile, recipe.overlap, recipe.empty_tiles) if recipe.tile else None
-    asked = (size, fit, policy, tiling, options.views or ())
-    return asked == (recipe.size, recipe.fit, recipe.intensity, cut, recipe.views[1:])

@@ -2,10 +2,13 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from featprobe.kinds import KINDS, TrainRecipe
+from featprobe.fields import built
+from featprobe.probes import HeadRecipe
+from featprobe.result_rows import AskedHead, ResultRow
+from featprobe.stages.extraction.command_line import command_of_card, option_name
 from featprobe.stages.training.probe_options import Tuning
 
 ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_at", "class_weights", "weights_from")
@@ -22,117 +25,85 @@ def commands_of(
     commands are to run, or its path. table: what featprobe.toml says of it there. What only Python can say, such as
     another warm-up, stands in a comment behind.
     """
-    row = card["result"]
-    train = [*_train(card), "--seeds", str(max(seeds) + 1)]
-    train += [] if row["regime"] == "frozen" else _tuning(row)
-    return _extract(card, data, table or {}), shlex.join(train) + _unsaid(row)
+    row = ResultRow.from_json(card["result"])
+    return command_of_card(card, data, table or {}), _trained(row, card, seeds)
 
 
 def level_command(
-    card: Mapping[str, Any],
-    seeds: Sequence[int],
-    data: str,
-    table: Mapping[str, Any] | None = None,
-    *,
-    backbones: Sequence[str] = (),
-    iterations: int | None = None,
+    card: Mapping[str, Any], seeds: Sequence[int], *, backbones: Sequence[str] = (), iterations: int | None = None
 ) -> str:
     """The command that trains one result with more iterations. Arguments as of commands_of.
 
     backbones: that are to have equally many, found by doubling. iterations: this many instead.
     """
-    row = card["result"]
-    found = row.get("budget") if iterations is None else None
-    recipe = row["recipe"] if iterations is None else {**row["recipe"], "iterations": iterations}
-    more = {**row, "backbone": ",".join(backbones) or row["backbone"], "recipe": recipe, "budget": found}
-    return commands_of({**card, "result": more}, seeds, data, table)[1]
+    row = ResultRow.from_json(card["result"])
+    if iterations is not None:
+        row = replace(row, budget=None, recipe=replace(row.recipe, iterations=iterations))
+    return _trained(replace(row, backbone=",".join(backbones) or row.backbone), card, seeds)
 
 
-def again_command(row: Mapping[str, Any]) -> str:
+def again_command(row: ResultRow) -> str:
     """The command that trains again what a row is of, whose head and card may be gone.
 
     A row of an older featprobe does not say which --levels, --width and --pyramid were asked for: then the usual ones.
     """
-    if row.get("chosen_from"):  # trained as the counterpart of a frozen result
+    if row.chosen_from:  # trained as the counterpart of a frozen result
         return shlex.join(["featprobe", "finetune", *_tuning(row)])
-    head = row.get("asked") or {"levels": [], "width": None, "pyramid": "auto"}
-    train = [*_train({"result": row, "head": head}), "--seeds", str(row["seed"] + 1)]
-    train += [] if row["regime"] == "frozen" else _tuning(row)
-    return shlex.join(train) + _unsaid(row)
+    return _train(row, row.asked or AskedHead((), None, "auto"), row.seed)
 
 
-def _extract(card: Mapping[str, Any], data: str, table: Mapping[str, Any]) -> str:
-    features, spec = card["features"], card["backbone"] or {}
-    backbone = spec.get("arguments") or ["--backbone", features["label"]]
-    words = ["featprobe", "extract", *backbone, "--data", data, "--size", _by(features["size"])]
-    words += ["--levels", ",".join(level["name"] for level in features["levels"])]
-    words += ["--fit", features["fit"], "--intensity", features["intensity"]]
-    words += [word for name, value in card.get("read_as", {}).items() for word in (_option(name), value)]
-    for name in ("tile", "overlap", "empty_tiles"):
-        if name in features:
-            words += [_option(name), f"{features[name]:g}"]
-    words += ["--tile", "0"] if table.get("tile") and "tile" not in features else []
-    views = ",".join(features["views"][1:]) or ("none" if "views" in table else "")
-    words += ["--views", views] if views else []
-    unasked = "amp" if card["result"].get("device", "cpu").startswith("cuda") else "fp32"  # what such a device takes
-    for name, usual in (("dtype", "fp16"), ("precision", unasked)):
-        if features[name] != usual and card["result"]["regime"] != "full":  # a full card's features come from no cache
-            words += [f"--{name}", features[name]]
-    return shlex.join(words)
+def _trained(row: ResultRow, card: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    head: HeadRecipe = built(HeadRecipe, card["head"])
+    return _train(row, AskedHead(head.levels, head.width, head.pyramid), max(seeds))
 
 
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
-
-
-def _train(card: Mapping[str, Any]) -> Words:
-    row, head = card["result"], card["head"]
-    words = ["featprobe", "probe" if row["regime"] == "frozen" else "finetune", "--task", row["task"]]
-    words += ["--data", row["data"], "--backbone", row["backbone"], "--head", row["head"]]
-    words += ["--levels", ",".join(head["levels"])] if head["levels"] else []
-    words += ["--width", str(head["width"])] if head["width"] is not None else []
-    words += _unusual(head, {"pyramid": "auto"})
+def _train(row: ResultRow, head: AskedHead, last: int) -> str:
+    """The command that trains a result for all seeds up to the last."""
+    words = ["featprobe", "probe" if row.regime == "frozen" else "finetune", "--task", row.task]
+    words += ["--data", row.data, "--backbone", row.backbone, "--head", row.head]
+    words += ["--levels", ",".join(head.levels)] if head.levels else []
+    words += ["--width", str(head.width)] if head.width is not None else []
+    words += _unusual(asdict(head), {"pyramid": "auto"})
     words += _recipe(row)
-    words += ["--shared-order"] if row["spread"] == "initialisation" else []
-    words += ["--fraction", f"{row['fraction']:g}"] if row["fraction"] != 1 else []
-    return words + _unusual(row, {"instances": "own", "split": "own", "absent_classes": "ignore"})
+    words += ["--shared-order"] if row.shared_order else []
+    words += ["--fraction", f"{row.fraction:g}"] if row.fraction != 1 else []
+    words += _unusual(row.to_json(), {"instances": "own", "split": "own", "absent_classes": "ignore"})
+    words += ["--seeds", str(last + 1)]
+    words += [] if row.regime == "frozen" else _tuning(row)
+    return shlex.join(words) + _unsaid(row)
 
 
-def _recipe(row: Mapping[str, Any]) -> Words:
-    usual, recipe = asdict(KINDS[row["head"]].recipe), asdict(TrainRecipe.from_json(row["recipe"]))
-    climbed = row["fraction"] < 1 and row["head"] != "ridge"  # where nothing is said of iterations
+def _recipe(row: ResultRow) -> Words:
+    usual, recipe, grid = asdict(row.kind.recipe), asdict(row.recipe), asdict(row.grid)
+    climbed = row.fraction < 1 and not row.kind.solved  # where nothing is said of iterations
     words = []
     for name in ON_THE_LINE:
-        values = row["grid"].get(name) or [recipe[name]]
-        if name == "iterations" and row.get("budget"):
+        values = list(grid.get(name) or [recipe[name]])
+        if name == "iterations" and row.budget:
             words += ["--iterations", "auto"]
-        elif values != [usual[name]] or row["grid"].get(name) or (name == "iterations" and climbed):
-            words += [_option(name), ",".join(map(str, values))]
+        elif values != [usual[name]] or grid.get(name) or (name == "iterations" and climbed):
+            words += [option_name(name), ",".join(map(str, values))]
     return words
 
 
 def _unusual(values: Mapping[str, Any], usual: Mapping[str, Any]) -> Words:
     """Options whose value is not the usual one."""
-    return [word for name in usual if values[name] != usual[name] for word in (_option(name), str(values[name]))]
+    return [word for name in usual if values[name] != usual[name] for word in (option_name(name), str(values[name]))]
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _tuning(row: Mapping[str, Any]) -> Words:
-    usual, found = asdict(Tuning()), row["tuning"]
+def _tuning(row: ResultRow) -> Words:
+    assert row.tuning is not None  # as of each live backbone
+    usual, found = asdict(Tuning()), asdict(row.tuning)
     words = _unusual(
         found, {name: usual[name] for name in found if name in usual and name not in ("augment", "precision")}
     )
-    words += [] if found["augment"] else ["--no-augment"]
-    on_its_own = "bf16" if row["device"].startswith("cuda") else "fp32"  # what such a device takes unasked
-    return words if found["precision"] == on_its_own else [*words, "--precision", found["precision"]]
+    words += [] if row.tuning.augment else ["--no-augment"]
+    on_its_own = "bf16" if row.device.startswith("cuda") else "fp32"  # what such a device takes unasked
+    return words if row.tuning.precision == on_its_own else [*words, "--precision", row.tuning.precision]
 
 
-def _unsaid(row: Mapping[str, Any]) -> str:
+def _unsaid(row: ResultRow) -> str:
     """A comment on parts of the recipe that are not the default and that the command line can't say."""
-    usual = asdict(KINDS[row["head"]].recipe)
-    recipe = asdict(TrainRecipe.from_json(row["recipe"]))
-    other = [f"{k}={v}" for k, v in recipe.items() if k not in ON_THE_LINE and v != usual[k]]
-    return f"  # and from Python: {', '.join(other)}" if other and row["head"] != "ridge" else ""
+    usual = asdict(row.kind.recipe)
+    other = [f"{k}={v}" for k, v in asdict(row.recipe).items() if k not in ON_THE_LINE and v != usual[k]]
+    return f"  # and from Python: {', '.join(other)}" if other and not row.kind.solved else ""

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from featprobe.cache import Cache
 from featprobe.cache.reader import device_room
@@ -18,8 +17,9 @@ from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.machine import available_memory
 from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
-from featprobe.probes import FcosHead, ObjectTarget, object_sides, objects_at_original
+from featprobe.probes import ObjectHead, ObjectTarget, object_sides, objects_at_original
 from featprobe.probes.detections import ObjectBatch, on_host
+from featprobe.probes.head import BatchedObjectHead, all_batched
 from featprobe.probes.train import Feed
 from featprobe.processes import count, from_main, gathered
 from featprobe.report.sheets import Panel
@@ -28,7 +28,7 @@ from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.training.labels import shelf_of
 from featprobe.stages.training.live import Truth, Views
-from featprobe.stages.training.outcome import Batch, Outcome, evaluation_batches, scored_here
+from featprobe.stages.training.task import Batch, Draw, Outcome, evaluation_batches, scored_here
 from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
@@ -39,9 +39,7 @@ class Detection:
     """The objects of a cache's rows as detection and instance heads are trained and scored on them.
 
     masks: whether masks are trained and scored too. source: "own" for the set's objects, "components" for connected
-    components of its masks. chooses_by: the validation score that trials and weights are chosen by: AP50, which is also
-    what compare compares. Inspection asks whether a flaw is found; the outline of one that is a few pixels wide is not
-    known to an IoU of 0.75 or more, so that AP over ten thresholds is mostly about the outlines.
+    components of its masks. See `task.Task`.
     """
 
     def __init__(
@@ -51,7 +49,6 @@ class Detection:
         self.classes = cache.data.classes
         own_ids = cache.data.category_ids if source == "own" else ()
         self.category_ids = own_ids or tuple(range(1, len(self.classes)))
-        self.chooses_by = "mask_ap50" if masks else "box_ap50"
         self._instances = shelf_of(cache).objects.setdefault(source, {})
         self.targets = {row: self._target(row) for row in train.tolist()}
 
@@ -60,7 +57,7 @@ class Detection:
         """Percentiles of the training objects' sides, see probes.objects.object_sides."""
         return object_sides(torch.cat([target.boxes for target in self.targets.values()]))
 
-    def train_counts(self) -> dict[str, int]:
+    def train_counts(self, head: ObjectHead) -> dict[str, int]:
         """Training objects of each class but the background, crowds not counted."""
         labels = torch.cat([target.labels for target in self.targets.values()])
         counts = torch.bincount(labels, minlength=len(self.classes)).tolist()
@@ -88,50 +85,63 @@ class Detection:
         """What augmented views of a row are labelled from."""
         return None, self.instances(row)
 
-    def fixed(self, head: nn.Module) -> bool:
+    def fixed(self, head: ObjectHead) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
-        return isinstance(head, FcosHead)
+        return bool(all_batched([head]))
 
-    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch | Tensor], Tensor]:
-        """The heads' losses on a batch, (heads,), one head after the other.
+    def start(self, heads: Sequence[ObjectHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
+        """The heads' losses on a batch, (heads,), one head after the other."""
+        batched = all_batched(heads)
+        return self._batch_losses(batched) if batched else self._losses(heads)
 
-        A batch is rows, augmented views, or, for heads that are `fixed`, places among the sorted training rows,
-        (batch,), on the device.
-        """
-        if all(self.fixed(head) for head in heads):
-            rows = np.array(sorted(self.targets), dtype=np.intp)
-            every = ObjectBatch.of([self.targets[row] for row in rows.tolist()]).to(self.device)
+    def _batch_losses(self, heads: Sequence[BatchedObjectHead]) -> Callable[[Features, Batch], Tensor]:
+        """Losses of heads that take the objects of all images at once."""
+        rows = np.array(sorted(self.targets), dtype=np.intp)
+        every = ObjectBatch.of([self.targets[row] for row in rows.tolist()]).to(self.device)
 
-            def wanted(batch: Batch | Tensor) -> Sequence[ObjectTarget] | ObjectBatch:
-                if isinstance(batch, Views):
+        def wanted(batch: Batch) -> ObjectBatch:
+            match batch:
+                case Tensor():
+                    return every.at(batch.to(self.device, non_blocking=True))
+                case Views():
                     return ObjectBatch.of(batch.objects or ()).to(self.device)
-                places = batch if isinstance(batch, Tensor) else torch.from_numpy(np.searchsorted(rows, batch))
-                return every.at(places.to(self.device, non_blocking=True))
-        else:
-            own = {row: self.targets[row].to(self.device) for row in self.targets}
+                case own:
+                    return every.at(torch.from_numpy(np.searchsorted(rows, own)).to(self.device, non_blocking=True))
 
-            def wanted(batch: Batch | Tensor) -> Sequence[ObjectTarget] | ObjectBatch:
-                if isinstance(batch, Views):
+        def loss(features: Features, batch: Batch) -> Tensor:
+            targets = wanted(batch)
+            return torch.stack([head.batch_loss(features, targets) for head in heads])
+
+        return loss
+
+    def _losses(self, heads: Sequence[ObjectHead]) -> Callable[[Features, Batch], Tensor]:
+        """Losses of heads that take the objects of each image by themselves, and sample at random."""
+        every = {row: target.to(self.device) for row, target in self.targets.items()}
+
+        def wanted(batch: Batch) -> list[ObjectTarget]:
+            match batch:
+                case Tensor():
+                    raise TypeError("The loss of these heads takes rows, not their places: see `fixed`.")
+                case Views():
                     return [target.to(self.device) for target in batch.objects or ()]
-                assert not isinstance(batch, Tensor)  # which `fixed` rules out
-                targets = [own[row] for row in batch.tolist()]
-                if not self.masks:
-                    return targets
-                masks = [self._masks.of(row, partial(self._framed_masks, row)) for row in batch.tolist()]
-                return [replace(t, masks=m) for t, m in zip(targets, masks, strict=True)]
+                case rows:
+                    targets = [every[row] for row in rows.tolist()]
+            if not self.masks:
+                return targets
+            masks = [self._masks.of(row, partial(self._framed_masks, row)) for row in rows.tolist()]
+            return [replace(t, masks=m) for t, m in zip(targets, masks, strict=True)]
 
-        def loss(features: Features, batch: Batch | Tensor) -> Tensor:
+        def loss(features: Features, batch: Batch) -> Tensor:
             targets, others = wanted(batch), []
             for head in heads[:-1]:  # all draw the same samples, whichever heads they are trained beside
-                alike = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-                with nullcontext() if isinstance(targets, ObjectBatch) else alike:
+                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                     others.append(head(features, targets))
             return torch.stack([*others, heads[-1](features, targets)])
 
         return loss
 
     @torch.inference_mode()
-    def predictions(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> Iterable[tuple[int, list[Objects]]]:
+    def predictions(self, heads: Sequence[ObjectHead], feed: Feed, rows: Rows) -> Iterable[tuple[int, list[Objects]]]:
         """(image, what each head finds in it) for each image that the rows show, in pixels of the original image."""
 
         def objects() -> Iterator[tuple[int, list[Objects]]]:
@@ -146,7 +156,7 @@ class Detection:
             size = self.cache.images.placement(image).original
             yield image, [stitched_objects([(own[k], part) for part, own in pieces], size) for k in range(len(heads))]
 
-    def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
+    def evaluate(self, heads: Sequence[ObjectHead], feed: Feed, rows: Rows) -> list[Outcome]:
         """COCO's scores of each head on the images that the rows show, which several processes share out among them."""
         results: list[list[dict[str, Any]]] = [[] for _ in heads]
         for image, found in self.predictions(heads, feed, scored_here(self.cache, rows)):
@@ -168,19 +178,21 @@ class Detection:
             image |= {"file_name": texts["id"][index], "group": texts["group"][index]}
         return truth
 
-    def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+    def panels(self, head: ObjectHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         for image, (objects,) in self.predictions([head], feed, rows):
             shown = tuple(instance for instance, score in objects if score >= SHOWN_FROM)
             truth = self.image_instances(image)
-            yield image, lambda pixels, t=truth, p=shown: [Panel(pixels, instances=t), Panel(pixels, instances=p)]
+            yield image, partial(_panels, truth, shown)
 
     def fullness(self, image: int) -> int:
         """How much there is to see in an image: its objects."""
         return len(self.image_instances(image))
 
     def _outcome(self, truth: dict[str, Any], results: list[dict[str, Any]]) -> Outcome:
-        kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"} | ({"mask": "segm"} if self.masks else {})  # type: ignore[assignment]
+        kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"}
+        if self.masks:
+            kinds["mask"] = "segm"
         scores = {name: self._named(average_precision(truth, results, kind)) for name, kind in kinds.items()}
         brief = {f"{name}_{part}": own[part] for name, own in scores.items() for part in ("ap", "ap50")}
         files = {"predictions.json": json.dumps(results).encode(), "truth.json": json.dumps(truth).encode()}
@@ -242,6 +254,10 @@ class MaskStore:
         for mask, (top, left, crop) in zip(found, crops, strict=True):
             mask[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
         return found
+
+
+def _panels(truth: tuple[Instance, ...], found: tuple[Instance, ...], pixels: NDArray[np.float32]) -> list[Panel]:
+    return [Panel(pixels, instances=truth), Panel(pixels, instances=found)]
 
 
 def _crop(mask: Tensor) -> tuple[int, int, Tensor]:

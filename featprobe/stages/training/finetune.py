@@ -9,13 +9,12 @@ from typing import Any
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
-from featprobe.kinds import KINDS, TrainRecipe
-from featprobe.probes.result_rows import result_faults
-from featprobe.probes.saved import head_folder, read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
+from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
-from featprobe.stages.partition import single_splits
-from featprobe.stages.training.forecast import Forecast
+from featprobe.stages.partition import Partition, single_splits
+from featprobe.stages.training.forecast import Forecast, forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import (
@@ -30,12 +29,11 @@ from featprobe.stages.training.probe import (
     splittable,
 )
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.records import is_whole
-from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.training.run import Say, foreseen, run
+from featprobe.stages.training.saved_results import is_whole
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
-CELL = ("backbone", "feature_key", "data_fingerprint", "task", "head", "split", "fraction", "instances", "seed")
-"""What a frozen result and its counterparts in other regimes agree in, beside levels, iterations and batch size."""
 FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
 """Options that a counterpart does not take from its frozen result."""
 
@@ -44,26 +42,26 @@ FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budge
 class Missing:
     """A counterpart that is to be trained, and the cache that names its images."""
 
-    cache: Cache
+    partition: Partition
     task: str
     options: ProbeOptions
     seed: int
     fraction: float
 
-    def run(self, workspace: Workspace) -> Run:
-        """The training, with nothing computed yet."""
-        return Run(workspace, self.cache, self.task, self.options, [self.seed], self.fraction)
+    def training(self, workspace: Workspace) -> Training:
+        """The same, in a workspace."""
+        return Training(workspace, self.partition, self.task, self.options, (self.seed,), self.fraction)
 
     @property
     def alike(self) -> tuple[Any, ...]:
         """The same for trainings that differ in nothing but the seed."""
-        return self.cache.path, self.task, self.options, self.fraction
+        return self.partition.source.path, self.partition.choice, self.task, self.options, self.fraction
 
     def ladder(self, workspace: Workspace) -> Ladder | None:
         """What finds its iterations; None where they are given."""
         if not self.options.climbs(self.fraction):
             return None
-        return Ladder(workspace, self.cache, self.task, self.options, self.fraction)
+        return Ladder(workspace, self.partition, self.task, self.options, self.fraction)
 
 
 def finetune(
@@ -126,27 +124,27 @@ def _finetune(
     forecasts: list[Forecast | None] = []
     seconds = 0.0
     for one in wanted:  # all of them are tried for a few steps, before the first is trained
-        run = one.run(workspace)
+        training = one.training(workspace)
         if one.options.climbs(one.fraction):
             forecasts.append(None)
-            say(f"{run.title}: {run.task_name} {run.kind}, {run.regime}, once its iterations are found")
+            what = f"{training.task} {training.kind.name}, {training.regime}"
+            say(f"{training.title}: {what}, once its iterations are found")
             continue
-        run.forecast = run.foresee()
-        forecasts.append(run.forecast)
-        seconds += run.forecast.seconds(run.recipe)
-        say(run.forecast_text)
+        forecast = foreseen(training)
+        forecasts.append(forecast)
+        seconds += forecast.seconds(training.recipe)
+        say(forecast_text(training, forecast))
     later = forecasts.count(None)
     more = f" and {later} whose iterations are not found yet" if later else ""
     say(f"{counted(len(wanted) - later, 'training')}, about {seconds / 60:.1f} min in all{more}")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for one, forecast in zip(wanted, forecasts, strict=True) if not dry_run else ():
-        run = one.run(workspace)
-        run.forecast = forecast
-        rows += run.do(say)
-        notes += run.notes
+    for one, known in zip(wanted, forecasts, strict=True) if not dry_run else ():
+        finished = run(one.training(workspace), say, known)
+        rows += finished.rows
+        notes += finished.notes
         if options.show and is_main():
-            show(run, options.show, sheets, notes)
+            show(finished, options.show, sheets, notes)
     notes += left_behind(workspace, [ladder for ladder in ladders if ladder.is_climbed()])
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
@@ -154,8 +152,10 @@ def _finetune(
 def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
     """The options with their defaults filled in; raises ProbeError for what can't be fine-tuned."""
     options = checked(task, options)
-    if options.head == "ridge":
-        raise ProbeError("ridge is solved in closed form on frozen features: nothing of it can be fine-tuned.")
+    if options.is_solved:
+        raise ProbeError(
+            f"{options.head} is solved in closed form on frozen features: nothing of it can be fine-tuned."
+        )
     if options.shared_order:
         raise ProbeError("Seeds share no pass where each has a backbone of its own. Leave --shared-order away.")
     return options
@@ -166,19 +166,19 @@ def _asked_for(
 ) -> tuple[list[Missing], list[str]]:
     options = _checked(task, options)
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
-    splits = single_splits(options.split)
+    splits = single_splits(options.choice)
     found = []
-    for cache in splittable(caches, options.split, notes):
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
+    for cache in splittable(caches, options.choice, notes):
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.choice)]
         for split, fraction in product(splits, options.fractions):
-            first = Missing(cache, task, replace(options, split=split), 0, fraction)
+            first = Missing(Partition(cache, split), task, options, 0, fraction)
             ladder = first.ladder(workspace)
             own = ladder.found() if ladder and ladder.is_climbed() else first.options
             for seed in range(options.seeds_at(fraction)):
                 one = replace(first, seed=seed)
-                run = replace(one, options=own).run(workspace)
-                if not own.climbs(fraction) and run.is_done():
-                    notes.append(f"there already: {run.folder}/seed{seed} (remove it to train again)")
+                training = replace(one, options=own).training(workspace)
+                if not own.climbs(fraction) and training.is_done():
+                    notes.append(f"there already: {training.folder}/seed{seed} (remove it to train again)")
                 else:
                     found.append(one)
     return found, notes
@@ -197,22 +197,22 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
             f"A counterpart takes {', '.join(given)} from its frozen result. Leave it away, or name what to train:\n"
             "  featprobe finetune --task TASK --data NAME …"
         )
-    rows, notes = read_rows(workspace.probes / "results.jsonl", result_faults)
+    rows, notes = read_results(workspace.probes / "results.jsonl")
     assert options.tuning is not None
     caches = _caches_by_key(workspace)
     if options.tuning.augment:
-        rows = [{**row, "feature_key": _without_views(row, caches)} for row in rows]
+        rows = [replace(row, feature_key=_without_views(row, caches)) for row in rows]
     climbs = options.budget == "auto"
     frozen = {
-        cell_of({**row, "budget": row.get("budget") or climbs}): row
+        counterpart_of(row, climbs): row
         for row in rows
-        if row["regime"] == "frozen" and row["head"] != "ridge"
+        if row.regime == "frozen" and row.is_known and not row.kind.solved
     }
     treated = (options.regime, options.tuning.augment)
     there = {
-        cell_of(row)
+        counterpart_of(row)
         for row in rows
-        if (row["regime"], bool((row["tuning"] or {}).get("augment"))) == treated and is_whole(workspace.probes, row)
+        if (row.regime, bool(row.tuning and row.tuning.augment)) == treated and is_whole(workspace.probes, row)
     }
     if not frozen:
         raise ProbeError(
@@ -224,40 +224,38 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         raise ProbeError(f"Each of the {len(frozen)} frozen results has its counterpart ({options.regime}).")
     found = []
     for row in left:
-        cache = caches.get((row["feature_key"], row["data_fingerprint"]))
+        cache = caches.get((row.feature_key, row.data_fingerprint))
         try:
             if cache is None:
                 raise CacheError("its cache is not here any more")
             cache.usable()
-            if row["fraction"] < 1 and not row.get("subset"):
+            if row.fraction < 1 and not row.subset:
                 raise ProbeError("its part of the training split does not follow the seed: probe it again")
             own = _as_frozen(workspace, row, options)
-            if own.climbs(row["fraction"]) and row.get("fold") is not None:
+            if own.climbs(row.fraction) and row.fold is not None:
                 raise ProbeError("no iterations can be looked for in a cross-validation; omit --iterations auto for it")
-            found.append(Missing(cache, row["task"], own, row["seed"], row["fraction"]))
+            found.append(Missing(Partition(cache, own.choice), row.task, own, row.seed, row.fraction))
         except CacheIncompleteError as error:
             notes.append(left_aside(error))
         except FeatprobeError as error:
-            notes.append(f"{row['folder']} was left aside: {str(error).splitlines()[0]}")
+            notes.append(f"{row.folder} was left aside: {str(error).splitlines()[0]}")
     if not found:
         raise ProbeError("None of the frozen results can be repeated:\n" + "\n".join(dict.fromkeys(notes)))
     for one in found:
-        notes += [f"{one.cache.data.name}: {note}" for note in notes_of(one.cache, one.task, one.options.split)]
+        cache, choice = one.partition.source, one.partition.choice
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, one.task, choice)]
     return found, notes
 
 
-def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a result and its counterparts in other regimes agree in. Each regime has a ladder of its own."""
-    recipe = row["recipe"]
-    return (
-        *(row[name] for name in CELL),
-        row.get("fold"),
-        tuple(row["levels"]),
-        "ladder" if row.get("budget") else recipe["iterations"],
-        recipe["batch_size"],
-        row.get("weights_from", "end of training"),
-        row.get("subset"),
-    )
+def counterpart_of(row: ResultRow, climbs: bool = False) -> tuple[Any, ...]:
+    """What a result and its counterparts in other regimes agree in. Each regime has a ladder of its own.
+
+    climbs: whether iterations are looked for, also where the row's own were given.
+    """
+    data = (row.backbone, row.feature_key, row.data_fingerprint, row.task, row.split, row.fold, row.instances)
+    head = (row.head, row.levels, row.fraction, row.subset, row.seed)
+    iterations = "ladder" if row.budget or climbs else row.recipe.iterations
+    return *data, *head, iterations, row.recipe.batch_size, row.weights_from
 
 
 def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
@@ -271,34 +269,32 @@ def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
     return found
 
 
-def _without_views(row: Mapping[str, Any], caches: Mapping[tuple[str, str], Cache]) -> str:
+def _without_views(row: ResultRow, caches: Mapping[tuple[str, str], Cache]) -> str:
     """The key of the features that a result is of, or of the same ones without stored views where they are here."""
-    cache = caches.get((row["feature_key"], row["data_fingerprint"]))
+    cache = caches.get((row.feature_key, row.data_fingerprint))
     if cache is not None:
         wanted = replace(cache.recipe, views=cache.recipe.views[:1], version=0)
         for (key, fingerprint), other in caches.items():
-            if fingerprint == row["data_fingerprint"] and replace(other.recipe, version=0) == wanted:
+            if fingerprint == row.data_fingerprint and replace(other.recipe, version=0) == wanted:
                 return key
-    return str(row["feature_key"])
+    return row.feature_key
 
 
-def _as_frozen(workspace: Workspace, row: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
+def _as_frozen(workspace: Workspace, row: ResultRow, options: ProbeOptions) -> ProbeOptions:
     """The options that train what a frozen row trained, but for the regime."""
     head = read_card(head_folder(workspace.probes, row))["head"]
-    recipe, climbs = TrainRecipe.from_json(row["recipe"]), bool(row.get("budget")) or options.budget == "auto"
-    usual = KINDS[row["head"]].recipe.iterations
-    grid = row["grid"]
+    climbs, usual = bool(row.budget) or options.budget == "auto", row.kind.recipe.iterations
     return replace(
         options,
-        head=row["head"],
+        head=row.head,
         levels=tuple(head["levels"]),
         width=head["width"],
         pyramid=head["pyramid"],
-        recipe=replace(recipe, iterations=usual) if climbs else recipe,
-        chosen_from=(tuple(grid["lr"]), tuple(grid["weight_decay"])) if any(grid.values()) else None,
+        recipe=replace(row.recipe, iterations=usual) if climbs else row.recipe,
+        chosen_from=(row.grid.lr, row.grid.weight_decay) if row.grid.lr or row.grid.weight_decay else None,
         budget="auto" if climbs else "fixed",
-        split=row["split"] if row.get("fold") is None else f"{row['split']}/{row['fold']}",
-        instances=row["instances"],
-        absent=row["absent_classes"],
-        fractions=(row["fraction"],),
+        split=str(row.choice),
+        instances=row.instances,
+        absent=row.absent_classes,
+        fractions=(row.fraction,),
     )

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,18 +13,17 @@ from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
 from featprobe.stages.memory import largest_that_fits
 from featprobe.stages.row_images import images_of, rows_of
-from featprobe.stages.training.outcome import scored_here
-from featprobe.stages.training.sources import Source, feed_of
-
-if TYPE_CHECKING:
-    from featprobe.stages.training.trials import Run, Trial
+from featprobe.stages.training.prepared import Prepared, Trial, placed, tuned
+from featprobe.stages.training.sources import Source
+from featprobe.stages.training.task import scored_here
+from featprobe.stages.training.training import Training
 
 REHEARSED = 3  # training steps that are timed before training starts, the first not counted
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """How long the trials of a run take together. iteration, evaluation: seconds of one."""
+    """How long the trials of a training take together. iteration, evaluation: seconds of one."""
 
     iteration: float
     evaluation: float
@@ -35,48 +33,64 @@ class Forecast:
         return self.iteration * recipe.iterations + self.evaluation * len(evaluation_points(recipe))
 
 
-def foresee(run: "Run", trials: Sequence["Trial"], source: Source) -> Forecast:
+def foresee(prepared: Prepared, trials: Sequence[Trial], source: Source) -> Forecast:
     """How long training will take, from a few steps, whose effect is undone.
 
     Raises ProbeError where a step does not fit the memory.
     """
-    together = [trial.head for trial in (trials[:1] if run.regime == "full" else trials)]
-    tuned = run.tuned(source, run.recipe)
-    moving = nn.ModuleList([*together, *([tuned.backbone] if tuned else [])])
+    training = prepared.training
+    together = [trial.head for trial in (trials[:1] if training.regime == "full" else trials)]
+    moved = tuned(training, source, training.recipe)
+    moving = nn.ModuleList([*together, *([moved.backbone] if moved else [])])
     before = {name: value.clone() for name, value in moving.state_dict().items()}
-    step = _rehearse(run, trials[: len(together)], source, tuned)
+    step = _rehearse(prepared, trials[: len(together)], source, moved)
     moving.load_state_dict(before)
     for parameter in moving.parameters():
         parameter.grad = None
     moving.eval()
-    val = run.rows["val"]
-    few = rows_of(run.cache, val, images_of(run.cache, val[:4]))  # whole images
+    val = prepared.rows["val"]
+    few = rows_of(prepared.cache, val, images_of(prepared.cache, val[:4]))  # whole images
     begun = time.perf_counter()
-    run.evaluate(together, source, few)
-    evaluation = (time.perf_counter() - begun) * len(scored_here(run.cache, val)) / len(few)
+    prepared.evaluate(together, source, few)
+    evaluation = (time.perf_counter() - begun) * len(scored_here(prepared.cache, val)) / len(few)
     times = len(trials) / len(together)
     return Forecast(times * step, times * evaluation)
 
 
-def _rehearse(run: "Run", trials: Sequence["Trial"], source: Source, tuned: Tuned | None) -> float:
+def forecast_text(training: Training, forecast: Forecast) -> str:
+    """How long training will take, for a person."""
+    count = len(training.seeds) * len(training.grid)
+    how = "one after another" if training.regime == "full" else "at once"
+    many = f", {count} heads {how}" if count > 1 else ""
+    regime = "" if training.regime == "frozen" else f", {training.regime}"
+    split = "" if training.choice.by == "own" or training.choice.fold else f", {training.choice.text}"
+    return (
+        f"{training.title} ({training.partition.source.path}): {training.task} {training.kind.name}{regime}{many}"
+        f"{split}, {training.recipe.iterations} iterations, about {forecast.seconds(training.recipe) / 60:.1f} min on "
+        f"{training.device}"
+    )
+
+
+def _rehearse(prepared: Prepared, trials: Sequence[Trial], source: Source, moved: Tuned | None) -> float:
     """Seconds of a training step; raises ProbeError with a batch size that fits where this one does not."""
-    parts = run.parts
-    rows = run.rows["train"][: -(-min(run.recipe.batch_size, len(run.rows["train"])) // parts)]
+    training, train = prepared.training, prepared.rows["train"]
+    parts = training.parts
+    rows = train[: -(-min(training.recipe.batch_size, len(train)) // parts)]
     heads = [trial.head for trial in trials]
-    loss = run.task.start(heads, fresh=run.fresh)
-    one_part = replace(tuned, accumulate=1, ema=0.0) if tuned else None
+    loss = prepared.task.start(heads, fresh=training.is_fresh)
+    one_part = replace(moved, accumulate=1, ema=0.0) if moved else None
 
     def step(images: int, counted: int = REHEARSED - 1) -> float:
         recipes = [replace(trial.recipe, batch_size=images) for trial in trials]
         return seconds_per_step(
             heads,
             recipes,
-            feed_of(source),
+            source.training,
             rows[:images],
             loss,
             one_part,
             counted=counted,
-            **run.placed(source, heads[0]),
+            **placed(prepared, source, heads[0]),
         )
 
     try:
@@ -89,10 +103,10 @@ def _rehearse(run: "Run", trials: Sequence["Trial"], source: Source, tuned: Tune
     advice = f"--batch-size {fits * parts}" if fits else "fewer --levels, a smaller --width, or --device cpu"
     if count() > 1:
         advice = "a smaller --batch-size, more processes, or --device cpu"
-    elif run.regime == "full":
+    elif training.regime == "full":
         advice = f"--accumulate {-(-parts * len(rows) // fits)}" if fits else "--checkpointing, or --device cpu"
     raise ProbeError(
-        f"{run.title}: the memory of {run.device} does not hold a training step.\n"
+        f"{training.title}: the memory of {training.device} does not hold a training step.\n"
         f"  wanted  {counted(len(rows[own_part(len(rows))]), 'image')} at once\n"
         f"  found   {found}\nNothing was trained. What fits:  {advice}"
     )

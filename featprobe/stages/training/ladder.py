@@ -8,7 +8,8 @@ that a ladder that was stopped goes on, and its answer is known without training
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,18 @@ import numpy as np
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
 from featprobe.probes import append_row, plain
-from featprobe.probes.result_rows import ladder_faults, result_faults
-from featprobe.probes.saved import head_folder, read_card, read_rows
+from featprobe.probes.saved import head_folder, read_card, read_results, read_rows
 from featprobe.processes import from_main, is_main
-from featprobe.specs import SplitChoice, digest
+from featprobe.result_rows import ResultRow, ladder_faults
+from featprobe.scores import SCORES
+from featprobe.specs import digest
+from featprobe.stages.partition import Partition
 from featprobe.stages.training.commands import level_command
+from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
-from featprobe.stages.training.records import is_whole
-from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.training.run import Say, foreseen, validated
+from featprobe.stages.training.saved_results import is_whole
+from featprobe.stages.training.training import Training, state_of
 from featprobe.stages.workspace import Workspace
 
 GAIN = 0.005  # of the validation score, half a point: what a rung must gain, and how near to the best is as good
@@ -92,22 +97,27 @@ class Ladder:
     """
 
     workspace: Workspace
-    cache: Cache
+    partition: Partition
     task: str
     options: ProbeOptions
     fraction: float
 
     def __post_init__(self) -> None:
-        if SplitChoice.parse(self.options.split).folds:
+        if self.partition.choice.folds:
             raise ProbeError(
                 "A cross-validation finds no number of iterations: the validation images of one fold are test images "
                 "of others.\nNothing was trained. Give one:  --iterations N"
             )
 
+    @property
+    def cache(self) -> Cache:
+        """The cache that it trains on."""
+        return self.partition.source
+
     @cached_property
-    def run(self) -> Run:
-        """The training of the usual rung."""
-        return self._run(self.usual, [0])
+    def forecast(self) -> Forecast:
+        """How long the usual rung takes."""
+        return foreseen(self.training(self.usual, (0,)))
 
     @property
     def usual(self) -> int:
@@ -118,7 +128,7 @@ class Ladder:
     @property
     def is_dense(self) -> bool:
         """Whether it climbs with all seeds, and far."""
-        return self.task == "semseg" and self.options.tuning is None
+        return SCORES[self.task].dense and self.options.tuning is None
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -133,7 +143,7 @@ class Ladder:
     @cached_property
     def comparison(self) -> str:
         """The same for ladders whose backbones are compared."""
-        return self.run.comparison
+        return self.training(self.usual, (0,)).comparison
 
     @property
     def title(self) -> str:
@@ -157,7 +167,7 @@ class Ladder:
             scores[rung] = float(np.mean(seeds))
             if is_main():
                 self._keep(rung, seeds, time.perf_counter() - begun)
-            name = self.run.task.chooses_by.replace("_", " ")
+            name = self._score_name.replace("_", " ")
             say(f"  {rung} iterations: {name} {100 * scores[rung]:.1f} % on validation")
             rung = next_rung(self.rungs, self.usual, scores)
         self._check_scored(scores)
@@ -170,8 +180,7 @@ class Ladder:
         """What climbing on from the rungs that are known will cost, for a person."""
         scores = self.scores()
         left = [rung for rung in self.rungs if rung not in scores]
-        self.run.forecast = forecast = self.run.foresee()
-        minutes = [len(self._seeds()) * forecast.seconds(self._recipe(rung)) / 60 for rung in left]
+        minutes = [len(self._seeds()) * self.forecast.seconds(self._recipe(rung)) / 60 for rung in left]
         first = self.rungs[min(len(self.rungs), self.rungs.index(self.usual) + IDLE) - 1]  # the earliest end
         soon = sum(m for rung, m in zip(left, minutes, strict=True) if rung <= first)
         return (
@@ -231,7 +240,8 @@ class Ladder:
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        return from_main(lambda: read_rows(self.workspace.probes / FILE, ladder_faults)[0])
+        path = self.workspace.probes / FILE
+        return from_main(lambda: _rungs(path, state_of(path)))
 
     def _own_scores(self, rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
         seeds = len(self._seeds())
@@ -250,11 +260,10 @@ class Ladder:
     def _validated(self, rung: int) -> list[float]:
         """The validation score of each seed of a rung; nan where no trial ended with a finite loss."""
         found: list[float] = []
-        for seeds in self._passes():
-            run = self._run(rung, seeds)
-            run.forecast = self.run.forecast
+        every = self._seeds()
+        for seeds in [every] if self.options.shared_order else [(seed,) for seed in every]:
             try:
-                found += run.validated()
+                found += validated(self.training(rung, seeds), self.forecast)
             except DivergedError:
                 found += [float("nan")] * len(seeds)
         return found
@@ -264,45 +273,51 @@ class Ladder:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "ladder": self.key,
             "comparison": self.comparison, "backbone": self.cache.recipe.label, "data": self.cache.data.name,
             "task": self.task, "head": self.options.head, "regime": self.options.regime, "fraction": self.fraction,
-            "split": self.run.choice.whole, "score_name": self.run.task.chooses_by, "iterations": rung,
+            "split": self.partition.choice.whole, "score_name": self._score_name, "iterations": rung,
             "score": float(np.mean(seeds)), "seed_scores": list(seeds), "seconds": seconds,
             **({} if self.options.verify else {"verified": False}),
         }  # fmt: skip
         append_row(self.workspace.probes / FILE, plain(own))
 
-    def _seeds(self) -> list[int]:
-        return list(range(self.options.seeds_at(self.fraction))) if self.is_dense else [0]
+    @property
+    def _score_name(self) -> str:
+        return SCORES[self.task].main.name
 
-    def _passes(self) -> list[list[int]]:
-        """The seeds that share one pass over the rows."""
-        return [self._seeds()] if self.options.shared_order else [[seed] for seed in self._seeds()]
+    def _seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.options.seeds_at(self.fraction))) if self.is_dense else (0,)
 
     def _recipe(self, rung: int) -> Any:
         assert self.options.recipe is not None
         return replace(self.options.recipe, iterations=rung)
 
-    def _run(self, rung: int, seeds: Sequence[int]) -> Run:
+    def training(self, rung: int, seeds: tuple[int, ...]) -> Training:
+        """Of some seeds of a rung."""
         options = replace(self.options, recipe=self._recipe(rung), budget="fixed", log=(), show=0)
-        return Run(self.workspace, self.cache, self.task, options, seeds, self.fraction)
+        return Training(self.workspace, self.partition, self.task, options, seeds, self.fraction)
+
+
+@lru_cache(1)
+def _rungs(path: Path, state: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The rows of a file of ladders, parsed once as long as its state is the same."""
+    return read_rows(path, ladder_faults)[0]
 
 
 def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
     """Notes on results of other backbones that were trained with fewer iterations than a later backbone needs."""
     most = {ladder.comparison: ladder.found().recipe for ladder in ladders}
-    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in read_rows(workspace.probes / "results.jsonl", result_faults)[0] if most else ():
-        comparison = (row.get("budget") or {}).get("comparison")
-        if comparison in most:
-            results.setdefault((comparison, row["feature_key"]), []).append(row)
+    results: dict[tuple[str, str], list[ResultRow]] = {}
+    for row in read_results(workspace.probes / "results.jsonl")[0] if most else ():
+        if row.budget and row.budget.comparison in most:
+            results.setdefault((row.budget.comparison, row.feature_key), []).append(row)
     notes = []
     for (comparison, _), rows in results.items():
-        row = max(rows, key=lambda row: row["recipe"]["iterations"])
-        needed, has = most[comparison].iterations, row["recipe"]["iterations"]  # type: ignore[union-attr]
+        row = max(rows, key=lambda row: row.recipe.iterations)
+        needed, has = most[comparison].iterations, row.recipe.iterations  # type: ignore[union-attr]
         if has < needed and is_whole(workspace.probes, row):  # else it is in no table either
-            seeds = [own["seed"] for own in rows if own["recipe"]["iterations"] == has]
-            again = level_command(read_card(head_folder(workspace.probes, row), whole=True), seeds, row["data"])
+            seeds = [own.seed for own in rows if own.recipe.iterations == has]
+            again = level_command(read_card(head_folder(workspace.probes, row), whole=True), seeds)
             notes.append(
-                f"{row['backbone']} on {row['data']} was trained with {has} iterations; a backbone that it is compared "
+                f"{row.backbone} on {row.data} was trained with {has} iterations; a backbone that it is compared "
                 f"with needs {needed}. To bring it level:  {again}"
             )
     return notes

@@ -1,7 +1,7 @@
 """Features of a cache's rows from their images and a live backbone: what fine-tuning trains on."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from torch import Tensor
 from featprobe.backbones.precision import Precision, computing, float32_as
 from featprobe.cache import Cache
 from featprobe.datasets.images.pixels import Levels
-from featprobe.datasets.images.reading import frame_image, hash_image, image_window, read_levels, to_unit
+from featprobe.datasets.images.reading import frame_image, hash_image, image_window, read_levels, unit_of
 from featprobe.errors import DataError
 from featprobe.features import Features
 from featprobe.geometry import Placement, Size
@@ -25,7 +25,6 @@ from featprobe.probes import ObjectTarget, execution
 from featprobe.processes import own_part
 from featprobe.specs import Rows
 from featprobe.stages.extraction.augment import (
-    Augmentation,
     Plan,
     View,
     augment,
@@ -35,6 +34,7 @@ from featprobe.stages.extraction.augment import (
     mean_of,
     plan_view,
 )
+from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.extraction.frames import Buffer, Framing, Kind, Layout
 from featprobe.targets import Instance, Labels
 
@@ -74,6 +74,35 @@ class Raw:
     objects: ObjectTarget | None = None
 
 
+class _RowImages:
+    """What the rows of a cache show of their images, which are checked to be those that it was made from."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.known: set[str] = set()  # images that were found to be the cache's
+        self.read = lru_cache(maxsize=IMAGES_KEPT if cache.recipe.in_parts else 0)(read_levels)
+
+    def levels(self, row: int) -> Levels:
+        """Raw levels of what a row shows; raises DataError for another image than the cache's."""
+        own = self.cache.rows[row]
+        path = Path(self.cache.data.root) / own.image
+        if own.image not in self.known:
+            if hash_image(path) != own.image_hash:
+                raise DataError(
+                    f"{path} is not the image that {self.cache.path} was made from.\n"
+                    f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
+                )
+            self.known.add(own.image)
+        levels = self.read(path)
+        if np.ma.isMaskedArray(levels) and not self.cache.recipe.empty_pixels:
+            raise DataError(
+                f"{path} has pixels that its header calls empty, and {self.cache.path} was made\n"
+                "by a featprobe that took them for levels.\n"
+                f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
+            )
+        return own.show(levels)
+
+
 class LiveFeatures:
     """Batches of features as FeatureLoader gives them, made by a backbone from the images.
 
@@ -107,14 +136,13 @@ class LiveFeatures:
         self.cache, self.backbone, self.device, self.truth, self.masks = cache, backbone, device, truth, masks
         self.augmentation, self.seed, self.precision = augmentation, seed, precision
         self.pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="image-reader")
-        self._known: set[str] = set()  # images that were found to be the cache's
         fits = augmentation is None or cache.recipe.fit == "resize"  # a crop may have another shape than its image
         self._whole = fits and bool((cache.rows.content == cache.recipe.frame).all())
         there = execution.whole_batches(device) and device.type != "mps"  # which has no float64
         self.framing = Framing(cache.recipe, device) if there else None
         self._padding = mean_of(cache.recipe, device)
         self._float32 = ExitStack()
-        self._levels = lru_cache(maxsize=IMAGES_KEPT if cache.recipe.in_parts else 0)(read_levels)
+        self._images = _RowImages(cache)
 
     def __enter__(self) -> "LiveFeatures":
         self._float32.enter_context(float32_as(self.precision, self.device))  # the way back too
@@ -129,7 +157,14 @@ class LiveFeatures:
         for rows, views in self._ahead(((rows, 0) for rows in orders), lambda row, number, place: self._framed(row), 0):
             yield rows, self._features(views)
 
-    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Any, Features]]:
+    def keep_on_device(self, splits: Mapping[str, Rows]) -> str:
+        """Nothing is kept: the backbone, or what an image shows, may change."""
+        return ""
+
+    def resident(self, rows: Rows) -> None:
+        """No features lie on the device."""
+
+    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Rows | Views, Features]]:
         """(rows, or augmented views of them with their labels; features). first: number of the first batch.
 
         Of several processes each gets its part of every batch.
@@ -164,42 +199,22 @@ class LiveFeatures:
                 for future in futures:
                     future.cancel()
 
-    def _read(self, row: int) -> Any:
-        """Raw levels of what a row shows of its image."""
-        own = self.cache.rows[row]
-        path = Path(self.cache.data.root) / own.image
-        if own.image not in self._known:
-            if hash_image(path) != own.image_hash:
-                raise DataError(
-                    f"{path} is not the image that {self.cache.path} was made from.\n"
-                    f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
-                )
-            self._known.add(own.image)
-        levels = self._levels(path)
-        if isinstance(levels, np.ma.MaskedArray) and not self.cache.recipe.empty_pixels:
-            raise DataError(
-                f"{path} has pixels that its header calls empty, and {self.cache.path} was made\n"
-                "by a featprobe that took them for levels.\n"
-                f"Extract again, and probe again, before you compare with it:  {self.cache.contents.command}"
-            )
-        return own.show(levels)
-
     def _framed(self, row: int) -> View | Raw:
-        recipe, placement = self.cache.recipe, self.cache.rows.placement(row)
-        levels = self._read(row)
+        placement = self.cache.rows.placement(row)
+        levels = self._images.levels(row)
         if self.framing is not None:
             buffer = self._buffer(self.framing.layout([Kind.of(levels, placement)]), placement.frame)
             self.framing.put(buffer, 0, levels, placement)
             return Raw(buffer, placement.content)
-        image = frame_image(levels, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
+        image = frame_image(levels, placement, self.cache.recipe)
         return View(torch.from_numpy(image), placement.content, None, None)
 
     def _augmented(self, row: int, number: int, place: int) -> View | Raw:
         assert self.augmentation is not None
-        recipe, (labels, instances), levels = self.cache.recipe, self.truth(row), self._read(row)
+        recipe, (labels, instances), levels = self.cache.recipe, self.truth(row), self._images.levels(row)
         random = np.random.default_rng([self.seed, number, place])
         if self.framing is None:
-            unit = to_unit(levels, recipe.window, recipe.policy)
+            unit = unit_of(levels, recipe)
             return augment(unit, labels, instances, recipe, self.augmentation, random, masks=self.masks)
         size = levels.shape[:2]
         plan = plan_view(size, labels, instances, recipe, self.augmentation, random)
@@ -209,16 +224,15 @@ class LiveFeatures:
 
     def _crop_of(self, levels: Levels, plan: Plan) -> Buffer:
         """The crop of an image in page-locked memory: its raw levels where the device can stretch them."""
-        assert self.framing is not None
         recipe, crop = self.cache.recipe, plan.cut(levels)
         whole = Placement(crop.shape[:2], crop.shape[:2], crop.shape[:2])
-        layout = self.framing.layout([Kind.of(crop, whole)])
+        layout = self._framer.layout([Kind.of(crop, whole)])
         buffer = self._buffer(layout, whole.frame)
         if layout.raw:
             window = image_window(levels, recipe.policy) if recipe.policy.image else None
-            self.framing.put(buffer, 0, crop, whole, window)
+            self._framer.put(buffer, 0, crop, whole, window)
         else:
-            unit = plan.cut(to_unit(levels, recipe.window, recipe.policy))
+            unit = plan.cut(unit_of(levels, recipe))
             buffer.levels[0] = unit if unit.ndim == 2 else unit.transpose(2, 0, 1)
         return buffer
 
@@ -236,16 +250,24 @@ class LiveFeatures:
 
     def _drawn(self, image: View | Raw) -> View:
         """A view on the device of what a thread has left there; nothing here waits for the device."""
-        if isinstance(image, View):
-            return image
-        assert self.framing is not None
-        if image.plan is None:
-            return View(self.framing.images(image.buffer)[0], image.content, None, None)
-        crop = self.framing.unit(image.buffer)[0][0]
-        shown = draw_image(crop, image.plan, self.cache.recipe.interpolation, self._padding)
+        match image:
+            case View():
+                return image
+            case Raw():
+                buffer, plan = image.buffer, image.plan
+        if plan is None:
+            return View(self._framer.images(buffer)[0], image.content, None, None)
+        crop = self._framer.unit(buffer)[0][0]
+        shown = draw_image(crop, plan, self.cache.recipe.interpolation, self._padding)
         labels = None if image.labels is None else image.labels.to(self.device, non_blocking=True)
-        seen = None if labels is None else draw_labels(labels, image.plan)
+        seen = None if labels is None else draw_labels(labels, plan)
         return View(shown, image.content, seen, image.objects)
+
+    @property
+    def _framer(self) -> Framing:
+        """What draws views on the device; only a device that does so meets raw images."""
+        assert self.framing is not None
+        return self.framing
 
     def _features(self, views: Sequence[View]) -> Features:
         """Features of a batch of framed images, on the device."""

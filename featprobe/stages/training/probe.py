@@ -11,14 +11,16 @@ from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeE
 from featprobe.kinds import KINDS, TrainRecipe, kinds_of
 from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
-from featprobe.specs import SplitChoice
+from featprobe.scores import SCORES
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.missing import caches_of, make_missing
-from featprobe.stages.partition import single_splits, split_notes, split_rows
+from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.trials import Run, Say
+from featprobe.stages.training.run import Finished, Say, draw_sheet, run
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 LET_IT = "Or let this command make it first:"
@@ -74,50 +76,55 @@ def _probe(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions, say: Say
 ) -> ProbeReport:
     caches, notes = find_caches(workspace, task, data, backbones, options.instances)
-    splits = single_splits(options.split)
-    caches = splittable(caches, options.split, notes)
+    splits = single_splits(options.choice)
+    caches = splittable(caches, options.choice, notes)
     for cache in caches:  # all of them, before the first is trained on
         for split in splits:
-            split_rows(cache, split)
+            _ = Partition(cache, split).rows  # refuses one that lacks a side
         build_head(HeadRecipe(task, str(options.head), cache.data.classes, options.levels, options.width,
                               options.pyramid), cache.levels)  # fmt: skip
     every = [(cache, fraction) for cache in caches for fraction in options.fractions]
-    ladders = [Ladder(workspace, c, task, options, fraction) for c, fraction in every if options.climbs(fraction)]
+    ladders = [
+        Ladder(workspace, Partition(c, options.choice), task, options, fraction)
+        for c, fraction in every
+        if options.climbs(fraction)
+    ]
     climb_all(ladders, say)
     found = {(ladder.cache.path, ladder.fraction): ladder.found() for ladder in ladders}
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     for cache in caches:
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.split)]
+        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.choice)]
         for fraction in options.fractions:
             shown = False
             own = found.get((cache.path, fraction), options)
-            for split, seeds in product(splits, _passes(own, fraction)):
-                run = Run(workspace, cache, task, replace(own, split=split), seeds, fraction)
-                rows += run.do(say)
-                notes += run.notes
+            for split, seeds in product(splits, own.passes(fraction)):
+                finished = run(Training(workspace, Partition(cache, split), task, own, seeds, fraction), say)
+                rows += finished.rows
+                notes += finished.notes
                 if options.show and not shown and is_main():
                     shown = True
-                    show(run, options.show, sheets, notes)
+                    show(finished, options.show, sheets, notes)
     notes += left_behind(workspace, ladders)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
-def splittable(caches: Sequence[Cache], split: str, notes: list[str]) -> list[Cache]:
+def splittable(caches: Sequence[Cache], choice: SplitChoice, notes: list[str]) -> list[Cache]:
     """The caches less those of views or thinned tiles, where the split needs other rows and another cache serves it."""
-    bound = [cache for cache in caches if cache.recipe.views[1:] or cache.recipe.empty_tiles < 1]
+    bound = [cache for cache in caches if cache.recipe.keeps_own_split]
     free = {cache.data.fingerprint for cache in caches if cache not in bound}
-    aside = [c for c in bound if split != "own" and c.data.fingerprint in free]
+    aside = [c for c in bound if choice.by != "own" and c.data.fingerprint in free]
     notes += [f"left aside: {c.path.name} has views or few empty tiles, of its own split alone" for c in aside]
     return [cache for cache in caches if cache not in aside]
 
 
-def show(run: Run, count: int, sheets: list[Path], notes: list[str]) -> None:
-    """Add a run's picture sheet, or a note where its images are not here."""
+def show(finished: Finished, count: int, sheets: list[Path], notes: list[str]) -> None:
+    """Add a training's picture sheet, or a note where its images are not here."""
     try:
-        sheets.append(run.show(count))
+        sheets.append(draw_sheet(finished, count))
     except DataError as error:
-        notes.append(f"no picture sheet of {run.cache.data.name}: its images are not here ({error})")
+        name = finished.prepared.training.data.name
+        notes.append(f"no picture sheet of {name}: its images are not here ({error})")
 
 
 def checked(task: str, options: ProbeOptions) -> ProbeOptions:
@@ -126,11 +133,12 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
     if head not in kinds_of(task):
         raise ProbeError(f"There is no {task} head {head!r}. {nearest(head, kinds_of(task))}")
     recipe = options.recipe or KINDS[head].recipe
-    if head == "ridge":
+    if KINDS[head].solved:
+        solved = f"{head} is solved, not trained"
         if options.lr or options.weight_decay:
-            raise ProbeError("ridge is solved, not trained: it has no --lr and no --weight-decay to try.")
+            raise ProbeError(f"{solved}: it has no --lr and no --weight-decay to try.")
         if options.budget == "auto":
-            raise ProbeError("ridge is solved, not trained: it has no iterations to look for. Omit --iterations auto.")
+            raise ProbeError(f"{solved}: it has no iterations to look for. Omit --iterations auto.")
         recipe = replace(recipe, iterations=1, evaluations=1, weights_from="end")
     _check_meaning(task, head, options, recipe)
     check_logs(options.log)
@@ -145,25 +153,19 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
 
 def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRecipe) -> None:
     """Raise ProbeError for an option that the head would not look at."""
-    plain = KINDS[head].recipe
-    dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(plain, n) for n in DENSE_ONLY}
+    kind, is_dense = KINDS[head], SCORES[task].dense
+    dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(kind.recipe, n) for n in DENSE_ONLY}
     idle = {
-        "--width": options.width is not None and head in ("linear", "ridge"),
-        "--pyramid": options.pyramid != "auto" and head in ("linear", "ridge"),
-        "--log": bool(options.log) and head == "ridge",
-        "--instances": options.instances != "own" and task == "semseg",
-        **{name: given and task != "semseg" for name, given in dense.items()},
-        **{name: dense[name] and head == "ridge" for name in ("--loss", "--loss-at") if task == "semseg"},
+        "--width": options.width is not None and not kind.width,
+        "--pyramid": options.pyramid != "auto" and not kind.width,
+        "--log": bool(options.log) and kind.solved,
+        "--instances": options.instances != "own" and is_dense,
+        **{name: given and not is_dense for name, given in dense.items()},
+        **{name: dense[name] and kind.solved for name in ("--loss", "--loss-at") if is_dense},
     }
     given = [name for name, is_idle in idle.items() if is_idle]
     if given:
         raise ProbeError(f"{', '.join(given)} would change nothing for {task} with the head {head}. Leave it away.")
-
-
-def _passes(options: ProbeOptions, fraction: float) -> list[list[int]]:
-    """The seeds that share one pass over the rows."""
-    seeds = list(range(options.seeds_at(fraction)))
-    return [seeds] if options.shared_order else [[seed] for seed in seeds]
 
 
 def find_caches(
@@ -243,19 +245,18 @@ def left_aside(error: CacheIncompleteError) -> str:
     return f"left aside: {' '.join(str(error).splitlines())}"
 
 
-def notes_of(cache: Cache, task: str, split: str) -> list[str]:
+def notes_of(cache: Cache, task: str, choice: SplitChoice) -> list[str]:
     """What a cache says of its data, less what another split mends, of its split, and the rows it can't use."""
-    by = SplitChoice.parse(split).by
-    notes = [note for note in cache.data.notes if by == "own" or "split" not in note]
-    notes += split_notes(cache, split)
+    notes = [note for note in cache.data.notes if choice.by == "own" or "split" not in note]
+    notes += split_notes(cache, choice)
     count = len(cache.images)
     groups = len(set(cache.images.column("group")))
-    if by == "image" and groups < count:
+    if choice.by == "image" and groups < count:
         notes.append(
             f"split by image: {counted(count, 'image')} of {counted(groups, 'group')}, so test holds parts that "
             "training saw"
         )
-    if task != "semseg" and not cache.own_ids:
+    if not SCORES[task].dense and not cache.own_ids:
         notes.append("its files call several images by one id, so predictions.json counts the images from 1")
     unreadable = len(set(cache.image_of[cache.done == UNREADABLE].tolist()))
     if unreadable:

@@ -1,6 +1,7 @@
 """How heads are trained and scored: what a caller of `probe` and `finetune` says."""
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from featprobe.backbones.precision import Precision
@@ -8,6 +9,7 @@ from featprobe.errors import ProbeError
 from featprobe.kinds import KINDS, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import MOST_WORKERS
 
 Regime = Literal["frozen", "frozen-online", "full"]
@@ -125,6 +127,11 @@ class ProbeOptions:
     log: tuple[str, ...] = ()
     verify: bool = True
 
+    @cached_property
+    def choice(self) -> SplitChoice:
+        """What `split` says; raises DataError for what is no split."""
+        return SplitChoice.parse(self.split)
+
     @property
     def regime(self) -> Regime:
         """What moves, and what is looked at."""
@@ -132,7 +139,17 @@ class ProbeOptions:
 
     def seeds_at(self, fraction: float) -> int:
         """How many seeds are trained on a fraction of the training split."""
-        return self.seeds or (1 if self.head == "ridge" and fraction == 1 else SEEDS)
+        return self.seeds or (1 if self.is_solved and fraction == 1 else SEEDS)
+
+    def passes(self, fraction: float) -> list[tuple[int, ...]]:
+        """The seeds that share one pass over the rows, at a fraction of the training split."""
+        seeds = tuple(range(self.seeds_at(fraction)))
+        return [seeds] if self.shared_order else [(seed,) for seed in seeds]
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether its head has a closed form."""
+        return self.head is not None and KINDS[self.head].solved
 
     def climbs(self, fraction: float) -> bool:
         """Whether a ladder is to find the iterations. Of options whose head and recipe are filled in."""
@@ -141,4 +158,4 @@ class ProbeOptions:
             and self.recipe is not None
             and (self.recipe.iterations == KINDS[self.head].recipe.iterations)
         )
-        return self.budget == "auto" or (self.budget is None and fraction < 1 and usual and self.head != "ridge")
+        return self.budget == "auto" or (self.budget is None and fraction < 1 and usual and not self.is_solved)

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from featprobe.cache import Cache
@@ -18,18 +17,18 @@ from featprobe.cache.reader import device_room
 from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement
 from featprobe.kinds import TrainRecipe
-from featprobe.metrics import confusion_matrix, iou_scores
+from featprobe.metrics import confusion_matrix, iou_scores, pixel_scores
 from featprobe.metrics.semantic import Absent
 from featprobe.probes import (
+    DenseHead,
     LinearBank,
-    LinearHead,
     execution,
     image_loss,
     inverse_sqrt_weights,
     level_loss,
     start_at_prior,
 )
-from featprobe.probes.linear import logits_of
+from featprobe.probes.bank import all_linear, every_logits
 from featprobe.probes.pixel_classes import VALUES_AT_ONCE, count_pairs, logits_at_original
 from featprobe.probes.train import Feed
 from featprobe.processes import gathered
@@ -39,7 +38,8 @@ from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
 from featprobe.stages.training.labels import encode, shelf_of
 from featprobe.stages.training.live import Truth, Views
-from featprobe.stages.training.outcome import Batch, Outcome, evaluation_batches, scored_here
+from featprobe.stages.training.task import Batch, Draw, Outcome, evaluation_batches, scored_here
+from featprobe.targets import Labels
 
 SENT_AT_ONCE = 64  # masks
 DEVICE_MEMORY_SHARE = 0.2  # of a GPU's free memory, for labels of training that are kept there; and as much for masks
@@ -49,11 +49,11 @@ class Segmentation:
     """The labels of a cache's rows as dense heads are trained and scored on them.
 
     train: rows that heads are trained on. views: whether they are trained on augmented views, which bring labels of
-    their own. chooses_by: the validation score that trials and weights are chosen by.
+    their own. See `task.Task`.
     """
 
-    chooses_by = "miou_foreground"
     masks = False
+    sides: tuple[float, ...] = ()
 
     def __init__(
         self,
@@ -69,29 +69,29 @@ class Segmentation:
         self.views = views
         self.classes = cache.data.classes
         self._stores: dict[tuple[str, int, bytes], _LabelStore] = {}
-        self._truths: dict[bytes, Tensor] = {}  # of the images of some rows, on the device
-        self._truths_left: float | None = None  # bytes there, for more of them; None until the first are asked for
+        self._truths = _DeviceMasks(cache, device)
 
     def truth_of(self, row: int) -> Truth:
         """What augmented views of a row are labelled from."""
         return self.cache.semantic(row), None
 
-    def start(self, heads: Sequence[nn.Module], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
+    def start(self, heads: Sequence[DenseHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
         """Set the biases of fresh heads to the class prior; returns their losses on a batch, (heads,).
 
         A batch is rows, augmented views, or places among the sorted training rows, (batch,), on the device.
         """
-        stride = _stride(heads[0])
+        stride = heads[0].stride
         store, weights = self.store(stride), self.weights(stride)
         for head in heads if fresh else ():
             start_at_prior(head, store.pixels, weights)
         # heads with 3x3 convolutions stay apart: these are what costs, and stacked by vmap they took 1.6 times as long
-        bank = LinearBank([h for h in heads if isinstance(h, LinearHead)]) if self._banked(heads) else None
+        linear = all_linear(heads) if len(heads) > 1 or execution.whole_batches(self.device) else []
+        bank = LinearBank(linear) if linear else None  # on a CPU one head alone is faster without
         at_level, loss_of = self.recipe.loss_at == "level", level_loss if self.recipe.loss_at == "level" else image_loss
         if len(heads) > 1 and not at_level and self.recipe.loss != "ce":  # or many would not fit the memory
             loss_of = partial(checkpoint, image_loss, use_reentrant=False, preserve_rng_state=False)
 
-        def loss(features: Features, batch: Batch | Tensor) -> Tensor:
+        def loss(features: Features, batch: Batch) -> Tensor:
             labels = self._labels(store, batch)
             if bank is not None and self.recipe.loss == "ce":
                 return (bank.loss if at_level else bank.image_loss)(features, labels, weights)
@@ -100,23 +100,20 @@ class Segmentation:
 
         return loss
 
-    def _banked(self, heads: Sequence[nn.Module]) -> bool:
-        """Whether heads are computed as one bank; on a CPU one head alone is faster without."""
-        several = len(heads) > 1 or execution.whole_batches(self.device)
-        return several and all(isinstance(head, LinearHead) for head in heads)
-
-    def fixed(self, head: nn.Module) -> bool:
+    def fixed(self, head: DenseHead) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
-        return not self.views and self.store(_stride(head)).resident
+        return not self.views and self.store(head.stride).resident
 
-    def _labels(self, store: "_LabelStore", batch: Batch | Tensor) -> Tensor:
+    def _labels(self, store: "_LabelStore", batch: Batch) -> Tensor:
         """A batch's labels as the loss wants them, on the device. A tensor: places among the training rows, there."""
-        if isinstance(batch, Tensor):
-            return store.on_device(batch)
-        if isinstance(batch, Views):
-            assert batch.labels is not None  # which views of this task bring
-            return store.encoded(batch.labels.to(self.device, non_blocking=True))
-        return store(batch).to(self.device, non_blocking=True)
+        match batch:
+            case Tensor():
+                return store.on_device(batch)
+            case Views():
+                assert batch.labels is not None  # which views of this task bring
+                return store.encoded(batch.labels.to(self.device, non_blocking=True))
+            case rows:
+                return store(rows).to(self.device, non_blocking=True)
 
     def store(self, stride: int) -> "_LabelStore":
         """The training labels on a grid of this stride, read once."""
@@ -143,21 +140,21 @@ class Segmentation:
         store = self._store(rows, "level", stride)
         return lambda batch: store(batch).to(self.device, non_blocking=True)
 
-    def train_counts(self, stride: int) -> dict[str, int]:
+    def train_counts(self, head: DenseHead) -> dict[str, int]:
         """Labelled pixels of each class in the training rows, at frame size."""
-        return dict(zip(self.classes, self.store(stride).pixels.long().tolist(), strict=True))
+        return dict(zip(self.classes, self.store(head.stride).pixels.long().tolist(), strict=True))
 
     def predictions(
-        self, heads: Sequence[nn.Module], feed: Feed, rows: Rows
+        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows
     ) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
         """(image, each head's class of every pixel of the original image) for each image that the rows show."""
         for image, classes in self._classes(heads, feed, rows):
             yield image, [own.cpu().numpy() for own in classes]
 
     @torch.inference_mode()
-    def _classes(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> Iterator[tuple[int, list[Tensor]]]:
+    def _classes(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> Iterator[tuple[int, list[Tensor]]]:
         """`predictions`, on the device: image by image, of many tiles or of one piece."""
-        stride = _stride(heads[0])
+        stride = heads[0].stride
 
         def logits() -> Iterator[tuple[int, list[Tensor]]]:
             for batch, features in feed(evaluation_batches(rows)):
@@ -169,7 +166,7 @@ class Segmentation:
             pieces = ((own, self.cache.rows.placement(row), self.cache.rows.part_of(row)) for row, own in found)
             yield image, stitched_classes(pieces, stride, self.cache.images.placement(image).original)
 
-    def evaluate(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> list[Outcome]:
+    def evaluate(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show, which several processes share out among them."""
         here = scored_here(self.cache, rows)
         if execution.whole_batches(self.device):
@@ -179,7 +176,7 @@ class Segmentation:
         images = images_of(self.cache, rows)
         return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
 
-    def _counted(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
         """Confusion matrices, (heads, images, classes, classes), image by image: what suits a CPU."""
         classes, images = len(self.classes), images_of(self.cache, rows)
         matrices = np.zeros((len(heads), len(images), classes, classes), dtype=np.int64)
@@ -189,7 +186,7 @@ class Segmentation:
                 own[i] = confusion_matrix(truth, predicted, classes)
         return matrices
 
-    def _counted_there(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted_there(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
         """The same in few operations on the device, which is waited for once, at the end.
 
         Masks that were kept there are given up, and none is kept any more, where its memory is too small.
@@ -197,12 +194,11 @@ class Segmentation:
         try:
             return self._counted_whole(heads, feed, rows)
         except torch.OutOfMemoryError:
-            self._truths.clear()
-            self._truths_left = 0
+            self._truths.give_up()
             raise
 
     @torch.inference_mode()
-    def _counted_whole(self, heads: Sequence[nn.Module], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted_whole(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
         """Images go through together where they are of one size and come whole; tiles are stitched image by image."""
         images, classes = images_of(self.cache, rows), len(self.classes)
         index = torch.arange(classes, device=self.device)
@@ -210,73 +206,27 @@ class Segmentation:
         order, done = images.tolist(), 0
         if self.cache.recipe.in_parts:
             for i, (image, every) in enumerate(self._classes(heads, feed, rows)):
-                count_pairs(self._sent(np.array([image])), torch.stack(every)[None], index, found[i : i + 1])
+                count_pairs(self._truths.sent(np.array([image])), torch.stack(every)[None], index, found[i : i + 1])
         else:
-            groups = self._of_one_size(rows)
+            groups = _of_one_size(self.cache, rows)
             order = [row for group in groups for row in group.tolist()]
             fed = feed([batch for group in groups for batch in evaluation_batches(group)])
             for group in groups:
-                masks, start = self._truth(group), done
+                masks, start = self._truths.of(group), done
                 while done < start + len(group):
                     batch, features = next(fed)
                     stop = done + len(batch)
-                    self._count(
-                        heads, features, int(batch[0]), masks(done - start, stop - start), index, found[done:stop]
-                    )
+                    placement = self.cache.rows.placement(int(batch[0]))
+                    truth = masks(done - start, stop - start)
+                    _count(heads, features, placement, truth, index, found[done:stop])
                     done = stop
         place = {image: i for i, image in enumerate(order)}
         return found.permute(2, 0, 1, 3).cpu().numpy()[:, [place[image] for image in images.tolist()]]
 
-    def _count(
-        self, heads: Sequence[nn.Module], features: Features, row: int, truth: Tensor, index: Tensor, out: Tensor
-    ) -> None:
-        """Fill in the confusion matrices of images of one size, of which one is shown by a row; see count_pairs."""
-        placement, stride = self.cache.rows.placement(row), _stride(heads[0])
-        logits = _every_logits(heads, features.cut(placement.content))
-        images, classes = len(truth), len(index)
-        size = prod(placement.original) * classes  # values of one image and head
-        at_once = max(1, min(images, VALUES_AT_ONCE // size))
-        beside = max(1, min(len(heads), VALUES_AT_ONCE // (size * at_once)))
-        for i, k in product(range(0, images, at_once), range(0, len(heads), beside)):
-            own = slice(i, i + at_once), slice(k, k + beside)
-            predicted = logits_at_original(logits[own], stride, placement).argmax(2)
-            count_pairs(truth[own[0]], predicted, index, out[own[0], :, own[1]])
-
-    def _of_one_size(self, rows: Rows) -> list[Rows]:
-        """The rows in groups of one placement, each in order."""
-        groups: dict[Placement, list[int]] = {}
-        for row in rows.tolist():
-            groups.setdefault(self.cache.rows.placement(row), []).append(row)
-        return [np.array(group, dtype=np.intp) for group in groups.values()]
-
-    def _truth(self, images: Rows) -> Callable[[int, int], Tensor]:
-        """From a start and a stop to the masks of some of these images, which are of one size, on the device.
-
-        These are (images, height, width), uint8, and sent there once where they fit.
-        """
-        size, key = self.cache.images.placement(int(images[0])).original, images.tobytes()
-        if self._truths_left is None:
-            self._truths_left = DEVICE_MEMORY_SHARE * (device_room(self.device) or 0)
-        if key not in self._truths:
-            if len(images) * prod(size) > self._truths_left:
-                return lambda start, stop: self._sent(images[start:stop])
-            whole = torch.empty((len(images), *size), dtype=torch.uint8, device=self.device)
-            for start in range(0, len(images), SENT_AT_ONCE):
-                whole[start : start + SENT_AT_ONCE] = self._sent(images[start : start + SENT_AT_ONCE])
-            self._truths[key] = whole
-            self._truths_left -= whole.nbytes
-        return lambda start, stop: self._truths[key][start:stop]
-
-    def _sent(self, images: Rows) -> Tensor:
-        """The masks of images of one size, on their way to the device: (images, height, width), uint8."""
-        masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images)))
-        return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
-
-    def panels(self, head: nn.Module, feed: Feed, rows: Rows) -> Iterable[tuple[int, Callable[..., list[Panel]]]]:
+    def panels(self, head: DenseHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         for image, (predicted,) in self.predictions([head], feed, rows):
-            truth = self.cache.image_semantic(image)
-            yield image, lambda pixels, t=truth, p=predicted: [Panel(pixels, t), Panel(pixels, p)]
+            yield image, partial(_panels, self.cache.image_semantic(image), predicted)
 
     def fullness(self, image: int) -> int:
         """How much there is to see in an image: labelled foreground pixels."""
@@ -284,9 +234,9 @@ class Segmentation:
         return int(((labels > 0) & (labels < len(self.classes))).sum())
 
     def _outcome(self, confusions: NDArray[np.int64], images: Rows) -> Outcome:
-        scores = iou_scores(confusions.sum(0), self.absent)
-        iou = dict(zip(self.classes, scores.per_class, strict=True))
-        means: dict[str, Any] = {"miou": scores.miou, "miou_foreground": scores.miou_foreground}
+        whole = confusions.sum(0)
+        iou = dict(zip(self.classes, iou_scores(whole, self.absent).per_class, strict=True))
+        means = pixel_scores(whole, self.absent)
         stream = io.BytesIO()
         texts = self.cache.images.texts
         ids, groups = (np.array([texts[name][image] for image in images.tolist()]) for name in ("id", "group"))
@@ -338,18 +288,65 @@ class _LabelStore:
         return labels.float() / self.stride**2 if self.loss_at == "level" else labels
 
 
-def _every_logits(heads: Sequence[nn.Module], features: Features) -> Tensor:
-    """(images, heads, classes, rows, columns); linear heads of one set of statistics together."""
-    linear = [head for head in heads if isinstance(head, LinearHead)]
-    means = {id(norm.running_mean) for head in linear for norm in head.norms.values()}
-    if len(linear) == len(heads) and len(means) == len(linear[0].norms):
-        return logits_of(linear, features).unflatten(1, (len(heads), -1))
-    if len(heads) == 1:
-        return heads[0](features)[:, None]
-    return torch.stack([head(features) for head in heads], 1)
+class _DeviceMasks:
+    """Masks of whole images on the device that scores heads, each sent there once where they fit."""
+
+    def __init__(self, cache: Cache, device: torch.device) -> None:
+        self.cache, self.device = cache, device
+        self.kept: dict[bytes, Tensor] = {}  # by the images
+        self.left: float | None = None  # bytes, for more of them; None until the first are asked for
+
+    def of(self, images: Rows) -> Callable[[int, int], Tensor]:
+        """From a start and a stop to the masks of some of these images, which are of one size.
+
+        These are (images, height, width), uint8.
+        """
+        size, key = self.cache.images.placement(int(images[0])).original, images.tobytes()
+        if self.left is None:
+            self.left = DEVICE_MEMORY_SHARE * (device_room(self.device) or 0)
+        if key not in self.kept:
+            if len(images) * prod(size) > self.left:
+                return lambda start, stop: self.sent(images[start:stop])
+            whole = torch.empty((len(images), *size), dtype=torch.uint8, device=self.device)
+            for start in range(0, len(images), SENT_AT_ONCE):
+                whole[start : start + SENT_AT_ONCE] = self.sent(images[start : start + SENT_AT_ONCE])
+            self.kept[key] = whole
+            self.left -= whole.nbytes
+        return lambda start, stop: self.kept[key][start:stop]
+
+    def sent(self, images: Rows) -> Tensor:
+        """The masks of images of one size, on their way to the device: (images, height, width), uint8."""
+        masks = torch.from_numpy(np.stack(shelf_of(self.cache).truths(self.cache, images)))
+        return (masks.pin_memory() if self.device.type == "cuda" else masks).to(self.device, non_blocking=True)
+
+    def give_up(self) -> None:
+        """Keep none any more."""
+        self.kept.clear()
+        self.left = 0
 
 
-def _stride(head: nn.Module) -> int:
-    stride = head.stride
-    assert isinstance(stride, int)  # every dense head states it
-    return stride
+def _panels(truth: Labels, predicted: Labels, pixels: NDArray[np.float32]) -> list[Panel]:
+    return [Panel(pixels, truth), Panel(pixels, predicted)]
+
+
+def _of_one_size(cache: Cache, rows: Rows) -> list[Rows]:
+    """The rows in groups of one placement, each in order."""
+    groups: dict[Placement, list[int]] = {}
+    for row in rows.tolist():
+        groups.setdefault(cache.rows.placement(row), []).append(row)
+    return [np.array(group, dtype=np.intp) for group in groups.values()]
+
+
+def _count(
+    heads: Sequence[DenseHead], features: Features, placement: Placement, truth: Tensor, index: Tensor, out: Tensor
+) -> None:
+    """Fill in the confusion matrices of images of one placement; truth, index, out: as for `count_pairs`."""
+    logits = every_logits(heads, features.cut(placement.content))
+    images, classes = len(truth), len(index)
+    size = prod(placement.original) * classes  # values of one image and head
+    at_once = max(1, min(images, VALUES_AT_ONCE // size))
+    beside = max(1, min(len(heads), VALUES_AT_ONCE // (size * at_once)))
+    for i, k in product(range(0, images, at_once), range(0, len(heads), beside)):
+        own = slice(i, i + at_once), slice(k, k + beside)
+        predicted = logits_at_original(logits[own], heads[0].stride, placement).argmax(2)
+        count_pairs(truth[own[0]], predicted, index, out[own[0], :, own[1]])

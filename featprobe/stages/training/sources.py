@@ -1,22 +1,40 @@
 """Where features come from: a cache's file, or its images and the backbone that it was made with."""
 
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from featprobe.cache import Cache
-from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import ProbeError
-from featprobe.processes import own_part
-from featprobe.specs import BackboneSpec
-from featprobe.stages.training.live import LiveFeatures
+from featprobe.features import Features
+from featprobe.probes.train import Resident
+from featprobe.specs import BackboneSpec, Rows
+from featprobe.stages.training.live import Views
 
-Source = FeatureLoader | LiveFeatures
+if TYPE_CHECKING:
+    from featprobe.backbones.backbone import Backbone
 
 
-def feed_of(source: Source) -> Any:
-    """What a source gives to training, see probes.train.TrainingFeed."""
-    if isinstance(source, LiveFeatures):
-        return source.training
-    return lambda orders, first: source.batches(rows[own_part(len(rows))] for rows in orders)
+class Source(Protocol):
+    """What gives features of a cache's rows: `cache.reader.FeatureLoader`, or `LiveFeatures`."""
+
+    @property
+    def backbone(self) -> "Backbone | None":
+        """The backbone that makes them, which may be trained; None where they are stored and stay what they are."""
+
+    def batches(self, orders: Iterable[Rows]) -> Iterator[tuple[Rows, Features]]:
+        """(rows, their features) for each array of row indices, for scoring. A batch is valid until the next."""
+
+    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Rows | Views, Features]]:
+        """What a training takes, see `probes.train.TrainingFeed`: of several processes each gets its part of a batch.
+
+        first: the number of the first batch, from which augmentation draws.
+        """
+
+    def keep_on_device(self, splits: Mapping[str, Rows]) -> str:
+        """Move what fits of some splits to the device; returns what lies there, for a person, "" for nothing to say."""
+
+    def resident(self, rows: Rows) -> Resident | None:
+        """From places among ascending rows to features, where all of these lie on the device; else None."""
 
 
 def spec_of(cache: Cache) -> BackboneSpec:

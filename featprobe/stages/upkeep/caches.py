@@ -1,8 +1,7 @@
 """Looking after cache files: list, describe, verify, upgrade, remove."""
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ from featprobe.cache import (
     verify,
 )
 from featprobe.cache.contents import Contents
+from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
-from featprobe.disk import parse_json, read_regular
-from featprobe.errors import CacheError, FeatprobeError, FileKindError, counted
-from featprobe.specs import FILE_VERSION
+from featprobe.errors import CacheError, FeatprobeError, counted
+from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
 from featprobe.texts import printable
-
-LARGEST_LOG = 1 << 26  # bytes
 
 
 def list_cache(path: Path) -> dict[str, Any]:
@@ -67,56 +64,8 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "data": asdict(cache.data),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
-        "may_hold_tf32": doubt.text if (doubt := _doubt(cache)) else "",
+        "may_hold_tf32": doubt.text if (doubt := doubt_of(cache)) else "",
     }
-
-
-@dataclass(frozen=True)
-class Doubt:
-    """Why a cache of the precision fp32 may hold TF32. on_record: whether a run on CUDA is known, or only possible."""
-
-    text: str
-    on_record: bool
-
-
-def tf32_doubt(path: Path) -> Doubt | None:
-    """Why a cache may hold TF32 where its recipe says fp32; None where it doesn't.
-
-    Versions that kept no device in `provenance` allowed TF32 on CUDA. On which device they computed stands in the log
-    of runs beside the file, one line for each run that came to its end.
-    """
-    return _doubt(Cache(path, read_contents(path)))
-
-
-def _doubt(cache: Cache) -> Doubt | None:
-    contents = cache.contents
-    if kept := contents.provenance.get("may_hold_tf32"):
-        return Doubt(str(kept), False)
-    if contents.recipe.precision != "fp32" or "device" in contents.provenance:
-        return None
-    runs = _runs(cache.path)
-    on_cuda = sum(run["computed"] for run in runs if str(run["device"]).startswith("cuda"))
-    if on_cuda:
-        return Doubt(
-            f"{counted(on_cuda, 'row')} computed on CUDA by featprobe {contents.provenance['featprobe']}", True
-        )
-    unknown = int((cache.done == WHOLE).sum()) - sum(run["computed"] for run in runs)
-    if unknown > 0:
-        return Doubt(f"{counted(unknown, 'row')} of which no run tells on which device it was computed", False)
-    return None
-
-
-def _runs(path: Path) -> list[dict[str, Any]]:
-    """What the log beside a cache tells of each run; [] without one."""
-    try:
-        lines = read_regular(path.with_suffix(".runs.jsonl"), LARGEST_LOG).splitlines()
-    except (OSError, FileKindError):
-        return []
-    found = []
-    for line in lines:
-        with suppress(ValueError):  # a line that its process did not end
-            found.append(parse_json(line))
-    return [run for run in found if isinstance(run, dict) and type(run.get("computed")) is int and "device" in run]
 
 
 def verify_cache(
@@ -143,7 +92,9 @@ def verify_cache(
             else:
                 bar.update(item)
     if hdf5 and contents.version == FILE_VERSION:
-        found += [Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents)]
+        found += [
+            Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents.file, contents.index)
+        ]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted
         try:
@@ -229,6 +180,6 @@ def remove_cache(path: Path) -> int:
         locks.claim_all()
         size = path.stat().st_size
         path.unlink()
-        path.with_suffix(".runs.jsonl").unlink(missing_ok=True)
+        log_path(path).unlink(missing_ok=True)
         look_path(path).unlink(missing_ok=True)
     return size

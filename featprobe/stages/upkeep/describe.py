@@ -26,8 +26,9 @@ from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.datasets.split_file import write_split_file
 from featprobe.datasets.splits import leaks, starved
 from featprobe.errors import DataError, counted
+from featprobe.intensity import Intensity, default_intensity
 from featprobe.report.sheets import Panel, save_sheet
-from featprobe.specs import Intensity, SplitChoice, default_intensity
+from featprobe.splitting import SplitChoice
 from featprobe.stages.partition import assigned, classes_in
 from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE
@@ -134,7 +135,7 @@ def write_split(
 ) -> SplitReport:
     """Write a split of a data set to a CSV file, see datasets.split_file; then look for copies across it.
 
-    split: see specs.SplitChoice; of a cross-validation the file holds the folds. seed: of the order in which groups
+    split: see splitting.SplitChoice; of a cross-validation the file holds the folds. seed: of the order in which groups
     are placed. workers: threads that decode the images. Raises DataError where the split can't be made, a file is there
     already, or a label is bad; an image that can't be read is noted.
     """

@@ -26,8 +26,8 @@ def install(folder: Path, module: str, code: str, *entries: str) -> Path:
 
 
 def boxes_csv(folder: Path, *more: str) -> Path:
-    """The package of the README's reader, with more entries, beside a set of its format in set/."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The package of the documented reader, with more entries, beside a set of its format in set/."""
+    page = (ROOT / "docs" / "add-a-reader.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
     entry = page.partition('entry-points."featprobe.datasets"]\n')[2].partition("\n")[0].strip()
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
@@ -39,7 +39,7 @@ def boxes_csv(folder: Path, *more: str) -> Path:
     return folder / "set"
 
 
-def test_the_readmes_reader_serves_as_a_package_of_its_own(tmp_path: Path) -> None:
+def test_the_documented_reader_serves_as_a_package_of_its_own(tmp_path: Path) -> None:
     root = boxes_csv(tmp_path)
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [

@@ -17,8 +17,8 @@ from featprobe.cli.main import cli
 from featprobe.datasets import DataSet, read_data
 from featprobe.datasets.layouts import find_layouts
 from featprobe.errors import DataError
+from featprobe.stages.extraction.command_line import command_of_card
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
-from featprobe.stages.training.commands import _extract
 from featprobe.stages.workspace import Workspace
 
 
@@ -591,7 +591,7 @@ def test_a_study_and_compare_keep_to_a_description() -> None:
         "views": ["none"], "dtype": "fp16", "precision": "fp32",
     }  # fmt: skip
     card = {"features": features, "backbone": None, "read_as": table, "result": {"regime": "frozen"}}
-    assert "--images 'shots/*.jpg' --masks 'seg/{stem}_m.png' --group-from C" in _extract(card, "set", {})
+    assert "--images 'shots/*.jpg' --masks 'seg/{stem}_m.png' --group-from C" in command_of_card(card, "set", {})
 
 
 def test_a_set_of_which_few_images_have_masks_is_refused_with_the_first_that_has_none(tmp_path: Path) -> None:

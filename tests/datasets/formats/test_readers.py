@@ -106,8 +106,8 @@ def test_the_format_may_be_named_on_the_command_line_or_in_the_workspace(tmp_pat
     assert CliRunner().invoke(cli, [*show, "--format", "labelme"]).exit_code == 0
 
 
-def test_the_readme_lists_the_formats_in_the_order_in_which_they_are_looked_for() -> None:
-    page = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+def test_the_page_about_formats_lists_them_in_the_order_in_which_they_are_looked_for() -> None:
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     table = page[page.index("| `--format` |") :].split("\n\n")[0]
     assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)[1:] == list(FORMATS)
 

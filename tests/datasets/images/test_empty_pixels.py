@@ -40,7 +40,7 @@ from featprobe.datasets.images.reading import (
 from featprobe.datasets.objects import stored_pixels
 from featprobe.errors import DataError
 from featprobe.geometry import TURNS, Part
-from featprobe.specs import Intensity
+from featprobe.intensity import Intensity
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.upkeep.check import check
 from featprobe.stages.upkeep.convert import convert

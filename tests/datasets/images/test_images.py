@@ -14,7 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
-from helpers import extract
+from helpers import extract, recipe_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nst
@@ -42,8 +42,8 @@ from featprobe.datasets.images.reading import (
 )
 from featprobe.errors import DataError
 from featprobe.geometry import place
+from featprobe.intensity import Intensity
 from featprobe.pictures import MAX_PIXELS
-from featprobe.specs import Intensity
 from featprobe.stages.extraction.survey import choose_intensity, survey
 from featprobe.stages.predict import find_images
 
@@ -122,7 +122,8 @@ def test_a_ramp_is_the_same_picture_in_every_format(tmp_path: Path, policy: str)
         write(tmp_path / name, ramp)
         window = training_window([tmp_path / name], parsed)
         placement = place(ramp.shape, (64, 64), "resize", 32)
-        pictures[name] = frame_image(read_levels(tmp_path / name), placement, window, "bicubic", (0.0,) * 3, parsed)
+        recipe = recipe_of(intensity=policy, window=window)
+        pictures[name] = frame_image(read_levels(tmp_path / name), placement, recipe)
     assert all(np.array_equal(picture, pictures["a.png"]) for picture in pictures.values())
     assert np.ptp(pictures["a.png"]) > 0.8
 
@@ -437,7 +438,7 @@ def test_fractions_are_stretched_by_default_and_never_divided(tmp_path: Path) ->
     policy, window = choose_intensity(looked, None)
     assert str(policy) == "percentile:0.01:99.99" and window == (-3.0, 5.0)
     with pytest.raises(DataError, match=r"(?s)no largest value.*window:0:1"):
-        choose_intensity(looked, "none")
+        choose_intensity(looked, Intensity("none"))
     WRITERS["a.tif"](tmp_path / "images" / "0.tif", np.zeros((8, 8), np.uint16))
     mixed = survey(read_data("set", tmp_path), workers=1, skip_bad=False, quiet=True)
     with pytest.raises(DataError, match="mixes 16-bit and 32-bit images"):

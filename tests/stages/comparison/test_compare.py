@@ -30,17 +30,16 @@ from featprobe.cli.main import cli
 from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.kinds import TrainRecipe
 from featprobe.metrics import (
-    FEW_GROUPS,
     ResampledAp,
     average_precision,
     grouped,
     holm,
     iou_scores,
-    iou_statistic,
     jackknifed,
     mean_of,
     modality_gap,
     paired_difference,
+    pixel_statistic,
     procedure_difference,
     procedure_gap,
     score_interval,
@@ -166,7 +165,7 @@ def confusions(hit: float, seed: int = 0, images: int = 2 * GROUPS, spread: floa
 
 
 def statistic(array: NDArray[np.int64], score: Any = "miou_foreground") -> Any:
-    return iou_statistic(array, [f"g{i // 2}" for i in range(len(array))], score)
+    return pixel_statistic(array, [f"g{i // 2}" for i in range(len(array))], score)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -467,7 +466,6 @@ def test_long_labels_leave_the_plots_their_room() -> None:
 
 
 def test_few_groups_are_warned_of(told: Told) -> None:
-    assert comparison.FEW_GROUPS == FEW_GROUPS
     told.tell(confusions(0.5), backbone="many")
     told.tell(confusions(0.5, images=10), backbone="few", data_fingerprint="few", feature_key="few")
     report = told.compare()
@@ -1004,6 +1002,7 @@ def opened(page: Path, folder: Path) -> tuple[list[str], list[str]]:
     return console, sorted(host for host in hosts if not host.endswith(OWN))
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here to open the page with")
 def test_a_browser_opens_the_page_without_a_word_or_a_request(rich: Told, tmp_path: Path) -> None:
     page = rich.compare().files[0]

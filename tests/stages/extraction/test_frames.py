@@ -17,7 +17,8 @@ from PIL import Image
 from featprobe.datasets.images.pixels import DTYPE_OF
 from featprobe.datasets.images.reading import frame_image, header_of, image_size, read_levels, training_window
 from featprobe.geometry import Part, Placement, place, place_tile
-from featprobe.specs import FeatureRecipe, Intensity
+from featprobe.intensity import Intensity
+from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.frames import Buffer, Framing, Kind
 
 DATA = Path(os.environ.get("FEATPROBE_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
@@ -54,8 +55,7 @@ def same_bits(framing: Framing, levels: list, placements: list[Placement]) -> No
     found = framing.together(levels, placements)
     assert (found.dtype, tuple(found.shape)) == (torch.float32, (len(levels), 3, *recipe.frame))
     for own, placement, image in zip(levels, placements, found.numpy(), strict=True):
-        wanted = frame_image(own, placement, recipe.window, recipe.interpolation, recipe.mean, recipe.policy)
-        np.testing.assert_array_equal(image, wanted)
+        np.testing.assert_array_equal(image, frame_image(own, placement, recipe))
 
 
 @pytest.mark.parametrize(("dtype", "policy"), [(d, p) for d, policies in POLICIES.items() for p in policies])
@@ -112,7 +112,7 @@ def test_a_buffer_that_is_used_again_keeps_nothing_of_the_batch_before() -> None
             framing.put(buffer, k, own, placement)
         found = framing.images(buffer).numpy()
         for k, own in enumerate(levels):
-            np.testing.assert_array_equal(found[k], frame_image(own, placement, None, "bicubic", MEAN))
+            np.testing.assert_array_equal(found[k], frame_image(own, placement, framing.recipe))
     framing.blank(buffer, 0)
     assert not framing.images(buffer).any()
 
@@ -179,7 +179,7 @@ def test_real_images_in_buffers_are_framed_as_on_the_host(size: tuple[int, int],
         for k, (path, own) in enumerate(zip(paths, placements, strict=True)):
             framing.put(buffer, k, read_levels(path, framing.place_of(buffer, k, own)), own)
         for image, path, own in zip(framing.images(buffer).numpy(), paths, placements, strict=True):
-            np.testing.assert_array_equal(image, frame_image(read_levels(path), own, None, "bicubic", MEAN))
+            np.testing.assert_array_equal(image, frame_image(read_levels(path), own, framing.recipe))
 
 
 @needs_data

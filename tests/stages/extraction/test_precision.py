@@ -14,7 +14,8 @@ from featprobe.cache import MISSING, CacheWriter, RowLocks
 from featprobe.cli.main import cli
 from featprobe.errors import BackboneError, CacheError
 from featprobe.stages.extraction import job as jobs
-from featprobe.stages.upkeep.caches import describe_cache, tf32_doubt
+from featprobe.stages.extraction.run_log import tf32_doubt
+from featprobe.stages.upkeep.caches import describe_cache
 from featprobe.stages.workspace import Workspace
 
 CUDA = torch.device("cuda")

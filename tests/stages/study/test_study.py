@@ -29,9 +29,10 @@ from featprobe.errors import DataError
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.report.tables import result_table
+from featprobe.result_rows import ResultRow
 from featprobe.stages.comparison.compare import compare
 from featprobe.stages.study.study import Study, cells_of, left_out, read_study, run_study
-from featprobe.stages.training import trials
+from featprobe.stages.training import fit
 from featprobe.stages.workspace import Workspace, make_generated
 
 ROOT = Path(__file__).parents[3]
@@ -64,6 +65,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tmp_path: Path) -> None:
     study = read_study(written(tmp_path, SMALL), workspace)
     cells = cells_of(study, workspace)
@@ -155,6 +157,7 @@ def test_a_finished_study_says_its_answer_and_page_again(workspace: Workspace, t
     assert "there already" in again.stderr and len(said.splitlines()) > 2
 
 
+@pytest.mark.slow
 def test_a_plan_goes_past_a_damaged_cache(workspace: Workspace, tmp_path: Path) -> None:
     study = read_study(written(tmp_path, SMALL.replace('["semseg", "detect"]', '["semseg"]')), workspace)
     run_study(workspace, study)
@@ -206,6 +209,7 @@ def arms(workspace: Workspace) -> set[tuple[str, int | None, tuple[str, ...]]]:
     return set(found)
 
 
+@pytest.mark.slow
 def test_a_study_of_tiles_and_views_trains_each_arm_once_and_tells_them_apart(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -229,7 +233,7 @@ def test_a_study_of_tiles_and_views_trains_each_arm_once_and_tells_them_apart(
     for dry_run in (True, False):
         assert run_study(workspace, study, dry_run=dry_run).done == 6
     assert len(run_study(workspace, replace(study, overlap=8), dry_run=True).missing) == 3
-    table = result_table(report.rows)
+    table = result_table([ResultRow.from_json(row) for row in report.rows])
     assert (
         table["cache"].str.contains("tiles of 32").sum() == 3
         and table["cache"].str.contains("hflip, crop:1").sum() == 2
@@ -400,7 +404,7 @@ KILLS = 10
 
 def run_all(root: Path, study: Path) -> None:
     """A whole study in a process of its own, which keeps its state at every pass over the training images."""
-    trials.CHECKPOINT_SECONDS = 0.0
+    fit.CHECKPOINT_SECONDS = 0.0
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     workspace = Workspace(root)
     run_study(workspace, read_study(study, workspace))
@@ -433,6 +437,7 @@ def left_behind(workspace: Workspace) -> tuple[int, int, int]:
     return rows, len(list(workspace.probes.rglob("card.json"))), sum(steps)
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
     processes: ForkServerContext, workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -496,6 +501,7 @@ def hand_over(workspace: Workspace, study: Path, *words: str) -> Result:
     return CliRunner().invoke(cli, [*arguments, *(word for pair in words for word in ("--slurm", pair))])
 
 
+@pytest.mark.slow
 def test_a_study_runs_as_jobs(workspace: Workspace, tmp_path: Path, slurm: Path) -> None:
     (tmp_path / "empty" / "images").mkdir(parents=True)
     text = ON_A_CLUSTER.replace('["surface"]', f'["surface", "{tmp_path / "empty"}"]')
@@ -555,6 +561,7 @@ def test_trainings_wait_for_the_iterations_of_all_backbones(workspace: Workspace
     assert "0 extractions and 0 trainings, behind 1 search for iterations" in more.stderr
 
 
+@pytest.mark.slow
 def test_jobs_of_whole_images_and_of_tiles_are_not_taken_for_each_other(
     workspace: Workspace, tmp_path: Path, slurm: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import extract, write_set
+from helpers import extract, training_of, write_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,15 +28,15 @@ from featprobe.metrics import confusion_matrix
 from featprobe.probes import HeadRecipe, LinearBank, build_head, execution, pixel_classes
 from featprobe.probes.pixel_classes import count_pairs
 from featprobe.probes.train import train
+from featprobe.splitting import SplitChoice
 from featprobe.stages.memory import Portions
 from featprobe.stages.partition import split_notes
 from featprobe.stages.training import labels, segmentation
 from featprobe.stages.training.labels import LabelShelf, encode, shelf_of
+from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.segmentation import Segmentation
-from featprobe.stages.training.sources import feed_of
-from featprobe.stages.training.trials import Run
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import labels_in_frame
 
@@ -190,22 +190,22 @@ def test_each_head_of_a_bank_ends_with_the_statistics_of_its_own_best_point(part
     (path,) = parts.cache_files()
     recipe = TrainRecipe(iterations=12, batch_size=4, evaluations=3)
     options = ProbeOptions(recipe=recipe, lr=(1e-1, 1e-2, 1e-3), seeds=1, quiet=True, head="linear")
-    run = Run(parts, open_cache(path), "semseg", options, [0], 1.0)
-    trials = run._trials()
-    heads, rows = [trial.head for trial in trials], run.rows["train"]
+    ready = prepare(training_of(parts, open_cache(path), "semseg", options))
+    trials = trials_of(ready)
+    heads, rows = [trial.head for trial in trials], ready.rows["train"]
     seen: list[list[dict[str, torch.Tensor]]] = []
 
     def evaluate() -> list[dict[str, float]]:
         seen.append([{name: value.clone() for name, value in head.state_dict().items()} for head in heads])
         return [{"score": float(len(seen) - 1 == k)} for k in range(3)]  # the best points: first, second, third
 
-    with run.source(heads[0]) as source:
+    with source_of(ready, heads[0]) as source:
         train(
             heads,
             [t.recipe for t in trials],
-            feed_of(source),
+            source.training,
             rows,
-            run.task.start(heads),
+            ready.task.start(heads),
             0,
             evaluate,
             best_by="score",
@@ -250,7 +250,7 @@ def test_each_mask_is_decoded_once_for_all_seeds_trials_and_evaluation_points(
     recipe = replace(BRIEF, loss_at=loss_at)
     (cache_file,) = parts.cache_files()
     cache = open_cache(cache_file)
-    split_notes(cache, "own")  # looks at every mask for classes that a split lacks
+    split_notes(cache, SplitChoice("own"))  # looks at every mask for classes that a split lacks
     looking = Counter(decoded)
     assert set(looking.values()) == {1} and len(looking) == 24
     decoded.clear()
@@ -356,7 +356,7 @@ def test_masks_of_a_split_are_sent_to_a_device_once_where_they_fit(
 
 def kept_bytes(task: Segmentation) -> int:
     """Bytes of masks that lie on the device."""
-    return sum(masks.nbytes for masks in task._truths.values())
+    return sum(masks.nbytes for masks in task._truths.kept.values())
 
 
 def test_masks_of_all_splits_together_take_one_share_of_the_device(

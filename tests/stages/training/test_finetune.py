@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import training_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,21 +25,24 @@ from featprobe.cache import CacheWriter, open_cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images.reading import read_levels, to_unit
 from featprobe.errors import BackboneError, DataError, ProbeError
+from featprobe.intensity import Intensity
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import execution, load_head
 from featprobe.probes.saved import read_rows
 from featprobe.probes.train import _Loop, batches_of
 from featprobe.report.sheets import GAP, LINE, TILE, Panel, draw_panel
-from featprobe.specs import BackboneSpec, FeatureRecipe, Intensity
+from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.comparison.results import load_results
-from featprobe.stages.extraction.augment import Augmentation, augment, choose_crop
+from featprobe.stages.extraction.augment import augment
+from featprobe.stages.extraction.crops import Augmentation, choose_crop
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.predict import Predictor, predict
-from featprobe.stages.training import trials
+from featprobe.stages.training import finetune as finetune_module
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.live import LiveFeatures
+from featprobe.stages.training.prepared import prepare
 from featprobe.stages.training.probe import checked, find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
@@ -90,6 +94,7 @@ def weights_of(workspace: Workspace, row: dict[str, Any]) -> dict[str, torch.Ten
 # ---- one loop --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_frozen_backbone_without_augmentation_trains_what_the_cache_trains(
     task: str, space: Workspace, losses: list[float]
@@ -164,6 +169,7 @@ def test_the_full_regime_moves_the_backbone_and_keeps_it_beside_the_head(space: 
     assert not list(space.probes.rglob("checkpoint*")), "nothing is left of an ended training"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_fine_tuned_on_augmented_views(task: str, space: Workspace, losses: list[float]) -> None:
     tuning = Tuning(accumulate=2, ema=0.5, layer_decay=0.8)
@@ -172,6 +178,7 @@ def test_every_task_is_fine_tuned_on_augmented_views(task: str, space: Workspace
     assert row["tuning"]["ema"] == 0.5 and np.isfinite(list(row["val"].values())).all()
 
 
+@pytest.mark.slow
 def test_trials_have_a_backbone_each_and_the_best_is_kept(space: Workspace) -> None:
     options = options_for("semseg", Tuning(), lr=(1e-3, 1e-2))
     (row,) = finetune(space, "semseg", options=options).rows
@@ -191,9 +198,9 @@ def test_a_training_may_start_from_a_saved_head(space: Workspace, losses: list[f
     finetune(space, "semseg", options=options_for("semseg", replace(PLAIN, init_head=start)))
     head, _ = load_head(space.probes / row["folder"])
     (cache,), _ = find_caches(space, "semseg", (), ())
-    run = trials.Run(space, cache, "semseg", checked("semseg", options_for("semseg")), [0], 1.0)
-    batch = next(batches_of(run.rows["train"], RECIPES["semseg"], 0))
-    loss = run.task.start([head.train()], fresh=False)
+    ready = prepare(training_of(space, cache, "semseg", checked("semseg", options_for("semseg"))))
+    batch = next(batches_of(ready.rows["train"], RECIPES["semseg"], 0))
+    loss = ready.task.start([head.train()], fresh=False)
     with FeatureLoader(cache) as loader:
         ((_, features),) = list(loader.batches([batch]))
         assert losses[0] == pytest.approx(float(loss(features, batch).detach()), rel=1e-4)
@@ -227,6 +234,7 @@ def test_an_image_that_changed_since_is_refused(space: Workspace, tmp_path: Path
 # ---- counterparts ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_arguments_the_missing_counterparts_are_trained_once(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +252,8 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(
     for line, task in zip(said, ("semseg linear", "detect fcos"), strict=False):
         assert f"lite0 on xray, seed 0 ({cache}): {task}, full" in line, line
     with monkeypatch.context() as patch:
-        patch.setattr(trials.Run, "foresee", lambda run: Forecast(0.0, (90 if run.task_name == "semseg" else 30) / 2))
+        seconds = {"semseg": 90, "detect": 30}
+        patch.setattr(finetune_module, "foreseen", lambda training: Forecast(0.0, seconds[training.task] / 2))
         finetune(workspace, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
     assert ["about 1.5 min" in said[3], "about 0.5 min" in said[4], "about 2.0 min in all" in said[5]] == [True] * 3
     rows = finetune(workspace, options=ProbeOptions(quiet=True)).rows
@@ -316,11 +325,11 @@ def test_a_backbone_moves_where_it_should_and_nowhere_else() -> None:
 
 CHILD = """
 import sys
-import featprobe.stages.training.trials
-featprobe.stages.training.trials.CHECKPOINT_SECONDS = 0.0
+import featprobe.stages.training.fit
+featprobe.stages.training.fit.CHECKPOINT_SECONDS = 0.0
 from pathlib import Path
+from featprobe.kinds import TrainRecipe
 from featprobe.stages.training.finetune import finetune
-from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 recipe = TrainRecipe(iterations=24, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)
@@ -330,6 +339,7 @@ finetune(Workspace(sys.argv[1]), "detect", options=options)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(space: Workspace, tmp_path: Path) -> None:
     ended = []
     for name, kills in (("whole", 0), ("killed", 2)):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import PoolingBackbone
+from helpers import PoolingBackbone, training_of
 from helpers import extract as extract_into
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,12 +28,15 @@ from featprobe.probes.train import evaluation_points
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.partition import Partition
 from featprobe.stages.study.study import read_study, run_study
+from featprobe.stages.training import ladder as ladder_module
 from featprobe.stages.training.finetune import finetune, missing_counterparts
+from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.ladder import GAIN, Ladder, budget_of, next_rung, rungs_of
 from featprobe.stages.training.probe import checked, find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.trials import Run
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace, make_generated
 
 BRIEF = TrainRecipe(iterations=4, batch_size=4, evaluations=2)
@@ -171,21 +174,21 @@ def test_a_ladder_is_climbed_once_and_looks_at_no_test_image(
     pooled: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fed: list[str] = []
-    plain, validated = FeatureLoader.batches, Run.validated
+    plain, validated = FeatureLoader.batches, ladder_module.validated
 
     def spying(self: FeatureLoader, orders: Any) -> Any:
         for rows, features in plain(self, orders):
             fed.extend(self.cache.rows[row].split for row in rows.tolist())
             yield rows, features
 
-    def watched(self: Run) -> list[float]:
+    def watched(training: Training, forecast: Forecast) -> list[float]:
         fed.clear()
-        scores = validated(self)
+        scores = validated(training, forecast)
         assert fed and "test" not in fed
         return scores
 
     monkeypatch.setattr(FeatureLoader, "batches", spying)
-    monkeypatch.setattr(Run, "validated", watched)
+    monkeypatch.setattr(ladder_module, "validated", watched)
     said: list[str] = []
     rows = probe(pooled, options=AUTO, say=said.append).rows
     known = ladder_rows(pooled)
@@ -202,7 +205,7 @@ def test_a_ladder_is_climbed_once_and_looks_at_no_test_image(
         "a rung is a training like any other"
     )
 
-    monkeypatch.setattr(Run, "validated", lambda self: pytest.fail("every rung is known"))
+    monkeypatch.setattr(ladder_module, "validated", lambda *_: pytest.fail("every rung is known"))
     again = probe(pooled, options=AUTO).rows
     assert [row["folder"] for row in again] == [row["folder"] for row in rows]
     assert len(ladder_rows(pooled)) == len(known)
@@ -217,13 +220,13 @@ def test_a_ladder_that_was_killed_goes_on_with_the_rung_it_was_at(
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])  # as a kill leaves it
     climbed: list[int] = []
-    validated = Run.validated
+    validated = ladder_module.validated
 
-    def counting(self: Run) -> list[float]:
-        climbed.append(self.recipe.iterations)
-        return validated(self)
+    def counting(training: Training, forecast: Forecast) -> list[float]:
+        climbed.append(training.recipe.iterations)
+        return validated(training, forecast)
 
-    monkeypatch.setattr(Run, "validated", counting)
+    monkeypatch.setattr(ladder_module, "validated", counting)
     probe(pooled, options=AUTO)
     assert climbed == [whole[-1]["iterations"]] * 2, "its two seeds"
     assert [(row["iterations"], row["score"]) for row in ladder_rows(pooled)] == [
@@ -237,7 +240,7 @@ def test_all_backbones_get_what_the_neediest_needs_and_older_results_are_named(p
     other.spec = replace(other.spec, label="hungry")
     extract_into(pooled.root, pooled.data / "surface", other)
     (cache,), _ = find_caches(pooled, "semseg", (), ("hungry",))
-    ladder = Ladder(pooled, cache, "semseg", checked("semseg", AUTO), 1.0)
+    ladder = Ladder(pooled, Partition(cache, AUTO.choice), "semseg", checked("semseg", AUTO), 1.0)
     for rung, score in zip((1, 2, 4, 8, 16, 32, 64), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6), strict=True):
         append_row(pooled.probes / "ladders.jsonl", {
             "ladder": ladder.key, "comparison": ladder.comparison, "iterations": rung, "score": score,
@@ -271,7 +274,7 @@ def test_a_ladder_of_fewer_seeds_is_climbed_again_and_one_of_more_is_not(pooled:
 def test_a_ladder_without_any_score_is_an_error_however_often_it_is_asked_for(
     pooled: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Run, "validated", lambda self: [float("nan")] * len(self.seeds))
+    monkeypatch.setattr(ladder_module, "validated", lambda training, _: [float("nan")] * len(training.seeds))
     for _ in range(2):
         with pytest.raises(ProbeError, match=r"no score at any rung.*--iterations N"):
             probe(pooled, options=AUTO)
@@ -293,7 +296,7 @@ def test_ladders_of_two_devices_and_of_two_ways_to_say_a_rate_are_one(pooled: Wo
 
     def comparison(**changed: Any) -> str:
         options = checked("semseg", replace(AUTO, **changed))
-        return Run(pooled, cache, "semseg", options, [0], 1.0).comparison
+        return training_of(pooled, cache, "semseg", options).comparison
 
     assert comparison(lr=(2e-2,)) == comparison(recipe=replace(BRIEF, lr=2e-2)) != comparison()
     grid = ((1e-3, 2e-2), ())

@@ -18,7 +18,7 @@ from featprobe.errors import BackboneError, ProbeError
 from featprobe.features import Features
 from featprobe.probes import execution
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extraction.augment import Augmentation
+from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.training.live import LiveFeatures, Views

@@ -22,7 +22,7 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.study.study import Study, run_study
-from featprobe.stages.training import trials
+from featprobe.stages.training import fit
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
@@ -107,7 +107,7 @@ def test_each_trial_of_a_probe_has_its_curves_and_the_result_is_the_same(
 def test_a_training_in_parts_that_is_stopped_and_goes_on_leaves_one_curve(
     space: Workspace, losses: list[list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0.0)
     options = replace(OPTIONS, tuning=Tuning(accumulate=3))
     noting = _Loop.take
 

@@ -57,10 +57,10 @@ from featprobe.probes.linear import EPSILON, MOMENTUM
 from featprobe.probes.train import batches_of, learning_rate
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.extract import extract_with
+from featprobe.stages.extraction.run_log import extraction_seconds
 from featprobe.stages.training.forecast import REHEARSED
 from featprobe.stages.training.probe import find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.records import extraction_seconds
 from featprobe.stages.workspace import Workspace, make_generated, name_of
 from featprobe.targets import IGNORE
 
@@ -620,10 +620,7 @@ def test_a_head_can_not_tell_cached_features_from_live_ones(lite0_space: Workspa
     everything = np.arange(len(exact))
     live = load_backbone(BackboneSpec("lite0", "tf_efficientnet_lite0", "random"))
     pictures = [
-        frame_image(
-            read_levels(Path(exact.data.root) / row.image), row.placement, exact.recipe.window, "bicubic", live.mean
-        )
-        for row in exact.rows
+        frame_image(read_levels(Path(exact.data.root) / row.image), row.placement, exact.recipe) for row in exact.rows
     ]
     with torch.inference_mode():
         wanted = head(live(torch.from_numpy(np.stack(pictures))))
@@ -738,7 +735,7 @@ def test_a_place_that_can_not_be_written_is_met_before_training(
 ) -> None:
     (tmp_path / "probes").write_text("a file where a folder should be")
     monkeypatch.setattr(pooled, "probes", tmp_path / "probes")
-    monkeypatch.setattr("featprobe.stages.training.trials.train", None)
+    monkeypatch.setattr("featprobe.stages.training.fit.train", None)
     with pytest.raises(ProbeError, match=r"can't be written \(.*\)\. Nothing was trained"):
         probe(pooled, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))
 

@@ -30,6 +30,7 @@ from featprobe.kinds import TrainRecipe
 from featprobe.probes import load_head
 from featprobe.processes import pick_device
 from featprobe.report.tables import result_table
+from featprobe.result_rows import ResultRow
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -110,6 +111,7 @@ def stock_scores(annotations: Path, predictions: Path, kind: str) -> list[float]
     return evaluation.stats.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["detect", "instseg"])
 def test_stock_pycocotools_on_the_sets_own_file_gives_the_rows_numbers(
     task: str, objects: Workspace, coco_set: Path
@@ -173,6 +175,7 @@ def test_all_trials_are_kept_and_the_best_on_validation_is_scored_once(
         assert row["val"] == chosen["curve"][-1]["scores"]
 
 
+@pytest.mark.slow
 def test_a_detection_trial_ends_the_same_beside_whichever_others(dense: Workspace) -> None:
     options = ProbeOptions(head="fasterrcnn", recipe=BRIEF, seeds=1, quiet=True, device="cpu")
     heads = []
@@ -360,9 +363,9 @@ def test_a_table_keeps_caches_apart(dense: Workspace) -> None:
     extract_into(dense.root, dense.data / "surface", PoolingBackbone(), size=(32, 32))
     try:
         rows = probe(dense, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows
-        table = result_table(rows)
+        table = result_table([ResultRow.from_json(row) for row in rows])
         assert list(table["n"]) == [1, 1] and table["cache"].nunique() == 2
-        assert "cache" not in result_table(rows[:1])
+        assert "cache" not in result_table([ResultRow.from_json(rows[0])])
     finally:
         (small,) = [p for p in dense.cache_files() if open_cache(p).recipe.size == (32, 32)]
         small.unlink()
@@ -412,6 +415,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[s
     return workspace, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["semseg", "detect", "instseg"])
 def test_predict_on_the_test_images_scores_what_the_row_says(
     task: str, trained: tuple[Workspace, dict[str, dict[str, Any]]], tmp_path: Path

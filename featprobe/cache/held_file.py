@@ -1,0 +1,70 @@
+"""A cache file that is held open, and parts of it whose bytes are read when they are asked for."""
+
+import hashlib
+import os
+import shlex
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+from featprobe.cache.header import Entry
+from featprobe.disk import open_regular
+from featprobe.errors import CacheError, FileKindError
+
+PIECE = 1 << 22  # bytes that are hashed at once
+
+
+class HeldFile:
+    """A regular file that stays open as long as this object lives, also when another file takes its name."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CacheError where there is no such file, or it can't be read."""
+        self.path = path
+        try:
+            self.handle = open_regular(path)
+        except FileNotFoundError as error:
+            raise CacheError(f"There is no cache {path}.") from error
+        except (OSError, FileKindError) as error:
+            raise CacheError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
+        weakref.finalize(self, os.close, self.handle)
+        self.status = os.fstat(self.handle)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset` on. Raises CacheError where the file ends earlier."""
+        data = os.pread(self.handle, count, offset)
+        while len(data) < count:
+            more = os.pread(self.handle, count - len(data), offset + len(data))
+            if not more:
+                end = offset + len(data)
+                raise CacheError(
+                    f"{self.path} ended while it was read, at byte {end}. Was it cut short?\n{removal(self.path)}"
+                )
+            data += more
+        return data
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file. Its bytes are read only when they are needed."""
+
+    file: HeldFile
+    entry: Entry
+
+    def __len__(self) -> int:
+        return self.entry.size
+
+    def __getitem__(self, index: slice, /) -> bytes:
+        start, stop, _ = index.indices(self.entry.size)
+        return self.file.read(self.entry.offset + start, max(0, stop - start))
+
+    def sha256(self) -> str:
+        """The sha256 over the whole part, which is read in pieces."""
+        running = hashlib.sha256()
+        for start in range(0, len(self), PIECE):
+            running.update(self[start : start + PIECE])
+        return running.hexdigest()
+
+
+def removal(path: Path) -> str:
+    """What to do about a cache file that can't be used, for a message."""
+    return f"Remove it: featprobe cache rm {shlex.quote(str(path))} --yes. Then run the extract command again."

@@ -1,0 +1,125 @@
+"""The contract of heads: what each must define, for those who train, score, save and predict with them.
+
+A new dense head is a subclass of DenseHead, a row of `kinds.KINDS` and a builder in `probes.heads`. The subclass sets
+`levels`, `classes` and `bias`, and defines `stride` and `forward`. All else is the same for every head: the losses, the
+training loop, scores, files, prediction, fine-tuning, and the tests of `tests/probes/test_heads.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor, nn
+
+from featprobe.features import Features
+from featprobe.levels import FeatureLevel
+from featprobe.probes.detections import Detections, ObjectBatch, ObjectTarget
+
+
+class Head(nn.Module, ABC):
+    """What is trained on features, whatever it finds in them.
+
+    levels: those that it reads of the levels that there are, finest first. classes: how many, the background counted.
+    Its parameters and buffers are what is saved of it: all else follows from its recipe and the levels.
+    """
+
+    levels: tuple[FeatureLevel, ...]
+    classes: int
+
+    @property
+    def assignment(self) -> dict[str, str]:
+        """Which objects are looked for at which stride, for people; empty for a head that looks for none."""
+        return {}
+
+
+class DenseHead(Head):
+    """A head that gives each pixel a class.
+
+    bias: (classes,), added to the logits as the last step. Before training it is set to the logarithm of the classes'
+    frequencies, by `start_at`; a head that keeps its bias elsewhere defines that method instead.
+    """
+
+    bias: nn.Parameter
+
+    @property
+    @abstractmethod
+    def stride(self) -> int:
+        """Frame pixels per cell of the logits, along both axes. It is the stride of a level, or a divisor of one."""
+
+    @abstractmethod
+    def forward(self, features: Features) -> Tensor:
+        """Logits of every cell: (batch, classes, frame height / stride, frame width / stride), the background first.
+
+        features: with the maps of at least `levels`, on the head's device. Cells of nothing but padding must not change
+        the logits of others: statistics leave them out (`Features.valid_share`), and the logits that stand there are
+        those of `over_padding`.
+        """
+
+    @torch.no_grad()
+    def start_at(self, prior: Tensor) -> None:
+        """Begin by predicting these frequencies of the classes. prior: (classes,), > 0, of sum 1."""
+        self.bias.copy_(prior.log())
+
+    if TYPE_CHECKING:
+
+        def __call__(self, features: Features) -> Tensor: ...
+
+
+class ObjectHead(Head):
+    """A head that finds objects: boxes with a class and a score, with or without masks."""
+
+    @property
+    @abstractmethod
+    def assignment(self) -> dict[str, str]:
+        """Which objects are looked for at which stride, for people: a head's card shows it."""
+
+    @abstractmethod
+    def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
+        """The loss, a scalar, where targets are given, one per image; else what it finds in each image.
+
+        Of several processes each gets its part of the loss: these add up to that of the whole batch.
+        """
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, features: Features, targets: Sequence[ObjectTarget]) -> Tensor: ...
+        @overload
+        def __call__(self, features: Features) -> list[Detections]: ...
+        def __call__(
+            self, features: Features, targets: Sequence[ObjectTarget] | None = None
+        ) -> Tensor | list[Detections]: ...
+
+
+class BatchedObjectHead(ObjectHead):
+    """An object head whose loss is the same work for every batch of one shape, and draws nothing at random.
+
+    On a GPU its training steps are recorded once and replayed; see `probes.train.train`.
+    """
+
+    @abstractmethod
+    def batch_loss(self, features: Features, targets: ObjectBatch) -> Tensor:
+        """The loss that `forward` gives for the same objects: a scalar."""
+
+
+def all_batched(heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
+    """The heads, where each of them has a `batch_loss`; else none of them."""
+    found = [head for head in heads if isinstance(head, BatchedObjectHead)]
+    return found if len(found) == len(heads) else []
+
+
+def over_padding(logits: Tensor, content: Tensor | None, stride: int) -> Tensor:
+    """Logits whose cells of nothing but padding repeat the nearest cell that holds some image.
+
+    Else bilinear upsampling would mix padding into the image's last cells. logits: (batch, classes, rows,
+    columns). content: (batch, 2), see Features; with None they are returned as they are.
+    """
+    if content is None:
+        return logits
+    for axis, cells in enumerate(logits.shape[2:]):
+        last = (content[:, axis].long() - 1) // stride  # (batch,)
+        index = torch.arange(cells, device=logits.device).minimum(last[:, None])  # (batch, cells)
+        shape = (-1, 1, cells, 1) if axis == 0 else (-1, 1, 1, cells)
+        logits = logits.gather(axis + 2, index.view(shape).expand_as(logits))
+    return logits

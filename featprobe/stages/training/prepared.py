@@ -1,0 +1,233 @@
+"""A training with its labels read: the rows it trains on, its heads before the first step, where features come from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from featprobe.backbones.precision import resolve
+from featprobe.cache import Cache
+from featprobe.cache.reader import FeatureLoader
+from featprobe.errors import ProbeError
+from featprobe.geometry import IDENTITY
+from featprobe.kinds import TrainRecipe
+from featprobe.levels import FeatureLevel
+from featprobe.probes import Head, HeadRecipe, build_head, load_head, plain
+from featprobe.probes.train import Tuned
+from featprobe.processes import check_batch, check_together
+from featprobe.result_rows import ResultRow
+from featprobe.specs import CacheDtype, Rows
+from featprobe.stages.memory import Portions, fitting
+from featprobe.stages.row_images import rows_of
+from featprobe.stages.training.detection import Detection
+from featprobe.stages.training.labels import shelf_of
+from featprobe.stages.training.live import LiveFeatures
+from featprobe.stages.training.segmentation import Segmentation
+from featprobe.stages.training.solve import Solution, solve
+from featprobe.stages.training.sources import Source, spec_of
+from featprobe.stages.training.subset import training_subset
+from featprobe.stages.training.task import EVALUATION_BATCH, Outcome, Task
+from featprobe.stages.training.training import Training
+
+if TYPE_CHECKING:
+    from featprobe.backbones.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training whose labels are read.
+
+    rows: of train, the part that is trained on, val and test. task: what heads are trained and scored on. solver: of a
+    kind that is not trained, else None. head: how its heads are built. portions: how many images are scored at once.
+    notes: what a user should know, which grows on the way.
+    """
+
+    training: Training
+    rows: Mapping[str, Rows]
+    task: Task[Any]
+    solver: Callable[..., Solution] | None
+    head: HeadRecipe
+    portions: Portions
+    notes: list[str]
+
+    @property
+    def cache(self) -> Cache:
+        """Its cache, with the groups of its split."""
+        return self.training.cache
+
+    def evaluate(self, heads: Sequence[Head], source: Source, rows: Rows) -> list[Outcome]:
+        """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small."""
+        return self.portions.do(lambda batches: self.task.evaluate(heads, batches, rows), source.batches)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One head of a pass: its seed, its recipe, the head."""
+
+    seed: int
+    recipe: TrainRecipe
+    head: Head
+
+
+def guarded(training: Training) -> AbstractContextManager[None]:
+    """What turns trouble of the device into words."""
+    goes_on = "goes on from its last state" if training.tuning else "begins this training again"
+    left = f"{training.title}: results and heads that were written stay. The same command {goes_on}."
+    return fitting(training.device, left)
+
+
+def prepare(training: Training) -> Prepared:
+    """Read the labels of a training; raises FeatprobeError where it can't be done."""
+    check_together()
+    rows = dict(training.partition.rows)
+    if training.augmentation:  # takes the place of stored views
+        rows["train"] = without_views(training.cache, rows["train"])
+    task, rows["train"], solver = _labels_of(training, rows["train"])
+    if solver is None:
+        check_batch(min(training.recipe.batch_size, len(rows["train"])), training.parts)
+    options, notes = training.options, training.notes
+    head = HeadRecipe(
+        training.task, training.kind.name, training.data.classes, options.levels, options.width, options.pyramid,
+        task.sides,
+    )  # fmt: skip
+    portions = Portions(training.device, EVALUATION_BATCH, training.title, notes.append)
+    return Prepared(training, rows, task, solver, head, portions, notes)
+
+
+def without_views(cache: Cache, rows: Rows) -> Rows:
+    """Those of the rows that show an image, or a tile of one, as it is."""
+    plain = [(part := cache.rows.part_of(row)) is None or part.view == IDENTITY for row in rows.tolist()]
+    return rows[np.array(plain, dtype=bool)]
+
+
+def _labels_of(training: Training, train: Rows) -> tuple[Task[Any], Rows, Callable[..., Solution] | None]:
+    """The task, the rows that are trained on, and what solves for a head that is not trained."""
+    cache, options = training.cache, training.options
+    if training.scores.dense:
+        train = _part_of(training, train, lambda row: shelf_of(cache).values(cache, row))
+        views = training.augmentation is not None
+        dense = Segmentation(cache, train, training.recipe, training.device, options.absent, views=views)
+        return dense, train, partial(solve, dense) if training.kind.solved else None
+    masks = training.scores.on == "masks"
+    every = Detection(cache, train, training.device, masks=masks, source=options.instances)
+    if training.fraction == 1:
+        return every, train, None
+    train = _part_of(training, train, lambda row: every.targets[row].labels.tolist())
+    return Detection(cache, train, training.device, masks=masks, source=options.instances), train, None
+
+
+def _part_of(training: Training, train: Rows, classes_in: Callable[[int], list[int]]) -> Rows:
+    """The rows of the fraction of the images that is trained on."""
+    if training.fraction == 1:
+        return train
+    cache = training.cache
+    classes: dict[int, set[int]] = {}
+    for row, image in zip(train.tolist(), cache.image_of[train].tolist(), strict=True):
+        classes.setdefault(image, set()).update(classes_in(row))
+    ids, groups = ([cache.images.texts[name][image] for image in classes] for name in ("id", "group"))
+    seed = training.seeds[0] if training.subset else None
+    kept = training_subset(ids, groups, list(classes.values()), training.fraction, seed)
+    return rows_of(cache, train, np.array(list(classes), dtype=np.intp)[kept])
+
+
+def trials_of(prepared: Prepared) -> list[Trial]:
+    """The heads before the first step, those of each seed together."""
+    training, trials = prepared.training, []
+    for seed in training.seeds:
+        for recipe in training.grid:
+            torch.manual_seed(seed)  # the trials of one seed begin alike
+            head = build_head(prepared.head, prepared.cache.levels)
+            if training.tuning and training.tuning.init_head:
+                _begin_at(prepared, head, Path(training.tuning.init_head))
+            trials.append(Trial(seed, recipe, head.to(training.device)))
+    return trials
+
+
+def _begin_at(prepared: Prepared, head: Head, folder: Path) -> None:
+    """Give a head the weights of a saved one; raises ProbeError where the two are not of one kind."""
+    saved, card = load_head(folder, prepared.training.features, whole=True)
+    wanted = prepared.head.to_json()
+    same = {**card["head"], "sides": None} == plain({**wanted, "sides": None})
+    if not same or saved.assignment != head.assignment:  # levels follow sizes
+        raise ProbeError(
+            f"{folder} holds another head than is trained here. Nothing was trained.\n"
+            f"  wanted  {plain(wanted)}\n  found   {card['head']}"
+        )
+    _check_unseen(prepared.training, folder, card)
+    head.load_state_dict(saved.state_dict())
+
+
+def _check_unseen(training: Training, folder: Path, card: Mapping[str, Any]) -> None:
+    """Raise ProbeError for a head that was trained on another split of this set: it may know the test images."""
+    data, choice = card["data"], ResultRow.from_json(card["result"]).choice
+    own = [training.data.fingerprint, training.choice.key, training.choice.fold or None]
+    found = [data["fingerprint"], choice.key, choice.fold or None]
+    same = data["root"] == training.data.root or data["fingerprint"] == training.data.fingerprint
+    if same and found != own:
+        raise ProbeError(
+            f"{folder} was trained on another split or version of {training.data.name}, and may know its test "
+            f"images. Nothing was trained.\n  wanted  fingerprint, split and fold {own}\n  found   {found}\n"
+            "Take a head of the same split and fold, or leave --init-head away."
+        )
+
+
+def source_of(prepared: Prepared, head: Head, as_dtype: CacheDtype | None = None) -> AbstractContextManager[Source]:
+    """Where the features for a head come from: the cache's file, or its images and a backbone.
+
+    as_dtype: what stored features are brought to first; None for as they are.
+    """
+    training, tuning = prepared.training, prepared.training.tuning
+    if tuning is None:
+        verify = training.options.verify
+        return FeatureLoader(prepared.cache, head.levels, training.device, verify=verify, as_dtype=as_dtype)
+    if tuning.precision:
+        resolve(tuning.precision, training.device)  # refuses what this device can't compute
+    return LiveFeatures(
+        prepared.cache, _backbone(training, head.levels), training.device, prepared.task.truth_of,
+        masks=prepared.task.masks, augmentation=training.augmentation, seed=training.seeds[0], workers=tuning.workers,
+        precision=training.precision,
+    )  # fmt: skip
+
+
+def _backbone(training: Training, levels: Sequence[FeatureLevel]) -> "Backbone":
+    """The backbone that the cache was made with, in evaluation mode; raises ProbeError when it can't be had."""
+    from featprobe.backbones.backbone import load_backbone  # timm takes time, and features from a cache need none
+
+    cache = training.partition.source
+    spec = spec_of(cache)
+    backbone = load_backbone(spec, [level.name for level in levels], training.device)
+    if backbone.sha256 != cache.recipe.weights_sha256:
+        raise ProbeError(
+            f"{cache.path} was made from other weights than {spec.label} has now. Nothing was trained.\n"
+            f"  wanted  sha256 {cache.recipe.weights_sha256[:16]}…\n  found   sha256 {backbone.sha256[:16]}…"
+        )
+    backbone.fit(cache.recipe.frame, cache.recipe.sized)
+    backbone.compiled = bool(training.tuning and training.tuning.compile)
+    return backbone
+
+
+def keep_on_device(prepared: Prepared, source: Source) -> str:
+    """Move what fits to the GPU, the most used first; returns what lies there and what streams, "" for no GPU."""
+    return source.keep_on_device({split: prepared.rows[split] for split in ("train", "val", "test")})
+
+
+def placed(prepared: Prepared, source: Source, head: Head) -> dict[str, Any]:
+    """Whether steps of a training find their batches on the device, and how: see `probes.train.train`."""
+    if source.backbone is not None or not prepared.task.fixed(head):
+        return {}
+    return {"fixed": True, "resident": source.resident(prepared.rows["train"])}
+
+
+def tuned(training: Training, source: Source, recipe: TrainRecipe) -> Tuned | None:
+    """The backbone as training moves it; None where it is frozen."""
+    backbone, how = source.backbone, training.tuning
+    if how is None or training.regime != "full" or backbone is None:
+        return None
+    backbone.unfreeze(batch_norm=how.bn, checkpointing=how.checkpointing)
+    groups = backbone.parameter_groups(how.backbone_lr * recipe.lr, recipe.weight_decay, how.layer_decay)
+    return Tuned(backbone, groups, how.clip, how.accumulate, how.ema)

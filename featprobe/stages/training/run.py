@@ -1,0 +1,173 @@
+"""A training from its labels to saved heads: it is fitted, the best on validation is scored on test once, and kept."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featprobe.datasets.images.reading import hash_image, read_levels, to_unit
+from featprobe.disk import remove_leftovers
+from featprobe.errors import DataError
+from featprobe.probes import Head, append_row, make_folder, plain, save_head
+from featprobe.processes import from_main, is_main
+from featprobe.report.sheets import Panel, save_sheet
+from featprobe.specs import CacheDtype
+from featprobe.stages.extraction.run_log import extraction_seconds
+from featprobe.stages.row_images import images_of, rows_of
+from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
+from featprobe.stages.training.forecast import Forecast, foresee
+from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
+from featprobe.stages.training.records import card_of, curve_json, row_of
+from featprobe.stages.training.sources import Source
+from featprobe.stages.training.task import Outcome, spread_over
+from featprobe.stages.training.training import Training
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A training that was run. rows: what is kept of each seed in results.jsonl."""
+
+    prepared: Prepared
+    fitted: Fitted
+    rows: list[dict[str, Any]]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know."""
+        return self.prepared.notes
+
+
+def run(training: Training, say: Say = lambda line: None, forecast: Forecast | None = None) -> Finished:
+    """Train on train, choose on val, score the chosen on test once; write heads, cards, curves, result rows.
+
+    Several processes do that together; the main one alone writes. say: told how long it will take, where no forecast is
+    given. Raises FeatprobeError.
+    """
+    with guarded(training):
+        prepared = prepare(training)
+        begun = time.perf_counter()
+        for seed in training.seeds if is_main() else ():
+            make_folder(training.folder / f"seed{seed}")  # now, and not after an hour of training
+        trials = trials_of(prepared)
+        _note_absent(prepared, trials[0].head)
+        with source_of(prepared, trials[0].head) as source:
+            fitted = fit(prepared, trials, source, say, forecast)
+            trained = time.perf_counter()
+            sha256 = _take_backbone(source, fitted)
+            outcomes = score(prepared, fitted, source)
+        seconds = {
+            "train": trained - begun + fitted.seconds_before,
+            "test": time.perf_counter() - trained,
+            "extract": extraction_seconds(prepared.cache) if training.regime == "frozen" else None,
+        }
+        rows = from_main(lambda: keep(prepared, fitted, outcomes, seconds, sha256))
+        return Finished(prepared, fitted, rows)
+
+
+def validated(training: Training, forecast: Forecast | None = None) -> list[float]:
+    """Train, choose on validation, and return each seed's score there; keeps no head, scores nothing on test."""
+    with guarded(training):
+        prepared = prepare(training)
+        trials = trials_of(prepared)
+        with source_of(prepared, trials[0].head) as source:
+            fitted = fit(prepared, trials, source, lambda line: None, forecast, rehearsal=True)
+        states = [checkpoint_of(prepared, index, rehearsal=True) for index in range(len(trials))]
+        for state in states if is_main() else ():
+            if state is not None:
+                state.path.unlink(missing_ok=True)
+        points = [kept(training, trials[i], fitted.curves[i]) for i in fitted.chosen]
+        return [point.scores[training.chooses_by] for point in points]
+
+
+def judged(training: Training, as_dtype: CacheDtype | None = None) -> list[Outcome]:
+    """Train on cached features, choose on validation, and score each seed's head there, image by image.
+
+    Keeps no head, and looks at no label of test. as_dtype: what the features are brought to first.
+    """
+    with guarded(training):
+        prepared = prepare(training)
+        trials = trials_of(prepared)
+        with source_of(prepared, trials[0].head, as_dtype) as source:
+            fitted = fit(prepared, trials, source, lambda line: None)
+            return prepared.evaluate([trial.head for trial in fitted.best], source, prepared.rows["val"])
+
+
+def foreseen(training: Training) -> Forecast:
+    """How long training will take, from a few steps; raises ProbeError where one does not fit the memory."""
+    with guarded(training):
+        prepared = prepare(training)
+        trials = trials_of(prepared)
+        with source_of(prepared, trials[0].head) as source:
+            keep_on_device(prepared, source)
+            return foresee(prepared, trials, source)
+
+
+def score(prepared: Prepared, fitted: Fitted, source: Source) -> list[Outcome]:
+    """What the head of each seed scores on test."""
+    return prepared.evaluate([trial.head for trial in fitted.best], source, prepared.rows["test"])
+
+
+def keep(
+    prepared: Prepared, fitted: Fitted, outcomes: Sequence[Outcome], seconds: Mapping[str, Any], sha256: str = ""
+) -> list[dict[str, Any]]:
+    """Write the chosen heads and their rows; returns the rows. sha256: of the backbone that was trained."""
+    training, rows = prepared.training, []
+    for index, outcome in zip(fitted.chosen, outcomes, strict=True):
+        trial = fitted.trials[index]
+        row = row_of(prepared, fitted, index, outcome, seconds)
+        own = [i for i, other in enumerate(fitted.trials) if other.seed == trial.seed]
+        curves = [curve_json(fitted.trials[i].recipe, fitted.curves[i], i == index) for i in own]
+        files = {**outcome.files, "curves.json": json.dumps(plain(curves)).encode()}
+        card = card_of(prepared, fitted, index, row, sha256)
+        save_head(training.folder / f"seed{trial.seed}", trial.head, card, files, fitted.backbone)
+        append_row(training.workspace.probes / "results.jsonl", row)
+        rows.append(row)
+    forget(training)
+    return rows
+
+
+def forget(training: Training) -> None:
+    """Remove what a kill right after the end of trainings leaves: their state, and what was being written."""
+    for path in (training.folder / f"seed{training.seeds[0]}").glob("checkpoint*"):
+        path.unlink(missing_ok=True)
+    for folder in training.folders:
+        remove_leftovers(training.workspace.probes / folder)
+
+
+def draw_sheet(finished: Finished, count: int) -> Path:
+    """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
+    prepared, head = finished.prepared, finished.fitted.best[0].head
+    training, cache = prepared.training, prepared.cache
+    with guarded(training), source_of(prepared, head) as source:
+        _take_backbone(source, finished.fitted)
+        test = prepared.rows["test"]
+        chosen = spread_over(images_of(cache, test), prepared.task.fullness, count)
+        panels = []
+        for image, draw in prepared.task.panels(head, source.batches, rows_of(cache, test, chosen)):
+            path = Path(cache.data.root) / cache.images.texts["image"][image]
+            if hash_image(path) != cache.images.texts["image_hash"][image]:
+                raise DataError(f"{path} is not the image that {cache.path} was made from")
+            pixels = to_unit(read_levels(path), cache.recipe.window, cache.recipe.policy)
+            panels.append((cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
+    path = training.folder / f"seed{training.seeds[0]}" / "sheet.png"
+    save_sheet(path, panels, ["image", "truth", f"prediction ({cache.recipe.label})"], cache.data.classes)
+    return path
+
+
+def _note_absent(prepared: Prepared, head: Head) -> None:
+    absent = [name for name, count in prepared.task.train_counts(head).items() if not count]
+    if absent:
+        prepared.notes.append(f"{prepared.cache.data.name}: no training example of {', '.join(absent)}")
+
+
+def _take_backbone(source: Source, fitted: Fitted) -> str:
+    """Let a source compute with the backbone that was trained, and hash it; "" where none was."""
+    if not fitted.backbone or source.backbone is None:
+        return ""
+    from featprobe.backbones.weights import weights_sha256
+
+    source.backbone.model.load_state_dict(fitted.backbone)
+    source.backbone.eval()
+    return weights_sha256(source.backbone.model)

@@ -1,0 +1,112 @@
+"""Whether the head of a result row is there as it was saved, and what lies beside it. Formats: probes/README.md."""
+
+import io
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featprobe.disk import parse_json
+from featprobe.errors import FileKindError, ProbeError
+from featprobe.machine import available_memory
+from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
+from featprobe.result_rows import ResultRow
+from featprobe.stages.training.commands import again_command
+
+UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError,
+    MemoryError, OverflowError, zipfile.BadZipFile, zlib.error, FileKindError,
+)  # fmt: skip
+"""What is raised by files beside a head that are none of ours."""
+
+
+def card_beside(probes: Path, row: ResultRow, *, hashes: bool = False) -> dict[str, Any]:
+    """The card of the head that a row is of; raises ProbeError, saying why, where that is not there as it was saved.
+
+    The files of the head are looked at as `fault_of` does, with `hashes` as well.
+    """
+    folder = head_folder(probes, row)
+    if not row.is_known:
+        raise ProbeError(f"the task {row.task} is not known here")
+    if not (folder / "card.json").is_file():
+        gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
+        raise damaged(row, gone)
+    try:
+        card = read_card(folder, whole=True)
+    except ProbeError as error:
+        raise damaged(row, str(error)) from error
+    if ResultRow.from_json(card["result"]) != row:
+        raise ProbeError("its folder was written again since, by another run")
+    fault = fault_of(folder, card, hashes=hashes)
+    if not fault and "files" in card:
+        missing = [name for name in ("head.safetensors", *_beside(row)) if name not in card["files"]]
+        fault = f"its card names no {', '.join(missing)}" if missing else ""
+    fault = fault or ("" if "files" in card else _unreadable(folder, row))
+    if fault:
+        raise damaged(row, fault)
+    return card
+
+
+def damaged(row: ResultRow, reason: str) -> ProbeError:
+    """That a row has no sound head any more, why, and the command that trains it again."""
+    again = f" Train it again:  {again_command(row)}" if row.is_known else ""
+    return ProbeError(f"{reason.rstrip('.')}.{again}")
+
+
+def is_whole(probes: Path, row: ResultRow, *, hashes: bool = False) -> bool:
+    """Whether the head that a row is of is there as it was saved; see `card_beside`."""
+    try:
+        card_beside(probes, row, hashes=hashes)
+    except ProbeError:
+        return False
+    return True
+
+
+def _beside(row: ResultRow) -> tuple[str, ...]:
+    """The files that lie beside the head of a row."""
+    return "curves.json", *(("scores.npz",) if row.scores.dense else ("truth.json", "predictions.json"))
+
+
+def _unreadable(folder: Path, row: ResultRow) -> str:
+    """What can't be read of what lies beside a head of an older featprobe, whose card does not say; "" for nothing."""
+    for name in _beside(row):
+        try:
+            (data,) = read_files(folder, {}, [name])
+            if name.endswith(".json"):
+                parse_json(data)
+            else:
+                read_arrays(data)
+        except ProbeError as error:
+            return str(error)
+        except UNREADABLE:
+            return f"{name} can't be read"
+    return ""
+
+
+def read_arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of scores.npz that are there, each of which holds what its header claims.
+
+    Nothing is unpacked that claims more than a quarter of the memory. Raises ProbeError, or one of UNREADABLE.
+    """
+    most = available_memory() // 4
+    found = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if name not in ("ids", "groups", "confusion") or name in found:
+                continue
+            with archive.open(entry) as packed:
+                one = np.lib.format.read_magic(packed) == (1, 0)
+                header = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+                shape, _, dtype = header(packed)
+            claimed = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or claimed > entry.file_size or entry.file_size > most:
+                raise ProbeError(f"scores.npz claims {claimed} bytes of {name}, which it does not hold")
+            most -= entry.file_size
+            with archive.open(entry) as packed:
+                found[name] = np.lib.format.read_array(packed, allow_pickle=False)
+    return found

@@ -1,0 +1,54 @@
+"""Heads that are solved in closed form, and not trained: one pass over the training cells, a choice on validation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featprobe.levels import FeatureLevel
+from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
+from featprobe.specs import Rows
+from featprobe.stages.memory import Batches
+from featprobe.stages.training.segmentation import Segmentation
+from featprobe.stages.training.task import evaluation_batches
+
+MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A head that was solved.
+
+    state: its tensors, in the host's memory. chosen: what validation decided, as a result row keeps it: the strength of
+    the regularisation, what is added to the classes' logits, and how many strengths were tried.
+    """
+
+    state: dict[str, Tensor]
+    chosen: dict[str, Any]
+
+
+def solve(task: Segmentation, levels: Sequence[FeatureLevel], batches: Batches, train: Rows, val: Rows) -> Solution:
+    """Ridge regression of the class shares of the training cells, its strength and offsets chosen on validation.
+
+    levels: of the head, finest first. batches: gives features of rows. One process computes it.
+    """
+    stride = levels[0].stride
+    weights = task.weights(stride)
+    ones = torch.ones(len(task.classes), device=task.device)
+    sums = RidgeSums(levels, len(task.classes), ones if weights is None else weights)
+    shares = task.shares(train, stride)
+    for rows, features in batches(evaluation_batches(train)):
+        sums.add(features, shares(rows))
+    solved = sums.solve()
+
+    shares = task.shares(val, stride)
+    scored = ((features, shares(rows)) for rows, features in batches(evaluation_batches(val)))
+    cells = levels[0].cells(task.cache.recipe.frame)
+    step = -(-len(val) * cells[0] * cells[1] * len(task.classes) // MOST_LOGITS)
+    index, offsets, _ = choose(solved, scored, step)
+    with torch.no_grad():
+        solved[index].bias.add_(offsets)
+    state = {name: value.cpu() for name, value in solved[index].state_dict().items()}
+    return Solution(state, {"strength": STRENGTHS[index], "offsets": offsets.tolist(), "tried": len(solved)})

@@ -1,0 +1,99 @@
+"""What heads are trained for: the contract of tasks, and what scoring a head gives, whatever its task."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featprobe.cache import Cache
+from featprobe.features import Features
+from featprobe.probes.train import Feed
+from featprobe.processes import own_part
+from featprobe.report.sheets import Panel
+from featprobe.specs import Rows
+from featprobe.stages.row_images import images_of, rows_of
+from featprobe.stages.training.live import Truth, Views
+
+EVALUATION_BATCH = 8
+Batch = Rows | Views | Tensor
+"""Rows, whose labels the task knows; augmented views with labels of their own; or, for heads whose loss is `fixed`,
+places among the sorted training rows, (batch,), int64, on the device."""
+Draw = Callable[[NDArray[np.float32]], list[Panel]]
+"""From an image's pixels, in [0, 1], to pictures of them under the truth and under a prediction."""
+H = TypeVar("H", contravariant=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of one head on one split.
+
+    scores: as the result row keeps them. brief: the means alone, as the validation curve keeps them. files: what each
+    image contributed, name -> bytes, kept beside the head.
+    """
+
+    scores: Mapping[str, Any]
+    brief: dict[str, float]
+    files: Mapping[str, bytes]
+
+
+class Task(Protocol[H]):
+    """The labels of a cache's rows as heads of one kind, H, are trained and scored on them.
+
+    Segmentation is the task of `probes.head.DenseHead`, Detection that of `probes.head.ObjectHead`.
+    """
+
+    @property
+    def masks(self) -> bool:
+        """Whether objects are wanted with their masks."""
+
+    @property
+    def sides(self) -> tuple[float, ...]:
+        """Percentiles of the training objects' sides, frame pixels, which decide the strides of heads that find
+        objects; empty where no objects are looked for. See `probes.object_sides`."""
+
+    def truth_of(self, row: int) -> Truth:
+        """Labels and objects of a row, at its own size, as augmented views of it are made from them."""
+
+    def train_counts(self, head: H) -> dict[str, int]:
+        """Training examples of each class, as this head sees them: pixels at frame size, or objects."""
+
+    def start(self, heads: Sequence[H], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
+        """Make heads ready for training; returns their losses on a batch, (heads,). fresh: they begin at random."""
+
+    def fixed(self, head: H) -> bool:
+        """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
+
+    def evaluate(self, heads: Sequence[H], feed: Feed, rows: Rows) -> list[Outcome]:
+        """Scores of each head on the images that the rows show, which several processes share out among them."""
+
+    def panels(self, head: H, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
+        """(image, what draws truth and prediction over it) for each image that the rows show."""
+
+    def fullness(self, image: int) -> int:
+        """How much there is to see in an image: labelled foreground pixels, or objects."""
+
+
+def evaluation_batches(rows: Rows) -> list[Rows]:
+    """Rows in order, a few at a time."""
+    return [rows[i : i + EVALUATION_BATCH] for i in range(0, len(rows), EVALUATION_BATCH)] if len(rows) else []
+
+
+def scored_here(cache: Cache, rows: Rows) -> Rows:
+    """The rows that this process scores of those that several score together: whole batches, as one process has.
+
+    Where rows show parts of images, whole images.
+    """
+    if cache.recipe.in_parts:
+        images = images_of(cache, rows)
+        return rows_of(cache, rows, images[own_part(len(images))])
+    own = evaluation_batches(rows)[own_part(-(-len(rows) // EVALUATION_BATCH))]
+    return np.concatenate([rows[:0], *own])
+
+
+def spread_over(rows: Rows, fullness: Callable[[int], int], count: int) -> Rows:
+    """Some of the rows, from the fullest to the emptiest."""
+    order = sorted(rows.tolist(), key=lambda row: (-fullness(row), row))
+    return np.array(order[:: max(1, len(order) // count)][:count], dtype=np.intp)

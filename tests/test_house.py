@@ -1,0 +1,117 @@
+"""The structure of the package: no circle of modules, short functions and classes, one home for what is known."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_layers import PACKAGE
+
+MOST_LINES = {ast.ClassDef: 150, ast.FunctionDef: 60}
+MOST_MODULES = 18  # in a folder, without __init__
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def module_of(path: Path, package: Path) -> str:
+    """Dotted name of a file of the package."""
+    dotted = ".".join(["featprobe", *path.relative_to(package).with_suffix("").parts])
+    return dotted.removesuffix(".__init__")
+
+
+def imports_of(package: Path) -> dict[str, set[str]]:
+    """Modules of the package that each one imports, in functions and behind TYPE_CHECKING too."""
+    paths = {module_of(path, package): path for path in package.rglob("*.py")}
+    found: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & paths.keys()
+                others = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in paths}
+                found[name] |= inner | ({node.module} & paths.keys() if others else set())
+            elif isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names} & paths.keys()
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import each other, directly or by way of others."""
+    reached = {name: set(direct) for name, direct in imports.items()}
+    for middle in reached:
+        for own in reached.values():
+            if middle in own:
+                own |= reached[middle]
+    found = [{other for other in own if name in reached[other]} for name, own in reached.items() if name in own]
+    return [circle for i, circle in enumerate(found) if circle not in found[:i]]
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(imports_of(PACKAGE)) == []
+
+
+def test_the_check_for_circles_sees_one(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("from featprobe.b import f")
+    (tmp_path / "b.py").write_text("def f():\n    from featprobe import c")
+    (tmp_path / "c.py").write_text("if TYPE_CHECKING:\n    import featprobe.a")
+    (tmp_path / "d.py").write_text("from featprobe.a import g")
+    assert circles(imports_of(tmp_path)) == [{"featprobe.a", "featprobe.b", "featprobe.c"}]
+
+
+def lines_of(node: ast.AST) -> int:
+    """Lines of code of a class or function: without blank lines, comments and docstrings."""
+    code: set[int] = set()
+    for inner in ast.walk(node):
+        docstring = isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant)
+        if isinstance(inner, ast.stmt) and not docstring:
+            body = getattr(inner, "body", None)  # of a statement that holds others: its head alone
+            last = body[0].lineno - 1 if body else inner.end_lineno or 0
+            code |= set(range(inner.lineno, max(inner.lineno, last) + 1))
+    return len(code)
+
+
+@pytest.mark.parametrize("kind", MOST_LINES, ids=lambda kind: kind.__name__)
+def test_classes_and_functions_are_short(kind: type[ast.AST]) -> None:
+    long = {
+        f"{file}:{node.name}": lines_of(node)
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, kind) and lines_of(node) > MOST_LINES[kind]
+    }
+    assert not long
+
+
+def test_no_folder_is_a_warehouse() -> None:
+    folders = [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir() and path.name != "__pycache__")]
+    count = {folder.name: len([path for path in folder.glob("*.py") if path.stem[0] != "_"]) for folder in folders}
+    assert {name: number for name, number in count.items() if number > MOST_MODULES} == {}
+
+
+def literals(tree: ast.AST) -> Iterator[str]:
+    """Every string that a file holds as a whole, docstrings included."""
+    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+@pytest.mark.parametrize(
+    ("words", "homes"),
+    [
+        ({"ridge"}, {"kinds.py", "probes/heads.py"}),
+        ({"semseg", "detect", "instseg"}, {"kinds.py", "scores.py"}),
+        ({"linear", "upsample", "fcos", "fasterrcnn", "maskrcnn"}, {"kinds.py", "probes/heads.py", "probes/losses.py"}),
+    ],
+    ids=["solved heads", "tasks", "trained heads"],
+)
+def test_kinds_and_tasks_are_named_in_their_tables_alone(words: set[str], homes: set[str]) -> None:
+    """losses.py names torch's linear interpolation."""
+    assert {file for file, tree in TREES.items() if words & set(literals(tree))} <= homes
+
+
+def test_no_module_name_is_doubled() -> None:
+    names = [Path(file).stem for file in TREES if not Path(file).stem.startswith("__")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_a_split_is_parsed_where_its_text_enters() -> None:
+    doors = {"cli", "result_rows.py", "stages/study/study_file.py", "stages/workspace.py"}
+    calls = {file for file in TREES if re.search(r"SplitChoice\.parse\(", (PACKAGE / file).read_text())}
+    assert {file for file in calls if not {file, file.split("/")[0]} & doors} == set()
