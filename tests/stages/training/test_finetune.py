@@ -285,7 +285,7 @@ def test_a_result_whose_cache_lacks_rows_by_now_is_left_aside_with_what_complete
     (path,) = workspace.cache_files()
     with CacheWriter(path) as writer:
         writer.mark_missing(0)
-    with pytest.raises(ProbeError, match=r"left aside: .* 1 of 24 rows are missing\. Finish it, .*featprobe extract"):
+    with pytest.raises(ProbeError, match=r"left aside: .* 1 of 24 rows are missing\. To finish .*featprobe extract"):
         finetune(workspace, options=ProbeOptions(quiet=True))
 
 
