@@ -16,6 +16,7 @@ from featprobe.fields import Fault, letter, wrong
 from featprobe.fields import Place as KeyPath
 from featprobe.geometry import parse_size
 from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
+from featprobe.machine import minutes_text
 from featprobe.processes import check_together
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
@@ -439,7 +440,7 @@ def run_cells(
     notes: list[str] = []
     missing: list[Cell] = []
     folders: list[str] = []
-    minutes: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
+    seconds: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
     ladders: dict[Cell, Ladder | None] = {}  # of the same
     done = 0
     for cell in cells:
@@ -466,9 +467,9 @@ def run_cells(
                     forget(training)
             elif dry_run:
                 missing.append(cell)
-                if alike not in minutes:
-                    minutes[alike] = _minutes(training)
-                say(f"to train: {cell}, about {minutes[alike]:.1f} min")
+                if alike not in seconds:
+                    seconds[alike] = _seconds(training)
+                say(f"to train: {cell}, {minutes_text(seconds[alike])}")
             else:
                 say(str(cell))
                 finished = run(training)
@@ -484,9 +485,9 @@ def run_cells(
     return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
 
 
-def _minutes(training: Training) -> float:
+def _seconds(training: Training) -> float:
     """How long a training will take; a head that is solved takes next to no time."""
-    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe) / 60
+    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe)
 
 
 def _done(training: Training, verify: bool) -> Training | None:
