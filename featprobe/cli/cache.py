@@ -252,7 +252,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
         echo(f"{path}  {human_bytes(path.stat().st_size)}")
     if not yes:
         click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
-    echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+    echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} freed")
 
 
 def _version_text(version: int) -> str:
@@ -262,7 +262,7 @@ def _version_text(version: int) -> str:
 
 
 def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
-    """What was found in a file, what became of it, and what to do."""
+    """What was found in a file, what was done, and what to do."""
     from featprobe.stages.upkeep.caches import describe_cache
 
     lines = [f"  row {one.row} {one.id}: {one.part}" if one.row >= 0 else f"  {one.part}" for one in damages]
@@ -278,10 +278,10 @@ def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
             lines.append(
                 f"  {'row' if one else f'{len(rows)} rows:'} {few} {'is' if one else 'are'} now marked as missing"
             )
-        return "\n".join([f"{path}: {len(damages)} bad", *lines, f"  Mend it: {now['command']}"])
+        return "\n".join([f"{path}: {len(damages)} bad", *lines, f"  To repair it, run:  {now['command']}"])
     if missing := now["missing"]:
         lack = f"{missing} of {counted(now['rows'], 'row')} {'is' if missing == 1 else 'are'} missing"
-        return f"{path}: sound, but {lack}: finish it: {now['command']}"
+        return f"{path}: sound, but {lack}. To finish it, run:  {now['command']}"
     return f"{path}: sound"
 
 

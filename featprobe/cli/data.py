@@ -69,9 +69,9 @@ def data(ctx: click.Context) -> None:
         for name in workspace.data_names()
     ]
     echo(columns(rows, ("name", "path", "from")))
-    echo(f"A path serves as well, to one of the formats {', '.join([*FORMATS, *added])}.")
-    for letter in broken:
-        echo(f"warning: {letter}", err=True)
+    echo(f"A path works too, if its data set has one of these formats: {', '.join([*FORMATS, *added])}.")
+    for message in broken:
+        echo(f"warning: {message}", err=True)
 
 
 @data.command("info")
@@ -257,7 +257,7 @@ def data_convert(
     counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
     echo(f"{done.path}: images: {counts}; {counted(sum(done.annotations.values()), 'annotation')}")
     if link:
-        echo(f"Its images are links out of it; read it with  {FOLLOW_LINKS}")
+        echo(f"Its images are links to files outside it. Read it with  {FOLLOW_LINKS}")
 
 
 @data.command("split")
@@ -303,10 +303,11 @@ def data_split(
       featprobe data split xray --out split.csv --split stratified
       featprobe probe --data xray --split split.csv
     """
+    from featprobe.splitting import SplitChoice
     from featprobe.stages.upkeep.describe import write_split
 
     named = _read(workspace_of(ctx), name, how)
-    report = write_split(named, out, split, seed, workers=workers, quiet=quiet)
+    report = write_split(named, out, SplitChoice.parse(split), seed, workers=workers, quiet=quiet)
     if json_:
         return show_json(asdict(report))
     rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
@@ -360,4 +361,4 @@ def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:
     for entry in entries[:5]:
         echo("\n".join(f"  {line}" for line in entry.splitlines()))
     if len(entries) > 5:
-        echo(f"  and {len(entries) - 5} more: --json lists all")
+        echo(f"  and {len(entries) - 5} more; --json lists all of them")

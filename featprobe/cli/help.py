@@ -53,8 +53,8 @@ class InOrder(click.Group):
 def listed(names: Iterable[str]) -> str:
     """Names as a person writes them.
 
-    >>> listed(["semseg", "detect", "instseg"])
-    'semseg, detect or instseg'
+    >>> listed(["a", "b", "c"])
+    'a, b or c'
     """
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last

@@ -14,22 +14,22 @@ from typing import Any
 import click
 
 from featprobe import __version__
+from featprobe.cli.answer_commands import compare, study
 from featprobe.cli.cache import cache
-from featprobe.cli.comparison import compare, study
 from featprobe.cli.data import data
-from featprobe.cli.extraction import backbones, extract, plan
+from featprobe.cli.feature_commands import backbones, extract, plan
+from featprobe.cli.head_commands import demo, finetune, predict, probe
 from featprobe.cli.help import InOrder
 from featprobe.cli.options import echo
-from featprobe.cli.training import demo, finetune, predict, probe
 from featprobe.errors import FeatprobeError
 from featprobe.texts import printable
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""Of a disk that is full, read-only or failing."""
+"""Errors of a disk that is full, read-only or failing."""
 
 
 class _Printable(logging.Formatter):
-    """What libraries log without being asked, with its control characters shown."""
+    """Log lines of libraries, with control characters shown."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
@@ -37,7 +37,7 @@ class _Printable(logging.Formatter):
 
 
 class _Cli(InOrder):
-    """Shows our own errors as one paragraph, exit code 1; `--debug` shows where they come from."""
+    """Shows an error of featprobe as one paragraph, with exit code 1; `--debug` shows where it comes from."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -52,12 +52,12 @@ class _Cli(InOrder):
 
 
 def _refusal(error: OSError | RuntimeError) -> str:
-    """What is said of a machine that refuses where no command had words of its own; "" for other errors."""
+    """The message for a full disk or too few threads, where no command has a message for it; "" for other errors."""
     if isinstance(error, OSError) and error.errno in REFUSALS:
         file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return f"{file}{error.strerror}. Make room, or choose another disk, and run the same command again."
     if "can't start new thread" in str(error):
-        return "No more threads can be started here. Allow more processes or memory (ulimit), or take fewer --workers."
+        return "No more threads can be started here. Allow more processes or memory (ulimit), or use fewer --workers."
     return ""
 
 
@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     sys.excepthook = lambda *raised: echo("".join(traceback.format_exception(*raised)), err=True)
     plain = warnings.formatwarning
-    warnings.formatwarning = lambda *told, **more: printable(
-        plain(*told, **more)
+    warnings.formatwarning = lambda *warning, **more: printable(
+        plain(*warning, **more)
     )  # libraries quote the files they read
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Printable())

@@ -1,4 +1,4 @@
-"""The whole way on the built-in sets: images, cache, probe, table, pictures."""
+"""Everything on the built-in data sets: images, cache, probe, table, pictures."""
 
 from collections.abc import Callable, Sequence
 

@@ -521,7 +521,10 @@ def test_a_flipped_byte_is_found_with_code_3_and_mended_by_extract(space: Path) 
     cache = Cache(path, read_contents(path))
     assert np.flatnonzero(cache.done == MISSING).tolist() == [int(row)]
     again = call(space, "cache", "verify", "--quiet")
-    assert again.exit_code == 0 and "sound, but 1 of 24 rows is missing: finish it: featprobe extract" in again.stdout
+    assert (
+        again.exit_code == 0
+        and "sound, but 1 of 24 rows is missing. To finish it, run:  featprobe extract" in again.stdout
+    )
     assert "featprobe extract" in refusal(space, "probe")
     assert "1 of 24 rows are missing" in refusal(space, "probe", "--data", "xray")
     mended = call(space, "extract", *NETWORK, "--data", "xray", "--quiet")

@@ -16,13 +16,14 @@ from featprobe.fields import Fault, letter, wrong
 from featprobe.fields import Place as KeyPath
 from featprobe.geometry import parse_size
 from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
+from featprobe.machine import minutes_text
 from featprobe.processes import check_together
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.missing import backbone_of
 from featprobe.stages.partition import Partition, single_splits
-from featprobe.stages.study.study_file import AUTO, faults_of
+from featprobe.stages.study.study_file import AUTO, choice_of, faults_of
 from featprobe.stages.training.ladder import Ladder, climb_all
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import checked, show
@@ -68,14 +69,14 @@ class Study:
     @property
     def choice(self) -> SplitChoice:
         """What `split` says; raises DataError for what is no split."""
-        return SplitChoice.parse(self.split)
+        return choice_of(self.split)
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
         return [kind for kind in self.heads if kind in kinds_of(task)] or kinds_of(task)[:1]
 
     def said(self, kind: str) -> dict[str, Any]:
-        """What the study says of the training of a kind of head."""
+        """Settings of the study for the training of a kind of head."""
         return {**self.train.get("all", {}), **self.train.get(kind, {})}
 
     def recipe(self, kind: str) -> TrainRecipe:
@@ -85,7 +86,7 @@ class Study:
         return replace(KINDS[kind].recipe, **{name: v for name, v in said.items() if name not in found})
 
     def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
-        """Whether the iterations of a kind of head are said, or to be found."""
+        """Whether the study gives the iterations of a kind of head, or a ladder has to find them."""
         said = self.said(kind).get("iterations")
         return None if said is None or KINDS[kind].solved else "auto" if said == AUTO else "fixed"
 
@@ -107,7 +108,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Place:
-    """What names a cache in a study. options: as the study and featprobe.toml together say."""
+    """A cache that a study needs. options: from the study, and from featprobe.toml where the study says nothing."""
 
     data: str
     backbone: str
@@ -209,7 +210,7 @@ def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault
         for i, name in enumerate(sides.get(side, ()))
         if name is not None and (said := _refusal(partial(check, name)))
     ]
-    said = _refusal(lambda: single_splits(SplitChoice.parse(sides["split"]))) if "split" in sides else ""
+    said = _refusal(lambda: single_splits(choice_of(sides["split"]))) if "split" in sides else ""
     return found + ([Fault(("split",), said)] if said else [])
 
 
@@ -302,10 +303,10 @@ def _why_not(study: Study, place: Place, regime: str) -> str:
     """Why a study trains nothing on a cache in a regime; "" where it does."""
     options = place.options
     if study.split != "own" and options.keeps_own_split:
-        return f"stored views and thinned tiles have the set's own split alone: none with split = {study.split!r}"
+        return f"stored views and thinned tiles need the data set's own split, not split = {study.split!r}"
     fewest = min((parse_views(views) for views in study.views), key=len, default=options.views or ())
     if regime != "frozen" and study.tuning.get("augment", True) and (options.views or ()) != fewest:
-        return f"{regime} augments images anew, whatever views are stored: trained once, with the fewest of them"
+        return f"{regime} augments images itself, whatever views are stored: it is trained once, with the fewest views"
     return ""
 
 
@@ -316,9 +317,9 @@ def left_out(study: Study, workspace: Workspace) -> list[str]:
 
 
 def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
-    """Every training of a study, those of one cache together, less those that are `left_out`.
+    """Every training of a study but those that are `left_out`; trainings on one cache stand together.
 
-    A head that is solved is in the frozen regime alone: it has no other.
+    A solved head is trained in the frozen regime only.
     """
     splits = single_splits(study.choice)
     return [
@@ -350,9 +351,9 @@ def run_grid(
 ) -> StudyReport:
     """Extract and train what is missing of a study, one cell after another.
 
-    A cell that fails is reported and the others go on. Run it again to go on after a stop. say: told the plan first,
-    then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already. verify:
-    a head is there where all bytes of its files are what its card says; else their sizes will do.
+    A cell that fails is reported and the others go on. Run it again to go on after a stop. say: gets the plan first,
+    then what is being done. dry_run: make the plan only, with predicted times where a cache exists. verify: check all
+    bytes of the saved heads, not only the sizes of their files.
     """
     check_logs(study.log)
     check_together()
@@ -410,7 +411,7 @@ def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> L
 def climb_ladders(
     workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, dry_run: bool = False
 ) -> StudyReport:
-    """Find the iterations of the cells of one cache where they are not known; a plan names those that are not."""
+    """Find the iterations of the cells of one cache that are not known; a plan only lists these cells."""
     unknown = []
     for cell in climbing(study, cells):
         try:
@@ -433,13 +434,13 @@ def run_cells(
     dry_run: bool = False,
     verify: bool = False,
 ) -> StudyReport:
-    """Train the cells of one cache that are not there yet, one after another; see `run_grid`."""
+    """Train the missing cells of one cache, one after another; see `run_grid`."""
     rows: list[dict[str, Any]] = []
     failed: list[tuple[Cell, str]] = []
     notes: list[str] = []
     missing: list[Cell] = []
     folders: list[str] = []
-    minutes: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
+    seconds: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
     ladders: dict[Cell, Ladder | None] = {}  # of the same
     done = 0
     for cell in cells:
@@ -466,9 +467,9 @@ def run_cells(
                     forget(training)
             elif dry_run:
                 missing.append(cell)
-                if alike not in minutes:
-                    minutes[alike] = _minutes(training)
-                say(f"to train: {cell}, about {minutes[alike]:.1f} min")
+                if alike not in seconds:
+                    seconds[alike] = _seconds(training)
+                say(f"to train: {cell}, {minutes_text(seconds[alike])}")
             else:
                 say(str(cell))
                 finished = run(training)
@@ -484,13 +485,13 @@ def run_cells(
     return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
 
 
-def _minutes(training: Training) -> float:
+def _seconds(training: Training) -> float:
     """How long a training will take; a head that is solved takes next to no time."""
-    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe) / 60
+    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe)
 
 
 def _done(training: Training, verify: bool) -> Training | None:
-    """A training that is there; where the study names no precision, in the one that another device takes as well."""
+    """The finished training, or None. If the study names no precision, that of another device counts too."""
     tuning, found = training.tuning, [training]
     if tuning is not None and not tuning.precision:
         own: set[Precision] = {"bf16", "fp32", *([] if training.regime == "full" else [training.features.precision])}
@@ -505,7 +506,7 @@ def make_cache(workspace: Workspace, place: Place) -> Cache:
 
 
 def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
-    """The complete cache of a place that is there already, or None; one that can't be read is noted."""
+    """The finished cache of a place, or None. Caches that can't be read are added to `notes`."""
     label, root = backbone_of(workspace, place.backbone).label, Path(place.data).resolve()
     found = []
     for path in workspace.cache_files():

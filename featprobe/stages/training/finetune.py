@@ -10,6 +10,7 @@ from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
 from featprobe.kinds import TASKS
+from featprobe.machine import minutes_text
 from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
@@ -137,7 +138,7 @@ def _finetune(
         say(forecast_text(training, forecast))
     later = forecasts.count(None)
     more = f" and {later} whose iterations are not found yet" if later else ""
-    say(f"{counted(len(wanted) - later, 'training')}, about {seconds / 60:.1f} min in all{more}")
+    say(f"{counted(len(wanted) - later, 'training')}, {minutes_text(seconds)} in all{more}")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     for one, known in zip(wanted, forecasts, strict=True) if not dry_run else ():

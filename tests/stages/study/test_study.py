@@ -227,7 +227,7 @@ def test_a_study_of_tiles_and_views_trains_each_arm_once_and_tells_them_apart(
     study = read_study(written(tmp_path, CUT), workspace)
     said: list[str] = []
     plan = run_grid(workspace, study, said.append, dry_run=True)
-    assert said[0] == "6 trainings on 4 caches" and said[1].startswith("left out: full augments images anew")
+    assert said[0] == "6 trainings on 4 caches" and said[1].startswith("left out: full augments images itself")
     assert sum("to extract" in line for line in said) == 4 and not plan.failed
     assert sum("tiles of 32 (overlap 4, 50% of the empty)" in line for line in said) == 2
     run_grid(workspace, replace(study, tiles=(0,), views=("none",)))
@@ -297,7 +297,7 @@ def test_views_and_thinned_tiles_are_left_out_of_another_split(workspace: Worksp
     text = CUT.replace("empty_tiles = 0.5", 'split = "group:3"')
     study = read_study(written(tmp_path, text), workspace)
     assert {cell.place.options.views for cell in cells_of(study, workspace)} == {()}
-    assert any("the set's own split alone" in reason for reason in left_out(study, workspace))
+    assert any("the data set's own split" in reason for reason in left_out(study, workspace))
     with pytest.raises(DataError, match="nothing is left to train: stored views and thinned tiles"):
         read_study(written(tmp_path, text.replace('"none", ', "")), workspace)
     thinned = read_study(written(tmp_path, text + "\n"), workspace)

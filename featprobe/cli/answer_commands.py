@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featprobe.cli.head_commands import show_probe
 from featprobe.cli.options import (
     as_json,
     echo,
@@ -16,7 +17,6 @@ from featprobe.cli.options import (
     to_stderr,
     workspace_of,
 )
-from featprobe.cli.training import show_probe
 
 if TYPE_CHECKING:
     from featprobe.stages.comparison.compare import Comparison
