@@ -19,7 +19,7 @@ from featprobe.metrics.intervals import (
     score_interval,
     studentised_interval,
 )
-from featprobe.metrics.pixels import PIXEL_SCORES, PixelScore, groups_with_truth, pixel_scores, pixel_statistic
+from featprobe.metrics.dense import PIXEL_SCORES, PixelScore, groups_with_truth, pixel_scores, pixel_statistic
 from featprobe.metrics.procedures import (
     SeedSpread,
     SeedVariance,
