@@ -81,7 +81,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     used = {same_id(annotation["category_id"]) for _, data in loaded for annotation in data["annotations"]}
     categories, notes = _once_each(_categories(loaded), used, root)
     classes, index = _class_index(categories)
-    known_as = {same_id(own): own for own in categories}
+    read_one = partial(_read_one, categories, {same_id(own): own for own in categories}, index)
     samples: list[Sample] = []
     known: set[str] = set()
     inside: set[Path] = set()  # folders that no link leads out of
@@ -90,17 +90,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     things = any(category.thing for category in categories.values() if not category.background)
     outlined, bare = Tally(), Tally()
     for number, (path, data) in enumerate(loaded):
-        by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-        for i, annotation in enumerate(data["annotations"]):
-            by_image[same_id(annotation["image_id"])].append(annotation)
-            kind = bare if annotation.get("segmentation") in NOTHING else outlined
-            kind.add(f"{path.name}, annotation {annotation.get('id', f'at place {i}')}")
-        ids = {same_id(image["id"]) for image in data["images"]}
-        unknown = sorted(map(shown, by_image.keys() - ids))
-        if unknown:
-            raise DataError(f"{path} has annotations for images that it does not list: {listed(unknown)}.")
-        if len(ids) < len(data["images"]):
-            raise DataError(f"{path} gives several images the same id, so their annotations can't be assigned.")
+        by_image = _by_image(path, data, outlined, bare)
         for image in data["images"]:
             where = f"{path}, image {image['file_name']}"
             split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
@@ -126,14 +116,6 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     masks = not bare.count
     notes += partly("no masks are read, only boxes", bare, "without a segmentation", outlined)
 
-    def read_one(annotation: Mapping[str, Any], size: Size, where: str) -> tuple[Instance, bool]:
-        category = known_as.get(same_id(annotation["category_id"]))
-        if category is None:
-            listed_ids = ", ".join(map(shown, sorted(categories)))
-            raise DataError(f"{where}: category {shown(annotation['category_id'])} is not listed. Known: {listed_ids}.")
-        thing = categories[category].thing and to_truth(annotation.get("isthing"), f"{where}, isthing", default=True)
-        return _instance(annotation, index[category], size, where), thing
-
     def read_target(sample: Sample, size: Size) -> Target:
         number, image, annotations = json.loads(sample.labels)
         where = f"{files[number]}, image {image['file_name']}"
@@ -152,6 +134,44 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     tasks = tasks_of(masks=masks and (bool(outlined.count) or not things), instances=things)
     category_ids: tuple[Any, ...] = tuple(own for own, i in sorted(index.items(), key=lambda item: item[1]) if i)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes), category_ids)
+
+
+def _by_image(
+    path: Path, data: Mapping[str, Any], outlined: Tally, bare: Tally
+) -> Mapping[Id, list[Mapping[str, Any]]]:
+    """The annotations of each image of a file by its id. Raises DataError where they can't be assigned.
+
+    outlined, bare: where annotations with and without a segmentation are counted.
+    """
+    by_image: dict[Id, list[Mapping[str, Any]]] = defaultdict(list)
+    for i, annotation in enumerate(data["annotations"]):
+        by_image[same_id(annotation["image_id"])].append(annotation)
+        kind = bare if annotation.get("segmentation") in NOTHING else outlined
+        kind.add(f"{path.name}, annotation {annotation.get('id', f'at place {i}')}")
+    ids = {same_id(image["id"]) for image in data["images"]}
+    unknown = sorted(map(shown, by_image.keys() - ids))
+    if unknown:
+        raise DataError(f"{path} has annotations for images that it does not list: {listed(unknown)}.")
+    if len(ids) < len(data["images"]):
+        raise DataError(f"{path} gives several images the same id, so their annotations can't be assigned.")
+    return by_image
+
+
+def _read_one(
+    categories: Mapping[Id, Category],
+    known_as: Mapping[Id, Id],
+    index: Mapping[Id, int],
+    annotation: Mapping[str, Any],
+    size: Size,
+    where: str,
+) -> tuple[Instance, bool]:
+    """An annotation's object, and whether it is one and no region. known_as: categories by what their ids compare as."""
+    category = known_as.get(same_id(annotation["category_id"]))
+    if category is None:
+        listed_ids = ", ".join(map(shown, sorted(categories)))
+        raise DataError(f"{where}: category {shown(annotation['category_id'])} is not listed. Known: {listed_ids}.")
+    thing = categories[category].thing and to_truth(annotation.get("isthing"), f"{where}, isthing", default=True)
+    return _instance(annotation, index[category], size, where), thing
 
 
 def same_id(value: Any) -> Id:
