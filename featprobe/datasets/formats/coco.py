@@ -165,7 +165,7 @@ def _read_one(
     size: Size,
     where: str,
 ) -> tuple[Instance, bool]:
-    """An annotation's object, and whether it is one and no region. known_as: categories by what their ids compare as."""
+    """The object of an annotation, and whether it is an object, not a region. known_as: category ids by `same_id`."""
     category = known_as.get(same_id(annotation["category_id"]))
     if category is None:
         listed_ids = ", ".join(map(shown, sorted(categories)))
