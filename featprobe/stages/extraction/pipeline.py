@@ -211,9 +211,8 @@ class Filler:
     def _layout(self, block: Block) -> Layout:
         """How the images of a block lie in a buffer, by their headers; one that can't be read will be a blank."""
         rows = [row for row in range(*block) if self.done[row] != UNREADABLE]
-        return self.framing.layout(
-            [ImageKind.of(self.job.header_of(row), self.job.rows[row].placement) for row in rows]
-        )
+        kinds = [ImageKind.of(self.job.header_of(row), self.job.rows[row].placement) for row in rows]
+        return self.framing.layout(kinds)
 
     def _decode(self, row: int, buffer: ImageBuffer, k: int) -> None:
         """Bring what a row shows of its image into place k of a buffer."""
