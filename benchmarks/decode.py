@@ -23,7 +23,7 @@ from PIL import Image
 from featprobe.datasets.images.reading import header_of, read_levels
 from featprobe.geometry import place
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.extraction.frames import Buffer, Framing, Kind
+from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind
 
 TARGET = 0.9
 THREADS = 2
@@ -56,8 +56,8 @@ class Batches:
             interpolation="bicubic", dtype="fp16",
         )  # fmt: skip
         self.framing = Framing(recipe, CPU)
-        self.layout = self.framing.layout([Kind.of(header_of(paths[0]), self.placement)])
-        self.buffer = Buffer(batch_size, self.layout.image_bytes(recipe.frame), CPU)
+        self.layout = self.framing.layout([ImageKind.of(header_of(paths[0]), self.placement)])
+        self.buffer = ImageBuffer(batch_size, self.layout.image_bytes(recipe.frame), CPU)
 
     def decode(self, path: Path, k: int) -> None:
         """Decode an image into place k."""

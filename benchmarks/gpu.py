@@ -45,7 +45,7 @@ from featprobe.machine import usable_cores
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.extraction.frames import Buffer, Framing, Kind
+from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind
 from featprobe.stages.partition import Partition
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.prepared import keep_on_device, prepare, source_of, trials_of
@@ -222,15 +222,15 @@ def decoding(bench: Bench) -> float:
         dtype="fp16",
     )  # fmt: skip
     framing, placement = Framing(recipe, bench.device), place(frame, frame, "resize", 32)
-    layout = framing.layout([Kind.of(header_of(paths[0]), placement)])
-    buffers = [Buffer(batch, layout.image_bytes(frame), bench.device) for _ in range(4)]
+    layout = framing.layout([ImageKind.of(header_of(paths[0]), placement)])
+    buffers = [ImageBuffer(batch, layout.image_bytes(frame), bench.device) for _ in range(4)]
     parts = [paths[i : i + batch] for i in range(0, len(paths) - batch + 1, batch)]
 
-    def decode(path: Path, buffer: Buffer, k: int) -> None:
+    def decode(path: Path, buffer: ImageBuffer, k: int) -> None:
         framing.put(buffer, k, read_levels(path, framing.place_of(buffer, k, placement)), placement)
 
     def call() -> None:
-        waiting: deque[tuple[Buffer, list[Future[None]]]] = deque()
+        waiting: deque[tuple[ImageBuffer, list[Future[None]]]] = deque()
         for number, part in enumerate(parts):
             if len(waiting) == len(buffers) - 1:
                 finish(*waiting.popleft())
@@ -240,7 +240,7 @@ def decoding(bench: Bench) -> float:
         while waiting:
             finish(*waiting.popleft())
 
-    def finish(buffer: Buffer, futures: list[Future[None]]) -> None:
+    def finish(buffer: ImageBuffer, futures: list[Future[None]]) -> None:
         for future in futures:
             future.result()
         framing.images(buffer)

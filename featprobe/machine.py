@@ -113,6 +113,15 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def minutes_text(seconds: float) -> str:
+    """A predicted time for people, who need no more of less than a minute.
+
+    >>> minutes_text(90), minutes_text(2)
+    ('about 1.5 min', 'under a minute')
+    """
+    return f"about {seconds / 60:.1f} min" if seconds >= 60 else "under a minute"
+
+
 def human_bytes(count: float) -> str:
     """A number of bytes as text, in decimal units.
 

@@ -1,23 +1,18 @@
 """A frozen multi-scale backbone: images in, feature levels out."""
 
-import socket
-import urllib.request
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-import huggingface_hub
-import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from featprobe.backbones.compiled import Compiled
+from featprobe.backbones.models import built_for, create, first_line
 from featprobe.backbones.precision import computing
-from featprobe.backbones.weights import fits, frame_of, load_strictly, read_embedded, read_weights, weights_sha256
+from featprobe.backbones.weights import weights_sha256
 from featprobe.errors import BackboneError, nearest
 from featprobe.features import Features
 from featprobe.geometry import Size
@@ -25,7 +20,6 @@ from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.processes import check_norms, count
 from featprobe.specs import BackboneSpec
 
-HUB_FILE = "model.safetensors"
 STRIDES = (4, 8, 16, 32)
 UNIFORM_LEVELS = 4
 SAME = 1e-4  # of a level's largest value: what two ways of computing the same features may differ by
@@ -75,7 +69,7 @@ class Backbone(nn.Module):
         self.indices = [indices[available.index(level)] for level in self.levels]
         self.model = model
         self.compiled = False
-        self._compiled: Callable[..., list[Tensor]] | None = None
+        self._by_compiler = Compiled(spec.model, self._maps)
         self._frozen: list[nn.Module] = []  # BatchNorms that keep what they have in training too
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
@@ -88,29 +82,11 @@ class Backbone(nn.Module):
         """
         frame = (images.shape[2], images.shape[3])
         self.fit(frame)
-        found = self._by_compiler(images) if self.compiled and self.training else self._maps(self.model, images)
+        found = (
+            self._by_compiler(self.model, images) if self.compiled and self.training else self._maps(self.model, images)
+        )
         maps = [_filled(m, level.cells(frame)) for m, level in zip(found, self.levels, strict=True)]
         return Features({level.name: m for level, m in zip(self.levels, maps, strict=True)}, frame, content)
-
-    def _by_compiler(self, images: Tensor) -> list[Tensor]:
-        """`_maps` as torch compiles it; raises BackboneError where it can't, which the first call shows."""
-        if self._compiled is not None:
-            return self._compiled(self.model, images)
-        compiled: Callable[..., list[Tensor]] = torch.compile(self._maps)
-        try:
-            found = compiled(self.model, images)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a compiler that is not there, or that gives up, raises many kinds
-            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
-            raise BackboneError(
-                f"torch can't compile {self.spec.model} here. Nothing was trained.\n"
-                f"  wanted  what torch.compile needs: a C++ compiler, and Triton for CUDA\n"
-                f"  found   {type(error).__name__}: {reason}\n"
-                "Omit --compile: it changes the speed alone."
-            ) from error
-        self._compiled = compiled
-        return found
 
     def _maps(self, model: Any, images: Tensor) -> list[Tensor]:
         """The levels as a model gives them: each (batch, channels, rows, columns)."""
@@ -137,9 +113,10 @@ class Backbone(nn.Module):
         """
         if frame == self.frame and sized in (None, self.sized):
             return
-        model = self._placed(_create(self.spec)[0]) if self.sized else self.model
+        model = self._placed(create(self.spec)[0]) if self.sized else self.model
         try:
-            built = None if frame == self.own or sized is False else self._built(model, frame)
+            built = None if frame == self.own or sized is False else built_for(self.spec, model, self.own, frame)
+            built = None if built is None else self._placed(built)
             if sized is None and built is not None and self._agree(model, built, frame):
                 built = None
             if sized and built is None and frame != self.own:
@@ -150,49 +127,13 @@ class Backbone(nn.Module):
         except torch.OutOfMemoryError as error:
             raise _too_large(self.spec, f"an image of {frame[0]}x{frame[1]} pixels", self._mean.device, error) from None
         except Exception as error:  # timm refuses a size in many ways; the cause is kept for --debug
-            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
-            own = f"{self.own[0]}x{self.own[1]}"
-            raise BackboneError(
-                f"{self.spec.model} can't take frames of {frame[0]}x{frame[1]} pixels, and timm can't resize it for "
-                "them. Nothing was computed.\n"
-                f"  wanted  a size that it takes, as its own, {own}\n"
-                f"  found   {frame[0]}x{frame[1]}: {type(error).__name__}: {reason}\n"
-                f"Take its own size, --size {own}, or another backbone."
-            ) from error
+            raise _refused(self.spec, self.own, frame, error) from error
         self.model, self.frame, self.sized = built or model, frame, built is not None
 
     def _placed(self, model: nn.Module) -> nn.Module:
         """A model of the same weights, where and as this one is."""
         model = model.requires_grad_(False).to(self._mean.device)
         return model.to(memory_format=torch.channels_last).train(self.training)
-
-    def _built(self, model: Any, frame: Size) -> nn.Module | None:
-        """timm's own model for a frame with the weights of `model`; None where timm resizes no such weights.
-
-        Raises what timm raises where it can't build the model for that frame at all.
-        """
-        if not _takes(self.spec.model, img_size=frame):
-            return None
-        if self.own[0] != self.own[1]:  # timm takes weights to be those of square images
-            raise BackboneError("weights that were trained at a size that is not square can't be resized")
-        state, config = {name: tensor.cpu() for name, tensor in model.state_dict().items()}, model.pretrained_cfg
-        classes = getattr(model, "num_classes", config["num_classes"])
-        source = {"state_dict": dict(state), "input_size": (3, *self.own), "num_classes": classes, "label_offset": 0}
-        options = {} if classes == config["num_classes"] else {"num_classes": classes}
-        try:
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch's, on how timm resizes tables
-                built = timm.create_model(
-                    self.spec.model, pretrained=True, img_size=frame, pretrained_cfg_overlay=source, **options
-                )
-        except Exception:  # of the weights: it was built without them just now
-            return None
-        built.pretrained_cfg = config
-        now = built.state_dict()
-        kept = [name for name in state if name in now and now[name].shape == state[name].shape]
-        if now.keys() != state.keys() or not all(torch.equal(now[n], state[n]) for n in kept):
-            raise BackboneError("timm changes weights that it should only load")
-        return self._placed(built)
 
     def _agree(self, model: nn.Module, built: nn.Module, frame: Size) -> bool:
         """Whether a model as it is computes at a frame what timm's own for that frame does."""
@@ -216,19 +157,14 @@ class Backbone(nn.Module):
         finally:
             model.train(self.training)
             self.train(self.training)
-        lacking = self._lacking(maps, frame)
+        lacking = _lacking(self.levels, maps, frame)
         if any(lacking):
             usual: Any = tuple(-(-side // self.multiple) * self.multiple for side in self.own)
-            at_own = self._lacking(maps if frame == usual else self._try(model, usual), usual)
+            at_own = _lacking(self.levels, maps if frame == usual else self._try(model, usual), usual)
             cells = [side for level in self.levels for side in level.cells(usual)]
             if lacking != at_own or not all(0 <= n <= wanted / 2 for n, wanted in zip(at_own, cells, strict=True)):
                 raise BackboneError("the cells of its maps do not follow the size of its images")
         return maps
-
-    def _lacking(self, maps: Sequence[Tensor], frame: Size) -> list[int]:
-        """How many rows, and how many columns, each level has fewer than its stride says."""
-        cells = [side for level in self.levels for side in level.cells(frame)]
-        return [wanted - found for wanted, found in zip(cells, (n for m in maps for n in m.shape[2:]), strict=True)]
 
     def unfreeze(self, *, batch_norm: Literal["frozen", "train"] = "frozen", checkpointing: bool = False) -> None:
         """Let the model be trained.
@@ -306,7 +242,7 @@ def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: t
 
     Raises BackboneError when weights can't be had or do not fit, or when a level does not exist.
     """
-    model, own = _create(spec)
+    model, own = create(spec)
     backbone = Backbone(model, spec, level_names, own).eval()
     try:
         backbone.to(device)
@@ -325,77 +261,22 @@ def _too_large(spec: BackboneSpec, what: str, device: torch.device | str, error:
     )
 
 
-def _create(spec: BackboneSpec) -> tuple[nn.Module, Size | None]:
-    """A model with its weights, and the size that those were made for where that is not the pretraining's.
-
-    Raises BackboneError for a name that timm does not know itself: some (hf-hub:, local-dir:) have it fetch a model.
-    """
-    if not timm.is_model(spec.model):
-        raise BackboneError(f"There is no model {spec.model!r} in timm. Nothing was looked up.")
-    options: dict[str, Any] = {"dynamic_img_size": True} if _takes(spec.model, dynamic_img_size=True) else {}
-    if spec.source == "hub":
-        return _from_hub(spec, options), None
-    if spec.source == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
-            return timm.create_model(spec.model, pretrained=False, **options), None
-    if spec.source == "file":
-        return _from_file(spec, options)
-    model = timm.create_model(spec.model, pretrained=False, **options)
-    load_strictly(model, read_embedded(model), "The embedded weights file")
-    return model, None
+def _refused(spec: BackboneSpec, own: Size, frame: Size, error: Exception) -> BackboneError:
+    """The error of a frame that a network, whose own size is another, can't be had for."""
+    reason, size = first_line(error), f"{own[0]}x{own[1]}"
+    return BackboneError(
+        f"{spec.model} can't take frames of {frame[0]}x{frame[1]} pixels, and timm can't resize it for "
+        "them. Nothing was computed.\n"
+        f"  wanted  a size that it takes, as its own, {size}\n"
+        f"  found   {frame[0]}x{frame[1]}: {type(error).__name__}: {reason}\n"
+        f"Take its own size, --size {size}, or another backbone."
+    )
 
 
-def _takes(name: str, **option: Any) -> bool:
-    """Whether a timm model is built with an option; raises what timm raises for a value that it can't be built with."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # without weights: that takes no time
-            timm.create_model(name, pretrained=False, **option)
-    except TypeError as error:
-        if not any(key in str(error) for key in option):
-            raise
-        return False
-    return True
-
-
-def _from_file(spec: BackboneSpec, options: dict[str, Any]) -> tuple[nn.Module, Size | None]:
-    path = Path(str(spec.weights))
-    tensors, frame = read_weights(path), frame_of(path)
-    config = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
-    head = tensors.get(f"{None if config is None else config.classifier}.weight")
-    options["num_classes"] = 0 if head is None else head.shape[0]
-    model = timm.create_model(spec.model, pretrained=False, **options)
-    own = None
-    if frame is not None and not fits(model, tensors) and _takes(spec.model, img_size=frame):
-        model, own = timm.create_model(spec.model, pretrained=False, img_size=frame, **options), frame
-    load_strictly(model, tensors, str(path))
-    return model, own
-
-
-def _from_hub(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:
-    config = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
-    try:
-        if config and config.hf_hub_id and not huggingface_hub.try_to_load_from_cache(config.hf_hub_id, HUB_FILE):
-            _resolve_hub()
-        return timm.create_model(spec.model, pretrained=True, **options)
-    except Exception as error:  # the hub's client raises many kinds; the cause is kept for --debug
-        wanted = f"{config.hf_hub_id}, file {HUB_FILE}" if config and config.hf_hub_id else "no hub file is known"
-        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
-        raise BackboneError(
-            f"The weights of {spec.model} could not be had from the hub.\n"
-            f"  wanted  {wanted}\n"
-            f"  found   {type(error).__name__}: {reason}\n"
-            "Nothing was computed. Three ways out:\n"
-            "  fetch that file where there is a network, and name it:  --weights model.safetensors\n"
-            "  copy a filled hub cache here, and point HF_HOME at it\n"
-            "  use the weights that come from the package index:  --backbone embedded   (or --random-init as a control)"
-        ) from error
-
-
-def _resolve_hub() -> None:
-    """Raise OSError at once where the hub has no address: its client would retry for most of a minute."""
-    if not urllib.request.getproxies():
-        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+def _lacking(levels: Sequence[FeatureLevel], maps: Sequence[Tensor], frame: Size) -> list[int]:
+    """How many rows, and how many columns, each level has fewer than its stride says."""
+    cells = [side for level in levels for side in level.cells(frame)]
+    return [wanted - found for wanted, found in zip(cells, (n for m in maps for n in m.shape[2:]), strict=True)]
 
 
 def _available_levels(model: nn.Module, own: Size) -> tuple[list[FeatureLevel], list[int]]:

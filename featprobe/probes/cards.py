@@ -18,7 +18,10 @@ WHOLE = ("features", "backbone", "data", "result", "curve", "versions")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The values in which features must agree with those that a head was trained on."""
+    """The values, fields of FeatureRecipe, in which features must agree with those that a head was trained on.
+
+    A field with a default may be missing, where the recipe does not keep its usual value.
+    """
 
     backbone: str
     weights_sha256: str
@@ -97,6 +100,7 @@ def card_faults(card: Mapping[str, Any], *, whole: bool = False) -> list[Fault]:
     features = card.get("features")
     if not faults and features is not None:
         for name in (known.name for known in fields(Fingerprint)):
-            if card["fingerprint"][name] != features.get(name, card["fingerprint"][name]):
-                faults.append(wrong(("fingerprint", name), "what features say", card["fingerprint"][name]))
+            said = card["fingerprint"].get(name)
+            if said != features.get(name, said):
+                faults.append(wrong(("fingerprint", name), "what features say", said))
     return list(dict.fromkeys(faults))

@@ -25,8 +25,8 @@ MOST_WIDTH = 2**12  # channels, of what a card may claim
 class HeadRecipe:
     """Which head: its task, its kind, its classes (the background first), the levels it takes.
 
-    levels: names; empty for every level that there is. width: channels of its pyramid, None for the kind's own (128
-    for upsample, 64 for the others; linear and ridge have none). pyramid: "levels" as they are, "simple" from the last
+    levels: names; empty for every level that there is. width: channels of its pyramid or
+    hidden layer, None for the kind's own, see `kinds.KINDS`. pyramid: "levels" as they are, "simple" from the last
     one, "auto": simple where all have one stride. sides: of the training objects, see objects.detection_strides.
     """
 

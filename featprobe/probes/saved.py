@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from featprobe.errors import FieldError, FileKindError, ProbeError
 from featprobe.fields import MISSING_FIELD, Fault, letter, plain, shown
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
-from featprobe.probes.cards import card_faults
+from featprobe.probes.cards import Fingerprint, card_faults
 from featprobe.probes.head import Head
 from featprobe.probes.heads import HeadRecipe, build_head
 from featprobe.result_rows import ResultRow
@@ -40,7 +41,7 @@ from featprobe.specs import FeatureRecipe, digest
 
 T = TypeVar("T")
 HEAD_FORMAT, HEAD_VERSION, ROW_VERSION = "featprobe-head", 1, 1
-FINGERPRINT = ("backbone", "weights_sha256", "levels", "final_norm", "channels", "mean", "std", "intensity")
+FINGERPRINT = tuple(known.name for known in fields(Fingerprint))
 
 IN_MEMORY = 16  # bytes that a byte of rows takes, about, when they are parsed
 LARGEST_CARD, LARGEST_ROW = 1 << 26, 1 << 24  # bytes
@@ -53,7 +54,7 @@ UNREADABLE = (
 def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
     """The values in which features must agree with those that a head was trained on."""
     values = recipe.to_json()
-    return {name: values[name] for name in FINGERPRINT}
+    return {name: values[name] for name in FINGERPRINT if name in values}
 
 
 def save_head(
@@ -155,9 +156,9 @@ def _no_card(folder: Path) -> str:
 def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRecipe) -> None:
     """Raise ProbeError, with all differences, when features differ from those that a head was trained on."""
     found = json.loads(json.dumps(fingerprint(recipe)))
-    differing = [name for name in FINGERPRINT if wanted.get(name) != found[name]]
+    differing = [name for name in FINGERPRINT if wanted.get(name) != found.get(name)]
     if differing:
-        lines = [f"  {name}\n    wanted  {wanted.get(name)}\n    found   {found[name]}" for name in differing]
+        lines = [f"  {name}\n    wanted  {wanted.get(name)}\n    found   {found.get(name)}" for name in differing]
         raise ProbeError(f"{folder} was trained on other features. Nothing was computed.\n" + "\n".join(lines))
 
 

@@ -25,7 +25,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from featprobe.backbones import ALIASES
-from featprobe.backbones import backbone as backbone_module
+from featprobe.backbones import models as models_module
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.catalog import EMBEDDED_PACKAGE, find_backbone, licence_of, matching_models
 from featprobe.backbones.weights import read_embedded, read_weights, weights_sha256
@@ -556,7 +556,7 @@ def test_an_unreachable_hub_is_answered_with_the_file_and_three_ways_out(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(backbone_module, "_resolve_hub", fail_with(error))
+    monkeypatch.setattr(models_module, "_resolve_hub", fail_with(error))
     begun = time.perf_counter()
     with pytest.raises(BackboneError) as caught:
         load_backbone(find_backbone("convnext_dinov3"))
@@ -571,7 +571,7 @@ def test_an_unreachable_hub_is_answered_with_the_file_and_three_ways_out(
 def test_a_hub_without_an_address_is_met_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's own client would retry for most of a minute."""
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(backbone_module.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(models_module.urllib.request, "getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", fail_with(socket.gaierror(-3, "Temporary failure in name resolution")))
     begun = time.perf_counter()
     with pytest.raises(BackboneError, match="Temporary failure in name resolution"):

@@ -46,12 +46,12 @@ from featprobe.metrics import average_precision, iou_scores
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.result_rows import ResultRow
 from featprobe.splitting import SplitChoice
+from featprobe.stages.commands import commands_of
 from featprobe.stages.comparison.compare import compare
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.comparison.tested import ObjectTest
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.partition import SCARCE_FIRST, Partition, classes_of, single_splits, split_notes
-from featprobe.stages.training.commands import commands_of
 from featprobe.stages.training.finetune import missing_counterparts
 from featprobe.stages.training.probe import notes_of, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning

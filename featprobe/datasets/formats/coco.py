@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -82,44 +82,9 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     categories, notes = _once_each(_categories(loaded), used, root)
     classes, index = _class_index(categories)
     known_as = {same_id(own): own for own in categories}
-    samples: list[Sample] = []
-    known: set[str] = set()
-    inside: set[Path] = set()  # folders that no link leads out of
-    named: set[tuple[str, str]] = set()
-    first_of: dict[Path, str] = {}
     things = any(category.thing for category in categories.values() if not category.background)
-    outlined, bare = Tally(), Tally()
-    for number, (path, data) in enumerate(loaded):
-        by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-        for i, annotation in enumerate(data["annotations"]):
-            by_image[same_id(annotation["image_id"])].append(annotation)
-            kind = bare if annotation.get("segmentation") in NOTHING else outlined
-            kind.add(f"{path.name}, annotation {annotation.get('id', f'at place {i}')}")
-        ids = {same_id(image["id"]) for image in data["images"]}
-        unknown = sorted(map(shown, by_image.keys() - ids))
-        if unknown:
-            raise DataError(f"{path} has annotations for images that it does not list: {listed(unknown)}.")
-        if len(ids) < len(data["images"]):
-            raise DataError(f"{path} gives several images the same id, so their annotations can't be assigned.")
-        for image in data["images"]:
-            where = f"{path}, image {image['file_name']}"
-            split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
-            place = find_image(folder, path, split, str(image["file_name"]))
-            if place.parent not in inside or place.is_symlink():
-                inside.add(kept_below(folder, place).parent)
-            identity = str(image["file_name"])
-            if (split, identity) in named:
-                raise DataError(f"{path} lists the image {identity} twice.")
-            named.add((split, identity))
-            if identity in known:
-                identity = f"{split}/{identity}"
-            known.add(identity)
-            file, _ = page_of(place)  # a file that stands in two splits is one group: it leaks
-            own = first_of.setdefault(file, group_of(identity, place))
-            group = to_name(image.get("group"), f"{where}, group") or own
-            annotations = [_kept(a) for a in by_image[same_id(image["id"])]]
-            labels = json.dumps([number, _kept(image), annotations], separators=(",", ":"))
-            samples.append(Sample(identity, place, group, split, labels))
+    samples = list(_samples(root, folder, loaded))
+    outlined, bare = _by_outline(loaded)
     if not samples:
         raise DataError(f"{root} lists no images.")
 
@@ -152,6 +117,59 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     tasks = tasks_of(masks=masks and (bool(outlined.count) or not things), instances=things)
     category_ids: tuple[Any, ...] = tuple(own for own, i in sorted(index.items(), key=lambda item: item[1]) if i)
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes), category_ids)
+
+
+def _samples(root: Path, folder: Path, loaded: Sequence[tuple[Path, dict[str, Any]]]) -> Iterator[Sample]:
+    """The images of all files, each with its entry and its annotations as labels."""
+    known: set[str] = set()
+    inside: set[Path] = set()  # folders that no link leads out of
+    named: set[tuple[str, str]] = set()
+    first_of: dict[Path, str] = {}
+    for number, (path, data) in enumerate(loaded):
+        by_image = _by_image(path, data)
+        for image in data["images"]:
+            where = f"{path}, image {image['file_name']}"
+            split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
+            place = find_image(folder, path, split, str(image["file_name"]))
+            if place.parent not in inside or place.is_symlink():
+                inside.add(kept_below(folder, place).parent)
+            identity = str(image["file_name"])
+            if (split, identity) in named:
+                raise DataError(f"{path} lists the image {identity} twice.")
+            named.add((split, identity))
+            if identity in known:
+                identity = f"{split}/{identity}"
+            known.add(identity)
+            file, _ = page_of(place)  # a file that stands in two splits is one group: it leaks
+            own = first_of.setdefault(file, group_of(identity, place))
+            group = to_name(image.get("group"), f"{where}, group") or own
+            annotations = [_kept(a) for a in by_image[same_id(image["id"])]]
+            labels = json.dumps([number, _kept(image), annotations], separators=(",", ":"))
+            yield Sample(identity, place, group, split, labels)
+
+
+def _by_image(path: Path, data: Mapping[str, Any]) -> Mapping[Any, list[Mapping[str, Any]]]:
+    """The annotations of each image of a file, by the image's id; raises DataError where ids do not assign them."""
+    by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for annotation in data["annotations"]:
+        by_image[same_id(annotation["image_id"])].append(annotation)
+    ids = {same_id(image["id"]) for image in data["images"]}
+    unknown = sorted(map(shown, by_image.keys() - ids))
+    if unknown:
+        raise DataError(f"{path} has annotations for images that it does not list: {listed(unknown)}.")
+    if len(ids) < len(data["images"]):
+        raise DataError(f"{path} gives several images the same id, so their annotations can't be assigned.")
+    return by_image
+
+
+def _by_outline(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[Tally, Tally]:
+    """Annotations with a segmentation, and those without one."""
+    outlined, bare = Tally(), Tally()
+    for path, data in loaded:
+        for i, annotation in enumerate(data["annotations"]):
+            kind = bare if annotation.get("segmentation") in NOTHING else outlined
+            kind.add(f"{path.name}, annotation {annotation.get('id', f'at place {i}')}")
+    return outlined, bare
 
 
 def same_id(value: Any) -> Id:

@@ -19,12 +19,12 @@ from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.crops import Augmentation, choose_crop, place_crop
 from featprobe.targets import IGNORE, LEAST_VISIBLE, Instance, Labels, decode_rle
 
-WHOLE = 0.999  # share of a box from which on all of its object is in view
+WHOLE_SHARE = 0.999  # share of a box from which on all of its object is in view
 SMALLEST_SIDE = 1.0  # frame pixels, of a box that is an object
 
 
 @dataclass(frozen=True)
-class Plan:
+class ViewPlan:
     """What is to be seen of an image, settled before a pixel is touched.
 
     crop: top, left, height and width, pixels. placement: of the crop in the frame. hflip, vflip: whether it is turned
@@ -51,7 +51,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class View:
+class FramedImage:
     """An augmented image in its frame, and its labels there.
 
     image: (3, height, width), float32, [0, 1]. content: (height, width) of the image in the frame. labels: (height,
@@ -73,7 +73,7 @@ def augment(
     random: np.random.Generator,
     *,
     masks: bool = False,
-) -> View:
+) -> FramedImage:
     """A random view of an image.
 
     unit: (height, width) or (height, width, 3), [0, 1], original size. labels: class indices of its pixels. instances:
@@ -83,10 +83,10 @@ def augment(
     plan = plan_view(size, labels, instances, recipe, how, random)
     crop = plan.cut(unit)
     plane = torch.from_numpy(crop if crop.ndim == 3 else crop[:, :, None]).movedim(2, 0)  # (1 or 3, height, width)
-    image = draw_image(plane, plan, recipe.interpolation, mean_of(recipe, plane.device))
+    image = draw_image(plane, plan, recipe.interpolation, padding_of(recipe, plane.device))
     seen = None if labels is None else draw_labels(torch.tensor(plan.cut(labels)), plan)
     objects = None if instances is None else draw_objects(instances, size, plan, masks=masks)
-    return View(image, plan.placement.content, seen, objects)
+    return FramedImage(image, plan.placement.content, seen, objects)
 
 
 def plan_view(
@@ -96,21 +96,21 @@ def plan_view(
     recipe: FeatureRecipe,
     how: Augmentation,
     random: np.random.Generator,
-) -> Plan:
+) -> ViewPlan:
     """What to show of an image of (height, width), at random. Arguments as of `augment`."""
     crop = choose_crop(size, labels, instances, how, random)
     placement = place_crop(crop[2:], size, recipe)
     hflip, vflip = (bool(random.random() < p) for p in (how.hflip, how.vflip))
     contrast, brightness = random.uniform(-1, 1) * how.contrast, random.uniform(-1, 1) * how.brightness
-    return Plan(crop, placement, hflip, vflip, contrast, brightness)
+    return ViewPlan(crop, placement, hflip, vflip, contrast, brightness)
 
 
-def mean_of(recipe: FeatureRecipe, device: torch.device) -> Tensor:
+def padding_of(recipe: FeatureRecipe, device: torch.device) -> Tensor:
     """What padding holds: (3, 1, 1)."""
     return torch.tensor(recipe.mean, dtype=torch.float32, device=device)[:, None, None]
 
 
-def draw_image(crop: Tensor, plan: Plan, interpolation: str, padding: Tensor) -> Tensor:
+def draw_image(crop: Tensor, plan: ViewPlan, interpolation: str, padding: Tensor) -> Tensor:
     """The planned view of an image in its frame: (3, frame height, frame width), float32, [0, 1].
 
     crop: (1 or 3, height, width), [0, 1], on any device. padding: see `mean_of`. Nothing here waits for the device.
@@ -124,7 +124,7 @@ def draw_image(crop: Tensor, plan: Plan, interpolation: str, padding: Tensor) ->
     return framed
 
 
-def draw_labels(crop: Tensor, plan: Plan, fill: int = IGNORE) -> Tensor:
+def draw_labels(crop: Tensor, plan: ViewPlan, fill: int = IGNORE) -> Tensor:
     """The planned view of a mask in its frame: (frame height, frame width), uint8. crop: (height, width), uint8."""
     size = list(plan.placement.content)
     framed = torch.full(plan.placement.frame, fill, dtype=torch.uint8, device=crop.device)
@@ -133,7 +133,7 @@ def draw_labels(crop: Tensor, plan: Plan, fill: int = IGNORE) -> Tensor:
     return framed
 
 
-def draw_objects(instances: Sequence[Instance], size: Size, plan: Plan, *, masks: bool) -> ObjectTarget:
+def draw_objects(instances: Sequence[Instance], size: Size, plan: ViewPlan, *, masks: bool) -> ObjectTarget:
     """The objects of an image of (height, width) as the planned view shows them, in frame pixels, on the host.
 
     What is seen of an object is told by its mask where it has one: the box of a bent crack may be in view without it.
@@ -147,7 +147,7 @@ def draw_objects(instances: Sequence[Instance], size: Size, plan: Plan, *, masks
     layers: list[Tensor] = []
     whole = torch.zeros(len(instances), dtype=torch.bool)
     for i, instance in enumerate(instances):
-        if instance.rle is not None and share[i] > 0 and (masks or share[i] < WHOLE):
+        if instance.rle is not None and share[i] > 0 and (masks or share[i] < WHOLE_SHARE):
             mask = decode_rle(instance.rle).astype(np.uint8)
             layer = draw_labels(torch.from_numpy(plan.cut(mask)), plan, 0)
             share[i] = float(layer.sum()) / max(mask.sum() * scale, 1e-6)

@@ -13,7 +13,7 @@ from featprobe.errors import BackboneError, CacheError
 from featprobe.specs import CachePrecision, FeatureRecipe
 
 
-def settled(
+def settle_precision(
     recipe: FeatureRecipe,
     asked: CachePrecision | Literal["auto"],
     device: torch.device,

@@ -19,8 +19,8 @@ CARD_ORDER = (*FIRST, *(name for name in IN_COMMANDS if name not in (*FIRST, *LA
 def command_of(backbone: Sequence[str], data: str, options: ExtractOptions, order: Sequence[str] = IN_COMMANDS) -> str:
     """The command line that makes the same cache. backbone: its words there, see `backbone_words`.
 
-    >>> command_of(("--backbone", "embedded"), "xray", ExtractOptions(size=(64, 96), empty_tiles=0.5, skip_bad=True))
-    'featprobe extract --backbone embedded --data xray --size 64x96 --empty-tiles 0.5 --skip-bad'
+    >>> command_of(("--backbone", "embedded"), "xray", ExtractOptions(tile=512, overlap=64, skip_bad=True))
+    'featprobe extract --backbone embedded --data xray --tile 512 --overlap 64 --skip-bad'
     """
     words = ["featprobe", "extract", *backbone, "--data", data]
     for name in order:
@@ -64,17 +64,6 @@ def backbone_words(name: str, weights: str | None, random_init: bool, final_norm
     words += ["--random-init"] if random_init else []
     words += [] if final_norm is None else ["--final-norm" if final_norm else "--no-final-norm"]
     return tuple(words)
-
-
-def batch_size_in(command: str) -> int:
-    """The batch size of a command that made a cache: the bytes of its rows follow from it.
-
-    >>> batch_size_in("featprobe extract --data xray --batch-size 4"), batch_size_in("featprobe extract --data xray")
-    (4, 16)
-    """
-    words = shlex.split(command)
-    given = words[words.index("--batch-size") + 1] if "--batch-size" in words[:-1] else ""
-    return int(given) if given.isdigit() else ExtractOptions.batch_size
 
 
 def option_name(name: str) -> str:

@@ -36,7 +36,7 @@ from featprobe.stages.extraction.extract_options import ExtractOptions, configur
 from featprobe.stages.extraction.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.extraction.pipeline import Filler, runs
 from featprobe.stages.extraction.run_log import log_run, tf32_doubt
-from featprobe.stages.extraction.settled import Asked, Settled, ask, keep, settled
+from featprobe.stages.extraction.settled import Asked, Settled, answers_to, ask, keep
 from featprobe.stages.workspace import Workspace
 
 
@@ -79,7 +79,7 @@ def extract(
     device = pick_device(options.device)
     asked = ask(workspace, spec, data_name, options, device.type)
     backbone = None
-    for found in [] if options.rehash else settled(asked):
+    for found in [] if options.rehash else answers_to(asked):
         backbone = backbone or load_backbone(spec, options.levels, device)
         if report := _nothing_to_do(found, backbone, options, device, begun):
             return report
@@ -153,7 +153,7 @@ def _nothing_to_do(
         cache = Cache(found.path, read_contents(found.path))
         contents, folder = cache.contents, found.path.parent
         data = contents.data.fingerprint
-        meant, notes = cache_precision.settled(cache.recipe, options.precision, device, folder, data)
+        meant, notes = cache_precision.settle_precision(cache.recipe, options.precision, device, folder, data)
     except FeatprobeError:  # reading the set tells more of it
         return None
     same = (contents.identity_sha256, cache.recipe.weights_sha256, cache.levels) == (
@@ -290,7 +290,7 @@ def speed_text(report: ExtractReport) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"network": "the backbone", "decoding": "decoding", "copying": "copying to the host", "writing": "the disk"}
+TIMED = {"network": "the backbone", "decoding": "decoding", "copying": "copying to the host", "writing": "the disk"}
 
 
 def _limit_text(report: ExtractReport) -> str:
@@ -299,10 +299,10 @@ def _limit_text(report: ExtractReport) -> str:
     def rate(part: str) -> str:
         seconds = report.seconds[part]
         if part in ("network", "decoding"):
-            return f"{PARTS[part]} at {report.computed / seconds:.0f} img/s"
-        return f"{PARTS[part]} at {human_bytes(report.bytes_written / seconds)}/s"
+            return f"{TIMED[part]} at {report.computed / seconds:.0f} img/s"
+        return f"{TIMED[part]} at {human_bytes(report.bytes_written / seconds)}/s"
 
-    known = sorted((part for part in PARTS if report.seconds[part]), key=lambda part: -report.seconds[part])
+    known = sorted((part for part in TIMED if report.seconds[part]), key=lambda part: -report.seconds[part])
     more = "; try more --workers" if known[0] == "decoding" else ""
     return f"The limit was {rate(known[0])}{more}. By themselves: {', '.join(rate(part) for part in known[1:])}."
 

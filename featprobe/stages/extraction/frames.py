@@ -24,7 +24,7 @@ FACTS = 4  # of each image: window's lower level, factor, height and width of th
 
 
 @dataclass(frozen=True)
-class Kind:
+class ImageKind:
     """What is known of an image before it is decoded. resized: whether its frame shows it at another size."""
 
     dtype: str
@@ -33,7 +33,7 @@ class Kind:
     resized: bool
 
     @classmethod
-    def of(cls, image: Header | Levels, placement: Placement) -> "Kind":
+    def of(cls, image: Header | Levels, placement: Placement) -> "ImageKind":
         """The kind of an image by its header, or by its levels."""
         resized = placement.content != placement.original
         if isinstance(image, Header):
@@ -62,7 +62,7 @@ class Layout:
         return frame[0] * frame[1] * self.channels * np.dtype(self.dtype).itemsize
 
 
-class Buffer:
+class ImageBuffer:
     """Memory for the images of one batch, page-locked where a CUDA device takes them; used again for the next.
 
     levels: (images, …), see Layout. facts: (images, 4), float64.
@@ -117,7 +117,7 @@ class Framing:
         self._mean = torch.tensor(recipe.mean, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
         self._tables: dict[str, Tensor] = {}
 
-    def layout(self, kinds: Sequence[Kind]) -> Layout:
+    def layout(self, kinds: Sequence[ImageKind]) -> Layout:
         """How a batch of images lies in a buffer: raw where all can be framed from their levels on the device."""
         channels, dtypes = max(kind.channels for kind in kinds), {kind.dtype for kind in kinds}
         (dtype,) = dtypes if len(dtypes) == 1 else ("mixed",)
@@ -127,7 +127,7 @@ class Framing:
         raw = not (dtype == "mixed" or logs or held or any(kind.resized for kind in kinds))
         return Layout(True, dtype, channels) if raw else Layout(False, "float32", channels)
 
-    def place_of(self, buffer: Buffer, k: int, placement: Placement) -> NDArray[Any] | None:
+    def place_of(self, buffer: ImageBuffer, k: int, placement: Placement) -> NDArray[Any] | None:
         """Where the levels of image k may be decoded to; None where they must be worked on first."""
         if not buffer.layout.raw:
             return None
@@ -135,7 +135,12 @@ class Framing:
         return shown[:, :, 0] if shown.shape[2] == 1 else shown
 
     def put(
-        self, buffer: Buffer, k: int, levels: Levels, placement: Placement, window: tuple[float, float] | None = None
+        self,
+        buffer: ImageBuffer,
+        k: int,
+        levels: Levels,
+        placement: Placement,
+        window: tuple[float, float] | None = None,
     ) -> None:
         """Write image k, where it was not decoded there. levels: of what is shown of it. window: None for the recipe's.
 
@@ -162,12 +167,12 @@ class Framing:
             lowest: Any = -np.inf if fractions else 0
             np.copyto(place, place.dtype.type(lowest), where=mask if place.ndim == mask.ndim else mask[:, :, None])
 
-    def blank(self, buffer: Buffer, k: int) -> None:
+    def blank(self, buffer: ImageBuffer, k: int) -> None:
         """Have image k be 0 all over its frame."""
         buffer.levels[k] = 0
         buffer.facts[k] = 0, 1, *self.frame
 
-    def images(self, buffer: Buffer) -> Tensor:
+    def images(self, buffer: ImageBuffer) -> Tensor:
         """The framed images of a buffer on the device: (images, 3, frame height, frame width), float32, [0, 1]."""
         whole = bool((buffer.facts[:, 2:] == self.frame).all())
         values, facts = self.unit(buffer)
@@ -178,7 +183,7 @@ class Framing:
             values = torch.where((rows < height) & (columns < width), values, self._mean)
         return values.expand(-1, 3, -1, -1).to(self.target)
 
-    def unit(self, buffer: Buffer) -> tuple[Tensor, Tensor]:
+    def unit(self, buffer: ImageBuffer) -> tuple[Tensor, Tensor]:
         """The images of a buffer as they lie there, (images, channels, height, width), float32, [0, 1]; their facts."""
         levels, facts = buffer.to(self.device, self.stream)
         layout = buffer.layout
@@ -186,9 +191,9 @@ class Framing:
 
     def together(self, levels: Sequence[Levels], placements: Sequence[Placement]) -> Tensor:
         """`images` of levels that are there already."""
-        kinds = [Kind.of(own, placement) for own, placement in zip(levels, placements, strict=True)]
+        kinds = [ImageKind.of(own, placement) for own, placement in zip(levels, placements, strict=True)]
         layout = self.layout(kinds)
-        buffer = Buffer(len(levels), layout.image_bytes(self.frame), self.device)
+        buffer = ImageBuffer(len(levels), layout.image_bytes(self.frame), self.device)
         buffer.begin(len(levels), layout, self.frame)
         for k, (own, placement) in enumerate(zip(levels, placements, strict=True)):
             self.put(buffer, k, own, placement)

@@ -20,7 +20,7 @@ from featprobe.errors import CacheError
 from featprobe.geometry import Size
 from featprobe.machine import free_disk, human_bytes
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
-from featprobe.stages.extraction.cache_precision import cache_path, settled
+from featprobe.stages.extraction.cache_precision import cache_path, settle_precision
 from featprobe.stages.extraction.command_line import command_of, with_links
 from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions, check_turns
 from featprobe.stages.extraction.survey import Survey, describe, make_recipe, make_rows, survey
@@ -76,7 +76,7 @@ def prepare(
     backbone.fit(recipe.frame)
     folder = workspace.cache_folder(data.name, data.root)
     recipe = replace(recipe, sized=backbone.sized)
-    recipe, notes = settled(recipe, options.precision, device, folder, surveyed.fingerprint)
+    recipe, notes = settle_precision(recipe, options.precision, device, folder, surveyed.fingerprint)
     if recipe.precision != "fp32":
         options = replace(options, precision=recipe.precision)  # the command is to make this very file
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)

@@ -4,15 +4,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from featprobe.cache import MISSING, Cache, open_cache
 from featprobe.datasets import DataSet
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.processes import from_main, gathered, pick_device
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extraction.command_line import batch_size_in
-from featprobe.stages.extraction.extract_options import OF_ONE_RUN, READ_AS, ExtractOptions, configured
+from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions, configured
+from featprobe.stages.extraction.origin import batch_size_of, read_as_of, spec_of
 from featprobe.stages.workspace import CONFIG, Workspace, name_of
 
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
@@ -82,27 +81,19 @@ def _complete(
 ) -> None:
     """Compute what an unfinished cache misses, as it was begun."""
     from featprobe.stages.extraction.job import read_set
-    from featprobe.stages.training.sources import spec_of
 
     missing = int((cache.done == MISSING).sum())
     how = replace(
         ExtractOptions.making(cache.recipe.to_json()),
-        batch_size=batch_size_in(cache.contents.command),
+        batch_size=batch_size_of(cache),
         skip_bad=options.skip_bad,
         **{name: getattr(options, name) for name in OF_ONE_RUN},
-        **_read_as(cache),
+        **read_as_of(cache),
     )
     say(f"{'to complete' if dry_run else 'completing'}: {cache.path}, {counted(missing, 'row')} of {len(cache)}")
     if not dry_run:
         name = workspace.data_argument(cache.data.name, Path(cache.data.root))
         _extract(workspace, read_set(workspace, name, how), spec_of(cache), how)
-
-
-def _read_as(cache: Cache) -> dict[str, Any]:
-    """How the data set of a cache was read, by the names of ExtractOptions."""
-    kept = cache.contents.provenance.get("read_as")
-    found = kept if isinstance(kept, dict) else {}
-    return {name: found[name] for name in READ_AS if isinstance(found.get(name), str)}
 
 
 def _check_named(workspace: Workspace, data: Names, backbones: Names) -> None:

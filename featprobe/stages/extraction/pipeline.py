@@ -26,7 +26,7 @@ from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import DataError, OverflowsDtypeError
 from featprobe.machine import usable_cores
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.extraction.frames import Buffer, Framing, Kind, Layout
+from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
 from featprobe.stages.extraction.job import Job
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small, with_batch_size
@@ -182,14 +182,14 @@ class Filler:
             for _ in range(min(len(blocks), BEHIND + WRITERS + 1))
         ]
 
-    def _decoded(self, blocks: Sequence[Block], pool: ThreadPoolExecutor) -> Iterator[tuple[Block, Buffer]]:
+    def _decoded(self, blocks: Sequence[Block], pool: ThreadPoolExecutor) -> Iterator[tuple[Block, ImageBuffer]]:
         """Blocks with their images, decoded ahead; a buffer is used again when the next block is asked for."""
         frame = self.job.recipe.frame
         layouts = [self._layout(block) for block in blocks]
         rows = max((b - a for a, b in blocks), default=0)
         image_bytes = max((layout.image_bytes(frame) for layout in layouts), default=0)
-        free = deque(Buffer(rows, image_bytes, self.device) for _ in range(min(AHEAD + 1, len(blocks))))
-        ahead: deque[tuple[Block, Buffer, list[Future[None]]]] = deque()
+        free = deque(ImageBuffer(rows, image_bytes, self.device) for _ in range(min(AHEAD + 1, len(blocks))))
+        ahead: deque[tuple[Block, ImageBuffer, list[Future[None]]]] = deque()
         coming = iter(zip(blocks, layouts, strict=True))
         while True:
             while len(ahead) < AHEAD and (following := next(coming, None)) is not None:
@@ -211,9 +211,11 @@ class Filler:
     def _layout(self, block: Block) -> Layout:
         """How the images of a block lie in a buffer, by their headers; one that can't be read will be a blank."""
         rows = [row for row in range(*block) if self.done[row] != UNREADABLE]
-        return self.framing.layout([Kind.of(self.job.header_of(row), self.job.rows[row].placement) for row in rows])
+        return self.framing.layout(
+            [ImageKind.of(self.job.header_of(row), self.job.rows[row].placement) for row in rows]
+        )
 
-    def _decode(self, row: int, buffer: Buffer, k: int) -> None:
+    def _decode(self, row: int, buffer: ImageBuffer, k: int) -> None:
         """Bring what a row shows of its image into place k of a buffer."""
         if self.done[row] == UNREADABLE:
             return self.framing.blank(buffer, k)
@@ -221,14 +223,14 @@ class Filler:
             own, image = self.job.rows[row], self.job.images[row]
             place = None if own.part else self.framing.place_of(buffer, k, own.placement)
             levels = self._read(image) if place is None else self._read(image, place)
-            header, found = self.job.header_of(row), Kind.of(levels, own.placement)
+            header, found = self.job.header_of(row), ImageKind.of(levels, own.placement)
             same = (found.dtype, found.channels) == (str(DTYPE_OF[header.bits]), header.channels)
             if levels.shape[:2] != self.job.size_of(row) or not same:
                 raise DataError(f"{image} changed while features were made. Run the same command again.")
             self.framing.put(buffer, k, own.show(levels), own.placement)
         return None
 
-    def _finish(self, row: int, future: Future[None], buffer: Buffer, k: int) -> None:
+    def _finish(self, row: int, future: Future[None], buffer: ImageBuffer, k: int) -> None:
         """Wait for an image; a blank in its place (so that its block stays what it is) when it can't be read."""
         try:
             future.result()
@@ -240,7 +242,7 @@ class Filler:
             self.framing.blank(buffer, k)
 
     @torch.inference_mode()
-    def _compute(self, block: Block, buffer: Buffer, behind: "_WriteBehind") -> Computed:
+    def _compute(self, block: Block, buffer: ImageBuffer, behind: "_WriteBehind") -> Computed:
         """The features of a block in the stored dtype: on the host, or on their way there from a CUDA device."""
         start, stop = block
         wanted = np.flatnonzero(self.done[start:stop] == MISSING)
@@ -355,7 +357,7 @@ class _WriteBehind:
             self.busy.add("copying", block.marks.copied_from.elapsed_time(block.marks.copied) / 1000)
             check_finite(self.job, block)
         with self.busy.timing("writing"):
-            arrays = {name: stored_array(m) for name, m in block.maps.items()}
+            arrays = {name: as_stored(m) for name, m in block.maps.items()}
             for a, b in runs(block.wanted):
                 self.writer.write(block.start + a, {name: array[a:b] for name, array in arrays.items()})
             if self.waiting.empty():
@@ -386,6 +388,6 @@ def finite_rows(m: torch.Tensor) -> torch.Tensor:
     return (m.view(integer) & torch.iinfo(integer).max).amax((1, 2, 3)) < exponent
 
 
-def stored_array(m: torch.Tensor) -> NDArray:
+def as_stored(m: torch.Tensor) -> NDArray:
     """A map as the cache stores it; bf16 as the 16 bits it is made of."""
     return (m.view(torch.int16) if m.dtype == torch.bfloat16 else m).numpy()

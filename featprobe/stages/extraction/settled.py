@@ -22,10 +22,10 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions
 from featprobe.stages.workspace import Workspace
 
-VERSION = 1  # of what is kept; another is ignored
+LOOK_VERSION = 1  # of what is kept; another is ignored
 RACY_SECONDS = 2.0  # a file that changed so shortly before may change again and show the same time
 MOST_BYTES = 1 << 20  # of what is kept of one cache
-IDLE = ("batch_size", *OF_ONE_RUN)  # options that change no file
+CHANGE_NO_FILE = ("batch_size", *OF_ONE_RUN)  # options that change no file
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def ask(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extra
         "timm": version("timm"),
         "formats": sorted(point.name for point in entry_points(group=ENTRY_POINTS)),
         "data": [name, str(root.resolve()), workspace.data_options(data_name).get("classes")],
-        "options": {key: value for key, value in asdict(options).items() if key not in IDLE},
+        "options": {key: value for key, value in asdict(options).items() if key not in CHANGE_NO_FILE},
         "backbone": asdict(spec),
         "device": device,
     }
@@ -112,12 +112,12 @@ def _files(places: Sequence[Path]) -> Iterator[tuple[str, os.stat_result]]:
             waiting += reversed(inside)
 
 
-def settled(asked: Asked) -> Iterator[Settled]:
+def answers_to(asked: Asked) -> Iterator[Settled]:
     """The caches that were the answer to this; what can't be read, or is of another version, is ignored."""
     for kept in sorted(asked.folder.glob(".*.look")) if asked.listing else []:
         try:
             said: Any = read_json(kept, MOST_BYTES)
-            if (said["version"], said["request"], said["listing"]) == (VERSION, asked.request, asked.listing):
+            if (said["version"], said["request"], said["listing"]) == (LOOK_VERSION, asked.request, asked.listing):
                 path = asked.folder / f"{kept.name.removeprefix('.').removesuffix('.look')}.h5"
                 yield Settled(path, str(said["identity_sha256"]), tuple(map(str, said["notes"])))
         except (OSError, ValueError, KeyError, TypeError, FileKindError):
@@ -135,7 +135,7 @@ def keep(asked: Asked, cache: Cache, data: DataSet, notes: Sequence[str]) -> Non
     if not asked.listing or not ours or listing_of(asked.places) != asked.listing:
         return
     said = {
-        "version": VERSION,
+        "version": LOOK_VERSION,
         "request": asked.request,
         "listing": asked.listing,
         "identity_sha256": cache.contents.identity_sha256,

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,9 @@ from featprobe.cache import Cache, open_cache
 from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.fields import Fault, letter, wrong
+from featprobe.fields import Place as KeyPath
 from featprobe.geometry import parse_size
-from featprobe.kinds import KINDS, TrainRecipe, kinds_of
+from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.processes import check_together
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
@@ -45,7 +46,7 @@ class Study:
 
     data: tuple[str, ...]
     backbones: tuple[str, ...]
-    tasks: tuple[str, ...] = ("semseg",)
+    tasks: tuple[str, ...] = TASKS[:1]
     heads: tuple[str, ...] = ()
     regimes: tuple[str, ...] = ("frozen", "full")
     seeds: int = 3
@@ -86,12 +87,12 @@ class Study:
     def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
         """Whether the iterations of a kind of head are said, or to be found."""
         said = self.said(kind).get("iterations")
-        return None if said is None or kind == "ridge" else "auto" if said == AUTO else "fixed"
+        return None if said is None or KINDS[kind].solved else "auto" if said == AUTO else "fixed"
 
     def options(self, task: str, kind: str, regime: str) -> ProbeOptions:
         """How a head is probed in a regime; raises ProbeError for what can't be."""
         tuning = None if regime == "frozen" else Tuning(**{**self.tuning, "regime": regime})
-        solved = kind == "ridge"
+        solved = KINDS[kind].solved
         recipe = KINDS[kind].recipe if solved else self.recipe(kind)
         return checked(
             task,
@@ -165,21 +166,37 @@ def read_study(path: Path, workspace: Workspace) -> Study:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     faults = faults_of(Study, values)
-    bad = {fault.place[:1] for fault in faults}
-    good = {name: value for name, value in values.items() if (name,) not in bad}
-    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in good.items()}
-    faults += _missing_names(sides, workspace) + _senseless(sides)
-    if not faults:
-        study = Study(**sides)
-        faults = _untrainable(study, workspace)
+    bad = {fault.place for fault in faults}
+    sound = {} if () in bad else _sound(values, bad)
+    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in sound.items()}
+    faults += _missing_names(sides, workspace) + _senseless(sides, {place[:1] for place in bad})
+    wrong_keys = {str(step) for fault in faults for step in fault.place[:1]}
+    good = {name: value for name, value in sides.items() if name not in wrong_keys}
+    study = Study(**{"data": (), "backbones": (), **good})
+    if () not in bad:
+        faults += _untrainable(study, workspace, wrong_keys)
     if faults:
-        to_do = "Mend it, then run the same command again. All keys and what they mean:  featprobe study --template"
+        to_do = "Correct it, then run the same command again. All keys and what they mean:  featprobe study --template"
         raise DataError(letter(f"{path} can't be run. Nothing was computed.", faults, to_do))
     return study
 
 
+def _sound(value: Any, bad: Collection[KeyPath], place: KeyPath = ()) -> Any:
+    """A value of TOML without what stands at the bad places: a key is omitted, an entry of a list becomes None.
+
+    >>> _sound({"seeds": "x", "lr": [0.1, "y"]}, [("seeds",), ("lr", 1)])
+    {'lr': [0.1, None]}
+    """
+    if isinstance(value, dict):
+        kept = {key: inner for key, inner in value.items() if (*place, key) not in bad}
+        return {key: _sound(inner, bad, (*place, key)) for key, inner in kept.items()}
+    if isinstance(value, list):
+        return [None if (*place, i) in bad else _sound(inner, bad, (*place, i)) for i, inner in enumerate(value)]
+    return value
+
+
 def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault]:
-    """Names in the sides of a study, as far as they are of the right types, that stand for nothing."""
+    """Names that stand for nothing, in the values of a study that are of the right type."""
     checks: Mapping[str, Callable[[str], object]] = {
         "data": partial(_check_set, workspace),
         "backbones": partial(backbone_of, workspace),
@@ -190,32 +207,44 @@ def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault
         Fault((side, i), said)
         for side, check in checks.items()
         for i, name in enumerate(sides.get(side, ()))
-        if (said := _refusal(partial(check, name)))
+        if name is not None and (said := _refusal(partial(check, name)))
     ]
     said = _refusal(lambda: single_splits(SplitChoice.parse(sides["split"]))) if "split" in sides else ""
     return found + ([Fault(("split",), said)] if said else [])
 
 
 def _check_set(workspace: Workspace, name: str) -> None:
-    """Raise DataError where nothing is called so; unlike `data_root` it makes no set."""
+    """Raise DataError if no data set has this name; unlike `data_root`, it generates none."""
     if name not in workspace.data_names() and not os.path.exists(name):
         raise DataError(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
 
 
-def _senseless(sides: Mapping[str, Any]) -> list[Fault]:
-    """Heads that no task of a study has, and settings of trainings that can't be."""
+def _senseless(sides: Mapping[str, Any], bad: Collection[KeyPath]) -> list[Fault]:
+    """Heads that no task of a study has, and settings of trainings that can't be, in values of the right type.
+
+    bad: keys with another fault; what depends on such a key is not judged.
+    """
     tasks, found = sides.get("tasks", Study.tasks), []
-    for i, kind in enumerate(sides.get("heads", ())):
-        if not any(kind in kinds_of(task) for task in tasks):
+    for i, kind in enumerate(() if ("tasks",) in bad else sides.get("heads", ())):
+        if kind is not None and not any(kind in kinds_of(task) for task in tasks):
             known = "; ".join(f"of {task}: {', '.join(kinds_of(task))}" for task in tasks)
             found.append(wrong(("heads", i), f"heads of the tasks of this study, {known}", kind))
     for kind, values in sides.get("train", {}).items():
         usual = KINDS[kind].recipe if kind in KINDS else TrainRecipe()
-        own = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
-        said = _refusal(partial(replace, usual, **own))
-        found += [Fault(("train", kind), said)] if said else []
-    said = _refusal(partial(Tuning, **{**sides.get("tuning", {}), "regime": "full"}))
-    return found + ([Fault(("tuning",), said)] if said and "full" in sides.get("regimes", Study.regimes) else [])
+        settings = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
+        found += _wrong_settings(("train", kind), partial(replace, usual), settings)
+    if "full" in sides.get("regimes", Study.regimes):
+        settings = {name: value for name, value in sides.get("tuning", {}).items() if name != "regime"}
+        found += _wrong_settings(("tuning",), Tuning, settings)
+    return found
+
+
+def _wrong_settings(place: KeyPath, make: Callable[..., object], settings: Mapping[str, Any]) -> list[Fault]:
+    """Settings that can't be, each by itself; if there are none, those that can't be had together."""
+    refusals = {name: _refusal(partial(make, **{name: value})) for name, value in settings.items()}
+    found = [Fault((*place, name), said) for name, said in refusals.items() if said]
+    together = "" if found else _refusal(partial(make, **settings))
+    return [*found, Fault(place, together)] if together else found
 
 
 def _refusal(check: Callable[[], object]) -> str:
@@ -227,18 +256,28 @@ def _refusal(check: Callable[[], object]) -> str:
     return ""
 
 
-def _untrainable(study: Study, workspace: Workspace) -> list[Fault]:
-    """What of a study, whose every key is right by itself, can't be had together."""
-    grid = itertools.product(study.tasks, study.regimes)
-    cells = [(task, kind, regime) for task, regime in grid for kind in study.kinds(task)]
-    found = [_refusal(partial(study.options, *cell)) for cell in cells]
-    for place in places_of(study, workspace):
-        said = _refusal(place.options.check)
-        found.append(f"{place.data}: {said}" if said else "")
-    if not any(found) and study.choice.folds and climbing(study, cells_of(study, workspace)):
-        found.append("a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all")
-    if not any(found) and not cells_of(study, workspace):
-        found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
+OF_TRAININGS = {"tasks", "heads", "regimes", "seeds", "split", "lr", "weight_decay", "train", "tuning", "log"}
+OF_CACHES = {"data", "sizes", "tiles", "overlap", "empty_tiles", "views"}
+"""Keys that say how heads are trained, and how features are made."""
+
+
+def _untrainable(study: Study, workspace: Workspace, bad: Collection[str]) -> list[Fault]:
+    """What can't be had together, of keys that are right by themselves. bad: keys that are not, and are omitted."""
+    found = []
+    if OF_TRAININGS.isdisjoint(bad):
+        grid = itertools.product(study.tasks, study.regimes)
+        cells = [(task, kind, regime) for task, regime in grid for kind in study.kinds(task)]
+        found += [_refusal(partial(study.options, *cell)) for cell in cells]
+    if OF_CACHES.isdisjoint(bad):
+        for place in places_of(replace(study, backbones=("any",)), workspace):
+            said = _refusal(place.options.check)
+            found.append(f"{place.data}: {said}" if said else "")
+    if not bad and not any(found):
+        cells_left = cells_of(study, workspace)
+        if study.choice.folds and climbing(study, cells_left):
+            found = ["a cross-validation finds no number of iterations: add iterations = 400 under train.all"]
+        elif not cells_left:
+            found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
     return [Fault((), said) for said in dict.fromkeys(found) if said]
 
 
@@ -279,7 +318,7 @@ def left_out(study: Study, workspace: Workspace) -> list[str]:
 def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
     """Every training of a study, those of one cache together, less those that are `left_out`.
 
-    Ridge, which has no other regime, is in the frozen one.
+    A head that is solved is in the frozen regime alone: it has no other.
     """
     splits = single_splits(study.choice)
     return [
@@ -287,9 +326,9 @@ def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
         for place in places_of(study, workspace)
         for task, regime in itertools.product(study.tasks, study.regimes)
         for kind in study.kinds(task)
-        if (kind != "ridge" or regime == "frozen") and not _why_not(study, place, regime)
+        if (regime == "frozen" or not KINDS[kind].solved) and not _why_not(study, place, regime)
         for fraction, seed, split in itertools.product(study.fractions, range(study.seeds), splits)
-        if seed == 0 or kind != "ridge" or fraction < 1
+        if seed == 0 or fraction < 1 or not KINDS[kind].solved
     ]
 
 
@@ -301,7 +340,7 @@ def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
     return groups
 
 
-def run_study(
+def run_grid(
     workspace: Workspace,
     study: Study,
     say: Say = lambda line: None,
@@ -394,7 +433,7 @@ def run_cells(
     dry_run: bool = False,
     verify: bool = False,
 ) -> StudyReport:
-    """Train the cells of one cache that are not there yet, one after another; see `run_study`."""
+    """Train the cells of one cache that are not there yet, one after another; see `run_grid`."""
     rows: list[dict[str, Any]] = []
     failed: list[tuple[Cell, str]] = []
     notes: list[str] = []

@@ -9,6 +9,7 @@ from typing import Any
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
+from featprobe.kinds import TASKS
 from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
@@ -93,7 +94,7 @@ def finetune(
         say = say if is_main() else lambda line: None
         if extract:
             named = bool(task or data or backbones)
-            needed = labels_for(task or "semseg", _checked(task or "semseg", options)) if named else None
+            needed = labels_for(task or TASKS[0], _checked(task or TASKS[0], options)) if named else None
             how = extraction(options)
             data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
             if lacking:
@@ -113,7 +114,7 @@ def _finetune(
 ) -> ProbeReport:
     check_logs(options.log)
     if task or data or backbones:
-        wanted, notes = _asked_for(workspace, task or "semseg", data, backbones, options)
+        wanted, notes = _asked_for(workspace, task or TASKS[0], data, backbones, options)
     else:
         wanted, notes = missing_counterparts(workspace, options)
     alike = {one.alike: one.ladder(workspace) for one in wanted}

@@ -12,10 +12,9 @@ from featprobe.kinds import TrainRecipe
 from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
 from featprobe.stages.memory import largest_that_fits
-from featprobe.stages.row_images import images_of, rows_of
+from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.training.prepared import Prepared, Trial, placed, tuned
-from featprobe.stages.training.sources import Source
-from featprobe.stages.training.task import scored_here
+from featprobe.stages.training.task import Source, scored_here
 from featprobe.stages.training.training import Training
 
 REHEARSED = 3  # training steps that are timed before training starts, the first not counted
@@ -49,7 +48,7 @@ def foresee(prepared: Prepared, trials: Sequence[Trial], source: Source) -> Fore
         parameter.grad = None
     moving.eval()
     val = prepared.rows["val"]
-    few = rows_of(prepared.cache, val, images_of(prepared.cache, val[:4]))  # whole images
+    few = rows_showing(prepared.cache, val, images_of(prepared.cache, val[:4]))  # whole images
     begun = time.perf_counter()
     prepared.evaluate(together, source, few)
     evaluation = (time.perf_counter() - begun) * len(scored_here(prepared.cache, val)) / len(few)

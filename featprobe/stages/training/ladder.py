@@ -22,8 +22,8 @@ from featprobe.processes import from_main, is_main
 from featprobe.result_rows import ResultRow, ladder_faults
 from featprobe.scores import SCORES
 from featprobe.specs import digest
+from featprobe.stages.commands import level_command
 from featprobe.stages.partition import Partition
-from featprobe.stages.training.commands import level_command
 from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
 from featprobe.stages.training.run import Say, foreseen, validated

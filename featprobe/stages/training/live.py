@@ -25,17 +25,17 @@ from featprobe.probes import ObjectTarget, execution
 from featprobe.processes import own_part
 from featprobe.specs import Rows
 from featprobe.stages.extraction.augment import (
-    Plan,
-    View,
+    FramedImage,
+    ViewPlan,
     augment,
     draw_image,
     draw_labels,
     draw_objects,
-    mean_of,
+    padding_of,
     plan_view,
 )
 from featprobe.stages.extraction.crops import Augmentation
-from featprobe.stages.extraction.frames import Buffer, Framing, Kind, Layout
+from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
 from featprobe.targets import Instance, Labels
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class Raw:
     plan: None for all of it, framed as extraction frames it; buffer: else of the crop alone. labels: of the crop.
     """
 
-    buffer: Buffer
+    buffer: ImageBuffer
     content: Size
-    plan: Plan | None = None
+    plan: ViewPlan | None = None
     labels: Tensor | None = None
     objects: ObjectTarget | None = None
 
@@ -140,7 +140,7 @@ class LiveFeatures:
         self._whole = fits and bool((cache.rows.content == cache.recipe.frame).all())
         there = execution.whole_batches(device) and device.type != "mps"  # which has no float64
         self.framing = Framing(cache.recipe, device) if there else None
-        self._padding = mean_of(cache.recipe, device)
+        self._padding = padding_of(cache.recipe, device)
         self._float32 = ExitStack()
         self._images = _RowImages(cache)
 
@@ -180,10 +180,10 @@ class LiveFeatures:
             yield Views(rows, torch.stack(labels) if labels else None, objects or None), self._features(views)
 
     def _ahead(
-        self, parts: Iterable[tuple[Rows, int]], work: Callable[[int, int, int], View | Raw], first: int
-    ) -> Iterator[tuple[Rows, list[View]]]:
+        self, parts: Iterable[tuple[Rows, int]], work: Callable[[int, int, int], FramedImage | Raw], first: int
+    ) -> Iterator[tuple[Rows, list[FramedImage]]]:
         """Batches whose images are made ahead, by threads. parts: rows, and the place of the first in its batch."""
-        waiting: deque[tuple[Rows, list[Future[View | Raw]]]] = deque()
+        waiting: deque[tuple[Rows, list[Future[FramedImage | Raw]]]] = deque()
         try:
             for number, (rows, start) in enumerate(parts, first):
                 jobs = [partial(work, row, number, place) for place, row in enumerate(rows.tolist(), start)]
@@ -199,17 +199,17 @@ class LiveFeatures:
                 for future in futures:
                     future.cancel()
 
-    def _framed(self, row: int) -> View | Raw:
+    def _framed(self, row: int) -> FramedImage | Raw:
         placement = self.cache.rows.placement(row)
         levels = self._images.levels(row)
         if self.framing is not None:
-            buffer = self._buffer(self.framing.layout([Kind.of(levels, placement)]), placement.frame)
+            buffer = self._buffer(self.framing.layout([ImageKind.of(levels, placement)]), placement.frame)
             self.framing.put(buffer, 0, levels, placement)
             return Raw(buffer, placement.content)
         image = frame_image(levels, placement, self.cache.recipe)
-        return View(torch.from_numpy(image), placement.content, None, None)
+        return FramedImage(torch.from_numpy(image), placement.content, None, None)
 
-    def _augmented(self, row: int, number: int, place: int) -> View | Raw:
+    def _augmented(self, row: int, number: int, place: int) -> FramedImage | Raw:
         assert self.augmentation is not None
         recipe, (labels, instances), levels = self.cache.recipe, self.truth(row), self._images.levels(row)
         random = np.random.default_rng([self.seed, number, place])
@@ -222,11 +222,11 @@ class LiveFeatures:
         objects = None if instances is None else draw_objects(instances, size, plan, masks=self.masks)
         return Raw(self._crop_of(levels, plan), plan.placement.content, plan, seen, objects)
 
-    def _crop_of(self, levels: Levels, plan: Plan) -> Buffer:
+    def _crop_of(self, levels: Levels, plan: ViewPlan) -> ImageBuffer:
         """The crop of an image in page-locked memory: its raw levels where the device can stretch them."""
         recipe, crop = self.cache.recipe, plan.cut(levels)
         whole = Placement(crop.shape[:2], crop.shape[:2], crop.shape[:2])
-        layout = self._framer.layout([Kind.of(crop, whole)])
+        layout = self._framer.layout([ImageKind.of(crop, whole)])
         buffer = self._buffer(layout, whole.frame)
         if layout.raw:
             window = image_window(levels, recipe.policy) if recipe.policy.image else None
@@ -236,9 +236,9 @@ class LiveFeatures:
             buffer.levels[0] = unit if unit.ndim == 2 else unit.transpose(2, 0, 1)
         return buffer
 
-    def _buffer(self, layout: Layout, size: Size) -> Buffer:
+    def _buffer(self, layout: Layout, size: Size) -> ImageBuffer:
         """Memory for an image; torch keeps page-locked memory that was given back, and hands it out again."""
-        buffer = Buffer(1, layout.image_bytes(size), self.device)
+        buffer = ImageBuffer(1, layout.image_bytes(size), self.device)
         buffer.begin(1, layout, size)
         return buffer
 
@@ -248,20 +248,20 @@ class LiveFeatures:
         place.numpy()[:] = values
         return place
 
-    def _drawn(self, image: View | Raw) -> View:
+    def _drawn(self, image: FramedImage | Raw) -> FramedImage:
         """A view on the device of what a thread has left there; nothing here waits for the device."""
         match image:
-            case View():
+            case FramedImage():
                 return image
             case Raw():
                 buffer, plan = image.buffer, image.plan
         if plan is None:
-            return View(self._framer.images(buffer)[0], image.content, None, None)
+            return FramedImage(self._framer.images(buffer)[0], image.content, None, None)
         crop = self._framer.unit(buffer)[0][0]
         shown = draw_image(crop, plan, self.cache.recipe.interpolation, self._padding)
         labels = None if image.labels is None else image.labels.to(self.device, non_blocking=True)
         seen = None if labels is None else draw_labels(labels, plan)
-        return View(shown, image.content, seen, image.objects)
+        return FramedImage(shown, image.content, seen, image.objects)
 
     @property
     def _framer(self) -> Framing:
@@ -269,7 +269,7 @@ class LiveFeatures:
         assert self.framing is not None
         return self.framing
 
-    def _features(self, views: Sequence[View]) -> Features:
+    def _features(self, views: Sequence[FramedImage]) -> Features:
         """Features of a batch of framed images, on the device."""
         images = torch.stack([view.image for view in views]).to(self.device)  # (batch, 3, height, width)
         content = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featprobe.datasets.images.reading import hash_image, read_levels, to_unit
+from featprobe.datasets.images.reading import hash_image, read_levels, unit_of
 from featprobe.disk import remove_leftovers
 from featprobe.errors import DataError
 from featprobe.probes import Head, append_row, make_folder, plain, save_head
@@ -15,13 +15,12 @@ from featprobe.processes import from_main, is_main
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import CacheDtype
 from featprobe.stages.extraction.run_log import extraction_seconds
-from featprobe.stages.row_images import images_of, rows_of
+from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
 from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
 from featprobe.stages.training.records import card_of, curve_json, row_of
-from featprobe.stages.training.sources import Source
-from featprobe.stages.training.task import Outcome, spread_over
+from featprobe.stages.training.task import Outcome, Source, spread_over
 from featprobe.stages.training.training import Training
 
 
@@ -145,11 +144,11 @@ def draw_sheet(finished: Finished, count: int) -> Path:
         test = prepared.rows["test"]
         chosen = spread_over(images_of(cache, test), prepared.task.fullness, count)
         panels = []
-        for image, draw in prepared.task.panels(head, source.batches, rows_of(cache, test, chosen)):
+        for image, draw in prepared.task.panels(head, source.batches, rows_showing(cache, test, chosen)):
             path = Path(cache.data.root) / cache.images.texts["image"][image]
             if hash_image(path) != cache.images.texts["image_hash"][image]:
                 raise DataError(f"{path} is not the image that {cache.path} was made from")
-            pixels = to_unit(read_levels(path), cache.recipe.window, cache.recipe.policy)
+            pixels = unit_of(read_levels(path), cache.recipe)
             panels.append((cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
     path = training.folder / f"seed{training.seeds[0]}" / "sheet.png"
     save_sheet(path, panels, ["image", "truth", f"prediction ({cache.recipe.label})"], cache.data.classes)

@@ -163,7 +163,7 @@ def check(
         classes=data.classes,
         tasks=data.tasks,
         images=len(data.samples),
-        instances=sum(len(f.objects) for f in found) if "detect" in data.tasks else None,
+        instances=sum(len(f.objects) for f in found) if data.has_objects else None,
         splits=splits,
         sizes=(sizes[0], sizes[-1]) if sizes else None,
         depths=dict(Counter(f.depth for f in found if f.depth)),
@@ -271,7 +271,7 @@ def _of_split(data: DataSet, found: Sequence[Looked], split: str) -> dict[str, A
             name: {
                 "images": holding[i] if i else None,
                 "instances": objects[i] if i and "detect" in data.tasks else None,
-                "pixels": float(labelled[i] / max(1, labelled.sum())) if "semseg" in data.tasks else None,
+                "pixels": float(labelled[i] / max(1, labelled.sum())) if data.has_masks else None,
             }
             for i, name in enumerate(data.classes)
         },

@@ -116,7 +116,7 @@ def _regions(labels: Labels, inside: np.ndarray) -> list[Annotation]:
 
 def _categories(data: DataSet, used: set[int]) -> list[dict[str, Any]]:
     """COCO's categories, numbered as the classes are; the background only where it has a say."""
-    thing = {} if "detect" in data.tasks else {"isthing": 0}
+    thing = {} if data.has_objects else {"isthing": 0}
     categories = [{"id": i, "name": name, **thing} for i, name in enumerate(data.classes) if i]
     if data.classes[0] != "background" or 0 in used or "background" in map(str.lower, data.classes[1:]):
         categories.insert(0, {"id": 0, "name": data.classes[0], "background": True})

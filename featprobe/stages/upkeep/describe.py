@@ -104,8 +104,8 @@ def summarise(data: DataSet) -> DataSummary:
         groups={split: len({s.group for s in data.in_split(split)}) for split in splits},
         sizes=(min(sizes), max(sizes)),
         depth=headers[0].bits,
-        pixels=dict(zip(data.classes, shares, strict=True)) if "semseg" in data.tasks else None,
-        instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if "detect" in data.tasks else None,
+        pixels=dict(zip(data.classes, shares, strict=True)) if data.has_masks else None,
+        instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if data.has_objects else None,
         notes=(
             *data.notes,
             *pixel_notes([(sample.id, header) for sample, header in zip(data.samples, headers, strict=True)]),

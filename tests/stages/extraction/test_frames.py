@@ -19,7 +19,7 @@ from featprobe.datasets.images.reading import frame_image, header_of, image_size
 from featprobe.geometry import Part, Placement, place, place_tile
 from featprobe.intensity import Intensity
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.extraction.frames import Buffer, Framing, Kind
+from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind
 
 DATA = Path(os.environ.get("FEATPROBE_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
 MEAN = (0.485, 0.456, 0.406)
@@ -83,11 +83,14 @@ def test_any_levels_under_any_policy(dtype: str, policy: str, seed: int) -> None
 def test_a_batch_goes_raw_wherever_the_device_can_do_the_rest() -> None:
     small, whole = Placement((9, 9), (9, 9), (32, 32)), Placement((64, 64), (32, 32), (32, 32))
 
-    def raw(policy: str, *kinds: Kind) -> bool:
+    def raw(policy: str, *kinds: ImageKind) -> bool:
         return Framing(recipe_with(policy), CPU).layout(kinds).raw
 
-    eight, deep, fractions = (Kind(dtype, 1, False, False) for dtype in ("uint8", "uint16", "float32"))
-    assert Kind.of(np.zeros((9, 9), np.uint8), small) == eight and Kind.of(np.zeros((64, 64), np.uint8), whole).resized
+    eight, deep, fractions = (ImageKind(dtype, 1, False, False) for dtype in ("uint8", "uint16", "float32"))
+    assert (
+        ImageKind.of(np.zeros((9, 9), np.uint8), small) == eight
+        and ImageKind.of(np.zeros((64, 64), np.uint8), whole).resized
+    )
     assert (
         raw("none", eight)
         and raw("window:1:9:log", deep)
@@ -103,11 +106,11 @@ def test_a_batch_goes_raw_wherever_the_device_can_do_the_rest() -> None:
 def test_a_buffer_that_is_used_again_keeps_nothing_of_the_batch_before() -> None:
     rng = np.random.default_rng(0)
     framing = Framing(recipe_with("none"), CPU)
-    buffer = Buffer(3, 32 * 32 * 3 * 4, CPU)
+    buffer = ImageBuffer(3, 32 * 32 * 3 * 4, CPU)
     for images, side, channels in ((3, 32, 3), (2, 9, 1), (3, 20, 3), (1, 1, 1)):
         levels = [levels_of(rng, "uint8", (side, side, 3) if channels == 3 else (side, side)) for _ in range(images)]
         placement = Placement((side, side), (side, side), (32, 32))
-        buffer.begin(images, framing.layout([Kind.of(own, placement) for own in levels]), (32, 32))
+        buffer.begin(images, framing.layout([ImageKind.of(own, placement) for own in levels]), (32, 32))
         for k, own in enumerate(levels):
             framing.put(buffer, k, own, placement)
         found = framing.images(buffer).numpy()
@@ -173,8 +176,8 @@ def test_real_images_in_buffers_are_framed_as_on_the_host(size: tuple[int, int],
     for paths in by_bits.values():
         placements = [place(image_size(path), size, fit, 32) for path in paths]
         framing = Framing(recipe_with("none", placements[0].frame), CPU)
-        layout = framing.layout([Kind.of(header_of(p), own) for p, own in zip(paths, placements, strict=True)])
-        buffer = Buffer(len(paths), layout.image_bytes(framing.frame), CPU)
+        layout = framing.layout([ImageKind.of(header_of(p), own) for p, own in zip(paths, placements, strict=True)])
+        buffer = ImageBuffer(len(paths), layout.image_bytes(framing.frame), CPU)
         buffer.begin(len(paths), layout, framing.frame)
         for k, (path, own) in enumerate(zip(paths, placements, strict=True)):
             framing.put(buffer, k, read_levels(path, framing.place_of(buffer, k, own)), own)

@@ -1,0 +1,38 @@
+"""What a backbone computes in training, as torch compiles it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from featprobe.backbones.models import first_line
+from featprobe.errors import BackboneError
+
+Maps = Callable[[nn.Module, Tensor], list[Tensor]]
+
+
+class Compiled:
+    """A function of a model and its images that is compiled when it is first called. name: of the model, for errors."""
+
+    def __init__(self, name: str, function: Maps) -> None:
+        self.name, self.function = name, function
+        self._compiled: Maps | None = None
+
+    def __call__(self, model: nn.Module, images: Tensor) -> list[Tensor]:
+        """What the function gives; raises BackboneError where torch can't compile it, which the first call shows."""
+        if self._compiled is not None:
+            return self._compiled(model, images)
+        compiled: Maps = torch.compile(self.function)
+        try:
+            found = compiled(model, images)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler that is not there, or that gives up, raises many kinds
+            raise BackboneError(
+                f"torch can't compile {self.name} here. Nothing was trained.\n"
+                f"  wanted  what torch.compile needs: a C++ compiler, and Triton for CUDA\n"
+                f"  found   {type(error).__name__}: {first_line(error)}\n"
+                "Omit --compile: it changes the speed alone."
+            ) from error
+        self._compiled = compiled
+        return found
