@@ -18,9 +18,9 @@ WHOLE = ("features", "backbone", "data", "result", "curve", "versions")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The values in which features must agree with those that a head was trained on: fields of FeatureRecipe.
+    """The values, fields of FeatureRecipe, in which features must agree with those that a head was trained on.
 
-    A field with a default may be missing: the recipe does not keep its usual value.
+    A field with a default may be missing, where the recipe does not keep its usual value.
     """
 
     backbone: str
