@@ -28,6 +28,7 @@ _PUBLIC = {
     "open_cache": "featprobe.cache",
     "predict": "featprobe.stages.predict",
     "probe": "featprobe.stages.training.probe",
+    "run_study": "featprobe.stages.study.run_study",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -139,7 +139,7 @@ def _listed(names: Sequence[str]) -> str:
 def _misfits_of_table(value: object, wanted: type, place: Place) -> list[Fault]:
     if not isinstance(value, Mapping):
         return [wrong(place, "a table", value)]
-    hints = get_type_hints(wanted)
+    hints = _hints(wanted)
     faults = [unknown((*place, str(key)), list(hints), list(map(str, value))) for key in value if key not in hints]
     needed = [field.name for field in fields(wanted) if field.default is MISSING and field.default_factory is MISSING]
     faults += [Fault((*place, name), MISSING_FIELD) for name in needed if name not in value]

@@ -4,7 +4,7 @@ A new kind is a row of KINDS here and a builder in `featprobe.probes.heads`; opt
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from featprobe.errors import ProbeError, nearest
@@ -13,6 +13,7 @@ from featprobe.fields import made
 PyramidKind = Literal["auto", "levels", "simple"]
 LOSSES = ("ce", "dice", "focal")
 MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
+SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the user says nothing
 
 
 def parse_loss(text: str) -> tuple[str, ...]:
@@ -84,34 +85,36 @@ class TrainRecipe:
 class HeadKind:
     """A kind of head.
 
-    task: what it is for. recipe: how it is trained where the user says nothing. width: channels of its pyramid where
-    the user says nothing, 0 for a head without a pyramid. solved: it has a closed form, so nothing is trained: it
-    has no iterations and no rates to try, one seed says it all, and it can't be fine-tuned.
+    task: what it is for. recipe: how it is trained where the user says nothing. width: channels of its pyramid or
+    hidden layer where the user says nothing, 0 for a head that has neither. pyramid: it stands on a feature pyramid,
+    whose form can be chosen. solved: it has a closed form, so nothing is trained: it has no iterations and no rates to
+    try, one seed says it all, and it can't be fine-tuned.
     """
 
     task: str
     name: str
     recipe: TrainRecipe
     width: int = 0
+    pyramid: bool = False
     solved: bool = False
 
 
+OBJECTS = TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4)
+"""How heads that find objects are trained."""
 KINDS: Mapping[str, HeadKind] = {
     kind.name: kind
     for kind in (
         HeadKind("semseg", "linear", TrainRecipe(loss_at="image")),
-        HeadKind("semseg", "upsample", TrainRecipe(iterations=300, batch_size=8, lr=1e-3), 128),
+        HeadKind("semseg", "upsample", TrainRecipe(iterations=300, batch_size=8, lr=1e-3), 128, pyramid=True),
         HeadKind("semseg", "ridge", TrainRecipe(iterations=1, evaluations=1, weights_from="end"), solved=True),
-        HeadKind("detect", "fcos", TrainRecipe(iterations=400, batch_size=8, lr=2e-3, clip=10.0, evaluations=4), 64),
-        HeadKind(
-            "detect", "fasterrcnn", TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4), 64
-        ),
-        HeadKind(
-            "instseg", "maskrcnn", TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4), 64
-        ),
+        HeadKind("detect", "fcos", replace(OBJECTS, iterations=400, batch_size=8, lr=2e-3), 64, pyramid=True),
+        HeadKind("detect", "fasterrcnn", OBJECTS, 64, pyramid=True),
+        HeadKind("instseg", "maskrcnn", OBJECTS, 64, pyramid=True),
     )
 }
 """By name; the first kind of a task is its default."""
+SOLVED: tuple[str, ...] = tuple(kind.name for kind in KINDS.values() if kind.solved)
+"""Kinds with a closed form."""
 TASKS: tuple[str, ...] = tuple(dict.fromkeys(kind.task for kind in KINDS.values()))
 """The first is the default."""
 

@@ -113,6 +113,17 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def minutes_text(seconds: float, most: float | None = None) -> str:
+    """A predicted time, from seconds to `most` seconds, for people, who need no more of less than a minute.
+
+    >>> minutes_text(90), minutes_text(20, 90), minutes_text(2)
+    ('about 1.5 min', 'about 0.3 to 1.5 min', 'under a minute')
+    """
+    if (seconds if most is None else most) < 60:
+        return "under a minute"
+    return f"about {seconds / 60:.1f}{'' if most is None else f' to {most / 60:.1f}'} min"
+
+
 def human_bytes(count: float) -> str:
     """A number of bytes as text, in decimal units.
 

@@ -206,6 +206,11 @@ class ResultRow:
         faults = result_faults(row)
         if faults:
             raise FieldError(letter("A result row has wrong fields.", faults), faults)
+        return cls.from_checked(row)
+
+    @classmethod
+    def from_checked(cls, row: Mapping[str, Any]) -> "ResultRow":
+        """The same for a row in which `result_faults` has found nothing, as that of a card that was read."""
         made: ResultRow = built(cls, {**row, "recipe": TrainRecipe.from_json(row["recipe"])})
         return made
 

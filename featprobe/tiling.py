@@ -7,7 +7,7 @@ from typing import Any
 
 import xxhash
 
-from featprobe.errors import DataError
+from featprobe.errors import DataError, nearest
 from featprobe.geometry import MOST_SIDE, TURNS, Fit
 
 
@@ -111,8 +111,10 @@ def parse_views(text: str) -> tuple[str, ...]:
     wrong = [view for view in views if view not in TURNS and not re.fullmatch(r"crop:[1-9]\d*", view)]
     kinds = [view.split(":")[0] for view in views]
     if wrong or not views or len(set(kinds)) < len(kinds):
+        guesses = [nearest(view, [*TURNS, "crop:N", "none"]).partition("Known:")[0].strip() for view in wrong]
+        close = " ".join(guess for guess in guesses if guess)
         raise DataError(
-            f"{text!r} are no views of training images.\n"
+            f"{text!r} are no views of training images.{f' {close}' if close else ''}\n"
             f"  wanted  none, or each at most once: {', '.join(TURNS)}, and crop:N for N random crops\n"
             f"  found   {', '.join(wrong or kinds) or 'nothing'}"
         )

@@ -239,15 +239,15 @@ def test_the_block_about_python_calls_functions_as_they_are(tmp_path: Path, monk
         def bind(*args: object, **kwargs: object) -> SimpleNamespace:
             signature.bind(*args, **kwargs)
             called.append(name)
-            return SimpleNamespace(path="cache.h5", rows=[{"folder": "head"}])
+            return SimpleNamespace(path="cache.h5", rows=[{"folder": "head"}], page=None)
 
         return bind
 
-    for name in ("extract", "probe", "finetune", "open_cache", "predict"):
+    for name in ("extract", "probe", "finetune", "open_cache", "predict", "run_study"):
         monkeypatch.setattr(featprobe, name, stand_in(name))
     code = FENCED.findall(text_of(DOCS / "from-python.md"))[0][1]
     exec(compile(code, "from-python.md", "exec"), {})
-    assert called == ["extract", "open_cache", "probe", "finetune", "probe", "predict"]
+    assert called == ["extract", "open_cache", "probe", "finetune", "probe", "predict", "run_study"]
 
 
 def test_the_page_about_python_names_every_public_name() -> None:

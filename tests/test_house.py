@@ -112,9 +112,25 @@ def test_no_module_name_is_doubled() -> None:
 
 
 def test_a_split_is_parsed_where_its_text_enters() -> None:
-    doors = {"cli", "result_rows.py", "stages/study/study_file.py", "stages/workspace.py"}
+    """From a result row, or from what a user says of a training, of a study, of a split to write; splitting.py has
+    examples."""
+    options = {"stages/training/probe_options.py", "stages/study/study_file.py", "stages/upkeep/describe.py"}
+    doors = {"cli", "result_rows.py", "splitting.py", *options}
     calls = {file for file in TREES if re.search(r"SplitChoice\.parse\(", (PACKAGE / file).read_text())}
     assert {file for file in calls if not {file, file.split("/")[0]} & doors} == set()
+
+
+CONTRACTS = ("Segmentation", "Detection", "FeatureLoader", "LiveFeatures", "\\w*Head")
+"""Classes that are known by what they define (task.Task, sources.Source, probes/head.py), and not by their names."""
+
+
+def test_tasks_sources_and_heads_are_used_by_their_contracts() -> None:
+    """head.py and bank.py say which heads can be computed at once."""
+    asked = re.compile(rf"isinstance\([^()]*, *\(?[^()]*\b({'|'.join(CONTRACTS)})\b")
+    files = {file: (PACKAGE / file).read_text() for file in TREES}
+    assert {file for file, text in files.items() if asked.search(text)} <= {"probes/head.py"}
+    assert {file for file, text in files.items() if re.search(r"[gh](et|as)attr\(\w*(head|task)\b", text)} == set()
+    assert {file for file, text in files.items() if "# type: ignore" in text and file.startswith("probes/")} == set()
 
 
 def test_an_extraction_option_is_written_in_few_modules() -> None:

@@ -29,6 +29,7 @@ CHOSEN = {
     "open_cache",
     "predict",
     "probe",
+    "run_study",
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featprobe.cli.help import InOrder
 from featprobe.cli.options import (
     as_json,
     columns,
@@ -19,17 +20,19 @@ from featprobe.cli.options import (
     workspace_of,
 )
 from featprobe.errors import FeatprobeError, counted
+from featprobe.kinds import SEEDS, SOLVED, TASKS, kinds_of
 
 if TYPE_CHECKING:
     from featprobe.cache import Damage
     from featprobe.stages.comparison.audit import Audit
 
 FEW_ROWS = 5  # that are named in one line
+AUDITED = (kinds_of(TASKS[0])[0], *SOLVED)
 
 
-@click.group()
+@click.group(cls=InOrder)
 def cache() -> None:
-    """Look after feature caches: list, describe, verify, upgrade, remove.
+    """List, describe, verify, upgrade or remove feature caches.
 
     \b
     Example:
@@ -85,7 +88,9 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
 @as_json
 @click.pass_context
 def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
-    """Describe caches: recipe, levels, data set, provenance. NAME: a path, or part of a file's name.
+    """Describe caches: recipe, levels, data set, origin.
+
+    NAME is a path, the name of a data set, or a part of a file name.
 
     \b
     Example:
@@ -127,14 +132,18 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
 
 @cache.command("verify")
 @click.argument("name", required=False)
-@click.option("--hdf5", is_flag=True, help="Open files through HDF5 too, which must see what their headers say.")
+@click.option(
+    "--hdf5", is_flag=True, help="Also open files through HDF5, and compare what it finds with their headers."
+)
 @quiet
 @as_json
 @click.pass_context
 def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, json_: bool) -> None:
-    """Hash every row, level and target again; exit code 3 when something is bad.
+    """Find damaged bytes in caches.
 
-    Rows whose features are bad are marked missing, so that `extract` computes exactly those anew.
+    It computes the hash of every row, level and target again. If something is damaged, the exit code is 3, and rows
+    with damaged features are marked as missing, so that `extract` computes only these again. NAME is a path, the name
+    of a data set, or a part of a file name; without it, all caches are checked.
 
     \b
     Example:
@@ -159,10 +168,11 @@ def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, 
 @quiet
 @click.pass_context
 def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> None:
-    """Copy caches of older versions into the newest, each under its own name. NAME: as of `cache info`.
+    """Bring caches of older versions to the newest version.
 
-    Nothing is computed: rows keep their states and checksums, and heads stay as good as they were. A damaged file is
-    refused and stays as it is.
+    Each file is copied and then replaced. Nothing is computed again, and heads that were trained on it can still be
+    used. A damaged file is refused and stays as it is. NAME is a path, the name of a data set, or a part of a file
+    name.
 
     \b
     Example:
@@ -181,21 +191,27 @@ def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> No
 @click.argument("name")
 @click.option(
     "--heads",
-    default="linear,ridge",
+    metavar="LIST",
+    default=",".join(AUDITED),
     show_default=True,
-    help="Heads whose validation score is compared, separated by commas, or none.",
+    help="Heads to compare, separated by commas, or none.",
 )
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Of the linear head.")
-@click.option("--iterations", type=click.IntRange(1), help="Of the linear head.  [default: its own]")
+@click.option(
+    "--seeds", type=click.IntRange(1), metavar="N", default=SEEDS, show_default=True, help="How many seeds per head."
+)
+@click.option(
+    "--iterations", type=click.IntRange(1), metavar="N", help="How many training steps.  [default: as in `probe`]"
+)
 @device
 @quiet
 @as_json
 @click.pass_context
 def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> None:
-    """Say what int8 costs: bytes, error of each level, validation score of heads.
+    """Measure what int8 would save and cost.
 
-    The features of a cache of fp16, fp32 or bf16 are brought to int8 in memory; no file is written, and test is not
-    looked at. NAME: a path, or part of a file's name.
+    It converts the features of a cache of fp16, fp32 or bf16 to int8 in memory, and reports the bytes, the error of
+    each level and the validation scores of heads. It writes no file and does not use the test split. NAME is a path,
+    the name of a data set, or a part of a file name.
 
     \b
     Example:
@@ -217,10 +233,12 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
 
 @cache.command("rm")
 @click.argument("name")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @click.pass_context
 def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
-    """Delete caches. NAME: a path, or part of a file's name.
+    """Delete caches.
+
+    NAME is a path, the name of a data set, or a part of a file name. The command asks first.
 
     \b
     Example:
@@ -234,7 +252,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
         echo(f"{path}  {human_bytes(path.stat().st_size)}")
     if not yes:
         click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
-    echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} set free")
+    echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} freed")
 
 
 def _version_text(version: int) -> str:
@@ -244,7 +262,7 @@ def _version_text(version: int) -> str:
 
 
 def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
-    """What was found in a file, what became of it, and what to do."""
+    """What was found in a file, what was done, and what to do."""
     from featprobe.stages.upkeep.caches import describe_cache
 
     lines = [f"  row {one.row} {one.id}: {one.part}" if one.row >= 0 else f"  {one.part}" for one in damages]
@@ -260,10 +278,10 @@ def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
             lines.append(
                 f"  {'row' if one else f'{len(rows)} rows:'} {few} {'is' if one else 'are'} now marked as missing"
             )
-        return "\n".join([f"{path}: {len(damages)} bad", *lines, f"  Mend it: {now['command']}"])
+        return "\n".join([f"{path}: {len(damages)} bad", *lines, f"  To repair it, run:  {now['command']}"])
     if missing := now["missing"]:
         lack = f"{missing} of {counted(now['rows'], 'row')} {'is' if missing == 1 else 'are'} missing"
-        return f"{path}: sound, but {lack}: finish it: {now['command']}"
+        return f"{path}: sound, but {lack}. To finish it, run:  {now['command']}"
     return f"{path}: sound"
 
 

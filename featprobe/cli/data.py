@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from featprobe.cli.help import InOrder
 from featprobe.cli.options import (
     as_json,
     columns,
@@ -31,10 +32,22 @@ if TYPE_CHECKING:
     from featprobe.stages.workspace import Workspace
 
 
-@click.group(invoke_without_command=True)
+few_workers = click.option(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    default=2,
+    show_default=True,
+    help="How many threads decode images.",
+)
+
+
+@click.group(cls=InOrder, invoke_without_command=True)
 @click.pass_context
 def data(ctx: click.Context) -> None:
-    """List data sets; describe, check, draw, split or convert one.
+    """List, describe, check, draw, split or convert data sets.
+
+    Without a command, it lists the data sets that can be named here.
 
     \b
     Example:
@@ -56,9 +69,9 @@ def data(ctx: click.Context) -> None:
         for name in workspace.data_names()
     ]
     echo(columns(rows, ("name", "path", "from")))
-    echo(f"A path serves as well, to one of the formats {', '.join([*FORMATS, *added])}.")
-    for letter in broken:
-        echo(f"warning: {letter}", err=True)
+    echo(f"A path works too, if its data set has one of these formats: {', '.join([*FORMATS, *added])}.")
+    for message in broken:
+        echo(f"warning: {message}", err=True)
 
 
 @data.command("info")
@@ -67,7 +80,9 @@ def data(ctx: click.Context) -> None:
 @as_json
 @click.pass_context
 def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> None:
-    """Describe a data set: images, groups, classes, sizes, splits.
+    """Describe a data set: images, groups, classes, splits.
+
+    NAME is a name from `featprobe data`, or a path.
 
     \b
     Example:
@@ -103,9 +118,15 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
 @data.command("show")
 @click.argument("name")
 @read_options
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
-@click.option("--count", type=click.IntRange(1), default=8, show_default=True, help="How many images.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG file to write.")
+@click.option("--count", type=click.IntRange(1), metavar="N", default=8, show_default=True, help="How many images.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test"]),
+    default="train",
+    show_default=True,
+    help="The split to take images from.",
+)
 @intensity
 @click.pass_context
 def data_show(
@@ -118,6 +139,8 @@ def data_show(
     **how: str | None,
 ) -> None:
     """Draw images of a data set beside their labels.
+
+    NAME is a name from `featprobe data`, or a path.
 
     \b
     Example:
@@ -134,11 +157,13 @@ def data_show(
 @data.command("check")
 @click.argument("name")
 @read_options
-@click.option("--size", metavar="HxW", help="What images are resized to, for object sizes. Default: as of `extract`.")
 @click.option(
-    "--html", "--out", type=click.Path(dir_okay=False, path_type=Path), help="A page to write, with pictures."
+    "--size", metavar="HxW", help="The size of the images for which objects are measured.  [default: that of `extract`]"
 )
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@click.option(
+    "--html", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page with pictures."
+)
+@few_workers
 @quiet
 @as_json
 @click.pass_context
@@ -152,11 +177,12 @@ def data_check(
     json_: bool,
     **how: str | None,
 ) -> None:
-    """Look through a data set; exit code 3 when something would spoil a study.
+    """Find what would spoil a study on a data set.
 
-    That is: a part, a picture or a near copy of it in two splits, an empty split, files that can't be read, masks of
-    another size than their image, boxes out of range, other bad labels, an object that stands in an image twice, 8-bit
-    and 16-bit images in one set.
+    It looks for groups, images or near copies of images that are in two splits; empty splits; files that can't be read;
+    masks whose size differs from that of their image; boxes outside their image; other bad labels; objects that an
+    image lists twice; and 8-bit and 16-bit images in one data set. If it finds any of these, the exit code is 3. NAME
+    is a name from `featprobe data`, or a path.
 
     \b
     Example:
@@ -195,8 +221,13 @@ def data_check(
 @data.command("convert")
 @click.argument("name")
 @read_options
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A new or empty folder.")
-@click.option("--link", is_flag=True, help="Link to the images instead of copying them.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="The folder to write to; it must be new or empty.",
+)
+@click.option("--link", is_flag=True, help="Make links to the images instead of copies.")
 @quiet
 @as_json
 @click.pass_context
@@ -209,7 +240,9 @@ def data_convert(
     json_: bool,
     **how: str | None,
 ) -> None:
-    """Write a data set as COCO JSON, one file a split, with the same ids, splits, groups, masks and boxes.
+    """Write a data set as COCO JSON, one file per split.
+
+    Ids, splits, groups, masks and boxes stay the same. NAME is a name from `featprobe data`, or a path.
 
     \b
     Example:
@@ -224,7 +257,7 @@ def data_convert(
     counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
     echo(f"{done.path}: images: {counts}; {counted(sum(done.annotations.values()), 'annotation')}")
     if link:
-        echo(f"Its images are links out of it; read it with  {FOLLOW_LINKS}")
+        echo(f"Its images are links to files outside it. Read it with  {FOLLOW_LINKS}")
 
 
 @data.command("split")
@@ -240,10 +273,11 @@ def data_convert(
     metavar="SPLIT",
     default="own",
     show_default=True,
-    help="own, group, stratified (by group, heeding classes) or image; group:5 for the folds of a cross-validation.",
+    help="own (as the data set says), group, stratified (by group, with balanced classes) or image. group:5 "
+    "gives the five folds of a cross-validation.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of the groups.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Shuffles the groups.")
+@few_workers
 @quiet
 @as_json
 @click.pass_context
@@ -258,19 +292,22 @@ def data_split(
     json_: bool,
     **how: str | None,
 ) -> None:
-    """Write a split to a CSV file with the columns id, group, split, to be edited and used.
+    """Write a split of a data set to a CSV file.
 
-    Then all images are read, as by `data check`, and those that look the same and stand in two splits are told.
+    Its columns are id, group and split. You can edit it, and use it with --split of `probe` and `finetune`. The command
+    then reads all images, as `data check` does, and reports images that look the same but are in two splits. NAME is a
+    name from `featprobe data`, or a path.
 
     \b
     Example:
       featprobe data split xray --out split.csv --split stratified
       featprobe probe --data xray --split split.csv
     """
+    from featprobe.splitting import SplitChoice
     from featprobe.stages.upkeep.describe import write_split
 
     named = _read(workspace_of(ctx), name, how)
-    report = write_split(named, out, split, seed, workers=workers, quiet=quiet)
+    report = write_split(named, out, SplitChoice.parse(split), seed, workers=workers, quiet=quiet)
     if json_:
         return show_json(asdict(report))
     rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
@@ -285,13 +322,19 @@ def data_split(
 
 @data.command("make")
 @click.argument("name", type=click.Choice(["xray", "surface"]))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: data/NAME of the workspace.")
-@click.option("--images", type=click.IntRange(12), default=240, show_default=True, help="How many.")
-@click.option("--size", default="256x256", show_default=True, metavar="HxW", help="Height x width, pixels.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The folder to write to.  [default: data/NAME in the workspace]",
+)
+@click.option("--images", type=click.IntRange(12), metavar="N", default=240, show_default=True, help="How many images.")
+@click.option("--size", default="256x256", show_default=True, metavar="HxW", help="Height x width in pixels.")
+@click.option(
+    "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Another seed draws other images."
+)
 @click.pass_context
 def data_make(ctx: click.Context, name: str, out: Path | None, images: int, size: str, seed: int) -> None:
-    """Generate a built-in set, in another size or with another seed than the default.
+    """Generate a built-in data set, in any size.
 
     \b
     Example:
@@ -318,4 +361,4 @@ def _show_finding(kind: str, text: str, entries: Sequence[str]) -> None:
     for entry in entries[:5]:
         echo("\n".join(f"  {line}" for line in entry.splitlines()))
     if len(entries) > 5:
-        echo(f"  and {len(entries) - 5} more: --json lists all")
+        echo(f"  and {len(entries) - 5} more; --json lists all of them")

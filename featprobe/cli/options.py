@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from featprobe.cli.help import ALL_KINDS, SEEDS_TEXT, default_of, default_width, listed, under
+from featprobe.kinds import LOSSES
 from featprobe.texts import printable
 
 if TYPE_CHECKING:
@@ -15,49 +17,62 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-as_json = click.option("--json", "json_", is_flag=True, help="Print one JSON value instead of text.")
-quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
-data_format = click.option("--format", metavar="NAME[:PART]", help="The data set's format. Default: found by looking.")
-log = click.option(
+data, features, cutting, computing, output = map(
+    under, ("Data set", "Features", "Tiles and views", "Computing", "Output")
+)
+wanted, head, training = map(under, ("What to train", "Head", "Training"))
+
+as_json = output("--json", "json_", is_flag=True, help="Print one JSON value instead of text.")
+quiet = output("--quiet", is_flag=True, help="Show no progress bar.")
+data_format = data("--format", metavar="NAME[:PART]", help="The format of the data set.  [default: detected]")
+log = output(
     "--log",
     type=click.Choice(["tensorboard", "wandb"]),
     multiple=True,
-    help="Write curves of loss, rate and validation scores beside the head; may be repeated.",
+    help="Also write curves of loss, learning rate and validation scores. Can be repeated.",
 )
-intensity = click.option(
+intensity = features(
     "--intensity",
     metavar="POLICY",
-    help="window:LO:HI | percentile:LO:HI | minmax | none | log; behind it :log, and :image for each image's own. "
-    "Default: none for 8-bit, percentile:0.01:99.99 of the training images for all others.",
+    help="How raw grey levels become numbers from 0 to 1: window:LO:HI, percentile:LO:HI, minmax, none or log. Add "
+    ":log to take the logarithm, :image to use the levels of each image alone.  [default: none for 8-bit images, "
+    "percentile:0.01:99.99 of the training images for others]",
 )
-group_from = click.option(
+group_from = data(
     "--group-from",
     metavar="REGEX",
-    help="Groups from the images' ids: the first group of a match, as '(C\\d+)_', or all.",
+    help="Find the group of each image in its id with this regular expression: its first group, as '(C\\d+)_', or the "
+    "whole match.",
 )
-split_file = click.option(
+split_file = data(
     "--split-file",
     type=click.Path(dir_okay=False),
-    help="Splits and groups from a CSV file, as `data split` writes it.",
+    help="Take splits and groups from a CSV file, as `data split` writes it.",
 )
-images_at = click.option(
+images_at = data(
     "--images",
     metavar="PATTERN",
-    help="Where the images lie below the data folder, as 'shots/*/*.jpg'; with --masks, in place of --format.",
+    help="Where the images lie in the data folder, as 'shots/*/*.jpg'. Use it with --masks, instead of --format.",
 )
-masks_at = click.option(
+masks_at = data(
     "--masks",
     metavar="PATTERN",
-    help="Where the mask of an image lies, as 'seg/{stem}_m.png'; also {dir} and {split}, see docs/formats.md.",
+    help="Where the mask of each image lies, as 'seg/{stem}_m.png'; also {dir} and {split}, see docs/formats.md.",
 )
-follow_links = click.option(
-    "--follow-links",
-    is_flag=True,
-    expose_value=False,
-    callback=lambda ctx, param, given: ctx.meta.update({"follow_links": given}),
-    help="Read also what links in the data folder lead to outside of it.",
+_LINKS: dict[str, Any] = {
+    "is_flag": True,
+    "expose_value": False,
+    "callback": lambda ctx, param, given: ctx.meta.update({"follow_links": given}),
+    "help": "Follow links in the data folder to files outside it.",
+}
+follow_links = data("--follow-links", **_LINKS)
+device = computing("--device", metavar="cpu|cuda|mps", help="Where to compute.  [default: the best device there is]")
+workers = computing(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many threads decode images.  [default: one per usable core, at most 16]",
 )
-device = click.option("--device", metavar="cpu|cuda|mps", help="Where to compute. Default: the best there is.")
 
 
 def names(text: str | None) -> tuple[str, ...]:
@@ -86,160 +101,208 @@ def iterations(ctx: click.Context, param: click.Parameter, text: str | None) -> 
     return int(text)
 
 
-_BACKBONE = [
-    click.option("--backbone", required=True, help="An alias or any timm model; see `featprobe backbones`."),
-    click.option("--weights", type=click.Path(dir_okay=False), help="Own weights: .safetensors or .pth, tensors only."),
-    click.option("--random-init", is_flag=True, help="Seeded random weights, as a control."),
-    click.option(
+backbone = under("Backbone")
+_FEATURES = [
+    backbone("--backbone", required=True, metavar="NAME", help="An alias (see `featprobe backbones`) or a timm model."),
+    backbone("--weights", type=click.Path(dir_okay=False), help="Load your own weights: .safetensors, or .pth that "
+             "holds tensors only."),
+    backbone("--random-init", is_flag=True, help="Use seeded random weights, as a control."),
+    backbone(
         "--final-norm/--no-final-norm",
         default=None,
-        help="Apply the model's last normalisation layer. Default: on for DINOv2 and DINOv3, off otherwise.",
+        help="Apply the last normalisation layer of the model.  [default: yes for DINOv2 and DINOv3, no for others]",
     ),
-]
-_FEATURES = [
-    click.option("--data", required=True, help="A data set's name, or a path; see `featprobe data`."),
+    data("--data", required=True, metavar="NAME", help="A name (see `featprobe data`) or a path."),
     data_format,
     images_at,
     masks_at,
     group_from,
     split_file,
     follow_links,
-    click.option("--levels", help="Feature levels, separated by commas. Default: all, as stride4,stride8,…"),
-    click.option("--size", metavar="HxW", help="Height x width. Default: the images' own up to 512, else 512x512."),
-    click.option("--fit", type=click.Choice(["resize", "letterbox"]), help="How images meet --size. Default: resize."),
+    features("--levels", metavar="LIST", help="Feature levels, as stride8,stride16.  [default: all]"),
+    features(
+        "--size",
+        metavar="HxW",
+        help="Height x width in pixels that images are brought to.  [default: that of the images if all have the same "
+        "size and no side is above 512, else 512x512]",
+    ),
+    features(
+        "--fit",
+        type=click.Choice(["resize", "letterbox"]),
+        help="How images are brought to that size. letterbox keeps their shape and pads them.  [default: resize]",
+    ),
     intensity,
-    click.option(
-        "--tile", type=click.IntRange(0), metavar="PX", help="Cut images into tiles of this side, pixels; 0: do not."
-    ),
-    click.option("--overlap", type=click.IntRange(0), metavar="PX", help="Of tiles, at least.  [default: tile / 8]"),
-    click.option(
-        "--empty-tiles",
-        type=click.FloatRange(0, 1),
-        metavar="SHARE",
-        help="Of the training tiles without a defect, that is kept.  [default: 1]",
-    ),
-    click.option(
-        "--views",
-        metavar="LIST",
-        help="Views of the training images to store too: hflip,vflip,rot90,crop:N, or none.",
-    ),
-    click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per block."),
-    click.option(
-        "--workers",
-        type=click.IntRange(1),
-        help="Threads that decode images.  [default: the cores that may be used, at most 16]",
-    ),
-    click.option(
+    features(
         "--dtype",
         type=click.Choice(["fp16", "fp32", "bf16", "int8"]),
         default="fp16",
         show_default=True,
-        help="Of the stored features. int8: half of fp16's bytes; see `featprobe cache audit`.",
+        help="How features are stored. int8 takes half the bytes of fp16; `cache audit` measures what it costs.",
     ),
-    click.option(
+    features(
         "--precision",
         type=click.Choice(["auto", "fp32", "tf32", "amp"]),
         default="auto",
         show_default=True,
-        help="Of the computation. fp32: float32 without TF32; tf32, amp (fp16 where that is safe): faster, on CUDA "
-        "alone. Features differ a little, and so does their key. auto: as the cache that is there; "
-        "else amp on CUDA, fp32 elsewhere.",
+        help="How features are computed. fp32 is float32 without TF32. tf32 and amp (fp16 where that is safe) are "
+        "faster and need CUDA; they change the features a little, so another cache is made. auto takes the precision "
+        "of the cache that exists, else amp on CUDA and fp32 elsewhere.",
     ),
-    click.option("--skip-bad", is_flag=True, help="Go on without samples that can't be used, and list them."),
+    cutting("--tile", type=click.IntRange(0), metavar="PX", help="Cut images into square tiles of this side, in "
+            "pixels. 0 keeps images whole."),
+    cutting(
+        "--overlap",
+        type=click.IntRange(0),
+        metavar="PX",
+        help="By how many pixels neighbouring tiles overlap, at least.  [default: an eighth of --tile]",
+    ),
+    cutting(
+        "--empty-tiles",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="Which share of the training tiles without a defect is kept.  [default: 1]",
+    ),
+    cutting(
+        "--views",
+        metavar="LIST",
+        help="Also store these views of the training images: hflip, vflip, rot90 and crop:N (N random crops), "
+        "separated by commas; or none.",
+    ),
+    computing(
+        "--batch-size", type=click.IntRange(1), metavar="N", default=16, show_default=True,
+        help="How many images are computed and written at once.",
+    ),
+    workers,
     device,
+    computing("--skip-bad", is_flag=True, help="Omit samples that can't be used, and list them."),
     quiet,
-]
+]  # fmt: skip
+
+
+def _own_weights(ctx: click.Context, param: click.Parameter, given: object) -> None:
+    """Weights belong to `extract`, or to a name in featprobe.toml; raises UsageError where they are given."""
+    if given is not None and not ctx.resilient_parsing:
+        raise click.UsageError(
+            f"--weights is an option of `featprobe extract`, not of `featprobe {ctx.info_name}`.\n"
+            "To make a cache with your own weights here, name them in featprobe.toml:\n\n"
+            f'  [backbones.NAME]\n  model = "a model of timm"\n  weights = {json.dumps(given)}\n\n'
+            f"Then run:  featprobe {ctx.info_name} --extract --backbone NAME",
+            ctx,
+        )
+
 
 _HEAD = [
-    click.option("--data", help="Data sets, separated by commas. Default: every complete cache here."),
-    click.option("--backbone", help="Backbones, separated by commas. Default: every complete cache here."),
-    click.option(
+    wanted("--data", metavar="LIST", help="Data sets, separated by commas.  [default: every complete cache here]"),
+    wanted("--backbone", metavar="LIST", help="Backbones, separated by commas.  [default: every complete cache here]"),
+    wanted("--weights", hidden=True, expose_value=False, callback=_own_weights),
+    wanted(
         "--extract",
         is_flag=True,
-        help="Make missing caches first, of --data and --backbone or of those in featprobe.toml.",
+        help="First make the caches that are missing: of --data and --backbone, or of those in featprobe.toml.",
     ),
-    follow_links,
-    click.option("--head", help="semseg: linear, upsample, ridge; detect: fcos, fasterrcnn; instseg: maskrcnn."),
-    click.option("--levels", help="Levels that the head takes, separated by commas. Default: all in the cache."),
-    click.option(
-        "--width", type=click.IntRange(1), help="Channels of the head.  [default: 128 upsample, 64 the others]"
+    wanted(
+        "--fraction",
+        callback=numbers,
+        metavar="LIST",
+        help="Shares of the training split to train on, as 0.01,0.1,1.  [default: 1]",
     ),
-    click.option(
-        "--pyramid",
-        type=click.Choice(["auto", "levels", "simple"]),
-        default="auto",
-        show_default=True,
-        help="What the head stands on: the levels as they are, or a simple pyramid of the last one (auto: for a ViT).",
-    ),
-    click.option(
-        "--iterations",
-        metavar="N|auto",
-        callback=iterations,
-        help="Training steps; auto: train ever longer until validation gains no more; the default where --fraction "
-        "is below 1.  [default: 1000 linear, 400 fcos, 300 others]",
-    ),
-    click.option(
-        "--weights-from",
-        type=click.Choice(["best", "end"]),
-        help="Point of the validation curve whose weights are kept.  [default: best]",
-    ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(1),
-        help="Images per step, of all processes together.  [default: 16 linear, 8 upsample, 8 fcos, 4 others]",
-    ),
-    click.option("--lr", callback=numbers, help="Peak learning rates of AdamW, separated by commas; all are tried."),
-    click.option("--weight-decay", callback=numbers, help="Weight decays, separated by commas; all are tried."),
-    click.option("--loss", help="ce, dice, focal, or a sum as ce+dice.  [default: ce]"),
-    click.option(
-        "--class-weights", type=click.Choice(["none", "inverse-sqrt"]), help="Of the loss.  [default: inverse-sqrt]"
-    ),
-    click.option(
-        "--loss-at",
-        type=click.Choice(["level", "image"]),
-        help="Grid of the loss; level is several times faster.  [default: image linear, level others]",
-    ),
-    click.option(
-        "--seeds", type=click.IntRange(1), help="How many, from 0 on.  [default: 3; ridge on all training images: 1]"
-    ),
-    click.option(
-        "--shared-order", is_flag=True, help="One order of the images for all seeds: faster, a narrower spread."
-    ),
-    click.option(
-        "--fraction", callback=numbers, help="Shares of the training split, separated by commas, as 0.01,0.1,1."
-    ),
-    click.option(
-        "--instances",
-        type=click.Choice(["own", "components"]),
-        default="own",
-        show_default=True,
-        help="Objects of detect and instseg: the set's own, or connected components of its masks.",
-    ),
-    click.option(
+    wanted(
         "--split",
         metavar="SPLIT",
         default="own",
         show_default=True,
-        help="own, group, stratified (by group, heeding classes), image, or FILE.csv of `data split`. "
-        "group:5 is a cross-validation of five folds, group:5/2 its second fold.",
+        help="How images are divided: own (as the data set says), group, stratified (by group, with balanced "
+        "classes), image, or FILE.csv of `data split`. group:5 is a cross-validation with five folds, group:5/2 is its "
+        "second fold.",
     ),
-    click.option(
+    wanted(
+        "--instances",
+        type=click.Choice(["own", "components"]),
+        default="own",
+        show_default=True,
+        help="Which objects detect and instseg learn: those of the data set, or the connected components of its masks.",
+    ),
+    wanted("--follow-links", **_LINKS),
+    head("--head", metavar="KIND", help=f"The kind of head. {ALL_KINDS}.  [default: the first of the task]"),
+    head("--levels", metavar="LIST", help="Levels that the head uses, separated by commas.  [default: all]"),
+    head(
+        "--width", type=click.IntRange(1), metavar="N",
+        help=f"How many channels the head has.  {default_width()}",
+    ),
+    head(
+        "--pyramid",
+        type=click.Choice(["auto", "levels", "simple"]),
+        default="auto",
+        show_default=True,
+        help="What the head is built on: the levels as they are, or a simple pyramid made from the last level. auto "
+        "takes simple for a ViT.",
+    ),
+    training(
+        "--iterations",
+        metavar="N|auto",
+        callback=iterations,
+        help="How many training steps. auto increases them until validation gains no more; it is the default where "
+        f"--fraction is below 1.  {default_of('iterations')}",
+    ),
+    training(
+        "--batch-size", type=click.IntRange(1), metavar="N",
+        help=f"How many images per step, over all processes.  {default_of('batch_size')}",
+    ),
+    training(
+        "--lr", callback=numbers, metavar="LIST",
+        help=f"Peak learning rates of AdamW, separated by commas. All are tried.  {default_of('lr')}",
+    ),
+    training(
+        "--weight-decay", callback=numbers, metavar="LIST",
+        help=f"Weight decays of AdamW, separated by commas. All are tried.  {default_of('weight_decay')}",
+    ),
+    training(
+        "--loss", metavar="LOSS",
+        help=f"The loss of a dense head: {listed(LOSSES)}, or a sum as ce+dice.  {default_of('loss')}",
+    ),
+    training(
+        "--class-weights", type=click.Choice(["none", "inverse-sqrt"]),
+        help=f"How the loss of a dense head weights the classes.  {default_of('class_weights')}",
+    ),
+    training(
+        "--loss-at",
+        type=click.Choice(["level", "image"]),
+        help="Where the loss of a dense head is computed: on the grid of a feature level, which is much faster, or "
+        f"on that of the image.  {default_of('loss_at')}",
+    ),
+    training(
+        "--weights-from",
+        type=click.Choice(["best", "end"]),
+        help=f"Which point of the validation curve the head is taken from.  {default_of('weights_from')}",
+    ),
+    training(
+        "--seeds", type=click.IntRange(1), metavar="N",
+        help=f"How many seeds, counted from 0.  [default: {SEEDS_TEXT}]",
+    ),
+    training(
+        "--shared-order",
+        is_flag=True,
+        help="Show images to all seeds in one order. This is faster, but the spread over seeds becomes narrower.",
+    ),
+    device,
+    output(
         "--absent-classes",
         type=click.Choice(["zero", "ignore"]),
         default="ignore",
         show_default=True,
-        help="Classes that are predicted, but that the split lacks: ignore leaves them out, zero counts them as 0.",
+        help="How to score a class that is predicted, but not in the test split: ignore omits it, zero counts it as 0.",
     ),
-    click.option("--show", type=click.IntRange(0), default=0, metavar="K", help="Write a sheet of K test images."),
+    output(
+        "--show", type=click.IntRange(0), default=0, metavar="K", help="Draw K test images with their predictions."
+    ),
     log,
-    device,
     quiet,
-]
+]  # fmt: skip
 
 
 def feature_options(command: Command) -> Command:
     """All options that decide which features are made, and how."""
-    for option in reversed([*_BACKBONE, *_FEATURES]):
+    for option in reversed(_FEATURES):
         command = option(command)
     return command
 
@@ -261,6 +324,11 @@ def head_options(command: Command) -> Command:
 def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
     """Print a line: the one way to the terminal, which control characters of files don't get through."""
     click.echo(printable(str(text)), err=err, nl=nl)
+
+
+def to_stderr(line: str) -> None:
+    """Print a line of progress, which is no part of the result."""
+    echo(line, err=True)
 
 
 def show_json(value: object) -> None:

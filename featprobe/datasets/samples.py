@@ -10,6 +10,7 @@ import numpy as np
 
 from featprobe.errors import DataError
 from featprobe.geometry import Size
+from featprobe.scores import SCORES, On
 from featprobe.targets import Target
 
 GENERATED = ("xray", "surface")  # sets that featprobe generates, see datasets.generated
@@ -97,7 +98,7 @@ class DataSet:
 
     classes: names by class index, the background first.
     samples: any sequence of Sample; kept as Samples.
-    tasks: those of semseg, detect, instseg that the labels can serve.
+    tasks: those that the labels can serve.
     read_target: gives the labels of a sample whose image has this (height, width); raises DataError.
     notes: sentences for the user: leaks between splits, files that are not read.
     category_ids: the annotations' ids of all classes but the background; empty where they have none.
@@ -121,6 +122,16 @@ class DataSet:
         notes = tuple(note.encode("utf-8", "backslashreplace").decode() for note in self.notes)
         object.__setattr__(self, "notes", notes)  # the name of a skipped file may be no UTF-8 text
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether its labels say the class of each pixel."""
+        return any(SCORES[task].dense for task in self.tasks)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether its labels list the objects of each image."""
+        return any(not SCORES[task].dense for task in self.tasks)
+
     def in_split(self, split: str) -> list[Sample]:
         """The samples of a split, in order."""
         return [sample for sample in self.samples if sample.split == split]
@@ -132,8 +143,8 @@ def tasks_of(*, masks: bool, instances: bool) -> tuple[str, ...]:
     >>> tasks_of(masks=True, instances=False)
     ('semseg',)
     """
-    served = [("semseg", masks), ("detect", instances), ("instseg", masks and instances)]
-    return tuple(task for task, possible in served if possible)
+    served: Mapping[On, bool] = {"pixels": masks, "boxes": instances, "masks": masks and instances}
+    return tuple(task for task, scores in SCORES.items() if served[scores.on])
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -1,6 +1,7 @@
 """Scores, as the field defines them, and their intervals."""
 
 from featprobe.metrics.boxes import ApScores, TruthImage, average_precision, truth_of
+from featprobe.metrics.dense import PIXEL_SCORES, PixelScore, groups_with_truth, pixel_scores, pixel_statistic
 from featprobe.metrics.intervals import (
     Difference,
     Interval,
@@ -9,14 +10,12 @@ from featprobe.metrics.intervals import (
     bca_interval,
     difference_of,
     grouped,
-    groups_with_truth,
     holm,
     jackknifed,
     mean_of,
     modality_gap,
     paired_difference,
     percentile_interval,
-    pixel_statistic,
     resample,
     score_interval,
     studentised_interval,
@@ -29,7 +28,7 @@ from featprobe.metrics.procedures import (
     seed_spread,
 )
 from featprobe.metrics.resampled import ResampledAp, ResampledScores
-from featprobe.metrics.semantic import PIXEL_SCORES, IouScores, confusion_matrix, iou_scores, pixel_scores
+from featprobe.metrics.semantic import IouScores, confusion_matrix, iou_scores
 
 __all__ = [
     "PIXEL_SCORES",
@@ -37,6 +36,7 @@ __all__ = [
     "Difference",
     "Interval",
     "IouScores",
+    "PixelScore",
     "ResampledAp",
     "ResampledScores",
     "Resamples",

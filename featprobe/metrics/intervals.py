@@ -22,7 +22,6 @@ import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from featprobe.errors import DataError, ShapeError
-from featprobe.metrics.semantic import PIXEL_SCORES, Absent, takes_part
 from featprobe.scores import FEW_GROUPS
 
 Floats = NDArray[np.float64]
@@ -140,78 +139,6 @@ def grouped(groups: Sequence[str]) -> tuple[Names, NDArray[np.intp]]:
     """
     names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     return tuple(names.tolist()), index
-
-
-def pixel_statistic(
-    confusions: NDArray[np.int64],
-    groups: Sequence[str] | None = None,
-    score: str = "miou_foreground",
-    absent: Absent = "ignore",
-) -> Statistic:
-    """A score of dense heads, as pixel_scores gives it for the images of a resample.
-
-    confusions: (images, classes, classes), pixels; rows are the truth. groups: the group of each image; None: each
-    image is a group. score: a name of PIXEL_SCORES. absent: see iou_scores. It decides on the whole split which classes
-    count, and these count in every resample, so the number of classes in the mean is fixed. A class that the truth of a
-    resample lacks has the IoU 0 there if it is predicted; otherwise its IoU on the whole split is used, so that the
-    mean does not jump. The same holds for other scores.
-    Raises ShapeError when the arrays disagree, or hold no image.
-
-    Using the IoU on the whole split also where the class is predicted would hide how little is known about a rare
-    class: benchmarks/coverage.py measures it.
-    """
-    confusions = np.asarray(confusions)
-    if confusions.ndim != 3 or confusions.shape[1] != confusions.shape[2] or not len(confusions):
-        raise ShapeError(f"Confusions of shape {confusions.shape} are not (images, classes, classes) of some images.")
-    names, sums = _sums(confusions, groups)
-    kind, counted = PIXEL_SCORES[score], takes_part(sums.sum(0), absent)
-    counted[0] &= kind.background
-    part, whole = (own[:, counted].astype(float) for own in kind.ratio(sums))  # (groups, classes that take part)
-    value, influence = _mean_ratio(part, whole)
-    return Statistic(value, influence, (names,))
-
-
-def _sums(confusions: NDArray[np.int64], groups: Sequence[str] | None) -> tuple[Names, NDArray[np.int64]]:
-    """Names of the groups, and the confusion matrix per group: (groups, classes, classes)."""
-    if groups is None:
-        return tuple(map(str, range(len(confusions)))), confusions
-    if len(groups) != len(confusions):
-        raise ShapeError(f"{len(groups)} groups do not belong to {len(confusions)} images.")
-    names, index = grouped(groups)
-    sums = np.zeros((len(names), *confusions.shape[1:]), dtype=np.int64)
-    np.add.at(sums, index, confusions)
-    return names, sums
-
-
-def _mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
-    """The statistic of the mean over classes of sum(hit) / sum(union) over groups; hit, union: (groups, classes)."""
-    classes = hit.shape[1]
-    whole = hit.sum(0) / np.maximum(union.sum(0), 1)  # (classes,)
-
-    def ratio(weights: Floats) -> tuple[Floats, Floats]:
-        """IoU, and its change per hit pixel: both (resamples, classes)."""
-        unions = weights @ union  # (resamples, classes)
-        known, divisor = unions > 0, np.maximum(unions, 1)  # pixels
-        return np.where(known, weights @ hit / divisor, whole), known / divisor
-
-    def value(weights: Floats) -> Floats:
-        return ratio(weights)[0].mean(1) if classes else np.full(len(weights), np.nan)
-
-    def influence(weights: Floats) -> Floats:
-        iou, per_pixel = ratio(weights)
-        slope = per_pixel / max(1, classes)
-        return slope @ hit.T - (slope * iou) @ union.T
-
-    return value, influence
-
-
-def groups_with_truth(confusions: NDArray[np.int64], groups: Sequence[str] | None = None) -> tuple[int, ...]:
-    """The number of groups whose truth holds each class, (classes,): on these the interval of its IoU rests.
-
-    confusions, groups: see pixel_statistic. A class in only one group hardly widens an interval, because one group does
-    not show how others would score.
-    """
-    return tuple((_sums(confusions, groups)[1].sum(2) > 0).sum(0).tolist())
 
 
 def jackknifed(
@@ -460,6 +387,7 @@ def score_interval(
     """A score of one system, or the `mean_of` its runs, with its interval.
 
     >>> perfect, blind = [[50, 0], [0, 50]], [[50, 0], [50, 0]]  # pixels of the truth's class by the predicted one
+    >>> from featprobe.metrics import pixel_statistic
     >>> score = pixel_statistic(np.array([perfect, blind] * 12), groups=[f"part{i:02}" for i in range(24)])
     >>> found = score_interval(score)
     >>> found.estimate, round(found.low, 2), round(found.high, 2), found.groups

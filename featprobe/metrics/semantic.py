@@ -1,6 +1,6 @@
-"""Scores of dense heads from one confusion matrix over a whole split. PIXEL_SCORES names them all."""
+"""Intersection over union, and other ratios of each class, from one confusion matrix over a whole split."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,33 +54,6 @@ def iou_counts(matrix: Counts) -> tuple[Counts, Counts]:
     return hit, matrix.sum(-1) + matrix.sum(-2) - hit
 
 
-@dataclass(frozen=True)
-class PixelScore:
-    """A score of dense heads: the mean over classes of a ratio of pixels. background: whether it counts as a class."""
-
-    ratio: Ratio
-    background: bool
-
-
-PIXEL_SCORES: Mapping[str, PixelScore] = {
-    "miou": PixelScore(iou_counts, background=True),
-    "miou_foreground": PixelScore(iou_counts, background=False),
-}
-"""By name, as featprobe.scores has it. The value in a result row and the interval of a comparison come from here."""
-
-
-def pixel_scores(matrix: Counts, absent: Absent = "ignore") -> dict[str, float]:
-    """Each score of PIXEL_SCORES, in [0, 1], from a confusion matrix; nan where no class takes part.
-
-    absent: as iou_scores takes it.
-
-    >>> pixel_scores(np.array([[3, 1], [0, 4]]))
-    {'miou': 0.775, 'miou_foreground': 0.8}
-    """
-    every = {name: _per_class(matrix, score.ratio, absent) for name, score in PIXEL_SCORES.items()}
-    return {name: _mean(own if PIXEL_SCORES[name].background else own[1:]) for name, own in every.items()}
-
-
 def iou_scores(matrix: Counts, absent: Absent = "ignore") -> IouScores:
     """IoU per class and their means, from a confusion matrix.
 
@@ -88,8 +61,8 @@ def iou_scores(matrix: Counts, absent: Absent = "ignore") -> IouScores:
     truth does not count, and its pixels count against the classes that they truly belong to. With "zero" (as in
     DINOv3's evaluation) it scores 0, so a single pixel can cost many points. A class in neither never counts.
     """
-    per_class = _per_class(matrix, iou_counts, absent)
-    return IouScores(_mean(per_class), _mean(per_class[1:]), tuple(per_class.tolist()))
+    per_class = ratio_of_each(matrix, iou_counts, absent)
+    return IouScores(mean_of_known(per_class), mean_of_known(per_class[1:]), tuple(per_class.tolist()))
 
 
 def takes_part(matrix: Counts, absent: Absent) -> NDArray[np.bool_]:
@@ -98,7 +71,7 @@ def takes_part(matrix: Counts, absent: Absent) -> NDArray[np.bool_]:
     return np.asarray((truth + matrix.sum(0) if absent == "zero" else truth) > 0)
 
 
-def _per_class(matrix: Counts, ratio: Ratio, absent: Absent) -> NDArray[np.float64]:
+def ratio_of_each(matrix: Counts, ratio: Ratio, absent: Absent) -> NDArray[np.float64]:
     """The ratio of each class, (classes,); nan for one that takes no part."""
     part, whole = ratio(matrix)
     counted = takes_part(matrix, absent)
@@ -107,6 +80,7 @@ def _per_class(matrix: Counts, ratio: Ratio, absent: Absent) -> NDArray[np.float
     return found
 
 
-def _mean(values: NDArray[np.float64]) -> float:
+def mean_of_known(values: NDArray[np.float64]) -> float:
+    """Their mean without nan; nan where all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")

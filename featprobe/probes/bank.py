@@ -21,23 +21,23 @@ LARGEST_SUM = (
 
 
 class LinearBank:
-    """Linear heads of the same levels and classes, each with parameters of its own, and one set of statistics.
+    """Linear heads of the same levels and classes, each with its own parameters, and with common statistics.
 
-    All heads see the same batches, so the running statistics of their first normalisation are the same tensors.
+    All heads see the same batches, so the running statistics of their normalisation are the same tensors.
     """
 
     def __init__(self, heads: Sequence[LinearHead]) -> None:
         self.heads = tuple(heads)
         first = self.heads[0]
         if any(head.levels != first.levels or head.classes != first.classes for head in self.heads):
-            raise ShapeError("The heads of a bank take the same levels and classes.")
+            raise ShapeError("The heads of a bank must have the same levels and classes.")
         for head in self.heads[1:]:
             for name, norm in head.norms.items():
                 norm.running_mean = first.norms[name].running_mean
                 norm.running_var = first.norms[name].running_var
 
     def logits(self, features: Features) -> Tensor:
-        """Logits of every head: (heads, batch, classes, height / stride, width / stride)."""
+        """The logits of every head: (heads, batch, classes, height / stride, width / stride)."""
         return self._logits(features).transpose(0, 1)
 
     def _logits(self, features: Features) -> Tensor:
@@ -75,7 +75,7 @@ class LinearBank:
 
 
 def all_linear(heads: Sequence[DenseHead]) -> list[LinearHead]:
-    """The heads, where all of them are LinearHead itself, and can be computed together; else none of them."""
+    """The heads, if all are exactly LinearHead, so that they can be computed together; else []."""
     found = [head for head in heads if type(head) is LinearHead]  # a subclass may compute something else
     return found if len(found) == len(heads) else []
 

@@ -1,4 +1,4 @@
-"""Cards of saved heads as typed values (probes/README.md): what keeps one from being used."""
+"""Checks of the cards of saved heads (probes/README.md), as typed values."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -13,14 +13,14 @@ from featprobe.schemas import check
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
 
 WHOLE = ("features", "backbone", "data", "result", "curve", "versions")
-"""What the card of a head that featprobe trained holds beside what loading the head needs."""
+"""Fields that the card of a head trained by featprobe has, but that loading the head does not need."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What features must agree in with those that a head was trained on: fields of FeatureRecipe.
+    """The values in which features must agree with those that a head was trained on: fields of FeatureRecipe.
 
-    One with a default may be missing, where the recipe does not keep its usual value.
+    A field with a default may be missing: the recipe does not keep its usual value.
     """
 
     backbone: str
@@ -44,7 +44,7 @@ class Point:
 
 @dataclass(frozen=True)
 class SavedFile:
-    """What a card says of a file beside it."""
+    """A card's entry on a file beside it."""
 
     bytes: int
     sha256: str
@@ -52,7 +52,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Card:
-    """The frame of a card; head, features, backbone, data and result are checked as what they are."""
+    """The fields of a card; head, features, backbone, data and result have their own checks."""
 
     format: str
     version: int
@@ -78,10 +78,10 @@ PARTS: Mapping[str, tuple[Any, Callable[[Any], object]]] = {
 
 
 def card_faults(card: Mapping[str, Any], *, whole: bool = False) -> list[Fault]:
-    """Fields of a card that are of wrong types, out of their limits, or at odds with each other.
+    """The faults of a card: fields of wrong types, out of their limits, or in conflict with each other.
 
-    Fields that are not known here are ignored, as a newer featprobe may write them. whole: nothing of WHOLE may be
-    missing; `backbone` may be null.
+    Unknown fields are ignored, because a newer featprobe may write them. whole: no field of WHOLE may be missing;
+    `backbone` may be null.
     """
     faults = check(Card, card, closed=False, empty_texts=True)
     faults += [Fault((name,), MISSING_FIELD) for name in WHOLE if whole and name not in card]

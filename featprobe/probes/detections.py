@@ -1,4 +1,4 @@
-"""What the detection and instance heads share: targets, detections, levels that follow the objects' sizes."""
+"""Common parts of detection and instance heads: targets, detections, levels chosen by the objects' sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms, box_area
 
-MOST_DETECTIONS = 100  # an image, as COCO counts
+MOST_DETECTIONS = 100  # per image, as in COCO
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
 CELLS_AT_BORDER = 8  # an object whose side spans more cells of a level goes to the next (FCOS: 64 pixels at stride 8)
 
@@ -21,7 +21,7 @@ class ObjectTarget:
     """The labelled objects of one image, in frame pixels.
 
     boxes: (objects, 4), float32, x1 y1 x2 y2. labels: (objects,), int64, >= 1. masks: (objects, height, width) of the
-    frame, uint8, or None. crowds: (regions, 4): what lies in them is neither object nor background.
+    frame, uint8, or None. crowds: (regions, 4), boxes: cells in them are neither object nor background.
     """
 
     boxes: Tensor
@@ -39,7 +39,7 @@ class ObjectTarget:
 
 @dataclass(frozen=True)
 class ObjectBatch:
-    """The labelled objects of several images in tensors of one shape, as a batch goes through in few operations.
+    """The labelled objects of several images in tensors of one shape, so that a batch takes few operations.
 
     boxes: (images, most objects, 4). labels: (images, most objects), int64, 0 where an image has no more objects.
     crowds: (images, most regions, 4), infinite where an image has no more.
@@ -51,7 +51,7 @@ class ObjectBatch:
 
     @classmethod
     def of(cls, targets: Sequence[ObjectTarget]) -> "ObjectBatch":
-        """The objects of these images, on the device where they lie."""
+        """The batch of these images' objects, on the device of their tensors."""
         boxes = pad_sequence([t.boxes for t in targets], batch_first=True)
         labels = pad_sequence([t.labels for t in targets], batch_first=True)
         crowds = pad_sequence([t.crowds for t in targets], batch_first=True, padding_value=float("inf"))
@@ -70,7 +70,7 @@ class ObjectBatch:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a head found in one image, best first.
+    """The objects that a head found in one image, best first.
 
     boxes: (found, 4), frame pixels, x1 y1 x2 y2. labels: (found,), >= 1. scores: (found,), in [0, 1].
     masks: (found, side, side), probabilities within each box, or None.
@@ -83,11 +83,12 @@ class Detections:
 
 
 def detection_strides(strides: Sequence[int], sides: Sequence[float]) -> tuple[int, ...]:
-    """Strides at which objects of these sizes are looked for, finest first.
+    """The strides at which a head searches for objects of these sizes, finest first.
 
-    sides: 10th, 50th and 90th percentile of the training objects' sides (square root of the box's area), frame
-    pixels; empty for no knowledge, which takes every stride. The finest is the coarsest whose cells a small object
-    still spans twice, or the finest there is; levels that even the large objects do not reach are left out.
+    sides: 10th, 50th and 90th percentile of the training objects' sides (square root of the box's area), in frame
+    pixels; empty if unknown, which gives all strides. The finest of the result is the coarsest stride at which a small
+    object still spans two cells, else the finest of all; strides that are too coarse even for large objects are left
+    out.
 
     >>> detection_strides((4, 8, 16, 32), (25.0, 33.0, 50.0)), detection_strides((4, 8, 16, 32), (6.0, 20.0, 200.0))
     ((8, 16), (4, 8, 16, 32))
@@ -112,7 +113,7 @@ def object_sides(boxes: Tensor) -> tuple[float, ...]:
 
 
 def side_ranges(strides: Sequence[int]) -> list[tuple[float, float]]:
-    """Which sides, low <= side < high in pixels, belong to each stride; the last takes all that is larger.
+    """The range of sides per stride, low <= side < high in pixels; that of the last has no upper limit.
 
     >>> side_ranges((4, 8))
     [(0.0, 32.0), (32.0, inf)]
@@ -122,7 +123,7 @@ def side_ranges(strides: Sequence[int]) -> list[tuple[float, float]]:
 
 
 def anchor_sizes(strides: Sequence[int], sides: Sequence[float]) -> list[tuple[int, ...]]:
-    """Sides of the anchors of each stride, pixels: two an octave over the range of sides that belongs to it.
+    """The sides of the anchors per stride, in pixels: two per octave over the stride's range of sides.
 
     The range is cut to that of the training objects where it is known.
     """
@@ -156,9 +157,9 @@ def clip_to(boxes: Tensor, content: Tensor | None, frame: tuple[int, int]) -> Te
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, floor: float) -> Tensor:
-    """Indices of the boxes of one image kept by non-maximum suppression within each class, best first; at most 100.
+    """Indices of one image's boxes after non-maximum suppression per class, best first; at most 100.
 
-    Boxes without an area, and those that score no more than the floor, are none.
+    Boxes without an area, and boxes that score no more than the floor, are dropped.
     """
     real = (boxes[:, 2:] > boxes[:, :2]).all(1) & (scores > floor)
     chosen = real.nonzero()[:, 0]
@@ -166,7 +167,7 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, floor: f
 
 
 def on_host(found: Sequence[Detections]) -> list[Detections]:
-    """The same detections in the host's memory; all of them come in one copy. Labels are exact in float32."""
+    """The same detections in the CPU's memory, moved in one copy as float32, in which labels are exact."""
     parts = [[v for v in (own.boxes, own.scores, own.labels, own.masks) if v is not None] for own in found]
     every = [v for own in parts for v in own]
     if not every:

@@ -1,4 +1,4 @@
-"""Which of two ways a head computes: in pieces that fit a CPU's caches, or in few large operations, as a GPU wants."""
+"""The two ways in which a head computes: in pieces that fit a CPU's caches, or in few large operations for a GPU."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def whole_batches(device: torch.device) -> bool:
-    """Whether a batch goes through in few large operations; the one place that chooses between the two ways.
+    """Whether a batch is computed in few large operations. Only this function chooses between the two ways.
 
     Both compute the same function.
     """
@@ -17,9 +17,9 @@ def whole_batches(device: torch.device) -> bool:
 
 
 def half_products(device: torch.device, *, training: bool) -> AbstractContextManager[object]:
-    """Products and convolutions of a head that is trained in bfloat16, on GPUs that have it; all else changes nothing.
+    """Inside, products and convolutions of a trained head use bfloat16, on GPUs that have it; elsewhere no effect.
 
-    Weights are rounded anew each time: a captured step must not keep those of an earlier one.
+    Weights are rounded again in each step: a recorded step must not keep those of an earlier one.
     """
     if not training or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return nullcontext()
@@ -27,26 +27,28 @@ def half_products(device: torch.device, *, training: bool) -> AbstractContextMan
 
 
 def full_products(device: torch.device) -> AbstractContextManager[object]:
-    """Products and convolutions in the format of their factors, whatever stands around them: for logits and losses."""
+    """Inside, products and convolutions use the format of their factors, also within `half_products`: for logits and
+    losses."""
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
 def recorded(device: torch.device) -> bool:
     """Whether a training step of fixed shapes is recorded once, as a CUDA graph, and replayed.
 
-    FEATPROBE_RECORD=0 takes every step anew, which gives the same and takes longer.
+    With FEATPROBE_RECORD=0 no step is recorded: the results are the same, the training takes longer.
     """
     return device.type == "cuda" and os.environ.get("FEATPROBE_RECORD") != "0"
 
 
 def mixed(device: torch.device) -> bool:
-    """Whether the device sums products of half-precision numbers in float32, and gives them so."""
+    """Whether the device can sum products of half-precision numbers in float32, and return float32."""
     return device.type == "cuda" and "dtype" in torch.ops.aten.bmm.overloads()
 
 
 @cache
 def repeated(parts: tuple[tuple[int, float], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A value as often as each part says, in turn. Made once: what a recorded step reads must lie there before."""
+    """A tensor with each value as often as its part says, in order. It is kept, because a recorded step must find its
+    inputs in place."""
     with torch.inference_mode(False):
         values = [value for times, value in parts for _ in range(times)]
         return torch.tensor(values, dtype=dtype, device=device)

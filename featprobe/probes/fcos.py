@@ -27,11 +27,11 @@ from featprobe.probes.head import BatchedObjectHead
 from featprobe.probes.pyramid import ConvBlock, detection_pyramid, rectified
 from featprobe.processes import summed
 
-CENTRE_RADIUS = 2.5  # cells around an object's centre that answer for it; long thin cracks need more than FCOS's 1.5
-PRIOR = 0.01  # probability that a cell begins by giving to every class
-CANDIDATES = 1000  # of each level, that go into the suppression
+CENTRE_RADIUS = 2.5  # cells around an object's centre that predict it; long thin cracks need more than FCOS's 1.5
+PRIOR = 0.01  # probability of every class in each cell before training
+CANDIDATES = 1000  # boxes per level that go into the suppression
 SCORE_FLOOR = 0.01
-NMS_IOU = 0.6  # boxes of one class that overlap more are one
+NMS_IOU = 0.6  # of boxes of one class that overlap more, only the best is kept
 LARGEST_EXPONENT = 6.0  # of a distance in cells
 SMALLEST = 1e-7  # added to areas that are divided by
 
@@ -103,7 +103,8 @@ class _Output(nn.Conv2d):
 class FcosHead(BatchedObjectHead):
     """Boxes from every cell of a feature pyramid: class, distances to the four sides, centrality.
 
-    levels: offered, finest first; those finer than its finest stride are not taken. classes: the background counted.
+    levels: the available levels, finest first; it does not use levels finer than its finest stride. classes: their
+    number, with the background.
     width: channels. convs: 3x3 convolutions before each output. sides: see objects.detection_strides.
     """
 
@@ -134,13 +135,13 @@ class FcosHead(BatchedObjectHead):
 
     @property
     def assignment(self) -> dict[str, str]:
-        """Which objects, by side in frame pixels, belong to which stride."""
+        """The range of objects' sides, in frame pixels, per stride."""
         return {
             f"stride {s}": f"{low:g} to {high:g} px" for s, (low, high) in zip(self.strides, self.ranges, strict=True)
         }
 
     def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
-        """The loss, a scalar, where targets are given; else what it finds in each image."""
+        """The loss, a scalar, if targets are given; else the detections per image."""
         if targets is None:
             return self._detections(self._said(features), features)
         return self.batch_loss(features, ObjectBatch.of(targets))
@@ -152,7 +153,7 @@ class FcosHead(BatchedObjectHead):
             return self._loss(said, targets)
 
     def _said(self, features: Features) -> _Said:
-        """Both towers side by side: first convolved as one, then as two groups of one convolution."""
+        """The outputs of both towers, computed together: first as one convolution, then as two groups of one."""
         device, width = self.scales.device, self.class_out.in_channels
         pairs = zip(self.class_tower, self.box_tower, strict=True)
         towers = [[cast(ConvBlock, block) for block in pair] for pair in pairs]
@@ -203,7 +204,7 @@ class FcosHead(BatchedObjectHead):
         return total + binary_cross_entropy_with_logits(said_centrality, centrality, own, reduction="sum") / count
 
     def _detections(self, said: _Said, features: Features) -> list[Detections]:
-        """The best boxes of each image, from the best of each level."""
+        """The best boxes per image, among the best per level."""
         scores = (said.logits.sigmoid() * said.centrality.sigmoid()[:, None]).sqrt().transpose(1, 2)
         if said.inside is not None:
             scores = scores * said.inside[:, :, None]
@@ -252,14 +253,12 @@ def centrality_of(centres: Tensor, boxes: Tensor) -> Tensor:
 
 
 def assign(grid: Grid, boxes: Tensor, valid: Tensor) -> Tensor:
-    """Which of its image's boxes each cell answers for: (batch, cells), an index into the boxes, -1 for none.
+    """The box that each cell must predict: (batch, cells), an index into its image's boxes, -1 for none.
 
-    A cell answers for a box whose side is in its level's range, whose centre is nearer than 2.5 cells along both
-    axes, and which holds the cell's centre (a box smaller than a cell counts as one cell large, so that none is
-    lost); the smallest of several, the first of equals. boxes: (batch, boxes, 4), pixels. valid: (batch, boxes), bool:
-    which of them are boxes.
-
-    Each box looks at the 7x7 cells around its centre alone.
+    A cell predicts a box whose side is in its level's range, whose centre is nearer than 2.5 cells along both axes, and
+    which contains the cell's centre (a box smaller than a cell counts as one cell large, so that none is lost). Of
+    several boxes it predicts the smallest, of equal ones the first. boxes: (batch, boxes, 4), pixels. valid: (batch,
+    boxes), bool: False for padding. Only the 7x7 cells around a box's centre are tested.
     """
     batch, most = valid.shape
     cells, device = len(grid.level), boxes.device

@@ -1,4 +1,4 @@
-"""Heads by name, and the recipe that says which one."""
+"""Heads by name, and the recipe of a head."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,8 +25,8 @@ MOST_WIDTH = 2**12  # channels, of what a card may claim
 class HeadRecipe:
     """Which head: its task, its kind, its classes (the background first), the levels it takes.
 
-    levels: names; empty for every level that there is. width: channels of its pyramid, None for the kind's own (128
-    for upsample, 64 for the others; linear and ridge have none). pyramid: "levels" as they are, "simple" from the last
+    levels: names; empty for every level that there is. width: channels of its pyramid or
+    hidden layer, None for the kind's own, see `kinds.KINDS`. pyramid: "levels" as they are, "simple" from the last
     one, "auto": simple where all have one stride. sides: of the training objects, see objects.detection_strides.
     """
 
@@ -96,9 +96,9 @@ BUILDERS: Mapping[str, Build] = {
 
 
 def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
-    """A new head for features of these levels: from a cache or from a live backbone, the same line.
+    """A new head for features of these levels, whether they come from a cache or from a live backbone.
 
-    Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that is not there.
+    Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that does not exist.
     """
     kinds = kinds_of(recipe.task)
     if recipe.kind not in kinds:
@@ -119,5 +119,5 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
 
 
 def parameter_count(head: nn.Module) -> int:
-    """Number of values that training moves."""
+    """The number of trainable parameters."""
     return sum(p.numel() for p in head.parameters() if p.requires_grad)

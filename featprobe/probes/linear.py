@@ -17,10 +17,10 @@ MOMENTUM, EPSILON = 0.1, 1e-5  # of BatchNorm, as in torch.nn.BatchNorm2d
 
 
 class LevelNorm(nn.Module):
-    """BatchNorm of one level, as a scale and a shift for a convolution to take in.
+    """BatchNorm of one level, as a scale and a shift that are folded into the next convolution.
 
-    Its arithmetic is torch.nn.BatchNorm2d's, but padding takes no part in the statistics, and the
-    normalised map is never written down: `forward` gives what folds into the weights that follow.
+    Its arithmetic is that of torch.nn.BatchNorm2d, but padding does not count in the statistics, and the
+    normalised map is never stored: `forward` returns scale and shift.
     """
 
     running_mean: Tensor
@@ -55,12 +55,12 @@ class LevelNorm(nn.Module):
 
 
 def weighted_moments(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel, float64 where the device has it, and the number of cells they stand on.
+    """Mean and biased variance per channel, float64 where the device has it, and the number of cells.
 
     x: (batch, channels, cells), float32. share: (batch, cells), weights in [0, 1], or None for ones.
 
-    Sums over cells are taken in x's own format in one pass each, then joined in float64: twice as fast
-    as torch.var_mean on CPUs, and exact to far below the rounding of fp16 features. Of several processes all get the
+    Sums over cells are computed in the format of x in one pass each, then joined in float64: twice as fast as
+    torch.var_mean on CPUs, with an error far below the rounding of fp16 features. With several processes all get the
     moments of the whole batch.
     """
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
@@ -85,7 +85,7 @@ class LinearHead(DenseHead):
     convolution and bilinear upsampling commute; but each level is convolved at its own resolution. The
     normalisation is folded into the weights, so a level is read twice and never copied.
 
-    levels: what it takes, finest first. classes: number of classes, the background counted.
+    levels: its inputs, finest first. classes: the number of classes, with the background.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel], classes: int) -> None:
@@ -100,7 +100,7 @@ class LinearHead(DenseHead):
 
     @property
     def stride(self) -> int:
-        """Frame pixels per cell of the logits."""
+        """Frame pixels per cell of the logits: the stride of the finest level."""
         return self.levels[0].stride
 
     @property
@@ -114,9 +114,9 @@ class LinearHead(DenseHead):
 
 
 def logits_of(heads: Sequence[LinearHead], features: Features) -> Tensor:
-    """Logits of heads of the same levels and classes: (batch, heads * classes, rows, columns).
+    """The logits of heads of the same levels and classes: (batch, heads * classes, rows, columns).
 
-    The first head's statistics serve them all.
+    All heads use the first head's statistics.
     """
     device = heads[0].bias.device
     if execution.whole_batches(device):

@@ -27,8 +27,8 @@ def level_loss(logits: Tensor, shares: Tensor, weights: Tensor | None = None, lo
 
     logits: (batch, classes, rows, columns). shares: the same shape, area shares as targets.cell_shares
     gives them. weights: (classes,), or None for ones. loss: terms of parse_loss, added up.
-    Returns a scalar; for "ce" sum w_c p_c (-log q_c) / sum w_c p_c; 0 where no pixel counts. Of several processes each
-    gets its part: these add up to the loss of the whole batch.
+    Returns a scalar; for "ce" sum w_c p_c (-log q_c) / sum w_c p_c; 0 where no pixel counts. With several processes
+    each gets its part: the parts sum to the loss of the whole batch.
 
     "ce" is exactly the per-pixel loss of logits upsampled by nearest neighbour, with ignored pixels and
     class weights, and so are the others. torch's cross_entropy with class probabilities is not: it divides by the
@@ -113,11 +113,11 @@ def image_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None, 
 class _ImageLoss(torch.autograd.Function):
     """Cross-entropy at the image's size with its gradient, a piece of the batch at a time.
 
-    Upsampled logits are as many as all that a step reads beside them, so no piece of them is kept: it goes forward and
-    straight back. A piece is as many rows of an image as fit a CPU's caches, or as many images as fit a share of a
-    GPU's memory. Bilinear upsampling along an axis is a product with a matrix that is all but empty; of it a piece
-    takes the block that is not. On a CPU that is several times faster than upsampling by pixels; the adjoint, which
-    is the transpose, is so on a GPU too, and the same in every run.
+    Upsampled logits need as much memory as everything else that a step reads, so they are not kept: each piece goes
+    forward and at once back. A piece is as many rows of an image as fit a CPU's caches, or as many images as fit a
+    share of a GPU's memory. Bilinear upsampling along an axis is a product with a sparse matrix; a piece uses the block
+    of it that is not zero. On a CPU that is several times faster than upsampling by pixels; the adjoint, which is the
+    transpose, is faster on a GPU too, and gives the same result in every run.
     """
 
     @staticmethod
@@ -265,8 +265,8 @@ def _upsampling(cells: int, pixels: int, like: Tensor) -> Tensor:
 def inverse_sqrt_weights(pixels: Tensor) -> Tensor:
     """Class weights 1 / sqrt(frequency), scaled so that a training pixel has weight 1 on average.
 
-    pixels: (classes,), labelled pixels of each class in the training split. A class without any gets
-    weight 1: it takes no part in the loss.
+    pixels: (classes,), labelled pixels per class in the training split. A class without pixels gets
+    weight 1, which has no effect on the loss.
 
     >>> [round(w, 3) for w in inverse_sqrt_weights(torch.tensor([90., 10., 0.])).tolist()]
     [0.833, 2.5, 1.0]
@@ -278,7 +278,7 @@ def inverse_sqrt_weights(pixels: Tensor) -> Tensor:
 
 
 def start_at_prior(head: DenseHead, pixels: Tensor, weights: Tensor | None = None) -> None:
-    """Let a dense head begin by predicting the classes' frequencies.
+    """Set a dense head's bias so that it begins by predicting the classes' frequencies.
 
     pixels: (classes,), labelled pixels of each class in the training split. weights: of the loss.
     Defects fill well under a percent of most images: from a bias of 0, thousands of steps go by before

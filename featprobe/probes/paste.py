@@ -1,4 +1,4 @@
-"""From what a head finds in the frame to objects of the original image."""
+"""From detections in the frame to objects of the original image."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ MASK_THRESHOLD = 0.5
 
 
 def objects_at_original(detections: Detections, placement: Placement) -> list[tuple[Instance, float]]:
-    """(object, score) in pixels of the original image, best first; masks where the head gives them."""
+    """(object, score) in pixels of the original image, best first; with masks where the head predicts them."""
     scale_y, scale_x = (o / c for o, c in zip(placement.original, placement.content, strict=True))
     boxes = detections.boxes.detach().cpu().double() * torch.tensor([scale_x, scale_y, scale_x, scale_y])
     height, width = placement.original

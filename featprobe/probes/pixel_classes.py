@@ -1,4 +1,4 @@
-"""From logits on a grid of cells to classes of the original image's pixels."""
+"""From logits on a grid of cells to the class of each pixel of the original image."""
 
 from itertools import product
 
@@ -15,7 +15,7 @@ def logits_at_original(logits: Tensor, stride: int, placement: Placement) -> Ten
     """Logits of images of one placement, bilinearly at every pixel centre of the original images.
 
     logits: (…, classes, rows, columns) of the frame's cells, `stride` frame pixels each.
-    Returns (…, classes, original height, original width). Cells that hold nothing but padding take no part.
+    Returns (…, classes, original height, original width). Cells of padding only do not count.
     """
     rows, columns = (-(-content // stride) for content in placement.content)
     scales = [o * stride / c for o, c in zip(placement.original, placement.content, strict=True)]  # pixels a cell
@@ -26,14 +26,14 @@ def logits_at_original(logits: Tensor, stride: int, placement: Placement) -> Ten
 
 
 def predict_classes(logits: Tensor, stride: int, placement: Placement) -> Tensor:
-    """Class index of every pixel of the original image: (height, width), uint8; the lowest of equals."""
+    """The class index of every pixel of the original image: (height, width), uint8; for equal logits the lowest."""
     return best_classes(logits_at_original(logits, stride, placement))
 
 
 def best_classes(logits: Tensor) -> Tensor:
-    """Class index of every pixel, uint8, from logits of (classes, height, width); the lowest of equals.
+    """The class index of every pixel, uint8, from logits (classes, height, width); for equal logits the lowest.
 
-    On a CPU class by class, since torch's argmax over the first axis is thirty times slower there.
+    On a CPU it goes class by class, because torch's argmax over the first axis is thirty times slower there.
     """
     if execution.whole_batches(logits.device):
         return logits.argmax(0).to(torch.uint8)

@@ -1,7 +1,7 @@
-"""Feature pyramids of one fixed width: what every head but the linear one stands on.
+"""Feature pyramids of one fixed width: the base of every head but the linear one.
 
-All of them leave padding out: its cells are zero wherever a 3x3 convolution would look at them, as the outside of an
-image is, and no normalisation counts them.
+They ignore padding: its cells are zero wherever a 3x3 convolution reads them, like cells outside of an image, and no
+normalisation counts them.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ SIMPLE_FROM = 8  # pixels: levels of one stride at least this coarse get a simpl
 
 
 def cells_inside(content: Tensor | None, grid: tuple[int, int], stride: int) -> Tensor | None:
-    """Which cells hold some image: (batch, rows, columns), bool; None when every image fills the frame.
+    """Whether each cell holds a part of its image: (batch, rows, columns), bool; None when every image fills the frame.
 
     content: (batch, 2), pixels, see Features. grid: (rows, columns).
     """
@@ -211,7 +211,7 @@ class Pyramid(nn.Module):
 class TopDown(Pyramid):
     """Lateral maps of every level, each with the coarser ones upsampled and added (FPN, Lin et al., 2017).
 
-    Of levels with one stride all are added up, and stand as one.
+    Levels with the same stride are summed to one.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel], width: int) -> None:
@@ -388,16 +388,16 @@ class SimplePyramid(Pyramid):
 
 
 def make_pyramid(levels: Sequence[FeatureLevel], width: int, kind: PyramidKind = "auto", finest: int = 0) -> Pyramid:
-    """The pyramid of these levels: simple where all have one stride (as a ViT's), or where it is asked for.
+    """The pyramid of these levels: simple where all have one stride (as in a ViT), or where it is requested.
 
-    finest: strides below it, in pixels, are not made; the coarsest always is. Raises ProbeError for a simple one of
+    finest: strides below it, in pixels, are not made; the coarsest always is. Raises ProbeError for a simple pyramid of
     levels with several strides.
     """
     strides = {level.stride for level in levels}
     if kind == "simple" and len(strides) > 1:
         raise ProbeError(
             f"A simple pyramid is made from one level, of a backbone with one stride.\n  found   strides "
-            f"{sorted(strides)}\nLeave --pyramid away, or name one level with --levels."
+            f"{sorted(strides)}\nOmit --pyramid, or name one level with --levels."
         )
     if kind == "simple" or (kind == "auto" and len(strides) == 1 and min(strides) >= SIMPLE_FROM):
         return SimplePyramid(levels, width, finest)
@@ -408,12 +408,12 @@ def make_pyramid(levels: Sequence[FeatureLevel], width: int, kind: PyramidKind =
 def detection_pyramid(
     levels: Sequence[FeatureLevel], width: int, sides: Sequence[float], kind: PyramidKind
 ) -> tuple[tuple[int, ...], Pyramid]:
-    """The strides at which objects of these sizes are looked for, and a pyramid that has them."""
+    """The strides at which objects of these sizes are searched, and a pyramid with these strides."""
     strides = detection_strides(make_pyramid(levels, width, kind).strides, sides)
     return strides, make_pyramid(levels, width, kind, strides[0])
 
 
 def maps_of(pyramid: Pyramid, strides: Sequence[int], features: Features) -> Maps:
-    """(map, cells inside) of these strides alone, as the pyramid gives them."""
+    """(map, cells inside) for only these strides, as the pyramid gives them."""
     found = dict(zip(pyramid.strides, pyramid(features), strict=True))
     return [found[stride] for stride in strides]

@@ -38,7 +38,7 @@ CELLS_OF_REGION = 14  # a region spans about as many cells of the level that it 
 class RcnnHead(ObjectHead):
     """Region proposals, then a class, a box and, with `masks`, a mask for each region.
 
-    levels: offered, finest first; those finer than its finest stride are not taken. classes: the background counted.
+    levels: available, finest first; it uses none finer than its finest stride. classes: number with the background.
     width: channels. sides: see objects.detection_strides.
     """
 
@@ -80,14 +80,14 @@ class RcnnHead(ObjectHead):
 
     @property
     def assignment(self) -> dict[str, str]:
-        """Sides of the anchors of each stride, frame pixels."""
+        """The sides of the anchors per stride, in frame pixels."""
         return {
             f"stride {s}": f"anchors of {', '.join(map(str, sorted(set(own))))} px"
             for s, own in zip(self.strides, self.sizes, strict=True)
         }
 
     def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
-        """The loss, a scalar, where targets are given; else what it finds in each image."""
+        """The loss, a scalar, if targets are given; else the detections per image."""
         found = maps_of(self.pyramid, self.strides, features)
         maps = {str(stride): x for stride, (x, _) in zip(self.strides, found, strict=True)}
         contents = [features.frame] * features.batch
@@ -169,9 +169,9 @@ class _Proposals(RegionProposalNetwork):
 
 
 class _Regions(RoIHeads):
-    """torchvision's region heads; proposals that lie half in a crowd or more are not taken for background.
+    """torchvision's region heads; a proposal that is half in a crowd or more does not count as background.
 
-    counts: how many proposals the last batch's losses stand on, and how many of them are objects.
+    counts: the number of proposals in the last batch's losses, and how many of them are objects.
     """
 
     crowds: list[Tensor]
@@ -205,8 +205,8 @@ class _Regions(RoIHeads):
 class RegionPool(nn.Module):
     """A square of features for each region, from the level where it spans about 14 cells.
 
-    torchvision's MultiScaleRoIAlign guesses strides from the maps' sizes and reads half a cell off: it takes the centre
-    of a cell to lie at its corner. Here cell i of a map spans the pixels [i, i + 1) * stride.
+    torchvision's MultiScaleRoIAlign guesses strides from the maps' sizes and reads half a cell off, because it assumes
+    a cell's centre at its corner. Here cell i of a map spans the pixels [i, i + 1) * stride.
     """
 
     def __init__(self, strides: Sequence[int], side: int) -> None:

@@ -12,7 +12,7 @@ from featprobe.probes.linear import EPSILON, LinearHead
 STRENGTHS = tuple(10.0**k for k in range(-6, 2))
 """Regularisation strengths: multiples of the total weight, for features of variance 1."""
 SMALLEST_VARIANCE = 1e-8
-OFFSETS = torch.linspace(-0.3, 0.3, 31)  # tried for each class around what it has
+OFFSETS = torch.linspace(-0.3, 0.3, 31)  # tried per class, added to its present offset
 ROUNDS = 3
 
 
@@ -20,9 +20,9 @@ class RidgeSums:
     """Sums over the training cells from which ridge regression is solved for any strength.
 
     The features of a cell of the finest grid are those of all levels there, coarse ones by nearest neighbour. A cell
-    weighs sum_c w_c p_c, p being its class shares and w the class weights, and is to give the indicator of each class.
-    Products of two levels are formed at the coarser one's grid, where the finer is summed up: that is exact, and the
-    upsampled features are never made.
+    has the weight sum_c w_c p_c (p: its class shares, w: the class weights), and its targets are the classes'
+    indicators. Products of two levels are computed on the coarser grid, where the finer level is summed: that is exact,
+    and upsampled features are never made.
 
     levels: finest first. weights: (classes,), of the classes.
     """
@@ -96,7 +96,7 @@ def choose(
 ) -> tuple[int, Tensor, float]:
     """The best of some heads on validation, and what to add to its classes' logits.
 
-    batches: (features, class shares of the finest grid's cells). step: one cell in so many, at random, is looked at.
+    batches: (features, class shares of the finest grid's cells). step: one cell of so many, drawn at random, is used.
     Offsets are searched class by class for the highest mean foreground IoU of cells.
     Returns (index, offsets (classes,), that IoU).
     """

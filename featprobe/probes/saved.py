@@ -48,11 +48,11 @@ LARGEST_CARD, LARGEST_ROW = 1 << 26, 1 << 24  # bytes
 UNREADABLE = (
     OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError, FileKindError
 )  # fmt: skip
-"""What a head's files raise that are none. RuntimeError: torch's, and too deep a nesting."""
+"""Errors of reading files that are no head's files. RuntimeError: from torch, or for too deep a nesting."""
 
 
 def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
-    """What features must agree in with those that a head was trained on."""
+    """The values in which features must agree with those that a head was trained on."""
     values = recipe.to_json()
     return {name: values[name] for name in FINGERPRINT if name in values}
 
@@ -64,11 +64,11 @@ def save_head(
     files: Mapping[str, bytes],
     backbone: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write head.safetensors, card.json and what else is given, each whole or not at all; the card comes last.
+    """Write head.safetensors, card.json and the given files, each whole or not at all; the card is written last.
 
-    All is on the disk, with its names, when this returns; a head that was there before goes only when all of the new
-    one is on the disk beside it. files: name -> bytes, as what each test image contributed to the scores. backbone: the
-    tensors of a fine-tuned one. Raises DiskError.
+    When this returns, everything is on the disk, with its names. A head that was there before is replaced only when the
+    whole new head is on the disk beside it. files: name -> bytes, such as the contributions of test images to the
+    scores. backbone: the tensors of a fine-tuned backbone. Raises DiskError.
     """
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
     written = {"head.safetensors": save(own, {"format": HEAD_FORMAT}), **files}
@@ -96,7 +96,7 @@ def make_folder(folder: Path) -> None:
 def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool = False) -> tuple[Head, dict[str, Any]]:
     """A saved head in eval mode, and its card.
 
-    recipe: of the features that it is to be fed, checked against the card's fingerprint when given. whole: as for
+    recipe: that of the features for the head; if given, it is checked against the card's fingerprint. whole: see
     `read_card`.
     Raises ProbeError when the folder holds no saved head, or one for other features.
     """
@@ -122,9 +122,9 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool 
 
 
 def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
-    """The card of a saved head; raises ProbeError when there is none, or it is not as it was written, or has faults.
+    """The card of a saved head. Raises ProbeError when there is none, or it was changed, or has faults.
 
-    whole: as `cards.card_faults` has it: a card of a head that featprobe trained.
+    whole: whether it must be the card of a head that featprobe trained, see `cards.card_faults`.
     """
     try:
         card = read_json(folder / "card.json", LARGEST_CARD)
@@ -146,15 +146,15 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
 
 
 def _no_card(folder: Path) -> str:
-    """What to say of a folder in which there is no card."""
+    """The error text for a folder without a card."""
     seeds = sorted(path.parent.name for path in folder.glob("seed*/card.json"))
     if seeds:
-        return f"{folder} holds no head itself. This folder holds {', '.join(seeds)}. Name one of them."
+        return f"{folder} holds no head itself, but {', '.join(seeds)}. Name one of them."
     return f"{folder} has no card.json, so there is no saved head in it. Nothing was computed. Train it again."
 
 
 def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRecipe) -> None:
-    """Raise ProbeError, naming what differs, when features are not those that a head was trained on."""
+    """Raise ProbeError, with all differences, when features differ from those that a head was trained on."""
     found = json.loads(json.dumps(fingerprint(recipe)))
     differing = [name for name in FINGERPRINT if wanted.get(name) != found.get(name)]
     if differing:
@@ -163,9 +163,9 @@ def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRe
 
 
 def read_files(folder: Path, card: Mapping[str, Any], names: Iterable[str]) -> list[bytes]:
-    """The bytes of files beside a card, which hash to what it says of them; raises ProbeError.
+    """The bytes of files beside a card, checked with its hashes. Raises ProbeError.
 
-    A card of an older featprobe says it of head.safetensors alone.
+    A card of an older featprobe has only the hash of head.safetensors.
     """
     found = []
     for name in names:
@@ -185,10 +185,10 @@ def read_files(folder: Path, card: Mapping[str, Any], names: Iterable[str]) -> l
 
 
 def fault_of(folder: Path, card: Mapping[str, Any], *, hashes: bool = False) -> str:
-    """What is wrong with the files that a card names; "" for nothing.
+    """The fault of the files that a card names; "" where there is none.
 
-    Their sizes are looked at, and whether they begin with zeros, as a loss of power leaves files that were not synced;
-    hashes: all of their bytes. A card of an older featprobe knows no sizes: its head is hashed always.
+    Their sizes are checked, and that they don't begin with zeros, as unsynced files do after a loss of power. hashes:
+    also check all bytes. A card of an older featprobe has no sizes: its head is always hashed.
     """
     for name, said in _said(card).items():
         try:
@@ -209,7 +209,7 @@ def fault_of(folder: Path, card: Mapping[str, Any], *, hashes: bool = False) -> 
 
 
 def _said(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card says of the files beside it, by name."""
+    """A card's entries on the files beside it, by name."""
     own = {"head.safetensors": {"sha256": card["head_sha256"]}} if "head_sha256" in card else {}
     return {**own, **card.get("files", {})}
 
@@ -220,11 +220,11 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 class Checkpoint:
-    """The state of a training in a file, for the same training to go on from.
+    """The state of a training in a file, from which the same training can continue.
 
-    identity: of what is trained; a state of anything else is not taken. One is kept at the last step, and at the end of
-    a pass over the training rows (`every` steps) when the last time is `seconds` ago. before: seconds that were spent
-    on the training until the state that was loaded.
+    identity: that of the training; the state of another one is ignored. A state is kept at the last step, and at the
+    end of a pass over the training rows (`every` steps) if the last one is `seconds` old. before: seconds of training
+    up to the loaded state.
     """
 
     def __init__(self, path: Path, identity: str, every: int, last: int, seconds: float) -> None:
@@ -233,7 +233,7 @@ class Checkpoint:
         self.kept = self.begun
 
     def load(self) -> dict[str, Any] | None:
-        """The state that was saved last; None where there is none. Raises ProbeError for a damaged file."""
+        """The last saved state; None where there is none. Raises ProbeError for a damaged file."""
         self.begun = self.kept = time.perf_counter()
         if not self.path.exists():
             return None
@@ -244,11 +244,11 @@ class Checkpoint:
                 return None
             self.before = kept["seconds"]
             return kept["state"]
-        except Exception as error:  # a damaged file meets torch's reader in many ways
+        except Exception as error:  # torch raises many kinds of errors on a damaged file
             raise ProbeError(f"{self.path} can't be read: {error}.\nRemove it to train from the start.") from error
 
     def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep a state, whole or not at all, when it is time to. Raises DiskError; the last one stays then."""
+        """Keep a state, whole or not at all, when one is due. Raises DiskError; then the last state stays."""
         now = time.perf_counter()
         if step != self.last and (step % self.every or now - self.kept < self.seconds):
             return
@@ -259,7 +259,7 @@ class Checkpoint:
 
 
 def head_folder(probes: Path, row: ResultRow) -> Path:
-    """Where the head of a row lies. Raises ProbeError for a folder that is not below `probes`."""
+    """The folder of a row's head. Raises ProbeError for a folder that is not below `probes`."""
     try:
         return below(probes, row.folder, "its row")
     except FileKindError as error:
@@ -267,7 +267,7 @@ def head_folder(probes: Path, row: ResultRow) -> Path:
 
 
 def _torch_save(value: Any, stream: IO[bytes]) -> None:
-    """torch.save, whose own error would not say what a disk refused."""
+    """torch.save with a clear error when the disk refuses."""
     refused: list[OSError] = []
 
     def write(data: bytes) -> int:
@@ -291,10 +291,9 @@ def read_results(path: Path) -> tuple[list[ResultRow], list[str]]:
 def read_rows(
     path: Path, faults_of: Callable[[Mapping[str, Any]], list[Fault]] | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file, and what was wrong with lines that hold none; nothing where there is no file.
+    """The rows of a file, and notes on lines without a valid row; ([], []) where there is no file.
 
-    A torn last line, left by a kill, rows of another schema version, and rows in which `faults_of` finds something are
-    left aside.
+    An incomplete last line of a killed process, rows of another schema version, and rows with `faults_of` are skipped.
     """
     return _read(path, partial(_row, faults_of=faults_of))
 

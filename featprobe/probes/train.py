@@ -1,4 +1,4 @@
-"""The one training loop, wherever features come from, for one head or for many over the same batches."""
+"""The training loop, for features from any source, for one head or for many over the same batches."""
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -43,7 +43,7 @@ class CurvePoint:
 
 
 def learning_rate(step: int, recipe: TrainRecipe) -> float:
-    """Factor on the learning rate at a step: linear warm-up, then a half cosine down to 0.
+    """The factor of the learning rate at a step: linear warm-up, then half a cosine down to 0.
 
     >>> recipe = TrainRecipe(iterations=100, warmup=0.1)
     >>> [round(learning_rate(step, recipe), 2) for step in (0, 9, 54, 99)]
@@ -56,7 +56,7 @@ def learning_rate(step: int, recipe: TrainRecipe) -> float:
 
 
 def evaluation_points(recipe: TrainRecipe) -> tuple[int, ...]:
-    """Iterations after which heads are scored on validation: the last one, and earlier ones, each by a factor of √2.
+    """The iterations after which heads are scored on validation: the last one, and earlier ones in steps of √2.
 
     >>> evaluation_points(TrainRecipe(iterations=1000))
     (88, 125, 177, 250, 354, 500, 707, 1000)
@@ -65,9 +65,10 @@ def evaluation_points(recipe: TrainRecipe) -> tuple[int, ...]:
 
 
 def kept_point(curve: Sequence[CurvePoint], recipe: TrainRecipe, score: str) -> CurvePoint:
-    """The point of a validation curve whose weights are kept: the best by a score, the last of equals; or the last.
+    """The point of a validation curve whose weights are kept: the best by a score (the last of equal ones), or without
+    a score the last.
 
-    A score of nan is below all others.
+    nan is below all other scores.
     """
     if recipe.weights_from == "end":
         return curve[-1]
@@ -79,16 +80,17 @@ def _rank(score: float) -> float:
 
 
 def grid_of(recipe: TrainRecipe, rates: Sequence[float], decays: Sequence[float]) -> list[TrainRecipe]:
-    """The recipe with every combination of learning rate and weight decay; its own where none is given."""
+    """The recipe with every combination of the given learning rates and weight decays; its own value if none is
+    given."""
     return [
         replace(recipe, lr=lr, weight_decay=wd) for lr in rates or [recipe.lr] for wd in decays or [recipe.weight_decay]
     ]
 
 
 def batches_of(rows: Rows, recipe: TrainRecipe, seed: int) -> Iterator[Rows]:
-    """Row indices of each iteration: a new random order of all rows per pass, the same for one seed.
+    """The row indices of each iteration: a new random order of all rows per pass, the same for the same seed.
 
-    Batches run on from one pass into the next, so every batch is full and every row is used equally often.
+    A batch may continue from one pass into the next, so every batch is full and every row is used equally often.
     """
     order = np.random.default_rng(seed)
     left = np.empty(0, dtype=np.intp)
@@ -101,24 +103,24 @@ def batches_of(rows: Rows, recipe: TrainRecipe, seed: int) -> Iterator[Rows]:
 
 
 class Keeper(Protocol):
-    """Where the state of a training is kept, so that one that was stopped goes on from there."""
+    """Keeps the state of a training, so that a stopped training can continue."""
 
     def load(self) -> dict[str, Any] | None:
-        """What was saved last; None for nothing."""
+        """The last saved state; None where there is none."""
         ...
 
     def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """Told after every step; keeps what `state` gives when it is time to."""
+        """Called after every step; keeps the state that `state` returns when one is due."""
         ...
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A backbone that moves beside a head.
+    """A backbone that is trained together with a head.
 
-    groups: its parameters, as an optimizer takes them. clip: largest L2 norm of its gradient, 0 for no limit.
-    accumulate: parts of a batch that go forward and back one after another, each weighing by its images. ema: decay of
-    the running mean of all weights that is scored and kept, 0 for the weights themselves.
+    groups: its parameters, as an optimizer needs them. clip: largest L2 norm of its gradient, 0 for no limit.
+    accumulate: the number of parts of a batch that are computed one after another, each weighted by its images. ema:
+    decay of the running mean of all weights, which is scored and kept; 0 for the weights themselves.
     """
 
     backbone: nn.Module
@@ -147,19 +149,19 @@ def train(
 ) -> list[list[CurvePoint]]:
     """Train heads on the same batches of a feed and return the validation curve of each.
 
-    recipes: one a head, which may differ in learning rate and weight decay alone. loss: from features and what the feed
-    gives with them to the losses, (heads,). seed: of the order of rows. evaluate: scores of every head on validation.
-    tuned: the backbone behind the feed, where it is trained as well. progress: told the step and the mean loss.
-    best_by: the validation score whose best point gives each head its weights (and the backbone its own), see
-    `kept_point`; None for the weights of the end. taken: told the losses of every step, (heads,), on their device.
-    Several processes take their part of each batch: losses add up over them, and every one ends with the same weights.
+    recipes: one per head; they may differ only in learning rate and weight decay. loss: from features and the feed's
+    other values to the losses, (heads,). seed: of the order of rows. evaluate: gives the validation scores of every
+    head. tuned: the backbone of the feed, if it is trained too. progress: called with the step and the mean loss.
+    best_by: the validation score whose best point gives the weights of each head (and of its backbone), see
+    `kept_point`; None for the last weights. taken: called with the losses of every step, (heads,), on their device.
+    With several processes each computes its part of every batch: losses are summed, and all end with the same weights.
 
-    fixed: the loss also takes places of rows on the device, and of one shape it always does the same; so on a GPU a
-    step of frozen features is recorded once and replayed (`execution.recorded`). resident: where all rows lie on the
-    device; else features come from the feed.
+    fixed: the loss also accepts places of rows on the device, and does the same work for every batch of one shape; so a
+    GPU records a step of frozen features once and replays it (`execution.recorded`). resident: gives the features of
+    rows that all lie on the device; None if features come from the feed.
 
-    A head whose loss is not finite any more is given up: its curve ends, the others go on. Raises DivergedError when
-    that holds for all of them.
+    A head whose loss is no longer finite is given up: its curve ends, the others continue. Raises DivergedError when
+    no head is left.
     """
     recipe = recipes[0]
     loop = _Loop(heads, recipes, seed, tuned, best_by, fixed)
@@ -194,9 +196,9 @@ def seconds_per_step(
     fixed: bool = False,
     counted: int,
 ) -> float:
-    """Seconds of a step as `train` takes it: the mean of some, after those that prepare them.
+    """The seconds of a step of `train`: the mean of some steps, after the warm-up.
 
-    The heads, and the backbone, are then trained by these steps.
+    These steps train the heads and the backbone.
     """
     first = WARM_UP + 1 if _is_recorded(heads, tuned, fixed) else 1
     recipes = [replace(recipe, iterations=first + counted) for recipe in recipes]
@@ -212,14 +214,14 @@ def seconds_per_step(
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, when the device has done all that it was given."""
+    """The time in seconds, after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _parts(batch: Rows, tuned: Tuned | None) -> list[Rows]:
-    """The parts of a batch that go forward one after another."""
+    """The parts of a batch that are computed one after another."""
     return np.array_split(batch, min(tuned.accumulate, len(batch))) if tuned else [batch]
 
 
@@ -270,9 +272,9 @@ def _placed_steps(
 
 
 class _Recorded:
-    """A step of a training on a GPU, recorded as a CUDA graph once it was taken a few times, and then replayed.
+    """A training step on a GPU: after a few plain steps it is recorded as a CUDA graph, and then replayed.
 
-    Features that come from outside are copied to where the recorded step looks for them.
+    Features from outside are copied to the memory that the recorded step reads.
     """
 
     def __init__(self, step: Callable[[Features | None], None], device: torch.device) -> None:
@@ -326,7 +328,7 @@ class _Recorded:
 
 
 def _clip(heads: Sequence[nn.Module], limit: float) -> None:
-    """torch.nn.utils.clip_grad_norm_ of each head, in few operations for all of them."""
+    """torch.nn.utils.clip_grad_norm_ per head, in few operations for all heads."""
     gradients = [[p.grad for p in head.parameters() if p.grad is not None] for head in heads]
     (each,) = {len(own) for own in gradients}  # heads that train together are of one kind
     norms = torch.stack(torch._foreach_norm(list(chain(*gradients)))).view(len(heads), each)
@@ -336,7 +338,7 @@ def _clip(heads: Sequence[nn.Module], limit: float) -> None:
 
 
 def _is_recorded(heads: Sequence[nn.Module], tuned: Tuned | None, fixed: bool) -> bool:
-    """Whether steps of this training are recorded and replayed: those of one process over frozen features."""
+    """Whether the steps of this training are recorded and replayed: only in a single process, with frozen features."""
     return fixed and tuned is None and count() == 1 and execution.recorded(next(heads[0].parameters()).device)
 
 
@@ -525,7 +527,7 @@ class _Loop:
         }
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go back to a saved state; nothing for None."""
+        """Go back to a saved state; do nothing for None."""
         if state is None:
             return
         self.step = state["step"]

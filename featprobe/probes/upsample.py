@@ -21,7 +21,7 @@ class UpsampleHead(DenseHead):
     with GroupNorm mixes the sum, a 1x1 convolution classifies it (Semantic FPN, Kirillov et al., 2019, with one
     branch). Its size hardly depends on the backbone's.
 
-    levels: what it takes, finest first. classes: number of classes, the background counted. width: channels.
+    levels: its inputs, finest first. classes: the number of classes, with the background. width: channels.
     """
 
     def __init__(

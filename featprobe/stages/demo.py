@@ -1,8 +1,9 @@
-"""The whole way on the built-in sets: images, cache, probe, table, pictures."""
+"""Everything on the built-in data sets: images, cache, probe, table, pictures."""
 
 from collections.abc import Callable, Sequence
 
 from featprobe.errors import counted
+from featprobe.kinds import TASKS
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.training.probe import ProbeReport, probe
@@ -26,4 +27,4 @@ def demo(
             labels.append(spec.label)
             made = counted(report.computed, "image") if report.computed else "there already"
             say(f"{spec.label} on {name}: {made}, {report.path}")
-    return probe(workspace, "semseg", data, sorted(set(labels)), ProbeOptions(seeds=1, device=device, show=4), say)
+    return probe(workspace, TASKS[0], data, sorted(set(labels)), ProbeOptions(seeds=1, device=device, show=4), say)

@@ -30,7 +30,7 @@ from featprobe.kinds import KINDS
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.study.study import read_study, run_study
+from featprobe.stages.study.study import read_study, run_grid
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace, make_generated
@@ -397,11 +397,11 @@ def test_a_cell_of_a_study_fails_on_damage_unless_it_is_told_not_to_look(space: 
     file = tmp_path / "study.toml"
     file.write_text(STUDY)
     _, row = damage(space, "test")
-    report = run_study(space, read_study(file, space))
+    report = run_grid(space, read_study(file, space))
     ((_, reason),) = report.failed
     assert f"row {row}, " in reason and "cache verify" in reason and not report.rows
     file.write_text(f"no_verify = true\n{STUDY}")
-    assert not run_study(space, read_study(file, space)).failed
+    assert not run_grid(space, read_study(file, space)).failed
     ((kept,), _) = read_rows(space.probes / "results.jsonl")
     assert kept["verified"] is False
     file.write_text(f"no_verify = 1\n{STUDY}")

@@ -314,7 +314,7 @@ def test_where_hdf5_sees_something_else_it_is_said(tmp_path: Path, change: objec
     path = new_cache(tmp_path)
     change(path)  # type: ignore[operator]
     result = call(tmp_path, "cache", "verify", path, "--hdf5")
-    assert result.exit_code == 3 and re.search(f"HDF5 sees it otherwise: .*{words}", result.stdout), result.stdout
+    assert result.exit_code == 3 and re.search(f"HDF5 reads it differently: .*{words}", result.stdout), result.stdout
 
 
 def test_an_old_cache_has_one_view_alone(tmp_path: Path) -> None:

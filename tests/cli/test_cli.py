@@ -27,7 +27,7 @@ from PIL import Image
 import featprobe
 from featprobe.cache import MISSING, WHOLE, Cache, read_contents
 from featprobe.cli.main import cli
-from featprobe.kinds import KINDS
+from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.probes import load_head
 
 ROOT = Path(__file__).parents[2]
@@ -87,26 +87,72 @@ def test_the_commands_are_the_documented_ones() -> None:
 
 @pytest.mark.parametrize("words", WORDS)
 def test_every_commands_help_has_an_example_that_names_it(words: str) -> None:
-    result = CliRunner().invoke(cli, [*words.split(), "--help"], prog_name="featprobe")
+    example = help_of(words).partition("Example:")[2].partition("\n\n")[0]
+    assert re.search(rf"featprobe (--workspace \S+ )?{words}\b", example), example
+
+
+def help_of(words: str) -> str:
+    """What a person reads in a terminal of 80 columns."""
+    result = CliRunner().invoke(cli, [*words.split(), "--help"], prog_name="featprobe", terminal_width=80)
     assert result.exit_code == 0
-    example = result.stdout.partition("Example:")[2].partition("Options:")[0]
-    assert re.search(rf"featprobe (--workspace \S+ )?{words}\b", example), result.stdout
+    return result.stdout
 
 
-def test_options_that_state_a_default_state_the_one_of_the_recipe() -> None:
-    """As `1000 linear, 300 others`, or one value for all."""
-
-    checked = 0
+def test_options_state_the_default_of_each_kind_of_head() -> None:
+    checked = set()
     for option in cli.commands["probe"].params:
         stated = re.search(r"\[default: (.*)\]", getattr(option, "help", None) or "")
-        if stated and hasattr(KINDS["linear"].recipe, str(option.name)):
-            said = {words[-1]: words[0] for part in stated[1].split(", ") if (words := part.split())}
-            for kind, recipe in ((kind.name, kind.recipe) for kind in KINDS.values()):
-                if kind != "ridge":
-                    value = str(getattr(recipe, str(option.name)))
-                    assert value == said.get(kind, said.get("others", stated[1])), (option.name, kind)
-                    checked += 1
-    assert checked >= 15
+        if stated and hasattr(TrainRecipe, str(option.name)):
+            said = {name: value for value, names in re.findall(r"([^ ,]+) \(([\w, ]+)\)", stated[1])
+                    for name in names.split(", ")}  # fmt: skip
+            for kind in KINDS.values():
+                dense = option.name in ("loss", "loss_at", "class_weights")
+                if not kind.solved and (kind.task == "semseg" or not dense):
+                    value = str(getattr(kind.recipe, str(option.name)))
+                    assert value == said.get(kind.name, stated[1]), (option.name, kind)
+                    checked.add((option.name, kind.name))
+    assert len({name for name, _ in checked}) == 8 and len(checked) >= 30
+
+
+@pytest.mark.parametrize("words", ["", *WORDS])
+def test_help_fits_80_columns_and_cuts_nothing(words: str) -> None:
+    text = help_of(words)
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"\w\.\.\.$", text.partition("Commands:")[2], re.MULTILINE), text
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_help_of_an_option_is_a_sentence_with_its_default_at_the_end(words: str) -> None:
+    for param in dict(commands())[words].params:
+        if isinstance(param, click.Option) and not param.hidden:
+            text, bracket, default = (param.help or "").partition("  [default: ")
+            assert re.fullmatch(r"[A-Z`a-z][^\[]*\.", text), (param.name, text)
+            assert default.endswith("]") or not bracket
+            assert "Default:" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "headings"),
+    [
+        ("extract", ["Backbone", "Data set", "Features", "Tiles and views", "Computing", "Output"]),
+        ("probe", ["What to train", "Head", "Training", "Computing", "Output"]),
+        ("finetune", ["What to train", "Backbone and images", "Head", "Training", "Computing", "Output"]),
+    ],
+)
+def test_options_of_long_commands_stand_under_headings(words: str, headings: list[str]) -> None:
+    text = help_of(words)
+    assert re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE) == [*headings, "Other options"]
+    named = {name for param in cli.commands[words].params if isinstance(param, click.Option) and not param.hidden
+             for name in param.opts}  # fmt: skip
+    assert named <= set(re.findall(r"--[\w-]+", text))
+
+
+def test_own_weights_of_a_training_are_named_in_the_configuration(tmp_path: Path) -> None:
+    for words in ("probe", "finetune"):
+        said = refusal(tmp_path, words, "--extract", "--backbone", "resnet18", "--weights", "my.pth", code=2)
+        assert "[backbones.NAME]" in said and 'weights = "my.pth"' in said
+        assert f"featprobe {words} --extract --backbone NAME" in said
+        assert "--weights " not in help_of(words)
 
 
 def test_help_version_and_usage_errors_answer_without_torch() -> None:
@@ -475,7 +521,10 @@ def test_a_flipped_byte_is_found_with_code_3_and_mended_by_extract(space: Path) 
     cache = Cache(path, read_contents(path))
     assert np.flatnonzero(cache.done == MISSING).tolist() == [int(row)]
     again = call(space, "cache", "verify", "--quiet")
-    assert again.exit_code == 0 and "sound, but 1 of 24 rows is missing: finish it: featprobe extract" in again.stdout
+    assert (
+        again.exit_code == 0
+        and "sound, but 1 of 24 rows is missing. To finish it, run:  featprobe extract" in again.stdout
+    )
     assert "featprobe extract" in refusal(space, "probe")
     assert "1 of 24 rows are missing" in refusal(space, "probe", "--data", "xray")
     mended = call(space, "extract", *NETWORK, "--data", "xray", "--quiet")

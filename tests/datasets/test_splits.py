@@ -46,12 +46,12 @@ from featprobe.metrics import average_precision, iou_scores
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.result_rows import ResultRow
 from featprobe.splitting import SplitChoice
+from featprobe.stages.commands import commands_of
 from featprobe.stages.comparison.compare import compare
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.comparison.tested import ObjectTest
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.partition import SCARCE_FIRST, Partition, classes_of, single_splits, split_notes
-from featprobe.stages.training.commands import commands_of
 from featprobe.stages.training.finetune import missing_counterparts
 from featprobe.stages.training.probe import notes_of, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
@@ -306,7 +306,7 @@ def brief(split: str, **more: Any) -> ProbeOptions:
 @pytest.mark.parametrize("split", ["own", "group", "stratified", "image"])
 def test_a_written_split_is_the_one_that_probing_takes(made: Workspace, tmp_path: Path, split: str) -> None:
     out = tmp_path / "split.csv"
-    report = write_split(made.data_set("surface"), out, split)
+    report = write_split(made.data_set("surface"), out, SplitChoice.parse(split))
     cache = cache_of(made)
     wanted = Partition(cache, SplitChoice(split)).rows
     assert {name: len(rows) for name, rows in wanted.items()} == report.images
@@ -320,7 +320,7 @@ def test_a_written_split_is_the_one_that_probing_takes(made: Workspace, tmp_path
 
 def test_written_folds_are_the_ones_that_probing_takes(made: Workspace, tmp_path: Path) -> None:
     out = tmp_path / "folds.csv"
-    report = write_split(made.data_set("surface"), out, "group:3")
+    report = write_split(made.data_set("surface"), out, SplitChoice.parse("group:3"))
     assert list(report.images) == ["1", "2", "3"]
     cache = cache_of(made)
     every = zip(*(single_splits(SplitChoice.parse(text)) for text in (str(out), "group:3")), strict=True)
@@ -332,7 +332,7 @@ def test_written_folds_are_the_ones_that_probing_takes(made: Workspace, tmp_path
 def test_a_file_is_never_written_over(made: Workspace, tmp_path: Path) -> None:
     (tmp_path / "split.csv").write_text("mine")
     with pytest.raises(DataError, match=r"is there already. Nothing was changed"):
-        write_split(made.data_set("surface"), tmp_path / "split.csv")
+        write_split(made.data_set("surface"), tmp_path / "split.csv", SplitChoice.parse("own"))
     assert (tmp_path / "split.csv").read_text() == "mine"
 
 
@@ -343,7 +343,7 @@ def edited(path: Path, change: Callable[[list[str]], list[str]]) -> Path:
 
 def test_probing_on_a_file_scores_its_test_images_in_its_groups(space: Workspace, tmp_path: Path) -> None:
     out = tmp_path / "split.csv"
-    write_split(space.data_set("surface"), out, "group")
+    write_split(space.data_set("surface"), out, SplitChoice.parse("group"))
 
     def regrouped(lines: list[str]) -> list[str]:
         rows = [line.split(",") for line in lines]
@@ -387,7 +387,7 @@ def test_extracting_with_another_split_or_groups_copies_the_features(tmp_path: P
     first = extract_into(tmp_path, data)
     assert first.computed == 12
     out = tmp_path / "mine.csv"
-    write_split(workspace.data_set(str(data)), out, "group", seed=7)
+    write_split(workspace.data_set(str(data)), out, SplitChoice.parse("group"), seed=7)
     computed = spy_on_writes(monkeypatch)
     pinned = workspace.data_set(str(data), split_file=str(out))
     report = extract_with(workspace, PoolingBackbone(), pinned, options(), CPU)

@@ -364,5 +364,5 @@ def test_the_truth_is_the_coco_dict_of_the_instances() -> None:
 
 
 def test_classes_and_category_ids_that_disagree_are_refused() -> None:
-    with pytest.raises(ShapeError, match="3 category ids do not name the 2 classes"):
+    with pytest.raises(ShapeError, match="3 category ids do not fit the 2 classes"):
         truth_of([], ("background", "pore", "crack"), (0, 1, 2))

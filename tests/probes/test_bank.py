@@ -13,6 +13,7 @@ from featprobe.errors import ShapeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.probes import LinearBank, LinearHead, level_loss
+from featprobe.probes.bank import all_linear, every_logits
 
 SEVERAL = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 5), (8, 7), (16, 11)))
 UNIFORM = tuple(FeatureLevel(f"block{b}", 6, 8) for b in (5, 11))
@@ -139,6 +140,22 @@ def test_large_logits_do_not_overflow() -> None:
     for loss, head in zip(losses, heads, strict=True):
         assert torch.allclose(loss, level_loss(head(features), shares), rtol=1e-4)
         assert all(p.grad.isfinite().all() for p in head.parameters())  # type: ignore[union-attr]
+
+
+class Doubled(LinearHead):
+    """A head that is built like a linear one and computes something else."""
+
+    def forward(self, features: Features) -> Tensor:
+        return 2 * super().forward(features)
+
+
+def test_heads_derived_from_a_linear_one_are_computed_as_they_say() -> None:
+    features, plain = features_of(SEVERAL, False), heads_of(SEVERAL, 3, 2)
+    derived = [Doubled(SEVERAL, 3).double().train() for _ in plain]
+    for own, other in zip(derived, plain, strict=True):
+        own.load_state_dict(other.state_dict())
+    assert all_linear(plain) == plain and all_linear([plain[0], *derived]) == []
+    assert torch.allclose(every_logits(derived, features), 2 * every_logits(plain, features))
 
 
 def test_what_is_no_bank_is_refused() -> None:

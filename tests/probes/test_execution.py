@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from featprobe.features import Features, cell_shares
-from featprobe.kinds import TrainRecipe
+from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
     HeadRecipe,
@@ -33,6 +33,7 @@ from featprobe.probes import (
 from featprobe.probes.detections import ObjectBatch
 from featprobe.probes.losses import image_losses, level_losses
 from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
+from featprobe.scores import SCORES
 from featprobe.targets import IGNORE
 
 LEVELS = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 5), (8, 7), (16, 11)))
@@ -40,6 +41,7 @@ ODD = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 5), (6, 4)))  # no
 FRAME, CLASSES, BATCH = (48, 96), 3, 4
 CONTENT = [[48, 96], [20, 96], [48, 31], [1, 50]]
 LOSSES = ("ce", "dice", "focal", "ce+dice+focal")
+DENSE = [name for name, kind in KINDS.items() if SCORES[kind.task].dense]
 
 
 def features_of(levels: Any, padded: bool, dtype: torch.dtype = torch.float64, seed: int = 0) -> Features:
@@ -385,7 +387,7 @@ def test_no_step_dispatches_more_operators_than_it_may_or_waits_for_the_device(f
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", ["linear", "upsample", "fcos"])
+@pytest.mark.parametrize("kind", [*DENSE, "fcos"])
 def test_a_step_over_levels_of_one_stride_waits_for_no_device(kind: str, padded: bool, whole: None) -> None:
     levels = tuple(FeatureLevel(f"block{i}", 8, 16) for i in range(3))
     task = "detect" if kind == "fcos" else "semseg"

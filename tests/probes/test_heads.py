@@ -22,8 +22,10 @@ from featprobe.geometry import Placement
 from featprobe.kinds import KINDS
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
+    DenseHead,
     Detections,
     HeadRecipe,
+    ObjectHead,
     ObjectTarget,
     build_head,
     execution,
@@ -47,6 +49,7 @@ from featprobe.probes.heads import BUILDERS
 from featprobe.probes.paste import paste_mask
 from featprobe.probes.pyramid import PaddedGroupNorm, Pyramid, TopDown, cells_inside, maps_of
 from featprobe.probes.rcnn import RegionPool, half_pixel_later
+from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec
 from featprobe.stages.training.detection import MaskStore
 from featprobe.targets import components, decode_rle
@@ -62,7 +65,7 @@ SMALL = {"width": 32, "sides": (9.0, 15.0, 50.0)}
 
 def recipe_for(task: str, kind: str) -> HeadRecipe:
     recipe = HeadRecipe(task, kind, CLASSES)
-    if kind in ("linear", "ridge"):
+    if not KINDS[kind].width:
         return recipe
     return replace(recipe, **(SMALL if task != "semseg" else {"width": 32}))  # type: ignore[arg-type]
 
@@ -440,6 +443,36 @@ def test_a_head_that_makes_no_sense_is_refused(change: dict[str, Any], said: str
     with pytest.raises(ProbeError) as error:
         build_head(replace(recipe_for("detect", "fcos"), **change), FOUR)
     assert said in str(error.value)
+
+
+def test_a_head_keeps_the_contract_of_its_task(kind: tuple[str, str]) -> None:
+    """What those who train, score, save and predict ask of any head: see probes/head.py."""
+    task, name = kind
+    levels, frame = FRAMES["four levels"]
+    torch.manual_seed(0)
+    head = build_head(recipe_for(task, name), levels)
+    assert head.classes == len(CLASSES) and set(head.levels) <= set(levels)
+    assert [level.stride for level in head.levels] == sorted(level.stride for level in head.levels)
+    if not SCORES[task].dense:
+        assert isinstance(head, ObjectHead) and head.assignment
+        return
+    assert isinstance(head, DenseHead) and not head.assignment
+    prior = torch.tensor([0.9, 0.07, 0.03])
+    head.start_at(prior)
+    said = head.train()(random_features(levels, frame)).softmax(1)
+    assert said.shape == (2, 3, frame[0] // head.stride, frame[1] // head.stride)
+    assert torch.allclose(said.mean((0, 2, 3)), prior, rtol=0.15)
+
+
+def test_width_and_pyramid_change_the_kinds_that_have_them_and_no_other(kind: tuple[str, str]) -> None:
+    """`probe` refuses --width and --pyramid where the table says that they change nothing."""
+    task, name = kind
+
+    def size(**change: Any) -> int:
+        return parameter_count(build_head(replace(HeadRecipe(task, name, CLASSES, width=16), **change), VIT))
+
+    assert (size(width=16) != size(width=24)) == bool(KINDS[name].width)
+    assert (size(pyramid="simple") != size(pyramid="levels")) == KINDS[name].pyramid
 
 
 def test_a_vits_levels_become_a_pyramid_or_stay_as_they_are() -> None:

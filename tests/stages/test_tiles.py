@@ -40,6 +40,7 @@ from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
 from featprobe.specs import BackboneSpec
 from featprobe.splitting import SplitChoice
+from featprobe.stages.commands import commands_of
 from featprobe.stages.extraction.augment import augment
 from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.extraction.extract import extract as extract_for_real
@@ -47,7 +48,6 @@ from featprobe.stages.extraction.extract_options import ExtractOptions, configur
 from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.predict import predict
 from featprobe.stages.stitch import stitched_classes, stitched_logits, stitched_objects
-from featprobe.stages.training.commands import commands_of
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
@@ -699,7 +699,7 @@ def test_a_counterpart_that_augments_is_trained_once_for_results_with_and_withou
 
     def wanted(**tuning: Any) -> list[Cache]:
         found, _ = missing_counterparts(workspace, ProbeOptions(tuning=Tuning(**tuning)))
-        return [one.cache for one in found]
+        return [one.partition.cache for one in found]
 
     probe(workspace, options=options_of("semseg"))
     assert [cache.path for cache in wanted()] == [plain.path]

@@ -36,7 +36,7 @@ from featprobe.kinds import TrainRecipe
 from featprobe.probes import load_head, save_head
 from featprobe.probes.saved import Checkpoint, read_rows
 from featprobe.stages.comparison.results import load_results
-from featprobe.stages.study.study import read_study, run_study
+from featprobe.stages.study.study import read_study, run_grid
 from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.training import Training
@@ -142,18 +142,18 @@ def test_a_study_trains_damaged_heads_again_and_no_others(tmp_path: Path) -> Non
     text = f'data = ["{tmp_path}/parts"]\nbackbones = ["embedded-random"]\nregimes = ["frozen"]\nsizes = ["32x32"]\n'
     (tmp_path / "study.toml").write_text(text + "seeds = 2\nshow = 0\n[train.all]\niterations = 2\nbatch_size = 2\n")
     study = read_study(tmp_path / "study.toml", workspace)
-    first = run_study(workspace, study)
+    first = run_grid(workspace, study)
     assert not first.failed and len(first.rows) == 2
     folder = workspace.probes / first.rows[1]["folder"]
     lose(folder, {"scores.npz": "zeros"})
-    again = run_study(workspace, study)
+    again = run_grid(workspace, study)
     assert [row["folder"] for row in again.rows] == [first.rows[1]["folder"]] and again.done == 1
     data = bytearray((folder / "head.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "head.safetensors").write_bytes(data)
-    assert run_study(workspace, study).done == 2
-    assert run_study(workspace, study, dry_run=True, verify=True).missing[0].seed == 1
-    assert [row["seed"] for row in run_study(workspace, study, verify=True).rows] == [1]
+    assert run_grid(workspace, study).done == 2
+    assert run_grid(workspace, study, dry_run=True, verify=True).missing[0].seed == 1
+    assert [row["seed"] for row in run_grid(workspace, study, verify=True).rows] == [1]
 
 
 @pytest.mark.parametrize("name", ["head.safetensors", "curves.json", "scores.npz"])

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import training_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from featprobe import processes
 from featprobe.backbones.backbone import load_backbone
+from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import BackboneError, DivergedError, ProbeError
 from featprobe.features import Features, cell_shares
@@ -43,11 +43,13 @@ from featprobe.probes.train import _Loop, train
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.partition import Partition
 from featprobe.stages.training import fit
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.prepared import Prepared, prepare
 from featprobe.stages.training.probe import checked, find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace, make_generated
 
 CPU = torch.device("cpu")
@@ -56,6 +58,11 @@ FRAME, IMAGES, CLASSES = (64, 96), 4, 3
 SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
 DETECT = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, clip=10.0, evaluations=1)
 LIVE = TrainRecipe(iterations=6, batch_size=4, lr=1e-3, evaluations=1)
+
+
+def prepared(space: Workspace, cache: Cache, task: str, options: ProbeOptions) -> Prepared:
+    """The training of seed 0 with its labels read."""
+    return prepare(Training(space, Partition(cache, options.choice), task, options, (0,)))
 
 
 def launch(program: list[str], *, count: int = 2) -> subprocess.CompletedProcess[str]:
@@ -124,6 +131,7 @@ def test_two_processes_train_the_head_that_one_trains_and_score_each_image_once(
 DETECTIONS = """
 import sys
 from pathlib import Path
+from featprobe.kinds import TrainRecipe
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
@@ -150,7 +158,7 @@ def test_predictions_of_two_processes_are_complete_and_counterparts_are_found(sp
     head, _ = load_head(folder)
     (cache,), _ = find_caches(one, "detect", (), ())
     options = checked("detect", ProbeOptions(recipe=DETECT, device="cpu"))
-    ready = prepare(training_of(one, cache, "detect", options))
+    ready = prepared(one, cache, "detect", options)
     with FeatureLoader(cache) as loader:
         (outcome,) = ready.task.evaluate([head], loader.batches, ready.rows["test"])
     assert found == json.loads(outcome.files["predictions.json"]), "those of the same head in one process, in order"
@@ -165,6 +173,7 @@ def test_predictions_of_two_processes_are_complete_and_counterparts_are_found(sp
 STOPPED = """
 import sys
 from pathlib import Path
+from featprobe.kinds import TrainRecipe
 from featprobe.errors import ProbeError
 from featprobe.probes.saved import Checkpoint
 from featprobe.processes import is_main
@@ -448,7 +457,7 @@ def test_what_several_processes_can_not_do_is_refused_before_anything_is_trained
         (ProbeOptions(recipe=LIVE, tuning=Tuning(accumulate=2)), "3 processes in 2 parts"),
     ):
         with pytest.raises(ProbeError, match=words):
-            prepare(training_of(space, cache, "semseg", checked("semseg", options)))
+            prepared(space, cache, "semseg", checked("semseg", options))
     with pytest.raises(ProbeError, match="SyncBatchNorm"):
         backbone.unfreeze(batch_norm="train")
     backbone.unfreeze(batch_norm="frozen")
@@ -474,7 +483,7 @@ def test_processes_that_would_each_train_everything_are_refused(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ProbeError, match="process 1 of 2"):
-        prepare(training_of(space, cache, "semseg", checked("semseg", ProbeOptions())))
+        prepared(space, cache, "semseg", checked("semseg", ProbeOptions()))
 
 
 def test_one_process_does_not_load_accelerate(space: Workspace, tmp_path: Path) -> None:

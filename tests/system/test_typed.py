@@ -31,13 +31,13 @@ from featprobe.probes.saved import read_card, read_rows
 from featprobe.report.tables import result_text
 from featprobe.result_rows import LadderRow, ResultRow, ladder_faults, result_faults
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe, digest
+from featprobe.stages.commands import commands_of
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.extraction.extract import extract as run_extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.predict import Predictor
 from featprobe.stages.study.study import Study, cells_of, read_study
 from featprobe.stages.study.study_file import faults_of, schema, template
-from featprobe.stages.training.commands import commands_of
 from featprobe.stages.training.finetune import missing_counterparts
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
@@ -128,8 +128,8 @@ def read(folder: Path, text: str) -> Study:
         ("[train.all]\nbatch_size = 2.5", "train.all.batch_size: wanted a whole number, found 2.5"),
         ("[train.all]\nbatch_size = true", "train.all.batch_size: wanted a whole number, found true"),
         ("[train.all]\nlr = nan", "train.all.lr: wanted a finite number, found NaN"),
-        ("[train.all]\nlr = -1.0", "train.all: This can't be trained: lr = -1.0."),
-        ('[train.linear]\nloss = "cee"', "train.linear: "),
+        ("[train.all]\nlr = -1.0", "train.all.lr: This can't be trained: lr = -1.0."),
+        ('[train.linear]\nloss = "cee"', "train.linear.loss: There is no loss 'cee'."),
         ('[train.linear]\nloss_at = "cells"', 'train.linear.loss_at: wanted level or image, found "cells"'),
         ("[train.lineer]\nlr = 0.1", "train.lineer: unknown. Did you mean linear?"),
         ('heads = ["fcos"]', 'heads[0]: wanted heads of the tasks of this study, of semseg: linear, upsample, ridge'),
@@ -143,7 +143,7 @@ def read(folder: Path, text: str) -> Study:
         ("train = 3", "train: wanted a table, found 3"),
         ("tuning = [1]", "tuning: wanted a table, found [1]"),
         ('[tuning]\naugment = "yes"', 'tuning.augment: wanted true or false, found "yes"'),
-        ("[tuning]\nlayer_decay = 2", "tuning: This can't be trained: layer_decay = 2"),
+        ("[tuning]\nlayer_decay = 2", "tuning.layer_decay: This can't be trained: layer_decay = 2"),
         ('split = "thirds"', "split: 'thirds' is not a split"),
     ],
 )  # fmt: skip
@@ -157,6 +157,53 @@ def test_a_wrong_value_in_a_study_file_is_named_with_its_path(tmp_path: Path, li
     (tmp_path / "study.toml").write_text(start + lines + "\n")
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "study", str(tmp_path / "study.toml")])
     assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output
+
+
+def test_faults_of_types_and_of_values_come_in_one_message(tmp_path: Path) -> None:
+    """Whatever else is wrong in the file, a value is judged if all that it depends on is right."""
+    text = """
+        data = ["surface", 3, "surfase"]
+        backbones = ["embeded", 4]
+        sizes = ["64", 64]
+        tiles = [0, 32]
+        overlap = 40
+        views = ["hflipp", false]
+        seeds = "three"
+        heads = ["fcos", "liner"]
+        [train.linear]
+        iterations = "many"
+        lr = -1.0
+        loss = "ce+dise"
+        [train.fcos]
+        clip = -1
+        [tuning]
+        bn = "melt"
+        ema = 1.5
+    """
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, text)
+    found = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
+    assert any(
+        line.startswith("views[0]: 'hflipp' are no views of training images. Did you mean hflip") for line in found
+    )
+    wanted = (
+        "data[1]", "data[2]", "backbones[0]", "backbones[1]", "sizes[0]", "sizes[1]", "views[0]", "views[1]", "seeds",
+        "heads[0]", "heads[1]", "train.linear.iterations", "train.linear.lr", "train.linear.loss", "train.fcos.clip",
+        "tuning.bn", "tuning.ema",
+    )  # fmt: skip
+    assert sorted(line.partition(": ")[0] for line in found) == sorted(wanted)
+    text = 'data = ["surface"]\nbackbones = ["embeded"]\nseeds = 0\ntiles = [32]\noverlap = 40\nviews = ["none"]\n'
+    with pytest.raises(DataError, match=r"seeds: wanted 1(.|\n)*backbones\[0\]: (.|\n)*surface: Images can't be cut"):
+        read(tmp_path, text)
+    text = 'data = ["surfase"]\nbackbones = ["embedded"]\nregimes = ["full"]\n[tuning]\nprecision = "amp"\n'
+    with pytest.raises(
+        DataError, match=r"data\[0\]: (.|\n)*tuning.precision: --precision amp is for a frozen backbone"
+    ):
+        read(tmp_path, text)
+    for tasks, sure in (('["semseg"]', True), ('["semseg", "segment"]', False), ('"detect"', False)):
+        with pytest.raises(DataError) as caught:
+            read(tmp_path, f'data = ["surface"]\nbackbones = ["embeded"]\ntasks = {tasks}\nheads = ["fcos"]\n')
+        assert ("heads[0]" in str(caught.value)) == sure, "a head is not judged by tasks that are wrong themselves"
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

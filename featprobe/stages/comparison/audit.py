@@ -13,13 +13,13 @@ from featprobe.cache import Cache, open_cache
 from featprobe.cache.quantised import as_read
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import CacheError, ProbeError, counted
-from featprobe.kinds import KINDS
+from featprobe.kinds import KINDS, SEEDS, SOLVED, TASKS, kinds_of
 from featprobe.metrics import Difference, Statistic, mean_of, paired_difference, pixel_statistic
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe import checked
-from featprobe.stages.training.probe_options import SEEDS, ProbeOptions
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.run import judged
 from featprobe.stages.training.task import Outcome
 from featprobe.stages.training.training import Training
@@ -27,7 +27,7 @@ from featprobe.stages.workspace import Workspace
 
 MOST_ROWS = 512  # that errors are measured on
 ROWS_AT_ONCE = 8
-HEADS = ("linear", "ridge")
+HEADS = (kinds_of(TASKS[0])[0], *SOLVED)
 SIZES: tuple[CacheDtype, ...] = ("fp32", "fp16", "int8")
 Say = Callable[[str], None]
 
@@ -104,8 +104,8 @@ def _audit(workspace: Workspace, cache: Cache, options: AuditOptions, say: Say) 
         raise CacheError(f"{cache.path} has no usable row. Nothing was measured.")
     errors = _errors(cache, rows, pick_device(options.device))
     heads = []
-    if options.heads and "semseg" not in cache.data.tasks:
-        notes.append(f"no heads: {cache.data.name} has no masks, which linear and ridge are trained on")
+    if options.heads and TASKS[0] not in cache.data.tasks:
+        notes.append(f"no heads: {cache.data.name} has no masks, which {' and '.join(HEADS)} are trained on")
     else:
         heads = [_head_cost(workspace, cache, head, options, say) for head in options.heads]
     every = {dtype: len(cache) * replace(cache.recipe, dtype=dtype).row_bytes for dtype in SIZES}

@@ -21,6 +21,7 @@ from featprobe.report.page import PageSet, page_text
 from featprobe.report.tables import csv_text
 from featprobe.scores import FEW_GROUPS, SCORES
 from featprobe.specs import digest
+from featprobe.stages.commands import commands_of, level_command
 from featprobe.stages.comparison.convergence import SHARES, iterations_to, late_rise, still_rising
 from featprobe.stages.comparison.differences import (
     Line,
@@ -32,7 +33,6 @@ from featprobe.stages.comparison.differences import (
 )
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
 from featprobe.stages.partition import partition_of
-from featprobe.stages.training.commands import commands_of, level_command
 from featprobe.stages.workspace import Workspace
 
 

@@ -129,13 +129,13 @@ class ExtractOptions:
 
     def check(self) -> None:
         """Raise DataError for what can't be had together, as far as it can be told without the images."""
-        policy = self.policy
-        if policy and policy.image and (self.tiling or self.views):
+        tiling, policy = self.tiling, self.policy
+        if policy and policy.image and (tiling or self.views):
             raise DataError(
                 f"--intensity {policy} would stretch each tile and view of an image in another way.\n"
                 "Take a policy of the whole set (without :image), or whole images alone: --tile 0 --views none."
             )
-        if self.size and not self.tiling:
+        if self.size and not tiling:
             check_turns(self.views or (), self.size, self.fitted)
 
     def gives(self, recipe: FeatureRecipe) -> bool:

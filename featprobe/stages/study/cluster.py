@@ -27,7 +27,7 @@ from featprobe.stages.study.study import (
     ladder_of,
     make_cache,
     run_cells,
-    run_study,
+    run_grid,
 )
 from featprobe.stages.training.run import Say
 from featprobe.stages.workspace import Workspace
@@ -146,12 +146,12 @@ def submit_study(
     Each training waits for its own extraction, which ends at once where the cache is complete, and for the ladders that
     find the iterations of all backbones it is compared with. What is in the queue already is not handed over again.
     slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: told the plan first. verify: as
-    for `run_study`. Raises FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
+    for `run_grid`. Raises FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
     """
     root = workspace.root.resolve()
     executor = _executor(root / JOBS, slurm)
     queue = _queue()
-    plan = run_study(workspace, study, say, dry_run=True, verify=verify)
+    plan = run_grid(workspace, study, say, dry_run=True, verify=verify)
     here_only = [(cell, reason) for cell, reason in plan.failed if cell in plan.missing]  # as for want of memory
     plan = replace(plan, failed=tuple(pair for pair in plan.failed if pair not in here_only))
     latest = _handed_over(root / JOBS / "jobs.jsonl")

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,17 @@ from featprobe.cache import Cache, open_cache
 from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.fields import Fault, letter, wrong
+from featprobe.fields import Place as KeyPath
 from featprobe.geometry import parse_size
-from featprobe.kinds import KINDS, TrainRecipe, kinds_of
+from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
+from featprobe.machine import minutes_text
 from featprobe.processes import check_together
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.missing import backbone_of
 from featprobe.stages.partition import Partition, single_splits
-from featprobe.stages.study.study_file import AUTO, faults_of
+from featprobe.stages.study.study_file import AUTO, choice_of, faults_of
 from featprobe.stages.training.ladder import Ladder, climb_all
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import checked, show
@@ -45,7 +47,7 @@ class Study:
 
     data: tuple[str, ...]
     backbones: tuple[str, ...]
-    tasks: tuple[str, ...] = ("semseg",)
+    tasks: tuple[str, ...] = TASKS[:1]
     heads: tuple[str, ...] = ()
     regimes: tuple[str, ...] = ("frozen", "full")
     seeds: int = 3
@@ -67,14 +69,14 @@ class Study:
     @property
     def choice(self) -> SplitChoice:
         """What `split` says; raises DataError for what is no split."""
-        return SplitChoice.parse(self.split)
+        return choice_of(self.split)
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
         return [kind for kind in self.heads if kind in kinds_of(task)] or kinds_of(task)[:1]
 
     def said(self, kind: str) -> dict[str, Any]:
-        """What the study says of the training of a kind of head."""
+        """Settings of the study for the training of a kind of head."""
         return {**self.train.get("all", {}), **self.train.get(kind, {})}
 
     def recipe(self, kind: str) -> TrainRecipe:
@@ -84,14 +86,14 @@ class Study:
         return replace(KINDS[kind].recipe, **{name: v for name, v in said.items() if name not in found})
 
     def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
-        """Whether the iterations of a kind of head are said, or to be found."""
+        """Whether the study gives the iterations of a kind of head, or a ladder has to find them."""
         said = self.said(kind).get("iterations")
-        return None if said is None or kind == "ridge" else "auto" if said == AUTO else "fixed"
+        return None if said is None or KINDS[kind].solved else "auto" if said == AUTO else "fixed"
 
     def options(self, task: str, kind: str, regime: str) -> ProbeOptions:
         """How a head is probed in a regime; raises ProbeError for what can't be."""
         tuning = None if regime == "frozen" else Tuning(**{**self.tuning, "regime": regime})
-        solved = kind == "ridge"
+        solved = KINDS[kind].solved
         recipe = KINDS[kind].recipe if solved else self.recipe(kind)
         return checked(
             task,
@@ -106,7 +108,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Place:
-    """What names a cache in a study. options: as the study and featprobe.toml together say."""
+    """A cache that a study needs. options: from the study, and from featprobe.toml where the study says nothing."""
 
     data: str
     backbone: str
@@ -165,21 +167,37 @@ def read_study(path: Path, workspace: Workspace) -> Study:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read as a study: {error}.") from error
     faults = faults_of(Study, values)
-    bad = {fault.place[:1] for fault in faults}
-    good = {name: value for name, value in values.items() if (name,) not in bad}
-    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in good.items()}
-    faults += _missing_names(sides, workspace) + _senseless(sides)
-    if not faults:
-        study = Study(**sides)
-        faults = _untrainable(study, workspace)
+    bad = {fault.place for fault in faults}
+    sound = {} if () in bad else _sound(values, bad)
+    sides: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in sound.items()}
+    faults += _missing_names(sides, workspace) + _senseless(sides, {place[:1] for place in bad})
+    wrong_keys = {str(step) for fault in faults for step in fault.place[:1]}
+    good = {name: value for name, value in sides.items() if name not in wrong_keys}
+    study = Study(**{"data": (), "backbones": (), **good})
+    if () not in bad:
+        faults += _untrainable(study, workspace, wrong_keys)
     if faults:
-        to_do = "Mend it, then run the same command again. All keys and what they mean:  featprobe study --template"
+        to_do = "Correct it, then run the same command again. All keys and what they mean:  featprobe study --template"
         raise DataError(letter(f"{path} can't be run. Nothing was computed.", faults, to_do))
     return study
 
 
+def _sound(value: Any, bad: Collection[KeyPath], place: KeyPath = ()) -> Any:
+    """A value of TOML without what stands at the bad places: a key is omitted, an entry of a list becomes None.
+
+    >>> _sound({"seeds": "x", "lr": [0.1, "y"]}, [("seeds",), ("lr", 1)])
+    {'lr': [0.1, None]}
+    """
+    if isinstance(value, dict):
+        kept = {key: inner for key, inner in value.items() if (*place, key) not in bad}
+        return {key: _sound(inner, bad, (*place, key)) for key, inner in kept.items()}
+    if isinstance(value, list):
+        return [None if (*place, i) in bad else _sound(inner, bad, (*place, i)) for i, inner in enumerate(value)]
+    return value
+
+
 def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault]:
-    """Names in the sides of a study, as far as they are of the right types, that stand for nothing."""
+    """Names that stand for nothing, in the values of a study that are of the right type."""
     checks: Mapping[str, Callable[[str], object]] = {
         "data": partial(_check_set, workspace),
         "backbones": partial(backbone_of, workspace),
@@ -190,32 +208,44 @@ def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault
         Fault((side, i), said)
         for side, check in checks.items()
         for i, name in enumerate(sides.get(side, ()))
-        if (said := _refusal(partial(check, name)))
+        if name is not None and (said := _refusal(partial(check, name)))
     ]
-    said = _refusal(lambda: single_splits(SplitChoice.parse(sides["split"]))) if "split" in sides else ""
+    said = _refusal(lambda: single_splits(choice_of(sides["split"]))) if "split" in sides else ""
     return found + ([Fault(("split",), said)] if said else [])
 
 
 def _check_set(workspace: Workspace, name: str) -> None:
-    """Raise DataError where nothing is called so; unlike `data_root` it makes no set."""
+    """Raise DataError if no data set has this name; unlike `data_root`, it generates none."""
     if name not in workspace.data_names() and not os.path.exists(name):
         raise DataError(f"there is no data set {name!r}. {nearest(name, workspace.data_names())}")
 
 
-def _senseless(sides: Mapping[str, Any]) -> list[Fault]:
-    """Heads that no task of a study has, and settings of trainings that can't be."""
+def _senseless(sides: Mapping[str, Any], bad: Collection[KeyPath]) -> list[Fault]:
+    """Heads that no task of a study has, and settings of trainings that can't be, in values of the right type.
+
+    bad: keys with another fault; what depends on such a key is not judged.
+    """
     tasks, found = sides.get("tasks", Study.tasks), []
-    for i, kind in enumerate(sides.get("heads", ())):
-        if not any(kind in kinds_of(task) for task in tasks):
+    for i, kind in enumerate(() if ("tasks",) in bad else sides.get("heads", ())):
+        if kind is not None and not any(kind in kinds_of(task) for task in tasks):
             known = "; ".join(f"of {task}: {', '.join(kinds_of(task))}" for task in tasks)
             found.append(wrong(("heads", i), f"heads of the tasks of this study, {known}", kind))
     for kind, values in sides.get("train", {}).items():
         usual = KINDS[kind].recipe if kind in KINDS else TrainRecipe()
-        own = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
-        said = _refusal(partial(replace, usual, **own))
-        found += [Fault(("train", kind), said)] if said else []
-    said = _refusal(partial(Tuning, **{**sides.get("tuning", {}), "regime": "full"}))
-    return found + ([Fault(("tuning",), said)] if said and "full" in sides.get("regimes", Study.regimes) else [])
+        settings = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
+        found += _wrong_settings(("train", kind), partial(replace, usual), settings)
+    if "full" in sides.get("regimes", Study.regimes):
+        settings = {name: value for name, value in sides.get("tuning", {}).items() if name != "regime"}
+        found += _wrong_settings(("tuning",), Tuning, settings)
+    return found
+
+
+def _wrong_settings(place: KeyPath, make: Callable[..., object], settings: Mapping[str, Any]) -> list[Fault]:
+    """Settings that can't be, each by itself; if there are none, those that can't be had together."""
+    refusals = {name: _refusal(partial(make, **{name: value})) for name, value in settings.items()}
+    found = [Fault((*place, name), said) for name, said in refusals.items() if said]
+    together = "" if found else _refusal(partial(make, **settings))
+    return [*found, Fault(place, together)] if together else found
 
 
 def _refusal(check: Callable[[], object]) -> str:
@@ -227,18 +257,28 @@ def _refusal(check: Callable[[], object]) -> str:
     return ""
 
 
-def _untrainable(study: Study, workspace: Workspace) -> list[Fault]:
-    """What of a study, whose every key is right by itself, can't be had together."""
-    grid = itertools.product(study.tasks, study.regimes)
-    cells = [(task, kind, regime) for task, regime in grid for kind in study.kinds(task)]
-    found = [_refusal(partial(study.options, *cell)) for cell in cells]
-    for place in places_of(study, workspace):
-        said = _refusal(place.options.check)
-        found.append(f"{place.data}: {said}" if said else "")
-    if not any(found) and study.choice.folds and climbing(study, cells_of(study, workspace)):
-        found.append("a cross-validation finds no number of iterations: give one, as iterations = 400 under train.all")
-    if not any(found) and not cells_of(study, workspace):
-        found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
+OF_TRAININGS = {"tasks", "heads", "regimes", "seeds", "split", "lr", "weight_decay", "train", "tuning", "log"}
+OF_CACHES = {"data", "sizes", "tiles", "overlap", "empty_tiles", "views"}
+"""Keys that say how heads are trained, and how features are made."""
+
+
+def _untrainable(study: Study, workspace: Workspace, bad: Collection[str]) -> list[Fault]:
+    """What can't be had together, of keys that are right by themselves. bad: keys that are not, and are omitted."""
+    found = []
+    if OF_TRAININGS.isdisjoint(bad):
+        grid = itertools.product(study.tasks, study.regimes)
+        cells = [(task, kind, regime) for task, regime in grid for kind in study.kinds(task)]
+        found += [_refusal(partial(study.options, *cell)) for cell in cells]
+    if OF_CACHES.isdisjoint(bad):
+        for place in places_of(replace(study, backbones=("any",)), workspace):
+            said = _refusal(place.options.check)
+            found.append(f"{place.data}: {said}" if said else "")
+    if not bad and not any(found):
+        cells_left = cells_of(study, workspace)
+        if study.choice.folds and climbing(study, cells_left):
+            found = ["a cross-validation finds no number of iterations: add iterations = 400 under train.all"]
+        elif not cells_left:
+            found = [f"nothing is left to train: {reason}" for reason in left_out(study, workspace)]
     return [Fault((), said) for said in dict.fromkeys(found) if said]
 
 
@@ -263,10 +303,10 @@ def _why_not(study: Study, place: Place, regime: str) -> str:
     """Why a study trains nothing on a cache in a regime; "" where it does."""
     options = place.options
     if study.split != "own" and options.keeps_own_split:
-        return f"stored views and thinned tiles have the set's own split alone: none with split = {study.split!r}"
+        return f"stored views and thinned tiles need the data set's own split, not split = {study.split!r}"
     fewest = min((parse_views(views) for views in study.views), key=len, default=options.views or ())
     if regime != "frozen" and study.tuning.get("augment", True) and (options.views or ()) != fewest:
-        return f"{regime} augments images anew, whatever views are stored: trained once, with the fewest of them"
+        return f"{regime} augments images itself, whatever views are stored: it is trained once, with the fewest views"
     return ""
 
 
@@ -277,9 +317,9 @@ def left_out(study: Study, workspace: Workspace) -> list[str]:
 
 
 def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
-    """Every training of a study, those of one cache together, less those that are `left_out`.
+    """Every training of a study but those that are `left_out`; trainings on one cache stand together.
 
-    Ridge, which has no other regime, is in the frozen one.
+    A solved head is trained in the frozen regime only.
     """
     splits = single_splits(study.choice)
     return [
@@ -287,9 +327,9 @@ def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
         for place in places_of(study, workspace)
         for task, regime in itertools.product(study.tasks, study.regimes)
         for kind in study.kinds(task)
-        if (kind != "ridge" or regime == "frozen") and not _why_not(study, place, regime)
+        if (regime == "frozen" or not KINDS[kind].solved) and not _why_not(study, place, regime)
         for fraction, seed, split in itertools.product(study.fractions, range(study.seeds), splits)
-        if seed == 0 or kind != "ridge" or fraction < 1
+        if seed == 0 or fraction < 1 or not KINDS[kind].solved
     ]
 
 
@@ -301,7 +341,7 @@ def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
     return groups
 
 
-def run_study(
+def run_grid(
     workspace: Workspace,
     study: Study,
     say: Say = lambda line: None,
@@ -311,9 +351,9 @@ def run_study(
 ) -> StudyReport:
     """Extract and train what is missing of a study, one cell after another.
 
-    A cell that fails is reported and the others go on. Run it again to go on after a stop. say: told the plan first,
-    then what is being done. dry_run: the plan alone, with the predicted times where a cache is there already. verify:
-    a head is there where all bytes of its files are what its card says; else their sizes will do.
+    A cell that fails is reported and the others go on. Run it again to go on after a stop. say: gets the plan first,
+    then what is being done. dry_run: make the plan only, with predicted times where a cache exists. verify: check all
+    bytes of the saved heads, not only the sizes of their files.
     """
     check_logs(study.log)
     check_together()
@@ -371,7 +411,7 @@ def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> L
 def climb_ladders(
     workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, dry_run: bool = False
 ) -> StudyReport:
-    """Find the iterations of the cells of one cache where they are not known; a plan names those that are not."""
+    """Find the iterations of the cells of one cache that are not known; a plan only lists these cells."""
     unknown = []
     for cell in climbing(study, cells):
         try:
@@ -394,13 +434,13 @@ def run_cells(
     dry_run: bool = False,
     verify: bool = False,
 ) -> StudyReport:
-    """Train the cells of one cache that are not there yet, one after another; see `run_study`."""
+    """Train the missing cells of one cache, one after another; see `run_grid`."""
     rows: list[dict[str, Any]] = []
     failed: list[tuple[Cell, str]] = []
     notes: list[str] = []
     missing: list[Cell] = []
     folders: list[str] = []
-    minutes: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
+    seconds: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
     ladders: dict[Cell, Ladder | None] = {}  # of the same
     done = 0
     for cell in cells:
@@ -427,9 +467,9 @@ def run_cells(
                     forget(training)
             elif dry_run:
                 missing.append(cell)
-                if alike not in minutes:
-                    minutes[alike] = _minutes(training)
-                say(f"to train: {cell}, about {minutes[alike]:.1f} min")
+                if alike not in seconds:
+                    seconds[alike] = _seconds(training)
+                say(f"to train: {cell}, {minutes_text(seconds[alike])}")
             else:
                 say(str(cell))
                 finished = run(training)
@@ -445,13 +485,13 @@ def run_cells(
     return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
 
 
-def _minutes(training: Training) -> float:
+def _seconds(training: Training) -> float:
     """How long a training will take; a head that is solved takes next to no time."""
-    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe) / 60
+    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe)
 
 
 def _done(training: Training, verify: bool) -> Training | None:
-    """A training that is there; where the study names no precision, in the one that another device takes as well."""
+    """The finished training, or None. If the study names no precision, that of another device counts too."""
     tuning, found = training.tuning, [training]
     if tuning is not None and not tuning.precision:
         own: set[Precision] = {"bf16", "fp32", *([] if training.regime == "full" else [training.features.precision])}
@@ -466,7 +506,7 @@ def make_cache(workspace: Workspace, place: Place) -> Cache:
 
 
 def _find(workspace: Workspace, place: Place, notes: list[str]) -> Cache | None:
-    """The complete cache of a place that is there already, or None; one that can't be read is noted."""
+    """The finished cache of a place, or None. Caches that can't be read are added to `notes`."""
     label, root = backbone_of(workspace, place.backbone).label, Path(place.data).resolve()
     found = []
     for path in workspace.cache_files():

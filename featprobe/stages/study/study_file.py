@@ -7,8 +7,9 @@ from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 from featprobe.fields import Fault
-from featprobe.kinds import KINDS, TASKS, TrainRecipe
+from featprobe.kinds import KINDS, LOSSES, SOLVED, TASKS, TrainRecipe, kinds_of
 from featprobe.schemas import Field, check, json_schema
+from featprobe.splitting import SplitChoice
 from featprobe.stages.training.logs import LOGS
 from featprobe.stages.training.probe_options import REGIMES, Tuning
 
@@ -38,62 +39,62 @@ LIMITED: Mapping[str, Any] = {
     "show": Annotated[int, Field(ge=0, le=1000)],
     "log": _some_of(LOGS),
 }
-"""Types of the keys of `Study` that hold more than its annotations say."""
+"""Types that say more about keys of `Study` than its annotations do."""
 SAID: Mapping[str, str] = {
     "data": "Data sets: built-in names, names in featprobe.toml, or paths.",
-    "backbones": "Aliases, names of timm or featprobe.toml; with -random behind: random weights.",
-    "tasks": "A set that has no labels for a task is omitted there.",
-    "heads": "A task that has none of these gets its default: linear, fcos, maskrcnn.",
-    "regimes": "full: the backbone is trained too; frozen-online: not, but images are augmented.",
-    "seeds": "How many of each training, from 0 on.",
-    "fractions": "Shares of the training images, each trained on apart.",
-    "sizes": "Height x width in pixels. Omitted: as featprobe.toml says, else extract's default.",
-    "tiles": "Sides in pixels, 0 for whole images. Omitted: as featprobe.toml says.",
-    "overlap": "Of neighbouring tiles, pixels. Omitted: an eighth of a tile.",
+    "backbones": "Aliases, names of timm or featprobe.toml. NAME-random: seeded random weights.",
+    "tasks": "A data set that has no labels for a task is omitted there.",
+    "heads": f"A task that has none of these gets its default: {', '.join(kinds_of(task)[0] for task in TASKS)}.",
+    "regimes": "full trains the backbone too; frozen-online keeps it frozen, but augments images.",
+    "seeds": "How many seeds per training, counted from 0.",
+    "fractions": "Shares of the training images. Heads are trained on each of them.",
+    "sizes": "Height x width in pixels. Omitted: from featprobe.toml, else as `extract` chooses.",
+    "tiles": "Sides in pixels; 0 keeps images whole. Omitted: from featprobe.toml.",
+    "overlap": "Overlap of neighbouring tiles in pixels. Omitted: an eighth of a tile.",
     "empty_tiles": "Share of the training tiles without a defect that is kept. Omitted: all.",
-    "views": "Stored views of training images. Omitted: as featprobe.toml says.",
-    "split": "own, group, stratified, image; :K behind for K folds; or a file of `data split`.",
-    "lr": "Learning rates, all are tried. Omitted: that of [train].",
-    "weight_decay": "All are tried. Omitted: that of [train].",
-    "train": "How heads are trained: [train.all] is about all kinds, a kind's own section comes before it.",
-    "tuning": "How images and a live backbone are treated, in the regimes full and frozen-online.",
-    "show": "Test images on the picture sheet of each first seed, 0 for no sheets.",
-    "log": "Curves while it trains; needs the extra of that name.",
-    "no_verify": "Do not hash the features that are read.",
+    "views": "Stored views of training images. Omitted: from featprobe.toml.",
+    "split": "own, group, stratified, image, or a file of `data split`. group:5 makes 5 folds.",
+    "lr": "Learning rates; all are tried. Omitted: that of [train].",
+    "weight_decay": "Weight decays; all are tried. Omitted: that of [train].",
+    "train": "How heads are trained. [train.all] is for all kinds; the section of a kind comes before it.",
+    "tuning": "How images and the backbone are treated in the regimes full and frozen-online.",
+    "show": "Test images on the picture sheet of each first seed; 0 for no sheets.",
+    "log": "Curves to write during training. Each needs the extra of that name.",
+    "no_verify": "Do not check the hash of features when they are read.",
 }
 SAID_OF_TRAINING: Mapping[str, str] = {
-    "iterations": 'Training steps; "auto": as many as validation gains from.',
+    "iterations": 'Training steps. "auto" increases them until validation gains no more.',
     "batch_size": "Images per step.",
     "lr": "Peak learning rate of AdamW.",
-    "weight_decay": "Of AdamW.",
-    "warmup": "Share of the iterations over which the rate rises.",
-    "loss": "Of dense heads: ce, dice, focal, or a sum as ce+dice.",
+    "weight_decay": "Weight decay of AdamW.",
+    "warmup": "Share of the iterations in which the learning rate rises.",
+    "loss": f"Loss of dense heads: {', '.join(LOSSES)}, or a sum as ce+dice.",
     "loss_at": "Grid of the loss of dense heads: image, or level, which is several times faster.",
-    "class_weights": "Of the loss of dense heads: inverse-sqrt or none.",
-    "clip": "Largest norm of a head's gradient, 0 for no limit.",
-    "evaluations": "Points of the validation curve.",
-    "weights_from": "Point of that curve whose weights are kept: best or end.",
+    "class_weights": "Weights of the classes in the loss of dense heads: inverse-sqrt or none.",
+    "clip": "Largest norm of a head's gradient; 0 for no limit.",
+    "evaluations": "How many points the validation curve has.",
+    "weights_from": "Point of that curve that the head is taken from: best or end.",
 }
 SAID_OF_TUNING: Mapping[str, str] = {
-    "regime": "No effect here: regimes says it.",
-    "augment": "Crops, flips, grey levels.",
-    "backbone_lr": "Learning rate of the backbone, as a multiple of the head's.",
-    "layer_decay": "Of that rate, layer by layer downwards.",
-    "bn": "BatchNorm of the backbone: frozen or train.",
-    "clip": "Largest norm of the backbone's gradient.",
-    "accumulate": "Parts of a batch that go forward one after another.",
-    "ema": "Decay of a running mean of the weights, 0 for none.",
-    "checkpointing": "Compute activations again on the way back, to save memory.",
+    "regime": "No effect here: the key regimes decides.",
+    "augment": "Vary images by crops, flips and grey levels.",
+    "backbone_lr": "Learning rate of the backbone, as a multiple of that of the head.",
+    "layer_decay": "Factor on that rate at each layer further down.",
+    "bn": "BatchNorm layers of the backbone: frozen or train.",
+    "clip": "Largest norm of the backbone's gradient; 0 for no limit.",
+    "accumulate": "Compute each batch in this many parts, to save memory.",
+    "ema": "Decay of a running mean of the weights; 0 for none.",
+    "checkpointing": "Compute activations twice instead of storing them, to save memory.",
     "precision": "Omitted: bf16 on a GPU that has it, else fp32; frozen-online: as its cache.",
-    "compile": "Let torch compile the backbone.",
+    "compile": "Compile the backbone with torch.",
     "init_head": "A saved head to start from. Omitted: none.",
-    "workers": "Threads that decode images. Omitted: the cores that may be used, at most 16.",
+    "workers": "Threads that decode images. Omitted: one per usable core, at most 16.",
 }
 """What each key means."""
 EXAMPLES: Mapping[str, Any] = {
     "data": ["surface"],
     "backbones": ["embedded"],
-    "heads": ["linear", "ridge"],
+    "heads": [kinds_of(TASKS[0])[0], *SOLVED],
     "sizes": ["256x256"],
     "tiles": [0, 512],
     "overlap": 64,
@@ -106,13 +107,13 @@ EXAMPLES: Mapping[str, Any] = {
     "init_head": "probes/SET/BACKBONE/HEAD/seed0",
     "workers": 4,
 }
-"""Of keys that have no default value, or an empty one."""
+"""Values of keys that have no default, or an empty one."""
 
 
 def _kind(name: str, of: type, said: Mapping[str, str], changed: Mapping[str, Any], defaults: object = None) -> type:
-    """A dataclass with the fields of another one, their meanings, and types of their own.
+    """A dataclass with the fields of another one, with their meanings and with `changed` types.
 
-    defaults: an instance that gives the default values; else they are the dataclass's own. None where there is none.
+    defaults: an instance that gives the default values, else those of the dataclass. A field without one gets None.
     """
     made: list[Any] = []
     hints: dict[str, Any] = {**get_type_hints(of), **changed}
@@ -145,6 +146,11 @@ def faults_of(study: type, values: Mapping[str, Any]) -> list[Fault]:
     return check(schema_of(study), values)
 
 
+def choice_of(text: str) -> SplitChoice:
+    """The split that a study file asks for; raises DataError."""
+    return SplitChoice.parse(text)
+
+
 def schema(study: type) -> dict[str, Any]:
     """The JSON schema of a study file, which editors of TOML take."""
     whole: dict[str, Any] = _without_null(json_schema(schema_of(study)))
@@ -165,11 +171,11 @@ def _without_null(value: Any) -> Any:
 
 
 def template(study: type) -> str:
-    """A study file with every key: the needed ones filled in, the others behind `# `, with default and meaning."""
+    """A study file with every key, its default and its meaning; keys that can be omitted stand after `# `."""
     whole = schema(study)
     lines = [
         "# A study:  featprobe study FILE.toml --dry-run",
-        "# Behind a # stands the default; where there is none it is an example, and the meaning says what holds.",
+        "# After a # stands the default of a key, or an example: then the text says what holds without it.",
         "",
     ]
     sections = []
@@ -195,8 +201,8 @@ def _part(whole: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_heads(key: str, kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Sections of the kinds of heads that are trained: of the first all keys, of the others what differs there."""
-    first, *others = [kind for kind in kinds if kind not in (ALL, "ridge")]
+    """Sections of the heads that are trained: all keys of the first kind, and of the others the keys that differ."""
+    first, *others = [kind for kind in kinds if kind != ALL and not KINDS[kind].solved]
     yield f"# [{key}.{first}]"
     yield from _lines(kinds[first])
     for kind in others:

@@ -9,6 +9,8 @@ from typing import Any
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
+from featprobe.kinds import TASKS
+from featprobe.machine import minutes_text
 from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
@@ -93,7 +95,7 @@ def finetune(
         say = say if is_main() else lambda line: None
         if extract:
             named = bool(task or data or backbones)
-            needed = labels_for(task or "semseg", _checked(task or "semseg", options)) if named else None
+            needed = labels_for(task or TASKS[0], _checked(task or TASKS[0], options)) if named else None
             how = extraction(options)
             data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
             if lacking:
@@ -113,7 +115,7 @@ def _finetune(
 ) -> ProbeReport:
     check_logs(options.log)
     if task or data or backbones:
-        wanted, notes = _asked_for(workspace, task or "semseg", data, backbones, options)
+        wanted, notes = _asked_for(workspace, task or TASKS[0], data, backbones, options)
     else:
         wanted, notes = missing_counterparts(workspace, options)
     alike = {one.alike: one.ladder(workspace) for one in wanted}
@@ -136,7 +138,7 @@ def _finetune(
         say(forecast_text(training, forecast))
     later = forecasts.count(None)
     more = f" and {later} whose iterations are not found yet" if later else ""
-    say(f"{counted(len(wanted) - later, 'training')}, about {seconds / 60:.1f} min in all{more}")
+    say(f"{counted(len(wanted) - later, 'training')}, {minutes_text(seconds)} in all{more}")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     for one, known in zip(wanted, forecasts, strict=True) if not dry_run else ():

@@ -18,7 +18,7 @@ from featprobe.stages.training.forecast import Forecast, forecast_text, foresee
 from featprobe.stages.training.logs import Recorder
 from featprobe.stages.training.prepared import Prepared, Trial, keep_on_device, placed, tuned
 from featprobe.stages.training.solve import Solution
-from featprobe.stages.training.sources import Source
+from featprobe.stages.training.task import Source
 from featprobe.stages.training.training import Training
 from featprobe.texts import printable
 

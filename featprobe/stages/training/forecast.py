@@ -9,13 +9,13 @@ from torch import nn
 
 from featprobe.errors import ProbeError, counted
 from featprobe.kinds import TrainRecipe
+from featprobe.machine import minutes_text
 from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
 from featprobe.stages.memory import largest_that_fits
 from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.training.prepared import Prepared, Trial, placed, tuned
-from featprobe.stages.training.sources import Source
-from featprobe.stages.training.task import scored_here
+from featprobe.stages.training.task import Source, scored_here
 from featprobe.stages.training.training import Training
 
 REHEARSED = 3  # training steps that are timed before training starts, the first not counted
@@ -66,7 +66,7 @@ def forecast_text(training: Training, forecast: Forecast) -> str:
     split = "" if training.choice.by == "own" or training.choice.fold else f", {training.choice.text}"
     return (
         f"{training.title} ({training.partition.source.path}): {training.task} {training.kind.name}{regime}{many}"
-        f"{split}, {training.recipe.iterations} iterations, about {forecast.seconds(training.recipe) / 60:.1f} min on "
+        f"{split}, {training.recipe.iterations} iterations, {minutes_text(forecast.seconds(training.recipe))} on "
         f"{training.device}"
     )
 

@@ -16,14 +16,15 @@ import numpy as np
 
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
+from featprobe.machine import minutes_text
 from featprobe.probes import append_row, plain
 from featprobe.probes.saved import head_folder, read_card, read_results, read_rows
 from featprobe.processes import from_main, is_main
 from featprobe.result_rows import ResultRow, ladder_faults
 from featprobe.scores import SCORES
 from featprobe.specs import digest
+from featprobe.stages.commands import level_command
 from featprobe.stages.partition import Partition
-from featprobe.stages.training.commands import level_command
 from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.probe_options import Budget, ProbeOptions
 from featprobe.stages.training.run import Say, foreseen, validated
@@ -180,12 +181,12 @@ class Ladder:
         """What climbing on from the rungs that are known will cost, for a person."""
         scores = self.scores()
         left = [rung for rung in self.rungs if rung not in scores]
-        minutes = [len(self._seeds()) * self.forecast.seconds(self._recipe(rung)) / 60 for rung in left]
+        seconds = [len(self._seeds()) * self.forecast.seconds(self._recipe(rung)) for rung in left]
         first = self.rungs[min(len(self.rungs), self.rungs.index(self.usual) + IDLE) - 1]  # the earliest end
-        soon = sum(m for rung, m in zip(left, minutes, strict=True) if rung <= first)
+        soon = sum(s for rung, s in zip(left, seconds, strict=True) if rung <= first)
         return (
             f"{self.title}: looking for the iterations it needs, {left[0]} to at most {left[-1]}, "
-            f"{counted(len(self._seeds()), 'seed')}: about {soon:.1f} to {sum(minutes):.1f} min"
+            f"{counted(len(self._seeds()), 'seed')}: {minutes_text(soon, sum(seconds))}"
         )
 
     def answer_text(self) -> str:

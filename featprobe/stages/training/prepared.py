@@ -24,15 +24,14 @@ from featprobe.result_rows import ResultRow
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.memory import Portions, fitting
+from featprobe.stages.partition import training_subset
 from featprobe.stages.row_images import rows_showing
 from featprobe.stages.training.detection import Detection
 from featprobe.stages.training.labels import shelf_of
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.segmentation import Segmentation
 from featprobe.stages.training.solve import Solution, solve
-from featprobe.stages.training.sources import Source
-from featprobe.stages.training.subset import training_subset
-from featprobe.stages.training.task import EVALUATION_BATCH, Outcome, Task
+from featprobe.stages.training.task import EVALUATION_BATCH, Outcome, Source, Task
 from featprobe.stages.training.training import Training
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def _begin_at(prepared: Prepared, head: Head, folder: Path) -> None:
 
 def _check_unseen(training: Training, folder: Path, card: Mapping[str, Any]) -> None:
     """Raise ProbeError for a head that was trained on another split of this set: it may know the test images."""
-    data, choice = card["data"], ResultRow.from_json(card["result"]).choice
+    data, choice = card["data"], ResultRow.from_checked(card["result"]).choice
     own = [training.data.fingerprint, training.choice.key, training.choice.fold or None]
     found = [data["fingerprint"], choice.key, choice.fold or None]
     same = data["root"] == training.data.root or data["fingerprint"] == training.data.fingerprint

@@ -8,7 +8,7 @@ from typing import Any
 
 from featprobe.cache import UNREADABLE, Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, counted, nearest
-from featprobe.kinds import KINDS, TrainRecipe, kinds_of
+from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
 from featprobe.scores import SCORES
@@ -24,6 +24,7 @@ from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 LET_IT = "Or let this command make it first:"
+MASKS = next(task for task, scores in SCORES.items() if scores.dense)  # a task that every set with masks serves
 DENSE_ONLY = ("loss", "loss_at", "class_weights")
 
 
@@ -38,7 +39,7 @@ class ProbeReport:
 
 def probe(
     workspace: Workspace,
-    task: str = "semseg",
+    task: str = TASKS[0],
     data: Sequence[str] = (),
     backbones: Sequence[str] = (),
     options: ProbeOptions | None = None,
@@ -69,7 +70,7 @@ def extraction(options: ProbeOptions) -> ExtractOptions:
 
 def labels_for(task: str, options: ProbeOptions) -> str:
     """The task whose labels a data set must hold to serve a task."""
-    return "semseg" if options.instances == "components" else task
+    return MASKS if options.instances == "components" else task
 
 
 def _probe(
@@ -157,7 +158,7 @@ def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRec
     dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(kind.recipe, n) for n in DENSE_ONLY}
     idle = {
         "--width": options.width is not None and not kind.width,
-        "--pyramid": options.pyramid != "auto" and not kind.width,
+        "--pyramid": options.pyramid != "auto" and not kind.pyramid,
         "--log": bool(options.log) and kind.solved,
         "--instances": options.instances != "own" and is_dense,
         **{name: given and not is_dense for name, given in dense.items()},
@@ -208,7 +209,7 @@ def find_caches(
             "Make one:  featprobe extract --backbone embedded --data xray\n"
             f"{LET_IT}  --extract --backbone embedded --data xray"
         )
-    served = {"semseg"} if instances == "components" else {task}
+    served = {MASKS} if instances == "components" else {task}
     able = [cache for cache in asked_for if served & set(cache.data.tasks)]
     if not able:
         each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks)}" for c in asked_for)

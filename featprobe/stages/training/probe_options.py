@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
-from featprobe.kinds import KINDS, PyramidKind, TrainRecipe
+from featprobe.kinds import KINDS, SEEDS, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
 from featprobe.splitting import SplitChoice
@@ -14,7 +14,6 @@ from featprobe.stages.extraction.extract_options import MOST_WORKERS
 
 Regime = Literal["frozen", "frozen-online", "full"]
 REGIMES = get_args(Regime)
-SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the caller says nothing
 OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
 OF_THE_MACHINE = ("workers", "checkpointing", "compile")
 """They change time and memory, and results by rounding alone."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featprobe.datasets.images.reading import hash_image, read_levels, to_unit
+from featprobe.datasets.images.reading import hash_image, read_levels, unit_of
 from featprobe.disk import remove_leftovers
 from featprobe.errors import DataError
 from featprobe.probes import Head, append_row, make_folder, plain, save_head
@@ -20,8 +20,7 @@ from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
 from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
 from featprobe.stages.training.records import card_of, curve_json, row_of
-from featprobe.stages.training.sources import Source
-from featprobe.stages.training.task import Outcome, spread_over
+from featprobe.stages.training.task import Outcome, Source, spread_over
 from featprobe.stages.training.training import Training
 
 
@@ -149,7 +148,7 @@ def draw_sheet(finished: Finished, count: int) -> Path:
             path = Path(cache.data.root) / cache.images.texts["image"][image]
             if hash_image(path) != cache.images.texts["image_hash"][image]:
                 raise DataError(f"{path} is not the image that {cache.path} was made from")
-            pixels = to_unit(read_levels(path), cache.recipe.window, cache.recipe.policy)
+            pixels = unit_of(read_levels(path), cache.recipe)
             panels.append((cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
     path = training.folder / f"seed{training.seeds[0]}" / "sheet.png"
     save_sheet(path, panels, ["image", "truth", f"prediction ({cache.recipe.label})"], cache.data.classes)

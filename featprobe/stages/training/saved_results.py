@@ -15,7 +15,7 @@ from featprobe.errors import FileKindError, ProbeError
 from featprobe.machine import available_memory
 from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
 from featprobe.result_rows import ResultRow
-from featprobe.stages.training.commands import again_command
+from featprobe.stages.commands import again_command
 
 UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError,
@@ -39,7 +39,7 @@ def card_beside(probes: Path, row: ResultRow, *, hashes: bool = False) -> dict[s
         card = read_card(folder, whole=True)
     except ProbeError as error:
         raise damaged(row, str(error)) from error
-    if ResultRow.from_json(card["result"]) != row:
+    if ResultRow.from_checked(card["result"]) != row:
         raise ProbeError("its folder was written again since, by another run")
     fault = fault_of(folder, card, hashes=hashes)
     if not fault and "files" in card:

@@ -1,8 +1,8 @@
-"""What heads are trained for: the contract of tasks, and what scoring a head gives, whatever its task."""
+"""What heads are trained for, and on: the contracts of tasks and of feature sources, and what scoring a head gives."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from featprobe.cache import Cache
 from featprobe.features import Features
-from featprobe.probes.train import Feed
+from featprobe.probes.train import Feed, Resident
 from featprobe.processes import own_part
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
 from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.training.live import Truth, Views
+
+if TYPE_CHECKING:
+    from featprobe.backbones.backbone import Backbone
 
 EVALUATION_BATCH = 8
 Batch = Rows | Views | Tensor
@@ -37,6 +40,29 @@ class Outcome:
     scores: Mapping[str, Any]
     brief: dict[str, float]
     files: Mapping[str, bytes]
+
+
+class Source(Protocol):
+    """What gives features of a cache's rows: `cache.reader.FeatureLoader`, or `LiveFeatures`."""
+
+    @property
+    def backbone(self) -> "Backbone | None":
+        """The backbone that makes them, which may be trained; None where they are stored and stay what they are."""
+
+    def batches(self, orders: Iterable[Rows]) -> Iterator[tuple[Rows, Features]]:
+        """(rows, their features) for each array of row indices, for scoring. A batch is valid until the next."""
+
+    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Rows | Views, Features]]:
+        """What a training takes, see `probes.train.TrainingFeed`: of several processes each gets its part of a batch.
+
+        first: the number of the first batch, from which augmentation draws.
+        """
+
+    def keep_on_device(self, splits: Mapping[str, Rows]) -> str:
+        """Move what fits of some splits to the device; returns what lies there, for a person, "" for nothing to say."""
+
+    def resident(self, rows: Rows) -> Resident | None:
+        """From places among ascending rows to features, where all of these lie on the device; else None."""
 
 
 class Task(Protocol[H]):

@@ -34,7 +34,7 @@ from featprobe.texts import printable
 
 
 def list_cache(path: Path) -> dict[str, Any]:
-    """What a list of caches says of one, of its header and the states of its rows alone. Raises CacheError."""
+    """What a list of caches shows of one, from its header and the states of its rows. Raises CacheError."""
     recipe, done, version = read_states(path)
     return {
         "path": str(path),
@@ -76,8 +76,8 @@ def verify_cache(
     `extract` then computes exactly those rows anew. A file whose targets or identity are damaged is left as
     it is: `extract` makes it anew from the data set and copies over the features that are sound. A file
     that can't be opened is damage too. hdf5: whether a file of version 3 is also opened through HDF5, in a process of
-    its own, which must find what the file's header says; older files are read so anyway. say: told where bad rows
-    could not be marked, and why.
+    its own, which must find what the file's header says; older files are read so anyway. say: gets a line
+    where bad rows could not be marked, with the reason.
     """
     found: list[Damage] = []
     try:
@@ -93,7 +93,8 @@ def verify_cache(
                 bar.update(item)
     if hdf5 and contents.version == FILE_VERSION:
         found += [
-            Damage(-1, "", f"HDF5 sees it otherwise: {line}") for line in disagreements(contents.file, contents.index)
+            Damage(-1, "", f"HDF5 reads it differently: {line}")
+            for line in disagreements(contents.file, contents.index)
         ]
     bad = damaged_rows(found)
     if bad and contents.is_intact():  # else `extract` makes a new file, and this one's addresses can't be trusted

@@ -35,13 +35,13 @@ FAULTS: Mapping[str, str] = {
     "out_of_image": "images have a box or a polygon that is empty or leaves the image",
     "bad_labels": "images have labels that can't be used",
 }
-"""What can be wrong with one sample, and how it is told of several."""
+"""What can be wrong with one sample, and how a finding says it of several."""
 SHOWN = 12  # images, and pairs of copies, on a page's sheets
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What one sample's files hold. fault: one of FAULTS, "" when there is none; reason: its first error.
+    """What the files of one sample hold. fault: one of FAULTS, "" when there is none; reason: its first error.
 
     pixels: (classes,) how many pixels each has, None without masks; objects: class and box side lengths (width,
     height) in pixels, crowds left out; own_objects: whether they are the set's, not connected components of its masks;
@@ -163,7 +163,7 @@ def check(
         classes=data.classes,
         tasks=data.tasks,
         images=len(data.samples),
-        instances=sum(len(f.objects) for f in found) if "detect" in data.tasks else None,
+        instances=sum(len(f.objects) for f in found) if data.has_objects else None,
         splits=splits,
         sizes=(sizes[0], sizes[-1]) if sizes else None,
         depths=dict(Counter(f.depth for f in found if f.depth)),
@@ -178,7 +178,7 @@ def check(
 
 
 def class_table(checked: DataCheck) -> pd.DataFrame:
-    """Classes in each split, side by side: images that hold them, instances, share of the labelled pixels."""
+    """Classes per split: how many images hold them, instances, share of the labelled pixels."""
     splits = [own["classes"] for own in checked.splits.values()]
     names = "/".join(split or "no split" for split in checked.splits)
     table = {"class": list(checked.classes)}
@@ -204,7 +204,7 @@ def entry_texts(finding: Finding) -> list[str]:
 
 
 def _look_at(data: DataSet, sample: Sample) -> Looked:
-    """Everything about one sample; what is wrong with it stands in the result."""
+    """Everything about one sample, and what is wrong with it."""
     try:
         image_hash, header, levels = hash_image(sample.image), header_of(sample.image), read_levels(sample.image)
     except DataError as error:
@@ -270,8 +270,8 @@ def _of_split(data: DataSet, found: Sequence[Looked], split: str) -> dict[str, A
         "classes": {
             name: {
                 "images": holding[i] if i else None,
-                "instances": objects[i] if i and "detect" in data.tasks else None,
-                "pixels": float(labelled[i] / max(1, labelled.sum())) if "semseg" in data.tasks else None,
+                "instances": objects[i] if i and data.has_objects else None,
+                "pixels": float(labelled[i] / max(1, labelled.sum())) if data.has_masks else None,
             }
             for i, name in enumerate(data.classes)
         },
@@ -310,7 +310,7 @@ def _leaks(data: DataSet) -> list[Finding]:
 
 
 def _copies(found: Sequence[Looked]) -> list[Finding]:
-    """Files of the very same bytes, across splits and within them."""
+    """Files with equal bytes, across splits and within them."""
     sets = exact_copies([f.sample for f in found], [f.image_hash for f in found])
     across = [own for own in sets if in_several_splits(own)]
     within = [own for own in sets if not in_several_splits(own)]
@@ -325,11 +325,11 @@ def _copies(found: Sequence[Looked]) -> list[Finding]:
 
 
 def _near_pairs(found: Sequence[Looked]) -> list[tuple[Sample, Sample]]:
-    """Images that look the same and are not the same bytes; those of a group in one split are meant to."""
+    """Images that look the same but differ in their bytes; pairs of one group in one split are omitted."""
     seen = [f for f in found if f.look]
     pairs = [(seen[a], seen[b]) for a, b in near_copies([f.look for f in seen if f.look])]
-    told = [(a.sample, b.sample) for a, b in pairs if a.image_hash != b.image_hash]
-    return [(a, b) for a, b in told if a.group != b.group or a.split != b.split]
+    others = [(a.sample, b.sample) for a, b in pairs if a.image_hash != b.image_hash]
+    return [(a, b) for a, b in others if a.group != b.group or a.split != b.split]
 
 
 def _near(pairs: Sequence[tuple[Sample, Sample]]) -> list[Finding]:
@@ -350,7 +350,7 @@ def _placed(sample: Sample) -> str:
 
 
 def _mixed(found: Sequence[Looked]) -> list[Finding]:
-    """8-bit and 16-bit images in one set, which no one intensity window serves."""
+    """8-bit and 16-bit images in one set: no single intensity window fits both."""
     by_depth: dict[str, list[str]] = defaultdict(list)
     for f in found:
         if f.depth:
@@ -426,7 +426,7 @@ def head_lines(checked: DataCheck) -> list[str]:
 
 
 def object_line(objects: Objects) -> str:
-    """What the table of objects is of."""
+    """The title of the table of objects."""
     parts = ("connected component of the masks", "connected components of the masks")
     kind = counted(objects.count, *(("object",) if objects.of == "instances" else parts))
     height, width = objects.frame

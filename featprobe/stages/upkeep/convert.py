@@ -1,9 +1,10 @@
-"""A data set of any format as COCO: one JSON file a split, masks as run lengths, images copied or linked.
+"""A data set of any format as COCO: one JSON file per split, masks as run lengths, images copied or linked.
 
-A page of a file becomes a file of its own, a TIFF of the same levels, at the place that the page's name means.
+Each page of a file becomes a TIFF file with the same grey levels, in the place that the name of the page says.
 
-What COCO has no word for is written so that the reader takes it back: `split` and `group` of an image, `isthing` 0 for
-what belongs to the mask of classes and is no object, `background` for a class 0 of another name.
+What COCO cannot express is written so that the reader of this package finds it again: `split` and `group` of an
+image, `isthing` 0 for what belongs to the mask of classes and is no object, `background` for a class 0 with another
+name.
 """
 
 import json
@@ -69,7 +70,7 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
 def annotations_of(target: Target, size: Size, where: str) -> list[Annotation]:
     """COCO annotations of an image's labels, without ids: the objects, then what only the mask of classes knows.
 
-    Those last are `isthing` 0, one a class, where the mask is not what its objects make when they are painted. Raises
+    Those last are `isthing` 0, one per class, where the mask is not what its objects make when they are painted. Raises
     DataError, naming `where`, for a mask of classes beside objects without masks, which COCO can't hold.
     """
     objects = target.instances or ()
@@ -115,8 +116,8 @@ def _regions(labels: Labels, inside: np.ndarray) -> list[Annotation]:
 
 
 def _categories(data: DataSet, used: set[int]) -> list[dict[str, Any]]:
-    """COCO's categories, numbered as the classes are; the background only where it has a say."""
-    thing = {} if "detect" in data.tasks else {"isthing": 0}
+    """COCO categories, numbered as the classes; the background only where something needs it."""
+    thing = {} if data.has_objects else {"isthing": 0}
     categories = [{"id": i, "name": name, **thing} for i, name in enumerate(data.classes) if i]
     if data.classes[0] != "background" or 0 in used or "background" in map(str.lower, data.classes[1:]):
         categories.insert(0, {"id": 0, "name": data.classes[0], "background": True})

@@ -57,14 +57,14 @@ class DataSummary:
 
     @property
     def toml(self) -> str:
-        """The section of featprobe.toml by which the set is read in the same way."""
+        """The section of featprobe.toml that reads the data set in the same way."""
         lines = (f"{key} = {toml_text(value)}" for key, value in self.description.items())
         name = self.name if re.fullmatch(r"[A-Za-z0-9_-]+", self.name) else json.dumps(self.name, ensure_ascii=False)
         return "\n".join([f"[data.{name}]", *lines])
 
 
 def toml_text(value: bool | str | Sequence[str]) -> str:
-    r"""A text or a list of texts in TOML; with single quotes, in which a backslash stays one, where it can be.
+    r"""A text or a list of texts in TOML, in single quotes where possible: these keep backslashes.
 
     >>> print(toml_text([r"(C\d+)_", "it's"]))
     ['(C\d+)_', "it's"]
@@ -78,7 +78,7 @@ def toml_text(value: bool | str | Sequence[str]) -> str:
 
 
 def summarise(data: DataSet) -> DataSummary:
-    """Read all the labels of a data set and count; raises DataError for the first that is bad."""
+    """Read all labels of a data set and count them; raises DataError for the first bad label."""
     headers = [header_of(sample.image) for sample in data.samples]
     sizes = [header.size for header in headers]
     counts = np.zeros(256, dtype=np.int64)
@@ -104,8 +104,8 @@ def summarise(data: DataSet) -> DataSummary:
         groups={split: len({s.group for s in data.in_split(split)}) for split in splits},
         sizes=(min(sizes), max(sizes)),
         depth=headers[0].bits,
-        pixels=dict(zip(data.classes, shares, strict=True)) if "semseg" in data.tasks else None,
-        instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if "detect" in data.tasks else None,
+        pixels=dict(zip(data.classes, shares, strict=True)) if data.has_masks else None,
+        instances={n: objects.count(i) for i, n in enumerate(data.classes) if i} if data.has_objects else None,
         notes=(
             *data.notes,
             *pixel_notes([(sample.id, header) for sample, header in zip(data.samples, headers, strict=True)]),
@@ -131,21 +131,20 @@ class SplitReport:
 
 
 def write_split(
-    data: DataSet, out: Path, split: str = "own", seed: int = 0, *, workers: int = 2, quiet: bool = False
+    data: DataSet, out: Path, choice: SplitChoice, seed: int = 0, *, workers: int = 2, quiet: bool = False
 ) -> SplitReport:
     """Write a split of a data set to a CSV file, see datasets.split_file; then look for copies across it.
 
-    split: see splitting.SplitChoice; of a cross-validation the file holds the folds. seed: of the order in which groups
-    are placed. workers: threads that decode the images. Raises DataError where the split can't be made, a file is there
-    already, or a label is bad; an image that can't be read is noted.
+    choice: of a cross-validation, the file holds the folds. seed: of the order in which groups are placed. workers:
+    threads that decode the images. Raises DataError where the split can't be made, the file exists already, or a label
+    is bad; images that can't be read are noted.
     """
-    choice = SplitChoice.parse(split)
     if choice.file or choice.fold:
         raise DataError(
-            f"{split} is no split to write. wanted: own, group, stratified or image, or all folds: group:K."
+            f"{choice} can't be written as a split. wanted: own, group, stratified or image, or all folds: group:K."
         )
     if seed and choice.by == "own":
-        raise DataError("--seed would change nothing in the set's own split. Leave it away, or take --split group.")
+        raise DataError("--seed would change nothing in the set's own split. Omit it, or use --split group.")
     classes = [classes_in(data.read_target(sample, image_size(sample.image))) for sample in data.samples]
     ids, groups, own = ([getattr(sample, name) for sample in data.samples] for name in ("id", "group", "split"))
     _, splits = assigned(choice, ids, groups, own, lambda: classes, seed)

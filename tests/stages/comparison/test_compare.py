@@ -595,7 +595,7 @@ def test_one_seed_tells_of_two_heads_and_which_seeds_would_tell_more(told: Told)
     sentences = "\n".join(report.answer[0][1])
     assert "beyond chance" not in sentences and "enough" not in sentences
     assert "among the trained heads (seed 0 each), the head on a is ahead of the head on b (" in sentences
-    assert "with these two heads (seed 0 each) fine-tuning a gained" in sentences
+    assert "with these two heads (seed 0 each), fine-tuning a gained" in sentences
     assert sentences.count("A verdict needs --seeds 3") == 2
     assert {d["claim"] for d in report.sets[0].differences} == {"heads"}
     assert all("of these heads alone: one seed" in comparison.marks_of(d) for d in report.sets[0].differences)

@@ -31,7 +31,8 @@ from featprobe.probes.saved import read_rows
 from featprobe.report.tables import result_table
 from featprobe.result_rows import ResultRow
 from featprobe.stages.comparison.compare import compare
-from featprobe.stages.study.study import Study, cells_of, left_out, read_study, run_study
+from featprobe.stages.study.run_study import run_study
+from featprobe.stages.study.study import Study, cells_of, left_out, read_study, run_grid
 from featprobe.stages.training import fit
 from featprobe.stages.workspace import Workspace, make_generated
 
@@ -70,10 +71,10 @@ def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tm
     study = read_study(written(tmp_path, SMALL), workspace)
     cells = cells_of(study, workspace)
     said: list[str] = []
-    plan = run_study(workspace, study, said.append, dry_run=True)
+    plan = run_grid(workspace, study, said.append, dry_run=True)
     assert not plan.rows and any(line.startswith("to extract") for line in said)
     assert not workspace.cache_files() and not workspace.probes.exists(), "a plan leaves nothing behind"
-    report = run_study(workspace, study)
+    report = run_grid(workspace, study)
     assert not report.failed and len(report.rows) == len(cells) == 4 * 4 + (2 + 1)
     rows, _ = read_rows(workspace.probes / "results.jsonl")
     kinds = [(r["task"], r["head"], r["regime"], r["fraction"], r["seed"]) for r in rows]
@@ -82,14 +83,14 @@ def test_the_grid_is_run_once_and_what_is_missing_later(workspace: Workspace, tm
     (workspace.probes / "results.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])  # as a kill leaves it
     done = workspace.probes / next(row["folder"] for row in rows if row["regime"] == "full")
     (done / "checkpoint0.pt").write_bytes(b"of a training that was killed right after its end")
-    again = run_study(workspace, study)
+    again = run_grid(workspace, study)
     assert not list(workspace.probes.rglob("checkpoint*"))
     assert len(again.rows) == 2 and again.done == len(cells) - 2 and not again.failed
     after = [(r["task"], r["head"], r["regime"], r["fraction"], r["seed"]) for r in
              read_rows(workspace.probes / "results.jsonl")[0]]  # fmt: skip
     assert sorted(after) == sorted(kinds)
     assert sorted(again.folders) == sorted(row["folder"] for row in rows)
-    part = run_study(workspace, replace(study, tasks=("semseg",), heads=("ridge",), regimes=("frozen",)))
+    part = run_grid(workspace, replace(study, tasks=("semseg",), heads=("ridge",), regimes=("frozen",)))
     assert part.done == len(part.cells) and not part.rows
     told = compare(workspace, tmp_path / "page", quiet=True, folders=part.folders)
     assert {line["head"] for item in told.sets for line in item.lines} == {"ridge"}, "a study answers of its own cells"
@@ -120,7 +121,7 @@ def test_a_task_that_a_set_has_no_labels_for_is_noted(tmp_path: Path) -> None:
     write_set(tmp_path / "masks", 12)
     workspace = Workspace(tmp_path / "space")
     text = SMALL.replace('["surface"]', f'["{tmp_path / "masks"}"]').replace('"frozen", "full"', '"frozen"')
-    report = run_study(workspace, read_study(written(tmp_path, text), workspace))
+    report = run_grid(workspace, read_study(written(tmp_path, text), workspace))
     assert not report.failed and {row["task"] for row in report.rows} == {"semseg"}
     assert any("no labels for detect" in note for note in report.notes)
 
@@ -130,7 +131,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(workspace: Workspace, tmp_pa
     folder = tmp_path / "empty"
     (folder / "images").mkdir(parents=True)
     study = read_study(written(tmp_path, text.replace('["surface"]', f'["{folder}", "surface"]')), workspace)
-    report = run_study(workspace, study)
+    report = run_grid(workspace, study)
     assert {cell.place.data for cell, _ in report.failed} == {str(folder)}
     assert {row["data"] for row in report.rows} == {"surface"} and report.rows
 
@@ -141,10 +142,10 @@ def test_a_cell_that_another_device_trained_in_its_own_precision_is_done(workspa
         text.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]").replace('"linear", "ridge"', '"linear"')
     )
     on_gpu = read_study(written(tmp_path, text + '[tuning]\nprecision = "bf16"\n'), workspace)
-    assert [row["tuning"]["precision"] for row in run_study(workspace, on_gpu).rows] == ["bf16"]
-    assert run_study(workspace, read_study(written(tmp_path, text), workspace), dry_run=True).done == 1
+    assert [row["tuning"]["precision"] for row in run_grid(workspace, on_gpu).rows] == ["bf16"]
+    assert run_grid(workspace, read_study(written(tmp_path, text), workspace), dry_run=True).done == 1
     in_fp32 = read_study(written(tmp_path, text + '[tuning]\nprecision = "fp32"\n'), workspace)
-    assert len(run_study(workspace, in_fp32, dry_run=True).missing) == 1
+    assert len(run_grid(workspace, in_fp32, dry_run=True).missing) == 1
 
 
 def test_a_finished_study_says_its_answer_and_page_again(workspace: Workspace, tmp_path: Path) -> None:
@@ -155,23 +156,33 @@ def test_a_finished_study_says_its_answer_and_page_again(workspace: Workspace, t
     said = again.stdout.strip()
     assert "page: " in said and first.stdout.strip().endswith(said.splitlines()[-1])
     assert "there already" in again.stderr and len(said.splitlines()) > 2
+    lines: list[str] = []
+    answer = run_study(workspace, study, lines.append, quiet=True)
+    assert answer.page == workspace.probes / "report" / "study" / "index.html" and answer.page.is_file()
+    assert answer.comparison and str(answer.page) in said and "2 trainings are there already" in lines[-1]
+    assert all(sentence in said for _, sentences in answer.comparison.answer for sentence in sentences)
+    plan = run_study(workspace, study, dry_run=True)
+    assert plan.report.done == 2 and plan.page is None and plan.submitted is None, "a plan writes no page"
+    (workspace.root / "new.toml").write_text(study.read_text().replace("seeds = 1", "seeds = 2"))
+    unfinished = run_study(workspace, workspace.root / "new.toml", dry_run=True)
+    assert unfinished.report.missing and unfinished.page is None
 
 
 @pytest.mark.slow
 def test_a_plan_goes_past_a_damaged_cache(workspace: Workspace, tmp_path: Path) -> None:
     study = read_study(written(tmp_path, SMALL.replace('["semseg", "detect"]', '["semseg"]')), workspace)
-    run_study(workspace, study)
+    run_grid(workspace, study)
     whole = find_file(workspace.root)
     other = whole.with_name("other-00000000.h5")
     other.write_bytes(whole.read_bytes()[:-5000])
     said: list[str] = []
-    plan = run_study(workspace, study, said.append, dry_run=True)
+    plan = run_grid(workspace, study, said.append, dry_run=True)
     assert plan.done == len(plan.cells) and not plan.failed
     (note,) = plan.notes
     assert str(other) in note
     whole.write_bytes(b"this is no cache")
     said.clear()
-    plan = run_study(workspace, study, said.append, dry_run=True)
+    plan = run_grid(workspace, study, said.append, dry_run=True)
     assert any(line.startswith("to extract") for line in said) and not plan.failed and not plan.done
     assert {name for name in (str(whole), str(other)) for note in plan.notes if name in note} == {
         str(whole),
@@ -215,15 +226,15 @@ def test_a_study_of_tiles_and_views_trains_each_arm_once_and_tells_them_apart(
 ) -> None:
     study = read_study(written(tmp_path, CUT), workspace)
     said: list[str] = []
-    plan = run_study(workspace, study, said.append, dry_run=True)
-    assert said[0] == "6 trainings on 4 caches" and said[1].startswith("left out: full augments images anew")
+    plan = run_grid(workspace, study, said.append, dry_run=True)
+    assert said[0] == "6 trainings on 4 caches" and said[1].startswith("left out: full augments images itself")
     assert sum("to extract" in line for line in said) == 4 and not plan.failed
     assert sum("tiles of 32 (overlap 4, 50% of the empty)" in line for line in said) == 2
-    run_study(workspace, replace(study, tiles=(0,), views=("none",)))
+    run_grid(workspace, replace(study, tiles=(0,), views=("none",)))
     said.clear()
-    plan = run_study(workspace, study, said.append, dry_run=True)
+    plan = run_grid(workspace, study, said.append, dry_run=True)
     assert plan.done == 2 and sum("to extract" in line for line in said) == 3, "no cache stands for another"
-    report = run_study(workspace, study)
+    report = run_grid(workspace, study)
     assert not report.failed and (report.done, len(report.rows)) == (2, 4)
     views = ("hflip", "crop:1")
     assert arms(workspace) == {
@@ -231,8 +242,8 @@ def test_a_study_of_tiles_and_views_trains_each_arm_once_and_tells_them_apart(
         ("frozen", 32, ()), ("frozen", 32, views), ("full", 32, ()),
     }  # fmt: skip
     for dry_run in (True, False):
-        assert run_study(workspace, study, dry_run=dry_run).done == 6
-    assert len(run_study(workspace, replace(study, overlap=8), dry_run=True).missing) == 3
+        assert run_grid(workspace, study, dry_run=dry_run).done == 6
+    assert len(run_grid(workspace, replace(study, overlap=8), dry_run=True).missing) == 3
     table = result_table([ResultRow.from_json(row) for row in report.rows])
     assert (
         table["cache"].str.contains("tiles of 32").sum() == 3
@@ -257,17 +268,17 @@ def test_a_study_takes_tiles_and_views_of_the_configuration_unless_it_names_othe
     text = CUT.replace('"surface"', '"scans"').replace('"frozen", "full"', '"frozen"')
     for name in ("sizes", "tiles", "overlap", "empty_tiles", "views"):
         text = re.sub(rf"^{name} = .*\n", "", text, flags=re.MULTILINE)
-    run_study(space, read_study(written(tmp_path, text), space))
+    run_grid(space, read_study(written(tmp_path, text), space))
     assert arms(space) == {("frozen", 32, ("hflip",))}
     (path,) = space.cache_files()
     recipe = read_contents(path).recipe
     assert (recipe.size, recipe.overlap, recipe.empty_tiles) == ((32, 32), 4, 0.5)
     whole = read_study(written(tmp_path, 'tiles = [0]\nviews = ["none"]\nsizes = ["32x32"]\n' + text), space)
-    assert run_study(space, whole, dry_run=True).done == 0
-    run_study(space, whole)
+    assert run_grid(space, whole, dry_run=True).done == 0
+    run_grid(space, whole)
     assert arms(space) == {("frozen", 32, ("hflip",)), ("frozen", None, ())}
     own = read_study(written(tmp_path, text), space)
-    assert run_study(space, own, dry_run=True).done == run_study(space, whole, dry_run=True).done == 1
+    assert run_grid(space, own, dry_run=True).done == run_grid(space, whole, dry_run=True).done == 1
 
 
 def test_full_on_stored_views_alone_or_without_augmentation(workspace: Workspace) -> None:
@@ -286,7 +297,7 @@ def test_views_and_thinned_tiles_are_left_out_of_another_split(workspace: Worksp
     text = CUT.replace("empty_tiles = 0.5", 'split = "group:3"')
     study = read_study(written(tmp_path, text), workspace)
     assert {cell.place.options.views for cell in cells_of(study, workspace)} == {()}
-    assert any("the set's own split alone" in reason for reason in left_out(study, workspace))
+    assert any("the data set's own split" in reason for reason in left_out(study, workspace))
     with pytest.raises(DataError, match="nothing is left to train: stored views and thinned tiles"):
         read_study(written(tmp_path, text.replace('"none", ', "")), workspace)
     thinned = read_study(written(tmp_path, text + "\n"), workspace)
@@ -407,7 +418,7 @@ def run_all(root: Path, study: Path) -> None:
     fit.CHECKPOINT_SECONDS = 0.0
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     workspace = Workspace(root)
-    run_study(workspace, read_study(study, workspace))
+    run_grid(workspace, read_study(study, workspace))
 
 
 def outcome(workspace: Workspace) -> dict[str, Any]:
@@ -533,7 +544,7 @@ def test_a_study_runs_as_jobs(workspace: Workspace, tmp_path: Path, slurm: Path)
     assert log.read_text().count("full, seed 0") == 2, "the job was taken into the queue again"
     local = Workspace(tmp_path / "local")
     shutil.copytree(workspace.data, local.data)
-    run_study(local, read_study(written(tmp_path, ON_A_CLUSTER), local))
+    run_grid(local, read_study(written(tmp_path, ON_A_CLUSTER), local))
     assert outcome(workspace) == outcome(local) and len(outcome(local)) == 1
 
     (slurm / "held").touch()

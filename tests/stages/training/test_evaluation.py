@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_tasks import write_coco
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featprobe.cache import Cache, open_cache, store
@@ -113,28 +112,28 @@ def write_sizes(root: Path, count: int) -> Path:
     return root
 
 
-def heads_of(cache: Cache, kind: str, count: int) -> list[nn.Module]:
+def heads_of(cache: Cache, kind: str, count: int) -> list[Any]:
     """Heads that say something, in evaluation mode; linear ones as a bank's, with one set of statistics."""
     torch.manual_seed(0)
     heads = [build_head(HeadRecipe("semseg", kind, cache.data.classes, width=16), cache.levels) for _ in range(count)]
     for head in heads:
         for name, parameter in head.named_parameters():
             parameter.data += 0.3 * torch.randn_like(parameter) * ("bias" not in name)
-    bank = LinearBank(heads) if kind == "linear" else None  # type: ignore[arg-type]
+    bank = LinearBank(heads) if kind == "linear" else None
     with FeatureLoader(cache) as loader, torch.no_grad():
         for _, features in loader.batches([cache.usable()[:8]] * (40 if bank else 0)):
             bank.logits(features)  # which moves the statistics that all of them use
     return [head.eval() for head in heads]
 
 
-def matrices(cache: Cache, heads: list[nn.Module], rows: Any, here: Callable[..., Any]) -> np.ndarray:
+def matrices(cache: Cache, heads: list[Any], rows: Any, here: Callable[..., Any]) -> np.ndarray:
     """(heads, images, classes, classes)."""
     task = Segmentation(cache, rows, TrainRecipe(), CPU, "ignore")
-    with FeatureLoader(cache, heads[0].levels) as loader:  # type: ignore[arg-type]
+    with FeatureLoader(cache, heads[0].levels) as loader:
         return here(task)(heads, loader.batches, rows)
 
 
-def both_ways(cache: Cache, heads: list[nn.Module], rows: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def both_ways(cache: Cache, heads: list[Any], rows: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """Confusion matrices image by image, and as a device counts them."""
     plain = matrices(cache, heads, rows, lambda task: task._counted)
     with monkeypatch.context() as patch:

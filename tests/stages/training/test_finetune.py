@@ -255,7 +255,7 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(
         seconds = {"semseg": 90, "detect": 30}
         patch.setattr(finetune_module, "foreseen", lambda training: Forecast(0.0, seconds[training.task] / 2))
         finetune(workspace, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
-    assert ["about 1.5 min" in said[3], "about 0.5 min" in said[4], "about 2.0 min in all" in said[5]] == [True] * 3
+    assert ["about 1.5 min" in said[3], "under a minute" in said[4], "about 2.0 min in all" in said[5]] == [True] * 3
     rows = finetune(workspace, options=ProbeOptions(quiet=True)).rows
     frozen = [r for r in read_rows(workspace.probes / "results.jsonl")[0] if r["regime"] == "frozen"]
     assert [(r["task"], r["recipe"]["lr"]) for r in rows] == [
@@ -285,7 +285,7 @@ def test_a_result_whose_cache_lacks_rows_by_now_is_left_aside_with_what_complete
     (path,) = workspace.cache_files()
     with CacheWriter(path) as writer:
         writer.mark_missing(0)
-    with pytest.raises(ProbeError, match=r"left aside: .* 1 of 24 rows are missing\. Finish it, .*featprobe extract"):
+    with pytest.raises(ProbeError, match=r"left aside: .* 1 of 24 rows are missing\. To finish .*featprobe extract"):
         finetune(workspace, options=ProbeOptions(quiet=True))
 
 

@@ -29,7 +29,7 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
-from featprobe.stages.study.study import read_study, run_study
+from featprobe.stages.study.study import read_study, run_grid
 from featprobe.stages.training import ladder as ladder_module
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.forecast import Forecast
@@ -419,9 +419,9 @@ def test_a_study_finds_the_iterations_of_all_backbones_before_it_trains_one(
     file = tmp_path / "study.toml"
     file.write_text(STUDY)
     study = read_study(file, space)
-    plan = run_study(space, study, dry_run=True)
+    plan = run_grid(space, study, dry_run=True)
     assert len(plan.missing) == 4 and len(plan.ladders) == 2 and not plan.rows
-    report = run_study(space, study)
+    report = run_grid(space, study)
     assert not report.failed and len(report.rows) == 4
     ladders = ladder_rows(space)
     most = max(
@@ -429,9 +429,9 @@ def test_a_study_finds_the_iterations_of_all_backbones_before_it_trains_one(
         for key in {row["ladder"] for row in ladders}
     )
     assert len({row["ladder"] for row in ladders}) == 2 and {r["recipe"]["iterations"] for r in report.rows} == {most}
-    again = run_study(space, study)
+    again = run_grid(space, study)
     assert again.done == 4 and not again.rows and len(ladder_rows(space)) == len(ladders)
-    assert not run_study(space, study, dry_run=True).ladders
+    assert not run_grid(space, study, dry_run=True).ladders
     file.write_text(STUDY.replace('sizes = ["64x64"]', 'sizes = ["64x64"]\nsplit = "group:3"'))
     with pytest.raises(DataError, match="cross-validation finds no number of iterations"):
         read_study(file, space)

@@ -21,7 +21,7 @@ from featprobe.probes.train import _Loop, learning_rate
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.study.study import Study, run_study
+from featprobe.stages.study.study import Study, run_grid
 from featprobe.stages.training import fit
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import probe
@@ -134,7 +134,7 @@ def test_a_training_in_parts_that_is_stopped_and_goes_on_leaves_one_curve(
 def test_a_study_logs_and_ridge_which_has_no_steps_does_not(space: Workspace) -> None:
     train = {"all": {"iterations": 4, "batch_size": 4, "evaluations": 1}}
     study = Study(("surface",), (NETWORK,), heads=("linear", "ridge"), regimes=("frozen",), seeds=1, train=train)
-    assert not run_study(space, replace(study, log=("tensorboard",))).failed
+    assert not run_grid(space, replace(study, log=("tensorboard",))).failed
     rows, _ = read_rows(space.probes / "results.jsonl")
     logged = {row["head"]: (space.probes / row["folder"] / "log").is_dir() for row in rows}
     assert logged == {"linear": True, "ridge": False}

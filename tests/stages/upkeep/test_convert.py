@@ -93,7 +93,7 @@ def test_classes_named_in_the_workspace_stand_for_a_classes_txt(tmp_path: Path, 
 def test_classes_can_not_be_named_where_the_format_names_them(tmp_path: Path) -> None:
     coco_set(tmp_path / "parts")
     text(tmp_path / "featprobe.toml", "[data.parts]\npath = 'parts'\nclasses = ['ground', 'pore']\n")
-    with pytest.raises(DataError, match="its format coco says itself what they are called"):
+    with pytest.raises(DataError, match="its format coco names its classes itself"):
         Workspace(tmp_path).data_set("parts")
     text(tmp_path / "featprobe.toml", "[data.parts]\npath = 'parts'\nclasses = ['ground', 1]\n")
     with pytest.raises(FeatprobeError, match=r"data.parts.classes\[1\]: wanted a text, found 1"):
