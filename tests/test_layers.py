@@ -26,7 +26,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "processes",
         "disk",
         "pictures",
-        "texts",
         "schemas",
     ),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),

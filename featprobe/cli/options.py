@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from featprobe.cli.help import ALL_KINDS, SEEDS_TEXT, default_of, default_width, listed, under
+from featprobe.fields import printable
 from featprobe.kinds import LOSSES
-from featprobe.texts import printable
 
 if TYPE_CHECKING:
     from featprobe.stages.workspace import Workspace

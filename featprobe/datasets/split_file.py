@@ -12,8 +12,8 @@ from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
 from featprobe.disk import write_whole
 from featprobe.errors import DataError, DiskError, nearest
+from featprobe.fields import cell, uncell
 from featprobe.specs import digest
-from featprobe.texts import cell, uncell
 
 COLUMNS = ("id", "group", "split")
 DIGITS = 8  # of the digest, in the name of a pinned split

@@ -14,10 +14,10 @@ import pandas as pd
 
 from featprobe.disk import below, read_regular, write_whole
 from featprobe.errors import FileKindError
+from featprobe.fields import printable
 from featprobe.report.comparison import class_table, difference_table, gap_table, result_table, scores_of
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 from featprobe.scores import LABELS
-from featprobe.texts import printable
 
 Line = Mapping[str, Any]
 PNG_START, LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 1 << 26  # bytes

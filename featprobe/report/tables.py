@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from featprobe.errors import counted
+from featprobe.fields import cell
 from featprobe.report.comparison import NONE
 from featprobe.report.text import table_text
 from featprobe.result_rows import ResultRow
 from featprobe.scores import at
-from featprobe.texts import cell
 
 
 def result_table(rows: Sequence[ResultRow], dtypes: Sequence[str] = ()) -> pd.DataFrame:
@@ -115,6 +115,6 @@ def _texts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """A table as CSV, its texts as `texts.cell` makes them safe in a spreadsheet."""
+    """A table as CSV, its texts as `fields.cell` makes them safe in a spreadsheet."""
     safe = {cell(name): column.map(cell) for name, column in table.items()}
     return pd.DataFrame(safe, index=table.index).to_csv(index=False)

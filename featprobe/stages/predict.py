@@ -29,6 +29,7 @@ from featprobe.datasets.samples import check_names, listed
 from featprobe.disk import below, make_folders, write_together, write_whole
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
+from featprobe.fields import printable
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.probes import DenseHead, ObjectHead, load_head, objects_at_original
 from featprobe.probes.saved import check_fingerprint
@@ -43,7 +44,6 @@ from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.training.detection import coco_results
 from featprobe.targets import Labels, decode_rle
-from featprobe.texts import printable
 
 T = TypeVar("T")
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window

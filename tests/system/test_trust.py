@@ -30,6 +30,7 @@ from featprobe.datasets.images import pages
 from featprobe.datasets.split_file import read_split_file, write_split_file
 from featprobe.disk import below, open_regular, parse_json, plain_name, read_toml
 from featprobe.errors import BackboneError, CacheError, DataError, DiskError, FeatprobeError, FileKindError
+from featprobe.fields import cell, printable, uncell
 from featprobe.kinds import TrainRecipe
 from featprobe.probes.saved import append_row, read_rows
 from featprobe.report.tables import csv_text
@@ -48,7 +49,6 @@ from featprobe.targets import (
     encode_semantic,
     run_lengths,
 )
-from featprobe.texts import cell, printable, uncell
 
 MASKS = st.integers(1, 9).flatmap(
     lambda height: st.lists(st.lists(st.booleans(), min_size=height, max_size=height), min_size=1, max_size=9)

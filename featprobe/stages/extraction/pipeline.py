@@ -24,13 +24,13 @@ from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
 from featprobe.datasets.images.pixels import DTYPE_OF, Levels
 from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import DataError, OverflowsDtypeError
+from featprobe.fields import printable
 from featprobe.machine import usable_cores
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
 from featprobe.stages.extraction.job import Job
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small, with_batch_size
-from featprobe.texts import printable
 
 EXPONENT = {
     torch.float16: (torch.int16, 0x7C00),

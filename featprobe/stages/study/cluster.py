@@ -15,6 +15,7 @@ from typing import Any
 from featprobe.cache import Cache, open_cache
 from featprobe.disk import below, read_json, write_whole
 from featprobe.errors import FeatprobeError, FileKindError, counted
+from featprobe.fields import printable
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.specs import digest
@@ -31,7 +32,6 @@ from featprobe.stages.study.study import (
 )
 from featprobe.stages.training.run import Say
 from featprobe.stages.workspace import Workspace
-from featprobe.texts import printable
 
 JOBS = "jobs"  # folder of a workspace: what was handed over, logs, answers of jobs
 JOB = re.compile(r"\d{1,20}(_\d{1,20})?", re.ASCII)  # what SLURM calls a job, or a task of an array

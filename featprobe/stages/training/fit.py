@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featprobe.errors import DivergedError, ProbeError, counted
+from featprobe.fields import printable
 from featprobe.probes import CurvePoint, kept_point, parameter_count, train
 from featprobe.probes.saved import Checkpoint
 from featprobe.processes import from_main, is_main
@@ -20,7 +21,6 @@ from featprobe.stages.training.prepared import Prepared, Trial, keep_on_device, 
 from featprobe.stages.training.solve import Solution
 from featprobe.stages.training.task import Source
 from featprobe.stages.training.training import Training
-from featprobe.texts import printable
 
 Say = Callable[[str], None]
 Curves = Sequence[Sequence[CurvePoint]]

@@ -28,9 +28,9 @@ from featprobe.cache.contents import Contents
 from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
 from featprobe.errors import CacheError, FeatprobeError, counted
+from featprobe.fields import printable
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
-from featprobe.texts import printable
 
 
 def list_cache(path: Path) -> dict[str, Any]:
