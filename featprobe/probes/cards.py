@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from featprobe.errors import FieldError
-from featprobe.fields import MISSING_FIELD, Fault, wrong
+from featprobe.io.fields import MISSING_FIELD, Fault, wrong
+from featprobe.io.schemas import check
 from featprobe.levels import FeatureLevel
 from featprobe.probes.heads import HeadRecipe
 from featprobe.result_rows import result_faults
-from featprobe.schemas import check
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
 
 WHOLE = ("features", "backbone", "data", "result", "curve", "versions")

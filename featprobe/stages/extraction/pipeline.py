@@ -24,7 +24,7 @@ from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
 from featprobe.datasets.images.pixels import DTYPE_OF, Levels
 from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import DataError, OverflowsDtypeError
-from featprobe.fields import printable
+from featprobe.io.texts import printable
 from featprobe.machine import usable_cores
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout

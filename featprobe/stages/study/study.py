@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache, open_cache
-from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
-from featprobe.fields import Fault, letter, wrong
-from featprobe.fields import Place as KeyPath
 from featprobe.geometry import parse_size
+from featprobe.io.disk import read_toml
+from featprobe.io.fields import Fault, letter, wrong
+from featprobe.io.fields import Place as KeyPath
 from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.machine import minutes_text
 from featprobe.processes import check_together

@@ -6,9 +6,9 @@ from dataclasses import MISSING, field, fields, make_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
-from featprobe.fields import Fault
+from featprobe.io.fields import Fault
+from featprobe.io.schemas import Field, check, json_schema
 from featprobe.kinds import KINDS, LOSSES, SOLVED, TASKS, TrainRecipe, kinds_of
-from featprobe.schemas import Field, check, json_schema
 from featprobe.stages.training.logs import LOGS
 from featprobe.stages.training.probe_options import REGIMES, Tuning
 
