@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from featprobe.errors import ProbeError, nearest
-from featprobe.fields import made
+from featprobe.io.fields import made
 
 PyramidKind = Literal["auto", "levels", "simple"]
 LOSSES = ("ce", "dice", "focal")

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from featprobe.errors import DataError, FieldError, ProbeError
-from featprobe.fields import MISSING_FIELD, Fault, built, letter, misfits, plain, wrong
+from featprobe.io.fields import MISSING_FIELD, Fault, built, letter, misfits, plain, wrong
+from featprobe.io.schemas import check
 from featprobe.kinds import KINDS, TASKS, HeadKind, TrainRecipe, kinds_of
-from featprobe.schemas import check
 from featprobe.scores import SCORES, On, TaskScores, at
 from featprobe.splitting import SplitChoice
 

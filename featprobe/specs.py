@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.errors import DataError
-from featprobe.fields import Fault, limits, made, wrong
 from featprobe.geometry import IDENTITY, MOST_PIXELS, MOST_SIDE, Fit, Size
 from featprobe.intensity import Intensity
+from featprobe.io.fields import Fault, limits, made, wrong
 from featprobe.levels import FeatureLevel
 from featprobe.tiling import SETTINGS, Tiling, keeps_own_split, parse_views
 

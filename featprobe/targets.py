@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from featprobe.disk import parse_json
 from featprobe.errors import DataError, ShapeError
 from featprobe.geometry import Part, Placement, Size
-from featprobe.pictures import picture
+from featprobe.io.disk import parse_json
+from featprobe.io.pictures import picture
 
 IGNORE = 255
 """Pixels of this label count in no loss and no score."""

@@ -21,9 +21,9 @@ import torch
 import featprobe
 from featprobe.cli.main import cli
 from featprobe.features import Features
+from featprobe.io.schemas import check
 from featprobe.levels import FeatureLevel
 from featprobe.probes import start_at_prior
-from featprobe.schemas import check
 from featprobe.stages.study.study import Study
 from featprobe.stages.study.study_file import faults_of, schema
 from featprobe.stages.workspace import Config

@@ -114,7 +114,7 @@ def test_no_module_name_is_doubled() -> None:
 def test_a_split_is_parsed_where_its_text_enters() -> None:
     """From a result row, or from what a user says of a training, of a study, of a split to write; splitting.py has
     examples."""
-    options = {"stages/training/probe_options.py", "stages/study/study_file.py", "stages/upkeep/describe.py"}
+    options = {"stages/training/probe_options.py", "stages/study/study.py", "stages/upkeep/describe.py"}
     doors = {"cli", "result_rows.py", "splitting.py", *options}
     calls = {file for file in TREES if re.search(r"SplitChoice\.parse\(", (PACKAGE / file).read_text())}
     assert {file for file in calls if not {file, file.split("/")[0]} & doors} == set()

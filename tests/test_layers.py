@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "featprobe"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "levels", "features"),
     (
-        "fields",
+        "io",
         "specs",
         "intensity",
         "tiling",
@@ -24,9 +24,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "targets",
         "machine",
         "processes",
-        "disk",
-        "pictures",
-        "schemas",
     ),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),
     ("stages",),
@@ -49,7 +46,7 @@ DOORS = {
     "tifffile": ("datasets",),
     "imagecodecs": ("datasets",),
     "pydicom": ("datasets",),
-    "pydantic": ("schemas",),
+    "pydantic": ("io",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }
 FROM_ROOT = {"__version__"}  # all that a module may take from the package itself
@@ -117,10 +114,11 @@ OWN_JSON = (
 )
 """Where what is parsed was written by the same process, or in a child with limits."""
 CALLS = {
-    r"\bImage\.open\(": {"pictures.py"},  # which names the formats
+    r"\bImage\.open\(": {"io/pictures.py"},  # which names the formats
     r"\bclick\.s?echo\(": {"cli/options.py"},  # which shows control characters
-    r"\bjson\.loads?\(": {"cache/header.py", "disk.py", *OWN_JSON},  # which bear deep nesting
-    r"\btomllib\.loads?\(": {"disk.py"},
+    r"\bjson\.loads?\(": {"cache/header.py", "io/disk.py", *OWN_JSON},  # which bear deep nesting
+    r"\btomllib\.loads?\(": {"io/disk.py"},
+    r"\bfrom pydantic\b": {"io/schemas.py"},
     r"\bpickle\.loads?\(": set(),
     r"\.to_csv\(": {"report/tables.py"},
     r"\bnp\.load\(": {"datasets/images/decode.py", "stages/comparison/audit.py"},

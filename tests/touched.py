@@ -40,8 +40,8 @@ def changed(base: str | None = None) -> list[str]:
 def module_of(path: str) -> str:
     """`featprobe.a.b` of featprobe/a/b.py, `featprobe.a` of featprobe/a/__init__.py.
 
-    >>> module_of("featprobe/cache/__init__.py"), module_of("featprobe/disk.py")
-    ('featprobe.cache', 'featprobe.disk')
+    >>> module_of("featprobe/cache/__init__.py"), module_of("featprobe/io/disk.py")
+    ('featprobe.cache', 'featprobe.io.disk')
     """
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE
-from featprobe.disk import check_packed, open_regular
 from featprobe.errors import BackboneError
 from featprobe.geometry import Size, parse_size
+from featprobe.io.disk import check_packed, open_regular
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from featprobe.cache.header import FormatFault, short
 from featprobe.errors import FieldError
-from featprobe.fields import made
+from featprobe.io.fields import made
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
 
 T = TypeVar("T")

@@ -181,7 +181,7 @@ def _parse(file: HeldFile, index: Index, parts: Mapping[str, Blob]) -> Contents:
     except FormatFault as error:
         also = f"; {', '.join(damaged)} of the file is not what was written" if damaged else ""
         raise FormatFault(error.wanted, f"{error.found}{also}") from error
-    return _told(_of_old_identity(made) if old else made)
+    return _with_mending(_of_old_identity(made) if old else made)
 
 
 def _checked(file: HeldFile, index: Index) -> tuple[FeatureRecipe, Shapes]:
@@ -223,7 +223,7 @@ def _made(
     return Contents(index, recipe, data_of(texts["data"]), provenance, rows, images, extents, damaged, file, labels)
 
 
-def _told(contents: Contents) -> Contents:
+def _with_mending(contents: Contents) -> Contents:
     """The same contents, whose rows can say how damaged labels are repaired."""
     mending = (
         f"  file    {contents.file.path}\nNothing was changed. See what is bad:  featprobe cache verify FILE\n"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featprobe.cache.header import Entry
-from featprobe.disk import open_regular
 from featprobe.errors import CacheError, FileKindError
+from featprobe.io.disk import open_regular
 
 PIECE = 1 << 22  # bytes that are hashed at once
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from featprobe.cache import header
 from featprobe.cache.header import FILE_VERSION, Entry, Index
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Row, target_checksums
-from featprobe.disk import make_folders, sync_folder, temporary_name
 from featprobe.errors import CacheError, ShapeError
+from featprobe.io.disk import make_folders, sync_folder, temporary_name
 from featprobe.levels import FeatureLevel
 from featprobe.machine import human_bytes
 from featprobe.specs import DataInfo, FeatureRecipe

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from featprobe.cache.contents import read_contents
 from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, encode_reason, row_tables
 from featprobe.cache.rows import checksum
-from featprobe.disk import make_folders, open_regular
 from featprobe.errors import CacheBusyError, CacheError, ShapeError
+from featprobe.io.disk import make_folders, open_regular
 
 CREATION_BYTE = 1 << 40  # of the lock file: past every row's byte
 GROUP_BYTES = 256 << 20  # of rows that are written but not marked: from this size on the next write marks them

@@ -218,7 +218,7 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
       featprobe cache audit xray
       featprobe cache audit xray --heads none
     """
-    from featprobe.fields import plain
+    from featprobe.io.fields import plain
     from featprobe.stages.comparison.audit import AuditOptions, audit
 
     workspace = workspace_of(ctx)

@@ -22,7 +22,7 @@ from featprobe.cli.head_commands import demo, finetune, predict, probe
 from featprobe.cli.help import InOrder
 from featprobe.cli.options import echo
 from featprobe.errors import FeatprobeError
-from featprobe.fields import printable
+from featprobe.io.texts import printable
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Errors of a disk that is full, read-only or failing."""

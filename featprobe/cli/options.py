@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from featprobe.cli.help import ALL_KINDS, SEEDS_TEXT, default_of, default_width, listed, under
-from featprobe.fields import printable
+from featprobe.io.texts import printable
 from featprobe.kinds import LOSSES
 
 if TYPE_CHECKING:

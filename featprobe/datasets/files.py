@@ -19,8 +19,8 @@ from featprobe.datasets.images.reading import SUFFIXES
 from featprobe.datasets.names import alike, as_on_disk, by_form, is_hidden, renamed, visible
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import raise_all
-from featprobe.disk import parse_json
 from featprobe.errors import DataError, counted, looks_like
+from featprobe.io.disk import parse_json
 from featprobe.machine import available_memory, human_bytes
 
 LONGEST, LONGEST_NAME = 2048, 255  # most bytes of a path (half of what systems allow), and of a name in it

@@ -13,7 +13,7 @@ from featprobe.datasets.objects import check_classes, stored_pixels
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import gathered, to_whole
 from featprobe.errors import DataError
-from featprobe.pictures import MASK_FORMATS, picture
+from featprobe.io.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Labels
 
 NAME = "labelmap.txt"

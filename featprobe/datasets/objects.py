@@ -19,7 +19,7 @@ from featprobe.datasets.values import stated_side
 from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages import it from here
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError
 from featprobe.geometry import Size
-from featprobe.pictures import MASK_FORMATS, picture
+from featprobe.io.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
 
 SHOWN = 3  # most places of objects in a note

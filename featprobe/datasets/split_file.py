@@ -10,9 +10,9 @@ from pathlib import Path
 from featprobe.datasets.files import by_name, read_csv
 from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
-from featprobe.disk import write_whole
 from featprobe.errors import DataError, DiskError, nearest
-from featprobe.fields import cell, uncell
+from featprobe.io.disk import write_whole
+from featprobe.io.texts import cell, uncell
 from featprobe.specs import digest
 
 COLUMNS = ("id", "group", "split")

@@ -1,6 +1,6 @@
 """Heads, their losses, the training loop, and saved heads (probes/README.md)."""
 
-from featprobe.fields import plain
+from featprobe.io.fields import plain
 from featprobe.probes.bank import LinearBank
 from featprobe.probes.detections import Detections, ObjectTarget, object_sides
 from featprobe.probes.fcos import FcosHead

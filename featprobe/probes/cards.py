@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from featprobe.errors import FieldError
-from featprobe.fields import MISSING_FIELD, Fault, wrong
+from featprobe.io.fields import MISSING_FIELD, Fault, wrong
+from featprobe.io.schemas import check
 from featprobe.levels import FeatureLevel
 from featprobe.probes.heads import HeadRecipe
 from featprobe.result_rows import result_faults
-from featprobe.schemas import check
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
 
 WHOLE = ("features", "backbone", "data", "result", "curve", "versions")
@@ -18,9 +18,9 @@ WHOLE = ("features", "backbone", "data", "result", "curve", "versions")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The values in which features must agree with those that a head was trained on: fields of FeatureRecipe.
+    """The values, fields of FeatureRecipe, in which features must agree with those that a head was trained on.
 
-    A field with a default may be missing: the recipe does not keep its usual value.
+    A field with a default may be missing, where the recipe does not keep its usual value.
     """
 
     backbone: str

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from featprobe.errors import ProbeError, nearest
-from featprobe.fields import Fault, limits, made
+from featprobe.io.fields import Fault, limits, made
 from featprobe.kinds import KINDS, PyramidKind, kinds_of
 from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.probes.fcos import FcosHead

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from featprobe.disk import (
+from featprobe.errors import FieldError, FileKindError, ProbeError
+from featprobe.io.disk import (
     append_line,
     below,
     check_packed,
@@ -29,8 +30,7 @@ from featprobe.disk import (
     replacing,
     write_together,
 )
-from featprobe.errors import FieldError, FileKindError, ProbeError
-from featprobe.fields import MISSING_FIELD, Fault, letter, plain, shown
+from featprobe.io.fields import MISSING_FIELD, Fault, letter, plain, shown
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
 from featprobe.probes.cards import Fingerprint, card_faults

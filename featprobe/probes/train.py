@@ -321,8 +321,8 @@ class _Recorded:
             raise ProbeError(
                 f"{self.device} could not record a training step to replay it.\n"
                 f"  found   {str(first).splitlines()[0]}\n"
-                "Run again with FEATPROBE_RECORD=0 in the environment: each step is then taken anew, which gives the\n"
-                "same and takes longer."
+                "Run again with FEATPROBE_RECORD=0 in the environment: then no step is recorded. The result is the\n"
+                "same, but the training takes longer."
             ) from error
         return graph
 

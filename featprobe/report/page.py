@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from featprobe.disk import below, read_regular, write_whole
 from featprobe.errors import FileKindError
-from featprobe.fields import printable
+from featprobe.io.disk import below, read_regular, write_whole
+from featprobe.io.texts import printable
 from featprobe.report.comparison import class_table, difference_table, gap_table, result_table, scores_of
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 from featprobe.scores import LABELS

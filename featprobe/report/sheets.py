@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from featprobe.disk import write_whole
+from featprobe.io.disk import write_whole
 from featprobe.targets import IGNORE, Instance, Labels, semantic_from_instances
 
 COLOURS = np.array(

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from featprobe.errors import counted
-from featprobe.fields import cell
+from featprobe.io.texts import cell
 from featprobe.report.comparison import NONE
 from featprobe.report.text import table_text
 from featprobe.result_rows import ResultRow

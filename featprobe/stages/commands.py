@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from featprobe.fields import built
+from featprobe.io.fields import built
 from featprobe.probes import HeadRecipe
 from featprobe.result_rows import AskedHead, ResultRow
 from featprobe.stages.extraction.command_line import command_of_card, option_name

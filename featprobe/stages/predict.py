@@ -26,11 +26,11 @@ from featprobe.datasets.images.pixels import counted_levels
 from featprobe.datasets.images.reading import SUFFIXES, Header, header_of, pixel_notes, read_levels, unit_of
 from featprobe.datasets.names import visible
 from featprobe.datasets.samples import check_names, listed
-from featprobe.disk import below, make_folders, write_together, write_whole
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
-from featprobe.fields import printable
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
+from featprobe.io.disk import below, make_folders, write_together, write_whole
+from featprobe.io.texts import printable
 from featprobe.probes import DenseHead, ObjectHead, load_head, objects_at_original
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device

@@ -10,9 +10,9 @@ from typing import Any
 
 from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
-from featprobe.disk import new_folder, plain_name, read_toml
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
-from featprobe.fields import Fault, letter
+from featprobe.io.disk import new_folder, plain_name, read_toml
+from featprobe.io.fields import Fault, letter
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
@@ -168,7 +168,7 @@ class Workspace:
             config = read_toml(path)
         except (OSError, ValueError) as error:
             raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
-        from featprobe.schemas import check  # pydantic takes time, and most workspaces have no such file
+        from featprobe.io.schemas import check  # pydantic takes time, and most workspaces have no such file
 
         faults = check(Config, config)
         places = [

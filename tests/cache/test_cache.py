@@ -52,8 +52,8 @@ from featprobe.cache import (
 from featprobe.cache.header import MAGIC, Index
 from featprobe.cache.layout import row_tables
 from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
-from featprobe.disk import remove_leftovers
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
+from featprobe.io.disk import remove_leftovers
 from featprobe.levels import FeatureLevel
 from featprobe.specs import FeatureRecipe
 from featprobe.targets import decode_instances

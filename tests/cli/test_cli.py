@@ -552,7 +552,7 @@ def test_predict_says_what_a_folder_without_a_head_holds(tmp_path: Path) -> None
     (tmp_path / "new").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "new" / "a.png")
     said = refusal(tmp_path, "predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "out")
-    assert "This folder holds seed0, seed1. Name one of them." in said
+    assert "holds no head itself, but seed0, seed1. Name one of them." in said
     said = refusal(tmp_path, "predict", tmp_path / "bare", tmp_path / "new", "--out", tmp_path / "out")
     assert "no card.json" in said and "Train it again" in said
 

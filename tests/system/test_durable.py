@@ -30,8 +30,8 @@ from helpers import extract as extract_into
 from torch import nn
 
 from featprobe.cli.main import cli
-from featprobe.disk import append_line, new_folder, write_together, write_whole
 from featprobe.errors import DiskError, ProbeError
+from featprobe.io.disk import append_line, new_folder, write_together, write_whole
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import load_head, save_head
 from featprobe.probes.saved import Checkpoint, read_rows
@@ -415,7 +415,7 @@ def test_the_page_of_a_study_that_was_killed_before_it_is_written_by_the_next_ru
 
 
 OURS = {
-    "disk.py",
+    "io/disk.py",
     "cache/layout.py",
     "cache/legacy.py",
     "datasets/generated.py",

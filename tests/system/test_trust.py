@@ -28,9 +28,9 @@ from featprobe.backbones.weights import read_weights
 from featprobe.datasets import read_data
 from featprobe.datasets.images import pages
 from featprobe.datasets.split_file import read_split_file, write_split_file
-from featprobe.disk import below, open_regular, parse_json, plain_name, read_toml
 from featprobe.errors import BackboneError, CacheError, DataError, DiskError, FeatprobeError, FileKindError
-from featprobe.fields import cell, printable, uncell
+from featprobe.io.disk import below, open_regular, parse_json, plain_name, read_toml
+from featprobe.io.texts import cell, printable, uncell
 from featprobe.kinds import TrainRecipe
 from featprobe.probes.saved import append_row, read_rows
 from featprobe.report.tables import csv_text
@@ -78,7 +78,7 @@ def test_links_out_of_a_set_are_followed_only_when_that_is_asked_for(
         return open_regular(path, flags)
 
     monkeypatch.setattr(pages, "open_regular", noting)
-    monkeypatch.setattr("featprobe.pictures.open_regular", noting)
+    monkeypatch.setattr("featprobe.io.pictures.open_regular", noting)
     for root in (of_files, of_folders):
         for named in (None, name.split()[0]):
             with pytest.raises(DataError, match=r"link out of the data folder|were not followed"):

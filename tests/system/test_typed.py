@@ -23,8 +23,8 @@ from jsonschema import Draft202012Validator
 
 from featprobe.cli.main import cli
 from featprobe.errors import DataError, FeatprobeError, FieldError, ProbeError
-from featprobe.fields import path_text
 from featprobe.geometry import IDENTITY
+from featprobe.io.fields import path_text
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import load_head
 from featprobe.probes.saved import read_card, read_rows

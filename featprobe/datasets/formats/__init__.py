@@ -244,15 +244,15 @@ def read_data(
     with links_followed(follow_links):
         described = _described(images, masks, format_name)
         format_name = "pairs" if described else format_name
-        own, _, part = (format_name or "").partition(":")
-        known: Mapping[str, Format] = FORMATS if format_name is None else {own: find_format(own)}
-        if part and part not in known[own].parts:
-            parts = ", ".join(known[own].parts) or "none"
-            raise DataError(f"The format {own} has no part {part!r}. wanted: {parts}.")
+        named_format, _, part = (format_name or "").partition(":")
+        known: Mapping[str, Format] = FORMATS if format_name is None else {named_format: find_format(named_format)}
+        if part and part not in known[named_format].parts:
+            parts = ", ".join(known[named_format].parts) or "none"
+            raise DataError(f"The format {named_format} has no part {part!r}. wanted: {parts}.")
         if not root.exists():
             raise DataError(f"There is no folder or file {root} (data set {name}).")
         broken: list[str] = []
-        fitting = [own] if described else _fitting(known, root, last=format_name is not None)
+        fitting = [named_format] if described else _fitting(known, root, last=format_name is not None)
         if not fitting and format_name is None:
             added, broken = added_formats()
             fitting, known = _fitting(added, root), {**known, **added}
@@ -264,7 +264,7 @@ def read_data(
                 f"Nothing was read. Name one of them:  --format {' or --format '.join(fitting)}"
             )
         if not fitting:
-            raise DataError(_refusal(known, own, root) + "".join(f"\n{message}" for message in broken))
+            raise DataError(_refusal(known, named_format, root) + "".join(f"\n{message}" for message in broken))
         for message in broken:
             warnings.warn(message, stacklevel=2)
         if described:
@@ -320,20 +320,20 @@ def _described(images: str | None, masks: str | None, format_name: str | None) -
     return Description.of(images, masks)
 
 
-def _refusal(known: Mapping[str, Format], own: str, root: Path) -> str:
+def _refusal(known: Mapping[str, Format], named_format: str, root: Path) -> str:
     """The error text for a folder that no format, or not the named format, fits: the nearest one and what it lacks."""
     inside = listed([p.name for p in visible(root, root.iterdir())], 8) if root.is_dir() else "a file, not a folder"
     said = (
-        f"{root} holds no data set that can be read{f' as {own}' if own else ''}.\n"
+        f"{root} holds no data set that can be read{f' as {named_format}' if named_format else ''}.\n"
         f"  found   {inside or 'nothing: it is empty'}\n"
     )
     links = _links_out(root) if root.is_dir() else []
     if links:
         said += f"  links   {listed(links, 3)}: they lead out of it and were not followed ({FOLLOW_LINKS})\n"
-    if own:
-        near = known[own].near
+    if named_format:
+        near = known[named_format].near
         lacks = near(root).lacks if near else ""
-        return f"{said}  wanted  {known[own].layout}" + (f"\n  lacks   {lacks}" if lacks else "")
+        return f"{said}  wanted  {known[named_format].layout}" + (f"\n  lacks   {lacks}" if lacks else "")
     for folder in folders_in(root)[:MOST_INSIDE] if root.is_dir() else []:
         if leads_out(root, folder):
             continue

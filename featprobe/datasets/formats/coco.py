@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -81,23 +81,40 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     used = {same_id(annotation["category_id"]) for _, data in loaded for annotation in data["annotations"]}
     categories, notes = _once_each(_categories(loaded), used, root)
     classes, index = _class_index(categories)
-    known_as = {same_id(own): own for own in categories}
+    read_one = partial(_read_one, categories, {same_id(own): own for own in categories}, index)
+    samples: list[Sample] = []
+    known: set[str] = set()
+    inside: set[Path] = set()  # folders that no link leads out of
+    named: set[tuple[str, str]] = set()
+    first_of: dict[Path, str] = {}
     things = any(category.thing for category in categories.values() if not category.background)
-    samples = list(_samples(root, folder, loaded))
-    outlined, bare = _by_outline(loaded)
+    outlined, bare = Tally(), Tally()
+    for number, (path, data) in enumerate(loaded):
+        by_image = _by_image(path, data, outlined, bare)
+        for image in data["images"]:
+            where = f"{path}, image {image['file_name']}"
+            split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
+            place = find_image(folder, path, split, str(image["file_name"]))
+            if place.parent not in inside or place.is_symlink():
+                inside.add(kept_below(folder, place).parent)
+            identity = str(image["file_name"])
+            if (split, identity) in named:
+                raise DataError(f"{path} lists the image {identity} twice.")
+            named.add((split, identity))
+            if identity in known:
+                identity = f"{split}/{identity}"
+            known.add(identity)
+            file, _ = page_of(place)  # a file that stands in two splits is one group: it leaks
+            own = first_of.setdefault(file, group_of(identity, place))
+            group = to_name(image.get("group"), f"{where}, group") or own
+            annotations = [_kept(a) for a in by_image[same_id(image["id"])]]
+            labels = json.dumps([number, _kept(image), annotations], separators=(",", ":"))
+            samples.append(Sample(identity, place, group, split, labels))
     if not samples:
         raise DataError(f"{root} lists no images.")
 
     masks = not bare.count
     notes += partly("no masks are read, only boxes", bare, "without a segmentation", outlined)
-
-    def read_one(annotation: Mapping[str, Any], size: Size, where: str) -> tuple[Instance, bool]:
-        category = known_as.get(same_id(annotation["category_id"]))
-        if category is None:
-            listed_ids = ", ".join(map(shown, sorted(categories)))
-            raise DataError(f"{where}: category {shown(annotation['category_id'])} is not listed. Known: {listed_ids}.")
-        thing = categories[category].thing and to_truth(annotation.get("isthing"), f"{where}, isthing", default=True)
-        return _instance(annotation, index[category], size, where), thing
 
     def read_target(sample: Sample, size: Size) -> Target:
         number, image, annotations = json.loads(sample.labels)
@@ -119,40 +136,18 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     return DataSet(name, root, classes, samples, tasks, read_target, tuple(notes), category_ids)
 
 
-def _samples(root: Path, folder: Path, loaded: Sequence[tuple[Path, dict[str, Any]]]) -> Iterator[Sample]:
-    """The images of all files, each with its entry and its annotations as labels."""
-    known: set[str] = set()
-    inside: set[Path] = set()  # folders that no link leads out of
-    named: set[tuple[str, str]] = set()
-    first_of: dict[Path, str] = {}
-    for number, (path, data) in enumerate(loaded):
-        by_image = _by_image(path, data)
-        for image in data["images"]:
-            where = f"{path}, image {image['file_name']}"
-            split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
-            place = find_image(folder, path, split, str(image["file_name"]))
-            if place.parent not in inside or place.is_symlink():
-                inside.add(kept_below(folder, place).parent)
-            identity = str(image["file_name"])
-            if (split, identity) in named:
-                raise DataError(f"{path} lists the image {identity} twice.")
-            named.add((split, identity))
-            if identity in known:
-                identity = f"{split}/{identity}"
-            known.add(identity)
-            file, _ = page_of(place)  # a file that stands in two splits is one group: it leaks
-            own = first_of.setdefault(file, group_of(identity, place))
-            group = to_name(image.get("group"), f"{where}, group") or own
-            annotations = [_kept(a) for a in by_image[same_id(image["id"])]]
-            labels = json.dumps([number, _kept(image), annotations], separators=(",", ":"))
-            yield Sample(identity, place, group, split, labels)
+def _by_image(
+    path: Path, data: Mapping[str, Any], outlined: Tally, bare: Tally
+) -> Mapping[Id, list[Mapping[str, Any]]]:
+    """The annotations of each image of a file by its id. Raises DataError where they can't be assigned.
 
-
-def _by_image(path: Path, data: Mapping[str, Any]) -> Mapping[Any, list[Mapping[str, Any]]]:
-    """The annotations of each image of a file, by the image's id; raises DataError where ids do not assign them."""
-    by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    for annotation in data["annotations"]:
+    outlined, bare: where annotations with and without a segmentation are counted.
+    """
+    by_image: dict[Id, list[Mapping[str, Any]]] = defaultdict(list)
+    for i, annotation in enumerate(data["annotations"]):
         by_image[same_id(annotation["image_id"])].append(annotation)
+        kind = bare if annotation.get("segmentation") in NOTHING else outlined
+        kind.add(f"{path.name}, annotation {annotation.get('id', f'at place {i}')}")
     ids = {same_id(image["id"]) for image in data["images"]}
     unknown = sorted(map(shown, by_image.keys() - ids))
     if unknown:
@@ -162,14 +157,21 @@ def _by_image(path: Path, data: Mapping[str, Any]) -> Mapping[Any, list[Mapping[
     return by_image
 
 
-def _by_outline(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[Tally, Tally]:
-    """Annotations with a segmentation, and those without one."""
-    outlined, bare = Tally(), Tally()
-    for path, data in loaded:
-        for i, annotation in enumerate(data["annotations"]):
-            kind = bare if annotation.get("segmentation") in NOTHING else outlined
-            kind.add(f"{path.name}, annotation {annotation.get('id', f'at place {i}')}")
-    return outlined, bare
+def _read_one(
+    categories: Mapping[Id, Category],
+    known_as: Mapping[Id, Id],
+    index: Mapping[Id, int],
+    annotation: Mapping[str, Any],
+    size: Size,
+    where: str,
+) -> tuple[Instance, bool]:
+    """The object of an annotation, and whether it is an object, not a region. known_as: category ids by `same_id`."""
+    category = known_as.get(same_id(annotation["category_id"]))
+    if category is None:
+        listed_ids = ", ".join(map(shown, sorted(categories)))
+        raise DataError(f"{where}: category {shown(annotation['category_id'])} is not listed. Known: {listed_ids}.")
+    thing = categories[category].thing and to_truth(annotation.get("isthing"), f"{where}, isthing", default=True)
+    return _instance(annotation, index[category], size, where), thing
 
 
 def same_id(value: Any) -> Id:

@@ -27,7 +27,7 @@ from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, spl
 from featprobe.datasets.values import to_numbers
 from featprobe.errors import DataError
 from featprobe.geometry import Size
-from featprobe.pictures import MASK_FORMATS, picture
+from featprobe.io.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Labels, Target
 
 COLOURED = ("RGB", "RGBA")

@@ -29,7 +29,7 @@ from featprobe.datasets.images.pixels import (
 from featprobe.datasets.images.tiff import NODATA, open_tiff
 from featprobe.datasets.names import not_there
 from featprobe.errors import DataError
-from featprobe.pictures import IMAGE_FORMATS, MASK_FORMATS, check_claim, picture
+from featprobe.io.pictures import IMAGE_FORMATS, MASK_FORMATS, check_claim, picture
 
 NPY_START = b"\x93NUMPY"
 PNG_DEPTH, PNG_CHUNKS = 24, 8  # byte offsets in a PNG

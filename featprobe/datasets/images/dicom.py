@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from featprobe.datasets.images.pages import once_a_file, opened_file
 from featprobe.datasets.images.pixels import Levels, Opened, check_page, to_levels, unusable, without_empty
 from featprobe.errors import DataError
-from featprobe.pictures import check_claim
+from featprobe.io.pictures import check_claim
 
 DICOM_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax that compresses a whole file, without a size limit

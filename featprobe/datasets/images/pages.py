@@ -14,8 +14,8 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from featprobe.disk import open_regular
 from featprobe.errors import DataError, FileKindError
+from featprobe.io.disk import open_regular
 
 T = TypeVar("T")
 

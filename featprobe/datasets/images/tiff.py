@@ -24,9 +24,9 @@ from featprobe.datasets.images.pixels import (
     without_alpha,
     without_empty,
 )
-from featprobe.disk import parse_json
 from featprobe.errors import DataError
-from featprobe.pictures import MAX_PIXELS, check_claim, check_held, too_large
+from featprobe.io.disk import parse_json
+from featprobe.io.pictures import MAX_PIXELS, check_claim, check_held, too_large
 from featprobe.targets import IGNORE
 
 PLACES = (273, 324, 330)  # tags with places in the file: strips, tiles, further IFDs

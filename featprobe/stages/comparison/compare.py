@@ -10,9 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from featprobe.cache import open_cache
-from featprobe.disk import write_together
 from featprobe.errors import FeatprobeError, ProbeError, counted
-from featprobe.fields import plain
+from featprobe.io.disk import write_together
+from featprobe.io.fields import plain
 from featprobe.metrics import Statistic, score_interval
 from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, gap_sentences

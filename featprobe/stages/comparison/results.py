@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from featprobe.disk import parse_json
 from featprobe.errors import FeatprobeError, ProbeError
-from featprobe.fields import built
 from featprobe.intensity import DEFAULT_16BIT
+from featprobe.io.disk import parse_json
+from featprobe.io.fields import built
 from featprobe.metrics import Statistic, mean_of
 from featprobe.probes import HeadRecipe
 from featprobe.probes.saved import head_folder, read_files, read_results

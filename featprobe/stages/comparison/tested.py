@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.disk import parse_json
 from featprobe.errors import ProbeError
+from featprobe.io.disk import parse_json
 from featprobe.metrics import (
     ResampledAp,
     Statistic,

@@ -8,8 +8,8 @@ import torch
 
 from featprobe.backbones.precision import ONLY_ON_CUDA, resolve
 from featprobe.cache import MISSING, Cache, read_contents
-from featprobe.disk import plain_name
 from featprobe.errors import BackboneError, CacheError
+from featprobe.io.disk import plain_name
 from featprobe.specs import CachePrecision, FeatureRecipe
 
 

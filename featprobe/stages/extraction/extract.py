@@ -26,8 +26,8 @@ from featprobe.cache import (
     replace_file,
 )
 from featprobe.datasets import DataSet
-from featprobe.disk import remove_leftovers
 from featprobe.errors import CacheError, FeatprobeError, counted
+from featprobe.io.disk import remove_leftovers
 from featprobe.machine import human_bytes
 from featprobe.processes import launched, pick_device
 from featprobe.specs import BackboneSpec

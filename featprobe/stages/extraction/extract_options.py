@@ -9,9 +9,9 @@ from typing import Any, Literal
 from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.splits import group_pattern
 from featprobe.errors import DataError
-from featprobe.fields import Fault, shown
 from featprobe.geometry import Fit, Size, parse_size
 from featprobe.intensity import Intensity
+from featprobe.io.fields import Fault, shown
 from featprobe.machine import usable_cores
 from featprobe.specs import CacheDtype, CachePrecision, FeatureRecipe
 from featprobe.tiling import SETTINGS, Tiling, keeps_own_split, parse_views

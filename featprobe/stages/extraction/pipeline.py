@@ -24,7 +24,7 @@ from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
 from featprobe.datasets.images.pixels import DTYPE_OF, Levels
 from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import DataError, OverflowsDtypeError
-from featprobe.fields import printable
+from featprobe.io.texts import printable
 from featprobe.machine import usable_cores
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
@@ -211,9 +211,8 @@ class Filler:
     def _layout(self, block: Block) -> Layout:
         """How the images of a block lie in a buffer, by their headers; one that can't be read will be a blank."""
         rows = [row for row in range(*block) if self.done[row] != UNREADABLE]
-        return self.framing.layout(
-            [ImageKind.of(self.job.header_of(row), self.job.rows[row].placement) for row in rows]
-        )
+        kinds = [ImageKind.of(self.job.header_of(row), self.job.rows[row].placement) for row in rows]
+        return self.framing.layout(kinds)
 
     def _decode(self, row: int, buffer: ImageBuffer, k: int) -> None:
         """Bring what a row shows of its image into place k of a buffer."""

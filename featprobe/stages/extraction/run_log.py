@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import WHOLE, Cache, read_contents
-from featprobe.disk import append_line, parse_json, read_regular
 from featprobe.errors import FileKindError, counted
+from featprobe.io.disk import append_line, parse_json, read_regular
 
 LARGEST_LOG = 1 << 26  # bytes
 

@@ -16,8 +16,8 @@ from featprobe import __version__
 from featprobe.cache import Cache
 from featprobe.datasets import FORMATS, DataSet
 from featprobe.datasets.formats import ENTRY_POINTS, places_of
-from featprobe.disk import read_json, write_whole
 from featprobe.errors import DiskError, FileKindError
+from featprobe.io.disk import read_json, write_whole
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions
 from featprobe.stages.workspace import Workspace

@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from featprobe.cache import Cache, open_cache
-from featprobe.disk import below, read_json, write_whole
 from featprobe.errors import FeatprobeError, FileKindError, counted
-from featprobe.fields import printable
+from featprobe.io.disk import below, read_json, write_whole
+from featprobe.io.texts import printable
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.specs import digest

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache, open_cache
-from featprobe.disk import read_toml
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
-from featprobe.fields import Fault, letter, wrong
-from featprobe.fields import Place as KeyPath
 from featprobe.geometry import parse_size
+from featprobe.io.disk import read_toml
+from featprobe.io.fields import Fault, letter, wrong
+from featprobe.io.fields import Place as KeyPath
 from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.machine import minutes_text
 from featprobe.processes import check_together
@@ -23,7 +23,7 @@ from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.missing import backbone_of
 from featprobe.stages.partition import Partition, single_splits
-from featprobe.stages.study.study_file import AUTO, choice_of, faults_of
+from featprobe.stages.study.study_file import AUTO, faults_of
 from featprobe.stages.training.ladder import Ladder, climb_all
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import checked, show
@@ -69,7 +69,7 @@ class Study:
     @property
     def choice(self) -> SplitChoice:
         """What `split` says; raises DataError for what is no split."""
-        return choice_of(self.split)
+        return SplitChoice.parse(self.split)
 
     def kinds(self, task: str) -> list[str]:
         """The heads of a task."""
@@ -210,7 +210,7 @@ def _missing_names(sides: Mapping[str, Any], workspace: Workspace) -> list[Fault
         for i, name in enumerate(sides.get(side, ()))
         if name is not None and (said := _refusal(partial(check, name)))
     ]
-    said = _refusal(lambda: single_splits(choice_of(sides["split"]))) if "split" in sides else ""
+    said = _refusal(lambda: single_splits(SplitChoice.parse(sides["split"]))) if "split" in sides else ""
     return found + ([Fault(("split",), said)] if said else [])
 
 

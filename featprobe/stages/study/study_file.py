@@ -6,10 +6,9 @@ from dataclasses import MISSING, field, fields, make_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
-from featprobe.fields import Fault
+from featprobe.io.fields import Fault
+from featprobe.io.schemas import Field, check, json_schema
 from featprobe.kinds import KINDS, LOSSES, SOLVED, TASKS, TrainRecipe, kinds_of
-from featprobe.schemas import Field, check, json_schema
-from featprobe.splitting import SplitChoice
 from featprobe.stages.training.logs import LOGS
 from featprobe.stages.training.probe_options import REGIMES, Tuning
 
@@ -144,11 +143,6 @@ def schema_of(study: type) -> type:
 def faults_of(study: type, values: Mapping[str, Any]) -> list[Fault]:
     """Everything in a study file that is of a wrong type, out of its limits or unknown."""
     return check(schema_of(study), values)
-
-
-def choice_of(text: str) -> SplitChoice:
-    """The split that a study file asks for; raises DataError."""
-    return SplitChoice.parse(text)
 
 
 def schema(study: type) -> dict[str, Any]:

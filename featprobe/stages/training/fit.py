@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featprobe.errors import DivergedError, ProbeError, counted
-from featprobe.fields import printable
+from featprobe.io.texts import printable
 from featprobe.probes import CurvePoint, kept_point, parameter_count, train
 from featprobe.probes.saved import Checkpoint
 from featprobe.processes import from_main, is_main

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.datasets.images.reading import hash_image, read_levels, unit_of
-from featprobe.disk import remove_leftovers
 from featprobe.errors import DataError
+from featprobe.io.disk import remove_leftovers
 from featprobe.probes import Head, append_row, make_folder, plain, save_head
 from featprobe.processes import from_main, is_main
 from featprobe.report.sheets import Panel, save_sheet

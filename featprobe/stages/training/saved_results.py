@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.disk import parse_json
 from featprobe.errors import FileKindError, ProbeError
+from featprobe.io.disk import parse_json
 from featprobe.machine import available_memory
 from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
 from featprobe.result_rows import ResultRow

@@ -28,7 +28,7 @@ from featprobe.cache.contents import Contents
 from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
 from featprobe.errors import CacheError, FeatprobeError, counted
-from featprobe.fields import printable
+from featprobe.io.texts import printable
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
 

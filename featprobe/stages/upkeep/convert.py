@@ -21,9 +21,9 @@ from featprobe.datasets.files import named_below
 from featprobe.datasets.images.pages import page_of
 from featprobe.datasets.images.reading import image_size, read_levels, write_levels
 from featprobe.datasets.samples import SPLITS
-from featprobe.disk import new_folder
 from featprobe.errors import DataError
 from featprobe.geometry import Size
+from featprobe.io.disk import new_folder
 from featprobe.targets import IGNORE, Instance, Labels, Target, decode_rle, encode_rle, semantic_from_instances
 
 Annotation = dict[str, Any]

@@ -43,7 +43,7 @@ from featprobe.datasets.images.reading import (
 from featprobe.errors import DataError
 from featprobe.geometry import place
 from featprobe.intensity import Intensity
-from featprobe.pictures import MAX_PIXELS
+from featprobe.io.pictures import MAX_PIXELS
 from featprobe.stages.extraction.survey import choose_intensity, survey
 from featprobe.stages.predict import find_images
 

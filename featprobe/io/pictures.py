@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from featprobe.disk import open_regular
 from featprobe.errors import DataError, FileKindError
+from featprobe.io.disk import open_regular
 from featprobe.machine import available_memory, human_bytes
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic import Field as Field
 
 from featprobe.errors import nearest
-from featprobe.fields import LARGEST, MISSING_FIELD, NAMES, Fault, Place, unknown, wrong
+from featprobe.io.fields import LARGEST, MISSING_FIELD, NAMES, Fault, Place, unknown, wrong
 
 NOTHING: Any = [[]]
 """A value that fits no field. It replaces values that JSON does not have."""

@@ -1,6 +1,5 @@
 """Checks of JSON and TOML values against the annotations of dataclasses; each fault names the path to its value.
 
-Also how values leave: as plain JSON, as a cell of a CSV file, as a text for a terminal or a page.
 Only the standard library is used, so that commands on caches start fast. `schemas` checks whole files.
 """
 
@@ -25,10 +24,6 @@ LARGEST = 2**63 - 1  # of a whole number
 NAMES: Mapping[Any, str] = {
     str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null",
 }  # fmt: skip
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Control characters but tab and new line, and characters that change the direction of writing."""
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -204,32 +199,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def printable(text: str) -> str:
-    r"""A text with its control characters escaped, as \u001b, so that they have no effect.
-
-    >>> printable("\x1b]0;owned\x07 and\n\ta line")
-    '\\u001b]0;owned\\u0007 and\n\ta line'
-    """
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def cell(value: object) -> object:
-    """A value as a cell of a CSV file. A text that a spreadsheet would compute gets a ' before it; see `uncell`.
-
-    >>> cell("=1+1"), cell("-0.5"), cell(-0.5), cell("a=b"), cell("'=1+1")
-    ("'=1+1", '-0.5', -0.5, 'a=b', "''=1+1")
-    """
-    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
-        return value
-    return f"'{value}"
-
-
-def uncell(text: str) -> str:
-    """The text from which `cell` made a cell.
-
-    >>> uncell("'=1+1"), uncell("'tis"), uncell("-0.5")
-    ('=1+1', "'tis", '-0.5')
-    """
-    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text

@@ -1,0 +1,1 @@
+"""What comes from files and goes to them: opened, checked, parsed and written in these modules alone."""
