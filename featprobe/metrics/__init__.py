@@ -1,6 +1,7 @@
 """Scores, as the field defines them, and their intervals."""
 
 from featprobe.metrics.boxes import ApScores, TruthImage, average_precision, truth_of
+from featprobe.metrics.dense import PIXEL_SCORES, PixelScore, groups_with_truth, pixel_scores, pixel_statistic
 from featprobe.metrics.intervals import (
     Difference,
     Interval,
@@ -19,7 +20,6 @@ from featprobe.metrics.intervals import (
     score_interval,
     studentised_interval,
 )
-from featprobe.metrics.dense import PIXEL_SCORES, PixelScore, groups_with_truth, pixel_scores, pixel_statistic
 from featprobe.metrics.procedures import (
     SeedSpread,
     SeedVariance,

@@ -102,7 +102,7 @@ class Extraction(_Again):
 
 @dataclass(frozen=True)
 class Climb(_Again):
-    """Finds the iterations of a training on the cache that a job has made; rungs that are known are not trained again."""
+    """Finds the iterations of a training on the cache that a job has made; known rungs are not trained again."""
 
     root: Path
     study: Study

@@ -352,9 +352,9 @@ def run_grid(
 ) -> StudyReport:
     """Extract and train what is missing of a study, one training after another.
 
-    A training that fails is reported and the others go on. Run it again to go on after a stop. say: gets the plan first,
-    then what is being done. dry_run: make the plan only, with predicted times where a cache exists. verify: check all
-    bytes of the saved heads, not only the sizes of their files.
+    A training that fails is reported and the others go on. Run it again to continue after a stop. say: gets the plan
+    first, then what is being done. dry_run: make the plan only, with predicted times where a cache exists. verify:
+    check all bytes of the saved heads, not only the sizes of their files.
     """
     check_logs(study.log)
     check_together()
