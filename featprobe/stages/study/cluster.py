@@ -1,4 +1,4 @@
-"""A study on a SLURM cluster: its missing cells as job arrays, by submitit."""
+"""A study on a SLURM cluster: its missing trainings as job arrays, by submitit."""
 
 import getpass
 import json
@@ -43,8 +43,8 @@ LISTS = ("setup", "teardown", "srun_args")
 
 @dataclass(frozen=True)
 class Handed:
-    """What was handed over. plan: of the whole study. ladders: jobs that find iterations. jobs: (cell, its job).
-    queued: cells that are in the queue.
+    """What was handed over. plan: of the whole study. ladders: jobs that find iterations. jobs: (training, its job).
+    queued: trainings that are in the queue.
     """
 
     plan: StudyReport
@@ -102,7 +102,7 @@ class Extraction(_Again):
 
 @dataclass(frozen=True)
 class Climb(_Again):
-    """Finds the iterations of a cell on the cache that a job has made; rungs that are known are not trained again."""
+    """Finds the iterations of a training on the cache that a job has made; known rungs are not trained again."""
 
     root: Path
     study: Study
@@ -119,7 +119,7 @@ class Climb(_Again):
 
 @dataclass(frozen=True)
 class Training(_Again):
-    """Trains a cell on the cache that a job has made."""
+    """Does a training on the cache that a job has made."""
 
     root: Path
     study: Study
@@ -189,9 +189,9 @@ def _hand_over(
     key: Callable[[Cell], str],
     ladders: Mapping[Cell, str] = MappingProxyType({}),
 ) -> list[tuple[Cell, str]]:
-    """The jobs of tasks, (cell, its job). Those that wait for the same jobs go over as one array.
+    """The jobs of tasks, (training, its job). Those that wait for the same jobs go over as one array.
 
-    ladders: the jobs that find iterations, by the cell that they find them for.
+    ladders: the jobs that find iterations, by the training that they find them for.
     """
     arrays: dict[str, list[Any]] = {}  # by the jobs that they wait for
     for task in tasks:
@@ -207,7 +207,7 @@ def _hand_over(
 
 
 def _compared(cell: Cell) -> tuple[Any, ...]:
-    """The same for cells whose backbones share a number of iterations."""
+    """The same for trainings whose backbones share a number of iterations."""
     return cell.place.data, cell.task, cell.head, cell.regime, cell.fraction, cell.split
 
 
@@ -281,14 +281,14 @@ def _queue() -> set[str]:
 
 
 def _key(study: Study, cell: Cell) -> str:
-    """What tells a cell from those of studies that train otherwise."""
+    """What distinguishes a training from those of studies that train otherwise."""
     alike = replace(study, seeds=1, log=())
     said = {**asdict(cell), "split": str(cell.split)}
     return digest([said, asdict(alike.options(cell.task, cell.head, cell.regime))])
 
 
 def _ladder_key(study: Study, cell: Cell) -> str:
-    """The same for the ladder of a cell."""
+    """The same for the ladder of a training."""
     return digest(["ladder", _key(study, cell)])
 
 
