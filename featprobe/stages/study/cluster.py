@@ -118,7 +118,7 @@ class Climb(_Again):
 
 
 @dataclass(frozen=True)
-class Training(_Again):
+class TrainingJob(_Again):
     """Does a training on the cache that a job has made."""
 
     root: Path
@@ -174,7 +174,7 @@ def submit_study(
     extractions = running | dict(zip(missing, made, strict=True))
     climbs = [Climb(root, study, cell, extractions[cell.place]) for cell in unknown]
     own = _hand_over(executor, root, climbs, lambda cell: _ladder_key(study, cell))
-    trainings = [Training(root, study, cell, extractions[cell.place], verify) for cell in wanted]
+    trainings = [TrainingJob(root, study, cell, extractions[cell.place], verify) for cell in wanted]
     jobs = _hand_over(executor, root, trainings, lambda cell: _key(study, cell), waiting | dict(own))
     what = f"{counted(len(made), 'extraction')} and {counted(len(jobs), 'training')}"
     what += f", behind {counted(len(own), 'search', 'searches')} for iterations" if own else ""
