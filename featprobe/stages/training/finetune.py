@@ -147,6 +147,7 @@ def _finetune(
         notes += finished.notes
         if options.show and is_main():
             show(finished, options.show, sheets, notes)
+        del finished  # the next training needs its memory
     notes += left_behind(workspace, [ladder for ladder in ladders if ladder.is_climbed()])
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 

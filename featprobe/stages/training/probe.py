@@ -106,6 +106,7 @@ def _probe(
                 if options.show and not shown and is_main():
                     shown = True
                     show(finished, options.show, sheets, notes)
+                del finished  # the next training needs its memory
     notes += left_behind(workspace, ladders)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 

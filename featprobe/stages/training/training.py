@@ -1,6 +1,5 @@
 """A training, settled before anything is computed: what it is, where its results lie, and whether they are there."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -235,10 +234,13 @@ class Training:
 
 
 def state_of(path: Path) -> tuple[int, ...]:
-    """What differs where a file was written again, or grew: its inode, bytes and time; () where there is none."""
+    """What differs where a file, or the one behind a link, was written again, or grew: its inode, bytes and time.
+
+    () where there is none.
+    """
     try:
-        found = os.lstat(path)
-    except FileNotFoundError:
+        found = path.stat()
+    except OSError:
         return ()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
