@@ -11,8 +11,8 @@ from helpers import PoolingBackbone, extract, training_of, watch_memory
 
 from featprobe.cache import Cache, open_cache, store
 from featprobe.probes import saved
-from featprobe.stages.study.study import Cell, Study, cells_of, run_cells
 from featprobe.stages.study import study as study_module
+from featprobe.stages.study.study import Cell, Study, cells_of, run_cells
 from featprobe.stages.training import probe as probe_module
 from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions
