@@ -30,8 +30,8 @@ class Training:
     """The heads that share one pass over the rows of a cache. It computes nothing, and reads no label.
 
     partition: the cache under one split. options: with a head and a recipe, as `probe.checked` gives them; their split
-    may have several folds; the partition has one of them. seeds: each has one head per recipe of the grid. fraction: the
-    share of the training images that it uses.
+    may have several folds; the partition has one of them. seeds: each has one head per recipe of the grid. fraction:
+    the share of the training images that it uses.
     """
 
     workspace: Workspace
