@@ -102,7 +102,7 @@ def with_batch_size(command: str, images: int) -> str:
 class Portions:
     """How many images are scored, or summed up, at once: fewer from where a device's memory does not hold more.
 
-    That changes no result but by rounding, so it is said and not asked for. say: told of it. what: names the job.
+    That changes no result but by rounding, so it is said and not asked for. say: gets the note. what: names the job.
     """
 
     def __init__(self, device: torch.device, most: int, what: str, say: Callable[[str], object]) -> None:

@@ -84,7 +84,7 @@ class Partition:
         if self.choice.by != "own" and cache.recipe.keeps_own_split:
             raise ProbeError(
                 f"{cache.path} holds views, or fewer empty tiles, of the training images of the set's own split.\n"
-                f"Leave --split {self.choice} away, which would need others; or extract without --views and "
+                f"Omit --split {self.choice}, which would need others; or extract without --views and "
                 "--empty-tiles."
             )
         images = images_of(cache, usable)
@@ -153,7 +153,7 @@ def _assigned_in(cache: Cache, choice: SplitChoice, images: Rows) -> tuple[list[
 def partition_of(cache: Cache, choice: SplitChoice) -> tuple[str, set[str]]:
     """A digest over the group and the split of each usable image, in each fold, and the ids of those that are tested.
 
-    The same digest for the same partition, whatever it is called. Raises FeatprobeError where that can't be told now.
+    The same digest for the same partition, whatever it is called. Raises FeatprobeError where it can't be found now.
     """
     images = images_of(cache, cache.usable())
     every = cache.images.column("id")

@@ -479,6 +479,7 @@ def run_cells(
                 own = finished.notes
                 if study.show and cell.seed == 0:
                     show(finished, study.show, [], notes)
+                del finished  # the next training needs its memory
             notes += own
         except FeatprobeError as error:
             failed.append((cell, str(error)))

@@ -82,7 +82,7 @@ def finetune(
     With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
     already is not trained again. With none of these: the missing counterpart of every frozen result in
     probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
-    moves; the default is the full regime. say: told the list with the predicted time first. dry_run: that list alone.
+    moves; the default is the full regime. say: gets the list with the predicted time first. dry_run: that list alone.
     extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
     there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
     """
@@ -147,6 +147,7 @@ def _finetune(
         notes += finished.notes
         if options.show and is_main():
             show(finished, options.show, sheets, notes)
+        del finished  # the next training needs its memory
     notes += left_behind(workspace, [ladder for ladder in ladders if ladder.is_climbed()])
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
@@ -159,7 +160,7 @@ def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
             f"{options.head} is solved in closed form on frozen features: nothing of it can be fine-tuned."
         )
     if options.shared_order:
-        raise ProbeError("Seeds share no pass where each has a backbone of its own. Leave --shared-order away.")
+        raise ProbeError("Seeds share no pass where each has a backbone of its own. Omit --shared-order.")
     return options
 
 
@@ -196,7 +197,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
     if given:
         raise ProbeError(
-            f"A counterpart takes {', '.join(given)} from its frozen result. Leave it away, or name what to train:\n"
+            f"A counterpart takes {', '.join(given)} from its frozen result. Omit it, or name what to train:\n"
             "  featprobe finetune --task TASK --data NAME …"
         )
     rows, notes = read_results(workspace.probes / "results.jsonl")
@@ -266,7 +267,7 @@ def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
         try:
             cache = open_cache(path)
         except CacheError:
-            continue  # a row that needs it is told to be left aside
+            continue  # a row that needs it is reported as left aside
         found[cache.recipe.key, cache.data.fingerprint] = cache
     return found
 

@@ -63,7 +63,7 @@ class Tuning:
         plain = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
         idle = [name for name in OF_THE_BACKBONE if getattr(self, name) != plain[name]]
         if idle and self.regime == "frozen-online":
-            raise ProbeError(f"{', '.join(idle)} would change nothing for a frozen backbone. Leave it away.")
+            raise ProbeError(f"{', '.join(idle)} would change nothing for a frozen backbone. Omit it.")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that decide the result, as rows keep them."""
@@ -72,7 +72,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a ladder of iterations found for one backbone, see `stages.ladder`.
+    """What a ladder of iterations found for one backbone, see `stages.training.ladder`.
 
     needed: iterations of the smallest rung that is as good as the best. open: the last rung there is still gained, so
     that more iterations might be better. comparison: the same for the ladders of all backbones that are compared.
