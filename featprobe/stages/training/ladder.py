@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from featprobe.cache import Cache
 from featprobe.errors import DivergedError, ProbeError, counted
+from featprobe.io.fields import built
+from featprobe.kinds import TrainRecipe
 from featprobe.machine import minutes_text
 from featprobe.probes import append_row, plain
 from featprobe.probes.saved import head_folder, read_card, read_results, read_rows
 from featprobe.processes import from_main, is_main
-from featprobe.result_rows import ResultRow, ladder_faults
+from featprobe.result_rows import LadderRow, ResultRow, ladder_faults
 from featprobe.scores import SCORES
 from featprobe.specs import digest
 from featprobe.stages.commands import level_command
@@ -230,32 +231,32 @@ class Ladder:
         most = max([own.needed, *(needed for key, (_, needed) in self._needs(rows).items() if key != self.key)])
         return replace(self.options, recipe=self._recipe(most), budget=own)
 
-    def _needs(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
+    def _needs(self, rows: Sequence[LadderRow]) -> dict[str, tuple[str, int]]:
         """(backbone, iterations that it needs) of every ladder of the comparison that has ended."""
         scores = self._scores_of(rows)
-        named = {row["ladder"]: str(row.get("backbone")) for row in rows if row["comparison"] == self.comparison}
+        named = {row.ladder: str(row.backbone) for row in rows if row.comparison == self.comparison}
         return {
             key: (name, budget_of(self.rungs, scores[key]).needed)
             for key, name in named.items()
             if next_rung(self.rungs, self.usual, scores[key]) is None
         }
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def _rows(self) -> list[LadderRow]:
         path = self.workspace.probes / FILE
         return from_main(lambda: _rungs(path, state_of(path)))
 
-    def _own_scores(self, rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    def _own_scores(self, rows: Iterable[LadderRow]) -> dict[int, float]:
         seeds = len(self._seeds())
-        whole = [row for row in rows if row["ladder"] == self.key and len(row.get("seed_scores", [])) >= seeds]
+        whole = [row for row in rows if row.ladder == self.key and len(row.seed_scores) >= seeds]
         return self._scores_of(whole).get(self.key, {})
 
     @staticmethod
-    def _scores_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    def _scores_of(rows: Iterable[LadderRow]) -> dict[str, dict[int, float]]:
         """Mean score of each rung by ladder; of rungs that were trained twice the last counts."""
         found: dict[str, dict[int, float]] = {}
         for row in rows:
-            score = float("nan") if row["score"] is None else float(row["score"])
-            found.setdefault(row["ladder"], {})[row["iterations"]] = score
+            score = float("nan") if row.score is None else float(row.score)
+            found.setdefault(row.ladder, {})[row.iterations] = score
         return found
 
     def _validated(self, rung: int) -> list[float]:
@@ -287,7 +288,7 @@ class Ladder:
     def _seeds(self) -> tuple[int, ...]:
         return tuple(range(self.options.seeds_at(self.fraction))) if self.is_dense else (0,)
 
-    def _recipe(self, rung: int) -> Any:
+    def _recipe(self, rung: int) -> TrainRecipe:
         assert self.options.recipe is not None
         return replace(self.options.recipe, iterations=rung)
 
@@ -298,9 +299,9 @@ class Ladder:
 
 
 @lru_cache(1)
-def _rungs(path: Path, state: tuple[int, ...]) -> list[dict[str, Any]]:
+def _rungs(path: Path, state: tuple[int, ...]) -> list[LadderRow]:
     """The rows of a file of ladders, parsed once as long as its state is the same."""
-    return read_rows(path, ladder_faults)[0]
+    return [built(LadderRow, row) for row in read_rows(path, ladder_faults)[0]]
 
 
 def left_behind(workspace: Workspace, ladders: Iterable[Ladder]) -> list[str]:
