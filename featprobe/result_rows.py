@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from featprobe.errors import DataError, FieldError, ProbeError
-from featprobe.io.fields import MISSING_FIELD, Fault, built, letter, misfits, plain, wrong
+from featprobe.io.fields import MISSING_FIELD, Fault, built, message, misfits, plain, wrong
 from featprobe.io.schemas import check
 from featprobe.kinds import KINDS, TASKS, HeadKind, TrainRecipe, kinds_of
 from featprobe.scores import SCORES, On, TaskScores, at
@@ -205,7 +205,7 @@ class ResultRow:
         """
         faults = result_faults(row)
         if faults:
-            raise FieldError(letter("A result row has wrong fields.", faults), faults)
+            raise FieldError(message("A result row has wrong fields.", faults), faults)
         return cls.from_checked(row)
 
     @classmethod

@@ -78,7 +78,7 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
     if rows:
         echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size", "version")))
     elif not broken:
-        echo(f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray")
+        echo(_no_caches(workspace))
     for entry in broken:
         echo(f"can't be opened: {entry['error'].splitlines()[0]}", err=True)
 
@@ -159,6 +159,8 @@ def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, 
     else:
         for path, damages in found.items():
             echo(_verified_text(Path(path), damages))
+        if not paths:
+            echo(_no_caches(workspace))
     if any(found.values()):
         ctx.exit(3)
 
@@ -253,6 +255,10 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
     echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} freed")
+
+
+def _no_caches(workspace: "Workspace") -> str:
+    return f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray"
 
 
 def _version_text(version: int) -> str:

@@ -1,4 +1,4 @@
-"""The one place where Pillow opens anything: it is always told which formats may be meant.
+"""The one place where Pillow opens anything. It always gets the list of formats that a file may have.
 
 Left to itself Pillow tries all that it knows by the bytes, and for one of them (EPS) starts Ghostscript.
 """

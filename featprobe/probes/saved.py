@@ -30,7 +30,7 @@ from featprobe.io.disk import (
     replacing,
     write_together,
 )
-from featprobe.io.fields import MISSING_FIELD, Fault, letter, plain, shown
+from featprobe.io.fields import MISSING_FIELD, Fault, message, plain, shown
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
 from featprobe.probes.cards import Fingerprint, card_faults
@@ -141,7 +141,7 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
     faults = card_faults(card, whole=whole)
     if faults:
         what = f"{folder}/card.json is no card that this featprobe can use. Nothing was computed."
-        raise ProbeError(letter(what, faults, "Train the head again, or update featprobe where a newer one wrote it."))
+        raise ProbeError(message(what, faults, "Train the head again, or update featprobe where a newer one wrote it."))
     return card
 
 

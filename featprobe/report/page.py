@@ -123,14 +123,14 @@ def write_check_page(
 
     Raises DiskError where it can't be written.
     """
-    told = [
+    found = [
         _entries(f"{'Would spoil a study: ' if spoils else 'To know: '}{text}", entries)
         for spoils, text, entries in findings
     ]
     body = [
         f"<h1>{escape(title)}</h1>",
         _paragraphs(facts),
-        f'<div class="answer">{"".join(told) or _paragraphs(["Nothing was found that would spoil a study."])}</div>',
+        f'<div class="answer">{"".join(found) or _paragraphs(["Nothing was found that would spoil a study."])}</div>',
         *(f"<h2>{escape(heading)}</h2>{_table(table)}" for heading, table in tables),
         *(f"<h2>{escape(caption)}</h2>{_picture(caption, sheet)}" for caption, sheet in sheets),
         *([f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"] if notes else []),

@@ -100,9 +100,9 @@ def with_batch_size(command: str, images: int) -> str:
 
 
 class Portions:
-    """How many images are scored, or summed up, at once: fewer from where a device's memory does not hold more.
+    """The number of images that are scored, or summed up, at once. It shrinks where the memory of a device is too small.
 
-    That changes no result but by rounding, so it is said and not asked for. say: told of it. what: names the job.
+    This changes results only by rounding, so it is reported, not asked for. say: gets the report. what: names the job.
     """
 
     def __init__(self, device: torch.device, most: int, what: str, say: Callable[[str], object]) -> None:

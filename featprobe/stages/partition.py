@@ -153,7 +153,7 @@ def _assigned_in(cache: Cache, choice: SplitChoice, images: Rows) -> tuple[list[
 def partition_of(cache: Cache, choice: SplitChoice) -> tuple[str, set[str]]:
     """A digest over the group and the split of each usable image, in each fold, and the ids of those that are tested.
 
-    The same digest for the same partition, whatever it is called. Raises FeatprobeError where that can't be told now.
+    Equal partitions have equal digests, whatever they are called. Raises FeatprobeError where it can't be known now.
     """
     images = images_of(cache, cache.usable())
     every = cache.images.column("id")

@@ -12,7 +12,7 @@ from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
-from featprobe.io.fields import Fault, letter
+from featprobe.io.fields import Fault, message
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
@@ -153,7 +153,8 @@ class Workspace:
         found = [path for path in files if text in f"{path.parent.name}/{path.name}"]
         if not found:
             known = [f"{path.parent.name}/{path.name}" for path in files]
-            raise CacheError(f"No cache in {self.cache} is called {text!r}. {nearest(text, known) if known else ''}")
+            hint = nearest(text, known) if known else "There is none yet."
+            raise CacheError(f"No cache in {self.cache} is called {text!r}. {hint}".rstrip())
         return found
 
     def _path(self, text: str | None) -> str | None:
@@ -183,7 +184,7 @@ class Workspace:
                 own = {key: value for key, value in entry.items() if key not in bad}
                 faults += [fault.below("data", name) for fault in entry_faults(own, entry)]
         if faults:
-            raise FeatprobeError(letter(f"{path} can't be used. Nothing was computed.", faults, "Mend it, then go on."))
+            raise FeatprobeError(message(f"{path} can't be used. Nothing was computed.", faults, "Mend it, then go on."))
         return config
 
 

@@ -136,7 +136,7 @@ def draw_labels(crop: Tensor, plan: ViewPlan, fill: int = IGNORE) -> Tensor:
 def draw_objects(instances: Sequence[Instance], size: Size, plan: ViewPlan, *, masks: bool) -> ObjectTarget:
     """The objects of an image of (height, width) as the planned view shows them, in frame pixels, on the host.
 
-    What is seen of an object is told by its mask where it has one: the box of a bent crack may be in view without it.
+    If an object has a mask, the mask decides what is seen of it: the box of a bent crack may be in view without it.
     """
     placement = plan.placement
     raw = torch.tensor([i.box_xyxy for i in instances], dtype=torch.float32).reshape(-1, 4)

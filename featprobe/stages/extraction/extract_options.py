@@ -128,7 +128,7 @@ class ExtractOptions:
         return keeps_own_split(self.tiling, self.views or ())
 
     def check(self) -> None:
-        """Raise DataError for what can't be had together, as far as it can be told without the images."""
+        """Raise DataError for what can't be had together, as far as this is known without the images."""
         tiling, policy = self.tiling, self.policy
         if policy and policy.image and (tiling or self.views):
             raise DataError(

@@ -32,8 +32,8 @@ def make_missing(
 
     data, backbones: their names; empty for what featprobe.toml names, and, of unfinished caches, for all. An unfinished
     cache is completed as it was begun. task: whose labels a data set must hold, None for any; one that does not is
-    passed over, and said. options: of extraction of a new cache, where featprobe.toml says nothing. say: told in a line
-    what is made. dry_run: that alone. Processes that compute together make a part of each cache each.
+    passed over, and said. options: of extraction of a new cache, where featprobe.toml says nothing. say: gets a
+    line for each. dry_run: only these lines. Processes that compute together make a part of each cache each.
 
     Returns the data sets and the backbones as caches call them, empty where they were, and whether caches are still
     missing. Raises FeatprobeError.

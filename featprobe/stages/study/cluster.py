@@ -145,7 +145,7 @@ def submit_study(
 
     Each training waits for its own extraction, which ends at once where the cache is complete, and for the ladders that
     find the iterations of all backbones it is compared with. What is in the queue already is not handed over again.
-    slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: told the plan first. verify: as
+    slurm: parameters of submitit's SlurmExecutor; others are handed to sbatch. say: gets the plan first. verify: as
     for `run_grid`. Raises FeatprobeError where there is no submitit or no SLURM, or SLURM refuses.
     """
     root = workspace.root.resolve()

@@ -13,7 +13,7 @@ from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.geometry import parse_size
 from featprobe.io.disk import read_toml
-from featprobe.io.fields import Fault, letter, wrong
+from featprobe.io.fields import Fault, message, wrong
 from featprobe.io.fields import Place as KeyPath
 from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.machine import minutes_text
@@ -178,7 +178,7 @@ def read_study(path: Path, workspace: Workspace) -> Study:
         faults += _untrainable(study, workspace, wrong_keys)
     if faults:
         to_do = "Correct it, then run the same command again. All keys and what they mean:  featprobe study --template"
-        raise DataError(letter(f"{path} can't be run. Nothing was computed.", faults, to_do))
+        raise DataError(message(f"{path} can't be run. Nothing was computed.", faults, to_do))
     return study
 
 

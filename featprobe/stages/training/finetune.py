@@ -82,7 +82,7 @@ def finetune(
     With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
     already is not trained again. With none of these: the missing counterpart of every frozen result in
     probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
-    moves; the default is the full regime. say: told the list with the predicted time first. dry_run: that list alone.
+    moves; the default is the full regime. say: gets the list with the predicted times first. dry_run: make only that list.
     extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
     there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
     """
@@ -196,7 +196,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
     if given:
         raise ProbeError(
-            f"A counterpart takes {', '.join(given)} from its frozen result. Leave it away, or name what to train:\n"
+            f"A counterpart takes {', '.join(given)} from its frozen result. Omit it, or name what to train:\n"
             "  featprobe finetune --task TASK --data NAME …"
         )
     rows, notes = read_results(workspace.probes / "results.jsonl")
@@ -266,7 +266,7 @@ def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
         try:
             cache = open_cache(path)
         except CacheError:
-            continue  # a row that needs it is told to be left aside
+            continue  # the rows that need it are reported and left out
         found[cache.recipe.key, cache.data.fingerprint] = cache
     return found
 

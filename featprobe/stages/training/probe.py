@@ -49,7 +49,7 @@ def probe(
 ) -> ProbeReport:
     """Train and score heads on every complete cache that can serve a task, or on those asked for.
 
-    say: told, before each training starts, how long it will take. extract: make caches that are missing first, see
+    say: gets, before each training starts, a line that says how long it will take. extract: make caches that are missing first, see
     `missing.make_missing`. Processes that torchrun started do this together, and
     all return the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or
     when a cache that is asked for is not complete.
@@ -166,7 +166,7 @@ def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRec
     }
     given = [name for name, is_idle in idle.items() if is_idle]
     if given:
-        raise ProbeError(f"{', '.join(given)} would change nothing for {task} with the head {head}. Leave it away.")
+        raise ProbeError(f"{', '.join(given)} would change nothing for {task} with the head {head}. Omit it.")
 
 
 def find_caches(

@@ -63,7 +63,7 @@ class Tuning:
         plain = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
         idle = [name for name in OF_THE_BACKBONE if getattr(self, name) != plain[name]]
         if idle and self.regime == "frozen-online":
-            raise ProbeError(f"{', '.join(idle)} would change nothing for a frozen backbone. Leave it away.")
+            raise ProbeError(f"{', '.join(idle)} would change nothing for a frozen backbone. Omit it.")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that decide the result, as rows keep them."""
