@@ -88,7 +88,7 @@ class Tiling:
 
 
 SETTINGS = tuple(setting.name for setting in fields(Tiling))
-"""What recipes, options and files call the settings of a tiling."""
+"""Names of the settings of a tiling in recipes, options and files."""
 
 
 def keeps_own_split(tiling: Tiling | None, views: Sequence[str]) -> bool:

@@ -267,7 +267,7 @@ def _refused(spec: BackboneSpec, own: Size, frame: Size, error: Exception) -> Ba
     return BackboneError(
         f"{spec.model} can't take frames of {frame[0]}x{frame[1]} pixels, and timm can't resize it for "
         "them. Nothing was computed.\n"
-        f"  wanted  a size that it takes, as its own, {size}\n"
+        f"  wanted  a size that it takes, such as its own, {size}\n"
         f"  found   {frame[0]}x{frame[1]}: {type(error).__name__}: {reason}\n"
         f"Take its own size, --size {size}, or another backbone."
     )

@@ -25,6 +25,7 @@ from featprobe.kinds import SEEDS, SOLVED, TASKS, kinds_of
 if TYPE_CHECKING:
     from featprobe.cache import Damage
     from featprobe.stages.comparison.audit import Audit
+    from featprobe.stages.workspace import Workspace
 
 FEW_ROWS = 5  # that are named in one line
 AUDITED = (kinds_of(TASKS[0])[0], *SOLVED)
@@ -268,7 +269,7 @@ def _version_text(version: int) -> str:
 
 
 def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
-    """What was found in a file, what was done, and what to do."""
+    """The findings in a file, what was done, and what to do."""
     from featprobe.stages.upkeep.caches import describe_cache
 
     lines = [f"  row {one.row} {one.id}: {one.part}" if one.row >= 0 else f"  {one.part}" for one in damages]

@@ -80,7 +80,7 @@ SEEDS_TEXT = f"{SEEDS}; 1 for {listed(SOLVED)} on all training images"
 
 
 def default_of(name: str) -> str:
-    """What a field of TrainRecipe is where the user says nothing, in brackets as click writes defaults.
+    """The default of a field of TrainRecipe, in brackets as click writes defaults.
 
     >>> default_of("loss")
     '[default: ce]'

@@ -40,7 +40,7 @@ def scores_of(line: Line) -> list[str]:
 
 
 def marks_of(line: Line) -> list[str]:
-    """What a reader must know before believing a line of either table."""
+    """Warnings that a reader needs before believing a line of either table."""
     needed = line.get("iterations_needed")
     more = f"needs {needed} iterations" if needed != line.get("iterations") else f"needs more than {needed} iterations"
     marks = {

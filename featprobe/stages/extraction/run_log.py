@@ -16,7 +16,7 @@ LARGEST_LOG = 1 << 26  # bytes
 
 
 def log_path(path: Path) -> Path:
-    """Where the log of a cache file lies."""
+    """The path of the log of a cache file."""
     return path.with_suffix(".runs.jsonl")
 
 

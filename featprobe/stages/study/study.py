@@ -36,7 +36,7 @@ from featprobe.tiling import parse_views
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file asks for; each list is one side of the grid.
+    """The contents of a study file; each list is one side of the grid.
 
     heads: of any task; empty for each task's default. sizes, tiles, views: () for what featprobe.toml says of each data
     set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
@@ -68,7 +68,7 @@ class Study:
 
     @property
     def choice(self) -> SplitChoice:
-        """What `split` says; raises DataError for what is no split."""
+        """The parsed `split`; raises DataError for a text that is not a split."""
         return SplitChoice.parse(self.split)
 
     def kinds(self, task: str) -> list[str]:
@@ -141,7 +141,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What a study did. rows: of this run. done: cells that were there already. failed: (cell, reason).
+    """The report of a study. rows: of this run. done: cells that existed already. failed: (cell, reason).
 
     missing: cells that a plan found to be trained. ladders: cells, of the first seed, whose iterations a plan found not
     to be known. folders: of the results that its cells have, below probes/.
@@ -249,7 +249,7 @@ def _wrong_settings(place: KeyPath, make: Callable[..., object], settings: Mappi
 
 
 def _refusal(check: Callable[[], object]) -> str:
-    """What a check says is wrong, in one line; "" when nothing is."""
+    """The fault that a check finds, in one line; "" if there is none."""
     try:
         check()
     except FeatprobeError as error:
@@ -263,7 +263,7 @@ OF_CACHES = {"data", "sizes", "tiles", "overlap", "empty_tiles", "views"}
 
 
 def _untrainable(study: Study, workspace: Workspace, bad: Collection[str]) -> list[Fault]:
-    """What can't be had together, of keys that are right by themselves. bad: keys that are not, and are omitted."""
+    """Faults of keys that are right alone but exclude each other. bad: keys that are wrong alone, and are omitted."""
     found = []
     if OF_TRAININGS.isdisjoint(bad):
         grid = itertools.product(study.tasks, study.regimes)
@@ -311,7 +311,7 @@ def _why_not(study: Study, place: Place, regime: str) -> str:
 
 
 def left_out(study: Study, workspace: Workspace) -> list[str]:
-    """Which parts of the grid are not trained, and why."""
+    """The parts of the grid that are not trained, and why."""
     pairs = itertools.product(places_of(study, workspace), study.regimes)
     return list(dict.fromkeys(filter(None, (_why_not(study, place, regime) for place, regime in pairs))))
 
@@ -401,7 +401,7 @@ def climbing(study: Study, cells: Iterable[Cell]) -> list[Cell]:
 
 
 def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> Ladder | None:
-    """What finds the iterations of a cell; None where the study says them."""
+    """The ladder that finds the iterations of a cell; None if the study gives them."""
     options = study.options(cell.task, cell.head, cell.regime)
     if not options.climbs(cell.fraction):
         return None
