@@ -10,7 +10,6 @@ from featprobe.kinds import KINDS, SEEDS, SOLVED, TASKS, HeadKind, kinds_of
 from featprobe.scores import SCORES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-Decorator = Callable[[Command], Command]
 REST = "Other options"
 
 

@@ -72,7 +72,7 @@ def _beside(row: ResultRow) -> tuple[str, ...]:
 
 
 def _unreadable(folder: Path, row: ResultRow) -> str:
-    """The unreadable part of the files beside a head whose card does not list them, of an older featprobe; "" for none."""
+    """The unreadable part of the files beside a head of an older featprobe, whose card omits them; "" for none."""
     for name in _beside(row):
         try:
             (data,) = read_files(folder, {}, [name])
