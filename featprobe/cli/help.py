@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from featprobe.kinds import KINDS, SEEDS, SOLVED, TASKS, HeadKind, kinds_of
 from featprobe.scores import SCORES
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 REST = "Other options"
 
 
