@@ -43,7 +43,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundBudget:
-    """How a number of iterations was found, as `stages.probe_options.Budget` has it."""
+    """How a number of iterations was found, as `stages.training.probe_options.Budget` has it."""
 
     rule: str = "ladder"
     needed: int
@@ -62,7 +62,7 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Treatment:
-    """How images and a live backbone were treated, as `stages.probe_options.Tuning` has it."""
+    """How images and a live backbone were treated, as `stages.training.probe_options.Tuning` has it."""
 
     regime: str = "full"
     augment: bool

@@ -5,9 +5,11 @@ import json
 import os
 import re
 import struct
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.run import Finished
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import encode_instances, encode_semantic
@@ -74,6 +77,24 @@ def training_of(
 ) -> Training:
     """The training of one seed."""
     return Training(workspace, Partition(cache, options.choice), task, options, (seed,), fraction)
+
+
+def watch_memory(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[list[Any]]:
+    """Let a module's `run` refuse to begin while the labels or heads of an earlier training are held.
+
+    Such may fill a GPU that the next one needs. Returns what each training had, as weak references.
+    """
+    runs: list[list[Any]] = []
+    plain = module.run
+
+    def watched(*given: Any) -> Finished:
+        assert [own for before in runs for own in before if own() is not None] == []
+        found: Finished = plain(*given)
+        runs.append([weakref.ref(own) for own in (found.prepared.task, *(one.head for one in found.fitted.trials))])
+        return found
+
+    monkeypatch.setattr(module, "run", watched)
+    return runs
 
 
 def stored(path: Path) -> dict[str, bytes]:

@@ -288,6 +288,9 @@ def test_the_documented_metric_is_its_own_score_with_an_interval(capsys: pytest.
     for code in python_of("add-a-metric"):
         exec(compile(code, "add-a-metric.md", "exec"), space)
     whole = space["confusions"].sum(0)
+    hit, both = np.diag(whole)[1:], (whole.sum(0) + whole.sum(1))[1:]
+    assert space["DICE"].value(whole, "ignore") == pytest.approx((2 * hit / both).mean())
+    assert space["DefectRecall"]().value(whole, "ignore") == pytest.approx(space["interval"].estimate)
     assert space["interval"].estimate == pytest.approx(whole[1:, 1:].sum() / whole[1:].sum())
     assert space["interval"].low < space["interval"].estimate < space["interval"].high
     assert 0 <= space["difference"].p_value <= 1 and " to " in capsys.readouterr().out

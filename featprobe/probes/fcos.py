@@ -105,7 +105,7 @@ class FcosHead(BatchedObjectHead):
 
     levels: the available levels, finest first; it does not use levels finer than its finest stride. classes: their
     number, with the background.
-    width: channels. convs: 3x3 convolutions before each output. sides: see objects.detection_strides.
+    width: channels. convs: 3x3 convolutions before each output. sides: see detections.detection_strides.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class HeadRecipe:
 
     levels: names; empty for every level that there is. width: channels of its pyramid or
     hidden layer, None for the kind's own, see `kinds.KINDS`. pyramid: "levels" as they are, "simple" from the last
-    one, "auto": simple where all have one stride. sides: of the training objects, see objects.detection_strides.
+    one, "auto": simple where all have one stride. sides: of the training objects, see detections.detection_strides.
     """
 
     task: str

@@ -25,7 +25,7 @@ FOCUS = 2.0  # exponent of the focal loss (Lin et al., 2017)
 def level_loss(logits: Tensor, shares: Tensor, weights: Tensor | None = None, loss: str = "ce") -> Tensor:
     """Loss of cells against the class shares of the pixels that they cover.
 
-    logits: (batch, classes, rows, columns). shares: the same shape, area shares as targets.cell_shares
+    logits: (batch, classes, rows, columns). shares: the same shape, area shares as features.cell_shares
     gives them. weights: (classes,), or None for ones. loss: terms of parse_loss, added up.
     Returns a scalar; for "ce" sum w_c p_c (-log q_c) / sum w_c p_c; 0 where no pixel counts. With several processes
     each gets its part: the parts sum to the loss of the whole batch.

@@ -39,7 +39,7 @@ class RcnnHead(ObjectHead):
     """Region proposals, then a class, a box and, with `masks`, a mask for each region.
 
     levels: available, finest first; it uses none finer than its finest stride. classes: number with the background.
-    width: channels. sides: see objects.detection_strides.
+    width: channels. sides: see detections.detection_strides.
     """
 
     def __init__(

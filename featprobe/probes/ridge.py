@@ -40,7 +40,7 @@ class RidgeSums:
 
     @torch.no_grad()
     def add(self, features: Features, shares: Tensor) -> None:
-        """Add a batch. shares: (batch, classes, rows, columns) of the finest grid, see targets.cell_shares."""
+        """Add a batch. shares: (batch, classes, rows, columns) of the finest grid, see features.cell_shares."""
         weighted = shares * self.weights[:, None, None]  # (batch, classes, rows, columns)
         self.class_totals += weighted.sum((0, 2, 3)).to(self.dtype)
         cell = weighted.sum(1, keepdim=True)  # (batch, 1, rows, columns)

@@ -115,6 +115,6 @@ def _texts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """A table as CSV, its texts as `fields.cell` makes them safe in a spreadsheet."""
+    """A table as CSV, its texts as `texts.cell` makes them safe in a spreadsheet."""
     safe = {cell(name): column.map(cell) for name, column in table.items()}
     return pd.DataFrame(safe, index=table.index).to_csv(index=False)

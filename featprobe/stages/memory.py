@@ -102,7 +102,7 @@ def with_batch_size(command: str, images: int) -> str:
 class Portions:
     """The number of images that are scored, or summed up, at once. It shrinks if the memory of a device is too small.
 
-    This changes results only by rounding, so it is reported, not asked for. say: gets the report. what: names the job.
+    That changes no result but by rounding, so it is said and not asked for. say: gets the note. what: names the job.
     """
 
     def __init__(self, device: torch.device, most: int, what: str, say: Callable[[str], object]) -> None:

@@ -84,7 +84,8 @@ class Partition:
         if self.choice.by != "own" and cache.recipe.keeps_own_split:
             raise ProbeError(
                 f"{cache.path} holds views, or fewer empty tiles, of the training images of the set's own split.\n"
-                f"Omit --split {self.choice}, which would need others; or extract without --views and --empty-tiles."
+                f"Omit --split {self.choice}, which would need others; or extract without --views and "
+                "--empty-tiles."
             )
         images = images_of(cache, usable)
         split_of = dict(zip(images.tolist(), _assigned_in(cache, self.choice, images)[1], strict=True))
@@ -152,7 +153,7 @@ def _assigned_in(cache: Cache, choice: SplitChoice, images: Rows) -> tuple[list[
 def partition_of(cache: Cache, choice: SplitChoice) -> tuple[str, set[str]]:
     """A digest over the group and the split of each usable image, in each fold, and the ids of those that are tested.
 
-    Equal partitions have equal digests, whatever they are called. Raises FeatprobeError where it can't be known now.
+    The same digest for the same partition, whatever it is called. Raises FeatprobeError where it can't be found now.
     """
     images = images_of(cache, cache.usable())
     every = cache.images.column("id")

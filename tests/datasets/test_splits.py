@@ -501,7 +501,8 @@ def test_detection_in_folds_is_compared(space: Workspace) -> None:
     rows = probe(space, "detect", options=brief("stratified:2")).rows
     (one,) = compare(space, quiet=True).sets
     parts = [ObjectTest.read(space.probes / row["folder"], {}) for row in rows]
-    assert one.lines[0]["box_ap50"] == pytest.approx(ObjectTest.joined(parts).scores(rows[0])["box"]["ap50"])
+    scores = ObjectTest.joined(parts).scores(ResultRow.from_json(rows[0]))
+    assert one.lines[0]["box_ap50"] == pytest.approx(scores["box"]["ap50"])
     assert one.lines[0]["test_images"] == len(cache_of(space))
 
 

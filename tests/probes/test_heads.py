@@ -381,6 +381,7 @@ def parts_of(found: Any) -> Iterator[Tensor]:
 
 def test_every_kind_has_a_builder() -> None:
     assert set(BUILDERS) == set(KINDS)
+    assert all(kind.isidentifier() for kind in KINDS)  # names of tables in a study file
 
 
 @pytest.mark.parametrize("sides", [(), (9.0, 15.0, 50.0), (70.0, 100.0, 150.0), (300.0, 400.0, 500.0)])

@@ -699,7 +699,7 @@ def test_a_counterpart_that_augments_is_trained_once_for_results_with_and_withou
 
     def wanted(**tuning: Any) -> list[Cache]:
         found, _ = missing_counterparts(workspace, ProbeOptions(tuning=Tuning(**tuning)))
-        return [one.partition.cache for one in found]
+        return [one.partition.source for one in found]
 
     probe(workspace, options=options_of("semseg"))
     assert [cache.path for cache in wanted()] == [plain.path]

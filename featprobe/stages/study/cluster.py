@@ -1,4 +1,4 @@
-"""A study on a SLURM cluster: its missing cells as job arrays, by submitit."""
+"""A study on a SLURM cluster: its missing trainings as job arrays, by submitit."""
 
 import getpass
 import json
@@ -43,8 +43,8 @@ LISTS = ("setup", "teardown", "srun_args")
 
 @dataclass(frozen=True)
 class Handed:
-    """The jobs of a study. plan: of the whole study. ladders: jobs that find iterations. jobs: (cell, its job).
-    queued: cells that are in the queue.
+    """What was handed over. plan: of the whole study. ladders: jobs that find iterations. jobs: (training, its job).
+    queued: trainings that are in the queue.
     """
 
     plan: StudyReport
@@ -102,7 +102,7 @@ class Extraction(_Again):
 
 @dataclass(frozen=True)
 class Climb(_Again):
-    """Finds the iterations of a cell on the cache that a job has made; rungs that are known are not trained again."""
+    """Finds the iterations of a training on the cache that a job has made; known rungs are not trained again."""
 
     root: Path
     study: Study
@@ -118,8 +118,8 @@ class Climb(_Again):
 
 
 @dataclass(frozen=True)
-class Training(_Again):
-    """Trains a cell on the cache that a job has made."""
+class TrainingJob(_Again):
+    """Does a training on the cache that a job has made."""
 
     root: Path
     study: Study
@@ -174,7 +174,7 @@ def submit_study(
     extractions = running | dict(zip(missing, made, strict=True))
     climbs = [Climb(root, study, cell, extractions[cell.place]) for cell in unknown]
     own = _hand_over(executor, root, climbs, lambda cell: _ladder_key(study, cell))
-    trainings = [Training(root, study, cell, extractions[cell.place], verify) for cell in wanted]
+    trainings = [TrainingJob(root, study, cell, extractions[cell.place], verify) for cell in wanted]
     jobs = _hand_over(executor, root, trainings, lambda cell: _key(study, cell), waiting | dict(own))
     what = f"{counted(len(made), 'extraction')} and {counted(len(jobs), 'training')}"
     what += f", behind {counted(len(own), 'search', 'searches')} for iterations" if own else ""
@@ -189,9 +189,9 @@ def _hand_over(
     key: Callable[[Cell], str],
     ladders: Mapping[Cell, str] = MappingProxyType({}),
 ) -> list[tuple[Cell, str]]:
-    """The jobs of tasks, (cell, its job). Those that wait for the same jobs go over as one array.
+    """The jobs of tasks, (training, its job). Those that wait for the same jobs go over as one array.
 
-    ladders: the jobs that find iterations, by the cell that they find them for.
+    ladders: the jobs that find iterations, by the training that they find them for.
     """
     arrays: dict[str, list[Any]] = {}  # by the jobs that they wait for
     for task in tasks:
@@ -207,7 +207,7 @@ def _hand_over(
 
 
 def _compared(cell: Cell) -> tuple[Any, ...]:
-    """The same for cells whose backbones share a number of iterations."""
+    """The same for trainings whose backbones share a number of iterations."""
     return cell.place.data, cell.task, cell.head, cell.regime, cell.fraction, cell.split
 
 
@@ -281,14 +281,14 @@ def _queue() -> set[str]:
 
 
 def _key(study: Study, cell: Cell) -> str:
-    """A text that distinguishes a cell from those of studies that train in another way."""
+    """What distinguishes a training from those of studies that train otherwise."""
     alike = replace(study, seeds=1, log=())
     said = {**asdict(cell), "split": str(cell.split)}
     return digest([said, asdict(alike.options(cell.task, cell.head, cell.regime))])
 
 
 def _ladder_key(study: Study, cell: Cell) -> str:
-    """The same for the ladder of a cell."""
+    """The same for the ladder of a training."""
     return digest(["ladder", _key(study, cell)])
 
 

@@ -141,10 +141,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """The report of a study. rows: of this run. done: cells that existed already. failed: (cell, reason).
+    """What a study did.
 
-    missing: cells that a plan found to be trained. ladders: cells, of the first seed, whose iterations a plan found not
-    to be known. folders: of the results that its cells have, below probes/.
+    cells: its trainings. rows: of this run. done: how many trainings were there already. failed: (training, reason).
+    missing: trainings that a plan found to be missing. ladders: trainings, of the first seed, whose iterations a plan
+    found not to be known. folders: of the results that its trainings have, below probes/.
     """
 
     cells: tuple[Cell, ...] = ()
@@ -334,7 +335,7 @@ def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
 
 
 def by_cache(cells: Iterable[Cell]) -> dict[Place, list[Cell]]:
-    """The cells of each cache."""
+    """The trainings of each cache."""
     groups: dict[Place, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.place, []).append(cell)
@@ -349,11 +350,11 @@ def run_grid(
     dry_run: bool = False,
     verify: bool = False,
 ) -> StudyReport:
-    """Extract and train what is missing of a study, one cell after another.
+    """Extract and train what is missing of a study, one training after another.
 
-    A cell that fails is reported and the others go on. Run it again to go on after a stop. say: gets the plan first,
-    then what is being done. dry_run: make the plan only, with predicted times where a cache exists. verify: check all
-    bytes of the saved heads, not only the sizes of their files.
+    A training that fails is reported and the others go on. Run it again to continue after a stop. say: gets the plan
+    first, then what is being done. dry_run: make the plan only, with predicted times where a cache exists. verify:
+    check all bytes of the saved heads, not only the sizes of their files.
     """
     check_logs(study.log)
     check_together()
@@ -382,7 +383,7 @@ def run_grid(
             say(f"to extract: {place}, then {search}{counted(len(own), 'training')}")
             continue
         caches[place] = cache
-    for place, cache in caches.items():  # all of them, before the first cell: backbones share the largest number
+    for place, cache in caches.items():  # all of them, before the first training: backbones share the largest number
         report += climb_ladders(workspace, study, cache, groups[place], say, dry_run=dry_run)
     for place, cache in caches.items():
         report += run_cells(workspace, study, cache, groups[place], say, dry_run=dry_run, verify=verify)
@@ -392,7 +393,7 @@ def run_grid(
 
 
 def climbing(study: Study, cells: Iterable[Cell]) -> list[Cell]:
-    """The cells of the first seed whose iterations a ladder finds."""
+    """The trainings of the first seed whose iterations a ladder finds."""
     return [
         cell
         for cell in cells
@@ -401,7 +402,7 @@ def climbing(study: Study, cells: Iterable[Cell]) -> list[Cell]:
 
 
 def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> Ladder | None:
-    """The ladder that finds the iterations of a cell; None if the study gives them."""
+    """What finds the iterations of a training; None where the study says them."""
     options = study.options(cell.task, cell.head, cell.regime)
     if not options.climbs(cell.fraction):
         return None
@@ -411,7 +412,7 @@ def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> L
 def climb_ladders(
     workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, dry_run: bool = False
 ) -> StudyReport:
-    """Find the iterations of the cells of one cache that are not known; a plan only lists these cells."""
+    """Find the iterations of the trainings of one cache that are not known; a plan only lists these trainings."""
     unknown = []
     for cell in climbing(study, cells):
         try:
@@ -419,7 +420,7 @@ def climb_ladders(
             if ladder is not None and not ladder.is_climbed():
                 unknown.append(cell)
                 climb_all([ladder], say, dry_run)
-        except FeatprobeError as error:  # its cells fail, and the others go on
+        except FeatprobeError as error:  # its trainings fail, and the others go on
             say(f"failed: the iterations of {cell}: {str(error).splitlines()[0]}")
     return StudyReport(ladders=tuple(unknown))
 
@@ -434,7 +435,7 @@ def run_cells(
     dry_run: bool = False,
     verify: bool = False,
 ) -> StudyReport:
-    """Train the missing cells of one cache, one after another; see `run_grid`."""
+    """Do the missing trainings on one cache, one after another; see `run_grid`."""
     rows: list[dict[str, Any]] = []
     failed: list[tuple[Cell, str]] = []
     notes: list[str] = []
@@ -478,6 +479,7 @@ def run_cells(
                 own = finished.notes
                 if study.show and cell.seed == 0:
                     show(finished, study.show, [], notes)
+                del finished  # the next training needs its memory
             notes += own
         except FeatprobeError as error:
             failed.append((cell, str(error)))

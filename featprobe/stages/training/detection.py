@@ -54,7 +54,7 @@ class Detection:
 
     @property
     def sides(self) -> tuple[float, ...]:
-        """Percentiles of the training objects' sides, see probes.objects.object_sides."""
+        """Percentiles of the training objects' sides, see probes.detections.object_sides."""
         return object_sides(torch.cat([target.boxes for target in self.targets.values()]))
 
     def train_counts(self, head: ObjectHead) -> dict[str, int]:

@@ -82,9 +82,9 @@ def finetune(
     With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
     already is not trained again. With none of these: the missing counterpart of every frozen result in
     probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
-    moves; the default is the full regime. say: gets the list with the predicted times first. dry_run: make only that
-    list. extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together,
-    as there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
+    moves; the default is the full regime. say: gets the list with the predicted time first. dry_run: that list alone.
+    extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
+    there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
     """
     options = options or ProbeOptions()
     options = replace(options, tuning=options.tuning or Tuning())
@@ -147,6 +147,7 @@ def _finetune(
         notes += finished.notes
         if options.show and is_main():
             show(finished, options.show, sheets, notes)
+        del finished  # the next training needs its memory
     notes += left_behind(workspace, [ladder for ladder in ladders if ladder.is_climbed()])
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
@@ -266,7 +267,7 @@ def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
         try:
             cache = open_cache(path)
         except CacheError:
-            continue  # the rows that need it are reported and left out
+            continue  # a row that needs it is reported as left aside
         found[cache.recipe.key, cache.data.fingerprint] = cache
     return found
 

@@ -63,7 +63,7 @@ def fit(
 ) -> Fitted:
     """Train or solve, and choose on validation. Raises FeatprobeError.
 
-    All heads go over the same features, or one after another with a backbone each. say: told how long it will take, if
+    All heads go over the same features, or one after another with a backbone each. say: gets how long it will take, if
     no forecast is given. rehearsal: whether the heads are not to be kept.
     """
     training, where = prepared.training, keep_on_device(prepared, source)

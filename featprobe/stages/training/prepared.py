@@ -172,7 +172,7 @@ def _check_unseen(training: Training, folder: Path, card: Mapping[str, Any]) -> 
         raise ProbeError(
             f"{folder} was trained on another split or version of {training.data.name}, and may know its test "
             f"images. Nothing was trained.\n  wanted  fingerprint, split and fold {own}\n  found   {found}\n"
-            "Take a head of the same split and fold, or leave --init-head away."
+            "Take a head of the same split and fold, or omit --init-head."
         )
 
 

@@ -49,9 +49,9 @@ def probe(
 ) -> ProbeReport:
     """Train and score heads on every complete cache that can serve a task, or on those asked for.
 
-    say: gets, before each training starts, a line that says how long it will take. extract: make caches that are
-    missing first, see `missing.make_missing`. Processes that torchrun started do this together, and all return the same
-    rows; only the main one reports, writes and draws. Raises FeatprobeError when nothing fits, or
+    say: gets, before each training starts, how long it will take. extract: make caches that are missing first, see
+    `missing.make_missing`. Processes that torchrun started do this together, and
+    all return the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or
     when a cache that is asked for is not complete.
     """
     options = checked(task, options or ProbeOptions())
@@ -106,6 +106,7 @@ def _probe(
                 if options.show and not shown and is_main():
                     shown = True
                     show(finished, options.show, sheets, notes)
+                del finished  # the next training needs its memory
     notes += left_behind(workspace, ladders)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 

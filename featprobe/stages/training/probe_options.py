@@ -72,7 +72,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Budget:
-    """The iterations that a ladder found for one backbone, see `stages.ladder`.
+    """What a ladder of iterations found for one backbone, see `stages.training.ladder`.
 
     needed: iterations of the smallest rung that is as good as the best. open: the last rung there is still gained, so
     that more iterations might be better. comparison: the same for the ladders of all backbones that are compared.

@@ -41,7 +41,7 @@ class Finished:
 def run(training: Training, say: Say = lambda line: None, forecast: Forecast | None = None) -> Finished:
     """Train on train, choose on val, score the chosen on test once; write heads, cards, curves, result rows.
 
-    Several processes do that together; the main one alone writes. say: told how long it will take, where no forecast is
+    Several processes do that together; the main one alone writes. say: gets how long it will take, where no forecast is
     given. Raises FeatprobeError.
     """
     with guarded(training):

@@ -1,6 +1,5 @@
 """A training, settled before anything is computed: what it is, where its results lie, and whether they are there."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -31,8 +30,8 @@ class Training:
     """The heads that share one pass over the rows of a cache. It computes nothing, and reads no label.
 
     partition: the cache under one split. options: with a head and a recipe, as `probe.checked` gives them; their split
-    may be of several folds, of which the partition has one. seeds: of the heads. fraction: of the training rows, that
-    is trained on.
+    may have several folds; the partition has one of them. seeds: each has one head per recipe of the grid. fraction:
+    the share of the training images that it uses.
     """
 
     workspace: Workspace
@@ -50,12 +49,12 @@ class Training:
 
     @property
     def kind(self) -> HeadKind:
-        """Of its heads."""
+        """The kind of its heads."""
         return KINDS[self.options.head or ""]
 
     @property
     def scores(self) -> TaskScores:
-        """What its task is scored by."""
+        """The scores of its task."""
         return SCORES[self.task]
 
     @property
@@ -75,7 +74,7 @@ class Training:
 
     @property
     def choice(self) -> SplitChoice:
-        """Its split, a single one."""
+        """Its split: one of the `single_splits`."""
         return self.partition.choice
 
     @property
@@ -95,7 +94,7 @@ class Training:
 
     @property
     def budget(self) -> Budget | None:
-        """What a ladder found; None for a number of iterations that was given."""
+        """The result of its ladder; None where the number of iterations was given."""
         return self.options.budget if isinstance(self.options.budget, Budget) else None
 
     @property
@@ -195,7 +194,7 @@ class Training:
 
     @cached_property
     def folder(self) -> Path:
-        """Of its heads, one folder a seed."""
+        """The folder of its heads, which holds one folder per seed."""
         own = digest([self.key, self.data.fingerprint])[:8]  # a set under other labels or splits has heads of its own
         name = "-".join([self.task, self.kind.name, *([] if self.regime == "frozen" else [self.regime]), own])
         fold = f"fold{self.choice.fold}" if self.choice.fold else ""
@@ -204,7 +203,7 @@ class Training:
 
     @property
     def folders(self) -> list[str]:
-        """Of its results, one a seed, as rows name them."""
+        """The folder of each seed below probes/, as result rows name it."""
         own = self.folder.relative_to(self.workspace.probes)
         return [(own / f"seed{seed}").as_posix() for seed in self.seeds]
 
@@ -218,7 +217,7 @@ class Training:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of how it is asked for."""
+        """What a user should know about its options."""
         if self.options.verify or self.regime != "frozen":
             return []
         return [f"{self.partition.source.path}: features are not hashed when they are read (no verify)"]
@@ -235,10 +234,13 @@ class Training:
 
 
 def state_of(path: Path) -> tuple[int, ...]:
-    """What differs where a file was written again, or grew: its inode, bytes and time; () where there is none."""
+    """What differs where a file, or the one behind a link, was written again, or grew: its inode, bytes and time.
+
+    () where there is none.
+    """
     try:
-        found = os.lstat(path)
-    except FileNotFoundError:
+        found = path.stat()
+    except OSError:
         return ()
     return found.st_ino, found.st_size, found.st_mtime_ns
 

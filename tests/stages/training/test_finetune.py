@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import training_of
+from helpers import training_of, watch_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -287,6 +287,15 @@ def test_a_result_whose_cache_lacks_rows_by_now_is_left_aside_with_what_complete
         writer.mark_missing(0)
     with pytest.raises(ProbeError, match=r"left aside: .* 1 of 24 rows are missing\. To finish .*featprobe extract"):
         finetune(workspace, options=ProbeOptions(quiet=True))
+
+
+def test_nothing_of_a_training_is_held_while_the_next_one_runs(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = watch_memory(monkeypatch, finetune_module)
+    recipe = TrainRecipe(iterations=1, batch_size=2, evaluations=1)
+    options = replace(options_for("semseg", replace(PLAIN, workers=1)), recipe=recipe, seeds=2)
+    assert len(finetune(space, "semseg", options=options).rows) == len(runs) == 2
 
 
 def test_what_is_there_already_is_not_trained_again(space: Workspace) -> None:

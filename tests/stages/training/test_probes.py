@@ -998,7 +998,7 @@ def test_an_incomplete_cache_is_a_note_unless_its_name_then_stands_for_none(tmp_
         found, notes = find_caches(workspace, "semseg", data, backbones)
         assert [cache.path for cache in found] == [whole.path]
         wanted = [] if backbones else [f"left aside: {begun.path} is not complete: 4 of 4 rows are missing."]
-        assert [note.partition(" Finish it")[0] for note in notes] == wanted
+        assert [note.partition(" To finish it")[0] for note in notes] == wanted
         assert all("featprobe extract --backbone other --data parts" in note for note in notes)
     for data, backbones in (((), ("other",)), ((), ("some", "other")), (("parts",), ("some", "other"))):
         with pytest.raises(CacheIncompleteError, match="featprobe extract --backbone other --data parts"):

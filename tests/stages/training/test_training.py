@@ -1,17 +1,20 @@
 """A training as a value: what it is and whether it is done are known without reading a label."""
 
+import os
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PoolingBackbone, extract, training_of
+from helpers import PoolingBackbone, extract, training_of, watch_memory
 
 from featprobe.cache import Cache, open_cache, store
 from featprobe.probes import saved
+from featprobe.stages.study import study as study_module
 from featprobe.stages.study.study import Cell, Study, cells_of, run_cells
-from featprobe.stages.training.probe import checked
+from featprobe.stages.training import probe as probe_module
+from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace, make_generated
 
@@ -96,6 +99,50 @@ def test_results_that_come_and_go_are_seen(finished: tuple[Workspace, list[Cell]
     log.unlink()
     assert done() == 0
     log.write_bytes(whole)
+
+
+def test_results_behind_a_link_that_grow_are_seen(finished: tuple[Workspace, list[Cell]], tmp_path: Path) -> None:
+    """As of a workspace whose results another one writes."""
+    workspace, cells = finished
+    log, elsewhere = workspace.probes / "results.jsonl", tmp_path / "results.jsonl"
+    first, *others = log.read_bytes().splitlines(keepends=True)
+    os.rename(log, elsewhere)
+    log.symlink_to(elsewhere)
+    try:
+        for lines in ([first], [first, *others]):
+            elsewhere.write_bytes(b"".join(lines))
+            report = run_cells(workspace, STUDY, cache_of(workspace), cells, lambda line: None, dry_run=True)
+            assert report.done == len(lines)
+    finally:
+        log.unlink()
+        os.rename(elsewhere, log)
+
+
+def test_results_below_what_is_no_folder_are_none(tmp_path: Path, finished: tuple[Workspace, list[Cell]]) -> None:
+    workspace, _ = finished
+    (tmp_path / "probes").write_bytes(b"")
+    options = checked("semseg", ProbeOptions(quiet=True))
+    assert not training_of(Workspace(tmp_path), cache_of(workspace), "semseg", options).is_done()
+
+
+def test_probe_holds_nothing_of_a_training_while_the_next_one_runs(
+    finished: tuple[Workspace, list[Cell]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(tmp_path)
+    workspace.cache.symlink_to(finished[0].cache, target_is_directory=True)
+    runs = watch_memory(monkeypatch, probe_module)
+    options = ProbeOptions(recipe=STUDY.recipe("linear"), seeds=3, quiet=True, device="cpu")
+    assert len(probe(workspace, "semseg", options=options).rows) == len(runs) == 3
+
+
+def test_a_study_holds_nothing_of_a_training_while_the_next_one_runs(
+    finished: tuple[Workspace, list[Cell]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(tmp_path)
+    runs = watch_memory(monkeypatch, study_module)
+    study = replace(STUDY, fractions=(1.0,))
+    report = run_cells(workspace, study, cache_of(finished[0]), cells_of(study, workspace), lambda line: None)
+    assert len(report.rows) == len(runs) == 4 and not report.failed
 
 
 def test_a_training_can_not_be_changed_and_says_the_same_in_every_process(
