@@ -120,7 +120,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("xrey", ["xray", "surface"])
     'Did you mean xray? Known: surface, xray.'
     """
-    names = sorted(known)
+    names = sorted(set(known))
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     parts = [f"Did you mean {' or '.join(close)}?"] if close else []
     if 0 < len(names) <= 12:

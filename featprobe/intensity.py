@@ -48,7 +48,7 @@ class Intensity:
         raise DataError(
             f"{text!r} is not an intensity policy.\n"
             "  wanted  window:LO:HI (raw levels), percentile:LO:HI (0 <= LO < HI <= 100), minmax, none or log;\n"
-            "          :log behind window (0 < LO), percentile or minmax, :image behind percentile, minmax or log"
+            "          :log after window (0 < LO), percentile or minmax, :image after percentile, minmax or log"
         )
 
     @property

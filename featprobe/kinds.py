@@ -112,7 +112,7 @@ KINDS: Mapping[str, HeadKind] = {
         HeadKind("instseg", "maskrcnn", OBJECTS, 64, pyramid=True),
     )
 }
-"""By name; the first kind of a task is its default."""
+"""Kinds of heads by name; the first kind of a task is its default."""
 SOLVED: tuple[str, ...] = tuple(kind.name for kind in KINDS.values() if kind.solved)
 """Kinds with a closed form."""
 TASKS: tuple[str, ...] = tuple(dict.fromkeys(kind.task for kind in KINDS.values()))

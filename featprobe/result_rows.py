@@ -9,17 +9,17 @@ from functools import cached_property
 from typing import Any, Literal
 
 from featprobe.errors import DataError, FieldError, ProbeError
-from featprobe.io.fields import MISSING_FIELD, Fault, built, letter, misfits, plain, wrong
+from featprobe.io.fields import MISSING_FIELD, Fault, built, message, misfits, plain, wrong
 from featprobe.io.schemas import check
 from featprobe.kinds import KINDS, TASKS, HeadKind, TrainRecipe, kinds_of
 from featprobe.scores import SCORES, On, TaskScores, at
 from featprobe.splitting import SplitChoice
 
 Value = float | None
-"""Of a score, in [0, 1]; None where it does not exist."""
+"""The value of a score, in [0, 1]; None if it does not exist."""
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the images
 RARE: Mapping[str, bool] = {"rare": True}
-"""Of fields that rows hold only where they are not as usual."""
+"""Marks the fields that rows hold only if they are unusual."""
 LATER_IN_RECIPES = ("weights_from",)
 """Fields of a training recipe that older rows lack."""
 
@@ -53,7 +53,7 @@ class FoundBudget:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of the whole training, of scoring the test split, of all runs of the cache."""
+    """Seconds of the whole training, of scoring the test split, of all runs of the cache."""
 
     train: float
     test: float | None = None
@@ -78,7 +78,7 @@ class Treatment:
 
 @dataclass(frozen=True)
 class AskedHead:
-    """What a head was asked for with. levels: names; empty for all. width: None for the kind's own."""
+    """The options of a head. levels: names; empty for all. width: None for the default of the kind."""
 
     levels: tuple[str, ...]
     width: int | None
@@ -96,7 +96,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class PixelScores:
-    """What the `test` of a dense head's row holds at least. iou: of each class."""
+    """The least that the `test` of a dense head's row holds. iou: of each class."""
 
     miou: Value
     miou_foreground: Value
@@ -124,7 +124,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class BoxScores:
-    """What the `test` of a detection head's row holds at least."""
+    """The least that the `test` of a detection head's row holds."""
 
     box: Precision
 
@@ -142,7 +142,7 @@ TESTS: Mapping[On, type] = {"pixels": PixelScores, "boxes": BoxScores, "masks": 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """What is kept of a scored head of one seed: the fields of probes/README.md, in the order in which rows hold them.
+    """The record of a scored head of one seed: the fields of probes/README.md, in the order in which rows hold them.
 
     test: as `scores.Score.place` leads into it. time: UTC, ISO 8601. A value that is nan exists in no file: JSON has
     null there.
@@ -205,7 +205,7 @@ class ResultRow:
         """
         faults = result_faults(row)
         if faults:
-            raise FieldError(letter("A result row has wrong fields.", faults), faults)
+            raise FieldError(message("A result row has wrong fields.", faults), faults)
         return cls.from_checked(row)
 
     @classmethod
@@ -227,12 +227,12 @@ class ResultRow:
 
     @property
     def kind(self) -> HeadKind:
-        """Of its head."""
+        """The kind of its head."""
         return KINDS[self.head]
 
     @property
     def scores(self) -> TaskScores:
-        """What its task is scored by."""
+        """The scores of its task."""
         return SCORES[self.task]
 
     @property
@@ -243,7 +243,7 @@ class ResultRow:
 
     @property
     def test_set(self) -> tuple[Any, ...]:
-        """What results must agree in to be compared, beside their split and the test images.
+        """The values in which results must agree to be compared, beside their split and the test images.
 
         Classes that the test split lacks take no part in any comparison, whatever `absent_classes` a row was scored
         with.
@@ -252,7 +252,7 @@ class ResultRow:
 
     @property
     def run(self) -> tuple[Any, ...]:
-        """What the seeds of one result agree in; with the seed, what a repeated run agrees in."""
+        """The values that the seeds of one result share; with the seed, those that a repeated run shares."""
         trained = (self.backbone, self.weights_sha256, self.feature_key, self.head, self.regime, self.augmentation)
         return *trained, self.fraction, self.recipe_key, self.split, self.absent_classes, *self.test_set
 
@@ -273,7 +273,7 @@ class ResultRow:
 
     @property
     def iterations(self) -> int | None:
-        """Of its training; None of a head that is solved."""
+        """The iterations of its training; None for a head that is solved."""
         return None if self.kind.solved else self.recipe.iterations
 
     @property
@@ -296,7 +296,7 @@ class LadderRow:
 
 
 def result_faults(row: Mapping[str, Any]) -> list[Fault]:
-    """What keeps a result row from being read: fields of wrong types or out of their limits, or none that it needs.
+    """The faults that make a result row unreadable: fields of wrong types, out of their limits, or missing.
 
     Fields that are not known here are ignored. A task of a newer featprobe has scores that are not known either.
     """
@@ -334,7 +334,7 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
 
 
 def _test_faults(scores: TaskScores, test: Mapping[str, Any]) -> list[Fault]:
-    """What keeps the scores of a task from being read; the ones that came later may be missing."""
+    """The faults that make the scores of a task unreadable; scores that came later may be missing."""
     faults = check(TESTS[scores.on], test, closed=False, empty_texts=True)
     for score in scores.every if not faults else ():
         if score.is_stated(test):

@@ -1,4 +1,4 @@
-"""What each task is scored by: names, labels, order, places in a result row. The one place that says it.
+"""The scores of each task: names, labels, order, places in a result row. Only this module lists them.
 
 The first score of a task is the main one: trials and weights are chosen by it on validation, backbones are compared by
 it, and validation curves are read for it. Of objects it is AP50. Inspection asks whether a flaw is found; the outline
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 FEW_GROUPS = 20  # test groups; with fewer, every interval rests on guesses about groups that nobody has seen
 On = Literal["pixels", "boxes", "masks"]
-"""What a task's scores compare with the labels."""
+"""The labels that a task's scores are compared with."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Score:
 
     @property
     def title(self) -> str:
-        """Of its column in the table of results."""
+        """The title of its column in the table of results."""
         return self.column or self.label
 
     def is_stated(self, test: Mapping[str, Any]) -> bool:
@@ -79,7 +79,7 @@ class TaskScores:
 
 
 def at(values: Any, place: Sequence[str]) -> Any:
-    """What lies under these keys, one below the other.
+    """The value under these keys, one below the other.
 
     >>> at({"box": {"ap50": 0.5}}, ("box", "ap50"))
     0.5
@@ -127,6 +127,6 @@ SCORES: Mapping[str, TaskScores] = {
         chosen_before="mask_ap",
     ),
 }
-"""By task."""
+"""The scores of each task."""
 LABELS: Mapping[str, str] = {score.name: score.label for task in SCORES.values() for score in task.compared}
-"""What people call each score that is compared; of the scores in one line the first is the main one."""
+"""The printed name of each score that is compared; of the scores in one line the first is the main one."""

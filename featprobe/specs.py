@@ -19,15 +19,15 @@ from featprobe.tiling import SETTINGS, Tiling, keeps_own_split, parse_views
 CacheDtype = Literal["fp16", "fp32", "bf16", "int8"]
 """How a cache stores features. int8: a byte for each value, and for each channel of a row a scale and a zero."""
 CachePrecision = Literal["fp32", "tf32", "amp"]
-"""What a backbone computed in: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
+"""Precision of a backbone: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
 Rows = NDArray[np.intp]
 """Indices of a cache's rows."""
 RECIPE_VERSION = 2
-"""Of the recipe of a cache of tiles or views; that of a cache of whole images alone is 1. Part of its key."""
+"""Version of the recipe of a cache of tiles or views; that of whole images is 1. Part of its key."""
 
 BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
 BYTES_PER_CHANNEL: Mapping[str, int] = {"int8": 8}
-"""Of a row, beside its values: scale and zero, float32."""
+"""Bytes per channel of a row, beside its values: scale and zero, float32."""
 MOST_LEVELS, MOST_CHANNELS, MOST_STRIDE, MOST_CLASSES = 64, 2**16, 2**12, 255
 """Limits of what a file may claim: levels of a recipe, channels and stride of a level, classes of a set."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -50,7 +50,7 @@ def digest(value: object) -> str:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Which network and which weights.
+    """A network and its weights.
 
     label: what the user calls it; it names files and table rows.
     model: timm's full model name.
@@ -70,7 +70,7 @@ class BackboneSpec:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What names it on a command line."""
+        """The words that name it on a command line."""
         return self.arguments or ("--backbone", self.label)
 
     @classmethod
@@ -143,7 +143,7 @@ class FeatureRecipe:
 
     @property
     def shown(self) -> tuple[object, ...]:
-        """What of images the rows show, as keys of comparisons take it: further views, and the settings of tiles."""
+        """The parts of images that the rows show, for keys of comparisons: further views, and the settings of tiles."""
         return (self.further_views, *(getattr(self, name) for name in SETTINGS))
 
     @property
@@ -214,7 +214,7 @@ class FeatureRecipe:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a cache says of the data set that it was made from.
+    """The facts about its data set that a cache keeps.
 
     fingerprint: over ids, image hashes, groups, splits, classes and targets.
     clipped: share of annotated foreground pixels outside the intensity window, None without a window.
@@ -234,8 +234,8 @@ class DataInfo:
 
     @classmethod
     def from_json(cls, data: object) -> "DataInfo":
-        """What a cache or a card keeps of a data set; raises FieldError that names every field that is wrong."""
-        return made(cls, data, "What is said of a data set")
+        """Parse the facts that a cache or card keeps of a data set; raises FieldError that names every wrong field."""
+        return made(cls, data, "The description of a data set")
 
     def faults(self) -> list[Fault]:
         """Values that no data set has: see `from_json`."""

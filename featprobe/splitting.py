@@ -12,7 +12,7 @@ SPLITS_BY: Mapping[str, str] = {
     "image": "split by image",
     "stratified": "split by group, stratified",
 }
-"""What a split can be made by without a file, and how people call it."""
+"""The ways to make a split without a file, and their printed names."""
 PINNED = re.compile(r"(.*\.csv)(?:#([0-9a-f]+))?", re.IGNORECASE | re.DOTALL)  # a split file, perhaps with its digest
 
 

@@ -322,7 +322,7 @@ def _fault_of(instance: Instance, size: Size | None) -> str:
     if rle is None:
         return ""
     if not isinstance(rle, dict) or rle.keys() != {"size", "counts"} or type(rle["counts"]) is not str:
-        return "its mask is no run lengths"
+        return "its mask is not run lengths"
     found = rle["size"]
     if not isinstance(found, list) or len(found) != 2 or not all(type(v) is int and v > 0 for v in found):
         return f"its mask has the size {str(found)[:80]}"

@@ -45,11 +45,11 @@ class Tiling:
         """
         if not tile:
             if overlap is not None or empty_tiles is not None:
-                raise DataError("--overlap and --empty-tiles say how tiles are cut. Add --tile, or leave them away.")
+                raise DataError("--overlap and --empty-tiles say how tiles are cut. Add --tile, or omit them.")
             return None
         if fit == "resize":
             raise DataError(
-                "Tiles keep their scale and shape: --fit resize can't be had with --tile. Leave it away, or take whole "
+                "Tiles keep their scale and shape, so --fit resize can't be used with --tile. Omit it, or use whole "
                 "images with --tile 0."
             )
         return cls(tile, tile // 8 if overlap is None else overlap, 1.0 if empty_tiles is None else float(empty_tiles))
@@ -88,7 +88,7 @@ class Tiling:
 
 
 SETTINGS = tuple(setting.name for setting in fields(Tiling))
-"""What recipes, options and files call the settings of a tiling."""
+"""Names of the settings of a tiling in recipes, options and files."""
 
 
 def keeps_own_split(tiling: Tiling | None, views: Sequence[str]) -> bool:
@@ -114,7 +114,7 @@ def parse_views(text: str) -> tuple[str, ...]:
         guesses = [nearest(view, [*TURNS, "crop:N", "none"]).partition("Known:")[0].strip() for view in wrong]
         close = " ".join(guess for guess in guesses if guess)
         raise DataError(
-            f"{text!r} are no views of training images.{f' {close}' if close else ''}\n"
+            f"{text!r} is not a list of views of training images.{f' {close}' if close else ''}\n"
             f"  wanted  none, or each at most once: {', '.join(TURNS)}, and crop:N for N random crops\n"
             f"  found   {', '.join(wrong or kinds) or 'nothing'}"
         )

@@ -267,7 +267,7 @@ def _refused(spec: BackboneSpec, own: Size, frame: Size, error: Exception) -> Ba
     return BackboneError(
         f"{spec.model} can't take frames of {frame[0]}x{frame[1]} pixels, and timm can't resize it for "
         "them. Nothing was computed.\n"
-        f"  wanted  a size that it takes, as its own, {size}\n"
+        f"  wanted  a size that it takes, such as its own, {size}\n"
         f"  found   {frame[0]}x{frame[1]}: {type(error).__name__}: {reason}\n"
         f"Take its own size, --size {size}, or another backbone."
     )
@@ -289,7 +289,7 @@ def _available_levels(model: nn.Module, own: Size) -> tuple[list[FeatureLevel], 
         raise BackboneError(f"{type(model).__name__} gives no intermediate feature maps in timm. Choose another model.")
     entries = list(info)
     strides = [int(entry["reduction"]) for entry in entries]
-    if len(set(strides)) == 1:  # one resolution throughout: evenly spaced blocks, the last among them
+    if len(set(strides)) == 1:  # one resolution in all blocks: evenly spaced ones, the last among them
         count = min(UNIFORM_LEVELS, len(entries))
         indices = [len(entries) * (k + 1) // count - 1 for k in range(count)]
         return [FeatureLevel(f"block{i}", entries[i]["num_chs"], strides[i]) for i in indices], indices

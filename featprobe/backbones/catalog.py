@@ -1,4 +1,4 @@
-"""Which backbones there are: those with short names, and every model that timm knows."""
+"""The known backbones: those with short names, and every model of timm."""
 
 import timm
 

@@ -1,4 +1,4 @@
-"""What a backbone computes in training, as torch compiles it."""
+"""The computation of a backbone in training, compiled by torch."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ class Compiled:
         self._compiled: Maps | None = None
 
     def __call__(self, model: nn.Module, images: Tensor) -> list[Tensor]:
-        """What the function gives; raises BackboneError where torch can't compile it, which the first call shows."""
+        """Call the function; raises BackboneError if torch can't compile it, which the first call shows."""
         if self._compiled is not None:
             return self._compiled(model, images)
         compiled: Maps = torch.compile(self.function)
@@ -32,7 +32,7 @@ class Compiled:
                 f"torch can't compile {self.name} here. Nothing was trained.\n"
                 f"  wanted  what torch.compile needs: a C++ compiler, and Triton for CUDA\n"
                 f"  found   {type(error).__name__}: {first_line(error)}\n"
-                "Omit --compile: it changes the speed alone."
+                "Omit --compile: it changes only the speed."
             ) from error
         self._compiled = compiled
         return found

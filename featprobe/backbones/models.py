@@ -21,7 +21,7 @@ HUB_FILE = "model.safetensors"
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another package says, in at most 200 characters."""
+    """The first line of an error of another package, at most 200 characters."""
     return (str(error).strip() or "no reason given").splitlines()[0][:200]
 
 
@@ -81,7 +81,7 @@ def _from_hub(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:
     except Exception as error:  # the hub's client raises many kinds; the cause is kept for --debug
         wanted = f"{config.hf_hub_id}, file {HUB_FILE}" if config and config.hf_hub_id else "no hub file is known"
         raise BackboneError(
-            f"The weights of {spec.model} could not be had from the hub.\n"
+            f"The weights of {spec.model} could not be fetched from the hub.\n"
             f"  wanted  {wanted}\n"
             f"  found   {type(error).__name__}: {first_line(error)}\n"
             "Nothing was computed. Three ways out:\n"

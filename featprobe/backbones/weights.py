@@ -45,7 +45,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise BackboneError(
             f"{path} holds more than tensors, so reading it would run code from the file. It was not read.\n"
             f"  found   {code[1]}\n"
-            "Save its state_dict alone, best as .safetensors, and name that file."
+            "Save only its state_dict, best as .safetensors, and name that file."
         ) from error
     except Exception as error:  # a damaged file meets torch's reader in many ways
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"

@@ -1,4 +1,4 @@
-"""What the JSON in a cache file says, as typed values: recipe, data set, provenance."""
+"""The JSON in a cache file as typed values: recipe, data set, provenance."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields

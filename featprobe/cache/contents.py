@@ -227,7 +227,7 @@ def _with_mending(contents: Contents) -> Contents:
     """The same contents, whose rows can say how damaged labels are repaired."""
     mending = (
         f"  file    {contents.file.path}\nNothing was changed. See what is bad:  featprobe cache verify FILE\n"
-        f"and mend it from the images:  {contents.command}"
+        f"and repair it from the images:  {contents.command}"
     )
     images = contents.images and replace(contents.images, mending=mending)
     return replace(contents, rows=replace(contents.rows, mending=mending), images=images)

@@ -359,7 +359,7 @@ FAULTS = (
     OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, MemoryError, OverflowError,
     NotImplementedError,
 )  # fmt: skip
-"""What h5py and json raise at bytes that are not theirs. RecursionError is a RuntimeError."""
+"""Errors that h5py and json raise for foreign bytes. RecursionError is a RuntimeError."""
 
 
 def fault_of(error: BaseException) -> str:

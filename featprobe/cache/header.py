@@ -14,7 +14,7 @@ from typing import Any
 from featprobe.specs import digest
 
 FILE_VERSION = 3
-"""Of the files that are written, and the newest that is read; not part of any key."""
+"""Version of the files that are written, and the newest that is read; not part of any key."""
 MAGIC = b"\x89fpcach\n"
 FIXED = struct.Struct("<8sII32s")  # magic, version, bytes of the JSON, sha256 over all of these and the JSON
 LEAST_BLOCK = 4096  # bytes: the least user block

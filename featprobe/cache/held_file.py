@@ -66,5 +66,5 @@ class Span:
 
 
 def removal(path: Path) -> str:
-    """What to do about a cache file that can't be used, for a message."""
+    """Advice about a cache file that can't be used, for a message."""
     return f"Remove it: featprobe cache rm {shlex.quote(str(path))} --yes. Then run the extract command again."

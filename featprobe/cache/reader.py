@@ -53,7 +53,7 @@ def choose_mode(cache: Cache, levels: Sequence[FeatureLevel]) -> Mode:
 
 
 class Buffer(NamedTuple):
-    """What a reader gives per row for one name: its number format and its shape."""
+    """Number format and shape of one row of a reader, for one name."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

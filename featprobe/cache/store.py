@@ -222,7 +222,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
         raise CacheError(
             f"{path} is damaged: its rows or targets are not what was written ({', '.join(contents.damaged)}).\n"
             f"Nothing was changed. See what is bad:  featprobe cache verify {shlex.quote(str(path))}\n"
-            f"and mend it from the images:  {contents.command}"
+            f"and repair it from the images:  {contents.command}"
         )
     return Cache(path, contents)
 

@@ -162,7 +162,7 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
 
 
 def _study_json(answer: "StudyAnswer") -> dict[str, Any]:
-    """What became of a study, for a machine."""
+    """The result of a study, for a machine."""
     report = answer.report
     handed = {} if answer.submitted is None else {"handed_over": answer.submitted, "queued": answer.queued}
     return {

@@ -25,6 +25,7 @@ from featprobe.kinds import SEEDS, SOLVED, TASKS, kinds_of
 if TYPE_CHECKING:
     from featprobe.cache import Damage
     from featprobe.stages.comparison.audit import Audit
+    from featprobe.stages.workspace import Workspace
 
 FEW_ROWS = 5  # that are named in one line
 AUDITED = (kinds_of(TASKS[0])[0], *SOLVED)
@@ -78,7 +79,7 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
     if rows:
         echo(columns(rows, ("file", "backbone", "frame", "dtype", "rows", "size", "version")))
     elif not broken:
-        echo(f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray")
+        echo(_no_caches(workspace))
     for entry in broken:
         echo(f"can't be opened: {entry['error'].splitlines()[0]}", err=True)
 
@@ -159,6 +160,8 @@ def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, 
     else:
         for path, damages in found.items():
             echo(_verified_text(Path(path), damages))
+        if not paths:
+            echo(_no_caches(workspace))
     if any(found.values()):
         ctx.exit(3)
 
@@ -255,6 +258,10 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} freed")
 
 
+def _no_caches(workspace: "Workspace") -> str:
+    return f"No caches in {workspace.cache}. Make one:  featprobe extract --backbone embedded --data xray"
+
+
 def _version_text(version: int) -> str:
     from featprobe.cache.header import FILE_VERSION
 
@@ -262,7 +269,7 @@ def _version_text(version: int) -> str:
 
 
 def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
-    """What was found in a file, what was done, and what to do."""
+    """The findings in a file, what was done, and what to do."""
     from featprobe.stages.upkeep.caches import describe_cache
 
     lines = [f"  row {one.row} {one.id}: {one.part}" if one.row >= 0 else f"  {one.part}" for one in damages]

@@ -138,7 +138,7 @@ def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
 
 
 def _extract_options(options: Mapping[str, Any]) -> "ExtractOptions":
-    """What the command line says of an extraction; what it does not say is left to ExtractOptions."""
+    """The options of an extraction on the command line; ExtractOptions has the defaults of the rest."""
     from featprobe.stages.extraction.extract_options import ExtractOptions
 
     shard = options.get("shard")

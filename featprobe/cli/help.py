@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from featprobe.kinds import KINDS, SEEDS, SOLVED, TASKS, HeadKind, kinds_of
 from featprobe.scores import SCORES
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-Decorator = Callable[[Command], Command]
 REST = "Other options"
 
 
@@ -80,7 +78,7 @@ SEEDS_TEXT = f"{SEEDS}; 1 for {listed(SOLVED)} on all training images"
 
 
 def default_of(name: str) -> str:
-    """What a field of TrainRecipe is where the user says nothing, in brackets as click writes defaults.
+    """The default of a field of TrainRecipe, in brackets as click writes defaults.
 
     >>> default_of("loss")
     '[default: ce]'

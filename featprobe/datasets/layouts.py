@@ -88,7 +88,7 @@ def _of_drawings(candidate: Candidate) -> bool:
 
 
 def role_of(folder: str) -> str:
-    """What a folder holds by its name: "masks", "images", or "" for another name.
+    """The kind of a folder by its name: "masks", "images", or "" for another name.
 
     >>> [role_of(name) for name in ("img_dir", "JPEGImages", "{split}_lab", "groundTruth", "Mask_images", "depth")]
     ['images', 'images', 'masks', 'masks', 'masks', '']

@@ -1,1 +1,1 @@
-"""What comes from files and goes to them: opened, checked, parsed and written in these modules alone."""
+"""Reading and writing of files: only these modules open, check, parse and write them."""

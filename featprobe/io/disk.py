@@ -269,7 +269,7 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
 def _check_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):  # opening refuses a link
         raise FileKindError(
-            f"{os.fspath(path)} is no regular file, but a folder, pipe, device or socket. It was not read."
+            f"{os.fspath(path)} is not a regular file, but a folder, pipe, device or socket. It was not read."
         )
 
 

@@ -84,7 +84,7 @@ def unknown(place: Place, known: Sequence[str], beside: Sequence[str] = ()) -> F
     return Fault(place, f"unknown. {guess.strip()}")
 
 
-def letter(what: str, faults: Sequence[Fault], to_do: str = "") -> str:
+def message(what: str, faults: Sequence[Fault], to_do: str = "") -> str:
     """The text of an error with all faults of one file."""
     return "\n".join([what, *(f"  {fault}" for fault in dict.fromkeys(faults)), *([to_do] if to_do else [])])
 
@@ -168,7 +168,7 @@ def made(kind: type[T], data: object, called: str) -> T:
         value: T = built(kind, data)
         faults = value.faults() if hasattr(value, "faults") else []
     if faults:
-        raise FieldError(letter(f"{called} has wrong fields.", faults), faults)
+        raise FieldError(message(f"{called} has wrong fields.", faults), faults)
     return value
 
 

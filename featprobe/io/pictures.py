@@ -1,4 +1,4 @@
-"""The one place where Pillow opens anything: it is always told which formats may be meant.
+"""The one place where Pillow opens anything. It always gets the list of formats that a file may have.
 
 Left to itself Pillow tries all that it knows by the bytes, and for one of them (EPS) starts Ghostscript.
 """
@@ -17,7 +17,7 @@ from featprobe.io.disk import open_regular
 from featprobe.machine import available_memory, human_bytes
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM")
-"""Of images; TIFF, DICOM and numpy's files are read by others."""
+"""Formats of images that Pillow opens; other modules read TIFF, DICOM and the files of numpy."""
 MASK_FORMATS = (*IMAGE_FORMATS, "TIFF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit, held for every format
 DENSEST = 8 * 1032  # pixels that a byte can hold: of one bit, deflated as far as that goes; no format but WebP beats it
@@ -83,7 +83,7 @@ def check_held(where: object, wanted: int, held: int, densest: int) -> None:
 
 
 def too_large(where: object, found: str) -> str:
-    """What is said of an image of too many pixels."""
+    """The message for an image of too many pixels."""
     return (
         f"{where} is too large, or its header is damaged. Nothing of it was decoded.\n"
         f"  wanted  at most {MAX_PIXELS} pixels\n  found   {found}\nCut it into smaller images."

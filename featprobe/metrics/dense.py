@@ -51,7 +51,7 @@ PIXEL_SCORES: Mapping[str, PixelScore] = {
     "miou": ClassMean(iou_counts, background=True),
     "miou_foreground": ClassMean(iou_counts, background=False),
 }
-"""By name, as featprobe.scores has it."""
+"""Scores of dense heads, by their names in featprobe.scores."""
 
 
 def pixel_scores(matrix: Counts, absent: Absent = "ignore") -> dict[str, float]:

@@ -199,7 +199,7 @@ def _upsample(x: Tensor, out: Tensor) -> None:
 
 
 def _upsample_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What upsampling makes of a gradient: (images, rows, columns, channels) of the coarse grid."""
+    """The gradient before upsampling, from the one after it: (images, rows, columns, channels) of the coarse grid."""
     size = list(gradient.shape[1:3])
     if tuple(size) == tuple(grid):
         return gradient

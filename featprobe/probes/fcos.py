@@ -73,7 +73,7 @@ def grid_of(strides: tuple[int, ...], frame: tuple[int, int], device: torch.devi
 
 @dataclass(frozen=True)
 class _Said:
-    """What the head says of each cell of a grid.
+    """The output of the head for each cell of a grid.
 
     logits: (batch, classes - 1, cells). sides: (batch, 4, cells), logarithms of the distances to left, top, right and
     bottom in cells. centrality: (batch, cells). inside: (batch, cells), bool: whether a cell holds some image; None for

@@ -18,7 +18,7 @@ from featprobe.probes.detections import Detections, ObjectBatch, ObjectTarget
 
 
 class Head(nn.Module, ABC):
-    """What is trained on features, whatever it finds in them.
+    """A model that is trained on features, whatever it finds in them.
 
     levels: those that it reads of the levels that there are, finest first. classes: how many, the background counted.
     Its parameters and buffers are what is saved of it: all else follows from its recipe and the levels.
@@ -29,7 +29,7 @@ class Head(nn.Module, ABC):
 
     @property
     def assignment(self) -> dict[str, str]:
-        """Which objects are looked for at which stride, for people; empty for a head that looks for none."""
+        """The objects that each stride looks for, for people; empty for a head that looks for none."""
         return {}
 
 
@@ -72,7 +72,7 @@ class ObjectHead(Head):
     @property
     @abstractmethod
     def assignment(self) -> dict[str, str]:
-        """Which objects are looked for at which stride, for people: a head's card shows it."""
+        """The objects that each stride looks for, for people: a head's card shows it."""
 
     @abstractmethod
     def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:

@@ -23,7 +23,7 @@ MOST_WIDTH = 2**12  # channels, of what a card may claim
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    """Which head: its task, its kind, its classes (the background first), the levels it takes.
+    """The description of a head: its task, its kind, its classes (the background first), the levels it takes.
 
     levels: names; empty for every level that there is. width: channels of its pyramid or
     hidden layer, None for the kind's own, see `kinds.KINDS`. pyramid: "levels" as they are, "simple" from the last

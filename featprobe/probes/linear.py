@@ -171,7 +171,7 @@ def sum_of_levels(
 
 
 def _logits_at_once(heads: Sequence[LinearHead], features: Features) -> Tensor:
-    """What `fold` and `sum_of_levels` compute, all levels and heads in the same operations where they can be.
+    """The result of `fold` and `sum_of_levels`: all levels and heads in the same operations where possible.
 
     Maps in half precision stay so where the device sums their products in float32 (`execution.mixed`).
     """
@@ -288,7 +288,7 @@ def _repeated_cells(levels: Sequence[FeatureLevel], features: Features) -> list[
 def _axis(
     levels: Sequence[FeatureLevel], frame: tuple[int, int], axis: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Of the cells of all levels in turn along an axis: (number in its level, stride)."""
+    """Index of the cells of all levels in turn along an axis: (number in its level, stride)."""
     cells = [level.cells(frame)[axis] for level in levels]
     numbers = tuple((1, number) for own in cells for number in range(own))
     strides = tuple(zip(cells, (level.stride for level in levels), strict=True))

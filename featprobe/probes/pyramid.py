@@ -248,7 +248,7 @@ class TopDown(Pyramid):
         return cast(Lateral, self.laterals[level.name])
 
     def _laterals(self, features: Features, levels: Sequence[FeatureLevel]) -> dict[str, Tensor]:
-        """What comes out of these levels' laterals: name -> (batch, width, rows, columns)."""
+        """The outputs of these levels' laterals: name -> (batch, width, rows, columns)."""
         laterals = [self._lateral(level) for level in levels]
         maps, first = [features.maps[level.name] for level in levels], laterals[0]
         if not execution.whole_batches(first.weight.device):
@@ -339,7 +339,7 @@ class TopDown(Pyramid):
 
 
 def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
-    """What a transposed convolution of this stride, padded by 1, takes to equal upsampling and a 3x3 convolution.
+    """The weights that make a transposed convolution of this stride, padded by 1, equal upsampling and a 3x3 one.
 
     Upsampling repeats each cell `times` times along both axes. weight: (outputs, width, 3, 3). Returns (width, outputs,
     times + 2, times + 2).

@@ -30,7 +30,7 @@ from featprobe.io.disk import (
     replacing,
     write_together,
 )
-from featprobe.io.fields import MISSING_FIELD, Fault, letter, plain, shown
+from featprobe.io.fields import MISSING_FIELD, Fault, message, plain, shown
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
 from featprobe.probes.cards import Fingerprint, card_faults
@@ -140,8 +140,8 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
         raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
     faults = card_faults(card, whole=whole)
     if faults:
-        what = f"{folder}/card.json is no card that this featprobe can use. Nothing was computed."
-        raise ProbeError(letter(what, faults, "Train the head again, or update featprobe where a newer one wrote it."))
+        what = f"{folder}/card.json is not a card that this featprobe can use. Nothing was computed."
+        raise ProbeError(message(what, faults, "Train the head again, or update featprobe where a newer one wrote it."))
     return card
 
 
@@ -299,7 +299,7 @@ def read_rows(
 
 
 def _read(path: Path, parse: Callable[[bytes], tuple[T | None, str]]) -> tuple[list[T], list[str]]:
-    """What the lines of a file hold, and what was wrong with those that hold nothing."""
+    """The values in the lines of a file, and the faults of lines that hold none."""
     rows, faults = [], []
     lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if os.path.lexists(path) else []
     for number, line in enumerate(lines, start=1):
@@ -310,11 +310,11 @@ def _read(path: Path, parse: Callable[[bytes], tuple[T | None, str]]) -> tuple[l
             rows.append(row)
             continue
         torn = number == len(lines) and said == NO_JSON
-        faults.append(f"{path}: line {number} {'is torn, as by a kill' if torn else said}; it was left aside")
+        faults.append(f"{path}: line {number} {'is torn, as by a kill' if torn else said}; it was skipped")
     return rows, faults
 
 
-NO_JSON = "is no JSON, or too long or deep"
+NO_JSON = "is not JSON, or too long or deep"
 
 
 def _row(
@@ -328,7 +328,7 @@ def _row(
     except ValueError:
         return None, NO_JSON
     if not isinstance(row, dict):
-        return None, "is no JSON object"
+        return None, "is not a JSON object"
     if type(row.get("version")) is not int or row["version"] != ROW_VERSION:
         return None, f"is of version {shown(row.get('version'))}, known is {ROW_VERSION}"
     faults = faults_of(row) if faults_of else []
@@ -348,7 +348,7 @@ def _result(line: bytes) -> tuple[ResultRow | None, str]:
 
 
 def _said_of(row: Mapping[str, Any], faults: Sequence[Fault]) -> str:
-    """What is wrong with the fields of a row."""
+    """The faults in the fields of a row."""
     missing = [fault.place[-1] for fault in faults if fault.said == MISSING_FIELD]
     others = [str(fault) for fault in faults if fault.said != MISSING_FIELD]
     others += [f"it holds no {', '.join(map(str, missing))}: an older featprobe wrote it"] if missing else []

@@ -232,7 +232,7 @@ def _floor(frozen: Line, lines: Sequence[Line], score: str, differences: Sequenc
 
 
 def _of_two_heads(difference: Line, name: str, found: str) -> str:
-    """What one seed shows: something about these two heads, nothing about the regimes that made them."""
+    """The claim that one seed supports: about these two heads, not about the regimes that made them."""
     if not difference["p_holm"] <= SURE:
         claim = (
             f"with these two heads ({difference['seeds']}), these test groups cannot show whether {name} helps {found}"

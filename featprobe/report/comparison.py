@@ -40,7 +40,7 @@ def scores_of(line: Line) -> list[str]:
 
 
 def marks_of(line: Line) -> list[str]:
-    """What a reader must know before believing a line of either table."""
+    """Warnings that a reader needs before believing a line of either table."""
     needed = line.get("iterations_needed")
     more = f"needs {needed} iterations" if needed != line.get("iterations") else f"needs more than {needed} iterations"
     marks = {
@@ -61,7 +61,7 @@ def marks_of(line: Line) -> list[str]:
 def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
     """The results of one set as text for people, scores in percent.
 
-    brief: for a terminal: without the interval of the second score, and without columns that are alike throughout.
+    brief: for a terminal: without the interval of the second score, and without columns that hold one value.
     """
     table = pd.DataFrame([_result_cells(line, brief) for line in lines])
     usual = {"of train": {"100 %"}, "*": {"*"}, "split": set(table["split"][:1])}

@@ -77,7 +77,7 @@ LISTED = 200  # entries of a finding on a page
 
 @dataclass(frozen=True)
 class PageSet:
-    """What the page shows of one set: lines and differences as a comparison makes them, sheets with captions."""
+    """The contents of the page for one set: lines and differences as a comparison makes them, sheets with captions."""
 
     title: str
     lines: Sequence[Line]
@@ -123,14 +123,14 @@ def write_check_page(
 
     Raises DiskError where it can't be written.
     """
-    told = [
+    found = [
         _entries(f"{'Would spoil a study: ' if spoils else 'To know: '}{text}", entries)
         for spoils, text, entries in findings
     ]
     body = [
         f"<h1>{escape(title)}</h1>",
         _paragraphs(facts),
-        f'<div class="answer">{"".join(told) or _paragraphs(["Nothing was found that would spoil a study."])}</div>',
+        f'<div class="answer">{"".join(found) or _paragraphs(["Nothing was found that would spoil a study."])}</div>',
         *(f"<h2>{escape(heading)}</h2>{_table(table)}" for heading, table in tables),
         *(f"<h2>{escape(caption)}</h2>{_picture(caption, sheet)}" for caption, sheet in sheets),
         *([f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"] if notes else []),
@@ -225,7 +225,7 @@ def on_most_data(lines: Sequence[Line]) -> list[Line]:
 
 
 def label_of(line: Line, lines: Sequence[Line]) -> str:
-    """What tells a line apart from the others in a plot."""
+    """The name that distinguishes a line from the others in a plot."""
     varying = [name for name in ("regime", "head", "size", "dtype") if len({other[name] for other in lines}) > 1]
     share = [f"{100 * line['fraction']:g} % of train"] if len({other["fraction"] for other in lines}) > 1 else []
     alike = [other for other in lines if all(other[k] == line[k] for k in ("backbone", "fraction", *varying))]

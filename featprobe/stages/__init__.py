@@ -1,1 +1,1 @@
-"""What the commands do: the only place where backbones, data sets, caches, probes and reports meet."""
+"""The work of the commands: the only place where backbones, data sets, caches, probes and reports meet."""

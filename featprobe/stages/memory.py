@@ -1,4 +1,4 @@
-"""What a stage does and says where its device has too little memory, or is gone."""
+"""What a stage does and reports if its device has too little memory, or is gone."""
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 def device_failure(error: RuntimeError, device: torch.device) -> str:
-    """What is said of an error that a device raised, and that says nothing of what it computed; "" for any other."""
+    """The report of an error that comes from a device, not from what it computed; "" for any other error."""
     text = str(error)
     if not any(words in text for words in DEVICE_ERRORS):
         return ""
     if "CUDA error: out of memory" in text:  # torch's own memory of the device says "CUDA out of memory"
         return (
-            f"Memory could not be had: most likely the machine's page-locked memory, through which batches go to "
+            f"Memory could not be allocated: most likely the machine's page-locked memory, through which batches go to "
             f"{device}.\n  found   {text.splitlines()[0].strip()}\n"
             "Take a smaller --batch-size, or end other work on this machine."
         )
@@ -100,7 +100,7 @@ def with_batch_size(command: str, images: int) -> str:
 
 
 class Portions:
-    """How many images are scored, or summed up, at once: fewer from where a device's memory does not hold more.
+    """The number of images that are scored, or summed up, at once. It shrinks if the memory of a device is too small.
 
     That changes no result but by rounding, so it is said and not asked for. say: gets the note. what: names the job.
     """
@@ -109,7 +109,7 @@ class Portions:
         self.device, self.images, self.whole, self.what, self.say = device, most, most, what, say
 
     def do(self, work: Callable[[Batches], T], batches: Batches) -> T:
-        """What `work` makes of the batches; raises ProbeError where no image fits, or several processes share."""
+        """The result of `work` on the batches; raises ProbeError if no image fits, or if several processes share."""
         while True:
             try:
                 return work(batches if self.images == self.whole else self._cut(batches))

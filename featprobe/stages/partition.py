@@ -1,4 +1,4 @@
-"""Which rows of a cache are trained on, chosen on and scored, and which stand for a part of the training split."""
+"""The rows of a cache that are trained on, chosen on and scored, and those of a part of the training split."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ _regrouped: WeakKeyDictionary[Cache, dict[SplitChoice, Cache]] = WeakKeyDictiona
 
 
 def single_splits(choice: SplitChoice) -> list[SplitChoice]:
-    """What a choice of split stands for, one split each: the folds of a cross-validation, a file with its digest.
+    """The single splits of a choice: the folds of a cross-validation, a file with its digest.
 
     Raises DataError for a file that can't be read or is not what the choice has pinned.
 
@@ -171,7 +171,7 @@ def _regroup(cache: Cache, choice: SplitChoice) -> Cache:
 
 
 def split_notes(cache: Cache, choice: SplitChoice) -> list[str]:
-    """What a user should know of a split: leaks of a file, classes that a part of it lacks, how folds are scored."""
+    """Notes about a split for a user: leaks of a file, classes that a part of it lacks, how folds are scored."""
     choices = single_splits(choice)
     images = images_of(cache, cache.usable())
     notes = []

@@ -52,7 +52,7 @@ SHOWN_FROM = 0.3  # least score of a detection in an overlay
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a head says of one image, at its original size: class indices or objects with scores.
+    """The prediction of a head for one image, at its original size: class indices or objects with scores.
 
     clipped: share of its pixels outside of the head's intensity window; 0 where there is none.
     """
@@ -78,7 +78,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class PredictReport:
-    """What was written where; left_out: images that can't be read, with the reason; notes: what to know of the rest."""
+    """The written files; left_out: images that can't be read, with the reason; notes: facts about the rest."""
 
     out: Path
     images: int
@@ -109,7 +109,7 @@ class Predictor:
         self.framing = Framing(self.recipe, self.device)
 
     def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
-        """What the head says of a batch of (image, name); raises DataError for one that does not fit."""
+        """Predict a batch of (image, name); raises DataError for one that does not fit."""
         headers = [header_of(path) for path, _ in images]
         read = [self._read(path, header) for (path, _), header in zip(images, headers, strict=True)]
         pieces = [
@@ -210,7 +210,7 @@ class Predictor:
             named = Path(str(spec.weights))
             if weights is None and named.is_absolute():
                 raise ProbeError(
-                    f"{folder} was trained on weights of the user's own, which lie elsewhere. They were not opened.\n"
+                    f"{folder} was trained on your own weights file, which is elsewhere. It was not opened.\n"
                     f"Name them:  --weights {shlex.quote(str(named))}"
                 )
             if weights is None:  # a fine-tuned one lies beside its head
@@ -314,7 +314,7 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> list[tuple[Pa
                 raise DataError(f"{path} holds no images. wanted: files ending in {', '.join(SUFFIXES)}.")
             found += [(p, path) for file in inside for p in pages_of(file)]
         else:
-            raise DataError(misnamed(path) or f"There is no image and no folder {path}. Nothing was computed.")
+            raise DataError(misnamed(path) or f"There is no image or folder {path}. Nothing was computed.")
     stems = [stem_of(image, folder) for image, folder in found]
     counts = Counter(stems)
     named = [

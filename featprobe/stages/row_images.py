@@ -18,7 +18,7 @@ def images_of(cache: Cache, rows: Rows) -> Rows:
 
 
 def rows_showing(cache: Cache, rows: Rows, images: Rows) -> Rows:
-    """Those of the rows that show some of the images, in the order of these."""
+    """The rows that show some of the images, in the order of these."""
     order = {image: place for place, image in enumerate(images.tolist())}
     places = np.array([order.get(image, -1) for image in cache.image_of[rows].tolist()], dtype=np.intp)
     shown = np.flatnonzero(places >= 0)

@@ -12,7 +12,7 @@ from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
-from featprobe.io.fields import Fault, letter
+from featprobe.io.fields import Fault, message
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
@@ -32,14 +32,14 @@ class BackboneEntry:
 
 @dataclass(frozen=True)
 class Config:
-    """What featprobe.toml may hold; it is read as it is, once nothing is wrong with it."""
+    """The fields of featprobe.toml. It is used as it is, once it has no faults."""
 
     data: Mapping[str, DataEntry] = field(default_factory=dict)
     backbones: Mapping[str, BackboneEntry] = field(default_factory=dict)
 
 
 class Workspace:
-    """Where things lie below a folder, and what its featprobe.toml names.
+    """The folders below a workspace, and the names in its featprobe.toml.
 
     follow_links: whether links may lead out of every data set that is read, as a set's own `follow_links` says of it.
     """
@@ -104,7 +104,7 @@ class Workspace:
         )  # fmt: skip
 
     def data_root(self, name: str) -> tuple[str, Path]:
-        """What a data set is called, and where it lies; one that is built in is generated. Raises DataError."""
+        """The name and the folder of a data set; a built-in set is generated. Raises DataError."""
         table = self.config.get("data", {})
         if name in table:
             return name, Path(self._path(table[name]["path"]) or "")
@@ -123,7 +123,7 @@ class Workspace:
         return [*GENERATED, *self.config.get("data", {})]
 
     def data_options(self, name: str) -> Mapping[str, Any]:
-        """What featprobe.toml says of a data set beside its path; its split file's path as it is from here."""
+        """The options that featprobe.toml gives a data set, without its path; its split file as seen from here."""
         own = {k: v for k, v in self.config.get("data", {}).get(name, {}).items() if k != "path"}
         return own | ({"split_file": self._path(own["split_file"])} if "split_file" in own else {})
 
@@ -137,7 +137,7 @@ class Workspace:
         return self.cache / f"{name}-{hashlib.sha256(own).hexdigest()[:6]}"
 
     def data_argument(self, name: str, root: Path) -> str:
-        """What names this very set on the command line: its name where it has one here, else its path."""
+        """The argument that names this data set on the command line: its name if it has one here, else its path."""
         known = name in self.config.get("data", {}) or root == self.data / name
         return name if known else str(root.resolve())
 
@@ -153,7 +153,8 @@ class Workspace:
         found = [path for path in files if text in f"{path.parent.name}/{path.name}"]
         if not found:
             known = [f"{path.parent.name}/{path.name}" for path in files]
-            raise CacheError(f"No cache in {self.cache} is called {text!r}. {nearest(text, known) if known else ''}")
+            hint = nearest(text, known) if known else "There is none yet."
+            raise CacheError(f"No cache in {self.cache} is called {text!r}. {hint}".rstrip())
         return found
 
     def _path(self, text: str | None) -> str | None:
@@ -174,7 +175,7 @@ class Workspace:
         places = [
             (section, name) for section in config if isinstance(config[section], dict) for name in config[section]
         ]
-        wanted = "it is no name of a folder. wanted: one without / and \\ and control characters, not .."
+        wanted = "it can't be the name of a folder. wanted: one without / and \\ and control characters, not .."
         faults += [Fault(place, wanted) for place in places if not plain_name(place[1])]
         sections = config.get("data")
         for name, entry in sections.items() if isinstance(sections, dict) else ():
@@ -183,12 +184,13 @@ class Workspace:
                 own = {key: value for key, value in entry.items() if key not in bad}
                 faults += [fault.below("data", name) for fault in entry_faults(own, entry)]
         if faults:
-            raise FeatprobeError(letter(f"{path} can't be used. Nothing was computed.", faults, "Mend it, then go on."))
+            to_do = "Correct it, then run the same command again."
+            raise FeatprobeError(message(f"{path} can't be used. Nothing was computed.", faults, to_do))
         return config
 
 
 def name_of(path: Path) -> str:
-    """What a data set is called that is named by its path.
+    """The name of a data set that is given by its path.
 
     >>> name_of(Path("/scans/new castings"))
     'new_castings'

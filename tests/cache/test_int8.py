@@ -364,9 +364,9 @@ def test_the_command_prints_an_audit_for_people_and_machines(space):
 
 def test_an_audit_of_int8_alone_says_what_it_needs(data, tmp_path):
     path = extract(tmp_path, data, dtype="int8").path
-    with pytest.raises(CacheError, match="holds int8 alone"):
+    with pytest.raises(CacheError, match="holds only int8"):
         audit(Workspace(tmp_path), [path])
-    with pytest.raises(ProbeError, match="'fcos' is no head that an audit trains"):
+    with pytest.raises(ProbeError, match="'fcos' is not a head that an audit trains"):
         audit(Workspace(tmp_path), [path], AuditOptions(heads=("fcos",)))
 
 

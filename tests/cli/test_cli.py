@@ -353,7 +353,7 @@ def test_without_any_cache_the_way_to_one_is_told(tmp_path: Path) -> None:
         ("[data.x]\npath = 'a'\noverlap = 8", "data.x: --overlap and --empty-tiles say how tiles are cut"),
         ("[data.x]\npath = 'a'\ntile = 8\nfit = 'resize'", "data.x: Tiles keep their scale"),
         ("[data.x]\npath = 'a'\nviews = ['hflip']", 'data.x.views: wanted a text, found ["hflip"]'),
-        ("[data.x]\npath = 'a'\nviews = 'sideways'", "data.x.views: 'sideways' are no views"),
+        ("[data.x]\npath = 'a'\nviews = 'sideways'", "data.x.views: 'sideways' is not a list of views"),
         ("[backbones.x]\nweights = 'a.pth'", "backbones.x.model: it is missing"),
         (
             "[backbones.x]\nmodel = 'resnet18'\nfinal_norm = 'yes'",

@@ -49,7 +49,7 @@ class Small(PoolingBackbone):
 
 
 def is_one_paragraph(error: BaseException) -> bool:
-    """Whether a message is a letter without an empty line, and holds one line of what torch said."""
+    """Whether a message has no empty line, and holds one line of what torch said."""
     text = str(error)
     return "\n\n" not in text and "More of it" not in text and "asynchronously" not in text
 

@@ -184,7 +184,7 @@ def test_faults_of_types_and_of_values_come_in_one_message(tmp_path: Path) -> No
         read(tmp_path, text)
     found = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
     assert any(
-        line.startswith("views[0]: 'hflipp' are no views of training images. Did you mean hflip") for line in found
+        line.startswith("views[0]: 'hflipp' is not a list of views") and "Did you mean hflip" in line for line in found
     )
     wanted = (
         "data[1]", "data[2]", "backbones[0]", "backbones[1]", "sizes[0]", "sizes[1]", "views[0]", "views[1]", "seeds",

@@ -300,8 +300,8 @@ def _once_each(
         drawn = [number for number in own if same_id(number) in used]
         if len(drawn) > 1:
             raise DataError(
-                f"{root} has {len(drawn)} categories of the name {name!r} with annotations, so they can't be told "
-                f"apart.\n  wanted  a name for each\n  found   {', '.join(map(shown, drawn))}\n"
+                f"{root} has {len(drawn)} categories of the name {name!r} with annotations, so "
+                f"they can't be distinguished.\n  wanted  a name for each\n  found   {', '.join(map(shown, drawn))}\n"
                 "Nothing was read. Rename one, or give its annotations to the other."
             )
         for number in own:

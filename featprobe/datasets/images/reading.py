@@ -185,7 +185,7 @@ def _window_of_all(paths: list[Path], policy: Intensity) -> tuple[float, float]:
     def ordered(path: Path) -> NDArray[np.uint32]:
         levels = read_levels(path)
         if (levels.dtype == np.float32) != fractions:
-            raise DataError(f"{path} and {paths[0]} hold levels of two kinds: no one intensity window serves both.")
+            raise DataError(f"{path} and {paths[0]} hold levels of two kinds: no single intensity window fits both.")
         return _ordered(_counted(levels, policy))
 
     counts = np.zeros(GREY_LEVELS, dtype=np.int64)  # (raw levels,), or the upper halves of float32's bits

@@ -88,7 +88,7 @@ def audit(
     options = options or AuditOptions()
     unknown = [head for head in options.heads if head not in HEADS]
     if unknown:
-        raise ProbeError(f"{unknown[0]!r} is no head that an audit trains. wanted: {', '.join(HEADS)}, or none")
+        raise ProbeError(f"{unknown[0]!r} is not a head that an audit trains. wanted: {', '.join(HEADS)}, or none")
     caches: dict[Path, Cache] = {}
     for path in paths:
         cache = _exact(workspace, open_cache(path))

@@ -183,7 +183,7 @@ def _of_the_family(lines: Sequence[Line]) -> list[str]:
     scores = {line["score"] for line in tested}
     return [
         f"{task}: p values of {kind.resamples} resamples are corrected for {len(tested)} differences and gaps, so that "
-        "none can be sure. Compare fewer results at once: a study compares its own alone"
+        "none can be sure. Compare fewer results at once: a study compares only its own"
         for task, kind in SCORES.items()
         if kind.main.name in scores and len(tested) > SURE * (1 + kind.resamples)
     ]
@@ -213,7 +213,7 @@ def _of_the_split(table: Table) -> list[str]:
 
 
 def _of_the_scores(table: Table) -> list[str]:
-    """By which rule they are taken, where that is not how each result's own row has it, or may surprise."""
+    """The rule by which they are taken, if the rows of the results differ in it, or if it may surprise."""
     first = table.results[0]
     if not first.row.scores.dense:
         return [
@@ -283,7 +283,7 @@ def _compared(workspace: Workspace, table: Table, bar: tqdm, across: bool) -> Co
 
 
 def _described(workspace: Workspace, result: Result) -> tuple[Any, ...]:
-    """What the commands are made from that give a result again, in this workspace."""
+    """The values from which the commands are made that give a result again, in this workspace."""
     card = result.runs[0].card
     name, root = card["data"]["name"], card["data"]["root"]
     known = name in workspace.config.get("data", {}) or Path(root).resolve() == (workspace.data / name).resolve()

@@ -1,4 +1,4 @@
-"""What a validation curve says of how long a training takes, read from the few points that there are."""
+"""How long a training takes to converge, estimated from the few points of its validation curve."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 SHARES = (0.90, 0.95, 0.99)
-"""Of the own final value, for which the iterations are told."""
+"""Shares of the final value of a curve. For each, the iterations that reach it are reported."""
 LAST_PART, POINT = 0.2, 0.01
 """A curve that rises by more than a point over this last share of the iterations has not converged."""
 

@@ -54,7 +54,7 @@ class Table:
 
 
 def backbone_names(results: Sequence[Result]) -> dict[tuple[str, str], str]:
-    """What people call each backbone; where a name stands for several weights, their hash is added."""
+    """The printed name of each backbone; if a name stands for several weights, their hash is added."""
     every = sorted({result.backbone for result in results})
     labels = [label for label, _ in every]
     return {(label, sha): label if labels.count(label) == 1 else f"{label} ({sha[:8]})" for label, sha in every}
@@ -82,7 +82,7 @@ class Pair:
 
     @classmethod
     def of(cls, kind: Kind, a: Result, b: Result, table: Table) -> "Pair":
-        """Of regimes the one that trains or varies more is first."""
+        """A pair; of two regimes, the one that trains or varies more comes first."""
         rank = [(REGIMES[result.row.regime], result.augmented) for result in (a, b)]
         first, second = (b, a) if kind == "regimes" and rank[1] > rank[0] else (a, b)
         return cls(kind, first, second, table, _fields(kind, first, second))
@@ -112,7 +112,7 @@ class Pair:
         return self.a.each(self.a.main), self.b.each(self.a.main)
 
     def spread(self) -> SeedSpread | None:
-        """What seeds do to the score, pooled over results that are like the two; None for solved heads.
+        """The effect of seeds on the score, pooled over results that are like the two; None for solved heads.
 
         Pooled are results of the table that stand for a cell and share head, fraction, regime and recipe with one of
         the two. Between regimes they are those of backbones that have both, so that each regime counts alike: seeds do
@@ -144,14 +144,14 @@ def _fields(kind: Kind, a: Result, b: Result) -> tuple[Field, ...]:
 
 
 def _seed_text(results: Sequence[Result]) -> str:
-    """Which seeds the heads of results have, for people."""
+    """The seeds of the heads of results, for people."""
     every = list(dict.fromkeys(result.seeds for result in results))
     texts = [f"seed{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}" for own in every]
     return f"{texts[0]} each" if len(texts) == 1 else " and ".join(texts)
 
 
 def _claim(of_heads: str, fields: Sequence[Field], across: bool, sides: Sequence[Result]) -> Line:
-    """What a difference may be claimed of: `procedures`, `heads`, or nothing, `none`."""
+    """The kind of claim that a difference supports: `procedures`, `heads`, or `none` of the two."""
     barring = [str(field) for field in fields if field.bars]
     return {
         "claim": "none" if barring and not across else "heads" if of_heads else "procedures",
@@ -181,7 +181,7 @@ def differences_of(table: Table, across: bool = False) -> list[Line]:
 
 
 def _kind(a: Result, b: Result) -> Kind | None:
-    """What two results of a table differ in, where it is one thing only that is asked about."""
+    """The one thing in which two results of a table differ, if it is one that is asked about."""
     if (a.row.head, a.row.fraction) != (b.row.head, b.row.fraction):
         return None
     if a.variant == b.variant and a.backbone != b.backbone:

@@ -1,4 +1,4 @@
-"""What heads were trained with, and in which of it two results differ."""
+"""The recipes of heads, and in which parts of them two results differ."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -71,7 +71,7 @@ def _shared(row: ResultRow, head: HeadRecipe) -> dict[str, Any]:
 
 
 def _tried(row: ResultRow) -> dict[str, Any]:
-    """What the chosen trial was chosen from."""
+    """The trials from which one was chosen."""
     grid, own = row.chosen_from or row.grid, row.recipe
     rates = {"lr": grid.lr or (own.lr,), "weight decay": grid.weight_decay or (own.weight_decay,)}
     return {**({} if row.kind.solved else rates), "trials": row.trials}

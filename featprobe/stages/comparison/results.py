@@ -104,7 +104,7 @@ class Result:
 
     @property
     def cell(self) -> tuple[Any, ...]:
-        """What tells results of one table apart that differ in more than the recipe: backbone, variant, head, share."""
+        """The parts other than the recipe in which results of one table differ: backbone, variant, head, share."""
         return (*self.backbone, self.variant, self.row.head, self.row.fraction)
 
     @property
@@ -157,7 +157,7 @@ class Result:
 
     @property
     def weights_from(self) -> str:
-        """Of which point of the validation curve the weights are; rows of an older featprobe hold those of the end."""
+        """The point of the validation curve that the weights come from; in rows of an older featprobe, its end."""
         return self.row.weights_from
 
     @property
@@ -195,7 +195,7 @@ class Result:
         return mean_of(self.each(name))
 
     def seconds(self) -> tuple[float, float, float]:
-        """Of training (mean over the seeds' passes), of extraction, and of both; nan where not kept.
+        """Seconds of training (mean over the seeds' passes), of extraction, and of both; nan where not kept.
 
         A live backbone needs no extraction.
         """
@@ -325,7 +325,7 @@ def comparable_sets(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def representatives(results: Sequence[Result]) -> dict[tuple[Any, ...], Result]:
-    """Of the results of each cell of a table, which differ in recipe or input size, one that stands for it.
+    """One result for each cell of a table; the results of a cell differ in recipe or input size.
 
     Backbones and regimes are to meet: results of one head and share are taken at the recipe and scale that most of
     their cells have, of several such the best on validation. Where a cell has none of these, one of that recipe comes

@@ -1,4 +1,4 @@
-"""What each test image contributed to the scores of a head, as the files beside it keep it."""
+"""The contribution of each test image to the scores of a head, as the files beside it keep it."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +29,13 @@ from featprobe.scores import On, Score, at
 from featprobe.stages.training.saved_results import read_arrays
 
 AP_KINDS: Mapping[str, ApKind] = {"box": "bbox", "mask": "segm"}
-"""What a row's `test` calls each kind of average precision, and pycocotools."""
+"""Names of each kind of average precision in the `test` of a row, and in pycocotools."""
 ROUNDING = 1e-6  # how far a row's score may lie from the one that its files give
 
 
 @dataclass(frozen=True)
 class PixelTest:
-    """What a segmentation head gave for its test images. confusions: (images, classes, classes), pixels."""
+    """The counts of a segmentation head on its test images. confusions: (images, classes, classes), pixels."""
 
     ids: list[str]
     groups: list[str]
@@ -43,7 +43,7 @@ class PixelTest:
 
     @classmethod
     def read(cls, folder: Path, card: Mapping[str, Any]) -> "PixelTest":
-        """What lies beside a head, if it is what the card says."""
+        """Read the file beside a head, if it is the one that the card describes."""
         (scores,) = read_files(folder, card, ["scores.npz"])
         kept = read_arrays(scores)
         if not {"ids", "groups"} <= kept.keys():
@@ -81,14 +81,14 @@ class PixelTest:
 
 @dataclass(frozen=True)
 class ObjectTest:
-    """What is in the test images and what a detection head found there, as COCO JSON."""
+    """The objects in the test images, and those that a detection head found there, as COCO JSON."""
 
     truth: dict[str, Any]
     predictions: list[dict[str, Any]]
 
     @classmethod
     def read(cls, folder: Path, card: Mapping[str, Any]) -> "ObjectTest":
-        """What lies beside a head, if it is what the card says."""
+        """Read the file beside a head, if it is the one that the card describes."""
         truth, predictions = map(parse_json, read_files(folder, card, ["truth.json", "predictions.json"]))
         if not all({"file_name", "group"} <= set(image) for image in truth["images"]):
             raise ProbeError("truth.json names no images and groups: an older featprobe wrote it. Run it again")
@@ -105,12 +105,12 @@ class ObjectTest:
 
     @property
     def ids(self) -> list[str]:
-        """Of the images."""
+        """Identifiers of the images."""
         return [str(image["file_name"]) for image in self.truth["images"]]
 
     @property
     def groups(self) -> list[str]:
-        """Of each image."""
+        """The group of each image."""
         return [str(image["group"]) for image in self.truth["images"]]
 
     def statistics(self, row: ResultRow) -> dict[str, Statistic]:
@@ -142,7 +142,7 @@ TESTS: Mapping[On, type[Tested]] = {"pixels": PixelTest, "boxes": ObjectTest, "m
 
 
 def read_test(folder: Path, card: Mapping[str, Any], row: ResultRow) -> tuple[Tested, dict[str, Statistic]]:
-    """What lies beside the head of a row, and its scores as functions of how often each group counts.
+    """The test results beside the head of a row, and its scores as functions of how often each group counts.
 
     Raises ProbeError where that is not what the card says, or does not give the scores that the row states.
     """

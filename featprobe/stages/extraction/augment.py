@@ -25,7 +25,7 @@ SMALLEST_SIDE = 1.0  # frame pixels, of a box that is an object
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """What is to be seen of an image, settled before a pixel is touched.
+    """The part of an image that is shown, decided before a pixel is read.
 
     crop: top, left, height and width, pixels. placement: of the crop in the frame. hflip, vflip: whether it is turned
     over. contrast, brightness: changes of grey levels.
@@ -97,7 +97,7 @@ def plan_view(
     how: Augmentation,
     random: np.random.Generator,
 ) -> ViewPlan:
-    """What to show of an image of (height, width), at random. Arguments as of `augment`."""
+    """Draw a random view of an image of (height, width). Arguments as of `augment`."""
     crop = choose_crop(size, labels, instances, how, random)
     placement = place_crop(crop[2:], size, recipe)
     hflip, vflip = (bool(random.random() < p) for p in (how.hflip, how.vflip))
@@ -106,7 +106,7 @@ def plan_view(
 
 
 def padding_of(recipe: FeatureRecipe, device: torch.device) -> Tensor:
-    """What padding holds: (3, 1, 1)."""
+    """The value of padding: (3, 1, 1)."""
     return torch.tensor(recipe.mean, dtype=torch.float32, device=device)[:, None, None]
 
 
@@ -136,7 +136,7 @@ def draw_labels(crop: Tensor, plan: ViewPlan, fill: int = IGNORE) -> Tensor:
 def draw_objects(instances: Sequence[Instance], size: Size, plan: ViewPlan, *, masks: bool) -> ObjectTarget:
     """The objects of an image of (height, width) as the planned view shows them, in frame pixels, on the host.
 
-    What is seen of an object is told by its mask where it has one: the box of a bent crack may be in view without it.
+    If an object has a mask, the mask decides what is seen of it: the box of a bent crack may be in view without it.
     """
     placement = plan.placement
     raw = torch.tensor([i.box_xyxy for i in instances], dtype=torch.float32).reshape(-1, 4)

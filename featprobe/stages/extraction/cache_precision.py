@@ -1,4 +1,4 @@
-"""Which precision a cache is made in: settled once, when its file is made; whoever goes on follows the file."""
+"""The precision of a cache: decided once, when its file is made; later runs follow the file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def settle_precision(
 
 
 def cache_path(folder: Path, recipe: FeatureRecipe) -> Path:
-    """Where the cache of a recipe lies in the folder of its data set.
+    """The path of the cache of a recipe in the folder of its data set.
 
     Raises CacheError for a backbone whose name would lead out of it, as a cache of others may give it.
     """

@@ -12,7 +12,7 @@ from featprobe.stages.extraction.extract_options import OF_ONE_RUN, READ_AS, Ext
 IN_COMMANDS = tuple(option.name for option in fields(ExtractOptions) if option.name not in OF_ONE_RUN)
 """Options that a command says, in this order."""
 FIRST, LAST = ("size", "levels", "fit", "intensity"), ("dtype", "precision")
-"""Where the command of a card has other places for them."""
+"""Options that the command of a card names in another order."""
 CARD_ORDER = (*FIRST, *(name for name in IN_COMMANDS if name not in (*FIRST, *LAST)), *LAST)
 
 
@@ -59,7 +59,7 @@ def command_of_card(card: Mapping[str, Any], data: str, table: Mapping[str, Any]
 
 
 def backbone_words(name: str, weights: str | None, random_init: bool, final_norm: bool | None) -> tuple[str, ...]:
-    """What names a backbone on the command line, from wherever the command is run."""
+    """The words that name a backbone on the command line, from any folder."""
     words = ["--backbone", name, *(["--weights", str(Path(weights).resolve())] if weights else [])]
     words += ["--random-init"] if random_init else []
     words += [] if final_norm is None else ["--final-norm" if final_norm else "--no-final-norm"]
@@ -67,7 +67,7 @@ def backbone_words(name: str, weights: str | None, random_init: bool, final_norm
 
 
 def option_name(name: str) -> str:
-    """What an option is called on the command line.
+    """The name of an option on the command line.
 
     >>> option_name("batch_size")
     '--batch-size'

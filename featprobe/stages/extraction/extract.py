@@ -42,7 +42,7 @@ from featprobe.stages.workspace import Workspace
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction did. seconds: load, look, run, and what `run` waited for: images, disk.
+    """The report of an extraction. seconds: load, look, run, and what `run` waited for: images, disk.
 
     On CUDA the memory that waits for the disk is held while features are computed, too: that time counts there as well.
     And how long each part of `run` would have taken with nothing to wait for: network, decoding, copying (from the
@@ -264,7 +264,7 @@ def _copy_rows(old: Cache, target: Path, rows: Sequence[Row]) -> int:
 
 
 def speed_text(report: ExtractReport) -> str:
-    """What an extraction did, for a person: counts, speed, and what waited for what."""
+    """The report of an extraction, for a person: counts, speed, and what waited for what."""
     counts = counted(report.rows, "image")
     if report.rows != report.images:
         counts = f"{counted(report.rows, 'part')} of {counted(report.images, 'image')}"
@@ -294,7 +294,7 @@ TIMED = {"network": "the backbone", "decoding": "decoding", "copying": "copying 
 
 
 def _limit_text(report: ExtractReport) -> str:
-    """Which part of an extraction was its limit, and what rate each would have with nothing to wait for."""
+    """The part of an extraction that was its limit, and the rate of each part without waiting."""
 
     def rate(part: str) -> str:
         seconds = report.seconds[part]

@@ -128,12 +128,12 @@ class ExtractOptions:
         return keeps_own_split(self.tiling, self.views or ())
 
     def check(self) -> None:
-        """Raise DataError for what can't be had together, as far as it can be told without the images."""
+        """Raise DataError for what can't be had together, as far as this is known without the images."""
         tiling, policy = self.tiling, self.policy
         if policy and policy.image and (tiling or self.views):
             raise DataError(
-                f"--intensity {policy} would stretch each tile and view of an image in another way.\n"
-                "Take a policy of the whole set (without :image), or whole images alone: --tile 0 --views none."
+                f"--intensity {policy} would stretch each tile and view of an image differently.\n"
+                "Take a policy of the whole set (without :image), or only whole images: --tile 0 --views none."
             )
         if self.size and not tiling:
             check_turns(self.views or (), self.size, self.fitted)
@@ -154,7 +154,7 @@ PARSERS: Mapping[str, Callable[[str], Any]] = {
     "size": lambda text: parse_size(text) if text else None,
     "views": parse_views,
 }
-"""Of the options that are texts on the command line, and in featprobe.toml, and values here."""
+"""Parsers of the options that are texts on the command line and in featprobe.toml, and values here."""
 OF_ONE_RUN = ("workers", "device", "shard", "quiet", "rehash")
 """Options that say how one run computes, on one machine: they are no part of a command that is to repeat it."""
 
@@ -191,7 +191,7 @@ def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[s
     """
     empty = [f"--{name.replace('_', '-')}" for name in READ_AS if given.get(name) == ""]
     if empty:
-        raise DataError(f"{' and '.join(empty)}: an empty text. Nothing was read. Write what is meant, or omit it.")
+        raise DataError(f"{' and '.join(empty)}: an empty text. Nothing was read. Give a value, or omit it.")
     described, named = given.get("images") or given.get("masks"), given.get("format")
     idle = {*(("format",) if described else ()), *(("images", "masks") if named not in (None, "pairs") else ())}
     found = {n: given.get(n) or (None if n in idle else table.get(n)) for n in READ_AS}
@@ -209,7 +209,7 @@ def check_turns(views: Sequence[str], size: Size, fit: Fit) -> None:
 
 
 def _described(entry: Mapping[str, Any]) -> str:
-    """What is wrong with the description of a set, whatever its patterns are; "" when nothing is."""
+    """The fault in the description of a set, whatever its patterns are; "" if there is none."""
     there = [name for name in ("images", "masks") if name in entry]
     if len(there) == 1:
         return f"{there[0]} without {'masks' if there == ['images'] else 'images'}, which describe a set together"
@@ -219,7 +219,7 @@ def _described(entry: Mapping[str, Any]) -> str:
 
 
 def entry_faults(entry: Mapping[str, Any], whole: Mapping[str, Any]) -> list[Fault]:
-    """What makes no sense in a DataEntry, as a table, whose values are of the right types; whole: with the others."""
+    """Faults of values in a DataEntry whose types are right, as a table; whole: with the other values."""
     parsers: Mapping[str, Callable[[str], object]] = {
         "size": parse_size,
         "intensity": Intensity.parse,
@@ -240,7 +240,7 @@ def entry_faults(entry: Mapping[str, Any], whole: Mapping[str, Any]) -> list[Fau
 
 
 def _fault(check: Callable[[], object]) -> str:
-    """What a check says is wrong; "" when nothing is."""
+    """The fault that a check finds; "" if there is none."""
     try:
         check()
     except DataError as error:

@@ -25,7 +25,7 @@ FACTS = 4  # of each image: window's lower level, factor, height and width of th
 
 @dataclass(frozen=True)
 class ImageKind:
-    """What is known of an image before it is decoded. resized: whether its frame shows it at another size."""
+    """The facts about an image before it is decoded. resized: whether its frame shows it at another size."""
 
     dtype: str
     channels: int
@@ -54,7 +54,7 @@ class Layout:
     channels: int
 
     def shape(self, frame: tuple[int, int]) -> tuple[int, int, int]:
-        """Of one image."""
+        """The shape of one image."""
         return (*frame, self.channels) if self.raw else (self.channels, *frame)
 
     def image_bytes(self, frame: tuple[int, int]) -> int:
@@ -128,7 +128,7 @@ class Framing:
         return Layout(True, dtype, channels) if raw else Layout(False, "float32", channels)
 
     def place_of(self, buffer: ImageBuffer, k: int, placement: Placement) -> NDArray[Any] | None:
-        """Where the levels of image k may be decoded to; None where they must be worked on first."""
+        """The place that the levels of image k can be decoded to; None if they need work first."""
         if not buffer.layout.raw:
             return None
         shown = buffer.levels[k, : placement.content[0], : placement.content[1]]
@@ -210,7 +210,7 @@ class Framing:
         return levels.to(number).sub_(low).mul_(factor).clamp_(0.0, 1.0).to(torch.float32)
 
     def _table(self, dtype: str) -> Tensor:
-        """What each level of an integer format becomes."""
+        """The value of each level of an integer format."""
         if dtype not in self._tables:
             every = np.arange(np.iinfo(dtype).max + 1, dtype=dtype)
             unit = to_unit(every, self.recipe.window, replace(self.recipe.policy, image=False))

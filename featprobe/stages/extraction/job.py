@@ -55,7 +55,7 @@ class Job:
         return (self.whole[self.rows[row].image_index] if self.whole else self.rows[row]).placement.original
 
     def header_of(self, row: int) -> Header:
-        """What the header of the whole image says that a row shows."""
+        """The header of the whole image that a row shows."""
         return self.surveyed.found[self.rows[row].image_index if self.whole else row].header
 
     @property
@@ -115,7 +115,7 @@ def check_disk(job: Job) -> None:
 
 
 def provenance(job: Job) -> dict[str, Any]:
-    """What a cache says of its making, for people.
+    """The origin of a cache, for people.
 
     device: on which it was begun; a file without it is older than this entry. tf32: whether TF32 was allowed there.
     """

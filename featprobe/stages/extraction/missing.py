@@ -32,8 +32,8 @@ def make_missing(
 
     data, backbones: their names; empty for what featprobe.toml names, and, of unfinished caches, for all. An unfinished
     cache is completed as it was begun. task: whose labels a data set must hold, None for any; one that does not is
-    passed over, and said. options: of extraction of a new cache, where featprobe.toml says nothing. say: told in a line
-    what is made. dry_run: that alone. Processes that compute together make a part of each cache each.
+    passed over, and said. options: of extraction of a new cache, where featprobe.toml says nothing. say: gets a
+    line for each. dry_run: only these lines. Processes that compute together make a part of each cache each.
 
     Returns the data sets and the backbones as caches call them, empty where they were, and whether caches are still
     missing. Raises FeatprobeError.
@@ -56,7 +56,7 @@ def make_missing(
     if useless and len(useless) == len(sets):
         raise ProbeError(
             f"No labels for the task {task}: {', '.join(sets)}. Nothing was extracted.\n"
-            "Where there are only masks of classes, their connected parts can serve:  --instances components"
+            "If there are only masks of classes, use their connected parts:  --instances components"
         )
     able = tuple(name for name in data if name not in useless)
     return able, tuple(labels[name] for name in backbones), dry_run and bool(lacking or begun)
@@ -160,7 +160,7 @@ def _extract(workspace: Workspace, data: DataSet, spec: BackboneSpec, how: Extra
 
 
 def caches_of(workspace: Workspace, caches: Sequence[Cache], name: str) -> list[Cache]:
-    """Those of some caches that are of the data set at a path, or else of that name."""
+    """The caches of the data set at a path, or else of the set with that name."""
     folder = workspace.cache_folder(name_of(Path(name)), Path(name)).name
     at_path = [cache for cache in caches if cache.path.parent.name == folder]
     return at_path or [cache for cache in caches if cache.data.name == name]

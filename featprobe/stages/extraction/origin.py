@@ -1,4 +1,4 @@
-"""What a cache says of its making: its backbone, how its data set was read, how its rows were put into blocks."""
+"""The origin of a cache: its backbone, how its data set was read, how its rows were put into blocks."""
 
 import shlex
 from typing import Any
@@ -10,7 +10,7 @@ from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions
 
 
 def spec_of(cache: Cache) -> BackboneSpec:
-    """What loads the network that a cache was made with; raises ProbeError where it does not say."""
+    """The description of the network that made a cache; raises ProbeError if the cache does not have it."""
     values = cache.contents.provenance.get("backbone")
     if values is None:
         raise ProbeError(f"{cache.path} does not say where its backbone comes from. Extract it again.")

@@ -55,7 +55,7 @@ def parts_of(row: Row, recipe: FeatureRecipe, multiple: int, image_index: int) -
 
 
 def _placed(part: Part, tile: Part, recipe: FeatureRecipe, multiple: int) -> Placement:
-    """Where a part lies in its frame. tile: what it is a view of, or itself."""
+    """The placement of a part in its frame. tile: the part that it is a view of, or itself."""
     if part.view.startswith("crop"):
         return place_crop(part.size, tile.size, recipe)
     if recipe.tile:

@@ -122,7 +122,7 @@ class Filler:
         Raises BackboneError where the device fails, or its memory does not hold a block, with the size that it holds;
         rows that were whole stay whole.
         """
-        size, kept = self.options.batch_size, "Rows that were whole stay whole. The same command goes on:"
+        size, kept = self.options.batch_size, "Rows that were whole stay whole. The same command continues:"
         try:
             with failing(self.device, f"{kept}  {self.job.command}"):
                 return self._fill(start, stop)

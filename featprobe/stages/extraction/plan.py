@@ -1,4 +1,4 @@
-"""What an extraction would cost, before it runs."""
+"""The cost of an extraction, before it runs."""
 
 import time
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
 
 
 def _reading(recipe: FeatureRecipe, rows: int) -> Callable[[], object]:
-    """What reading some rows of a cache that lies in memory does: it copies them, and decodes those of int8."""
+    """A function that reads rows of a cache in memory: it copies them, and decodes those of int8."""
     if recipe.dtype != "int8":
         block = np.ones(rows * recipe.row_bytes, dtype=np.uint8)
         target = np.empty_like(block)

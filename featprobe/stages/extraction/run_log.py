@@ -16,7 +16,7 @@ LARGEST_LOG = 1 << 26  # bytes
 
 
 def log_path(path: Path) -> Path:
-    """Where the log of a cache file lies."""
+    """The path of the log of a cache file."""
     return path.with_suffix(".runs.jsonl")
 
 
@@ -46,20 +46,20 @@ class Doubt:
 def tf32_doubt(path: Path) -> Doubt | None:
     """Why a cache may hold TF32 where its recipe says fp32; None where it doesn't.
 
-    Versions that kept no device in `provenance` allowed TF32 on CUDA. On which device they computed stands in the log
-    of runs beside the file, one line for each run that came to its end.
+    Versions that kept no device in `provenance` allowed TF32 on CUDA. The log of runs beside
+    the file says on which device they computed, in one line for each run that ended normally.
     """
     return doubt_of(Cache(path, read_contents(path)))
 
 
 def doubt_of(cache: Cache) -> Doubt | None:
-    """The same of a cache that is open."""
+    """The same for an open cache."""
     contents = cache.contents
     if kept := contents.provenance.get("may_hold_tf32"):
         return Doubt(str(kept), False)
     if contents.recipe.precision != "fp32" or "device" in contents.provenance:
         return None
-    runs = _told(cache.path)
+    runs = _recorded_runs(cache.path)
     on_cuda = sum(run["computed"] for run in runs if str(run["device"]).startswith("cuda"))
     if on_cuda:
         return Doubt(
@@ -67,12 +67,12 @@ def doubt_of(cache: Cache) -> Doubt | None:
         )
     unknown = int((cache.done == WHOLE).sum()) - sum(run["computed"] for run in runs)
     if unknown > 0:
-        return Doubt(f"{counted(unknown, 'row')} of which no run tells on which device it was computed", False)
+        return Doubt(f"{counted(unknown, 'row')} that no run recorded, so their device is unknown", False)
     return None
 
 
-def _told(path: Path) -> list[dict[str, Any]]:
-    """What the log tells of each run; a line that its process did not end is no run; [] without a log."""
+def _recorded_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs in the log of a cache, without lines that their process did not finish; [] without a log."""
     try:
         lines = read_regular(log_path(path), LARGEST_LOG).splitlines()
     except (OSError, FileKindError):

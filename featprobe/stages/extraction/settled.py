@@ -55,7 +55,7 @@ class Settled:
 
 
 def ask(workspace: Workspace, spec: BackboneSpec, data_name: str, options: ExtractOptions, device: str) -> Asked:
-    """What is asked of a data set, which is not read. Raises DataError where there is none of that name.
+    """Describe the request, without reading the data set. Raises DataError if no data set has that name.
 
     options: with what featprobe.toml says; device: cpu, cuda or mps.
     """
@@ -148,5 +148,5 @@ def keep(asked: Asked, cache: Cache, data: DataSet, notes: Sequence[str]) -> Non
 
 
 def look_path(path: Path) -> Path:
-    """Where it is kept what a cache is the answer to."""
+    """The path of the file that keeps the request which a cache answers."""
     return path.parent / f".{path.stem}.look"

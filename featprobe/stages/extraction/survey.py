@@ -31,7 +31,7 @@ UNREAD = Header((1, 1), 0, 1, "", False)
 
 @dataclass(frozen=True)
 class Found:
-    """What one sample's files hold; `reason` tells why it can't be used, "" when it can.
+    """The contents of one sample's files; `reason` says why it can't be used, "" if it can.
 
     copies: objects that stand there more than once.
     """
@@ -59,7 +59,7 @@ class Survey:
 
     @property
     def bad(self) -> list[Found]:
-        """What can't be used."""
+        """The samples that can't be used."""
         return [found for found in self.found if found.reason]
 
     @property
@@ -111,7 +111,7 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
 
 def skippable(error: DataError) -> DataError:
     """The error of one sample, with how to go on without it."""
-    return type(error)(f"{error}\nTo go on without what can't be used, and have it listed:  --skip-bad")
+    return type(error)(f"{error}\nTo omit what can't be used, and list it:  --skip-bad")
 
 
 def training_images(surveyed: Survey) -> list[Sample]:
@@ -129,9 +129,9 @@ def choose_intensity(surveyed: Survey, asked: Intensity | None) -> tuple[Intensi
     if len(bits) > 1:
         mixed = " and ".join(f"{b}-bit" for b in bits)
         raise DataError(
-            f"{surveyed.data.root} mixes {mixed} images: no one intensity window serves both.\n"
+            f"{surveyed.data.root} mixes {mixed} images: no single intensity window fits both.\n"
             f"  wanted  images of one depth\n  found   {pixel_notes(surveyed.headers)[0]}\n"
-            "Nothing was computed. Take the few out, or write all in one depth."
+            "Nothing was computed. Remove the few, or write all in one depth."
         )
     policy = asked or default_intensity(bits[0])
     if policy.kind == "none" and bits == [32]:
@@ -221,7 +221,7 @@ def make_rows(surveyed: Survey, recipe: FeatureRecipe, multiple: int) -> tuple[l
 
 
 def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
-    """What the cache says of its data set, with what the intensity window clips."""
+    """The facts about its data set that the cache keeps, with the share that the intensity window clips."""
     data = surveyed.data
     clipped = clipped_share(surveyed, recipe.window)
     notes = [*data.notes, *pixel_notes(surveyed.headers)]

@@ -65,7 +65,7 @@ class _Again(ABC):
 
     @abstractmethod
     def work(self) -> Path | None:
-        """What it does; returns the cache that it made, if any."""
+        """Do the work of the job; returns the cache that it made, if any."""
 
     def __call__(self) -> None:
         import submitit
@@ -82,7 +82,7 @@ class _Again(ABC):
         write_whole(answer, json.dumps({"ended": "success", "cache": made and str(made.resolve()), "reason": ""}))
 
     def checkpoint(self) -> Any:
-        """What submitit puts into the queue in the place of the job that is stopped."""
+        """The job that submitit puts into the queue instead of the job that is stopped."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -237,7 +237,7 @@ def parameters(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _executor(folder: Path, slurm: Mapping[str, Any]) -> Any:
-    """What hands jobs to SLURM."""
+    """The executor that hands jobs to SLURM."""
     try:
         import submitit
     except ImportError as error:
@@ -308,7 +308,7 @@ def _made(workspace: Workspace, extraction: str) -> Cache:
 
 
 def _answer(workspace: Workspace, job: str) -> dict[str, Any]:
-    """What a job said in the end, see `_Again`; empty where it said nothing. Raises FeatprobeError."""
+    """The last report of a job, see `_Again`; empty if it reported nothing. Raises FeatprobeError."""
     path = _path(workspace, job, "answer.json")
     try:
         found = read_json(path, LONGEST_ANSWER)
@@ -331,5 +331,5 @@ def _reason(workspace: Workspace, job: str) -> str:
 def _path(workspace: Workspace, job: str, end: str) -> Path:
     """A file of a job. Raises FeatprobeError for a name that is no job's."""
     if not JOB.fullmatch(job):
-        raise FeatprobeError(f"{job[:80]!r} is no job. wanted: SLURM's number, as 12 or 12_3.")
+        raise FeatprobeError(f"{job[:80]!r} is not a job. wanted: SLURM's number, as 12 or 12_3.")
     return workspace.root.resolve() / JOBS / f"{job}_0_{end}"

@@ -13,7 +13,7 @@ from featprobe.stages.workspace import Workspace
 
 @dataclass(frozen=True)
 class StudyAnswer:
-    """What became of a study.
+    """The result of a study.
 
     report: its trainings. comparison: of the results that they have; None where there are none yet. submitted, queued:
     how many trainings were handed to a cluster now, and how many were in its queue; None where the study ran here.

@@ -13,7 +13,7 @@ from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.geometry import parse_size
 from featprobe.io.disk import read_toml
-from featprobe.io.fields import Fault, letter, wrong
+from featprobe.io.fields import Fault, message, wrong
 from featprobe.io.fields import Place as KeyPath
 from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.machine import minutes_text
@@ -36,7 +36,7 @@ from featprobe.tiling import parse_views
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file asks for; each list is one side of the grid.
+    """The contents of a study file; each list is one side of the grid.
 
     heads: of any task; empty for each task's default. sizes, tiles, views: () for what featprobe.toml says of each data
     set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
@@ -68,7 +68,7 @@ class Study:
 
     @property
     def choice(self) -> SplitChoice:
-        """What `split` says; raises DataError for what is no split."""
+        """The parsed `split`; raises DataError for a text that is not a split."""
         return SplitChoice.parse(self.split)
 
     def kinds(self, task: str) -> list[str]:
@@ -179,7 +179,7 @@ def read_study(path: Path, workspace: Workspace) -> Study:
         faults += _untrainable(study, workspace, wrong_keys)
     if faults:
         to_do = "Correct it, then run the same command again. All keys and what they mean:  featprobe study --template"
-        raise DataError(letter(f"{path} can't be run. Nothing was computed.", faults, to_do))
+        raise DataError(message(f"{path} can't be run. Nothing was computed.", faults, to_do))
     return study
 
 
@@ -250,7 +250,7 @@ def _wrong_settings(place: KeyPath, make: Callable[..., object], settings: Mappi
 
 
 def _refusal(check: Callable[[], object]) -> str:
-    """What a check says is wrong, in one line; "" when nothing is."""
+    """The fault that a check finds, in one line; "" if there is none."""
     try:
         check()
     except FeatprobeError as error:
@@ -264,7 +264,7 @@ OF_CACHES = {"data", "sizes", "tiles", "overlap", "empty_tiles", "views"}
 
 
 def _untrainable(study: Study, workspace: Workspace, bad: Collection[str]) -> list[Fault]:
-    """What can't be had together, of keys that are right by themselves. bad: keys that are not, and are omitted."""
+    """Faults of keys that are right alone but exclude each other. bad: keys that are wrong alone, and are omitted."""
     found = []
     if OF_TRAININGS.isdisjoint(bad):
         grid = itertools.product(study.tasks, study.regimes)
@@ -312,7 +312,7 @@ def _why_not(study: Study, place: Place, regime: str) -> str:
 
 
 def left_out(study: Study, workspace: Workspace) -> list[str]:
-    """Which parts of the grid are not trained, and why."""
+    """The parts of the grid that are not trained, and why."""
     pairs = itertools.product(places_of(study, workspace), study.regimes)
     return list(dict.fromkeys(filter(None, (_why_not(study, place, regime) for place, regime in pairs))))
 

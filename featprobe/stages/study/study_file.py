@@ -1,4 +1,4 @@
-"""What a study file may hold: keys, types, limits and meanings; the template and the JSON schema are made from them."""
+"""Contents of a study file: keys, types, limits and meanings. The template and the JSON schema come from them."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -89,7 +89,7 @@ SAID_OF_TUNING: Mapping[str, str] = {
     "init_head": "A saved head to start from. Omitted: none.",
     "workers": "Threads that decode images. Omitted: one per usable core, at most 16.",
 }
-"""What each key means."""
+"""The meaning of each key."""
 EXAMPLES: Mapping[str, Any] = {
     "data": ["surface"],
     "backbones": ["embedded"],
@@ -169,7 +169,7 @@ def template(study: type) -> str:
     whole = schema(study)
     lines = [
         "# A study:  featprobe study FILE.toml --dry-run",
-        "# After a # stands the default of a key, or an example: then the text says what holds without it.",
+        "# A # is followed by the default of a key, or by an example; then the text says what applies without it.",
         "",
     ]
     sections = []

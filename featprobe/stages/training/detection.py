@@ -82,7 +82,7 @@ class Detection:
         return tuple(instance for instance in found if instance.category > 0)
 
     def truth_of(self, row: int) -> Truth:
-        """What augmented views of a row are labelled from."""
+        """The objects of a cache row, before augmentation."""
         return None, self.instances(row)
 
     def fixed(self, head: ObjectHead) -> bool:

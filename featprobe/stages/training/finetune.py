@@ -60,7 +60,7 @@ class Missing:
         return self.partition.source.path, self.partition.choice, self.task, self.options, self.fraction
 
     def ladder(self, workspace: Workspace) -> Ladder | None:
-        """What finds its iterations; None where they are given."""
+        """The ladder that finds its iterations; None if they are given."""
         if not self.options.climbs(self.fraction):
             return None
         return Ladder(workspace, self.partition, self.task, self.options, self.fraction)
@@ -99,7 +99,7 @@ def finetune(
             how = extraction(options)
             data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
             if lacking:
-                say("what is trained on them is listed once they are there")
+                say("their trainings are listed once they exist")
                 return ProbeReport((), (), ())
         return _finetune(workspace, task, data, backbones, options, say, dry_run)
 
@@ -188,7 +188,7 @@ def _asked_for(
 
 
 def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[list[Missing], list[str]]:
-    """What frozen results have no counterpart of in the regime that is asked for; raises ProbeError for none at all.
+    """The counterparts that frozen results lack in the regime of `options`; raises ProbeError if none is lacking.
 
     Of several frozen results of one kind the last counts. Where images are augmented anew, stored views make no kind of
     their own if the cache without them is here.
@@ -251,7 +251,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
 
 
 def counterpart_of(row: ResultRow, climbs: bool = False) -> tuple[Any, ...]:
-    """What a result and its counterparts in other regimes agree in. Each regime has a ladder of its own.
+    """The values in which a result and its counterparts in other regimes agree. Each regime has its own ladder.
 
     climbs: whether iterations are looked for, also where the row's own were given.
     """

@@ -29,7 +29,7 @@ class Forecast:
     evaluation: float
 
     def seconds(self, recipe: TrainRecipe) -> float:
-        """Of a whole training."""
+        """Seconds of a whole training."""
         return self.iteration * recipe.iterations + self.evaluation * len(evaluation_points(recipe))
 
 

@@ -37,7 +37,7 @@ class Encoded:
 
 
 class LabelShelf:
-    """What has been decoded of one cache: its objects, and of its masks as much as MEMORY_SHARE of the memory holds."""
+    """The decoded labels of one cache: its objects, and as many masks as MEMORY_SHARE of the memory holds."""
 
     def __init__(self) -> None:
         self.left = int(MEMORY_SHARE * available_memory() / count())  # bytes
@@ -103,7 +103,7 @@ class LabelShelf:
 
 
 def shelf_of(cache: Cache) -> LabelShelf:
-    """What has been decoded of a cache; that of any other cache is forgotten."""
+    """The decoded labels of a cache; those of any other cache are dropped."""
     if cache not in _shelves:
         _shelves.clear()
         _shelves[cache] = LabelShelf()
@@ -141,7 +141,7 @@ def _framed(cache: Cache, rows: Rows, places: Rows, stride: int) -> Iterator[tup
 
 
 def _each(read: Callable[[int], T], indices: Sequence[int]) -> list[T]:
-    """What is read of each row or image, by several threads where there are cores for them."""
+    """Read each row or image, in several threads if there are cores for them."""
     threads = min(usable_cores() // count(), len(indices) // 2) if len(indices) > 3 else 1
     if threads < 2:
         return [read(index) for index in indices]

@@ -179,7 +179,7 @@ class Ladder:
             raise ProbeError(f"{self.title}: validation has no score at any rung. Give a number:  --iterations N")
 
     def cost_text(self) -> str:
-        """What climbing on from the rungs that are known will cost, for a person."""
+        """The cost of further rungs beyond those that are known, for a person."""
         scores = self.scores()
         left = [rung for rung in self.rungs if rung not in scores]
         seconds = [len(self._seeds()) * self.forecast.seconds(self._recipe(rung)) for rung in left]
@@ -293,7 +293,7 @@ class Ladder:
         return replace(self.options.recipe, iterations=rung)
 
     def training(self, rung: int, seeds: tuple[int, ...]) -> Training:
-        """Of some seeds of a rung."""
+        """The training of some seeds at a rung."""
         options = replace(self.options, recipe=self._recipe(rung), budget="fixed", log=(), show=0)
         return Training(self.workspace, self.partition, self.task, options, seeds, self.fraction)
 

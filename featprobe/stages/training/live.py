@@ -75,7 +75,7 @@ class Raw:
 
 
 class _RowImages:
-    """What the rows of a cache show of their images, which are checked to be those that it was made from."""
+    """The parts of their images that the rows of a cache show; the images are compared with those it was made from."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -265,7 +265,7 @@ class LiveFeatures:
 
     @property
     def _framer(self) -> Framing:
-        """What draws views on the device; only a device that does so meets raw images."""
+        """The framing that draws views on the device; only a device that does so gets raw images."""
         assert self.framing is not None
         return self.framing
 

@@ -18,7 +18,7 @@ PROJECT = "featprobe"  # of runs in Weights & Biases
 
 
 class Log(Protocol):
-    """Where the curves of one head go."""
+    """The destination of the curves of one head."""
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add values of a step to their curves; steps come in order."""

@@ -149,7 +149,7 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
         raise ProbeError(f"{options.seeds} seeds can't be trained. wanted: --seeds 1 or more.")
     wrong = [f for f in options.fractions if not 0 < f <= 1]
     if wrong or not options.fractions:
-        raise ProbeError(f"{wrong or 'nothing'} is no fraction of the training split. wanted: 0 < F <= 1.")
+        raise ProbeError(f"{wrong or 'nothing'} is not a fraction of the training split. wanted: 0 < F <= 1.")
     return replace(options, head=head, recipe=recipe)
 
 
@@ -218,7 +218,7 @@ def find_caches(
         raise ProbeError(
             f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
             "semseg and instseg need masks in the data set's files, detect needs boxes or objects with "
-            "masks. Where there are only masks of classes, their connected parts can serve:\n"
+            "masks. If there are only masks of classes, use their connected parts:\n"
             "  featprobe probe … --instances components"
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
@@ -248,7 +248,7 @@ def left_aside(error: CacheIncompleteError) -> str:
 
 
 def notes_of(cache: Cache, task: str, choice: SplitChoice) -> list[str]:
-    """What a cache says of its data, less what another split mends, of its split, and the rows it can't use."""
+    """Notes of a cache: on its data, without those that another split makes void, its split and unusable rows."""
     notes = [note for note in cache.data.notes if choice.by == "own" or "split" not in note]
     notes += split_notes(cache, choice)
     count = len(cache.images)

@@ -21,7 +21,7 @@ OF_THE_MACHINE = ("workers", "checkpointing", "compile")
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is done with images and a live backbone; see `featprobe finetune --help` for each.
+    """The treatment of images and a live backbone; see `featprobe finetune --help` for each.
 
     regime: "full" trains the backbone too; "frozen-online" does not, so that augmentation alone tells it from the
     frozen regime. backbone_lr: the backbone's learning rate, as a multiple of the head's. clip: largest L2 norm of the
@@ -128,12 +128,12 @@ class ProbeOptions:
 
     @cached_property
     def choice(self) -> SplitChoice:
-        """What `split` says; raises DataError for what is no split."""
+        """The parsed `split`; raises DataError for a text that is not a split."""
         return SplitChoice.parse(self.split)
 
     @property
     def regime(self) -> Regime:
-        """What moves, and what is looked at."""
+        """The part that is trained, and the input: features or images."""
         return self.tuning.regime if self.tuning else "frozen"
 
     def seeds_at(self, fraction: float) -> int:

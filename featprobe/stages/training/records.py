@@ -1,4 +1,4 @@
-"""What is written of a trained head: its result row, its card, its curves. Formats: probes/README.md."""
+"""The records of a trained head: its result row, its card, its curves. Formats: probes/README.md."""
 
 import platform
 import time

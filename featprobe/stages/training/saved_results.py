@@ -21,7 +21,7 @@ UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError,
     MemoryError, OverflowError, zipfile.BadZipFile, zlib.error, FileKindError,
 )  # fmt: skip
-"""What is raised by files beside a head that are none of ours."""
+"""Errors that files beside a head raise which featprobe did not write."""
 
 
 def card_beside(probes: Path, row: ResultRow, *, hashes: bool = False) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def card_beside(probes: Path, row: ResultRow, *, hashes: bool = False) -> dict[s
 
 
 def damaged(row: ResultRow, reason: str) -> ProbeError:
-    """That a row has no sound head any more, why, and the command that trains it again."""
+    """The error that a row has no sound head any more, with the reason and the command that trains it again."""
     again = f" Train it again:  {again_command(row)}" if row.is_known else ""
     return ProbeError(f"{reason.rstrip('.')}.{again}")
 
@@ -72,7 +72,7 @@ def _beside(row: ResultRow) -> tuple[str, ...]:
 
 
 def _unreadable(folder: Path, row: ResultRow) -> str:
-    """What can't be read of what lies beside a head of an older featprobe, whose card does not say; "" for nothing."""
+    """The unreadable part of the files beside a head of an older featprobe, whose card omits them; "" for none."""
     for name in _beside(row):
         try:
             (data,) = read_files(folder, {}, [name])

@@ -72,7 +72,7 @@ class Segmentation:
         self._truths = _DeviceMasks(cache, device)
 
     def truth_of(self, row: int) -> Truth:
-        """What augmented views of a row are labelled from."""
+        """The mask of a cache row, before augmentation."""
         return self.cache.semantic(row), None
 
     def start(self, heads: Sequence[DenseHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:

@@ -1,4 +1,4 @@
-"""What heads are trained for, and on: the contracts of tasks and of feature sources, and what scoring a head gives."""
+"""The contracts of tasks and of feature sources, and the result of scoring a head."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Outcome:
 
 
 class Source(Protocol):
-    """What gives features of a cache's rows: `cache.reader.FeatureLoader`, or `LiveFeatures`."""
+    """A source of the features of a cache's rows: `cache.reader.FeatureLoader`, or `LiveFeatures`."""
 
     @property
     def backbone(self) -> "Backbone | None":
@@ -53,7 +53,7 @@ class Source(Protocol):
         """(rows, their features) for each array of row indices, for scoring. A batch is valid until the next."""
 
     def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Rows | Views, Features]]:
-        """What a training takes, see `probes.train.TrainingFeed`: of several processes each gets its part of a batch.
+        """The feed of a training, see `probes.train.TrainingFeed`: each of several processes gets its part of a batch.
 
         first: the number of the first batch, from which augmentation draws.
         """

@@ -34,7 +34,7 @@ from featprobe.stages.extraction.settled import look_path
 
 
 def list_cache(path: Path) -> dict[str, Any]:
-    """What a list of caches shows of one, from its header and the states of its rows. Raises CacheError."""
+    """The line of a list of caches, from the header of a file and the states of its rows. Raises CacheError."""
     recipe, done, version = read_states(path)
     return {
         "path": str(path),
@@ -47,7 +47,7 @@ def list_cache(path: Path) -> dict[str, Any]:
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
-    """What a cache file holds, as plain values."""
+    """The contents of a cache file, as plain values."""
     cache = Cache(path, read_contents(path))
     done = cache.done
     return {
@@ -167,8 +167,8 @@ def _copy_whole(old: Cache, target: Path, quiet: bool) -> list[str]:
 
 def _damaged(path: Path, what: str, command: str) -> CacheError:
     return CacheError(
-        f"{path} is damaged: {what}.\nNothing was changed. See what is bad, and have it marked as missing:  "
-        f"featprobe cache verify FILE\nThen upgrade the file, and mend it from the images:  {command}"
+        f"{path} is damaged: {what}.\nNothing was changed. List what is bad, and mark it as missing:  "
+        f"featprobe cache verify FILE\nThen upgrade the file, and repair it from the images:  {command}"
     )
 
 

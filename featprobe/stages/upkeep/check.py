@@ -1,4 +1,4 @@
-"""What would spoil a study on a data set: leaks, copies, files and labels that can't be used; its balance."""
+"""Find what would spoil a study on a data set: leaks, copies, unusable files and labels; and its balance."""
 
 import tempfile
 from collections import Counter, defaultdict
@@ -35,13 +35,13 @@ FAULTS: Mapping[str, str] = {
     "out_of_image": "images have a box or a polygon that is empty or leaves the image",
     "bad_labels": "images have labels that can't be used",
 }
-"""What can be wrong with one sample, and how a finding says it of several."""
+"""Faults that one sample can have, and how a finding names several."""
 SHOWN = 12  # images, and pairs of copies, on a page's sheets
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What the files of one sample hold. fault: one of FAULTS, "" when there is none; reason: its first error.
+    """The contents of one sample's files. fault: one of FAULTS, "" if there is none; reason: its first error.
 
     pixels: (classes,) how many pixels each has, None without masks; objects: class and box side lengths (width,
     height) in pixels, crowds left out; own_objects: whether they are the set's, not connected components of its masks;

@@ -31,7 +31,7 @@ Annotation = dict[str, Any]
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written. images, annotations: by split."""
+    """The written data set. images, annotations: counts by split."""
 
     path: Path
     images: dict[str, int]

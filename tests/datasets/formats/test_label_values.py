@@ -580,7 +580,7 @@ def test_all_that_is_wrong_in_a_configuration_is_said_at_once(tmp_path: Path) ->
         "data.x.tile: wanted a whole number, found true",
         "data.x.spit_file: unknown. Did you mean split_file?",
         "data.y.size: '64' is not a size",
-        "data.y.views: 'sideways' are no views",
+        "data.y.views: 'sideways' is not a list of views",
         'backbones.z.random_init: wanted true or false, found "true"',
     ):
         assert part in said, part

@@ -322,7 +322,7 @@ def test_rows_that_can_not_be_used_are_listed_with_the_reason(told: Told) -> Non
                  "written again since", "gives miou_foreground"):  # fmt: skip
         assert sum(said in reason for reason in reasons) == 1, (said, reasons)
     assert len(reasons) == 5
-    for said in ("is torn", "is of version 99", "is no JSON object", "(ancient): it holds no regime"):
+    for said in ("is torn", "is of version 99", "is not a JSON object", "(ancient): it holds no regime"):
         assert sum(said in note for note in report.notes) == 1
     page = report.files[0].read_text()
     assert all(item.folder in page for item in report.unusable) and "version 99" in page

@@ -197,4 +197,4 @@ def test_cache_info_says_what_may_hold_tf32(data, tmp_path):
     shown = info(tmp_path, path)
     assert "fp32; may hold TF32: 4 rows computed on CUDA by featprobe" in shown
     as_older(path)
-    assert "6 rows of which no run tells on which device" in info(tmp_path, path)
+    assert "6 rows that no run recorded" in info(tmp_path, path)

@@ -315,7 +315,7 @@ def test_views_and_thinned_tiles_are_left_out_of_another_split(workspace: Worksp
         ("overlap = 4", "overlap = 32", "tiles of 32 pixels that overlap by 32"),
         ("overlap = 4", "overlap = [4]", "overlap: wanted a whole number, found [4]"),
         ("empty_tiles = 0.5", "empty_tiles = 1.5", "empty_tiles: wanted 1 or less, found 1.5"),
-        ('"none", ', '"sideways", ', "'sideways' are no views"),
+        ('"none", ', '"sideways", ', "'sideways' is not a list of views"),
         ('"none", ', "3, ", "views[0]: wanted a text, found 3"),
         ('"32x32"]\n', '"32x64"]\n', "The view rot90 would be stretched to 32x64"),
         ('"32x32"', "32", "sizes[0]: wanted a text, found 32"),
