@@ -124,7 +124,7 @@ def _exact(workspace: Workspace, cache: Cache) -> Cache:
                 return found
     command = cache.contents.command.replace("--dtype int8", "--dtype fp16")
     raise CacheError(
-        f"{cache.path} holds int8 alone, which can't show what that has cost.\n"
+        f"{cache.path} holds only int8, so the cost of int8 can't be measured with it.\n"
         "  wanted  a cache of the same features in fp16 or fp32, in this workspace\n"
         f"Nothing was computed. Make one, then run the same command again:  {command}"
     )
