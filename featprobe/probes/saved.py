@@ -115,7 +115,9 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool 
             raise ProbeError(f"{folder} holds a head that can't be built. {error}") from error
         head.load_state_dict(tensors, strict=True)
     except UNREADABLE as error:
-        raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
+        raise ProbeError(
+            f"{folder} holds no saved head that can be read: {type(error).__name__}: {str(error).rstrip('.')}."
+        ) from error
     if recipe is not None:
         check_fingerprint(folder, card["fingerprint"], recipe)
     return head.eval(), card
@@ -137,7 +139,9 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ProbeError(_no_card(folder)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:
-        raise ProbeError(f"{folder} holds no saved head that can be read: {type(error).__name__}: {error}.") from error
+        raise ProbeError(
+            f"{folder} holds no saved head that can be read: {type(error).__name__}: {str(error).rstrip('.')}."
+        ) from error
     faults = card_faults(card, whole=whole)
     if faults:
         what = f"{folder}/card.json is not a card that this featprobe can use. Nothing was computed."

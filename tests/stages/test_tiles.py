@@ -780,5 +780,5 @@ def test_the_configuration_says_what_the_caller_leaves_open(own: dict[str, Any],
 
 @pytest.mark.parametrize("text", ["sideways", "crop", "crop:0", "hflip,hflip", "crop:2,crop:3", ","])
 def test_unknown_views_are_refused(text: str) -> None:
-    with pytest.raises(DataError, match="no views"):
+    with pytest.raises(DataError, match="is not a list of views"):
         parse_views(text)

@@ -125,7 +125,7 @@ def test_no_pipe_is_waited_for_and_no_link_is_written_through(tmp_path: Path) ->
     (tmp_path / "link").symlink_to(tmp_path / "aim")
     (tmp_path / "aim").write_bytes(b"")
     for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
-        with pytest.raises(FileKindError, match="no regular file"):
+        with pytest.raises(FileKindError, match="not a regular file"):
             open_regular(path)
     for path in (tmp_path / "fifo", tmp_path / "link"):
         with pytest.raises((FileKindError, DiskError)):
@@ -282,7 +282,7 @@ def test_jobs_answer_in_json_and_nothing_of_theirs_is_unpickled(tmp_path: Path) 
     with pytest.raises(FileKindError, match="not below"):
         cluster._made(workspace, "3_4")
     for job in ("../1", "1_0_0", "", "1\n", "x"):
-        with pytest.raises(FeatprobeError, match="is no job"):
+        with pytest.raises(FeatprobeError, match="is not a job"):
             cluster._reason(workspace, job)
         append_row(tmp_path / "jobs" / "jobs.jsonl", {"what": f"of {job!r}", "job": job})
     append_row(tmp_path / "jobs" / "jobs.jsonl", {"what": ["x"], "job": "1"})

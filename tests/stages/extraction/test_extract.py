@@ -410,7 +410,7 @@ BAD = [(truncate, "truncated or damaged"), (empty, "empty file"), (wrong_mask, "
 @pytest.mark.parametrize(("spoil", "reason"), BAD)
 def test_a_bad_image_stops_extraction_by_name(data, tmp_path, spoil, reason):
     spoil(data, "part03.png")
-    with pytest.raises(DataError, match=rf"(?s)part03\.png .*{reason}.*go on without .*--skip-bad"):
+    with pytest.raises(DataError, match=rf"(?s)part03\.png .*{reason}.*To omit what .*--skip-bad"):
         extract(tmp_path, data)
 
 

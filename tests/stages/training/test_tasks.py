@@ -219,7 +219,7 @@ def test_every_head_has_three_seeds_but_one_that_is_the_same_for_all(dense: Work
 def test_the_predicted_time_is_told_before_training(dense: Workspace) -> None:
     said: list[str] = []
     probe(dense, "detect", options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True), say=said.append)
-    assert len(said) == 1 and "6 iterations, about" in said[0] and said[0].endswith(f"min on {pick_device(None)}")
+    assert len(said) == 1 and said[0].endswith(f"6 iterations, under a minute on {pick_device(None)}")
 
 
 def test_a_batch_that_the_memory_does_not_hold_names_one_that_fits(
@@ -541,7 +541,7 @@ def test_predict_takes_folders_keeps_names_apart_and_goes_on_past_bad_images(
     predict(workspace.probes / rows["detect"]["folder"], [scans], tmp_path / "fourth", quiet=True)
     written = json.loads((tmp_path / "fourth" / "predictions.json").read_text())
     assert [image["file_name"] for image in written["images"]] == ["a.png", "a.tif", "left/a.png"]
-    with pytest.raises(DataError, match="no image and no folder"):
+    with pytest.raises(DataError, match="no image or folder"):
         find_images([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="would both be written as a"):
         find_images([scans / "a.png", scans / "left" / "a.png"])
