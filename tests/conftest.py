@@ -17,7 +17,8 @@ SEED = 20
 STARTED = pytest.StashKey[float]()
 
 HERE = Path(__file__).parent
-FOLDERS = [Path(folder) for folder, *_ in os.walk(HERE) if not {"archives", "__pycache__"} & {*Path(folder).parts}]
+ASIDE = {"archives", "golden", "__pycache__"}  # folders of files, not of tests
+FOLDERS = [Path(folder) for folder, *_ in os.walk(HERE) if not ASIDE & {*Path(folder).relative_to(HERE).parts}]
 sys.path[:0] = map(str, [*FOLDERS, HERE.parent / "benchmarks"])  # tests share the sets and harnesses of others
 settings.register_profile("named", derandomize=True, print_blob=True)  # the examples follow from the test itself
 settings.load_profile("named")
