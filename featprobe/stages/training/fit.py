@@ -15,11 +15,11 @@ from featprobe.probes import CurvePoint, kept_point, parameter_count, train
 from featprobe.probes.saved import Checkpoint
 from featprobe.processes import from_main, is_main
 from featprobe.specs import digest
+from featprobe.stages.tasks.solve import Solution
+from featprobe.stages.tasks.task import Source
 from featprobe.stages.training.forecast import Forecast, forecast_text, foresee
 from featprobe.stages.training.logs import Recorder
 from featprobe.stages.training.prepared import Prepared, Trial, keep_on_device, placed, tuned
-from featprobe.stages.training.solve import Solution
-from featprobe.stages.training.task import Source
 from featprobe.stages.training.training import Training
 
 Say = Callable[[str], None]

@@ -26,12 +26,12 @@ from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.memory import Portions, fitting
 from featprobe.stages.partition import training_subset
 from featprobe.stages.row_images import rows_showing
-from featprobe.stages.training.detection import Detection
-from featprobe.stages.training.labels import shelf_of
+from featprobe.stages.tasks.detection import Detection
+from featprobe.stages.tasks.labels import shelf_of
+from featprobe.stages.tasks.segmentation import Segmentation
+from featprobe.stages.tasks.solve import Solution, solve
+from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Source, Task
 from featprobe.stages.training.live import LiveFeatures
-from featprobe.stages.training.segmentation import Segmentation
-from featprobe.stages.training.solve import Solution, solve
-from featprobe.stages.training.task import EVALUATION_BATCH, Outcome, Source, Task
 from featprobe.stages.training.training import Training
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from featprobe.result_rows import (
 )
 from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.row_images import images_of
+from featprobe.stages.tasks.task import Outcome
 from featprobe.stages.training.fit import Fitted, kept
 from featprobe.stages.training.prepared import Prepared
-from featprobe.stages.training.task import Outcome
 
 WEIGHTS = {"best": "best validation", "end": "end of training"}
 

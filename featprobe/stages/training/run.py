@@ -16,11 +16,11 @@ from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import CacheDtype
 from featprobe.stages.extraction.run_log import extraction_seconds
 from featprobe.stages.row_images import images_of, rows_showing
+from featprobe.stages.tasks.task import Outcome, Source, spread_over
 from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
 from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
 from featprobe.stages.training.records import card_of, curve_json, row_of
-from featprobe.stages.training.task import Outcome, Source, spread_over
 from featprobe.stages.training.training import Training
 
 

@@ -11,8 +11,8 @@ from featprobe.levels import FeatureLevel
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.specs import Rows
 from featprobe.stages.memory import Batches
-from featprobe.stages.training.segmentation import Segmentation
-from featprobe.stages.training.task import evaluation_batches
+from featprobe.stages.tasks.segmentation import Segmentation
+from featprobe.stages.tasks.task import evaluation_batches
 
 MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
 

@@ -36,9 +36,9 @@ from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
-from featprobe.stages.training.labels import encode, shelf_of
+from featprobe.stages.tasks.labels import encode, shelf_of
+from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth, Views
-from featprobe.stages.training.task import Batch, Draw, Outcome, evaluation_batches, scored_here
 from featprobe.targets import Labels
 
 SENT_AT_ONCE = 64  # masks
