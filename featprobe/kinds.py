@@ -6,7 +6,7 @@ Tasks may have kinds of one name: a kind is known by its task and its name.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from featprobe.errors import ProbeError, nearest
 from featprobe.io.fields import made
@@ -14,7 +14,7 @@ from featprobe.io.fields import made
 PyramidKind = Literal["auto", "levels", "simple"]
 LOSSES = ("ce", "dice", "focal")
 MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
-FROZEN = "frozen"  # the regime of stored features
+FROZEN: Final = "frozen"  # the regime of stored features
 SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the user says nothing
 
 
@@ -83,6 +83,11 @@ class TrainRecipe:
         return made(cls, {"weights_from": "end", **values}, "A training recipe")
 
 
+NOT_TRAINED: Mapping[str, Any] = {"iterations": 1, "evaluations": 1, "weights_from": "end"}
+"""The part of a recipe that is the same for all heads that are solved."""
+SOLVED_ONCE = TrainRecipe(**NOT_TRAINED)
+
+
 @dataclass(frozen=True)
 class HeadKind:
     """A kind of head.
@@ -108,11 +113,13 @@ class HeadKind:
         """Whether it is solved in this regime, and not trained."""
         return self.solved and (regime == FROZEN or not self.live)
 
+    def recipe_in(self, regime: str) -> TrainRecipe:
+        """How it is trained in this regime; of what is solved, a recipe that stands for none."""
+        return replace(self.recipe, **NOT_TRAINED) if self.is_solved(regime) else self.recipe
+
 
 OBJECTS = TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4)
 """How heads that find objects are trained."""
-SOLVED_ONCE = TrainRecipe(iterations=1, evaluations=1, weights_from="end")
-"""What stands for the recipe of heads that are solved."""
 KINDS: Mapping[tuple[str, str], HeadKind] = {
     (kind.task, kind.name): kind
     for kind in (

@@ -1,6 +1,5 @@
 """Heads that are solved in closed form, and not trained: one pass over the training cells, a choice on validation."""
 
-
 import torch
 
 from featprobe.probes import DenseHead

@@ -9,7 +9,7 @@ from typing import Any
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
-from featprobe.kinds import TASKS
+from featprobe.kinds import FROZEN, TASKS
 from featprobe.machine import minutes_text
 from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
@@ -156,9 +156,7 @@ def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
     """The options with their defaults filled in; raises ProbeError for what can't be fine-tuned."""
     options = checked(task, options)
     if options.is_solved:
-        raise ProbeError(
-            f"{options.head} is solved on frozen features: nothing of it can be fine-tuned."
-        )
+        raise ProbeError(f"{options.head} is solved on frozen features: nothing of it can be fine-tuned.")
     if options.shared_order:
         raise ProbeError("Seeds share no pass where each has a backbone of its own. Omit --shared-order.")
     return options
@@ -207,9 +205,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         rows = [replace(row, feature_key=_without_views(row, caches)) for row in rows]
     climbs = options.budget == "auto"
     frozen = {
-        counterpart_of(row, climbs): row
-        for row in rows
-        if row.regime == FROZEN and row.is_known and row.kind.live
+        counterpart_of(row, climbs): row for row in rows if row.regime == FROZEN and row.is_known and row.kind.live
     }
     treated = (options.regime, options.tuning.augment)
     there = {
@@ -304,5 +300,5 @@ def _as_frozen(workspace: Workspace, row: ResultRow, options: ProbeOptions) -> P
         instances=row.instances,
         absent=row.absent_classes,
         fractions=(row.fraction,),
-        **row.settings,
+        **(row.settings.options() if row.settings else {}),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,25 +122,26 @@ def checkpoint_of(prepared: Prepared, index: int, *, rehearsal: bool = False) ->
 
 
 def _solve(prepared: Prepared, trials: Sequence[Trial], source: Source, solver: Callable[..., Solution]) -> Fitted:
-    """Solve for heads that are trained by no iteration: once, or for each seed where it decides; the main process does."""
-    rows, solutions, briefs = prepared.rows, list[Solution](), list[dict[str, float]]()
-    apart = trials if prepared.training.kind.drawn else trials[:1]
-    for trial in apart:
-        solved: Solution = from_main(
-            lambda trial=trial: prepared.portions.do(
-                lambda batches: solver(trial.head, trial.seed, batches, rows["train"], rows["val"]), source.batches
-            )
+    """Solve for heads that are not trained: for each where something is drawn, else once; the main process does."""
+    rows, solutions, curves = prepared.rows, list[Solution](), list[Sequence[CurvePoint]]()
+
+    def solved(trial: Trial) -> Solution:
+        found: Solution = prepared.portions.do(
+            lambda batches: solver(trial.head, trial.seed, batches, rows["train"], rows["val"]), source.batches
         )
-        trial.head.load_state_dict(solved.state)
+        return found
+
+    for trial in trials:
+        fresh = prepared.training.kind.drawn or not solutions
+        if fresh:
+            solutions.append(from_main(partial(solved, trial)))
+        trial.head.load_state_dict(solutions[-1].state)
         trial.head.eval()
-        solutions.append(solved)
-        briefs += [outcome.brief for outcome in prepared.evaluate([trial.head], source, rows["val"])]
-    for trial in trials[len(apart) :]:
-        trial.head.load_state_dict(solutions[0].state)
-        trial.head.eval()
-    places = range(len(trials)) if len(apart) == len(trials) else [0] * len(trials)
-    curves = tuple([CurvePoint(1, 0.0, briefs[place])] for place in places)
-    return Fitted(tuple(trials), curves, solutions=tuple(solutions[place].chosen for place in places))
+        if fresh:
+            brief = prepared.evaluate([trial.head], source, rows["val"])[0].brief
+        curves.append([CurvePoint(1, 0.0, brief)])
+    chosen = [solutions[min(index, len(solutions) - 1)].chosen for index in range(len(trials))]
+    return Fitted(tuple(trials), tuple(curves), solutions=tuple(chosen))
 
 
 def _train_apart(prepared: Prepared, trials: Sequence[Trial], source: Source, rehearsal: bool) -> Fitted:

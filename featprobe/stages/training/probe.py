@@ -8,7 +8,7 @@ from typing import Any
 
 from featprobe.cache import UNREADABLE, Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, counted, nearest
-from featprobe.kinds import SOLVED_ONCE, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
+from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
 from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
 from featprobe.scores import SCORES
@@ -140,8 +140,7 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
             raise ProbeError(f"{solved}: it has no --lr and no --weight-decay to try.")
         if options.budget == "auto":
             raise ProbeError(f"{solved}: it has no iterations to look for. Omit --iterations auto.")
-        once = {name: getattr(SOLVED_ONCE, name) for name in ("iterations", "evaluations", "weights_from")}
-        recipe = replace(recipe, **once)
+        recipe = replace(recipe, **NOT_TRAINED)
     _check_meaning(kind, options, recipe)
     check_logs(options.log)
     grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense

@@ -94,20 +94,22 @@ class Budget:
 class ProbeOptions:
     """How to probe; see `featprobe probe --help` for each.
 
-    head: the name of its kind, None for the task's default. kind: what that name means, filled in by `probe.checked`. recipe: None for the kind's default. lr, weight_decay: to try, all
-    combinations; empty for the recipe's. chosen_from: learning rates and weight decays that another regime chose the
-    recipe's from; they stand for the recipe's own where results are compared. budget: "fixed" for the recipe's
-    iterations, "auto" for those that a ladder around them finds, None for a ladder on parts of the training split where
-    the recipe has its kind's usual iterations, and fixed otherwise; a Budget once it is found. seeds: None for 3; of
-    the closed form 1, as all are alike, but on a part of the training split, which follows the seed. split: "own" as
-    the cache holds it, "group" for featprobe's own split by group, "stratified" for one that looks at the classes too,
-    "image" for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all
-    five folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on
-    apart. show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard",
-    "wandb" or both; it changes no result. verify: hash each row's features when they are first read, see `Cache.check`.
-    labels: what images are classified by, see `image_labels.ImageLabels`. unit: what gets a verdict: an image, or each
-    tile. false_calls: the wanted share of good units above the threshold, in [0, 1). coreset: the share of patches that
-    a memory of patches keeps. remove_position: subtract the mean map of the good training images.
+    head: the name of its kind, None for the task's default. kind: what that name means, filled in by
+    `probe.checked`. recipe: None for the kind's default. lr, weight_decay: to try, all combinations; empty for the
+    recipe's. chosen_from: learning rates and weight decays that another regime chose the recipe's from; they stand
+    for the recipe's own where results are compared. budget: "fixed" for the recipe's iterations, "auto" for those
+    that a ladder around them finds, None for a ladder on parts of the training split where the recipe has its
+    kind's usual iterations, and fixed otherwise; a Budget once it is found. seeds: None for 3; of the closed form
+    1, as all are alike, but on a part of the training split, which follows the seed. split: "own" as the cache
+    holds it, "group" for featprobe's own split by group, "stratified" for one that looks at the classes too,
+    "image" for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for
+    all five folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained
+    on apart. show: how many test images the picture sheet shows. tuning: None for the frozen regime. log:
+    "tensorboard", "wandb" or both; it changes no result. verify: hash each row's features when they are first read,
+    see `Cache.check`. labels: what images are classified by, see `image_labels.ImageLabels`. unit: what gets a
+    verdict: an image, or each tile. false_calls: the wanted share of good units above the threshold, in [0, 1).
+    coreset: the share of patches that a memory of patches keeps. remove_position: subtract the mean map of the good
+    training images.
     """
 
     head: str | None = None
