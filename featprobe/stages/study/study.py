@@ -100,8 +100,8 @@ class Study:
             task,
             ProbeOptions(
                 head=kind, recipe=recipe, lr=() if solved else self.lr,
-                weight_decay=() if solved else self.weight_decay, budget=None if solved else self.budget(own), seeds=self.seeds,
-                split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
+                weight_decay=() if solved else self.weight_decay, budget=None if solved else self.budget(own),
+                seeds=self.seeds, split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
                 verify=not self.no_verify,
             ),
         )  # fmt: skip
