@@ -35,7 +35,8 @@ class Fitted:
     trials: trained. curves: of each trial, on validation; empty for one whose loss was not finite. chosen: the place of
     each seed's best trial. solutions: of heads that were solved, what was decided for each trial. backbone: of the
     chosen trial, the tensors of the backbone that it was trained with; empty where that stayed as it was.
-    backbone_parameters: how many values of it moved. seconds_before: that were spent on the training before it was stopped, and went on.
+    backbone_parameters: how many values of it moved. seconds_before: that were spent on the training before it was
+    stopped, and went on.
     """
 
     trials: tuple[Trial, ...]
