@@ -42,7 +42,7 @@ from featprobe.stages.extraction.frames import Framing
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
-from featprobe.stages.training.detection import coco_results
+from featprobe.stages.tasks.detection import coco_results
 from featprobe.targets import Labels, decode_rle
 
 T = TypeVar("T")

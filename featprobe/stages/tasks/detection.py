@@ -26,9 +26,9 @@ from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import Objects, stitched_objects
-from featprobe.stages.training.labels import shelf_of
+from featprobe.stages.tasks.labels import shelf_of
+from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth, Views
-from featprobe.stages.training.task import Batch, Draw, Outcome, evaluation_batches, scored_here
 from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
@@ -177,6 +177,10 @@ class Detection:
             texts = self.cache.images.texts
             image |= {"file_name": texts["id"][index], "group": texts["group"][index]}
         return truth
+
+    def settle(self, heads: Sequence[ObjectHead], feed: Feed, val: Rows) -> list[str]:
+        """Nothing: what these heads find needs no threshold here."""
+        return []
 
     def panels(self, head: ObjectHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""

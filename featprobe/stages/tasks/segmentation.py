@@ -36,9 +36,9 @@ from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
-from featprobe.stages.training.labels import encode, shelf_of
+from featprobe.stages.tasks.labels import encode, shelf_of
+from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth, Views
-from featprobe.stages.training.task import Batch, Draw, Outcome, evaluation_batches, scored_here
 from featprobe.targets import Labels
 
 SENT_AT_ONCE = 64  # masks
@@ -222,6 +222,10 @@ class Segmentation:
                     done = stop
         place = {image: i for i, image in enumerate(order)}
         return found.permute(2, 0, 1, 3).cpu().numpy()[:, [place[image] for image in images.tolist()]]
+
+    def settle(self, heads: Sequence[DenseHead], feed: Feed, val: Rows) -> list[str]:
+        """Nothing: what these heads find needs no threshold here."""
+        return []
 
     def panels(self, head: DenseHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
