@@ -125,11 +125,13 @@ class ScoredImages:
         return cls(
             tuple(name for part in parts for name in part.ids),
             tuple(name for part in parts for name in part.groups),
-            *(np.concatenate([getattr(part, name) for part in parts])
-              for name in ("probabilities", "truth", "decided", "thresholds")),
+            np.concatenate([part.probabilities for part in parts]),
+            np.concatenate([part.truth for part in parts]),
+            np.concatenate([part.decided for part in parts]),
+            np.concatenate([part.thresholds for part in parts]),
             first.multi,
             first.good,
-        )  # fmt: skip
+        )
 
 
 def packed(**arrays: Any) -> bytes:
@@ -242,8 +244,8 @@ def called_of(among: NDArray[np.bool_] | None, called: NDArray[np.bool_] | None,
     """The share of some units that is called; nan where there are none, or nothing is known."""
     if among is None or called is None or not among.any():
         return no_score(groups)
-    part = np.stack([among & called, among], axis=1).astype(float)
-    return ratios(*np.hsplit(members(groups) @ part, 2), groups)
+    part, whole = (members(groups) @ own.astype(float)[:, None] for own in (among & called, among))
+    return ratios(part, whole, groups)
 
 
 def no_score(groups: Groups) -> Statistic:
