@@ -183,14 +183,15 @@ def anomaly_scores(found: ScoredAnomalies) -> dict[str, Any]:
     """Every score as a row's `test` holds it; nan for one that does not exist.
 
     confusion: images [[good and not called, called], [defect and not called, called]]; None without a threshold.
-    regions: of all images; None where no truth of pixels is known.
+    regions: of all images; None where no truth of pixels is known. per_class: empty, as there are none.
     """
     every = one_group(len(found.ids))
     scores: dict[str, Any] = {name: value_of(score(found, every)) for name, score in ANOMALY_SCORES.items()}
     confusion = None
     if found.called is not None:
         confusion = np.bincount(2 * ~found.good + found.called, minlength=4).reshape(2, 2).tolist()
-    return {**scores, "confusion": confusion, "regions": int(found.pixels.regions.sum()) if found.pixels else None}
+    regions = int(found.pixels.regions.sum()) if found.pixels else None
+    return {**scores, "per_class": {}, "confusion": confusion, "regions": regions}
 
 
 # ---- the same of whole maps ------------------------------------------------------------------------------------------
