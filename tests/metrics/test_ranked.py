@@ -253,7 +253,7 @@ def maps_of(
     for image in range(count):
         defect = np.zeros((side, side), bool)
         for _ in range(rng.integers(1, 5) if image % 2 else 0):
-            top, left, size = rng.integers(0, side, 2).tolist() + [rng.integers(1, max(2, side // 4))]
+            top, left, size = [*rng.integers(0, side, 2).tolist(), rng.integers(1, max(2, side // 4))]
             defect[top : top + size, left : left + size] = True
         maps.append((np.round(steps * (rng.random((side, side)) + 0.5 * defect)) / steps - 0.4).astype(np.float32))
         defects.append(defect)
