@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from featprobe.errors import DataError
 from featprobe.geometry import IDENTITY, MOST_PIXELS, MOST_SIDE, Fit, Size
+from featprobe.image_labels import LabelNames, tasks_served
 from featprobe.intensity import Intensity
 from featprobe.io.fields import Fault, limits, made, wrong
 from featprobe.levels import FeatureLevel
@@ -234,6 +235,7 @@ class DataInfo:
     clipped: share of annotated foreground pixels outside the intensity window, None without a window.
     category_ids: what the set's own annotations call each class but the background; empty where nothing.
     bits: of a channel of its images, 8, 16, or 32 for fractions; None where that was not kept.
+    label_names: the labels of its images as a whole; None where they have none.
     """
 
     name: str
@@ -245,6 +247,16 @@ class DataInfo:
     notes: tuple[str, ...] = field(default=())
     category_ids: tuple[int, ...] = ()
     bits: int | None = None
+    label_names: LabelNames | None = None
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """The tasks that all its labels can serve: `tasks`, and those of whole images."""
+        return tasks_served(self.tasks, self.label_names)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as caches and cards keep them; labels of images only where there are some."""
+        return {name: value for name, value in asdict(self).items() if name != "label_names" or value}
 
     @classmethod
     def from_json(cls, data: object) -> "DataInfo":
@@ -253,9 +265,10 @@ class DataInfo:
 
     def faults(self) -> list[Fault]:
         """Values that no data set has: see `from_json`."""
-        return limits({
+        own = limits({
             "classes": (1 <= len(self.classes) <= MOST_CLASSES, f"1 to {MOST_CLASSES} names", self.classes),
             "category_ids": (len(self.category_ids) in (0, len(self.classes) - 1),
                              "none, or one for each class but the background", self.category_ids),
             "bits": (self.bits is None or 1 <= self.bits <= 64, "1 to 64", self.bits),
         })  # fmt: skip
+        return own + [fault.below("label_names") for fault in (self.label_names.faults() if self.label_names else ())]

@@ -102,6 +102,11 @@ class Cache:
         """A whole image's objects in its pixels. Raises CacheError where the set has no objects."""
         return self._instances(self.images[image]) if self.recipe.in_parts else self.instances(image)
 
+    @property
+    def image_labels(self) -> NDArray[np.uint8] | None:
+        """(images, names), the labels of whole images, see `ImageTruth.values`; None where the set has none."""
+        return self.contents.image_labels
+
     def image_id(self, image: int) -> int | str:
         """The id of an image in the data set's annotation; its number, from 1 on, where `own_ids` is False."""
         return self._image_ids[image] if self.own_ids else image + 1

@@ -1,7 +1,7 @@
 """Looking after cache files: list, describe, verify, upgrade, remove."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "key": cache.recipe.key,
         "recipe": cache.recipe.to_json(),
         "kept_as": cache.recipe.kept_as,
-        "data": asdict(cache.data),
+        "data": cache.data.to_json(),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
         "may_hold_tf32": doubt.text if (doubt := doubt_of(cache)) else "",
