@@ -21,7 +21,7 @@ def features_of(seed: int, contents: list[tuple[int, int]], cells: tuple[int, in
     features = Features({LEVEL.name: m}, (cells[0] * STRIDE, cells[1] * STRIDE), torch.tensor(contents))
     share = features.valid_share(STRIDE)
     assert share is not None
-    m.masked_fill_(share[:, None] == 0, 1e6)
+    m.masked_fill_(share[:, None] == 0, 6e4)
     return features
 
 
@@ -96,7 +96,7 @@ def test_tiles_that_do_not_overlap_join_to_the_whole_image(seed: int, size: tupl
     for top in range(0, size[0], side):
         for left in range(0, size[1], side):
             content = min(side, size[0] - top), min(side, size[1] - left)
-            held = torch.full((CHANNELS, side // STRIDE, side // STRIDE), 1e6)
+            held = torch.full((CHANNELS, side // STRIDE, side // STRIDE), 6e4)
             a, b = (-(-length // STRIDE) for length in content)
             held[:, :a, :b] = whole[:, top // STRIDE : top // STRIDE + a, left // STRIDE : left // STRIDE + b]
             tiles.append(held)
