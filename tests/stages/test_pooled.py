@@ -21,10 +21,8 @@ from helpers import (
     change_header,
     extract,
     filled_cache,
-    find_file,
     flip_byte,
     opened,
-    options,
     recipe_of,
     rows_of,
     stored,
@@ -39,14 +37,11 @@ from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.cache.reader import FeatureLoader, RowReader
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FieldError, NoMapsError
-from featprobe.geometry import IDENTITY
 from featprobe.specs import FeatureRecipe
 from featprobe.stages import pooled as stage
 from featprobe.stages.extraction.plan import bytes_of
 from featprobe.stages.pooled import pooled_vectors
-from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import find_caches
-from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.upkeep.caches import describe_cache, list_cache, remove_cache
 from featprobe.stages.workspace import Workspace
 
