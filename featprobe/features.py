@@ -113,7 +113,9 @@ class Pooled:
             for name, m in self.mean.items()
         }
         maximum = {
-            name: m.new_zeros(units, m.shape[1]).index_reduce(0, index, m, "amax", include_self=False)
+            name: m.new_zeros(units, m.shape[1]).scatter_reduce(
+                0, index[:, None].expand_as(m), m, "amax", include_self=False
+            )
             for name, m in self.maximum.items()
         }
         return Pooled(mean, maximum, cells)
