@@ -317,7 +317,9 @@ def _behind_sentence(line: Line) -> str:
     if isnan(lead):
         return f"{start} can't be compared with {than}: the test split has no {label}."
     few = f" It rests on only {counted(line['groups'], 'test group')}." if line["groups"] < FEW_GROUPS else ""
-    interval = f"({_points(lead, line['low'], line['high'])})"
-    known = "" if not line["low"] <= 0 <= line["high"] else ", which these test groups do not tell from 0"
-    stands = "ahead of" if lead < 0 else "behind"
-    return f"{start} stands {number(100 * abs(lead))} points of {label} {stands} {than} {interval}{known}.{few}"
+    ends, stands = (line["low"], line["high"]), "behind"
+    if lead < 0:
+        ends, stands = (-line["high"], -line["low"]), "ahead of"
+    interval = f"95 % interval {interval_text(*ends, '+.1f')}" if not isnan(ends[0]) else interval_text(*ends)
+    level = "; these test groups do not tell it from 0" if line["low"] <= 0 <= line["high"] else ""
+    return f"{start} stands {number(100 * abs(lead))} points of {label} {stands} {than} ({interval}){level}.{few}"

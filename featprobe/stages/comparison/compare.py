@@ -113,8 +113,8 @@ def compare(
 
 
 def plain_json(report: Comparison) -> dict[str, Any]:
-    """A comparison as JSON can hold it: what is nan becomes null, paths become text."""
-    values = asdict(report)
+    """A comparison as JSON can hold it: what is nan becomes null, paths become text; `behind` only where it says."""
+    values = {name: own for name, own in asdict(report).items() if name != "behind" or own}
     for item in values["sets"]:
         item["sheets"] = [str(path) for _, path in item["sheets"]]
     return plain(values | {"files": [str(path) for path in report.files]})

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from featprobe.metrics import paired_difference
-from featprobe.report.comparison import Line
 from featprobe.specs import digest
-from featprobe.stages.comparison.differences import Table
+from featprobe.stages.comparison.differences import Line, Table
 from featprobe.stages.comparison.results import Result
 from featprobe.stages.comparison.tested import AnomalyTest, ImageTest
 
