@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 FEW_GROUPS = 20  # test groups; with fewer, every interval rests on guesses about groups that nobody has seen
-On = Literal["pixels", "boxes", "masks"]
-"""The labels that a task's scores are compared with."""
+On = Literal["pixels", "boxes", "masks", "images", "anomalies"]
+"""The labels that a task's scores are compared with: of images, their labels; of anomalies, which images are good, and
+the pixels of defects where these are known."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,13 @@ class TaskScores:
 
     @property
     def dense(self) -> bool:
-        """Whether each pixel is scored, and not each object."""
+        """Whether each pixel gets a class."""
         return self.on == "pixels"
+
+    @property
+    def objects(self) -> bool:
+        """Whether objects are found."""
+        return self.on in ("boxes", "masks")
 
 
 def at(values: Any, place: Sequence[str]) -> Any:
@@ -95,6 +101,24 @@ _BOX_AP50 = Score("box_ap50", "box AP50", ("box", "ap50"))
 _BOX_AP = Score("box_ap", "box AP", ("box", "ap"))
 _MASK_AP50 = Score("mask_ap50", "mask AP50", ("mask", "ap50"))
 _MASK_AP = Score("mask_ap", "mask AP", ("mask", "ap"))
+
+_AUROC = Score("auroc", "AUROC", ("auroc",))
+_IMAGE_AUROC = Score("image_auroc", "image AUROC", ("image_auroc",))
+_IMAGE_SCORES = (
+    _AUROC,
+    Score("average_precision", "AP", ("average_precision",)),
+    Score("balanced_accuracy", "balanced accuracy", ("balanced_accuracy",), "bal. acc."),
+    Score("macro_f1", "macro F1", ("macro_f1",)),
+    Score("recall", "recall", ("recall",)),
+)
+_ANOMALY_SCORES = (
+    _IMAGE_AUROC,
+    Score("pixel_auroc", "pixel AUROC", ("pixel_auroc",)),
+    Score("aupro", "AUPRO", ("aupro",)),
+    Score("image_f1", "image F1", ("image_f1",)),
+    Score("image_recall", "image recall", ("image_recall",)),
+)
+_FALSE_CALLS = Score("false_calls", "false calls", ("false_calls",))
 
 SCORES: Mapping[str, TaskScores] = {
     "semseg": TaskScores(
@@ -125,6 +149,22 @@ SCORES: Mapping[str, TaskScores] = {
         per_class=("AP", ("mask", "per_class")),
         resamples=1_000,
         chosen_before="mask_ap",
+    ),
+    "classify": TaskScores(
+        on="images",
+        compared=_IMAGE_SCORES,
+        shown=(*_IMAGE_SCORES, _FALSE_CALLS),
+        per_class=("AUROC", ("per_class",)),
+        resamples=10_000,
+        chosen_before="auroc",
+    ),
+    "anomaly": TaskScores(
+        on="anomalies",
+        compared=_ANOMALY_SCORES,
+        shown=(*_ANOMALY_SCORES, _FALSE_CALLS),
+        per_class=("AUROC", ("per_class",)),
+        resamples=10_000,
+        chosen_before="image_auroc",
     ),
 }
 """The scores of each task."""

@@ -241,8 +241,8 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
     from featprobe.stages.training.probe_options import ProbeOptions
 
-    kinds = kinds_of(options["task"] or TASKS[0])
-    default = KINDS.get(options["head"] or kinds[0], KINDS[kinds[0]]).recipe
+    task = options["task"] or TASKS[0]
+    default = KINDS.get((task, options["head"]), KINDS[task, kinds_of(task)[0]]).recipe
     trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at", "weights_from")
     given = {name: options[name] for name in trained if options[name] not in (None, "auto")}
     return ProbeOptions(

@@ -8,14 +8,14 @@ from torch import nn
 
 from featprobe.errors import ProbeError, nearest
 from featprobe.io.fields import Fault, limits, made
-from featprobe.kinds import KINDS, PyramidKind, kinds_of
+from featprobe.kinds import PyramidKind, kind_of
 from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.probes.fcos import FcosHead
 from featprobe.probes.head import Head
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
-from featprobe.scores import SCORES
+from featprobe.scores import SCORES, On
 from featprobe.specs import MOST_CLASSES
 
 MOST_WIDTH = 2**12  # channels, of what a card may claim
@@ -59,19 +59,23 @@ class HeadRecipe:
 Build = Callable[[Sequence[FeatureLevel], HeadRecipe], Head]
 
 
+def _width(recipe: HeadRecipe) -> int:
+    return recipe.width or kind_of(recipe.task, recipe.kind).width
+
+
 def _linear(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     return LinearHead(levels, len(recipe.classes))
 
 
 def _upsample(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
-    return UpsampleHead(levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.pyramid)
+    return UpsampleHead(levels, len(recipe.classes), _width(recipe), recipe.pyramid)
 
 
 def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     return FcosHead(
         levels,
         len(recipe.classes),
-        recipe.width or KINDS[recipe.kind].width,
+        _width(recipe),
         sides=recipe.sides,
         pyramid=recipe.pyramid,
     )
@@ -79,20 +83,19 @@ def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
 
 def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     masks = SCORES[recipe.task].on == "masks"
-    return RcnnHead(
-        levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.sides, recipe.pyramid, masks
-    )
+    return RcnnHead(levels, len(recipe.classes), _width(recipe), recipe.sides, recipe.pyramid, masks)
 
 
-BUILDERS: Mapping[str, Build] = {
-    "linear": _linear,
-    "upsample": _upsample,
-    "ridge": _linear,
-    "fcos": _fcos,
-    "fasterrcnn": _rcnn,
-    "maskrcnn": _rcnn,
+OF_IMAGES: Mapping[str, Build] = {}
+OF_ANOMALIES: Mapping[str, Build] = {}
+BUILDERS: Mapping[On, Mapping[str, Build]] = {
+    "pixels": {"linear": _linear, "upsample": _upsample, "ridge": _linear},
+    "boxes": {"fcos": _fcos, "fasterrcnn": _rcnn},
+    "masks": {"maskrcnn": _rcnn},
+    "images": OF_IMAGES,
+    "anomalies": OF_ANOMALIES,
 }
-"""Kind -> what builds it; a test compares the names with `kinds.KINDS`."""
+"""What a task is scored on -> kind -> what builds it; a test compares the names with `kinds.KINDS`."""
 
 
 def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
@@ -100,9 +103,7 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
 
     Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that does not exist.
     """
-    kinds = kinds_of(recipe.task)
-    if recipe.kind not in kinds:
-        raise ProbeError(f"There is no {recipe.task} head {recipe.kind!r}. {nearest(recipe.kind, kinds)}")
+    kind_of(recipe.task, recipe.kind)
     if len(recipe.classes) < 2:
         raise ProbeError(f"A head needs the background and at least one class. found: {list(recipe.classes)}")
     if recipe.width is not None and recipe.width < 1:
@@ -115,7 +116,7 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
             f"There is no level {error.args[0]!r} here. {nearest(error.args[0], names)}\n"
             "Extract it:  featprobe extract … --levels " + ",".join([*names, error.args[0]])
         ) from None
-    return BUILDERS[recipe.kind](chosen, recipe)
+    return BUILDERS[SCORES[recipe.task].on][recipe.kind](chosen, recipe)
 
 
 def parameter_count(head: nn.Module) -> int:

@@ -49,7 +49,7 @@ def _of_head(lines: Sequence[Line], differences: Sequence[Line]) -> list[str]:
         of_regime = [line for line in scored if line["regime"] == regime]
         if len(of_regime) > 1 or regime == regimes[0]:
             sentences += _which_backbone(of_regime, score, [d for d in differences if d["kind"] == "backbones"])
-    return sentences + ([] if KINDS[head].solved else _is_frozen_enough(scored, score, differences))
+    return sentences + ([] if not KINDS[lines[0]["task"], head].live else _is_frozen_enough(scored, score, differences))
 
 
 # ---- which backbone --------------------------------------------------------------------------------------------------

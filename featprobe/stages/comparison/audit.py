@@ -13,7 +13,7 @@ from featprobe.cache import Cache, open_cache
 from featprobe.cache.quantised import as_read
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import CacheError, ProbeError, counted
-from featprobe.kinds import KINDS, SEEDS, SOLVED, TASKS, kinds_of
+from featprobe.kinds import SEEDS, SOLVED, TASKS, kind_of, kinds_of
 from featprobe.metrics import Difference, Statistic, mean_of, paired_difference, pixel_statistic
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
@@ -163,7 +163,8 @@ def _check_range(cache: Cache, maps: Any) -> None:
 
 
 def _head_cost(workspace: Workspace, cache: Cache, head: str, options: AuditOptions, say: Say) -> HeadCost:
-    task, recipe, solved = KINDS[head].task, KINDS[head].recipe, KINDS[head].solved
+    kind = kind_of(TASKS[0], head)
+    task, recipe, solved = kind.task, kind.recipe, kind.solved
     if options.iterations and not solved:
         recipe = replace(recipe, iterations=options.iterations)
     how = checked(task, ProbeOptions(

@@ -50,7 +50,7 @@ def fields_that_differ(
     if one.model == other.model:  # levels follow the network
         fields += _differing({"levels": one.levels}, {"levels": other.levels})
     fields += _differing(_tried(one), _tried(other), bars=not regimes)
-    if all(row.trials > 1 and not row.kind.solved for row in (one, other)):
+    if all(row.trials > 1 and not row.is_solved for row in (one, other)):
         fields += _differing({"trials chosen by": one.chosen_with}, {"trials chosen by": other.chosen_with})
     if not regimes:
         fields += _differing(_treatment(one), _treatment(other))
@@ -59,7 +59,7 @@ def fields_that_differ(
 
 def _shared(row: ResultRow, head: HeadRecipe) -> dict[str, Any]:
     """The part of a recipe that is not its regime's, without the iterations."""
-    loop = {} if row.kind.solved else {k: v for k, v in asdict(row.recipe).items() if k not in OF_TRIALS}
+    loop = {} if row.is_solved else {k: v for k, v in asdict(row.recipe).items() if k not in OF_TRIALS}
     share = {"images of the share": row.subset or "one for all seeds"} if row.fraction < 1 else {}
     return {
         **{name.replace("_", " "): value for name, value in loop.items()},
@@ -74,7 +74,7 @@ def _tried(row: ResultRow) -> dict[str, Any]:
     """The trials from which one was chosen."""
     grid, own = row.chosen_from or row.grid, row.recipe
     rates = {"lr": grid.lr or (own.lr,), "weight decay": grid.weight_decay or (own.weight_decay,)}
-    return {**({} if row.kind.solved else rates), "trials": row.trials}
+    return {**({} if row.is_solved else rates), "trials": row.trials}
 
 
 def _treatment(row: ResultRow) -> dict[str, Any]:

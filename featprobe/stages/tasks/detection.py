@@ -178,6 +178,10 @@ class Detection:
             image |= {"file_name": texts["id"][index], "group": texts["group"][index]}
         return truth
 
+    def settle(self, heads: Sequence[ObjectHead], feed: Feed, val: Rows) -> list[str]:
+        """Nothing: what these heads find needs no threshold here."""
+        return []
+
     def panels(self, head: ObjectHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         for image, (objects,) in self.predictions([head], feed, rows):

@@ -223,6 +223,10 @@ class Segmentation:
         place = {image: i for i, image in enumerate(order)}
         return found.permute(2, 0, 1, 3).cpu().numpy()[:, [place[image] for image in images.tolist()]]
 
+    def settle(self, heads: Sequence[DenseHead], feed: Feed, val: Rows) -> list[str]:
+        """Nothing: what these heads find needs no threshold here."""
+        return []
+
     def panels(self, head: DenseHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         for image, (predicted,) in self.predictions([head], feed, rows):

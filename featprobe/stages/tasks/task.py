@@ -42,6 +42,18 @@ class Outcome:
     files: Mapping[str, bytes]
 
 
+@dataclass(frozen=True)
+class Solution:
+    """A head that was solved.
+
+    state: its tensors, in the host's memory. chosen: what was decided, as a result row keeps it: of ridge the strength
+    of the regularisation, what is added to the classes' logits, and how many strengths were tried.
+    """
+
+    state: dict[str, Tensor]
+    chosen: dict[str, Any]
+
+
 class Source(Protocol):
     """A source of the features of a cache's rows: `cache.reader.FeatureLoader`, or `LiveFeatures`."""
 
@@ -94,6 +106,9 @@ class Task(Protocol[H]):
 
     def evaluate(self, heads: Sequence[H], feed: Feed, rows: Rows) -> list[Outcome]:
         """Scores of each head on the images that the rows show, which several processes share out among them."""
+
+    def settle(self, heads: Sequence[H], feed: Feed, val: Rows) -> list[str]:
+        """Set what is chosen on validation for heads that are kept, before test is looked at; returns notes."""
 
     def panels(self, head: H, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""

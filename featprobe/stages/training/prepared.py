@@ -29,8 +29,8 @@ from featprobe.stages.row_images import rows_showing
 from featprobe.stages.tasks.detection import Detection
 from featprobe.stages.tasks.labels import shelf_of
 from featprobe.stages.tasks.segmentation import Segmentation
-from featprobe.stages.tasks.solve import Solution, solve
-from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Source, Task
+from featprobe.stages.tasks.solve import solve
+from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Solution, Source, Task
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.training import Training
 
@@ -108,11 +108,13 @@ def without_views(cache: Cache, rows: Rows) -> Rows:
 def _labels_of(training: Training, train: Rows) -> tuple[Task[Any], Rows, Callable[..., Solution] | None]:
     """The task, the rows that are trained on, and what solves for a head that is not trained."""
     cache, options = training.cache, training.options
+    if training.scores.on in ("images", "anomalies"):
+        raise ProbeError(f"{training.task} is in the making")
     if training.scores.dense:
         train = _part_of(training, train, lambda row: shelf_of(cache).values(cache, row))
         views = training.augmentation is not None
         dense = Segmentation(cache, train, training.recipe, training.device, options.absent, views=views)
-        return dense, train, partial(solve, dense) if training.kind.solved else None
+        return dense, train, partial(solve, dense) if training.is_solved else None
     masks = training.scores.on == "masks"
     every = Detection(cache, train, training.device, masks=masks, source=options.instances)
     if training.fraction == 1:

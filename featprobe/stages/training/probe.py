@@ -8,7 +8,7 @@ from typing import Any
 
 from featprobe.cache import UNREADABLE, Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, counted, nearest
-from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
+from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
 from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
 from featprobe.scores import SCORES
@@ -18,7 +18,7 @@ from featprobe.stages.extraction.missing import caches_of, make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
-from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.probe_options import CORESET, FALSE_CALLS, ProbeOptions
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
@@ -132,17 +132,16 @@ def show(finished: Finished, count: int, sheets: list[Path], notes: list[str]) -
 def checked(task: str, options: ProbeOptions) -> ProbeOptions:
     """The options with their defaults filled in; raises ProbeError for what can't be."""
     head = options.head or kinds_of(task)[0]
-    if head not in kinds_of(task):
-        raise ProbeError(f"There is no {task} head {head!r}. {nearest(head, kinds_of(task))}")
-    recipe = options.recipe or KINDS[head].recipe
-    if KINDS[head].solved:
+    kind = kind_of(task, head)
+    recipe = options.recipe or kind.recipe
+    if kind.is_solved(options.regime):
         solved = f"{head} is solved, not trained"
         if options.lr or options.weight_decay:
             raise ProbeError(f"{solved}: it has no --lr and no --weight-decay to try.")
         if options.budget == "auto":
             raise ProbeError(f"{solved}: it has no iterations to look for. Omit --iterations auto.")
-        recipe = replace(recipe, iterations=1, evaluations=1, weights_from="end")
-    _check_meaning(task, head, options, recipe)
+        recipe = replace(recipe, **NOT_TRAINED)
+    _check_meaning(kind, options, recipe)
     check_logs(options.log)
     grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
     if options.seeds is not None and options.seeds < 1:
@@ -150,24 +149,30 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
     wrong = [f for f in options.fractions if not 0 < f <= 1]
     if wrong or not options.fractions:
         raise ProbeError(f"{wrong or 'nothing'} is not a fraction of the training split. wanted: 0 < F <= 1.")
-    return replace(options, head=head, recipe=recipe)
+    return replace(options, head=head, kind=kind, recipe=recipe)
 
 
-def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRecipe) -> None:
+def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -> None:
     """Raise ProbeError for an option that the head would not look at."""
-    kind, is_dense = KINDS[head], SCORES[task].dense
+    scores, solved = SCORES[kind.task], kind.is_solved(options.regime)
+    is_dense, on_images = scores.dense, scores.on in ("images", "anomalies")
     dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(kind.recipe, n) for n in DENSE_ONLY}
     idle = {
         "--width": options.width is not None and not kind.width,
         "--pyramid": options.pyramid != "auto" and not kind.pyramid,
-        "--log": bool(options.log) and kind.solved,
-        "--instances": options.instances != "own" and is_dense,
+        "--log": bool(options.log) and solved,
+        "--instances": options.instances != "own" and not scores.objects,
         **{name: given and not is_dense for name, given in dense.items()},
-        **{name: dense[name] and kind.solved for name in ("--loss", "--loss-at") if is_dense},
+        **{name: dense[name] and solved for name in ("--loss", "--loss-at") if is_dense},
+        "--labels": options.labels != "own" and scores.on != "images",
+        "--unit": options.unit != "image" and not on_images,
+        "--false-calls": options.false_calls != FALSE_CALLS and not on_images,
+        "--coreset": options.coreset != CORESET and not kind.drawn,
+        "--remove-position": options.remove_position and (scores.on != "anomalies" or kind.pooled),
     }
     given = [name for name, is_idle in idle.items() if is_idle]
     if given:
-        raise ProbeError(f"{', '.join(given)} would change nothing for {task} with the head {head}. Omit it.")
+        raise ProbeError(f"{', '.join(given)} would change nothing for {kind.task} with the head {kind.name}. Omit it.")
 
 
 def find_caches(
@@ -211,9 +216,9 @@ def find_caches(
             f"{LET_IT}  --extract --backbone embedded --data xray"
         )
     served = {MASKS} if instances == "components" else {task}
-    able = [cache for cache in asked_for if served & set(cache.data.tasks)]
+    able = [cache for cache in asked_for if served & set(cache.data.serves)]
     if not able:
-        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks)}" for c in asked_for)
+        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.serves)}" for c in asked_for)
         holds = "; ".join(list(each)[:5])
         raise ProbeError(
             f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
@@ -258,7 +263,7 @@ def notes_of(cache: Cache, task: str, choice: SplitChoice) -> list[str]:
             f"split by image: {counted(count, 'image')} of {counted(groups, 'group')}, so test holds parts that "
             "training saw"
         )
-    if not SCORES[task].dense and not cache.own_ids:
+    if SCORES[task].objects and not cache.own_ids:
         notes.append("its files call several images by one id, so predictions.json counts the images from 1")
     unreadable = len(set(cache.image_of[cache.done == UNREADABLE].tolist()))
     if unreadable:

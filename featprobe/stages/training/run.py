@@ -53,8 +53,9 @@ def run(training: Training, say: Say = lambda line: None, forecast: Forecast | N
         _note_absent(prepared, trials[0].head)
         with source_of(prepared, trials[0].head) as source:
             fitted = fit(prepared, trials, source, say, forecast)
-            trained = time.perf_counter()
             sha256 = _take_backbone(source, fitted)
+            prepared.notes.extend(settle(prepared, fitted, source))
+            trained = time.perf_counter()
             outcomes = score(prepared, fitted, source)
         seconds = {
             "train": trained - begun + fitted.seconds_before,
@@ -101,6 +102,12 @@ def foreseen(training: Training) -> Forecast:
         with source_of(prepared, trials[0].head) as source:
             keep_on_device(prepared, source)
             return foresee(prepared, trials, source)
+
+
+def settle(prepared: Prepared, fitted: Fitted, source: Source) -> list[str]:
+    """Set what the chosen heads choose on validation; returns notes."""
+    heads, val = [trial.head for trial in fitted.best], prepared.rows["val"]
+    return prepared.portions.do(lambda batches: prepared.task.settle(heads, batches, val), source.batches)
 
 
 def score(prepared: Prepared, fitted: Fitted, source: Source) -> list[Outcome]:
