@@ -59,11 +59,13 @@ class Target:
     semantic: (height, width) class indices, or None where the set has no masks.
     instances: objects, or None where the set has only a semantic mask.
     image_id: the id of the image in the annotation, so that predictions can be compared with it.
+    labels: of the image as a whole, indices into the set's `LabelNames`; None where it has no such labels.
     """
 
     semantic: Labels | None
     instances: tuple[Instance, ...] | None
     image_id: int | str | None = None
+    labels: tuple[int, ...] | None = None
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def write_old(
         file.attrs["version"] = recipe.version
         file.attrs["recipe"] = json.dumps(recipe.to_json())
         file.attrs["recipe_key"] = recipe.key
-        file.attrs["data"] = json.dumps(asdict(data))
+        file.attrs["data"] = json.dumps(data.to_json())
         file.attrs["provenance"] = json.dumps(dict(provenance))
         _write_texts(file, "rows", rows)
         file["rows/original_size"] = np.array([row.placement.original for row in rows], dtype="<i4").reshape(count, 2)

@@ -14,6 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "io",
         "specs",
+        "image_labels",
         "intensity",
         "tiling",
         "splitting",

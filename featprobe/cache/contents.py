@@ -19,10 +19,21 @@ from featprobe.cache import header
 from featprobe.cache.checked_values import check_objects, data_of, provenance_of, recipe_of
 from featprobe.cache.header import FILE_VERSION, Entry, FormatFault, Index, NewerFormat, parse_json, short
 from featprobe.cache.held_file import HeldFile, Span, removal
-from featprobe.cache.layout import FREE, UNREADABLE, Extent, Shapes, most_bytes, most_texts, part_shapes, table_shapes
+from featprobe.cache.layout import (
+    FREE,
+    LABELS_PART,
+    UNREADABLE,
+    Extent,
+    Shapes,
+    most_bytes,
+    most_texts,
+    part_shapes,
+    table_shapes,
+)
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
 from featprobe.errors import CacheError
 from featprobe.geometry import IDENTITY, MOST_SIDE, TURNS
+from featprobe.image_labels import MOST_NAMES, UNKNOWN
 from featprobe.specs import DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -43,7 +54,8 @@ class Contents:
     images: the whole images whose parts the rows show, with their placement; None where each row is an image.
     damaged: names of the damaged parts, among those that are hashed when the file is opened (all but labels).
     file: the open file. labels: per part of labels, where it lies and its sha256; empty for versions 1 and 2, whose
-    labels are hashed when the file is opened.
+    labels are hashed when the file is opened. image_labels: (images, names), see `ImageTruth.values`; None where the
+    set has no labels of images.
     """
 
     index: Index
@@ -56,6 +68,7 @@ class Contents:
     damaged: tuple[str, ...]
     file: HeldFile
     labels: Mapping[str, tuple[Span, str]]
+    image_labels: NDArray[np.uint8] | None = None
 
     @property
     def version(self) -> int:
@@ -192,7 +205,7 @@ def _checked(file: HeldFile, index: Index) -> tuple[FeatureRecipe, Shapes]:
         raise FormatFault(f"the recipe's own key, {recipe.key}", short(index.recipe_key))
     if index.rows < 1 or (index.images > 0) != recipe.in_parts:
         raise FormatFault("rows, and images where rows are parts of them", f"{index.rows} and {index.images}")
-    shapes = part_shapes(recipe, index.rows, index.images)
+    shapes = part_shapes(recipe, index.rows, index.images, _label_count(index))
     shapes = {name: shape for name, shape in shapes.items() if not (old and name in SINCE_VERSION_3)}
     _check_entries(index.parts, shapes)
     _check_entries(index.tables, table_shapes(recipe, index.rows))
@@ -220,7 +233,9 @@ def _made(
     extents = {name: Extent(table.offset, table.size // index.rows, index.rows) for name, table in index.tables.items()}
     hashed = LABELS if index.version == FILE_VERSION else set()  # older files have hashes of rows alone
     labels = {n: (part, index.parts[n].sha256) for n, part in parts.items() if n in hashed and isinstance(part, Span)}
-    return Contents(index, recipe, data_of(texts["data"]), provenance, rows, images, extents, damaged, file, labels)
+    data = data_of(texts["data"])
+    own = _image_labels(data, arrays.get(LABELS_PART))
+    return Contents(index, recipe, data, provenance, rows, images, extents, damaged, file, labels, own)
 
 
 def _with_mending(contents: Contents) -> Contents:
@@ -240,6 +255,31 @@ def _of_old_identity(contents: Contents) -> Contents:
     tables = [contents.rows, *([contents.images] if contents.images else [])]
     found = old_identity(contents.recipe, contents.data, contents.extents, tables)
     return contents if found == contents.identity_sha256 else replace(contents, damaged=("identity",))
+
+
+def _label_count(index: Index) -> int:
+    """The number of names of labels of images that a file's part claims; 0 without such a part. Raises FormatFault."""
+    if LABELS_PART not in index.parts or index.version < FILE_VERSION:
+        return 0
+    shape = index.parts[LABELS_PART].shape
+    if len(shape) != 2 or not 1 <= shape[1] <= MOST_NAMES:
+        raise FormatFault(f"{LABELS_PART} of 1 to {MOST_NAMES} names", f"the shape {list(shape)}")
+    return shape[1]
+
+
+def _image_labels(data: DataInfo, stored: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+    """The labels of images, where the set's names and the file's values fit each other. Raises FormatFault."""
+    names, columns = data.label_names, 0 if stored is None else stored.shape[1]
+    if (len(names.names) if names else 0) != columns:
+        raise FormatFault(f"{LABELS_PART} for each name of label_names", f"{columns} for {short(names)}")
+    if names is None or stored is None:
+        return None
+    unknown, held = (stored == UNKNOWN).sum(1), (stored == 1).sum(1)
+    strange = ((stored > 1) & (stored != UNKNOWN)).any() or ((unknown > 0) & (unknown < columns)).any()
+    if strange or (not names.multi and ((held != 1) & (unknown == 0)).any()):
+        one = "" if names.multi else ", one of them 1"
+        raise FormatFault(f"{LABELS_PART}: 0 and 1{one}, or {UNKNOWN} alone, for each image", "other values")
+    return stored
 
 
 def _check_entries(entries: Mapping[str, Entry], shapes: Shapes) -> None:

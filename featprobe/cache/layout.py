@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from featprobe.cache import header
 from featprobe.cache.header import FILE_VERSION, Entry, Index
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Row, target_checksums
 from featprobe.errors import CacheError, ShapeError
+from featprobe.image_labels import encode
 from featprobe.io.disk import make_folders, sync_folder, temporary_name
 from featprobe.levels import FeatureLevel
 from featprobe.machine import human_bytes
@@ -36,6 +37,7 @@ MISSING, WHOLE, UNREADABLE = 0, 1, 2
 STORED_AS: Mapping[str, str] = {"fp16": "<f2", "fp32": "<f4", "bf16": "<u2", "int8": "u1"}
 ESCAPED = {ord(mark): f"\\u{ord(mark):04x}" for mark in "[{,"}  # in texts of JSON
 MOST_JSON, MOST_TEXT = 1 << 24, 1 << 16  # bytes of a JSON, and further bytes per row and per image
+LABELS_PART = "labels"  # of whole images: the one part that a reader may ignore
 FREE = -1  # a length that nothing else determines
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
@@ -70,6 +72,8 @@ class Table:
 
 def level_tables(recipe: FeatureRecipe, level: FeatureLevel) -> tuple[Table, ...]:
     """The tables of one level, features first, in the order in which a row's checksum covers them."""
+    if recipe.store == "pooled":
+        return (Table(f"features/{level.name}", STORED_AS["fp32"], (2, level.channels)),)
     features = Table(f"features/{level.name}", STORED_AS[recipe.dtype], (level.channels, *level.cells(recipe.frame)))
     if recipe.dtype != "int8":
         return (features,)
@@ -92,8 +96,11 @@ def table_shapes(recipe: FeatureRecipe, rows: int) -> Shapes:
     }
 
 
-def part_shapes(recipe: FeatureRecipe, rows: int, images: int) -> Shapes:
-    """Type and shape of every part of a file, by name. Parts are written once. FREE stands for a free length."""
+def part_shapes(recipe: FeatureRecipe, rows: int, images: int, labels: int = 0) -> Shapes:
+    """Type and shape of every part of a file, by name. Parts are written once. FREE stands for a free length.
+
+    labels: the number of names of labels of images; 0 where the set has no such labels.
+    """
     shapes: Shapes = {
         "texts": ("u1", (FREE,)),
         "provenance": ("u1", (FREE,)),
@@ -105,7 +112,7 @@ def part_shapes(recipe: FeatureRecipe, rows: int, images: int) -> Shapes:
     if recipe.in_parts:
         shapes |= {"rows/part": ("<i4", (rows, 4)), "rows/image_index": ("<i4", (rows,))}
         shapes |= {"images/size": ("<i4", (images, 2)), **_target_shapes("images", images)}
-    return shapes
+    return shapes | ({LABELS_PART: ("u1", (images or rows, labels))} if labels else {})
 
 
 def _target_shapes(group: str, rows: int) -> Shapes:
@@ -279,17 +286,17 @@ def _drawn(recipe: FeatureRecipe, index: Index) -> tuple[Index, _Drawing]:
         for level in recipe.levels:
             dataset = file[f"features/{level.name}"]
             dataset.attrs["stride"] = level.stride
-            dataset.attrs["dtype"] = np.bytes_(recipe.dtype)
+            dataset.attrs["dtype"] = np.bytes_("fp32" if recipe.store == "pooled" else recipe.dtype)
     return replace(index, parts=parts, tables=tables), drawing
 
 
 def _index(recipe: FeatureRecipe, parts: Mapping[str, NDArray], rows: int, images: int) -> Index:
     """The index of a new file, still without the places of parts and tables."""
-    dtypes = part_shapes(recipe, rows, images)
-    entries = {
-        name: Entry(0, array.nbytes, dtypes[name][0], array.shape, hashlib.sha256(array.data).hexdigest())
-        for name, array in parts.items()
-    }
+    labels = parts[LABELS_PART].shape[1] if LABELS_PART in parts else 0
+    entries = {}
+    for name, (dtype, _) in part_shapes(recipe, rows, images, labels).items():
+        array, required = parts[name], name != LABELS_PART
+        entries[name] = Entry(0, array.nbytes, dtype, array.shape, hashlib.sha256(array.data).hexdigest(), required)
     tables = {
         name: Entry(0, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, dtype, shape)
         for name, (dtype, shape) in table_shapes(recipe, rows).items()
@@ -333,7 +340,10 @@ def _parts(
         parts["rows/image_index"] = [row.image_index for row in rows]
         parts["images/size"] = [row.placement.original for row in images]
         parts |= _target_parts("images", images)
-    shapes = part_shapes(recipe, len(rows), len(images))
+    names = data.label_names.names if data.label_names else ()
+    if names:
+        parts[LABELS_PART] = encode([row.labels for row in images or rows], len(names))
+    shapes = part_shapes(recipe, len(rows), len(images), len(names))
     return {name: np.ascontiguousarray(parts[name], dtype).reshape(shape) for name, (dtype, shape) in shapes.items()}
 
 
@@ -352,7 +362,7 @@ def _texts(recipe: FeatureRecipe, data: DataInfo, rows: Sequence[Row], images: S
     if recipe.in_parts:
         of_rows["view"] = [row.part.view if row.part else "" for row in rows]
     whole = {name: [getattr(row, name) for row in images] for name in TEXT_FIELDS}
-    texts = {"data": asdict(data), "rows": of_rows, **({"images": whole} if recipe.in_parts else {})}
+    texts = {"data": data.to_json(), "rows": of_rows, **({"images": whole} if recipe.in_parts else {})}
     text = json.dumps(texts, separators=(",", ":"), ensure_ascii=False)
     if sum(map(text.count, "[{,")) > most_texts(len(rows), len(images)):  # inside texts they are escaped, not counted
         text = re.sub(r'"(?:[^"\\]|\\.)*"', lambda found: found[0].translate(ESCAPED), text)

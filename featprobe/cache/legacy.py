@@ -77,7 +77,7 @@ def old_identity(
     """
     running = hashlib.sha256()
     places = {name: asdict(extent) for name, extent in extents.items()}
-    said = {name: value for name, value in asdict(data).items() if name != "bits" or value}  # older lack it
+    said = {name: value for name, value in data.to_json().items() if name != "bits" or value}  # older lack it
     head = {"recipe": recipe.to_json(), "data": said, "extents": places}
     running.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
     for row in (table.unchecked(i) for table in tables for i in range(len(table))):

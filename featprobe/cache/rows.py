@@ -24,7 +24,8 @@ class Row:
     image: path below the data set's root. image_hash: xxh3_128 of the file. semantic: PNG bytes,
     instances: JSON bytes, each empty where the set has none. reason: why the row can't be read, or "".
     part: the tile or view of its image that the row shows, None for the whole image. With a part, placement and labels
-    are those of the part, and image_index is the index of the image in the cache.
+    are those of the part, and image_index is the index of the image in the cache. labels: of the whole image, indices
+    into the set's `LabelNames`; None where they are not known. They are written, and read by `Cache.image_labels`.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Row:
     reason: str = ""
     part: Part | None = None
     image_index: int = -1
+    labels: tuple[int, ...] | None = None
 
     def show(self, pixels: NDArray[Any]) -> NDArray[Any]:
         """The pixels that the row shows, from those of its image, (height, width, …)."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from featprobe.errors import DataError
 from featprobe.geometry import Size
+from featprobe.image_labels import LabelNames, tasks_served
 from featprobe.scores import SCORES, On
 from featprobe.targets import Target
 
@@ -98,11 +99,12 @@ class DataSet:
 
     classes: names by class index, the background first.
     samples: any sequence of Sample; kept as Samples.
-    tasks: those that the labels can serve.
+    tasks: those that its masks and objects can serve.
     read_target: gives the labels of a sample whose image has this (height, width); raises DataError.
     notes: sentences for the user: leaks between splits, files that are not read.
     category_ids: the annotations' ids of all classes but the background; empty where they have none.
     description: the entries of featprobe.toml, beside the path, that read the set in the same way again.
+    label_names: the labels of its images as a whole; None where they have none.
     """
 
     name: str
@@ -114,6 +116,7 @@ class DataSet:
     notes: tuple[str, ...] = field(default=())
     category_ids: tuple[int, ...] = ()
     description: Mapping[str, Any] = field(default_factory=dict)
+    label_names: LabelNames | None = None
 
     def __post_init__(self) -> None:
         check_names([os.path.abspath(self.root)])
@@ -121,6 +124,11 @@ class DataSet:
             object.__setattr__(self, "samples", Samples(self.samples))
         notes = tuple(note.encode("utf-8", "backslashreplace").decode() for note in self.notes)
         object.__setattr__(self, "notes", notes)  # the name of a skipped file may be no UTF-8 text
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """The tasks that all its labels can serve: `tasks`, and those of whole images."""
+        return tasks_served(self.tasks, self.label_names)
 
     @property
     def has_masks(self) -> bool:

@@ -33,7 +33,7 @@ UNREAD = Header((1, 1), 0, 1, "", False)
 class Found:
     """The contents of one sample's files; `reason` says why it can't be used, "" if it can.
 
-    copies: objects that stand there more than once.
+    labels: of the image as a whole, see `Target`. copies: objects that stand there more than once.
     """
 
     sample: Sample
@@ -41,6 +41,7 @@ class Found:
     header: Header = UNREAD
     semantic: bytes = b""
     instances: bytes = b""
+    labels: tuple[int, ...] | None = None
     reason: str = ""
     copies: tuple[str, ...] = ()
 
@@ -69,12 +70,17 @@ class Survey:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over classes, ids, groups, splits, image hashes and labels."""
+        """sha256 over classes, ids, groups, splits, image hashes and labels; over labels of images where there are."""
         running = hashlib.sha256(json.dumps([self.data.classes, self.data.tasks, self.data.category_ids]).encode())
+        names = self.data.label_names
+        if names:
+            running.update(json.dumps(names.to_json(), sort_keys=True).encode())
         for f in self.found:
             text = [f.sample.id, f.sample.group, f.sample.split, f.image_hash, f.size]
             running.update(json.dumps(text).encode())
             running.update(hashlib.sha256(f.semantic).digest() + hashlib.sha256(f.instances).digest())
+            if names:
+                running.update(json.dumps(f.labels).encode())
         return running.hexdigest()
 
 
@@ -92,7 +98,7 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
             target = data.read_target(sample, header.size)
             semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances, target.image_id)
             copies = tuple(copies_in(target, data.classes))
-            found = Found(found.sample, image_hash, header, semantic, instances, copies=copies)
+            found = Found(found.sample, image_hash, header, semantic, instances, target.labels, copies=copies)
             if skip_bad:
                 read_levels(sample.image)  # a truncated one must not spoil the intensity window
         except DataError as error:
@@ -184,6 +190,7 @@ def make_recipe(surveyed: Survey, backbone: Backbone, options: ExtractOptions) -
         std=backbone.std,
         interpolation=backbone.interpolation,
         dtype=options.dtype,
+        store=options.store,
     )
     if tiling:
         recipe = replace(recipe, **asdict(tiling))
@@ -211,6 +218,7 @@ def make_rows(surveyed: Survey, recipe: FeatureRecipe, multiple: int) -> tuple[l
             semantic=f.semantic,
             instances=f.instances,
             reason=f.reason,
+            labels=f.labels,
         )
         for f in surveyed.found
     ]
@@ -242,7 +250,7 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
     root = str(data.root.resolve())
     return DataInfo(
         data.name, root, data.classes, data.tasks, surveyed.fingerprint, clipped, tuple(notes), data.category_ids,
-        surveyed.headers[0][1].bits,
+        surveyed.headers[0][1].bits, data.label_names,
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def card_of(prepared: Prepared, fitted: Fitted, index: int, row: Mapping[str, An
         "fingerprint": fingerprint(recipe),
         "features": recipe.to_json(),
         "backbone": spec,
-        "data": asdict(cache.data),
+        "data": cache.data.to_json(),
         "read_as": cache.contents.provenance.get("read_as", {}),
         "result": row,
         "curve": [asdict(point) for point in fitted.curves[index]],

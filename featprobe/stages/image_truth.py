@@ -1,0 +1,164 @@
+"""What is known of the images of a cache, or of their tiles: from labels of images, from masks or from objects."""
+
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featprobe.cache import Cache
+from featprobe.cache.held_file import HeldFile
+from featprobe.errors import ProbeError
+from featprobe.geometry import IDENTITY
+from featprobe.image_labels import DEFECT, UNKNOWN, ImageLabels, ImageTruth, LabelNames, Unit, encode
+from featprobe.specs import Rows
+from featprobe.targets import IGNORE, Instance, Labels, decode_rle
+
+_held: WeakKeyDictionary[HeldFile, dict[Unit, NDArray[np.uint8]]] = WeakKeyDictionary()
+"""The classes of each unit, per open file: a cache under another split has the same labels."""
+
+
+def units_of(cache: Cache, rows: Rows, unit: Unit) -> Rows:
+    """The unit that each row shows: the index of its image, or of the row itself. Raises ProbeError without tiles."""
+    _check_unit(cache, unit)
+    return cache.image_of[rows] if unit == "image" else np.asarray(rows, dtype=np.intp)
+
+
+def unit_names(cache: Cache, units: Rows, unit: Unit) -> tuple[list[str], list[str]]:
+    """The id and the group of each of some units."""
+    table = cache.images if unit == "image" else cache.rows
+    ids, groups = table.column("id"), table.column("group")
+    return [ids[i] for i in units.tolist()], [groups[i] for i in units.tolist()]
+
+
+def truth_of(cache: Cache, labels: ImageLabels, unit: Unit) -> ImageTruth:
+    """The truth about each unit of a cache.
+
+    labels: `own`, the set's labels of images. `defect`, whether there is a defect: from labels of images that say what
+    is good, else from masks, else from objects. `classes`, which classes there are, from masks or objects. A unit that
+    holds no defect but an ignored region is unknown, and so are rows of other views than the image as it is.
+    Raises ProbeError where the cache holds no such labels, CacheError where they are damaged.
+    """
+    _check_unit(cache, unit)
+    own, names = cache.image_labels, cache.data.label_names
+    if labels == "own":
+        if own is None or names is None:
+            raise ProbeError(_lacks_own(cache))
+        if unit != "image":
+            raise ProbeError(
+                f"{cache.path} holds labels of whole images, and a label of an image is none of each of its tiles.\n"
+                "  wanted  images as units, or a set with masks or objects\n"
+                f"  found   the labels {', '.join(names.names)}\n"
+                "Nothing was trained. Omit --unit tile."
+            )
+        return ImageTruth(names, own)
+    if labels == "defect" and own is not None and names is not None and names.says_good and unit == "image":
+        good = ImageTruth(names, own).good
+        defect = np.where(good == UNKNOWN, UNKNOWN, good == 0).astype(np.uint8)
+        return ImageTruth(DEFECT, np.stack([good, defect], axis=1))
+    if not cache.data.tasks or len(cache.data.classes) < 2:
+        raise ProbeError(_lacks_regions(cache, labels, unit))
+    held = _classes_held(cache, unit)
+    if labels == "classes":
+        return ImageTruth(LabelNames(cache.data.classes[1:], multi=True), held)
+    found = held.max(1)
+    good = np.where(found == UNKNOWN, UNKNOWN, found == 0).astype(np.uint8)
+    return ImageTruth(DEFECT, np.stack([good, found], axis=1))
+
+
+def defect_regions(cache: Cache, unit_index: int, unit: Unit) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
+    """Where a unit has a defect, and which of its pixels are ignored: (height, width) each, of the image or tile.
+
+    From its mask, else from its objects, whose boxes are filled where they have no masks; crowds are ignored. None
+    where it has neither. Raises CacheError for damaged labels.
+    """
+    table = cache.images if unit == "image" else cache.rows
+    row = table[unit_index]
+    if row.semantic:
+        labels = cache.image_semantic(unit_index) if unit == "image" else cache.semantic(unit_index)
+        return (labels > 0) & (labels != IGNORE), labels == IGNORE
+    if not row.instances:
+        return None
+    height, width = row.placement.original
+    defect, ignored = np.zeros((height, width), bool), np.zeros((height, width), bool)
+    for instance in cache.image_instances(unit_index) if unit == "image" else cache.instances(unit_index):
+        _fill(ignored if instance.crowd else defect, instance)
+    return defect, ignored & ~defect
+
+
+def _fill(pixels: NDArray[np.bool_], instance: Instance) -> None:
+    """Set the pixels of an object: of its mask, or of its box, in which each pixel counts that the box touches."""
+    if instance.rle is not None:
+        pixels |= decode_rle(instance.rle)
+        return
+    x1, y1, x2, y2 = instance.box_xyxy
+    pixels[int(np.floor(y1)) : int(np.ceil(y2)), int(np.floor(x1)) : int(np.ceil(x2))] = True
+
+
+def _check_unit(cache: Cache, unit: Unit) -> None:
+    if unit == "tile" and cache.recipe.tile is None:
+        raise ProbeError(
+            f"{cache.path} holds whole images, and no tiles.\n  wanted  a cache of tiles\n  found   whole images\n"
+            "Nothing was trained. Omit --unit tile, or extract tiles:  featprobe extract --tile N"
+        )
+
+
+def _classes_held(cache: Cache, unit: Unit) -> NDArray[np.uint8]:
+    """(units, classes without the background), as `ImageTruth.values`. All labels are decoded once per open file."""
+    known = _held.setdefault(cache.contents.file, {})
+    if unit not in known:
+        known[unit] = encode(list(_each_held(cache, unit)), len(cache.data.classes) - 1)
+    return known[unit]
+
+
+def _each_held(cache: Cache, unit: Unit) -> Iterator[set[int] | None]:
+    """The classes of each unit, counted from 0 without the background; None where nothing is known."""
+    of_tiles = unit == "tile"
+    views = cache.rows.column("view") if of_tiles else []
+    for i, row in enumerate(cache.rows if of_tiles else cache.images):
+        if of_tiles and views[i] != IDENTITY:
+            yield None
+        elif row.semantic:
+            yield _of_mask(cache.semantic(i) if of_tiles else cache.image_semantic(i))
+        elif row.instances:
+            yield _of_objects(cache.instances(i) if of_tiles else cache.image_instances(i))
+        else:
+            yield None
+
+
+def _of_mask(labels: Labels) -> set[int] | None:
+    """The classes in a mask; None where it holds no class, but an ignored region."""
+    found = set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {0}
+    held = {value - 1 for value in found - {IGNORE}}
+    return held if held or IGNORE not in found else None
+
+
+def _of_objects(instances: tuple[Instance, ...]) -> set[int] | None:
+    """The classes of objects; None where all of them are crowds."""
+    held = {instance.category - 1 for instance in instances if not instance.crowd}
+    return held if held or not instances else None
+
+
+def _lacks_own(cache: Cache) -> str:
+    holds = "masks or objects" if cache.data.tasks else "no labels"
+    return (
+        f"{cache.path} holds no labels of images.\n  wanted  a set whose images have labels\n"
+        f"  found   {holds}, {len(cache.data.classes) - 1} classes\n"
+        "Nothing was trained. Make them from the labels that are there, by one of these: whether an image has a "
+        "defect; which classes it shows.\n  --labels defect\n  --labels classes"
+    )
+
+
+def _lacks_regions(cache: Cache, labels: ImageLabels, unit: Unit) -> str:
+    names = cache.data.label_names
+    found = f"the labels of images {', '.join(names.names)}" if names else "no labels"
+    if labels == "defect" and unit == "image":
+        return (
+            f"{cache.path}: nothing says which of its images are good.\n"
+            f"  wanted  a label that means no defect\n  found   {found}\n"
+            'Nothing was trained. Name it in featprobe.toml, good = "NAME", and extract again: features are copied.'
+        )
+    return (
+        f"{cache.path} holds no masks and no objects, from which --labels {labels} would follow.\n"
+        f"  wanted  masks or objects\n  found   {found}\nNothing was trained. Omit --labels and --unit."
+    )
