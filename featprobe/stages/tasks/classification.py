@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from featprobe.cache import Cache
-from featprobe.errors import DataError, ProbeError, counted
+from featprobe.errors import ProbeError, counted
 from featprobe.features import Features, pool
 from featprobe.geometry import Part
 from featprobe.image_labels import ImageLabels, ImageTruth, LabelNames, Unit
 from featprobe.levels import FeatureLevel
 from featprobe.metrics.images import IMAGE_SCORES, ScoredImages, defect_scores, image_scores, one_group, value_of
-from featprobe.metrics.thresholds import threshold_at, units_needed
 from featprobe.probes.head import ImageHead
 from featprobe.probes.train import Feed
 from featprobe.processes import from_main, gathered, summed
@@ -28,6 +27,7 @@ from featprobe.stages.image_truth import truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
 from featprobe.stages.row_images import images_of
+from featprobe.stages.tasks.settle import settled
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth, Views
 from featprobe.targets import Instance
@@ -151,25 +151,18 @@ class Classification:
 
     def settle(self, heads: Sequence[ImageHead], feed: Feed, val: Rows) -> list[str]:
         """Set each head's threshold from the good units of validation; returns notes."""
-        name, rate = self.cache.data.name, self.asked.false_calls
+        name = self.cache.data.name
         if not self.names.says_good:
             return [f"{name}: no label says which images are good, so there is no threshold and no recall"]
         units, found = self._probabilities(heads, feed, val)
-        good = self.truth.good[units] == 1
-        least, sure = units_needed(rate)
-        try:
-            for head, probabilities in zip(heads, found, strict=True):
-                scores = defect_scores(probabilities[good], self.names.multi, self._good)
-                head.threshold.fill_(threshold_at([] if scores is None else scores, rate))
-        except DataError as error:
-            return [f"{name}: {' '.join(str(error).split())} There is no threshold and no recall."]
-        if good.sum() >= sure:
-            return []
-        return [
-            f"{name}: the threshold for {100 * rate:g} % false calls follows from "
-            f"{counted(int(good.sum()), f'good validation {self.asked.unit}')}; it takes {sure} to be 95 % sure of "
-            f"that rate, and {least} at least"
-        ]
+        good, notes = self.truth.good[units] == 1, dict[str, None]()
+        for head, probabilities in zip(heads, found, strict=True):
+            scores = defect_scores(probabilities[good], self.names.multi, self._good)
+            known = [] if scores is None else scores.tolist()
+            threshold, note = settled(known, self.asked.false_calls, self.asked.unit)
+            head.threshold.fill_(threshold)
+            notes |= {f"{name}: {note}": None} if note else {}
+        return list(notes)
 
     def shown(self, head: ImageHead, feed: Feed, rows: Rows, count: int) -> Rows:
         """Some of the images that the rows show, from the worst mistake to the surest right answer."""
