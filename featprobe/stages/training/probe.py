@@ -16,7 +16,7 @@ from featprobe.errors import (
     counted,
     nearest,
 )
-from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
+from featprobe.kinds import CORESET, FALSE_CALLS, NOT_TRAINED, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
 from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
 from featprobe.scores import SCORES
@@ -26,7 +26,7 @@ from featprobe.stages.extraction.missing import caches_of, make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
-from featprobe.stages.training.probe_options import CORESET, FALSE_CALLS, ProbeOptions
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.read_labels import classes_of
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
@@ -180,6 +180,7 @@ def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -
         "--instances": options.instances != "own" and not scores.objects,
         **{name: given and not is_dense for name, given in dense.items()},
         **{name: dense[name] and solved for name in ("--loss", "--loss-at") if is_dense},
+        "--absent-classes": options.absent != "ignore" and on_images,
         "--labels": options.labels != "own" and scores.on != "images",
         "--unit": options.unit != "image" and not on_images,
         "--false-calls": options.false_calls != FALSE_CALLS and not on_images,

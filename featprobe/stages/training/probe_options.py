@@ -7,14 +7,12 @@ from typing import Any, Literal, get_args
 from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
 from featprobe.image_labels import ImageLabels, Unit
-from featprobe.kinds import FROZEN, SEEDS, HeadKind, PyramidKind, TrainRecipe
+from featprobe.kinds import CORESET, FALSE_CALLS, FROZEN, SEEDS, HeadKind, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import MOST_WORKERS
 
-FALSE_CALLS = 0.05  # share of good units that a threshold lets be called, where the user says nothing
-CORESET = 0.01  # share of patches, where the user says nothing
 Regime = Literal["frozen", "frozen-online", "full"]
 REGIMES = get_args(Regime)
 OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
