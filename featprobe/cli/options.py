@@ -247,8 +247,8 @@ _HEAD = [
         type=click.Choice(get_args(ImageLabels)),
         default="own",
         show_default=True,
-        help=f"What {listed(ON_IMAGES)} learns of images: own (the labels that the data set gives them), defect (is there "
-        "one?) or classes (those of its masks or objects).",
+        help=f"What {listed(ON_IMAGES)} learns of images: own (the labels that the data set gives them), defect (if "
+        "they show one) or classes (which of those of masks or objects they show).",
     ),
     wanted(
         "--unit",

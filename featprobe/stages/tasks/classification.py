@@ -23,14 +23,14 @@ from featprobe.processes import from_main, gathered, summed
 from featprobe.report.sheets import Panel
 from featprobe.scores import TaskScores
 from featprobe.specs import Rows
-from featprobe.stages.image_truth import truth_of, unit_names, units_of
+from featprobe.stages.image_truth import defect_regions, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
 from featprobe.stages.row_images import images_of
 from featprobe.stages.tasks.settle import settled
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth, Views
-from featprobe.targets import Instance
+from featprobe.targets import IGNORE, Instance, Labels
 
 Shares = NDArray[np.float32]
 """(units, names), in [0, 1]."""
@@ -177,17 +177,25 @@ class Classification:
     def panels(self, head: ImageHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         units, (found,) = self._probabilities([head], feed, rows)
-        true, said = self._truth(units), decided(found, head.prior.cpu().numpy(), self.names)
+        prior, true = head.prior.cpu().numpy(), self._truth(units)
+        said, shares = decided(found, prior, self.names), balanced(found, prior, self.names)
         shows = units if self.asked.unit == "image" else self.cache.image_of[units]
         for image in images_of(self.cache, rows).tolist():
             own = np.flatnonzero(shows == image)
             if self.asked.unit == "image":
                 wrong = bool((true[own] != said[own]).any())
-                texts = label_text(true[own[0]], None, self.names), label_text(said[own[0]], found[own[0]], self.names)
-                yield image, partial(_captioned, texts, wrong)
+                texts = label_text(true[own[0]], None, self.names), label_text(said[own[0]], shares[own[0]], self.names)
+                yield image, partial(_captioned, self._defects(image), texts, wrong)
             else:
                 boxes = [self._boxes(units[own], labels[own]) for labels in (true, said)]
                 yield image, partial(_boxed, boxes)
+
+    def _defects(self, image: int) -> Labels | None:
+        """Where an image has a defect, as 1, and what is ignored; None where only its label is known."""
+        regions = defect_regions(self.cache, image, "image")
+        if regions is None:
+            return None
+        return np.where(regions[1], IGNORE, regions[0]).astype(np.uint8)
 
     def _boxes(self, units: Rows, labels: NDArray[np.uint8]) -> tuple[Instance, ...]:
         parts = [self.cache.rows.part_of(unit) for unit in units.tolist()]
@@ -329,19 +337,22 @@ def tile_boxes(tiles: Sequence[tuple[Part, NDArray[np.uint8]]], names: LabelName
     return tuple(found)
 
 
-def label_text(labels: NDArray[np.uint8], probabilities: Shares | None, names: LabelNames) -> tuple[str, ...]:
-    """The labels of a unit for people, those that it has first; with probabilities also the likeliest others."""
+def label_text(labels: NDArray[np.uint8], shares: NDArray[np.float32] | None, names: LabelNames) -> tuple[str, ...]:
+    """The labels of a unit for people; with its shares of `balanced` these too, also of the likeliest others."""
     held = [i for i, own in enumerate(labels.tolist()) if own]
-    if probabilities is None:
-        return (", ".join(names.names[i] for i in held) or "good",)
-    others = [i for i in np.argsort(-probabilities, kind="stable").tolist() if i not in held]
-    shares = [f"{names.names[i]} {100 * probabilities[i]:.0f} %" for i in [*held, *others[: LIKELIEST - len(held)]]]
-    return (f"{', '.join(names.names[i] for i in held) or 'good'}", f"({', '.join(shares)})")
+    said = ", ".join(names.names[i] for i in held) or "good"
+    if shares is None:
+        return (said,)
+    others = [i for i in np.argsort(-shares, kind="stable").tolist() if i not in held]
+    shown = [f"{names.names[i]} {100 * shares[i]:.0f} %" for i in [*held, *others[: max(0, LIKELIEST - len(held))]]]
+    return said, f"({', '.join(shown)})"
 
 
-def _captioned(texts: tuple[tuple[str, ...], tuple[str, ...]], wrong: bool, pixels: NDArray[np.float32]) -> list[Panel]:
+def _captioned(
+    defects: Labels | None, texts: tuple[tuple[str, ...], tuple[str, ...]], wrong: bool, pixels: NDArray[np.float32]
+) -> list[Panel]:
     truth, said = texts
-    return [Panel(pixels, text=truth), Panel(pixels, text=said, wrong=wrong)]
+    return [Panel(pixels, defects, text=truth), Panel(pixels, text=said, wrong=wrong)]
 
 
 def _boxed(boxes: Sequence[tuple[Instance, ...]], pixels: NDArray[np.float32]) -> list[Panel]:
