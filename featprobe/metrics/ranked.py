@@ -60,7 +60,9 @@ class Ranking:
 
         def value(weights: Floats) -> Floats:
             every = (weights @ up) * (weights @ down)
-            return np.divide(((weights @ pairs) * weights).sum(1), every, out=np.full(len(every), whole), where=every > 0)
+            return np.divide(
+                ((weights @ pairs) * weights).sum(1), every, out=np.full(len(every), whole), where=every > 0
+            )
 
         def influence(weights: Floats) -> Floats:
             ups, downs, area = weights @ up, weights @ down, value(weights)
@@ -175,4 +177,3 @@ def _by_each(by_end: Floats, by_start: Floats, shares: Floats, total: Floats) ->
 def _from_here(values: Floats) -> Floats:
     """The sum over each score and those below, (scores, resamples)."""
     return values[::-1].cumsum(0)[::-1]
-

@@ -113,7 +113,9 @@ def _audit(workspace: Workspace, cache: Cache, options: AuditOptions, say: Say) 
 
 
 def _exact(workspace: Workspace, cache: Cache) -> Cache:
-    """The cache, or, of int8, one of more bits of the same recipe and data set."""
+    """The cache, or, of int8, one of more bits of the same recipe and data set. Raises CacheError."""
+    if cache.recipe.store == "pooled":
+        raise cache.lacks_maps()
     if cache.recipe.dtype != "int8":
         return cache
     wider: tuple[CacheDtype, ...] = ("fp32", "fp16", "bf16")
