@@ -113,8 +113,8 @@ class Task(Protocol[H]):
     def panels(self, head: H, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
 
-    def fullness(self, image: int) -> int:
-        """How much there is to see in an image: labelled foreground pixels, or objects."""
+    def shown(self, head: H, feed: Feed, rows: Rows, count: int) -> Rows:
+        """Which of the images that the rows show, at most so many, a picture sheet shows, the most telling first."""
 
 
 def evaluation_batches(rows: Rows) -> list[Rows]:
@@ -135,6 +135,6 @@ def scored_here(cache: Cache, rows: Rows) -> Rows:
 
 
 def spread_over(rows: Rows, fullness: Callable[[int], int], count: int) -> Rows:
-    """Some of the rows, from the fullest to the emptiest."""
+    """Some of the rows, from the fullest to the emptiest. fullness: how much there is to see in a row."""
     order = sorted(rows.tolist(), key=lambda row: (-fullness(row), row))
     return np.array(order[:: max(1, len(order) // count)][:count], dtype=np.intp)
