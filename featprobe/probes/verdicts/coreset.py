@@ -95,7 +95,8 @@ class Draw:
 def farthest_first(points: Tensor, count: int, start: int) -> Tensor:
     """The greedy k-centre: from `start` on, always the point that is farthest from all chosen ones.
 
-    points: (n, columns), float32 or float64; they are moved in place, so that their mean is 0. Returns `count` of their indices in the order of choice, int64, no index twice.
+    points: (n, columns), float32 or float64; they are moved in place, so that their mean is 0. Returns `count` of their
+    indices in the order of choice, int64, no index twice.
 
     A point's distance to the nearest chosen one can only fall, so an old distance is an upper bound. Few points, those
     of the largest bounds, are kept up to date; the others are looked at again, with all new centres in one product,

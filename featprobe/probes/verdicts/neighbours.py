@@ -49,7 +49,7 @@ def _of_block(
         best, places = values, own
     assert places is not None
     distances = torch.linalg.vector_norm(queries[:, None] - bank[places], dim=2)
-    distances, order = distances.sort(1, stable=True)
+    distances, order = distances.sort(dim=1, stable=True)
     return distances, places.gather(1, order)
 
 
