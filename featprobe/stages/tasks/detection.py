@@ -46,7 +46,7 @@ class Detection:
         self, cache: Cache, train: Rows, device: torch.device, *, masks: bool, source: Literal["own", "components"]
     ) -> None:
         self.cache, self.device, self.masks, self.source = cache, device, masks, source
-        self.classes = cache.data.classes
+        self.classes = self.colours = cache.data.classes
         own_ids = cache.data.category_ids if source == "own" else ()
         self.category_ids = own_ids or tuple(range(1, len(self.classes)))
         self._instances = shelf_of(cache).objects.setdefault(source, {})

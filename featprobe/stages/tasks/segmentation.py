@@ -67,7 +67,7 @@ class Segmentation:
     ) -> None:
         self.cache, self.train, self.recipe, self.device, self.absent = cache, train, recipe, device, absent
         self.views = views
-        self.classes = cache.data.classes
+        self.classes = self.colours = cache.data.classes
         self._stores: dict[tuple[str, int, bytes], _LabelStore] = {}
         self._truths = _DeviceMasks(cache, device)
 

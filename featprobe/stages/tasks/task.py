@@ -92,6 +92,10 @@ class Task(Protocol[H]):
         """Percentiles of the training objects' sides, frame pixels, which decide the strides of heads that find
         objects; empty where no objects are looked for. See `probes.object_sides`."""
 
+    @property
+    def colours(self) -> Sequence[str]:
+        """What pictures have a colour for, the background first; empty where they have words alone."""
+
     def truth_of(self, row: int) -> Truth:
         """Labels and objects of a row, at its own size, as augmented views of it are made from them."""
 

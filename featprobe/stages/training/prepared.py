@@ -1,6 +1,6 @@
 """A training with its labels read: the rows it trains on, its heads before the first step, where features come from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import ProbeError
+from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import Head, HeadRecipe, build_head, load_head, plain
@@ -22,8 +23,8 @@ from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.memory import Portions, fitting
 from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Solution, Source, Task
-from featprobe.stages.training.labelled import classes_of, labelled, without_views
-from featprobe.stages.training.live import LiveFeatures
+from featprobe.stages.training.read_labels import classes_of, labelled, without_views
+from featprobe.stages.training.live import LiveFeatures, Views
 from featprobe.stages.training.training import Training
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def prepare(training: Training) -> Prepared:
     if found.solver is None:
         check_batch(min(training.recipe.batch_size, len(found.rows["train"])), training.parts)
     options, notes = training.options, [*training.notes, *found.notes]
-    classes = classes_of(training.task, training.data, options)
+    classes = classes_of(training.task, training.partition.source, options)
     head = HeadRecipe(
         training.task, training.kind.name, classes, options.levels, options.width, options.pyramid, found.task.sides
     )
@@ -132,12 +133,38 @@ def _check_unseen(training: Training, folder: Path, card: Mapping[str, Any]) -> 
         )
 
 
+class NoMaps(AbstractContextManager["NoMaps"]):
+    """The source of heads that read pooled features, which their task takes from the cache: it gives no maps."""
+
+    backbone = None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def batches(self, orders: Iterable[Rows]) -> Iterator[tuple[Rows, Features]]:
+        """There are none."""
+        raise TypeError("This source has no maps: heads of pooled features ask their task.")
+
+    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Rows | Views, Features]]:
+        """There are none."""
+        raise TypeError("This source has no maps: heads of pooled features ask their task.")
+
+    def keep_on_device(self, splits: Mapping[str, Rows]) -> str:
+        """Nothing is kept."""
+        return ""
+
+    def resident(self, rows: Rows) -> None:
+        """No features lie on the device."""
+
+
 def source_of(prepared: Prepared, head: Head, as_dtype: CacheDtype | None = None) -> AbstractContextManager[Source]:
     """Where the features for a head come from: the cache's file, or its images and a backbone.
 
     as_dtype: what stored features are brought to first; None for as they are.
     """
     training, tuning = prepared.training, prepared.training.tuning
+    if tuning is None and training.kind.pooled:
+        return NoMaps()
     if tuning is None:
         verify = training.options.verify
         return FeatureLoader(prepared.cache, head.levels, training.device, verify=verify, as_dtype=as_dtype)

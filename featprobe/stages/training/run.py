@@ -158,7 +158,7 @@ def draw_sheet(finished: Finished, count: int) -> Path:
             pixels = unit_of(read_levels(path), cache.recipe)
             panels.append((cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
     path = training.folder / f"seed{training.seeds[0]}" / "sheet.png"
-    save_sheet(path, panels, ["image", "truth", f"prediction ({cache.recipe.label})"], cache.data.classes)
+    save_sheet(path, panels, ["image", "truth", f"prediction ({cache.recipe.label})"], prepared.task.colours)
     return path
 
 

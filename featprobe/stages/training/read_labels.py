@@ -10,10 +10,11 @@ import numpy as np
 from featprobe.cache import Cache
 from featprobe.geometry import IDENTITY
 from featprobe.scores import SCORES, On
-from featprobe.specs import DataInfo, Rows
+from featprobe.specs import Rows
+from featprobe.stages.image_truth import names_of
 from featprobe.stages.partition import training_subset
 from featprobe.stages.row_images import rows_showing
-from featprobe.stages.tasks.classification import Classification, known_rows, names_for
+from featprobe.stages.tasks.classification import Classification, LabelsAsked, known_rows
 from featprobe.stages.tasks.detection import Detection
 from featprobe.stages.tasks.labels import shelf_of
 from featprobe.stages.tasks.segmentation import Segmentation
@@ -45,11 +46,11 @@ def labelled(training: Training, rows: SplitRows) -> Labelled:
     return READ[training.scores.on](training, rows)
 
 
-def classes_of(task: str, data: DataInfo, options: ProbeOptions) -> tuple[str, ...]:
-    """What the heads of a task tell apart on a set; raises ProbeError where the set has no such labels."""
+def classes_of(task: str, cache: Cache, options: ProbeOptions) -> tuple[str, ...]:
+    """What the heads of a task tell apart in a cache; raises ProbeError where it has no such labels."""
     if SCORES[task].on == "images":
-        return names_for(options.labels, data).names
-    return data.classes
+        return names_of(cache, options.labels, options.unit).names
+    return cache.data.classes
 
 
 def without_views(cache: Cache, rows: Rows) -> Rows:
@@ -84,9 +85,11 @@ def _images(training: Training, rows: SplitRows) -> Labelled:
     known, notes = known_rows(cache, plain, options.labels, options.unit)
     if any(len(plain[split]) < len(own) for split, own in rows.items()):
         notes.append(f"{training.title}: views of images take no part, only the images as they are")
-    every = Classification(cache, known["train"], training.device, options, live=training.tuning is not None)
+    live, scores = training.tuning is not None, training.scores
+    asked = LabelsAsked(options.labels, options.unit, options.false_calls, scores, live, options.quiet)
+    every = Classification(cache, known["train"], training.device, asked)
     train = part_of(training, known["train"], every.labels_of)
-    task = every if len(train) == len(known["train"]) else every.on(train)
+    task = Classification(cache, train, training.device, asked)
     task.check_trainable()
     return Labelled(task, {**known, "train": train}, task.solve if training.is_solved else None, tuple(notes))
 
