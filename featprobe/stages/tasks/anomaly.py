@@ -60,6 +60,7 @@ class Anomaly:
 
     masks = False
     sides: tuple[float, ...] = ()
+    colours = DEFECT.names
 
     def __init__(self, cache: Cache, train: Rows, device: torch.device, asked: AnomalyAsked) -> None:
         self.cache, self.train, self.device, self.asked = cache, train, device, asked
@@ -165,7 +166,10 @@ class Anomaly:
                 heat = Heat(one.map.cpu().numpy(), float(head.get_buffer(MAP_THRESHOLD)))
             said = verdict_text(one.score, threshold)
             wrong = not np.isnan(threshold) and good[image] == int(one.score > threshold)
-            yield image, partial(_panels, labels_of(defect_regions(self.cache, image, "image")), good[image], heat, said, wrong)
+            yield (
+                image,
+                partial(_panels, labels_of(defect_regions(self.cache, image, "image")), good[image], heat, said, wrong),
+            )
 
     def _seen(
         self, heads: Sequence[VerdictHead], feed: Feed, rows: Rows, *, unit: Unit | None = None, maps: bool = True

@@ -336,9 +336,7 @@ def label_text(labels: NDArray[np.uint8], probabilities: Shares | None, names: L
     return (f"{', '.join(names.names[i] for i in held) or 'good'}", f"({', '.join(shares)})")
 
 
-def _captioned(
-    texts: tuple[tuple[str, ...], tuple[str, ...]], wrong: bool, pixels: NDArray[np.float32]
-) -> list[Panel]:
+def _captioned(texts: tuple[tuple[str, ...], tuple[str, ...]], wrong: bool, pixels: NDArray[np.float32]) -> list[Panel]:
     truth, said = texts
     return [Panel(pixels, text=truth), Panel(pixels, text=said, wrong=wrong)]
 

@@ -68,7 +68,7 @@ def is_whole(probes: Path, row: ResultRow, *, hashes: bool = False) -> bool:
 
 def _beside(row: ResultRow) -> tuple[str, ...]:
     """The files that lie beside the head of a row."""
-    return "curves.json", *(("scores.npz",) if row.scores.dense else ("truth.json", "predictions.json"))
+    return "curves.json", *(("truth.json", "predictions.json") if row.scores.objects else ("scores.npz",))
 
 
 def _unreadable(folder: Path, row: ResultRow) -> str:
