@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-PLACES = (0.0, 0.5, 0.5, 1.0)  # on the scale
+PLACES = (0.25, 0.5, 0.5, 1.0)  # on the scale, whose first quarter is clear: good parts have such values too
 COLOURS = ((25, 40, 110), (90, 180, 230), (255, 225, 90), (190, 20, 30))
 """At PLACES: blue below the threshold, yellow to red above it, told apart by people who see no red or green too."""
-OPACITIES = (0.0, 0.4, 0.6, 0.75)  # at PLACES
+OPACITIES = (0.0, 0.5, 0.6, 0.75)  # at PLACES
 BAR, HEIGHT, GAP = (160, 10), 18, 6  # pixels: width and height of the scale's bar, height of its strip
 
 
