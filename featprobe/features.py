@@ -91,6 +91,15 @@ class Pooled:
     maximum: Mapping[str, Tensor]
     cells: Mapping[str, Tensor]
 
+    @classmethod
+    def of_all(cls, parts: Sequence["Pooled"]) -> "Pooled":
+        """The features of several batches, one after another."""
+        first = parts[0]
+        return cls(
+            *({name: torch.cat([getattr(part, own)[name] for part in parts]) for name in getattr(first, own)}
+              for own in ("mean", "maximum", "cells"))
+        )  # fmt: skip
+
     def joined(self, index: Tensor, units: int) -> "Pooled":
         """The features of whole images, from those of their tiles.
 
@@ -104,7 +113,9 @@ class Pooled:
             for name, m in self.mean.items()
         }
         maximum = {
-            name: m.new_zeros(units, m.shape[1]).index_reduce(0, index, m, "amax", include_self=False)
+            name: m.new_zeros(units, m.shape[1]).scatter_reduce(
+                0, index[:, None].expand_as(m), m, "amax", include_self=False
+            )
             for name, m in self.maximum.items()
         }
         return Pooled(mean, maximum, cells)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from featprobe.cache.contents import Contents, read_contents
 from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, level_tables
 from featprobe.cache.rows import Row, checksum
-from featprobe.errors import CacheError, CacheIncompleteError, DataError
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, NoMapsError
 from featprobe.levels import FeatureLevel
 from featprobe.targets import Instance, Labels, decode_image_id, decode_instances, decode_semantic
 
@@ -120,9 +120,9 @@ class Cache:
     def _image_ids(self) -> list[Any]:
         return [self._image_id(image) if image.instances else None for image in self.images]
 
-    def lacks_maps(self) -> CacheError:
+    def lacks_maps(self) -> NoMapsError:
         """The error that maps are wanted of a cache that keeps pooled features alone."""
-        return CacheError(
+        return NoMapsError(
             f"{self.path} holds pooled features alone. Nothing was computed.\n"
             "  wanted  maps\n  found   mean and maximum of each channel (--store pooled)\n"
             f"Make a cache of maps beside it:  {self.contents.command.replace(' --store pooled', '')}"

@@ -1,7 +1,6 @@
 """Pooled features of a cache: the mean and the maximum of each level over an image's own cells."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,11 +14,12 @@ from featprobe.cache.pooled_file import read_pooled, rows_digest, write_pooled
 from featprobe.cache.reader import FeatureLoader, RowReader
 from featprobe.errors import CacheIncompleteError, DiskError
 from featprobe.features import Pooled, filled_cells, pool
+from featprobe.image_labels import Unit
 from featprobe.io.texts import printable
 from featprobe.levels import FeatureLevel
 from featprobe.specs import Rows
+from featprobe.stages.image_truth import units_of
 
-Unit = Literal["image", "tile"]
 Tables = dict[str, NDArray[np.float32]]
 """Level name -> (rows, 2, channels): mean and maximum."""
 BYTES_AT_ONCE = 1 << 24  # about, of maps that are read together
@@ -43,7 +43,7 @@ def pooled_vectors(
 
     Maps are read once, in one pass over all whole rows, and what was pooled is kept beside the cache. quiet: show no
     progress of that pass. say: gets a line where nothing could be kept. Raises CacheError for a damaged row,
-    CacheIncompleteError for one that is not whole.
+    CacheIncompleteError for one that is not whole, ProbeError for tiles of a cache that has none.
     """
     rows = np.unique(rows)
     _check_whole(cache, rows)
@@ -51,7 +51,7 @@ def pooled_vectors(
         tables = _stored(cache, levels, rows)
     else:
         tables = {name: table[rows] for name, table in _pooled(cache, levels, quiet, say).items()}
-    units, index = np.unique(cache.image_of[rows] if unit == "image" else rows, return_inverse=True)
+    units, index = np.unique(units_of(cache, rows, unit), return_inverse=True)
     mean, maximum = ({name: torch.from_numpy(table[:, i]) for name, table in tables.items()} for i in (0, 1))
     content = torch.from_numpy(cache.rows.content[rows])
     pooled = Pooled(mean, maximum, {level.name: filled_cells(content, level.stride) for level in levels})

@@ -24,9 +24,10 @@ from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
 from featprobe.datasets.images.pixels import DTYPE_OF, Levels
 from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import DataError, OverflowsDtypeError
-from featprobe.features import pool
+from featprobe.features import Features, pool
 from featprobe.io.texts import printable
 from featprobe.machine import usable_cores
+from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
 from featprobe.stages.extraction.job import Job
@@ -272,21 +273,24 @@ class Filler:
 
     def _features(self, images: torch.Tensor, block: Block) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Features of a block's images on the device as the cache stores them; whether each is finite, (images,)."""
-        recipe = self.job.recipe
-        with computing(recipe.precision, self.device):
+        with computing(self.job.recipe.precision, self.device):
             features = self.backbone(images)
-        maps = {n: m.to(TORCH_DTYPE[recipe.dtype]) for n, m in features.maps.items()}
-        finite = torch.stack([finite_rows(m) for m in maps.values()]).all(0)
-        if recipe.store == "pooled":
-            content = torch.tensor([row.placement.content for row in self.job.rows[slice(*block)]], device=self.device)
-            pooled = pool(replace(features, maps=maps, content=content), recipe.levels)
-            maps = {n: torch.stack([m, pooled.maximum[n]], 1) for n, m in pooled.mean.items()}
-            finite &= torch.stack([finite_rows(m) for m in maps.values()]).all(0)  # a sum may overflow
-        elif recipe.dtype == "int8":
-            maps = coded(maps)
-        elif self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
+        content = torch.tensor([row.placement.content for row in self.job.rows[slice(*block)]], device=self.device)
+        maps, finite = stored_features(replace(features, content=content), self.job.recipe)
+        if self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
             maps = {n: m.contiguous() for n, m in maps.items()}
         return maps, finite
+
+
+def stored_features(features: Features, recipe: FeatureRecipe) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Features as a cache of this recipe stores them, by `Table.key`; whether each row is finite, (rows,)."""
+    maps = {n: m.to(TORCH_DTYPE[recipe.dtype]) for n, m in features.maps.items()}
+    finite = torch.stack([finite_rows(m) for m in maps.values()]).all(0)
+    if recipe.store == "pooled":
+        pooled = pool(replace(features, maps=maps), recipe.levels)
+        maps = {n: torch.stack([m, pooled.maximum[n]], 1) for n, m in pooled.mean.items()}
+        finite &= torch.stack([finite_rows(m) for m in maps.values()]).all(0)  # a sum may overflow
+    return (coded(maps) if recipe.dtype == "int8" else maps), finite
 
 
 def check_finite(job: Job, block: Computed) -> None:

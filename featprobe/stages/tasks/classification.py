@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional
 from featprobe.cache import Cache
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features, pool
+from featprobe.geometry import Part
 from featprobe.image_labels import ImageLabels, ImageTruth, LabelNames, Unit
 from featprobe.levels import FeatureLevel
 from featprobe.metrics.images import IMAGE_SCORES, ScoredImages, defect_scores, image_scores, one_group, value_of
@@ -196,23 +197,13 @@ class Classification:
                 yield image, partial(_boxed, boxes)
 
     def _boxes(self, units: Rows, labels: NDArray[np.uint8]) -> tuple[Instance, ...]:
-        """A box for each tile and each of its labels but the good one, as `colours` numbers these."""
-        found = []
-        for unit, own in zip(units.tolist(), labels, strict=True):
-            part = self.cache.rows.part_of(unit)
-            assert part is not None  # only caches of tiles have tiles as units
-            left, top = float(part.left), float(part.top)
-            box = (left, top, left + part.width, top + part.height)
-            kinds = [name for name, held in zip(self.names.names, own.tolist(), strict=True) if held]
-            found += [Instance(self.colours.index(k), box) for k in kinds if k != self.names.good]
-        return tuple(found)
+        parts = [self.cache.rows.part_of(unit) for unit in units.tolist()]
+        return tile_boxes([(part, own) for part, own in zip(parts, labels, strict=True) if part], self.names)
 
-    @cached_property
+    @property
     def colours(self) -> tuple[str, ...]:
         """What pictures have colours for, the good label or none first; of whole images nothing."""
-        if self.asked.unit == "image":
-            return ()
-        return (self.names.good or "good", *(name for name in self.names.names if name != self.names.good))
+        return colours_of(self.names) if self.asked.unit == "tile" else ()
 
     @property
     def _good(self) -> int | None:
@@ -324,6 +315,25 @@ def decided(probabilities: Shares, prior: NDArray[np.float32], names: LabelNames
     if names.multi:
         return (share >= 0.5).astype(np.uint8)
     return np.eye(len(names.names), dtype=np.uint8)[share.argmax(1)]
+
+
+def colours_of(names: LabelNames) -> tuple[str, ...]:
+    """The labels that pictures have colours for, with the good one, or "good", first."""
+    return (names.good or "good", *(name for name in names.names if name != names.good))
+
+
+def tile_boxes(tiles: Sequence[tuple[Part, NDArray[np.uint8]]], names: LabelNames) -> tuple[Instance, ...]:
+    """A box for each tile and each of its labels but the good one, as `colours_of` numbers these.
+
+    tiles: where they lie in the image, and which labels they have, (names,).
+    """
+    found = []
+    for part, labels in tiles:
+        left, top = float(part.left), float(part.top)
+        box = (left, top, left + part.width, top + part.height)
+        held = [name for name, own in zip(names.names, labels.tolist(), strict=True) if own and name != names.good]
+        found += [Instance(colours_of(names).index(name), box) for name in held]
+    return tuple(found)
 
 
 def label_text(labels: NDArray[np.uint8], probabilities: Shares | None, names: LabelNames) -> tuple[str, ...]:

@@ -23,8 +23,8 @@ from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.memory import Portions, fitting
 from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Solution, Source, Task
-from featprobe.stages.training.read_labels import classes_of, labelled, without_views
 from featprobe.stages.training.live import LiveFeatures, Views
+from featprobe.stages.training.read_labels import classes_of, labelled, without_views
 from featprobe.stages.training.training import Training
 
 if TYPE_CHECKING:

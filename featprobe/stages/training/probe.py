@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import UNREADABLE, Cache, open_cache
-from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, counted, nearest
+from featprobe.errors import (
+    CacheError,
+    CacheIncompleteError,
+    DataError,
+    NoMapsError,
+    ProbeError,
+    counted,
+    nearest,
+)
 from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
 from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
@@ -60,7 +68,8 @@ def probe(
         say = say if is_main() else lambda line: None
         if extract:
             how = extraction(options)
-            data, backbones, _ = make_missing(workspace, data, backbones, labels_for(task, options), how, say)
+            needed, pooled = labels_for(task, options), reads_pooled(options)
+            data, backbones, _ = make_missing(workspace, data, backbones, needed, how, say, pooled=pooled)
         return _probe(workspace, task, data, backbones, options, say)
 
 
@@ -74,10 +83,15 @@ def labels_for(task: str, options: ProbeOptions) -> str:
     return MASKS if options.instances == "components" else task
 
 
+def reads_pooled(options: ProbeOptions) -> bool:
+    """Whether caches of pooled features serve the head, too."""
+    return options.kind is not None and options.kind.pooled
+
+
 def _probe(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions, say: Say
 ) -> ProbeReport:
-    caches, notes = find_caches(workspace, task, data, backbones, options.instances)
+    caches, notes = find_caches(workspace, task, data, backbones, options.instances, pooled=reads_pooled(options))
     splits = single_splits(options.choice)
     caches = splittable(caches, options.choice, notes)
     for cache in caches:  # all of them, before the first is trained on
@@ -178,12 +192,20 @@ def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -
 
 
 def find_caches(
-    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], instances: str = "own"
+    workspace: Workspace,
+    task: str,
+    data: Sequence[str],
+    backbones: Sequence[str],
+    instances: str = "own",
+    *,
+    pooled: bool = False,
 ) -> tuple[list[Cache], list[str]]:
     """Complete caches that serve a task, and notes on those left aside.
 
-    Raises CacheIncompleteError where a data set, a backbone, or, where both are named, a pair of them has no complete
-    cache, or where none is named and none is complete; ProbeError when all that was asked for falls away.
+    pooled: whether caches of pooled features serve, too; of those, a cache of the same maps is taken instead where it
+    is here. Raises CacheError for one where maps are wanted and no other cache has them; CacheIncompleteError where a
+    data set, a backbone, or, where both are named, a pair of them has no complete cache, or where none is named and
+    none is complete; ProbeError when all that was asked for falls away.
     """
     found, broken = [], []
     for path in workspace.cache_files():
@@ -230,27 +252,48 @@ def find_caches(
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
     notes += [f"left aside: {' '.join(str(error).splitlines())}" for error in broken]
-    complete, incomplete = [], []
+    complete, lacking = list[Cache](), list[tuple[Cache, CacheError]]()
     for cache in able:
         try:
+            if not pooled and cache.recipe.store == "pooled":
+                raise _lacks_maps(cache, task)
             cache.usable()
             complete.append(cache)
-        except CacheIncompleteError as error:
-            incomplete.append((cache, error))
+        except (CacheIncompleteError, NoMapsError) as error:
+            lacking.append((cache, error))
 
     def named(cache: Cache) -> tuple[str, str]:
         return cache.data.name if data else "", cache.recipe.label if backbones else ""
 
     served_by = {named(cache) for cache in complete}
-    for cache, lack in incomplete:
+    for cache, lack in lacking:
         if named(cache) not in served_by:
-            raise CacheIncompleteError(f"{lack}\n{LET_IT}  --extract") from lack
+            raise type(lack)(f"{lack}\n{LET_IT}  --extract") from lack
         notes.append(left_aside(lack))
-    return complete, notes
+    return _without_twins(complete, notes), notes
 
 
-def left_aside(error: CacheIncompleteError) -> str:
-    """A note on a cache that is passed over: what it lacks, and how to complete it."""
+def _lacks_maps(cache: Cache, task: str) -> NoMapsError:
+    """The error that a head wants maps of a cache that has none, with the heads of the task that want none."""
+    able = [name for name in kinds_of(task) if kind_of(task, name).pooled]
+    other = f"\nOr take a head that reads pooled features:  --head {' | '.join(able)}" if able else ""
+    return NoMapsError(f"{cache.lacks_maps()}{other}")
+
+
+def _without_twins(caches: Sequence[Cache], notes: list[str]) -> list[Cache]:
+    """The caches less those of pooled features whose maps are here as well."""
+    keys = {(cache.recipe.key, cache.data.fingerprint) for cache in caches}
+    twins = [
+        cache
+        for cache in caches
+        if cache.recipe.store == "pooled" and (replace(cache.recipe, store="maps").key, cache.data.fingerprint) in keys
+    ]
+    notes += [f"left aside: {cache.path.name} holds pooled features, and its maps are here, too" for cache in twins]
+    return [cache for cache in caches if cache not in twins]
+
+
+def left_aside(error: CacheError) -> str:
+    """A note on a cache that is passed over: what it lacks, and what to do."""
     return f"left aside: {' '.join(str(error).splitlines())}"
 
 
