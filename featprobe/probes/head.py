@@ -87,6 +87,8 @@ class VerdictHead(Head):
             if isinstance(found, Tensor) and (found.shape[1:], found.dtype) == (held.shape[1:], held.dtype):
                 setattr(self, name, held.new_empty(found.shape))
         super()._load_from_state_dict(state_dict, prefix, *more)
+        faulty = [name for name in self.banks if not getattr(self, name).isfinite().all()]
+        more[-1].extend(f"{name} holds values that are not finite" for name in faulty)
 
 
 class ImageHead(VerdictHead):
