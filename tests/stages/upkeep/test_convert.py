@@ -59,12 +59,12 @@ TO_COCO = {
 
 def labels_of(data: DataSet) -> dict[str, Any]:
     """All that a set says of each image, and of itself; areas and the annotation's own numbers left out."""
-    found: dict[str, Any] = {"": (data.classes, data.tasks)}
+    found: dict[str, Any] = {"": (data.classes, data.tasks, data.label_names)}
     for sample in data.samples:
         target = data.read_target(sample, image_size(sample.image))
         semantic = None if target.semantic is None else target.semantic.tolist()
         objects = target.instances and [(i.category, i.box_xyxy, i.rle, i.crowd) for i in target.instances]
-        found[sample.id] = sample.split, sample.group, sample.image.read_bytes(), semantic, objects
+        found[sample.id] = sample.split, sample.group, sample.image.read_bytes(), semantic, objects, target.labels
     return found
 
 
