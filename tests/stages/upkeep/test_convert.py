@@ -108,8 +108,10 @@ def test_a_set_comes_back_from_coco_as_it_was(tmp_path: Path, name: str) -> None
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert sum(json.loads(result.stdout)["images"].values()) == len(data.samples)
-    assert {path.name for path in out.iterdir()} == {"annotations", "images"}
-    assert labels_of(read_data("set", out, "coco")) == labels_of(data)
+    of_images = data.label_names is not None
+    wanted = {"labels.csv", *({s.id.split("/")[0] for s in data.samples})} if of_images else {"annotations", "images"}
+    assert {path.name for path in out.iterdir()} == wanted
+    assert labels_of(read_data("set", out, "class-csv" if of_images else "coco")) == labels_of(data)
     assert labels_of(read_data("set", out)) == labels_of(data)
     if any(task == "detect" for task in data.tasks):
         loaded = COCO(str(out / "annotations" / "instances_train.json"))  # stock pycocotools reads it too
