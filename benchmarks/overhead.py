@@ -37,11 +37,11 @@ from featprobe.probes.train import _Loop, _steps
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
-from featprobe.stages.training import segmentation
+from featprobe.stages.tasks import segmentation
+from featprobe.stages.tasks.task import EVALUATION_BATCH
 from featprobe.stages.training.prepared import Prepared, keep_on_device, placed, prepare, source_of, trials_of
 from featprobe.stages.training.probe import find_caches
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.task import EVALUATION_BATCH
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 

@@ -57,6 +57,10 @@ class CacheIncompleteError(CacheError):
     """Rows of a cache are missing, so nothing can be trained from it yet."""
 
 
+class NoMapsError(CacheError):
+    """A cache holds pooled features alone, where maps are wanted."""
+
+
 class OverflowsDtypeError(CacheError):
     """A feature value is not finite, or does not fit the cache's number format."""
 

@@ -1,15 +1,17 @@
-"""Features of a batch of images (the input of heads), and labels on the same grid of cells (their targets)."""
+"""Features of a batch of images (the input of heads), the same pooled, and labels on their grid of cells."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from featprobe.errors import ShapeError
+from featprobe.levels import FeatureLevel
 
 FEW_CLASSES = 8  # up to so many, comparing with each class is faster on a CPU than counting in slots
 WIDEST_CELL = 181  # pixels; an int16 can count its square
+POOLED_AT_ONCE = 1 << 18  # values that a CPU pools together: they stay in its caches
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,95 @@ class Features:
         row = (content[:, :1] / stride - torch.arange(rows, device=content.device)).clamp(0, 1)
         column = (content[:, 1:] / stride - torch.arange(columns, device=content.device)).clamp(0, 1)
         return row[:, :, None] * column[:, None, :]  # (batch, rows, columns)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Features of images, or of their tiles, without their place in the image.
+
+    mean, maximum: level name -> (batch, channels), float32, over the cells that hold a part of the image. The mean
+    counts each cell by the share of it that is image. cells: level name -> (batch,), float32, how many cells the image
+    fills, parts of cells included.
+    """
+
+    mean: Mapping[str, Tensor]
+    maximum: Mapping[str, Tensor]
+    cells: Mapping[str, Tensor]
+
+    @classmethod
+    def of_all(cls, parts: Sequence["Pooled"]) -> "Pooled":
+        """The features of several batches, one after another."""
+        first = parts[0]
+        return cls(
+            *({name: torch.cat([getattr(part, own)[name] for part in parts]) for name in getattr(first, own)}
+              for own in ("mean", "maximum", "cells"))
+        )  # fmt: skip
+
+    def joined(self, index: Tensor, units: int) -> "Pooled":
+        """The features of whole images, from those of their tiles.
+
+        index: (batch,), int64, 0 <= index < units: the image that each tile shows; every image has a tile. The mean is
+        weighted by `cells`, so that pixels count as often as tiles show them.
+        """
+        cells = {name: n.new_zeros(units).index_add(0, index, n) for name, n in self.cells.items()}
+        mean = {
+            name: m.new_zeros(units, m.shape[1]).index_add(0, index, m * self.cells[name][:, None])
+            / cells[name][:, None]
+            for name, m in self.mean.items()
+        }
+        maximum = {
+            name: m.new_zeros(units, m.shape[1]).scatter_reduce(
+                0, index[:, None].expand_as(m), m, "amax", include_self=False
+            )
+            for name, m in self.maximum.items()
+        }
+        return Pooled(mean, maximum, cells)
+
+    def vectors(self, levels: Sequence[FeatureLevel]) -> Tensor:
+        """(batch, 2 * channels of all levels), float32: mean, then maximum, level by level."""
+        return torch.cat([own[level.name] for level in levels for own in (self.mean, self.maximum)], 1)
+
+
+def pool(features: Features, levels: Sequence[FeatureLevel]) -> Pooled:
+    """Mean and maximum of some levels over each image's own cells, computed in float32; see Pooled.
+
+    A row's result does not depend on the rows beside it. Differentiable.
+
+    >>> level = FeatureLevel("stride8", 1, 8)
+    >>> features = Features({"stride8": torch.tensor([[[[1.0, 4.0, 9.0]]]])}, (8, 24), torch.tensor([[8, 12]]))
+    >>> pool(features, [level]).vectors([level]).tolist()
+    [[2.0, 4.0]]
+    """
+    mean, maximum, cells = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    for level in levels:
+        m = features.maps[level.name]
+        content = features.content
+        if content is None:
+            content = torch.tensor([features.frame], device=m.device).expand(len(m), 2)
+        cells[level.name] = filled_cells(content, level.stride)
+        total, maximum[level.name] = _pooled(m, features.valid_share(level.stride))
+        mean[level.name] = total / cells[level.name][:, None]
+    return Pooled(mean, maximum, cells)
+
+
+def filled_cells(content: Tensor, stride: int) -> Tensor:
+    """How many cells of a level images fill, parts of cells included: (batch,), float32, the sum of `valid_share`.
+
+    content: (batch, 2), pixels, see Features.
+    """
+    return (content.double().prod(1) / stride**2).float()
+
+
+def _pooled(m: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weighted sum and maximum per channel: (batch, channels) each, float32. share: see Features.valid_share."""
+    few = len(m) if m.device.type != "cpu" else max(1, POOLED_AT_ONCE // max(1, m[0].numel()))
+    totals, peaks = [], []
+    for start in range(0, len(m), few):
+        x = m[start : start + few].float().flatten(2).contiguous()  # (rows, channels, cells)
+        own = None if share is None else share[start : start + few, None].flatten(2)
+        totals.append((x if own is None else x * own).sum(2))
+        peaks.append((x if own is None else x.masked_fill(own == 0, -torch.inf)).amax(2))
+    return torch.cat(totals), torch.cat(peaks)
 
 
 def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:

@@ -1,11 +1,12 @@
 """The kinds of heads, and how each is trained where the user says nothing.
 
 A new kind is a row of KINDS here and a builder in `featprobe.probes.heads`; options, help and tests follow the table.
+Tasks may have kinds of one name: a kind is known by its task and its name.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from featprobe.errors import ProbeError, nearest
 from featprobe.io.fields import made
@@ -13,6 +14,7 @@ from featprobe.io.fields import made
 PyramidKind = Literal["auto", "levels", "simple"]
 LOSSES = ("ce", "dice", "focal")
 MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
+FROZEN: Final = "frozen"  # the regime of stored features
 SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the user says nothing
 
 
@@ -81,14 +83,20 @@ class TrainRecipe:
         return made(cls, {"weights_from": "end", **values}, "A training recipe")
 
 
+NOT_TRAINED: Mapping[str, Any] = {"iterations": 1, "evaluations": 1, "weights_from": "end"}
+"""The part of a recipe that is the same for all heads that are solved."""
+SOLVED_ONCE = TrainRecipe(**NOT_TRAINED)
+
+
 @dataclass(frozen=True)
 class HeadKind:
     """A kind of head.
 
     task: what it is for. recipe: how it is trained where the user says nothing. width: channels of its pyramid or
     hidden layer where the user says nothing, 0 for a head that has neither. pyramid: it stands on a feature pyramid,
-    whose form can be chosen. solved: it has a closed form, so nothing is trained: it has no iterations and no rates to
-    try, one seed says it all, and it can't be fine-tuned.
+    whose form can be chosen. solved: on stored features it is solved and not trained: it has no iterations and no rates
+    to try, and one seed says it all where nothing is drawn. live: it can be trained with a live backbone. drawn: what
+    is solved depends on the seed. pooled: it reads one vector per image, and no maps.
     """
 
     task: str
@@ -97,26 +105,44 @@ class HeadKind:
     width: int = 0
     pyramid: bool = False
     solved: bool = False
+    live: bool = True
+    drawn: bool = False
+    pooled: bool = False
+
+    def is_solved(self, regime: str) -> bool:
+        """Whether it is solved in this regime, and not trained."""
+        return self.solved and (regime == FROZEN or not self.live)
+
+    def recipe_in(self, regime: str) -> TrainRecipe:
+        """How it is trained in this regime; of what is solved, a recipe that stands for none."""
+        return replace(self.recipe, **NOT_TRAINED) if self.is_solved(regime) else self.recipe
 
 
 OBJECTS = TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4)
 """How heads that find objects are trained."""
-KINDS: Mapping[str, HeadKind] = {
-    kind.name: kind
+KINDS: Mapping[tuple[str, str], HeadKind] = {
+    (kind.task, kind.name): kind
     for kind in (
         HeadKind("semseg", "linear", TrainRecipe(loss_at="image")),
         HeadKind("semseg", "upsample", TrainRecipe(iterations=300, batch_size=8, lr=1e-3), 128, pyramid=True),
-        HeadKind("semseg", "ridge", TrainRecipe(iterations=1, evaluations=1, weights_from="end"), solved=True),
+        HeadKind("semseg", "ridge", SOLVED_ONCE, solved=True, live=False),
         HeadKind("detect", "fcos", replace(OBJECTS, iterations=400, batch_size=8, lr=2e-3), 64, pyramid=True),
         HeadKind("detect", "fasterrcnn", OBJECTS, 64, pyramid=True),
         HeadKind("instseg", "maskrcnn", OBJECTS, 64, pyramid=True),
+        HeadKind("classify", "linear", TrainRecipe(iterations=300, lr=1e-3), solved=True, pooled=True),
+        HeadKind("classify", "knn", SOLVED_ONCE, solved=True, live=False, pooled=True),
+        HeadKind("anomaly", "patchcore", SOLVED_ONCE, solved=True, live=False, drawn=True),
+        HeadKind("anomaly", "gaussian", SOLVED_ONCE, solved=True, live=False),
+        HeadKind("anomaly", "knn", SOLVED_ONCE, solved=True, live=False, pooled=True),
     )
 }
-"""Kinds of heads by name; the first kind of a task is its default."""
-SOLVED: tuple[str, ...] = tuple(kind.name for kind in KINDS.values() if kind.solved)
-"""Kinds with a closed form."""
-TASKS: tuple[str, ...] = tuple(dict.fromkeys(kind.task for kind in KINDS.values()))
+"""Kinds of heads by task and name; the first kind of a task is its default."""
+TASKS: tuple[str, ...] = tuple(dict.fromkeys(task for task, _ in KINDS))
 """The first is the default."""
+HEADS: tuple[str, ...] = tuple(dict.fromkeys(name for _, name in KINDS))
+"""Names of kinds, each once."""
+SOLVED: tuple[str, ...] = tuple(kind.name for kind in KINDS.values() if kind.task == TASKS[0] and kind.solved)
+"""Kinds of the first task with a closed form."""
 
 
 def kinds_of(task: str) -> list[str]:
@@ -125,7 +151,15 @@ def kinds_of(task: str) -> list[str]:
     >>> kinds_of("detect")
     ['fcos', 'fasterrcnn']
     """
-    kinds = [name for name, kind in KINDS.items() if kind.task == task]
+    kinds = [name for own, name in KINDS if own == task]
     if not kinds:
         raise ProbeError(f"There is no task {task!r}. {nearest(task, TASKS)}")
     return kinds
+
+
+def kind_of(task: str, name: str) -> HeadKind:
+    """The kind of head of this name for a task; raises ProbeError for a task or a kind that does not exist."""
+    kinds = kinds_of(task)
+    if name not in kinds:
+        raise ProbeError(f"There is no {task} head {name!r}. {nearest(name, kinds)}")
+    return KINDS[task, name]

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from featprobe.errors import DataError, FieldError, ProbeError
+from featprobe.image_labels import ImageLabels, Unit
 from featprobe.io.fields import MISSING_FIELD, Fault, built, message, misfits, plain, wrong
 from featprobe.io.schemas import check
 from featprobe.kinds import KINDS, TASKS, HeadKind, TrainRecipe, kinds_of
@@ -94,6 +95,27 @@ class Solution:
     tried: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options that only some tasks and kinds look at, as `stages.training.probe_options` has them; None: others."""
+
+    unit: Unit
+    false_calls: float
+    labels: ImageLabels | None = None
+    coreset: float | None = None
+    remove_position: bool | None = None
+
+    @property
+    def of_units(self) -> list[str]:
+        """For people, what is labelled, where it is unusual."""
+        labels = [f"labels: {self.labels}"] if self.labels not in (None, "own") else []
+        return labels + ([f"each {self.unit}"] if self.unit != "image" else [])
+
+    def options(self) -> dict[str, Any]:
+        """Those that the task and the kind look at, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
 @dataclass(frozen=True)
 class PixelScores:
     """The least that the `test` of a dense head's row holds. iou: of each class."""
@@ -137,7 +159,28 @@ class MaskScores:
     mask: Precision
 
 
-TESTS: Mapping[On, type] = {"pixels": PixelScores, "boxes": BoxScores, "masks": MaskScores}
+@dataclass(frozen=True)
+class ImageScores:
+    """The least that the `test` of a row of image labels holds. per_class: AUROC of each label."""
+
+    auroc: Value
+    per_class: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class AnomalyScores:
+    """The least that the `test` of an anomaly head's row holds."""
+
+    image_auroc: Value
+
+
+TESTS: Mapping[On, type] = {
+    "pixels": PixelScores,
+    "boxes": BoxScores,
+    "masks": MaskScores,
+    "images": ImageScores,
+    "anomalies": AnomalyScores,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +239,8 @@ class ResultRow:
     folder: str
     verified: bool = field(default=True, metadata=RARE)
     ridge: Solution | None = field(default=None, metadata=RARE)
+    settings: Settings | None = field(default=None, metadata=RARE)
+    solution: Mapping[str, Any] | None = field(default=None, metadata=RARE)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "ResultRow":
@@ -228,7 +273,7 @@ class ResultRow:
     @property
     def kind(self) -> HeadKind:
         """The kind of its head."""
-        return KINDS[self.head]
+        return KINDS[self.task, self.head]
 
     @property
     def scores(self) -> TaskScores:
@@ -248,7 +293,8 @@ class ResultRow:
         Classes that the test split lacks take no part in any comparison, whatever `absent_classes` a row was scored
         with.
         """
-        return self.data_fingerprint, self.task, self.instances, self.classes
+        asked = (self.settings.unit, self.settings.labels) if self.settings else ()
+        return self.data_fingerprint, self.task, self.instances, self.classes, *asked
 
     @property
     def run(self) -> tuple[Any, ...]:
@@ -272,9 +318,14 @@ class ResultRow:
         return self.chosen_by or self.scores.chosen_before
 
     @property
+    def is_solved(self) -> bool:
+        """Whether its head was solved, and not trained."""
+        return self.kind.is_solved(self.regime)
+
+    @property
     def iterations(self) -> int | None:
         """The iterations of its training; None for a head that is solved."""
-        return None if self.kind.solved else self.recipe.iterations
+        return None if self.is_solved else self.recipe.iterations
 
     @property
     def validation(self) -> float | None:
@@ -312,6 +363,11 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
         faults.append(wrong(("classes",), "the background and others, each once", row["classes"]))
     if not 0 < row["fraction"] <= 1:
         faults.append(wrong(("fraction",), "0 < fraction <= 1", row["fraction"]))
+    settings = row.get("settings")
+    if settings and not 0 <= settings["false_calls"] < 1:
+        faults.append(wrong(("settings", "false_calls"), "0 <= false_calls < 1", settings["false_calls"]))
+    if settings and not 0 < (settings.get("coreset") or 1) <= 1:
+        faults.append(wrong(("settings", "coreset"), "0 < coreset <= 1", settings["coreset"]))
     if row["seed"] < 0:
         faults.append(wrong(("seed",), "0 or more", row["seed"]))
     if row["tuning"] is None and (row["regime"] != "frozen" or row.get("chosen_from")):

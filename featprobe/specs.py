@@ -21,6 +21,8 @@ CacheDtype = Literal["fp16", "fp32", "bf16", "int8"]
 """How a cache stores features. int8: a byte for each value, and for each channel of a row a scale and a zero."""
 CachePrecision = Literal["fp32", "tf32", "amp"]
 """Precision of a backbone: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
+CacheStore = Literal["maps", "pooled"]
+"""What a cache keeps of each level: its map, or the mean and the maximum of each channel over the image's cells."""
 Rows = NDArray[np.intp]
 """Indices of a cache's rows."""
 RECIPE_VERSION = 2
@@ -29,6 +31,8 @@ RECIPE_VERSION = 2
 BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
 BYTES_PER_CHANNEL: Mapping[str, int] = {"int8": 8}
 """Bytes per channel of a row, beside its values: scale and zero, float32."""
+BYTES_PER_POOLED_CHANNEL = 8
+"""Mean and maximum, float32."""
 MOST_LEVELS, MOST_CHANNELS, MOST_STRIDE, MOST_CLASSES = 64, 2**16, 2**12, 255
 """Limits of what a file may claim: levels of a recipe, channels and stride of a level, classes of a set."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -91,6 +95,7 @@ class FeatureRecipe:
     first is the image as it is.
     empty_pixels: what pixels become that a header calls empty, `0`; "" for a set that has no such headers.
     sized: whether timm built the network for the frame, since as it was it would have computed something else.
+    store: what rows keep of each level. Maps are rounded to `dtype` before they are pooled.
     """
 
     label: str
@@ -116,6 +121,7 @@ class FeatureRecipe:
     empty_tiles: float = 1.0
     empty_pixels: str = ""
     sized: bool = False
+    store: CacheStore = "maps"
 
     @property
     def key(self) -> str:
@@ -157,11 +163,18 @@ class FeatureRecipe:
         """Bytes that one image's features take."""
         values = sum(lv.channels * lv.cells(self.frame)[0] * lv.cells(self.frame)[1] for lv in self.levels)
         channels = sum(level.channels for level in self.levels)
+        if self.store == "pooled":
+            return channels * BYTES_PER_POOLED_CHANNEL
         return values * BYTES_PER_VALUE[self.dtype] + channels * BYTES_PER_CHANNEL.get(self.dtype, 0)
 
+    @property
+    def kept_as(self) -> str:
+        """The number format of a row's maps, for people; or that they are pooled."""
+        return self.dtype if self.store == "maps" else f"{self.store} from {self.dtype}"
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as the cache and the cards keep them; of tiles, empty pixels, `sized` only what holds."""
-        idle = [name for name in ("empty_pixels", "sized") if not getattr(self, name)]
+        """Plain values, as caches and cards keep them; of tiles, empty pixels, `sized`, `store` only what holds."""
+        idle = [name for name in ("empty_pixels", "sized", "store") if getattr(self, name) == getattr(type(self), name)]
         idle += SETTINGS if self.tile is None else ()
         return {name: value for name, value in asdict(self).items() if name not in idle}
 
@@ -189,6 +202,7 @@ class FeatureRecipe:
             "interpolation": (self.interpolation in INTERPOLATIONS, " or ".join(INTERPOLATIONS), self.interpolation),
             "version": (1 <= self.version <= RECIPE_VERSION, f"1 to {RECIPE_VERSION}", self.version),
             "views": (self.views[:1] == (IDENTITY,), f"{IDENTITY}, then others", self.views),
+            "store": (self.store == "maps" or self.dtype != "int8", "maps beside dtype int8", self.store),
         }  # fmt: skip
         found = limits(checks)
         for i, level in enumerate(self.levels):

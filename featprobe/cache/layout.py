@@ -72,6 +72,8 @@ class Table:
 
 def level_tables(recipe: FeatureRecipe, level: FeatureLevel) -> tuple[Table, ...]:
     """The tables of one level, features first, in the order in which a row's checksum covers them."""
+    if recipe.store == "pooled":
+        return (Table(f"features/{level.name}", STORED_AS["fp32"], (2, level.channels)),)
     features = Table(f"features/{level.name}", STORED_AS[recipe.dtype], (level.channels, *level.cells(recipe.frame)))
     if recipe.dtype != "int8":
         return (features,)
@@ -284,7 +286,7 @@ def _drawn(recipe: FeatureRecipe, index: Index) -> tuple[Index, _Drawing]:
         for level in recipe.levels:
             dataset = file[f"features/{level.name}"]
             dataset.attrs["stride"] = level.stride
-            dataset.attrs["dtype"] = np.bytes_(recipe.dtype)
+            dataset.attrs["dtype"] = np.bytes_("fp32" if recipe.store == "pooled" else recipe.dtype)
     return replace(index, parts=parts, tables=tables), drawing
 
 

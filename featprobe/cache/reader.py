@@ -289,7 +289,7 @@ class Held:
 
 
 class FeatureLoader:
-    """Batches of cached features, in any order of rows, on the device that trains.
+    """Batches of cached maps, in any order of rows, on the device that trains. Raises CacheError for a pooled cache.
 
     verify: see RowReader. as_dtype: give the features that a cache of this dtype, made from this one, would give; None
     for the stored features.
@@ -309,6 +309,8 @@ class FeatureLoader:
         verify: bool = True,
         as_dtype: CacheDtype | None = None,
     ) -> None:
+        if cache.recipe.store == "pooled":
+            raise cache.lacks_maps()
         self.cache, self.as_dtype = cache, as_dtype
         self.backbone: None = None  # nothing makes these features anew
         self.levels = tuple(levels) or cache.levels

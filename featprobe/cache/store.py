@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from featprobe.cache.contents import Contents, read_contents
 from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, level_tables
 from featprobe.cache.rows import Row, checksum
-from featprobe.errors import CacheError, CacheIncompleteError, DataError
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, NoMapsError
 from featprobe.levels import FeatureLevel
 from featprobe.targets import Instance, Labels, decode_image_id, decode_instances, decode_semantic
 
@@ -37,7 +37,7 @@ class Cache:
         self.path = path
         self.contents = contents
         self.handle = contents.file.handle
-        if not path.exists() or path.stat().st_ino != contents.inode:
+        if not self.is_in_place():
             raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
         self.recipe, self.data, self.rows = contents.recipe, contents.data, contents.rows
         self.images = contents.images or contents.rows
@@ -50,6 +50,10 @@ class Cache:
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, {len(self)} rows, {len(self.levels)} levels)"
+
+    def is_in_place(self) -> bool:
+        """Whether this very file still has its name."""
+        return self.path.exists() and self.path.stat().st_ino == self.contents.inode
 
     @property
     def levels(self) -> tuple[FeatureLevel, ...]:
@@ -116,6 +120,14 @@ class Cache:
     def _image_ids(self) -> list[Any]:
         return [self._image_id(image) if image.instances else None for image in self.images]
 
+    def lacks_maps(self) -> NoMapsError:
+        """The error that maps are wanted of a cache that keeps pooled features alone."""
+        return NoMapsError(
+            f"{self.path} holds pooled features alone. Nothing was computed.\n"
+            "  wanted  maps\n  found   mean and maximum of each channel (--store pooled)\n"
+            f"Make a cache of maps beside it:  {self.contents.command.replace(' --store pooled', '')}"
+        )
+
     def _semantic(self, row: Row) -> Labels:
         if not row.semantic:
             raise CacheError(f"{self.path} holds no masks, only {', '.join(self.data.tasks)} targets.")
@@ -161,7 +173,8 @@ class Cache:
         return found
 
     def read_row(self, row: int, level: FeatureLevel) -> NDArray:
-        """One row of one level in its stored number format, (channels, height, width); int8 is decoded to fp16.
+        """One row of one level in its stored number format, (channels, height, width), or (2, channels) where it is
+        pooled; int8 is decoded to fp16.
 
         Raises CacheError where the row is damaged or missing.
         """

@@ -52,7 +52,6 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
     Example:
       featprobe cache ls
     """
-    from featprobe.machine import human_bytes
     from featprobe.stages.upkeep.caches import describe_cache, list_cache
 
     workspace = workspace_of(ctx)
@@ -69,9 +68,9 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
             Path(c["path"]).relative_to(workspace.cache).as_posix(),
             c["recipe"]["label"],
             "x".join(map(str, c["recipe"]["frame"])),
-            c["recipe"]["dtype"],
+            c["kept_as"],
             f"{c['whole']} of {c['rows']}",
-            human_bytes(c["bytes"]),
+            _bytes_text(c),
             _version_text(c["version"]),
         )
         for c in found
@@ -97,7 +96,6 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
     Example:
       featprobe cache info xray
     """
-    from featprobe.machine import human_bytes
     from featprobe.stages.upkeep.caches import describe_cache
 
     found = [describe_cache(path) for path in workspace_of(ctx).find_caches(name)]
@@ -108,14 +106,14 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
         levels = ", ".join(f"{v['name']} ({v['channels']} ch)" for v in recipe["levels"])
         rows: list[tuple[str, object]] = [
             ("rows", f"{c['whole']} whole, {c['missing']} missing, {len(c['unreadable'])} unreadable of {c['rows']}"),
-            ("size", human_bytes(c["bytes"])),
+            ("size", _bytes_text(c)),
             ("version", _version_text(c["version"])),
             ("backbone", f"{recipe['label']}: {recipe['backbone']}, weights sha256 {recipe['weights_sha256'][:12]}…"),
             ("levels", levels),
             ("final norm", recipe["final_norm"]),
             ("frame", f"{_size_text(recipe['frame'])} ({recipe['fit']} to {_size_text(recipe['size'])})"),
             ("shown", _parts_text(recipe)),
-            ("dtype", recipe["dtype"]),
+            ("dtype", c["kept_as"]),
             ("precision", _precision_text(recipe, c["may_hold_tf32"])),
             ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
             ("data", f"{origin['name']}: {origin['root']}"),
@@ -317,6 +315,16 @@ def _audit_text(found: "Audit") -> str:
         lines.append("foreground mIoU on validation, percent")
         lines.append(columns(heads, ("head", "seeds", "fp16", "int8", "int8 - fp16", "95 %", "groups")))
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+def _bytes_text(found: dict[str, Any]) -> str:
+    """The size of a cache, and of what was pooled from it; of which levels, where they were looked at."""
+    from featprobe.machine import human_bytes
+
+    if not found["pooled_bytes"]:
+        return human_bytes(found["bytes"])
+    of = f" from {', '.join(found['pooled_levels'])}" if found.get("pooled_levels") else ""
+    return f"{human_bytes(found['bytes'])} + {human_bytes(found['pooled_bytes'])} pooled{of}"
 
 
 def _parts_text(recipe: dict[str, Any]) -> str:

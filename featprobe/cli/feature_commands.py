@@ -88,7 +88,7 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
         ("file", f"{cost.path}{' (exists)' if cost.exists else ''}"),
         ("images", f"{cost.images}{parts} at {cost.frame[0]}x{cost.frame[1]}, levels {', '.join(cost.levels)}"),
         ("features", f"{human_bytes(cost.feature_bytes)}, {human_bytes(cost.feature_bytes / cost.rows)} per row"),
-        ("by dtype", ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in cost.bytes_of.items())),
+        ("by dtype", ", ".join(f"{kind} {human_bytes(size)}" for kind, size in cost.bytes_of.items())),
         ("disk", f"{fits(cost.fits_disk)} ({human_bytes(cost.free_disk)} free)"),
         ("memory", f"{fits(cost.fits_memory)} ({human_bytes(cost.memory)} available)"),
         ("GPU", f"{fits(cost.fits_gpu)}{gpu}"),

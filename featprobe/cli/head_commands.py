@@ -241,8 +241,8 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
 def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
     from featprobe.stages.training.probe_options import ProbeOptions
 
-    kinds = kinds_of(options["task"] or TASKS[0])
-    default = KINDS.get(options["head"] or kinds[0], KINDS[kinds[0]]).recipe
+    task = options["task"] or TASKS[0]
+    default = KINDS.get((task, options["head"]), KINDS[task, kinds_of(task)[0]]).recipe
     trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at", "weights_from")
     given = {name: options[name] for name in trained if options[name] not in (None, "auto")}
     return ProbeOptions(
@@ -281,7 +281,8 @@ def show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     dtypes = [card_beside(probes, row)["features"]["dtype"] if row.regime == "frozen" else "" for row in rows]
     for note in report.notes:
         echo(f"note: {note}")
-    echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
+    how = dict.fromkeys(row.scores.how for row in rows)
+    echo(f"Test split, percent{''.join(f'; {own}' for own in how)}.\n")
     echo(result_text(rows, terminal_width(), dtypes))
     echo()
     heads = [Path(row.folder) for row in rows]

@@ -61,16 +61,19 @@ def listed(names: Iterable[str]) -> str:
 def by_kind(value: Callable[[HeadKind], object], kinds: Iterable[HeadKind]) -> str:
     """A default of these kinds of heads; with their names where it differs between them.
 
-    >>> by_kind(lambda kind: kind.width, [KINDS["upsample"], KINDS["fcos"], KINDS["fasterrcnn"]])
+    >>> by_kind(lambda kind: kind.width, [kind for kind in KINDS.values() if kind.width and kind.task != "instseg"])
     '128 (upsample), 64 (fcos, fasterrcnn)'
+    >>> by_kind(lambda kind: kind.pooled, [KINDS["semseg", "linear"], KINDS["classify", "linear"]])
+    'False (linear of semseg), True (linear of classify)'
     """
     found: dict[str, list[str]] = {}
     for kind in kinds:
-        found.setdefault(str(value(kind)), []).append(kind.name)
+        several = sum(name == kind.name for _, name in KINDS) > 1
+        found.setdefault(str(value(kind)), []).append(f"{kind.name} of {kind.task}" if several else kind.name)
     return ", ".join(f"{text} ({', '.join(names)})" if len(found) > 1 else text for text, names in found.items())
 
 
-TRAINED = [kind for kind in KINDS.values() if not kind.solved]
+TRAINED = [kind for kind in KINDS.values() if kind.live]
 DENSE = [kind for kind in TRAINED if SCORES[kind.task].dense]
 ALL_KINDS = "; ".join(f"{task}: {', '.join(kinds_of(task))}" for task in TASKS)
 ALL_TASKS = listed(TASKS)

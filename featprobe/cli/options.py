@@ -140,6 +140,14 @@ _FEATURES = [
         help="How features are stored. int8 takes half the bytes of fp16; `cache audit` measures what it costs.",
     ),
     features(
+        "--store",
+        type=click.Choice(["maps", "pooled"]),
+        default="maps",
+        show_default=True,
+        help="What is kept of each level: its map, or only the mean and the maximum of each channel, a few kB per "
+        "image. pooled serves --task classify and --task anomaly with the head knn, and nothing else.",
+    ),
+    features(
         "--precision",
         type=click.Choice(["auto", "fp32", "tf32", "amp"]),
         default="auto",

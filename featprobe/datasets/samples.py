@@ -152,7 +152,7 @@ def tasks_of(*, masks: bool, instances: bool) -> tuple[str, ...]:
     ('semseg',)
     """
     served: Mapping[On, bool] = {"pixels": masks, "boxes": instances, "masks": masks and instances}
-    return tuple(task for task, scores in SCORES.items() if served[scores.on])
+    return tuple(task for task, scores in SCORES.items() if served.get(scores.on, False))
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -44,7 +44,7 @@ class ClassMean:
         counted = takes_part(matrices.sum(0), absent)
         counted[0] &= self.background
         part, whole = (own[:, counted].astype(float) for own in self.ratio(matrices))  # (groups, classes)
-        return Statistic(*_mean_ratio(part, whole), (names,))
+        return Statistic(*mean_ratio(part, whole), (names,))
 
 
 PIXEL_SCORES: Mapping[str, PixelScore] = {
@@ -103,7 +103,7 @@ def _sums(confusions: NDArray[np.int64], groups: Sequence[str] | None) -> tuple[
     return names, sums
 
 
-def _mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
+def mean_ratio(hit: Floats, union: Floats) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
     """The statistic of the mean over classes of sum(hit) / sum(union) over groups; hit, union: (groups, classes)."""
     classes = hit.shape[1]
     whole = hit.sum(0) / np.maximum(union.sum(0), 1)  # (classes,)

@@ -6,8 +6,9 @@ training loop, scores, files, prediction, fine-tuning, and the tests of `tests/p
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,106 @@ class DenseHead(Head):
     if TYPE_CHECKING:
 
         def __call__(self, features: Features) -> Tensor: ...
+
+
+class VerdictHead(Head):
+    """A head that gives each image one score of a defect, above which the image is called.
+
+    threshold: a scalar, nan until it is chosen on validation. banks: names of buffers with a row per stored example, of
+    which a saved head may have any number.
+    """
+
+    banks: tuple[str, ...] = ()
+    threshold: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("threshold", torch.tensor(float("nan"), dtype=torch.float64))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        for name in self.banks:
+            held, found = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(found, Tensor) and found.dim() == held.dim() and found.shape[1:] == held.shape[1:]:
+                setattr(self, name, held.new_empty(found.shape))
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+class ImageHead(VerdictHead):
+    """A head that gives each image a label, or several of them, from one vector per image.
+
+    prior: (classes,), the share of the training images that has each label. A label is decided by the ratio of its
+    probability to it, as if all were equally frequent.
+    """
+
+    prior: Tensor
+
+    @abstractmethod
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Logits, (images, classes), of vectors as `features.Pooled.vectors` gives them: (images, values), float32.
+
+        Their softmax, or where an image may have several labels their sigmoid, are probabilities.
+        """
+
+    @abstractmethod
+    def solve(
+        self, vectors: Tensor, labels: Tensor, val: Tensor, score: Callable[[Tensor], float], *, multi: bool
+    ) -> dict[str, Any]:
+        """Solve for the head, its prior included; returns what was decided, as a result row keeps it.
+
+        vectors: (images, values), float32, of training. labels: (images, classes), uint8, 1 where a label holds; one
+        per image unless `multi`. val: vectors of validation. score: of logits there; what is chosen scores highest.
+        """
+
+    @abstractmethod
+    def begin(self, vectors: Tensor, labels: Tensor, *, multi: bool) -> None:
+        """Make a new head ready for training: its prior, and its normalisation from vectors of the untouched backbone.
+
+        vectors, labels, multi: as for `solve`. Raises ProbeError for a head that is only solved.
+        """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, vectors: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Anomalies:
+    """What an anomaly head finds in a batch. It grows with the distance from good images; it has no upper bound.
+
+    scores: (batch,). maps: (batch, rows, columns), of cells as the head has them; None for a head without maps.
+    """
+
+    scores: Tensor
+    maps: Tensor | None = None
+
+
+class AnomalyHead(VerdictHead):
+    """A head that knows good images alone, and says how unlike them an image is, from its maps."""
+
+    @property
+    @abstractmethod
+    def stride(self) -> int:
+        """Frame pixels per cell of its maps, along both axes."""
+
+    @abstractmethod
+    def forward(self, features: Features) -> Anomalies:
+        """What it finds in features, with the maps of at least `levels`. Cells of nothing but padding are not seen."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, features: Features) -> Anomalies: ...
+
+
+class PooledAnomalyHead(VerdictHead):
+    """The same from one vector per image, without maps."""
+
+    @abstractmethod
+    def forward(self, vectors: Tensor) -> Anomalies:
+        """What it finds in vectors as `features.Pooled.vectors` gives them: (images, values), float32."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, vectors: Tensor) -> Anomalies: ...
 
 
 class ObjectHead(Head):

@@ -7,17 +7,19 @@ from typing import Any
 from torch import nn
 
 from featprobe.errors import ProbeError, nearest
+from featprobe.image_labels import MOST_NAMES
 from featprobe.io.fields import Fault, limits, made
-from featprobe.kinds import KINDS, PyramidKind, kinds_of
+from featprobe.kinds import PyramidKind, kind_of
 from featprobe.levels import FeatureLevel, choose_levels
 from featprobe.probes.fcos import FcosHead
 from featprobe.probes.head import Head
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
-from featprobe.scores import SCORES
+from featprobe.scores import SCORES, On
 from featprobe.specs import MOST_CLASSES
 
+MOST = max(MOST_CLASSES, MOST_NAMES)  # classes, of what a card may claim
 MOST_WIDTH = 2**12  # channels, of what a card may claim
 
 
@@ -49,14 +51,24 @@ class HeadRecipe:
 
     def faults(self) -> list[Fault]:
         """Values that no head has: see `from_json`."""
+        least = least_classes(self.task)
         return limits({
-            "classes": (2 <= len(self.classes) <= MOST_CLASSES, f"2 to {MOST_CLASSES} names", self.classes),
+            "classes": (least <= len(self.classes) <= MOST, f"{least} to {MOST} names", self.classes),
             "width": (self.width is None or 1 <= self.width <= MOST_WIDTH, f"1 to {MOST_WIDTH} channels", self.width),
             "sides": (len(self.sides) in (0, 3) and min(self.sides, default=0) >= 0, "3 lengths, or none", self.sides),
         })  # fmt: skip
 
 
+def least_classes(task: str) -> int:
+    """The least number of classes that heads of a task tell apart: one label that images have or not is enough."""
+    return 1 if task in SCORES and SCORES[task].on == "images" else 2
+
+
 Build = Callable[[Sequence[FeatureLevel], HeadRecipe], Head]
+
+
+def _width(recipe: HeadRecipe) -> int:
+    return recipe.width or kind_of(recipe.task, recipe.kind).width
 
 
 def _linear(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
@@ -64,14 +76,14 @@ def _linear(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
 
 
 def _upsample(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
-    return UpsampleHead(levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.pyramid)
+    return UpsampleHead(levels, len(recipe.classes), _width(recipe), recipe.pyramid)
 
 
 def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     return FcosHead(
         levels,
         len(recipe.classes),
-        recipe.width or KINDS[recipe.kind].width,
+        _width(recipe),
         sides=recipe.sides,
         pyramid=recipe.pyramid,
     )
@@ -79,20 +91,19 @@ def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
 
 def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     masks = SCORES[recipe.task].on == "masks"
-    return RcnnHead(
-        levels, len(recipe.classes), recipe.width or KINDS[recipe.kind].width, recipe.sides, recipe.pyramid, masks
-    )
+    return RcnnHead(levels, len(recipe.classes), _width(recipe), recipe.sides, recipe.pyramid, masks)
 
 
-BUILDERS: Mapping[str, Build] = {
-    "linear": _linear,
-    "upsample": _upsample,
-    "ridge": _linear,
-    "fcos": _fcos,
-    "fasterrcnn": _rcnn,
-    "maskrcnn": _rcnn,
+OF_IMAGES: Mapping[str, Build] = {}
+OF_ANOMALIES: Mapping[str, Build] = {}
+BUILDERS: Mapping[On, Mapping[str, Build]] = {
+    "pixels": {"linear": _linear, "upsample": _upsample, "ridge": _linear},
+    "boxes": {"fcos": _fcos, "fasterrcnn": _rcnn},
+    "masks": {"maskrcnn": _rcnn},
+    "images": OF_IMAGES,
+    "anomalies": OF_ANOMALIES,
 }
-"""Kind -> what builds it; a test compares the names with `kinds.KINDS`."""
+"""What a task is scored on -> kind -> what builds it; a test compares the names with `kinds.KINDS`."""
 
 
 def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
@@ -100,10 +111,8 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
 
     Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that does not exist.
     """
-    kinds = kinds_of(recipe.task)
-    if recipe.kind not in kinds:
-        raise ProbeError(f"There is no {recipe.task} head {recipe.kind!r}. {nearest(recipe.kind, kinds)}")
-    if len(recipe.classes) < 2:
+    kind_of(recipe.task, recipe.kind)
+    if len(recipe.classes) < least_classes(recipe.task):
         raise ProbeError(f"A head needs the background and at least one class. found: {list(recipe.classes)}")
     if recipe.width is not None and recipe.width < 1:
         raise ProbeError(f"A head {recipe.width} channels wide can't be built. wanted: --width 1 or more.")
@@ -115,7 +124,7 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
             f"There is no level {error.args[0]!r} here. {nearest(error.args[0], names)}\n"
             "Extract it:  featprobe extract … --levels " + ",".join([*names, error.args[0]])
         ) from None
-    return BUILDERS[recipe.kind](chosen, recipe)
+    return BUILDERS[SCORES[recipe.task].on][recipe.kind](chosen, recipe)
 
 
 def parameter_count(head: nn.Module) -> int:

@@ -7,12 +7,13 @@ from typing import Any
 
 from featprobe.io.fields import built
 from featprobe.probes import HeadRecipe
-from featprobe.result_rows import AskedHead, ResultRow
+from featprobe.result_rows import AskedHead, ResultRow, Settings
 from featprobe.stages.extraction.command_line import command_of_card, option_name
-from featprobe.stages.training.probe_options import Tuning
+from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 
 ON_THE_LINE = ("iterations", "batch_size", "lr", "weight_decay", "loss", "loss_at", "class_weights", "weights_from")
 """Parts of a training recipe that the command line can say."""
+USUAL_SETTINGS = {name: getattr(ProbeOptions(), name) for name in Settings.__dataclass_fields__}
 Words = list[str]
 
 
@@ -65,6 +66,7 @@ def _train(row: ResultRow, head: AskedHead, last: int) -> str:
     words += ["--width", str(head.width)] if head.width is not None else []
     words += _unusual(asdict(head), {"pyramid": "auto"})
     words += _recipe(row)
+    words += _unusual(row.settings.options(), USUAL_SETTINGS) if row.settings else []
     words += ["--shared-order"] if row.shared_order else []
     words += ["--fraction", f"{row.fraction:g}"] if row.fraction != 1 else []
     words += _unusual(row.to_json(), {"instances": "own", "split": "own", "absent_classes": "ignore"})
@@ -74,8 +76,8 @@ def _train(row: ResultRow, head: AskedHead, last: int) -> str:
 
 
 def _recipe(row: ResultRow) -> Words:
-    usual, recipe, grid = asdict(row.kind.recipe), asdict(row.recipe), asdict(row.grid)
-    climbed = row.fraction < 1 and not row.kind.solved  # where nothing is said of iterations
+    usual, recipe, grid = asdict(row.kind.recipe_in(row.regime)), asdict(row.recipe), asdict(row.grid)
+    climbed = row.fraction < 1 and not row.is_solved  # where nothing is said of iterations
     words = []
     for name in ON_THE_LINE:
         values = list(grid.get(name) or [recipe[name]])
@@ -104,6 +106,6 @@ def _tuning(row: ResultRow) -> Words:
 
 def _unsaid(row: ResultRow) -> str:
     """A comment on parts of the recipe that are not the default and that the command line can't say."""
-    usual = asdict(row.kind.recipe)
+    usual = asdict(row.kind.recipe_in(row.regime))
     other = [f"{k}={v}" for k, v in asdict(row.recipe).items() if k not in ON_THE_LINE and v != usual[k]]
-    return f"  # and from Python: {', '.join(other)}" if other and not row.kind.solved else ""
+    return f"  # and from Python: {', '.join(other)}" if other and not row.is_solved else ""

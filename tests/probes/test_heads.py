@@ -51,7 +51,7 @@ from featprobe.probes.pyramid import PaddedGroupNorm, Pyramid, TopDown, cells_in
 from featprobe.probes.rcnn import RegionPool, half_pixel_later
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec
-from featprobe.stages.training.detection import MaskStore
+from featprobe.stages.tasks.detection import MaskStore
 from featprobe.targets import components, decode_rle
 
 FOUR = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 6), (8, 9), (16, 12), (32, 15)))

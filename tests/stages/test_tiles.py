@@ -48,12 +48,12 @@ from featprobe.stages.extraction.extract_options import ExtractOptions, configur
 from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.predict import predict
 from featprobe.stages.stitch import stitched_classes, stitched_logits, stitched_objects
+from featprobe.stages.tasks.task import scored_here
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
-from featprobe.stages.training.task import scored_here
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import (
     IGNORE,

@@ -13,15 +13,15 @@ from featprobe.cache import Cache, open_cache
 from featprobe.cache.quantised import as_read
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import CacheError, ProbeError, counted
-from featprobe.kinds import KINDS, SEEDS, SOLVED, TASKS, kinds_of
+from featprobe.kinds import SEEDS, SOLVED, TASKS, kind_of, kinds_of
 from featprobe.metrics import Difference, Statistic, mean_of, paired_difference, pixel_statistic
 from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.partition import Partition
+from featprobe.stages.tasks.task import Outcome
 from featprobe.stages.training.probe import checked
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.run import judged
-from featprobe.stages.training.task import Outcome
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
@@ -113,7 +113,9 @@ def _audit(workspace: Workspace, cache: Cache, options: AuditOptions, say: Say) 
 
 
 def _exact(workspace: Workspace, cache: Cache) -> Cache:
-    """The cache, or, of int8, one of more bits of the same recipe and data set."""
+    """The cache, or, of int8, one of more bits of the same recipe and data set. Raises CacheError."""
+    if cache.recipe.store == "pooled":
+        raise cache.lacks_maps()
     if cache.recipe.dtype != "int8":
         return cache
     wider: tuple[CacheDtype, ...] = ("fp32", "fp16", "bf16")
@@ -163,7 +165,8 @@ def _check_range(cache: Cache, maps: Any) -> None:
 
 
 def _head_cost(workspace: Workspace, cache: Cache, head: str, options: AuditOptions, say: Say) -> HeadCost:
-    task, recipe, solved = KINDS[head].task, KINDS[head].recipe, KINDS[head].solved
+    kind = kind_of(TASKS[0], head)
+    task, recipe, solved = kind.task, kind.recipe, kind.solved
     if options.iterations and not solved:
         recipe = replace(recipe, iterations=options.iterations)
     how = checked(task, ProbeOptions(

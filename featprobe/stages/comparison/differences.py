@@ -226,7 +226,7 @@ def _difference(pair: Pair, claim: Line) -> Difference:
 
 def budget_unchecked(result: Result) -> bool:
     """Whether nobody has looked if more iterations would give more."""
-    return not result.row.kind.solved and not result.budget
+    return not result.row.is_solved and not result.budget
 
 
 def confounded(full: Result, frozen: Result, chosen: Sequence[Result]) -> bool:

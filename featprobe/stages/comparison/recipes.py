@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from featprobe.probes import HeadRecipe
-from featprobe.result_rows import ResultRow
+from featprobe.result_rows import ResultRow, Settings
 from featprobe.specs import digest
 
 OF_TRIALS = ("lr", "weight_decay", "iterations", "weights_from")  # of a training recipe; taken from elsewhere in a row
@@ -50,16 +50,18 @@ def fields_that_differ(
     if one.model == other.model:  # levels follow the network
         fields += _differing({"levels": one.levels}, {"levels": other.levels})
     fields += _differing(_tried(one), _tried(other), bars=not regimes)
-    if all(row.trials > 1 and not row.kind.solved for row in (one, other)):
+    if all(row.trials > 1 and not row.is_solved for row in (one, other)):
         fields += _differing({"trials chosen by": one.chosen_with}, {"trials chosen by": other.chosen_with})
     if not regimes:
         fields += _differing(_treatment(one), _treatment(other))
+    rates = ({"false calls": row.settings.false_calls} if row.settings else {} for row in (one, other))
+    fields += _differing(*rates, bars=False)
     return tuple(fields)
 
 
 def _shared(row: ResultRow, head: HeadRecipe) -> dict[str, Any]:
     """The part of a recipe that is not its regime's, without the iterations."""
-    loop = {} if row.kind.solved else {k: v for k, v in asdict(row.recipe).items() if k not in OF_TRIALS}
+    loop = {} if row.is_solved else {k: v for k, v in asdict(row.recipe).items() if k not in OF_TRIALS}
     share = {"images of the share": row.subset or "one for all seeds"} if row.fraction < 1 else {}
     return {
         **{name.replace("_", " "): value for name, value in loop.items()},
@@ -67,14 +69,21 @@ def _shared(row: ResultRow, head: HeadRecipe) -> dict[str, Any]:
         **share,
         "width": head.width or row.kind.width or None,
         "pyramid": head.pyramid,
+        **(_asked(row.settings) if row.settings else {}),
     }
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    """The options of a head that are its recipe; what is labelled and called are not."""
+    of_head = {"coreset": settings.coreset, "position removed": settings.remove_position}
+    return {name: value for name, value in of_head.items() if value is not None}
 
 
 def _tried(row: ResultRow) -> dict[str, Any]:
     """The trials from which one was chosen."""
     grid, own = row.chosen_from or row.grid, row.recipe
     rates = {"lr": grid.lr or (own.lr,), "weight decay": grid.weight_decay or (own.weight_decay,)}
-    return {**({} if row.kind.solved else rates), "trials": row.trials}
+    return {**({} if row.is_solved else rates), "trials": row.trials}
 
 
 def _treatment(row: ResultRow) -> dict[str, Any]:

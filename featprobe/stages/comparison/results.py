@@ -167,8 +167,8 @@ class Result:
 
     @property
     def solved(self) -> bool:
-        """Whether another seed would give the same head: it has a closed form, and the same training images."""
-        return self.row.kind.solved and self.row.fraction == 1
+        """Whether another seed would give the same head: it is solved, nothing is drawn, and it has the same images."""
+        return self.row.is_solved and not self.row.kind.drawn and self.row.fraction == 1
 
     @property
     def random_weights(self) -> bool:
@@ -308,7 +308,7 @@ def read_result(probes: Path, row: ResultRow) -> ReadResult:
         test, scores = read_test(folder, card, row)
         (curves,) = map(parse_json, read_files(folder, card, ["curves.json"]))
         (chosen,) = [trial["curve"] for trial in curves if trial["chosen"]]
-        curve = Curve((), ()) if row.kind.solved else curve_of(chosen, row.scores.main.name)
+        curve = Curve((), ()) if row.is_solved else curve_of(chosen, row.scores.main.name)
     except ProbeError as error:
         raise damaged(row, str(error)) from error
     except UNREADABLE as error:

@@ -13,7 +13,7 @@ from featprobe.geometry import Fit, Size, parse_size
 from featprobe.intensity import Intensity
 from featprobe.io.fields import Fault, shown
 from featprobe.machine import usable_cores
-from featprobe.specs import CacheDtype, CachePrecision, FeatureRecipe
+from featprobe.specs import CacheDtype, CachePrecision, CacheStore, FeatureRecipe
 from featprobe.tiling import SETTINGS, Tiling, keeps_own_split, parse_views
 
 MOST_WORKERS = 16  # unasked
@@ -47,8 +47,8 @@ class ExtractOptions:
 
     size: (height, width) in pixels. format: of the data set, None to look. images, masks: patterns that describe where
     they lie, see datasets.patterns. group_from, split_file: where its groups and splits are from, None for the set
-    itself. batch_size: images per block, the unit of resuming and sharding. precision: "auto" for that of the cache
-    that is there, else amp on CUDA and fp32 elsewhere.
+    itself. batch_size: images per block, the unit of resuming and sharding. store: see FeatureRecipe. precision: "auto"
+    for that of the cache that is there, else amp on CUDA and fp32 elsewhere.
     tile: side of the tiles that images are cut into, 0 for whole images; overlap: of neighbours, by default an eighth
     of a tile; both in pixels of the original image. empty_tiles: share of the training tiles without a defect that is
     kept, by default all. views: of training images, as `parse_views` gives them. What is None is as featprobe.toml
@@ -69,6 +69,7 @@ class ExtractOptions:
     intensity: str | None = None
     batch_size: int = 16
     dtype: CacheDtype = "fp16"
+    store: CacheStore = "maps"
     precision: CachePrecision | Literal["auto"] = "auto"
     tile: int | None = None
     overlap: int | None = None
@@ -105,6 +106,7 @@ class ExtractOptions:
             size=(features["size"][0], features["size"][1]),
             views=tuple(features["views"][1:]),
             **{name: features[name] for name in ("fit", "intensity", "dtype", "precision")},
+            store=features.get("store", cls.store),
             **(asdict(tiling) if tiling else {"tile": 0}),
         )
 
@@ -136,6 +138,11 @@ class ExtractOptions:
                 f"--intensity {policy} would stretch each tile and view of an image differently.\n"
                 "Take a policy of the whole set (without :image), or only whole images: --tile 0 --views none."
             )
+        if self.store == "pooled" and self.dtype == "int8":
+            raise DataError(
+                "--dtype int8 stores maps, and --store pooled keeps none. Nothing was computed.\n"
+                "Pooled features take 8 bytes per channel, whatever the --dtype. Omit one of the two."
+            )
         if self.size and not tiling:
             check_turns(self.views or (), self.size, self.fitted)
 
@@ -146,8 +153,8 @@ class ExtractOptions:
         """
         tiling = self.tiling
         size = self.size or ((tiling.tile, tiling.tile) if tiling else recipe.size)
-        asked = (size, self.fitted, self.policy or recipe.policy, tiling, self.views or ())
-        return asked == (recipe.size, recipe.fit, recipe.policy, recipe.tiling, recipe.further_views)
+        asked = (size, self.fitted, self.policy or recipe.policy, tiling, self.views or (), self.store)
+        return asked == (recipe.size, recipe.fit, recipe.policy, recipe.tiling, recipe.further_views, recipe.store)
 
 
 PARSERS: Mapping[str, Callable[[str], Any]] = {

@@ -27,26 +27,28 @@ def make_missing(
     say: Callable[[str], None],
     *,
     dry_run: bool = False,
+    pooled: bool = True,
 ) -> tuple[Names, Names, bool]:
     """Complete the unfinished caches of these sets and backbones, and make that of each pair that has none.
 
     data, backbones: their names; empty for what featprobe.toml names, and, of unfinished caches, for all. An unfinished
     cache is completed as it was begun. task: whose labels a data set must hold, None for any; one that does not is
     passed over, and said. options: of extraction of a new cache, where featprobe.toml says nothing. say: gets a
-    line for each. dry_run: only these lines. Processes that compute together make a part of each cache each.
+    line for each. dry_run: only these lines. pooled: whether caches of pooled features do, too. Processes that compute
+    together make a part of each cache each.
 
     Returns the data sets and the backbones as caches call them, empty where they were, and whether caches are still
     missing. Raises FeatprobeError.
     """
     sets = tuple(data) or tuple(workspace.config.get("data", {}))
     asked = tuple(backbones) or tuple(workspace.config.get("backbones", {}))
-    begun = from_main(lambda: _begun(workspace, data, backbones))
+    begun = from_main(lambda: _begun(workspace, data, backbones, pooled))
     if not begun:
         _check_named(workspace, sets, asked)
     for path in begun:
         _complete(workspace, open_cache(path), options, say, dry_run)
     gathered([None])  # what is made next looks for complete caches
-    labels, lacking = from_main(lambda: _lacking(workspace, sets, asked))
+    labels, lacking = from_main(lambda: _lacking(workspace, sets, asked, pooled))
     useless = []
     for name in dict.fromkeys(own for own, _ in lacking):
         of = [backbone for own, backbone in lacking if own == name]
@@ -62,13 +64,14 @@ def make_missing(
     return able, tuple(labels[name] for name in backbones), dry_run and bool(lacking or begun)
 
 
-def _begun(workspace: Workspace, data: Sequence[str], backbones: Sequence[str]) -> list[Path]:
+def _begun(workspace: Workspace, data: Sequence[str], backbones: Sequence[str], pooled: bool) -> list[Path]:
     """Caches of these sets and backbones, or of any where none is named, that miss rows."""
     found = []
     for path in workspace.cache_files():
         try:
             cache = open_cache(path)
             of_set = not data or any(caches_of(workspace, [cache], name) for name in data)
+            of_set &= pooled or cache.recipe.store == "maps"
             if of_set and (not backbones or cache.recipe.label in backbones):
                 found.append(cache)
         except CacheError:
@@ -107,14 +110,17 @@ def _check_named(workspace: Workspace, data: Names, backbones: Names) -> None:
         )
 
 
-def _lacking(workspace: Workspace, data: Names, backbones: Names) -> tuple[dict[str, str], list[tuple[str, str]]]:
+def _lacking(
+    workspace: Workspace, data: Names, backbones: Names, pooled: bool
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """How caches call each backbone, and the pairs of a data set and a backbone that no complete cache serves."""
     complete = []
     for path in workspace.cache_files():
         try:
             cache = open_cache(path)
             cache.usable()
-            complete.append(cache)
+            if pooled or cache.recipe.store == "maps":
+                complete.append(cache)
         except CacheError:
             continue  # it is to be completed, or another is made beside it
     here = {cache.recipe.label for cache in complete}

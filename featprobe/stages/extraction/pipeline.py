@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,8 +24,10 @@ from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
 from featprobe.datasets.images.pixels import DTYPE_OF, Levels
 from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import DataError, OverflowsDtypeError
+from featprobe.features import Features, pool
 from featprobe.io.texts import printable
 from featprobe.machine import usable_cores
+from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
 from featprobe.stages.extraction.job import Job
@@ -139,7 +141,7 @@ class Filler:
     def _try(self, images: int) -> None:
         """Compute so many blank images, and forget them."""
         with torch.inference_mode():
-            self._features(torch.zeros(images, 3, *self.job.recipe.frame, device=self.device))
+            self._features(torch.zeros(images, 3, *self.job.recipe.frame, device=self.device), (0, images))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
@@ -247,14 +249,14 @@ class Filler:
         wanted = np.flatnonzero(self.done[start:stop] == MISSING)
         if self._downloads is None:
             with self.busy.timing("network"):
-                maps, finite = self._features(self.framing.images(buffer))
+                maps, finite = self._features(self.framing.images(buffer), block)
                 computed = Computed(start, wanted, {n: m.cpu() for n, m in maps.items()}, finite.cpu())
             check_finite(self.job, computed)
             return computed
         images, stream = self.framing.images(buffer), torch.cuda.current_stream(self.device)
         marks = _Marks(*(torch.cuda.Event(enable_timing=True) for _ in _Marks._fields))
         marks.begun.record(stream)
-        maps, finite = self._features(images)
+        maps, finite = self._features(images, block)
         marks.computed.record(stream)
         begun = time.perf_counter()
         slot = behind.slots.get()
@@ -269,17 +271,26 @@ class Filler:
             marks.copied.record(self._downloads)
         return Computed(start, wanted, host, host.pop(FINITE), slot, marks)
 
-    def _features(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Maps of images on the device as the cache stores them, and whether each row is finite, (images,)."""
+    def _features(self, images: torch.Tensor, block: Block) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Features of a block's images on the device as the cache stores them; whether each is finite, (images,)."""
         with computing(self.job.recipe.precision, self.device):
             features = self.backbone(images)
-        maps = {n: m.to(TORCH_DTYPE[self.job.recipe.dtype]) for n, m in features.maps.items()}
-        finite = torch.stack([finite_rows(m) for m in maps.values()]).all(0)
-        if self.job.recipe.dtype == "int8":
-            maps = coded(maps)
-        elif self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
+        content = torch.tensor([row.placement.content for row in self.job.rows[slice(*block)]], device=self.device)
+        maps, finite = stored_features(replace(features, content=content), self.job.recipe)
+        if self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
             maps = {n: m.contiguous() for n, m in maps.items()}
         return maps, finite
+
+
+def stored_features(features: Features, recipe: FeatureRecipe) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Features as a cache of this recipe stores them, by `Table.key`; whether each row is finite, (rows,)."""
+    maps = {n: m.to(TORCH_DTYPE[recipe.dtype]) for n, m in features.maps.items()}
+    finite = torch.stack([finite_rows(m) for m in maps.values()]).all(0)
+    if recipe.store == "pooled":
+        pooled = pool(replace(features, maps=maps), recipe.levels)
+        maps = {n: torch.stack([m, pooled.maximum[n]], 1) for n, m in pooled.mean.items()}
+        finite &= torch.stack([finite_rows(m) for m in maps.values()]).all(0)  # a sum may overflow
+    return (coded(maps) if recipe.dtype == "int8" else maps), finite
 
 
 def check_finite(job: Job, block: Computed) -> None:
@@ -379,12 +390,12 @@ def runs(indices: NDArray[np.intp], most: int | None = None) -> Iterator[tuple[i
 def finite_rows(m: torch.Tensor) -> torch.Tensor:
     """Whether each row holds finite values only: (rows,), bool.
 
-    m: (rows, channels, height, width), fp16, bf16 or fp32, in any order in memory. A value is infinite or nan when all
+    m: (rows, …), fp16, bf16 or fp32, in any order in memory. A value is infinite or nan when all
     bits of its exponent are set. Without their sign the bits of such are the largest integers, so that one pass looks
     for the largest: many times faster on CPUs than torch.isfinite.
     """
     integer, exponent = EXPONENT[m.dtype]
-    return (m.view(integer) & torch.iinfo(integer).max).amax((1, 2, 3)) < exponent
+    return (m.view(integer) & torch.iinfo(integer).max).amax(tuple(range(1, m.ndim))) < exponent
 
 
 def as_stored(m: torch.Tensor) -> NDArray:

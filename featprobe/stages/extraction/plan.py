@@ -13,7 +13,7 @@ from featprobe.cache.quantised import decode
 from featprobe.datasets.images.reading import read_levels
 from featprobe.machine import available_memory, free_disk
 from featprobe.processes import pick_device
-from featprobe.specs import BackboneSpec, FeatureRecipe
+from featprobe.specs import BackboneSpec, CacheDtype, FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.frames import Framing
 from featprobe.stages.extraction.job import prepare, read_set
@@ -26,7 +26,7 @@ TIMED_BATCHES = 3
 class Plan:
     """Cost of a cache: bytes, and seconds as timed on a few batches of this machine.
 
-    rows: of the cache: the images, or their tiles and views. bytes_of: what the features would take, by dtype.
+    rows: of the cache: the images, or their tiles and views. bytes_of: see the function.
     epoch_live: seconds that one pass over all images would take with the backbone run every time;
     epoch_cached: one pass over the cached features, as this memory copies them. break_even: passes from
     which on the cache is the quicker way, extraction included.
@@ -95,7 +95,7 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
         frame=job.recipe.frame,
         levels=tuple(level.name for level in job.recipe.levels),
         feature_bytes=job.feature_bytes,
-        bytes_of={dtype: count * replace(job.recipe, dtype=dtype).row_bytes for dtype in ("fp32", "fp16", "int8")},
+        bytes_of=bytes_of(job.recipe, count),
         free_disk=free_disk(job.path.parent),
         memory=available_memory(),
         gpu_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
@@ -104,6 +104,13 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
         epoch_cached=count * copy,
         device=str(device),
     )
+
+
+def bytes_of(recipe: FeatureRecipe, rows: int) -> dict[str, int]:
+    """What the features of so many rows would take, by the dtype of maps, and pooled."""
+    dtypes: tuple[CacheDtype, ...] = ("fp32", "fp16", "int8")
+    maps: dict[str, int] = {dtype: rows * replace(recipe, dtype=dtype, store="maps").row_bytes for dtype in dtypes}
+    return {**maps, "pooled": rows * replace(recipe, store="pooled").row_bytes}
 
 
 def _reading(recipe: FeatureRecipe, rows: int) -> Callable[[], object]:

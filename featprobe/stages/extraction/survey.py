@@ -206,6 +206,7 @@ def make_recipe(surveyed: Survey, backbone: Backbone, options: ExtractOptions) -
         std=backbone.std,
         interpolation=backbone.interpolation,
         dtype=options.dtype,
+        store=options.store,
     )
     if tiling:
         recipe = replace(recipe, **asdict(tiling))

@@ -15,7 +15,7 @@ from featprobe.geometry import parse_size
 from featprobe.io.disk import read_toml
 from featprobe.io.fields import Fault, message, wrong
 from featprobe.io.fields import Place as KeyPath
-from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
+from featprobe.kinds import FROZEN, KINDS, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
 from featprobe.machine import minutes_text
 from featprobe.processes import check_together
 from featprobe.splitting import SplitChoice
@@ -79,28 +79,29 @@ class Study:
         """Settings of the study for the training of a kind of head."""
         return {**self.train.get("all", {}), **self.train.get(kind, {})}
 
-    def recipe(self, kind: str) -> TrainRecipe:
+    def recipe(self, kind: HeadKind) -> TrainRecipe:
         """How a kind of head is trained; with its usual iterations where a ladder is to find them."""
-        said = self.said(kind)
+        said = self.said(kind.name)
         found = {"iterations"} if said.get("iterations") == AUTO else set()
-        return replace(KINDS[kind].recipe, **{name: v for name, v in said.items() if name not in found})
+        return replace(kind.recipe, **{name: v for name, v in said.items() if name not in found})
 
-    def budget(self, kind: str) -> Literal["auto", "fixed"] | None:
-        """Whether the study gives the iterations of a kind of head, or a ladder has to find them."""
-        said = self.said(kind).get("iterations")
-        return None if said is None or KINDS[kind].solved else "auto" if said == AUTO else "fixed"
+    def budget(self, kind: HeadKind) -> Literal["auto", "fixed"] | None:
+        """Whether the study gives the iterations of a kind of head that is trained, or a ladder has to find them."""
+        said = self.said(kind.name).get("iterations")
+        return None if said is None else "auto" if said == AUTO else "fixed"
 
     def options(self, task: str, kind: str, regime: str) -> ProbeOptions:
         """How a head is probed in a regime; raises ProbeError for what can't be."""
         tuning = None if regime == "frozen" else Tuning(**{**self.tuning, "regime": regime})
-        solved = KINDS[kind].solved
-        recipe = KINDS[kind].recipe if solved else self.recipe(kind)
+        own = kind_of(task, kind)
+        solved = own.is_solved(regime)
+        recipe = own.recipe if solved else self.recipe(own)
         return checked(
             task,
             ProbeOptions(
                 head=kind, recipe=recipe, lr=() if solved else self.lr,
-                weight_decay=() if solved else self.weight_decay, budget=self.budget(kind), seeds=self.seeds,
-                split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
+                weight_decay=() if solved else self.weight_decay, budget=None if solved else self.budget(own),
+                seeds=self.seeds, split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
                 verify=not self.no_verify,
             ),
         )  # fmt: skip
@@ -232,7 +233,7 @@ def _senseless(sides: Mapping[str, Any], bad: Collection[KeyPath]) -> list[Fault
             known = "; ".join(f"of {task}: {', '.join(kinds_of(task))}" for task in tasks)
             found.append(wrong(("heads", i), f"heads of the tasks of this study, {known}", kind))
     for kind, values in sides.get("train", {}).items():
-        usual = KINDS[kind].recipe if kind in KINDS else TrainRecipe()
+        usual = next((own.recipe for own in KINDS.values() if own.name == kind), TrainRecipe())
         settings = {name: value for name, value in values.items() if (name, value) != ("iterations", AUTO)}
         found += _wrong_settings(("train", kind), partial(replace, usual), settings)
     if "full" in sides.get("regimes", Study.regimes):
@@ -328,9 +329,10 @@ def cells_of(study: Study, workspace: Workspace) -> list[Cell]:
         for place in places_of(study, workspace)
         for task, regime in itertools.product(study.tasks, study.regimes)
         for kind in study.kinds(task)
-        if (regime == "frozen" or not KINDS[kind].solved) and not _why_not(study, place, regime)
+        for own in [kind_of(task, kind)]
+        if (regime == FROZEN or own.live) and not _why_not(study, place, regime)
         for fraction, seed, split in itertools.product(study.fractions, range(study.seeds), splits)
-        if seed == 0 or fraction < 1 or not KINDS[kind].solved
+        if seed == 0 or fraction < 1 or own.drawn or not own.is_solved(regime)
     ]
 
 
@@ -489,7 +491,7 @@ def run_cells(
 
 def _seconds(training: Training) -> float:
     """How long a training will take; a head that is solved takes next to no time."""
-    return 0.0 if training.kind.solved else foreseen(training).seconds(training.recipe)
+    return 0.0 if training.is_solved else foreseen(training).seconds(training.recipe)
 
 
 def _done(training: Training, verify: bool) -> Training | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from featprobe.io.fields import Fault
 from featprobe.io.schemas import Field, check, json_schema
-from featprobe.kinds import KINDS, LOSSES, SOLVED, TASKS, TrainRecipe, kinds_of
+from featprobe.kinds import HEADS, KINDS, LOSSES, SOLVED, TASKS, TrainRecipe, kinds_of
 from featprobe.stages.training.logs import LOGS
 from featprobe.stages.training.probe_options import REGIMES, Tuning
 
@@ -26,7 +26,7 @@ LIMITED: Mapping[str, Any] = {
     "data": Texts,
     "backbones": Texts,
     "tasks": _some_of(TASKS, 1),
-    "heads": _some_of(KINDS),
+    "heads": _some_of(HEADS),
     "regimes": _some_of(REGIMES, 1),
     "seeds": Annotated[int, Field(ge=1, le=1000)],
     "fractions": Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)],
@@ -132,9 +132,10 @@ def _kind(name: str, of: type, said: Mapping[str, str], changed: Mapping[str, An
 def schema_of(study: type) -> type:
     """The dataclass that a study file is checked against, made from `Study`, `TrainRecipe` and `Tuning`."""
     steps = {"iterations": int | Literal["auto"]}
-    kinds = ((ALL, None), *((kind.name, kind.recipe) for kind in KINDS.values()))
+    kinds = {ALL: None, **{kind.name: kind.recipe for kind in reversed([*KINDS.values()])}}  # the first of a name
     heads = [
-        (kind, _kind(f"Training of {kind}", TrainRecipe, SAID_OF_TRAINING, steps, usual), None) for kind, usual in kinds
+        (name, _kind(f"Training of {name}", TrainRecipe, SAID_OF_TRAINING, steps, kinds[name]), None)
+        for name in (ALL, *HEADS)
     ]
     sections = {"train": make_dataclass("Trainings", heads), "tuning": _kind("Tuning", Tuning, SAID_OF_TUNING, {})}
     return _kind("Study", study, SAID, {**LIMITED, **sections})
@@ -196,7 +197,8 @@ def _part(whole: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_heads(key: str, kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Sections of the heads that are trained: all keys of the first kind, and of the others the keys that differ."""
-    first, *others = [kind for kind in kinds if kind != ALL and not KINDS[kind].solved]
+    trained = {kind.name for kind in KINDS.values() if kind.live}
+    first, *others = [kind for kind in kinds if kind in trained]
     yield f"# [{key}.{first}]"
     yield from _lines(kinds[first])
     for kind in others:

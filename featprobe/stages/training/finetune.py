@@ -9,7 +9,7 @@ from typing import Any
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
-from featprobe.kinds import TASKS
+from featprobe.kinds import FROZEN, TASKS
 from featprobe.machine import minutes_text
 from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
@@ -156,9 +156,7 @@ def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
     """The options with their defaults filled in; raises ProbeError for what can't be fine-tuned."""
     options = checked(task, options)
     if options.is_solved:
-        raise ProbeError(
-            f"{options.head} is solved in closed form on frozen features: nothing of it can be fine-tuned."
-        )
+        raise ProbeError(f"{options.head} is solved on frozen features: nothing of it can be fine-tuned.")
     if options.shared_order:
         raise ProbeError("Seeds share no pass where each has a backbone of its own. Omit --shared-order.")
     return options
@@ -168,7 +166,7 @@ def _asked_for(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions
 ) -> tuple[list[Missing], list[str]]:
     options = _checked(task, options)
-    caches, notes = find_caches(workspace, task, data, backbones, options.instances)
+    caches, notes = find_caches(workspace, task, data, backbones, options.instances, pooled=True)
     splits = single_splits(options.choice)
     found = []
     for cache in splittable(caches, options.choice, notes):
@@ -207,9 +205,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         rows = [replace(row, feature_key=_without_views(row, caches)) for row in rows]
     climbs = options.budget == "auto"
     frozen = {
-        counterpart_of(row, climbs): row
-        for row in rows
-        if row.regime == "frozen" and row.is_known and not row.kind.solved
+        counterpart_of(row, climbs): row for row in rows if row.regime == FROZEN and row.is_known and row.kind.live
     }
     treated = (options.regime, options.tuning.augment)
     there = {
@@ -257,6 +253,8 @@ def counterpart_of(row: ResultRow, climbs: bool = False) -> tuple[Any, ...]:
     """
     data = (row.backbone, row.feature_key, row.data_fingerprint, row.task, row.split, row.fold, row.instances)
     head = (row.head, row.levels, row.fraction, row.subset, row.seed)
+    if row.kind.solved:  # a frozen counterpart is not trained, so it says nothing of the training
+        return *data, *head
     iterations = "ladder" if row.budget or climbs else row.recipe.iterations
     return *data, *head, iterations, row.recipe.batch_size, row.weights_from
 
@@ -287,17 +285,20 @@ def _as_frozen(workspace: Workspace, row: ResultRow, options: ProbeOptions) -> P
     """The options that train what a frozen row trained, but for the regime."""
     head = read_card(head_folder(workspace.probes, row))["head"]
     climbs, usual = bool(row.budget) or options.budget == "auto", row.kind.recipe.iterations
+    recipe = row.kind.recipe if row.kind.solved else row.recipe
     return replace(
         options,
         head=row.head,
+        kind=row.kind,
         levels=tuple(head["levels"]),
         width=head["width"],
         pyramid=head["pyramid"],
-        recipe=replace(row.recipe, iterations=usual) if climbs else row.recipe,
+        recipe=replace(recipe, iterations=usual) if climbs else recipe,
         chosen_from=(row.grid.lr, row.grid.weight_decay) if row.grid.lr or row.grid.weight_decay else None,
         budget="auto" if climbs else "fixed",
         split=str(row.choice),
         instances=row.instances,
         absent=row.absent_classes,
         fractions=(row.fraction,),
+        **(row.settings.options() if row.settings else {}),
     )

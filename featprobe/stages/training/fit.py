@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,10 @@ from featprobe.probes import CurvePoint, kept_point, parameter_count, train
 from featprobe.probes.saved import Checkpoint
 from featprobe.processes import from_main, is_main
 from featprobe.specs import digest
+from featprobe.stages.tasks.task import Solution, Source
 from featprobe.stages.training.forecast import Forecast, forecast_text, foresee
 from featprobe.stages.training.logs import Recorder
 from featprobe.stages.training.prepared import Prepared, Trial, keep_on_device, placed, tuned
-from featprobe.stages.training.solve import Solution
-from featprobe.stages.training.task import Source
 from featprobe.stages.training.training import Training
 
 Say = Callable[[str], None]
@@ -33,15 +33,16 @@ class Fitted:
     """What a training gives.
 
     trials: trained. curves: of each trial, on validation; empty for one whose loss was not finite. chosen: the place of
-    each seed's best trial. solution: of heads that were solved, what validation decided. backbone: of the chosen trial,
-    the tensors of the backbone that it was trained with; empty where that stayed as it was. backbone_parameters: how
-    many values of it moved. seconds_before: that were spent on the training before it was stopped, and went on.
+    each seed's best trial. solutions: of heads that were solved, what was decided for each trial. backbone: of the
+    chosen trial, the tensors of the backbone that it was trained with; empty where that stayed as it was.
+    backbone_parameters: how many values of it moved. seconds_before: that were spent on the training before it was
+    stopped, and went on.
     """
 
     trials: tuple[Trial, ...]
     curves: tuple[Sequence[CurvePoint], ...]
     chosen: tuple[int, ...] = ()
-    solution: Mapping[str, Any] | None = None
+    solutions: tuple[Mapping[str, Any], ...] = ()
     backbone: Mapping[str, Tensor] | None = None
     backbone_parameters: int = 0
     seconds_before: float = 0.0
@@ -122,19 +123,26 @@ def checkpoint_of(prepared: Prepared, index: int, *, rehearsal: bool = False) ->
 
 
 def _solve(prepared: Prepared, trials: Sequence[Trial], source: Source, solver: Callable[..., Solution]) -> Fitted:
-    """Solve for a head that is trained by no iteration; the main process does."""
-    levels, rows = trials[0].head.levels, prepared.rows
-    solution: Solution = from_main(
-        lambda: prepared.portions.do(
-            lambda batches: solver(levels, batches, rows["train"], rows["val"]), source.batches
+    """Solve for heads that are not trained: for each where something is drawn, else once; the main process does."""
+    rows, solutions, curves = prepared.rows, list[Solution](), list[Sequence[CurvePoint]]()
+
+    def solved(trial: Trial) -> Solution:
+        found: Solution = prepared.portions.do(
+            lambda batches: solver(trial.head, trial.seed, batches, rows["train"], rows["val"]), source.batches
         )
-    )
+        return found
+
     for trial in trials:
-        trial.head.load_state_dict(solution.state)
+        fresh = prepared.training.kind.drawn or not solutions
+        if fresh:
+            solutions.append(from_main(partial(solved, trial)))
+        trial.head.load_state_dict(solutions[-1].state)
         trial.head.eval()
-    brief = prepared.evaluate([trials[0].head], source, rows["val"])[0].brief
-    curves = tuple([CurvePoint(1, 0.0, brief)] for _ in trials)
-    return Fitted(tuple(trials), curves, solution=solution.chosen)
+        if fresh:
+            brief = prepared.evaluate([trial.head], source, rows["val"])[0].brief
+        curves.append([CurvePoint(1, 0.0, brief)])
+    chosen = [solutions[min(index, len(solutions) - 1)].chosen for index in range(len(trials))]
+    return Fitted(tuple(trials), tuple(curves), solutions=tuple(chosen))
 
 
 def _train_apart(prepared: Prepared, trials: Sequence[Trial], source: Source, rehearsal: bool) -> Fitted:

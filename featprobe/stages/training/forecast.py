@@ -14,8 +14,8 @@ from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
 from featprobe.stages.memory import largest_that_fits
 from featprobe.stages.row_images import images_of, rows_showing
+from featprobe.stages.tasks.task import Source, scored_here
 from featprobe.stages.training.prepared import Prepared, Trial, placed, tuned
-from featprobe.stages.training.task import Source, scored_here
 from featprobe.stages.training.training import Training
 
 REHEARSED = 3  # training steps that are timed before training starts, the first not counted

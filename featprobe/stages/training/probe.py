@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache import UNREADABLE, Cache, open_cache
-from featprobe.errors import CacheError, CacheIncompleteError, DataError, ProbeError, counted, nearest
-from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
+from featprobe.errors import (
+    CacheError,
+    CacheIncompleteError,
+    DataError,
+    NoMapsError,
+    ProbeError,
+    counted,
+    nearest,
+)
+from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
 from featprobe.probes import HeadRecipe, build_head, grid_of
 from featprobe.processes import is_main, pick_device, together
 from featprobe.scores import SCORES
@@ -18,7 +26,8 @@ from featprobe.stages.extraction.missing import caches_of, make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
-from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.probe_options import CORESET, FALSE_CALLS, ProbeOptions
+from featprobe.stages.training.read_labels import classes_of
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
@@ -59,7 +68,8 @@ def probe(
         say = say if is_main() else lambda line: None
         if extract:
             how = extraction(options)
-            data, backbones, _ = make_missing(workspace, data, backbones, labels_for(task, options), how, say)
+            needed, pooled = labels_for(task, options), reads_pooled(options)
+            data, backbones, _ = make_missing(workspace, data, backbones, needed, how, say, pooled=pooled)
         return _probe(workspace, task, data, backbones, options, say)
 
 
@@ -73,17 +83,23 @@ def labels_for(task: str, options: ProbeOptions) -> str:
     return MASKS if options.instances == "components" else task
 
 
+def reads_pooled(options: ProbeOptions) -> bool:
+    """Whether caches of pooled features serve the head, too."""
+    return options.kind is not None and options.kind.pooled
+
+
 def _probe(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions, say: Say
 ) -> ProbeReport:
-    caches, notes = find_caches(workspace, task, data, backbones, options.instances)
+    caches, notes = find_caches(workspace, task, data, backbones, options.instances, pooled=reads_pooled(options))
     splits = single_splits(options.choice)
     caches = splittable(caches, options.choice, notes)
     for cache in caches:  # all of them, before the first is trained on
         for split in splits:
             _ = Partition(cache, split).rows  # refuses one that lacks a side
-        build_head(HeadRecipe(task, str(options.head), cache.data.classes, options.levels, options.width,
-                              options.pyramid), cache.levels)  # fmt: skip
+        classes = classes_of(task, cache, options)
+        build_head(HeadRecipe(task, str(options.head), classes, options.levels, options.width, options.pyramid),
+                   cache.levels)  # fmt: skip
     every = [(cache, fraction) for cache in caches for fraction in options.fractions]
     ladders = [
         Ladder(workspace, Partition(c, options.choice), task, options, fraction)
@@ -132,17 +148,16 @@ def show(finished: Finished, count: int, sheets: list[Path], notes: list[str]) -
 def checked(task: str, options: ProbeOptions) -> ProbeOptions:
     """The options with their defaults filled in; raises ProbeError for what can't be."""
     head = options.head or kinds_of(task)[0]
-    if head not in kinds_of(task):
-        raise ProbeError(f"There is no {task} head {head!r}. {nearest(head, kinds_of(task))}")
-    recipe = options.recipe or KINDS[head].recipe
-    if KINDS[head].solved:
+    kind = kind_of(task, head)
+    recipe = options.recipe or kind.recipe
+    if kind.is_solved(options.regime):
         solved = f"{head} is solved, not trained"
         if options.lr or options.weight_decay:
             raise ProbeError(f"{solved}: it has no --lr and no --weight-decay to try.")
         if options.budget == "auto":
             raise ProbeError(f"{solved}: it has no iterations to look for. Omit --iterations auto.")
-        recipe = replace(recipe, iterations=1, evaluations=1, weights_from="end")
-    _check_meaning(task, head, options, recipe)
+        recipe = replace(recipe, **NOT_TRAINED)
+    _check_meaning(kind, options, recipe)
     check_logs(options.log)
     grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
     if options.seeds is not None and options.seeds < 1:
@@ -150,33 +165,47 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
     wrong = [f for f in options.fractions if not 0 < f <= 1]
     if wrong or not options.fractions:
         raise ProbeError(f"{wrong or 'nothing'} is not a fraction of the training split. wanted: 0 < F <= 1.")
-    return replace(options, head=head, recipe=recipe)
+    return replace(options, head=head, kind=kind, recipe=recipe)
 
 
-def _check_meaning(task: str, head: str, options: ProbeOptions, recipe: TrainRecipe) -> None:
+def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -> None:
     """Raise ProbeError for an option that the head would not look at."""
-    kind, is_dense = KINDS[head], SCORES[task].dense
+    scores, solved = SCORES[kind.task], kind.is_solved(options.regime)
+    is_dense, on_images = scores.dense, scores.on in ("images", "anomalies")
     dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(kind.recipe, n) for n in DENSE_ONLY}
     idle = {
         "--width": options.width is not None and not kind.width,
         "--pyramid": options.pyramid != "auto" and not kind.pyramid,
-        "--log": bool(options.log) and kind.solved,
-        "--instances": options.instances != "own" and is_dense,
+        "--log": bool(options.log) and solved,
+        "--instances": options.instances != "own" and not scores.objects,
         **{name: given and not is_dense for name, given in dense.items()},
-        **{name: dense[name] and kind.solved for name in ("--loss", "--loss-at") if is_dense},
+        **{name: dense[name] and solved for name in ("--loss", "--loss-at") if is_dense},
+        "--labels": options.labels != "own" and scores.on != "images",
+        "--unit": options.unit != "image" and not on_images,
+        "--false-calls": options.false_calls != FALSE_CALLS and not on_images,
+        "--coreset": options.coreset != CORESET and not kind.drawn,
+        "--remove-position": options.remove_position and (scores.on != "anomalies" or kind.pooled),
     }
     given = [name for name, is_idle in idle.items() if is_idle]
     if given:
-        raise ProbeError(f"{', '.join(given)} would change nothing for {task} with the head {head}. Omit it.")
+        raise ProbeError(f"{', '.join(given)} would change nothing for {kind.task} with the head {kind.name}. Omit it.")
 
 
 def find_caches(
-    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], instances: str = "own"
+    workspace: Workspace,
+    task: str,
+    data: Sequence[str],
+    backbones: Sequence[str],
+    instances: str = "own",
+    *,
+    pooled: bool = False,
 ) -> tuple[list[Cache], list[str]]:
     """Complete caches that serve a task, and notes on those left aside.
 
-    Raises CacheIncompleteError where a data set, a backbone, or, where both are named, a pair of them has no complete
-    cache, or where none is named and none is complete; ProbeError when all that was asked for falls away.
+    pooled: whether caches of pooled features serve, too; of those, a cache of the same maps is taken instead where it
+    is here. Raises CacheError for one where maps are wanted and no other cache has them; CacheIncompleteError where a
+    data set, a backbone, or, where both are named, a pair of them has no complete cache, or where none is named and
+    none is complete; ProbeError when all that was asked for falls away.
     """
     found, broken = [], []
     for path in workspace.cache_files():
@@ -211,9 +240,9 @@ def find_caches(
             f"{LET_IT}  --extract --backbone embedded --data xray"
         )
     served = {MASKS} if instances == "components" else {task}
-    able = [cache for cache in asked_for if served & set(cache.data.tasks)]
+    able = [cache for cache in asked_for if served & set(cache.data.serves)]
     if not able:
-        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks)}" for c in asked_for)
+        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.serves)}" for c in asked_for)
         holds = "; ".join(list(each)[:5])
         raise ProbeError(
             f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
@@ -223,27 +252,48 @@ def find_caches(
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
     notes += [f"left aside: {' '.join(str(error).splitlines())}" for error in broken]
-    complete, incomplete = [], []
+    complete, lacking = list[Cache](), list[tuple[Cache, CacheError]]()
     for cache in able:
         try:
+            if not pooled and cache.recipe.store == "pooled":
+                raise _lacks_maps(cache, task)
             cache.usable()
             complete.append(cache)
-        except CacheIncompleteError as error:
-            incomplete.append((cache, error))
+        except (CacheIncompleteError, NoMapsError) as error:
+            lacking.append((cache, error))
 
     def named(cache: Cache) -> tuple[str, str]:
         return cache.data.name if data else "", cache.recipe.label if backbones else ""
 
     served_by = {named(cache) for cache in complete}
-    for cache, lack in incomplete:
+    for cache, lack in lacking:
         if named(cache) not in served_by:
-            raise CacheIncompleteError(f"{lack}\n{LET_IT}  --extract") from lack
+            raise type(lack)(f"{lack}\n{LET_IT}  --extract") from lack
         notes.append(left_aside(lack))
-    return complete, notes
+    return _without_twins(complete, notes), notes
 
 
-def left_aside(error: CacheIncompleteError) -> str:
-    """A note on a cache that is passed over: what it lacks, and how to complete it."""
+def _lacks_maps(cache: Cache, task: str) -> NoMapsError:
+    """The error that a head wants maps of a cache that has none, with the heads of the task that want none."""
+    able = [name for name in kinds_of(task) if kind_of(task, name).pooled]
+    other = f"\nOr take a head that reads pooled features:  --head {' | '.join(able)}" if able else ""
+    return NoMapsError(f"{cache.lacks_maps()}{other}")
+
+
+def _without_twins(caches: Sequence[Cache], notes: list[str]) -> list[Cache]:
+    """The caches less those of pooled features whose maps are here as well."""
+    keys = {(cache.recipe.key, cache.data.fingerprint) for cache in caches}
+    twins = [
+        cache
+        for cache in caches
+        if cache.recipe.store == "pooled" and (replace(cache.recipe, store="maps").key, cache.data.fingerprint) in keys
+    ]
+    notes += [f"left aside: {cache.path.name} holds pooled features, and its maps are here, too" for cache in twins]
+    return [cache for cache in caches if cache not in twins]
+
+
+def left_aside(error: CacheError) -> str:
+    """A note on a cache that is passed over: what it lacks, and what to do."""
     return f"left aside: {' '.join(str(error).splitlines())}"
 
 
@@ -258,7 +308,7 @@ def notes_of(cache: Cache, task: str, choice: SplitChoice) -> list[str]:
             f"split by image: {counted(count, 'image')} of {counted(groups, 'group')}, so test holds parts that "
             "training saw"
         )
-    if not SCORES[task].dense and not cache.own_ids:
+    if SCORES[task].objects and not cache.own_ids:
         notes.append("its files call several images by one id, so predictions.json counts the images from 1")
     unreadable = len(set(cache.image_of[cache.done == UNREADABLE].tolist()))
     if unreadable:

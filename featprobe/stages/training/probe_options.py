@@ -6,12 +6,15 @@ from typing import Any, Literal, get_args
 
 from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
-from featprobe.kinds import KINDS, SEEDS, PyramidKind, TrainRecipe
+from featprobe.image_labels import ImageLabels, Unit
+from featprobe.kinds import FROZEN, SEEDS, HeadKind, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import MOST_WORKERS
 
+FALSE_CALLS = 0.05  # share of good units that a threshold lets be called, where the user says nothing
+CORESET = 0.01  # share of patches, where the user says nothing
 Regime = Literal["frozen", "frozen-online", "full"]
 REGIMES = get_args(Regime)
 OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
@@ -91,17 +94,22 @@ class Budget:
 class ProbeOptions:
     """How to probe; see `featprobe probe --help` for each.
 
-    head: its kind, None for the task's default. recipe: None for the kind's default. lr, weight_decay: to try, all
-    combinations; empty for the recipe's. chosen_from: learning rates and weight decays that another regime chose the
-    recipe's from; they stand for the recipe's own where results are compared. budget: "fixed" for the recipe's
-    iterations, "auto" for those that a ladder around them finds, None for a ladder on parts of the training split where
-    the recipe has its kind's usual iterations, and fixed otherwise; a Budget once it is found. seeds: None for 3; of
-    the closed form 1, as all are alike, but on a part of the training split, which follows the seed. split: "own" as
-    the cache holds it, "group" for featprobe's own split by group, "stratified" for one that looks at the classes too,
-    "image" for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for all
-    five folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained on
-    apart. show: how many test images the picture sheet shows. tuning: None for the frozen regime. log: "tensorboard",
-    "wandb" or both; it changes no result. verify: hash each row's features when they are first read, see `Cache.check`.
+    head: the name of its kind, None for the task's default. kind: what that name means, filled in by
+    `probe.checked`. recipe: None for the kind's default. lr, weight_decay: to try, all combinations; empty for the
+    recipe's. chosen_from: learning rates and weight decays that another regime chose the recipe's from; they stand
+    for the recipe's own where results are compared. budget: "fixed" for the recipe's iterations, "auto" for those
+    that a ladder around them finds, None for a ladder on parts of the training split where the recipe has its
+    kind's usual iterations, and fixed otherwise; a Budget once it is found. seeds: None for 3; of the closed form
+    1, as all are alike, but on a part of the training split, which follows the seed. split: "own" as the cache
+    holds it, "group" for featprobe's own split by group, "stratified" for one that looks at the classes too,
+    "image" for one by image, which leaks wherever a group has several images, or a split file's path; "group:5" for
+    all five folds of a cross-validation, "group:5/2" for the second. fractions: of the training rows, each trained
+    on apart. show: how many test images the picture sheet shows. tuning: None for the frozen regime. log:
+    "tensorboard", "wandb" or both; it changes no result. verify: hash each row's features when they are first read,
+    see `Cache.check`. labels: what images are classified by, see `image_labels.ImageLabels`. unit: what gets a
+    verdict: an image, or each tile. false_calls: the wanted share of good units above the threshold, in [0, 1).
+    coreset: the share of patches that a memory of patches keeps. remove_position: subtract the mean map of the good
+    training images.
     """
 
     head: str | None = None
@@ -125,6 +133,12 @@ class ProbeOptions:
     tuning: Tuning | None = None
     log: tuple[str, ...] = ()
     verify: bool = True
+    labels: ImageLabels = "own"
+    unit: Unit = "image"
+    false_calls: float = FALSE_CALLS
+    coreset: float = CORESET
+    remove_position: bool = False
+    kind: HeadKind | None = None
 
     @cached_property
     def choice(self) -> SplitChoice:
@@ -134,11 +148,12 @@ class ProbeOptions:
     @property
     def regime(self) -> Regime:
         """The part that is trained, and the input: features or images."""
-        return self.tuning.regime if self.tuning else "frozen"
+        return self.tuning.regime if self.tuning else FROZEN
 
     def seeds_at(self, fraction: float) -> int:
         """How many seeds are trained on a fraction of the training split."""
-        return self.seeds or (1 if self.is_solved and fraction == 1 else SEEDS)
+        once = self.is_solved and self.kind is not None and not self.kind.drawn and fraction == 1
+        return self.seeds or (1 if once else SEEDS)
 
     def passes(self, fraction: float) -> list[tuple[int, ...]]:
         """The seeds that share one pass over the rows, at a fraction of the training split."""
@@ -147,14 +162,14 @@ class ProbeOptions:
 
     @property
     def is_solved(self) -> bool:
-        """Whether its head has a closed form."""
-        return self.head is not None and KINDS[self.head].solved
+        """Whether its head is solved, and not trained. Of options whose kind is filled in, as what follows."""
+        return self.kind is not None and self.kind.is_solved(self.regime)
 
     def climbs(self, fraction: float) -> bool:
         """Whether a ladder is to find the iterations. Of options whose head and recipe are filled in."""
         usual = (
-            self.head is not None
+            self.kind is not None
             and self.recipe is not None
-            and (self.recipe.iterations == KINDS[self.head].recipe.iterations)
+            and (self.recipe.iterations == self.kind.recipe.iterations)
         )
         return self.budget == "auto" or (self.budget is None and fraction < 1 and usual and not self.is_solved)

@@ -19,14 +19,15 @@ from featprobe.result_rows import (
     Grid,
     ResultRow,
     Seconds,
+    Settings,
     Solution,
     Treatment,
 )
 from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.row_images import images_of
+from featprobe.stages.tasks.task import Outcome
 from featprobe.stages.training.fit import Fitted, kept
 from featprobe.stages.training.prepared import Prepared
-from featprobe.stages.training.task import Outcome
 
 WEIGHTS = {"best": "best validation", "end": "end of training"}
 
@@ -36,7 +37,7 @@ def row_of(
 ) -> dict[str, Any]:
     """The result row of a chosen trial, at its place among the trials. seconds: as `result_rows.Seconds` has them."""
     training, cache, trial = prepared.training, prepared.cache, fitted.trials[index]
-    options, solution = training.options, fitted.solution
+    options, solution = training.options, fitted.solutions[index] if fitted.solutions else None
     best = kept(training, trial, fitted.curves[index])
     groups = cache.rows.column("group")
     row = ResultRow(
@@ -64,7 +65,7 @@ def row_of(
         recipe_key=training.recipe_key,
         seed=trial.seed,
         spread=SHARED_ORDER if options.shared_order else "initialisation and order",
-        trials=solution["tried"] if solution else len(training.grid),
+        trials=solution.get("tried", 1) if solution else len(training.grid),
         budget=FoundBudget(**training.budget.to_json()) if training.budget else None,
         weights_from="closed form" if solution else WEIGHTS[trial.recipe.weights_from],
         weights_at=best.iteration,
@@ -76,7 +77,7 @@ def row_of(
         groups=Counts(**{s: len({groups[r] for r in rows.tolist()}) for s, rows in prepared.rows.items()}),
         absent_classes=options.absent,
         instances=options.instances,
-        classes=cache.data.classes,
+        classes=prepared.head.classes,
         train_counts=prepared.task.train_counts(trial.head),
         val=best.scores,
         test=outcome.scores,
@@ -86,7 +87,9 @@ def row_of(
         processes=count(),
         folder=(training.folder / f"seed{trial.seed}").relative_to(training.workspace.probes).as_posix(),
         verified=options.verify or training.regime != "frozen",
-        ridge=Solution(**solution) if solution else None,
+        ridge=Solution(**solution) if solution and not training.settings else None,
+        settings=Settings(**training.settings) if training.settings else None,
+        solution=solution if training.settings else None,
     )
     return row.to_json()
 

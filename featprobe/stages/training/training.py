@@ -10,7 +10,7 @@ import torch
 
 from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache
-from featprobe.kinds import KINDS, HeadKind, TrainRecipe
+from featprobe.kinds import HeadKind, TrainRecipe
 from featprobe.probes import grid_of
 from featprobe.probes.saved import read_card, read_results
 from featprobe.processes import pick_device
@@ -50,7 +50,8 @@ class Training:
     @property
     def kind(self) -> HeadKind:
         """The kind of its heads."""
-        return KINDS[self.options.head or ""]
+        assert self.options.kind is not None  # filled in by probe.checked
+        return self.options.kind
 
     @property
     def scores(self) -> TaskScores:
@@ -101,6 +102,25 @@ class Training:
     def grid(self) -> list[TrainRecipe]:
         """The recipes that each seed tries."""
         return grid_of(self.recipe, self.options.lr, self.options.weight_decay)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that its task and its kind alone look at, as rows keep them; empty where there are none."""
+        options, found = self.options, dict[str, Any]()
+        if self.scores.on in ("images", "anomalies"):
+            found |= {"unit": options.unit, "false_calls": options.false_calls}
+        if self.scores.on == "images":
+            found["labels"] = options.labels
+        if self.kind.drawn:
+            found["coreset"] = options.coreset
+        if self.scores.on == "anomalies" and not self.kind.pooled:
+            found["remove_position"] = options.remove_position
+        return found
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether its heads are solved, and not trained."""
+        return self.kind.is_solved(self.regime)
 
     @property
     def subset(self) -> str | None:
@@ -164,7 +184,8 @@ class Training:
         how = [
             options.shared_order, self.fraction, self.choice.key, options.instances, options.absent,
             *([self.treatment] if self.treatment else []), *([self.subset] if self.subset else []),
-            *([] if self.scores.dense else ["chosen by AP50"]), *(["ladder"] if self.budget else []),
+            *(["chosen by AP50"] if self.scores.objects else []), *(["ladder"] if self.budget else []),
+            *([self.settings] if self.settings else []),
         ]  # fmt: skip
         asked = [options.levels, options.width, options.pyramid]
         return digest([self.task, self.kind.name, *asked, loop, rates, decays, *how])
@@ -189,7 +210,7 @@ class Training:
         return digest([
             self.task, self.kind.name, options.width, options.pyramid, loop, tried, options.shared_order, self.fraction,
             self.choice.key, options.instances, options.absent, asked, self.subset, self.data.fingerprint,
-            *features.shown,
+            *features.shown, *([self.settings] if self.settings else []),
         ])  # fmt: skip
 
     @cached_property

@@ -27,7 +27,9 @@ from featprobe.cache import (
 from featprobe.cache.contents import Contents
 from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
+from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.errors import CacheError, FeatprobeError, counted
+from featprobe.io.disk import remove_leftovers
 from featprobe.io.texts import printable
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
@@ -40,9 +42,11 @@ def list_cache(path: Path) -> dict[str, Any]:
         "path": str(path),
         "version": version,
         "bytes": path.stat().st_size,
+        "pooled_bytes": _size_of(pooled_path(path)),
         "rows": len(done),
         "whole": int((done == WHOLE).sum()),
         "recipe": recipe.to_json(),
+        "kept_as": recipe.kept_as,
     }
 
 
@@ -54,6 +58,8 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "path": str(path),
         "version": cache.contents.version,
         "bytes": path.stat().st_size,
+        "pooled_bytes": _size_of(pooled_path(path)),
+        "pooled_levels": list(read_pooled(cache, cache.levels, rows_digest(cache))),
         "rows": len(cache),
         "whole": int((done == WHOLE).sum()),
         "missing": int((done == MISSING).sum()),
@@ -61,11 +67,17 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "intact": cache.contents.is_intact(),
         "key": cache.recipe.key,
         "recipe": cache.recipe.to_json(),
+        "kept_as": cache.recipe.kept_as,
         "data": cache.data.to_json(),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
         "may_hold_tf32": doubt.text if (doubt := doubt_of(cache)) else "",
     }
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def verify_cache(
@@ -179,8 +191,9 @@ def remove_cache(path: Path) -> int:
     """
     with RowLocks(path) as locks:
         locks.claim_all()
-        size = path.stat().st_size
+        size = path.stat().st_size + _size_of(pooled_path(path))
         path.unlink()
-        log_path(path).unlink(missing_ok=True)
-        look_path(path).unlink(missing_ok=True)
+        for beside in (log_path(path), look_path(path), pooled_path(path)):
+            beside.unlink(missing_ok=True)
+        remove_leftovers(path.parent)
     return size

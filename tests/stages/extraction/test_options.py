@@ -17,15 +17,16 @@ from featprobe.tiling import SETTINGS, Tiling
 UNUSUAL: dict[str, Any] = {
     "levels": ("stride8", "stride16"), "size": (64, 96), "format": "coco", "images": "a b/*.png", "masks": "{stem}.png",
     "group_from": "{stem}", "split_file": "/there/split.csv", "fit": "letterbox", "intensity": "window:3:90.5",
-    "batch_size": 4, "dtype": "int8", "precision": "tf32", "tile": 32, "overlap": 5, "empty_tiles": 0.123456789,
-    "views": ("hflip", "crop:2"), "skip_bad": True,
+    "batch_size": 4, "dtype": "int8", "store": "pooled", "precision": "tf32", "tile": 32, "overlap": 5,
+    "empty_tiles": 0.123456789, "views": ("hflip", "crop:2"), "skip_bad": True,
 }  # fmt: skip
 """A value of each option that a command says, other than its default."""
 NAMES_A_BACKBONE = {"label", "backbone", "weights_sha256", "final_norm", "mean", "std", "interpolation", "sized"}
 FOLLOWS = {"frame", "window", "channels", "version", "empty_pixels"}  # from the images and from the other fields
 ANY_OTHER: dict[str, Any] = {
     "levels": recipe_of().levels[:1], "size": (16, 16), "fit": "resize", "intensity": "minmax", "dtype": "fp32",
-    "precision": "amp", "views": ("identity", "vflip"), "tile": 64, "overlap": 3, "empty_tiles": 0.25,
+    "precision": "amp", "store": "pooled", "views": ("identity", "vflip"), "tile": 64, "overlap": 3,
+    "empty_tiles": 0.25,
 }  # fmt: skip
 """Another value of each field of a recipe that an option decides."""
 NOT_ASKED_FOR = {"levels", "dtype", "precision"}  # by a study, whose file says nothing of them
@@ -63,7 +64,7 @@ def test_the_command_line_takes_every_option() -> None:
 def test_every_setting_of_a_data_set_in_the_configuration_is_an_option() -> None:
     entry, options = ({known.name for known in fields(kind)} for kind in (DataEntry, ExtractOptions))
     assert entry - options == {"path", "classes", "follow_links"}
-    of_the_cache = {"levels", "batch_size", "dtype", "precision", "skip_bad"}
+    of_the_cache = {"levels", "batch_size", "dtype", "store", "precision", "skip_bad"}
     assert options - entry == of_the_cache | set(OF_ONE_RUN)
 
 

@@ -30,12 +30,12 @@ from featprobe.probes.train import train
 from featprobe.splitting import SplitChoice
 from featprobe.stages.memory import Portions
 from featprobe.stages.partition import split_notes
-from featprobe.stages.training import labels, segmentation
-from featprobe.stages.training.labels import LabelShelf, encode, shelf_of
+from featprobe.stages.tasks import labels, segmentation
+from featprobe.stages.tasks.labels import LabelShelf, encode, shelf_of
+from featprobe.stages.tasks.segmentation import Segmentation
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.segmentation import Segmentation
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import labels_in_frame
 

@@ -225,7 +225,7 @@ def test_the_predicted_time_is_told_before_training(dense: Workspace) -> None:
 def test_a_batch_that_the_memory_does_not_hold_names_one_that_fits(
     dense: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featprobe.stages.training import segmentation
+    from featprobe.stages.tasks import segmentation
 
     plain = segmentation.level_loss
 

@@ -1,39 +1,23 @@
 """Heads that are solved in closed form, and not trained: one pass over the training cells, a choice on validation."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from featprobe.levels import FeatureLevel
+from featprobe.probes import DenseHead
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose
 from featprobe.specs import Rows
 from featprobe.stages.memory import Batches
-from featprobe.stages.training.segmentation import Segmentation
-from featprobe.stages.training.task import evaluation_batches
+from featprobe.stages.tasks.segmentation import Segmentation
+from featprobe.stages.tasks.task import Solution, evaluation_batches
 
 MOST_LOGITS = 1_000_000  # of validation cells that ridge's strengths and offsets are chosen on
 
 
-@dataclass(frozen=True)
-class Solution:
-    """A head that was solved.
-
-    state: its tensors, in the host's memory. chosen: what validation decided, as a result row keeps it: the strength of
-    the regularisation, what is added to the classes' logits, and how many strengths were tried.
-    """
-
-    state: dict[str, Tensor]
-    chosen: dict[str, Any]
-
-
-def solve(task: Segmentation, levels: Sequence[FeatureLevel], batches: Batches, train: Rows, val: Rows) -> Solution:
+def solve(task: Segmentation, head: DenseHead, seed: int, batches: Batches, train: Rows, val: Rows) -> Solution:
     """Ridge regression of the class shares of the training cells, its strength and offsets chosen on validation.
 
-    levels: of the head, finest first. batches: gives features of rows. One process computes it.
+    head: of which the levels are taken. seed: of no effect. batches: gives features of rows. One process computes it.
     """
+    levels = head.levels
     stride = levels[0].stride
     weights = task.weights(stride)
     ones = torch.ones(len(task.classes), device=task.device)

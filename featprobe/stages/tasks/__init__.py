@@ -1,0 +1,1 @@
+"""What heads are trained and scored on: a task per module."""

@@ -1,0 +1,468 @@
+"""Pooled features: from maps that are there, or in place of them; kept beside a cache, and never needed."""
+
+import io
+import json
+import os
+import signal
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import (
+    CONTEXT,
+    PoolingBackbone,
+    become_nobody,
+    change_header,
+    extract,
+    filled_cache,
+    flip_byte,
+    opened,
+    recipe_of,
+    rows_of,
+    stored,
+    write_set,
+)
+from numpy.typing import NDArray
+from PIL import Image
+
+from featprobe.cache import Cache, CacheWriter, open_cache, verify
+from featprobe.cache import pooled_file as keeping
+from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
+from featprobe.cache.reader import FeatureLoader, RowReader
+from featprobe.cli.main import cli
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, FieldError, NoMapsError
+from featprobe.specs import FeatureRecipe
+from featprobe.stages import pooled as stage
+from featprobe.stages.extraction.plan import bytes_of
+from featprobe.stages.pooled import pooled_vectors
+from featprobe.stages.training.probe import find_caches
+from featprobe.stages.upkeep.caches import describe_cache, list_cache, remove_cache
+from featprobe.stages.workspace import Workspace
+
+COUNT = 7
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of several shapes, which letterbox pads in several ways; one of them shows less than one cell."""
+    root = write_set(tmp_path_factory.mktemp("set"), COUNT, (40, 64))
+    for i, (height, width) in enumerate([(64, 40), (40, 40), (3, 64)]):
+        for folder in ("images", "masks"):
+            path = root / folder / f"part{i:02}.png"
+            Image.open(path).resize((width, height), Image.Resampling.NEAREST).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def dense(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of maps; tests that change it take a copy."""
+    return extract(tmp_path_factory.mktemp("dense"), data, fit="letterbox", size=(40, 40)).path
+
+
+@pytest.fixture
+def cache(dense: Path, tmp_path: Path) -> Cache:
+    """A copy of the cache of maps that no test has read yet."""
+    path = tmp_path / "cache" / "set" / dense.name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(dense.read_bytes())
+    return open_cache(path)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Nothing is known of what was pooled before."""
+    stage._known.clear()
+
+
+def vectors(cache: Cache, unit: Any = "image", **how: Any) -> NDArray[np.float32]:
+    return pooled_vectors(cache, cache.levels, unit, cache.usable(), **how)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """A list that fills with (level, row) for each row of features that is read."""
+    found: list[tuple[str, int]] = []
+    read = RowReader._read_level
+
+    def noting(self: RowReader, level: Any, rows: NDArray[np.intp], out: Any) -> None:
+        found.extend((level.name, row) for row in rows.tolist())
+        read(self, level, rows, out)
+
+    monkeypatch.setattr(RowReader, "_read_level", noting)
+    return found
+
+
+# ---- pooled in place of maps -----------------------------------------------------------------------------------------
+
+HOW: dict[str, dict[str, Any]] = {
+    "fp16": {"dtype": "fp16"},
+    "bf16": {"dtype": "bf16"},
+    "fp32": {"dtype": "fp32"},
+    "tiles": {"tile": 24, "overlap": 6, "fit": None, "size": None},
+    "views": {"views": ("hflip", "crop:2"), "fit": "resize"},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_pooled_live_is_what_is_pooled_from_the_cache_of_maps(how: str, data: Path, tmp_path: Path) -> None:
+    given = {"fit": "letterbox", "size": (40, 40), "batch_size": 3} | HOW[how]
+    maps = open_cache(extract(tmp_path / "maps", data, **given).path)
+    pooled = open_cache(extract(tmp_path / "pooled", data, store="pooled", **given).path)
+    assert pooled.path.stat().st_size < maps.path.stat().st_size and len(pooled) == len(maps)
+    assert np.array_equal(vectors(maps), vectors(pooled)) and len(vectors(maps)) == len(maps.images)
+    if how == "tiles":
+        assert len(maps) > len(maps.images) and np.array_equal(vectors(maps, "tile"), vectors(pooled, "tile"))
+    one = int(pooled.usable()[0])
+    assert [pooled.read_row(one, level).shape for level in pooled.levels] == [(2, 6), (2, 9)]
+    assert [item for item in verify(pooled.path) if not isinstance(item, int)] == []
+
+
+def test_the_parts_of_an_image_join_as_their_areas_say(data: Path, tmp_path: Path) -> None:
+    cache = open_cache(extract(tmp_path, data, store="pooled", tile=24, overlap=0).path)
+    rows = np.flatnonzero(cache.image_of == 4)
+    (whole,) = pooled_vectors(cache, cache.levels[:1], "image", rows)
+    tiles = pooled_vectors(cache, cache.levels[:1], "tile", rows)
+    areas = cache.rows.content[rows].prod(1)[:, None]
+    channels = cache.levels[0].channels
+    np.testing.assert_allclose(whole[:channels], (tiles * areas)[:, :channels].sum(0) / areas.sum(), rtol=1e-5)
+    np.testing.assert_array_equal(whole[channels:], tiles[:, channels:].max(0))
+
+
+def test_a_pooled_cache_is_stopped_continued_shared_out_and_repaired_like_any_other(data: Path, tmp_path: Path) -> None:
+    whole = stored(extract(tmp_path / "one", data, store="pooled").path)
+    for shard in ((2, 2), (1, 2)):
+        report = extract(tmp_path / "two", data, store="pooled", shard=shard)
+    assert stored(report.path) == whole and report.missing == 0 and report.bytes_written == report.computed * 8 * 15
+    assert extract(tmp_path / "two", data, store="pooled", rehash=True).computed == 0
+    flip_byte(report.path, opened(report.path).contents.extents["features/stride8"].offset + 3 * 8 * 9)
+    with pytest.raises(CacheError, match="the features of row 3"):
+        vectors(open_cache(report.path))
+    with CacheWriter(report.path) as writer:
+        writer.mark_missing(3)
+    assert extract(tmp_path / "two", data, store="pooled").computed == 1
+    assert stored(report.path) == whole
+    command = open_cache(report.path).contents.command
+    assert command.endswith("--batch-size 2 --store pooled")
+
+
+def test_only_a_pooled_recipe_names_what_it_stores() -> None:
+    recipe = recipe_of()
+    assert "store" not in recipe.to_json() and FeatureRecipe.from_json(recipe.to_json()) == recipe
+    pooled = replace(recipe, store="pooled")
+    assert pooled.to_json() == recipe.to_json() | {"store": "pooled"} and pooled.key != recipe.key
+    assert FeatureRecipe.from_json(pooled.to_json()) == pooled
+    assert pooled.row_bytes == 8 * (6 + 9) and bytes_of(recipe, 3)["pooled"] == bytes_of(pooled, 3)["pooled"] == 360
+    assert bytes_of(pooled, 3)["fp16"] == 3 * recipe.row_bytes
+    with pytest.raises(FieldError, match='store: wanted maps beside dtype int8, found "pooled"'):
+        FeatureRecipe.from_json(pooled.to_json() | {"dtype": "int8"})
+
+
+def test_int8_has_nothing_to_store_in_a_pooled_cache(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--dtype int8 stores maps, and --store pooled keeps none"):
+        extract(tmp_path, data, store="pooled", dtype="int8")
+    assert not list(tmp_path.glob("cache/*/*.h5"))
+
+
+def test_a_cache_of_maps_that_says_it_is_pooled_is_refused(cache: Cache) -> None:
+    def lie(header: dict[str, Any]) -> None:
+        header["recipe"]["store"] = "pooled"
+        header["recipe_key"] = FeatureRecipe.from_json(header["recipe"]).key
+
+    change_header(cache.path, lie)
+    with pytest.raises(CacheError, match=r"wanted  features/stride4: <f4 of shape \[7, 2, 6\]"):
+        open_cache(cache.path)
+
+
+# ---- kept beside a cache of maps -------------------------------------------------------------------------------------
+
+
+def test_maps_are_read_once_and_never_computed(
+    cache: Cache, reads: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PoolingBackbone, "__call__", lambda *_: pytest.fail("a forward pass"))
+    first = vectors(cache)
+    assert sorted(reads) == [(level.name, row) for level in cache.levels for row in range(COUNT)]
+    reads.clear()
+    few = pooled_vectors(cache, cache.levels[1:], "image", np.array([5, 2, 5]))
+    assert np.array_equal(few, first[[2, 5], -2 * cache.levels[1].channels :]) and not reads
+    stage._known.clear()  # as in another process
+    assert np.array_equal(vectors(open_cache(cache.path)), first) and not reads
+
+
+def test_each_level_is_pooled_when_it_is_first_asked_for(cache: Cache, reads: list[tuple[str, int]]) -> None:
+    one, other = cache.levels
+    pooled_vectors(cache, [other], "image", cache.usable())
+    assert {name for name, _ in reads} == {other.name} and read_pooled(
+        cache, cache.levels, rows_digest(cache)
+    ).keys() == {other.name}
+    stage._known.clear()
+    reads.clear()
+    vectors(cache)
+    assert {name for name, _ in reads} == {one.name}
+    stage._known.clear()
+    reads.clear()
+    pooled_vectors(cache, [one], "image", cache.usable())
+    vectors(cache)
+    assert not reads and describe_cache(cache.path)["pooled_levels"] == [one.name, other.name]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "bf16"])
+def test_values_are_the_mean_and_maximum_of_what_a_reader_gives(dtype: str, tmp_path: Path) -> None:
+    content = (28, 20)
+    cache = filled_cache(
+        tmp_path / "cache.h5", recipe_of(dtype="int8" if dtype == "int8" else dtype), rows_of(4, (32, 32), content)
+    )
+    if dtype != "int8":  # random bits are not all finite
+        pytest.skip("covered by test_pooled_live")
+    got = vectors(cache)
+    place = 0
+    for level in cache.levels:
+        rows = np.stack([cache.read_row(i, level) for i in range(4)]).astype(np.float64)
+        pixels = rows.repeat(level.stride, 2).repeat(level.stride, 3)[:, :, : content[0], : content[1]]
+        np.testing.assert_allclose(got[:, place : place + level.channels], pixels.mean((2, 3)), atol=1e-4)
+        np.testing.assert_array_equal(got[:, place + level.channels :][:, : level.channels], pixels.max((2, 3)))
+        place += 2 * level.channels
+
+
+def rewritten(change: Callable[[dict[str, NDArray[Any]]], object]) -> Callable[[Path, Cache], None]:
+    """A change of the arrays of a file, which is written again by numpy."""
+
+    def apply(path: Path, cache: Cache) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name].copy() for name in file.files}
+        change(arrays)
+        packed = io.BytesIO()
+        np.savez(packed, allow_pickle=True, **arrays)  # type: ignore[arg-type]
+        path.write_bytes(packed.getvalue())
+
+    return apply
+
+
+def said(**changed: Any) -> Callable[[Path, Cache], None]:
+    """A change of what the header says."""
+
+    def change(arrays: dict[str, NDArray[Any]]) -> None:
+        header = json.loads(arrays["header"].tobytes()) | changed
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+
+    return rewritten(change)
+
+
+def bomb(path: Path, cache: Cache) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        np.save(header, np.frombuffer(json.dumps(keeping._header(cache, rows_digest(cache))).encode(), np.uint8))
+        archive.writestr("header.npy", header.getvalue())
+        with archive.open("features/stride4.npy", "w") as packed:
+            np.lib.format.write_array_header_1_0(
+                packed, {"descr": "<f4", "fortran_order": False, "shape": (7, 2, 1 << 20)}
+            )
+            for _ in range(56):
+                packed.write(bytes(1 << 20))
+
+
+HARM: dict[str, Callable[[Path, Cache], Any]] = {
+    "cut short": lambda path, _: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path, _: os.truncate(path, 0),
+    "a flipped bit of a value": lambda path, _: flip_byte(path, path.read_bytes().index(b"stride8.npy") + 200),
+    "a pipe": lambda path, _: (path.unlink(), os.mkfifo(path)),
+    "a link to itself": lambda path, _: (path.unlink(), path.symlink_to(path.name)),
+    "of another cache": said(identity_sha256="0" * 64),
+    "of other rows": said(rows_sha256="0" * 64),
+    "of another version": said(version=2),
+    "a header that is a list": rewritten(lambda a: a.update(header=np.frombuffer(b"[1, 2]", np.uint8))),
+    "no header": rewritten(lambda a: a.pop("header")),
+    "a huge header": rewritten(lambda a: a.update(header=np.zeros(1 << 16, np.uint8))),
+    "rows too few": rewritten(lambda a: a.update({"features/stride4": a["features/stride4"][:3]})),
+    "of another type": rewritten(lambda a: a.update({"features/stride4": a["features/stride4"].astype(np.float64)})),
+    "by columns": rewritten(lambda a: a.update({"features/stride4": np.asfortranarray(a["features/stride4"])})),
+    "not finite": rewritten(lambda a: a["features/stride4"].__setitem__((0, 0, 0), np.nan)),
+    "objects": rewritten(lambda a: a.update({"features/stride4": np.array([print], dtype=object)})),
+    "a bomb": bomb,
+    "longer than any": lambda path, _: os.truncate(path, 1 << 30),
+}
+"""What may lie in the place of pooled features."""
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_what_is_no_sound_file_of_this_cache_is_pooled_anew(harm: str, cache: Cache, reads: list[Any]) -> None:
+    wanted, path = vectors(cache), pooled_path(cache.path)
+    sound = path.read_bytes()
+    HARM[harm](path, cache)
+    assert harm == "longer than any" or path.is_fifo() or path.is_symlink() or path.read_bytes() != sound
+    stage._known.clear()
+    reads.clear()
+    assert np.array_equal(vectors(cache), wanted) and len(reads) > 0
+    assert path.read_bytes() == sound
+    assert [left.name for left in path.parent.glob(".*.tmp")] == []
+
+
+def test_a_folder_in_its_place_is_said_and_no_harm(cache: Cache) -> None:
+    pooled_path(cache.path).mkdir()
+    lines: list[str] = []
+    assert len(vectors(cache, say=lines.append)) == COUNT
+    assert len(lines) == 1 and "are not kept, so the next command pools them again" in lines[0]
+
+
+def _as_nobody(path: str, out: str) -> None:
+    become_nobody()
+    lines: list[str] = []
+    cache = open_cache(path)
+    found = vectors(cache, say=lines.append)
+    Path(out).write_text(json.dumps([found.tolist(), lines]))
+
+
+def test_where_nothing_may_be_written_features_are_pooled_and_not_kept(cache: Cache, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o777)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/") and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    cache.path.parent.chmod(0o555)
+    child = CONTEXT.Process(target=_as_nobody, args=(str(cache.path), str(out / "found.json")))
+    child.start()
+    child.join(60)
+    cache.path.parent.chmod(0o755)
+    assert child.exitcode == 0 and not pooled_path(cache.path).exists()
+    found, lines = json.loads((out / "found.json").read_text())
+    assert np.array_equal(np.array(found, np.float32), vectors(cache))
+    assert len(lines) == 1 and "can't be written" in lines[0]
+
+
+def test_rows_that_are_made_again_are_pooled_again(cache: Cache, reads: list[Any]) -> None:
+    before = vectors(cache)
+    with CacheWriter(cache.path) as writer:
+        kept = {level.name: cache.stored(2, level)[level.name][None] * np.float16(2) for level in cache.levels}
+        writer.write(2, kept)
+    reads.clear()
+    assert np.array_equal(vectors(cache), np.where(np.arange(COUNT)[:, None] == 2, 2 * before, before)) and reads
+
+
+def test_unreadable_rows_take_no_part_and_missing_ones_are_refused(cache: Cache) -> None:
+    wanted = vectors(cache)
+    with CacheWriter(cache.path) as writer:
+        writer.mark_unreadable(1, "gone")
+    assert np.array_equal(vectors(cache), np.delete(wanted, 1, axis=0))
+    assert not read_pooled(cache, cache.levels, rows_digest(cache))["stride4"][1].any()
+    with pytest.raises(CacheIncompleteError, match="1 of 2 rows are missing or unreadable"):
+        pooled_vectors(cache, cache.levels, "image", np.array([0, 1]))
+
+
+def test_a_damaged_row_is_found_while_it_is_pooled(cache: Cache) -> None:
+    flip_byte(cache.path, cache.contents.extents["features/stride4"].offset + 5)
+    with pytest.raises(CacheError, match="the features of row 0"):
+        vectors(cache)
+    assert not pooled_path(cache.path).exists()
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def _pool_slowly(path: str, flag: str, seconds: float) -> None:
+    """Pool a row at a time, and write one array at a time; say before each what comes."""
+    stage.BYTES_AT_ONCE = 1
+    pool, write = stage.pool, keeping._write_array
+
+    def slow(wait: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def work(*given: Any) -> Any:
+            with open(flag, "a") as file:
+                file.write(f"{name}\n")
+            time.sleep(seconds)
+            return wait(*given)
+
+        return work
+
+    stage.pool, keeping._write_array = slow(pool, "pool"), slow(write, "write")
+    found = vectors(open_cache(path))
+    np.save(f"{flag}.npy", found)
+
+
+@pytest.mark.parametrize("moment", [("pool", 3), ("write", 1), ("write", 2)])
+def test_a_kill_leaves_no_file_or_a_whole_one(moment: tuple[str, int], cache: Cache, tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    child = CONTEXT.Process(target=_pool_slowly, args=(str(cache.path), str(flag), 0.2))
+    child.start()
+    deadline = time.monotonic() + 60
+    while not flag.exists() or flag.read_text().split().count(moment[0]) < moment[1]:
+        assert time.monotonic() < deadline and child.exitcode is None
+        time.sleep(0.005)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    left = list(cache.path.parent.glob(".*.tmp"))
+    assert not pooled_path(cache.path).exists() and bool(left) == (moment[0] == "write")
+    other = CONTEXT.Process(target=_pool_slowly, args=(str(cache.path), str(flag), 0.0))
+    other.start()
+    other.join(60)
+    assert other.exitcode == 0 and np.array_equal(np.load(f"{flag}.npy"), vectors(cache))
+    assert not list(cache.path.parent.glob(".*.tmp")), "what the killed process left is gone"
+
+
+def test_two_processes_pool_one_cache_at_once(cache: Cache, tmp_path: Path, reads: list[Any]) -> None:
+    children = [
+        CONTEXT.Process(target=_pool_slowly, args=(str(cache.path), str(tmp_path / f"flag{i}"), 0.02)) for i in range(2)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    wanted = vectors(cache)
+    assert not reads and all(np.array_equal(np.load(tmp_path / f"flag{i}.npy"), wanted) for i in range(2))
+
+
+# ---- upkeep, and who is served ---------------------------------------------------------------------------------------
+
+
+def test_a_list_a_description_and_a_removal_know_the_file(cache: Cache, tmp_path: Path) -> None:
+    assert list_cache(cache.path)["pooled_bytes"] == 0
+    vectors(cache)
+    size = pooled_path(cache.path).stat().st_size
+    assert list_cache(cache.path)["pooled_bytes"] == describe_cache(cache.path)["pooled_bytes"] == size
+    run = CliRunner().invoke
+    where = ["--workspace", str(tmp_path), "cache"]
+    assert " pooled" in run(cli, [*where, "ls"]).stdout
+    assert " pooled from stride4, stride8" in run(cli, [*where, "info", "set"]).stdout
+    total = cache.path.stat().st_size + size
+    (cache.path.parent / f".x.{os.uname().nodename}-999999999-00000000.tmp").touch()
+    assert remove_cache(cache.path) == total
+    assert {left.suffix for left in cache.path.parent.iterdir()} == {".lock"}
+
+
+def test_a_pooled_cache_serves_what_reads_pooled_features_and_nothing_else(data: Path, tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    path = extract(tmp_path, data, store="pooled").path
+    served, _ = find_caches(space, "classify", (), (), pooled=True)
+    assert [cache.path for cache in served] == [path]
+    with pytest.raises(NoMapsError, match="holds pooled features alone") as refused:
+        find_caches(space, "semseg", (), ())
+    assert "wanted  maps" in str(refused.value)
+    assert f"featprobe extract --backbone pooling --data {data} --batch-size 2" in str(refused.value)
+    assert "--head" not in str(refused.value)
+    with pytest.raises(NoMapsError, match="reads pooled features:  --head knn"):
+        find_caches(space, "anomaly", (), ())
+    with pytest.raises(NoMapsError):
+        FeatureLoader(open_cache(path))
+    asked = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "cache", "audit", "set", "--heads", "none"])
+    assert asked.exit_code == 1 and "holds pooled features alone" in str(asked.stderr)
+    info = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "cache", "info", path.stem]).stdout
+    assert "classify (linear, knn), anomaly (knn)" in info and "pooled from fp16" in info
+
+
+def test_of_maps_and_pooled_features_of_one_recipe_the_maps_are_taken(data: Path, tmp_path: Path) -> None:
+    maps, pooled = extract(tmp_path, data).path, extract(tmp_path, data, store="pooled").path
+    smaller = extract(tmp_path, data, store="pooled", size=(32, 32)).path
+    space = Workspace(tmp_path)
+    served, notes = find_caches(space, "classify", (), (), pooled=True)
+    assert {cache.path for cache in served} == {maps, smaller}
+    assert f"left aside: {pooled.name} holds pooled features, and its maps are here, too" in notes
+    served, notes = find_caches(space, "semseg", (), ())
+    assert [cache.path for cache in served] == [maps]
+    assert sum("holds pooled features alone" in note for note in notes) == 2
