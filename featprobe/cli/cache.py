@@ -118,7 +118,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
             ("data", f"{origin['name']}: {origin['root']}"),
             ("classes", ", ".join(origin["classes"])),
-            ("tasks", ", ".join(origin["tasks"])),
+            ("tasks", ", ".join(f"{task} ({', '.join(heads)})" for task, heads in c["serves"].items())),
             ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
             ("key", c["key"]),
             ("command", c["command"]),

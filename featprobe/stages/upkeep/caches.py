@@ -31,6 +31,7 @@ from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.io.disk import remove_leftovers
 from featprobe.io.texts import printable
+from featprobe.kinds import kind_of, kinds_of
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
 
@@ -69,10 +70,18 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "recipe": cache.recipe.to_json(),
         "kept_as": cache.recipe.kept_as,
         "data": cache.data.to_json(),
+        "serves": _serves(cache),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
         "may_hold_tf32": doubt.text if (doubt := doubt_of(cache)) else "",
     }
+
+
+def _serves(cache: Cache) -> dict[str, list[str]]:
+    """The kinds of heads that can be trained from a cache, by task: those that read what its rows keep."""
+    able = {task: [kind_of(task, name) for name in kinds_of(task)] for task in cache.data.serves}
+    found = {task: [k.name for k in kinds if k.pooled or cache.recipe.store == "maps"] for task, kinds in able.items()}
+    return {task: names for task, names in found.items() if names}
 
 
 def _size_of(path: Path) -> int:
