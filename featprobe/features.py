@@ -91,6 +91,15 @@ class Pooled:
     maximum: Mapping[str, Tensor]
     cells: Mapping[str, Tensor]
 
+    @classmethod
+    def of_all(cls, parts: Sequence["Pooled"]) -> "Pooled":
+        """The features of several batches, one after another."""
+        first = parts[0]
+        return cls(
+            *({name: torch.cat([getattr(part, own)[name] for part in parts]) for name in getattr(first, own)}
+              for own in ("mean", "maximum", "cells"))
+        )  # fmt: skip
+
     def joined(self, index: Tensor, units: int) -> "Pooled":
         """The features of whole images, from those of their tiles.
 

@@ -63,6 +63,19 @@ DEFECT = LabelNames(("good", "defect"), good="good")
 """The labels that only say whether there is a defect."""
 
 
+def names_by(labels: ImageLabels, own: LabelNames | None, classes: Sequence[str]) -> LabelNames:
+    """The labels that images get from one of these places.
+
+    own: what the set's images are called; needed for `own`. classes: of its pixels and objects, the background first.
+
+    >>> names_by("classes", None, ("background", "crack", "dent"))
+    LabelNames(names=('crack', 'dent'), multi=True, good=None)
+    """
+    if labels == "classes":
+        return LabelNames(tuple(classes[1:]), multi=True)
+    return own if labels == "own" and own is not None else DEFECT
+
+
 @dataclass(frozen=True, eq=False)
 class ImageTruth:
     """What is known of units, which are images or tiles.

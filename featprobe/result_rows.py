@@ -105,6 +105,12 @@ class Settings:
     coreset: float | None = None
     remove_position: bool | None = None
 
+    @property
+    def of_units(self) -> list[str]:
+        """For people, what is labelled, where it is unusual."""
+        labels = [f"labels: {self.labels}"] if self.labels not in (None, "own") else []
+        return labels + ([f"each {self.unit}"] if self.unit != "image" else [])
+
     def options(self) -> dict[str, Any]:
         """Those that the task and the kind look at, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -51,9 +51,13 @@ class TaskScores:
     """The scores of one task.
 
     on: what is compared with the labels. compared: the scores of a comparison, the main one first. shown: the scores of
-    the table of results, in its order. per_class: what a score of one class is called, and its place in a row's `test`.
+    the table of results, in its order. per_class: what a score of one class is called, and its place in a row's `test`;
+    both empty where classes have none.
     resamples: of the groups of a test split, for an interval; those of average precision are dear, as each leaves every
-    group out once. chosen_before: the score that trials were chosen by where a row does not say.
+    group out once. chosen_before: the score that trials were chosen by where a row does not say. how: how scores are
+    taken, in few words. why: what a reader of a comparison should know of them, and of the main one. lacks: what a test
+    split is that gives no main score. ranked: the score that ranks what the heads of all folds found; "" for none.
+    chance: the main score of a head that knows nothing.
     """
 
     on: On
@@ -62,6 +66,11 @@ class TaskScores:
     per_class: tuple[str, tuple[str, ...]]
     resamples: int
     chosen_before: str
+    how: str
+    why: str
+    lacks: str = "holds no object to find"
+    ranked: str = ""
+    chance: float = 0.0
 
     @property
     def main(self) -> Score:
@@ -72,6 +81,12 @@ class TaskScores:
     def every(self) -> tuple[Score, ...]:
         """The scores that are compared, then those that are only shown."""
         return tuple({score.name: score for score in (*self.compared, *self.shown)}.values())
+
+    def of_classes(self, test: Mapping[str, Any]) -> Mapping[str, float | None]:
+        """The score of each class in a row's `test`; empty where the task has none."""
+        _, place = self.per_class
+        found: Mapping[str, float | None] = at(test, place) if place else {}
+        return found
 
     @property
     def dense(self) -> bool:
@@ -120,6 +135,18 @@ _ANOMALY_SCORES = (
 )
 _FALSE_CALLS = Score("false_calls", "false calls", ("false_calls",))
 
+_COCO = "AP as COCO defines it"
+_WHY_AP50 = (
+    "AP50 is the score of detection and instance segmentation: trials are chosen by it, and it is compared. "
+    "Inspection asks whether a flaw is found, and labels of flaws that are a few pixels wide do not tell outlines "
+    "apart at an IoU of 0.75 and more."
+)
+_RECALL = "recall and false calls at the threshold that was set on good validation images"
+_WHY_RECALL = (
+    "Recall is the share of defect images that are called, and false calls the share of good ones, at a threshold that "
+    "lets a wanted share of the good validation images be called; the test images had no part in it."
+)
+
 SCORES: Mapping[str, TaskScores] = {
     "semseg": TaskScores(
         on="pixels",
@@ -128,6 +155,9 @@ SCORES: Mapping[str, TaskScores] = {
         per_class=("IoU", ("iou",)),
         resamples=10_000,
         chosen_before="miou_foreground",
+        how="IoU over all its pixels",
+        why="The classes are those of the test split's truth; a pixel that was given another class counts against the "
+        "one that it was taken from.",
     ),
     "detect": TaskScores(
         on="boxes",
@@ -141,6 +171,9 @@ SCORES: Mapping[str, TaskScores] = {
         per_class=("AP", ("box", "per_class")),
         resamples=1_000,
         chosen_before="box_ap",
+        how=_COCO,
+        why=_WHY_AP50,
+        ranked="AP",
     ),
     "instseg": TaskScores(
         on="masks",
@@ -149,6 +182,9 @@ SCORES: Mapping[str, TaskScores] = {
         per_class=("AP", ("mask", "per_class")),
         resamples=1_000,
         chosen_before="mask_ap",
+        how=_COCO,
+        why=_WHY_AP50,
+        ranked="AP",
     ),
     "classify": TaskScores(
         on="images",
@@ -157,14 +193,31 @@ SCORES: Mapping[str, TaskScores] = {
         per_class=("AUROC", ("per_class",)),
         resamples=10_000,
         chosen_before="auroc",
+        how=f"AUROC and AP as means over labels; {_RECALL}",
+        why="AUROC is the share of pairs of an image with a label and one without it in which the first is ranked "
+        "higher, as a mean over labels; 50 % is chance. It needs no threshold, so trials are chosen by it, and it is "
+        "compared. AP of images is the mean precision over the images with a label, without interpolation. Where one "
+        "of two labels says good, both are of the other one. Labels that the test split lacks take no part. "
+        + _WHY_RECALL,
+        lacks="does not hold images both with and without any label",
+        ranked="AUROC",
+        chance=0.5,
     ),
     "anomaly": TaskScores(
         on="anomalies",
         compared=_ANOMALY_SCORES,
         shown=(*_ANOMALY_SCORES, _FALSE_CALLS),
-        per_class=("AUROC", ("per_class",)),
-        resamples=10_000,
+        per_class=("", ()),
+        resamples=1_000,
         chosen_before="image_auroc",
+        how=f"AUPRO to 30 % of false positives; {_RECALL}",
+        why="Image AUROC is the share of pairs of a defect image and a good one in which the first is ranked higher; "
+        "50 % is chance. It is compared. Pixel AUROC is the same of pixels, and AUPRO the mean share of each defect "
+        "region that is found, over all shares of good pixels up to 30 %; both need the truth of pixels. "
+        + _WHY_RECALL,
+        lacks="does not hold both good and defect images",
+        ranked="AUROC",
+        chance=0.5,
     ),
 }
 """The scores of each task."""

@@ -97,7 +97,7 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
     echo(f"{summary.name}: {summary.root}")
     sizes = low if low == high else f"{low} to {high}"
     echo(f"  {counted(sum(summary.images.values()), 'image')}, {summary.depth}-bit, {sizes} (height x width)")
-    echo(f"  labels for {', '.join(summary.tasks)}")
+    echo(f"  labels for {', '.join(summary.serves)}")
     for split, count in summary.images.items():
         echo(f"  {split:<6} {counted(count, 'image')}, {counted(summary.groups[split], 'group')}")
     header = ["class", *(["pixels"] if summary.pixels else []), *(["instances"] if summary.instances else [])]
@@ -109,7 +109,12 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
         ]
         for name in summary.classes
     ]
-    echo(columns(rows, header))
+    if summary.tasks:
+        echo(columns(rows, header))
+    if summary.labels:
+        names = next(iter(summary.labels.values()))
+        counts = [[name or "no label", *(own[name] for own in summary.labels.values())] for name in names]
+        echo(columns(counts, ("label", *summary.labels)))
     for note in summary.notes:
         echo(f"note: {note}")
     echo(f"\nIts description, for featprobe.toml:\n\n{summary.toml}")
@@ -181,7 +186,7 @@ def data_check(
 
     It looks for groups, images or near copies of images that are in two splits; empty splits; files that can't be read;
     masks whose size differs from that of their image; boxes outside their image; other bad labels; objects that an
-    image lists twice; and 8-bit and 16-bit images in one data set. If it finds any of these, the exit code is 3. NAME
+    image lists twice; images in two classes where one is meant; and 8-bit and 16-bit images in one data set. If it finds any of these, the exit code is 3. NAME
     is a name from `featprobe data`, or a path.
 
     \b
@@ -191,7 +196,15 @@ def data_check(
     from featprobe.geometry import parse_size
     from featprobe.report.text import table_text
     from featprobe.stages.extraction.extract_options import ExtractOptions, configured
-    from featprobe.stages.upkeep.check import check, class_table, entry_texts, head_lines, object_line, object_table
+    from featprobe.stages.upkeep.check import (
+        check,
+        class_table,
+        entry_texts,
+        head_lines,
+        label_table,
+        object_line,
+        object_table,
+    )
 
     workspace = workspace_of(ctx)
     named = _read(workspace, name, how, complete=False)
@@ -203,7 +216,10 @@ def data_check(
     else:
         echo(f"{found.name}: {found.root}")
         echo("\n".join(f"  {line}" for line in head_lines(found)))
-        echo(f"\n{table_text(class_table(found), width)}\n")
+        tables = [class_table(found)] if found.tasks else []
+        tables += [label_table(found)] if found.labels else []
+        for table in tables:
+            echo(f"\n{table_text(table, width)}\n")
         if found.objects:
             echo(f"{object_line(found.objects)}\n{table_text(object_table(found.objects), width)}\n")
         for note in found.notes:

@@ -281,7 +281,8 @@ def show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     dtypes = [card_beside(probes, row)["features"]["dtype"] if row.regime == "frozen" else "" for row in rows]
     for note in report.notes:
         echo(f"note: {note}")
-    echo("Test split, percent; IoU over all its pixels, AP as COCO defines it.\n")
+    how = dict.fromkeys(row.scores.how for row in rows)
+    echo(f"Test split, percent{''.join(f'; {own}' for own in how)}.\n")
     echo(result_text(rows, terminal_width(), dtypes))
     echo()
     heads = [Path(row.folder) for row in rows]

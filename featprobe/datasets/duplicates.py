@@ -15,7 +15,9 @@ from scipy.fft import dctn
 from scipy.ndimage import uniform_filter
 
 from featprobe.datasets.images.reading import Levels
-from featprobe.datasets.samples import Sample
+from featprobe.datasets.samples import DataSet, Sample, listed
+from featprobe.errors import counted
+from featprobe.image_labels import LabelNames
 
 HASH_SIDE, DETAIL_SIDE = 32, 64  # pixels of the thumbnails
 BITS = 64
@@ -70,6 +72,30 @@ def exact_copies(samples: Sequence[Sample], hashes: Sequence[str]) -> list[list[
 def in_several_splits(samples: Sequence[Sample]) -> bool:
     """Whether samples are in more than one split."""
     return len({sample.split for sample in samples}) > 1
+
+
+def two_labels(
+    samples: Sequence[Sample], hashes: Sequence[str], held: Sequence[tuple[int, ...] | None], names: LabelNames | None
+) -> list[list[tuple[str, str]]]:
+    """(id, label) of the samples that are the same bytes and have different labels where an image has one.
+
+    hashes: of each sample's file, "" for an unreadable file. held: the labels of each.
+    """
+    if names is None or names.multi:
+        return []
+    label_of = {s.id: names.names[own[0]] for s, own in zip(samples, held, strict=True) if own}
+    each = [[(s.id, label_of[s.id]) for s in same if s.id in label_of] for same in exact_copies(samples, hashes)]
+    return [own for own in each if len({label for _, label in own}) > 1]
+
+
+def two_labels_text(data: DataSet, found: Sequence[Sequence[tuple[str, str]]]) -> str:
+    """The error text for images that `two_labels` finds."""
+    each = [" and ".join(f"{own} ({label})" for own, label in same) for same in found]
+    return (
+        f"{data.root} has {counted(len(found), 'image')} in two classes, byte for byte.\n"
+        f"  wanted  one label for an image\n  found   {listed(each, 3)}\n"
+        "Nothing was computed. Remove the wrong copy of each, or give images several labels: labels.csv with a|b."
+    )
 
 
 def near_copies(looks: Sequence[Look]) -> list[tuple[int, int]]:

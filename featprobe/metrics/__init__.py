@@ -1,7 +1,23 @@
 """Scores, as the field defines them, and their intervals."""
 
+from featprobe.metrics.anomalies import (
+    ANOMALY_SCORES,
+    ScoredAnomalies,
+    anomaly_scores,
+    anomaly_statistic,
+    aupro,
+    pixel_auroc,
+)
 from featprobe.metrics.boxes import ApScores, TruthImage, average_precision, truth_of
 from featprobe.metrics.dense import PIXEL_SCORES, PixelScore, groups_with_truth, pixel_scores, pixel_statistic
+from featprobe.metrics.images import (
+    IMAGE_SCORES,
+    ScoredImages,
+    decide,
+    defect_scores,
+    image_scores,
+    image_statistic,
+)
 from featprobe.metrics.intervals import (
     Difference,
     Interval,
@@ -20,6 +36,7 @@ from featprobe.metrics.intervals import (
     score_interval,
     studentised_interval,
 )
+from featprobe.metrics.pixel_counts import PixelCounter, PixelHistograms, histograms
 from featprobe.metrics.procedures import (
     SeedSpread,
     SeedVariance,
@@ -29,34 +46,50 @@ from featprobe.metrics.procedures import (
 )
 from featprobe.metrics.resampled import ResampledAp, ResampledScores
 from featprobe.metrics.semantic import IouScores, confusion_matrix, iou_scores
+from featprobe.metrics.thresholds import threshold_at, units_needed
 
 __all__ = [
+    "ANOMALY_SCORES",
+    "IMAGE_SCORES",
     "PIXEL_SCORES",
     "ApScores",
     "Difference",
     "Interval",
     "IouScores",
+    "PixelCounter",
+    "PixelHistograms",
     "PixelScore",
     "ResampledAp",
     "ResampledScores",
     "Resamples",
+    "ScoredAnomalies",
+    "ScoredImages",
     "SeedSpread",
     "SeedVariance",
     "Statistic",
     "TruthImage",
+    "anomaly_scores",
+    "anomaly_statistic",
+    "aupro",
     "average_precision",
     "bca_interval",
     "confusion_matrix",
+    "decide",
+    "defect_scores",
     "difference_of",
     "grouped",
     "groups_with_truth",
+    "histograms",
     "holm",
+    "image_scores",
+    "image_statistic",
     "iou_scores",
     "jackknifed",
     "mean_of",
     "modality_gap",
     "paired_difference",
     "percentile_interval",
+    "pixel_auroc",
     "pixel_scores",
     "pixel_statistic",
     "procedure_difference",
@@ -65,5 +98,7 @@ __all__ = [
     "score_interval",
     "seed_spread",
     "studentised_interval",
+    "threshold_at",
     "truth_of",
+    "units_needed",
 ]

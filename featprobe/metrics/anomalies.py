@@ -32,10 +32,9 @@ from featprobe.metrics.images import (
     value_of,
 )
 from featprobe.metrics.intervals import Floats, Statistic, grouped
-from featprobe.metrics.pixel_counts import TOUCHING, Mask, PixelHistograms
+from featprobe.metrics.pixel_counts import LIMIT, TOUCHING, Mask, PixelHistograms
 from featprobe.metrics.ranked import Ranking, area_to
 
-LIMIT = 0.3  # share of good pixels called, up to which AUPRO goes
 PIXELS = ("normal", "defect", "overlap", "regions", "edges")
 ARRAYS = ("scores", "good", "threshold", "ids", "groups", *PIXELS)
 """Names of what scores.npz of an anomaly head holds; those of pixels only where their truth is known."""
@@ -113,7 +112,9 @@ class ScoredAnomalies:
         return cls(
             tuple(name for part in parts for name in part.ids),
             tuple(name for part in parts for name in part.groups),
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("scores", "good", "thresholds")),
+            np.concatenate([part.scores for part in parts]),
+            np.concatenate([part.good for part in parts]),
+            np.concatenate([part.thresholds for part in parts]),
             PixelHistograms.joined(pixels) if len(pixels) == len(parts) else None,
         )
 
@@ -149,8 +150,9 @@ def _image_f1(found: ScoredAnomalies, groups: Groups) -> Statistic:
     """The F1 of calling defect images."""
     if found.called is None or found.good.all():
         return no_score(groups)
-    hit, defect, called = (part.astype(float) for part in (found.called & ~found.good, ~found.good, found.called))
-    return ratios(*np.hsplit(members(groups) @ np.stack([2 * hit, defect + called], axis=1), 2), groups)
+    every = (found.called & ~found.good, ~found.good, found.called)
+    hit, defect, called = (members(groups) @ own.astype(float)[:, None] for own in every)
+    return ratios(2 * hit, defect + called, groups)
 
 
 def _image_recall(found: ScoredAnomalies, groups: Groups) -> Statistic:
@@ -181,14 +183,15 @@ def anomaly_scores(found: ScoredAnomalies) -> dict[str, Any]:
     """Every score as a row's `test` holds it; nan for one that does not exist.
 
     confusion: images [[good and not called, called], [defect and not called, called]]; None without a threshold.
-    regions: of all images; None where no truth of pixels is known.
+    regions: of all images; None where no truth of pixels is known. per_class: empty, as there are none.
     """
     every = one_group(len(found.ids))
     scores: dict[str, Any] = {name: value_of(score(found, every)) for name, score in ANOMALY_SCORES.items()}
     confusion = None
     if found.called is not None:
         confusion = np.bincount(2 * ~found.good + found.called, minlength=4).reshape(2, 2).tolist()
-    return {**scores, "confusion": confusion, "regions": int(found.pixels.regions.sum()) if found.pixels else None}
+    regions = int(found.pixels.regions.sum()) if found.pixels else None
+    return {**scores, "per_class": {}, "confusion": confusion, "regions": regions}
 
 
 # ---- the same of whole maps ------------------------------------------------------------------------------------------

@@ -38,6 +38,21 @@ def defect_scores(probabilities: NDArray[Any], multi: bool, good: int | None) ->
     return None if good is None else 1 - probabilities[:, good].astype(float)
 
 
+def decide(probabilities: NDArray[Any], prior: NDArray[Any], multi: bool) -> NDArray[np.uint8]:
+    """Which labels are said to hold, (units, names): the Bayes rule of balanced accuracy.
+
+    prior: (names,), the share of training units that have each. Of exclusive labels the one whose probability is the
+    largest multiple of its prior; of others each with a probability of its prior or more. A label that no training unit
+    has is never said.
+
+    >>> decide(np.array([[0.8, 0.2], [0.95, 0.05]]), np.array([0.9, 0.1]), multi=False).tolist()
+    [[0, 1], [1, 0]]
+    """
+    lift = np.divide(probabilities, prior, out=np.zeros(probabilities.shape), where=np.asarray(prior) > 0)
+    said = lift >= 1 if multi else np.arange(lift.shape[1]) == lift.argmax(1, keepdims=True)
+    return said.astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class ScoredImages:
     """What a classification head says of test units, and the truth.
@@ -125,11 +140,13 @@ class ScoredImages:
         return cls(
             tuple(name for part in parts for name in part.ids),
             tuple(name for part in parts for name in part.groups),
-            *(np.concatenate([getattr(part, name) for part in parts])
-              for name in ("probabilities", "truth", "decided", "thresholds")),
+            np.concatenate([part.probabilities for part in parts]),
+            np.concatenate([part.truth for part in parts]),
+            np.concatenate([part.decided for part in parts]),
+            np.concatenate([part.thresholds for part in parts]),
             first.multi,
             first.good,
-        )  # fmt: skip
+        )
 
 
 def packed(**arrays: Any) -> bytes:
@@ -242,8 +259,8 @@ def called_of(among: NDArray[np.bool_] | None, called: NDArray[np.bool_] | None,
     """The share of some units that is called; nan where there are none, or nothing is known."""
     if among is None or called is None or not among.any():
         return no_score(groups)
-    part = np.stack([among & called, among], axis=1).astype(float)
-    return ratios(*np.hsplit(members(groups) @ part, 2), groups)
+    part, whole = (members(groups) @ own.astype(float)[:, None] for own in (among & called, among))
+    return ratios(part, whole, groups)
 
 
 def no_score(groups: Groups) -> Statistic:

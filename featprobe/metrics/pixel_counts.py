@@ -1,14 +1,15 @@
-"""How the pixels' scores of anomaly maps are spread, image by image, without the maps: histograms with bins of one kind.
+"""How the pixels' scores of anomaly maps are spread, image by image, without the maps: histograms with equal bins.
 
 Scores are float32. The order of such numbers is that of a code of 32 bits, of which only the first are kept once there
 are too many different ones: all images then lose the same bits, so equal scores stay equal, and the order stays. When
-all images are counted, neighbouring codes are put together to about BINS bins, each with as much of all good pixels,
-defect pixels and regions; a code that has more than that has a bin of its own. With at most BINS different scores every
-bin holds one, and areas from these histograms are exact.
+all images are counted, neighbouring codes are put together to bins, each with as much of all good pixels, defect pixels
+and regions; a code that has more than that has a bin of its own. There are so many bins, FEWEST or a multiple of it,
+that the areas of all images together are within CLOSE of those by single codes. With at most FEWEST different scores
+each has a bin, and all areas are exact.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy
@@ -16,8 +17,11 @@ from numpy.typing import NDArray
 
 from featprobe.errors import DataError, ShapeError
 from featprobe.metrics.intervals import Floats
+from featprobe.metrics.ranked import area_to
 
-BINS = 1000
+LIMIT = 0.3  # share of good pixels called, up to which AUPRO goes
+FEWEST, MOST = 500, 16_000  # bins
+CLOSE = 5e-5  # of an area
 MOST_KEPT = 2**22  # codes of all images together, 20 bytes each
 WIDEST = 18  # bits of codes within one image of more pixels than FEW: counted in one table of at most that size
 FEW = 2**14  # pixels
@@ -45,7 +49,7 @@ class UnitPixels:
     def coarser(self, dropped: int) -> "UnitPixels":
         """The same with more bits dropped."""
         if dropped <= self.dropped or not len(self.codes):
-            return self if dropped <= self.dropped else UnitPixels(*self.columns, self.regions, dropped)
+            return self if dropped <= self.dropped else replace(self, dropped=dropped)
         codes = self.codes >> np.uint32(dropped - self.dropped)
         first = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
         normal, defect, overlap = (np.add.reduceat(own, first) for own in (self.normal, self.defect, self.overlap))
@@ -95,9 +99,9 @@ class PixelHistograms:
         for part, first, end, own in zip(parts, rows, rows[1:], place, strict=False):
             for name, table in tables.items():
                 table[first:end, own] = getattr(part, name)
-        bins = _bins(*(table.sum(0, dtype=float) for table in tables.values()))
+        bins = _bins(np.stack([table.sum(0, dtype=float) for table in tables.values()]))
         starts = np.flatnonzero(np.diff(bins, prepend=-1))
-        normal, defect, overlap = (np.add.reduceat(table, starts, axis=1) for table in tables.values())
+        normal, defect, overlap = (np.add.reduceat(tables[name], starts, axis=1) for name in names)
         return cls(normal, defect, overlap, np.concatenate([part.regions for part in parts]), edges[starts])
 
 
@@ -171,34 +175,54 @@ def histograms(units: Sequence[int], found: Iterable[tuple[int, UnitPixels]]) ->
     dropped = max((own.dropped for _, own in every), default=0)
     alike = [(place[unit], own.coarser(dropped)) for unit, own in every]
     image = np.repeat([number for number, _ in alike], [len(own.codes) for _, own in alike]).astype(np.intp)
-    none = UnitPixels(*(np.empty(0, kind) for kind in ("u4", "u4", "u4", "f8")), 0)
-    columns = zip(*(own.columns for own in (none, *(own for _, own in alike))), strict=True)
-    codes, *counts = (np.concatenate(own) for own in columns)
+    codes = np.concatenate([np.empty(0, np.uint32), *(own.codes for _, own in alike)])
+    counts = [np.concatenate([np.empty(0), *(own.columns[i] for _, own in alike)]) for i in (1, 2, 3)]
     distinct, atom = np.unique(codes, return_inverse=True)
-    bins = _bins(*(np.bincount(atom, own, minlength=len(distinct)) for own in counts))
+    bins = _bins(np.stack([np.bincount(atom, own, minlength=len(distinct)) for own in counts]))
     width = int(bins.max(initial=-1)) + 1
     cell = image * width + (bins[atom] if len(atom) else atom)
     normal, defect, overlap = (
         np.bincount(cell, own, minlength=len(units) * width).reshape(len(units), width) for own in counts
     )
-    regions = np.zeros(len(units), np.int32)
+    regions = np.zeros(len(units), dtype=np.int32)
     for number, own in alike:
         regions[number] = own.regions
     starts = np.flatnonzero(np.diff(bins, prepend=-1))
     edges = _scores(distinct[starts].astype(np.uint32) << np.uint32(dropped))
-    return PixelHistograms(normal.astype(np.uint32), defect.astype(np.uint32), overlap, regions, edges)
+    return PixelHistograms(normal.astype(np.uint32), defect.astype(np.uint32), overlap.astype(float), regions, edges)
 
 
-def _bins(normal: Floats, defect: Floats, overlap: Floats) -> NDArray[np.intp]:
-    """The bin of each of some ascending scores: (scores,), from 0, without a gap."""
-    if len(normal) <= BINS:
-        return np.arange(len(normal))
-    shares = [own / own.sum() for own in (normal, defect, overlap) if own.sum() > 0]
-    share = np.sum(shares, axis=0) / len(shares)
-    place = np.floor((share.cumsum() - share) * BINS)
-    alone = share > 1 / BINS
+def _bins(counts: Floats) -> NDArray[np.intp]:
+    """The bin of each of some ascending scores: (scores,), from 0, without a gap.
+
+    counts: (3, scores), good pixels, defect pixels, shares of regions.
+    """
+    shares = [own / own.sum() for own in counts if own.sum() > 0]
+    if counts.shape[1] <= FEWEST or not shares:
+        return np.arange(counts.shape[1])
+    share, wanted, number = np.mean(shares, axis=0), _areas(counts), FEWEST
+    while True:
+        bins = _of_share(share, number)
+        found = _areas(np.add.reduceat(counts, np.flatnonzero(np.diff(bins, prepend=-1)), axis=1))
+        if number >= MOST or np.abs(found - wanted).max() <= CLOSE:
+            return bins
+        number *= 2
+
+
+def _of_share(share: Floats, number: int) -> NDArray[np.intp]:
+    """Neighbours put together to about so many bins of equal share, those with more than that alone."""
+    place = np.floor((share.cumsum() - share) * number)
+    alone = share > 1 / number
     new = (np.diff(place, prepend=-1) > 0) | alone | np.concatenate([[False], alone[:-1]])
     return new.cumsum() - 1
+
+
+def _areas(counts: Floats) -> Floats:
+    """AUROC and AUPRO from good pixels, defect pixels and shares of regions by ascending score: (3, scores)."""
+    normal, defect, overlap = counts[:, ::-1, None]
+    if not normal.sum() or not defect.sum():
+        return np.zeros(2)
+    return np.concatenate([area_to(1.0)(defect, normal)[0], area_to(LIMIT)(overlap, normal)[0]])
 
 
 def _codes(scores: NDArray[np.float32]) -> Codes:

@@ -119,11 +119,13 @@ def area_to(limit: float) -> Curve:
     Between two scores the curve is straight, and so it is cut where it passes the limit.
     """
 
+    bound = limit if limit < 1 else np.inf  # at 1 nothing is cut
+
     def curve(positive: Floats, negative: Floats) -> tuple[Floats, Slopes]:
         y, total_y = _shares(positive)
         x, total_x = _shares(negative)
         start, end, low, high = x[:-1], x[1:], y[:-1], y[1:]  # of each segment, (scores, resamples)
-        inside, full, rise = start < limit, end < limit, high - low
+        inside, full, rise = start < bound, end < bound, high - low
         width = np.where(full, end, limit) - start
         share = np.divide(width, end - start, out=np.ones_like(width), where=inside & ~full)
         width, share = np.where(inside, width, 0), np.where(inside, share, 0)

@@ -36,8 +36,9 @@ def threshold_at(good_scores: ArrayLike, rate: float) -> float:
         raise DataError("Scores of good images are not finite, so no threshold can be set from them.")
     least, sure = units_needed(rate)
     if len(scores) < least:
+        there = counted(len(scores), "good validation image")
         raise DataError(
-            f"A false-call rate of {100 * rate:g} % can't be set with {counted(len(scores), 'good validation image')}.\n"
+            f"A false-call rate of {100 * rate:g} % can't be set with {there}.\n"
             f"  wanted  {least} or more (one false call among them), {sure} to be 95 % sure of the rate\n"
             "Give validation more good images, or ask for a higher rate with --false-calls."
         )

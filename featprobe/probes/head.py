@@ -6,7 +6,7 @@ training loop, scores, files, prediction, fine-tuning, and the tests of `tests/p
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -100,7 +100,27 @@ class ImageHead(VerdictHead):
 
     @abstractmethod
     def forward(self, vectors: Tensor) -> Tensor:
-        """Logits, (images, classes), of vectors as `features.Pooled.vectors` gives them: (images, values), float32."""
+        """Logits, (images, classes), of vectors as `features.Pooled.vectors` gives them: (images, values), float32.
+
+        Their softmax, or where an image may have several labels their sigmoid, are probabilities.
+        """
+
+    @abstractmethod
+    def solve(
+        self, vectors: Tensor, labels: Tensor, val: Tensor, score: Callable[[Tensor], float], *, multi: bool
+    ) -> dict[str, Any]:
+        """Solve for the head, its prior included; returns what was decided, as a result row keeps it.
+
+        vectors: (images, values), float32, of training. labels: (images, classes), uint8, 1 where a label holds; one
+        per image unless `multi`. val: vectors of validation. score: of logits there; what is chosen scores highest.
+        """
+
+    @abstractmethod
+    def begin(self, vectors: Tensor, labels: Tensor, *, multi: bool) -> None:
+        """Make a new head ready for training: its prior, and its normalisation from vectors of the untouched backbone.
+
+        vectors, labels, multi: as for `solve`. Raises ProbeError for a head that is only solved.
+        """
 
     if TYPE_CHECKING:
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from featprobe.errors import ProbeError, nearest
+from featprobe.image_labels import MOST_NAMES
 from featprobe.io.fields import Fault, limits, made
 from featprobe.kinds import PyramidKind, kind_of
 from featprobe.levels import FeatureLevel, choose_levels
@@ -18,6 +19,7 @@ from featprobe.probes.upsample import UpsampleHead
 from featprobe.scores import SCORES, On
 from featprobe.specs import MOST_CLASSES
 
+MOST = max(MOST_CLASSES, MOST_NAMES)  # classes, of what a card may claim
 MOST_WIDTH = 2**12  # channels, of what a card may claim
 
 
@@ -49,11 +51,17 @@ class HeadRecipe:
 
     def faults(self) -> list[Fault]:
         """Values that no head has: see `from_json`."""
+        least = least_classes(self.task)
         return limits({
-            "classes": (2 <= len(self.classes) <= MOST_CLASSES, f"2 to {MOST_CLASSES} names", self.classes),
+            "classes": (least <= len(self.classes) <= MOST, f"{least} to {MOST} names", self.classes),
             "width": (self.width is None or 1 <= self.width <= MOST_WIDTH, f"1 to {MOST_WIDTH} channels", self.width),
             "sides": (len(self.sides) in (0, 3) and min(self.sides, default=0) >= 0, "3 lengths, or none", self.sides),
         })  # fmt: skip
+
+
+def least_classes(task: str) -> int:
+    """The least number of classes that heads of a task tell apart: one label that images have or not is enough."""
+    return 1 if task in SCORES and SCORES[task].on == "images" else 2
 
 
 Build = Callable[[Sequence[FeatureLevel], HeadRecipe], Head]
@@ -104,7 +112,7 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
     Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that does not exist.
     """
     kind_of(recipe.task, recipe.kind)
-    if len(recipe.classes) < 2:
+    if len(recipe.classes) < least_classes(recipe.task):
         raise ProbeError(f"A head needs the background and at least one class. found: {list(recipe.classes)}")
     if recipe.width is not None and recipe.width < 1:
         raise ProbeError(f"A head {recipe.width} channels wide can't be built. wanted: --width 1 or more.")

@@ -7,11 +7,11 @@ from typing import Any
 from featprobe.errors import counted
 from featprobe.kinds import KINDS
 from featprobe.report.comparison import budget_text, interval_text, number, scores_of
-from featprobe.scores import FEW_GROUPS, LABELS
+from featprobe.scores import FEW_GROUPS, LABELS, SCORES, TaskScores
 
 SURE = 0.05  # corrected p value up to which a difference is called one
 SMALL, PART = 0.02, 0.1  # points, and share of the higher score: a smaller gain makes no difference in practice
-FLOOR = 0.05  # a score whose interval reaches below this may mean that nothing was found
+FLOOR = 0.05  # a score whose interval reaches less above chance than this may mean that nothing was found
 ACROSS = "To compare them anyway:  featprobe compare --across-recipes"
 SEEDS = 3  # the number of seeds that is proposed where there is one seed
 STORED_VIEWS = "frozen, augmented"  # the variant of frozen results on views that a cache holds
@@ -40,7 +40,7 @@ def _of_head(lines: Sequence[Line], differences: Sequence[Line]) -> list[str]:
     scored = [line for line in lines if not isnan(line[score])]
     head = lines[0]["head"]
     if not scored:
-        return [f"{head}: the test split holds no object to find, so there is no {LABELS[score]}."]
+        return [f"{head}: the test split {_scores(lines[0]).lacks}, so there is no {LABELS[score]}."]
     if max(line[score] for line in scored) == 0:
         return [f"{head}: {LABELS[score]} is 0 for every result: nothing was found, so there is nothing to compare."]
     sentences = []
@@ -50,6 +50,11 @@ def _of_head(lines: Sequence[Line], differences: Sequence[Line]) -> list[str]:
         if len(of_regime) > 1 or regime == regimes[0]:
             sentences += _which_backbone(of_regime, score, [d for d in differences if d["kind"] == "backbones"])
     return sentences + ([] if not KINDS[lines[0]["task"], head].live else _is_frozen_enough(scored, score, differences))
+
+
+def _scores(line: Line) -> TaskScores:
+    """The scores of a line's task."""
+    return SCORES[line["task"]]
 
 
 # ---- which backbone --------------------------------------------------------------------------------------------------
@@ -186,9 +191,11 @@ def _verdict(difference: Line, lines: Sequence[Line], score: str, differences: S
     why = _no_verdict(difference, full, frozen, score)
     if why:
         return f"no verdict on {name} {found}: {why}"
-    floor = _floor(frozen, lines, score, differences)
-    margin = min(SMALL, PART * max(full[score], frozen[score]))
-    if floor and not (full[f"{score}_low"] >= FLOOR and difference["p_holm"] <= SURE and difference["low"] > margin):
+    floor, chance = _floor(frozen, lines, score, differences), _scores(full).chance
+    margin = min(SMALL, PART * max(0, full[score] - chance, frozen[score] - chance))
+    if floor and not (
+        full[f"{score}_low"] >= chance + FLOOR and difference["p_holm"] <= SURE and difference["low"] > margin
+    ):
         return f"no verdict on {name} {found}: {floor}, so frozen cannot be called enough.{cause}"
     if difference["claim"] == "heads":
         return _of_two_heads(difference, name, found) + cause
@@ -227,7 +234,8 @@ def _floor(frozen: Line, lines: Sequence[Line], score: str, differences: Sequenc
                 return "" if ahead else f"frozen is not shown to be ahead of random weights ({control})"
     low = frozen[f"{score}_low"]
     value = f"{number(100 * frozen[score])} % {LABELS[score]}, {_interval_of(frozen, score)}"
-    found = frozen[score] >= FLOOR if isnan(low) else low >= FLOOR  # without an interval the score itself counts
+    least = _scores(frozen).chance + FLOOR
+    found = frozen[score] >= least if isnan(low) else low >= least  # without an interval the score itself counts
     return "" if found else f"frozen may have found nothing ({value})"
 
 

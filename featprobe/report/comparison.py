@@ -69,6 +69,9 @@ def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
     usual[REACHED] = {"–/–/–"}
     if len(set(table["dtype"]) - {NONE}) < 2:
         usual["dtype"] = set(table["dtype"])
+    for name in scores_of(lines[0])[1:]:  # those that a task has only on some sets
+        parts = [(LABELS[name], NONE), (f"sd {LABELS[name]}", NONE), (f"95 % {LABELS[name]}", NO_INTERVAL)]
+        usual |= {column: {value} for column, value in parts if set(table[LABELS[name]]) == {NONE} and column in table}
     table = table.drop(columns=[name for name, values in usual.items() if set(table[name]) == values])
     return table if table["marks"].any() or not brief else table.drop(columns="marks")
 
@@ -94,7 +97,7 @@ def _result_cells(line: Line, brief: bool) -> dict[str, str]:
 
 
 def class_table(lines: Sequence[Line]) -> pd.DataFrame:
-    """The score of each class (IoU, AP) as text for people, in percent; a dash for one that takes no part."""
+    """The score of each class as text for people, in percent; a dash for one that takes no part."""
     dtypes = ["dtype"] if len({line["dtype"] for line in lines} - {None}) > 1 else []
     kinds = ("backbone", "regime", "head", "size", *dtypes)
     return pd.DataFrame([

@@ -17,7 +17,7 @@ from featprobe.io.disk import below, read_regular, write_whole
 from featprobe.io.texts import printable
 from featprobe.report.comparison import class_table, difference_table, gap_table, result_table, scores_of
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
-from featprobe.scores import LABELS
+from featprobe.scores import LABELS, SCORES
 
 Line = Mapping[str, Any]
 PNG_START, LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 1 << 26  # bytes
@@ -48,11 +48,7 @@ HOW_TO_READ = (
     "Scores are of the test split, in percent: the mean over seeds, and sd, the standard deviation over seeds. The 95"
     " % interval of a score is a bootstrap over groups of test images (a group is a part, a film, a series): what "
     "other test groups would have given to these trained heads. It does not hold what other seeds would have given. "
-    "No interval: there is one test group, or the interval would reach to the end of the scale. The classes are those"
-    " of the test split's truth; a pixel that was given another class counts against the one that it was taken from. "
-    "AP50 is the score of detection and instance segmentation: trials are chosen by it, and it is compared. "
-    "Inspection asks whether a flaw is found, and labels of flaws that are a few pixels wide do not tell outlines "
-    "apart at an IoU of 0.75 and more.",
+    "No interval: there is one test group, or the interval would reach to the end of the scale.",
     "Differences are paired over the same groups. A verdict on any seed holds what other test groups and what other "
     "seeds might have given: it is of the backbone or the regime with its head and recipe. Where a side has one seed,"
     " or all its seeds saw the images in one order, the verdict is on these heads, and says nothing of others. Where "
@@ -106,7 +102,11 @@ def page_text(
     if notes or unusable:
         rows = [*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)]
         body += ["<h2>Notes</h2>", f"<ul>{''.join(f'<li>{escape(row)}</li>' for row in rows)}</ul>"]
-    body += ["<h2>How to read this</h2>", f'<div class="small">{_paragraphs(HOW_TO_READ)}</div>']
+    shown = [line["task"] for item in sets for line in item.lines]
+    of_scores = dict.fromkeys(own.why for task, own in SCORES.items() if task in shown)
+    first, *rest = HOW_TO_READ
+    how = [" ".join([first, *of_scores]), *rest]
+    body += ["<h2>How to read this</h2>", f'<div class="small">{_paragraphs(how)}</div>']
     return _page("comparison", body)
 
 
@@ -170,7 +170,8 @@ def _section(item: PageSet, number: int) -> str:
     parts = [f"<h2>{escape(item.title)}</h2>", _table(result_table(item.lines)), _plots(item, number)]
     if item.differences:
         parts += ["<h3>Differences, in points</h3>", _table(difference_table(item.differences))]
-    parts += ["<h3>Classes, mean over seeds</h3>", _table(class_table(item.lines))]
+    if any(line["classes"] for line in item.lines):
+        parts += ["<h3>Classes, mean over seeds</h3>", _table(class_table(item.lines))]
     parts += [_sheet(caption, path) for caption, path in item.sheets]
     commands = escape("\n".join(item.commands))
     parts.append(f"<details><summary>The commands that made these results</summary><pre>{commands}</pre></details>")

@@ -19,6 +19,8 @@ COLOURS = np.array(
     dtype=np.uint8,
 )  # fmt: skip
 IGNORED = (150, 150, 150)
+WRONG = (200, 0, 0)
+NARROWEST = 120  # pixels of a strip of text below a picture
 TILE, GAP, LINE = 256, 6, 18  # pixels
 FONT = ImageFont.load_default(13)
 
@@ -27,12 +29,15 @@ FONT = ImageFont.load_default(13)
 class Panel:
     """One picture of a sheet: a grey or colour image in [0, 1], and what is drawn over it.
 
-    Of objects the boxes are drawn, and their masks where all have one.
+    Of objects the boxes are drawn, and their masks where all have one. text: lines below the picture, which go on in
+    the next line where they are longer than its width; in red where what they say is wrong.
     """
 
     image: NDArray[np.float32]
     labels: Labels | None = None
     instances: tuple[Instance, ...] = ()
+    text: tuple[str, ...] = ()
+    wrong: bool = False
 
 
 def save_sheet(
@@ -102,9 +107,11 @@ def _lines(text: str, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str]) -> None:
+def _write(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], colour: tuple[int, int, int] = (0, 0, 0)
+) -> None:
     for number, line in enumerate(lines):
-        draw.text((place[0], place[1] + number * LINE), line, fill="black", font=FONT)
+        draw.text((place[0], place[1] + number * LINE), line, fill=colour, font=FONT)
 
 
 def draw_legend(classes: Sequence[str], width: int, *, ignored: bool = False) -> Image.Image:
@@ -160,7 +167,17 @@ def draw_panel(panel: Panel, longest: int | None = None, classes: Sequence[str] 
     draw = ImageDraw.Draw(picture)
     for instance in panel.instances:
         draw.rectangle([v * scale for v in instance.box_xyxy], outline=colour_of(instance.category, classes))
-    return picture
+    return _with_text(picture, panel) if panel.text else picture
+
+
+def _with_text(picture: Image.Image, panel: Panel) -> Image.Image:
+    """A picture with its panel's text below it, on a strip that is at least as wide as a word."""
+    lines = [line for text in panel.text for line in _lines(text, max(picture.width, NARROWEST))]
+    width = max([picture.width, *(int(FONT.getlength(line)) + 1 for line in lines)])
+    whole = Image.new("RGB", (width, picture.height + LINE * len(lines)), "white")
+    whole.paste(picture, (0, 0))
+    _write(ImageDraw.Draw(whole), (0, picture.height + 1), lines, WRONG if panel.wrong else (0, 0, 0))
+    return whole
 
 
 def _overlay(tile: Image.Image, labels: Labels, classes: Sequence[str]) -> Image.Image:

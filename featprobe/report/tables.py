@@ -12,7 +12,6 @@ from featprobe.io.texts import cell
 from featprobe.report.comparison import NONE
 from featprobe.report.text import table_text
 from featprobe.result_rows import ResultRow
-from featprobe.scores import at
 
 
 def result_table(rows: Sequence[ResultRow], dtypes: Sequence[str] = ()) -> pd.DataFrame:
@@ -48,8 +47,8 @@ def _main_column(row: ResultRow) -> str:
 
 
 def _line(row: ResultRow, dtype: str) -> dict[str, Any]:
-    prefix, place = row.scores.per_class
-    per_class = at(row.test, place)
+    prefix, _ = row.scores.per_class
+    per_class = row.scores.of_classes(row.test)
     return {
         "task": row.task,
         "backbone": row.backbone,
@@ -78,6 +77,7 @@ def _data_text(row: ResultRow) -> str:
     images = counted(row.images.train, "image")
     notes += [] if row.fraction == 1 else [f"{row.fraction:g} of train: {images}"]
     notes += [] if row.instances == "own" else ["connected components"]
+    notes += row.settings.of_units if row.settings else []
     notes += ["absent classes 0"] if row.scores.dense and row.absent_classes == "zero" else []
     return f"{row.data} ({', '.join(notes)})" if notes else row.data
 

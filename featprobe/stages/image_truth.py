@@ -10,7 +10,7 @@ from featprobe.cache import Cache
 from featprobe.cache.held_file import HeldFile
 from featprobe.errors import ProbeError
 from featprobe.geometry import IDENTITY
-from featprobe.image_labels import DEFECT, UNKNOWN, ImageLabels, ImageTruth, LabelNames, Unit, encode
+from featprobe.image_labels import UNKNOWN, ImageLabels, ImageTruth, LabelNames, Unit, encode, names_by
 from featprobe.specs import Rows
 from featprobe.targets import IGNORE, Instance, Labels, decode_rle
 
@@ -31,6 +31,24 @@ def unit_names(cache: Cache, units: Rows, unit: Unit) -> tuple[list[str], list[s
     return [ids[i] for i in units.tolist()], [groups[i] for i in units.tolist()]
 
 
+def names_of(cache: Cache, labels: ImageLabels, unit: Unit) -> LabelNames:
+    """The labels that units of a cache may have; raises ProbeError where the cache holds no such labels."""
+    _check_unit(cache, unit)
+    own, tasks = cache.data.label_names, cache.data.tasks
+    if labels == "own" and (own is None or cache.image_labels is None):
+        raise ProbeError(_lacks_own(cache))
+    if labels == "own" and own is not None and unit != "image":
+        raise ProbeError(
+            f"{cache.path} holds labels of whole images, and a label of an image is none of each of its tiles.\n"
+            "  wanted  images as units, or a set with masks or objects\n"
+            f"  found   the labels {', '.join(own.names)}\n"
+            "Nothing was trained. Omit --unit tile."
+        )
+    if labels != "own" and not _says_good(cache, labels, unit) and (not tasks or len(cache.data.classes) < 2):
+        raise ProbeError(_lacks_regions(cache, labels, unit))
+    return names_by(labels, own, cache.data.classes)
+
+
 def truth_of(cache: Cache, labels: ImageLabels, unit: Unit) -> ImageTruth:
     """The truth about each unit of a cache.
 
@@ -39,31 +57,25 @@ def truth_of(cache: Cache, labels: ImageLabels, unit: Unit) -> ImageTruth:
     holds no defect but an ignored region is unknown, and so are rows of other views than the image as it is.
     Raises ProbeError where the cache holds no such labels, CacheError where they are damaged.
     """
-    _check_unit(cache, unit)
-    own, names = cache.image_labels, cache.data.label_names
-    if labels == "own":
-        if own is None or names is None:
-            raise ProbeError(_lacks_own(cache))
-        if unit != "image":
-            raise ProbeError(
-                f"{cache.path} holds labels of whole images, and a label of an image is none of each of its tiles.\n"
-                "  wanted  images as units, or a set with masks or objects\n"
-                f"  found   the labels {', '.join(names.names)}\n"
-                "Nothing was trained. Omit --unit tile."
-            )
+    names, own = names_of(cache, labels, unit), cache.image_labels
+    if labels == "own" and own is not None:
         return ImageTruth(names, own)
-    if labels == "defect" and own is not None and names is not None and names.says_good and unit == "image":
-        good = ImageTruth(names, own).good
-        defect = np.where(good == UNKNOWN, UNKNOWN, good == 0).astype(np.uint8)
-        return ImageTruth(DEFECT, np.stack([good, defect], axis=1))
-    if not cache.data.tasks or len(cache.data.classes) < 2:
-        raise ProbeError(_lacks_regions(cache, labels, unit))
-    held = _classes_held(cache, unit)
-    if labels == "classes":
-        return ImageTruth(LabelNames(cache.data.classes[1:], multi=True), held)
-    found = held.max(1)
-    good = np.where(found == UNKNOWN, UNKNOWN, found == 0).astype(np.uint8)
-    return ImageTruth(DEFECT, np.stack([good, found], axis=1))
+    if own is not None and cache.data.label_names is not None and _says_good(cache, labels, unit):
+        good = ImageTruth(cache.data.label_names, own).good
+    else:
+        held = _classes_held(cache, unit)
+        if labels == "classes":
+            return ImageTruth(names, held)
+        found = held.max(1)
+        good = np.where(found == UNKNOWN, UNKNOWN, found == 0).astype(np.uint8)
+    defect = np.where(good == UNKNOWN, UNKNOWN, good == 0).astype(np.uint8)
+    return ImageTruth(names, np.stack([good, defect], axis=1))
+
+
+def _says_good(cache: Cache, labels: ImageLabels, unit: Unit) -> bool:
+    """Whether the set's own labels of images say which units have a defect, and that is asked for."""
+    names = cache.data.label_names
+    return labels == "defect" and unit == "image" and names is not None and names.says_good
 
 
 def defect_regions(cache: Cache, unit_index: int, unit: Unit) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:

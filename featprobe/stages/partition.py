@@ -11,6 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from featprobe.cache import Cache
+from featprobe.datasets.label_sets import mixed_verdicts, verdicts
 from featprobe.datasets.split_file import SplitFile, read_split_file
 from featprobe.datasets.splits import (
     SHARES,
@@ -22,8 +23,9 @@ from featprobe.datasets.splits import (
     starved,
 )
 from featprobe.errors import DataError, ProbeError
+from featprobe.image_labels import UNKNOWN, LabelNames
 from featprobe.specs import Rows, digest
-from featprobe.splitting import SplitChoice
+from featprobe.splitting import SPLITS_BY, SplitChoice
 from featprobe.stages.row_images import images_of
 from featprobe.targets import IGNORE, Target
 
@@ -174,6 +176,8 @@ def split_notes(cache: Cache, choice: SplitChoice) -> list[str]:
     """Notes about a split for a user: leaks of a file, classes that a part of it lacks, how folds are scored."""
     choices = single_splits(choice)
     images = images_of(cache, cache.usable())
+    named = names_held(cache.data.tasks, cache.data.classes, cache.data.label_names)
+    good = verdicts(cache.data.label_names, labels_held(cache))
     notes = []
     if len(choices) > 1:
         notes.append(f"{len(choices)} folds: the table gives means over folds; featprobe compare scores all as one set")
@@ -183,7 +187,10 @@ def split_notes(cache: Cache, choice: SplitChoice) -> list[str]:
         groups, splits = _assigned_in(cache, one, images)
         if one.file and one.fold <= 1:
             notes += leaks(groups, splits, f"the split of {Path(one.file).name}")
-        lacking = starved(splits, [classes_of(cache)[i] for i in images.tolist()], groups, cache.data.classes)
+        if one.fold <= 1:
+            called = f"the split of {Path(one.file).name}" if one.file else SPLITS_BY[one.by]
+            notes += mixed_verdicts(groups, splits, [good[i] for i in images.tolist()], called)
+        lacking = starved(splits, [classes_of(cache)[i] for i in images.tolist()], groups, named)
         notes += [f"fold {one.fold} of {one.folds}: {note}" if one.fold else note for note in lacking]
     if choices[0].by == "group" and any(" holds " in note for note in notes):
         notes.append("--split stratified spreads the groups so that each split sees each class, where groups allow it")
@@ -197,14 +204,30 @@ def classes_of(cache: Cache) -> Classes:
             classes_in(Target(
                 cache.image_semantic(i) if image.semantic else None,
                 cache.image_instances(i) if image.instances else None,
+                labels=held,
             ))
-            for i, image in enumerate(cache.images)
+            for i, (image, held) in enumerate(zip(cache.images, labels_held(cache), strict=True))
         ]  # fmt: skip
     return _classes[cache]
 
 
+def labels_held(cache: Cache) -> list[tuple[int, ...] | None]:
+    """The labels of each image of a cache, as `Target` has them; None where nothing is known."""
+    values = cache.image_labels
+    if values is None:
+        return [None] * len(cache.images)
+    return [None if UNKNOWN in own else tuple(np.flatnonzero(own).tolist()) for own in values]
+
+
+def names_held(tasks: Sequence[str], classes: Sequence[str], names: LabelNames | None) -> tuple[str, ...]:
+    """The names of what `classes_in` finds: classes, or where a set has only labels of images, these."""
+    return names.names if names and not tasks else tuple(classes)
+
+
 def classes_in(target: Target) -> set[int]:
-    """The classes that an image holds but the background."""
+    """The classes that an image holds but the background; its labels, where it has only labels as a whole."""
+    if target.semantic is None and target.instances is None:
+        return set(target.labels or ())
     found = {instance.category for instance in target.instances or () if not instance.crowd}
     if target.semantic is not None:
         found |= set(np.flatnonzero(np.bincount(target.semantic.ravel())).tolist())

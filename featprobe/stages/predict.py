@@ -1,20 +1,17 @@
-"""A saved head on new images: masks, COCO JSON, overlays."""
+"""A saved head on new images, and the files of what it finds there."""
 
-import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
 from os.path import realpath
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone, load_backbone
@@ -31,49 +28,29 @@ from featprobe.features import Features
 from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
 from featprobe.io.disk import below, make_folders, write_together, write_whole
 from featprobe.io.texts import printable
-from featprobe.probes import DenseHead, ObjectHead, load_head, objects_at_original
+from featprobe.probes import load_head
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
-from featprobe.report.sheets import Panel, colour_of, draw_overlay, png
-from featprobe.result_rows import ResultRow
+from featprobe.report.sheets import draw_overlay, png
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small
-from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
-from featprobe.stages.tasks.detection import coco_results
-from featprobe.targets import Labels, decode_rle
+from featprobe.stages.outputs import OUTPUTS, Batches, Piece, Predicted
 
-T = TypeVar("T")
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
-SHOWN_FROM = 0.3  # least score of a detection in an overlay
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The prediction of a head for one image, at its original size: class indices or objects with scores.
+class Prediction(Predicted[Any]):
+    """What a head found in an image.
 
     clipped: share of its pixels outside of the head's intensity window; 0 where there is none.
     """
 
-    image: Path
-    name: str
-    size: tuple[int, int]
-    semantic: Labels | None
-    objects: Objects | None
     clipped: float
     header: Header
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A tile of an image, or all of it where `part` is None. image: its number in the batch. levels: its pixels."""
-
-    image: int
-    levels: NDArray[Any]
-    part: Part | None
-    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -87,10 +64,6 @@ class PredictReport:
     notes: tuple[str, ...]
 
 
-def _image_of(found: tuple[_Piece, object]) -> int:
-    return found[0].image
-
-
 class Predictor:
     """A saved head behind its own backbone and preprocessing, all of them from the head's card.
 
@@ -102,9 +75,8 @@ class Predictor:
         self.device = pick_device(device)
         head, self.card = load_head(folder, whole=True)
         self.recipe = FeatureRecipe.from_json(self.card["features"])
-        self.classes = tuple(self.card["head"]["classes"])
-        self.dense = SCORES[self.card["head"]["task"]].dense
         self.head = head.to(self.device)
+        self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card)
         self.backbone = self._backbone(folder, weights)
         self.framing = Framing(self.recipe, self.device)
 
@@ -113,48 +85,27 @@ class Predictor:
         headers = [header_of(path) for path, _ in images]
         read = [self._read(path, header) for (path, _), header in zip(images, headers, strict=True)]
         pieces = [
-            _Piece(i, levels if part is None else part.take(levels), part, self._place(levels, part))
+            Piece(i, levels if part is None else part.take(levels), part, self._place(levels, part))
             for i, levels in enumerate(read)
             for part in self._parts(levels)
         ]
+        sizes = [(levels.shape[0], levels.shape[1]) for levels in read]
+        with torch.inference_mode():
+            found = list(self.output.found(self._batches(pieces, len(read)), sizes))
         return [
-            Prediction(path, name, (levels.shape[0], levels.shape[1]), semantic, objects, self._clipped(levels), header)
-            for (path, name), levels, header, (semantic, objects) in zip(
-                images, read, headers, self._whole(pieces, read), strict=True
-            )
+            Prediction(path, name, size, own, self._clipped(levels), header)
+            for (path, name), size, own, levels, header in zip(images, sizes, found, read, headers, strict=True)
         ]
 
     def picture(self, path: Path) -> NDArray[np.float32]:
         """An image as the head's intensity policy shows it, in [0, 1]."""
         return unit_of(read_levels(path), self.recipe)
 
-    def _whole(
-        self, pieces: Sequence["_Piece"], read: Sequence[NDArray[Any]]
-    ) -> Iterator[tuple[Labels | None, Objects | None]]:
-        """The classes of each image's pixels, or its objects, from its pieces."""
-        sizes = [(levels.shape[0], levels.shape[1]) for levels in read]
-        match self.head:
-            case DenseHead() as dense:
-                cells = self._found(lambda features: dense(features).unbind(), pieces, len(read))
-                for size, (_, own) in zip(sizes, groupby(cells, _image_of), strict=True):
-                    logits = (([found], piece.placement, piece.part) for piece, found in own)
-                    (classes,) = stitched_classes(logits, dense.stride, size)
-                    yield classes.cpu().numpy(), None
-            case ObjectHead() as finder:
-                detections = self._found(finder, pieces, len(read))
-                for size, (_, found) in zip(sizes, groupby(detections, _image_of), strict=True):
-                    objects = [(objects_at_original(one, piece.placement), piece.part) for piece, one in found]
-                    yield None, stitched_objects(objects, size)
-
-    @torch.inference_mode()
-    def _found(
-        self, head: Callable[[Features], Sequence[T]], pieces: Sequence["_Piece"], at_once: int
-    ) -> Iterator[tuple["_Piece", T]]:
-        """Each piece and what the head finds in it."""
+    def _batches(self, pieces: Sequence[Piece], at_once: int) -> Batches:
+        """Some of the pieces and their features, again and again."""
         for start in range(0, len(pieces), at_once):
             some = pieces[start : start + at_once]
-            found = head(self._features([p.levels for p in some], [p.placement for p in some]))
-            yield from zip(some, found, strict=True)
+            yield some, self._features([p.levels for p in some], [p.placement for p in some])
 
     def _read(self, path: Path, header: Header) -> NDArray[Any]:
         bits, wanted = header.bits, self.card["data"].get("bits")
@@ -244,8 +195,8 @@ def predict(
     """Run a saved head on images and folders of images, and write what it finds.
 
     Into `out`: for segmentation masks/NAME.png (class indices, with a palette), for objects predictions.json (COCO
-    JSON in pixels of the original images); overlays/NAME.png for both. Raises FeatprobeError; what was written before
-    a bad image stays.
+    JSON in pixels of the original images), for labels of images labels.csv; overlays/NAME.png for all. Raises
+    FeatprobeError; what was written before a bad image stays.
     """
     named = find_images(images, out)
     predictor = Predictor(folder, weights=weights, device=device)
@@ -264,19 +215,15 @@ def predict(
                 with _trouble(predictor, batch):
                     for prediction in _predicted(predictor, batch, skip_bad, left_out):
                         pictures |= _pictures(out, prediction, predictor)
-                        done.append(replace(prediction, semantic=None))
+                        done.append(replace(prediction, found=predictor.output.kept(prediction.found)))
             finally:
                 if pictures:
                     write_together(pictures)
             bar.update(len(batch))
-    if not predictor.dense:
-        own_objects = ResultRow.from_json(predictor.card["result"]).instances == "own"
-        ids = predictor.card["data"].get("category_ids", ()) if own_objects else ()
-        written = coco_of(done, predictor.classes, ids)
-        write_whole(out / "predictions.json", json.dumps(written) + "\n")
-    files = ("masks/", "overlays/") if predictor.dense else ("predictions.json", "overlays/")
+    for name, text in predictor.output.tables(done).items():
+        write_whole(out / name, text)
     notes = _clipped_notes(done, predictor.recipe.window) + pixel_notes([(str(one.image), one.header) for one in done])
-    return PredictReport(out, len(done), files, tuple(left_out), tuple(notes))
+    return PredictReport(out, len(done), predictor.output.files, tuple(left_out), tuple(notes))
 
 
 def _clipped_notes(done: Sequence[Prediction], window: tuple[float, float] | None) -> list[str]:
@@ -336,29 +283,6 @@ def _is_called_an_image(path: Path) -> bool:
     return named.suffix.lower() in SUFFIXES
 
 
-def coco_of(predictions: Sequence[Prediction], classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
-    """Objects of many images as COCO JSON: images, categories, and annotations with a score each."""
-    ids = list(category_ids) or list(range(1, len(classes)))
-    images = [
-        {"id": i, "file_name": _file_name(p), "height": p.size[0], "width": p.size[1]}
-        for i, p in enumerate(predictions, start=1)
-    ]
-    annotations = [r for i, p in enumerate(predictions, start=1) for r in coco_results(p.objects or [], i, ids)]
-    for number, annotation in enumerate(annotations, start=1):
-        mask = annotation.get("segmentation")
-        area = int(decode_rle(mask).sum()) if mask else annotation["bbox"][2] * annotation["bbox"][3]
-        annotation |= {"id": number, "iscrowd": 0, "area": area}
-    categories = [{"id": number, "name": name} for number, name in zip(ids, classes[1:], strict=True)]
-    return {"images": images, "categories": categories, "annotations": annotations}
-
-
-def _file_name(prediction: Prediction) -> str:
-    """The path of an image, or of a page of one, below the folder that was asked for."""
-    file, page = page_of(prediction.image)
-    folder = Path(prediction.name).parent
-    return (folder / file.name if page is None else folder.parent / file.name / prediction.image.name).as_posix()
-
-
 @contextmanager
 def _trouble(predictor: Predictor, batch: Sequence[tuple[Path, str]]) -> Iterator[None]:
     """Say in words that the device failed, or that its memory does not hold a batch, and how large a one it holds."""
@@ -393,12 +317,10 @@ def _predicted(
 
 def _pictures(out: Path, prediction: Prediction, predictor: Predictor) -> dict[Path, bytes]:
     """The pictures of a prediction, by their paths."""
-    shown = tuple(instance for instance, score in prediction.objects or [] if score >= SHOWN_FROM)
-    panel = Panel(predictor.picture(prediction.image), prediction.semantic, shown)
-    name = f"{prediction.name}.png"
-    files = {out / "overlays" / name: png(draw_overlay(panel, predictor.classes))}
-    if prediction.semantic is not None:
-        picture = Image.fromarray(prediction.semantic, mode="P")
-        picture.putpalette([value for index in range(256) for value in colour_of(index, predictor.classes)])
-        files[out / "masks" / name] = png(picture)
-    return files
+    output, name = predictor.output, f"{prediction.name}.png"
+    panel = output.panel(predictor.picture(prediction.image), prediction.found)
+    further = output.pictures(prediction.name, prediction.found)
+    return {
+        out / "overlays" / name: png(draw_overlay(panel, output.classes)),
+        **{out / path: data for path, data in further.items()},
+    }

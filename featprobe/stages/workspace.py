@@ -100,7 +100,7 @@ class Workspace:
         patterns = how["images"], how["masks"]
         return read_data(
             called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns,
-            self.follow_links or own.get("follow_links", False),
+            self.follow_links or own.get("follow_links", False), own.get("good"),
         )  # fmt: skip
 
     def data_root(self, name: str) -> tuple[str, Path]:

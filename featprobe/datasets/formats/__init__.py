@@ -21,6 +21,12 @@ from featprobe.datasets.formats.colours import find_pairs, read_colours
 from featprobe.datasets.formats.deeppcb import is_deeppcb, read_deeppcb
 from featprobe.datasets.formats.folders import find_folders, meet, read_folders
 from featprobe.datasets.formats.gdxray import find_series, find_welds, read_gdxray, read_welds
+from featprobe.datasets.formats.labelled import (
+    find_classes,
+    find_tables,
+    read_classes_of_folders,
+    read_labels,
+)
 from featprobe.datasets.formats.labelme import is_bsdata, is_labelme, read_labelme
 from featprobe.datasets.formats.magnetic_tile import is_magnetic_tile, read_magnetic_tile
 from featprobe.datasets.formats.pairs import EXAMPLE, has_pairs, read_pairs
@@ -36,6 +42,7 @@ from featprobe.datasets.formats.surfaces import (
 from featprobe.datasets.formats.visa import SHOTS, find_visa, read_visa
 from featprobe.datasets.formats.voc import find_segmentation, find_voc, read_segmentation, read_voc
 from featprobe.datasets.formats.yolo import find_yolo, read_yolo
+from featprobe.datasets.label_sets import with_good
 from featprobe.datasets.names import visible
 from featprobe.datasets.nearness import Near, nearest_pairs, seek
 from featprobe.datasets.patterns import Description
@@ -194,6 +201,7 @@ FORMATS: Mapping[str, Format] = {
         "MVTec AD: a category's train/good/, test/ and ground_truth/",
         is_mvtec,
         read_mvtec,
+        parts={"published": partial(read_mvtec, published=True)},
         near=seek("ground_truth", "train/good", "test"),
     ),
     "visa": Format(
@@ -209,6 +217,21 @@ FORMATS: Mapping[str, Format] = {
         read_pairs,
         read_pairs,
         near=nearest_pairs,
+        last=True,
+    ),
+    "labels-csv": Format(
+        "labels of whole images: labels.csv of image,label[,split,group], or metadata.csv of file_name,label",
+        lambda root: bool(find_tables(root)),
+        read_labels,
+        gives_way_to=("pairs",),
+        near=seek("labels.csv|metadata.csv|*/metadata.csv", then="a table with the columns image and label"),
+        last=True,
+    ),
+    "class-folders": Format(
+        "labels of whole images: a folder of images for each class, alone or inside train/, val/ and test/",
+        lambda root: bool(find_classes(root)),
+        read_classes_of_folders,
+        gives_way_to=("pairs", "labels-csv"),
         last=True,
     ),
 }
@@ -230,6 +253,7 @@ def read_data(
     images: str | None = None,
     masks: str | None = None,
     follow_links: bool = False,
+    good: str | None = None,
 ) -> DataSet:
     """Read the data set at a path, in a named format or in the format that fits, and complete its splits.
 
@@ -238,7 +262,8 @@ def read_data(
     ids, instead of the format's groups. split_file: its splits and groups replace those of the set. complete=False
     keeps the splits as they are. classes: the lines of a classes.txt, instead of that file. images, masks: patterns
     that describe the set, see `datasets.patterns`; its format is then `pairs`. follow_links: also read files outside of
-    the folder to which links in it lead; otherwise such a link is an error.
+    the folder to which links in it lead; otherwise such a link is an error. good: the label of images without a defect,
+    where labels of images do not say it by a usual name.
     Raises DataError when no format fits (with the nearest format and what is missing), and when several fit.
     """
     with links_followed(follow_links):
@@ -272,7 +297,8 @@ def read_data(
         else:
             data = _read(known[fitting[0]], part, fitting[0], name, root, classes)
         how = data.description or {"format": format_name or fitting[0]}
-        how = {**how, **({} if classes is None else {"classes": [*classes]})}
+        how = {**how, **({} if classes is None else {"classes": [*classes]}), **({"good": good} if good else {})}
+        data = with_good(data, good)
         if group_from:
             data, how = regroup(data, group_from), {**how, "group_from": group_from}
         if split_file is not None:
@@ -349,6 +375,7 @@ def _refusal(known: Mapping[str, Format], named_format: str, root: Path) -> str:
         said += "  wanted  images and their labels, in a format that `featprobe data` lists\n"
     return (
         f"{said}Nothing was read. Masks in any folders can be described:  {EXAMPLE}\n"
+        "Labels of whole images can be a folder of images for each class, or labels.csv of image,label.\n"
         f"To see what a format looks for, name it:  featprobe data info {root} --format NAME"
     )
 

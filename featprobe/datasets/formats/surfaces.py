@@ -73,10 +73,11 @@ def is_mvtec(root: Path) -> bool:
     return _is_category(root) or bool(_categories(root))
 
 
-def read_mvtec(name: str, root: Path) -> DataSet:
+def read_mvtec(name: str, root: Path, published: bool = False) -> DataSet:
     """The data set of one category of MVTec AD: test/<defect>/NNN.png with ground_truth/<defect>/NNN_mask.png.
 
-    Its training split has no defects, so nothing could be learnt from it: all images get new splits.
+    Its training split has no defects, so a head of classes could learn nothing from it: all images get new splits.
+    published: keep its own split, for heads that learn from good images alone.
     """
     if not _is_category(root):
         raise DataError(
@@ -97,8 +98,12 @@ def read_mvtec(name: str, root: Path) -> DataSet:
         return Target(labels * np.uint8(classes.index(kind)), None)
 
     identities = {path.relative_to(root).as_posix(): path for path in images}
-    samples = [Sample(identity, path, identity) for identity, path in identities.items()]
-    notes = ("its own training split has no defects: all its images are split anew, and it names no parts to group by",)
+    samples = [
+        Sample(identity, path, identity, path.relative_to(root).parts[0] if published else "")
+        for identity, path in identities.items()
+    ]
+    alone = "all its images are split anew" if not published else "heads of anomalies alone can be trained on it"
+    notes = (f"its own training split has no defects: {alone}, and it names no parts to group by",)
     return DataSet(name, root, classes, samples, tasks_of(masks=True, instances=False), read_target, notes)
 
 

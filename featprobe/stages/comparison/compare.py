@@ -13,7 +13,8 @@ from featprobe.cache import open_cache
 from featprobe.errors import FeatprobeError, ProbeError, counted
 from featprobe.io.disk import write_together
 from featprobe.io.fields import plain
-from featprobe.metrics import Statistic, score_interval
+from featprobe.metrics import score_interval
+from featprobe.metrics.images import value_of
 from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, gap_sentences
 from featprobe.report.comparison import difference_frame, result_frame
@@ -162,6 +163,7 @@ def _title(table: Sequence[Result]) -> str:
     first, *others = splits.values()
     parts = [row.data, row.task, f"{first} (also {', '.join(others)})" if others else first]
     parts += ["connected components"] if row.instances != "own" else []
+    parts += row.settings.of_units if row.settings else []
     return ", ".join(parts)
 
 
@@ -201,7 +203,8 @@ def _of_the_split(table: Table) -> list[str]:
         )
     if choice.folds:
         what = "images" if choice.by == "image" else "groups"
-        ranked = "" if first.row.scores.dense else "; AP ranks what the heads of all folds found together"
+        by = first.row.scores.ranked
+        ranked = f"; {by} ranks what the heads of all folds found together" if by else ""
         said.append(
             f"{choice.folds} heads, each scored on the {what} that it was not trained on; all images together "
             f"are one test set{ranked}. Intervals draw its groups again for these heads, and do not cover that folds "
@@ -215,7 +218,7 @@ def _of_the_split(table: Table) -> list[str]:
 def _of_the_scores(table: Table) -> list[str]:
     """The rule by which they are taken, if the rows of the results differ in it, or if it may surprise."""
     first = table.results[0]
-    if not first.row.scores.dense:
+    if first.row.scores.objects:
         return [
             f"{first.row.scores.main.label} is what trials are chosen by and what is compared: inspection asks whether "
             "a flaw is found, and labels of flaws that are a few pixels wide do not tell outlines apart at an IoU of "
@@ -223,7 +226,8 @@ def _of_the_scores(table: Table) -> list[str]:
         ]
     zero = sum(result.row.absent_classes == "zero" for result in table.results)
     lacking = [name for name, value in class_scores(first).items() if np.isnan(value)]
-    said = [f"the test split holds no {', '.join(lacking)}: no mean counts it"] if lacking else []
+    only = "" if first.row.scores.dense else ", or nothing else"
+    said = [f"the test split holds no {', '.join(lacking)}{only}: no mean counts it"] if lacking else []
     if zero and lacking:
         said.append(
             f"{zero} of {counted(len(table.results), 'result')} scored with --absent-classes zero, so that a class "
@@ -344,7 +348,7 @@ def _score_values(result: Result) -> Line:
     """Mean over seeds, standard deviation over seeds and interval over test groups of each score of the task."""
     values: Line = {}
     for name in (score.name for score in result.row.scores.compared):
-        every = [_estimate(run.scores[name]) for run in result.runs]
+        every = [value_of(run.scores[name]) for run in result.runs]
         interval = score_interval(result.score(name), resamples=result.row.scores.resamples)
         spread = float(np.std(every, ddof=1)) if len(every) > 1 else float("nan")
         low, high = (interval.low, interval.high) if interval.has_interval else (float("nan"), float("nan"))
@@ -353,13 +357,9 @@ def _score_values(result: Result) -> Line:
 
 
 def class_scores(result: Result) -> dict[str, float]:
-    """Mean over seeds of the IoU (semseg) or the AP of each class; nan for a class that the test split lacks."""
+    """Mean over seeds of the score of each class; nan for a class that the test split lacks."""
     every = [run.test.per_class(run.row) for run in result.runs]
     return {name: float(np.mean([own[name] for own in every])) for name in result.row.classes if name in every[0]}
-
-
-def _estimate(statistic: Statistic) -> float:
-    return float(statistic.value(np.ones((1, sum(statistic.sizes))))[0])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from featprobe.probes import HeadRecipe
-from featprobe.result_rows import ResultRow
+from featprobe.result_rows import ResultRow, Settings
 from featprobe.specs import digest
 
 OF_TRIALS = ("lr", "weight_decay", "iterations", "weights_from")  # of a training recipe; taken from elsewhere in a row
@@ -54,6 +54,8 @@ def fields_that_differ(
         fields += _differing({"trials chosen by": one.chosen_with}, {"trials chosen by": other.chosen_with})
     if not regimes:
         fields += _differing(_treatment(one), _treatment(other))
+    rates = ({"false calls": row.settings.false_calls} if row.settings else {} for row in (one, other))
+    fields += _differing(*rates, bars=False)
     return tuple(fields)
 
 
@@ -67,7 +69,14 @@ def _shared(row: ResultRow, head: HeadRecipe) -> dict[str, Any]:
         **share,
         "width": head.width or row.kind.width or None,
         "pyramid": head.pyramid,
+        **(_asked(row.settings) if row.settings else {}),
     }
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    """The options of a head that are its recipe; what is labelled and called are not."""
+    of_head = {"coreset": settings.coreset, "position removed": settings.remove_position}
+    return {name: value for name, value in of_head.items() if value is not None}
 
 
 def _tried(row: ResultRow) -> dict[str, Any]:

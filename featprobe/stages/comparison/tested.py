@@ -4,32 +4,40 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.errors import ProbeError
+from featprobe.errors import ProbeError, ShapeError
 from featprobe.io.disk import parse_json
 from featprobe.metrics import (
     ResampledAp,
+    ScoredAnomalies,
+    ScoredImages,
     Statistic,
+    anomaly_scores,
+    anomaly_statistic,
     average_precision,
     grouped,
+    image_scores,
+    image_statistic,
     iou_scores,
     jackknifed,
     pixel_scores,
     pixel_statistic,
 )
 from featprobe.metrics.boxes import ApKind
+from featprobe.metrics.images import label_auroc, value_of
 from featprobe.metrics.intervals import Floats
 from featprobe.probes.saved import read_files
 from featprobe.result_rows import ResultRow
-from featprobe.scores import On, Score, at
-from featprobe.stages.training.saved_results import read_arrays
+from featprobe.scores import On, Score
+from featprobe.stages.training.saved_results import ARRAYS, read_arrays
 
 AP_KINDS: Mapping[str, ApKind] = {"box": "bbox", "mask": "segm"}
 """Names of each kind of average precision in the `test` of a row, and in pycocotools."""
+T = TypeVar("T")
 ROUNDING = 1e-6  # how far a row's score may lie from the one that its files give
 
 
@@ -45,7 +53,7 @@ class PixelTest:
     def read(cls, folder: Path, card: Mapping[str, Any]) -> "PixelTest":
         """Read the file beside a head, if it is the one that the card describes."""
         (scores,) = read_files(folder, card, ["scores.npz"])
-        kept = read_arrays(scores)
+        kept = read_arrays(scores, ARRAYS["pixels"])
         if not {"ids", "groups"} <= kept.keys():
             raise ProbeError("scores.npz names no images and groups: an older featprobe wrote it. Run it again")
         confusions = kept["confusion"]
@@ -129,16 +137,118 @@ class ObjectTest:
 
     def value(self, row: ResultRow, score: Score, statistic: Statistic) -> float:
         """A score, from what was matched already."""
-        return float(statistic.value(np.ones((1, sum(statistic.sizes))))[0])
+        return value_of(statistic)
 
     def per_class(self, row: ResultRow) -> dict[str, float]:
         """AP of each class; nan for one that the truth lacks, as pycocotools takes it."""
-        _, place = row.scores.per_class
-        return {name: np.nan if value is None else value for name, value in at(row.test, place).items()}
+        return {name: np.nan if value is None else value for name, value in row.scores.of_classes(row.test).items()}
 
 
-Tested = PixelTest | ObjectTest
-TESTS: Mapping[On, type[Tested]] = {"pixels": PixelTest, "boxes": ObjectTest, "masks": ObjectTest}
+@dataclass(frozen=True)
+class ImageTest:
+    """The probabilities of a classification head on its test units, and their labels."""
+
+    images: ScoredImages
+
+    @classmethod
+    def read(cls, folder: Path, card: Mapping[str, Any]) -> "ImageTest":
+        """Read the file beside a head, if it is the one that the card describes."""
+        return cls(_unpacked(ScoredImages.from_arrays, folder, card, "images"))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Any]) -> "ImageTest":
+        """The test units of several heads as one test set, in one ranking."""
+        return cls(ScoredImages.joined([part.images for part in parts]))
+
+    @property
+    def ids(self) -> list[str]:
+        """Identifiers of the units."""
+        return list(self.images.ids)
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each unit."""
+        return list(self.images.groups)
+
+    def statistics(self, row: ResultRow) -> dict[str, Statistic]:
+        """The task's scores as functions of how often each group counts, over the labels of the truth."""
+        if self.images.truth.shape[1] != len(row.classes):
+            raise ProbeError(f"scores.npz holds {self.images.truth.shape[1]} labels, its row {len(row.classes)}")
+        return {score.name: image_statistic(self.images, score.name) for score in row.scores.compared}
+
+    def scores(self, row: ResultRow) -> dict[str, Any]:
+        """The scores as a row's `test` holds them."""
+        return image_scores(self.images, row.classes)
+
+    def value(self, row: ResultRow, score: Score, statistic: Statistic) -> float:
+        """A score."""
+        return value_of(statistic)
+
+    def per_class(self, row: ResultRow) -> dict[str, float]:
+        """AUROC of each label; nan for one that all units have, or none."""
+        return label_auroc(self.images, row.classes)
+
+
+@dataclass(frozen=True)
+class AnomalyTest:
+    """The scores of an anomaly head on its test units, how its maps score their pixels, and their truth."""
+
+    found: ScoredAnomalies
+
+    @classmethod
+    def read(cls, folder: Path, card: Mapping[str, Any]) -> "AnomalyTest":
+        """Read the file beside a head, if it is the one that the card describes."""
+        return cls(_unpacked(ScoredAnomalies.from_arrays, folder, card, "anomalies"))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Any]) -> "AnomalyTest":
+        """The test units of several heads as one test set, in one ranking."""
+        return cls(ScoredAnomalies.joined([part.found for part in parts]))
+
+    @property
+    def ids(self) -> list[str]:
+        """Identifiers of the units."""
+        return list(self.found.ids)
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each unit."""
+        return list(self.found.groups)
+
+    def statistics(self, row: ResultRow) -> dict[str, Statistic]:
+        """The task's scores as functions of how often each group counts."""
+        return {score.name: anomaly_statistic(self.found, score.name) for score in row.scores.compared}
+
+    def scores(self, row: ResultRow) -> dict[str, Any]:
+        """The scores as a row's `test` holds them."""
+        return anomaly_scores(self.found)
+
+    def value(self, row: ResultRow, score: Score, statistic: Statistic) -> float:
+        """A score."""
+        return value_of(statistic)
+
+    def per_class(self, row: ResultRow) -> dict[str, float]:
+        """Nothing: defects are not told apart."""
+        return {}
+
+
+def _unpacked(make: Callable[[Mapping[str, NDArray[Any]]], T], folder: Path, card: Mapping[str, Any], on: On) -> T:
+    """What scores.npz beside a head holds; raises ProbeError where its arrays do not fit together."""
+    (scores,) = read_files(folder, card, ["scores.npz"])
+    try:
+        return make(read_arrays(scores, ARRAYS[on]))
+    except ShapeError as error:
+        raise ProbeError(f"scores.npz does not hold what a head scores: {error}") from error
+
+
+Tested = PixelTest | ObjectTest | ImageTest | AnomalyTest
+TESTS: Mapping[On, type[Tested]] = {
+    "pixels": PixelTest,
+    "boxes": ObjectTest,
+    "masks": ObjectTest,
+    "images": ImageTest,
+    "anomalies": AnomalyTest,
+}
 
 
 def read_test(folder: Path, card: Mapping[str, Any], row: ResultRow) -> tuple[Tested, dict[str, Statistic]]:

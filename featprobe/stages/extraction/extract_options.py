@@ -33,6 +33,7 @@ class DataEntry:
     group_from: str | None = None
     split_file: str | None = None
     classes: tuple[str, ...] = ()
+    good: str | None = None
     tile: int | None = None
     overlap: int | None = None
     empty_tiles: float | None = None

@@ -60,11 +60,12 @@ def ask(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extra
     options: with what featprobe.toml says; device: cpu, cuda or mps.
     """
     name, root = workspace.data_root(data_name)
+    own = workspace.data_options(data_name)
     request = {
         "featprobe": __version__,
         "timm": version("timm"),
         "formats": sorted(point.name for point in entry_points(group=ENTRY_POINTS)),
-        "data": [name, str(root.resolve()), workspace.data_options(data_name).get("classes")],
+        "data": [name, str(root.resolve()), own.get("classes"), *filter(None, [own.get("good")])],
         "options": {key: value for key, value in asdict(options).items() if key not in CHANGE_NO_FILE},
         "backbone": asdict(spec),
         "device": device,

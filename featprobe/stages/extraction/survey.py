@@ -11,9 +11,10 @@ from tqdm import tqdm
 from featprobe.backbones.backbone import Backbone
 from featprobe.cache import Row
 from featprobe.datasets import DataSet, Sample
-from featprobe.datasets.duplicates import exact_copies, in_several_splits
+from featprobe.datasets.duplicates import exact_copies, in_several_splits, two_labels, two_labels_text
 from featprobe.datasets.images.pixels import counted_levels
 from featprobe.datasets.images.reading import Header, hash_image, header_of, pixel_notes, read_levels, training_window
+from featprobe.datasets.label_sets import check_held, mixed_verdicts, verdicts
 from featprobe.datasets.samples import listed
 from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.errors import DataError, counted
@@ -96,6 +97,7 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
             image_hash = hash_image(sample.image)
             header = header_of(sample.image)
             target = data.read_target(sample, header.size)
+            check_held(target.labels, data.label_names, f"{data.root}, image {sample.id}")
             semantic, instances = encode_semantic(target.semantic), encode_instances(target.instances, target.image_id)
             copies = tuple(copies_in(target, data.classes))
             found = Found(found.sample, image_hash, header, semantic, instances, target.labels, copies=copies)
@@ -109,10 +111,24 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
 
     with in_threads(look, data.samples, workers) as results:
         found = tuple(tqdm(results, total=len(data.samples), desc="looking", unit="img", disable=quiet, leave=False))
-    result = Survey(data, found)
+    result = _of_one_label(Survey(data, found), skip_bad)
     if len(result.bad) == len(found):
         raise DataError(f"No image of {data.root} can be used. The first: {found[0].reason}")
     return result
+
+
+def _of_one_label(surveyed: Survey, skip_bad: bool) -> Survey:
+    """The survey, once no image stands in two classes where one is meant. Raises DataError, as `survey` does."""
+    data, found = surveyed.data, surveyed.found
+    copies = [f.sample for f in found], [f.image_hash for f in found], [f.labels for f in found]
+    twice = two_labels(*copies, data.label_names)
+    if not twice:
+        return surveyed
+    error = DataError(two_labels_text(data, twice))
+    if not skip_bad:
+        raise skippable(error)
+    bad = {own for same in twice for own, _ in same}
+    return Survey(data, tuple(replace(f, reason=str(error)) if f.sample.id in bad else f for f in found))
 
 
 def skippable(error: DataError) -> DataError:
@@ -242,6 +258,8 @@ def describe(surveyed: Survey, recipe: FeatureRecipe) -> DataInfo:
             f"{counted(len(leaking), 'image stands', 'images stand')} in more than one split, byte for byte: "
             f"{listed(leaking)}"
         )
+    good = verdicts(data.label_names, [f.labels for f in surveyed.found])
+    notes += mixed_verdicts([f.sample.group for f in surveyed.found], [f.sample.split for f in surveyed.found], good)
     notes += copy_notes([(f.sample.id, f.copies) for f in surveyed.found])
     if surveyed.bad:
         notes.append(

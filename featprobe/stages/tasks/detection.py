@@ -27,7 +27,7 @@ from featprobe.specs import Rows
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.tasks.labels import shelf_of
-from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here
+from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.training.live import Truth, Views
 from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
 
@@ -46,7 +46,7 @@ class Detection:
         self, cache: Cache, train: Rows, device: torch.device, *, masks: bool, source: Literal["own", "components"]
     ) -> None:
         self.cache, self.device, self.masks, self.source = cache, device, masks, source
-        self.classes = cache.data.classes
+        self.classes = self.colours = cache.data.classes
         own_ids = cache.data.category_ids if source == "own" else ()
         self.category_ids = own_ids or tuple(range(1, len(self.classes)))
         self._instances = shelf_of(cache).objects.setdefault(source, {})
@@ -189,7 +189,11 @@ class Detection:
             truth = self.image_instances(image)
             yield image, partial(_panels, truth, shown)
 
-    def fullness(self, image: int) -> int:
+    def shown(self, head: ObjectHead, feed: Feed, rows: Rows, count: int) -> Rows:
+        """Some of the images that the rows show, from those with most to see to those with least."""
+        return spread_over(images_of(self.cache, rows), self._fullness, count)
+
+    def _fullness(self, image: int) -> int:
         """How much there is to see in an image: its objects."""
         return len(self.image_instances(image))
 

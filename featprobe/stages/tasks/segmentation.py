@@ -37,7 +37,7 @@ from featprobe.specs import Rows
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import stitched_classes
 from featprobe.stages.tasks.labels import encode, shelf_of
-from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here
+from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.training.live import Truth, Views
 from featprobe.targets import Labels
 
@@ -67,7 +67,7 @@ class Segmentation:
     ) -> None:
         self.cache, self.train, self.recipe, self.device, self.absent = cache, train, recipe, device, absent
         self.views = views
-        self.classes = cache.data.classes
+        self.classes = self.colours = cache.data.classes
         self._stores: dict[tuple[str, int, bytes], _LabelStore] = {}
         self._truths = _DeviceMasks(cache, device)
 
@@ -232,7 +232,11 @@ class Segmentation:
         for image, (predicted,) in self.predictions([head], feed, rows):
             yield image, partial(_panels, self.cache.image_semantic(image), predicted)
 
-    def fullness(self, image: int) -> int:
+    def shown(self, head: DenseHead, feed: Feed, rows: Rows, count: int) -> Rows:
+        """Some of the images that the rows show, from those with most to see to those with least."""
+        return spread_over(images_of(self.cache, rows), self._fullness, count)
+
+    def _fullness(self, image: int) -> int:
         """How much there is to see in an image: labelled foreground pixels."""
         labels = self.cache.image_semantic(image)
         return int(((labels > 0) & (labels < len(self.classes))).sum())

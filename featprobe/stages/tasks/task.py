@@ -92,6 +92,10 @@ class Task(Protocol[H]):
         """Percentiles of the training objects' sides, frame pixels, which decide the strides of heads that find
         objects; empty where no objects are looked for. See `probes.object_sides`."""
 
+    @property
+    def colours(self) -> Sequence[str]:
+        """What pictures have a colour for, the background first; empty where they have words alone."""
+
     def truth_of(self, row: int) -> Truth:
         """Labels and objects of a row, at its own size, as augmented views of it are made from them."""
 
@@ -113,8 +117,8 @@ class Task(Protocol[H]):
     def panels(self, head: H, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
 
-    def fullness(self, image: int) -> int:
-        """How much there is to see in an image: labelled foreground pixels, or objects."""
+    def shown(self, head: H, feed: Feed, rows: Rows, count: int) -> Rows:
+        """Which of the images that the rows show, at most so many, a picture sheet shows, the most telling first."""
 
 
 def evaluation_batches(rows: Rows) -> list[Rows]:
@@ -135,6 +139,6 @@ def scored_here(cache: Cache, rows: Rows) -> Rows:
 
 
 def spread_over(rows: Rows, fullness: Callable[[int], int], count: int) -> Rows:
-    """Some of the rows, from the fullest to the emptiest."""
+    """Some of the rows, from the fullest to the emptiest. fullness: how much there is to see in a row."""
     order = sorted(rows.tolist(), key=lambda row: (-fullness(row), row))
     return np.array(order[:: max(1, len(order) // count)][:count], dtype=np.intp)

@@ -1,20 +1,18 @@
 """A training with its labels read: the rows it trains on, its heads before the first step, where features come from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import ProbeError
-from featprobe.geometry import IDENTITY
+from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import Head, HeadRecipe, build_head, load_head, plain
@@ -24,14 +22,9 @@ from featprobe.result_rows import ResultRow
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.memory import Portions, fitting
-from featprobe.stages.partition import training_subset
-from featprobe.stages.row_images import rows_showing
-from featprobe.stages.tasks.detection import Detection
-from featprobe.stages.tasks.labels import shelf_of
-from featprobe.stages.tasks.segmentation import Segmentation
-from featprobe.stages.tasks.solve import solve
 from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Solution, Source, Task
-from featprobe.stages.training.live import LiveFeatures
+from featprobe.stages.training.live import LiveFeatures, Views
+from featprobe.stages.training.read_labels import classes_of, labelled, without_views
 from featprobe.stages.training.training import Training
 
 if TYPE_CHECKING:
@@ -87,54 +80,16 @@ def prepare(training: Training) -> Prepared:
     rows = dict(training.partition.rows)
     if training.augmentation:  # takes the place of stored views
         rows["train"] = without_views(training.cache, rows["train"])
-    task, rows["train"], solver = _labels_of(training, rows["train"])
-    if solver is None:
-        check_batch(min(training.recipe.batch_size, len(rows["train"])), training.parts)
-    options, notes = training.options, training.notes
+    found = labelled(training, rows)
+    if found.solver is None:
+        check_batch(min(training.recipe.batch_size, len(found.rows["train"])), training.parts)
+    options, notes = training.options, [*training.notes, *found.notes]
+    classes = classes_of(training.task, training.partition.source, options)
     head = HeadRecipe(
-        training.task, training.kind.name, training.data.classes, options.levels, options.width, options.pyramid,
-        task.sides,
-    )  # fmt: skip
+        training.task, training.kind.name, classes, options.levels, options.width, options.pyramid, found.task.sides
+    )
     portions = Portions(training.device, EVALUATION_BATCH, training.title, notes.append)
-    return Prepared(training, rows, task, solver, head, portions, notes)
-
-
-def without_views(cache: Cache, rows: Rows) -> Rows:
-    """Those of the rows that show an image, or a tile of one, as it is."""
-    plain = [(part := cache.rows.part_of(row)) is None or part.view == IDENTITY for row in rows.tolist()]
-    return rows[np.array(plain, dtype=bool)]
-
-
-def _labels_of(training: Training, train: Rows) -> tuple[Task[Any], Rows, Callable[..., Solution] | None]:
-    """The task, the rows that are trained on, and what solves for a head that is not trained."""
-    cache, options = training.cache, training.options
-    if training.scores.on in ("images", "anomalies"):
-        raise ProbeError(f"{training.task} is in the making")
-    if training.scores.dense:
-        train = _part_of(training, train, lambda row: shelf_of(cache).values(cache, row))
-        views = training.augmentation is not None
-        dense = Segmentation(cache, train, training.recipe, training.device, options.absent, views=views)
-        return dense, train, partial(solve, dense) if training.is_solved else None
-    masks = training.scores.on == "masks"
-    every = Detection(cache, train, training.device, masks=masks, source=options.instances)
-    if training.fraction == 1:
-        return every, train, None
-    train = _part_of(training, train, lambda row: every.targets[row].labels.tolist())
-    return Detection(cache, train, training.device, masks=masks, source=options.instances), train, None
-
-
-def _part_of(training: Training, train: Rows, classes_in: Callable[[int], list[int]]) -> Rows:
-    """The rows of the fraction of the images that is trained on."""
-    if training.fraction == 1:
-        return train
-    cache = training.cache
-    classes: dict[int, set[int]] = {}
-    for row, image in zip(train.tolist(), cache.image_of[train].tolist(), strict=True):
-        classes.setdefault(image, set()).update(classes_in(row))
-    ids, groups = ([cache.images.texts[name][image] for image in classes] for name in ("id", "group"))
-    seed = training.seeds[0] if training.subset else None
-    kept = training_subset(ids, groups, list(classes.values()), training.fraction, seed)
-    return rows_showing(cache, train, np.array(list(classes), dtype=np.intp)[kept])
+    return Prepared(training, found.rows, found.task, found.solver, head, portions, notes)
 
 
 def trials_of(prepared: Prepared) -> list[Trial]:
@@ -178,12 +133,38 @@ def _check_unseen(training: Training, folder: Path, card: Mapping[str, Any]) -> 
         )
 
 
+class NoMaps(AbstractContextManager["NoMaps"]):
+    """The source of heads that read pooled features, which their task takes from the cache: it gives no maps."""
+
+    backbone = None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def batches(self, orders: Iterable[Rows]) -> Iterator[tuple[Rows, Features]]:
+        """There are none."""
+        raise TypeError("This source has no maps: heads of pooled features ask their task.")
+
+    def training(self, orders: Iterable[Rows], first: int = 0) -> Generator[tuple[Rows | Views, Features]]:
+        """There are none."""
+        raise TypeError("This source has no maps: heads of pooled features ask their task.")
+
+    def keep_on_device(self, splits: Mapping[str, Rows]) -> str:
+        """Nothing is kept."""
+        return ""
+
+    def resident(self, rows: Rows) -> None:
+        """No features lie on the device."""
+
+
 def source_of(prepared: Prepared, head: Head, as_dtype: CacheDtype | None = None) -> AbstractContextManager[Source]:
     """Where the features for a head come from: the cache's file, or its images and a backbone.
 
     as_dtype: what stored features are brought to first; None for as they are.
     """
     training, tuning = prepared.training, prepared.training.tuning
+    if tuning is None and training.kind.pooled:
+        return NoMaps()
     if tuning is None:
         verify = training.options.verify
         return FeatureLoader(prepared.cache, head.levels, training.device, verify=verify, as_dtype=as_dtype)

@@ -27,6 +27,7 @@ from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe_options import CORESET, FALSE_CALLS, ProbeOptions
+from featprobe.stages.training.read_labels import classes_of
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
@@ -96,8 +97,9 @@ def _probe(
     for cache in caches:  # all of them, before the first is trained on
         for split in splits:
             _ = Partition(cache, split).rows  # refuses one that lacks a side
-        build_head(HeadRecipe(task, str(options.head), cache.data.classes, options.levels, options.width,
-                              options.pyramid), cache.levels)  # fmt: skip
+        classes = classes_of(task, cache, options)
+        build_head(HeadRecipe(task, str(options.head), classes, options.levels, options.width, options.pyramid),
+                   cache.levels)  # fmt: skip
     every = [(cache, fraction) for cache in caches for fraction in options.fractions]
     ladders = [
         Ladder(workspace, Partition(c, options.choice), task, options, fraction)

@@ -15,8 +15,8 @@ from featprobe.processes import from_main, is_main
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import CacheDtype
 from featprobe.stages.extraction.run_log import extraction_seconds
-from featprobe.stages.row_images import images_of, rows_showing
-from featprobe.stages.tasks.task import Outcome, Source, spread_over
+from featprobe.stages.row_images import rows_showing
+from featprobe.stages.tasks.task import Outcome, Source
 from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
 from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
@@ -143,13 +143,13 @@ def forget(training: Training) -> None:
 
 
 def draw_sheet(finished: Finished, count: int) -> Path:
-    """Write a sheet image | truth | prediction of test images, from those with most to see to those with least."""
+    """Write a sheet image | truth | prediction of test images, as the task chooses them."""
     prepared, head = finished.prepared, finished.fitted.best[0].head
     training, cache = prepared.training, prepared.cache
     with guarded(training), source_of(prepared, head) as source:
         _take_backbone(source, finished.fitted)
         test = prepared.rows["test"]
-        chosen = spread_over(images_of(cache, test), prepared.task.fullness, count)
+        chosen = prepared.task.shown(head, source.batches, test, count)
         panels = []
         for image, draw in prepared.task.panels(head, source.batches, rows_showing(cache, test, chosen)):
             path = Path(cache.data.root) / cache.images.texts["image"][image]
@@ -158,7 +158,7 @@ def draw_sheet(finished: Finished, count: int) -> Path:
             pixels = unit_of(read_levels(path), cache.recipe)
             panels.append((cache.images.texts["id"][image], [Panel(pixels), *draw(pixels)]))
     path = training.folder / f"seed{training.seeds[0]}" / "sheet.png"
-    save_sheet(path, panels, ["image", "truth", f"prediction ({cache.recipe.label})"], cache.data.classes)
+    save_sheet(path, panels, ["image", "truth", f"prediction ({cache.recipe.label})"], prepared.task.colours)
     return path
 
 

@@ -4,6 +4,7 @@ import io
 import math
 import zipfile
 import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from featprobe.errors import FileKindError, ProbeError
 from featprobe.io.disk import parse_json
 from featprobe.machine import available_memory
+from featprobe.metrics import anomalies, images
 from featprobe.probes.saved import fault_of, head_folder, read_card, read_files
 from featprobe.result_rows import ResultRow
+from featprobe.scores import On
 from featprobe.stages.commands import again_command
 
 UNREADABLE = (
@@ -22,6 +25,12 @@ UNREADABLE = (
     MemoryError, OverflowError, zipfile.BadZipFile, zlib.error, FileKindError,
 )  # fmt: skip
 """Errors that files beside a head raise which featprobe did not write."""
+ARRAYS: Mapping[On, Collection[str]] = {
+    "pixels": ("ids", "groups", "confusion"),
+    "images": images.ARRAYS,
+    "anomalies": anomalies.ARRAYS,
+}
+"""Names of the arrays in scores.npz, by what is scored."""
 
 
 def card_beside(probes: Path, row: ResultRow, *, hashes: bool = False) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def is_whole(probes: Path, row: ResultRow, *, hashes: bool = False) -> bool:
 
 def _beside(row: ResultRow) -> tuple[str, ...]:
     """The files that lie beside the head of a row."""
-    return "curves.json", *(("scores.npz",) if row.scores.dense else ("truth.json", "predictions.json"))
+    return "curves.json", *(("truth.json", "predictions.json") if row.scores.objects else ("scores.npz",))
 
 
 def _unreadable(folder: Path, row: ResultRow) -> str:
@@ -79,7 +88,7 @@ def _unreadable(folder: Path, row: ResultRow) -> str:
             if name.endswith(".json"):
                 parse_json(data)
             else:
-                read_arrays(data)
+                read_arrays(data, ARRAYS[row.scores.on])
         except ProbeError as error:
             return str(error)
         except UNREADABLE:
@@ -87,8 +96,8 @@ def _unreadable(folder: Path, row: ResultRow) -> str:
     return ""
 
 
-def read_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of scores.npz that are there, each of which holds what its header claims.
+def read_arrays(data: bytes, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """The arrays of scores.npz with these names that are there, each of which holds what its header claims.
 
     Nothing is unpacked that claims more than a quarter of the memory. Raises ProbeError, or one of UNREADABLE.
     """
@@ -97,7 +106,7 @@ def read_arrays(data: bytes) -> dict[str, NDArray[Any]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for entry in archive.infolist():
             name = entry.filename.removesuffix(".npy")
-            if name not in ("ids", "groups", "confusion") or name in found:
+            if name not in names or name in found:
                 continue
             with archive.open(entry) as packed:
                 one = np.lib.format.read_magic(packed) == (1, 0)

@@ -14,9 +14,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
-from featprobe.datasets.duplicates import Look, exact_copies, in_several_splits, look_of, near_copies
+from featprobe.datasets.duplicates import Look, exact_copies, in_several_splits, look_of, near_copies, two_labels
 from featprobe.datasets.images.pixels import counted_levels
 from featprobe.datasets.images.reading import Header, hash_image, header_of, pixel_notes, read_levels, to_unit
+from featprobe.datasets.label_sets import check_held, label_counts, mixed_verdicts, verdicts
 from featprobe.datasets.samples import SPLITS, listed
 from featprobe.datasets.set_notes import copies_in
 from featprobe.datasets.splits import complete_splits, leaks
@@ -45,7 +46,7 @@ class Looked:
 
     pixels: (classes,) how many pixels each has, None without masks; objects: class and box side lengths (width,
     height) in pixels, crowds left out; own_objects: whether they are the set's, not connected components of its masks;
-    copies: objects that stand there more than once.
+    labels: of the image as a whole, see `Target`; copies: objects that stand there more than once.
     """
 
     sample: Sample
@@ -57,6 +58,7 @@ class Looked:
     pixels: NDArray[np.int64] | None = None
     objects: tuple[tuple[int, float, float], ...] = ()
     own_objects: bool = False
+    labels: tuple[int, ...] | None = None
     copies: tuple[str, ...] = ()
     fault: str = ""
     reason: str = ""
@@ -103,7 +105,8 @@ class DataCheck:
 
     splits: images, groups, images without objects and, by class, how many images hold it, its instances and its share
     of the labelled pixels.
-    sizes: smallest and largest (height, width); depths: images by bit depth and colour.
+    sizes: smallest and largest (height, width); depths: images by bit depth and colour. serves: all tasks that its
+    labels serve. labels: images of each label of the whole image, by split, see `label_counts`.
     """
 
     name: str
@@ -119,6 +122,8 @@ class DataCheck:
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
     spoiled: bool
+    serves: tuple[str, ...] = ()
+    labels: dict[str, dict[str, int]] | None = None
 
 
 def check(
@@ -152,6 +157,7 @@ def check(
         *_near(near),
         *_mixed(found),
         *_missing(data, found),
+        *_of_labels(data, found),
     ]
     own_leak = leaks([sample.group for sample in data.samples], [sample.split for sample in data.samples])
     splits = {split: _of_split(data, found, split) for split in [*SPLITS, *_other_splits(data)]}
@@ -167,14 +173,26 @@ def check(
         splits=splits,
         sizes=(sizes[0], sizes[-1]) if sizes else None,
         depths=dict(Counter(f.depth for f in found if f.depth)),
-        objects=_objects(found, size, fit or "resize", tile or None) if sizes else None,
+        objects=_objects(found, size, fit or "resize", tile or None) if sizes and data.tasks else None,
         findings=tuple(findings),
         notes=(*(note for note in data.notes if note not in own_leak), *pixel_notes(headers)),
         spoiled=any(finding.spoils for finding in findings),
+        serves=data.serves,
+        labels=label_counts(data.label_names, [f.sample.split for f in found], [f.labels for f in found]),
     )
     if page:
         _write_page(page, result, data, found, near)
     return result
+
+
+def label_table(checked: DataCheck) -> pd.DataFrame:
+    """Images of each label per split."""
+    by_split = checked.labels or {}
+    names = next(iter(by_split.values()), {})
+    counts = [
+        {"label": name or "no label", **{s or "no split": own[name] for s, own in by_split.items()}} for name in names
+    ]
+    return pd.DataFrame(counts)
 
 
 def class_table(checked: DataCheck) -> pd.DataFrame:
@@ -214,6 +232,8 @@ def _look_at(data: DataSet, sample: Sample) -> Looked:
     found = Looked(sample, image_hash, header, size, depth, look_of(levels))
     try:
         target = data.read_target(sample, size)
+        held = target.labels
+        check_held(held, data.label_names, f"{data.root}, image {sample.id}")
     except DataError as error:
         kinds = {LabelSizeError: "label_size", OutOfImageError: "out_of_image"}
         return replace(found, fault=kinds.get(type(error), "bad_labels"), reason=str(error))
@@ -221,7 +241,7 @@ def _look_at(data: DataSet, sample: Sample) -> Looked:
     pixels = None if target.semantic is None else np.bincount(target.semantic.ravel(), minlength=count)[:count]
     here = [] if pixels is None else [i for i in range(1, len(data.classes)) if pixels[i]]
     return replace(
-        found, pixels=pixels, objects=_sides(target, here), own_objects=target.instances is not None,
+        found, pixels=pixels, objects=_sides(target, here), own_objects=target.instances is not None, labels=held,
         copies=tuple(copies_in(target, data.classes)),
     )  # fmt: skip
 
@@ -374,6 +394,33 @@ def _missing(data: DataSet, found: Sequence[Looked]) -> list[Finding]:
     return [Finding("missing_class", False, text, tuple(entries))]
 
 
+def _of_labels(data: DataSet, found: Sequence[Looked]) -> list[Finding]:
+    """What would spoil labels of whole images: two for one image, a split without a label, groups of both verdicts."""
+    names, sound = data.label_names, [f for f in found if not f.fault]
+    if names is None:
+        return []
+    samples, held = [f.sample for f in sound], [f.labels for f in sound]
+    findings = []
+    twice = two_labels(samples, [f.image_hash for f in sound], held, names)
+    if twice:
+        text = f"{counted(len(twice), 'image stands', 'images stand')} in two classes, byte for byte"
+        entries = tuple(tuple(f"{own} ({label})" for own, label in same) for same in twice)
+        findings.append(Finding("two_labels", True, text, entries))
+    unknown = tuple(f.sample.id for f in sound if f.labels is None)
+    if unknown:
+        findings.append(
+            Finding("no_label", False, f"{counted(len(unknown), 'image has', 'images have')} no label", unknown)
+        )
+    counts = label_counts(names, [sample.split for sample in samples], held) or {}
+    lacking = [(name or "no label", split) for split, own in counts.items() for name, count in own.items() if not count]
+    if lacking:
+        text = f"labels are missing in a split: {listed([f'{name} in {split}' for name, split in lacking], 8)}"
+        findings.append(Finding("missing_label", False, text, tuple(lacking)))
+    groups, splits = [sample.group for sample in samples], [sample.split for sample in samples]
+    mixed = mixed_verdicts(groups, splits, verdicts(names, held))
+    return findings + [Finding("mixed_verdicts", False, text, ()) for text in mixed]
+
+
 def _write_page(
     path: Path, checked: DataCheck, data: DataSet, found: Sequence[Looked], near: Sequence[tuple[Sample, Sample]]
 ) -> None:
@@ -381,7 +428,8 @@ def _write_page(
     sound = [f for f in found if not f.fault]
     chosen = spread([f.sample for f in sound if f.classes] or [f.sample for f in sound], SHOWN)
     pairs = [pair for pair in near if in_several_splits(pair)] or near
-    tables = [("Classes", class_table(checked))]
+    tables = [("Classes", class_table(checked))] if checked.tasks else []
+    tables += [("Labels of images", label_table(checked))] if checked.labels else []
     tables += [(object_line(checked.objects), object_table(checked.objects))] if checked.objects else []
     notes = list(checked.notes)
     with tempfile.TemporaryDirectory() as folder:
@@ -416,10 +464,10 @@ def head_lines(checked: DataCheck) -> list[str]:
     instances = "" if checked.instances is None else f", {counted(checked.instances, 'instance')}"
     return [
         f"{counted(checked.images, 'image')}{instances}: {depths}{sizes}",
-        f"labels for {', '.join(checked.tasks)}",
+        f"labels for {', '.join(checked.serves)}",
         *(
-            f"{split or 'no split'}: {counted(own['images'], 'image')}, {counted(own['groups'], 'group')}, "
-            f"{counted(own['without_objects'], 'image')} without objects"
+            f"{split or 'no split'}: {counted(own['images'], 'image')}, {counted(own['groups'], 'group')}"
+            + (f", {counted(own['without_objects'], 'image')} without objects" if checked.tasks else "")
             for split, own in checked.splits.items()
         ),
     ]

@@ -21,6 +21,7 @@ from featprobe.datasets.images.reading import (
     to_unit,
     training_window,
 )
+from featprobe.datasets.label_sets import held_text, label_counts, mixed_verdicts, verdicts
 from featprobe.datasets.samples import SPLITS, listed
 from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.datasets.split_file import write_split_file
@@ -29,7 +30,7 @@ from featprobe.errors import DataError, counted
 from featprobe.intensity import Intensity, default_intensity
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.splitting import SplitChoice
-from featprobe.stages.partition import assigned, classes_in
+from featprobe.stages.partition import assigned, classes_in, names_held
 from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE
 
@@ -39,7 +40,8 @@ class DataSummary:
     """A data set in numbers. pixels: share of each class among labelled pixels, None without masks.
 
     sizes: smallest and largest (height, width) in pixels. description: its path, and how it was read, by the names of
-    featprobe.toml.
+    featprobe.toml. serves: all tasks that its labels serve. labels: images of each label, by split; of several labels
+    also those without any, under "". None where the set has no labels of images.
     """
 
     name: str
@@ -54,6 +56,8 @@ class DataSummary:
     instances: dict[str, int] | None
     notes: tuple[str, ...]
     description: Mapping[str, Any]
+    serves: tuple[str, ...] = ()
+    labels: dict[str, dict[str, int]] | None = None
 
     @property
     def toml(self) -> str:
@@ -84,10 +88,11 @@ def summarise(data: DataSet) -> DataSummary:
     counts = np.zeros(256, dtype=np.int64)
     objects: list[int] = []
     copies: list[tuple[str, list[str]]] = []
-    classes = []
+    classes, held = [], []
     for sample, size in zip(data.samples, sizes, strict=True):
         target = data.read_target(sample, size)
         classes.append(classes_in(target))
+        held.append(target.labels)
         copies.append((sample.id, copies_in(target, data.classes)))
         if target.semantic is not None:
             counts += np.bincount(target.semantic.ravel(), minlength=256)
@@ -95,6 +100,7 @@ def summarise(data: DataSet) -> DataSummary:
     labelled = counts[: len(data.classes)]
     shares = (labelled / max(1, labelled.sum())).tolist()
     splits = ("train", "val", "test")
+    of_samples, groups = [s.split for s in data.samples], [s.group for s in data.samples]
     return DataSummary(
         name=data.name,
         root=str(data.root),
@@ -110,9 +116,12 @@ def summarise(data: DataSet) -> DataSummary:
             *data.notes,
             *pixel_notes([(sample.id, header) for sample, header in zip(data.samples, headers, strict=True)]),
             *copy_notes(copies),
-            *starved([s.split for s in data.samples], classes, [s.group for s in data.samples], data.classes),
+            *mixed_verdicts(groups, of_samples, verdicts(data.label_names, held)),
+            *starved(of_samples, classes, groups, names_held(data.tasks, data.classes, data.label_names)),
         ),
         description={"path": str(data.root.resolve()), **data.description},
+        serves=data.serves,
+        labels=label_counts(data.label_names, of_samples, held),
     )
 
 
@@ -145,7 +154,10 @@ def write_split(
         )
     if seed and choice.by == "own":
         raise DataError("--seed would change nothing in the set's own split. Omit it, or use --split group.")
-    classes = [classes_in(data.read_target(sample, image_size(sample.image))) for sample in data.samples]
+    targets = [data.read_target(sample, image_size(sample.image)) for sample in data.samples]
+    classes = [classes_in(target) for target in targets]
+    named = names_held(data.tasks, data.classes, data.label_names)
+    good = verdicts(data.label_names, [target.labels for target in targets])
     ids, groups, own = ([getattr(sample, name) for sample in data.samples] for name in ("id", "group", "split"))
     _, splits = assigned(choice, ids, groups, own, lambda: classes, seed)
     write_split_file(out, ids, groups, splits)
@@ -158,13 +170,14 @@ def write_split(
         images={part: len(own) for part, own in parts.items()},
         groups={part: len({groups[i] for i in own}) for part, own in parts.items()},
         holders={
-            part: {name: sum(c in classes[i] for i in own) for c, name in enumerate(data.classes) if c}
+            part: {name: sum(c in classes[i] for i in own) for c, name in enumerate(named) if c or not data.tasks}
             for part, own in parts.items()
         },
         near_copies=tuple((ids[a], ids[b]) for a, b in across),
         notes=(
             *(data.notes if choice.by == "own" else leaks(groups, splits, "this split")),
-            *starved(splits, classes, groups, data.classes),
+            *mixed_verdicts(groups, splits, good, "this split"),
+            *starved(splits, classes, groups, named),
             *_alike([tuple(f"{ids[i]} ({splits[i]})" for i in pair) for pair in across]),
             *([f"{counted(len(looks) - len(seen), 'image')} can't be read"] if len(seen) < len(looks) else []),
         ),
@@ -202,8 +215,8 @@ def contact_sheet(
 ) -> list[str]:
     """Write a PNG of images beside their labels; returns the ids shown, evenly spread over the split.
 
-    Images with labels come before those without; they are shown as the intensity policy makes them, None for the
-    default. Raises DataError for an empty split.
+    Images with labels come before those without. A label of the whole image stands below it. Images are shown as the
+    intensity policy makes them, None for the default. Raises DataError for an empty split.
     """
     samples = data.in_split(split)
     if not samples:
@@ -216,10 +229,10 @@ def contact_sheet(
     for sample in chosen:
         image = to_unit(read_levels(sample.image), window, policy)
         target = data.read_target(sample, image_size(sample.image))
-        rows.append(
-            (f"{sample.id}  ({sample.group})", [Panel(image), Panel(image, target.semantic, target.instances or ())])
-        )
-    save_sheet(out, rows, ["image", "labels"], data.classes)
+        of_image = held_text(data.label_names, target.labels) if data.label_names else ""
+        drawn = [Panel(image, target.semantic, target.instances or ())] if data.tasks else []
+        rows.append((f"{sample.id}  ({sample.group}){of_image and f': {of_image}'}", [Panel(image), *drawn]))
+    save_sheet(out, rows, ["image", "labels"][: 1 + bool(data.tasks)], data.classes)
     return [sample.id for sample in chosen]
 
 

@@ -1,0 +1,355 @@
+"""Labels of images, or of tiles: the task of heads that read one vector per image."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from featprobe.cache import Cache
+from featprobe.errors import DataError, ProbeError, counted
+from featprobe.features import Features, pool
+from featprobe.geometry import Part
+from featprobe.image_labels import ImageLabels, ImageTruth, LabelNames, Unit
+from featprobe.levels import FeatureLevel
+from featprobe.metrics.images import IMAGE_SCORES, ScoredImages, defect_scores, image_scores, one_group, value_of
+from featprobe.metrics.thresholds import threshold_at, units_needed
+from featprobe.probes.head import ImageHead
+from featprobe.probes.train import Feed
+from featprobe.processes import from_main, gathered, summed
+from featprobe.report.sheets import Panel
+from featprobe.scores import TaskScores
+from featprobe.specs import Rows
+from featprobe.stages.image_truth import truth_of, unit_names, units_of
+from featprobe.stages.memory import Batches
+from featprobe.stages.pooled import pooled_vectors
+from featprobe.stages.row_images import images_of
+from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
+from featprobe.stages.training.live import Truth, Views
+from featprobe.targets import Instance
+
+Shares = NDArray[np.float32]
+"""(units, names), in [0, 1]."""
+LIKELIEST = 3  # labels in a picture's text, where no more are decided
+
+
+@dataclass(frozen=True)
+class LabelsAsked:
+    """Which labels of a set heads are trained on, and how: as `stages.training.probe_options` has them.
+
+    scores: of the task. live: whether heads are trained on what a feed brings, and not on the cache's pooled features.
+    quiet: show no progress while features are pooled.
+    """
+
+    labels: ImageLabels
+    unit: Unit
+    false_calls: float
+    scores: TaskScores
+    live: bool
+    quiet: bool = False
+
+
+class Classification:
+    """The labels of a cache's units as heads of pooled features are trained and scored on them.
+
+    train: rows that heads are trained on; those of a live backbone show a unit each. See `task.Task`.
+    """
+
+    masks = False
+    sides: tuple[float, ...] = ()
+
+    def __init__(self, cache: Cache, train: Rows, device: torch.device, asked: LabelsAsked) -> None:
+        self.cache, self.train, self.device, self.asked = cache, train, device, asked
+        self.truth: ImageTruth = truth_of(cache, asked.labels, asked.unit)
+        self.names = self.truth.names
+
+    def labels_of(self, row: int) -> list[int]:
+        """Which labels the unit that a row shows has."""
+        (unit,) = units_of(self.cache, np.array([row]), self.asked.unit)
+        return np.flatnonzero(self.truth.values[unit] == 1).tolist()
+
+    def train_counts(self, head: ImageHead) -> dict[str, int]:
+        """Training units that have each label."""
+        held = self._labels(self._units(self.train)).sum(0, dtype=torch.int64)
+        return dict(zip(self.names.names, held.tolist(), strict=True))
+
+    def truth_of(self, row: int) -> Truth:
+        """Nothing: a view of an image has the image's labels."""
+        return None, None
+
+    def check_trainable(self) -> None:
+        """Raise ProbeError where all training units have the same labels."""
+        labels = self._labels(self._units(self.train))
+        if bool((labels != labels[:1]).any()):
+            return
+        held = [name for name, own in zip(self.names.names, labels[0].tolist(), strict=True) if own]
+        what = f"all of them {', '.join(held)}" if held else f"none of them {', '.join(self.names.names)}"
+        raise ProbeError(
+            f"{self.cache.path}: the training split shows one kind of image only. Nothing was trained.\n"
+            f"  wanted  training images with different labels\n"
+            f"  found   {counted(len(labels), self.asked.unit)}, {what}\n"
+            "Take another --split or --labels, or where all are good, a head of --task anomaly."
+        )
+
+    def solve(self, head: ImageHead, seed: int, batches: Batches, train: Rows, val: Rows) -> Solution:
+        """The head that its kind solves for on the training units; what it chooses is chosen on validation."""
+        units, vectors = self._vectors(head.levels, batches, train)
+        others, shown = self._vectors(head.levels, batches, val)
+        score = IMAGE_SCORES[self.asked.scores.main.name]
+
+        def judge(logits: Tensor) -> float:
+            scored = self._scored(head, others, probabilities_of(logits, self.names))
+            return value_of(score(scored, one_group(len(others))))
+
+        chosen = head.solve(vectors, self._labels(units), shown, judge, multi=self.names.multi)
+        return Solution({name: value.cpu() for name, value in head.state_dict().items()}, chosen)
+
+    def start(self, heads: Sequence[ImageHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
+        """Let fresh heads begin at the training units' mean, scale and prior; returns their losses on a batch."""
+        levels = heads[0].levels
+        if fresh:
+            vectors = from_main(lambda: self._stored(levels, self.train)).to(self.device)
+            labels = self._labels(self._units(self.train))
+            for head in heads:
+                head.begin(vectors, labels, multi=self.names.multi)
+        every = self._labels(np.arange(len(self.truth.values)))
+
+        def loss(features: Features, batch: Batch) -> Tensor:
+            match batch:
+                case Tensor():
+                    raise TypeError("The loss of these heads takes rows, not their places: see `fixed`.")
+                case Views():
+                    rows = batch.rows
+                case rows:
+                    pass
+            wanted = every[torch.from_numpy(units_of(self.cache, rows, self.asked.unit)).to(self.device)].float()
+            vectors = pool(features, levels).vectors(levels)
+            return torch.stack([self._loss(head(vectors), wanted) for head in heads])
+
+        return loss
+
+    def _loss(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Mean cross-entropy over the batch of all processes. logits, wanted: (units, names)."""
+        if self.names.multi:
+            own = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
+        else:
+            own = functional.cross_entropy(logits, wanted, reduction="none")
+        return own.sum() / summed(torch.full((), float(len(own)), device=own.device))
+
+    def fixed(self, head: ImageHead) -> bool:
+        """Whether the loss of such a head also takes places of rows: it does not."""
+        return False
+
+    def evaluate(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> list[Outcome]:
+        """Scores of each head on the units that the rows show, which several processes share out among them."""
+        units, found = self._probabilities(heads, feed, rows)
+        return from_main(lambda: [self._outcome(head, units, p) for head, p in zip(heads, found, strict=True)])
+
+    def settle(self, heads: Sequence[ImageHead], feed: Feed, val: Rows) -> list[str]:
+        """Set each head's threshold from the good units of validation; returns notes."""
+        name, rate = self.cache.data.name, self.asked.false_calls
+        if not self.names.says_good:
+            return [f"{name}: no label says which images are good, so there is no threshold and no recall"]
+        units, found = self._probabilities(heads, feed, val)
+        good = self.truth.good[units] == 1
+        least, sure = units_needed(rate)
+        try:
+            for head, probabilities in zip(heads, found, strict=True):
+                scores = defect_scores(probabilities[good], self.names.multi, self._good)
+                head.threshold.fill_(threshold_at([] if scores is None else scores, rate))
+        except DataError as error:
+            return [f"{name}: {' '.join(str(error).split())} There is no threshold and no recall."]
+        if good.sum() >= sure:
+            return []
+        return [
+            f"{name}: the threshold for {100 * rate:g} % false calls follows from "
+            f"{counted(int(good.sum()), f'good validation {self.asked.unit}')}; it takes {sure} to be 95 % sure of "
+            f"that rate, and {least} at least"
+        ]
+
+    def shown(self, head: ImageHead, feed: Feed, rows: Rows, count: int) -> Rows:
+        """Some of the images that the rows show, from the worst mistake to the surest right answer."""
+        units, (found,) = self._probabilities([head], feed, rows)
+        true = self._truth(units)
+        share = balanced(found, head.prior.cpu().numpy(), self.names)
+        worst = np.abs(true - share).max(1)
+        order = units[np.argsort(-worst, kind="stable")]
+        images = order if self.asked.unit == "image" else self.cache.image_of[order]
+        return np.array(list(dict.fromkeys(images.tolist()))[:count], dtype=np.intp)
+
+    def panels(self, head: ImageHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
+        """(image, what draws truth and prediction over it) for each image that the rows show."""
+        units, (found,) = self._probabilities([head], feed, rows)
+        true, said = self._truth(units), decided(found, head.prior.cpu().numpy(), self.names)
+        shows = units if self.asked.unit == "image" else self.cache.image_of[units]
+        for image in images_of(self.cache, rows).tolist():
+            own = np.flatnonzero(shows == image)
+            if self.asked.unit == "image":
+                wrong = bool((true[own] != said[own]).any())
+                texts = label_text(true[own[0]], None, self.names), label_text(said[own[0]], found[own[0]], self.names)
+                yield image, partial(_captioned, texts, wrong)
+            else:
+                boxes = [self._boxes(units[own], labels[own]) for labels in (true, said)]
+                yield image, partial(_boxed, boxes)
+
+    def _boxes(self, units: Rows, labels: NDArray[np.uint8]) -> tuple[Instance, ...]:
+        parts = [self.cache.rows.part_of(unit) for unit in units.tolist()]
+        return tile_boxes([(part, own) for part, own in zip(parts, labels, strict=True) if part], self.names)
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """What pictures have colours for, the good label or none first; of whole images nothing."""
+        return colours_of(self.names) if self.asked.unit == "tile" else ()
+
+    @property
+    def _good(self) -> int | None:
+        """The place of the label that says good."""
+        return None if self.names.good is None else self.names.names.index(self.names.good)
+
+    def _units(self, rows: Rows) -> Rows:
+        """The units that rows show, ascending."""
+        return np.unique(units_of(self.cache, rows, self.asked.unit))
+
+    def _truth(self, units: Rows) -> NDArray[np.uint8]:
+        return self.truth.values[units]
+
+    def _labels(self, units: Rows) -> Tensor:
+        """(units, names), uint8, on the device."""
+        return torch.from_numpy(self._truth(units)).to(self.device)
+
+    def _vectors(self, levels: Sequence[FeatureLevel], feed: Feed, rows: Rows) -> tuple[Rows, Tensor]:
+        """(the units that rows show, ascending; the vector of each, on the device)."""
+        units = units_of(self.cache, rows, self.asked.unit)
+        if not self.asked.live:
+            return np.unique(units), self._stored(levels, rows).to(self.device)
+        found = [pool(features, levels).vectors(levels) for _, features in feed(evaluation_batches(rows))]
+        empty = torch.zeros(0, sum(2 * level.channels for level in levels), device=self.device)
+        order = np.argsort(units, kind="stable")
+        return units[order], torch.cat([empty, *found])[torch.from_numpy(order).to(self.device)]
+
+    def _stored(self, levels: Sequence[FeatureLevel], rows: Rows) -> Tensor:
+        """The vectors of the units that rows show, ascending, from the cache's features."""
+        return torch.from_numpy(pooled_vectors(self.cache, levels, self.asked.unit, rows, quiet=self.asked.quiet))
+
+    @torch.inference_mode()
+    def _probabilities(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> tuple[Rows, list[Shares]]:
+        """(the units that rows show, ascending; what each head says of them), in every process."""
+
+        def computed(own: Rows) -> list[tuple[Rows, list[Shares]]]:
+            units, vectors = self._vectors(heads[0].levels, feed, own)
+            return [(units, [probabilities_of(head(vectors), self.names) for head in heads])]
+
+        if self.asked.live:
+            parts = gathered(computed(scored_here(self.cache, rows)))
+        else:
+            parts = from_main(lambda: computed(rows))
+        units = np.concatenate([own for own, _ in parts])
+        order = np.argsort(units, kind="stable")
+        return units[order], [np.concatenate([p[i] for _, p in parts])[order] for i in range(len(heads))]
+
+    def _scored(self, head: ImageHead, units: Rows, probabilities: Shares) -> ScoredImages:
+        ids, groups = unit_names(self.cache, units, self.asked.unit)
+        said = decided(probabilities, head.prior.cpu().numpy(), self.names)
+        thresholds = np.full(len(units), float(head.threshold))
+        return ScoredImages(
+            tuple(ids), tuple(groups), probabilities, self._truth(units), said, thresholds, self.names.multi, self._good
+        )
+
+    def _outcome(self, head: ImageHead, units: Rows, probabilities: Shares) -> Outcome:
+        scored = self._scored(head, units, probabilities)
+        scores = image_scores(scored, self.names.names)
+        brief = {score.name: scores[score.name] for score in self.asked.scores.compared}
+        return Outcome(scores, brief, {"scores.npz": scored.to_npz()})
+
+
+def known_rows(
+    cache: Cache, rows: Mapping[str, Rows], labels: ImageLabels, unit: Unit
+) -> tuple[dict[str, Rows], list[str]]:
+    """Those rows of each split that show a unit of which something is known, and notes on the others.
+
+    Raises ProbeError where a split has none.
+    """
+    known = truth_of(cache, labels, unit).known
+    found = {split: own[known[units_of(cache, own, unit)]] for split, own in rows.items()}
+    notes = []
+    for split, own in rows.items():
+        units = np.unique(units_of(cache, own, unit))
+        unknown = int((~known[units]).sum())
+        if unknown == len(units):
+            raise ProbeError(
+                f"{cache.path}: no image of the {split} split has a label that is known. Nothing was trained.\n"
+                f"  wanted  one or more\n  found   {counted(unknown, unit)} without a label, or with an ignored "
+                "region and no defect\nTake another --split, or label some of them."
+            )
+        if unknown:
+            notes.append(f"{cache.data.name}: {counted(unknown, unit)} of {split} without a known label take no part")
+    return found, notes
+
+
+def probabilities_of(logits: Tensor, names: LabelNames) -> Shares:
+    """What logits say of each unit, (units, names): they sum to 1 unless a unit may have several labels."""
+    wide = logits.double()
+    shares = wide.sigmoid() if names.multi else wide.softmax(1)
+    return shares.float().cpu().numpy()
+
+
+def balanced(probabilities: Shares, prior: NDArray[np.float32], names: LabelNames) -> Shares:
+    """The probabilities as they were if all labels were equally frequent, (units, names).
+
+    prior: (names,), the share of the training units that has each. A label that none of them has is never found.
+    """
+    ratio = np.divide(probabilities, prior, out=np.zeros_like(probabilities), where=prior > 0)
+    if names.multi:  # against not having it
+        against = np.divide(1 - probabilities, 1 - prior, out=np.zeros_like(probabilities), where=prior < 1)
+        return ratio / np.maximum(ratio + against, np.finfo(np.float32).tiny)
+    return ratio / np.maximum(ratio.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def decided(probabilities: Shares, prior: NDArray[np.float32], names: LabelNames) -> NDArray[np.uint8]:
+    """Which labels each unit gets, (units, names), uint8, as if all were equally frequent: see `balanced`."""
+    share = balanced(probabilities, prior, names)
+    if names.multi:
+        return (share >= 0.5).astype(np.uint8)
+    return np.eye(len(names.names), dtype=np.uint8)[share.argmax(1)]
+
+
+def colours_of(names: LabelNames) -> tuple[str, ...]:
+    """The labels that pictures have colours for, with the good one, or "good", first."""
+    return (names.good or "good", *(name for name in names.names if name != names.good))
+
+
+def tile_boxes(tiles: Sequence[tuple[Part, NDArray[np.uint8]]], names: LabelNames) -> tuple[Instance, ...]:
+    """A box for each tile and each of its labels but the good one, as `colours_of` numbers these.
+
+    tiles: where they lie in the image, and which labels they have, (names,).
+    """
+    found = []
+    for part, labels in tiles:
+        left, top = float(part.left), float(part.top)
+        box = (left, top, left + part.width, top + part.height)
+        held = [name for name, own in zip(names.names, labels.tolist(), strict=True) if own and name != names.good]
+        found += [Instance(colours_of(names).index(name), box) for name in held]
+    return tuple(found)
+
+
+def label_text(labels: NDArray[np.uint8], probabilities: Shares | None, names: LabelNames) -> tuple[str, ...]:
+    """The labels of a unit for people, those that it has first; with probabilities also the likeliest others."""
+    held = [i for i, own in enumerate(labels.tolist()) if own]
+    if probabilities is None:
+        return (", ".join(names.names[i] for i in held) or "good",)
+    others = [i for i in np.argsort(-probabilities, kind="stable").tolist() if i not in held]
+    shares = [f"{names.names[i]} {100 * probabilities[i]:.0f} %" for i in [*held, *others[: LIKELIEST - len(held)]]]
+    return (f"{', '.join(names.names[i] for i in held) or 'good'}", f"({', '.join(shares)})")
+
+
+def _captioned(texts: tuple[tuple[str, ...], tuple[str, ...]], wrong: bool, pixels: NDArray[np.float32]) -> list[Panel]:
+    truth, said = texts
+    return [Panel(pixels, text=truth), Panel(pixels, text=said, wrong=wrong)]
+
+
+def _boxed(boxes: Sequence[tuple[Instance, ...]], pixels: NDArray[np.float32]) -> list[Panel]:
+    return [Panel(pixels, instances=own) for own in boxes]

@@ -1,0 +1,117 @@
+"""What a training's heads are trained and scored on: its task with labels read, by what the task is scored on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from featprobe.cache import Cache
+from featprobe.geometry import IDENTITY
+from featprobe.scores import SCORES, On
+from featprobe.specs import Rows
+from featprobe.stages.image_truth import names_of
+from featprobe.stages.partition import training_subset
+from featprobe.stages.row_images import rows_showing
+from featprobe.stages.tasks.classification import Classification, LabelsAsked, known_rows
+from featprobe.stages.tasks.detection import Detection
+from featprobe.stages.tasks.labels import shelf_of
+from featprobe.stages.tasks.segmentation import Segmentation
+from featprobe.stages.tasks.solve import solve
+from featprobe.stages.tasks.task import Solution, Task
+from featprobe.stages.training.probe_options import ProbeOptions
+from featprobe.stages.training.training import Training
+
+SplitRows = Mapping[str, Rows]
+"""Rows of train, val and test."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A training whose labels are read.
+
+    task: what heads are trained and scored on. rows: of train, the part that is trained on, val and test. solver: of a
+    kind that is not trained, else None. notes: what a user should know of the labels.
+    """
+
+    task: Task[Any]
+    rows: SplitRows
+    solver: Callable[..., Solution] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def labelled(training: Training, rows: SplitRows) -> Labelled:
+    """The labels of a training, read; raises FeatprobeError where they can't serve its task."""
+    return READ[training.scores.on](training, rows)
+
+
+def classes_of(task: str, cache: Cache, options: ProbeOptions) -> tuple[str, ...]:
+    """What the heads of a task tell apart in a cache; raises ProbeError where it has no such labels."""
+    if SCORES[task].on == "images":
+        return names_of(cache, options.labels, options.unit).names
+    return cache.data.classes
+
+
+def without_views(cache: Cache, rows: Rows) -> Rows:
+    """Those of the rows that show an image, or a tile of one, as it is."""
+    plain = [(part := cache.rows.part_of(row)) is None or part.view == IDENTITY for row in rows.tolist()]
+    return rows[np.array(plain, dtype=bool)]
+
+
+def _pixels(training: Training, rows: SplitRows) -> Labelled:
+    cache = training.cache
+    train = part_of(training, rows["train"], lambda row: shelf_of(cache).values(cache, row))
+    views = training.augmentation is not None
+    task = Segmentation(cache, train, training.recipe, training.device, training.options.absent, views=views)
+    return Labelled(task, {**rows, "train": train}, partial(solve, task) if training.is_solved else None)
+
+
+def _objects(training: Training, rows: SplitRows) -> Labelled:
+    of = partial(
+        Detection, training.cache, device=training.device, masks=training.scores.on == "masks",
+        source=training.options.instances,
+    )  # fmt: skip
+    every = of(train=rows["train"])
+    if training.fraction == 1:
+        return Labelled(every, rows)
+    train = part_of(training, rows["train"], lambda row: every.targets[row].labels.tolist())
+    return Labelled(of(train=train), {**rows, "train": train})
+
+
+def _images(training: Training, rows: SplitRows) -> Labelled:
+    cache, options = training.cache, training.options
+    plain = {split: without_views(cache, own) for split, own in rows.items()}
+    known, notes = known_rows(cache, plain, options.labels, options.unit)
+    if any(len(plain[split]) < len(own) for split, own in rows.items()):
+        notes.append(f"{training.title}: views of images take no part, only the images as they are")
+    live, scores = training.tuning is not None, training.scores
+    asked = LabelsAsked(options.labels, options.unit, options.false_calls, scores, live, options.quiet)
+    every = Classification(cache, known["train"], training.device, asked)
+    train = part_of(training, known["train"], every.labels_of)
+    task = Classification(cache, train, training.device, asked)
+    task.check_trainable()
+    return Labelled(task, {**known, "train": train}, task.solve if training.is_solved else None, tuple(notes))
+
+
+READ: Mapping[On, Callable[[Training, SplitRows], Labelled]] = {
+    "pixels": _pixels,
+    "boxes": _objects,
+    "masks": _objects,
+    "images": _images,
+}
+"""What a task is scored on -> what reads its labels."""
+
+
+def part_of(training: Training, train: Rows, classes_in: Callable[[int], list[int]]) -> Rows:
+    """The rows of the fraction of the images that is trained on. classes_in: the classes that a row shows."""
+    if training.fraction == 1:
+        return train
+    cache = training.cache
+    classes: dict[int, set[int]] = {}
+    for row, image in zip(train.tolist(), cache.image_of[train].tolist(), strict=True):
+        classes.setdefault(image, set()).update(classes_in(row))
+    ids, groups = ([cache.images.texts[name][image] for image in classes] for name in ("id", "group"))
+    seed = training.seeds[0] if training.subset else None
+    kept = training_subset(ids, groups, list(classes.values()), training.fraction, seed)
+    return rows_showing(cache, train, np.array(list(classes), dtype=np.intp)[kept])
