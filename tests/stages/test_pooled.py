@@ -420,7 +420,7 @@ def test_two_processes_pool_one_cache_at_once(cache: Cache, tmp_path: Path, read
 
 
 def test_a_list_a_description_and_a_removal_know_the_file(cache: Cache, tmp_path: Path) -> None:
-    assert list_cache(cache.path)["pooled_bytes"] == 0
+    assert "pooled_bytes" not in {*list_cache(cache.path), *describe_cache(cache.path)}
     vectors(cache)
     size = pooled_path(cache.path).stat().st_size
     assert list_cache(cache.path)["pooled_bytes"] == describe_cache(cache.path)["pooled_bytes"] == size

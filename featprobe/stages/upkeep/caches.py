@@ -43,11 +43,10 @@ def list_cache(path: Path) -> dict[str, Any]:
         "path": str(path),
         "version": version,
         "bytes": path.stat().st_size,
-        "pooled_bytes": _size_of(pooled_path(path)),
         "rows": len(done),
         "whole": int((done == WHOLE).sum()),
         "recipe": recipe.to_json(),
-        "kept_as": recipe.kept_as,
+        **({"pooled_bytes": size} if (size := _size_of(pooled_path(path))) else {}),
     }
 
 
@@ -59,8 +58,6 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "path": str(path),
         "version": cache.contents.version,
         "bytes": path.stat().st_size,
-        "pooled_bytes": _size_of(pooled_path(path)),
-        "pooled_levels": list(read_pooled(cache, cache.levels, rows_digest(cache))),
         "rows": len(cache),
         "whole": int((done == WHOLE).sum()),
         "missing": int((done == MISSING).sum()),
@@ -68,20 +65,22 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "intact": cache.contents.is_intact(),
         "key": cache.recipe.key,
         "recipe": cache.recipe.to_json(),
-        "kept_as": cache.recipe.kept_as,
         "data": cache.data.to_json(),
-        "serves": _serves(cache),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
         "may_hold_tf32": doubt.text if (doubt := doubt_of(cache)) else "",
+        **_pooled(cache),
     }
 
 
-def _serves(cache: Cache) -> dict[str, list[str]]:
-    """The kinds of heads that can be trained from a cache, by task: those that read what its rows keep."""
-    able = {task: [kind_of(task, name) for name in kinds_of(task)] for task in cache.data.serves}
-    found = {task: [k.name for k in kinds if k.pooled or cache.recipe.store == "maps"] for task, kinds in able.items()}
-    return {task: names for task, names in found.items() if names}
+def _pooled(cache: Cache) -> dict[str, Any]:
+    """The facts about pooled features: the heads that a cache of them alone serves, by task, or what lies beside it."""
+    if cache.recipe.store == "pooled":
+        able = {task: [n for n in kinds_of(task) if kind_of(task, n).pooled] for task in cache.data.serves}
+        return {"serves": {task: names for task, names in able.items() if names}}
+    size = _size_of(pooled_path(cache.path))
+    levels = list(read_pooled(cache, cache.levels, rows_digest(cache))) if size else []
+    return {"pooled_bytes": size, "pooled_levels": levels} if size else {}
 
 
 def _size_of(path: Path) -> int:
