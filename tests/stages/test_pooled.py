@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -40,11 +41,18 @@ from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.cache.reader import FeatureLoader, RowReader
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FieldError, NoMapsError
+from featprobe.kinds import TrainRecipe
 from featprobe.specs import FeatureRecipe
 from featprobe.stages import pooled as stage
+from featprobe.stages.extraction import settled
+from featprobe.stages.extraction.extract import extract as extract_for_real
+from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.plan import bytes_of
 from featprobe.stages.pooled import pooled_vectors
-from featprobe.stages.training.probe import find_caches
+from featprobe.stages.predict import predict
+from featprobe.stages.training.finetune import finetune
+from featprobe.stages.training.probe import find_caches, probe
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.upkeep.caches import describe_cache, list_cache, remove_cache
 from featprobe.stages.workspace import Workspace
 
@@ -464,3 +472,47 @@ def test_of_maps_and_pooled_features_of_one_recipe_the_maps_are_taken(data: Path
     served, notes = find_caches(space, "semseg", (), ())
     assert [cache.path for cache in served] == [maps]
     assert sum("holds pooled features alone" in note for note in notes) == 2
+
+
+QUICK = ProbeOptions(recipe=TrainRecipe(iterations=2, batch_size=2, evaluations=1), seeds=1, quiet=True, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with a pooled cache, and nothing else, of a small set under a small network."""
+    root = tmp_path_factory.mktemp("small")
+    write_set(root / "parts", 12)
+    (root / "featprobe.toml").write_text(
+        '[data.parts]\npath = "parts"\nsize = "64x64"\n'
+        '[backbones.small]\nmodel = "tf_efficientnet_lite0"\nrandom_init = true\n'
+    )
+    space = Workspace(root)
+    how = ExtractOptions(store="pooled", device="cpu", quiet=True)
+    extract_for_real(space, space.backbone("small"), "parts", how)
+    return space
+
+
+def test_what_lies_as_it_lay_is_not_read_again_unless_asked(small: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settled, "RACY_SECONDS", 0.0)
+    spec, how = small.backbone("small"), ExtractOptions(store="pooled", device="cpu", quiet=True)
+    first = extract_for_real(small, spec, "parts", how)  # which keeps what it was asked
+    again = extract_for_real(small, spec, "parts", how)
+    assert (first.computed, again.computed, again.by_times) == (0, 0, True)
+    assert not extract_for_real(small, spec, "parts", replace(how, rehash=True)).by_times
+
+
+def test_a_live_backbone_starts_from_a_pooled_cache_whatever_the_head(small: Workspace, tmp_path: Path) -> None:
+    (row,) = finetune(small, "semseg", options=replace(QUICK, head="linear")).rows
+    assert row["regime"] == "full" and row["task"] == "semseg"
+    predict(small.probes / row["folder"], [small.root / "parts" / "images" / "part00.png"], tmp_path / "out")
+    assert list((tmp_path / "out").rglob("part00.png"))
+
+
+def test_maps_that_a_head_wants_are_made_beside_pooled_features(small: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(small.root, tmp_path / "own")
+    space = Workspace(tmp_path / "own")
+    with pytest.raises(NoMapsError, match="Or let this command make it first:  --extract"):
+        probe(space, "semseg", ["parts"], options=QUICK)
+    (row,) = probe(space, "semseg", ["parts"], options=QUICK, extract=True).rows
+    assert sorted(open_cache(path).recipe.store for path in space.cache_files()) == ["maps", "pooled"]
+    assert row["test"]["miou"] is not None
