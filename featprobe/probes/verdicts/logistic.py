@@ -56,7 +56,7 @@ def standard(vectors: Tensor) -> tuple[Tensor, Tensor]:
         squares += (part.to(precise) - mean).square().sum(0)
         largest = largest.maximum(part.abs().amax(0).to(precise))
     deviation = (squares / max(len(vectors), 1)).sqrt()
-    changes = deviation > CONSTANT * largest
+    changes = deviation > (CONSTANT * largest).clamp(min=1e-30)
     return mean, torch.where(changes, 1 / deviation, 0).float()
 
 
