@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
 from featprobe.image_labels import ImageLabels, Unit
-from featprobe.kinds import CORESET, FALSE_CALLS, FROZEN, KINDS, SEEDS, HeadKind, PyramidKind, TrainRecipe
+from featprobe.kinds import CORESET, FALSE_CALLS, FROZEN, SEEDS, HeadKind, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
 from featprobe.scores import SCORES
