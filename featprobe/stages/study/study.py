@@ -427,7 +427,7 @@ def climb_ladders(
     unknown = []
     for cell in climbing(study, cells):
         try:
-            ladder = ladder_of(workspace, study, cache, cell) if cell.task in cache.data.tasks else None
+            ladder = ladder_of(workspace, study, cache, cell) if cell.task in cache.data.serves else None
             if ladder is not None and not ladder.is_climbed():
                 unknown.append(cell)
                 climb_all([ladder], say, dry_run)
@@ -456,7 +456,7 @@ def run_cells(
     ladders: dict[Cell, Ladder | None] = {}  # of the same
     done = 0
     for cell in cells:
-        if cell.task not in cache.data.tasks:
+        if cell.task not in cache.data.serves:
             notes.append(f"{cell.place.data} holds no labels for {cell.task}")
             continue
         try:
