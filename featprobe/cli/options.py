@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -20,7 +20,6 @@ from featprobe.cli.help import (
     listed,
     under,
 )
-from featprobe.image_labels import ImageLabels, Unit
 from featprobe.io.texts import printable
 from featprobe.kinds import CORESET, FALSE_CALLS, LOSSES
 
@@ -244,7 +243,7 @@ _HEAD = [
     ),
     wanted(
         "--labels",
-        type=click.Choice(get_args(ImageLabels)),
+        type=click.Choice(["own", "defect", "classes"]),
         default="own",
         show_default=True,
         help=f"What {listed(ON_IMAGES)} learns of images: own (the labels that the data set gives them), defect (if "
@@ -252,7 +251,7 @@ _HEAD = [
     ),
     wanted(
         "--unit",
-        type=click.Choice(get_args(Unit)),
+        type=click.Choice(["image", "tile"]),
         default="image",
         show_default=True,
         help=f"What {listed(OF_UNITS)} judges: whole images, or each tile of a cache of tiles.",

@@ -17,6 +17,7 @@ from featprobe.probes.linear import LinearHead
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
 from featprobe.probes.verdicts.anomaly_knn import AnomalyKnnHead
+from featprobe.probes.verdicts.classifiers import KnnClassifier, LinearClassifier
 from featprobe.probes.verdicts.gaussian import GaussianHead
 from featprobe.probes.verdicts.map_heads import default_levels
 from featprobe.probes.verdicts.patchcore import PatchCoreHead
@@ -110,7 +111,15 @@ def _anomaly_knn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     return AnomalyKnnHead(levels)
 
 
-OF_IMAGES: Mapping[str, Build] = {}
+def _classifier(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    return LinearClassifier(levels, len(recipe.classes))
+
+
+def _nearest_labels(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    return KnnClassifier(levels, len(recipe.classes))
+
+
+OF_IMAGES: Mapping[str, Build] = {"linear": _classifier, "knn": _nearest_labels}
 OF_ANOMALIES: Mapping[str, Build] = {"patchcore": _patchcore, "gaussian": _gaussian, "knn": _anomaly_knn}
 BUILDERS: Mapping[On, Mapping[str, Build]] = {
     "pixels": {"linear": _linear, "upsample": _upsample, "ridge": _linear},

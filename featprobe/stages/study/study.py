@@ -41,7 +41,8 @@ class Study:
 
     heads: of any task; empty for each task's default. sizes, tiles, views: () for what featprobe.toml says of each data
     set; a tile of 0 is whole images, views "none" are none. labels, unit, false_calls, coreset, remove_position: as
-    ProbeOptions has them, for the tasks and kinds that look at them. overlap, empty_tiles: of tiles, as ExtractOptions has them.
+    ProbeOptions has them, for the tasks and kinds that look at them. overlap, empty_tiles: of tiles, as ExtractOptions
+    has them.
     train: fields of TrainRecipe by kind of head, "all" for every kind; iterations may be "auto", for a ladder. tuning:
     fields of Tuning. show: test images on the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions
     has it. no_verify: do not hash the features that are read.
