@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-PLACES = (0.25, 0.5, 0.5, 1.0)  # on the scale, whose first quarter is clear: good parts have such values too
+PLACES = (0.25, 0.5, 0.5 + 1e-9, 1.0)  # on the scale, whose first quarter is clear: good parts have such values too
 COLOURS = ((25, 40, 110), (90, 180, 230), (255, 225, 90), (190, 20, 30))
 """At PLACES: blue below the threshold, yellow to red above it, told apart by people who see no red or green too."""
 OPACITIES = (0.0, 0.5, 0.6, 0.75)  # at PLACES
@@ -51,16 +51,14 @@ def draw_scale(heat: Heat, width: int, font: ImageFont.ImageFont | ImageFont.Fre
     """The colours of the scale and what they mean, on a white strip of this many pixels, or as many as it takes."""
     length = 3 * GAP + BAR[0] + int(font.getlength(heat.scale))
     strip = Image.new("RGB", (max(width, length), HEIGHT), "white")
-    shares = np.broadcast_to(np.linspace(0, 1, BAR[0]), (BAR[1], BAR[0]))
-    strip.paste(Image.fromarray(_of(shares)[0].round().astype(np.uint8)), (GAP, (HEIGHT - BAR[1]) // 2))
+    grey = Image.new("RGB", BAR, (128, 128, 128))
+    ramp = Heat(np.broadcast_to(np.linspace(0, 2, BAR[0], dtype=np.float32), BAR[::-1]), 1.0)
+    strip.paste(paint(grey, ramp), (GAP, (HEIGHT - BAR[1]) // 2))
     ImageDraw.Draw(strip).text((2 * GAP + BAR[0], 0), heat.scale, fill="black", font=font)
     return strip
 
 
 def _of(shares: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Colours, (…, 3), in [0, 255], and opacities, (…), of places on the scale; those over its end have its colour."""
-    inside, above = np.clip(shares, 0, 1), shares > PLACES[1]
-    low = [np.interp(inside, PLACES[:2], own) for own in (*zip(*COLOURS[:2], strict=True), OPACITIES[:2])]
-    high = [np.interp(inside, PLACES[2:], own) for own in (*zip(*COLOURS[2:], strict=True), OPACITIES[2:])]
-    found = [np.where(above, h, l).astype(np.float32) for l, h in zip(low, high, strict=True)]
+    found = [np.interp(shares, PLACES, own).astype(np.float32) for own in (*zip(*COLOURS, strict=True), OPACITIES)]
     return np.stack(found[:3], axis=-1), found[3]

@@ -29,7 +29,7 @@ from featprobe.stages.image_truth import defect_regions, truth_of, unit_names, u
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
 from featprobe.stages.tasks.seen import Seen, seen_on_maps, seen_on_vectors
-from featprobe.stages.tasks.settle import settled
+from featprobe.stages.tasks.settle import settled, verdict
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth
 from featprobe.targets import IGNORE, Labels
@@ -233,8 +233,8 @@ def _no_good(cache: Cache, train: Rows, unit: Unit, aside: int) -> str:
         tiles = int((truth_of(cache, "defect", "tile").good[train] == 1).sum()) if cache.data.tasks else 0
         further += f" {counted(tiles, 'tile')} of train have no defect:  --unit tile" if tiles else ""
     return (
-        f"{cache.path}: no {unit} of the training split is good, and an anomaly head knows good ones alone. Nothing was "
-        f"trained.\n  wanted  one {unit} without a defect, or more\n"
+        f"{cache.path}: no {unit} of the training split is good, and an anomaly head knows good ones alone.\n"
+        f"Nothing was trained.\n  wanted  one {unit} without a defect, or more\n"
         f"  found   {counted(aside, unit)}, all with a defect\n{further}"
     )
 
@@ -249,9 +249,10 @@ def labels_of(regions: tuple[Mask, Mask] | None) -> Labels | None:
 
 def verdict_text(score: float, threshold: float) -> tuple[str, ...]:
     """The verdict on an image for people."""
-    if np.isnan(threshold):
-        return (f"score {score:.3g}, no threshold",)
-    return (f"{'called' if score > threshold else 'not called'}: score {score:.3g}", f"threshold {threshold:.3g}")
+    said = verdict(score, threshold)
+    return (
+        (f"{said}: score {score:.3g}", f"threshold {threshold:.3g}") if said else (f"score {score:.3g}, no threshold",)
+    )
 
 
 def _panels(

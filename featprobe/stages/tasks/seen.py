@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from featprobe.cache import Cache
+from featprobe.features import Features
+from featprobe.geometry import Part, Placement, Size
 from featprobe.image_labels import Unit
 from featprobe.probes.head import VerdictHead
 from featprobe.probes.train import Feed
@@ -21,23 +23,38 @@ from featprobe.stages.tasks.task import evaluation_batches
 
 @dataclass(frozen=True)
 class Seen:
-    """What a head says of a unit. map: (height, width), float32, of its pixels; None for a head without maps."""
+    """What a head says of a unit. map: (height, width), float32, of its pixels; None where there is none."""
 
     score: float
     map: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A row, and what each head says of it. cells: of each head (rows, columns), None for one without maps.
+class SeenPiece:
+    """What a head says of an image, or of a tile of it. cells: (rows, columns), each `stride` frame pixels wide."""
 
-    stride: frame pixels of a cell.
-    """
-
-    row: int
-    scores: tuple[float, ...]
-    cells: tuple[Tensor | None, ...]
+    score: float
+    cells: Tensor
     stride: int
+
+
+def pieces_of(head: VerdictHead, features: Features) -> list[SeenPiece]:
+    """What a head with maps says of each image or tile of a batch."""
+    found = head(features)
+    stride = features.frame[0] // found.maps.shape[1]
+    return [SeenPiece(score, own, stride) for score, own in zip(found.scores.tolist(), found.maps, strict=True)]
+
+
+def joined(pieces: Sequence[tuple[SeenPiece, Placement, Part | None]], size: Size, *, maps: bool = True) -> Seen:
+    """What a head says of an image of (height, width): the highest score of its tiles, the mean of their maps.
+
+    pieces: with their places; one without a part is all of it. maps: whether to make the map.
+    """
+    score = max(piece.score for piece, _, _ in pieces)
+    if not maps:
+        return Seen(score)
+    whole = ((maps_at_original(own.cells[None], own.stride, placed)[0], part) for own, placed, part in pieces)
+    return Seen(score, stitched_maps(whole, size))
 
 
 @torch.inference_mode()
@@ -46,18 +63,26 @@ def seen_on_maps(
 ) -> Iterator[tuple[int, list[Seen]]]:
     """(unit, what each head says of it), in the order of the rows; the maps of one unit are in memory.
 
-    An image of tiles has the highest of their scores, and the mean of their maps at a pixel. maps: whether to make
-    them; the heads see features either way.
+    maps: whether to make those of pixels; the heads see features either way.
     """
+
+    def pieces() -> Iterator[tuple[int, tuple[SeenPiece, ...]]]:
+        for batch, features in feed(evaluation_batches(rows)):
+            yield from zip(
+                batch.tolist(), zip(*(pieces_of(head, features) for head in heads), strict=True), strict=True
+            )
+
     of = dict(zip(rows.tolist(), units_of(cache, rows, unit).tolist(), strict=True))
-    for number, own in groupby(_pieces(heads, feed, rows), lambda piece: of[piece.row]):
-        pieces = list(own)
+    table = cache.images if unit == "image" else cache.rows
+    for number, own in groupby(pieces(), lambda pair: of[pair[0]]):
+        parts = [
+            (found, (cache.rows.placement(row), cache.rows.part_of(row) if unit == "image" else None))
+            for row, found in own
+        ]
+        size = table.placement(number).original
         yield (
             number,
-            [
-                Seen(max(p.scores[i] for p in pieces), _map(cache, number, unit, pieces, i) if maps else None)
-                for i in range(len(heads))
-            ],
+            [joined([(found[i], *place) for found, place in parts], size, maps=maps) for i in range(len(heads))],
         )
 
 
@@ -71,29 +96,5 @@ def seen_on_vectors(
     vectors = torch.from_numpy(pooled_vectors(cache, heads[0].levels, unit, rows, quiet=True))
     every = [head(vectors.to(head.threshold.device)).scores.tolist() for head in heads]
     units = sorted(set(units_of(cache, rows, unit).tolist()))
-    for i, number in enumerate(units):
-        yield number, [Seen(own[i]) for own in every]
-
-
-def _pieces(heads: Sequence[VerdictHead], feed: Feed, rows: Rows) -> Iterator[_Piece]:
-    for batch, features in feed(evaluation_batches(rows)):
-        every = [head(features) for head in heads]
-        scores = [own.scores.tolist() for own in every]
-        for i, row in enumerate(batch.tolist()):
-            cells = tuple(None if own.maps is None else own.maps[i] for own in every)
-            height = next((own.shape[0] for own in cells if own is not None), features.frame[0])
-            yield _Piece(row, tuple(own[i] for own in scores), cells, features.frame[0] // height)
-
-
-def _map(cache: Cache, number: int, unit: Unit, pieces: Sequence[_Piece], head: int) -> Tensor | None:
-    """The map of a unit by one head, from those of the rows that show it."""
-    whole = [
-        (maps_at_original(cells[None], piece.stride, cache.rows.placement(piece.row))[0], cache.rows.part_of(piece.row))
-        for piece in pieces
-        if (cells := piece.cells[head]) is not None
-    ]
-    if not whole:
-        return None
-    if unit == "tile":
-        return whole[0][0]
-    return stitched_maps(whole, cache.images.placement(number).original)
+    for number, *scores in zip(units, *every, strict=True):
+        yield number, [Seen(score) for score in scores]

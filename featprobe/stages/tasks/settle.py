@@ -1,10 +1,23 @@
 """The threshold above which a unit is called, from the scores of good units of validation."""
 
 from collections.abc import Sequence
+from math import isnan
 
 from featprobe.errors import counted
 from featprobe.image_labels import Unit
 from featprobe.metrics.thresholds import threshold_at, units_needed
+
+CALLED, PASSED = "called", "passed"
+"""What a threshold says of an image: it is taken for one with a defect, or for a good one."""
+
+
+def verdict(score: float, threshold: float) -> str:
+    """CALLED or PASSED; "" without a threshold, which is nan.
+
+    >>> verdict(2.0, 1.5)
+    'called'
+    """
+    return "" if isnan(threshold) else CALLED if score > threshold else PASSED
 
 
 def settled(good: Sequence[float], rate: float, unit: Unit) -> tuple[float, str]:
