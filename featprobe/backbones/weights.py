@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE
 from featprobe.errors import BackboneError
 from featprobe.geometry import Size, parse_size
-from featprobe.io.disk import check_packed, open_regular
+from featprobe.io.disk import open_regular, packed
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 
@@ -36,8 +36,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
         else:
-            check_packed(path)
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with packed(path) as stream:
+                loaded = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text proposes to run the code
         if code is None:

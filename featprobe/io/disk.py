@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from featprobe.errors import DiskError, FileKindError
 
@@ -282,19 +282,22 @@ def read_regular(path: Path, most: int) -> bytes:
         return stream.read(size)
 
 
-def check_packed(path: Path) -> None:
-    """Raise ValueError for an archive in torch's format that would unpack to far more bytes than it holds.
+@contextmanager
+def packed(path: Path) -> Iterator[BinaryIO]:
+    """An archive in torch's format, opened once: what was checked is what is read.
 
-    Raises FileKindError where there is no regular file, and OSError.
+    Raises ValueError for one that would unpack to far more bytes than it holds, FileKindError where there is no regular
+    file, and OSError.
     """
     with open(path, "rb", opener=open_regular) as stream:
-        if not zipfile.is_zipfile(stream):
-            return
-        held = os.fstat(stream.fileno()).st_size
-        with zipfile.ZipFile(stream) as archive:
-            claimed = sum(entry.file_size for entry in archive.infolist())
-    if claimed > MOST_PACKED * held:
-        raise ValueError(f"its {held} bytes would unpack to {claimed}")
+        if zipfile.is_zipfile(stream):
+            held = os.fstat(stream.fileno()).st_size
+            with zipfile.ZipFile(stream) as archive:
+                claimed = sum(entry.file_size for entry in archive.infolist())
+            if claimed > MOST_PACKED * held:
+                raise ValueError(f"its {held} bytes would unpack to {claimed}")
+        stream.seek(0)
+        yield stream
 
 
 def below(folder: Path, path: str | Path, where: str) -> Path:

@@ -21,9 +21,9 @@ from featprobe.errors import FieldError, FileKindError, ProbeError
 from featprobe.io.disk import (
     append_line,
     below,
-    check_packed,
     make_folders,
     open_regular,
+    packed,
     parse_json,
     read_json,
     read_regular,
@@ -242,8 +242,8 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            check_packed(self.path)
-            kept = torch.load(self.path, map_location="cpu", weights_only=True)
+            with packed(self.path) as stream:
+                kept = torch.load(stream, map_location="cpu", weights_only=True)
             if kept["identity"] != self.identity:
                 return None
             self.before = kept["seconds"]

@@ -66,7 +66,8 @@ def _train(row: ResultRow, head: AskedHead, last: int) -> str:
     words += ["--width", str(head.width)] if head.width is not None else []
     words += _unusual(asdict(head), {"pyramid": "auto"})
     words += _recipe(row)
-    words += _unusual(row.settings.options(), USUAL_SETTINGS) if row.settings else []
+    settings = row.settings.options() if row.settings else {}
+    words += _unusual(settings, {name: USUAL_SETTINGS[name] for name in settings})
     words += ["--shared-order"] if row.shared_order else []
     words += ["--fraction", f"{row.fraction:g}"] if row.fraction != 1 else []
     words += _unusual(row.to_json(), {"instances": "own", "split": "own", "absent_classes": "ignore"})

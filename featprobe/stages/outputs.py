@@ -29,7 +29,14 @@ from featprobe.result_rows import ResultRow
 from featprobe.scores import On
 from featprobe.specs import DataInfo
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
-from featprobe.stages.tasks.classification import colours_of, decided, label_text, probabilities_of, tile_boxes
+from featprobe.stages.tasks.classification import (
+    balanced,
+    colours_of,
+    decided,
+    label_text,
+    probabilities_of,
+    tile_boxes,
+)
 from featprobe.stages.tasks.detection import coco_results
 from featprobe.targets import Labels, decode_rle
 
@@ -74,11 +81,13 @@ Batches = Iterator[tuple[Sequence[Piece], Features]]
 class Output(ABC, Generic[F]):
     """What one kind of head gives. F: what it finds in an image; its pixels are those of the original image.
 
-    files: what is written, for people. classes: what overlays have colours for, the background first.
+    files: what is written, for people. classes: what overlays have colours for, the background first. notes: what a
+    user should know of all of it.
     """
 
     files: tuple[str, ...]
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[F]:
@@ -179,6 +188,11 @@ class ImageVerdicts(Output[list[Verdict]]):
         self.unit, self.names = settings.unit, names_by(settings.labels, data.label_names, data.classes)
         self.classes = colours_of(self.names) if self.unit == "tile" else ()
         self.good = None if self.names.good is None else self.names.names.index(self.names.good)
+        shares = ", ".join(f"{n} {100 * p:.0f} %" for n, p in zip(self.names.names, self._prior.tolist(), strict=True))
+        self.notes = (
+            "labels are decided as if all were equally frequent; the probabilities in labels.csv are for images as "
+            f"frequent as in training ({shares})",
+        )
 
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[list[Verdict]]:
         """A verdict on the image, or one on each of its tiles."""
@@ -189,7 +203,7 @@ class ImageVerdicts(Output[list[Verdict]]):
             index = torch.tensor([piece.image for piece in pieces], device=self.head.prior.device)
             every = every.joined(index, len(sizes))
         shares = probabilities_of(self.head(every.vectors(self.head.levels)), self.names)
-        said = decided(shares, self.head.prior.cpu().numpy(), self.names)
+        said = decided(shares, self._prior, self.names)
         if self.unit == "image":
             yield from ([Verdict(p, own)] for p, own in zip(shares, said, strict=True))
             return
@@ -201,7 +215,8 @@ class ImageVerdicts(Output[list[Verdict]]):
         """The labels below the image; of tiles, a box for each label but the good one."""
         if self.unit == "image":
             (one,) = found
-            return Panel(pixels, text=(*label_text(one.decided, one.probabilities, self.names), *self._called(one)))
+            shares = balanced(one.probabilities[None], self._prior, self.names)[0]
+            return Panel(pixels, text=(*label_text(one.decided, shares, self.names), *self._called(one)))
         return Panel(pixels, instances=tile_boxes([(v.part, v.decided) for v in found if v.part], self.names))
 
     def tables(self, done: Sequence[Predicted[list[Verdict]]]) -> Mapping[str, str]:
@@ -215,12 +230,17 @@ class ImageVerdicts(Output[list[Verdict]]):
         csv.writer(stream, lineterminator="\n").writerows([[cell(value) for value in line] for line in lines])
         return {"labels.csv": stream.getvalue()}
 
+    @property
+    def _prior(self) -> NDArray[np.float32]:
+        prior: NDArray[np.float32] = self.head.prior.cpu().numpy()
+        return prior
+
     def _line(self, one: Verdict) -> list[Any]:
         part = [one.part.left, one.part.top, one.part.width, one.part.height] if one.part else []
         held = [name for name, own in zip(self.names.names, one.decided.tolist(), strict=True) if own]
         score = self._score(one)
-        scores = [] if score is None else [score, *(self._called(one) or [""])]
-        return [*part, "|".join(held), *(float(p) for p in one.probabilities), *scores]
+        scores = [] if score is None else [f"{score:.6f}", *(self._called(one) or [""])]
+        return [*part, "|".join(held), *(f"{p:.6f}" for p in one.probabilities), *scores]
 
     def _score(self, one: Verdict) -> float | None:
         scores = defect_scores(one.probabilities[None], self.names.multi, self.good)
