@@ -1,7 +1,6 @@
 """Anomaly heads: fitted to good units alone, scored on units and pixels, drawn, saved, and applied to new images."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from featprobe.kinds import kinds_of
 from featprobe.metrics.anomalies import ScoredAnomalies, aupro, pixel_auroc
 from featprobe.probes import load_head
 from featprobe.stages.image_truth import defect_regions
-from featprobe.stages.tasks.anomaly import Anomaly
-from featprobe.stages.tasks.seen import seen_on_maps, seen_on_vectors
+from featprobe.stages.tasks.seen import seen_on_maps
 from featprobe.stages.tasks.settle import settled
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import ProbeReport, probe
@@ -43,7 +41,9 @@ def picture(random: np.random.Generator, spot: tuple[int, int] | None = None, si
     return pixels
 
 
-def write_pairs(root: Path, good: dict[str, int], defect: dict[str, int], ignored: dict[str, int] | None = None) -> Path:
+def write_pairs(
+    root: Path, good: dict[str, int], defect: dict[str, int], ignored: dict[str, int] | None = None
+) -> Path:
     """images/ and masks/ with a split file: so many good images, with a defect, and with an ignored region alone."""
     random = np.random.default_rng(5)
     lines = ["id,split,group"]
