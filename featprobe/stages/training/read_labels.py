@@ -59,7 +59,7 @@ def classes_of(task: str, cache: Cache, options: ProbeOptions) -> tuple[str, ...
 
 
 def check_live(task: str, cache: Cache, options: ProbeOptions) -> None:
-    """Raise ProbeError for units that a live backbone can't be trained on: images of which batches show single tiles."""
+    """Raise ProbeError for units that a live backbone can't be trained on: images of which batches show tiles."""
     on_images = SCORES[task].on == "images"
     if on_images and options.tuning and options.unit == "image" and cache.recipe.tile is not None:
         raise ProbeError(
