@@ -26,7 +26,7 @@ from featprobe.stages.extraction.missing import caches_of, make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
-from featprobe.stages.training.probe_options import CORESET, FALSE_CALLS, ProbeOptions
+from featprobe.stages.training.probe_options import SETTINGS, ProbeOptions, settings_of
 from featprobe.stages.training.read_labels import classes_of
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
@@ -170,7 +170,7 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
 
 def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -> None:
     """Raise ProbeError for an option that the head would not look at."""
-    scores, solved = SCORES[kind.task], kind.is_solved(options.regime)
+    scores, solved, plain = SCORES[kind.task], kind.is_solved(options.regime), ProbeOptions()
     is_dense, on_images = scores.dense, scores.on in ("images", "anomalies")
     dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(kind.recipe, n) for n in DENSE_ONLY}
     idle = {
@@ -180,11 +180,12 @@ def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -
         "--instances": options.instances != "own" and not scores.objects,
         **{name: given and not is_dense for name, given in dense.items()},
         **{name: dense[name] and solved for name in ("--loss", "--loss-at") if is_dense},
-        "--labels": options.labels != "own" and scores.on != "images",
-        "--unit": options.unit != "image" and not on_images,
-        "--false-calls": options.false_calls != FALSE_CALLS and not on_images,
-        "--coreset": options.coreset != CORESET and not kind.drawn,
-        "--remove-position": options.remove_position and (scores.on != "anomalies" or kind.pooled),
+        "--absent-classes": options.absent != "ignore" and on_images,
+        **{
+            f"--{name.replace('_', '-')}": getattr(options, name) != getattr(plain, name)
+            for name in SETTINGS
+            if name not in settings_of(kind)
+        },
     }
     given = [name for name, is_idle in idle.items() if is_idle]
     if given:
@@ -240,7 +241,8 @@ def find_caches(
         raise ProbeError(
             f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
             "semseg and instseg need masks in the data set's files, detect needs boxes or objects with "
-            "masks. If there are only masks of classes, use their connected parts:\n"
+            "masks, classify and anomaly need labels of images or any of these. If there are only masks of classes, use "
+            "their connected parts:\n"
             "  featprobe probe … --instances components"
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
