@@ -95,7 +95,8 @@ class Anomaly:
 
     def solve_pooled(self, head: PooledAnomalyHead, seed: int, batches: Batches, train: Rows, val: Rows) -> Solution:
         """The same for a head of one vector per unit."""
-        vectors = torch.from_numpy(pooled_vectors(self.cache, head.levels, self.asked.unit, train, quiet=True))
+        unit, say = self.asked.unit, self.notes.append
+        vectors = torch.from_numpy(pooled_vectors(self.cache, head.levels, unit, train, quiet=True, say=say))
         return self._solution(head, head.fit(lambda: [vectors], seed))
 
     def _solution(self, head: VerdictHead, fit: Fit) -> Solution:
