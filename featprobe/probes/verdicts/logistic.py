@@ -96,6 +96,7 @@ class Path:
         self.labels = own[:, self.known][:, int(self.pair) :]  # (images, columns)
         self.sigmoid = multi or self.pair
         self.rows, self.penalty, self.back = _white(vectors, mean, scale)
+        self.brief = self.rows.float()
         self.hessians: Tensor | None = None
 
     def solutions(self, strengths: Sequence[float] = STRENGTHS) -> Iterator[Solution]:
@@ -164,7 +165,8 @@ class Path:
             size, found = self._searched(point, logits, step, moves, self._total(gradient * step), value, penalty)
             if not (size > 0).any():
                 break
-            point, logits, value = point + size * step, logits + size * moves, found
+            point, value = point + size * step, found
+            logits = self.rows @ point
         return point
 
     def _newton(
@@ -176,9 +178,9 @@ class Path:
         before = first = self._total(left * along)
         count = 0
         for count in range(1, most + 1):  # noqa: B007
-            ahead = self.rows @ along
+            ahead = (self.brief @ along.float()).double()  # its rounding is corrected by the next step
             curved = shares * (1 - shares) * ahead if self.sigmoid else _curved(shares, ahead)
-            bent = self.rows.T @ curved + penalty * along
+            bent = (self.brief.T @ curved.float()).double() + penalty * along
             size = _ratio(before, self._total(along * bent))
             step, moves, left = step + size * along, moves + size * ahead, left - size * bent
             direction = solve(left)
@@ -251,7 +253,7 @@ def _white(vectors: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     else:
         rows[:, :-1] = axes * count**0.5
         back = every.T @ axes * (count**0.5 / values)
-    return rows, torch.cat([count / values, values.new_zeros(1)])[:, None], back
+    return rows, torch.cat([count / values, values.new_zeros(1)])[:, None], back * (scale > 0)[:, None]
 
 
 def _curved(shares: Tensor, ahead: Tensor) -> Tensor:
