@@ -186,8 +186,8 @@ def data_check(
 
     It looks for groups, images or near copies of images that are in two splits; empty splits; files that can't be read;
     masks whose size differs from that of their image; boxes outside their image; other bad labels; objects that an
-    image lists twice; images in two classes where one is meant; and 8-bit and 16-bit images in one data set. If it finds any of these, the exit code is 3. NAME
-    is a name from `featprobe data`, or a path.
+    image lists twice; images in two classes where one is meant; and 8-bit and 16-bit images in one data set. If it
+    finds any of these, the exit code is 3. NAME is a name from `featprobe data`, or a path.
 
     \b
     Example:

@@ -152,7 +152,16 @@ class Fit:
 
 
 class AnomalyHead(VerdictHead):
-    """A head that knows good images alone, and says how unlike them an image is, from its maps."""
+    """A head that knows good images alone, and says how unlike them an image is, from its maps.
+
+    map_threshold: a scalar, of its maps at the size of images; nan until it is set on validation.
+    """
+
+    map_threshold: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("map_threshold", torch.tensor(float("nan"), dtype=torch.float64))
 
     @property
     @abstractmethod

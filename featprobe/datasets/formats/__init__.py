@@ -219,7 +219,7 @@ FORMATS: Mapping[str, Format] = {
         near=nearest_pairs,
         last=True,
     ),
-    "labels-csv": Format(
+    "class-csv": Format(
         "labels of whole images: labels.csv of image,label[,split,group], or metadata.csv of file_name,label",
         lambda root: bool(find_tables(root)),
         read_labels,
@@ -231,7 +231,7 @@ FORMATS: Mapping[str, Format] = {
         "labels of whole images: a folder of images for each class, alone or inside train/, val/ and test/",
         lambda root: bool(find_classes(root)),
         read_classes_of_folders,
-        gives_way_to=("pairs", "labels-csv"),
+        gives_way_to=("pairs", "class-csv"),
         last=True,
     ),
 }

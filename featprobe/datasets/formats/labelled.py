@@ -4,6 +4,9 @@ Folders: CLASS/NAME.png, or {train,val,test}/CLASS/NAME.png, as torchvision's Im
 with the columns image and label, or metadata.csv with file_name and label, as in Hugging Face's imagefolder.
 """
 
+import csv
+import io
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +26,13 @@ from featprobe.datasets.images.pages import group_of, page_of, pages_of
 from featprobe.datasets.images.reading import SUFFIXES
 from featprobe.datasets.label_sets import label_names, says_good
 from featprobe.datasets.layouts import role_of
-from featprobe.datasets.names import visible
+from featprobe.datasets.names import is_hidden, visible
+from featprobe.datasets.nearness import linked_folders
 from featprobe.datasets.samples import SPLIT_WORDS, SPLITS, DataSet, Sample, listed, split_of, splits_below
 from featprobe.datasets.values import raise_all
 from featprobe.errors import DataError, counted, nearest
 from featprobe.geometry import Size
+from featprobe.io.texts import cell, uncell
 from featprobe.targets import Target
 
 LABEL_FILES = (".json", ".xml", ".txt")  # beside an image of the same name they are labels of another format
@@ -48,10 +53,10 @@ def find_classes(root: Path) -> dict[Path, tuple[str, str]]:
     """
     if not root.is_dir():
         return {}
-    top = [folder for folder in folders_in(root) if _holds_images(folder)]
+    top = _holding_images(root)
     of_splits = bool(top) and all(folder.name.lower() in SPLIT_WORDS for folder in top)
     if of_splits:
-        inner = {f: (split_of(split.name), f.name) for split in top for f in folders_in(split) if _holds_images(f)}
+        inner = {folder: (split_of(split.name), folder.name) for split in top for folder in _holding_images(split)}
         beside = any(path.suffix.lower() in SUFFIXES for split in top for path in visible(root, split.iterdir()))
         found = {} if beside else inner
     else:
@@ -61,8 +66,17 @@ def find_classes(root: Path) -> dict[Path, tuple[str, str]]:
     return found if enough and not any(map(role_of, classes)) and not _labelled_otherwise(found) else {}
 
 
+def _holding_images(folder: Path) -> list[Path]:
+    """The folders in a folder that hold images, in them or below; linked folders are not entered."""
+    return [own for own in folders_in(folder) if not own.is_symlink() and _holds_images(own)]
+
+
 def _holds_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in SUFFIXES for path in visible(folder, folder.rglob("*")))
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        if any(Path(name).suffix.lower() in SUFFIXES and not is_hidden(name) for name in names):
+            return True
+    return False
 
 
 def _labelled_otherwise(folders: Iterable[Path]) -> bool:
@@ -90,7 +104,9 @@ def read_classes_of_folders(name: str, root: Path) -> DataSet:
                 own = group_of(identity, page)
                 row = table.row(identity, own)
                 found.append(Labelled(page, (label,), row.get("group") or own, split or row.get("split") or ""))
-    notes = [*other_images(root, [*folders]), *table.notes()]
+    linked = linked_folders(root)
+    notes = [f"linked folders are not entered: {listed(linked)}"] if linked else []
+    notes += [*other_images(root, [*folders]), *table.notes()]
     return _labelled_set(name, root, found, notes, root, multi=False)
 
 
@@ -188,8 +204,8 @@ def read_labels(name: str, root: Path) -> DataSet:
 
 def _rows(root: Path, table: LabelTable) -> list[dict[str, str]]:
     path = kept_below(root, table.path)
-    return [{**row, "row": str(number)} for number, row in
-            enumerate(read_csv(path, (table.column, "label"), OPTIONAL), start=2)]  # fmt: skip
+    rows = read_csv(path, (table.column, "label"), OPTIONAL)
+    return [{name: uncell(text) for name, text in row.items()} | {"row": str(i)} for i, row in enumerate(rows, start=2)]
 
 
 def _check_rows(rows: Sequence[tuple[LabelTable, Mapping[str, str]]], multi: bool) -> None:
@@ -236,6 +252,22 @@ def _bare(root: Path, tables: Sequence[LabelTable], found: Sequence[Labelled]) -
         return []
     shown = listed([path.relative_to(root).as_posix() for path in bare])
     return [f"{tables[0].path.name} has no row for {counted(len(bare), 'image')}, which were not read: {shown}"]
+
+
+def write_labels(path: Path, rows: Sequence[tuple[str, Sequence[str], str, str]], *, multi: bool) -> None:
+    """Write a table that `read_labels` reads. rows: the image's path below the table's folder, its labels, its split
+    and its group. Texts that a spreadsheet would compute get a mark before them, as in a split file."""
+    texts = [SEVERAL.join(labels) for _, labels, _, _ in rows]
+    if multi and not any(SEVERAL in text for text in texts):  # so that it is read as one of several labels
+        first = next((i for i, text in enumerate(texts) if text), 0)
+        texts[first] += SEVERAL
+    stream = io.StringIO(newline="")
+    lines = [[own, text, split, group] for (own, _, split, group), text in zip(rows, texts, strict=True)]
+    csv.writer(stream, lineterminator="\n").writerows(
+        [("image", "label", *OPTIONAL), *([cell(text) for text in line] for line in lines)]
+    )
+    text = stream.getvalue()
+    path.write_bytes(text.encode("utf-8" if text.isascii() else "utf-8-sig"))
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

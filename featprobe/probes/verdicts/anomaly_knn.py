@@ -44,7 +44,7 @@ class AnomalyKnnHead(PooledAnomalyHead):
 
         Raises ProbeError where there are none.
         """
-        parts = [own.to(self.bank) for own in passes()]
+        parts = [own.to(self.bank, copy=True) for own in passes()]
         if not sum(map(len, parts)):
             raise ProbeError("There is no good image to train on.")
         vectors = torch.cat(parts)

@@ -143,7 +143,7 @@ def _make(
 
     how = configured(options, workspace.data_options(name))
     data = read_set(workspace, name, how)
-    if task is not None and task not in data.tasks:
+    if task is not None and task not in data.serves:
         say(f"left out: {name} holds no labels for {task}")
         return False
     for backbone in backbones:

@@ -18,11 +18,14 @@ from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.files import named_below
+from featprobe.datasets.formats.labelled import SEVERAL, TABLE, write_labels
 from featprobe.datasets.images.pages import page_of
 from featprobe.datasets.images.reading import image_size, read_levels, write_levels
-from featprobe.datasets.samples import SPLITS
+from featprobe.datasets.label_sets import check_held
+from featprobe.datasets.samples import SPLITS, listed
 from featprobe.errors import DataError
 from featprobe.geometry import Size
+from featprobe.image_labels import LabelNames
 from featprobe.io.disk import new_folder
 from featprobe.targets import IGNORE, Instance, Labels, Target, decode_rle, encode_rle, semantic_from_instances
 
@@ -41,12 +44,18 @@ class Converted:
 def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False) -> Converted:
     """Write a data set as COCO JSON: annotations/instances_SPLIT.json and images/, whole or not at all.
 
+    A set that has labels of whole images alone becomes labels.csv (image,label,split,group) and its images.
+
     Ids, splits, groups, classes, boxes and masks come back as they were; images and categories are numbered from 1.
     link: make symbolic links to the images instead of copies; pages are written all the same. Raises DataError for a
     sample that can't be used, and for a folder that holds something; DiskError where it can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is there and not an empty folder. Nothing was changed. Name another one.")
+    if data.label_names and data.tasks:
+        raise DataError(f"{data.root} has labels of images beside masks or objects, which COCO can't hold together.")
+    if data.label_names:
+        return _convert_labels(data, data.label_names, out, link, quiet)
     with new_folder(out) as temporary:
         images: dict[str, list[Annotation]] = {split: [] for split in SPLITS}
         annotations: dict[str, list[Annotation]] = {split: [] for split in SPLITS}
@@ -65,6 +74,29 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
             _write(temporary / "annotations" / f"instances_{split}.json", value)
     counts = ({split: len(values) for split, values in own.items()} for own in (images, annotations))
     return Converted(out, *counts)
+
+
+def _convert_labels(data: DataSet, names: LabelNames, out: Path, link: bool, quiet: bool) -> Converted:
+    """Write a set of labels of whole images as `convert` does: its images, and a table of their labels."""
+    odd = [name for name in names.names if SEVERAL in name]
+    if odd:
+        raise DataError(
+            f"{data.root} has labels with a {SEVERAL} in them, which separates labels in {TABLE}: {listed(odd)}.\n"
+            "Nothing was changed. Rename them."
+        )
+    rows, counts = [], dict.fromkeys(SPLITS, 0)
+    with new_folder(out) as temporary:
+        for sample in tqdm(data.samples, desc="converting", unit="img", disable=quiet, leave=False):
+            where = f"{data.root}, image {sample.id}"
+            held = data.read_target(sample, image_size(sample.image)).labels
+            check_held(held, names, where)
+            if held is None:
+                raise DataError(f"{where} has no label. Nothing was changed. Give it one, or remove the image.")
+            rows.append((sample.id, [names.names[own] for own in held], sample.split, sample.group))
+            counts[sample.split] += 1
+            _place(sample.image, named_below(temporary, sample.id, where), link)
+        write_labels(temporary / TABLE, rows, multi=names.multi)
+    return Converted(out, counts, dict.fromkeys(SPLITS, 0))
 
 
 def annotations_of(target: Target, size: Size, where: str) -> list[Annotation]:

@@ -71,7 +71,7 @@ def test_another_packages_format_is_looked_for_last_and_its_errors_are_named(
         r"holds no data set that can be read\.\n  found   boxes\.csv.*\n  nearest pairs: .*\n  there   4 images in ",
         said,
     )
-    assert f"featprobe data info {root} --format NAME" in said and len(said.splitlines()) == 7
+    assert f"featprobe data info {root} --format NAME" in said and len(said.splitlines()) == 8
     assert "  wanted  YOLO: data.yaml" in refused(root, "yolo")
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert objects_of(read_data("set", root), "p1.png")[0].box_xyxy == (1, 2, 5.5, 8)

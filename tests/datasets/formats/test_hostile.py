@@ -47,6 +47,10 @@ HOSTILE = {
     },
     "kolektorsdd": {"cut": "kos01/Part0_label.bmp", "gone": "kos01/Part0_label.bmp"},
     "pairs": {"cut": "train_lab/p0_gt.png", "gone": "train_lab/p0_gt.png"},
+    "class-csv": {
+        "cut": "labels.csv", "latin": "labels.csv", "paths": ("labels.csv", "a_long_name_of_a_folder/p0.png"),
+    },
+    "class-folders": {},
 }  # fmt: skip
 """By format: a file that is cut off, one in another encoding, one that is missing, a file and the path it names.
 

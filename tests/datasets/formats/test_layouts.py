@@ -531,7 +531,7 @@ def test_places_that_are_less_alike(tmp_path: Path, image: str, mask: str) -> No
         (["images/a.png"], ["nearest pairs", "lacks   masks: a folder called masks", "1 images in images/"]),
         (["masks/a.png"], ["lacks   images"]),
         (["Annotations/a.xml", "pictures/a.jpg"], ["nearest", "lacks"]),
-        (["train/good/0.png", "test/cut/0.png"], ["nearest mvtec-ad", "lacks   ground_truth"]),
+        (["train/good/0.png", "test/0.png"], ["nearest mvtec-ad", "lacks   ground_truth"]),
         (["notes.txt"], ["in a format that `featprobe data` lists"]),
     ],
 )

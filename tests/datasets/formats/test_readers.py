@@ -1037,6 +1037,22 @@ def pairs_set(root: Path) -> Path:
     return root
 
 
+def class_table(root: Path) -> Path:
+    """The first three fifths end within the name of an image."""
+    labels = ("ok", "ok", "ok", "dent", "dent", "dent")
+    rows = "".join(f"a_long_name_of_a_folder/p{i}.png,{label}\n" for i, label in enumerate(labels))
+    for i in range(len(labels)):
+        picture(root / "a_long_name_of_a_folder" / f"p{i}.png", seed=i)
+    text(root / "labels.csv", f"image,label\n{rows}")
+    return root
+
+
+def class_folders(root: Path) -> Path:
+    for i in range(8):
+        picture(root / ("good", "dent")[i % 2] / f"p{i}.png", seed=i)
+    return root
+
+
 MADE = {
     "folders": folder_set,
     "coco": coco_set,
@@ -1057,4 +1073,6 @@ MADE = {
     "visa": visa_set,
     "kolektorsdd": commutator_set,
     "pairs": pairs_set,
+    "class-csv": class_table,
+    "class-folders": class_folders,
 }

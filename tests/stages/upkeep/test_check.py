@@ -70,7 +70,7 @@ def test_a_sound_set_ends_with_0_and_its_numbers(tmp_path: Path) -> None:
     assert (code, found["spoiled"], found["findings"]) == (0, False, [])
     assert set(found) == {
         "name", "root", "classes", "tasks", "images", "instances", "splits", "sizes", "depths", "objects", "findings",
-        "notes", "spoiled",
+        "notes", "spoiled", "serves", "labels",
     }  # fmt: skip
     assert (found["images"], found["instances"], found["depths"]) == (9, None, {"8-bit grey": 9})
     assert found["sizes"] == [[SIDE, SIDE], [SIDE, SIDE]]

@@ -59,12 +59,12 @@ TO_COCO = {
 
 def labels_of(data: DataSet) -> dict[str, Any]:
     """All that a set says of each image, and of itself; areas and the annotation's own numbers left out."""
-    found: dict[str, Any] = {"": (data.classes, data.tasks)}
+    found: dict[str, Any] = {"": (data.classes, data.tasks, data.label_names)}
     for sample in data.samples:
         target = data.read_target(sample, image_size(sample.image))
         semantic = None if target.semantic is None else target.semantic.tolist()
         objects = target.instances and [(i.category, i.box_xyxy, i.rle, i.crowd) for i in target.instances]
-        found[sample.id] = sample.split, sample.group, sample.image.read_bytes(), semantic, objects
+        found[sample.id] = sample.split, sample.group, sample.image.read_bytes(), semantic, objects, target.labels
     return found
 
 
@@ -108,8 +108,10 @@ def test_a_set_comes_back_from_coco_as_it_was(tmp_path: Path, name: str) -> None
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert sum(json.loads(result.stdout)["images"].values()) == len(data.samples)
-    assert {path.name for path in out.iterdir()} == {"annotations", "images"}
-    assert labels_of(read_data("set", out, "coco")) == labels_of(data)
+    of_images = data.label_names is not None
+    wanted = {"labels.csv", *({s.id.split("/")[0] for s in data.samples})} if of_images else {"annotations", "images"}
+    assert {path.name for path in out.iterdir()} == wanted
+    assert labels_of(read_data("set", out, "class-csv" if of_images else "coco")) == labels_of(data)
     assert labels_of(read_data("set", out)) == labels_of(data)
     if any(task == "detect" for task in data.tasks):
         loaded = COCO(str(out / "annotations" / "instances_train.json"))  # stock pycocotools reads it too
