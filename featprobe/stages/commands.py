@@ -90,8 +90,9 @@ def _recipe(row: ResultRow) -> Words:
 
 
 def _unusual(values: Mapping[str, Any], usual: Mapping[str, Any]) -> Words:
-    """Options whose value is not the usual one."""
-    return [word for name in usual if values[name] != usual[name] for word in (option_name(name), str(values[name]))]
+    """Options whose value is not the usual one; a flag stands alone."""
+    found = {name: values[name] for name in usual if name in values and values[name] != usual[name]}
+    return [word for name, own in found.items() for word in (option_name(name), *([] if own is True else [str(own)]))]
 
 
 def _tuning(row: ResultRow) -> Words:

@@ -148,7 +148,9 @@ class KnnClassifier(StandardisedHead):
 
     def _nearest(self, vectors: Tensor, count: int) -> Tensor:
         """Labels of the nearest training images, nearest first: (images, neighbours, classes), float32."""
-        _, places = nearest(self._of_length_1(vectors), self.bank, count)  # on the sphere the order is that of the cosine
+        _, places = nearest(
+            self._of_length_1(vectors), self.bank, count
+        )  # on the sphere the order is that of the cosine
         return self.votes[places].float()
 
     def _logits(self, found: Tensor, count: int) -> Tensor:
