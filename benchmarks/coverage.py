@@ -10,7 +10,8 @@ tested for a difference on the same images; and two such pairs, each on a test s
 
 In another world systems are trained: each seed has a part of its own. There procedures that are equal, each with a few
 seeds, are tested for a difference by the function that `compare` calls (see _seeds.py). --groups-only counts groups
-alone there, as if seeds did nothing: a control, which must fail.
+alone there, as if seeds did nothing: a control, which must fail. A third world has scores of whole images (see
+_images.py); --world images looks at that one alone.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from multiprocessing import get_context
 
 import numpy as np
 from _bench import positive, print_table
+from _images import EQUALS, images_hold, json_of_images, look_at_images, rows_of_images
 from _seeds import RESULTS, TABLES, json_of_seeds, look_at_seeds, power, rows_of_seeds, seeds_hold
 from numpy.typing import NDArray
 from scipy.stats import t as student
@@ -324,9 +326,26 @@ def main() -> None:
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups-only", action="store_true", help="count no seeds; a control that must fail")
+    parser.add_argument("--world", choices=["all", "images"], default="all", help="the world of whole images alone")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the children: their matrices are too small to be shared out
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        images = look_at_images(pool, options.replications, options.seed)
+        print("whole images: percent of the test splits whose interval holds the score, or that show equals to differ")
+        print_table(rows_of_images(images))
+        if options.world == "images":
+            result = {
+                "name": "coverage of image scores",
+                "ratio": round(images["common", "auroc", str(AT)].share, 4),
+                "target": LEAST[AT],
+                "holds": images_hold(images),
+                "cpus": os.cpu_count(),
+                "replications": options.replications,
+                "resamples": RESAMPLES,
+                "rejected": round(images["common", EQUALS, str(AT)].share, 4),
+                **json_of_images(images),
+            }
+            return print(json.dumps(result))
         tallies = run(pool, options.replications, options.seed)
         counts = look_at_seeds(pool, options.replications, options.seed, counted=not options.groups_only)
     print("percent of the test splits whose interval holds the score, or that show a difference (mean width in points)")
@@ -344,13 +363,14 @@ def main() -> None:
         "name": "coverage",
         "ratio": round(covered[AT], 4),
         "target": LEAST[AT],
-        "holds": parts_hold and seeds_hold(counts),
+        "holds": parts_hold and seeds_hold(counts) and images_hold(images),
         "cpus": os.cpu_count(),
         "replications": options.replications,
         "resamples": RESAMPLES,
         "rejected": round(rejected, 4),
         "shares": shares(tallies),
         **json_of_seeds(counts),
+        **json_of_images(images),
     }
     print(json.dumps(result))
 

@@ -49,7 +49,7 @@ def main() -> None:
         for fraction in options.fractions:
             usual = ProbeOptions(seeds=options.seeds, fractions=(fraction,), quiet=True)
             found, iterations = scores_of(workspace, usual)
-            recipe = replace(KINDS["linear"].recipe, weights_from="end")
+            recipe = replace(KINDS["semseg", "linear"].recipe, weights_from="end")
             short = {
                 n: scores_of(workspace, replace(usual, recipe=replace(recipe, iterations=n), budget="fixed"))[0]
                 for n in SHORT

@@ -44,7 +44,7 @@ def train(workspace: Workspace) -> list[Statistic]:
     """The score of each seed, over the groups of the test split."""
     spec = workspace.backbone(BACKBONE)
     extract(workspace, spec, DATA, ExtractOptions(size=SIZE, quiet=True))
-    recipe = replace(KINDS["linear"].recipe, iterations=ITERATIONS, loss_at="level")
+    recipe = replace(KINDS["semseg", "linear"].recipe, iterations=ITERATIONS, loss_at="level")
     options = ProbeOptions(head="linear", recipe=recipe, seeds=SEEDS, quiet=True)
     rows = probe(workspace, "semseg", [DATA], [spec.label], options).rows
     (result,), _, _ = load_results(workspace.probes, {row["folder"] for row in rows})

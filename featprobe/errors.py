@@ -8,6 +8,7 @@
     ├── CacheError                a cache file: its place, version, identity, contents
     │   ├── CacheBusyError        another process is writing the same rows
     │   ├── CacheIncompleteError  rows are missing
+    │   ├── NoMapsError           pooled features alone, where maps are wanted
     │   └── OverflowsDtypeError   a feature does not fit the cache's number format
     ├── ProbeError                a head, a saved head, a training recipe
     │   └── DivergedError         a training whose loss is not finite any more

@@ -15,6 +15,8 @@ PyramidKind = Literal["auto", "levels", "simple"]
 LOSSES = ("ce", "dice", "focal")
 MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
 FROZEN: Final = "frozen"  # the regime of stored features
+FALSE_CALLS = 0.05  # share of good units that a threshold lets be called, where the user says nothing
+CORESET = 0.01  # share of patches that a memory of patches keeps, where the user says nothing
 SEEDS = 3  # of every trained head, and of a solved one on a part of the training split, where the user says nothing
 
 

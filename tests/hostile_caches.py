@@ -412,6 +412,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "a mean of one": {"mean": "x"},
     "an unknown field": {"strange": 1},
     "a size of nothing": {"size": None},
+    "pooled features beside maps": {"store": "pooled"},
+    "pooled features of codes": {"store": "pooled", "dtype": "int8"},
+    "an unknown store": {"store": "vectors"},
     "a window of texts": {"window": ["a", "b"]},
 }
 """What a recipe says that none can."""

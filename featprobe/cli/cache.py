@@ -68,7 +68,7 @@ def cache_ls(ctx: click.Context, json_: bool) -> None:
             Path(c["path"]).relative_to(workspace.cache).as_posix(),
             c["recipe"]["label"],
             "x".join(map(str, c["recipe"]["frame"])),
-            c["kept_as"],
+            _kept_text(c["recipe"]),
             f"{c['whole']} of {c['rows']}",
             _bytes_text(c),
             _version_text(c["version"]),
@@ -113,12 +113,12 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("final norm", recipe["final_norm"]),
             ("frame", f"{_size_text(recipe['frame'])} ({recipe['fit']} to {_size_text(recipe['size'])})"),
             ("shown", _parts_text(recipe)),
-            ("dtype", c["kept_as"]),
+            ("dtype", _kept_text(recipe)),
             ("precision", _precision_text(recipe, c["may_hold_tf32"])),
             ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
             ("data", f"{origin['name']}: {origin['root']}"),
             ("classes", ", ".join(origin["classes"])),
-            ("tasks", ", ".join(origin["tasks"])),
+            ("tasks", _tasks_text(c)),
             ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
             ("key", c["key"]),
             ("command", c["command"]),
@@ -321,10 +321,25 @@ def _bytes_text(found: dict[str, Any]) -> str:
     """The size of a cache, and of what was pooled from it; of which levels, where they were looked at."""
     from featprobe.machine import human_bytes
 
-    if not found["pooled_bytes"]:
+    if "pooled_bytes" not in found:
         return human_bytes(found["bytes"])
     of = f" from {', '.join(found['pooled_levels'])}" if found.get("pooled_levels") else ""
     return f"{human_bytes(found['bytes'])} + {human_bytes(found['pooled_bytes'])} pooled{of}"
+
+
+def _kept_text(recipe: dict[str, Any]) -> str:
+    from featprobe.specs import FeatureRecipe
+
+    return FeatureRecipe.from_json(recipe).kept_as
+
+
+def _tasks_text(found: dict[str, Any]) -> str:
+    """The tasks that a cache serves; of pooled features with the heads that read them."""
+    from featprobe.specs import DataInfo
+
+    if "serves" in found:
+        return ", ".join(f"{task} ({', '.join(heads)})" for task, heads in found["serves"].items())
+    return ", ".join(DataInfo.from_json(found["data"]).serves)
 
 
 def _parts_text(recipe: dict[str, Any]) -> str:

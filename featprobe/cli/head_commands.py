@@ -53,6 +53,7 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --task semseg --head upsample --fraction 0.1,0.3,1
       torchrun --nproc-per-node 2 -m featprobe probe --task detect --data surface
       featprobe probe --data xray --split group:5
+      featprobe probe --task classify --data xray --labels defect
       featprobe probe --extract --data xray --backbone embedded
     """
     from featprobe.processes import is_main
@@ -201,7 +202,7 @@ def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **option
     """Apply a saved head to new images.
 
     HEAD is a folder that `probe` or `finetune` has written; its card names the backbone and the preprocessing. IMAGES
-    are files and folders. The command writes masks or a COCO JSON file, and overlays.
+    are files and folders. The command writes masks, a COCO JSON file or a CSV file of labels, and overlays.
 
     \b
     Example:
@@ -258,6 +259,11 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
         shared_order=options["shared_order"],
         fractions=options["fraction"] or (1.0,),
         instances=options["instances"],
+        labels=options["labels"],
+        unit=options["unit"],
+        false_calls=options["false_calls"],
+        coreset=options["coreset"],
+        remove_position=options["remove_position"],
         split=options["split"],
         absent=options["absent_classes"],
         device=options["device"],

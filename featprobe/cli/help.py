@@ -75,6 +75,12 @@ def by_kind(value: Callable[[HeadKind], object], kinds: Iterable[HeadKind]) -> s
 
 TRAINED = [kind for kind in KINDS.values() if kind.live]
 DENSE = [kind for kind in TRAINED if SCORES[kind.task].dense]
+ON_IMAGES = [task for task in TASKS if SCORES[task].on == "images"]
+OF_UNITS = [task for task in TASKS if SCORES[task].on in ("images", "anomalies")]
+"""Tasks that judge whole images, or tiles."""
+DRAWN = [kind.name for kind in KINDS.values() if kind.drawn]
+ON_MAPS = [kind.name for kind in KINDS.values() if SCORES[kind.task].on == "anomalies" and not kind.pooled]
+"""Kinds of heads that --coreset and --remove-position are for."""
 ALL_KINDS = "; ".join(f"{task}: {', '.join(kinds_of(task))}" for task in TASKS)
 ALL_TASKS = listed(TASKS)
 SEEDS_TEXT = f"{SEEDS}; 1 for {listed(SOLVED)} on all training images"

@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from featprobe.cli.help import ALL_KINDS, SEEDS_TEXT, default_of, default_width, listed, under
+from featprobe.cli.help import (
+    ALL_KINDS,
+    DRAWN,
+    OF_UNITS,
+    ON_IMAGES,
+    ON_MAPS,
+    SEEDS_TEXT,
+    default_of,
+    default_width,
+    listed,
+    under,
+)
 from featprobe.io.texts import printable
-from featprobe.kinds import LOSSES
+from featprobe.kinds import CORESET, FALSE_CALLS, LOSSES
 
 if TYPE_CHECKING:
     from featprobe.stages.workspace import Workspace
@@ -230,6 +241,21 @@ _HEAD = [
         show_default=True,
         help="Which objects detect and instseg learn: those of the data set, or the connected components of its masks.",
     ),
+    wanted(
+        "--labels",
+        type=click.Choice(["own", "defect", "classes"]),
+        default="own",
+        show_default=True,
+        help=f"What {listed(ON_IMAGES)} learns of images: own (the labels that the data set gives them), defect (if "
+        "they show one) or classes (which of those of masks or objects they show).",
+    ),
+    wanted(
+        "--unit",
+        type=click.Choice(["image", "tile"]),
+        default="image",
+        show_default=True,
+        help=f"What {listed(OF_UNITS)} judges: whole images, or each tile of a cache of tiles.",
+    ),
     wanted("--follow-links", **_LINKS),
     head("--head", metavar="KIND", help=f"The kind of head. {ALL_KINDS}.  [default: the first of the task]"),
     head("--levels", metavar="LIST", help="Levels that the head uses, separated by commas.  [default: all]"),
@@ -244,6 +270,16 @@ _HEAD = [
         show_default=True,
         help="What the head is built on: the levels as they are, or a simple pyramid made from the last level. auto "
         "takes simple for a ViT.",
+    ),
+    head(
+        "--coreset", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE", default=CORESET, show_default=True,
+        help=f"Which share of the patches of good images {listed(DRAWN)} keeps.",
+    ),
+    head(
+        "--remove-position",
+        is_flag=True,
+        help=f"For {listed(ON_MAPS)}: subtract the mean map of the good training images, which is what a backbone says "
+        "of a place whatever it shows.",
     ),
     training(
         "--iterations",
@@ -293,6 +329,14 @@ _HEAD = [
         help="Show images to all seeds in one order. This is faster, but the spread over seeds becomes narrower.",
     ),
     device,
+    output(
+        "--false-calls",
+        type=click.FloatRange(0, 1, max_open=True),
+        metavar="RATE",
+        default=FALSE_CALLS,
+        show_default=True,
+        help=f"For {listed(OF_UNITS)}: which share of the good validation images may lie above the threshold.",
+    ),
     output(
         "--absent-classes",
         type=click.Choice(["zero", "ignore"]),

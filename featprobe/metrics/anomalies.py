@@ -9,7 +9,7 @@ Bergmann et al., The MVTec Anomaly Detection Dataset (2021), for AUPRO.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -152,7 +152,8 @@ def _image_f1(found: ScoredAnomalies, groups: Groups) -> Statistic:
         return no_score(groups)
     every = (found.called & ~found.good, ~found.good, found.called)
     hit, defect, called = (members(groups) @ own.astype(float)[:, None] for own in every)
-    return ratios(2 * hit, defect + called, groups)
+    f1 = ratios(2 * hit, defect + called, groups)
+    return replace(f1, value=lambda weights: np.where((weights @ defect)[:, 0] > 0, f1.value(weights), np.nan))
 
 
 def _image_recall(found: ScoredAnomalies, groups: Groups) -> Statistic:

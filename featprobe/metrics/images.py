@@ -2,7 +2,8 @@
 
 A unit is an image, or a tile. Labels that the truth lacks take no part, and which take part is decided on the whole
 test split, as for pixels. Of two exclusive labels of which one says "good" only the other is ranked: a high average
-precision of good units says nothing where most are good.
+precision of good units says nothing where most are good. A resample with no defect unit, or no good one, has no score
+that needs both, see ranked.py.
 """
 
 import io
@@ -191,13 +192,28 @@ def _ranked(images: ScoredImages, groups: Groups, label: int, precision: bool) -
 
 
 def _auroc(images: ScoredImages, groups: Groups) -> Statistic:
-    every = [_ranked(images, groups, label, precision=False) for label in images.ranked]
-    return mean_of(every) if every else no_score(groups)
+    return mean_over_labels([_ranked(images, groups, label, precision=False) for label in images.ranked], groups)
 
 
 def _average_precision(images: ScoredImages, groups: Groups) -> Statistic:
-    every = [_ranked(images, groups, label, precision=True) for label in images.ranked]
-    return mean_of(every) if every else no_score(groups)
+    return mean_over_labels([_ranked(images, groups, label, precision=True) for label in images.ranked], groups)
+
+
+def mean_over_labels(every: Sequence[Statistic], groups: Groups) -> Statistic:
+    """The mean over labels, all of which count in every resample: one that a resample lacks has its score on the split.
+
+    A resample that lacks all of them has no score.
+    """
+    if len(every) < 2:
+        return every[0] if every else no_score(groups)
+    whole = np.array([value_of(own) for own in every])
+
+    def value(weights: Floats) -> Floats:
+        found = np.stack([own.value(weights) for own in every], axis=1)  # (resamples, labels)
+        lacking = np.isnan(found)
+        return np.where(lacking.all(1), np.nan, np.where(lacking, whole, found).mean(1))
+
+    return Statistic(value, mean_of(every).influence, (groups[0],))
 
 
 def _balanced_accuracy(images: ScoredImages, groups: Groups) -> Statistic:
@@ -251,8 +267,16 @@ def members(groups: Groups) -> Any:
 
 
 def ratios(part: Floats, whole: Floats, groups: Groups) -> Statistic:
-    """The mean of ratios of sums over groups, both (groups, ratios); a resample holds those that it can't have."""
-    return Statistic(*mean_ratio(part, whole), (groups[0],))
+    """The mean of ratios of sums over groups, both (groups, ratios).
+
+    A ratio that a resample lacks has its value on the whole split; one that lacks all of them has no score.
+    """
+    mean, influence = mean_ratio(part, whole)
+
+    def value(weights: Floats) -> Floats:
+        return np.where((weights @ whole > 0).any(1), mean(weights), np.nan)
+
+    return Statistic(value, influence, (groups[0],))
 
 
 def called_of(among: NDArray[np.bool_] | None, called: NDArray[np.bool_] | None, groups: Groups) -> Statistic:

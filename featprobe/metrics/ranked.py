@@ -4,7 +4,8 @@ A ranking says, for each group, how much of what is to be found (positives) and 
 some distinct scores, the highest first: numbers of images or pixels, or shares of regions. Equal scores are one entry,
 so ties count half in an area, and as one threshold in average precision. An area is a function of weighted sums over
 groups; its derivatives by them are exact, and with them the influences of groups. A resample without positives or
-without negatives has no area: it takes that of the whole test split ("hold", as ResampledAp has it).
+without negatives has no area. With positives in one or two groups many resamples have none, and an interval from bound
+to bound says that such groups show nothing of others.
 """
 
 from collections.abc import Callable
@@ -61,7 +62,7 @@ class Ranking:
         def value(weights: Floats) -> Floats:
             every = (weights @ up) * (weights @ down)
             return np.divide(
-                ((weights @ pairs) * weights).sum(1), every, out=np.full(len(every), whole), where=every > 0
+                ((weights @ pairs) * weights).sum(1), every, out=np.full(len(every), np.nan), where=every > 0
             )
 
         def influence(weights: Floats) -> Floats:
@@ -69,12 +70,8 @@ class Ranking:
             known = ups * downs > 0
             ups, downs = (np.where(known, part, np.inf)[:, None] for part in (ups, downs))  # inf: no influence
             moved = (weights @ pairs + weights @ pairs.T) / (ups * downs)
-            return moved - area[:, None] * (up / ups + down / downs)
+            return moved - np.where(known, area, 0)[:, None] * (up / ups + down / downs)
 
-        whole = np.nan
-        (whole,) = value(np.ones((1, len(names)))).tolist()
-        if np.isnan(whole):
-            return Statistic(value, lambda weights: np.zeros(weights.shape), (names,))
         return Statistic(value, influence, (names,))
 
     def statistic(self, curve: Curve, names: Names) -> Statistic:
@@ -89,7 +86,7 @@ class Ranking:
 
         def area(weights: Floats) -> Floats:
             positive, negative, known = sums(weights)
-            found = np.full(len(weights), whole)
+            found = np.full(len(weights), np.nan)
             if known.any():
                 found[known] = curve(positive[:, known], negative[:, known])[0]
             return found
@@ -107,8 +104,6 @@ class Ranking:
                 [function(weights[:0]), *(function(weights[i : i + step]) for i in range(0, len(weights), step))]
             )
 
-        whole = np.nan
-        (whole,) = area(np.ones((1, len(names)))).tolist()
         return Statistic(in_steps(area), in_steps(influence), (names,))
 
 

@@ -6,7 +6,7 @@ training loop, scores, files, prediction, fine-tuning, and the tests of `tests/p
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -84,9 +84,11 @@ class VerdictHead(Head):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         for name in self.banks:
             held, found = getattr(self, name), state_dict.get(prefix + name)
-            if isinstance(found, Tensor) and found.dim() == held.dim() and found.shape[1:] == held.shape[1:]:
+            if isinstance(found, Tensor) and (found.shape[1:], found.dtype) == (held.shape[1:], held.dtype):
                 setattr(self, name, held.new_empty(found.shape))
         super()._load_from_state_dict(state_dict, prefix, *more)
+        faulty = [name for name in self.banks if not getattr(self, name).isfinite().all()]
+        more[-1].extend(f"{name} holds values that are not finite" for name in faulty)
 
 
 class ImageHead(VerdictHead):
@@ -138,13 +140,42 @@ class Anomalies:
     maps: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What was decided as a head was fitted to good images.
+
+    chosen: plain values, as a result row keeps them. notes: what people must know of it, a text each.
+    """
+
+    chosen: Mapping[str, Any]
+    notes: Sequence[str]
+
+
 class AnomalyHead(VerdictHead):
-    """A head that knows good images alone, and says how unlike them an image is, from its maps."""
+    """A head that knows good images alone, and says how unlike them an image is, from its maps.
+
+    map_threshold: a scalar, of its maps at the size of images; nan until it is set on validation.
+    """
+
+    map_threshold: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("map_threshold", torch.tensor(float("nan"), dtype=torch.float64))
 
     @property
     @abstractmethod
     def stride(self) -> int:
         """Frame pixels per cell of its maps, along both axes."""
+
+    @abstractmethod
+    def fit(self, passes: Callable[[], Iterable[Features]], seed: int, *, coreset: float, remove_position: bool) -> Fit:
+        """Set its buffers from good images. Raises ProbeError where there are none.
+
+        passes: gives their features, always in the same order, each time that it is called; a batch is read before the
+        next is asked for. seed: of all that is drawn. coreset: the share of the cells that a bank keeps, in (0, 1].
+        remove_position: whether the mean map of good images is taken from each map.
+        """
 
     @abstractmethod
     def forward(self, features: Features) -> Anomalies:
@@ -157,6 +188,10 @@ class AnomalyHead(VerdictHead):
 
 class PooledAnomalyHead(VerdictHead):
     """The same from one vector per image, without maps."""
+
+    @abstractmethod
+    def fit(self, passes: Callable[[], Iterable[Tensor]], seed: int) -> Fit:
+        """Set its buffers from the vectors of good images, (images, values) each; else as AnomalyHead.fit."""
 
     @abstractmethod
     def forward(self, vectors: Tensor) -> Anomalies:

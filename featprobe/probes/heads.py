@@ -16,6 +16,11 @@ from featprobe.probes.head import Head
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
+from featprobe.probes.verdicts.anomaly_knn import AnomalyKnnHead
+from featprobe.probes.verdicts.classifiers import KnnClassifier, LinearClassifier
+from featprobe.probes.verdicts.gaussian import GaussianHead
+from featprobe.probes.verdicts.map_heads import default_levels
+from featprobe.probes.verdicts.patchcore import PatchCoreHead
 from featprobe.scores import SCORES, On
 from featprobe.specs import MOST_CLASSES
 
@@ -94,8 +99,28 @@ def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
     return RcnnHead(levels, len(recipe.classes), _width(recipe), recipe.sides, recipe.pyramid, masks)
 
 
-OF_IMAGES: Mapping[str, Build] = {}
-OF_ANOMALIES: Mapping[str, Build] = {}
+def _patchcore(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    return PatchCoreHead(levels if recipe.levels else default_levels(levels))
+
+
+def _gaussian(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    return GaussianHead(levels if recipe.levels else default_levels(levels))
+
+
+def _anomaly_knn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    return AnomalyKnnHead(levels)
+
+
+def _classifier(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    return LinearClassifier(levels, len(recipe.classes))
+
+
+def _nearest_labels(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    return KnnClassifier(levels, len(recipe.classes))
+
+
+OF_IMAGES: Mapping[str, Build] = {"linear": _classifier, "knn": _nearest_labels}
+OF_ANOMALIES: Mapping[str, Build] = {"patchcore": _patchcore, "gaussian": _gaussian, "knn": _anomaly_knn}
 BUILDERS: Mapping[On, Mapping[str, Build]] = {
     "pixels": {"linear": _linear, "upsample": _upsample, "ridge": _linear},
     "boxes": {"fcos": _fcos, "fasterrcnn": _rcnn},

@@ -299,3 +299,27 @@ def _gap_sentence(gap: Line) -> str:
         late = "before, but not after, correction for multiple comparisons"
         return f"{start} {lead} is {larger} on {where} {late} {found}.{caution}"
     return f"{start} {lead} is not shown to differ between {gap['first']} and {gap['second']} {found}.{caution}"
+
+
+# ---- good images alone -----------------------------------------------------------------------------------------------
+
+
+def behind_sentences(lines: Sequence[Line]) -> tuple[str, ...]:
+    """One sentence per backbone: how far its anomaly head stands behind its supervised one on the same test units."""
+    return tuple(_behind_sentence(line) for line in lines)
+
+
+def _behind_sentence(line: Line) -> str:
+    label, lead = LABELS[line["score"]], line["behind"]
+    regime = "" if line["supervised_regime"] == "frozen" else f"{line['supervised_regime']}, "
+    start = f"{line['data']}, {line['backbone']}: {line['anomaly_head']}, which saw good images alone,"
+    than = f"{regime}{line['supervised_head']}, which saw labels too"
+    if isnan(lead):
+        return f"{start} can't be compared with {than}: the test split has no {label}."
+    few = f" It rests on only {counted(line['groups'], 'test group')}." if line["groups"] < FEW_GROUPS else ""
+    ends, stands = (line["low"], line["high"]), "behind"
+    if lead < 0:
+        ends, stands = (-line["high"], -line["low"]), "ahead of"
+    interval = f"95 % interval {interval_text(*ends, '+.1f')}" if not isnan(ends[0]) else interval_text(*ends)
+    level = "; these test groups do not tell it from 0" if line["low"] <= 0 <= line["high"] else ""
+    return f"{start} stands {number(100 * abs(lead))} points of {label} {stands} {than} ({interval}){level}.{few}"

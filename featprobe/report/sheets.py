@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from featprobe.io.disk import write_whole
+from featprobe.report.heat import Heat, draw_scale, paint
 from featprobe.targets import IGNORE, Instance, Labels, semantic_from_instances
 
 COLOURS = np.array(
@@ -30,7 +31,8 @@ class Panel:
     """One picture of a sheet: a grey or colour image in [0, 1], and what is drawn over it.
 
     Of objects the boxes are drawn, and their masks where all have one. text: lines below the picture, which go on in
-    the next line where they are longer than its width; in red where what they say is wrong.
+    the next line where they are longer than its width; in red where what they say is wrong. heat: a map of the image's
+    pixels, whose scale stands below a sheet.
     """
 
     image: NDArray[np.float32]
@@ -38,6 +40,7 @@ class Panel:
     instances: tuple[Instance, ...] = ()
     text: tuple[str, ...] = ()
     wrong: bool = False
+    heat: Heat | None = None
 
 
 def save_sheet(
@@ -51,6 +54,9 @@ def save_sheet(
     width = max(len(columns) * (TILE + GAP) + GAP, 480)
     ignored = any(panel.labels is not None and IGNORE in panel.labels for _, panels in rows for panel in panels)
     legend = draw_legend(classes, width, ignored=ignored)
+    heat = next((panel.heat for _, panels in rows for panel in panels if panel.heat), None)
+    if heat:
+        legend = _below(legend, draw_scale(heat, legend.width, FONT))
     titles = [_lines(title, TILE) for title in columns]
     tiles = [
         (_lines(caption, legend.width - 2 * GAP), [draw_panel(panel, TILE, classes) for panel in panels])
@@ -138,14 +144,19 @@ def draw_legend(classes: Sequence[str], width: int, *, ignored: bool = False) ->
     return strip
 
 
+def _below(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """Two pictures, one below the other, on white."""
+    whole = Image.new("RGB", (max(upper.width, lower.width), upper.height + lower.height), "white")
+    whole.paste(upper, (0, 0))
+    whole.paste(lower, (0, upper.height))
+    return whole
+
+
 def draw_overlay(panel: Panel, classes: Sequence[str]) -> Image.Image:
     """A panel at its image's own size, with the classes' colours on a strip below it."""
     picture = draw_panel(panel, classes=classes)
-    legend = draw_legend(classes, picture.width)
-    whole = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
-    whole.paste(picture, (0, 0))
-    whole.paste(legend, (0, picture.height))
-    return whole
+    whole = _below(picture, draw_legend(classes, picture.width))
+    return _below(whole, draw_scale(panel.heat, whole.width, FONT)) if panel.heat else whole
 
 
 def draw_panel(panel: Panel, longest: int | None = None, classes: Sequence[str] = ()) -> Image.Image:
@@ -159,6 +170,8 @@ def draw_panel(panel: Panel, longest: int | None = None, classes: Sequence[str] 
     picture = Image.fromarray((image * 255).round().astype(np.uint8))
     if longest is not None:
         picture = picture.resize(size, Image.Resampling.BILINEAR)
+    if panel.heat is not None:
+        picture = paint(picture, panel.heat)
     if panel.labels is not None:
         picture = _overlay(picture, panel.labels, classes)
     painted = semantic_from_instances(panel.instances, image.shape[:2]) if panel.instances else None

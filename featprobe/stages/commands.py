@@ -66,7 +66,8 @@ def _train(row: ResultRow, head: AskedHead, last: int) -> str:
     words += ["--width", str(head.width)] if head.width is not None else []
     words += _unusual(asdict(head), {"pyramid": "auto"})
     words += _recipe(row)
-    words += _unusual(row.settings.options(), USUAL_SETTINGS) if row.settings else []
+    settings = row.settings.options() if row.settings else {}
+    words += _unusual(settings, {name: USUAL_SETTINGS[name] for name in settings})
     words += ["--shared-order"] if row.shared_order else []
     words += ["--fraction", f"{row.fraction:g}"] if row.fraction != 1 else []
     words += _unusual(row.to_json(), {"instances": "own", "split": "own", "absent_classes": "ignore"})
@@ -89,8 +90,9 @@ def _recipe(row: ResultRow) -> Words:
 
 
 def _unusual(values: Mapping[str, Any], usual: Mapping[str, Any]) -> Words:
-    """Options whose value is not the usual one."""
-    return [word for name in usual if values[name] != usual[name] for word in (option_name(name), str(values[name]))]
+    """Options whose value is not the usual one; a flag stands alone."""
+    found = {name: values[name] for name in usual if name in values and values[name] != usual[name]}
+    return [word for name, own in found.items() for word in (option_name(name), *([] if own is True else [str(own)]))]
 
 
 def _tuning(row: ResultRow) -> Words:

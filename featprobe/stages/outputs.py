@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,23 +20,33 @@ from featprobe.datasets.images.pages import page_of
 from featprobe.errors import ProbeError
 from featprobe.features import Features, Pooled, pool
 from featprobe.geometry import Part, Placement, Size
-from featprobe.image_labels import names_by
+from featprobe.image_labels import Unit, names_by
 from featprobe.io.texts import cell
+from featprobe.kinds import kind_of
 from featprobe.metrics.images import defect_scores
 from featprobe.probes import DenseHead, ObjectHead, objects_at_original
-from featprobe.probes.head import ImageHead
+from featprobe.probes.head import AnomalyHead, ImageHead, PooledAnomalyHead, VerdictHead
+from featprobe.report.heat import Heat
 from featprobe.report.sheets import Panel, colour_of, png
 from featprobe.result_rows import ResultRow
 from featprobe.scores import On
 from featprobe.specs import DataInfo
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
-from featprobe.stages.tasks.classification import colours_of, decided, label_text, probabilities_of, tile_boxes
+from featprobe.stages.tasks.anomaly import verdict_text
+from featprobe.stages.tasks.classification import (
+    balanced,
+    colours_of,
+    decided,
+    label_text,
+    probabilities_of,
+    tile_boxes,
+)
 from featprobe.stages.tasks.detection import coco_results
+from featprobe.stages.tasks.seen import Seen, joined, pieces_of
+from featprobe.stages.tasks.settle import verdict
 from featprobe.targets import Labels, decode_rle
 
 SHOWN_FROM = 0.3  # least score of a detection in an overlay
-CALLED, PASSED = "called", "passed"
-"""What a threshold says of an image: it is taken for one with a defect, or for a good one."""
 F = TypeVar("F")
 T = TypeVar("T")
 
@@ -74,11 +85,13 @@ Batches = Iterator[tuple[Sequence[Piece], Features]]
 class Output(ABC, Generic[F]):
     """What one kind of head gives. F: what it finds in an image; its pixels are those of the original image.
 
-    files: what is written, for people. classes: what overlays have colours for, the background first.
+    files: what is written, for people. classes: what overlays have colours for, the background first. notes: what a
+    user should know of all of it.
     """
 
     files: tuple[str, ...]
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[F]:
@@ -179,6 +192,11 @@ class ImageVerdicts(Output[list[Verdict]]):
         self.unit, self.names = settings.unit, names_by(settings.labels, data.label_names, data.classes)
         self.classes = colours_of(self.names) if self.unit == "tile" else ()
         self.good = None if self.names.good is None else self.names.names.index(self.names.good)
+        shares = ", ".join(f"{n} {100 * p:.0f} %" for n, p in zip(self.names.names, self._prior.tolist(), strict=True))
+        self.notes = (
+            "labels are decided as if all were equally frequent; the probabilities in labels.csv are for images as "
+            f"frequent as in training ({shares})",
+        )
 
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[list[Verdict]]:
         """A verdict on the image, or one on each of its tiles."""
@@ -189,7 +207,7 @@ class ImageVerdicts(Output[list[Verdict]]):
             index = torch.tensor([piece.image for piece in pieces], device=self.head.prior.device)
             every = every.joined(index, len(sizes))
         shares = probabilities_of(self.head(every.vectors(self.head.levels)), self.names)
-        said = decided(shares, self.head.prior.cpu().numpy(), self.names)
+        said = decided(shares, self._prior, self.names)
         if self.unit == "image":
             yield from ([Verdict(p, own)] for p, own in zip(shares, said, strict=True))
             return
@@ -201,7 +219,8 @@ class ImageVerdicts(Output[list[Verdict]]):
         """The labels below the image; of tiles, a box for each label but the good one."""
         if self.unit == "image":
             (one,) = found
-            return Panel(pixels, text=(*label_text(one.decided, one.probabilities, self.names), *self._called(one)))
+            shares = balanced(one.probabilities[None], self._prior, self.names)[0]
+            return Panel(pixels, text=(*label_text(one.decided, shares, self.names), *self._called(one)))
         return Panel(pixels, instances=tile_boxes([(v.part, v.decided) for v in found if v.part], self.names))
 
     def tables(self, done: Sequence[Predicted[list[Verdict]]]) -> Mapping[str, str]:
@@ -215,12 +234,17 @@ class ImageVerdicts(Output[list[Verdict]]):
         csv.writer(stream, lineterminator="\n").writerows([[cell(value) for value in line] for line in lines])
         return {"labels.csv": stream.getvalue()}
 
+    @property
+    def _prior(self) -> NDArray[np.float32]:
+        prior: NDArray[np.float32] = self.head.prior.cpu().numpy()
+        return prior
+
     def _line(self, one: Verdict) -> list[Any]:
         part = [one.part.left, one.part.top, one.part.width, one.part.height] if one.part else []
         held = [name for name, own in zip(self.names.names, one.decided.tolist(), strict=True) if own]
         score = self._score(one)
-        scores = [] if score is None else [score, *(self._called(one) or [""])]
-        return [*part, "|".join(held), *(float(p) for p in one.probabilities), *scores]
+        scores = [] if score is None else [f"{score:.6f}", *(self._called(one) or [""])]
+        return [*part, "|".join(held), *(f"{p:.6f}" for p in one.probabilities), *scores]
 
     def _score(self, one: Verdict) -> float | None:
         scores = defect_scores(one.probabilities[None], self.names.multi, self.good)
@@ -228,8 +252,114 @@ class ImageVerdicts(Output[list[Verdict]]):
 
     def _called(self, one: Verdict) -> list[str]:
         """Whether the score is above the threshold; nothing where there is none."""
-        score, threshold = self._score(one), float(self.head.threshold)
-        return [] if score is None or np.isnan(threshold) else [CALLED if score > threshold else PASSED]
+        score = self._score(one)
+        said = "" if score is None else verdict(score, float(self.head.threshold))
+        return [said] if said else []
+
+
+class HeatMaps(Output[Seen]):
+    """Scores of images in one CSV file, and a heat map of each.
+
+    The maps are TIFF files of 32-bit floating point: the values of the pixels of the original image.
+    """
+
+    files = ("scores.csv", "maps/", "overlays/")
+    classes = ()
+
+    def __init__(self, head: AnomalyHead, card: Mapping[str, Any]) -> None:
+        self.head, self.notes, self.unit = head, _notes_on(head, card), _unit_of(card)
+
+    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[Seen]:
+        """The score and the map."""
+        pieces = _each(partial(pieces_of, self.head), batches)
+        for size, (_, own) in zip(sizes, groupby(pieces, _image_of), strict=True):
+            yield joined([(found, piece.placement, piece.part) for piece, found in own], size)
+
+    def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
+        """The heat map over the image, on the scale of all maps of this head."""
+        heat = None if found.map is None else Heat(found.map.cpu().numpy(), float(self.head.map_threshold))
+        return Panel(pixels, text=verdict_text(found.score, float(self.head.threshold), self.unit), heat=heat)
+
+    def pictures(self, name: str, found: Seen) -> Mapping[str, bytes]:
+        """The map."""
+        return {} if found.map is None else {f"maps/{name}.tif": float_tiff(found.map.cpu().numpy())}
+
+    def kept(self, found: Seen) -> Seen:
+        """The score."""
+        return Seen(found.score)
+
+    def tables(self, done: Sequence[Predicted[Seen]]) -> Mapping[str, str]:
+        """A line for each image."""
+        return _scores_csv(done, float(self.head.threshold))
+
+
+class AnomalyScores(Output[Seen]):
+    """Scores of images in one CSV file, by a head without maps."""
+
+    files = ("scores.csv", "overlays/")
+    classes = ()
+
+    def __init__(self, head: PooledAnomalyHead, card: Mapping[str, Any]) -> None:
+        self.head, self.notes, self.unit = head, _notes_on(head, card), _unit_of(card)
+
+    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[Seen]:
+        """The score; of tiles that are judged each for itself, the highest."""
+        pooled = [(pieces, pool(features, self.head.levels)) for pieces, features in batches]
+        images = torch.tensor([piece.image for own, _ in pooled for piece in own], device=self.head.threshold.device)
+        every = Pooled.of_all([own for _, own in pooled])
+        if self.unit == "image":
+            every = every.joined(images, len(sizes))
+        scores = self.head(every.vectors(self.head.levels)).scores
+        if self.unit == "tile":
+            scores = scores.new_zeros(len(sizes)).index_reduce(0, images, scores, "amax", include_self=False)
+        yield from map(Seen, scores.tolist())
+
+    def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
+        """The image with its score."""
+        return Panel(pixels, text=verdict_text(found.score, float(self.head.threshold), self.unit))
+
+    def tables(self, done: Sequence[Predicted[Seen]]) -> Mapping[str, str]:
+        """A line for each image."""
+        return _scores_csv(done, float(self.head.threshold))
+
+
+def _scores_csv(done: Sequence[Predicted[Seen]], threshold: float) -> dict[str, str]:
+    """scores.csv: of each image its score, the threshold and the verdict, both empty without a threshold."""
+    stream = io.StringIO()
+    limit = "" if np.isnan(threshold) else f"{threshold:.6g}"
+    lines = [["image", "score", "threshold", "verdict"]]
+    lines += [[one.file_name, f"{one.found.score:.6g}", limit, verdict(one.found.score, threshold)] for one in done]
+    csv.writer(stream, lineterminator="\n").writerows([[cell(value) for value in line] for line in lines])
+    return {"scores.csv": stream.getvalue()}
+
+
+def _notes_on(head: VerdictHead, card: Mapping[str, Any]) -> tuple[str, ...]:
+    """What people must know of the verdicts of an anomaly head."""
+    notes = []
+    if np.isnan(float(head.threshold)):
+        notes.append("this head has no threshold: there were no good images in validation. So there are no verdicts")
+    if _unit_of(card) == "tile":
+        notes.append("this head judges tiles: an image has the highest score of its tiles")
+    return tuple(notes)
+
+
+def _unit_of(card: Mapping[str, Any]) -> Unit:
+    settings = ResultRow.from_json(card["result"]).settings
+    if settings is None:
+        raise ProbeError("The card of this head does not say whether it judges images or tiles. Train it again.")
+    return settings.unit
+
+
+def float_tiff(values: NDArray[np.float32]) -> bytes:
+    """A map, (height, width), as the bytes of a compressed TIFF file of 32-bit floating point."""
+    stream = io.BytesIO()
+    Image.fromarray(values.astype(np.float32)).save(stream, format="TIFF", compression="tiff_adobe_deflate")
+    return stream.getvalue()
+
+
+def _of_anomalies(head: Any, card: Mapping[str, Any]) -> Output[Seen]:
+    pooled = kind_of(card["head"]["task"], card["head"]["kind"]).pooled
+    return AnomalyScores(head, card) if pooled else HeatMaps(head, card)
 
 
 OUTPUTS: Mapping[On, Callable[[Any, Mapping[str, Any]], Output[Any]]] = {
@@ -237,6 +367,7 @@ OUTPUTS: Mapping[On, Callable[[Any, Mapping[str, Any]], Output[Any]]] = {
     "boxes": FoundObjects,
     "masks": FoundObjects,
     "images": ImageVerdicts,
+    "anomalies": _of_anomalies,
 }
 """What a task is scored on -> what its heads give, from a head and its card."""
 

@@ -222,7 +222,8 @@ def predict(
             bar.update(len(batch))
     for name, text in predictor.output.tables(done).items():
         write_whole(out / name, text)
-    notes = _clipped_notes(done, predictor.recipe.window) + pixel_notes([(str(one.image), one.header) for one in done])
+    notes = [*predictor.output.notes, *_clipped_notes(done, predictor.recipe.window)]
+    notes += pixel_notes([(str(one.image), one.header) for one in done])
     return PredictReport(out, len(done), predictor.output.files, tuple(left_out), tuple(notes))
 
 

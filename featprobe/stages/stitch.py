@@ -44,6 +44,23 @@ def stitched_logits(
     return [total.div_(shown) for total in sums]
 
 
+def stitched_maps(pieces: Iterable[tuple[Tensor, Part | None]], size: Size) -> Tensor:
+    """A map of a whole image of (height, width), float32: the mean of its tiles at a pixel, or the one piece as it is.
+
+    pieces: of each tile its map, (height, width), at its own size, and where it lies; no part for all of the image.
+    """
+    total, shown = torch.zeros(()), torch.zeros(())
+    for own, part in pieces:
+        if part is None:
+            return own
+        if not total.dim():
+            total, shown = own.new_zeros(size), own.new_zeros(size)
+        window = (slice(part.top, part.top + part.height), slice(part.left, part.left + part.width))
+        total[window] += own
+        shown[window] += 1
+    return total.div_(shown)
+
+
 def stitched_classes(
     pieces: Iterable[tuple[Sequence[Tensor], Placement, Part | None]], stride: int, size: Size
 ) -> list[Tensor]:

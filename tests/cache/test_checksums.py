@@ -334,7 +334,7 @@ def call(space: Workspace, words: Sequence[str]) -> Result:
     return CliRunner().invoke(cli, ["--workspace", str(space.root), *words], prog_name="featprobe")
 
 
-SHORT = replace(KINDS["linear"].recipe, iterations=4, batch_size=8, evaluations=1, loss_at="level")
+SHORT = replace(KINDS["semseg", "linear"].recipe, iterations=4, batch_size=8, evaluations=1, loss_at="level")
 
 
 @pytest.mark.parametrize("head", ["ridge", "linear"])

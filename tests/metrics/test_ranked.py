@@ -145,12 +145,26 @@ def test_both_ways_to_an_auroc_count_pairs(seed) -> None:
             assert one.value(row[None])[0] == pytest.approx(wanted, abs=1e-12)
 
 
-def test_a_resample_without_defects_takes_the_score_of_the_whole_split() -> None:
+def test_a_resample_without_defects_has_no_score() -> None:
     ranking = Ranking.of(np.array([0.9, 0.2, 0.5, 0.1]), np.array([True, False, True, False]), np.array([0, 0, 0, 1]))
     for statistic in (ranking._of_pairs(("a", "b")), ranking.statistic(precision_curve, ("a", "b"))):
         without = np.array([[0.0, 2.0]])
-        assert statistic.value(without) == statistic.value(np.ones((1, 2)))
-        assert not statistic.influence(without).any()
+        assert np.isnan(statistic.value(without)).all() and not statistic.influence(without).any()
+
+
+def test_a_label_that_a_resample_lacks_has_its_score_on_the_whole_split_in_a_mean() -> None:
+    images = drawn_images(8)
+    truth = images.truth.copy()
+    truth[:, 1:] = [1, 0]
+    truth[:4, 1:] = [0, 1]  # the last label: in the groups of four units alone
+    truth[truth[:, 0] > 0, 1:] = 0
+    images = replace(images, truth=truth, groups=tuple(f"group{i // 4}" for i in range(24)))
+    statistic, weights = image_statistic(images, "auroc"), np.array([[0.0, 1, 1, 1, 1, 2]])
+    whole = [image_scores(images, "abc")["per_class"][name] for name in "abc"]
+    index = np.repeat(np.arange(24), weights[0].astype(int).repeat(4))
+    part = image_scores(repeated(images, weights[0].astype(int).repeat(4)), "abc")["per_class"]
+    assert len(index) == 24 and np.isnan(part["c"])
+    assert statistic.value(weights)[0] == pytest.approx((part["a"] + part["b"] + whole[2]) / 3)
 
 
 def slope(statistic: Statistic, weights: NDArray[np.float64], group: int) -> float:

@@ -3,11 +3,14 @@
 import io
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,15 @@ import pytest
 from click.testing import CliRunner
 from helpers import (
     CONTEXT,
+    LEVELS,
     PoolingBackbone,
     become_nobody,
     change_header,
     extract,
-    filled_cache,
     flip_byte,
+    make_cache,
     opened,
+    random_maps,
     recipe_of,
     rows_of,
     stored,
@@ -31,17 +36,25 @@ from helpers import (
 from numpy.typing import NDArray
 from PIL import Image
 
+from featprobe.backbones import backbone as backbones
 from featprobe.cache import Cache, CacheWriter, open_cache, verify
 from featprobe.cache import pooled_file as keeping
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.cache.reader import FeatureLoader, RowReader
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FieldError, NoMapsError
+from featprobe.kinds import KINDS, TrainRecipe, kind_of
 from featprobe.specs import FeatureRecipe
 from featprobe.stages import pooled as stage
+from featprobe.stages.extraction import settled
+from featprobe.stages.extraction.extract import extract as extract_for_real
+from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.plan import bytes_of
 from featprobe.stages.pooled import pooled_vectors
-from featprobe.stages.training.probe import find_caches
+from featprobe.stages.predict import predict
+from featprobe.stages.training.finetune import finetune
+from featprobe.stages.training.probe import find_caches, probe
+from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.upkeep.caches import describe_cache, list_cache, remove_cache
 from featprobe.stages.workspace import Workspace
 
@@ -212,22 +225,21 @@ def test_each_level_is_pooled_when_it_is_first_asked_for(cache: Cache, reads: li
     assert not reads and describe_cache(cache.path)["pooled_levels"] == [one.name, other.name]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8", "bf16"])
-def test_values_are_the_mean_and_maximum_of_what_a_reader_gives(dtype: str, tmp_path: Path) -> None:
-    content = (28, 20)
-    cache = filled_cache(
-        tmp_path / "cache.h5", recipe_of(dtype="int8" if dtype == "int8" else dtype), rows_of(4, (32, 32), content)
-    )
-    if dtype != "int8":  # random bits are not all finite
-        pytest.skip("covered by test_pooled_live")
-    got = vectors(cache)
-    place = 0
-    for level in cache.levels:
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_values_are_the_mean_and_the_maximum_of_what_a_reader_gives(dtype: Any, tmp_path: Path) -> None:
+    content, recipe = (28, 19), recipe_of(dtype=dtype)
+    cache = make_cache(tmp_path / "cache.h5", recipe, rows_of(4, (32, 32), content))
+    maps = random_maps(recipe, 4)
+    if dtype == "fp16":  # of finite values
+        maps = {name: (values % 2048).astype(np.float16) for name, values in maps.items()}
+    with CacheWriter(cache.path) as writer:
+        writer.write(0, maps)
+    parts = np.split(vectors(cache), np.cumsum([2 * level.channels for level in cache.levels])[:-1], axis=1)
+    for level, part in zip(cache.levels, parts, strict=True):
         rows = np.stack([cache.read_row(i, level) for i in range(4)]).astype(np.float64)
         pixels = rows.repeat(level.stride, 2).repeat(level.stride, 3)[:, :, : content[0], : content[1]]
-        np.testing.assert_allclose(got[:, place : place + level.channels], pixels.mean((2, 3)), atol=1e-4)
-        np.testing.assert_array_equal(got[:, place + level.channels :][:, : level.channels], pixels.max((2, 3)))
-        place += 2 * level.channels
+        np.testing.assert_allclose(part[:, : level.channels], pixels.mean((2, 3)), rtol=1e-5)
+        np.testing.assert_array_equal(part[:, level.channels :], pixels.max((2, 3)))
 
 
 def rewritten(change: Callable[[dict[str, NDArray[Any]]], object]) -> Callable[[Path, Cache], None]:
@@ -310,29 +322,25 @@ def test_a_folder_in_its_place_is_said_and_no_harm(cache: Cache) -> None:
     assert len(lines) == 1 and "are not kept, so the next command pools them again" in lines[0]
 
 
-def _as_nobody(path: str, out: str) -> None:
+def _as_nobody(path: str, line: Connection) -> None:
     become_nobody()
     lines: list[str] = []
-    cache = open_cache(path)
-    found = vectors(cache, say=lines.append)
-    Path(out).write_text(json.dumps([found.tolist(), lines]))
+    line.send((vectors(open_cache(path), say=lines.append), lines))
 
 
-def test_where_nothing_may_be_written_features_are_pooled_and_not_kept(cache: Cache, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    out.chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/") and folder != Path("/tmp"):
-            folder.chmod(0o755)
-    cache.path.parent.chmod(0o555)
-    child = CONTEXT.Process(target=_as_nobody, args=(str(cache.path), str(out / "found.json")))
-    child.start()
-    child.join(60)
-    cache.path.parent.chmod(0o755)
-    assert child.exitcode == 0 and not pooled_path(cache.path).exists()
-    found, lines = json.loads((out / "found.json").read_text())
-    assert np.array_equal(np.array(found, np.float32), vectors(cache))
+def test_where_nothing_may_be_written_features_are_pooled_and_not_kept(cache: Cache) -> None:
+    ours, theirs = CONTEXT.Pipe()
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        path = Path(folder) / "cache.h5"
+        path.write_bytes(cache.path.read_bytes())
+        os.chmod(folder, 0o555)
+        child = CONTEXT.Process(target=_as_nobody, args=(str(path), theirs))
+        child.start()
+        assert ours.poll(60)
+        found, lines = ours.recv()
+        child.join()
+        assert not pooled_path(path).exists()
+    assert np.array_equal(found, vectors(cache))
     assert len(lines) == 1 and "can't be written" in lines[0]
 
 
@@ -384,7 +392,7 @@ def _pool_slowly(path: str, flag: str, seconds: float) -> None:
     np.save(f"{flag}.npy", found)
 
 
-@pytest.mark.parametrize("moment", [("pool", 3), ("write", 1), ("write", 2)])
+@pytest.mark.parametrize("moment", [("pool", 3), ("write", 2)])
 def test_a_kill_leaves_no_file_or_a_whole_one(moment: tuple[str, int], cache: Cache, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     child = CONTEXT.Process(target=_pool_slowly, args=(str(cache.path), str(flag), 0.2))
@@ -422,7 +430,7 @@ def test_two_processes_pool_one_cache_at_once(cache: Cache, tmp_path: Path, read
 
 
 def test_a_list_a_description_and_a_removal_know_the_file(cache: Cache, tmp_path: Path) -> None:
-    assert list_cache(cache.path)["pooled_bytes"] == 0
+    assert "pooled_bytes" not in {*list_cache(cache.path), *describe_cache(cache.path)}
     vectors(cache)
     size = pooled_path(cache.path).stat().st_size
     assert list_cache(cache.path)["pooled_bytes"] == describe_cache(cache.path)["pooled_bytes"] == size
@@ -466,3 +474,97 @@ def test_of_maps_and_pooled_features_of_one_recipe_the_maps_are_taken(data: Path
     served, notes = find_caches(space, "semseg", (), ())
     assert [cache.path for cache in served] == [maps]
     assert sum("holds pooled features alone" in note for note in notes) == 2
+
+
+QUICK = ProbeOptions(recipe=TrainRecipe(iterations=2, batch_size=2, evaluations=1), seeds=1, quiet=True, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with a pooled cache, and nothing else, of a small set under a small network."""
+    root = tmp_path_factory.mktemp("small")
+    write_set(root / "parts", 12)
+    (root / "featprobe.toml").write_text(
+        '[data.parts]\npath = "parts"\nsize = "64x64"\n'
+        '[backbones.small]\nmodel = "tf_efficientnet_lite0"\nrandom_init = true\n'
+    )
+    space = Workspace(root)
+    how = ExtractOptions(store="pooled", device="cpu", quiet=True)
+    extract_for_real(space, space.backbone("small"), "parts", how)
+    return space
+
+
+def test_what_lies_as_it_lay_is_not_read_again_unless_asked(small: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settled, "RACY_SECONDS", 0.0)
+    spec, how = small.backbone("small"), ExtractOptions(store="pooled", device="cpu", quiet=True)
+    first = extract_for_real(small, spec, "parts", how)  # which keeps what it was asked
+    again = extract_for_real(small, spec, "parts", how)
+    assert (first.computed, again.computed, again.by_times) == (0, 0, True)
+    assert not extract_for_real(small, spec, "parts", replace(how, rehash=True)).by_times
+
+
+def test_a_live_backbone_starts_from_a_pooled_cache_whatever_the_head(small: Workspace, tmp_path: Path) -> None:
+    (row,) = finetune(small, "semseg", options=replace(QUICK, head="linear")).rows
+    assert row["regime"] == "full" and row["task"] == "semseg"
+    predict(small.probes / row["folder"], [small.root / "parts" / "images" / "part00.png"], tmp_path / "out")
+    assert list((tmp_path / "out").rglob("part00.png"))
+
+
+def test_maps_that_a_head_wants_are_made_beside_pooled_features(small: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(small.root, tmp_path / "own")
+    space = Workspace(tmp_path / "own")
+    with pytest.raises(NoMapsError, match="Or let this command make it first:  --extract"):
+        probe(space, "semseg", ["parts"], options=QUICK)
+    (row,) = probe(space, "semseg", ["parts"], options=QUICK, extract=True).rows
+    assert sorted(open_cache(path).recipe.store for path in space.cache_files()) == ["maps", "pooled"]
+    assert row["test"]["miou"] is not None
+
+
+KINDS_OF_IMAGES = [(kind.task, kind.name) for kind in KINDS.values() if kind.task in ("classify", "anomaly")]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
+    """Workspaces with a cache of maps and a pooled cache of a set of which a half has defects."""
+    root = tmp_path_factory.mktemp("both")
+    data = write_set(root / "set", 32, (32, 32))
+    for i in range(0, 32, 2):
+        Image.new("L", (32, 32)).save(data / "masks" / f"part{i:02}.png")
+    spaces = {}
+    for store in ("maps", "pooled"):
+        spaces[store] = Workspace(root / store)
+        extract(root / store, data, store=store)
+    return spaces
+
+
+def asked(task: str, head: str, **changed: Any) -> ProbeOptions:
+    labels: Any = {"labels": "defect"} if task == "classify" else {}
+    return ProbeOptions(head=head, quiet=True, device="cpu", **labels, **changed)
+
+
+@pytest.mark.parametrize(("task", "head"), KINDS_OF_IMAGES)
+def test_stored_features_serve_image_labels_and_anomalies_without_a_forward_pass(
+    task: str, head: str, both: dict[str, Workspace], reads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbones, "load_backbone", lambda *_: pytest.fail("a backbone was loaded"))
+    monkeypatch.setattr(PoolingBackbone, "__call__", lambda *_: pytest.fail("a forward pass"))
+    (path,) = both["maps"].cache_files()
+    pooled_path(path).unlink(missing_ok=True)
+    rows = probe(both["maps"], task, options=asked(task, head, seeds=2)).rows
+    assert len(rows) == 2
+    if not kind_of(task, head).pooled:
+        return
+    assert sorted(reads) == [(level.name, row) for level in LEVELS for row in range(32)], "each row of a level once"
+    (other, _) = probe(both["pooled"], task, options=asked(task, head, seeds=2)).rows
+    assert other["test"] == rows[0]["test"] and other["val"] == rows[0]["val"]
+
+
+def test_a_command_says_where_pooled_features_are_not_kept(both: dict[str, Workspace]) -> None:
+    (path,) = both["maps"].cache_files()
+    pooled_path(path).unlink(missing_ok=True)
+    pooled_path(path).mkdir()
+    for task in ("classify", "anomaly"):
+        stage._known.clear()
+        notes = probe(both["maps"], task, options=asked(task, "knn", seeds=1)).notes
+        assert sum("are not kept, so the next command pools them again" in note for note in notes) == 1
+    pooled_path(path).rmdir()

@@ -109,7 +109,7 @@ def test_two_processes_train_the_head_that_one_trains_and_score_each_image_once(
     space: Workspace, tmp_path: Path
 ) -> None:
     one, two = beside(space, tmp_path / "one"), beside(space, tmp_path / "two")
-    recipe = replace(KINDS["linear"].recipe, iterations=20, batch_size=5)
+    recipe = replace(KINDS["semseg", "linear"].recipe, iterations=20, batch_size=5)
     probe(one, "semseg", options=ProbeOptions(recipe=recipe, seeds=1, quiet=True))
     asked = ["probe", "--iterations", "20", "--batch-size", "5", "--seeds", "1", "--show", "2", "--json"]
     ended = launch(["-m", "featprobe", "--workspace", str(two.root), *asked])

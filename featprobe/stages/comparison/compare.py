@@ -16,7 +16,7 @@ from featprobe.io.fields import plain
 from featprobe.metrics import score_interval
 from featprobe.metrics.images import value_of
 from featprobe.probes.saved import head_folder
-from featprobe.report.answer import SURE, answer_of, gap_sentences
+from featprobe.report.answer import SURE, answer_of, behind_sentences, gap_sentences
 from featprobe.report.comparison import difference_frame, result_frame
 from featprobe.report.page import PageSet, page_text
 from featprobe.report.tables import csv_text
@@ -33,8 +33,12 @@ from featprobe.stages.comparison.differences import (
     modality_gaps,
 )
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
+from featprobe.stages.comparison.supervision import behind_supervised
+from featprobe.stages.comparison.tested import good_units
 from featprobe.stages.partition import partition_of
 from featprobe.stages.workspace import Workspace
+
+FEW_OF_A_SIDE = 8  # test groups with a defect, or with a good image
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,15 @@ class ComparedSet:
 class Comparison:
     """What all results of a workspace say.
 
-    answer: titles, and sentences in plain language of each. gaps: modality gaps that were asked for. unusable: rows
-    that could not be used, and why. files: that were written.
+    answer: titles, and sentences in plain language of each. gaps: modality gaps that were asked for. behind: how far
+    heads that saw good images alone stand behind supervised ones. unusable: rows that could not be used, and why.
+    files: that were written.
     """
 
     answer: tuple[tuple[str, tuple[str, ...]], ...]
     sets: tuple[ComparedSet, ...]
     gaps: tuple[Line, ...]
+    behind: tuple[Line, ...]
     unusable: tuple[Unusable, ...]
     notes: tuple[str, ...]
     files: tuple[Path, ...]
@@ -101,13 +107,17 @@ def compare(
     notes += [note for table in tables for note in _notes(workspace, table)]
     answer = [(item.title, answer_of(item.lines, item.differences)) for item in sets]
     answer += [("Modality gap", gap_sentences(gaps))] if gaps else []
+    behind = behind_supervised(tables)
+    answer += [("Good images alone", behind_sentences(behind))] if behind else []
     files = _write(workspace, out or workspace.probes / "report", answer, sets, gaps, unusable, notes)
-    return Comparison(tuple(answer), tuple(sets), tuple(gaps), tuple(unusable), tuple(notes), tuple(files))
+    return Comparison(
+        tuple(answer), tuple(sets), tuple(gaps), tuple(behind), tuple(unusable), tuple(notes), tuple(files)
+    )
 
 
 def plain_json(report: Comparison) -> dict[str, Any]:
-    """A comparison as JSON can hold it: what is nan becomes null, paths become text."""
-    values = asdict(report)
+    """A comparison as JSON can hold it: what is nan becomes null, paths become text; `behind` only where it says."""
+    values = {name: own for name, own in asdict(report).items() if name != "behind" or own}
     for item in values["sets"]:
         item["sheets"] = [str(path) for _, path in item["sheets"]]
     return plain(values | {"files": [str(path) for path in report.files]})
@@ -228,12 +238,26 @@ def _of_the_scores(table: Table) -> list[str]:
     lacking = [name for name, value in class_scores(first).items() if np.isnan(value)]
     only = "" if first.row.scores.dense else ", or nothing else"
     said = [f"the test split holds no {', '.join(lacking)}{only}: no mean counts it"] if lacking else []
+    said += _of_few_sides(first)
     if zero and lacking:
         said.append(
             f"{zero} of {counted(len(table.results), 'result')} scored with --absent-classes zero, so that a class "
             "that the test split lacks counts as 0 there once it is predicted; here it does not"
         )
     return said
+
+
+def _of_few_sides(result: Result) -> list[str]:
+    """That few groups have a good unit, or one with a defect, where both are needed: few of them show no others."""
+    test = result.runs[0].test
+    good, groups = good_units(test), np.array(test.groups)
+    sides = {} if good is None else {"a defect": groups[~good], "a good image": groups[good]}
+    counts = {what: len(set(own.tolist())) for what, own in sides.items()}
+    return [
+        f"only {counted(count, 'test group')} with {what}: intervals rest on what few of them show of others"
+        for what, count in counts.items()
+        if 0 < count < FEW_OF_A_SIDE
+    ]
 
 
 def _of_the_seeds(table: Table) -> list[str]:

@@ -12,10 +12,11 @@ from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FeatprobeError, counted, nearest
 from featprobe.geometry import parse_size
+from featprobe.image_labels import ImageLabels, Unit
 from featprobe.io.disk import read_toml
 from featprobe.io.fields import Fault, message, wrong
 from featprobe.io.fields import Place as KeyPath
-from featprobe.kinds import FROZEN, KINDS, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
+from featprobe.kinds import CORESET, FALSE_CALLS, FROZEN, KINDS, TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
 from featprobe.machine import minutes_text
 from featprobe.processes import check_together
 from featprobe.splitting import SplitChoice
@@ -27,7 +28,7 @@ from featprobe.stages.study.study_file import AUTO, faults_of
 from featprobe.stages.training.ladder import Ladder, climb_all
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import checked, show
-from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.training.probe_options import SETTINGS, ProbeOptions, Tuning, settings_of
 from featprobe.stages.training.run import Say, foreseen, forget, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
@@ -39,7 +40,9 @@ class Study:
     """The contents of a study file; each list is one side of the grid.
 
     heads: of any task; empty for each task's default. sizes, tiles, views: () for what featprobe.toml says of each data
-    set; a tile of 0 is whole images, views "none" are none. overlap, empty_tiles: of tiles, as ExtractOptions has them.
+    set; a tile of 0 is whole images, views "none" are none. labels, unit, false_calls, coreset, remove_position: as
+    ProbeOptions has them, for the tasks and kinds that look at them. overlap, empty_tiles: of tiles, as ExtractOptions
+    has them.
     train: fields of TrainRecipe by kind of head, "all" for every kind; iterations may be "auto", for a ladder. tuning:
     fields of Tuning. show: test images on the picture sheet of each first seed, 0 for no sheets. log: as ProbeOptions
     has it. no_verify: do not hash the features that are read.
@@ -58,6 +61,11 @@ class Study:
     empty_tiles: float | None = None
     views: tuple[str, ...] = ()
     split: str = "own"
+    labels: ImageLabels = "own"
+    unit: Unit = "image"
+    false_calls: float = FALSE_CALLS
+    coreset: float = CORESET
+    remove_position: bool = False
     lr: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
     train: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -102,7 +110,7 @@ class Study:
                 head=kind, recipe=recipe, lr=() if solved else self.lr,
                 weight_decay=() if solved else self.weight_decay, budget=None if solved else self.budget(own),
                 seeds=self.seeds, split=self.split, tuning=tuning, quiet=True, log=() if solved else self.log,
-                verify=not self.no_verify,
+                verify=not self.no_verify, **{name: getattr(self, name) for name in settings_of(own)},
             ),
         )  # fmt: skip
 
@@ -259,7 +267,9 @@ def _refusal(check: Callable[[], object]) -> str:
     return ""
 
 
-OF_TRAININGS = {"tasks", "heads", "regimes", "seeds", "split", "lr", "weight_decay", "train", "tuning", "log"}
+OF_TRAININGS = {
+    "tasks", "heads", "regimes", "seeds", "split", "lr", "weight_decay", "train", "tuning", "log", *SETTINGS,
+}  # fmt: skip
 OF_CACHES = {"data", "sizes", "tiles", "overlap", "empty_tiles", "views"}
 """Keys that say how heads are trained, and how features are made."""
 

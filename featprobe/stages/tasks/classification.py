@@ -11,26 +11,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from featprobe.cache import Cache
-from featprobe.errors import DataError, ProbeError, counted
+from featprobe.errors import ProbeError, counted
 from featprobe.features import Features, pool
 from featprobe.geometry import Part
 from featprobe.image_labels import ImageLabels, ImageTruth, LabelNames, Unit
 from featprobe.levels import FeatureLevel
 from featprobe.metrics.images import IMAGE_SCORES, ScoredImages, defect_scores, image_scores, one_group, value_of
-from featprobe.metrics.thresholds import threshold_at, units_needed
 from featprobe.probes.head import ImageHead
 from featprobe.probes.train import Feed
 from featprobe.processes import from_main, gathered, summed
 from featprobe.report.sheets import Panel
 from featprobe.scores import TaskScores
 from featprobe.specs import Rows
-from featprobe.stages.image_truth import truth_of, unit_names, units_of
+from featprobe.stages.image_truth import defect_regions, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
 from featprobe.stages.row_images import images_of
+from featprobe.stages.tasks.settle import settled
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth, Views
-from featprobe.targets import Instance
+from featprobe.targets import IGNORE, Instance, Labels
 
 Shares = NDArray[np.float32]
 """(units, names), in [0, 1]."""
@@ -56,7 +56,8 @@ class LabelsAsked:
 class Classification:
     """The labels of a cache's units as heads of pooled features are trained and scored on them.
 
-    train: rows that heads are trained on; those of a live backbone show a unit each. See `task.Task`.
+    train: rows that heads are trained on; those of a live backbone show a unit each. notes: what pooling has to say;
+    `settle` returns it. See `task.Task`.
     """
 
     masks = False
@@ -66,6 +67,7 @@ class Classification:
         self.cache, self.train, self.device, self.asked = cache, train, device, asked
         self.truth: ImageTruth = truth_of(cache, asked.labels, asked.unit)
         self.names = self.truth.names
+        self.notes: list[str] = []
 
     def labels_of(self, row: int) -> list[int]:
         """Which labels the unit that a row shows has."""
@@ -151,25 +153,18 @@ class Classification:
 
     def settle(self, heads: Sequence[ImageHead], feed: Feed, val: Rows) -> list[str]:
         """Set each head's threshold from the good units of validation; returns notes."""
-        name, rate = self.cache.data.name, self.asked.false_calls
+        name = self.cache.data.name
         if not self.names.says_good:
-            return [f"{name}: no label says which images are good, so there is no threshold and no recall"]
+            return [*self.notes, f"{name}: no label says which images are good, so there is no threshold and no recall"]
         units, found = self._probabilities(heads, feed, val)
-        good = self.truth.good[units] == 1
-        least, sure = units_needed(rate)
-        try:
-            for head, probabilities in zip(heads, found, strict=True):
-                scores = defect_scores(probabilities[good], self.names.multi, self._good)
-                head.threshold.fill_(threshold_at([] if scores is None else scores, rate))
-        except DataError as error:
-            return [f"{name}: {' '.join(str(error).split())} There is no threshold and no recall."]
-        if good.sum() >= sure:
-            return []
-        return [
-            f"{name}: the threshold for {100 * rate:g} % false calls follows from "
-            f"{counted(int(good.sum()), f'good validation {self.asked.unit}')}; it takes {sure} to be 95 % sure of "
-            f"that rate, and {least} at least"
-        ]
+        good, notes = self.truth.good[units] == 1, dict.fromkeys(self.notes)
+        for head, probabilities in zip(heads, found, strict=True):
+            scores = defect_scores(probabilities[good], self.names.multi, self._good)
+            known = [] if scores is None else scores.tolist()
+            threshold, note = settled(known, self.asked.false_calls, self.asked.unit)
+            head.threshold.fill_(threshold)
+            notes |= {f"{name}: {note}": None} if note else {}
+        return list(notes)
 
     def shown(self, head: ImageHead, feed: Feed, rows: Rows, count: int) -> Rows:
         """Some of the images that the rows show, from the worst mistake to the surest right answer."""
@@ -184,17 +179,25 @@ class Classification:
     def panels(self, head: ImageHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         units, (found,) = self._probabilities([head], feed, rows)
-        true, said = self._truth(units), decided(found, head.prior.cpu().numpy(), self.names)
+        prior, true = head.prior.cpu().numpy(), self._truth(units)
+        said, shares = decided(found, prior, self.names), balanced(found, prior, self.names)
         shows = units if self.asked.unit == "image" else self.cache.image_of[units]
         for image in images_of(self.cache, rows).tolist():
             own = np.flatnonzero(shows == image)
             if self.asked.unit == "image":
                 wrong = bool((true[own] != said[own]).any())
-                texts = label_text(true[own[0]], None, self.names), label_text(said[own[0]], found[own[0]], self.names)
-                yield image, partial(_captioned, texts, wrong)
+                texts = label_text(true[own[0]], None, self.names), label_text(said[own[0]], shares[own[0]], self.names)
+                yield image, partial(_captioned, self._defects(image), texts, wrong)
             else:
                 boxes = [self._boxes(units[own], labels[own]) for labels in (true, said)]
                 yield image, partial(_boxed, boxes)
+
+    def _defects(self, image: int) -> Labels | None:
+        """Where an image has a defect, as 1, and what is ignored; None where only its label is known."""
+        regions = defect_regions(self.cache, image, "image")
+        if regions is None:
+            return None
+        return np.where(regions[1], IGNORE, regions[0]).astype(np.uint8)
 
     def _boxes(self, units: Rows, labels: NDArray[np.uint8]) -> tuple[Instance, ...]:
         parts = [self.cache.rows.part_of(unit) for unit in units.tolist()]
@@ -233,7 +236,8 @@ class Classification:
 
     def _stored(self, levels: Sequence[FeatureLevel], rows: Rows) -> Tensor:
         """The vectors of the units that rows show, ascending, from the cache's features."""
-        return torch.from_numpy(pooled_vectors(self.cache, levels, self.asked.unit, rows, quiet=self.asked.quiet))
+        unit, quiet = self.asked.unit, self.asked.quiet
+        return torch.from_numpy(pooled_vectors(self.cache, levels, unit, rows, quiet=quiet, say=self.notes.append))
 
     @torch.inference_mode()
     def _probabilities(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> tuple[Rows, list[Shares]]:
@@ -336,19 +340,22 @@ def tile_boxes(tiles: Sequence[tuple[Part, NDArray[np.uint8]]], names: LabelName
     return tuple(found)
 
 
-def label_text(labels: NDArray[np.uint8], probabilities: Shares | None, names: LabelNames) -> tuple[str, ...]:
-    """The labels of a unit for people, those that it has first; with probabilities also the likeliest others."""
+def label_text(labels: NDArray[np.uint8], shares: NDArray[np.float32] | None, names: LabelNames) -> tuple[str, ...]:
+    """The labels of a unit for people; with its shares of `balanced` these too, also of the likeliest others."""
     held = [i for i, own in enumerate(labels.tolist()) if own]
-    if probabilities is None:
-        return (", ".join(names.names[i] for i in held) or "good",)
-    others = [i for i in np.argsort(-probabilities, kind="stable").tolist() if i not in held]
-    shares = [f"{names.names[i]} {100 * probabilities[i]:.0f} %" for i in [*held, *others[: LIKELIEST - len(held)]]]
-    return (f"{', '.join(names.names[i] for i in held) or 'good'}", f"({', '.join(shares)})")
+    said = ", ".join(names.names[i] for i in held) or "good"
+    if shares is None:
+        return (said,)
+    others = [i for i in np.argsort(-shares, kind="stable").tolist() if i not in held]
+    shown = [f"{names.names[i]} {100 * shares[i]:.0f} %" for i in [*held, *others[: max(0, LIKELIEST - len(held))]]]
+    return said, f"({', '.join(shown)})"
 
 
-def _captioned(texts: tuple[tuple[str, ...], tuple[str, ...]], wrong: bool, pixels: NDArray[np.float32]) -> list[Panel]:
+def _captioned(
+    defects: Labels | None, texts: tuple[tuple[str, ...], tuple[str, ...]], wrong: bool, pixels: NDArray[np.float32]
+) -> list[Panel]:
     truth, said = texts
-    return [Panel(pixels, text=truth), Panel(pixels, text=said, wrong=wrong)]
+    return [Panel(pixels, defects, text=truth), Panel(pixels, text=said, wrong=wrong)]
 
 
 def _boxed(boxes: Sequence[tuple[Instance, ...]], pixels: NDArray[np.float32]) -> list[Panel]:

@@ -26,7 +26,7 @@ from featprobe.stages.extraction.missing import caches_of, make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
-from featprobe.stages.training.probe_options import CORESET, FALSE_CALLS, ProbeOptions
+from featprobe.stages.training.probe_options import SETTINGS, ProbeOptions, settings_of
 from featprobe.stages.training.read_labels import classes_of
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
@@ -170,7 +170,7 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
 
 def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -> None:
     """Raise ProbeError for an option that the head would not look at."""
-    scores, solved = SCORES[kind.task], kind.is_solved(options.regime)
+    scores, solved, plain = SCORES[kind.task], kind.is_solved(options.regime), ProbeOptions()
     is_dense, on_images = scores.dense, scores.on in ("images", "anomalies")
     dense = {f"--{n.replace('_', '-')}": getattr(recipe, n) != getattr(kind.recipe, n) for n in DENSE_ONLY}
     idle = {
@@ -180,11 +180,12 @@ def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -
         "--instances": options.instances != "own" and not scores.objects,
         **{name: given and not is_dense for name, given in dense.items()},
         **{name: dense[name] and solved for name in ("--loss", "--loss-at") if is_dense},
-        "--labels": options.labels != "own" and scores.on != "images",
-        "--unit": options.unit != "image" and not on_images,
-        "--false-calls": options.false_calls != FALSE_CALLS and not on_images,
-        "--coreset": options.coreset != CORESET and not kind.drawn,
-        "--remove-position": options.remove_position and (scores.on != "anomalies" or kind.pooled),
+        "--absent-classes": options.absent != "ignore" and on_images,
+        **{
+            f"--{name.replace('_', '-')}": getattr(options, name) != getattr(plain, name)
+            for name in SETTINGS
+            if name not in settings_of(kind)
+        },
     }
     given = [name for name, is_idle in idle.items() if is_idle]
     if given:
@@ -215,16 +216,9 @@ def find_caches(
             broken.append(error)
     own = {name: {cache.path for cache in caches_of(workspace, found, name)} for name in data}
     sets = {cache.data.name for cache in found} | {name for name in data if own[name]}
-    labels = {cache.recipe.label for cache in found}
-    for asked, known, what in ((data, sets, "data set"), (backbones, labels, "backbone")):
-        unknown = [name for name in asked if name not in known]
-        if unknown and broken:
-            raise broken[0]
-        if unknown:
-            raise CacheError(
-                f"There is no cache of the {what} {unknown[0]!r} in {workspace.cache}. {nearest(unknown[0], known)}\n"
-                f"Make one:  featprobe extract --backbone NAME --data NAME\n{LET_IT}  --extract"
-            )
+    lacks = _lack(workspace, (data, sets, "data set"), (backbones, {c.recipe.label for c in found}, "backbone"))
+    if lacks:
+        raise broken[0] if broken else lacks
 
     def is_asked_for(cache: Cache) -> bool:
         by_data = not data or any(cache.path in paths for paths in own.values())
@@ -247,7 +241,8 @@ def find_caches(
         raise ProbeError(
             f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
             "semseg and instseg need masks in the data set's files, detect needs boxes or objects with "
-            "masks. If there are only masks of classes, use their connected parts:\n"
+            "masks, classify and anomaly need labels of images or any of these. If there are only masks of classes, use "
+            "their connected parts:\n"
             "  featprobe probe … --instances components"
         )
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
@@ -255,9 +250,7 @@ def find_caches(
     complete, lacking = list[Cache](), list[tuple[Cache, CacheError]]()
     for cache in able:
         try:
-            if not pooled and cache.recipe.store == "pooled":
-                raise _lacks_maps(cache, task)
-            cache.usable()
+            _check_usable(cache, task, pooled)
             complete.append(cache)
         except (CacheIncompleteError, NoMapsError) as error:
             lacking.append((cache, error))
@@ -273,11 +266,25 @@ def find_caches(
     return _without_twins(complete, notes), notes
 
 
-def _lacks_maps(cache: Cache, task: str) -> NoMapsError:
-    """The error that a head wants maps of a cache that has none, with the heads of the task that want none."""
-    able = [name for name in kinds_of(task) if kind_of(task, name).pooled]
-    other = f"\nOr take a head that reads pooled features:  --head {' | '.join(able)}" if able else ""
-    return NoMapsError(f"{cache.lacks_maps()}{other}")
+def _lack(workspace: Workspace, *sides: tuple[Sequence[str], set[str], str]) -> CacheError | None:
+    """The error for the first name that no cache has; None where all are known. sides: names, those known, of what."""
+    for asked, known, what in sides:
+        for name in asked:
+            if name not in known:
+                return CacheError(
+                    f"There is no cache of the {what} {name!r} in {workspace.cache}. {nearest(name, known)}\n"
+                    f"Make one:  featprobe extract --backbone NAME --data NAME\n{LET_IT}  --extract"
+                )
+    return None
+
+
+def _check_usable(cache: Cache, task: str, pooled: bool) -> None:
+    """Raise CacheIncompleteError where rows are missing, NoMapsError where maps are wanted that it does not hold."""
+    if not pooled and cache.recipe.store == "pooled":
+        able = [name for name in kinds_of(task) if kind_of(task, name).pooled]
+        other = f"\nOr take a head that reads pooled features:  --head {' | '.join(able)}" if able else ""
+        raise NoMapsError(f"{cache.lacks_maps()}{other}")
+    cache.usable()
 
 
 def _without_twins(caches: Sequence[Cache], notes: list[str]) -> list[Cache]:

@@ -1,5 +1,6 @@
 """How heads are trained and scored: what a caller of `probe` and `finetune` says."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -7,19 +8,35 @@ from typing import Any, Literal, get_args
 from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
 from featprobe.image_labels import ImageLabels, Unit
-from featprobe.kinds import FROZEN, SEEDS, HeadKind, PyramidKind, TrainRecipe
+from featprobe.kinds import CORESET, FALSE_CALLS, FROZEN, SEEDS, HeadKind, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
+from featprobe.scores import SCORES
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import MOST_WORKERS
 
-FALSE_CALLS = 0.05  # share of good units that a threshold lets be called, where the user says nothing
-CORESET = 0.01  # share of patches, where the user says nothing
 Regime = Literal["frozen", "frozen-online", "full"]
 REGIMES = get_args(Regime)
+SETTINGS: Mapping[str, Callable[[HeadKind], bool]] = {
+    "unit": lambda kind: SCORES[kind.task].on in ("images", "anomalies"),
+    "false_calls": lambda kind: SCORES[kind.task].on in ("images", "anomalies"),
+    "labels": lambda kind: SCORES[kind.task].on == "images",
+    "coreset": lambda kind: kind.drawn,
+    "remove_position": lambda kind: SCORES[kind.task].on == "anomalies" and not kind.pooled,
+}
+"""Fields of ProbeOptions that only some tasks and kinds look at, and whether a kind does."""
 OF_THE_BACKBONE = ("backbone_lr", "layer_decay", "bn", "clip", "accumulate", "ema", "checkpointing", "compile")
 OF_THE_MACHINE = ("workers", "checkpointing", "compile")
 """They change time and memory, and results by rounding alone."""
+
+
+def settings_of(kind: HeadKind) -> tuple[str, ...]:
+    """The names of SETTINGS that a kind looks at.
+
+    >>> settings_of(KINDS["classify", "linear"]), settings_of(KINDS["semseg", "linear"])
+    (('unit', 'false_calls', 'labels'), ())
+    """
+    return tuple(name for name, looks_at in SETTINGS.items() if looks_at(kind))
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ import numpy as np
 
 from featprobe.cache import Cache
 from featprobe.geometry import IDENTITY
+from featprobe.image_labels import ImageLabels
 from featprobe.scores import SCORES, On
 from featprobe.specs import Rows
 from featprobe.stages.image_truth import names_of
 from featprobe.stages.partition import training_subset
 from featprobe.stages.row_images import rows_showing
+from featprobe.stages.tasks.anomaly import Anomaly, AnomalyAsked, good_rows
 from featprobe.stages.tasks.classification import Classification, LabelsAsked, known_rows
 from featprobe.stages.tasks.detection import Detection
 from featprobe.stages.tasks.labels import shelf_of
@@ -50,6 +52,8 @@ def classes_of(task: str, cache: Cache, options: ProbeOptions) -> tuple[str, ...
     """What the heads of a task tell apart in a cache; raises ProbeError where it has no such labels."""
     if SCORES[task].on == "images":
         return names_of(cache, options.labels, options.unit).names
+    if SCORES[task].on == "anomalies":
+        return names_of(cache, "defect", options.unit).names
     return cache.data.classes
 
 
@@ -81,10 +85,7 @@ def _objects(training: Training, rows: SplitRows) -> Labelled:
 
 def _images(training: Training, rows: SplitRows) -> Labelled:
     cache, options = training.cache, training.options
-    plain = {split: without_views(cache, own) for split, own in rows.items()}
-    known, notes = known_rows(cache, plain, options.labels, options.unit)
-    if any(len(plain[split]) < len(own) for split, own in rows.items()):
-        notes.append(f"{training.title}: views of images take no part, only the images as they are")
+    known, notes = _known(training, rows, options.labels)
     live, scores = training.tuning is not None, training.scores
     asked = LabelsAsked(options.labels, options.unit, options.false_calls, scores, live, options.quiet)
     every = Classification(cache, known["train"], training.device, asked)
@@ -94,11 +95,35 @@ def _images(training: Training, rows: SplitRows) -> Labelled:
     return Labelled(task, {**known, "train": train}, task.solve if training.is_solved else None, tuple(notes))
 
 
+def _anomalies(training: Training, rows: SplitRows) -> Labelled:
+    cache, options, pooled = training.cache, training.options, training.kind.pooled
+    known, notes = _known(training, rows, "defect")
+    good, aside = good_rows(cache, known["train"], options.unit)
+    train = part_of(training, good, lambda row: [])
+    asked = AnomalyAsked(
+        options.unit, options.false_calls, options.coreset, options.remove_position, training.scores, pooled
+    )
+    task = Anomaly(cache, train, training.device, asked)
+    solver = task.solve_pooled if pooled else task.solve
+    return Labelled(task, {**known, "train": train}, solver, (*notes, *aside))
+
+
+def _known(training: Training, rows: SplitRows, labels: ImageLabels) -> tuple[dict[str, Rows], list[str]]:
+    """Those of the rows that show a unit as it is, of which something is known, and notes on the others."""
+    cache = training.cache
+    plain = {split: without_views(cache, own) for split, own in rows.items()}
+    known, notes = known_rows(cache, plain, labels, training.options.unit)
+    if any(len(plain[split]) < len(own) for split, own in rows.items()):
+        notes.append(f"{training.title}: views of images take no part, only the images as they are")
+    return known, notes
+
+
 READ: Mapping[On, Callable[[Training, SplitRows], Labelled]] = {
     "pixels": _pixels,
     "boxes": _objects,
     "masks": _objects,
     "images": _images,
+    "anomalies": _anomalies,
 }
 """What a task is scored on -> what reads its labels."""
 

@@ -20,7 +20,7 @@ from featprobe.specs import DataInfo, FeatureRecipe, digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.partition import Partition
-from featprobe.stages.training.probe_options import Budget, ProbeOptions, Regime, Tuning
+from featprobe.stages.training.probe_options import Budget, ProbeOptions, Regime, Tuning, settings_of
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.workspace import Workspace
 
@@ -106,21 +106,17 @@ class Training:
     @property
     def settings(self) -> dict[str, Any]:
         """The options that its task and its kind alone look at, as rows keep them; empty where there are none."""
-        options, found = self.options, dict[str, Any]()
-        if self.scores.on in ("images", "anomalies"):
-            found |= {"unit": options.unit, "false_calls": options.false_calls}
-        if self.scores.on == "images":
-            found["labels"] = options.labels
-        if self.kind.drawn:
-            found["coreset"] = options.coreset
-        if self.scores.on == "anomalies" and not self.kind.pooled:
-            found["remove_position"] = options.remove_position
-        return found
+        return {name: getattr(self.options, name) for name in settings_of(self.kind)}
 
     @property
     def is_solved(self) -> bool:
         """Whether its heads are solved, and not trained."""
         return self.kind.is_solved(self.regime)
+
+    @property
+    def draws(self) -> bool:
+        """Whether its heads are solved, and what is solved depends on the seed."""
+        return self.is_solved and self.kind.drawn
 
     @property
     def subset(self) -> str | None:

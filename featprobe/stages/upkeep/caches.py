@@ -31,6 +31,7 @@ from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.io.disk import remove_leftovers
 from featprobe.io.texts import printable
+from featprobe.kinds import kind_of, kinds_of
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
 
@@ -42,11 +43,10 @@ def list_cache(path: Path) -> dict[str, Any]:
         "path": str(path),
         "version": version,
         "bytes": path.stat().st_size,
-        "pooled_bytes": _size_of(pooled_path(path)),
         "rows": len(done),
         "whole": int((done == WHOLE).sum()),
         "recipe": recipe.to_json(),
-        "kept_as": recipe.kept_as,
+        **({"pooled_bytes": size} if (size := _size_of(pooled_path(path))) else {}),
     }
 
 
@@ -58,8 +58,6 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "path": str(path),
         "version": cache.contents.version,
         "bytes": path.stat().st_size,
-        "pooled_bytes": _size_of(pooled_path(path)),
-        "pooled_levels": list(read_pooled(cache, cache.levels, rows_digest(cache))),
         "rows": len(cache),
         "whole": int((done == WHOLE).sum()),
         "missing": int((done == MISSING).sum()),
@@ -67,12 +65,22 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "intact": cache.contents.is_intact(),
         "key": cache.recipe.key,
         "recipe": cache.recipe.to_json(),
-        "kept_as": cache.recipe.kept_as,
         "data": cache.data.to_json(),
         "command": cache.contents.command,
         "provenance": dict(cache.contents.provenance),
         "may_hold_tf32": doubt.text if (doubt := doubt_of(cache)) else "",
+        **_pooled(cache),
     }
+
+
+def _pooled(cache: Cache) -> dict[str, Any]:
+    """The facts about pooled features: the heads that a cache of them alone serves, by task, or what lies beside it."""
+    if cache.recipe.store == "pooled":
+        able = {task: [n for n in kinds_of(task) if kind_of(task, n).pooled] for task in cache.data.serves}
+        return {"serves": {task: names for task, names in able.items() if names}}
+    size = _size_of(pooled_path(cache.path))
+    levels = list(read_pooled(cache, cache.levels, rows_digest(cache))) if size else []
+    return {"pooled_bytes": size, "pooled_levels": levels} if size else {}
 
 
 def _size_of(path: Path) -> int:

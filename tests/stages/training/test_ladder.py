@@ -319,7 +319,7 @@ def test_a_ladder_is_the_default_where_few_images_are_trained_on_and_nothing_is_
     usual = checked("semseg", ProbeOptions(fractions=(0.1, 1.0)))
     assert usual.climbs(0.1) and not usual.climbs(1.0)
     fixed = replace(usual, budget="fixed")
-    said = checked("semseg", ProbeOptions(recipe=replace(KINDS["linear"].recipe, iterations=60)))
+    said = checked("semseg", ProbeOptions(recipe=replace(KINDS["semseg", "linear"].recipe, iterations=60)))
     assert not fixed.climbs(0.1) and not said.climbs(0.1)
     assert replace(usual, budget="auto").climbs(1.0)
     assert not checked("semseg", ProbeOptions(head="ridge")).climbs(0.1)
@@ -356,7 +356,7 @@ def space(made: Workspace, tmp_path: Path) -> Workspace:
 def test_finetune_climbs_a_ladder_of_its_own_for_what_a_ladder_trained(
     space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KINDS, "linear", replace(KINDS["linear"], recipe=BRIEF))
+    monkeypatch.setitem(KINDS, ("semseg", "linear"), replace(KINDS["semseg", "linear"], recipe=BRIEF))
     probe(space, options=replace(AUTO, seeds=1))
     said: list[str] = []
     finetune(space, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
@@ -415,7 +415,7 @@ evaluations = 2
 def test_a_study_finds_the_iterations_of_all_backbones_before_it_trains_one(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KINDS, "linear", replace(KINDS["linear"], recipe=BRIEF))
+    monkeypatch.setitem(KINDS, ("semseg", "linear"), replace(KINDS["semseg", "linear"], recipe=BRIEF))
     file = tmp_path / "study.toml"
     file.write_text(STUDY)
     study = read_study(file, space)

@@ -1,0 +1,1 @@
+"""Heads that give each image a verdict."""

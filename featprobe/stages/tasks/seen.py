@@ -1,0 +1,100 @@
+"""What anomaly heads say of images or tiles, one after another."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from featprobe.cache import Cache
+from featprobe.features import Features
+from featprobe.geometry import Part, Placement, Size
+from featprobe.image_labels import Unit
+from featprobe.probes.head import VerdictHead
+from featprobe.probes.train import Feed
+from featprobe.probes.verdicts.heat_maps import maps_at_original
+from featprobe.specs import Rows
+from featprobe.stages.image_truth import units_of
+from featprobe.stages.pooled import pooled_vectors
+from featprobe.stages.stitch import stitched_maps
+from featprobe.stages.tasks.task import evaluation_batches
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a head says of a unit. map: (height, width), float32, of its pixels; None where there is none."""
+
+    score: float
+    map: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SeenPiece:
+    """What a head says of an image, or of a tile of it. cells: (rows, columns), each `stride` frame pixels wide."""
+
+    score: float
+    cells: Tensor
+    stride: int
+
+
+def pieces_of(head: VerdictHead, features: Features) -> list[SeenPiece]:
+    """What a head with maps says of each image or tile of a batch."""
+    found = head(features)
+    stride = features.frame[0] // found.maps.shape[1]
+    return [SeenPiece(score, own, stride) for score, own in zip(found.scores.tolist(), found.maps, strict=True)]
+
+
+def joined(pieces: Sequence[tuple[SeenPiece, Placement, Part | None]], size: Size, *, maps: bool = True) -> Seen:
+    """What a head says of an image of (height, width): the highest score of its tiles, the mean of their maps.
+
+    pieces: with their places; one without a part is all of it. maps: whether to make the map.
+    """
+    score = max(piece.score for piece, _, _ in pieces)
+    if not maps:
+        return Seen(score)
+    whole = ((maps_at_original(own.cells[None], own.stride, placed)[0], part) for own, placed, part in pieces)
+    return Seen(score, stitched_maps(whole, size))
+
+
+@torch.inference_mode()
+def seen_on_maps(
+    cache: Cache, heads: Sequence[VerdictHead], feed: Feed, rows: Rows, unit: Unit, *, maps: bool = True
+) -> Iterator[tuple[int, list[Seen]]]:
+    """(unit, what each head says of it), in the order of the rows; the maps of one unit are in memory.
+
+    maps: whether to make those of pixels; the heads see features either way.
+    """
+
+    def pieces() -> Iterator[tuple[int, tuple[SeenPiece, ...]]]:
+        for batch, features in feed(evaluation_batches(rows)):
+            yield from zip(
+                batch.tolist(), zip(*(pieces_of(head, features) for head in heads), strict=True), strict=True
+            )
+
+    of = dict(zip(rows.tolist(), units_of(cache, rows, unit).tolist(), strict=True))
+    table = cache.images if unit == "image" else cache.rows
+    for number, own in groupby(pieces(), lambda pair: of[pair[0]]):
+        parts = [
+            (found, (cache.rows.placement(row), cache.rows.part_of(row) if unit == "image" else None))
+            for row, found in own
+        ]
+        size = table.placement(number).original
+        yield (
+            number,
+            [joined([(found[i], *place) for found, place in parts], size, maps=maps) for i in range(len(heads))],
+        )
+
+
+@torch.inference_mode()
+def seen_on_vectors(
+    cache: Cache, heads: Sequence[VerdictHead], rows: Rows, unit: Unit
+) -> Iterator[tuple[int, list[Seen]]]:
+    """The same of heads that read one vector per unit, in ascending order of units, without maps."""
+    if not len(rows):
+        return
+    vectors = torch.from_numpy(pooled_vectors(cache, heads[0].levels, unit, rows, quiet=True))
+    every = [head(vectors.to(head.threshold.device)).scores.tolist() for head in heads]
+    units = sorted(set(units_of(cache, rows, unit).tolist()))
+    for number, *scores in zip(units, *every, strict=True):
+        yield number, [Seen(score) for score in scores]
