@@ -39,6 +39,7 @@ from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import LinearHead, level_loss, train
 from featprobe.specs import CacheDtype, CacheStore, DataInfo, FeatureRecipe
+from featprobe.stages.pooled import in_one_thread
 
 LEVELS = tuple(FeatureLevel(f"stride{stride}", 24 * stride, stride) for stride in (4, 8, 16, 32))  # ConvNeXt-T's
 FRAME = (512, 512)
@@ -191,13 +192,14 @@ def nothing(features: Features) -> None:
 @torch.inference_mode()
 def pool_all(features: Features) -> None:
     """The work of one that pools them."""
-    pool(features, LEVELS)
+    with in_one_thread():
+        pool(features, LEVELS)
 
 
 def loader_arm(
     loader: FeatureLoader, batches: Iterator[Rows], count: int, work: Callable[[Features], None] = nothing
 ) -> Callable[[], float]:
-    """Seconds of `count` batches of the loader, and of a consumer's work, once it runs and its ring's memory is touched.
+    """Seconds of `count` batches of the loader and of a consumer's work, once it runs and its memory is touched.
 
     A consumer that does nothing is always the one that waits, so what was read ahead when the clock starts is nothing.
     """
