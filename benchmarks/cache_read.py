@@ -6,10 +6,12 @@ A cache of ConvNeXt-T's levels at 512x512 pixels is filled with random bits. Eve
 number of random rows into memory that is used again and again. `memcpy` copies them from an array of the
 same size; `memmap` is the cache's RowReader, which has checked all rows before, and gives the ratio;
 `unchecked` is one that checks nothing, `first pass` one that hashes each row that it reads; `prefetch` is
-the FeatureLoader, for a consumer that takes batches and does nothing. Each arm draws its own rows, so that
+the FeatureLoader, for a consumer that takes batches and does nothing, and `pooling` for one that pools every
+level, as image labels want them. Each arm draws its own rows, so that
 none finds what the arm before it has left in the processor's caches. All arms are first proved to bring the
 same bytes, and the disk to be asked for none of them. Then a linear head is trained for one epoch, with two
-classes and the loss at the levels' grid, the least work that a probe can have, with hashing and without.
+classes and the loss at the levels' grid, the least work that a probe can have, with hashing and without. Last it says
+how large the file of a pooled cache of the same rows is.
 """
 
 import argparse
@@ -31,12 +33,13 @@ from numpy.typing import NDArray
 
 from featprobe.cache import Cache, CacheWriter, Row, create_file, open_cache
 from featprobe.cache.reader import RING, FeatureLoader, RowReader
-from featprobe.features import Features, cell_shares
+from featprobe.features import Features, cell_shares, pool
 from featprobe.geometry import Placement
 from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import LinearHead, level_loss, train
-from featprobe.specs import CacheDtype, DataInfo, FeatureRecipe
+from featprobe.specs import CacheDtype, CacheStore, DataInfo, FeatureRecipe
+from featprobe.stages.pooled import in_one_thread
 
 LEVELS = tuple(FeatureLevel(f"stride{stride}", 24 * stride, stride) for stride in (4, 8, 16, 32))  # ConvNeXt-T's
 FRAME = (512, 512)
@@ -53,12 +56,12 @@ Read = Callable[[Rows, Maps], None]
 """Copies rows, in the order given, into buffers of level name -> (rows, row bytes)."""
 
 
-def make_empty(path: Path, count: int, dtype: CacheDtype = "fp16") -> None:
+def make_empty(path: Path, count: int, dtype: CacheDtype = "fp16", store: CacheStore = "maps") -> None:
     """A cache whose rows are all missing."""
     recipe = FeatureRecipe(
         label="random", backbone="random", weights_sha256="0" * 64, levels=LEVELS, final_norm=False, size=FRAME,
         frame=FRAME, fit="resize", intensity="none", window=None, mean=(0.5,) * 3, std=(0.5,) * 3,
-        interpolation="bicubic", dtype=dtype,
+        interpolation="bicubic", dtype=dtype, store=store,
     )  # fmt: skip
     place = Placement(FRAME, FRAME, FRAME)
     rows = [Row(f"{i}.png", f"{i}", "train", f"images/{i}.png", f"{i:032}", place) for i in range(count)]
@@ -182,19 +185,32 @@ def _read_all(paths: Sequence[Path]) -> int:
     return size
 
 
-def loader_arm(loader: FeatureLoader, batches: Iterator[Rows], count: int) -> Callable[[], float]:
-    """Seconds of `count` batches of the loader once it runs and its ring's memory is touched.
+def nothing(features: Features) -> None:
+    """The work of a consumer that only takes batches."""
 
-    The consumer is always the one that waits, so what was read ahead when the clock starts is nothing.
+
+@torch.inference_mode()
+def pool_all(features: Features) -> None:
+    """The work of one that pools them."""
+    with in_one_thread():
+        pool(features, LEVELS)
+
+
+def loader_arm(
+    loader: FeatureLoader, batches: Iterator[Rows], count: int, work: Callable[[Features], None] = nothing
+) -> Callable[[], float]:
+    """Seconds of `count` batches of the loader and of a consumer's work, once it runs and its memory is touched.
+
+    A consumer that does nothing is always the one that waits, so what was read ahead when the clock starts is nothing.
     """
 
     def arm() -> float:
         stream = loader.batches(list(islice(batches, RING + count)))
         for _ in range(RING):
-            next(stream)
+            work(next(stream)[1])
         begun = time.perf_counter()
-        for _ in stream:
-            pass
+        for _, features in stream:
+            work(features)
         return time.perf_counter() - begun
 
     return arm
@@ -249,9 +265,12 @@ def epoch_arm(cache: Cache, batch_size: int, *, verify: bool) -> Callable[[], fl
     return arm
 
 
-def measure(folder: Path, options: argparse.Namespace) -> tuple[Timings, Timings, int]:
-    """Seconds of each arm, those of first epochs, and bytes that came from the disk meanwhile."""
+def measure(folder: Path, options: argparse.Namespace) -> tuple[Timings, Timings, int, float]:
+    """Seconds of each arm, those of first epochs, bytes that came from the disk meanwhile; and how many times larger
+    than a pooled cache of the same rows the cache is."""
     cache = write_cache(folder / "features.h5", options.rows)
+    make_empty(folder / "pooled.h5", options.rows, store="pooled")
+    larger = cache.path.stat().st_size / (folder / "pooled.h5").stat().st_size
     paths = write_tensors(cache, folder / "tensors")
     warm_up([cache.path, *paths.values()])
     with (
@@ -275,13 +294,14 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Timings, Timings
             arms = {name: reader_arm(read, draw(name), options.batches, out) for name, read in readers.items()}
             arms["first pass"] = first_pass_arm(reader, options.batch_size, options.batches, out)
             arms["prefetch"] = loader_arm(loader, draw("prefetch"), options.batches)
+            arms["pooling"] = loader_arm(loader, draw("pooling"), options.batches, pool_all)
             before = disk_bytes()
             timings = interleave(arms, options.rounds)
             epochs = {
                 name: epoch_arm(cache, options.batch_size, verify=verify)
                 for name, verify in (("epoch", False), ("epoch, checked", True))
             }
-            return timings, interleave(epochs, options.epochs), disk_bytes() - before
+            return timings, interleave(epochs, options.epochs), disk_bytes() - before, larger
 
 
 def main() -> None:
@@ -297,7 +317,7 @@ def main() -> None:
         parser.error("the first pass needs as many --rows as --batches of --batch-size hold")
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        timings, epochs, from_disk = measure(Path(folder), options)
+        timings, epochs, from_disk, larger = measure(Path(folder), options)
     values = sum(level.channels * level.cells(FRAME)[0] * level.cells(FRAME)[1] for level in LEVELS)
     moved = 2 * values * options.batch_size * options.batches  # bytes that an arm reads in a round
     rows = [
@@ -324,6 +344,8 @@ def main() -> None:
         first_pass=timings.ratio("unchecked", "first pass"),
         later_passes=timings.ratio("unchecked", "memmap"),
         prefetch=timings.ratio("memcpy", "prefetch"),
+        pooling=timings.ratio("pooling", "prefetch"),
+        times_larger_than_pooled=larger,
         h5py=timings.ratio("memcpy", "h5py ds[i]"),
         pt=timings.ratio("memcpy", "one .pt per level"),
         bytes_per_round=moved,

@@ -11,7 +11,7 @@ from featprobe.levels import FeatureLevel
 
 FEW_CLASSES = 8  # up to so many, comparing with each class is faster on a CPU than counting in slots
 WIDEST_CELL = 181  # pixels; an int16 can count its square
-POOLED_AT_ONCE = 1 << 18  # values that a CPU pools together: they stay in its caches
+POOLED_AT_ONCE = 1 << 17  # values, about, that a CPU pools together: they stay in its caches
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,14 @@ def pool(features: Features, levels: Sequence[FeatureLevel]) -> Pooled:
     """
     mean, maximum, cells = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for level in levels:
-        m = features.maps[level.name]
-        content = features.content
+        m, content = features.maps[level.name], features.content
         if content is None:
             content = torch.tensor([features.frame], device=m.device).expand(len(m), 2)
         cells[level.name] = filled_cells(content, level.stride)
-        total, maximum[level.name] = _pooled(m, features.valid_share(level.stride))
+        if m.device.type == "cpu" and not m.requires_grad:
+            total, maximum[level.name] = _pooled_by_row(m, content.tolist(), level.stride)
+        else:
+            total, maximum[level.name] = _pooled_together(m, features.valid_share(level.stride))
         mean[level.name] = total / cells[level.name][:, None]
     return Pooled(mean, maximum, cells)
 
@@ -155,16 +157,38 @@ def filled_cells(content: Tensor, stride: int) -> Tensor:
     return (content.double().prod(1) / stride**2).float()
 
 
-def _pooled(m: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weighted sum and maximum per channel: (batch, channels) each, float32. share: see Features.valid_share."""
-    few = len(m) if m.device.type != "cpu" else max(1, POOLED_AT_ONCE // max(1, m[0].numel()))
-    totals, peaks = [], []
-    for start in range(0, len(m), few):
-        x = m[start : start + few].float().flatten(2).contiguous()  # (rows, channels, cells)
-        own = None if share is None else share[start : start + few, None].flatten(2)
-        totals.append((x if own is None else x * own).sum(2))
-        peaks.append((x if own is None else x.masked_fill(own == 0, -torch.inf)).amax(2))
-    return torch.cat(totals), torch.cat(peaks)
+def _pooled_together(m: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weighted sum and maximum per channel, (batch, channels) each, float32: few operations, as a GPU wants.
+
+    share: see Features.valid_share.
+    """
+    x = m.float().flatten(2)  # (batch, channels, cells)
+    if share is None:
+        return x.sum(2), x.amax(2)
+    own = share.flatten(1)[:, None]
+    return (x * own).sum(2), x.masked_fill(own == 0, -torch.inf).amax(2)
+
+
+def _pooled_by_row(m: Tensor, content: list[list[int]], stride: int) -> tuple[Tensor, Tensor]:
+    """The same in pieces that stay in a CPU's caches, of the cells that show the image alone; without gradients.
+
+    content: per row, see Features.
+    """
+    totals, peaks = torch.empty(m.shape[:2]), torch.empty(m.shape[:2])
+    for row, size in enumerate(content):
+        rows, columns = (-(-side // stride) for side in size)
+        lower, right = (1 - (-side % stride) / stride for side in size)  # share of the last row and column
+        few = max(1, POOLED_AT_ONCE // (rows * columns))
+        for start in range(0, m.shape[1], few):
+            own = m[row, start : start + few, :rows, :columns]
+            x = own.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            peaks[row, start : start + few] = x.flatten(1).amax(1)
+            if lower < 1:
+                x[:, -1] *= lower
+            if right < 1:
+                x[:, :, -1] *= right
+            totals[row, start : start + few] = x.flatten(1).sum(1)
+    return totals, peaks
 
 
 def cell_shares(labels: Tensor, classes: int, stride: int) -> Tensor:

@@ -19,6 +19,8 @@ from featprobe.splitting import SplitChoice
 Value = float | None
 """The value of a score, in [0, 1]; None if it does not exist."""
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the images
+SHARED_NOTHING = "initialisation and order"
+DRAWN = "what is drawn"  # the same of heads that are solved
 RARE: Mapping[str, bool] = {"rare": True}
 """Marks the fields that rows hold only if they are unusual."""
 LATER_IN_RECIPES = ("weights_from",)

@@ -786,6 +786,50 @@ for name_, (kind_, blob_) in LABELS.items():
     new(f"labels: {name_}")(labels_)
 
 
+TWO_NAMES = {"names": ["good", "dent"], "multi": False, "good": "good"}
+ONE_EACH = np.tile(np.array([1, 0], np.uint8), (ROWS, 1))
+
+
+def image_labels(name: str, names: Any, values: NDArray[Any] | None, **changed: Any) -> None:
+    """A variant with labels of images: what texts say of them, what the part holds, and what its entry says else."""
+
+    @new(f"labels of images: {name}")
+    def _(header: dict[str, Any], data: bytearray) -> None:
+        said = json.loads(bytes_of(header, data, "texts"))
+        said["data"] |= {} if names is None else {"label_names": names}
+        put_part(header, data, "texts", json.dumps(said).encode())
+        if values is not None:
+            entry = {"dtype": "u1", "shape": [0, *values.shape[1:]], "required": False}
+            header["parts"]["labels"] = entry
+            put_part(header, data, "labels", values.tobytes())
+            entry |= {"shape": list(values.shape)} | changed
+
+
+def with_first(*values: int) -> NDArray[Any]:
+    """Labels of two names, of which the first image has these."""
+    return np.concatenate([np.array([values], np.uint8), ONE_EACH[1:]])
+
+
+image_labels("without names", None, ONE_EACH)
+image_labels("names without labels", TWO_NAMES, None)
+image_labels("of three names", TWO_NAMES, np.eye(3, dtype=np.uint8)[[0] * ROWS])
+image_labels("a value of 2", TWO_NAMES, with_first(2, 0))
+image_labels("known by half", TWO_NAMES, with_first(1, 255))
+image_labels("two where one is meant", TWO_NAMES, with_first(1, 1))
+image_labels("none where one is meant", TWO_NAMES, with_first(0, 0))
+image_labels("good is no name", TWO_NAMES | {"good": "fine"}, ONE_EACH)
+image_labels("several beside good", TWO_NAMES | {"multi": True}, ONE_EACH)
+image_labels("a name twice", TWO_NAMES | {"names": ["good", "good"]}, ONE_EACH)
+image_labels("names of numbers", TWO_NAMES | {"names": [1, 2]}, ONE_EACH)
+image_labels("names a list", ["good", "dent"], ONE_EACH)
+image_labels("no names", TWO_NAMES | {"names": []}, None)
+image_labels("of 2^40 names", TWO_NAMES, ONE_EACH, shape=[ROWS, 1 << 40])
+image_labels("of 4000 names", {"names": list(map(str, range(4000))), "multi": True}, np.zeros((ROWS, 4000), np.uint8))
+image_labels("in a row", TWO_NAMES, ONE_EACH, shape=[2 * ROWS])
+image_labels("of three images", TWO_NAMES, ONE_EACH[:3])
+image_labels("fractions", TWO_NAMES, ONE_EACH, dtype="<f8")
+
+
 def raw(name: str) -> Callable[[Callable[[bytearray], bytes]], Any]:
     """Register a change of a file's bytes that nothing seals."""
 

@@ -34,8 +34,8 @@ class Heat:
     def scale(self) -> str:
         """What the scale's bar shows, for people."""
         if np.isnan(self.threshold):
-            return "0 to the largest value of each map: there is no threshold"
-        return f"0 to {self.top:.3g} and more; the colour changes at the threshold, {self.threshold:.3g}"
+            return "pixels: 0 to the largest value of each map; no threshold"
+        return f"pixels: 0 to {self.top:.3g} and more; colour changes at their own threshold, {self.threshold:.3g}"
 
 
 def paint(picture: Image.Image, heat: Heat) -> Image.Image:

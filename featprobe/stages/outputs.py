@@ -267,7 +267,7 @@ class HeatMaps(Output[Seen]):
     classes = ()
 
     def __init__(self, head: AnomalyHead, card: Mapping[str, Any]) -> None:
-        self.head, self.notes = head, _notes_on(head, card)
+        self.head, self.notes, self.unit = head, _notes_on(head, card), _unit_of(card)
 
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[Seen]:
         """The score and the map."""
@@ -278,7 +278,7 @@ class HeatMaps(Output[Seen]):
     def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
         """The heat map over the image, on the scale of all maps of this head."""
         heat = None if found.map is None else Heat(found.map.cpu().numpy(), float(self.head.map_threshold))
-        return Panel(pixels, text=verdict_text(found.score, float(self.head.threshold)), heat=heat)
+        return Panel(pixels, text=verdict_text(found.score, float(self.head.threshold), self.unit), heat=heat)
 
     def pictures(self, name: str, found: Seen) -> Mapping[str, bytes]:
         """The map."""
@@ -316,7 +316,7 @@ class AnomalyScores(Output[Seen]):
 
     def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
         """The image with its score."""
-        return Panel(pixels, text=verdict_text(found.score, float(self.head.threshold)))
+        return Panel(pixels, text=verdict_text(found.score, float(self.head.threshold), self.unit))
 
     def tables(self, done: Sequence[Predicted[Seen]]) -> Mapping[str, str]:
         """A line for each image."""

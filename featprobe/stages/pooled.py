@@ -1,6 +1,7 @@
 """Pooled features of a cache: the mean and the maximum of each level over an image's own cells."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -107,13 +108,28 @@ def _keep(cache: Cache, tables: Tables, digest: str, say: Callable[[str], None])
         )
 
 
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """Inside, torch computes in the calling thread alone: pooling is as fast as reading, and waits for nobody.
+
+    Threads that share each small operation wait for each other after every one; beside other load that is most of the
+    time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _pool_all(cache: Cache, levels: Sequence[FeatureLevel], quiet: bool) -> Tables:
     """Pool every whole row, in one pass over the file."""
     tables = {level.name: np.zeros((len(cache), 2, level.channels), np.float32) for level in levels}
     rows = np.flatnonzero(cache.done == WHOLE)
     bar = tqdm(total=len(rows), desc=f"pooling {printable(cache.path.stem)}", unit="row", leave=False,
                disable=True if quiet else None)  # fmt: skip
-    with bar, FeatureLoader(cache, levels) as loader, torch.inference_mode():
+    with bar, in_one_thread(), FeatureLoader(cache, levels) as loader, torch.inference_mode():
         step = max(1, BYTES_AT_ONCE // sum(loader.reader.row_bytes(level) for level in levels))
         for batch, features in loader.batches(rows[i : i + step] for i in range(0, len(rows), step)):
             pooled = pool(features, levels)

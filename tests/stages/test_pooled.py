@@ -19,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import (
     CONTEXT,
+    LEVELS,
     PoolingBackbone,
     become_nobody,
     change_header,
@@ -35,13 +36,14 @@ from helpers import (
 from numpy.typing import NDArray
 from PIL import Image
 
+from featprobe.backbones import backbone as backbones
 from featprobe.cache import Cache, CacheWriter, open_cache, verify
 from featprobe.cache import pooled_file as keeping
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.cache.reader import FeatureLoader, RowReader
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FieldError, NoMapsError
-from featprobe.kinds import TrainRecipe
+from featprobe.kinds import KINDS, TrainRecipe, kind_of
 from featprobe.specs import FeatureRecipe
 from featprobe.stages import pooled as stage
 from featprobe.stages.extraction import settled
@@ -516,3 +518,53 @@ def test_maps_that_a_head_wants_are_made_beside_pooled_features(small: Workspace
     (row,) = probe(space, "semseg", ["parts"], options=QUICK, extract=True).rows
     assert sorted(open_cache(path).recipe.store for path in space.cache_files()) == ["maps", "pooled"]
     assert row["test"]["miou"] is not None
+
+
+KINDS_OF_IMAGES = [(kind.task, kind.name) for kind in KINDS.values() if kind.task in ("classify", "anomaly")]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workspace]:
+    """Workspaces with a cache of maps and a pooled cache of a set of which a half has defects."""
+    root = tmp_path_factory.mktemp("both")
+    data = write_set(root / "set", 32, (32, 32))
+    for i in range(0, 32, 2):
+        Image.new("L", (32, 32)).save(data / "masks" / f"part{i:02}.png")
+    spaces = {}
+    for store in ("maps", "pooled"):
+        spaces[store] = Workspace(root / store)
+        extract(root / store, data, store=store)
+    return spaces
+
+
+def asked(task: str, head: str, **changed: Any) -> ProbeOptions:
+    labels: Any = {"labels": "defect"} if task == "classify" else {}
+    return ProbeOptions(head=head, quiet=True, device="cpu", **labels, **changed)
+
+
+@pytest.mark.parametrize(("task", "head"), KINDS_OF_IMAGES)
+def test_stored_features_serve_image_labels_and_anomalies_without_a_forward_pass(
+    task: str, head: str, both: dict[str, Workspace], reads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbones, "load_backbone", lambda *_: pytest.fail("a backbone was loaded"))
+    monkeypatch.setattr(PoolingBackbone, "__call__", lambda *_: pytest.fail("a forward pass"))
+    (path,) = both["maps"].cache_files()
+    pooled_path(path).unlink(missing_ok=True)
+    rows = probe(both["maps"], task, options=asked(task, head, seeds=2)).rows
+    assert len(rows) == 2
+    if not kind_of(task, head).pooled:
+        return
+    assert sorted(reads) == [(level.name, row) for level in LEVELS for row in range(32)], "each row of a level once"
+    (other, _) = probe(both["pooled"], task, options=asked(task, head, seeds=2)).rows
+    assert other["test"] == rows[0]["test"] and other["val"] == rows[0]["val"]
+
+
+def test_a_command_says_where_pooled_features_are_not_kept(both: dict[str, Workspace]) -> None:
+    (path,) = both["maps"].cache_files()
+    pooled_path(path).unlink(missing_ok=True)
+    pooled_path(path).mkdir()
+    for task in ("classify", "anomaly"):
+        stage._known.clear()
+        notes = probe(both["maps"], task, options=asked(task, "knn", seeds=1)).notes
+        assert sum("are not kept, so the next command pools them again" in note for note in notes) == 1
+    pooled_path(path).rmdir()

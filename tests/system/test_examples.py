@@ -13,10 +13,13 @@ from pycocotools.coco import COCO
 
 from featprobe.datasets import read_data
 from featprobe.datasets.images.reading import image_size
+from featprobe.geometry import Part
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FEATPROBE_SHARED_DATA", ROOT.parent / "shared" / "data"))
-SOURCES = {"bsdata": "bsdata", "mt_defect": "mt_defect", "deeppcb": "deeppcb", "sandstone": "sandstone_xrm"}
+AS_THEY_LIE = {"bsdata": "bsdata", "mt_defect": "mt_defect", "deeppcb": "deeppcb", "sandstone": "sandstone_xrm"}
+SOURCES = {**AS_THEY_LIE, "deeppcb_classes": "deeppcb"}
+DEFECTS = ["open", "short", "mousebite", "spur", "copper", "pin-hole"]
 
 
 def prepare(name, source, out):
@@ -121,6 +124,34 @@ def test_deeppcb(prepared):
     ]
 
 
+def test_deeppcb_classes(prepared):
+    out, said = prepared("deeppcb_classes")
+    data = read_data("crops", out)
+    names = data.label_names
+    assert names.good == "good" and set(names.names) == {"good", *DEFECTS} and "1500 pictures, of which 450" in said
+    boards = read_data("deeppcb", DATA / "deeppcb")
+    place_of = {sample.image.stem.removesuffix("_test"): sample for sample in boards.samples}
+    assert {s.group for s in data.samples} == {s.group for s in boards.samples}
+    seen = dict.fromkeys(names.names, 0)
+    for number, sample in enumerate(data.samples):
+        label = sample.id.split("/")[0]
+        seen[label] += 1
+        if number % 9:
+            continue
+        stem, left, top = sample.image.stem.rsplit("_", 2)
+        board = place_of[stem]
+        target = data.read_target(sample, image_size(sample.image))
+        assert image_size(sample.image) == (64, 64) and [names.names[i] for i in target.labels] == [label]
+        assert sample.group == board.group
+        part = Part(int(left), int(top), 64, 64)
+        boxes = [(i.category, part.take_box(i.box_xyxy)) for i in boards.read_target(board, (640, 640)).instances]
+        touched = {DEFECTS[kind - 1] for kind, (x1, y1, x2, y2) in boxes if x2 > x1 and y2 > y1}
+        assert touched == ({label} - {"good"})
+    assert min(seen.values()) > 500 and seen["good"] > 2000
+    test = {s.id.split("/")[1].rsplit("_", 2)[0] for s in data.in_split("test")}
+    assert test == {stem for stem, board in place_of.items() if board.split == "test"} & test and len(test) > 450
+
+
 def test_mt_defect(prepared):
     out, _ = prepared("mt_defect")
     classes, samples, masks = read_mask_folder(out)
@@ -177,7 +208,7 @@ def test_an_out_folder_that_is_not_empty_is_refused(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", AS_THEY_LIE)
 def test_the_set_as_it_lies_is_the_one_that_the_script_makes(prepared, name):
     """Groups, splits and labels; the script knows one slice of the sandstone more, so that its split differs."""
     whole = read_data(name, prepared(name)[0])

@@ -14,13 +14,15 @@ from featprobe.errors import ProbeError, ShapeError
 
 STRENGTHS = tuple(10 ** (-6 + 11 * place / 39) for place in range(40))
 """Values of C, from the strongest regularisation to the weakest: see `Path`."""
-TOLERANCE, FINE = 1e-12, 1e-20
+TOLERANCE, FINE = 1e-12, 1e-24
 """Newton decrement, as a share of the objective, at which a solution of the path stands, and a polished one."""
 CONSTANT = 1e-6  # of its largest value: a feature whose standard deviation is no more does not change
 RANK = 1e-13  # of the largest eigenvalue: directions below are rounding
 NEVER = 1e4  # minus the logit of a label that no training image has
 MOST_STEPS = 60  # of Newton's method, per strength
 PATIENCE = 40  # conjugate steps at one strength, after which the Hessian is computed
+HALVINGS = 30  # of a step
+ROUNDING = 1e-9  # of an objective, whose change along a step is computed in float32
 EXACT = 0.01  # of the squared residual, left by the conjugate gradients of a Newton step
 MOST_HELD = 2**30  # bytes of Hessians
 ROWS = 4096  # that are converted at once
@@ -96,13 +98,14 @@ class Path:
         self.labels = own[:, self.known][:, int(self.pair) :]  # (images, columns)
         self.sigmoid = multi or self.pair
         self.rows, self.penalty, self.back = _white(vectors, mean, scale)
+        self.brief = self.rows.float()
         self.hessians: Tensor | None = None
 
     def solutions(self, strengths: Sequence[float] = STRENGTHS) -> Iterator[Solution]:
         """The solution at each C. strengths: > 0, ascending: from the strongest regularisation to the weakest."""
         mean = self.labels.mean(0)
         point = torch.zeros(self.rows.shape[1], len(mean), dtype=torch.float64)
-        point[-1] = mean.logit() if self.sigmoid else mean.log()
+        point[-1] = mean.logit() if self.sigmoid else mean.log() - mean.log().mean()
         before, last = None, None  # (log C, point)
         for c in strengths:
             here = point
@@ -120,8 +123,6 @@ class Path:
         weight, bias = (self.back @ point[:-1]).T, point[-1]
         if self.pair:
             weight, bias = (torch.cat([-x / 2, x / 2]) for x in (weight, bias))
-        elif not self.sigmoid:
-            bias = bias - bias.mean()
         every = weight.new_zeros(len(self.prior), weight.shape[1])
         every[self.known] = weight
         biases = torch.where(self.prior > 0, NEVER, -NEVER).double()
@@ -155,16 +156,18 @@ class Path:
             if spent >= PATIENCE and self._refresh(shares):
                 factors, spent = self._factors(penalty), 0
             curve = (shares * (1 - shares)).sum(0) + penalty
-            solve = partial(_divided, curve) if factors is None else partial(_solved, factors)
+            solve = partial(self._preconditioned, curve if factors is None else factors)
             open_ = self._total(gradient * solve(gradient)) > tolerance * value
             if not open_.any():
                 break
             step, moves, count = self._newton(gradient * open_, shares, penalty, solve, PATIENCE - min(spent, 20))
             spent += count
-            size, found = self._searched(point, logits, step, moves, self._total(gradient * step), value, penalty)
+            size = self._searched(point, logits, step, moves, self._total(gradient * step), value, penalty)
             if not (size > 0).any():
                 break
-            point, logits, value = point + size * step, logits + size * moves, found
+            point = point + size * step
+            logits = self.rows @ point
+            value = self._value(logits, point, penalty)
         return point
 
     def _newton(
@@ -176,9 +179,9 @@ class Path:
         before = first = self._total(left * along)
         count = 0
         for count in range(1, most + 1):  # noqa: B007
-            ahead = self.rows @ along
+            ahead = (self.brief @ along.float()).double()  # its rounding is corrected by the next step
             curved = shares * (1 - shares) * ahead if self.sigmoid else _curved(shares, ahead)
-            bent = self.rows.T @ curved + penalty * along
+            bent = (self.brief.T @ curved.float()).double() + penalty * along
             size = _ratio(before, self._total(along * bent))
             step, moves, left = step + size * along, moves + size * ahead, left - size * bent
             direction = solve(left)
@@ -188,19 +191,29 @@ class Path:
             along, before = direction + _ratio(after, before) * along, after
         return step, moves, count
 
+    def _preconditioned(self, hessian: Tensor, x: Tensor) -> Tensor:
+        """The solution of hessian @ solution = x, for its diagonal, (parameters, columns), or the factors of each column.
+
+        What all columns of a softmax have in common changes nothing but the penalty, so it stays 0.
+        """
+        if hessian.dim() == 2:
+            found = x / hessian
+        else:
+            found = torch.cholesky_solve(x.T[:, :, None], hessian)[:, :, 0].T
+        return found if self.sigmoid else found - found.mean(1, keepdim=True)
+
     def _searched(
         self, point: Tensor, logits: Tensor, step: Tensor, moves: Tensor, slope: Tensor, value: Tensor, penalty: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(the largest of 1, 1/2, 1/4 … of a step that lowers the objective enough, or 0; the objective there)."""
+    ) -> Tensor:
+        """The largest of 1, 1/2, 1/4 … of a step that lowers the objective enough, (1, columns) or (1, 1); else 0."""
         size = torch.ones_like(value)
-        rounding = 1e-13 * value
-        for _ in range(30):
+        for _ in range(HALVINGS):
             found = self._value(logits + size * moves, point + size * step, penalty)
-            enough = found <= value + 1e-4 * size * slope + rounding
+            enough = found <= value + 1e-4 * size * slope + ROUNDING * value
             if enough.all():
-                return size, found
+                break
             size = torch.where(enough, size, size / 2)
-        return size * enough, torch.where(enough, found, value)
+        return size * enough
 
     def _refresh(self, shares: Tensor) -> bool:
         """Compute each column's Hessian of the loss, where memory allows."""
@@ -251,7 +264,7 @@ def _white(vectors: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     else:
         rows[:, :-1] = axes * count**0.5
         back = every.T @ axes * (count**0.5 / values)
-    return rows, torch.cat([count / values, values.new_zeros(1)])[:, None], back
+    return rows, torch.cat([count / values, values.new_zeros(1)])[:, None], back * (scale > 0)[:, None]
 
 
 def _curved(shares: Tensor, ahead: Tensor) -> Tensor:
@@ -262,14 +275,6 @@ def _curved(shares: Tensor, ahead: Tensor) -> Tensor:
 def _ratio(over: Tensor, under: Tensor) -> Tensor:
     """Their ratio; 0 where there is nothing to divide by: a column that is solved."""
     return torch.where(under > 0, over / under, 0)
-
-
-def _divided(curve: Tensor, x: Tensor) -> Tensor:
-    return x / curve
-
-
-def _solved(factors: Tensor, x: Tensor) -> Tensor:
-    return torch.cholesky_solve(x.T[:, :, None], factors)[:, :, 0].T
 
 
 def choose(

@@ -34,8 +34,11 @@ from featprobe.stages.comparison.differences import (
 )
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
 from featprobe.stages.comparison.supervision import behind_supervised
+from featprobe.stages.comparison.tested import good_units
 from featprobe.stages.partition import partition_of
 from featprobe.stages.workspace import Workspace
+
+FEW_OF_A_SIDE = 8  # test groups with a defect, or with a good image
 
 
 @dataclass(frozen=True)
@@ -235,12 +238,26 @@ def _of_the_scores(table: Table) -> list[str]:
     lacking = [name for name, value in class_scores(first).items() if np.isnan(value)]
     only = "" if first.row.scores.dense else ", or nothing else"
     said = [f"the test split holds no {', '.join(lacking)}{only}: no mean counts it"] if lacking else []
+    said += _of_few_sides(first)
     if zero and lacking:
         said.append(
             f"{zero} of {counted(len(table.results), 'result')} scored with --absent-classes zero, so that a class "
             "that the test split lacks counts as 0 there once it is predicted; here it does not"
         )
     return said
+
+
+def _of_few_sides(result: Result) -> list[str]:
+    """That few groups have a good unit, or one with a defect, where both are needed: few of them show no others."""
+    test = result.runs[0].test
+    good, groups = good_units(test), np.array(test.groups)
+    sides = {} if good is None else {"a defect": groups[~good], "a good image": groups[good]}
+    counts = {what: len(set(own.tolist())) for what, own in sides.items()}
+    return [
+        f"only {counted(count, 'test group')} with {what}: intervals rest on what few of them show of others"
+        for what, count in counts.items()
+        if 0 < count < FEW_OF_A_SIDE
+    ]
 
 
 def _of_the_seeds(table: Table) -> list[str]:

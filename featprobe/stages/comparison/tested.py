@@ -251,6 +251,16 @@ TESTS: Mapping[On, type[Tested]] = {
 }
 
 
+def good_units(test: Tested) -> NDArray[np.bool_] | None:
+    """Whether each test unit is good; None where nothing is known of that, or where pixels or objects are scored."""
+    match test:
+        case ImageTest(images):
+            return images.is_good
+        case AnomalyTest(found):
+            return found.good
+    return None
+
+
 def read_test(folder: Path, card: Mapping[str, Any], row: ResultRow) -> tuple[Tested, dict[str, Statistic]]:
     """The test results beside the head of a row, and its scores as functions of how often each group counts.
 

@@ -95,7 +95,8 @@ class Anomaly:
 
     def solve_pooled(self, head: PooledAnomalyHead, seed: int, batches: Batches, train: Rows, val: Rows) -> Solution:
         """The same for a head of one vector per unit."""
-        vectors = torch.from_numpy(pooled_vectors(self.cache, head.levels, self.asked.unit, train, quiet=True))
+        unit, say = self.asked.unit, self.notes.append
+        vectors = torch.from_numpy(pooled_vectors(self.cache, head.levels, unit, train, quiet=True, say=say))
         return self._solution(head, head.fit(lambda: [vectors], seed))
 
     def _solution(self, head: VerdictHead, fit: Fit) -> Solution:
@@ -164,7 +165,7 @@ class Anomaly:
             heat = None
             if one.map is not None:
                 heat = Heat(one.map.cpu().numpy(), float(head.get_buffer(MAP_THRESHOLD)))
-            said = verdict_text(one.score, threshold)
+            said = verdict_text(one.score, threshold, self.asked.unit)
             wrong = not np.isnan(threshold) and good[image] == int(one.score > threshold)
             yield (
                 image,
@@ -247,11 +248,13 @@ def labels_of(regions: tuple[Mask, Mask] | None) -> Labels | None:
     return np.where(ignored, IGNORE, defect).astype(np.uint8)
 
 
-def verdict_text(score: float, threshold: float) -> tuple[str, ...]:
-    """The verdict on an image for people."""
+def verdict_text(score: float, threshold: float, unit: Unit) -> tuple[str, ...]:
+    """The verdict on an image for people; the threshold is that of units, and not that of pixels."""
     said = verdict(score, threshold)
     return (
-        (f"{said}: score {score:.3g}", f"threshold {threshold:.3g}") if said else (f"score {score:.3g}, no threshold",)
+        (f"{said}: score {score:.3g}", f"threshold of {unit}s {threshold:.3g}")
+        if said
+        else (f"score {score:.3g}, no threshold",)
     )
 
 

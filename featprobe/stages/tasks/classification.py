@@ -56,7 +56,8 @@ class LabelsAsked:
 class Classification:
     """The labels of a cache's units as heads of pooled features are trained and scored on them.
 
-    train: rows that heads are trained on; those of a live backbone show a unit each. See `task.Task`.
+    train: rows that heads are trained on; those of a live backbone show a unit each. notes: what pooling has to say;
+    `settle` returns it. See `task.Task`.
     """
 
     masks = False
@@ -66,6 +67,7 @@ class Classification:
         self.cache, self.train, self.device, self.asked = cache, train, device, asked
         self.truth: ImageTruth = truth_of(cache, asked.labels, asked.unit)
         self.names = self.truth.names
+        self.notes: list[str] = []
 
     def labels_of(self, row: int) -> list[int]:
         """Which labels the unit that a row shows has."""
@@ -153,9 +155,9 @@ class Classification:
         """Set each head's threshold from the good units of validation; returns notes."""
         name = self.cache.data.name
         if not self.names.says_good:
-            return [f"{name}: no label says which images are good, so there is no threshold and no recall"]
+            return [*self.notes, f"{name}: no label says which images are good, so there is no threshold and no recall"]
         units, found = self._probabilities(heads, feed, val)
-        good, notes = self.truth.good[units] == 1, dict[str, None]()
+        good, notes = self.truth.good[units] == 1, dict.fromkeys(self.notes)
         for head, probabilities in zip(heads, found, strict=True):
             scores = defect_scores(probabilities[good], self.names.multi, self._good)
             known = [] if scores is None else scores.tolist()
@@ -234,7 +236,8 @@ class Classification:
 
     def _stored(self, levels: Sequence[FeatureLevel], rows: Rows) -> Tensor:
         """The vectors of the units that rows show, ascending, from the cache's features."""
-        return torch.from_numpy(pooled_vectors(self.cache, levels, self.asked.unit, rows, quiet=self.asked.quiet))
+        unit, quiet = self.asked.unit, self.asked.quiet
+        return torch.from_numpy(pooled_vectors(self.cache, levels, unit, rows, quiet=quiet, say=self.notes.append))
 
     @torch.inference_mode()
     def _probabilities(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> tuple[Rows, list[Shares]]:

@@ -12,6 +12,8 @@ from featprobe.kinds import TrainRecipe
 from featprobe.probes import CurvePoint, fingerprint, parameter_count
 from featprobe.processes import count
 from featprobe.result_rows import (
+    DRAWN,
+    SHARED_NOTHING,
     SHARED_ORDER,
     AskedHead,
     Counts,
@@ -64,7 +66,7 @@ def row_of(
         chosen_by=training.chooses_by,
         recipe_key=training.recipe_key,
         seed=trial.seed,
-        spread=SHARED_ORDER if options.shared_order else "initialisation and order",
+        spread=SHARED_ORDER if options.shared_order else DRAWN if training.draws else SHARED_NOTHING,
         trials=solution.get("tried", 1) if solution else len(training.grid),
         budget=FoundBudget(**training.budget.to_json()) if training.budget else None,
         weights_from="closed form" if solution else WEIGHTS[trial.recipe.weights_from],

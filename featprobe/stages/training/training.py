@@ -114,6 +114,11 @@ class Training:
         return self.kind.is_solved(self.regime)
 
     @property
+    def draws(self) -> bool:
+        """Whether its heads are solved, and what is solved depends on the seed."""
+        return self.is_solved and self.kind.drawn
+
+    @property
     def subset(self) -> str | None:
         """How a part of the training rows is drawn; None for all of them, or one part for all seeds."""
         return "by seed" if self.fraction < 1 and not self.options.shared_order else None

@@ -331,6 +331,14 @@ def test_a_frozen_backbone_at_chance_has_found_nothing(told: Told) -> None:
     assert "frozen may have found nothing" in said
 
 
+def test_defects_in_few_groups_are_noted_and_one_group_gives_no_interval(told: Told) -> None:
+    good = np.arange(UNITS) >= 4  # the first group alone has defects
+    told.tell(replace(watched(), good=good, pixels=None), "gaussian")
+    report = told.compare()
+    assert any("only 1 test group with a defect" in note for note in report.notes)
+    assert np.isnan(report.sets[0].lines[0]["image_auroc_low"])
+
+
 def test_a_test_split_of_good_images_alone_has_no_auroc_and_says_so(told: Told) -> None:
     found = watched(pixels=False)
     told.tell(replace(found, good=np.ones(UNITS, bool)), "gaussian")
