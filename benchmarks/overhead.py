@@ -132,7 +132,7 @@ def prepared(arm: Arm, workspace: Workspace, cache: Cache) -> Prepared:
     rates = tuple(10.0**-power for power in range(2, 2 + arm.rates)) if arm.rates > 1 else ()
     options = ProbeOptions(
         head=arm.head, recipe=replace(recipe, **changes), lr=rates, weight_decay=rates, seeds=1,
-        device="cpu", quiet=True,
+        device="cpu", quiet=True, kind=KINDS[arm.task, arm.head],
     )  # fmt: skip
     return prepare(Training(workspace, Partition(cache, options.choice), arm.task, options, (0,)))
 

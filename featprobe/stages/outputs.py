@@ -221,7 +221,7 @@ class ImageVerdicts(Output[list[Verdict]]):
             (one,) = found
             shares = balanced(one.probabilities[None], self._prior, self.names)[0]
             return Panel(pixels, text=(*label_text(one.decided, shares, self.names), *self._called(one)))
-        return Panel(pixels, instances=tile_boxes([(v.part, v.decided) for v in found if v.part], self.names))
+        return Panel(pixels, instances=tile_boxes([(v.part, v.decided) for v in found], self.names))
 
     def tables(self, done: Sequence[Predicted[list[Verdict]]]) -> Mapping[str, str]:
         """A line for each image or tile."""
