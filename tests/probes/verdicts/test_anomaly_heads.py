@@ -138,7 +138,7 @@ def test_streamed_sums_are_the_covariance_of_all_cells(seed: int, cells: int, ba
     assert covariance.numpy() == pytest.approx(rival.covariance_, rel=1e-6, abs=1e-9)
 
 
-def test_the_gaussian_map_is_the_mean_of_mahalanobis_distances() -> None:
+def test_the_gaussian_map_is_the_mahalanobis_distance_of_independent_levels() -> None:
     features, other = some_features(6, 0), some_features(2, 1)
     found = fitted(GaussianHead, features)(other)
     wanted = torch.zeros(2, *LEVELS[0].cells(FRAME))
@@ -146,9 +146,9 @@ def test_the_gaussian_map_is_the_mean_of_mahalanobis_distances() -> None:
         cells = features.maps[level.name].movedim(1, -1).flatten(0, 2).double().numpy()
         rival = OAS().fit(cells)
         apart = rival.mahalanobis(other.maps[level.name].movedim(1, -1).flatten(0, 2).double().numpy())
-        own = torch.from_numpy(np.sqrt(apart / level.channels)).float().view(2, 1, *level.cells(FRAME))
-        wanted += interpolate(own, LEVELS[0].cells(FRAME), mode="bilinear")[:, 0] / 2
-    assert found.maps is not None and torch.allclose(found.maps, wanted, rtol=1e-4)
+        own = torch.from_numpy(apart / 12).float().view(2, 1, *level.cells(FRAME))
+        wanted += interpolate(own, LEVELS[0].cells(FRAME), mode="bilinear")[:, 0]
+    assert found.maps is not None and torch.allclose(found.maps, wanted.sqrt(), rtol=1e-4)
     assert torch.equal(found.scores, found.maps.amax((1, 2)))
 
 
