@@ -167,14 +167,18 @@ class Classification:
         return list(notes)
 
     def shown(self, head: ImageHead, feed: Feed, rows: Rows, count: int) -> Rows:
-        """Some of the images that the rows show, from the worst mistake to the surest right answer."""
+        """Some of the images that the rows show, from the worst mistake on; first one of each group, then more."""
         units, (found,) = self._probabilities([head], feed, rows)
         true = self._truth(units)
         share = balanced(found, head.prior.cpu().numpy(), self.names)
         worst = np.abs(true - share).max(1)
         order = units[np.argsort(-worst, kind="stable")]
-        images = order if self.asked.unit == "image" else self.cache.image_of[order]
-        return np.array(list(dict.fromkeys(images.tolist()))[:count], dtype=np.intp)
+        images = list(dict.fromkeys((order if self.asked.unit == "image" else self.cache.image_of[order]).tolist()))
+        groups, seen = self.cache.images.column("group"), dict[str, int]()
+        for image in images:
+            seen.setdefault(groups[image], image)
+        first = list(seen.values())
+        return np.array([*first, *(image for image in images if image not in first)][:count], dtype=np.intp)
 
     def panels(self, head: ImageHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
@@ -347,7 +351,7 @@ def label_text(labels: NDArray[np.uint8], shares: NDArray[np.float32] | None, na
     if shares is None:
         return (said,)
     others = [i for i in np.argsort(-shares, kind="stable").tolist() if i not in held]
-    shown = [f"{names.names[i]} {100 * shares[i]:.0f} %" for i in [*held, *others[: max(0, LIKELIEST - len(held))]]]
+    shown = [f"{names.names[i]} {100 * shares[i]:.0f}%" for i in [*held, *others[: max(0, LIKELIEST - len(held))]]]
     return said, f"({', '.join(shown)})"
 
 

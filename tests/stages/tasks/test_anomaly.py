@@ -15,7 +15,7 @@ from PIL import Image
 from featprobe.cache import Cache, open_cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.formats import read_data
-from featprobe.errors import ProbeError
+from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.kinds import kinds_of
 from featprobe.metrics.anomalies import ScoredAnomalies, aupro, pixel_auroc
 from featprobe.probes import load_head
@@ -275,6 +275,37 @@ def test_mvtec_in_its_published_split_trains_on_its_good_images(tmp_path: Path) 
     assert row["images"]["train"] + row["images"]["val"] == 30 and row["images"]["test"] == 12
     assert row["val"]["image_auroc"] is None  # validation has good images alone
     assert row["test"]["image_auroc"] == 1.0 and row["test"]["image_recall"] == 1.0 and row["test"]["regions"] == 6
+
+
+def test_labels_of_images_alone_give_no_scores_of_pixels(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    for split, count in (("train", 12), ("val", 8), ("test", 6)):
+        for name in ("good", "scratched"):
+            folder = tmp_path / "lots" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(picture(random, (8, 8) if name != "good" else None)).save(folder / f"{split}{i}.png")
+    workspace = store(tmp_path, "lots class-folders", size=SIZE)
+    row = run(workspace, "gaussian").rows[0]
+    assert row["test"]["image_auroc"] == 1.0 and row["train_counts"] == {"good": 12}
+    assert [row["test"][name] for name in ("pixel_auroc", "aupro", "regions")] == [None, None, None]
+    assert scored(workspace, row).pixels is None
+    with pytest.raises(ProbeError, match="holds whole images"):
+        run(workspace, "gaussian", unit="tile")
+
+
+def test_a_cache_of_pooled_features_serves_the_head_without_maps_alone(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "set", {"train": 8, "val": 6, "test": 4}, {"test": 4})
+    dense, pooled = tmp_path / "dense", tmp_path / "pooled"
+    rows = []
+    for root, kept in ((dense, "maps"), (pooled, "pooled")):
+        root.mkdir()
+        (root / "set").symlink_to(tmp_path / "set")
+        rows.append(run(store(root, size=SIZE, store=kept), "knn").rows[0])
+    assert rows[0]["test"] == rows[1]["test"] and rows[0]["test"]["image_auroc"] == 1.0
+    for head in ("patchcore", "gaussian"):
+        with pytest.raises(FeatprobeError, match="pooled"):
+            run(Workspace(pooled), head)
 
 
 def test_an_image_with_an_ignored_region_alone_takes_no_part(tmp_path: Path) -> None:
