@@ -4,7 +4,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +343,58 @@ def test_the_real_sets(name: str, images: int, instances: int | None, found: set
     value, code = checked(REAL / name)
     assert (value["images"], value["instances"], set(kinds(value))) == (images, instances, found)
     assert code == (3 if "group_leak" in found else 0)
+
+
+# ---- labels of whole images ------------------------------------------------------------------------------------------
+
+
+def class_set(root: Path, splits: Sequence[str] = ("train", "train", "val", "test")) -> Path:
+    """Good and dented images of parts, two of each; the split of a part."""
+    shots = [
+        (part, split, name, shot) for part, split in enumerate(splits) for name in ("good", "dent") for shot in (0, 1)
+    ]
+    for number, (part, split, name, shot) in enumerate(shots):
+        write(root / split / name / f"part{part}_{shot}.png", texture(number))
+    return root
+
+
+def test_labels_of_images_are_counted_by_split_and_a_sound_set_ends_with_0(tmp_path: Path) -> None:
+    root = class_set(tmp_path / "set")
+    found, code = checked(root, "--group-from", "(part.)_")
+    assert (code, found["findings"], found["tasks"], found["objects"]) == (0, [], [], None)
+    assert found["labels"] == {
+        split: {"dent": count, "good": count} for split, count in (("train", 4), ("val", 2), ("test", 2))
+    }
+    assert found["serves"] and not set(found["serves"]) & set(found["tasks"])
+    said = check(root, "--html", str(tmp_path / "page.html")).stdout
+    assert re.search(r"label +train +val +test\n +dent +4 +2 +2\n +good +4 +2 +2\n", said)
+    assert "without objects" not in said and "Labels of images" in (tmp_path / "page.html").read_text()
+
+
+def test_what_spoils_labels_of_images_is_found(tmp_path: Path) -> None:
+    root = class_set(tmp_path / "set")
+    shutil.copy(root / "train" / "good" / "part0_0.png", root / "train" / "dent" / "again.png")
+    for path in (root / "val" / "dent").iterdir():
+        path.unlink()
+    shutil.copytree(root / "test" / "dent", root / "val" / "scratch")
+    found, code = checked(root, "--group-from", "(part.)_")
+    entries = {finding["kind"]: finding["entries"] for finding in found["findings"]}
+    assert code == 3 and kinds(found)["two_labels"] and not kinds(found)["missing_label"]
+    assert ["train/dent/again.png (dent)", "train/good/part0_0.png (good)"] in entries["two_labels"]
+    assert {("dent", "val"), ("scratch", "train")} <= {*map(tuple, entries["missing_label"])}
+
+
+def test_groups_of_both_verdicts_in_two_splits_are_named_as_a_note(tmp_path: Path) -> None:
+    found, code = checked(class_set(tmp_path / "set"), "--group-from", "_(.)")
+    (mixed,) = [finding for finding in found["findings"] if finding["kind"] == "mixed_verdicts"]
+    assert not mixed["spoils"]
+    assert "2 groups with good and bad images stand in more than one split (0, 1)" in mixed["text"]
+    assert code == 3, "the groups themselves leak"
+
+
+def test_a_split_of_labels_of_images_is_written_with_its_labels(tmp_path: Path) -> None:
+    root = class_set(tmp_path / "set")
+    arguments = ["data", "split", str(root), "--group-from", "(part.)_", "--split", "stratified", "--json", "--quiet"]
+    result = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "split.csv")], catch_exceptions=False)
+    holders = json.loads(result.stdout)["holders"]
+    assert holders == {split: {"dent": n, "good": n} for split, n in (("train", 4), ("val", 2), ("test", 2))}
