@@ -2,12 +2,13 @@
 
     python benchmarks/logistic.py
 
-10,000 images of 1440 features with two labels, 40 strengths, the choice by AUROC on 2,000 validation images, in two worlds: labels
-that overlap, and labels that a plane separates, where weak regularisation means huge weights. Seconds are those of `solve`, all
-included, in turn with scikit-learn's default solver at its default tolerance with warm starts. Probabilities of validation along the
-path, the chosen strength and its weights are compared with scikit-learn's "newton-cholesky" at tolerance 1e-8: its
-default solver stops too early at weak regularisation, whatever the tolerance; gradients of the chosen strength say which of the two is closer.
-The ratio is the least of wanted over measured, in both worlds: 15 s, 0.01, 1e-3; 0 where another strength is chosen whose score differs.
+10,000 images of 1440 features with two labels, 40 strengths, the choice by AUROC on 2,000 validation images, in two
+worlds: labels that overlap, and labels that a plane separates, where weak regularisation means huge weights. Seconds
+are those of `solve`, all included, in turn with scikit-learn's default solver at its default tolerance with warm
+starts. Probabilities of validation along the path, the chosen strength and its weights are compared with
+scikit-learn's "newton-cholesky" at tolerance 1e-8: its default solver stops too early at weak regularisation, whatever
+the tolerance. The gradient at the chosen strength says which of the two is closer. The ratio is the least of wanted
+over measured, in both worlds: 15 s, 0.01, 1e-3; 0 where another strength is chosen whose score differs.
 """
 
 import argparse

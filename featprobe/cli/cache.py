@@ -117,7 +117,8 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
             ("precision", _precision_text(recipe, c["may_hold_tf32"])),
             ("intensity", f"{recipe['intensity']}{_window_text(recipe, origin)}"),
             ("data", f"{origin['name']}: {origin['root']}"),
-            ("classes", ", ".join(origin["classes"])),
+            *([("classes", ", ".join(origin["classes"]))] if origin["tasks"] else []),
+            *([("labels", _labels_text(origin["label_names"]))] if "label_names" in origin else []),
             ("tasks", _tasks_text(c)),
             ("identity", "intact" if c["intact"] else "DAMAGED: run `featprobe cache verify`"),
             ("key", c["key"]),
@@ -331,6 +332,12 @@ def _kept_text(recipe: dict[str, Any]) -> str:
     from featprobe.specs import FeatureRecipe
 
     return FeatureRecipe.from_json(recipe).kept_as
+
+
+def _labels_text(names: dict[str, Any]) -> str:
+    """The labels of whole images, and what says that one is good."""
+    several = "several of an image, none: good" if names["multi"] else f"good: {names['good'] or 'not known'}"
+    return f"{', '.join(names['names'])} (of images; {several})"
 
 
 def _tasks_text(found: dict[str, Any]) -> str:

@@ -292,6 +292,12 @@ def test_labels_that_a_cache_does_not_hold_are_refused_with_what_would_do(tmp_pa
         truth_of(tiles, "own", "tile")
 
 
+def test_tiles_can_not_be_thinned_where_nothing_says_which_are_empty(tmp_path: Path) -> None:
+    root = class_set(tmp_path / "set", ["good", "b"])
+    with pytest.raises(DataError, match=r"--empty-tiles 0.5(.|\n)*labels of whole images alone"):
+        extract(tmp_path / "w", root, tile=16, empty_tiles=0.5)
+
+
 def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(extract(tmp_path / "w", class_set(tmp_path / "set", ["good", "b"])).path)
     monkeypatch.setattr(image_truth, "_each_held", lambda *_: pytest.fail("labels of pixels were read"))

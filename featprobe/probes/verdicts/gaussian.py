@@ -87,7 +87,7 @@ class GaussianHead(MapAnomalyHead):
         """
         self.fit_position(passes, remove=remove_position)
         sums = {level.name: CellSums(level.channels, self.frame.device) for level in self.levels}
-        for features in passes():
+        for features in self.each(passes()):
             for level in self.levels:
                 x = self.map_of(features, level)
                 sums[level.name].add(x.movedim(1, -1)[self.inside(features, level)])
@@ -101,7 +101,7 @@ class GaussianHead(MapAnomalyHead):
             self.put(f"whitening_{level.name}", whitening)
         return Fit({"cells": sums[self.levels[0].name].number, "shrinkage": shares}, [])
 
-    def forward(self, features: Features) -> Anomalies:
+    def found(self, features: Features) -> Anomalies:
         """Distances of the cells, and the largest of each image."""
         inside = self.inside(features, self.levels[0])
         maps = self.frame.new_zeros(inside.shape, dtype=torch.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from featprobe.datasets.patterns import Description, Pattern
+from featprobe.datasets.samples import DataSet
 from featprobe.datasets.splits import group_pattern
 from featprobe.errors import DataError
 from featprobe.geometry import Fit, Size, parse_size
@@ -205,6 +206,16 @@ def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[s
     found = {n: given.get(n) or (None if n in idle else table.get(n)) for n in READ_AS}
     pinned = found["split_file"]
     return found | {"split_file": str(Path(pinned).resolve()) if pinned else None}
+
+
+def check_thinned(tiling: Tiling | None, data: DataSet) -> None:
+    """Raise DataError where tiles without a defect are to be left out of a set that does not say where defects are."""
+    if tiling and tiling.thinned and not data.tasks:
+        raise DataError(
+            f"--empty-tiles {tiling.empty_tiles:g} omits training tiles without a defect: nothing says which these are.\n"
+            f"  wanted  masks or objects\n  found   labels of whole images alone, in {data.root}\n"
+            "Nothing was computed. Omit --empty-tiles."
+        )
 
 
 def check_turns(views: Sequence[str], size: Size, fit: Fit) -> None:

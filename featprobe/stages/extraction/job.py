@@ -22,7 +22,7 @@ from featprobe.machine import free_disk, human_bytes
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
 from featprobe.stages.extraction.cache_precision import cache_path, settle_precision
 from featprobe.stages.extraction.command_line import command_of, with_links
-from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions, check_turns
+from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions, check_thinned, check_turns
 from featprobe.stages.extraction.survey import Survey, describe, make_recipe, make_rows, survey
 from featprobe.stages.workspace import Workspace
 
@@ -69,6 +69,7 @@ def prepare(
 ) -> Job:
     """Look at the whole data set and settle the recipe, the rows and the file's name. device: that computes."""
     options.check()
+    check_thinned(options.tiling, data)
     resolve(options.precision, device)  # refuses before anything is read
     surveyed = survey(data, workers=options.workers, skip_bad=options.skip_bad, quiet=options.quiet)
     recipe = make_recipe(surveyed, backbone, options)

@@ -17,9 +17,10 @@ from featprobe.errors import ProbeError, ShapeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.probes.head import AnomalyHead
 from featprobe.probes.heads import HeadRecipe, build_head
-from featprobe.probes.verdicts import coreset, neighbours, patchcore
+from featprobe.probes.verdicts import coreset, map_heads, neighbours, patchcore
 from featprobe.probes.verdicts.anomaly_knn import AnomalyKnnHead
 from featprobe.probes.verdicts.coreset import Draw, farthest_first, projected_columns
 from featprobe.probes.verdicts.gaussian import CellSums, GaussianHead
@@ -225,10 +226,27 @@ def test_batches_of_any_size_give_the_same(kind: type[MapAnomalyHead], remove: b
     heads = [fitted(kind, features, size, remove_position=remove) for size in (1, 3, 7)]
     for head in heads[1:]:
         for name, value in heads[0].state_dict().items():
-            assert torch.allclose(value, head.state_dict()[name], rtol=1e-4, atol=1e-5, equal_nan=True), name
+            assert torch.equal(value.nan_to_num(), head.state_dict()[name].nan_to_num()), name
     whole = heads[0](features)
     parts = [heads[0](own) for own in in_batches(features, 2)()]
-    assert torch.allclose(whole.scores, torch.cat([own.scores for own in parts]), rtol=1e-5)
+    assert torch.equal(whole.scores, torch.cat([own.scores for own in parts]))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("at_once", [2**26, 2000])
+def test_few_operations_and_images_one_by_one_are_the_same(
+    kind: type[MapAnomalyHead], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, and on a CPU."""
+    features = some_features(7, 0, [[48, 64]] * 3 + [[24, 40]] * 4)
+    head = fitted(kind, features, remove_position=True)
+    found = head(features)
+    monkeypatch.setattr(execution, "whole_batches", lambda device: True)
+    monkeypatch.setattr(map_heads, "AT_ONCE", at_once)
+    other = fitted(kind, features, remove_position=True)
+    for name, value in head.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], rtol=1e-4, atol=1e-5, equal_nan=True), name
+    assert torch.allclose(found.scores, other(features).scores, rtol=1e-4)
 
 
 def test_a_seed_decides_the_bank() -> None:
