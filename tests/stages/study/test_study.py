@@ -105,7 +105,7 @@ def test_all_that_does_not_exist_is_said_at_once_and_nothing_is_run(workspace: W
         read_study(written(tmp_path, text), workspace)
     for said in (
         "data[0]: there is no data set 'surfase'. Did you mean surface?", "backbones[0]: ", "embeded",
-        'tasks[0]: wanted semseg, detect or instseg, found "segment"',
+        'tasks[0]: wanted semseg, detect, instseg, classify or anomaly, found "segment"',
         'found "liner". Did you mean linear?', 'regimes[0]: wanted frozen, frozen-online or full, found "ful"',
         "sizes[0]: '64' is not a size", "fractions[0]: wanted 1 or less, found 2",
         "splits: unknown. Did you mean split?",

@@ -34,7 +34,7 @@ from featprobe.stages.tasks import labels, segmentation
 from featprobe.stages.tasks.labels import LabelShelf, encode, shelf_of
 from featprobe.stages.tasks.segmentation import Segmentation
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
-from featprobe.stages.training.probe import probe
+from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 from featprobe.targets import labels_in_frame
@@ -189,7 +189,7 @@ def test_each_head_of_a_bank_ends_with_the_statistics_of_its_own_best_point(part
     (path,) = parts.cache_files()
     recipe = TrainRecipe(iterations=12, batch_size=4, evaluations=3)
     options = ProbeOptions(recipe=recipe, lr=(1e-1, 1e-2, 1e-3), seeds=1, quiet=True, head="linear")
-    ready = prepare(training_of(parts, open_cache(path), "semseg", options))
+    ready = prepare(training_of(parts, open_cache(path), "semseg", checked("semseg", options)))
     trials = trials_of(ready)
     heads, rows = [trial.head for trial in trials], ready.rows["train"]
     seen: list[list[dict[str, torch.Tensor]]] = []

@@ -10,6 +10,7 @@ import pytest
 from helpers import PoolingBackbone, extract, training_of, watch_memory
 
 from featprobe.cache import Cache, open_cache, store
+from featprobe.kinds import kind_of
 from featprobe.probes import saved
 from featprobe.stages.study import study as study_module
 from featprobe.stages.study.study import Cell, Study, cells_of, run_cells
@@ -131,7 +132,7 @@ def test_probe_holds_nothing_of_a_training_while_the_next_one_runs(
     workspace = Workspace(tmp_path)
     workspace.cache.symlink_to(finished[0].cache, target_is_directory=True)
     runs = watch_memory(monkeypatch, probe_module)
-    options = ProbeOptions(recipe=STUDY.recipe("linear"), seeds=3, quiet=True, device="cpu")
+    options = ProbeOptions(recipe=STUDY.recipe(kind_of("semseg", "linear")), seeds=3, quiet=True, device="cpu")
     assert len(probe(workspace, "semseg", options=options).rows) == len(runs) == 3
 
 
