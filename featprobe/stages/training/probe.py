@@ -236,15 +236,7 @@ def find_caches(
     served = {MASKS} if instances == "components" else {task}
     able = [cache for cache in asked_for if served & set(cache.data.serves)]
     if not able:
-        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks or c.data.serves) or 'none'}" for c in asked_for)
-        holds = "; ".join(list(each)[:5])
-        raise ProbeError(
-            f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"
-            "semseg and instseg need masks in the data set's files, detect needs boxes or objects with "
-            "masks, classify and anomaly need labels of images or any of these. If there are only masks of classes, "
-            "use their connected parts:\n"
-            "  featprobe probe … --instances components"
-        )
+        raise _unserved(asked_for, task)
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
     notes += [f"left aside: {' '.join(str(error).splitlines())}" for error in broken]
     complete, lacking = list[Cache](), list[tuple[Cache, CacheError]]()
@@ -297,6 +289,23 @@ def _without_twins(caches: Sequence[Cache], notes: list[str]) -> list[Cache]:
     ]
     notes += [f"left aside: {cache.path.name} holds pooled features, and its maps are here, too" for cache in twins]
     return [cache for cache in caches if cache not in twins]
+
+
+def _unserved(caches: Sequence[Cache], task: str) -> ProbeError:
+    """The error that caches hold no labels for a task, with the tasks that they do hold labels for."""
+    each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks or c.data.serves) or 'none'}" for c in caches)
+    others = dict.fromkeys(other for cache in caches for other in cache.data.serves)
+    advice = f"Take a task that they serve:  featprobe probe --task {' | '.join(others)}" if others else ""
+    if any(cache.data.tasks for cache in caches):
+        advice = (
+            "If there are only masks of classes, use their connected parts:\n  featprobe probe … --instances components"
+        )
+    return ProbeError(
+        f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n"
+        f"  found   {'; '.join(list(each)[:5])}\n"
+        "semseg and instseg need masks in the data set's files, detect needs boxes or objects with masks, classify and "
+        f"anomaly need labels of images or any of these. {advice}"
+    )
 
 
 def left_aside(error: CacheError) -> str:

@@ -344,8 +344,9 @@ def test_other_tasks_refuse_what_is_about_labels_of_images(
 
 
 def test_a_set_without_masks_serves_no_task_of_pixels(folders: Workspace) -> None:
-    with pytest.raises(ProbeError, match="labels of images"):
+    with pytest.raises(ProbeError, match="labels of images") as raised:
         probe(folders, "semseg", options=brief())
+    assert str(raised.value).endswith("--task classify | anomaly")
     with pytest.raises(ProbeError, match="no masks and no objects"):
         probe(folders, TASK, options=brief(labels="classes"))
 
