@@ -268,7 +268,7 @@ class Trainings:
     def seconds(self, task: str, iterations: int, **how: Any) -> tuple[float, dict[str, Any]]:
         """Seconds of a training of so many iterations, and its row."""
         head = how["head"]
-        recipe = replace(KINDS[head].recipe, iterations=iterations, evaluations=1, **how.pop("loop", {}))
+        recipe = replace(KINDS[task, head].recipe, iterations=iterations, evaluations=1, **how.pop("loop", {}))
         tuning = how.pop("tuning", None)
         options = ProbeOptions(
             recipe=recipe, seeds=1, quiet=True, budget="fixed", device=self.bench.device.type, tuning=tuning, **how

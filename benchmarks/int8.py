@@ -115,7 +115,7 @@ def scores(folder: Path, data: str, options: argparse.Namespace) -> dict[str, ob
             errors = {level: own["int8"] for level, own in found_errors.errors.items()}
         found[dtype] = {}
         for head in ("linear", "ridge"):
-            recipe = KINDS[head].recipe
+            recipe = KINDS["semseg", head].recipe
             if head == "linear":
                 recipe = replace(recipe, iterations=options.iterations, loss_at="level")
             how = ProbeOptions(

@@ -126,13 +126,13 @@ def extracted(folder: Path, frames: str) -> tuple[Workspace, Cache]:
 
 def prepared(arm: Arm, workspace: Workspace, cache: Cache) -> Prepared:
     """The product's training of an arm: its own recipe, with clipping."""
-    recipe = KINDS[arm.head].recipe
+    recipe = KINDS[arm.task, arm.head].recipe
     changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": BATCH, "clip": recipe.clip or 1.0}
     changes |= {"loss_at": arm.loss_at} if arm.loss_at else {}
     rates = tuple(10.0**-power for power in range(2, 2 + arm.rates)) if arm.rates > 1 else ()
     options = ProbeOptions(
         head=arm.head, recipe=replace(recipe, **changes), lr=rates, weight_decay=rates, seeds=1,
-        device="cpu", quiet=True,
+        device="cpu", quiet=True, kind=KINDS[arm.task, arm.head],
     )  # fmt: skip
     return prepare(Training(workspace, Partition(cache, options.choice), arm.task, options, (0,)))
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,19 @@ def test_a_row_is_the_same_bits_alone_in_a_batch_and_in_any_order_of_memory(made
     for row in range(len(m)):
         alone = Features({LEVEL.name: m[row : row + 1]}, features.frame, content[row : row + 1])
         assert torch.equal(vectors[row : row + 1], pool(alone, [LEVEL]).vectors([LEVEL]))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_few_large_operations_give_what_pieces_give(device: str, whole: bool) -> None:
+    level = FeatureLevel("a", 40, 4)
+    m = torch.randn(3, 40, 33, 47).half().float()
+    content = None if whole else torch.tensor([[132, 188], [50, 188], [131, 7]])
+    pieces = pool(Features({"a": m}, (132, 188), content), [level]).vectors([level])
+    features = Features({"a": m.requires_grad_(device == "cpu")}, (132, 188), content).to(device)
+    together = pool(features, [level]).vectors([level]).cpu()
+    assert together.requires_grad == (device == "cpu")
+    torch.testing.assert_close(together.detach(), pieces, rtol=0, atol=1e-5 * float(pieces.abs().max()))
 
 
 def test_images_that_fill_their_frame_need_no_content() -> None:

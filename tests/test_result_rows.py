@@ -11,6 +11,8 @@ from helpers import result_row, stored_rows
 
 from featprobe.kinds import TASKS
 from featprobe.metrics import PIXEL_SCORES, pixel_scores, pixel_statistic
+from featprobe.metrics.anomalies import ANOMALY_SCORES
+from featprobe.metrics.images import IMAGE_SCORES
 from featprobe.metrics.resampled import THRESHOLDS
 from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
@@ -66,8 +68,9 @@ def test_every_task_has_its_scores_and_the_main_one_is_shown() -> None:
 def test_every_score_that_is_compared_can_be_computed() -> None:
     for scores in SCORES.values():
         names = [score.name for score in scores.every]
-        if scores.dense:
-            assert set(names) == set(PIXEL_SCORES) and all(score.place == (score.name,) for score in scores.every)
+        counted = {"pixels": PIXEL_SCORES, "images": IMAGE_SCORES, "anomalies": ANOMALY_SCORES}.get(scores.on)
+        if counted is not None:
+            assert set(names) == set(counted) and all(score.place == (score.name,) for score in scores.every)
         else:
             assert all(score.place[0] == scores.main.place[0] for score in scores.compared)
             assert all(score.place[-1] in THRESHOLDS for score in scores.compared)

@@ -131,6 +131,7 @@ def procedure_difference(
     spread: SeedSpread | None,
     *,
     same_seeds: bool = False,
+    fixed: tuple[bool, bool] = (False, False),
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -140,10 +141,11 @@ def procedure_difference(
     a, b: a statistic per seed. spread: the seed_spread of their table; None where neither has seed variance (solved
     heads on all training images): then only groups count, as in paired_difference. same_seeds: both ran the same
     seeds, in this order, and a seed has an effect on both (it picks the training images): the common effect cancels.
+    fixed: whether any seed would give the same on a side, as of a solved head: it adds nothing to the seeds' variance.
     low, high and p_value are nan where nothing is known about seeds, because no result of the table has two.
     Raises ShapeError where a and b were scored on different groups, or have different numbers of seeds with same_seeds.
     """
-    return _claim([_side(a, b, spread, same_seeds)], level, resamples, seed)
+    return _claim([_side(a, b, spread, same_seeds, fixed)], level, resamples, seed)
 
 
 def procedure_gap(
@@ -175,7 +177,13 @@ class _Side:
     share: float
 
 
-def _side(a: Sequence[Statistic], b: Sequence[Statistic], spread: SeedSpread | None, same_seeds: bool) -> _Side:
+def _side(
+    a: Sequence[Statistic],
+    b: Sequence[Statistic],
+    spread: SeedSpread | None,
+    same_seeds: bool,
+    fixed: tuple[bool, bool] = (False, False),
+) -> _Side:
     difference = difference_of(mean_of(a), mean_of(b))
     if spread is None:
         return _Side(difference, NO_VARIANCE, 0.0)
@@ -184,7 +192,8 @@ def _side(a: Sequence[Statistic], b: Sequence[Statistic], spread: SeedSpread | N
     if same_seeds and len(a) != len(b):
         raise ShapeError(f"{len(a)} and {len(b)} seeds are not the same seeds.")
     seeds = spread.shared.get(len(a), UNKNOWN) if same_seeds else spread.own
-    return _Side(difference, seeds, 1 / len(a) + 1 / len(b))
+    share = sum(1 / len(own) for own, alike in zip((a, b), fixed, strict=True) if not alike)
+    return _Side(difference, seeds, share)
 
 
 def _claim(sides: Sequence[_Side], level: float, resamples: int, seed: int) -> Difference:

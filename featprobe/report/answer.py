@@ -127,7 +127,9 @@ def _at(*iterations: int | None) -> str:
     return f" at {budget_text(iterations)}" if any(iterations) else ""
 
 
-def _at_both(frozen: int, full: int) -> str:
+def _at_both(frozen: int | None, full: int) -> str:
+    if frozen is None:
+        return f", solved frozen and at {budget_text([full])} fine-tuned"
     return _at(frozen) if frozen == full else f" at {budget_text([frozen])} frozen and {full} fine-tuned"
 
 

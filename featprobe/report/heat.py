@@ -51,7 +51,7 @@ def draw_scale(heat: Heat, width: int, font: ImageFont.ImageFont | ImageFont.Fre
     """The colours of the scale and what they mean, on a white strip of this many pixels, or as many as it takes."""
     length = 3 * GAP + BAR[0] + int(font.getlength(heat.scale))
     strip = Image.new("RGB", (max(width, length), HEIGHT), "white")
-    grey = Image.new("RGB", BAR, (128, 128, 128))
+    grey = Image.new("RGB", BAR, (190, 190, 190))
     ramp = Heat(np.broadcast_to(np.linspace(0, 2, BAR[0], dtype=np.float32), BAR[::-1]), 1.0)
     strip.paste(paint(grey, ramp), (GAP, (HEIGHT - BAR[1]) // 2))
     ImageDraw.Draw(strip).text((2 * GAP + BAR[0], 0), heat.scale, fill="black", font=font)

@@ -26,13 +26,11 @@ from featprobe.kinds import kind_of
 from featprobe.metrics.images import defect_scores
 from featprobe.probes import DenseHead, ObjectHead, objects_at_original
 from featprobe.probes.head import AnomalyHead, ImageHead, PooledAnomalyHead, VerdictHead
-from featprobe.report.heat import Heat
 from featprobe.report.sheets import Panel, colour_of, png
 from featprobe.result_rows import ResultRow
 from featprobe.scores import On
 from featprobe.specs import DataInfo
 from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
-from featprobe.stages.tasks.anomaly import verdict_text
 from featprobe.stages.tasks.classification import (
     balanced,
     colours_of,
@@ -42,7 +40,8 @@ from featprobe.stages.tasks.classification import (
     tile_boxes,
 )
 from featprobe.stages.tasks.detection import coco_results
-from featprobe.stages.tasks.seen import Seen, joined, pieces_of
+from featprobe.stages.tasks.heat_panels import panel_of
+from featprobe.stages.tasks.seen import Seen, joined, of_tiles, pieces_of
 from featprobe.stages.tasks.settle import verdict
 from featprobe.targets import Labels, decode_rle
 
@@ -221,7 +220,7 @@ class ImageVerdicts(Output[list[Verdict]]):
             (one,) = found
             shares = balanced(one.probabilities[None], self._prior, self.names)[0]
             return Panel(pixels, text=(*label_text(one.decided, shares, self.names), *self._called(one)))
-        return Panel(pixels, instances=tile_boxes([(v.part, v.decided) for v in found if v.part], self.names))
+        return Panel(pixels, instances=tile_boxes([(v.part, v.decided) for v in found], self.names))
 
     def tables(self, done: Sequence[Predicted[list[Verdict]]]) -> Mapping[str, str]:
         """A line for each image or tile."""
@@ -277,8 +276,7 @@ class HeatMaps(Output[Seen]):
 
     def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
         """The heat map over the image, on the scale of all maps of this head."""
-        heat = None if found.map is None else Heat(found.map.cpu().numpy(), float(self.head.map_threshold))
-        return Panel(pixels, text=verdict_text(found.score, float(self.head.threshold), self.unit), heat=heat)
+        return panel_of(pixels, found, float(self.head.threshold), float(self.head.map_threshold), self.unit)
 
     def pictures(self, name: str, found: Seen) -> Mapping[str, bytes]:
         """The map."""
@@ -286,7 +284,7 @@ class HeatMaps(Output[Seen]):
 
     def kept(self, found: Seen) -> Seen:
         """The score."""
-        return Seen(found.score)
+        return found.without_map
 
     def tables(self, done: Sequence[Predicted[Seen]]) -> Mapping[str, str]:
         """A line for each image."""
@@ -305,18 +303,21 @@ class AnomalyScores(Output[Seen]):
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[Seen]:
         """The score; of tiles that are judged each for itself, the highest."""
         pooled = [(pieces, pool(features, self.head.levels)) for pieces, features in batches]
-        images = torch.tensor([piece.image for own, _ in pooled for piece in own], device=self.head.threshold.device)
+        pieces = [piece for own, _ in pooled for piece in own]
         every = Pooled.of_all([own for _, own in pooled])
         if self.unit == "image":
-            every = every.joined(images, len(sizes))
-        scores = self.head(every.vectors(self.head.levels)).scores
-        if self.unit == "tile":
-            scores = scores.new_zeros(len(sizes)).index_reduce(0, images, scores, "amax", include_self=False)
-        yield from map(Seen, scores.tolist())
+            index = torch.tensor([piece.image for piece in pieces], device=self.head.threshold.device)
+            every = every.joined(index, len(sizes))
+        scores = self.head(every.vectors(self.head.levels)).scores.tolist()
+        if self.unit == "image":
+            yield from map(Seen, scores)
+            return
+        for _, own in groupby(zip(pieces, scores, strict=True), _image_of):
+            yield of_tiles([(score, piece.part) for piece, score in own])
 
     def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
         """The image with its score."""
-        return Panel(pixels, text=verdict_text(found.score, float(self.head.threshold), self.unit))
+        return panel_of(pixels, found, float(self.head.threshold), float("nan"), self.unit)
 
     def tables(self, done: Sequence[Predicted[Seen]]) -> Mapping[str, str]:
         """A line for each image."""

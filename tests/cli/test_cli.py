@@ -14,7 +14,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import h5py
@@ -27,6 +27,7 @@ from PIL import Image
 import featprobe
 from featprobe.cache import MISSING, WHOLE, Cache, read_contents
 from featprobe.cli.main import cli
+from featprobe.image_labels import ImageLabels, Unit
 from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.probes import load_head
 
@@ -107,11 +108,19 @@ def test_options_state_the_default_of_each_kind_of_head() -> None:
                     for name in names.split(", ")}  # fmt: skip
             for kind in KINDS.values():
                 dense = option.name in ("loss", "loss_at", "class_weights")
-                if not kind.solved and (kind.task == "semseg" or not dense):
+                if kind.live and (kind.task == "semseg" or not dense):
                     value = str(getattr(kind.recipe, str(option.name)))
-                    assert value == said.get(kind.name, stated[1]), (option.name, kind)
-                    checked.add((option.name, kind.name))
+                    alone = sum(name == kind.name for _, name in KINDS) == 1
+                    named = kind.name if alone else f"{kind.name} of {kind.task}"
+                    assert value == said.get(named, stated[1]), (option.name, kind)
+                    checked.add((option.name, named))
     assert len({name for name, _ in checked}) == 8 and len(checked) >= 30
+
+
+def test_options_offer_all_units_and_places_of_labels() -> None:
+    """The command line names them itself: to import them takes numpy, and `--help` must be quick."""
+    offered = {option.name: getattr(option.type, "choices", ()) for option in cli.commands["probe"].params}
+    assert tuple(offered["labels"]) == get_args(ImageLabels) and tuple(offered["unit"]) == get_args(Unit)
 
 
 @pytest.mark.parametrize("words", ["", *WORDS])

@@ -41,7 +41,7 @@ ODD = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 5), (6, 4)))  # no
 FRAME, CLASSES, BATCH = (48, 96), 3, 4
 CONTENT = [[48, 96], [20, 96], [48, 31], [1, 50]]
 LOSSES = ("ce", "dice", "focal", "ce+dice+focal")
-DENSE = [name for name, kind in KINDS.items() if SCORES[kind.task].dense]
+DENSE = [kind.name for kind in KINDS.values() if SCORES[kind.task].dense]
 
 
 def features_of(levels: Any, padded: bool, dtype: torch.dtype = torch.float64, seed: int = 0) -> Features:

@@ -19,6 +19,7 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
+from featprobe.image_labels import OF_PARTS
 from featprobe.kinds import KINDS
 from featprobe.levels import FeatureLevel
 from featprobe.probes import (
@@ -59,13 +60,14 @@ ONE = FOUR[1:2]
 VIT = tuple(FeatureLevel(f"block{b}", 10, 16) for b in (2, 5, 8, 11))
 FRAMES = {"four levels": (FOUR, (64, 96)), "one level": (ONE, (56, 40)), "one stride": (VIT, (48, 80))}
 CLASSES = ("background", "pore", "crack")
-EVERY = sorted((kind.task, kind.name) for kind in KINDS.values())
+EVERY = sorted(own for own in KINDS if SCORES[own[0]].on in OF_PARTS)
+"""Heads of pixels and objects; those of whole images are held by tests/probes/verdicts."""
 SMALL = {"width": 32, "sides": (9.0, 15.0, 50.0)}
 
 
 def recipe_for(task: str, kind: str) -> HeadRecipe:
     recipe = HeadRecipe(task, kind, CLASSES)
-    if not KINDS[kind].width:
+    if not KINDS[task, kind].width:
         return recipe
     return replace(recipe, **(SMALL if task != "semseg" else {"width": 32}))  # type: ignore[arg-type]
 
@@ -380,8 +382,8 @@ def parts_of(found: Any) -> Iterator[Tensor]:
 
 
 def test_every_kind_has_a_builder() -> None:
-    assert set(BUILDERS) == set(KINDS)
-    assert all(kind.isidentifier() for kind in KINDS)  # names of tables in a study file
+    assert {(task, kind) for task, own in SCORES.items() for kind in BUILDERS[own.on]} == set(KINDS)
+    assert all(kind.isidentifier() for _, kind in KINDS)  # names of tables in a study file
 
 
 @pytest.mark.parametrize("sides", [(), (9.0, 15.0, 50.0), (70.0, 100.0, 150.0), (300.0, 400.0, 500.0)])
@@ -472,8 +474,8 @@ def test_width_and_pyramid_change_the_kinds_that_have_them_and_no_other(kind: tu
     def size(**change: Any) -> int:
         return parameter_count(build_head(replace(HeadRecipe(task, name, CLASSES, width=16), **change), VIT))
 
-    assert (size(width=16) != size(width=24)) == bool(KINDS[name].width)
-    assert (size(pyramid="simple") != size(pyramid="levels")) == KINDS[name].pyramid
+    assert (size(width=16) != size(width=24)) == bool(KINDS[kind].width)
+    assert (size(pyramid="simple") != size(pyramid="levels")) == KINDS[kind].pyramid
 
 
 def test_a_vits_levels_become_a_pyramid_or_stay_as_they_are() -> None:

@@ -20,6 +20,7 @@ from featprobe.probes import train
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.pooled import pooled_vectors
 from featprobe.stages.predict import predict
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.prepared import keep_on_device, prepare, source_of, trials_of
@@ -227,3 +228,16 @@ def test_predictions_of_a_card_are_those_of_a_cpu_but_for_a_few_pixels(extracted
         for device in ("cuda", "cpu")
     ]
     assert (masks[0] != masks[1]).mean() < 0.02
+
+
+@pytest.mark.parametrize("fit", ["resize", "letterbox"])
+def test_features_that_a_card_pools_are_those_pooled_from_its_maps(fit: Any, space: Workspace, tmp_path: Path) -> None:
+    own = Workspace(tmp_path)
+    own.data.symlink_to(space.data)
+    found = []
+    for store in ("maps", "pooled"):
+        how = ExtractOptions(quiet=True, device="cuda", store=store, fit=fit, size=(64, 96))  # type: ignore[arg-type]
+        cache = open_cache(extract(own, SPEC, "xray", how).path)
+        found.append([pooled_vectors(cache, [level], "image", cache.usable()) for level in cache.levels])
+    for maps, pooled in zip(*found, strict=True):
+        np.testing.assert_allclose(pooled, maps, rtol=0, atol=1e-5 * np.abs(maps).max())

@@ -128,6 +128,21 @@ def test_two_processes_train_the_head_that_one_trains_and_score_each_image_once(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_two_processes_share_out_what_an_anomaly_head_is_scored_on(space: Workspace, tmp_path: Path) -> None:
+    """One process fits it; scores, counts of pixels and thresholds come from both."""
+    one, two = beside(space, tmp_path / "one"), beside(space, tmp_path / "two")
+    asked = ["probe", "--task", "anomaly", "--head", "gaussian", "--device", "cpu", "--json"]
+    ended = launch(["-m", "featprobe", "--workspace", str(two.root), *asked])
+    assert ended.returncode == 0, ended.stderr
+    probe(one, "anomaly", options=ProbeOptions(head="gaussian", device="cpu", quiet=True))
+    (row, own), (same, other) = only_row(one), only_row(two)
+    assert same["processes"] == 2 and row["test"] == same["test"] and row["val"] == same["val"]
+    assert (own / "head.safetensors").read_bytes() == (other / "head.safetensors").read_bytes()
+    with np.load(own / "scores.npz") as wanted, np.load(other / "scores.npz") as found:
+        assert len(wanted["ids"]) > 8 and set(wanted) == set(found)
+        assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
+
+
 DETECTIONS = """
 import sys
 from pathlib import Path

@@ -129,7 +129,8 @@ class KnnClassifier(StandardisedHead):
     ) -> dict[str, Any]:
         """Keep the training images; how many neighbours are asked is chosen on validation, the most of equals.
 
-        score: nan counts as worst. Returns the number that was chosen, how many were tried, and the bank's images and bytes.
+        score: nan counts as worst. Returns the number that was chosen, how many were tried, and the bank's images and
+        bytes.
         """
         self._settle_on(vectors, labels)
         self.multi.fill_(multi)

@@ -61,13 +61,15 @@ class CellSums:
 
 
 class GaussianHead(MapAnomalyHead):
-    """The mean over the levels of each cell's Mahalanobis distance, divided by the root of the level's channels.
+    """The Mahalanobis distance of each cell under a Gaussian in which levels are independent.
 
-    So every level has the same say, and a cell like those of good images has a value near 1. The mean follows Rippel's
-    sum; the largest would be decided by the noisiest level. The score of an image is the largest value of its map.
+    That is the root of the sum over the levels of squared distances, those of coarser levels taken bilinearly at the
+    finest; it is divided by the root of all channels, so that a cell like those of good images has a value near 1. A
+    level has a say as its channels are many; the largest distance of a level would leave it to the noisiest. The score
+    of an image is the largest value of its map.
 
     mean_LEVEL: (channels,). whitening_LEVEL: (channels, channels), which turns a difference from the mean into numbers
-    whose square sum is the squared distance over the channels.
+    whose square sum is the squared distance over all channels.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel]) -> None:
@@ -85,7 +87,7 @@ class GaussianHead(MapAnomalyHead):
         """
         self.fit_position(passes, remove=remove_position)
         sums = {level.name: CellSums(level.channels, self.frame.device) for level in self.levels}
-        for features in passes():
+        for features in self.each(passes()):
             for level in self.levels:
                 x = self.map_of(features, level)
                 sums[level.name].add(x.movedim(1, -1)[self.inside(features, level)])
@@ -94,12 +96,12 @@ class GaussianHead(MapAnomalyHead):
         shares = {}
         for level in self.levels:
             covariance, shares[level.name] = sums[level.name].covariance()
-            whitening = _inverse_root(covariance) / level.channels**0.5
+            whitening = _inverse_root(covariance) / sum(own.channels for own in self.levels) ** 0.5
             self.put(f"mean_{level.name}", sums[level.name].mean())
             self.put(f"whitening_{level.name}", whitening)
         return Fit({"cells": sums[self.levels[0].name].number, "shrinkage": shares}, [])
 
-    def forward(self, features: Features) -> Anomalies:
+    def found(self, features: Features) -> Anomalies:
         """Distances of the cells, and the largest of each image."""
         inside = self.inside(features, self.levels[0])
         maps = self.frame.new_zeros(inside.shape, dtype=torch.float32)
@@ -107,9 +109,9 @@ class GaussianHead(MapAnomalyHead):
             x = self.map_of(features, level)
             mean, whitening = self.get_buffer(f"mean_{level.name}"), self.filled(f"whitening_{level.name}")
             moved = torch.einsum("oc,bcn->bon", whitening, x.flatten(2) - mean[:, None])
-            own = torch.linalg.vector_norm(moved, dim=1).unflatten(1, tuple(x.shape[2:]))
+            own = moved.square().sum(1).unflatten(1, tuple(x.shape[2:]))
             maps += self.at_finest(own[:, None], features, level)[:, 0]
-        maps = (maps / len(self.levels)).masked_fill(~inside, 0)
+        maps = maps.sqrt().masked_fill(~inside, 0)
         return Anomalies(maps.flatten(1).amax(1), maps)
 
 

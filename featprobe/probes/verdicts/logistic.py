@@ -65,14 +65,15 @@ def standard(vectors: Tensor) -> tuple[Tensor, Tensor]:
 class Path:
     """Solutions for one set of training images, from strong to weak regularisation, each from the one before.
 
-    Minimises 1/2 |weight|^2 + C x the sum of log losses, as LogisticRegression of scikit-learn does on
-    standardised vectors: the intercept is free. C is the inverse of the strength. Labels that exclude each other get a
-    softmax; two of them a sigmoid, whose weight is shared out as -1/2 and 1/2. Where an image may have several labels each has a
+    Minimises 1/2 |weight|^2 + C x the sum of log losses, as LogisticRegression of scikit-learn does on standardised
+    vectors: the intercept is free. C is the inverse of the strength. Labels that exclude each other get a softmax; two
+    of them a sigmoid, whose weight is shared out as -1/2 and 1/2. Where an image may have several labels each has a
     sigmoid of its own.
 
-    Newton's method with conjugate gradients, in the basis in which the training vectors are white: there the Hessian of weak
-    labels is nearly diagonal, for any strength. Where that takes too long, as with labels that can be separated, the Hessian is
-    computed and factorised, and serves the strengths after it. All in float64 on the CPU; nothing is drawn at random.
+    Newton's method with conjugate gradients, in the basis in which the training vectors are white: there the Hessian
+    is nearly diagonal where labels are hard to tell, for any strength. Where that takes too long, as with labels that
+    can be separated, the Hessian is computed and factorised, and serves the strengths after it. All on the CPU, in
+    float64 but for the products of the conjugate gradients; nothing is drawn at random.
 
     vectors: (images, values). labels: (images, labels), 1 where a label holds; one per image unless `multi`. mean,
     scale: of `standard`. Raises ShapeError where they disagree, ProbeError where no two labels can be told apart.
@@ -192,9 +193,10 @@ class Path:
         return step, moves, count
 
     def _preconditioned(self, hessian: Tensor, x: Tensor) -> Tensor:
-        """The solution of hessian @ solution = x, for its diagonal, (parameters, columns), or the factors of each column.
+        """The solution of hessian @ solution = x, (parameters, columns).
 
-        What all columns of a softmax have in common changes nothing but the penalty, so it stays 0.
+        hessian: its diagonal, (parameters, columns), or a Cholesky factor for each column: see `_factors`. What all
+        columns of a softmax have in common changes nothing but the penalty, so it stays 0.
         """
         if hessian.dim() == 2:
             found = x / hessian
@@ -227,7 +229,7 @@ class Path:
         return True
 
     def _factors(self, penalty: Tensor) -> Tensor | None:
-        """Cholesky factors of the Hessians, (columns, parameters, parameters); None without them, or where they fail."""
+        """Cholesky factors of the Hessians, (columns, parameters, parameters); None without, or where they fail."""
         if self.hessians is None:
             return None
         factors, failed = torch.linalg.cholesky_ex(self.hessians + penalty[:, 0].diag())
@@ -237,8 +239,8 @@ class Path:
 def _white(vectors: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A basis in which the standardised training vectors are white.
 
-    Returns (rows: (images, rank + 1), the vectors there and a 1; penalty: (rank + 1, 1), what each squared coordinate counts in
-    1/2 |weight|^2; back: (values, rank), from coordinates to a weight). float64.
+    Returns (rows: (images, rank + 1), the vectors there and a 1; penalty: (rank + 1, 1), what each squared coordinate
+    counts in |weight|^2; back: (values, rank), from coordinates to a weight). float64.
     """
     mean, scale, vectors = mean.cpu().double(), scale.cpu().double(), vectors.cpu()
     count, wide = vectors.shape
@@ -282,8 +284,9 @@ def choose(
 ) -> tuple[Solution, dict[str, Any]]:
     """The solution that scores highest, polished: of equals that of the strongest regularisation.
 
-    score: nan counts as worst; where all are nan the C nearest to 1 is chosen. Returns it and what was decided, as a result row keeps it: C, how
-    many were tried, and at which end of the path it lies, "strongest" or "weakest", if at one.
+    score: nan counts as worst; where all are nan the C nearest to 1 is chosen. Returns it and what was decided, as a
+    result row keeps it: C, how many were tried, and at which end of the path it lies, "strongest" or "weakest", if at
+    one.
     """
     best: tuple[tuple[bool, float], Solution] | None = None
     for solution in path.solutions(strengths):

@@ -1,6 +1,7 @@
 """What anomaly heads on maps have in common: which cells are an image's, the mean map of good images, scores."""
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,11 +10,13 @@ from torch.nn.functional import interpolate
 from featprobe.errors import ProbeError, ShapeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
-from featprobe.probes.head import AnomalyHead, over_padding
+from featprobe.probes import execution
+from featprobe.probes.head import Anomalies, AnomalyHead, over_padding
 from featprobe.probes.pyramid import cells_inside
 
 Passes = Callable[[], Iterable[Features]]
 """Gives the features of all good training images, in ascending order of rows, each time that it is called."""
+AT_ONCE = 2**26  # values of cells
 STRIDES = (8, 16)
 """Of the levels that are read where the user names none."""
 
@@ -21,6 +24,19 @@ STRIDES = (8, 16)
 def default_levels(levels: Sequence[FeatureLevel]) -> tuple[FeatureLevel, ...]:
     """Those of STRIDES; all of them where none has such a stride."""
     return tuple(level for level in levels if level.stride in STRIDES) or tuple(levels)
+
+
+def few_at_once(features: Features, levels: Sequence[FeatureLevel]) -> Iterator[Features]:
+    """The images of a batch, in order: on a CPU one by one, so that no result depends on how they are cut into batches;
+    else as many at once as have AT_ONCE values at the cells of the finest level, or one."""
+    images = 1
+    if execution.whole_batches(features.maps[levels[0].name].device):
+        rows, columns = levels[0].cells(features.frame)
+        images = max(1, AT_ONCE // (rows * columns * sum(level.channels for level in levels)))
+    for first in range(0, features.batch, images):
+        part = slice(first, first + images)
+        content = None if features.content is None else features.content[part]
+        yield Features({level.name: features.maps[level.name][part] for level in levels}, features.frame, content)
 
 
 class MapAnomalyHead(AnomalyHead):
@@ -50,6 +66,20 @@ class MapAnomalyHead(AnomalyHead):
     def grid(self, features: Features) -> tuple[int, int]:
         """(rows, columns) of its maps."""
         return self.levels[0].cells(features.frame)
+
+    def each(self, batches: Iterable[Features]) -> Iterator[Features]:
+        """All images of some batches, `few_at_once`."""
+        return (few for features in batches for few in few_at_once(features, self.levels))
+
+    def forward(self, features: Features) -> Anomalies:
+        """What `found` gives, image by image or many at once."""
+        parts = [self.found(few) for few in few_at_once(features, self.levels)]
+        maps = [part.maps for part in parts if part.maps is not None]
+        return Anomalies(torch.cat([part.scores for part in parts]), torch.cat(maps))
+
+    @abstractmethod
+    def found(self, features: Features) -> Anomalies:
+        """`forward` of few images."""
 
     def inside(self, features: Features, level: FeatureLevel) -> Tensor:
         """Whether each cell of a level holds a part of its image: (batch, rows, columns), bool."""
@@ -106,7 +136,7 @@ class MapAnomalyHead(AnomalyHead):
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
         frame = None
-        for features in passes():
+        for features in self.each(passes()):
             frame = features.frame
             for level in self.levels:
                 total = self.map_of(features, level).sum(0, dtype=wide)

@@ -55,7 +55,7 @@ class PatchCoreHead(MapAnomalyHead):
         """
         self.fit_position(passes, remove=remove_position)
         draw = Draw(self.bank.shape[1], seed, self.bank.device)
-        for features in passes():
+        for features in self.each(passes()):
             draw.add(self.cells_of(features)[0])
         if not draw.kept:
             raise ProbeError("There is no good image to train on.")
@@ -84,14 +84,14 @@ class PatchCoreHead(MapAnomalyHead):
         ascending = places[order]
         found = self.bank.new_empty(len(places), self.bank.shape[1])
         first = 0
-        for features in passes():
+        for features in self.each(passes()):
             cells = self.cells_of(features)[0]
             begin, end = torch.searchsorted(ascending, places.new_tensor([first, first + len(cells)])).tolist()
             found[order[begin:end]] = cells[ascending[begin:end] - first]
             first += len(cells)
         return found
 
-    def forward(self, features: Features) -> Anomalies:
+    def found(self, features: Features) -> Anomalies:
         """Distances of the cells; the score of an image is the largest, weighted by its neighbourhood in the bank.
 
         The weight is that of the paper: 1 less the share of the nearest in the softmax of the distances to its

@@ -256,7 +256,7 @@ def _of_few_sides(result: Result) -> list[str]:
     return [
         f"only {counted(count, 'test group')} with {what}: intervals rest on what few of them show of others"
         for what, count in counts.items()
-        if 0 < count < FEW_OF_A_SIDE
+        if 0 < count < min(FEW_OF_A_SIDE, len(set(test.groups)))
     ]
 
 

@@ -139,7 +139,7 @@ def _fields(kind: Kind, a: Result, b: Result) -> tuple[Field, ...]:
     found = fields_that_differ(kind, (a.row, a.head), (b.row, b.head))
     if a.dtype and b.dtype and a.dtype != b.dtype:
         found = (*found, Field("dtype", a.dtype, b.dtype, bars=False))
-    alike = a.solved or len(a.runs) == len(b.runs)
+    alike = a.solved or b.solved or len(a.runs) == len(b.runs)
     return found if alike else (*found, Field("seeds", str(len(a.runs)), str(len(b.runs)), bars=False))
 
 
@@ -220,7 +220,8 @@ def _line(pair: Pair, across: bool) -> Line:
 def _difference(pair: Pair, claim: Line) -> Difference:
     resamples, (a, b) = pair.a.row.scores.resamples, pair.scores()
     if claim["claim"] == "procedures":
-        return procedure_difference(a, b, pair.spread(), same_seeds=pair.same_seeds, resamples=resamples)
+        fixed = (pair.a.solved, pair.b.solved)
+        return procedure_difference(a, b, pair.spread(), same_seeds=pair.same_seeds, fixed=fixed, resamples=resamples)
     return paired_difference(pair.a.score(pair.a.main), pair.b.score(pair.a.main), resamples=resamples)
 
 

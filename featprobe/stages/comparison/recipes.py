@@ -39,17 +39,18 @@ def fields_that_differ(
     """In what the recipes of two results differ.
 
     Budgets that were both found by doubling are alike, whatever they are. What belongs to a regime (its augmentation,
-    its treatment of the backbone, the rates that were tried) bars nothing between regimes.
+    its treatment of the backbone, the rates that were tried) bars nothing between regimes. Of a head that is solved in
+    one regime and trained in the other, the training is nothing in which they could agree.
     """
     one, other = a[0], b[0]
-    regimes = kind == "regimes"
+    regimes, one_solved = kind == "regimes", one.is_solved != other.is_solved
     ladders = one.budget and other.budget
     iterations = [{"iterations": row.iterations} for row in (one, other)]
-    fields = [] if ladders else list(_differing(*iterations))
-    fields += _differing(_shared(*a), _shared(*b))
+    fields = [] if ladders or one_solved else list(_differing(*iterations))
+    fields += _differing(_shared(*a, trained=not one_solved), _shared(*b, trained=not one_solved))
     if one.model == other.model:  # levels follow the network
         fields += _differing({"levels": one.levels}, {"levels": other.levels})
-    fields += _differing(_tried(one), _tried(other), bars=not regimes)
+    fields += [] if one_solved else _differing(_tried(one), _tried(other), bars=not regimes)
     if all(row.trials > 1 and not row.is_solved for row in (one, other)):
         fields += _differing({"trials chosen by": one.chosen_with}, {"trials chosen by": other.chosen_with})
     if not regimes:
@@ -59,13 +60,13 @@ def fields_that_differ(
     return tuple(fields)
 
 
-def _shared(row: ResultRow, head: HeadRecipe) -> dict[str, Any]:
-    """The part of a recipe that is not its regime's, without the iterations."""
-    loop = {} if row.is_solved else {k: v for k, v in asdict(row.recipe).items() if k not in OF_TRIALS}
+def _shared(row: ResultRow, head: HeadRecipe, *, trained: bool = True) -> dict[str, Any]:
+    """The part of a recipe that is not its regime's, without the iterations. trained: with that of a training."""
+    loop = {} if row.is_solved or not trained else {k: v for k, v in asdict(row.recipe).items() if k not in OF_TRIALS}
     share = {"images of the share": row.subset or "one for all seeds"} if row.fraction < 1 else {}
     return {
         **{name.replace("_", " "): value for name, value in loop.items()},
-        "weights from": row.weights_from,
+        **({"weights from": row.weights_from} if trained else {}),
         **share,
         "width": head.width or row.kind.width or None,
         "pyramid": head.pyramid,

@@ -15,25 +15,27 @@ from torch import Tensor
 from featprobe.cache import Cache
 from featprobe.errors import ProbeError, counted
 from featprobe.features import Features
+from featprobe.geometry import Part
 from featprobe.image_labels import DEFECT, Unit
 from featprobe.metrics.anomalies import ScoredAnomalies, anomaly_scores
 from featprobe.metrics.pixel_counts import Mask, PixelCounter, UnitPixels, histograms
 from featprobe.probes.head import AnomalyHead, Fit, PooledAnomalyHead, VerdictHead
 from featprobe.probes.train import Feed
 from featprobe.processes import from_main, gathered
-from featprobe.report.heat import Heat
 from featprobe.report.sheets import Panel
 from featprobe.scores import TaskScores
 from featprobe.specs import Rows
 from featprobe.stages.image_truth import defect_regions, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
-from featprobe.stages.tasks.seen import Seen, seen_on_maps, seen_on_vectors
-from featprobe.stages.tasks.settle import settled, verdict
+from featprobe.stages.row_images import images_of
+from featprobe.stages.tasks.heat_panels import called_tiles, panel_of, truth_panel
+from featprobe.stages.tasks.seen import Seen, of_tiles, seen_on_maps, seen_on_vectors
+from featprobe.stages.tasks.settle import settled
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth
-from featprobe.targets import IGNORE, Labels
 
+Pixels = NDArray[np.float32]
 MAP_THRESHOLD = "map_threshold"  # a buffer of heads with maps
 
 
@@ -160,25 +162,41 @@ class Anomaly:
 
     def panels(self, head: VerdictHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and heat map over it) for each image that the rows show."""
-        threshold, good = float(head.threshold), truth_of(self.cache, "defect", "image").good
-        for image, (one,) in self._seen([head], feed, rows, unit="image"):
-            heat = None
-            if one.map is not None:
-                heat = Heat(one.map.cpu().numpy(), float(head.get_buffer(MAP_THRESHOLD)))
-            said = verdict_text(one.score, threshold, self.asked.unit)
-            wrong = not np.isnan(threshold) and good[image] == int(one.score > threshold)
-            yield (
-                image,
-                partial(_panels, labels_of(defect_regions(self.cache, image, "image")), good[image], heat, said, wrong),
-            )
+        of_maps = float("nan") if self.asked.pooled else float(head.get_buffer(MAP_THRESHOLD))
+        for image, seen in self._seen_images(head, feed, rows):
+            units = units_of(self.cache, rows[self.cache.image_of[rows] == image], self.asked.unit)
+            yield image, partial(self._panels, image, seen, self.good[units].tolist(), float(head.threshold), of_maps)
+
+    def _panels(
+        self, image: int, seen: Seen, good: Sequence[int], threshold: float, of_maps: float, pixels: Pixels
+    ) -> list[Panel]:
+        """An image's truth, and what is said of it. good: of its units. of_maps: the threshold of pixels of maps."""
+        called = called_tiles(seen, threshold) if self.asked.unit == "tile" else [seen.score > threshold]
+        wrong = not np.isnan(threshold) and any(c == (g == 1) for c, g in zip(called, good, strict=False))
+        truth = truth_panel(pixels, defect_regions(self.cache, image, "image"), good)
+        return [truth, panel_of(pixels, seen, threshold, of_maps, self.asked.unit, wrong=wrong)]
+
+    def _seen_images(self, head: VerdictHead, feed: Feed, rows: Rows) -> Iterator[tuple[int, Seen]]:
+        """(image, what a head says of it, by its tiles where these are the units), in the order of the rows."""
+        if not self.asked.pooled:
+            yield from ((i, one) for i, (one,) in seen_on_maps(self.cache, [head], feed, rows, "image"))
+            return
+        found: dict[int, list[tuple[float, Part | None]]] = {
+            image: [] for image in images_of(self.cache, rows).tolist()
+        }
+        for unit, (one,) in self._seen([head], feed, rows):
+            of_tile = self.asked.unit == "tile"
+            image = int(self.cache.image_of[unit]) if of_tile else unit
+            found[image].append((one.score, self.cache.rows.part_of(unit) if of_tile else None))
+        yield from ((image, of_tiles(own)) for image, own in found.items())
 
     def _seen(
-        self, heads: Sequence[VerdictHead], feed: Feed, rows: Rows, *, unit: Unit | None = None, maps: bool = True
+        self, heads: Sequence[VerdictHead], feed: Feed, rows: Rows, *, maps: bool = True
     ) -> Iterator[tuple[int, list[Seen]]]:
-        """(unit, what each head says of it), one after another. unit: another than what is asked for."""
+        """(unit, what each head says of it), one after another."""
         if self.asked.pooled:
-            return seen_on_vectors(self.cache, heads, rows, unit or self.asked.unit)
-        return seen_on_maps(self.cache, heads, feed, rows, unit or self.asked.unit, maps=maps)
+            return seen_on_vectors(self.cache, heads, rows, self.asked.unit)
+        return seen_on_maps(self.cache, heads, feed, rows, self.asked.unit, maps=maps)
 
     def _regions(self, unit: int) -> tuple[Mask, Mask] | None:
         """Pixels of defects, and ignored ones, of a unit; None where the truth of its pixels is not known."""
@@ -238,28 +256,3 @@ def _no_good(cache: Cache, train: Rows, unit: Unit, aside: int) -> str:
         f"Nothing was trained.\n  wanted  one {unit} without a defect, or more\n"
         f"  found   {counted(aside, unit)}, all with a defect\n{further}"
     )
-
-
-def labels_of(regions: tuple[Mask, Mask] | None) -> Labels | None:
-    """Regions as labels: 1 for a defect, 255 for what is ignored."""
-    if regions is None:
-        return None
-    defect, ignored = regions
-    return np.where(ignored, IGNORE, defect).astype(np.uint8)
-
-
-def verdict_text(score: float, threshold: float, unit: Unit) -> tuple[str, ...]:
-    """The verdict on an image for people; the threshold is that of units, and not that of pixels."""
-    said = verdict(score, threshold)
-    return (
-        (f"{said}: score {score:.3g}", f"threshold of {unit}s {threshold:.3g}")
-        if said
-        else (f"score {score:.3g}, no threshold",)
-    )
-
-
-def _panels(
-    truth: Labels | None, good: int, heat: Heat | None, said: tuple[str, ...], wrong: bool, pixels: NDArray[np.float32]
-) -> list[Panel]:
-    known = {1: "good", 0: "defect"}.get(int(good), "unknown")
-    return [Panel(pixels, truth, text=(known,)), Panel(pixels, heat=heat, text=said, wrong=wrong)]

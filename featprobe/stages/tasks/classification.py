@@ -167,14 +167,18 @@ class Classification:
         return list(notes)
 
     def shown(self, head: ImageHead, feed: Feed, rows: Rows, count: int) -> Rows:
-        """Some of the images that the rows show, from the worst mistake to the surest right answer."""
+        """Some of the images that the rows show, from the worst mistake on; first one of each group, then more."""
         units, (found,) = self._probabilities([head], feed, rows)
         true = self._truth(units)
         share = balanced(found, head.prior.cpu().numpy(), self.names)
         worst = np.abs(true - share).max(1)
         order = units[np.argsort(-worst, kind="stable")]
-        images = order if self.asked.unit == "image" else self.cache.image_of[order]
-        return np.array(list(dict.fromkeys(images.tolist()))[:count], dtype=np.intp)
+        images = list(dict.fromkeys((order if self.asked.unit == "image" else self.cache.image_of[order]).tolist()))
+        groups, seen = self.cache.images.column("group"), dict[str, int]()
+        for image in images:
+            seen.setdefault(groups[image], image)
+        first = list(seen.values())
+        return np.array([*first, *(image for image in images if image not in first)][:count], dtype=np.intp)
 
     def panels(self, head: ImageHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
@@ -187,21 +191,11 @@ class Classification:
             if self.asked.unit == "image":
                 wrong = bool((true[own] != said[own]).any())
                 texts = label_text(true[own[0]], None, self.names), label_text(said[own[0]], shares[own[0]], self.names)
-                yield image, partial(_captioned, self._defects(image), texts, wrong)
+                yield image, partial(_captioned, _defects(self.cache, image), texts, wrong)
             else:
-                boxes = [self._boxes(units[own], labels[own]) for labels in (true, said)]
+                parts = [self.cache.rows.part_of(unit) for unit in units[own].tolist()]
+                boxes = [tile_boxes(list(zip(parts, labels[own], strict=True)), self.names) for labels in (true, said)]
                 yield image, partial(_boxed, boxes)
-
-    def _defects(self, image: int) -> Labels | None:
-        """Where an image has a defect, as 1, and what is ignored; None where only its label is known."""
-        regions = defect_regions(self.cache, image, "image")
-        if regions is None:
-            return None
-        return np.where(regions[1], IGNORE, regions[0]).astype(np.uint8)
-
-    def _boxes(self, units: Rows, labels: NDArray[np.uint8]) -> tuple[Instance, ...]:
-        parts = [self.cache.rows.part_of(unit) for unit in units.tolist()]
-        return tile_boxes([(part, own) for part, own in zip(parts, labels, strict=True) if part], self.names)
 
     @property
     def colours(self) -> tuple[str, ...]:
@@ -326,13 +320,15 @@ def colours_of(names: LabelNames) -> tuple[str, ...]:
     return (names.good or "good", *(name for name in names.names if name != names.good))
 
 
-def tile_boxes(tiles: Sequence[tuple[Part, NDArray[np.uint8]]], names: LabelNames) -> tuple[Instance, ...]:
+def tile_boxes(tiles: Sequence[tuple[Part | None, NDArray[np.uint8]]], names: LabelNames) -> tuple[Instance, ...]:
     """A box for each tile and each of its labels but the good one, as `colours_of` numbers these.
 
-    tiles: where they lie in the image, and which labels they have, (names,).
+    tiles: where they lie in the image, and which labels they have, (names,). What is no tile has no box.
     """
     found = []
     for part, labels in tiles:
+        if part is None:
+            continue
         left, top = float(part.left), float(part.top)
         box = (left, top, left + part.width, top + part.height)
         held = [name for name, own in zip(names.names, labels.tolist(), strict=True) if own and name != names.good]
@@ -347,8 +343,14 @@ def label_text(labels: NDArray[np.uint8], shares: NDArray[np.float32] | None, na
     if shares is None:
         return (said,)
     others = [i for i in np.argsort(-shares, kind="stable").tolist() if i not in held]
-    shown = [f"{names.names[i]} {100 * shares[i]:.0f} %" for i in [*held, *others[: max(0, LIKELIEST - len(held))]]]
+    shown = [f"{names.names[i]} {100 * shares[i]:.0f}%" for i in [*held, *others[: max(0, LIKELIEST - len(held))]]]
     return said, f"({', '.join(shown)})"
+
+
+def _defects(cache: Cache, image: int) -> Labels | None:
+    """Where an image has a defect, as 1, and what is ignored; None where only its label is known."""
+    regions = defect_regions(cache, image, "image")
+    return None if regions is None else np.where(regions[1], IGNORE, regions[0]).astype(np.uint8)
 
 
 def _captioned(

@@ -1,7 +1,7 @@
 """What anomaly heads say of images or tiles, one after another."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -23,10 +23,19 @@ from featprobe.stages.tasks.task import evaluation_batches
 
 @dataclass(frozen=True)
 class Seen:
-    """What a head says of a unit. map: (height, width), float32, of its pixels; None where there is none."""
+    """What a head says of a unit. map: (height, width), float32, of its pixels; None where there is none.
+
+    tiles: of an image of tiles, the score and the place of each.
+    """
 
     score: float
     map: Tensor | None = None
+    tiles: tuple[tuple[float, Part], ...] = ()
+
+    @property
+    def without_map(self) -> "Seen":
+        """The same without its map, which takes memory."""
+        return Seen(self.score, None, self.tiles)
 
 
 @dataclass(frozen=True)
@@ -50,11 +59,16 @@ def joined(pieces: Sequence[tuple[SeenPiece, Placement, Part | None]], size: Siz
 
     pieces: with their places; one without a part is all of it. maps: whether to make the map.
     """
-    score = max(piece.score for piece, _, _ in pieces)
+    seen = of_tiles([(piece.score, part) for piece, _, part in pieces])
     if not maps:
-        return Seen(score)
+        return seen
     whole = ((maps_at_original(own.cells[None], own.stride, placed)[0], part) for own, placed, part in pieces)
-    return Seen(score, stitched_maps(whole, size))
+    return replace(seen, map=stitched_maps(whole, size))
+
+
+def of_tiles(tiles: Sequence[tuple[float, Part | None]]) -> Seen:
+    """What a head says of an image by the scores of its tiles, or by one score without a part."""
+    return Seen(max(score for score, _ in tiles), None, tuple((score, part) for score, part in tiles if part))
 
 
 @torch.inference_mode()

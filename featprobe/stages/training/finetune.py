@@ -31,6 +31,7 @@ from featprobe.stages.training.probe import (
     splittable,
 )
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.training.read_labels import check_live
 from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
@@ -231,6 +232,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
             if row.fraction < 1 and not row.subset:
                 raise ProbeError("its part of the training split does not follow the seed: probe it again")
             own = _as_frozen(workspace, row, options)
+            check_live(row.task, cache, own)
             if own.climbs(row.fraction) and row.fold is not None:
                 raise ProbeError("no iterations can be looked for in a cross-validation; omit --iterations auto for it")
             found.append(Missing(Partition(cache, own.choice), row.task, own, row.seed, row.fraction))

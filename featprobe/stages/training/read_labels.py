@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from featprobe.cache import Cache
+from featprobe.errors import ProbeError
 from featprobe.geometry import IDENTITY
 from featprobe.image_labels import ImageLabels
 from featprobe.scores import SCORES, On
@@ -57,6 +58,18 @@ def classes_of(task: str, cache: Cache, options: ProbeOptions) -> tuple[str, ...
     return cache.data.classes
 
 
+def check_live(task: str, cache: Cache, options: ProbeOptions) -> None:
+    """Raise ProbeError for units that a live backbone can't be trained on: images of which batches show tiles."""
+    on_images = SCORES[task].on == "images"
+    if on_images and options.tuning and options.unit == "image" and cache.recipe.tile is not None:
+        raise ProbeError(
+            f"{cache.path} shows images in tiles, and a batch holds tiles of many images, of which none is whole.\n"
+            "  wanted  a cache of whole images, or tiles with labels of their own\n"
+            f"  found   tiles of {cache.recipe.tile} pixels, labels of images\n"
+            "Nothing was trained. Take --unit tile, or extract whole images:  featprobe extract --tile 0"
+        )
+
+
 def without_views(cache: Cache, rows: Rows) -> Rows:
     """Those of the rows that show an image, or a tile of one, as it is."""
     plain = [(part := cache.rows.part_of(row)) is None or part.view == IDENTITY for row in rows.tolist()]
@@ -85,6 +98,7 @@ def _objects(training: Training, rows: SplitRows) -> Labelled:
 
 def _images(training: Training, rows: SplitRows) -> Labelled:
     cache, options = training.cache, training.options
+    check_live(training.task, cache, options)
     known, notes = _known(training, rows, options.labels)
     live, scores = training.tuning is not None, training.scores
     asked = LabelsAsked(options.labels, options.unit, options.false_calls, scores, live, options.quiet)

@@ -17,9 +17,10 @@ from featprobe.errors import ProbeError, ShapeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.probes.head import AnomalyHead
 from featprobe.probes.heads import HeadRecipe, build_head
-from featprobe.probes.verdicts import coreset, neighbours, patchcore
+from featprobe.probes.verdicts import coreset, map_heads, neighbours, patchcore
 from featprobe.probes.verdicts.anomaly_knn import AnomalyKnnHead
 from featprobe.probes.verdicts.coreset import Draw, farthest_first, projected_columns
 from featprobe.probes.verdicts.gaussian import CellSums, GaussianHead
@@ -138,7 +139,7 @@ def test_streamed_sums_are_the_covariance_of_all_cells(seed: int, cells: int, ba
     assert covariance.numpy() == pytest.approx(rival.covariance_, rel=1e-6, abs=1e-9)
 
 
-def test_the_gaussian_map_is_the_mean_of_mahalanobis_distances() -> None:
+def test_the_gaussian_map_is_the_mahalanobis_distance_of_independent_levels() -> None:
     features, other = some_features(6, 0), some_features(2, 1)
     found = fitted(GaussianHead, features)(other)
     wanted = torch.zeros(2, *LEVELS[0].cells(FRAME))
@@ -146,9 +147,9 @@ def test_the_gaussian_map_is_the_mean_of_mahalanobis_distances() -> None:
         cells = features.maps[level.name].movedim(1, -1).flatten(0, 2).double().numpy()
         rival = OAS().fit(cells)
         apart = rival.mahalanobis(other.maps[level.name].movedim(1, -1).flatten(0, 2).double().numpy())
-        own = torch.from_numpy(np.sqrt(apart / level.channels)).float().view(2, 1, *level.cells(FRAME))
-        wanted += interpolate(own, LEVELS[0].cells(FRAME), mode="bilinear")[:, 0] / 2
-    assert found.maps is not None and torch.allclose(found.maps, wanted, rtol=1e-4)
+        own = torch.from_numpy(apart / 12).float().view(2, 1, *level.cells(FRAME))
+        wanted += interpolate(own, LEVELS[0].cells(FRAME), mode="bilinear")[:, 0]
+    assert found.maps is not None and torch.allclose(found.maps, wanted.sqrt(), rtol=1e-4)
     assert torch.equal(found.scores, found.maps.amax((1, 2)))
 
 
@@ -225,10 +226,27 @@ def test_batches_of_any_size_give_the_same(kind: type[MapAnomalyHead], remove: b
     heads = [fitted(kind, features, size, remove_position=remove) for size in (1, 3, 7)]
     for head in heads[1:]:
         for name, value in heads[0].state_dict().items():
-            assert torch.allclose(value, head.state_dict()[name], rtol=1e-4, atol=1e-5, equal_nan=True), name
+            assert torch.equal(value.nan_to_num(), head.state_dict()[name].nan_to_num()), name
     whole = heads[0](features)
     parts = [heads[0](own) for own in in_batches(features, 2)()]
-    assert torch.allclose(whole.scores, torch.cat([own.scores for own in parts]), rtol=1e-5)
+    assert torch.equal(whole.scores, torch.cat([own.scores for own in parts]))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("at_once", [2**26, 2000])
+def test_few_operations_and_images_one_by_one_are_the_same(
+    kind: type[MapAnomalyHead], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, and on a CPU."""
+    features = some_features(7, 0, [[48, 64]] * 3 + [[24, 40]] * 4)
+    head = fitted(kind, features, remove_position=True)
+    found = head(features)
+    monkeypatch.setattr(execution, "whole_batches", lambda device: True)
+    monkeypatch.setattr(map_heads, "AT_ONCE", at_once)
+    other = fitted(kind, features, remove_position=True)
+    for name, value in head.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], rtol=1e-4, atol=1e-5, equal_nan=True), name
+    assert torch.allclose(found.scores, other(features).scores, rtol=1e-4)
 
 
 def test_a_seed_decides_the_bank() -> None:

@@ -25,8 +25,11 @@ from featprobe.metrics import (
     histograms,
     image_scores,
     image_statistic,
+    mean_of,
     paired_difference,
+    procedure_difference,
     score_interval,
+    seed_spread,
 )
 from featprobe.probes import append_row, plain, save_head
 from featprobe.probes.saved import read_card
@@ -314,6 +317,33 @@ def test_other_test_units_other_truth_or_another_backbone_give_no_sentence(
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_is_solved_frozen_is_held_against_one_that_is_trained_with_its_backbone(told: Told) -> None:
+    tuning = {"regime": "full", "augment": True, "backbone_lr": 0.1, "layer_decay": 1.0, "bn": "frozen", "clip": 1.0,
+              "accumulate": 1, "ema": 0.0, "precision": "fp32", "init_head": None}  # fmt: skip
+    recipe = {**told.row["recipe"], "iterations": 300, "evaluations": 4, "batch_size": 8, "weights_from": "best"}
+    live = {"regime": "full", "tuning": tuning, "augmentation": {"smallest": 0.5}, "recipe": recipe}
+    told.tell(labelled(0, lift=0.3), "linear")
+    for seed in range(3):
+        told.tell(labelled(seed, lift=1.2 + 0.05 * seed), "linear", seed=seed, weights_from="best validation", **live)
+    report = told.compare()
+    (found,) = report.sets[0].differences
+    assert found["claim"] == "procedures" and found["p"] < 0.05 and not found["recipes"] and not found["named"]
+    said = told.said()
+    assert "linear, solved frozen and at 300 iterations fine-tuned: fine-tuning" in said
+
+
+def test_only_the_side_that_seeds_change_adds_to_their_variance() -> None:
+    runs = [image_statistic(labelled(seed, lift=1.0), "auroc") for seed in range(3)]
+    solved = [image_statistic(labelled(7, lift=1.0), "auroc")]
+    spread = seed_spread([runs])
+    both, one = (
+        procedure_difference(runs, solved, spread, fixed=fixed, resamples=999)
+        for fixed in ((False, False), (False, True))
+    )
+    alone = paired_difference(mean_of(runs), solved[0], resamples=999)
+    assert both.high - both.low > one.high - one.low >= alone.high - alone.low
 
 
 def test_a_frozen_backbone_at_chance_has_found_nothing(told: Told) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from featprobe.cache import Cache, open_cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.formats import read_data
-from featprobe.errors import ProbeError
+from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.kinds import kinds_of
 from featprobe.metrics.anomalies import ScoredAnomalies, aupro, pixel_auroc
 from featprobe.probes import load_head
@@ -24,6 +24,7 @@ from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.image_truth import defect_regions
 from featprobe.stages.tasks.seen import seen_on_maps
 from featprobe.stages.tasks.settle import settled
+from featprobe.stages.training import run as running
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import ProbeReport, probe
 from featprobe.stages.training.probe_options import ProbeOptions
@@ -217,12 +218,39 @@ def test_predictions_are_those_of_the_test(
         assert values.dtype == np.float32 and values.shape == SIZE and values.max() > 0
 
 
-def test_a_sheet_shows_the_worst_mistakes_first(parts: Workspace) -> None:
-    report = run(parts, "knn", seeds=1, show=4)
-    assert all(path.is_file() for path in report.sheets) and len(report.sheets) == 1
+@pytest.mark.parametrize("head", kinds_of("anomaly"))
+def test_a_sheet_shows_the_worst_mistakes_first(parts: Workspace, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those lead whose score is farthest on the wrong side of the threshold, good and defect images alike."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(running, "save_sheet", lambda path, rows, *_: drawn.extend(rows))
+    report = run(parts, head, seeds=1, show=16)
+    kept = scored(parts, report.rows[0])
+    right = np.where(kept.good, 1, -1) * (kept.scores - kept.thresholds)
+    assert [name for name, _ in drawn] == [kept.ids[i] for i in np.argsort(-right, kind="stable")]
+    for name, (_, truth, said) in drawn:
+        place = kept.ids.index(name)
+        assert kept.called is not None and said.wrong == (kept.called[place] == kept.good[place])
+        assert truth.text == ("good" if kept.good[place] else "defect",)
+        assert said.text[0].startswith("called" if kept.called[place] else "passed")
+        assert (said.heat is None) == (head == "knn") and truth.labels is not None
 
 
-def test_tiles_are_judged_each_for_itself(tmp_path: Path) -> None:
+def test_without_good_images_in_validation_there_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pairs(tmp_path / "set", {"train": 8, "test": 4}, {"val": 4, "test": 4})
+    workspace = store(tmp_path, size=SIZE)
+    report = run(workspace, "gaussian", show=4)
+    row = report.rows[0]
+    assert row["test"]["image_auroc"] == 1.0 and row["val"]["image_auroc"] is None
+    assert [row["test"][name] for name in ("image_f1", "image_recall", "false_calls")] == [None] * 3
+    assert any("no threshold" in note for note in report.notes) and report.sheets[0].is_file()
+    monkeypatch.setattr(prediction, "load_backbone", lambda *_: PoolingBackbone())
+    images = [tmp_path / "set" / "images" / "test_good00.png"]
+    found = prediction.predict(workspace.probes / row["folder"], images, tmp_path / "out", device="cpu", quiet=True)
+    assert any("no threshold" in note for note in found.notes)
+    assert (tmp_path / "out" / "scores.csv").read_text().splitlines()[1].endswith(",,")
+
+
+def test_tiles_are_judged_each_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A set whose images all have a defect has good tiles."""
     write_pairs(tmp_path / "set", {}, {"train": 8, "val": 8, "test": 6})
     store(tmp_path, tile=24, overlap=8, size=(24, 24))
@@ -233,13 +261,24 @@ def test_tiles_are_judged_each_for_itself(tmp_path: Path) -> None:
     good = sum(not cache.semantic(row).any() for row in cache.usable("train").tolist())
     for head in kinds_of("anomaly"):
         more = {"coreset": 0.3} if head == "patchcore" else {}
-        report = run(workspace, head, seeds=1, unit="tile", **more)
+        report = run(workspace, head, seeds=1, unit="tile", show=6, **more)
         row = report.rows[0]
         kept = scored(workspace, row)
         assert row["settings"]["unit"] == "tile" and row["images"]["test"] == 6
         assert len(kept.ids) == len(cache.usable("test")) and 0 < kept.good.sum() < len(kept.ids)
         assert row["test"]["image_auroc"] > 0.9 and row["train_counts"] == {"good": good}
         assert any("tiles with a defect are left aside" in note for note in report.notes)
+        monkeypatch.setattr(prediction, "load_backbone", lambda *_: PoolingBackbone())
+        images = sorted((tmp_path / "set" / "images").glob("test_*.png"))
+        out = tmp_path / "out" / head
+        prediction.predict(workspace.probes / row["folder"], images, out, device="cpu", quiet=True)
+        with (out / "scores.csv").open(newline="") as stream:
+            said = {f"images/{line['image']}": float(line["score"]) for line in csv.DictReader(stream)}
+        highest = dict.fromkeys(said, 0.0)
+        for name, score in zip(kept.ids, kept.scores.tolist(), strict=True):
+            image = next(image for image in highest if name.startswith(image))
+            highest[image] = max(highest[image], score)
+        assert said == pytest.approx(highest, rel=1e-4)
 
 
 def test_tiles_of_an_image_give_it_the_highest_score_and_one_map(tmp_path: Path) -> None:
@@ -275,6 +314,37 @@ def test_mvtec_in_its_published_split_trains_on_its_good_images(tmp_path: Path) 
     assert row["images"]["train"] + row["images"]["val"] == 30 and row["images"]["test"] == 12
     assert row["val"]["image_auroc"] is None  # validation has good images alone
     assert row["test"]["image_auroc"] == 1.0 and row["test"]["image_recall"] == 1.0 and row["test"]["regions"] == 6
+
+
+def test_labels_of_images_alone_give_no_scores_of_pixels(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    for split, count in (("train", 12), ("val", 8), ("test", 6)):
+        for name in ("good", "scratched"):
+            folder = tmp_path / "lots" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(picture(random, (8, 8) if name != "good" else None)).save(folder / f"{split}{i}.png")
+    workspace = store(tmp_path, "lots class-folders", size=SIZE)
+    row = run(workspace, "gaussian").rows[0]
+    assert row["test"]["image_auroc"] == 1.0 and row["train_counts"] == {"good": 12}
+    assert [row["test"][name] for name in ("pixel_auroc", "aupro", "regions")] == [None, None, None]
+    assert scored(workspace, row).pixels is None
+    with pytest.raises(ProbeError, match="holds whole images"):
+        run(workspace, "gaussian", unit="tile")
+
+
+def test_a_cache_of_pooled_features_serves_the_head_without_maps_alone(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "set", {"train": 8, "val": 6, "test": 4}, {"test": 4})
+    dense, pooled = tmp_path / "dense", tmp_path / "pooled"
+    rows = []
+    for root, kept in ((dense, "maps"), (pooled, "pooled")):
+        root.mkdir()
+        (root / "set").symlink_to(tmp_path / "set")
+        rows.append(run(store(root, size=SIZE, store=kept), "knn").rows[0])
+    assert rows[0]["test"] == rows[1]["test"] and rows[0]["test"]["image_auroc"] == 1.0
+    for head in ("patchcore", "gaussian"):
+        with pytest.raises(FeatprobeError, match="pooled"):
+            run(Workspace(pooled), head)
 
 
 def test_an_image_with_an_ignored_region_alone_takes_no_part(tmp_path: Path) -> None:
