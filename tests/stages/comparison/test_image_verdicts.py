@@ -191,6 +191,16 @@ def test_results_with_other_labels_stand_in_tables_of_their_own(told: Told) -> N
     assert defect == f"{own}, labels: defect"
 
 
+def test_one_label_that_images_have_or_not_is_enough(told: Told) -> None:
+    whole = labelled()
+    one = {name: getattr(whole, name)[:, 1:] for name in ("probabilities", "truth", "decided")}
+    found = replace(whole, **one, multi=True, good=None)
+    settings = {**SETTINGS, "labels": "classes"}
+    told.tell(found, "linear", classes=["dent"], test=image_scores(found, ["dent"]), settings=settings)
+    (line,) = told.compare().sets[0].lines
+    assert line["classes"] == {"dent": line["auroc"]} and line["auroc"] == image_scores(whole, NAMES)["auroc"]
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
