@@ -202,7 +202,8 @@ def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **option
     """Apply a saved head to new images.
 
     HEAD is a folder that `probe` or `finetune` has written; its card names the backbone and the preprocessing. IMAGES
-    are files and folders. The command writes masks, a COCO JSON file or a CSV file of labels, and overlays.
+    are files and folders. The command writes overlays, and what the task finds: masks, a COCO JSON file, a CSV file of
+    labels, or a CSV file of scores with heat maps.
 
     \b
     Example:
