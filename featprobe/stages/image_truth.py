@@ -44,7 +44,7 @@ def names_of(cache: Cache, labels: ImageLabels, unit: Unit) -> LabelNames:
             f"  found   the labels {', '.join(own.names)}\n"
             "Nothing was trained. Omit --unit tile."
         )
-    if labels != "own" and not _says_good(cache, labels, unit) and (not tasks or len(cache.data.classes) < 2):
+    if labels != "own" and not says_good(cache, labels, unit) and (not tasks or len(cache.data.classes) < 2):
         raise ProbeError(_lacks_regions(cache, labels, unit))
     return names_by(labels, own, cache.data.classes)
 
@@ -60,7 +60,7 @@ def truth_of(cache: Cache, labels: ImageLabels, unit: Unit) -> ImageTruth:
     names, own = names_of(cache, labels, unit), cache.image_labels
     if labels == "own" and own is not None:
         return ImageTruth(names, own)
-    if own is not None and cache.data.label_names is not None and _says_good(cache, labels, unit):
+    if own is not None and cache.data.label_names is not None and says_good(cache, labels, unit):
         good = ImageTruth(cache.data.label_names, own).good
     else:
         held = _classes_held(cache, unit)
@@ -72,7 +72,7 @@ def truth_of(cache: Cache, labels: ImageLabels, unit: Unit) -> ImageTruth:
     return ImageTruth(names, np.stack([good, defect], axis=1))
 
 
-def _says_good(cache: Cache, labels: ImageLabels, unit: Unit) -> bool:
+def says_good(cache: Cache, labels: ImageLabels, unit: Unit) -> bool:
     """Whether the set's own labels of images say which units have a defect, and that is asked for."""
     names = cache.data.label_names
     return labels == "defect" and unit == "image" and names is not None and names.says_good

@@ -143,6 +143,46 @@ def test_two_processes_share_out_what_an_anomaly_head_is_scored_on(space: Worksp
         assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
 
 
+IMAGE_LABELS = """
+import sys
+from pathlib import Path
+from featprobe.kinds import TrainRecipe
+from featprobe.stages.training.finetune import finetune
+from featprobe.stages.training.probe import probe
+from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+from featprobe.stages.workspace import Workspace
+workspace = Workspace(Path(sys.argv[1]))
+probe(workspace, "classify", options=ProbeOptions(labels="defect", split="group", quiet=True, device="cpu"))
+recipe = TrainRecipe(iterations=3, batch_size=4, lr=1e-3, evaluations=1)
+options = ProbeOptions(
+    recipe=recipe, seeds=1, labels="defect", split="group", quiet=True, device="cpu", tuning=Tuning()
+)
+finetune(workspace, "classify", options=options)
+"""
+
+
+def test_two_processes_solve_and_fine_tune_heads_of_images_as_one_does(space: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(IMAGE_LABELS)
+    found = []
+    for count in (1, 2):
+        own = beside(space, tmp_path / str(count))
+        ended = launch([str(tmp_path / "program.py"), str(own.root)], count=count)
+        assert ended.returncode == 0, ended.stderr
+        rows, faults = read_rows(own.probes / "results.jsonl")
+        assert [(row["regime"], row["processes"]) for row in rows] == [
+            ("frozen", count),
+            ("full", count),
+        ] and not faults
+        found.append((own, rows))
+    (one, first), (two, second) = found
+    for row, same in zip(first, second, strict=True):
+        heads = [space.probes / own["folder"] / "head.safetensors" for space, own in ((one, row), (two, same))]
+        assert largest_difference(*heads) <= 1e-4
+        files = [np.load(head.parent / "scores.npz") for head in heads]
+        assert np.array_equal(files[0]["ids"], files[1]["ids"]) and len(files[0]["ids"]) > 8
+        assert files[0]["probabilities"] == pytest.approx(files[1]["probabilities"], abs=1e-3)
+
+
 DETECTIONS = """
 import sys
 from pathlib import Path

@@ -212,7 +212,7 @@ def check_thinned(tiling: Tiling | None, data: DataSet) -> None:
     """Raise DataError where tiles without a defect are to be left out of a set that does not say where defects are."""
     if tiling and tiling.thinned and not data.tasks:
         raise DataError(
-            f"--empty-tiles {tiling.empty_tiles:g} omits training tiles without a defect: nothing says which these are.\n"
+            f"--empty-tiles {tiling.empty_tiles:g} omits training tiles without a defect: none is known here.\n"
             f"  wanted  masks or objects\n  found   labels of whole images alone, in {data.root}\n"
             "Nothing was computed. Omit --empty-tiles."
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from featprobe.processes import from_main, gathered, summed
 from featprobe.report.sheets import Panel
 from featprobe.scores import TaskScores
 from featprobe.specs import Rows
-from featprobe.stages.image_truth import defect_regions, truth_of, unit_names, units_of
+from featprobe.stages.image_truth import defect_regions, says_good, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
 from featprobe.stages.row_images import images_of
@@ -80,8 +80,17 @@ class Classification:
         return dict(zip(self.names.names, held.tolist(), strict=True))
 
     def truth_of(self, row: int) -> Truth:
-        """Nothing: a view of an image has the image's labels."""
-        return None, None
+        """The mask of a row where its labels follow from masks: a view of it has the labels of what it shows.
+
+        Else nothing: a view has the labels of its image.
+        """
+        return (self.cache.semantic(row) if self._of_masks else None), None
+
+    @cached_property
+    def _of_masks(self) -> bool:
+        """Whether the labels of all training rows follow from their masks."""
+        own = self.asked.labels == "own" or says_good(self.cache, self.asked.labels, self.asked.unit)
+        return not own and all(self.cache.rows[row].semantic for row in self.train.tolist())
 
     def check_trainable(self) -> None:
         """Raise ProbeError where all training units have the same labels."""
@@ -125,22 +134,16 @@ class Classification:
                 case Tensor():
                     raise TypeError("The loss of these heads takes rows, not their places: see `fixed`.")
                 case Views():
-                    rows = batch.rows
+                    rows, seen = batch.rows, batch.labels
                 case rows:
-                    pass
-            wanted = every[torch.from_numpy(units_of(self.cache, rows, self.asked.unit)).to(self.device)].float()
+                    seen = None
+            wanted = every[torch.from_numpy(units_of(self.cache, rows, self.asked.unit)).to(self.device)]
+            if seen is not None:
+                wanted = labels_seen(seen.to(self.device), wanted, len(self.cache.data.classes), self.names)
             vectors = pool(features, levels).vectors(levels)
-            return torch.stack([self._loss(head(vectors), wanted) for head in heads])
+            return torch.stack([cross_entropy(head(vectors), wanted.float(), multi=self.names.multi) for head in heads])
 
         return loss
-
-    def _loss(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """Mean cross-entropy over the batch of all processes. logits, wanted: (units, names)."""
-        if self.names.multi:
-            own = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
-        else:
-            own = functional.cross_entropy(logits, wanted, reduction="none")
-        return own.sum() / summed(torch.full((), float(len(own)), device=own.device))
 
     def fixed(self, head: ImageHead) -> bool:
         """Whether the loss of such a head also takes places of rows: it does not."""
@@ -293,6 +296,28 @@ def probabilities_of(logits: Tensor, names: LabelNames) -> Shares:
     wide = logits.double()
     shares = wide.sigmoid() if names.multi else wide.softmax(1)
     return shares.float().cpu().numpy()
+
+
+def cross_entropy(logits: Tensor, wanted: Tensor, *, multi: bool) -> Tensor:
+    """Its mean over the batch of all processes, a scalar. logits, wanted: (units, names); wanted are 0 or 1."""
+    if multi:
+        own = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
+    else:
+        own = functional.cross_entropy(logits, wanted, reduction="none")
+    return own.sum() / summed(torch.full((), float(len(own)), device=own.device))
+
+
+def labels_seen(masks: Tensor, labels: Tensor, classes: int, names: LabelNames) -> Tensor:
+    """The labels of views, of which a crop may have left a defect out: (views, names), uint8.
+
+    masks: (views, height, width), uint8, of so many classes. labels: of their images, which stay where a view shows
+    no defect, but an ignored region. names: the classes, or good and defect.
+    """
+    held = torch.stack([(masks == index).flatten(1).any(1) for index in range(1, classes)], 1)  # (views, classes - 1)
+    some = held.any(1)
+    unsure = (masks == IGNORE).flatten(1).any(1) & ~some
+    found = held if names.multi else torch.stack([~some, some], 1)
+    return torch.where(unsure[:, None], labels, found.to(labels.dtype))
 
 
 def balanced(probabilities: Shares, prior: NDArray[np.float32], names: LabelNames) -> Shares:

@@ -236,7 +236,7 @@ def find_caches(
     served = {MASKS} if instances == "components" else {task}
     able = [cache for cache in asked_for if served & set(cache.data.serves)]
     if not able:
-        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.serves)}" for c in asked_for)
+        each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks or c.data.serves) or 'none'}" for c in asked_for)
         holds = "; ".join(list(each)[:5])
         raise ProbeError(
             f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n  found   {holds}\n"

@@ -93,7 +93,7 @@ class Told:
         images = isinstance(found, ScoredImages)
         task, main = ("classify", "auroc") if images else ("anomaly", "image_auroc")
         asked = {"labels": "defect"} if images else {}
-        test = image_scores(found, NAMES) if images else anomaly_scores(found)
+        test = image_scores(found, changed.get("classes", NAMES)) if images else anomaly_scores(found)
         given = {
             "task": task, "head": head, "classes": list(NAMES), "test": test, "val": {main: test[main]},
             "settings": {**SETTINGS, **asked}, "split": "own", "fold": None, "train_counts": None, "asked": None,
@@ -189,6 +189,16 @@ def test_results_with_other_labels_stand_in_tables_of_their_own(told: Told) -> N
     told.tell(labelled(), "linear", settings={**SETTINGS, "labels": "own"})
     own, defect = sorted((item.title for item in told.compare().sets), key=len)
     assert defect == f"{own}, labels: defect"
+
+
+def test_one_label_that_images_have_or_not_is_enough(told: Told) -> None:
+    whole = labelled()
+    one = {name: getattr(whole, name)[:, 1:] for name in ("probabilities", "truth", "decided")}
+    found = replace(whole, **one, multi=True, good=None)
+    settings = {**SETTINGS, "labels": "classes"}
+    told.tell(found, "linear", classes=["dent"], settings=settings)
+    (line,) = told.compare().sets[0].lines
+    assert line["classes"] == {"dent": line["auroc"]} and line["auroc"] == image_scores(whole, NAMES)["auroc"]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

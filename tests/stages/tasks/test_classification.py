@@ -27,7 +27,7 @@ from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
 from featprobe.stages.predict import predict
 from featprobe.stages.row_images import images_of
-from featprobe.stages.tasks.classification import balanced, decided, probabilities_of
+from featprobe.stages.tasks.classification import balanced, decided, labels_seen, probabilities_of
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import checked, find_caches, probe
@@ -267,6 +267,30 @@ def test_logits_of_several_labels_do_not_exclude_each_other() -> None:
     logits = torch.tensor([[3.0, 3.0]])
     assert probabilities_of(logits, LabelNames(("a", "b"))).tolist() == [[0.5, 0.5]]
     assert (probabilities_of(logits, LabelNames(("a", "b"), multi=True)) > 0.9).all()
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_view_that_leaves_the_defect_out_is_good(multi: bool) -> None:
+    masks = torch.zeros((4, 6, 6), dtype=torch.uint8)
+    masks[0, 1, 1] = 2
+    masks[1, :3] = 255
+    masks[2, :3], masks[2, 4] = 255, 1
+    names = LabelNames(("crack", "dent"), multi=True) if multi else LabelNames(("good", "defect"), good="good")
+    image = torch.tensor([[1, 1] if multi else [0, 1]], dtype=torch.uint8).expand(4, 2)
+    found = labels_seen(masks, image, 3, names).tolist()
+    assert found == ([[0, 1], [1, 1], [1, 0], [0, 0]] if multi else [[0, 1], [0, 1], [0, 1], [1, 0]])
+
+
+def test_labels_of_augmented_views_follow_what_they_show(tiles: Workspace) -> None:
+    (cache,), _ = find_caches(tiles, TASK, (), ())
+    for labels in ("defect", "classes"):
+        options = checked(TASK, brief(labels=labels, unit="tile", tuning=Tuning(), recipe=FEW, split="group"))
+        prepared = prepare(Training(tiles, Partition(cache, options.choice), TASK, options, (0,)))
+        row = int(prepared.rows["train"][0])
+        mask, objects = prepared.task.truth_of(row)
+        assert objects is None and mask is not None and np.array_equal(mask, cache.semantic(row))
+        (done,) = finetune(tiles, TASK, options=brief(labels=labels, unit="tile", tuning=Tuning(), recipe=FEW)).rows
+        assert done["regime"] == "full" and done["settings"]["unit"] == "tile"
 
 
 def test_a_sheet_begins_with_the_worst_mistake(folders: Workspace) -> None:
