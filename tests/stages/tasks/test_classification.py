@@ -28,7 +28,7 @@ from featprobe.stages.partition import Partition
 from featprobe.stages.predict import predict
 from featprobe.stages.row_images import images_of
 from featprobe.stages.tasks.classification import balanced, decided, labels_seen, probabilities_of
-from featprobe.stages.training.finetune import finetune
+from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import checked, find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
@@ -233,6 +233,16 @@ def test_a_frozen_result_has_a_counterpart_that_starts_where_the_set_is(
     one, other = (load_head(workspace.probes / row["folder"])[0].state_dict() for row in (frozen, full))
     for name in ("mean", "scale", "prior"):
         assert one[name].numpy() == pytest.approx(other[name].numpy(), rel=1e-4, abs=1e-5), name
+
+
+def test_each_kind_of_labels_of_a_cache_has_its_counterpart(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
+    extract_into(tmp_path, workspace.data / "surface", PoolingBackbone())
+    for labels in ("defect", "classes"):
+        probe(workspace, TASK, options=brief(labels=labels))
+    found, _ = missing_counterparts(workspace, ProbeOptions(tuning=Tuning()))
+    assert [one.options.labels for one in found] == ["defect", "classes"]
 
 
 # ---- what is decided -------------------------------------------------------------------------------------------------
