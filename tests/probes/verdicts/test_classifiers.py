@@ -159,8 +159,8 @@ def test_votes_are_those_of_scikit_learns_neighbours(seed: int, images: int, cop
     "scores, chosen",
     [
         ((0.1, 0.4, 0.4, 0.2), 5),
-        ((math.nan, 0.1, math.nan, 0.0), 3),
-        ((math.nan,) * 4, 9),
+        ((math.nan, 0.1, float("nan"), 0.0), 3),
+        (tuple(float("nan") for _ in range(4)), 9),  # of which none is another
         ((0.5, 0.2, 0.2, 0.2), 1),
     ],
 )

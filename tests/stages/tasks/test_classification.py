@@ -1,6 +1,7 @@
 """Labels of images: from a cache or from images to rows, pictures and files; what is decided; bad input."""
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 from featprobe.errors import CacheError, ProbeError
 from featprobe.image_labels import LabelNames
 from featprobe.kinds import KINDS, TrainRecipe
-from featprobe.metrics.images import ScoredImages, image_scores
+from featprobe.metrics.images import ScoredImages, decide, image_scores
 from featprobe.probes import load_head
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec
@@ -27,7 +28,7 @@ from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
 from featprobe.stages.predict import predict
 from featprobe.stages.row_images import images_of
-from featprobe.stages.tasks.classification import balanced, decided, labels_seen, probabilities_of
+from featprobe.stages.tasks.classification import balanced, labels_seen, probabilities_of
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import checked, find_caches, probe
@@ -255,7 +256,7 @@ def test_labels_are_decided_as_if_all_were_equally_frequent(multi: bool, shares:
     names = LabelNames(("a", "b", "c"), multi=multi)
     if not multi:
         shares, prior = shares / shares.sum(1, keepdims=True), prior / prior.sum()
-    said = decided(shares, prior, names)
+    said = decide(shares, prior, multi)
     even = balanced(shares, prior, names)
     if multi:
         sure = np.abs(shares - prior) > 1e-5
@@ -269,7 +270,7 @@ def test_labels_are_decided_as_if_all_were_equally_frequent(multi: bool, shares:
 @pytest.mark.parametrize("multi", [False, True])
 def test_a_label_that_no_training_image_has_is_never_found(multi: bool) -> None:
     shares = np.array([[0.2, 0.8], [0.9, 0.1]], dtype=np.float32)
-    said = decided(shares, np.array([1.0, 0.0], dtype=np.float32), LabelNames(("a", "b"), multi=multi))
+    said = decide(shares, np.array([1.0, 0.0], dtype=np.float32), multi)
     assert said[:, 1].tolist() == [0, 0]
 
 
@@ -316,6 +317,18 @@ def test_a_sheet_begins_with_the_worst_mistake(folders: Workspace) -> None:
         (first, *_) = prepared.task.shown(trial.head, source.batches, test, 3).tolist()
         truth = prepared.task.truth.values
     assert truth[first, NAMES.index("ok")] == 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_that_validation_could_not_choose_says_so(head: str, tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "parts", {"train": 4, "val": 3, "test": 3})
+    for kind in ("crack", "dent"):
+        shutil.rmtree(data / "val" / kind)
+    workspace = Workspace(tmp_path)
+    extract(workspace, SPEC, str(data), ExtractOptions(batch_size=6, dtype="fp32", quiet=True, device="cpu"))
+    report = probe(workspace, TASK, options=brief(head=head))
+    assert report.rows[0]["val"]["auroc"] is None
+    assert any("so it has no AUROC, and the head was not chosen by it" in note for note in report.notes)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
