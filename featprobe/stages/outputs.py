@@ -305,8 +305,8 @@ class AnomalyScores(Output[Seen]):
         pieces = [piece for own, _ in pooled for piece in own]
         every = Pooled.of_all([own for _, own in pooled])
         if self.unit == "image":
-            index = torch.tensor([piece.image for piece in pieces], device=self.head.threshold.device)
-            every = every.joined(index, len(sizes))
+            device = self.head.get_buffer(self.head.banks[0]).device
+            every = every.joined(torch.tensor([piece.image for piece in pieces], device=device), len(sizes))
         scores = self.head(every.vectors(self.head.levels)).scores.tolist()
         if self.unit == "image":
             yield from map(Seen, scores)

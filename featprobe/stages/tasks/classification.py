@@ -16,7 +16,15 @@ from featprobe.features import Features, pool
 from featprobe.geometry import Part
 from featprobe.image_labels import ImageLabels, ImageTruth, LabelNames, Unit
 from featprobe.levels import FeatureLevel
-from featprobe.metrics.images import IMAGE_SCORES, ScoredImages, decide, defect_scores, image_scores, one_group, value_of
+from featprobe.metrics.images import (
+    IMAGE_SCORES,
+    ScoredImages,
+    decide,
+    defect_scores,
+    image_scores,
+    one_group,
+    value_of,
+)
 from featprobe.probes.head import ImageHead
 from featprobe.probes.train import Feed
 from featprobe.processes import from_main, gathered, summed
@@ -299,9 +307,9 @@ def known_rows(
 
 def probabilities_of(logits: Tensor, names: LabelNames) -> Shares:
     """What logits say of each unit, (units, names): they sum to 1 unless a unit may have several labels."""
-    wide = logits.double()
+    wide = logits.cpu().double()
     shares = wide.sigmoid() if names.multi else wide.softmax(1)
-    return shares.float().cpu().numpy()
+    return shares.float().numpy()
 
 
 def cross_entropy(logits: Tensor, wanted: Tensor, *, multi: bool) -> Tensor:
