@@ -134,13 +134,17 @@ class Classification:
         return Solution({name: value.cpu() for name, value in head.state_dict().items()}, chosen)
 
     def start(self, heads: Sequence[ImageHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
-        """Let fresh heads begin at the training units' mean, scale and prior; returns their losses on a batch."""
-        levels = heads[0].levels
+        """Let fresh heads begin at the training units' mean, scale and prior, others at their prior alone.
+
+        Returns the losses of heads on a batch.
+        """
+        levels, labels = heads[0].levels, self._labels(self._units(self.train))
         if fresh:
             vectors = from_main(lambda: self._stored(levels, self.train)).to(self.device)
-            labels = self._labels(self._units(self.train))
             for head in heads:
                 head.begin(vectors, labels, multi=self.names.multi)
+        for head in heads:  # what one is saved with may be of other images
+            head.prior.copy_(labels.float().mean(0))
         every = self._labels(np.arange(len(self.truth.values)))
 
         def loss(features: Features, batch: Batch) -> Tensor:

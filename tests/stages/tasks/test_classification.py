@@ -236,6 +236,18 @@ def test_a_frozen_result_has_a_counterpart_that_starts_where_the_set_is(
         assert one[name].numpy() == pytest.approx(other[name].numpy(), rel=1e-4, abs=1e-5), name
 
 
+def test_a_head_that_goes_on_is_decided_by_the_prior_of_what_it_is_trained_on(folders: Workspace) -> None:
+    (cache,), _ = find_caches(folders, TASK, (), ())
+    options = checked(TASK, brief(tuning=Tuning(), recipe=FEW))
+    prepared = prepare(Training(folders, Partition(cache, options.choice), TASK, options, (0,)))
+    (trial,) = trials_of(prepared)
+    trial.head.load_state_dict(dict(trial.head.state_dict(), prior=torch.tensor([0.9, 0.1, 0.0])))
+    scale = trial.head.scale.clone().fill_(2.0)
+    trial.head.scale.copy_(scale)
+    prepared.task.start([trial.head], fresh=False)
+    assert trial.head.prior.tolist() == pytest.approx([1 / 3] * 3) and torch.equal(trial.head.scale, scale)
+
+
 def test_each_kind_of_labels_of_a_cache_has_its_counterpart(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
