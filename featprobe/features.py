@@ -154,7 +154,8 @@ def filled_cells(content: Tensor, stride: int) -> Tensor:
 
     content: (batch, 2), pixels, see Features.
     """
-    return (content.double().prod(1) / stride**2).float()
+    wide = torch.float32 if content.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    return (content.to(wide).prod(1) / stride**2).float()
 
 
 def _pooled_together(m: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -44,13 +44,14 @@ def decide(probabilities: NDArray[Any], prior: NDArray[Any], multi: bool) -> NDA
 
     prior: (names,), the share of training units that have each. Of exclusive labels the one whose probability is the
     largest multiple of its prior; of others each with a probability of its prior or more. A label that no training unit
-    has is never said.
+    has is never said, and of others one that all of them have always is.
 
     >>> decide(np.array([[0.8, 0.2], [0.95, 0.05]]), np.array([0.9, 0.1]), multi=False).tolist()
     [[0, 1], [1, 0]]
     """
-    lift = np.divide(probabilities, prior, out=np.zeros(probabilities.shape), where=np.asarray(prior) > 0)
-    said = lift >= 1 if multi else np.arange(lift.shape[1]) == lift.argmax(1, keepdims=True)
+    prior = np.asarray(prior)
+    lift = np.divide(probabilities, prior, out=np.zeros(probabilities.shape), where=prior > 0)
+    said = (lift >= 1) | (prior >= 1) if multi else np.arange(lift.shape[1]) == lift.argmax(1, keepdims=True)
     return said.astype(np.uint8)
 
 

@@ -71,7 +71,7 @@ class VerdictHead(Head):
     """A head that gives each image one score of a defect, above which the image is called.
 
     threshold: a scalar, nan until it is chosen on validation. banks: names of buffers with a row per stored example, of
-    which a saved head may have any number.
+    which a saved head may have any number. Thresholds are float64 and stay with the CPU: Apple's GPUs have no float64.
     """
 
     banks: tuple[str, ...] = ()
@@ -80,6 +80,9 @@ class VerdictHead(Head):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("threshold", torch.tensor(float("nan"), dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda own: own if own.dtype == torch.float64 else fn(own), recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         for name in self.banks:

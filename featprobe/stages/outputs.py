@@ -23,7 +23,7 @@ from featprobe.geometry import Part, Placement, Size
 from featprobe.image_labels import Unit, names_by
 from featprobe.io.texts import cell
 from featprobe.kinds import kind_of
-from featprobe.metrics.images import defect_scores
+from featprobe.metrics.images import decide, defect_scores
 from featprobe.probes import DenseHead, ObjectHead, objects_at_original
 from featprobe.probes.head import AnomalyHead, ImageHead, PooledAnomalyHead, VerdictHead
 from featprobe.report.sheets import Panel, colour_of, png
@@ -34,7 +34,6 @@ from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
 from featprobe.stages.tasks.classification import (
     balanced,
     colours_of,
-    decided,
     label_text,
     probabilities_of,
     tile_boxes,
@@ -206,7 +205,7 @@ class ImageVerdicts(Output[list[Verdict]]):
             index = torch.tensor([piece.image for piece in pieces], device=self.head.prior.device)
             every = every.joined(index, len(sizes))
         shares = probabilities_of(self.head(every.vectors(self.head.levels)), self.names)
-        said = decided(shares, self._prior, self.names)
+        said = decide(shares, self._prior, self.names.multi)
         if self.unit == "image":
             yield from ([Verdict(p, own)] for p, own in zip(shares, said, strict=True))
             return
@@ -306,8 +305,8 @@ class AnomalyScores(Output[Seen]):
         pieces = [piece for own, _ in pooled for piece in own]
         every = Pooled.of_all([own for _, own in pooled])
         if self.unit == "image":
-            index = torch.tensor([piece.image for piece in pieces], device=self.head.threshold.device)
-            every = every.joined(index, len(sizes))
+            device = self.head.get_buffer(self.head.banks[0]).device
+            every = every.joined(torch.tensor([piece.image for piece in pieces], device=device), len(sizes))
         scores = self.head(every.vectors(self.head.levels)).scores.tolist()
         if self.unit == "image":
             yield from map(Seen, scores)

@@ -48,6 +48,7 @@ def stitched_maps(pieces: Iterable[tuple[Tensor, Part | None]], size: Size) -> T
     """A map of a whole image of (height, width), float32: the mean of its tiles at a pixel, or the one piece as it is.
 
     pieces: of each tile its map, (height, width), at its own size, and where it lies; no part for all of the image.
+    A pixel that no tile shows is 0.
     """
     total, shown = torch.zeros(()), torch.zeros(())
     for own, part in pieces:
@@ -58,7 +59,7 @@ def stitched_maps(pieces: Iterable[tuple[Tensor, Part | None]], size: Size) -> T
         window = (slice(part.top, part.top + part.height), slice(part.left, part.left + part.width))
         total[window] += own
         shown[window] += 1
-    return total.div_(shown)
+    return total.div_(shown.clamp_(min=1))
 
 
 def stitched_classes(

@@ -152,10 +152,10 @@ from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 workspace = Workspace(Path(sys.argv[1]))
-probe(workspace, "classify", options=ProbeOptions(labels="defect", split="group", quiet=True, device="cpu"))
+probe(workspace, "classify", options=ProbeOptions(labels="defect", split="group", quiet=True, device="cpu", show=2))
 recipe = TrainRecipe(iterations=3, batch_size=4, lr=1e-3, evaluations=1)
 options = ProbeOptions(
-    recipe=recipe, seeds=1, labels="defect", split="group", quiet=True, device="cpu", tuning=Tuning()
+    recipe=recipe, seeds=1, labels="defect", split="group", quiet=True, device="cpu", show=2, tuning=Tuning()
 )
 finetune(workspace, "classify", options=options)
 """
@@ -173,6 +173,7 @@ def test_two_processes_solve_and_fine_tune_heads_of_images_as_one_does(space: Wo
             ("frozen", count),
             ("full", count),
         ] and not faults
+        assert len(list(own.probes.rglob("sheet.png"))) == 2, "the main process draws, and waits for nobody"
         found.append((own, rows))
     (one, first), (two, second) = found
     for row, same in zip(first, second, strict=True):

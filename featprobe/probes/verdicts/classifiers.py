@@ -1,6 +1,7 @@
 """Heads that give each image a label, or several, from its pooled features: a linear one, and nearest neighbours."""
 
 from collections.abc import Callable, Sequence
+from math import inf, isnan
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class KnnClassifier(StandardisedHead):
         tried = [count for count in NEIGHBOURS if count <= len(self.bank)]
         found = self._nearest(val, max(tried))
         scores = [score(self._logits(found, count)) for count in tried]
-        best = max(range(len(tried)), key=lambda place: (scores[place] == scores[place], scores[place], place))
+        best = max(range(len(tried)), key=lambda place: (-inf if isnan(scores[place]) else scores[place], place))
         self.neighbours.fill_(tried[best])
         size = self.bank.numel() * self.bank.element_size()
         return {"neighbours": tried[best], "tried": len(tried), "bank": len(self.bank), "bank_bytes": size}

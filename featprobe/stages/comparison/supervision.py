@@ -7,6 +7,7 @@ Both heads are scored by the AUROC of defect against good units, which needs no 
 from collections.abc import Sequence
 from typing import Any
 
+from featprobe.kinds import FROZEN
 from featprobe.metrics import paired_difference
 from featprobe.specs import digest
 from featprobe.stages.comparison.differences import Line, Table
@@ -17,13 +18,14 @@ from featprobe.stages.comparison.tested import AnomalyTest, ImageTest
 def behind_supervised(tables: Sequence[Table]) -> list[Line]:
     """The lead of the best supervised over the best anomaly head of each backbone, where both have the same test units.
 
-    The best on validation of those that stand for a backbone, on the largest share of training images that both have.
+    The best on validation of those that stand for a backbone, of frozen ones where there are any, as anomaly heads are
+    frozen; on the largest share of training images that both have.
     Units, groups, labels and the name of the split agree; where they do not there is no line. Differences are paired,
     of these trained heads.
     """
     found: dict[tuple[Any, ...], dict[type, Result]] = {}
     every = [result for table in tables for result in table.chosen]
-    for result in sorted(every, key=lambda own: (own.row.fraction, own.validation)):
+    for result in sorted(every, key=lambda own: (own.row.fraction, own.row.regime == FROZEN, own.validation)):
         kind = type(result.runs[0].test)
         if key := _test_of(result):
             found.setdefault((result.backbone, result.row.fraction, key), {})[kind] = result  # the best comes last

@@ -165,14 +165,15 @@ class Anomaly:
         of_maps = float("nan") if self.asked.pooled else float(head.get_buffer(MAP_THRESHOLD))
         for image, seen in self._seen_images(head, feed, rows):
             units = units_of(self.cache, rows[self.cache.image_of[rows] == image], self.asked.unit)
-            yield image, partial(self._panels, image, seen, self.good[units].tolist(), float(head.threshold), of_maps)
+            good = self.good[list(dict.fromkeys(units.tolist()))].tolist()
+            yield image, partial(self._panels, image, seen, good, float(head.threshold), of_maps)
 
     def _panels(
         self, image: int, seen: Seen, good: Sequence[int], threshold: float, of_maps: float, pixels: Pixels
     ) -> list[Panel]:
         """An image's truth, and what is said of it. good: of its units. of_maps: the threshold of pixels of maps."""
         called = called_tiles(seen, threshold) if self.asked.unit == "tile" else [seen.score > threshold]
-        wrong = not np.isnan(threshold) and any(c == (g == 1) for c, g in zip(called, good, strict=False))
+        wrong = not np.isnan(threshold) and any(c == (g == 1) for c, g in zip(called, good, strict=True))
         truth = truth_panel(pixels, defect_regions(self.cache, image, "image"), good)
         return [truth, panel_of(pixels, seen, threshold, of_maps, self.asked.unit, wrong=wrong)]
 
@@ -237,7 +238,7 @@ def good_rows(cache: Cache, train: Rows, unit: Unit) -> tuple[Rows, list[str]]:
         return train, []
     many = len(set(units[kept].tolist()))
     return train[kept], [
-        f"{cache.data.name}: fitted to {counted(many, f'good {unit}')} of train; "
+        f"{cache.data.name}: train has {counted(many, f'good {unit}')}; "
         f"{counted(aside, unit)} with a defect {'is' if aside == 1 else 'are'} left aside"
     ]
 

@@ -16,7 +16,15 @@ from featprobe.features import Features, pool
 from featprobe.geometry import Part
 from featprobe.image_labels import ImageLabels, ImageTruth, LabelNames, Unit
 from featprobe.levels import FeatureLevel
-from featprobe.metrics.images import IMAGE_SCORES, ScoredImages, defect_scores, image_scores, one_group, value_of
+from featprobe.metrics.images import (
+    IMAGE_SCORES,
+    ScoredImages,
+    decide,
+    defect_scores,
+    image_scores,
+    one_group,
+    value_of,
+)
 from featprobe.probes.head import ImageHead
 from featprobe.probes.train import Feed
 from featprobe.processes import from_main, gathered, summed
@@ -110,23 +118,33 @@ class Classification:
         """The head that its kind solves for on the training units; what it chooses is chosen on validation."""
         units, vectors = self._vectors(head.levels, batches, train)
         others, shown = self._vectors(head.levels, batches, val)
-        score = IMAGE_SCORES[self.asked.scores.main.name]
+        scores, found = self.asked.scores, list[float]()
 
         def judge(logits: Tensor) -> float:
             scored = self._scored(head, others, probabilities_of(logits, self.names))
-            return value_of(score(scored, one_group(len(others))))
+            found.append(value_of(IMAGE_SCORES[scores.main.name](scored, one_group(len(others)))))
+            return found[-1]
 
         chosen = head.solve(vectors, self._labels(units), shown, judge, multi=self.names.multi)
+        if np.isnan(found).all():
+            self.notes.append(
+                f"{self.cache.data.name}: the val split {scores.lacks}, so it has no {scores.main.label}, and the head "
+                "was not chosen by it. Another --split may bring such images there"
+            )
         return Solution({name: value.cpu() for name, value in head.state_dict().items()}, chosen)
 
     def start(self, heads: Sequence[ImageHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
-        """Let fresh heads begin at the training units' mean, scale and prior; returns their losses on a batch."""
-        levels = heads[0].levels
+        """Let fresh heads begin at the training units' mean, scale and prior, others at their prior alone.
+
+        Returns the losses of heads on a batch.
+        """
+        levels, labels = heads[0].levels, self._labels(self._units(self.train))
         if fresh:
             vectors = from_main(lambda: self._stored(levels, self.train)).to(self.device)
-            labels = self._labels(self._units(self.train))
             for head in heads:
                 head.begin(vectors, labels, multi=self.names.multi)
+        for head in heads:  # what one is saved with may be of other images
+            head.prior.copy_(labels.float().mean(0))
         every = self._labels(np.arange(len(self.truth.values)))
 
         def loss(features: Features, batch: Batch) -> Tensor:
@@ -171,7 +189,7 @@ class Classification:
 
     def shown(self, head: ImageHead, feed: Feed, rows: Rows, count: int) -> Rows:
         """Some of the images that the rows show, from the worst mistake on; first one of each group, then more."""
-        units, (found,) = self._probabilities([head], feed, rows)
+        units, (found,) = self._said([head], feed, rows)
         true = self._truth(units)
         share = balanced(found, head.prior.cpu().numpy(), self.names)
         worst = np.abs(true - share).max(1)
@@ -185,9 +203,9 @@ class Classification:
 
     def panels(self, head: ImageHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
-        units, (found,) = self._probabilities([head], feed, rows)
+        units, (found,) = self._said([head], feed, rows)
         prior, true = head.prior.cpu().numpy(), self._truth(units)
-        said, shares = decided(found, prior, self.names), balanced(found, prior, self.names)
+        said, shares = decide(found, prior, self.names.multi), balanced(found, prior, self.names)
         shows = units if self.asked.unit == "image" else self.cache.image_of[units]
         for image in images_of(self.cache, rows).tolist():
             own = np.flatnonzero(shows == image)
@@ -237,24 +255,24 @@ class Classification:
         return torch.from_numpy(pooled_vectors(self.cache, levels, unit, rows, quiet=quiet, say=self.notes.append))
 
     @torch.inference_mode()
+    def _said(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> tuple[Rows, list[Shares]]:
+        """(the units that rows show, ascending; what each head says of them). This process alone computes it."""
+        units, vectors = self._vectors(heads[0].levels, feed, rows)
+        return units, [probabilities_of(head(vectors), self.names) for head in heads]
+
     def _probabilities(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> tuple[Rows, list[Shares]]:
-        """(the units that rows show, ascending; what each head says of them), in every process."""
-
-        def computed(own: Rows) -> list[tuple[Rows, list[Shares]]]:
-            units, vectors = self._vectors(heads[0].levels, feed, own)
-            return [(units, [probabilities_of(head(vectors), self.names) for head in heads])]
-
+        """The same, which all processes ask for together, and get."""
         if self.asked.live:
-            parts = gathered(computed(scored_here(self.cache, rows)))
+            parts = gathered([self._said(heads, feed, scored_here(self.cache, rows))])
         else:
-            parts = from_main(lambda: computed(rows))
+            parts = from_main(lambda: [self._said(heads, feed, rows)])
         units = np.concatenate([own for own, _ in parts])
         order = np.argsort(units, kind="stable")
         return units[order], [np.concatenate([p[i] for _, p in parts])[order] for i in range(len(heads))]
 
     def _scored(self, head: ImageHead, units: Rows, probabilities: Shares) -> ScoredImages:
         ids, groups = unit_names(self.cache, units, self.asked.unit)
-        said = decided(probabilities, head.prior.cpu().numpy(), self.names)
+        said = decide(probabilities, head.prior.cpu().numpy(), self.names.multi)
         thresholds = np.full(len(units), float(head.threshold))
         return ScoredImages(
             tuple(ids), tuple(groups), probabilities, self._truth(units), said, thresholds, self.names.multi, self._good
@@ -293,9 +311,9 @@ def known_rows(
 
 def probabilities_of(logits: Tensor, names: LabelNames) -> Shares:
     """What logits say of each unit, (units, names): they sum to 1 unless a unit may have several labels."""
-    wide = logits.double()
+    wide = logits.cpu().double()
     shares = wide.sigmoid() if names.multi else wide.softmax(1)
-    return shares.float().cpu().numpy()
+    return shares.float().numpy()
 
 
 def cross_entropy(logits: Tensor, wanted: Tensor, *, multi: bool) -> Tensor:
@@ -330,14 +348,6 @@ def balanced(probabilities: Shares, prior: NDArray[np.float32], names: LabelName
         against = np.divide(1 - probabilities, 1 - prior, out=np.zeros_like(probabilities), where=prior < 1)
         return ratio / np.maximum(ratio + against, np.finfo(np.float32).tiny)
     return ratio / np.maximum(ratio.sum(1, keepdims=True), np.finfo(np.float32).tiny)
-
-
-def decided(probabilities: Shares, prior: NDArray[np.float32], names: LabelNames) -> NDArray[np.uint8]:
-    """Which labels each unit gets, (units, names), uint8, as if all were equally frequent: see `balanced`."""
-    share = balanced(probabilities, prior, names)
-    if names.multi:
-        return (share >= 0.5).astype(np.uint8)
-    return np.eye(len(names.names), dtype=np.uint8)[share.argmax(1)]
 
 
 def colours_of(names: LabelNames) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def seen_on_vectors(
     if not len(rows):
         return
     vectors = torch.from_numpy(pooled_vectors(cache, heads[0].levels, unit, rows, quiet=True))
-    every = [head(vectors.to(head.threshold.device)).scores.tolist() for head in heads]
+    every = [head(vectors.to(head.get_buffer(head.banks[0]).device)).scores.tolist() for head in heads]
     units = sorted(set(units_of(cache, rows, unit).tolist()))
     for number, *scores in zip(units, *every, strict=True):
         yield number, [Seen(score) for score in scores]

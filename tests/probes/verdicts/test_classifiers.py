@@ -17,7 +17,7 @@ from torch import Tensor
 from featprobe.errors import ProbeError
 from featprobe.levels import FeatureLevel
 from featprobe.probes.head import ImageHead
-from featprobe.probes.heads import OF_IMAGES, HeadRecipe, build_head
+from featprobe.probes.heads import OF_ANOMALIES, OF_IMAGES, HeadRecipe, build_head
 from featprobe.probes.verdicts.classifiers import NEIGHBOURS, KnnClassifier, LinearClassifier
 
 LEVELS = (FeatureLevel("stride8", 3, 8), FeatureLevel("stride16", 2, 16))
@@ -159,8 +159,8 @@ def test_votes_are_those_of_scikit_learns_neighbours(seed: int, images: int, cop
     "scores, chosen",
     [
         ((0.1, 0.4, 0.4, 0.2), 5),
-        ((math.nan, 0.1, math.nan, 0.0), 3),
-        ((math.nan,) * 4, 9),
+        ((math.nan, 0.1, float("nan"), 0.0), 3),
+        (tuple(float("nan") for _ in range(4)), 9),  # of which none is another
         ((0.5, 0.2, 0.2, 0.2), 1),
     ],
 )
@@ -170,6 +170,16 @@ def test_the_best_number_of_neighbours_is_chosen_the_most_of_equals(scores: tupl
     found = head.solve(vectors, labels, vectors, lambda logits: left.pop(0), multi=False)
     assert found == {"neighbours": chosen, "tried": 4, "bank": 12, "bank_bytes": 12 * VALUES * 4} and not left
     assert head.neighbours == chosen
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [*(("classify", kind) for kind in OF_IMAGES), *(("anomaly", kind) for kind in OF_ANOMALIES)]
+)
+def test_no_number_of_64_bits_moves_to_a_device_that_may_not_have_them(task: str, kind: str) -> None:
+    head = build_head(HeadRecipe(task, kind, NAMES), LEVELS).to("meta")
+    left = {name for name, own in head.state_dict().items() if own.device.type == "cpu"}
+    wide = {name for name, own in head.state_dict().items() if own.dtype == torch.float64}
+    assert left == wide and "threshold" in left
 
 
 def test_damaged_banks_and_empty_ones_are_refused() -> None:

@@ -294,6 +294,16 @@ def test_a_head_on_good_images_is_held_against_a_supervised_one_on_the_same_unit
     assert plain_json(report)["behind"][0]["behind"] == lead.estimate
 
 
+def test_a_frozen_supervised_head_is_taken_before_a_fine_tuned_one(told: Told) -> None:
+    """An anomaly head is frozen: a backbone that was trained would say nothing of labels alone."""
+    full = {"regime": "full", "tuning": {"augment": True, "precision": "fp32"}}
+    told.tell(labelled(lift=1.0), "linear")
+    told.tell(labelled(lift=2.5), "linear", **full)
+    told.tell(watched(lift=0.4), "gaussian")
+    (line,) = told.compare().behind
+    assert line["supervised_regime"] == "frozen"
+
+
 def test_the_better_on_good_images_is_ahead_and_what_is_not_sure_is_said(told: Told) -> None:
     told.tell(labelled(lift=0.2), "linear")
     told.tell(watched(lift=1.5), "gaussian")

@@ -16,12 +16,13 @@ from featprobe.cache import Cache, open_cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.formats import read_data
 from featprobe.errors import FeatprobeError, ProbeError
+from featprobe.image_labels import Unit
 from featprobe.kinds import kinds_of
 from featprobe.metrics.anomalies import ScoredAnomalies, aupro, pixel_auroc
 from featprobe.probes import load_head
 from featprobe.stages import predict as prediction
 from featprobe.stages.extraction.extract import extract_with
-from featprobe.stages.image_truth import defect_regions
+from featprobe.stages.image_truth import defect_regions, truth_of
 from featprobe.stages.tasks.seen import seen_on_maps
 from featprobe.stages.tasks.settle import settled
 from featprobe.stages.training import run as running
@@ -279,6 +280,24 @@ def test_tiles_are_judged_each_for_itself(tmp_path: Path, monkeypatch: pytest.Mo
             image = next(image for image in highest if name.startswith(image))
             highest[image] = max(highest[image], score)
         assert said == pytest.approx(highest, rel=1e-4)
+
+
+@pytest.mark.parametrize("unit", ["image", "tile"])
+def test_a_sheet_of_tiles_says_what_is_known_of_each_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: Unit
+) -> None:
+    """A tile with an ignored region alone takes no part: where it lies, the heat map is clear."""
+    write_pairs(tmp_path / "set", {"train": 4, "val": 3, "test": 1}, {"test": 2}, dict.fromkeys(SPLITS, 1))
+    workspace = store(tmp_path, tile=24, overlap=8, size=(24, 24))
+    drawn: list[Any] = []
+    monkeypatch.setattr(running, "save_sheet", lambda path, rows, *_: drawn.extend(rows))
+    run(workspace, "gaussian", unit=unit, show=4)
+    good = truth_of(cache_in(workspace), "defect", unit).good
+    assert (good == 255).any() and len(drawn) == (3 if unit == "image" else 4)
+    for name, (_, truth, said) in drawn:
+        (text,) = truth.text
+        assert text == ("good" if "good" in name else "defect") if unit == "image" else "tiles with a defect" in text
+        assert np.isfinite(said.heat.values).all()
 
 
 def test_tiles_of_an_image_give_it_the_highest_score_and_one_map(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Labels of images: from a cache or from images to rows, pictures and files; what is decided; bad input."""
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 from featprobe.errors import CacheError, ProbeError
 from featprobe.image_labels import LabelNames
 from featprobe.kinds import KINDS, TrainRecipe
-from featprobe.metrics.images import ScoredImages, image_scores
+from featprobe.metrics.images import ScoredImages, decide, image_scores
 from featprobe.probes import load_head
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec
@@ -27,8 +28,8 @@ from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
 from featprobe.stages.predict import predict
 from featprobe.stages.row_images import images_of
-from featprobe.stages.tasks.classification import balanced, decided, labels_seen, probabilities_of
-from featprobe.stages.training.finetune import finetune
+from featprobe.stages.tasks.classification import balanced, labels_seen, probabilities_of
+from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import checked, find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
@@ -235,6 +236,28 @@ def test_a_frozen_result_has_a_counterpart_that_starts_where_the_set_is(
         assert one[name].numpy() == pytest.approx(other[name].numpy(), rel=1e-4, abs=1e-5), name
 
 
+def test_a_head_that_goes_on_is_decided_by_the_prior_of_what_it_is_trained_on(folders: Workspace) -> None:
+    (cache,), _ = find_caches(folders, TASK, (), ())
+    options = checked(TASK, brief(tuning=Tuning(), recipe=FEW))
+    prepared = prepare(Training(folders, Partition(cache, options.choice), TASK, options, (0,)))
+    (trial,) = trials_of(prepared)
+    trial.head.load_state_dict(dict(trial.head.state_dict(), prior=torch.tensor([0.9, 0.1, 0.0])))
+    scale = trial.head.scale.clone().fill_(2.0)
+    trial.head.scale.copy_(scale)
+    prepared.task.start([trial.head], fresh=False)
+    assert trial.head.prior.tolist() == pytest.approx([1 / 3] * 3) and torch.equal(trial.head.scale, scale)
+
+
+def test_each_kind_of_labels_of_a_cache_has_its_counterpart(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
+    extract_into(tmp_path, workspace.data / "surface", PoolingBackbone())
+    for labels in ("defect", "classes"):
+        probe(workspace, TASK, options=brief(labels=labels))
+    found, _ = missing_counterparts(workspace, ProbeOptions(tuning=Tuning()))
+    assert [one.options.labels for one in found] == ["defect", "classes"]
+
+
 # ---- what is decided -------------------------------------------------------------------------------------------------
 
 SHARE = st.floats(0.0078125, 0.9921875, width=32)
@@ -245,7 +268,7 @@ def test_labels_are_decided_as_if_all_were_equally_frequent(multi: bool, shares:
     names = LabelNames(("a", "b", "c"), multi=multi)
     if not multi:
         shares, prior = shares / shares.sum(1, keepdims=True), prior / prior.sum()
-    said = decided(shares, prior, names)
+    said = decide(shares, prior, multi)
     even = balanced(shares, prior, names)
     if multi:
         sure = np.abs(shares - prior) > 1e-5
@@ -259,7 +282,7 @@ def test_labels_are_decided_as_if_all_were_equally_frequent(multi: bool, shares:
 @pytest.mark.parametrize("multi", [False, True])
 def test_a_label_that_no_training_image_has_is_never_found(multi: bool) -> None:
     shares = np.array([[0.2, 0.8], [0.9, 0.1]], dtype=np.float32)
-    said = decided(shares, np.array([1.0, 0.0], dtype=np.float32), LabelNames(("a", "b"), multi=multi))
+    said = decide(shares, np.array([1.0, 0.0], dtype=np.float32), multi)
     assert said[:, 1].tolist() == [0, 0]
 
 
@@ -306,6 +329,18 @@ def test_a_sheet_begins_with_the_worst_mistake(folders: Workspace) -> None:
         (first, *_) = prepared.task.shown(trial.head, source.batches, test, 3).tolist()
         truth = prepared.task.truth.values
     assert truth[first, NAMES.index("ok")] == 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_that_validation_could_not_choose_says_so(head: str, tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "parts", {"train": 4, "val": 3, "test": 3})
+    for kind in ("crack", "dent"):
+        shutil.rmtree(data / "val" / kind)
+    workspace = Workspace(tmp_path)
+    extract(workspace, SPEC, str(data), ExtractOptions(batch_size=6, dtype="fp32", quiet=True, device="cpu"))
+    report = probe(workspace, TASK, options=brief(head=head))
+    assert report.rows[0]["val"]["auroc"] is None
+    assert any("so it has no AUROC, and the head was not chosen by it" in note for note in report.notes)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
