@@ -318,7 +318,7 @@ HARM: dict[str, Callable[[Path, Cache], Any]] = {
     "objects": rewritten(lambda a: a.update({"features/stride4": np.array([print], dtype=object)})),
     "a bomb": bomb,
     "a header that is no text": of_bytes(b"("),
-    "a header that never ends": of_bytes(b"'\'\'"),
+    "a header that never ends": of_bytes(b"'''"),
     "a type that is none": of_bytes(b"{'descr': ',,', 'fortran_order': False, 'shape': (1,)}"),
     "a header that unpacks to more than the file": of_bytes(bytes(1 << 24), 2, zipfile.ZIP_DEFLATED),
     "packed by lzma, and damaged": broken_lzma,

@@ -257,7 +257,8 @@ def _bare(root: Path, tables: Sequence[LabelTable], found: Sequence[Labelled]) -
     if not bare:
         return []
     shown = listed([path.relative_to(root).as_posix() for path in bare])
-    return [f"{tables[0].path.name} has no row for {counted(len(bare), 'image')}, which were not read: {shown}"]
+    count = counted(len(bare), "image, which was not read", "images, which were not read")
+    return [f"{tables[0].path.name} has no row for {count}: {shown}"]
 
 
 def write_labels(path: Path, rows: Sequence[tuple[str, Sequence[str], str, str]], *, multi: bool) -> None:

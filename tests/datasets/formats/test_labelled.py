@@ -159,7 +159,7 @@ def test_what_a_table_does_not_name_and_what_is_not_there_is_noted(tmp_path: Pat
     root = table(tmp_path, lines("image,label", lambda i: f"{i + 1}.png,{('good', 'dent')[i % 2]}"))
     notes = " ".join(read_data("set", root).notes)
     assert "labels.csv names 1 image that can't be found: 8.png" in notes
-    assert "labels.csv has no row for 1 image, which were not read: 0.png" in notes
+    assert "labels.csv has no row for 1 image, which was not read: 0.png" in notes
 
 
 @settings(max_examples=25, deadline=None)
@@ -273,7 +273,16 @@ BAD = {
     ),
     "a path that leads out": ("image,label", lambda i: f"../{i}.png,{'ab'[i % 2]}", ["not below the data folder"]),
     "a missing column": ("image,lable", lambda i: f"{i}.png,{'ab'[i % 2]}", ["'lable', which looks like 'label'"]),
-    "too many labels": ("image,label", lambda i: f"{i}.png,label{i}", ["1001 labels.", "2 to 1000 labels", "Join some of them"]),
+    "a quotation mark that never closes": (
+        "image,label",
+        lambda i: f"{i}.png,{['', 'x' * 300][i == 4]}{'ab'[i % 2]}",
+        ["labels of more than 200 characters", "… of 301 characters", "quotation mark"],
+    ),
+    "too many labels": (
+        "image,label",
+        lambda i: f"{i}.png,label{i}",
+        ["1001 labels.", "2 to 1000 labels", "Join some of them"],
+    ),
 }
 
 
