@@ -24,7 +24,7 @@ from featprobe.cache import (
     replace_file,
     verify,
 )
-from featprobe.cache.contents import Contents
+from featprobe.cache.contents import Contents, begins_as_cache
 from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
@@ -34,6 +34,7 @@ from featprobe.io.texts import printable
 from featprobe.kinds import kind_of, kinds_of
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
+from featprobe.stages.workspace import Workspace
 
 
 def list_cache(path: Path) -> dict[str, Any]:
@@ -190,6 +191,23 @@ def _damaged(path: Path, what: str, command: str) -> CacheError:
         f"{path} is damaged: {what}.\nNothing was changed. List what is bad, and mark it as missing:  "
         f"featprobe cache verify FILE\nThen upgrade the file, and repair it from the images:  {command}"
     )
+
+
+def check_removable(workspace: Workspace, path: Path) -> int:
+    """Bytes of what `remove_cache` would remove. Raises CacheError for a file that is not in the workspace and no cache.
+
+    A cache that can't be opened may be removed: one in the workspace, or one that begins as caches do.
+    """
+    if not workspace.holds(path) and not begins_as_cache(path):
+        try:
+            read_states(path)
+        except CacheError as error:
+            raise CacheError(
+                f"{str(error).splitlines()[0]} It does not lie in {workspace.cache}. Nothing was removed.\n"
+                "  wanted  a cache, or the name of one here:  featprobe cache ls\n"
+                "If nobody needs this file, remove it without featprobe."
+            ) from error
+    return path.stat().st_size + _size_of(pooled_path(path))
 
 
 def remove_cache(path: Path) -> int:
