@@ -469,6 +469,13 @@ def test_a_list_a_description_and_a_removal_know_the_file(cache: Cache, tmp_path
     assert {left.suffix for left in cache.path.parent.iterdir()} == {".lock"}
 
 
+def test_a_folder_in_the_place_of_pooled_features_stays_when_its_cache_is_removed(cache: Cache) -> None:
+    pooled_path(cache.path).mkdir()
+    (pooled_path(cache.path) / "notes.txt").write_text("mine")
+    assert remove_cache(cache.path) and not cache.path.exists()
+    assert (pooled_path(cache.path) / "notes.txt").read_text() == "mine"
+
+
 def test_a_pooled_cache_serves_what_reads_pooled_features_and_nothing_else(data: Path, tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     path = extract(tmp_path, data, store="pooled").path

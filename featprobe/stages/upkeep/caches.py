@@ -80,7 +80,8 @@ def _pooled(cache: Cache) -> dict[str, Any]:
         able = {task: [n for n in kinds_of(task) if kind_of(task, n).pooled] for task in cache.data.serves}
         return {"serves": {task: names for task, names in able.items() if names}}
     size = _size_of(pooled_path(cache.path))
-    levels = list(read_pooled(cache, cache.levels, rows_digest(cache))) if size else []
+    digest = rows_digest(cache) if size else ""  # one level is in memory at a time
+    levels = [level.name for level in cache.levels if size and read_pooled(cache, [level], digest)]
     return {"pooled_bytes": size, "pooled_levels": levels} if size else {}
 
 
@@ -220,6 +221,7 @@ def remove_cache(path: Path) -> int:
         size = path.stat().st_size + _size_of(pooled_path(path))
         path.unlink()
         for beside in (log_path(path), look_path(path), pooled_path(path)):
-            beside.unlink(missing_ok=True)
+            if not beside.is_dir() or beside.is_symlink():  # a folder is not featprobe's
+                beside.unlink(missing_ok=True)
         remove_leftovers(path.parent)
     return size
