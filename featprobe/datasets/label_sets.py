@@ -49,9 +49,10 @@ def label_names(held: Mapping[str, int], *, multi: bool, where: object) -> Label
     if len(names) < 2 - multi or len(names) > MOST_NAMES:
         found = listed([f"{name} ({counted(held[name], 'image')})" for name in names], 8) or "none"
         few = len(names) <= MOST_NAMES
+        so = ": nothing could be told apart" if few else ""
         to_do = "Add images of another label, such as good beside the defects." if few else "Join some of them."
         raise DataError(
-            f"{where} gives its images {counted(len(names), 'label')}{': nothing could be told apart' if few else ''}.\n"
+            f"{where} gives its images {counted(len(names), 'label')}{so}.\n"
             f"  wanted  {'1' if multi else '2'} to {MOST_NAMES} labels\n  found   {found}\nNothing was read. {to_do}"
         )
     good = [name for name in names if says_good(name)]

@@ -195,7 +195,7 @@ def _damaged(path: Path, what: str, command: str) -> CacheError:
 
 
 def check_removable(workspace: Workspace, path: Path) -> int:
-    """Bytes of what `remove_cache` would remove. Raises CacheError for a file that is not in the workspace and no cache.
+    """Bytes of what `remove_cache` would remove. Raises CacheError for a file elsewhere that is no cache.
 
     A cache that can't be opened may be removed: one in the workspace, or one that begins as caches do.
     """
