@@ -145,6 +145,12 @@ def _is_old(file: HeldFile) -> bool:
     return file.read(0, min(len(HDF5_SIGNATURE), file.status.st_size)) == HDF5_SIGNATURE
 
 
+def begins_as_cache(path: Path) -> bool:
+    """Whether a file begins as caches of version 3 do, damaged ones too. Raises CacheError where there is no file."""
+    file = HeldFile(path)
+    return file.read(0, min(len(header.MAGIC), file.status.st_size)) == header.MAGIC
+
+
 def _header(file: HeldFile) -> tuple[Index, bool]:
     """The index of a file of version 3, and whether its header is undamaged."""
     start = file.read(0, min(header.FIXED.size, file.status.st_size))

@@ -1,11 +1,9 @@
 """What was pooled from a cache of maps, kept beside it (cache/README.md, Pooled features)."""
 
 import hashlib
-import io
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from featprobe.cache.store import Cache
 from featprobe.errors import FileKindError
+from featprobe.io.arrays import array_header
 from featprobe.io.disk import open_regular, parse_json, replacing
 from featprobe.levels import FeatureLevel
 
@@ -24,7 +23,7 @@ VERSION = 1
 MOST_HEADER, MOST_BESIDE = 1 << 12, 1 << 20  # bytes: of the header; of all but features
 UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, NotImplementedError, MemoryError, OverflowError,
-    zipfile.BadZipFile, zlib.error, FileKindError,
+    zipfile.BadZipFile, FileKindError,
 )  # fmt: skip
 """Errors that a file raises which featprobe did not write, or which is damaged."""
 
@@ -92,18 +91,24 @@ def _entry(level: FeatureLevel) -> str:
 
 
 def _read_header(archive: zipfile.ZipFile) -> Any:
-    size = archive.getinfo("header.npy").file_size
-    if size > MOST_HEADER:
-        raise ValueError("a header of so many bytes is none")
-    with archive.open("header.npy") as packed:
-        values = np.lib.format.read_array(io.BytesIO(packed.read(MOST_HEADER)), allow_pickle=False)
-    return parse_json(values.tobytes())
+    with _open(archive, "header.npy") as packed:
+        (size,), _, dtype = array_header(packed)
+        if dtype != np.uint8 or not 0 <= size <= MOST_HEADER:
+            raise ValueError("a header of another type or shape is none")
+        return parse_json(packed.read(size))
+
+
+def _open(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """An entry of an archive; raises ValueError for a packed one, which could take any memory."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is packed")
+    return archive.open(name)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """An array of this type and shape; raises one of UNREADABLE for any other, before memory is taken for it."""
-    with archive.open(name) as packed:
-        if _array_header(packed) != (shape, False, np.dtype(dtype)):
+    with _open(archive, name) as packed:
+        if array_header(packed) != (shape, False, np.dtype(dtype)):
             raise ValueError(f"{name} is of another type or shape")
         data = packed.read(prod(shape) * np.dtype(dtype).itemsize)
         if len(data) < prod(shape) * np.dtype(dtype).itemsize or packed.read(1):  # reading to the end checks the CRC
@@ -112,11 +117,6 @@ def _read_array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[in
     if not np.isfinite(values).all():
         raise ValueError(f"{name} has values that are not finite")
     return values
-
-
-def _array_header(packed: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    one = np.lib.format.read_magic(packed) == (1, 0)
-    return np.lib.format.read_array_header_1_0(packed) if one else np.lib.format.read_array_header_2_0(packed)
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, values: NDArray[Any]) -> None:

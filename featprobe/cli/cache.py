@@ -240,21 +240,23 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
 def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     """Delete caches.
 
-    NAME is a path, the name of a data set, or a part of a file name. The command asks first.
+    NAME is a path, the name of a data set, or a part of a file name. The command asks first. A file outside of the
+    workspace is deleted only if it is a cache.
 
     \b
     Example:
       featprobe cache rm xray --yes
     """
     from featprobe.machine import human_bytes
-    from featprobe.stages.upkeep.caches import remove_cache
+    from featprobe.stages.upkeep.caches import check_removable, remove_cache
 
-    paths = workspace_of(ctx).find_caches(name)
-    for path in paths:
-        echo(f"{path}  {human_bytes(path.stat().st_size)}")
+    workspace = workspace_of(ctx)
+    sizes = {path: check_removable(workspace, path) for path in workspace.find_caches(name)}
+    for path, size in sizes.items():
+        echo(f"{path}  {human_bytes(size)}")
     if not yes:
-        click.confirm(f"Delete {'this file' if len(paths) == 1 else f'these {len(paths)} files'}?", abort=True)
-    echo(f"{human_bytes(sum(remove_cache(path) for path in paths))} freed")
+        click.confirm(f"Delete {'this cache' if len(sizes) == 1 else f'these {len(sizes)} caches'}?", abort=True)
+    echo(f"{human_bytes(sum(map(remove_cache, sizes)))} freed")
 
 
 def _no_caches(workspace: "Workspace") -> str:

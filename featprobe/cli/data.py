@@ -265,15 +265,20 @@ def data_convert(
       featprobe data convert path/to/my_set --out my_set_coco
     """
     from featprobe.datasets.files import FOLLOW_LINKS
+    from featprobe.datasets.label_sets import says_good
     from featprobe.stages.upkeep.convert import convert
 
-    done = convert(_read(workspace_of(ctx), name, how), out, link=link, quiet=quiet)
+    named = _read(workspace_of(ctx), name, how)
+    done = convert(named, out, link=link, quiet=quiet)
     if json_:
         return show_json(asdict(done))
     counts = ", ".join(f"{count} of {split}" for split, count in done.images.items())
     echo(f"{done.path}: images: {counts}; {counted(sum(done.annotations.values()), 'annotation')}")
     if link:
         echo(f"Its images are links to files outside it. Read it with  {FOLLOW_LINKS}")
+    good = named.label_names and named.label_names.good
+    if good and not says_good(good):
+        echo(f'No usual name says what is good. Its section of featprobe.toml needs  good = "{good}"')
 
 
 @data.command("split")

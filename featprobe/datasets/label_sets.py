@@ -13,6 +13,7 @@ GOOD_WORDS = (
     "defect_free", "non_defect", "non_defective", "undamaged", "intact", "without_defect",
 )  # fmt: skip
 """Usual names for images without a defect, in any case, with or without blanks, hyphens and underscores."""
+LONGEST_LABEL = 200  # characters
 HELD = tuple[int, ...] | None  # the labels of an image, None where they are not known
 
 
@@ -36,15 +37,23 @@ def label_names(held: Mapping[str, int], *, multi: bool, where: object) -> Label
     """The names of labels, sorted, still without the one that says good.
 
     held: name -> images. Raises DataError, naming `where`, for fewer than two labels where each image has one, for too
-    many, and for a label that says good among several labels of an image.
+    many, for very long ones, and for a label that says good among several labels of an image.
     """
     names = sorted(held)
+    if long := [name for name in names if len(name) > LONGEST_LABEL]:
+        raise DataError(
+            f"{where} has labels of more than {LONGEST_LABEL} characters.\n"
+            f"  found   {listed([f'{name[:40]}… of {len(name)} characters' for name in long], 3)}\n"
+            "Nothing was read. Shorten them, or look whether a quotation mark is missing."
+        )
     if len(names) < 2 - multi or len(names) > MOST_NAMES:
         found = listed([f"{name} ({counted(held[name], 'image')})" for name in names], 8) or "none"
+        few = len(names) <= MOST_NAMES
+        so = ": nothing could be told apart" if few else ""
+        to_do = "Add images of another label, such as good beside the defects." if few else "Join some of them."
         raise DataError(
-            f"{where} gives its images {counted(len(names), 'label')}: nothing could be told apart.\n"
-            f"  wanted  {'1' if multi else '2'} to {MOST_NAMES} labels\n  found   {found}\n"
-            "Nothing was read. Add images of another label, such as good beside the defects."
+            f"{where} gives its images {counted(len(names), 'label')}{so}.\n"
+            f"  wanted  {'1' if multi else '2'} to {MOST_NAMES} labels\n  found   {found}\nNothing was read. {to_do}"
         )
     good = [name for name in names if says_good(name)]
     if multi and good:
@@ -71,7 +80,8 @@ def with_good(data: DataSet, good: str | None) -> DataSet:
         raise DataError(
             f"{data.root} has several labels that could say that an image is good.\n"
             f"  wanted  one\n  found   {listed(usual)}\n"
-            f"Nothing was read. Name it in featprobe.toml:\n{_section(data, usual[0])}"
+            "Nothing was read. Give them one name. Or name one in featprobe.toml; then the others count as defects:\n"
+            f"{_section(data, usual[0])}"
         )
     found = good or next(iter(usual), None)
     notes = [] if found else [_none_good(names)]

@@ -146,16 +146,24 @@ class Workspace:
         return sorted(self.cache.glob("*/*.h5"))
 
     def find_caches(self, text: str) -> list[Path]:
-        """The caches that a path, a data set's name or a part of a file's name means; raises CacheError."""
-        if os.path.lexists(text) and not Path(text).is_dir():
-            return [Path(text)]
+        """The caches that a path, a data set's name or a part of a file's name means; raises CacheError.
+
+        A name without a folder means the caches here, also where a file in the current folder is called so.
+        """
         files = self.cache_files()
         found = [path for path in files if text in f"{path.parent.name}/{path.name}"]
+        is_file = os.path.lexists(text) and not Path(text).is_dir()
+        if is_file and (Path(text).name != text or not found or self.holds(Path(text))):
+            return [Path(text)]
         if not found:
             known = [f"{path.parent.name}/{path.name}" for path in files]
             hint = nearest(text, known) if known else "There is none yet."
             raise CacheError(f"No cache in {self.cache} is called {text!r}. {hint}".rstrip())
         return found
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path, as it is written, is that of a cache file here."""
+        return os.path.abspath(path) in map(os.path.abspath, self.cache_files())
 
     def _path(self, text: str | None) -> str | None:
         """A path of featprobe.toml, which is relative to that file."""

@@ -672,6 +672,26 @@ def test_rm_asks_first(space: Path, tmp_path: Path) -> None:
     assert [own.name for own in path.parent.iterdir()] == [f".{path.stem}.lock"]
 
 
+def test_rm_of_a_name_means_the_workspace_and_of_a_path_only_caches(
+    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = spoiled(space, tmp_path, "no")
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    monkeypatch.chdir(beside)
+    (beside / "net").write_text("thesis")
+    with h5py.File(beside / "model.h5", "w") as file:
+        file["weights"] = [1]
+    for name, said in {"model.h5": "HDF5, but not a feature cache", str(beside / "net"): "not a feature cache"}.items():
+        text = refusal(tmp_path, "cache", "rm", name, "--yes")
+        assert said in text and "Nothing was removed" in text
+    cut = beside / "cut.h5"
+    cut.write_bytes(path.read_bytes()[:1000])
+    assert call(tmp_path, "cache", "rm", "cut.h5", "--yes").exit_code == 0 and not cut.exists()
+    assert call(tmp_path, "cache", "rm", "net", "--yes").exit_code == 0 and not path.exists()
+    assert (beside / "net").read_text() == "thesis" and (beside / "model.h5").exists()
+
+
 def test_a_real_process_verifies_with_code_3(space: Path, tmp_path: Path) -> None:
     path = spoiled(space, tmp_path, "no")
     flip_byte(path, read_contents(path).extents["features/stride4"].offset)

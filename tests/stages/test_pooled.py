@@ -279,6 +279,26 @@ def bomb(path: Path, cache: Cache) -> None:
                 packed.write(bytes(1 << 20))
 
 
+def of_bytes(header: bytes, version: int = 1, packing: int = zipfile.ZIP_STORED) -> Callable[[Path, Cache], None]:
+    """A first array whose header holds these bytes; an array that is packed in some way."""
+
+    def apply(path: Path, cache: Cache) -> None:
+        with zipfile.ZipFile(path) as archive:
+            held = {entry: archive.read(entry) for entry in archive.namelist()}
+        length = len(header).to_bytes(2 * version, "little")
+        held["features/stride4.npy"] = b"\x93NUMPY" + bytes([version, 0]) + length + header
+        with zipfile.ZipFile(path, "w") as archive:
+            for entry, data in held.items():
+                archive.writestr(entry, data, packing if "stride4" in entry else zipfile.ZIP_STORED)
+
+    return apply
+
+
+def broken_lzma(path: Path, cache: Cache) -> None:
+    of_bytes(bytes(100), packing=zipfile.ZIP_LZMA)(path, cache)
+    flip_byte(path, path.read_bytes().index(b"stride4.npy") + 25)
+
+
 HARM: dict[str, Callable[[Path, Cache], Any]] = {
     "cut short": lambda path, _: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path, _: os.truncate(path, 0),
@@ -297,6 +317,11 @@ HARM: dict[str, Callable[[Path, Cache], Any]] = {
     "not finite": rewritten(lambda a: a["features/stride4"].__setitem__((0, 0, 0), np.nan)),
     "objects": rewritten(lambda a: a.update({"features/stride4": np.array([print], dtype=object)})),
     "a bomb": bomb,
+    "a header that is no text": of_bytes(b"("),
+    "a header that never ends": of_bytes(b"'''"),
+    "a type that is none": of_bytes(b"{'descr': ',,', 'fortran_order': False, 'shape': (1,)}"),
+    "a header that unpacks to more than the file": of_bytes(bytes(1 << 24), 2, zipfile.ZIP_DEFLATED),
+    "packed by lzma, and damaged": broken_lzma,
     "longer than any": lambda path, _: os.truncate(path, 1 << 30),
 }
 """What may lie in the place of pooled features."""
@@ -442,6 +467,13 @@ def test_a_list_a_description_and_a_removal_know_the_file(cache: Cache, tmp_path
     (cache.path.parent / f".x.{os.uname().nodename}-999999999-00000000.tmp").touch()
     assert remove_cache(cache.path) == total
     assert {left.suffix for left in cache.path.parent.iterdir()} == {".lock"}
+
+
+def test_a_folder_in_the_place_of_pooled_features_stays_when_its_cache_is_removed(cache: Cache) -> None:
+    pooled_path(cache.path).mkdir()
+    (pooled_path(cache.path) / "notes.txt").write_text("mine")
+    assert remove_cache(cache.path) and not cache.path.exists()
+    assert (pooled_path(cache.path) / "notes.txt").read_text() == "mine"
 
 
 def test_a_pooled_cache_serves_what_reads_pooled_features_and_nothing_else(data: Path, tmp_path: Path) -> None:

@@ -288,6 +288,12 @@ def read_data(
                 f"{root} can be read in {len(fitting)} formats.\n  wanted  one\n  found   {each}\n"
                 f"Nothing was read. Name one of them:  --format {' or --format '.join(fitting)}"
             )
+        if fitting == ["class-folders"] and format_name is None and (inside := _set_inside(root)):
+            raise DataError(
+                f"{root} is a folder of folders of images, and one of these is a data set.\n"
+                f"  found   {inside[0]}, in {inside[1]}\n"
+                "Nothing was read. Use that folder; or, if each folder is a class:  --format class-folders"
+            )
         if not fitting:
             raise DataError(_refusal(known, named_format, root) + "".join(f"\n{message}" for message in broken))
         for message in broken:
@@ -360,12 +366,8 @@ def _refusal(known: Mapping[str, Format], named_format: str, root: Path) -> str:
         near = known[named_format].near
         lacks = near(root).lacks if near else ""
         return f"{said}  wanted  {known[named_format].layout}" + (f"\n  lacks   {lacks}" if lacks else "")
-    for folder in folders_in(root)[:MOST_INSIDE] if root.is_dir() else []:
-        if leads_out(root, folder):
-            continue
-        fitting = _fitting(FORMATS, folder)
-        if fitting:
-            return f"{said}  nearest {' and '.join(fitting)}, in {folder}\nNothing was read. Use that folder."
+    if found := _set_inside(root):
+        return f"{said}  nearest {found[0]}, in {found[1]}\nNothing was read. Use that folder."
     nears = {name: entry.near(root) for name, entry in known.items() if entry.near and root.is_dir()}
     name = max(nears, key=lambda name: (len(nears[name].found), name == "pairs"), default="")
     if name and nears[name].found:
@@ -378,6 +380,15 @@ def _refusal(known: Mapping[str, Format], named_format: str, root: Path) -> str:
         "Labels of whole images can be a folder of images for each class, or labels.csv of image,label.\n"
         f"To see what a format looks for, name it:  featprobe data info {root} --format NAME"
     )
+
+
+def _set_inside(root: Path) -> tuple[str, Path] | None:
+    """The formats that fit a folder in a folder, and the first such folder; None without any."""
+    for folder in folders_in(root)[:MOST_INSIDE] if root.is_dir() else []:
+        fitting = [] if leads_out(root, folder) else _fitting(FORMATS, folder)
+        if fitting:
+            return " and ".join(fitting), folder
+    return None
 
 
 def _links_out(root: Path) -> list[str]:

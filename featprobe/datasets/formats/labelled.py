@@ -15,6 +15,7 @@ from pathlib import Path
 from featprobe.datasets.files import (
     below,
     files_below,
+    files_in,
     folders_in,
     kept_below,
     other_images,
@@ -63,7 +64,12 @@ def find_classes(root: Path) -> dict[Path, tuple[str, str]]:
         found = {folder: ("", folder.name) for folder in top}
     classes = {name for _, name in found.values()}
     enough = len(classes) > 1 or any(map(says_good, classes))
-    return found if enough and not any(map(role_of, classes)) and not _labelled_otherwise(found) else {}
+    return found if enough and not any(map(_says_else, classes)) and not _labelled_otherwise(found) else {}
+
+
+def _says_else(folder: str) -> bool:
+    """Whether the name of a folder says that it is no class: images, masks, or a split, as in train2017."""
+    return bool(role_of(folder)) or folder.lower().rstrip("0123456789_-") in SPLIT_WORDS
 
 
 def _holding_images(folder: Path) -> list[Path]:
@@ -82,9 +88,9 @@ def _holds_images(folder: Path) -> bool:
 def _labelled_otherwise(folders: Iterable[Path]) -> bool:
     """Whether an image has a file of labels beside it, so that its folder says nothing."""
     for folder in folders:
-        files = visible(folder, folder.iterdir())
-        stems = {path.stem for path in files if path.suffix.lower() in SUFFIXES}
-        if any(path.suffix.lower() in LABEL_FILES and path.stem in stems for path in files):
+        files = files_in(folder)
+        images = {path.with_suffix("") for path in files if path.suffix.lower() in SUFFIXES}
+        if any(path.suffix.lower() in LABEL_FILES and path.with_suffix("") in images for path in files):
             return True
     return False
 
@@ -251,7 +257,8 @@ def _bare(root: Path, tables: Sequence[LabelTable], found: Sequence[Labelled]) -
     if not bare:
         return []
     shown = listed([path.relative_to(root).as_posix() for path in bare])
-    return [f"{tables[0].path.name} has no row for {counted(len(bare), 'image')}, which were not read: {shown}"]
+    count = counted(len(bare), "image, which was not read", "images, which were not read")
+    return [f"{tables[0].path.name} has no row for {count}: {shown}"]
 
 
 def write_labels(path: Path, rows: Sequence[tuple[str, Sequence[str], str, str]], *, multi: bool) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.errors import FileKindError, ProbeError
+from featprobe.io.arrays import array_header
 from featprobe.io.disk import parse_json
 from featprobe.machine import available_memory
 from featprobe.metrics import anomalies, images
@@ -108,10 +109,10 @@ def read_arrays(data: bytes, names: Collection[str]) -> dict[str, NDArray[Any]]:
             name = entry.filename.removesuffix(".npy")
             if name not in names or name in found:
                 continue
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ProbeError(f"scores.npz packs {name} in another way than featprobe")
             with archive.open(entry) as packed:
-                one = np.lib.format.read_magic(packed) == (1, 0)
-                header = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-                shape, _, dtype = header(packed)
+                shape, _, dtype = array_header(packed)
             claimed = math.prod(shape) * dtype.itemsize
             if dtype.hasobject or claimed > entry.file_size or entry.file_size > most:
                 raise ProbeError(f"scores.npz claims {claimed} bytes of {name}, which it does not hold")

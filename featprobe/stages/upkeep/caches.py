@@ -24,7 +24,7 @@ from featprobe.cache import (
     replace_file,
     verify,
 )
-from featprobe.cache.contents import Contents
+from featprobe.cache.contents import Contents, begins_as_cache
 from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
@@ -34,6 +34,7 @@ from featprobe.io.texts import printable
 from featprobe.kinds import kind_of, kinds_of
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
+from featprobe.stages.workspace import Workspace
 
 
 def list_cache(path: Path) -> dict[str, Any]:
@@ -79,7 +80,8 @@ def _pooled(cache: Cache) -> dict[str, Any]:
         able = {task: [n for n in kinds_of(task) if kind_of(task, n).pooled] for task in cache.data.serves}
         return {"serves": {task: names for task, names in able.items() if names}}
     size = _size_of(pooled_path(cache.path))
-    levels = list(read_pooled(cache, cache.levels, rows_digest(cache))) if size else []
+    digest = rows_digest(cache) if size else ""  # one level is in memory at a time
+    levels = [level.name for level in cache.levels if size and read_pooled(cache, [level], digest)]
     return {"pooled_bytes": size, "pooled_levels": levels} if size else {}
 
 
@@ -192,6 +194,23 @@ def _damaged(path: Path, what: str, command: str) -> CacheError:
     )
 
 
+def check_removable(workspace: Workspace, path: Path) -> int:
+    """Bytes of what `remove_cache` would remove. Raises CacheError for a file elsewhere that is no cache.
+
+    A cache that can't be opened may be removed: one in the workspace, or one that begins as caches do.
+    """
+    if not workspace.holds(path) and not begins_as_cache(path):
+        try:
+            read_states(path)
+        except CacheError as error:
+            raise CacheError(
+                f"{str(error).splitlines()[0]} It does not lie in {workspace.cache}. Nothing was removed.\n"
+                "  wanted  a cache, or the name of one here:  featprobe cache ls\n"
+                "If nobody needs this file, remove it without featprobe."
+            ) from error
+    return path.stat().st_size + _size_of(pooled_path(path))
+
+
 def remove_cache(path: Path) -> int:
     """Delete a cache file and what lies beside it but the lock file; returns the bytes set free.
 
@@ -202,6 +221,7 @@ def remove_cache(path: Path) -> int:
         size = path.stat().st_size + _size_of(pooled_path(path))
         path.unlink()
         for beside in (log_path(path), look_path(path), pooled_path(path)):
-            beside.unlink(missing_ok=True)
+            if not beside.is_dir() or beside.is_symlink():  # a folder is not featprobe's
+                beside.unlink(missing_ok=True)
         remove_leftovers(path.parent)
     return size

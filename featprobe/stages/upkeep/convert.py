@@ -53,7 +53,10 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is there and not an empty folder. Nothing was changed. Name another one.")
     if data.label_names and data.tasks:
-        raise DataError(f"{data.root} has labels of images beside masks or objects, which COCO can't hold together.")
+        raise DataError(
+            f"{data.root} has labels of images beside masks or objects, which COCO can't hold together.\n"
+            "Nothing was changed."
+        )
     if data.label_names:
         return _convert_labels(data, data.label_names, out, link, quiet)
     with new_folder(out) as temporary:

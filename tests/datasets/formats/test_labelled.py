@@ -80,6 +80,7 @@ def test_no_set_of_another_format_becomes_folders_of_classes_or_a_table(tmp_path
 def test_folders_whose_names_say_that_they_are_no_classes_are_none(tmp_path: Path) -> None:
     for name, folders in {
         "one": ["pictures"], "roles": ["images", "previous"], "splits": ["train", "val"], "none": ["."],
+        "coco": ["train2017", "val2017"], "more": ["train", "test", "extra"],
     }.items():  # fmt: skip
         for i, folder in enumerate(folders):
             picture(tmp_path / name / folder / f"{i}.png", seed=i)
@@ -87,7 +88,16 @@ def test_folders_whose_names_say_that_they_are_no_classes_are_none(tmp_path: Pat
         assert "holds no data set" in said and "a folder of images for each class, or labels.csv" in said
     for folder in ("good", "dent"):
         picture(tmp_path / "boxes" / folder / "0.png").with_suffix(".xml").write_text("<annotation/>")
-    assert "holds no data set" in refused(tmp_path / "boxes")
+        picture(tmp_path / "deep" / folder / "inside" / "0.png").with_suffix(".json").write_text("{}")
+    assert all("holds no data set" in refused(tmp_path / name) for name in ("boxes", "deep"))
+
+
+def test_sets_side_by_side_are_no_classes(tmp_path: Path) -> None:
+    for name in ("coco", "voc"):
+        MADE[name](tmp_path / name)
+    said = refused(tmp_path)
+    assert f"coco, in {tmp_path / 'coco'}" in said and "Use that folder" in said
+    assert read_data("set", tmp_path, "class-folders", complete=False).label_names.names == ("coco", "voc")
 
 
 def test_linked_folders_of_classes_are_named_and_not_entered(tmp_path: Path) -> None:
@@ -149,7 +159,7 @@ def test_what_a_table_does_not_name_and_what_is_not_there_is_noted(tmp_path: Pat
     root = table(tmp_path, lines("image,label", lambda i: f"{i + 1}.png,{('good', 'dent')[i % 2]}"))
     notes = " ".join(read_data("set", root).notes)
     assert "labels.csv names 1 image that can't be found: 8.png" in notes
-    assert "labels.csv has no row for 1 image, which were not read: 0.png" in notes
+    assert "labels.csv has no row for 1 image, which was not read: 0.png" in notes
 
 
 @settings(max_examples=25, deadline=None)
@@ -263,7 +273,16 @@ BAD = {
     ),
     "a path that leads out": ("image,label", lambda i: f"../{i}.png,{'ab'[i % 2]}", ["not below the data folder"]),
     "a missing column": ("image,lable", lambda i: f"{i}.png,{'ab'[i % 2]}", ["'lable', which looks like 'label'"]),
-    "too many labels": ("image,label", lambda i: f"{i}.png,label{i}", ["1001 labels", "2 to 1000 labels"]),
+    "a quotation mark that never closes": (
+        "image,label",
+        lambda i: f"{i}.png,{['', 'x' * 300][i == 4]}{'ab'[i % 2]}",
+        ["labels of more than 200 characters", "… of 301 characters", "quotation mark"],
+    ),
+    "too many labels": (
+        "image,label",
+        lambda i: f"{i}.png,label{i}",
+        ["1001 labels.", "2 to 1000 labels", "Join some of them"],
+    ),
 }
 
 

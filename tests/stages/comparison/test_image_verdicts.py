@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -213,9 +214,20 @@ def npz(found: Any, drop: str = "", **changed: Any) -> bytes:
     return stream.getvalue()
 
 
+def zipped(array: bytes, packing: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """scores.npz whose probabilities are these bytes."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", packing) as archive:
+        archive.writestr("probabilities.npy", array)
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("found", "file", "said"),
     [
+        (labelled, lambda own: zipped(b"\x93NUMPY\x01\x00\x01\x00("), "header can't be read"),
+        (labelled, lambda own: zipped(b"\x93NUMPY\x02\x00" + bytes([0, 0, 0, 2]) + bytes(1 << 25)), "version 1.0"),
+        (labelled, lambda own: zipped(bytes(100), zipfile.ZIP_LZMA), "in another way"),
         (labelled, lambda own: labelled(lift=0.2).to_npz(), "gives auroc"),
         (labelled, lambda own: npz(own, threshold=np.float64(0.99)), "gives recall"),
         (labelled, lambda own: npz(own, drop="truth"), "KeyError"),

@@ -398,3 +398,13 @@ def test_a_split_of_labels_of_images_is_written_with_its_labels(tmp_path: Path) 
     result = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "split.csv")], catch_exceptions=False)
     holders = json.loads(result.stdout)["holders"]
     assert holders == {split: {"dent": n, "good": n} for split, n in (("train", 4), ("val", 2), ("test", 2))}
+
+
+def test_a_converted_set_says_what_it_can_not_keep_of_what_is_good(tmp_path: Path) -> None:
+    root = class_set(tmp_path / "set")
+    for folder in sorted(root.glob("*/good")):
+        folder.rename(folder.with_name("ok_front"))
+    (tmp_path / "featprobe.toml").write_text(f"[data.caps]\npath = '{root}'\ngood = 'ok_front'\n")
+    arguments = ["--workspace", str(tmp_path), "data", "convert", "caps", "--out", str(tmp_path / "out"), "--quiet"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and 'needs  good = "ok_front"' in result.stdout
