@@ -165,6 +165,7 @@ def test_page_and_terminal_speak_of_labels_and_of_nothing_that_is_not_there(told
     rows = [ResultRow.from_json(json.loads(line)) for line in stored]
     tables = result_text(rows)
     assert "AUROC defect" in tables and "false calls" in tables and "AUPRO" not in tables
+    assert "AUROC good" not in tables, "the same figure as that of defect"
     assert "labels: defect" in tables
 
 
