@@ -119,12 +119,14 @@ _MASK_AP = Score("mask_ap", "mask AP", ("mask", "ap"))
 
 _AUROC = Score("auroc", "AUROC", ("auroc",))
 _IMAGE_AUROC = Score("image_auroc", "image AUROC", ("image_auroc",))
+_FALSE_CALLS = Score("false_calls", "false calls", ("false_calls",))
 _IMAGE_SCORES = (
     _AUROC,
     Score("average_precision", "AP", ("average_precision",)),
     Score("balanced_accuracy", "balanced accuracy", ("balanced_accuracy",), "bal. acc."),
     Score("macro_f1", "macro F1", ("macro_f1",)),
     Score("recall", "recall", ("recall",)),
+    _FALSE_CALLS,
 )
 _ANOMALY_SCORES = (
     _IMAGE_AUROC,
@@ -132,8 +134,8 @@ _ANOMALY_SCORES = (
     Score("aupro", "AUPRO", ("aupro",)),
     Score("image_f1", "image F1", ("image_f1",)),
     Score("image_recall", "image recall", ("image_recall",)),
+    _FALSE_CALLS,
 )
-_FALSE_CALLS = Score("false_calls", "false calls", ("false_calls",))
 
 _COCO = "AP as COCO defines it"
 _WHY_AP50 = (
@@ -189,7 +191,7 @@ SCORES: Mapping[str, TaskScores] = {
     "classify": TaskScores(
         on="images",
         compared=_IMAGE_SCORES,
-        shown=(*_IMAGE_SCORES, _FALSE_CALLS),
+        shown=_IMAGE_SCORES,
         per_class=("AUROC", ("per_class",)),
         resamples=10_000,
         chosen_before="auroc",
@@ -206,7 +208,7 @@ SCORES: Mapping[str, TaskScores] = {
     "anomaly": TaskScores(
         on="anomalies",
         compared=_ANOMALY_SCORES,
-        shown=(*_ANOMALY_SCORES, _FALSE_CALLS),
+        shown=_ANOMALY_SCORES,
         per_class=("", ()),
         resamples=1_000,
         chosen_before="image_auroc",

@@ -23,6 +23,7 @@ from featprobe.cache import Cache, CacheWriter, Row, create_file, read_contents
 from featprobe.cache.header import FIXED, MAGIC
 from featprobe.cache.quantised import SCALES
 from featprobe.geometry import Placement
+from featprobe.kinds import kind_of, kinds_of
 from featprobe.levels import FeatureLevel
 from featprobe.result_rows import ResultRow
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
@@ -76,7 +77,8 @@ def training_of(
     workspace: Workspace, cache: Cache, task: str, options: ProbeOptions, seed: int = 0, fraction: float = 1.0
 ) -> Training:
     """The training of one seed."""
-    return Training(workspace, Partition(cache, options.choice), task, options, (seed,), fraction)
+    named = replace(options, kind=kind_of(task, options.head or kinds_of(task)[0]))
+    return Training(workspace, Partition(cache, named.choice), task, named, (seed,), fraction)
 
 
 def watch_memory(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[list[Any]]:

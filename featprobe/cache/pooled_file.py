@@ -70,11 +70,9 @@ def read_pooled(cache: Cache, levels: Sequence[FeatureLevel], digest: str) -> Ta
 def write_pooled(cache: Cache, tables: Tables, digest: str) -> None:
     """Keep tables beside their cache, whole or not at all. Raises DiskError."""
     said = np.frombuffer(json.dumps(_header(cache, digest)).encode(), np.uint8)
-    with replacing(pooled_path(cache.path)) as stream, zipfile.ZipFile(stream, "w") as archive:
-        _write_array(archive, "header.npy", said)
-        for level in cache.levels:
-            if level.name in tables:
-                _write_array(archive, _entry(level), tables[level.name].astype("<f4", copy=False))
+    kept = {f"features/{name}": table.astype("<f4", copy=False) for name, table in tables.items()}
+    with replacing(pooled_path(cache.path)) as stream:
+        np.savez(stream, **{"header": said, **kept})
 
 
 def _header(cache: Cache, digest: str) -> dict[str, Any]:
@@ -117,8 +115,3 @@ def _read_array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[in
     if not np.isfinite(values).all():
         raise ValueError(f"{name} has values that are not finite")
     return values
-
-
-def _write_array(archive: zipfile.ZipFile, name: str, values: NDArray[Any]) -> None:
-    with archive.open(name, "w", force_zip64=True) as packed:
-        np.lib.format.write_array(packed, values, allow_pickle=False)

@@ -311,17 +311,20 @@ def image_statistic(images: ScoredImages, score: str) -> Statistic:
 
 
 def label_auroc(images: ScoredImages, names: Sequence[str]) -> dict[str, float]:
-    """The AUROC of each label against all others; nan for one that all units have, or none."""
+    """The AUROC of each label against all others; nan for one that all units have, or none.
+
+    Of two labels that exclude each other, of which one says good, that of the other alone: both are the same.
+    """
     every = one_group(len(images.ids))
-    return {
-        name: value_of(_ranked(images, every, label, precision=False)) for label, name in enumerate(names)
-    }  # fmt: skip
+    same = images.good if len(names) == 2 and not images.multi else None
+    ranked = {name: label for label, name in enumerate(names) if label != same}
+    return {name: value_of(_ranked(images, every, label, precision=False)) for name, label in ranked.items()}
 
 
 def image_scores(images: ScoredImages, names: Sequence[str]) -> dict[str, Any]:
     """Every score as a row's `test` holds it; nan for one that does not exist. names: of the labels.
 
-    per_class: the AUROC of each label. confusion: of exclusive labels, units by true and decided label; of others, for
+    per_class: of `label_auroc`. confusion: of exclusive labels, units by true and decided label; of others, for
     each label [[right without, wrongly said], [missed, right with]]; None for more than MOST_CONFUSED labels.
     """
     every = one_group(len(images.ids))

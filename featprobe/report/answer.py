@@ -169,7 +169,13 @@ def _is_frozen_enough(lines: Sequence[Line], score: str, differences: Sequence[L
         if d["kind"] == "regimes" and d["a"].startswith("full") and d["b"] in ("frozen", STORED_VIEWS)
     ]  # fmt: skip
     if not full:
-        return [f"{head}: to see whether frozen is enough, make a frozen and a full result: featprobe finetune."]
+        frozen, tuned = (any(line["regime"].startswith(name) for line in lines) for name in ("frozen", "full"))
+        wanted, command = {
+            (True, False): ("a full result beside the frozen one", "finetune"),
+            (False, True): ("a frozen result beside the full one", "probe"),
+        }.get((frozen, tuned), ("a frozen and a full result of one backbone", "finetune"))
+        command = f"featprobe {command} --task {lines[0]['task']}"
+        return [f"{head}: to see whether frozen is enough, make {wanted}: {command}."]
     return [
         f"{head}{_at_both(d['iterations_b'], d['iterations_a'])}: {_verdict(d, lines, score, differences)}"
         for d in full

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from featprobe.report.text import table_text
-from featprobe.scores import FEW_GROUPS, LABELS
+from featprobe.scores import FEW_GROUPS, LABELS, SCORES
 
 NOT_KEPT = ("curve", "classes")  # parts of a line that are no column
 NONE = "–"
@@ -36,7 +36,7 @@ def difference_frame(lines: Sequence[Line]) -> pd.DataFrame:
 
 def scores_of(line: Line) -> list[str]:
     """The names of the scores in a line, the main one first."""
-    return [name for name in LABELS if name in line]
+    return [score.name for score in SCORES[line["task"]].compared if score.name in line]
 
 
 def marks_of(line: Line) -> list[str]:

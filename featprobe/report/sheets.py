@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,8 @@ def save_sheet(
     """Write a sheet as a PNG: a caption and panels per row, a title per column, the classes' colours below.
 
     Labels are drawn as translucent colour with a full outline; class 0 is left clear. Captions and titles that are
-    longer than their place go on in the next line. Raises DiskError.
+    longer than their place go on in the next line. Where panels have text, the caption stands below the first picture,
+    before that text; else below the row. Raises DiskError.
     """
     width = max(len(columns) * (TILE + GAP) + GAP, 480)
     ignored = any(panel.labels is not None and IGNORE in panel.labels for _, panels in rows for panel in panels)
@@ -58,10 +59,12 @@ def save_sheet(
     if heat:
         legend = _below(legend, draw_scale(heat, legend.width, FONT))
     titles = [_lines(title, TILE) for title in columns]
-    tiles = [
-        (_lines(caption, legend.width - 2 * GAP), [draw_panel(panel, TILE, classes) for panel in panels])
-        for caption, panels in rows
-    ]
+    tiles = []
+    for name, (first, *others) in rows:
+        below = not (first.text or any(panel.text for panel in others))
+        panels = [first if below else replace(first, text=(name, *first.text)), *others]
+        lines = _lines(name, legend.width - 2 * GAP) if below else []
+        tiles.append((lines, [draw_panel(panel, TILE, classes) for panel in panels]))
     heights = [max(tile.height for tile in row) + LINE * len(caption) + GAP for caption, row in tiles]
     top = LINE * max(map(len, titles), default=1) + GAP
     sheet = Image.new("RGB", (legend.width, top + sum(heights) + legend.height), "white")

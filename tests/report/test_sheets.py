@@ -86,6 +86,20 @@ def test_captions_and_titles_are_shown_whole(tmp_path: Path, caption: str) -> No
     assert ink(written) - ink(plain) == pytest.approx(3 * ink(one_line), rel=0.02), "twice as caption, once as title"
 
 
+def test_a_caption_stands_below_its_own_picture_where_another_has_text(tmp_path: Path) -> None:
+    image: NDArray[np.float32] = np.full((20, 20), 0.5, np.float32)
+    panels = [Panel(image), Panel(image, text=("good", "(good 81%)"), wrong=True)]
+    save_sheet(tmp_path / "sheet.png", [("part026.png", panels)] * 2, ["image", "prediction"], ["ground"])
+    with Image.open(tmp_path / "sheet.png") as picture:
+        shown = np.asarray(picture.convert("RGB")).astype(int)
+    top, row = LINE + GAP, TILE + 2 * LINE + GAP
+    assert len(shown) == top + 2 * row, "no line for it below the row"
+    for start in (top, top + row):
+        below = shown[start + TILE : start + row]
+        assert (below[:LINE, GAP : GAP + TILE] < 128).any() and (below[LINE:, GAP : GAP + TILE] == 255).all()
+        assert (below[:, GAP + TILE + GAP :].min(2) < 128).any(), "the text of the other"
+
+
 def test_a_sheet_names_what_is_ignored_where_something_is(tmp_path: Path) -> None:
     image: NDArray[np.float32] = np.full((20, 30), 1.0, np.float32)
     heights = []

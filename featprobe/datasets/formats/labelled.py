@@ -33,6 +33,7 @@ from featprobe.datasets.samples import SPLIT_WORDS, SPLITS, DataSet, Sample, lis
 from featprobe.datasets.values import raise_all
 from featprobe.errors import DataError, counted, nearest
 from featprobe.geometry import Size
+from featprobe.io.disk import write_whole
 from featprobe.io.texts import cell, uncell
 from featprobe.targets import Target
 
@@ -274,7 +275,7 @@ def write_labels(path: Path, rows: Sequence[tuple[str, Sequence[str], str, str]]
         [("image", "label", *OPTIONAL), *([cell(text) for text in line] for line in lines)]
     )
     text = stream.getvalue()
-    path.write_bytes(text.encode("utf-8" if text.isascii() else "utf-8-sig"))
+    write_whole(path, text.encode("utf-8" if text.isascii() else "utf-8-sig"))
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class ImageTest:
         return value_of(statistic)
 
     def per_class(self, row: ResultRow) -> dict[str, float]:
-        """AUROC of each label; nan for one that all units have, or none."""
+        """AUROC of labels; nan for one that all units have, or none: see `label_auroc`."""
         return label_auroc(self.images, row.classes)
 
 

@@ -211,8 +211,9 @@ class Classification:
             own = np.flatnonzero(shows == image)
             if self.asked.unit == "image":
                 wrong = bool((true[own] != said[own]).any())
-                texts = label_text(true[own[0]], None, self.names), label_text(said[own[0]], shares[own[0]], self.names)
-                yield image, partial(_captioned, _defects(self.cache, image), texts, wrong)
+                truth = label_text(true[own[0]], None, self.names)
+                text = label_text(said[own[0]], shares[own[0]], self.names, true[own[0]])
+                yield image, partial(_captioned, _defects(self.cache, image), (truth, text), wrong)
             else:
                 parts = [self.cache.rows.part_of(unit) for unit in units[own].tolist()]
                 boxes = [tile_boxes(list(zip(parts, labels[own], strict=True)), self.names) for labels in (true, said)]
@@ -371,14 +372,24 @@ def tile_boxes(tiles: Sequence[tuple[Part | None, NDArray[np.uint8]]], names: La
     return tuple(found)
 
 
-def label_text(labels: NDArray[np.uint8], shares: NDArray[np.float32] | None, names: LabelNames) -> tuple[str, ...]:
-    """The labels of a unit for people; with its shares of `balanced` these too, also of the likeliest others."""
+def label_text(
+    labels: NDArray[np.uint8],
+    shares: NDArray[np.float32] | None,
+    names: LabelNames,
+    truth: NDArray[np.uint8] | None = None,
+) -> tuple[str, ...]:
+    """The labels of a unit for people; with its shares of `balanced` these too, then of the true and likeliest others.
+
+    labels, shares, truth: (names,).
+    """
     held = [i for i, own in enumerate(labels.tolist()) if own]
     said = ", ".join(names.names[i] for i in held) or "good"
     if shares is None:
         return (said,)
-    others = [i for i in np.argsort(-shares, kind="stable").tolist() if i not in held]
-    shown = [f"{names.names[i]} {100 * shares[i]:.0f}%" for i in [*held, *others[: max(0, LIKELIEST - len(held))]]]
+    true = np.zeros_like(labels) if truth is None else truth
+    others = [i for i in np.lexsort((-shares, -true.astype(int))).tolist() if i not in held]
+    more = max(int(true[others].sum()), LIKELIEST - len(held))
+    shown = [f"{names.names[i]} {100 * shares[i]:.0f}%" for i in [*held, *others[:more]]]
     return said, f"({', '.join(shown)})"
 
 

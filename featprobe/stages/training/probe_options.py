@@ -33,7 +33,8 @@ OF_THE_MACHINE = ("workers", "checkpointing", "compile")
 def settings_of(kind: HeadKind) -> tuple[str, ...]:
     """The names of SETTINGS that a kind looks at.
 
-    >>> settings_of(KINDS["classify", "linear"]), settings_of(KINDS["semseg", "linear"])
+    >>> from featprobe.kinds import kind_of
+    >>> settings_of(kind_of("classify", "linear")), settings_of(kind_of("semseg", "linear"))
     (('unit', 'false_calls', 'labels'), ())
     """
     return tuple(name for name, looks_at in SETTINGS.items() if looks_at(kind))

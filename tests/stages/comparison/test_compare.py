@@ -500,7 +500,14 @@ def test_the_answer_names_the_best_backbone_and_whom_it_can_not_be_told_from(tol
         r"linear at 4 iterations: (a|c) scores highest.*ahead of b \(.*beyond chance; not distinguishable from (a|c)",
         sentences[0],
     )
-    assert "make a frozen and a full result" in sentences[1]
+    assert "make a full result beside the frozen one: featprobe finetune --task semseg" in sentences[1]
+
+
+def test_the_answer_asks_for_the_regime_that_lacks(told: Told) -> None:
+    told.tell_seeds(0.5, 0, **FULL)
+    assert "make a frozen result beside the full one: featprobe probe --task semseg" in told.said()
+    told.tell_seeds(0.5, 5, backbone="other", feature_key="other")
+    assert "make a frozen and a full result of one backbone: featprobe finetune --task semseg" in told.said()
 
 
 def test_a_lead_that_is_sure_alone_but_not_among_many_is_said_to_be_so(told: Told) -> None:

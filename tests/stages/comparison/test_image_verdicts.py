@@ -156,6 +156,7 @@ def test_page_and_terminal_speak_of_labels_and_of_nothing_that_is_not_there(told
     told.tell(labelled(), "linear")
     page = told.compare().files[0].read_text()
     assert "50 % is chance" in page and "Classes, mean over seeds" in page and "labels: defect" in page
+    assert "<th>false calls</th>" in page and "95 % false calls" in page, "recall is nothing without them"
     for word in ("IoU", "AP50", "anomaly", "AUPRO"):
         assert word not in page
     told.tell(watched(pixels=False), "gaussian")
@@ -166,6 +167,7 @@ def test_page_and_terminal_speak_of_labels_and_of_nothing_that_is_not_there(told
     rows = [ResultRow.from_json(json.loads(line)) for line in stored]
     tables = result_text(rows)
     assert "AUROC defect" in tables and "false calls" in tables and "AUPRO" not in tables
+    assert "AUROC good" not in tables, "the same figure as that of defect"
     assert "labels: defect" in tables
 
 

@@ -99,7 +99,10 @@ def test_what_can_not_be_made_or_used_is_refused_before_it_is_made(space: Worksp
     cases: list[tuple[Any, str]] = [
         (lambda: probe(space, "instseg", ["parts"], options=QUICK, extract=True), "No labels for the task instseg"),
         (lambda: probe(space, "semseg", ["part"], options=QUICK, extract=True), "Did you mean"),
-        (lambda: finetune(space, "semseg", options=ProbeOptions(head="ridge"), extract=True), "closed form"),
+        (
+            lambda: finetune(space, "semseg", options=ProbeOptions(head="ridge"), extract=True),
+            "is solved on frozen features",
+        ),
     ]
     for call, said in cases:
         with pytest.raises(FeatprobeError, match=said):

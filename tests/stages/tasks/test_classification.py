@@ -28,7 +28,7 @@ from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
 from featprobe.stages.predict import predict
 from featprobe.stages.row_images import images_of
-from featprobe.stages.tasks.classification import balanced, labels_seen, probabilities_of
+from featprobe.stages.tasks.classification import balanced, label_text, labels_seen, probabilities_of
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.prepared import prepare, source_of, trials_of
 from featprobe.stages.training.probe import checked, find_caches, probe
@@ -341,6 +341,16 @@ def test_a_head_that_validation_could_not_choose_says_so(head: str, tmp_path: Pa
     report = probe(workspace, TASK, options=brief(head=head))
     assert report.rows[0]["val"]["auroc"] is None
     assert any("so it has no AUROC, and the head was not chosen by it" in note for note in report.notes)
+
+
+def test_the_text_of_a_picture_gives_the_share_of_the_true_label_too() -> None:
+    names = LabelNames(("blowhole", "break", "crack", "fray", "uneven"), multi=True)
+    shares = np.array([0.03, 0.01, 0.21, 0.02, 0.28], np.float32)
+    none, true = np.zeros(5, np.uint8), np.array([0, 1, 0, 0, 0], np.uint8)
+    assert label_text(none, shares, names, true) == ("good", "(break 1%, uneven 28%, crack 21%)")
+    assert label_text(none, shares, names) == ("good", "(uneven 28%, crack 21%, blowhole 3%)")
+    three = np.array([1, 0, 1, 1, 0], np.uint8)
+    assert label_text(three, shares, names, true)[1] == "(blowhole 3%, crack 21%, fray 2%, break 1%)"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
