@@ -105,14 +105,7 @@ class Classification:
         labels = self._labels(self._units(self.train))
         if bool((labels != labels[:1]).any()):
             return
-        held = [name for name, own in zip(self.names.names, labels[0].tolist(), strict=True) if own]
-        what = f"all of them {', '.join(held)}" if held else f"none of them {', '.join(self.names.names)}"
-        raise ProbeError(
-            f"{self.cache.path}: the training split shows one kind of image only. Nothing was trained.\n"
-            f"  wanted  training images with different labels\n"
-            f"  found   {counted(len(labels), self.asked.unit)}, {what}\n"
-            "Take another --split or --labels, or where all are good, a head of --task anomaly."
-        )
+        raise ProbeError(_one_kind(self.cache, labels, self.names.names, self.asked.unit))
 
     def solve(self, head: ImageHead, seed: int, batches: Batches, train: Rows, val: Rows) -> Solution:
         """The head that its kind solves for on the training units; what it chooses is chosen on validation."""
@@ -127,17 +120,11 @@ class Classification:
 
         chosen = head.solve(vectors, self._labels(units), shown, judge, multi=self.names.multi)
         if np.isnan(found).all():
-            self.notes.append(
-                f"{self.cache.data.name}: the val split {scores.lacks}, so it has no {scores.main.label}, and the head "
-                "was not chosen by it. Another --split may bring such images there"
-            )
+            self.notes.append(f"{self.cache.data.name}: {_not_chosen(scores)}")
         return Solution({name: value.cpu() for name, value in head.state_dict().items()}, chosen)
 
     def start(self, heads: Sequence[ImageHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
-        """Let fresh heads begin at the training units' mean, scale and prior, others at their prior alone.
-
-        Returns the losses of heads on a batch.
-        """
+        """Let heads begin at the training units' prior, fresh ones at mean and scale, too; returns their losses."""
         levels, labels = heads[0].levels, self._labels(self._units(self.train))
         if fresh:
             vectors = from_main(lambda: self._stored(levels, self.train)).to(self.device)
@@ -263,10 +250,9 @@ class Classification:
 
     def _probabilities(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> tuple[Rows, list[Shares]]:
         """The same, which all processes ask for together, and get."""
-        if self.asked.live:
-            parts = gathered([self._said(heads, feed, scored_here(self.cache, rows))])
-        else:
-            parts = from_main(lambda: [self._said(heads, feed, rows)])
+        if not self.asked.live:
+            return from_main(lambda: self._said(heads, feed, rows))
+        parts = gathered([self._said(heads, feed, scored_here(self.cache, rows))])
         units = np.concatenate([own for own, _ in parts])
         order = np.argsort(units, kind="stable")
         return units[order], [np.concatenate([p[i] for _, p in parts])[order] for i in range(len(heads))]
@@ -284,6 +270,26 @@ class Classification:
         scores = image_scores(scored, self.names.names)
         brief = {score.name: scores[score.name] for score in self.asked.scores.compared}
         return Outcome(scores, brief, {"scores.npz": scored.to_npz()})
+
+
+def _one_kind(cache: Cache, labels: Tensor, names: Sequence[str], unit: Unit) -> str:
+    """What to say where all training units have the same labels."""
+    held = [name for name, own in zip(names, labels[0].tolist(), strict=True) if own]
+    what = f"all of them {', '.join(held)}" if held else f"none of them {', '.join(names)}"
+    return (
+        f"{cache.path}: the training split shows one kind of image only. Nothing was trained.\n"
+        f"  wanted  training images with different labels\n"
+        f"  found   {counted(len(labels), unit)}, {what}\n"
+        "Take another --split or --labels, or where all are good, a head of --task anomaly."
+    )
+
+
+def _not_chosen(scores: TaskScores) -> str:
+    """What to say where validation has no main score."""
+    return (
+        f"the val split {scores.lacks}, so it has no {scores.main.label}, and the head was not chosen by it. Another "
+        "--split may bring such images there"
+    )
 
 
 def known_rows(

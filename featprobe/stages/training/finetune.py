@@ -253,10 +253,9 @@ def counterpart_of(row: ResultRow, climbs: bool = False) -> tuple[Any, ...]:
 
     climbs: whether iterations are looked for, also where the row's own were given.
     """
-    data = (row.backbone, row.feature_key, row.data_fingerprint, row.task, row.split, row.fold, row.instances)
+    asked = (row.settings.unit, row.settings.labels) if row.settings else ()  # one cache has several kinds of labels
+    data = (row.backbone, row.feature_key, row.data_fingerprint, row.task, row.split, row.fold, row.instances, *asked)
     head = (row.head, row.levels, row.fraction, row.subset, row.seed)
-    if row.settings:  # one cache has several kinds of labels
-        data = (*data, row.settings.unit, row.settings.labels)
     if row.kind.solved:  # a frozen counterpart is not trained, so it says nothing of the training
         return *data, *head
     iterations = "ladder" if row.budget or climbs else row.recipe.iterations
