@@ -191,7 +191,7 @@ def _verdict(difference: Line, lines: Sequence[Line], score: str, differences: S
     found = f"({_points(difference['difference'], difference['low'], difference['high'])})"
     cause = (
         " Part of this difference may come from augmentation, which the frozen result lacks. To find out:"
-        "  featprobe finetune --regime frozen-online"
+        f"  featprobe finetune --task {full['task']} --regime frozen-online"
         if difference["confounded"]
         else ""
     )
