@@ -8,10 +8,12 @@ import signal
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -399,9 +401,9 @@ def test_a_damaged_row_is_found_while_it_is_pooled(cache: Cache) -> None:
 
 
 def _pool_slowly(path: str, flag: str, seconds: float) -> None:
-    """Pool a row at a time, and write one array at a time; say before each what comes."""
+    """Pool a row at a time, and write piece by piece; say before each what comes."""
     stage.BYTES_AT_ONCE = 1
-    pool, write = stage.pool, keeping._write_array
+    pool, replacing = stage.pool, keeping.replacing
 
     def slow(wait: Callable[..., Any], name: str) -> Callable[..., Any]:
         def work(*given: Any) -> Any:
@@ -412,7 +414,13 @@ def _pool_slowly(path: str, flag: str, seconds: float) -> None:
 
         return work
 
-    stage.pool, keeping._write_array = slow(pool, "pool"), slow(write, "write")
+    @contextmanager
+    def slowly(target: Path) -> Iterator[Any]:
+        with replacing(target) as stream:
+            through = {name: getattr(stream, name) for name in ("read", "seek", "tell", "flush")}
+            yield SimpleNamespace(**through, write=slow(stream.write, "write"))
+
+    stage.pool, keeping.replacing = slow(pool, "pool"), slowly
     found = vectors(open_cache(path))
     np.save(f"{flag}.npy", found)
 
