@@ -9,8 +9,9 @@ cache in fp16. Sets: the built-in `surface`, and the magnetic tiles where `--mt-
 training split, at most --most of them, train; all images of validation and test are scored, at the frame's size.
 
 The coreset depends on what is drawn: a projection and the first cell. A seed moves the AUROC of either by about 0.01,
-so that means over three seeds differ by more than 0.005 by chance alone. Therefore featprobe's coreset is also computed from anomalib's draws (draws: same). There the difference of the mean AUROC over the seeds, of images and
-of pixels, may be 0.005. The table has both, with intervals over groups, and the seeds' standard deviation of each.
+so that means over three seeds differ by more than 0.005 by chance alone. Therefore featprobe's coreset is also computed
+from anomalib's draws (draws: same). There the difference of the mean AUROC over the seeds, of images and of pixels, may
+be 0.005. The table has both, with intervals over groups, and the seeds' standard deviation of each.
 
 A fit on 200 images of 256x256 may take 30 s and 1.5 GB of memory, in a process of its own, and scoring 20 ms per image
 beside reading. `ratio` is the least of allowed over measured.

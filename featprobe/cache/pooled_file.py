@@ -70,9 +70,9 @@ def read_pooled(cache: Cache, levels: Sequence[FeatureLevel], digest: str) -> Ta
 def write_pooled(cache: Cache, tables: Tables, digest: str) -> None:
     """Keep tables beside their cache, whole or not at all. Raises DiskError."""
     said = np.frombuffer(json.dumps(_header(cache, digest)).encode(), np.uint8)
-    kept = {f"features/{name}": table.astype("<f4", copy=False) for name, table in tables.items()}
+    kept: dict[str, Any] = {f"features/{name}": own.astype("<f4", copy=False) for name, own in tables.items()}
     with replacing(pooled_path(cache.path)) as stream:
-        np.savez(stream, **{"header": said, **kept})
+        np.savez(stream, header=said, **kept)
 
 
 def _header(cache: Cache, digest: str) -> dict[str, Any]:

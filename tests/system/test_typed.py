@@ -25,7 +25,7 @@ from featprobe.cli.main import cli
 from featprobe.errors import DataError, FeatprobeError, FieldError, ProbeError
 from featprobe.geometry import IDENTITY
 from featprobe.io.fields import path_text
-from featprobe.kinds import TrainRecipe
+from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.probes import load_head
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.report.tables import result_text
@@ -253,7 +253,7 @@ def test_what_the_template_calls_a_default_is_one(tmp_path: Path) -> None:
         name: getattr(plain, name) for name in plain.__dataclass_fields__ if name != "tuning"
     }
     for kind, own in tomllib.loads(re.sub(r"^# (?=\[|\w+ = )", "", text, flags=re.MULTILINE))["train"].items():
-        usual = plain.recipe(kind)
+        usual = plain.recipe(next(known for known in KINDS.values() if known.name == kind))
         assert {name: getattr(usual, name) for name in own} == own
 
 

@@ -45,7 +45,7 @@ SAID: Mapping[str, str] = {
     "data": "Data sets: built-in names, names in featprobe.toml, or paths.",
     "backbones": "Aliases, names of timm or featprobe.toml. NAME-random: seeded random weights.",
     "tasks": "A data set that has no labels for a task is omitted there.",
-    "heads": f"A task that has none of these gets its first: {', '.join(kinds_of(t)[0] for t in TASKS)}.",
+    "heads": f"For a task with none of these: {', '.join(kinds_of(task)[0] for task in TASKS)}.",
     "regimes": "full trains the backbone too; frozen-online keeps it frozen, but augments images.",
     "seeds": "How many seeds per training, counted from 0.",
     "fractions": "Shares of the training images. Heads are trained on each of them.",
