@@ -207,6 +207,11 @@ def _verdict(difference: Line, lines: Sequence[Line], score: str, differences: S
         return f"no verdict on {name} {found}: {floor}, so frozen cannot be called enough.{cause}"
     if difference["claim"] == "heads":
         return _of_two_heads(difference, name, found) + cause
+    if frozen["iterations"] is None and full["budget_unchecked"] and _is_enough(difference, margin):
+        return (
+            f"no verdict on {name} {found}: the frozen head is solved, and nobody has looked if {full['iterations']} "
+            f"iterations are enough to fine-tune. Look with --iterations auto.{cause}"
+        )
     return _worded(difference, name, found, margin) + (f" {floor[0].upper()}{floor[1:]}." if floor else "") + cause
 
 
@@ -257,6 +262,13 @@ def _of_two_heads(difference: Line, name: str, found: str) -> str:
         gains = "gained" if difference["difference"] > 0 else "lost"
         claim = f"with these two heads ({difference['seeds']}), {name} {gains} {found}"
     return f"{claim}. This says nothing yet about the regimes: {_for_a_verdict([difference])}."
+
+
+def _is_enough(difference: Line, margin: float) -> bool:
+    """Whether a difference shows that fine-tuning gains nothing, or next to nothing."""
+    sure, few = difference["p_holm"] <= SURE, difference["groups"] < FEW_GROUPS
+    near = -margin <= difference["low"] and difference["high"] <= margin and not few
+    return near or (sure and (difference["difference"] < 0 or difference["high"] <= margin))
 
 
 def _worded(difference: Line, name: str, found: str, margin: float) -> str:

@@ -47,6 +47,7 @@ def marks_of(line: Line) -> list[str]:
         f"recipes differ: {line.get('recipes')}": line.get("recipes"),
         f"of these heads alone: {line.get('of_heads')}": line.get("claim") == "heads",
         str(line.get("named")): line.get("named"),
+        str(line.get("settings")): line.get("settings"),
         "not converged": line.get("not_converged"),
         "budget not checked": line.get("budget_unchecked"),
         more: needed,

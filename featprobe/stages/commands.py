@@ -76,6 +76,15 @@ def _train(row: ResultRow, head: AskedHead, last: int) -> str:
     return shlex.join(words) + _unsaid(row)
 
 
+def unusual_settings(row: ResultRow) -> str:
+    """The settings that are not the default and that results of one table may differ in, for people; "" for none."""
+    found = row.settings.options() if row.settings else {}
+    said = {"false_calls": "false calls {:g}", "coreset": "coreset {:g}", "remove_position": "position removed"}
+    return ", ".join(
+        said[name].format(found[name]) for name in said if found.get(name, USUAL_SETTINGS[name]) != USUAL_SETTINGS[name]
+    )
+
+
 def _recipe(row: ResultRow) -> Words:
     usual, recipe, grid = asdict(row.kind.recipe_in(row.regime)), asdict(row.recipe), asdict(row.grid)
     climbed = row.fraction < 1 and not row.is_solved  # where nothing is said of iterations

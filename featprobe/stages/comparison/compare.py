@@ -22,7 +22,7 @@ from featprobe.report.page import PageSet, page_text
 from featprobe.report.tables import csv_text
 from featprobe.scores import FEW_GROUPS, SCORES
 from featprobe.specs import digest
-from featprobe.stages.commands import commands_of, level_command
+from featprobe.stages.commands import commands_of, level_command, unusual_settings
 from featprobe.stages.comparison.convergence import SHARES, iterations_to, late_rise, still_rising
 from featprobe.stages.comparison.differences import (
     Line,
@@ -362,6 +362,7 @@ def line_of(result: Result, table: Table) -> Line:
         "extract_seconds": extract,
         "total_seconds": total,
         "recipe_key": row.recipe_key,
+        **({"settings": unusual_settings(row)} if row.settings else {}),
         "chosen": result in table.chosen,
         "classes": class_scores(result),
         "curve": {"iterations": list(result.curve.iterations), "values": list(result.curve.values)},

@@ -184,6 +184,8 @@ def test_other_coresets_bar_a_verdict_and_other_rates_of_false_calls_are_named(t
     (found,) = told.compare().sets[0].differences
     assert found["claim"] == "none" and found["recipes"] == "coreset 0.01 | 0.1; position removed False | True"
     assert found["named"] == "false calls 0.05 | 0.01"
+    lines = {line["backbone"]: line["settings"] for line in told.compare().sets[0].lines}
+    assert lines == {"a": "", "b": "false calls 0.01, coreset 0.1, position removed"}
     assert any("--coreset 0.1 --remove-position" in command for command in told.compare().sets[0].commands)
 
 
@@ -366,6 +368,23 @@ def test_a_head_that_is_solved_frozen_is_held_against_one_that_is_trained_with_i
     assert found["claim"] == "procedures" and found["p"] < 0.05 and not found["recipes"] and not found["named"]
     said = told.said()
     assert "linear, solved frozen and at 300 iterations fine-tuned: fine-tuning" in said
+
+
+@pytest.mark.parametrize("looked", [False, True], ids=["given iterations", "iterations found"])
+def test_frozen_is_enough_only_where_the_iterations_of_fine_tuning_were_looked_for(told: Told, looked: bool) -> None:
+    tuning = {"regime": "full", "augment": True, "backbone_lr": 0.1, "layer_decay": 1.0, "bn": "frozen", "clip": 1.0,
+              "accumulate": 1, "ema": 0.0, "precision": "fp32", "init_head": None}  # fmt: skip
+    recipe = {**told.row["recipe"], "iterations": 10, "evaluations": 4, "batch_size": 8, "weights_from": "best"}
+    live = {"regime": "full", "tuning": tuning, "augmentation": {"smallest": 0.5}, "recipe": recipe}
+    live |= {"budget": {"rule": "ladder", "needed": 10, "open": False}} if looked else {}
+    told.tell(labelled(0, lift=2.0), "linear")
+    for seed in range(3):
+        told.tell(labelled(seed, lift=0.4 + 0.05 * seed), "linear", seed=seed, weights_from="best validation", **live)
+    (found,) = told.compare().sets[0].differences
+    assert found["p_holm"] < 0.05 and found["difference"] < 0
+    said = told.said()
+    assert ("frozen is enough" in said) is looked
+    assert ("nobody has looked if 10 iterations are enough to fine-tune" in said) is not looked
 
 
 def test_only_the_side_that_seeds_change_adds_to_their_variance() -> None:
