@@ -162,6 +162,13 @@ def test_what_a_table_does_not_name_and_what_is_not_there_is_noted(tmp_path: Pat
     assert "labels.csv has no row for 1 image, which was not read: 0.png" in notes
 
 
+def test_where_missing_images_leave_one_label_they_are_named_first(tmp_path: Path) -> None:
+    rows = lines("image,label", lambda i: f"{i}.png,{'good' if i < 8 else 'dent'}", 11)
+    first, *_, found, _ = refused(table(tmp_path, rows)).splitlines()
+    assert "labels.csv names 3 images that can't be found, and the others have 1 label." in first
+    assert found.split() == ["found", "8.png,", "9.png,", "10.png"]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.text("ab=-'\"", min_size=1), st.sampled_from(["g1", "=g"])), min_size=2, max_size=8),
