@@ -139,7 +139,9 @@ def test_the_threshold_of_a_saved_head_is_the_one_that_its_row_was_scored_at(
     assert np.isfinite(float(head.threshold)) and set(kept.thresholds) == {float(head.threshold)}
     predict(folders.probes / row["folder"], [folders.root / "parts" / "test"], tmp_path / "found", quiet=True)
     with (tmp_path / "found" / "labels.csv").open(newline="") as lines:
-        called = {Path(line["image"]).stem: line["verdict"] == "called" for line in csv.DictReader(lines)}
+        found = list(csv.DictReader(lines))
+    called = {Path(line["image"]).stem: line["verdict"] == "called" for line in found}
+    assert {line["threshold"] for line in found} == {f"{float(head.threshold):.6f}"}
     assert kept.called is not None
     assert [called[Path(i).stem] for i in kept.ids] == kept.called.tolist()
     assert row["settings"] == {"unit": "image", "false_calls": 0.2, "labels": "defect", **unsaid(row)}
