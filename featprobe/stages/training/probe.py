@@ -254,7 +254,8 @@ def find_caches(
     for cache, lack in lacking:
         if named(cache) not in served_by:
             raise type(lack)(f"{lack}\n{LET_IT}  --extract") from lack
-        notes.append(left_aside(lack))
+        no_maps = f"left aside: {cache.path.name} holds pooled features alone, and this head reads maps"
+        notes.append(no_maps if isinstance(lack, NoMapsError) else left_aside(lack))
     return _without_twins(complete, notes), notes
 
 
