@@ -211,6 +211,13 @@ def test_a_live_backbone_that_stays_as_it_is_scores_heads_as_its_cache_does(fold
     assert found[0].brief == pytest.approx(found[1].brief, abs=1e-3, nan_ok=True)
 
 
+def test_who_asks_for_another_task_reads_which_ones_the_same_command_serves(folders: Workspace) -> None:
+    with pytest.raises(ProbeError, match=r"featprobe finetune --task classify$"):
+        finetune(folders, "semseg", options=ProbeOptions(tuning=Tuning(), quiet=True))
+    with pytest.raises(ProbeError, match=r"featprobe probe --task classify \| anomaly$"):
+        probe(folders, "semseg", options=ProbeOptions(quiet=True))
+
+
 def test_the_same_head_is_fine_tuned_with_its_backbone(folders: Workspace, tmp_path: Path) -> None:
     (row,) = finetune(folders, TASK, options=brief(tuning=Tuning(), recipe=FEW, show=1)).rows
     assert row["regime"] == "full" and row["backbone_parameters"] > 1e6 and "solution" not in row
