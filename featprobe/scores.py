@@ -20,13 +20,14 @@ class Score:
     """One score of a task.
 
     name: in a row's `val`, in a comparison and in its files. label: for people. place: keys below a row's `test`.
-    column: in the table of results, where it is not the label.
+    column: in the table of results, where it is not the label. how: how it is taken, where this needs a word.
     """
 
     name: str
     label: str
     place: tuple[str, ...]
     column: str = ""
+    how: str = ""
 
     @property
     def title(self) -> str:
@@ -82,6 +83,11 @@ class TaskScores:
         """The scores that are compared, then those that are only shown."""
         return tuple({score.name: score for score in (*self.compared, *self.shown)}.values())
 
+    def how_of(self, test: Mapping[str, Any]) -> tuple[str, ...]:
+        """How the scores of a row's `test` are taken, without what concerns only scores that it lacks."""
+        own = (score.how for score in self.shown if score.how and score.of(test) is not None)
+        return *own, self.how
+
     def of_classes(self, test: Mapping[str, Any]) -> Mapping[str, float | None]:
         """The score of each class in a row's `test`; empty where the task has none."""
         _, place = self.per_class
@@ -131,7 +137,7 @@ _IMAGE_SCORES = (
 _ANOMALY_SCORES = (
     _IMAGE_AUROC,
     Score("pixel_auroc", "pixel AUROC", ("pixel_auroc",)),
-    Score("aupro", "AUPRO", ("aupro",)),
+    Score("aupro", "AUPRO", ("aupro",), how="AUPRO to 30 % of false positives"),
     Score("image_f1", "image F1", ("image_f1",)),
     Score("image_recall", "image recall", ("image_recall",)),
     _FALSE_CALLS,
@@ -212,7 +218,7 @@ SCORES: Mapping[str, TaskScores] = {
         per_class=("", ()),
         resamples=1_000,
         chosen_before="image_auroc",
-        how=f"AUPRO to 30 % of false positives; {_RECALL}",
+        how=_RECALL,
         why="Image AUROC is the share of pairs of a defect image and a good one in which the first is ranked higher; "
         "50 % is chance. It is compared. Pixel AUROC is the same of pixels, and AUPRO the mean share of each defect "
         "region that is found, over all shares of good pixels up to 30 %; both need the truth of pixels. "

@@ -88,6 +88,7 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
     Example:
       featprobe data info surface
     """
+    from featprobe.datasets.label_sets import NO_LABEL
     from featprobe.stages.upkeep.describe import summarise
 
     summary = summarise(_read(workspace_of(ctx), name, how))
@@ -113,7 +114,7 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
         echo(columns(rows, header))
     if summary.labels:
         names = next(iter(summary.labels.values()))
-        counts = [[name or "no label", *(own[name] for own in summary.labels.values())] for name in names]
+        counts = [[name or NO_LABEL, *(own[name] for own in summary.labels.values())] for name in names]
         echo(columns(counts, ("label", *summary.labels)))
     for note in summary.notes:
         echo(f"note: {note}")

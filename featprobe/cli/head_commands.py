@@ -288,7 +288,7 @@ def show_probe(report: "ProbeReport", json_: bool, probes: Path) -> None:
     dtypes = [card_beside(probes, row)["features"]["dtype"] if row.regime == "frozen" else "" for row in rows]
     for note in report.notes:
         echo(f"note: {note}")
-    how = dict.fromkeys(row.scores.how for row in rows)
+    how = dict.fromkeys(own for row in rows for own in row.scores.how_of(row.test))
     echo(f"Test split, percent{''.join(f'; {own}' for own in how)}.\n")
     echo(result_text(rows, terminal_width(), dtypes))
     echo()

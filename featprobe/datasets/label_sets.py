@@ -14,6 +14,7 @@ GOOD_WORDS = (
 )  # fmt: skip
 """Usual names for images without a defect, in any case, with or without blanks, hyphens and underscores."""
 LONGEST_LABEL = 200  # characters
+NO_LABEL = "good (no label)"  # what an image without any is called, where images have several labels
 HELD = tuple[int, ...] | None  # the labels of an image, None where they are not known
 
 
@@ -161,7 +162,7 @@ def held_text(names: LabelNames, held: HELD) -> str:
     >>> held_text(LabelNames(("dent", "scratch"), multi=True), (0, 1)), held_text(LabelNames(("a", "b")), None)
     ('dent, scratch', 'not known')
     """
-    return "not known" if held is None else ", ".join(names.names[i] for i in held) or "no label"
+    return "not known" if held is None else ", ".join(names.names[i] for i in held) or NO_LABEL
 
 
 def label_counts(

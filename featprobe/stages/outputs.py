@@ -226,7 +226,7 @@ class ImageVerdicts(Output[list[Verdict]]):
         stream = io.StringIO()
         tile = ["left", "top", "width", "height"] if self.unit == "tile" else []
         probabilities = [f"probability of {name}" for name in self.names.names]
-        scores = ["score of a defect", "verdict"] if self.names.says_good else []
+        scores = ["score of a defect", "threshold", "verdict"] if self.names.says_good else []
         lines = [["image", *tile, "labels", *probabilities, *scores]]
         lines += [[one.file_name, *self._line(verdict)] for one in done for verdict in one.found]
         csv.writer(stream, lineterminator="\n").writerows([[cell(value) for value in line] for line in lines])
@@ -241,7 +241,9 @@ class ImageVerdicts(Output[list[Verdict]]):
         part = [one.part.left, one.part.top, one.part.width, one.part.height] if one.part else []
         held = [name for name, own in zip(self.names.names, one.decided.tolist(), strict=True) if own]
         score = self._score(one)
-        scores = [] if score is None else [f"{score:.6f}", *(self._called(one) or [""])]
+        threshold = float(self.head.threshold)
+        limit = "" if np.isnan(threshold) else f"{threshold:.6f}"
+        scores = [] if score is None else [f"{score:.6f}", limit, *(self._called(one) or [""])]
         return [*part, "|".join(held), *(f"{p:.6f}" for p in one.probabilities), *scores]
 
     def _score(self, one: Verdict) -> float | None:

@@ -25,7 +25,7 @@ from featprobe.cli.main import cli
 from featprobe.errors import DataError, FeatprobeError, FieldError, ProbeError
 from featprobe.geometry import IDENTITY
 from featprobe.io.fields import path_text
-from featprobe.kinds import KINDS, TrainRecipe
+from featprobe.kinds import KINDS, TASKS, TrainRecipe, kinds_of
 from featprobe.probes import load_head
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.report.tables import result_text
@@ -220,6 +220,8 @@ def test_any_study_file_is_read_or_refused_in_words(tmp_path: Path, values: dict
 def test_the_template_runs_as_it_is_and_knows_every_key(tmp_path: Path) -> None:
     text = CliRunner().invoke(cli, ["study", "--template"]).output
     assert text == template(Study) and max(map(len, text.splitlines())) <= 120
+    (tasks,), (heads,) = (re.findall(rf"^# {key} = .*  # (.*)", text, re.MULTILINE) for key in ("tasks", "heads"))
+    assert all(task in tasks and re.search(rf"\b{task}\b[/a-z]* {kinds_of(task)[0]}\b", heads) for task in TASKS)
     study = read(tmp_path, text)
     assert study == Study(("surface",), ("embedded",)) and cells_of(study, Workspace(tmp_path / "space"))
     whole = tomllib.loads(re.sub(r"^# (?=\[|\w+ = )", "", text, flags=re.MULTILINE))

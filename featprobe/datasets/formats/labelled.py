@@ -193,9 +193,13 @@ def read_labels(name: str, root: Path) -> DataSet:
             split = table.split or split_of(row.get("split", ""))
             found.append(Labelled(page, labels, row.get("group") or own, split))
     where = " and ".join(str(table.path) for table in tables)
-    if gone and not found:
+    held = {label for own in found for label in own.labels}
+    if gone and len(held) < 2 - multi:
+        missing = f"{counted(len(gone), 'image')} that can't be found"
+        rest = f"names {missing}, and the others have {counted(len(held), 'label')}"
         raise DataError(
-            f"{where} names no image that is there.\n  wanted  paths of images below {tables[0].path.parent}\n"
+            f"{where} {rest if found else 'names no image that is there'}.\n"
+            f"  wanted  paths of images below {tables[0].path.parent}\n"
             f"  found   {listed(gone)}\nNothing was read. Correct the names, or put the images there."
         )
     if found and not any(own.split for own in found):

@@ -17,6 +17,14 @@ ALL = "all"
 Texts = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
+def _default_heads() -> str:
+    """The default kind of head of each task."""
+    tasks: dict[str, list[str]] = {}
+    for task in TASKS:
+        tasks.setdefault(kinds_of(task)[0], []).append(task)
+    return ", ".join(f"{'/'.join(own)} {kind}" for kind, own in tasks.items())
+
+
 def _some_of(names: Iterable[str], least: int = 0) -> Any:
     """The type of a list of these names."""
     return Annotated[tuple[Literal[tuple(names)], ...], Field(min_length=least)]  # type: ignore[misc]
@@ -44,8 +52,8 @@ LIMITED: Mapping[str, Any] = {
 SAID: Mapping[str, str] = {
     "data": "Data sets: built-in names, names in featprobe.toml, or paths.",
     "backbones": "Aliases, names of timm or featprobe.toml. NAME-random: seeded random weights.",
-    "tasks": "A data set that has no labels for a task is omitted there.",
-    "heads": f"For a task with none of these: {', '.join(kinds_of(task)[0] for task in TASKS)}.",
+    "tasks": f"{', '.join(TASKS)}; omitted where a set lacks labels.",
+    "heads": f"Else {_default_heads()}.",
     "regimes": "full trains the backbone too; frozen-online keeps it frozen, but augments images.",
     "seeds": "How many seeds per training, counted from 0.",
     "fractions": "Shares of the training images. Heads are trained on each of them.",

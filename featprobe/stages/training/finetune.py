@@ -167,7 +167,7 @@ def _asked_for(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions
 ) -> tuple[list[Missing], list[str]]:
     options = _checked(task, options)
-    caches, notes = find_caches(workspace, task, data, backbones, options.instances, pooled=True)
+    caches, notes = find_caches(workspace, task, data, backbones, options.instances, pooled=True, live=True)
     splits = single_splits(options.choice)
     found = []
     for cache in splittable(caches, options.choice, notes):

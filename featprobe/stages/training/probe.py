@@ -200,13 +200,15 @@ def find_caches(
     instances: str = "own",
     *,
     pooled: bool = False,
+    live: bool = False,
 ) -> tuple[list[Cache], list[str]]:
     """Complete caches that serve a task, and notes on those left aside.
 
-    pooled: whether caches of pooled features serve, too; of those, a cache of the same maps is taken instead where it
-    is here. Raises CacheError for one where maps are wanted and no other cache has them; CacheIncompleteError where a
-    data set, a backbone, or, where both are named, a pair of them has no complete cache, or where none is named and
-    none is complete; ProbeError when all that was asked for falls away.
+    live: whether a backbone is to be trained, too, so that errors advise what can be. pooled: whether caches of
+    pooled features serve, too; of those, a cache of the same maps is taken instead where it is here. Raises
+    CacheError for one where maps are wanted and no other cache has them; CacheIncompleteError where a data set, a
+    backbone, or, where both are named, a pair of them has no complete cache, or where none is named and none is
+    complete; ProbeError when all that was asked for falls away.
     """
     found, broken = [], []
     for path in workspace.cache_files():
@@ -236,7 +238,7 @@ def find_caches(
     served = {MASKS} if instances == "components" else {task}
     able = [cache for cache in asked_for if served & set(cache.data.serves)]
     if not able:
-        raise _unserved(asked_for, task)
+        raise _unserved(asked_for, task, live)
     notes = [f"{c.path} holds no labels for {task}" for c in asked_for if c not in able]
     notes += [f"left aside: {' '.join(str(error).splitlines())}" for error in broken]
     complete, lacking = list[Cache](), list[tuple[Cache, CacheError]]()
@@ -254,7 +256,8 @@ def find_caches(
     for cache, lack in lacking:
         if named(cache) not in served_by:
             raise type(lack)(f"{lack}\n{LET_IT}  --extract") from lack
-        notes.append(left_aside(lack))
+        no_maps = f"left aside: {cache.path.name} holds pooled features alone, and this head reads maps"
+        notes.append(no_maps if isinstance(lack, NoMapsError) else left_aside(lack))
     return _without_twins(complete, notes), notes
 
 
@@ -291,15 +294,15 @@ def _without_twins(caches: Sequence[Cache], notes: list[str]) -> list[Cache]:
     return [cache for cache in caches if cache not in twins]
 
 
-def _unserved(caches: Sequence[Cache], task: str) -> ProbeError:
+def _unserved(caches: Sequence[Cache], task: str, live: bool) -> ProbeError:
     """The error that caches hold no labels for a task, with the tasks that they do hold labels for."""
     each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks or c.data.serves) or 'none'}" for c in caches)
-    others = dict.fromkeys(other for cache in caches for other in cache.data.serves)
-    advice = f"Take a task that they serve:  featprobe probe --task {' | '.join(others)}" if others else ""
+    command = f"featprobe {'finetune' if live else 'probe'}"
+    serves = dict.fromkeys(other for cache in caches for other in cache.data.serves)
+    others = [own for own in serves if not live or any(kind_of(own, name).live for name in kinds_of(own))]
+    advice = f"Take a task that they serve:  {command} --task {' | '.join(others)}" if others else ""
     if any(cache.data.tasks for cache in caches):
-        advice = (
-            "If there are only masks of classes, use their connected parts:\n  featprobe probe … --instances components"
-        )
+        advice = f"If there are only masks of classes, use their connected parts:\n  {command} … --instances components"
     return ProbeError(
         f"No cache here can serve the task {task}.\n  wanted  labels for {task}\n"
         f"  found   {'; '.join(list(each)[:5])}\n"

@@ -17,7 +17,7 @@ from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import Look, exact_copies, in_several_splits, look_of, near_copies, two_labels
 from featprobe.datasets.images.pixels import counted_levels
 from featprobe.datasets.images.reading import Header, hash_image, header_of, pixel_notes, read_levels, to_unit
-from featprobe.datasets.label_sets import check_held, label_counts, mixed_verdicts, verdicts
+from featprobe.datasets.label_sets import NO_LABEL, check_held, label_counts, mixed_verdicts, verdicts
 from featprobe.datasets.samples import SPLITS, listed
 from featprobe.datasets.set_notes import copies_in
 from featprobe.datasets.splits import complete_splits, leaks
@@ -190,7 +190,7 @@ def label_table(checked: DataCheck) -> pd.DataFrame:
     by_split = checked.labels or {}
     names = next(iter(by_split.values()), {})
     counts = [
-        {"label": name or "no label", **{s or "no split": own[name] for s, own in by_split.items()}} for name in names
+        {"label": name or NO_LABEL, **{s or "no split": own[name] for s, own in by_split.items()}} for name in names
     ]
     return pd.DataFrame(counts)
 
@@ -412,7 +412,7 @@ def _of_labels(data: DataSet, found: Sequence[Looked]) -> list[Finding]:
             Finding("no_label", False, f"{counted(len(unknown), 'image has', 'images have')} no label", unknown)
         )
     counts = label_counts(names, [sample.split for sample in samples], held) or {}
-    lacking = [(name or "no label", split) for split, own in counts.items() for name, count in own.items() if not count]
+    lacking = [(name or NO_LABEL, split) for split, own in counts.items() for name, count in own.items() if not count]
     if lacking:
         text = f"labels are missing in a split: {listed([f'{name} in {split}' for name, split in lacking], 8)}"
         findings.append(Finding("missing_label", False, text, tuple(lacking)))

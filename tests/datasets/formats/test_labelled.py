@@ -5,13 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_readers import MADE, SIZE, class_folders, mvtec_set, picture, refused, text
 
+from featprobe.cli.main import cli
 from featprobe.datasets import DataSet, read_data
 from featprobe.datasets.formats.labelled import write_labels
-from featprobe.datasets.label_sets import check_held
+from featprobe.datasets.label_sets import check_held, held_text
 from featprobe.errors import DataError
 from featprobe.image_labels import LabelNames
 from featprobe.stages.workspace import Workspace
@@ -129,6 +131,10 @@ def test_several_labels_stand_in_one_cell_and_an_empty_one_is_good(tmp_path: Pat
     data = read_data("set", root)
     assert data.label_names == LabelNames(("a", "b"), multi=True)
     assert [held(data)[f"{i}.png"] for i in range(4)] == [(), ("a",), ("a", "b"), ("b", "a")]
+    assert held_text(data.label_names, ()) == "good (no label)"
+    for command in ("info", "check"):
+        said = CliRunner().invoke(cli, ["--workspace", str(tmp_path / "space"), "data", command, str(root)]).output
+        assert "good (no label)" in said
 
 
 def test_a_table_of_any_name_is_found_and_paths_may_begin_at_images(tmp_path: Path) -> None:
@@ -160,6 +166,13 @@ def test_what_a_table_does_not_name_and_what_is_not_there_is_noted(tmp_path: Pat
     notes = " ".join(read_data("set", root).notes)
     assert "labels.csv names 1 image that can't be found: 8.png" in notes
     assert "labels.csv has no row for 1 image, which was not read: 0.png" in notes
+
+
+def test_where_missing_images_leave_one_label_they_are_named_first(tmp_path: Path) -> None:
+    rows = lines("image,label", lambda i: f"{i}.png,{'good' if i < 8 else 'dent'}", 11)
+    first, *_, found, _ = refused(table(tmp_path, rows)).splitlines()
+    assert "labels.csv names 3 images that can't be found, and the others have 1 label." in first
+    assert found.split() == ["found", "8.png,", "9.png,", "10.png"]
 
 
 @settings(max_examples=25, deadline=None)

@@ -20,6 +20,7 @@ from featprobe.image_labels import Unit
 from featprobe.kinds import kinds_of
 from featprobe.metrics.anomalies import ScoredAnomalies, aupro, pixel_auroc
 from featprobe.probes import load_head
+from featprobe.scores import SCORES
 from featprobe.stages import predict as prediction
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.image_truth import defect_regions, truth_of
@@ -128,8 +129,10 @@ def test_a_head_of_good_images_finds_what_they_do_not_have(parts: Workspace, hea
     assert any("24 good images" in note and "3 images with a defect are left aside" in note for note in report.notes)
     if head == "knn":
         assert row["test"]["pixel_auroc"] is None and row["test"]["aupro"] is None
+        assert not any("AUPRO" in own for own in SCORES["anomaly"].how_of(row["test"]))
     else:
         assert row["test"]["pixel_auroc"] > 0.95 and row["test"]["aupro"] > 0.8 and row["test"]["regions"] == 8
+        assert "AUPRO to 30 % of false positives" in SCORES["anomaly"].how_of(row["test"])
 
 
 @pytest.mark.parametrize("head", ["patchcore", "gaussian"])

@@ -139,7 +139,9 @@ def test_the_threshold_of_a_saved_head_is_the_one_that_its_row_was_scored_at(
     assert np.isfinite(float(head.threshold)) and set(kept.thresholds) == {float(head.threshold)}
     predict(folders.probes / row["folder"], [folders.root / "parts" / "test"], tmp_path / "found", quiet=True)
     with (tmp_path / "found" / "labels.csv").open(newline="") as lines:
-        called = {Path(line["image"]).stem: line["verdict"] == "called" for line in csv.DictReader(lines)}
+        found = list(csv.DictReader(lines))
+    called = {Path(line["image"]).stem: line["verdict"] == "called" for line in found}
+    assert {line["threshold"] for line in found} == {f"{float(head.threshold):.6f}"}
     assert kept.called is not None
     assert [called[Path(i).stem] for i in kept.ids] == kept.called.tolist()
     assert row["settings"] == {"unit": "image", "false_calls": 0.2, "labels": "defect", **unsaid(row)}
@@ -207,6 +209,13 @@ def test_a_live_backbone_that_stays_as_it_is_scores_heads_as_its_cache_does(fold
             trial.head.load_state_dict(state)
             found.append(prepared.evaluate([trial.head], source, prepared.rows["test"])[0])
     assert found[0].brief == pytest.approx(found[1].brief, abs=1e-3, nan_ok=True)
+
+
+def test_who_asks_for_another_task_reads_which_ones_the_same_command_serves(folders: Workspace) -> None:
+    with pytest.raises(ProbeError, match=r"featprobe finetune --task classify$"):
+        finetune(folders, "semseg", options=ProbeOptions(tuning=Tuning(), quiet=True))
+    with pytest.raises(ProbeError, match=r"featprobe probe --task classify \| anomaly$"):
+        probe(folders, "semseg", options=ProbeOptions(quiet=True))
 
 
 def test_the_same_head_is_fine_tuned_with_its_backbone(folders: Workspace, tmp_path: Path) -> None:
