@@ -37,8 +37,9 @@ def says_good(name: str) -> bool:
 def label_names(held: Mapping[str, int], *, multi: bool, where: object) -> LabelNames:
     """The names of labels, sorted, still without the one that says good.
 
-    held: name -> images. Raises DataError, naming `where`, for fewer than two labels where each image has one, for too
-    many, for very long ones, and for a label that says good among several labels of an image.
+    held: name -> images. Good images alone are enough for heads of anomalies. Raises DataError, naming `where`, for
+    one other label alone where each image has one, for too many, for very long ones, and for a label that says good
+    among several labels of an image.
     """
     names = sorted(held)
     if long := [name for name in names if len(name) > LONGEST_LABEL]:
@@ -47,7 +48,8 @@ def label_names(held: Mapping[str, int], *, multi: bool, where: object) -> Label
             f"  found   {listed([f'{name[:40]}… of {len(name)} characters' for name in long], 3)}\n"
             "Nothing was read. Shorten them, or look whether a quotation mark is missing."
         )
-    if len(names) < 2 - multi or len(names) > MOST_NAMES:
+    alone = len(names) == 1 and not multi and says_good(names[0])
+    if not (alone or 2 - multi <= len(names) <= MOST_NAMES):
         found = listed([f"{name} ({counted(held[name], 'image')})" for name in names], 8) or "none"
         few = len(names) <= MOST_NAMES
         so = ": nothing could be told apart" if few else ""

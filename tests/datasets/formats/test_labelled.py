@@ -246,8 +246,8 @@ def test_several_labels_that_say_good_must_be_told_apart(tmp_path: Path) -> None
 BAD = {
     "one class only": (
         "image,label",
-        lambda i: f"{i}.png,good",
-        ["1 label: nothing could be told apart", "good (8 images)"],
+        lambda i: f"{i}.png,dent",
+        ["1 label: nothing could be told apart", "dent (8 images)"],
     ),
     "a row without a label": (
         "image,label",
@@ -313,8 +313,8 @@ def test_a_table_that_can_not_be_meant_is_refused_with_what_was_found(tmp_path: 
 
 def test_one_class_alone_in_folders_is_refused(tmp_path: Path) -> None:
     for i in range(4):
-        picture(tmp_path / "good" / f"{i}.png", seed=i)
-    assert "good (4 images)" in refused(tmp_path) and "1 label" in refused(tmp_path)
+        picture(tmp_path / "dent" / f"{i}.png", seed=i)
+    assert "dent (4 images)" in refused(tmp_path) and "1 label" in refused(tmp_path)
 
 
 # ---- published split of MVTec AD -------------------------------------------------------------------------------------

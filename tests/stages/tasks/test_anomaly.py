@@ -355,6 +355,23 @@ def test_labels_of_images_alone_give_no_scores_of_pixels(tmp_path: Path) -> None
         run(workspace, "gaussian", unit="tile")
 
 
+def test_good_images_alone_give_a_head_its_threshold_and_false_calls(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    for split, count in (("train", 12), ("val", 8), ("test", 6)):
+        folder = tmp_path / "lots" / split / "ok"
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(picture(random)).save(folder / f"{split}{i}.png")
+    workspace = store(tmp_path, "lots class-folders", size=SIZE)
+    row = run(workspace, "gaussian").rows[0]
+    assert row["test"]["image_auroc"] is None and row["test"]["false_calls"] is not None
+    assert row["train_counts"] == {"good": 12}
+    head, _ = load_head(workspace.probes / row["folder"], cache_in(workspace).recipe)
+    assert np.isfinite(float(head.threshold))
+    with pytest.raises(ProbeError, match=r"one kind of image only(.|\n)*--task anomaly"):
+        probe(workspace, next(task for task, own in SCORES.items() if own.on == "images"))
+
+
 def test_a_cache_of_pooled_features_serves_the_head_without_maps_alone(tmp_path: Path) -> None:
     write_pairs(tmp_path / "set", {"train": 8, "val": 6, "test": 4}, {"test": 4})
     dense, pooled = tmp_path / "dense", tmp_path / "pooled"
