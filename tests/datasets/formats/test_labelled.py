@@ -315,7 +315,7 @@ def test_one_class_alone_in_folders_is_refused(tmp_path: Path) -> None:
     for i in range(4):
         picture(tmp_path / "dent" / f"{i}.png", seed=i)
     said = refused(tmp_path, "class-folders")
-    assert "dent (4 images)" in said and "1 label" in said
+    assert "found   dent" in said and "a folder of images for each class" in said
 
 
 # ---- published split of MVTec AD -------------------------------------------------------------------------------------
