@@ -39,7 +39,7 @@ def names_of(cache: Cache, labels: ImageLabels, unit: Unit) -> LabelNames:
         raise ProbeError(_lacks_own(cache))
     if labels == "own" and own is not None and unit != "image":
         raise ProbeError(
-            f"{cache.path} holds labels of whole images, and a label of an image is none of each of its tiles.\n"
+            f"{cache.path} holds labels of whole images. They do not say which tiles of an image they hold for.\n"
             "  wanted  images as units, or a set with masks or objects\n"
             f"  found   the labels {', '.join(own.names)}\n"
             "Nothing was trained. Omit --unit tile."

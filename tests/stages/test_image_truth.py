@@ -288,7 +288,7 @@ def test_labels_that_a_cache_does_not_hold_are_refused_with_what_would_do(tmp_pa
         truth_of(unnamed, "classes", "image")
     tiles = open_cache(extract(tmp_path / "w", class_set(tmp_path / "good", ["good", "b"]), tile=16).path)
     assert truth_of(tiles, "own", "image").known.all()
-    with pytest.raises(ProbeError, match="a label of an image is none of each of its tiles"):
+    with pytest.raises(ProbeError, match="do not say which tiles of an image they hold for"):
         truth_of(tiles, "own", "tile")
 
 

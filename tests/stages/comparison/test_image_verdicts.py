@@ -83,7 +83,7 @@ def watched(seed: int = 0, lift: float = 1.0, *, pixels: bool = True, units: int
 
 
 class Told:
-    """A workspace whose results are told: a stored head that was solved, with other scores."""
+    """A workspace with made-up results: a stored head that was solved, with other scores."""
 
     def __init__(self, root: Path) -> None:
         self.workspace = Workspace(root)
