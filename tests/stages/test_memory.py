@@ -18,7 +18,8 @@ from featprobe.kinds import TrainRecipe
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.memory import Portions, largest_that_fits, with_batch_size
-from featprobe.stages.predict import Predictor, predict
+from featprobe.stages.predict import predict
+from featprobe.stages.predictor import Predictor
 from featprobe.stages.training import fit, run
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions

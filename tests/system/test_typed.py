@@ -35,7 +35,7 @@ from featprobe.stages.commands import commands_of
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.extraction.extract import extract as run_extract
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
-from featprobe.stages.predict import Predictor
+from featprobe.stages.predictor import Predictor
 from featprobe.stages.study.study import Study, cells_of, read_study
 from featprobe.stages.study.study_file import faults_of, schema, template
 from featprobe.stages.training.finetune import missing_counterparts

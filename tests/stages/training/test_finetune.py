@@ -37,7 +37,8 @@ from featprobe.stages.extraction.augment import augment
 from featprobe.stages.extraction.crops import Augmentation, choose_crop
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.predict import Predictor, predict
+from featprobe.stages.predict import predict
+from featprobe.stages.predictor import Predictor
 from featprobe.stages.training import finetune as finetune_module
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.forecast import Forecast

@@ -38,7 +38,8 @@ from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.memory import largest_that_fits
 from featprobe.stages.partition import training_subset
-from featprobe.stages.predict import Predictor, find_images, predict
+from featprobe.stages.predict import find_images, predict
+from featprobe.stages.predictor import Predictor
 from featprobe.stages.training.probe import find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, settings_of
 from featprobe.stages.workspace import Workspace, make_generated
