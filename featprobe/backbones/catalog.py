@@ -1,8 +1,7 @@
 """The known backbones: those with short names, and every model of timm."""
 
-import timm
-
 from featprobe.backbones.aliases import ALIASES
+from featprobe.backbones.timm_names import timm_names
 from featprobe.errors import BackboneError, nearest
 from featprobe.specs import BackboneSpec
 
@@ -20,11 +19,11 @@ def find_backbone(name: str) -> BackboneSpec:
     """
     if name in ALIASES:
         return ALIASES[name]
-    if timm.is_model(name):
+    known = timm_names()
+    if name in known:
         return BackboneSpec(name, name)
-    known = [*ALIASES, *timm.list_models(), *timm.list_pretrained()]
     raise BackboneError(
-        f"There is no backbone {name!r}. {nearest(name, known)}\n"
+        f"There is no backbone {name!r}. {nearest(name, [*ALIASES, *known])}\n"
         f"  wanted  one of {', '.join(ALIASES)}, or any of timm's models\n"
         "List them:  featprobe backbones PATTERN"
     )
@@ -36,10 +35,14 @@ def licence_of(spec: BackboneSpec) -> str:
         return "none needed (random weights)"
     if spec.source == "file":
         return "the file's own"
+    import timm  # it takes seconds
+
     config = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
     return (config.license if config else None) or "not stated by timm"
 
 
 def matching_models(pattern: str) -> list[str]:
     """timm's models with pretrained weights whose name holds `pattern` (wildcards allowed)."""
+    import timm  # it takes seconds
+
     return timm.list_pretrained(pattern if "*" in pattern else f"*{pattern}*")
