@@ -3,12 +3,14 @@
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
+from featprobe.backbones.catalog import find_backbone
+from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
@@ -18,6 +20,7 @@ from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
 
 CONFIG = "featprobe.toml"
+RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,6 @@ class Workspace:
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None
     ) -> BackboneSpec:
         """The backbone that a name and options mean; raises BackboneError."""
-        from featprobe.backbones.catalog import find_backbone  # timm takes seconds, and most commands need none of it
-
         table = self.config.get("backbones", {})
         arguments = backbone_words(name, weights, random_init, final_norm)
         if name in table:
@@ -110,10 +111,15 @@ class Workspace:
             return name, Path(self._path(table[name]["path"]) or "")
         if name in GENERATED:
             return name, self.generated(name)
-        if Path(name).exists():
-            return name_of(Path(name)), Path(name)
+        self.check_set(name)
+        return name_of(Path(name)), Path(name)
+
+    def check_set(self, name: str) -> None:
+        """Raise DataError where no data set has this name, and nothing lies at this path. None is generated."""
+        if name in self.data_names() or Path(name).exists():
+            return
         raise DataError(
-            f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
+            f"There is no data set {name!r}. {nearest(name, self.data_names())}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
             "List them:  featprobe data"
         )
@@ -204,6 +210,20 @@ def name_of(path: Path) -> str:
     'new_castings'
     """
     return re.sub(r"[^\w.-]+", "_", path.resolve().name)
+
+
+def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
+    """The backbone of a name; with the ending -random, where no backbone has that name, its seeded random weights."""
+    if name.endswith(RANDOM) and name not in workspace.backbone_names():
+        return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
+    return workspace.backbone(name)
+
+
+def caches_of(workspace: Workspace, caches: Sequence[Cache], name: str) -> list[Cache]:
+    """The caches of the data set at a path, or else of the set with that name."""
+    folder = workspace.cache_folder(name_of(Path(name)), Path(name)).name
+    at_path = [cache for cache in caches if cache.path.parent.name == folder]
+    return at_path or [cache for cache in caches if cache.data.name == name]
 
 
 def make_generated(

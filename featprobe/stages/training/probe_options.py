@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
 from featprobe.image_labels import ImageLabels, Unit
 from featprobe.kinds import CORESET, FALSE_CALLS, FROZEN, SEEDS, HeadKind, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
 from featprobe.metrics.semantic import Absent
 from featprobe.scores import SCORES
+from featprobe.specs import Precision
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import MOST_WORKERS
 
