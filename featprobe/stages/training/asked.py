@@ -15,7 +15,7 @@ from featprobe.errors import (
     as_usage,
     nearest,
 )
-from featprobe.kinds import NOT_TRAINED, HeadKind, TrainRecipe, grid_of, kind_of, kinds_of
+from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, grid_of, kind_of, kinds_of
 from featprobe.levels import pick_levels
 from featprobe.scores import SCORES
 from featprobe.stages.partition import single_splits
@@ -26,11 +26,13 @@ from featprobe.stages.workspace import Workspace, backbone_of, caches_of
 LET_IT = "Or let this command make it first:"
 MASKS = next(task for task, scores in SCORES.items() if scores.dense)  # a task that every set with masks serves
 DENSE_ONLY = ("loss", "loss_at", "class_weights")
+FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
+"""Options that a counterpart does not take from its frozen result."""
 
 
 def check_asked(
     workspace: Workspace,
-    task: str,
+    task: str | None,
     data: Sequence[str],
     backbones: Sequence[str],
     options: ProbeOptions,
@@ -40,9 +42,14 @@ def check_asked(
     """Refuse what can't be done, of what a command line asks for, in a fraction of the time that torch takes to load.
 
     Raises UsageError for values that are wrong whatever the workspace holds, names that nothing has among them;
-    FeatprobeError, as `find_caches` does, for caches that are not there. extract: what is missing is made.
+    FeatprobeError, as `find_caches` does, for caches that are not there. task: None for the default one, and for
+    counterparts of frozen results where no data set and no backbone is named either. extract: what is missing is made.
     """
     live = options.tuning is not None
+    if live and not (task or data or backbones):
+        with as_usage():
+            return check_free(options)
+    task = task or TASKS[0]
     with as_usage():
         options = (checked_live if live else checked)(task, options)
         single_splits(options.choice)  # reads a split file
@@ -67,8 +74,9 @@ def _check_names(workspace: Workspace, data: Sequence[str], backbones: Sequence[
     no_set, no_network = ({n: said for n, own in side.items() if (said := refusal(own))} for side in (sets, networks))
     if extract and (no_set or no_network):
         raise UsageError(next(iter((no_set | no_network).values())))
-    known = {cache.data.name for cache in found}
-    if lack := _lack(workspace, ([*no_set], known, "data set"), ([*no_network], labels, "backbone")):
+    sets_known = {cache.data.name for cache in found}.union(workspace.data_names())
+    networks_known = labels.union(workspace.backbone_names())
+    if lack := _lack(workspace, ([*no_set], sets_known, "data set"), ([*no_network], networks_known, "backbone")):
         raise UsageError(str(lack))
 
 
@@ -112,6 +120,18 @@ def checked_live(task: str, options: ProbeOptions) -> ProbeOptions:
     if options.shared_order:
         raise ProbeError("Seeds share no pass where each has a backbone of its own. Omit --shared-order.")
     return options
+
+
+def check_free(options: ProbeOptions) -> None:
+    """Raise ProbeError for options that counterparts of frozen results take from these."""
+    plain = ProbeOptions()
+    given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
+    if given:
+        raise ProbeError(
+            f"A counterpart takes {', '.join(given)} from its frozen result. Omit it, or name what to train:\n"
+            "  featprobe finetune --task TASK --data NAME …"
+        )
+    check_logs(options.log)
 
 
 def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -> None:

@@ -16,7 +16,7 @@ from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits
-from featprobe.stages.training.asked import checked_live, find_caches, labels_for, left_aside
+from featprobe.stages.training.asked import check_free, checked_live, find_caches, labels_for, left_aside
 from featprobe.stages.training.forecast import Forecast, forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
@@ -27,9 +27,6 @@ from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
-
-FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
-"""Options that a counterpart does not take from its frozen result."""
 
 
 @dataclass(frozen=True)
@@ -173,13 +170,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     Of several frozen results of one kind the last counts. Where images are augmented anew, stored views make no kind of
     their own if the cache without them is here.
     """
-    plain = ProbeOptions()
-    given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
-    if given:
-        raise ProbeError(
-            f"A counterpart takes {', '.join(given)} from its frozen result. Omit it, or name what to train:\n"
-            "  featprobe finetune --task TASK --data NAME …"
-        )
+    check_free(options)
     rows, notes = read_results(workspace.probes / "results.jsonl")
     assert options.tuning is not None
     caches = _caches_by_key(workspace)
