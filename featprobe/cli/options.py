@@ -26,6 +26,8 @@ from featprobe.kinds import CORESET, FALSE_CALLS, LOSSES
 from featprobe.machine import check_device
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from featprobe.stages.workspace import Workspace
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -427,3 +429,9 @@ def workspace_of(ctx: click.Context) -> "Workspace":
     from featprobe.stages.workspace import Workspace
 
     return Workspace(ctx.obj, ctx.meta.get("follow_links", False))
+
+
+def caches_named(workspace: "Workspace", names: Sequence[str]) -> list["Path"]:
+    """The caches that words of the command line mean; raises UsageError for one that means none."""
+    with as_usage():
+        return [path for name in names for path in workspace.find_caches(name)]

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
-from featprobe.backbones.catalog import find_backbone
+from featprobe.backbones.catalog import check_levels, find_backbone
 from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet, read_data
+from featprobe.datasets.formats import check_reading
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
-from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
+from featprobe.stages.extraction.extract_options import DataEntry, ExtractOptions, configured, entry_faults, read_as
 
 CONFIG = "featprobe.toml"
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
@@ -123,6 +124,20 @@ class Workspace:
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
             "List them:  featprobe data"
         )
+
+    def check_reading(self, name: str, how: Mapping[str, Any]) -> None:
+        """Raise DataError for a data set that does not exist, or for words on how to read it that can't be.
+
+        how: format, group_from, images and masks, by these names; what featprobe.toml says is no part of it.
+        """
+        self.check_set(name)
+        check_reading(*(how.get(key) for key in ("format", "group_from", "images", "masks")))
+
+    def check_extraction(self, spec: BackboneSpec, name: str, options: ExtractOptions) -> None:
+        """Raise FeatprobeError for an extraction that can't be, as far as this is known without images and network."""
+        self.check_reading(name, vars(options))
+        check_levels(spec, options.levels)
+        configured(options, self.data_options(name)).check()
 
     def data_names(self) -> list[str]:
         """Names of data sets that can be asked for here."""
