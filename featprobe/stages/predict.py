@@ -8,7 +8,6 @@ from os.path import realpath
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images.pages import is_page_name, misnamed, page_of, pages_of
@@ -17,11 +16,11 @@ from featprobe.datasets.names import visible
 from featprobe.datasets.samples import check_names, listed
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.io.disk import make_folders, write_together, write_whole
-from featprobe.io.texts import printable
 from featprobe.report.sheets import draw_overlay, png
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.predictor import Prediction, Predictor
+from featprobe.stages.progress import Progress
 
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
 
@@ -62,7 +61,7 @@ def predict(
         raise ProbeError(f"{out} can't be written ({error.strerror}). Nothing was computed.") from error
     done: list[Prediction] = []
     left_out: list[tuple[str, str]] = []
-    bar = tqdm(total=len(named), desc=printable(predictor.recipe.label), unit="img", disable=quiet)
+    bar = Progress(len(named), predictor.recipe.label, "img", quiet=quiet, leave=True)
     with bar:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]

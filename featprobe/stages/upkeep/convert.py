@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.files import named_below
@@ -27,6 +26,7 @@ from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.image_labels import LabelNames
 from featprobe.io.disk import new_folder
+from featprobe.stages.progress import counting
 from featprobe.targets import IGNORE, Instance, Labels, Target, decode_rle, encode_rle, semantic_from_instances
 
 Annotation = dict[str, Any]
@@ -62,8 +62,8 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
     with new_folder(out) as temporary:
         images: dict[str, list[Annotation]] = {split: [] for split in SPLITS}
         annotations: dict[str, list[Annotation]] = {split: [] for split in SPLITS}
-        bar = tqdm(data.samples, desc="converting", unit="img", disable=quiet, leave=False)
-        for number, sample in enumerate(bar, start=1):
+        samples = counting(data.samples, len(data.samples), "converting", "img", quiet=quiet)
+        for number, sample in enumerate(samples, start=1):
             size = image_size(sample.image)
             where = f"{data.root}, image {sample.id}"
             found = annotations_of(data.read_target(sample, size), size, where)
@@ -89,7 +89,7 @@ def _convert_labels(data: DataSet, names: LabelNames, out: Path, link: bool, qui
         )
     rows, counts = [], dict.fromkeys(SPLITS, 0)
     with new_folder(out) as temporary:
-        for sample in tqdm(data.samples, desc="converting", unit="img", disable=quiet, leave=False):
+        for sample in counting(data.samples, len(data.samples), "converting", "img", quiet=quiet):
             where = f"{data.root}, image {sample.id}"
             held = data.read_target(sample, image_size(sample.image)).labels
             check_held(held, names, where)
