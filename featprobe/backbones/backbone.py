@@ -5,15 +5,16 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featprobe.backbones.adapted import Adapted
 from featprobe.backbones.catalog import licence_of
 from featprobe.backbones.compiled import Compiled
+from featprobe.backbones.given import class_of
 from featprobe.backbones.models import built_for, create, first_line
-from featprobe.backbones.own import class_of, identity_of
+from featprobe.backbones.own import identity_of
 from featprobe.backbones.precision import computing
 from featprobe.backbones.weights import weights_sha256
 from featprobe.errors import BackboneError, nearest
@@ -255,9 +256,11 @@ class Backbone(nn.Module):
                 "Nothing was trained. Add it, or omit --layer-decay."
             )
         exempt = getattr(network, "no_weight_decay", None)
-        groups = param_groups_layer_decay(
-            network, weight_decay, no_weight_decay_list=exempt() if callable(exempt) else (), layer_decay=layer_decay
-        )
+        how: dict[str, Any] = {"no_weight_decay_list": exempt() if callable(exempt) else ()}
+        if layer_decay == 1 and self.spec.is_own:
+            groups = [{**g, "lr_scale": 1.0} for g in param_groups_weight_decay(network, weight_decay, **how)]
+        else:
+            groups = param_groups_layer_decay(network, weight_decay, layer_decay=layer_decay, **how)
         return [
             {"params": list(g["params"]), "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups
         ]

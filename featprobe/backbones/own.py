@@ -5,115 +5,18 @@ A backbone's `model` says how its network is built: `module:PACKAGE.CLASS` is an
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
 from featprobe.backbones.adapted import Adapted, adapted
-from featprobe.backbones.given import given, modules_at_hand
+from featprobe.backbones.given import class_of, modules_at_hand
 from featprobe.backbones.weights import load_strictly, read_weights
 from featprobe.errors import BackboneError
-from featprobe.io.disk import plain_name
 from featprobe.io.plugins import BACKBONES, clash, loaded, points_of, refusal
 from featprobe.specs import MODULE, PACKAGE, BackboneSpec
 
-# ---- modules that are given as objects -------------------------------------------------------------------------------
-
-
-@contextmanager
-def at_hand(*modules: nn.Module | None) -> Iterator[tuple[BackboneSpec, ...]]:
-    """Let backbones that were given as objects be built from these, for as long as the context is open.
-
-    Gives their descriptions. Raises BackboneError for what is no module, and for two of one name.
-    """
-    pairs = [(spec_of_module(module), module) for module in modules if module is not None]
-    names = [spec.label for spec, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise BackboneError(f"Several of these modules are called {name}. Give each a `name` of its own.")
-    with given(pairs):
-        yield tuple(spec for spec, _ in pairs)
-
-
-def class_of(module: nn.Module) -> str:
-    """The qualified name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def identity_of(spec: BackboneSpec, model: nn.Module) -> str:
-    """What a network is, for keys: timm's name, or the class of your own."""
-    if not isinstance(model, Adapted) or spec.model.startswith(MODULE):
-        return spec.model
-    return f"{spec.model} ({class_of(model.module)})"
-
-
-def spec_of_module(module: nn.Module) -> BackboneSpec:
-    """The description of a module that is given as an object; raises BackboneError where it can't be named."""
-    if not isinstance(module, nn.Module):
-        raise BackboneError(f"A backbone is a torch.nn.Module or a name. found: {type(module).__name__}")
-    kind = type(module)
-    label = getattr(module, "name", None) or kind.__name__
-    if not isinstance(label, str) or not plain_name(label):
-        raise BackboneError(
-            f"The `name` of {kind.__name__} names files. wanted: a text without / and \\. found: {label!r}"
-        )
-    model = f"{MODULE}{class_of(module)}"
-    return BackboneSpec(label, model, "own", arguments=("--backbone", model))
-
-
-def _given(spec: BackboneSpec) -> nn.Module:
-    """A copy of the module at hand that a spec describes; raises BackboneError where there is none."""
-    alike = [pair for pair in modules_at_hand() if pair[0].model == spec.model]
-    found = [pair for pair in alike if pair[0].label == spec.label] or (alike if len(alike) == 1 else [])
-    if not found:
-        there = ", ".join(own.model.removeprefix(MODULE) for own, _ in modules_at_hand())
-        raise BackboneError(
-            f"{spec.label} is a module that was given as an object, and no other process can build it.\n"
-            f"  wanted  an object of the class {spec.model.removeprefix(MODULE)}\n  found   {there or 'none'}\n"
-            "Give it from Python: backbones=[module] to finetune and probe, backbone=module to Predictor and predict.\n"
-            "A package that names it with an entry point is found by its name everywhere: docs/add-a-backbone.md."
-        )
-    try:
-        return copy.deepcopy(found[0][1])
-    except Exception as error:  # a module's own attributes may refuse
-        raise BackboneError(
-            f"{spec.label} can't be copied, so that the object itself would be changed. Nothing was computed.\n"
-            f"  found   {type(error).__name__}: {error}\nRemove what can't be copied from the module."
-        ) from error
-
-
-# ---- modules that other packages name --------------------------------------------------------------------------------
-
-
-def _from_package(spec: BackboneSpec) -> nn.Module:
-    """A new module of the entry point that a spec names; raises BackboneError."""
-    name, wanted = spec.model.removeprefix(PACKAGE), "a function or class that returns a torch.nn.Module"
-    points = points_of(BACKBONES, name)
-    if not points:
-        raise BackboneError(
-            f"The backbone {name} is not installed here. Nothing was computed.\n"
-            f"  wanted  a package with the entry point {name} in the group {BACKBONES}\nInstall that package."
-        )
-    if len(points) > 1:
-        raise BackboneError(clash(points, "backbone"))
-    point = points[0]
-    build = loaded(point, "backbone", wanted, BackboneError)
-    if not callable(build) or isinstance(build, nn.Module):
-        found = "a module, which all would share" if isinstance(build, nn.Module) else f"a {type(build).__name__}"
-        raise BackboneError(refusal(point, "backbone", "is not built by a function", wanted, found))
-    try:
-        module = build()
-    except Exception as error:  # the package's own code may raise anything
-        found = f"{type(error).__name__}: {error}"
-        raise BackboneError(refusal(point, "backbone", "can't be built", wanted, found)) from error
-    if not isinstance(module, nn.Module):
-        raise BackboneError(refusal(point, "backbone", "is no module", wanted, f"a {type(module).__name__}"))
-    return module
-
-
-# ---- either ----------------------------------------------------------------------------------------------------------
+BUILDER = "a function or a class that returns a torch.nn.Module"
 
 
 def create_own(spec: BackboneSpec) -> Adapted:
@@ -126,3 +29,57 @@ def create_own(spec: BackboneSpec) -> Adapted:
     if spec.source == "file":
         load_strictly(module, read_weights(Path(str(spec.weights))), str(spec.weights))
     return adapted(module.eval().requires_grad_(False), spec.label)
+
+
+def identity_of(spec: BackboneSpec, model: nn.Module) -> str:
+    """What a network is, for keys: timm's name, or the class of your own."""
+    if not isinstance(model, Adapted) or spec.model.startswith(MODULE):
+        return spec.model
+    return f"{spec.model} ({class_of(model.module)})"
+
+
+def _given(spec: BackboneSpec) -> nn.Module:
+    """A copy of the module at hand that a spec describes; raises BackboneError where there is none."""
+    alike = [pair for pair in modules_at_hand() if pair[0].model == spec.model]
+    found = [pair for pair in alike if pair[0].label == spec.label] or (alike if len(alike) == 1 else [])
+    if not found:
+        there = ", ".join(own.model.removeprefix(MODULE) for own, _ in modules_at_hand())
+        raise BackboneError(
+            f"{spec.label} is a module that was given as an object: it must be given again. Nothing was computed.\n"
+            f"  wanted  an object of the class {spec.model.removeprefix(MODULE)}\n  found   {there or 'none'}\n"
+            "Give it from Python: backbones=[module] to finetune and probe, backbone=module to Predictor and predict.\n"
+            "One that a package names with an entry point is found by its name everywhere: docs/add-a-backbone.md."
+        )
+    try:
+        return copy.deepcopy(found[0][1])
+    except Exception as error:  # a module's own attributes may refuse
+        raise BackboneError(
+            f"{spec.label} can't be copied, and the object itself must stay as it is. Nothing was computed.\n"
+            f"  found   {type(error).__name__}: {error}\nRemove what can't be copied from the module."
+        ) from error
+
+
+def _from_package(spec: BackboneSpec) -> nn.Module:
+    """A new module of the entry point that a spec names; raises BackboneError."""
+    name = spec.model.removeprefix(PACKAGE)
+    points = points_of(BACKBONES, name)
+    if not points:
+        raise BackboneError(
+            f"The backbone {name} is not installed here. Nothing was computed.\n"
+            f"  wanted  a package with the entry point {name} in the group {BACKBONES}\nInstall that package."
+        )
+    if len(points) > 1:
+        raise BackboneError(clash(points, "backbone"))
+    point = points[0]
+    build = loaded(point, "backbone", BUILDER, BackboneError)
+    if not callable(build) or isinstance(build, nn.Module):
+        found = "a module, which all would share" if isinstance(build, nn.Module) else f"a {type(build).__name__}"
+        raise BackboneError(refusal(point, "backbone", "is not built by a function", BUILDER, found))
+    try:
+        module = build()
+    except Exception as error:  # the package's own code may raise anything
+        found = f"{type(error).__name__}: {error}"
+        raise BackboneError(refusal(point, "backbone", "can't be built", BUILDER, found)) from error
+    if not isinstance(module, nn.Module):
+        raise BackboneError(refusal(point, "backbone", "is no module", BUILDER, f"a {type(module).__name__}"))
+    return module

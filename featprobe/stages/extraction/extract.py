@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featprobe.backbones.backbone import Backbone, load_backbone
-from featprobe.backbones.own import at_hand
+from featprobe.backbones.given import at_hand
 from featprobe.cache import (
     MISSING,
     UNREADABLE,
@@ -75,16 +75,13 @@ def extract(
 ) -> ExtractReport:
     """Make, go on with, repair or refresh the cache of a data set under a backbone.
 
-    backbone: a name, what `Workspace.backbone` gives, or a module of your own, see `backbones.adapted.OwnBackbone`; it
-    stays as it is, since a copy of it is used.
-    Raises FeatprobeError; whatever was whole before stays whole.
+    backbone: a name, what `Workspace.backbone` gives, or a module of your own, see `backbones.adapted.OwnBackbone`. A
+    copy of the module is used: it stays as it is. Raises FeatprobeError; whatever was whole before stays whole.
     """
-    if isinstance(backbone, str):
-        backbone = workspace.backbone(backbone)
     if isinstance(backbone, BackboneSpec):
         return _extract(workspace, backbone, data_name, options)
-    with at_hand(backbone) as (spec,):
-        return _extract(workspace, spec, data_name, options)
+    with at_hand([backbone]) as (name,):
+        return _extract(workspace, workspace.backbone(name), data_name, options)
 
 
 def _extract(workspace: Workspace, spec: BackboneSpec, data_name: str, options: ExtractOptions | None) -> ExtractReport:
