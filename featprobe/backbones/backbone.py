@@ -225,11 +225,7 @@ class Backbone(nn.Module):
         frame = self.frame or self.own
         with torch.enable_grad():
             maps = self._maps(self.model, torch.zeros(1, 3, *frame, device=self._mean.device))
-            if not any(m.requires_grad for m in maps):
-                raise BackboneError(
-                    f"Nothing of {self.spec.label} can be trained: its maps have no gradient for any parameter.\n"
-                    "Let its forward compute without torch.no_grad() and detach(); or probe it frozen:  featprobe probe"
-                )
+            _check_gradient(self.spec, maps)
             torch.stack([m.float().sum() for m in maps]).sum().backward()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.grad is not None)
@@ -248,19 +244,7 @@ class Backbone(nn.Module):
 
         layer_decay: factor on the learning rate from each layer to the one before it (BEiT, Bao et al., 2022).
         """
-        network = self.network
-        if layer_decay != 1 and self.spec.is_own and not callable(getattr(network, "group_matcher", None)):
-            raise BackboneError(
-                f"{self.spec.label} does not say what its layers are, so no learning rate can decay by layer.\n"
-                f"  wanted  a method group_matcher of {class_of(network)}, as timm's models have it\n"
-                "Nothing was trained. Add it, or omit --layer-decay."
-            )
-        exempt = getattr(network, "no_weight_decay", None)
-        how: dict[str, Any] = {"no_weight_decay_list": exempt() if callable(exempt) else ()}
-        if layer_decay == 1 and self.spec.is_own:
-            groups = [{**g, "lr_scale": 1.0} for g in param_groups_weight_decay(network, weight_decay, **how)]
-        else:
-            groups = param_groups_layer_decay(network, weight_decay, layer_decay=layer_decay, **how)
+        groups = _groups(self.network, self.spec, weight_decay, layer_decay)
         return [
             {"params": list(g["params"]), "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups
         ]
@@ -283,6 +267,32 @@ def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: t
         raise _too_large(spec, "its weights", device, error) from None
     backbone.requires_grad_(False)
     return backbone.to(memory_format=torch.channels_last)
+
+
+def _groups(network: Any, spec: BackboneSpec, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """The parameters of a network in groups of one weight decay and one `lr_scale`; raises BackboneError."""
+    knows_layers = callable(getattr(network, "group_matcher", None))
+    if layer_decay != 1 and spec.is_own and not knows_layers:
+        raise BackboneError(
+            f"{spec.label} does not say what its layers are, so no learning rate can decay by layer.\n"
+            f"  wanted  a method group_matcher of {class_of(network)}, as timm's models have it\n"
+            "Nothing was trained. Add it, or omit --layer-decay."
+        )
+    exempt = getattr(network, "no_weight_decay", None)
+    how: dict[str, Any] = {"no_weight_decay_list": exempt() if callable(exempt) else ()}
+    if spec.is_own and not knows_layers:
+        return [{**group, "lr_scale": 1.0} for group in param_groups_weight_decay(network, weight_decay, **how)]
+    groups: list[dict[str, Any]] = param_groups_layer_decay(network, weight_decay, layer_decay=layer_decay, **how)
+    return groups
+
+
+def _check_gradient(spec: BackboneSpec, maps: Sequence[Tensor]) -> None:
+    """Raise BackboneError for maps that no parameter could be trained by."""
+    if not any(m.requires_grad for m in maps):
+        raise BackboneError(
+            f"Nothing of {spec.label} can be trained: its maps have no gradient for any parameter.\n"
+            "Let its forward compute without torch.no_grad() and detach(); or probe it frozen:  featprobe probe"
+        )
 
 
 def _too_large(spec: BackboneSpec, what: str, device: torch.device | str, error: Exception) -> BackboneError:
