@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
-from featprobe.backbones.catalog import check_levels, find_backbone
+from featprobe.backbones.catalog import check_levels, check_weights, find_backbone
+from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
+from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, ExtractOptions, configured, entry_faults, read_as
@@ -57,6 +59,8 @@ class Workspace:
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None
     ) -> BackboneSpec:
         """The backbone that a name and options mean; raises BackboneError."""
+        if given := spec_at_hand(name):
+            return given
         table = self.config.get("backbones", {})
         arguments = backbone_words(name, weights, random_init, final_norm)
         if name in table:
@@ -75,7 +79,7 @@ class Workspace:
 
     def backbone_names(self) -> list[str]:
         """Short names that can be asked for here."""
-        return [*ALIASES, *self.config.get("backbones", {})]
+        return list(dict.fromkeys([*ALIASES, *names_in(BACKBONES), *self.config.get("backbones", {})]))
 
     def data_set(
         self,
@@ -142,6 +146,8 @@ class Workspace:
         """Raise FeatprobeError for an extraction that can't be, as far as this is known without images and network."""
         self.check_reading(name, vars(options))
         check_levels(spec, options.levels)
+        if spec.source == "file":
+            check_weights(Path(str(spec.weights)))
         configured(options, self.data_options(name)).check()
 
     def data_names(self) -> list[str]:
