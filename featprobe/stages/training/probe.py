@@ -22,6 +22,7 @@ from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
 from featprobe.stages.training.asked import checked, find_caches, labels_for, reads_pooled
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
+from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.read_labels import classes_of
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
@@ -59,6 +60,7 @@ def probe(
     when a cache that is asked for is not complete.
     """
     options = checked(task, options or ProbeOptions())
+    check_logs(options.log)
     with at_hand(backbones) as names, together(pick_device(options.device)):
         say = say if is_main() else lambda line: None
         if extract:
