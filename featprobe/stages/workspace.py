@@ -10,12 +10,14 @@ from typing import Any
 
 from featprobe.backbones import ALIASES
 from featprobe.backbones.catalog import check_levels, find_backbone
+from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.formats import check_reading
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
+from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, ExtractOptions, configured, entry_faults, read_as
@@ -58,6 +60,8 @@ class Workspace:
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None
     ) -> BackboneSpec:
         """The backbone that a name and options mean; raises BackboneError."""
+        if given := spec_at_hand(name):
+            return given
         table = self.config.get("backbones", {})
         arguments = backbone_words(name, weights, random_init, final_norm)
         if name in table:
@@ -76,7 +80,7 @@ class Workspace:
 
     def backbone_names(self) -> list[str]:
         """Short names that can be asked for here."""
-        return [*ALIASES, *self.config.get("backbones", {})]
+        return list(dict.fromkeys([*ALIASES, *names_in(BACKBONES), *self.config.get("backbones", {})]))
 
     def data_set(
         self,

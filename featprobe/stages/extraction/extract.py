@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.given import at_hand
 from featprobe.cache import (
     MISSING,
     UNREADABLE,
@@ -66,12 +68,23 @@ class ExtractReport:
 
 
 def extract(
-    workspace: Workspace, spec: BackboneSpec, data_name: str, options: ExtractOptions | None = None
+    workspace: Workspace,
+    backbone: BackboneSpec | nn.Module | str,
+    data_name: str,
+    options: ExtractOptions | None = None,
 ) -> ExtractReport:
     """Make, go on with, repair or refresh the cache of a data set under a backbone.
 
-    Raises FeatprobeError; whatever was whole before stays whole.
+    backbone: a name, what `Workspace.backbone` gives, or a module of your own, see `backbones.adapted.OwnBackbone`. A
+    copy of the module is used: it stays as it is. Raises FeatprobeError; whatever was whole before stays whole.
     """
+    if isinstance(backbone, BackboneSpec):
+        return _extract(workspace, backbone, data_name, options)
+    with at_hand([backbone]) as (name,):
+        return _extract(workspace, workspace.backbone(name), data_name, options)
+
+
+def _extract(workspace: Workspace, spec: BackboneSpec, data_name: str, options: ExtractOptions | None) -> ExtractReport:
     options = configured(options or ExtractOptions(), workspace.data_options(data_name))
     if launched()[0]:
         options = replace(options, quiet=True)  # one progress bar is enough

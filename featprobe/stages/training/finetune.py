@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from featprobe.backbones.given import at_hand
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
@@ -27,6 +28,9 @@ from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def finetune(
     workspace: Workspace,
     task: str | None = None,
     data: Sequence[str] = (),
-    backbones: Sequence[str] = (),
+    backbones: "Sequence[str | nn.Module]" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     dry_run: bool = False,
@@ -69,28 +73,29 @@ def finetune(
     """Train heads with a live backbone on the images that caches were made from; score and save them as `probe` does.
 
     With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
-    already is not trained again. With none of these: the missing counterpart of every frozen result in
-    probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
-    moves; the default is the full regime. say: gets the list with the predicted time first. dry_run: that list alone.
-    extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
-    there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
+    already is not trained again. backbones: names, and modules of your own that caches were made with. With none of
+    these: the missing counterpart of every frozen result in probes/results.jsonl, with the head and the learning rate
+    that were chosen there. options: their `tuning` says what moves; the default is the full regime. say: gets the list
+    with the predicted time first. dry_run: that list alone. extract: make caches that are missing first, as for
+    `probe`. Processes that torchrun started do this together, as there. Raises FeatprobeError when there is nothing to
+    train, or images or weights are not here any more.
     """
     options = options or ProbeOptions()
     options = replace(options, tuning=options.tuning or Tuning())
     device = pick_device(options.device)
     if options.tuning and options.tuning.precision:
         resolve(options.tuning.precision, device)  # refuses what this device can't compute
-    with together(device):
+    with at_hand(backbones) as names, together(device):
         say = say if is_main() else lambda line: None
         if extract:
-            named = bool(task or data or backbones)
+            named = bool(task or data or names)
             needed = labels_for(task or TASKS[0], checked_live(task or TASKS[0], options)) if named else None
             how = extraction(options)
-            data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
+            data, names, lacking = make_missing(workspace, data, names, needed, how, say, dry_run=dry_run)
             if lacking:
                 say("their trainings are listed once they exist")
                 return ProbeReport((), (), ())
-        return _finetune(workspace, task, data, backbones, options, say, dry_run)
+        return _finetune(workspace, task, data, names, options, say, dry_run)
 
 
 def _finetune(

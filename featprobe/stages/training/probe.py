@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from featprobe.backbones.given import at_hand
 from featprobe.cache import UNREADABLE, Cache
 from featprobe.errors import (
     DataError,
@@ -27,6 +28,9 @@ from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 @dataclass(frozen=True)
 class ProbeReport:
@@ -41,7 +45,7 @@ def probe(
     workspace: Workspace,
     task: str = TASKS[0],
     data: Sequence[str] = (),
-    backbones: Sequence[str] = (),
+    backbones: "Sequence[str | nn.Module]" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     *,
@@ -49,19 +53,19 @@ def probe(
 ) -> ProbeReport:
     """Train and score heads on every complete cache that can serve a task, or on those asked for.
 
-    say: gets, before each training starts, how long it will take. extract: make caches that are missing first, see
-    `missing.make_missing`. Processes that torchrun started do this together, and
-    all return the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or
+    backbones: names, and modules of your own. say: gets, before each training starts, how long it will take. extract:
+    make caches that are missing first, see `missing.make_missing`. Processes that torchrun started do this together,
+    and all return the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or
     when a cache that is asked for is not complete.
     """
     options = checked(task, options or ProbeOptions())
-    with together(pick_device(options.device)):
+    with at_hand(backbones) as names, together(pick_device(options.device)):
         say = say if is_main() else lambda line: None
         if extract:
             how = extraction(options)
             needed, pooled = labels_for(task, options), reads_pooled(options)
-            data, backbones, _ = make_missing(workspace, data, backbones, needed, how, say, pooled=pooled)
-        return _probe(workspace, task, data, backbones, options, say)
+            data, names, _ = make_missing(workspace, data, names, needed, how, say, pooled=pooled)
+        return _probe(workspace, task, data, names, options, say)
 
 
 def extraction(options: ProbeOptions) -> ExtractOptions:
