@@ -30,6 +30,8 @@ from featprobe.stages.tasks.settle import CALLED, PASSED
 
 UNREADABLE = "unreadable"
 """The verdict on an image that could not be used, and was omitted."""
+LeftOut = list[tuple[str, str]]
+"""Images that could not be used, with the reason."""
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
 
 
@@ -104,7 +106,7 @@ def predict(
         raise ProbeError(f"{out} can't be written ({error.strerror}). Nothing was computed.") from error
     seen: list[tuple[str, Header, float]] = []  # of each image its path, its header, and how much of it is clipped
     lines: list[Line] = []
-    left_out: list[tuple[str, str]] = []
+    left_out: LeftOut = []
     bar = tqdm(total=len(named), desc=printable(predictor.recipe.label), unit="img", disable=quiet)
     with bar, _streams(out, predictor) as add:
         for start in range(0, len(named), batch_size):
