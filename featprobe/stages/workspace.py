@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from featprobe.backbones import ALIASES
 from featprobe.datasets import GENERATED, DataSet, read_data
+from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
@@ -195,15 +195,6 @@ class Workspace:
             to_do = "Correct it, then run the same command again."
             raise FeatprobeError(message(f"{path} can't be used. Nothing was computed.", faults, to_do))
         return config
-
-
-def name_of(path: Path) -> str:
-    """The name of a data set that is given by its path.
-
-    >>> name_of(Path("/scans/new castings"))
-    'new_castings'
-    """
-    return re.sub(r"[^\w.-]+", "_", path.resolve().name)
 
 
 def make_generated(

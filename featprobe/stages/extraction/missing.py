@@ -7,12 +7,13 @@ from pathlib import Path
 
 from featprobe.cache import MISSING, Cache, open_cache
 from featprobe.datasets import DataSet
+from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.processes import from_main, gathered, pick_device
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions, configured
 from featprobe.stages.extraction.origin import batch_size_of, read_as_of, spec_of
-from featprobe.stages.workspace import CONFIG, Workspace, name_of
+from featprobe.stages.workspace import CONFIG, Workspace
 
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 Names = tuple[str, ...]
