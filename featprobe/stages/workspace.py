@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
 
 CONFIG = "featprobe.toml"
+AnySet = str | os.PathLike[str] | DataSet
+"""A data set by its name in a workspace, by its path, or as it was read."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,15 @@ class Workspace:
             called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns,
             self.follow_links or own.get("follow_links", False), own.get("good"),
         )  # fmt: skip
+
+    def data_called(self, data: AnySet) -> str:
+        """The name or path by which commands here know a data set."""
+        return self.data_argument(data.name, data.root) if isinstance(data, DataSet) else os.fspath(data)
+
+    def sets_called(self, data: AnySet | Sequence[AnySet]) -> tuple[str, ...]:
+        """The same of several data sets, or of one."""
+        each = (data,) if isinstance(data, str | os.PathLike | DataSet) else data
+        return tuple(map(self.data_called, each))
 
     def data_root(self, name: str) -> tuple[str, Path]:
         """The name and the folder of a data set; a built-in set is generated. Raises DataError."""

@@ -35,7 +35,7 @@ from featprobe.stages.training.read_labels import check_live
 from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import AnySet, Workspace
 
 FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
 """Options that a counterpart does not take from its frozen result."""
@@ -70,7 +70,7 @@ class Missing:
 def finetune(
     workspace: Workspace,
     task: str | None = None,
-    data: Sequence[str] = (),
+    data: AnySet | Sequence[AnySet] = (),
     backbones: Sequence[str] = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
@@ -87,7 +87,7 @@ def finetune(
     extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
     there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
     """
-    options = options or ProbeOptions()
+    options, names = options or ProbeOptions(), workspace.sets_called(data)
     options = replace(options, tuning=options.tuning or Tuning())
     device = pick_device(options.device)
     if options.tuning and options.tuning.precision:
@@ -95,14 +95,14 @@ def finetune(
     with together(device):
         say = say if is_main() else lambda line: None
         if extract:
-            named = bool(task or data or backbones)
+            named = bool(task or names or backbones)
             needed = labels_for(task or TASKS[0], _checked(task or TASKS[0], options)) if named else None
             how = extraction(options)
-            data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
+            names, backbones, lacking = make_missing(workspace, names, backbones, needed, how, say, dry_run=dry_run)
             if lacking:
                 say("their trainings are listed once they exist")
                 return ProbeReport((), (), ())
-        return _finetune(workspace, task, data, backbones, options, say, dry_run)
+        return _finetune(workspace, task, names, backbones, options, say, dry_run)
 
 
 def _finetune(
