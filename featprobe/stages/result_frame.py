@@ -45,9 +45,9 @@ def results(workspace: Workspace) -> pd.DataFrame:
     return frame[sorted(frame.columns, key=_place)]
 
 
-def _place(column: str) -> int:
+def _place(column: object) -> int:
     """The place of a column among the groups; sorting by it keeps the order inside of each."""
-    return next((i for i, start in enumerate(GROUPS, start=1) if column.startswith(start)), 0)
+    return next((i for i, start in enumerate(GROUPS, start=1) if str(column).startswith(start)), 0)
 
 
 def _line(row: ResultRow) -> dict[str, Any]:
