@@ -28,6 +28,9 @@ Rows = NDArray[np.intp]
 RECIPE_VERSION = 2
 """Version of the recipe of a cache of tiles or views; that of whole images is 1. Part of its key."""
 
+MODULE, PACKAGE = "module:", "package:"
+"""What the model of a backbone begins with that is not timm's: an object's class, an entry point's name."""
+
 BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
 BYTES_PER_CHANNEL: Mapping[str, int] = {"int8": 8}
 """Bytes per channel of a row, beside its values: scale and zero, float32."""
@@ -58,8 +61,9 @@ class BackboneSpec:
     """A network and its weights.
 
     label: what the user calls it; it names files and table rows.
-    model: timm's full model name.
-    source: "hub" (timm's own download), "embedded" (from the package index), "file" or "random".
+    model: timm's full model name; or `module:` and the class of an object, `package:` and the name of an entry point.
+    source: "hub" (timm's own download), "embedded" (from the package index), "file", "random", or "own": as the module
+    that is given, or that a package makes, has them.
     weights: the file's path where source is "file".
     final_norm: whether the last normalisation layer is applied; None: the default of the pretraining.
     arguments: of the command line, that name this very backbone.
@@ -67,11 +71,16 @@ class BackboneSpec:
 
     label: str
     model: str
-    source: Literal["hub", "embedded", "file", "random"] = "hub"
+    source: Literal["hub", "embedded", "file", "random", "own"] = "hub"
     weights: str | None = None
     seed: int = 0
     final_norm: bool | None = None
     arguments: tuple[str, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its network is not timm's."""
+        return self.model.startswith((MODULE, PACKAGE))
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from os.path import realpath
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from featprobe.datasets.files import stem_of
@@ -47,15 +48,17 @@ def predict(
     batch_size: int = 8,
     skip_bad: bool = False,
     quiet: bool = False,
+    backbone: nn.Module | None = None,
 ) -> PredictReport:
     """Run a saved head on images and folders of images, and write what it finds.
 
     Into `out`: for segmentation masks/NAME.png (class indices, with a palette), for objects predictions.json (COCO
-    JSON in pixels of the original images), for labels of images labels.csv; overlays/NAME.png for all. Raises
+    JSON in pixels of the original images), for labels of images labels.csv; overlays/NAME.png for all. backbone: the
+    module whose features the head was trained on, where that was given as an object. Raises
     FeatprobeError; what was written before a bad image stays.
     """
     named = find_images(images, out)
-    predictor = Predictor(folder, weights=weights, device=device)
+    predictor = Predictor(folder, weights=weights, device=device, backbone=backbone)
     try:
         make_folders(out)
     except OSError as error:

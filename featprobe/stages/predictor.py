@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.given import at_hand, check_needed
 from featprobe.backbones.precision import computing
 from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.images.pixels import counted_levels
@@ -42,17 +44,25 @@ class Prediction(Predicted[Any]):
 class Predictor:
     """A saved head behind its own backbone and preprocessing, all of them from the head's card.
 
-    Raises ProbeError when the folder holds no such head, or when the backbone that can be had now is not the one that
-    it was trained on; BackboneError when that can't be had at all.
+    backbone: the module whose features the head was trained on, where that was given as an object. Raises ProbeError
+    when the folder holds no such head, or when the backbone that can be had now is not the one that it was trained on;
+    BackboneError when that can't be had at all.
     """
 
-    def __init__(self, folder: Path, *, weights: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        weights: str | None = None,
+        device: str | None = None,
+        backbone: nn.Module | None = None,
+    ) -> None:
         self.device = pick_device(device)
         head, self.card = load_head(folder, whole=True)
         self.recipe = FeatureRecipe.from_json(self.card["features"])
         self.head = head.to(self.device)
         self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card)
-        self.backbone = self._backbone(folder, weights)
+        self.backbone = self._backbone(folder, weights, backbone)
         self.framing = Framing(self.recipe, self.device)
 
     def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
@@ -127,7 +137,7 @@ class Predictor:
         whole = bool((contents == torch.tensor(recipe.frame)).all())
         return Features(as_read(stored, recipe.dtype), recipe.frame, None if whole else contents.to(self.device))
 
-    def _backbone(self, folder: Path, weights: str | None) -> Backbone:
+    def _backbone(self, folder: Path, weights: str | None, given: nn.Module | None) -> Backbone:
         values = self.card.get("backbone")
         if values is None:
             raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
@@ -143,10 +153,12 @@ class Predictor:
                 spec = replace(spec, weights=str(below(folder, named, f"The card of {folder}")))
         if weights is not None:
             spec = replace(spec, source="file", weights=weights)
-        backbone = load_backbone(spec, [level.name for level in self.head.levels], self.device)
+        with at_hand([] if given is None else [given]):
+            check_needed(spec)
+            backbone = load_backbone(spec, [level.name for level in self.head.levels], self.device)
         now = replace(
-            self.recipe, weights_sha256=backbone.sha256, final_norm=backbone.final_norm, mean=backbone.mean,
-            std=backbone.std, interpolation=backbone.interpolation,
+            self.recipe, backbone=backbone.identity, weights_sha256=backbone.sha256, final_norm=backbone.final_norm,
+            mean=backbone.mean, std=backbone.std, interpolation=backbone.interpolation,
         )  # fmt: skip
         check_fingerprint(folder, self.card["fingerprint"], now)
         missing = [level for level in backbone.levels if level not in self.recipe.levels]

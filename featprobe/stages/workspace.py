@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
+from featprobe.backbones.given import spec_at_hand
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
+from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
@@ -58,6 +60,8 @@ class Workspace:
         """The backbone that a name and options mean; raises BackboneError."""
         from featprobe.backbones.catalog import find_backbone  # timm takes seconds, and most commands need none of it
 
+        if given := spec_at_hand(name):
+            return given
         table = self.config.get("backbones", {})
         arguments = backbone_words(name, weights, random_init, final_norm)
         if name in table:
@@ -76,7 +80,7 @@ class Workspace:
 
     def backbone_names(self) -> list[str]:
         """Short names that can be asked for here."""
-        return [*ALIASES, *self.config.get("backbones", {})]
+        return list(dict.fromkeys([*ALIASES, *names_in(BACKBONES), *self.config.get("backbones", {})]))
 
     def data_set(
         self,

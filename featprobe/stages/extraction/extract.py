@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.given import at_hand
 from featprobe.cache import (
     MISSING,
     UNREADABLE,
@@ -66,13 +68,24 @@ class ExtractReport:
 
 
 def extract(
-    workspace: Workspace, spec: BackboneSpec, data: AnySet, options: ExtractOptions | None = None
+    workspace: Workspace,
+    backbone: BackboneSpec | nn.Module | str,
+    data: AnySet,
+    options: ExtractOptions | None = None,
 ) -> ExtractReport:
     """Make, go on with, repair or refresh the cache of a data set under a backbone.
 
-    data: a name, a path, or a data set, which is taken as it is. Raises FeatprobeError; whatever was whole before stays
-    whole.
+    backbone: a name, what `Workspace.backbone` gives, or a module of your own, see `backbones.adapted.OwnBackbone`. A
+    copy of the module is used: it stays as it is. data: a name, a path, or a data set, which is taken as it is. Raises
+    FeatprobeError; whatever was whole before stays whole.
     """
+    if isinstance(backbone, BackboneSpec):
+        return _extract(workspace, backbone, data, options)
+    with at_hand([backbone]) as (name,):
+        return _extract(workspace, workspace.backbone(name), data, options)
+
+
+def _extract(workspace: Workspace, spec: BackboneSpec, data: AnySet, options: ExtractOptions | None) -> ExtractReport:
     data_name, options = workspace.data_called(data), options or ExtractOptions()
     if isinstance(data, DataSet):
         options = read_already(options, data)

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from featprobe.backbones.given import modules_at_hand
 from featprobe.cache import MISSING, Cache, open_cache
 from featprobe.datasets import DataSet
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.processes import from_main, gathered, pick_device
-from featprobe.specs import BackboneSpec
+from featprobe.specs import MODULE, BackboneSpec
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions, configured
 from featprobe.stages.extraction.origin import batch_size_of, read_as_of, spec_of
 from featprobe.stages.workspace import CONFIG, Workspace
@@ -43,7 +44,9 @@ def make_missing(
     """
     sets = tuple(data) or tuple(workspace.config.get("data", {}))
     asked = tuple(backbones) or tuple(workspace.config.get("backbones", {}))
-    begun = from_main(lambda: _begun(workspace, data, backbones, pooled))
+    begun, without = from_main(lambda: _begun(workspace, data, backbones, pooled))
+    for path in without:
+        say(f"left aside: {path} is not complete, and was made with a module that was given as an object")
     if not begun:
         _check_named(workspace, sets, asked)
     for path in begun:
@@ -65,9 +68,14 @@ def make_missing(
     return able, tuple(labels[name] for name in backbones), dry_run and bool(lacking or begun)
 
 
-def _begun(workspace: Workspace, data: Sequence[str], backbones: Sequence[str], pooled: bool) -> list[Path]:
-    """Caches of these sets and backbones, or of any where none is named, that miss rows."""
-    found = []
+def _begun(
+    workspace: Workspace, data: Sequence[str], backbones: Sequence[str], pooled: bool
+) -> tuple[list[Path], list[Path]]:
+    """Caches of these sets and backbones, or of any where none is named, that miss rows.
+
+    Of them, those that can be completed, and those of modules that are not at hand.
+    """
+    found, there = [], {spec.model for spec, _ in modules_at_hand()}
     for path in workspace.cache_files():
         try:
             cache = open_cache(path)
@@ -77,7 +85,9 @@ def _begun(workspace: Workspace, data: Sequence[str], backbones: Sequence[str], 
                 found.append(cache)
         except CacheError:
             continue  # another is made beside it
-    return [cache.path for cache in found if bool((cache.done == MISSING).any())]
+    lacking = [cache for cache in found if bool((cache.done == MISSING).any())]
+    without = [c.path for c in lacking if c.recipe.backbone.startswith(MODULE) and c.recipe.backbone not in there]
+    return [cache.path for cache in lacking if cache.path not in without], without
 
 
 def _complete(

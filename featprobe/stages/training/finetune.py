@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from featprobe.backbones.given import at_hand
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
@@ -36,6 +37,9 @@ from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import AnySet, Workspace
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
 """Options that a counterpart does not take from its frozen result."""
@@ -71,7 +75,7 @@ def finetune(
     workspace: Workspace,
     task: str | None = None,
     data: AnySet | Sequence[AnySet] = (),
-    backbones: Sequence[str] = (),
+    backbones: "Sequence[str | nn.Module]" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     dry_run: bool = False,
@@ -81,28 +85,29 @@ def finetune(
     """Train heads with a live backbone on the images that caches were made from; score and save them as `probe` does.
 
     With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
-    already is not trained again. With none of these: the missing counterpart of every frozen result in
-    probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
-    moves; the default is the full regime. say: gets the list with the predicted time first. dry_run: that list alone.
-    extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
-    there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
+    already is not trained again. data: names, paths or data sets. backbones: names, and modules of your own that caches
+    were made with. With none of these: the missing counterpart of every frozen result in probes/results.jsonl, with the
+    head and the learning rate that were chosen there. options: their `tuning` says what moves; the default is the full
+    regime. say: gets the list with the predicted time first. dry_run: that list alone. extract: make caches that are
+    missing first, as for `probe`. Processes that torchrun started do this together, as there. Raises FeatprobeError
+    when there is nothing to train, or images or weights are not here any more.
     """
-    options, names = options or ProbeOptions(), workspace.sets_called(data)
+    options, sets = options or ProbeOptions(), workspace.sets_called(data)
     options = replace(options, tuning=options.tuning or Tuning())
     device = pick_device(options.device)
     if options.tuning and options.tuning.precision:
         resolve(options.tuning.precision, device)  # refuses what this device can't compute
-    with together(device):
+    with at_hand(backbones) as names, together(device):
         say = say if is_main() else lambda line: None
         if extract:
-            named = bool(task or names or backbones)
+            named = bool(task or sets or names)
             needed = labels_for(task or TASKS[0], _checked(task or TASKS[0], options)) if named else None
             how = extraction(options)
-            names, backbones, lacking = make_missing(workspace, names, backbones, needed, how, say, dry_run=dry_run)
+            sets, names, lacking = make_missing(workspace, sets, names, needed, how, say, dry_run=dry_run)
             if lacking:
                 say("their trainings are listed once they exist")
                 return ProbeReport((), (), ())
-        return _finetune(workspace, task, names, backbones, options, say, dry_run)
+        return _finetune(workspace, task, sets, names, options, say, dry_run)
 
 
 def _finetune(

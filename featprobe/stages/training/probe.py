@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from featprobe.backbones.given import at_hand
 from featprobe.cache import UNREADABLE, Cache, open_cache
 from featprobe.errors import (
     CacheError,
@@ -32,6 +33,9 @@ from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import AnySet, Workspace
 
+if TYPE_CHECKING:
+    from torch import nn
+
 LET_IT = "Or let this command make it first:"
 MASKS = next(task for task, scores in SCORES.items() if scores.dense)  # a task that every set with masks serves
 DENSE_ONLY = ("loss", "loss_at", "class_weights")
@@ -55,7 +59,7 @@ def probe(
     workspace: Workspace,
     task: str = TASKS[0],
     data: AnySet | Sequence[AnySet] = (),
-    backbones: Sequence[str] = (),
+    backbones: "Sequence[str | nn.Module]" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     *,
@@ -63,19 +67,19 @@ def probe(
 ) -> ProbeReport:
     """Train and score heads on every complete cache that can serve a task, or on those asked for.
 
-    data: names, paths or data sets. say: gets, before each training starts, how long it will take. extract: make caches
-    that are missing first, see `missing.make_missing`. Processes that torchrun started do this together, and all return
-    the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or when a cache
-    that is asked for is not complete.
+    data: names, paths or data sets. backbones: names, and modules of your own. say: gets, before each training starts,
+    how long it will take. extract: make caches that are missing first, see `missing.make_missing`. Processes that
+    torchrun started do this together, and all return the same rows; the main one alone says, writes and draws. Raises
+    FeatprobeError when nothing fits, or when a cache that is asked for is not complete.
     """
-    options, names = checked(task, options or ProbeOptions()), workspace.sets_called(data)
-    with together(pick_device(options.device)):
+    options, sets = checked(task, options or ProbeOptions()), workspace.sets_called(data)
+    with at_hand(backbones) as names, together(pick_device(options.device)):
         say = say if is_main() else lambda line: None
         if extract:
             how = extraction(options)
             needed, pooled = labels_for(task, options), reads_pooled(options)
-            names, backbones, _ = make_missing(workspace, names, backbones, needed, how, say, pooled=pooled)
-        return _probe(workspace, task, names, backbones, options, say)
+            sets, names, _ = make_missing(workspace, sets, names, needed, how, say, pooled=pooled)
+        return _probe(workspace, task, sets, names, options, say)
 
 
 def extraction(options: ProbeOptions) -> ExtractOptions:
