@@ -1,14 +1,15 @@
 """A data set: samples with splits and groups, and a function that reads their labels."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.image_labels import LabelNames, tasks_served
 from featprobe.scores import SCORES, On
@@ -105,8 +106,11 @@ class DataSet:
     category_ids: the annotations' ids of all classes but the background; empty where they have none.
     description: the entries of featprobe.toml, beside the path, that read the set in the same way again.
     label_names: the labels of its images as a whole; None where they have none.
+    from_arrays, from_torch: make a set of arrays, and of datasets of torch; see `datasets.given`.
     """
 
+    from_arrays: ClassVar[Callable[..., "DataSet"]]  # set where all formats are known: readers make data sets
+    from_torch: ClassVar[Callable[..., "DataSet"]]
     name: str
     root: Path
     classes: tuple[str, ...]
@@ -124,6 +128,15 @@ class DataSet:
             object.__setattr__(self, "samples", Samples(self.samples))
         notes = tuple(note.encode("utf-8", "backslashreplace").decode() for note in self.notes)
         object.__setattr__(self, "notes", notes)  # the name of a skipped file may be no UTF-8 text
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __repr__(self) -> str:
+        splits = Counter(sample.split for sample in self.samples)
+        each = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split])
+        labels = self.label_names.names if self.label_names and not self.tasks else self.classes
+        return f"DataSet({self.name!r}, {counted(len(self), 'image')} ({each}), {listed(labels)}; {str(self.root)!r})"
 
     @property
     def serves(self) -> tuple[str, ...]:
