@@ -14,7 +14,7 @@ def whole_batches(device: torch.device) -> bool:
     Both compute the same function. A graph that leaves torch is written as whole batches: no step of it may depend on
     values.
     """
-    return device.type != "cpu" or torch.compiler.is_exporting()
+    return device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def half_products(device: torch.device, *, training: bool) -> AbstractContextManager[object]:
