@@ -25,6 +25,7 @@ from featprobe.stages.export.exports import EXPORTS
 from featprobe.stages.export.graph import Graph, GraphOutput, Raw, placement_of
 from featprobe.stages.export.known_images import find_known
 from featprobe.stages.export.parity import Parity, compare_graph
+from featprobe.stages.export.suppression import translations
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.workspace import Workspace
 
@@ -144,6 +145,7 @@ def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any
             program = torch.onnx.export(
                 graph, (example,), dynamo=True, input_names=[IMAGES], output_names=list(output.names),
                 dynamic_shapes=({0: torch.export.Dim("n")},), opset_version=opset, verbose=False,
+                custom_translation_table=translations(),
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds of errors; the cause is kept for --debug
         reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
