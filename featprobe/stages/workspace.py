@@ -11,8 +11,7 @@ from featprobe.backbones import ALIASES
 from featprobe.backbones.catalog import check_levels, find_backbone
 from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
-from featprobe.datasets import GENERATED, DataSet, read_data
-from featprobe.datasets.formats import check_reading
+from featprobe.datasets import GENERATED, DataSet
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
@@ -100,6 +99,8 @@ class Workspace:
         patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is
         generated into data/ when it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
+        from featprobe.datasets import read_data  # the formats take time, and a misspelt name needs none of them
+
         own = self.data_options(name)
         given = {"format": format_name, "images": images, "masks": masks}
         how = read_as(given | {"group_from": group_from, "split_file": split_file}, own)
@@ -146,7 +147,11 @@ class Workspace:
         how: format, group_from, images and masks, by these names; what featprobe.toml says is no part of it.
         """
         self.check_set(name)
-        check_reading(*(how.get(key) for key in ("format", "group_from", "images", "masks")))
+        words = [how.get(key) for key in ("format", "group_from", "images", "masks")]
+        if any(word is not None for word in words):
+            from featprobe.datasets.formats import check_reading
+
+            check_reading(*words)
 
     def check_extraction(self, spec: BackboneSpec, name: str, options: ExtractOptions) -> None:
         """Raise FeatprobeError for an extraction that can't be, as far as this is known without images and network."""

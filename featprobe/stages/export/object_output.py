@@ -40,7 +40,9 @@ class ObjectOutput(GraphOutput):
     (n,), bool: whether that is at least the threshold.
     """
 
-    def __init__(self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: float | None) -> None:
+    def __init__(
+        self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: float | None
+    ) -> None:
         super().__init__()
         if not isinstance(head, FcosHead | RcnnHead):
             raise ProbeError(
@@ -88,7 +90,9 @@ class ObjectOutput(GraphOutput):
     def _first(self) -> None:
         """One run before all others: what heads keep of a frame, as the places of its cells, must be no exporter's."""
         frame = self.placement.frame
-        maps = {v.name: torch.zeros(1, v.channels, frame[0] // v.stride, frame[1] // v.stride) for v in self.head.levels}
+        maps = {
+            v.name: torch.zeros(1, v.channels, frame[0] // v.stride, frame[1] // v.stride) for v in self.head.levels
+        }
         self.forward(Features(maps, frame, torch.tensor([self.placement.content], dtype=torch.int32)))
 
     def _candidates(self, features: Features) -> tuple[dict[str, Tensor], Candidates]:
@@ -99,9 +103,7 @@ class ObjectOutput(GraphOutput):
         return maps, region_candidates(self.head, maps, features)
 
     @torch.inference_mode()
-    def compare(
-        self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]
-    ) -> Differences:
+    def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
         """Objects are compared with those that the head finds in torch, at the pixels of the image as it is given."""
         wanted = [objects_at_original(own, self.placement) for own in self.head(reference(predictor, levels))]
         scores = np.array([own[0][1] if own else 0.0 for own in wanted], dtype=np.float32)
