@@ -36,9 +36,10 @@ def find_backbone(name: str) -> BackboneSpec:
             "Give the module from Python: extract(workspace, module, data). One that a package names with an entry\n"
             "point is found by that name everywhere: docs/add-a-backbone.md."
         )
+    short = [*ALIASES, *names_in(BACKBONES)]
     raise BackboneError(
-        f"There is no backbone {name!r}. {nearest(name, [*ALIASES, *names_in(BACKBONES), *known])}\n"
-        f"  wanted  one of {', '.join([*ALIASES, *names_in(BACKBONES)])}, or any of timm's models\n"
+        f"There is no backbone {name!r}. {nearest(name, [*short, *known])}\n"
+        f"  wanted  one of {', '.join(short)}, or any of timm's models\n"
         "List them:  featprobe backbones PATTERN"
     )
 
