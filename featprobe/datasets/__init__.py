@@ -7,6 +7,7 @@ from featprobe.datasets.samples import GENERATED, DataSet, Sample
 if TYPE_CHECKING:
     from featprobe.datasets.formats import FORMATS, Format, read_data
 
+
 __all__ = ["FORMATS", "GENERATED", "DataSet", "Format", "Sample", "read_data"]
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from featprobe.backbones.catalog import check_levels, check_weights, find_backbo
 from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet
+from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
@@ -23,6 +23,8 @@ from featprobe.stages.extraction.extract_options import DataEntry, ExtractOption
 
 CONFIG = "featprobe.toml"
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
+AnySet = str | os.PathLike[str] | DataSet
+"""A data set by its name in a workspace, by its path, or as it was read."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,15 @@ class Workspace:
             called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns,
             self.follow_links or own.get("follow_links", False), own.get("good"),
         )  # fmt: skip
+
+    def data_called(self, data: AnySet) -> str:
+        """The name or path by which commands here know a data set."""
+        return self.data_argument(data.name, data.root) if isinstance(data, DataSet) else os.fspath(data)
+
+    def sets_called(self, data: AnySet | Sequence[AnySet]) -> tuple[str, ...]:
+        """The same of several data sets, or of one."""
+        each = (data,) if isinstance(data, str | os.PathLike | DataSet) else data
+        return tuple(map(self.data_called, each))
 
     def data_root(self, name: str) -> tuple[str, Path]:
         """The name and the folder of a data set; a built-in set is generated. Raises DataError."""
@@ -227,15 +238,6 @@ class Workspace:
             to_do = "Correct it, then run the same command again."
             raise FeatprobeError(message(f"{path} can't be used. Nothing was computed.", faults, to_do))
         return config
-
-
-def name_of(path: Path) -> str:
-    """The name of a data set that is given by its path.
-
-    >>> name_of(Path("/scans/new castings"))
-    'new_castings'
-    """
-    return re.sub(r"[^\w.-]+", "_", path.resolve().name)
 
 
 def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
