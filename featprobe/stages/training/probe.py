@@ -20,6 +20,7 @@ from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
+from featprobe.stages.training.agenda import on_the_agenda
 from featprobe.stages.training.asked import checked, find_caches, labels_for, reads_pooled
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
@@ -100,21 +101,25 @@ def _probe(
     ]
     climb_all(ladders, say)
     found = {(ladder.cache.path, ladder.fraction): ladder.found() for ladder in ladders}
+    notes += [f"{cache.data.name}: {note}" for cache in caches for note in notes_of(cache, task, options.choice)]
+    trainings = [
+        Training(workspace, Partition(cache, split), task, own, seeds, fraction)
+        for cache, fraction in every
+        for own in [found.get((cache.path, fraction), options)]
+        for split, seeds in product(splits, own.passes(fraction))
+    ]
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for cache in caches:
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.choice)]
-        for fraction in options.fractions:
-            shown = False
-            own = found.get((cache.path, fraction), options)
-            for split, seeds in product(splits, own.passes(fraction)):
-                finished = run(Training(workspace, Partition(cache, split), task, own, seeds, fraction), say)
-                rows += finished.rows
-                notes += finished.notes
-                if options.show and not shown and is_main():
-                    shown = True
-                    show(finished, options.show, sheets, notes)
-                del finished  # the next training needs its memory
+    shown: set[tuple[Path, float]] = set()
+    for training, forecast in on_the_agenda(trainings, say):
+        finished = run(training, say, forecast)
+        rows += finished.rows
+        notes += finished.notes
+        place = training.partition.source.path, training.fraction
+        if options.show and place not in shown and is_main():
+            shown.add(place)
+            show(finished, options.show, sheets, notes)
+        del finished  # the next training needs its memory
     notes += left_behind(workspace, ladders)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
