@@ -15,12 +15,15 @@ _PUBLIC = {
     "FeatprobeError": "featprobe.errors",
     "FeatureLevel": "featprobe.levels",
     "Features": "featprobe.features",
+    "HeadKind": "featprobe.kinds",
     "HeadRecipe": "featprobe.probes",
+    "OwnBackbone": "featprobe.backbones.adapted",
     "ProbeOptions": "featprobe.stages.training.probe_options",
     "TrainRecipe": "featprobe.kinds",
     "Tuning": "featprobe.stages.training.probe_options",
     "Workspace": "featprobe.stages.workspace",
     "build_head": "featprobe.probes",
+    "check_head": "featprobe.probes.contract",
     "compare": "featprobe.stages.comparison.compare",
     "extract": "featprobe.stages.extraction.extract",
     "finetune": "featprobe.stages.training.finetune",
@@ -28,6 +31,7 @@ _PUBLIC = {
     "open_cache": "featprobe.cache",
     "predict": "featprobe.stages.predict",
     "probe": "featprobe.stages.training.probe",
+    "register_head": "featprobe.kinds",
     "run_study": "featprobe.stages.study.run_study",
 }
 
