@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BackboneSpec": "featprobe.specs",
     "Cache": "featprobe.cache",
+    "DataSet": "featprobe.datasets",
     "ExtractOptions": "featprobe.stages.extraction.extract_options",
     "FeatprobeError": "featprobe.errors",
     "FeatureLevel": "featprobe.levels",
@@ -32,6 +33,7 @@ _PUBLIC = {
     "predict": "featprobe.stages.predict",
     "probe": "featprobe.stages.training.probe",
     "register_head": "featprobe.kinds",
+    "results": "featprobe.stages.result_frame",
     "run_study": "featprobe.stages.study.run_study",
 }
 

@@ -20,12 +20,13 @@ _at_hand: ContextVar[Pairs] = ContextVar("_at_hand", default=())
 
 
 @contextmanager
-def at_hand(backbones: "Sequence[str | nn.Module]") -> Iterator[tuple[str, ...]]:
+def at_hand(backbones: "Sequence[str | nn.Module] | str | nn.Module") -> Iterator[tuple[str, ...]]:
     """Let the modules among these be found by their names, for as long as the context is open; gives all names.
 
-    Raises BackboneError for what is neither a name nor a module, and for two modules of one name.
+    One name or module stands for itself, also a module that has a length, as a Sequential. Raises BackboneError for what is neither a name nor a module, and for two modules of one name.
     """
-    named = [(one, None) if isinstance(one, str) else (spec_of_module(one).label, one) for one in backbones]
+    several = isinstance(backbones, (list, tuple))
+    named = [(one, None) if isinstance(one, str) else (spec_of_module(one).label, one) for one in (backbones if several else [backbones])]
     pairs = tuple((spec_of_module(one), one) for _, one in named if one is not None)
     labels = [spec.label for spec, _ in pairs]
     for label in labels:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from featprobe.backbones import ALIASES
 from featprobe.backbones.catalog import check_levels, find_backbone
 from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
-from featprobe.datasets import GENERATED, DataSet, read_data
-from featprobe.datasets.formats import check_reading
+from featprobe.datasets import GENERATED, DataSet
+from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
@@ -24,6 +23,8 @@ from featprobe.stages.extraction.extract_options import DataEntry, ExtractOption
 
 CONFIG = "featprobe.toml"
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
+AnySet = str | os.PathLike[str] | DataSet
+"""A data set by its name in a workspace, by its path, or as it was read."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Workspace:
         patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is
         generated into data/ when it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
+        from featprobe.datasets import read_data  # the formats take time, and a misspelt name needs none of them
+
         own = self.data_options(name)
         given = {"format": format_name, "images": images, "masks": masks}
         how = read_as(given | {"group_from": group_from, "split_file": split_file}, own)
@@ -108,6 +111,15 @@ class Workspace:
             called, root, how["format"], how["group_from"], pinned, complete, own.get("classes"), *patterns,
             self.follow_links or own.get("follow_links", False), own.get("good"),
         )  # fmt: skip
+
+    def data_called(self, data: AnySet) -> str:
+        """The name or path by which commands here know a data set."""
+        return self.data_argument(data.name, data.root) if isinstance(data, DataSet) else os.fspath(data)
+
+    def sets_called(self, data: AnySet | Sequence[AnySet]) -> tuple[str, ...]:
+        """The same of several data sets, or of one."""
+        each = (data,) if isinstance(data, str | os.PathLike | DataSet) else data
+        return tuple(map(self.data_called, each))
 
     def data_root(self, name: str) -> tuple[str, Path]:
         """The name and the folder of a data set; a built-in set is generated. Raises DataError."""
@@ -135,7 +147,11 @@ class Workspace:
         how: format, group_from, images and masks, by these names; what featprobe.toml says is no part of it.
         """
         self.check_set(name)
-        check_reading(*(how.get(key) for key in ("format", "group_from", "images", "masks")))
+        words = [how.get(key) for key in ("format", "group_from", "images", "masks")]
+        if any(word is not None for word in words):
+            from featprobe.datasets.formats import check_reading
+
+            check_reading(*words)
 
     def check_extraction(self, spec: BackboneSpec, name: str, options: ExtractOptions) -> None:
         """Raise FeatprobeError for an extraction that can't be, as far as this is known without images and network."""
@@ -220,15 +236,6 @@ class Workspace:
             to_do = "Correct it, then run the same command again."
             raise FeatprobeError(message(f"{path} can't be used. Nothing was computed.", faults, to_do))
         return config
-
-
-def name_of(path: Path) -> str:
-    """The name of a data set that is given by its path.
-
-    >>> name_of(Path("/scans/new castings"))
-    'new_castings'
-    """
-    return re.sub(r"[^\w.-]+", "_", path.resolve().name)
 
 
 def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:

@@ -421,9 +421,8 @@ OURS = {
     "cache/legacy.py",
     "datasets/generated.py",
     "datasets/images/reading.py",
-    "stages/upkeep/convert.py",
 }
-"""Caches have a way of their own, and a request to HDF5's process has no name; the last three write into a folder that
+"""Caches have a way of their own, and a request to HDF5's process has no name; the last two write into a folder that
 disk.py makes and syncs."""
 WRITES = (
     "write_text",

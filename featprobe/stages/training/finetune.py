@@ -27,7 +27,7 @@ from featprobe.stages.training.read_labels import check_live
 from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import AnySet, Workspace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,8 +62,8 @@ class Missing:
 def finetune(
     workspace: Workspace,
     task: str | None = None,
-    data: Sequence[str] = (),
-    backbones: "Sequence[str | nn.Module]" = (),
+    data: AnySet | Sequence[AnySet] = (),
+    backbones: "Sequence[str | nn.Module] | str | nn.Module" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     dry_run: bool = False,
@@ -73,14 +73,14 @@ def finetune(
     """Train heads with a live backbone on the images that caches were made from; score and save them as `probe` does.
 
     With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
-    already is not trained again. backbones: names, and modules of your own that caches were made with. With none of
-    these: the missing counterpart of every frozen result in probes/results.jsonl, with the head and the learning rate
-    that were chosen there. options: their `tuning` says what moves; the default is the full regime. say: gets the list
-    with the predicted time first. dry_run: that list alone. extract: make caches that are missing first, as for
-    `probe`. Processes that torchrun started do this together, as there. Raises FeatprobeError when there is nothing to
-    train, or images or weights are not here any more.
+    already is not trained again. data: names, paths or data sets. backbones: names, and modules of your own that caches
+    were made with. With none of these: the missing counterpart of every frozen result in probes/results.jsonl, with the
+    head and the learning rate that were chosen there. options: their `tuning` says what moves; the default is the full
+    regime. say: gets the list with the predicted time first. dry_run: that list alone. extract: make caches that are
+    missing first, as for `probe`. Processes that torchrun started do this together, as there. Raises FeatprobeError
+    when there is nothing to train, or images or weights are not here any more.
     """
-    options = options or ProbeOptions()
+    options, sets = options or ProbeOptions(), workspace.sets_called(data)
     options = replace(options, tuning=options.tuning or Tuning())
     device = pick_device(options.device)
     if options.tuning and options.tuning.precision:
@@ -88,14 +88,14 @@ def finetune(
     with at_hand(backbones) as names, together(device):
         say = say if is_main() else lambda line: None
         if extract:
-            named = bool(task or data or names)
+            named = bool(task or sets or names)
             needed = labels_for(task or TASKS[0], checked_live(task or TASKS[0], options)) if named else None
             how = extraction(options)
-            data, names, lacking = make_missing(workspace, data, names, needed, how, say, dry_run=dry_run)
+            sets, names, lacking = make_missing(workspace, sets, names, needed, how, say, dry_run=dry_run)
             if lacking:
                 say("their trainings are listed once they exist")
                 return ProbeReport((), (), ())
-        return _finetune(workspace, task, data, names, options, say, dry_run)
+        return _finetune(workspace, task, sets, names, options, say, dry_run)
 
 
 def _finetune(

@@ -26,7 +26,7 @@ from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.read_labels import classes_of
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
 from featprobe.stages.training.training import Training
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import AnySet, Workspace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,12 +40,17 @@ class ProbeReport:
     sheets: tuple[Path, ...]
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        rows, sheets, notes = (len(own) for own in (self.rows, self.sheets, self.notes))
+        what = ", ".join(sorted({f"{row['task']} of {row['backbone']} on {row['data']}" for row in self.rows})[:3])
+        return f"ProbeReport({counted(rows, 'row')}{f' ({what})' if what else ''}, {sheets} sheets, {notes} notes)"
+
 
 def probe(
     workspace: Workspace,
     task: str = TASKS[0],
-    data: Sequence[str] = (),
-    backbones: "Sequence[str | nn.Module]" = (),
+    data: AnySet | Sequence[AnySet] = (),
+    backbones: "Sequence[str | nn.Module] | str | nn.Module" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     *,
@@ -53,19 +58,19 @@ def probe(
 ) -> ProbeReport:
     """Train and score heads on every complete cache that can serve a task, or on those asked for.
 
-    backbones: names, and modules of your own. say: gets, before each training starts, how long it will take. extract:
-    make caches that are missing first, see `missing.make_missing`. Processes that torchrun started do this together,
-    and all return the same rows; the main one alone says, writes and draws. Raises FeatprobeError when nothing fits, or
-    when a cache that is asked for is not complete.
+    data: names, paths or data sets. backbones: names, and modules of your own. say: gets, before each training starts,
+    how long it will take. extract: make caches that are missing first, see `missing.make_missing`. Processes that
+    torchrun started do this together, and all return the same rows; the main one alone says, writes and draws. Raises
+    FeatprobeError when nothing fits, or when a cache that is asked for is not complete.
     """
-    options = checked(task, options or ProbeOptions())
+    options, sets = checked(task, options or ProbeOptions()), workspace.sets_called(data)
     with at_hand(backbones) as names, together(pick_device(options.device)):
         say = say if is_main() else lambda line: None
         if extract:
             how = extraction(options)
             needed, pooled = labels_for(task, options), reads_pooled(options)
-            data, names, _ = make_missing(workspace, data, names, needed, how, say, pooled=pooled)
-        return _probe(workspace, task, data, names, options, say)
+            sets, names, _ = make_missing(workspace, sets, names, needed, how, say, pooled=pooled)
+        return _probe(workspace, task, sets, names, options, say)
 
 
 def extraction(options: ProbeOptions) -> ExtractOptions:
