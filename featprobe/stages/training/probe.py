@@ -52,7 +52,7 @@ def probe(
     workspace: Workspace,
     task: str = TASKS[0],
     data: AnySet | Sequence[AnySet] = (),
-    backbones: "Sequence[str | nn.Module]" = (),
+    backbones: "Sequence[str | nn.Module] | str | nn.Module" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     *,
