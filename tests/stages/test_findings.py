@@ -37,9 +37,7 @@ def test_without_a_threshold_findings_are_the_components_of_the_class_map(values
     logits = torch.from_numpy(values)
     labels, judged = judged_pixels(logits, DEFAULT)
     assert np.array_equal(labels, best_classes(logits).numpy())
-    whole = sum(
-        scipy.ndimage.label(labels == value, structure=np.ones((3, 3)))[1] for value in range(1, len(values))
-    )
+    whole = sum(scipy.ndimage.label(labels == value, structure=np.ones((3, 3)))[1] for value in range(1, len(values)))
     assert judged.findings is not None and len(judged.findings) == whole
     assert judged.area == (labels > 0).sum() and judged.verdict == (CALLED if whole else PASSED)
     assert judged.score == pytest.approx(float(logits.softmax(0)[1:].max()), abs=1e-6)
