@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from featprobe.datasets.files import stem_of
@@ -79,6 +80,7 @@ def predict(
     batch_size: int = 8,
     skip_bad: bool = False,
     quiet: bool = False,
+    backbone: nn.Module | None = None,
     threshold: float | None = None,
     need_verdict: bool = False,
 ) -> PredictReport:
@@ -89,11 +91,12 @@ def predict(
     scores.csv and maps; for all overlays/NAME.png, summary.csv and summary.json.
 
     threshold: of a finding, or of the score of an image, in place of the head's own, see `stages.findings`.
-    need_verdict: refuse a head without a threshold, before anything is computed. Raises FeatprobeError; what was
-    written before a bad image stays.
+    need_verdict: refuse a head without a threshold, before anything is computed. backbone: the module whose features
+    the head was trained on, where that was given as an object. Raises FeatprobeError; what was written before a bad
+    image stays.
     """
     named = find_images(images, out)
-    predictor = Predictor(folder, weights=weights, device=device, threshold=threshold)
+    predictor = Predictor(folder, weights=weights, device=device, threshold=threshold, backbone=backbone)
     output = predictor.output
     if need_verdict and not output.rule:
         raise ProbeError(

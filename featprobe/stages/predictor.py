@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.given import at_hand, check_needed
 from featprobe.backbones.precision import computing
 from featprobe.cache.quantised import TORCH_DTYPE, as_read
 from featprobe.datasets.images.pixels import DTYPE_OF, Levels, counted_levels, to_levels
@@ -102,7 +104,8 @@ class Predictor:
                 print(result.verdict, result.score)
 
     folder: of the head. weights: those of the backbone, if they have moved. device: the best there is without one.
-    threshold: as `featprobe predict --threshold`. It may be called from several threads: one waits for the other.
+    threshold: as `featprobe predict --threshold`. backbone: the module whose features the head was trained on, where
+    that was given as an object. It may be called from several threads: one waits for the other.
     Raises ProbeError when the folder holds no such head, or when the backbone that can be had now is not the one that
     it was trained on; BackboneError when that can't be had at all.
     """
@@ -114,6 +117,7 @@ class Predictor:
         weights: str | None = None,
         device: str | None = None,
         threshold: float | None = None,
+        backbone: nn.Module | None = None,
     ) -> None:
         self.device = pick_device(device)
         self.folder = Path(folder)
@@ -123,7 +127,8 @@ class Predictor:
         self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card, threshold)
         if threshold is not None:
             _check_threshold(threshold, self.output, self.card["head"]["task"], self.folder)
-        self.backbone = _backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
+        with at_hand([] if backbone is None else [backbone]):
+            self.backbone = _backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
         self.framing = Framing(self.recipe, self.device)
         self._lock, self._closed = Lock(), False
 
@@ -329,10 +334,11 @@ def _backbone_of(
             spec = replace(spec, weights=str(below(folder, named, f"The card of {folder}")))
     if weights is not None:
         spec = replace(spec, source="file", weights=weights)
+    check_needed(spec)
     backbone = load_backbone(spec, [level.name for level in levels], device)
     now = replace(
-        recipe, weights_sha256=backbone.sha256, final_norm=backbone.final_norm, mean=backbone.mean,
-        std=backbone.std, interpolation=backbone.interpolation,
+        recipe, backbone=backbone.identity, weights_sha256=backbone.sha256, final_norm=backbone.final_norm,
+        mean=backbone.mean, std=backbone.std, interpolation=backbone.interpolation,
     )  # fmt: skip
     check_fingerprint(folder, card["fingerprint"], now)
     missing = [level for level in backbone.levels if level not in recipe.levels]
