@@ -17,6 +17,7 @@ _PUBLIC = {
     "FeatureLevel": "featprobe.levels",
     "Features": "featprobe.features",
     "HeadRecipe": "featprobe.probes",
+    "Predictor": "featprobe.stages.predictor",
     "ProbeOptions": "featprobe.stages.training.probe_options",
     "TrainRecipe": "featprobe.kinds",
     "Tuning": "featprobe.stages.training.probe_options",

@@ -19,6 +19,7 @@ from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.given import at_hand, check_needed
 from featprobe.backbones.precision import computing
 from featprobe.cache.quantised import TORCH_DTYPE, as_read
+from featprobe.cache.reader import free_memory
 from featprobe.datasets.images.pixels import DTYPE_OF, Levels, counted_levels, to_levels
 from featprobe.datasets.images.reading import Header, header_of, read_levels, unit_of
 from featprobe.errors import DataError, ProbeError, UsageError, counted
@@ -174,9 +175,10 @@ class Predictor:
     def close(self) -> None:
         """Free the memory of the networks. From then on a call raises ProbeError."""
         with self._lock:
+            if not self._closed:
+                del self.head, self.backbone, self.output
             self._closed = True
-            self.head.to("meta")
-            self.backbone.to("meta")
+        free_memory()
 
     def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
         """Predict a batch of (image, name); raises DataError for one that does not fit."""
