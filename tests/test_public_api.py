@@ -18,6 +18,7 @@ CHOSEN = {
     "FeatureLevel",
     "Features",
     "HeadRecipe",
+    "Predictor",
     "ProbeOptions",
     "TrainRecipe",
     "Tuning",
