@@ -51,6 +51,9 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._columns[0].rest)
 
+    def __repr__(self) -> str:
+        return f"Samples({len(self)})"
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
 

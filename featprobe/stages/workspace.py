@@ -11,7 +11,7 @@ from featprobe.backbones import ALIASES
 from featprobe.backbones.given import spec_at_hand
 from featprobe.datasets import GENERATED, DataSet, read_data
 from featprobe.datasets.names import name_of
-from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
+from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, counted, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
 from featprobe.io.plugins import BACKBONES, names_in
@@ -53,6 +53,11 @@ class Workspace:
         self.cache, self.probes, self.data = (self.root / name for name in ("cache", "probes", "data"))
         self.follow_links = follow_links
         self.config = self._read_config()
+
+    def __repr__(self) -> str:
+        sets, networks = (len(self.config.get(section, {})) for section in ("data", "backbones"))
+        named = f"{counted(sets, 'data set')} and {counted(networks, 'backbone')} in {CONFIG}"
+        return f"Workspace({str(self.root)!r}, {counted(len(self.cache_files()), 'cache')}; {named})"
 
     def backbone(
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None

@@ -166,6 +166,11 @@ class StudyReport:
     ladders: tuple[Cell, ...] = ()
     folders: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        said = {"now": len(self.rows), "missing": len(self.missing), "failed": len(self.failed)}
+        states = ", ".join(f"{count} {state}" for state, count in said.items() if count)
+        return f"StudyReport({counted(len(self.cells), 'training')}, {self.done} done before{states and f', {states}'})"
+
     def __add__(self, other: "StudyReport") -> "StudyReport":
         return StudyReport(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
 
