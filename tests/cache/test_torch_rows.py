@@ -72,7 +72,7 @@ def test_objects_are_torchvisions_in_pixels_of_the_frame(tmp_path: Path) -> None
     cache = cache_of(tmp_path, boxes=BOXES)
     rows = cache.torch_dataset()
     (_, target), (_, none) = rows[0], rows[1]
-    scale = 32 / 40  # letterbox of the width
+    scale = torch.tensor([32 / 40, 19 / 24] * 2)  # of the width to the frame, of the height to whole pixels
     assert torch.allclose(target["boxes"], torch.tensor(BOXES[0]) * scale)
     assert target["labels"].tolist() == [1, 1] and target["iscrowd"].tolist() == [0, 0] and "masks" not in target
     assert none["boxes"].shape == (0, 4) and none["image_id"] == 1

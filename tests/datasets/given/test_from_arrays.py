@@ -235,7 +235,7 @@ def test_all_faults_stand_in_one_message(tmp_path: Path) -> None:
         ({"images": GREY, "boxes": [[[0, 0, 99, 2]]] * 10}, "9 more, object 0: the box is empty or leaves the image"),
         ({"images": GREY, "boxes": [[[0, 0, 1]]] * 10}, r"\(objects, 4\)"),
         ({"images": GREY, "boxes": [[[0, 0, 1, 1]]] * 10, "labels": [[3]] * 10}, "objects of the classes 3"),
-        ({"images": GREY, "boxes": [[[0, 0, 1, 1]]] * 10, "classes": list("abc")}, "no labels for its 1 objects"),
+        ({"images": GREY, "boxes": [[[0, 0, 1, 1]]] * 10, "classes": list("abc")}, "no labels for its 1 object"),
         ({"images": GREY, "masks": np.zeros((10, 1, *SIZE), bool)}, "its mask is empty"),
         ({"images": np.ma.masked_equal(GREY, 0), "masks": MASKS}, "a masked array"),
     ],
