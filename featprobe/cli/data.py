@@ -88,10 +88,11 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
     Example:
       featprobe data info surface
     """
+    named = _read(workspace_of(ctx), name, how)
     from featprobe.datasets.label_sets import NO_LABEL
     from featprobe.stages.upkeep.describe import summarise
 
-    summary = summarise(_read(workspace_of(ctx), name, how))
+    summary = summarise(named)
     if json_:
         return show_json(asdict(summary))
     low, high = ("x".join(map(str, size)) for size in summary.sizes)
@@ -153,13 +154,15 @@ def data_show(
       featprobe data show xray --out xray.png
     """
     from featprobe.intensity import Intensity
-    from featprobe.stages.upkeep.describe import contact_sheet
 
     workspace = workspace_of(ctx)
     with as_usage():
         _ = intensity and Intensity.parse(intensity)
     policy = intensity or workspace.data_options(name).get("intensity")
-    shown = contact_sheet(_read(workspace, name, how), out, count, split, policy)
+    named = _read(workspace, name, how)
+    from featprobe.stages.upkeep.describe import contact_sheet
+
+    shown = contact_sheet(named, out, count, split, policy)
     echo(f"{out}: {counted(len(shown), 'image')} of {split}")
 
 
@@ -198,8 +201,13 @@ def data_check(
       featprobe data check path/to/my_set --html check.html
     """
     from featprobe.geometry import parse_size
-    from featprobe.report.text import table_text
     from featprobe.stages.extraction.extract_options import ExtractOptions, configured
+
+    workspace = workspace_of(ctx)
+    with as_usage():
+        measured = ExtractOptions(size=parse_size(size) if size else None)
+    named = _read(workspace, name, how, complete=False)
+    from featprobe.report.text import table_text
     from featprobe.stages.upkeep.check import (
         check,
         class_table,
@@ -210,10 +218,6 @@ def data_check(
         object_table,
     )
 
-    workspace = workspace_of(ctx)
-    with as_usage():
-        measured = ExtractOptions(size=parse_size(size) if size else None)
-    named = _read(workspace, name, how, complete=False)
     made = configured(measured, workspace.data_options(name))
     found = check(named, size=made.size, fit=made.fit, tile=made.tile, page=html, workers=workers, quiet=quiet)
     width = terminal_width()
@@ -270,11 +274,11 @@ def data_convert(
     Example:
       featprobe data convert path/to/my_set --out my_set_coco
     """
+    named = _read(workspace_of(ctx), name, how)
     from featprobe.datasets.files import FOLLOW_LINKS
     from featprobe.datasets.label_sets import says_good
     from featprobe.stages.upkeep.convert import convert
 
-    named = _read(workspace_of(ctx), name, how)
     done = convert(named, out, link=link, quiet=quiet)
     if json_:
         return show_json(asdict(done))
@@ -331,11 +335,12 @@ def data_split(
       featprobe probe --data xray --split split.csv
     """
     from featprobe.splitting import SplitChoice
-    from featprobe.stages.upkeep.describe import write_split
 
     with as_usage():
         choice = SplitChoice.parse(split)
     named = _read(workspace_of(ctx), name, how)
+    from featprobe.stages.upkeep.describe import write_split
+
     report = write_split(named, out, choice, seed, workers=workers, quiet=quiet)
     if json_:
         return show_json(asdict(report))

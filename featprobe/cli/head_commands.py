@@ -179,31 +179,48 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 @click.option(
     "--batch-size", type=click.IntRange(1), metavar="N", default=8, show_default=True, help="Images per batch."
 )
+@click.option(
+    "--threshold",
+    type=float,
+    metavar="SCORE",
+    help="From which score on something is a finding, or above which score an image is called.  [default: that of the "
+    "head; 0.5 for detections; for segmentation the class map]",
+)
+@click.option("--fail-on-defect", is_flag=True, help="End with exit code 3 if an image is called.")
 @click.option("--skip-bad", is_flag=True, help="Omit images that can't be used, and list them.")
 @device
 @quiet
 @as_json
-def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **options: Any) -> None:
+@click.pass_context
+def predict(
+    ctx: click.Context, head: Path, images: Sequence[Path], out: Path, json_: bool, fail_on_defect: bool, **options: Any
+) -> None:
     """Apply a saved head to new images.
 
     HEAD is a folder that `probe` or `finetune` has written; its card names the backbone and the preprocessing. IMAGES
-    are files and folders. The command writes overlays, and what the task finds: masks, a COCO JSON file, a CSV file of
-    labels, or a CSV file of scores with heat maps.
+    are files and folders. The command writes a summary with a verdict on each image, overlays, and what the task finds:
+    masks, COCO JSON files, a CSV file of labels, or a CSV file of scores with heat maps.
 
     \b
     Example:
       featprobe predict probes/SET/BACKBONE/HEAD/seed0 new_scans --out found
+      featprobe predict probes/SET/BACKBONE/HEAD/seed0 shot.png --out found --threshold 0.8 --fail-on-defect
     """
     from featprobe.stages.predict import predict as run
 
-    report = run(head if head.is_dir() else head.parent, images, out, **options)
+    report = run(head if head.is_dir() else head.parent, images, out, need_verdict=fail_on_defect, **options)
     if json_:
-        return show_json(asdict(report))
-    for name, reason in report.left_out:
-        echo(f"left out: {name}: {reason}")
-    for note in report.notes:
-        echo(f"note: {note}")
-    echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
+        show_json(asdict(report))
+    else:
+        for name, reason in report.left_out:
+            echo(f"left out: {name}: {reason}")
+        for note in report.notes:
+            echo(f"note: {note}")
+        echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
+        if report.called is not None:
+            echo(f"called: {report.called} of {counted(report.images, 'image')}")
+    if fail_on_defect and report.called:
+        ctx.exit(3)
 
 
 @click.command()

@@ -18,6 +18,7 @@ from featprobe.cli import stopping
 from featprobe.cli.answer_commands import compare, study
 from featprobe.cli.cache import cache
 from featprobe.cli.data import data
+from featprobe.cli.export_commands import export
 from featprobe.cli.feature_commands import backbones, extract, plan
 from featprobe.cli.head_commands import demo, finetune, predict, probe
 from featprobe.cli.help import InOrder
@@ -97,7 +98,7 @@ def cli(ctx: click.Context, workspace_root: Path, debug: bool) -> None:
     ctx.obj = workspace_root
 
 
-for _command in (extract, plan, probe, finetune, compare, study, predict, data, cache, backbones, demo):
+for _command in (extract, plan, probe, finetune, compare, study, predict, export, data, cache, backbones, demo):
     cli.add_command(_command)
 
 

@@ -4,8 +4,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -97,6 +98,17 @@ def _no_text(name: str) -> DataError:
     return DataError(f"The name {name!a} is no UTF-8 text. Rename the file or the folder. Nothing was computed.")
 
 
+class _Maker:
+    """A function of `datasets.given` that makes data sets, imported when it is first asked for: it needs all formats."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., "DataSet"]:
+        make: Callable[..., DataSet] = getattr(import_module(f"featprobe.datasets.given.{self.name}"), self.name)
+        return make
+
+
 @dataclass(frozen=True)
 class DataSet:
     """A data set, as a reader found it.
@@ -112,8 +124,7 @@ class DataSet:
     from_arrays, from_torch: make a set of arrays, and of datasets of torch; see `datasets.given`.
     """
 
-    from_arrays: ClassVar[Callable[..., "DataSet"]]  # set where all formats are known: readers make data sets
-    from_torch: ClassVar[Callable[..., "DataSet"]]
+    from_arrays, from_torch = _Maker("from_arrays"), _Maker("from_torch")
     name: str
     root: Path
     classes: tuple[str, ...]

@@ -11,8 +11,7 @@ from featprobe.backbones import ALIASES
 from featprobe.backbones.catalog import check_levels, find_backbone
 from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
-from featprobe.datasets import GENERATED, DataSet, read_data
-from featprobe.datasets.formats import check_reading
+from featprobe.datasets import GENERATED, DataSet
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, counted, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
@@ -23,9 +22,9 @@ from featprobe.stages.extraction.command_line import backbone_words
 from featprobe.stages.extraction.extract_options import DataEntry, ExtractOptions, configured, entry_faults, read_as
 
 CONFIG = "featprobe.toml"
+RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 AnySet = str | os.PathLike[str] | DataSet
 """A data set by its name in a workspace, by its path, or as it was read."""
-RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,12 @@ class Workspace:
         self.config = self._read_config()
 
     def __repr__(self) -> str:
-        sets, networks = (len(self.config.get(section, {})) for section in ("data", "backbones"))
-        named = f"{counted(sets, 'data set')} and {counted(networks, 'backbone')} in {CONFIG}"
-        return f"Workspace({str(self.root)!r}, {counted(len(self.cache_files()), 'cache')}; {named})"
+        named = {what: len(self.config.get(of, {})) for of, what in (("data", "data set"), ("backbones", "backbone"))}
+        said = [
+            counted(len(self.cache_files()), "cache"),
+            *(counted(n, f"named {what}") for what, n in named.items() if n),
+        ]
+        return f"Workspace({str(self.root)!r}, {', '.join(said)})"
 
     def backbone(
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None
@@ -105,6 +107,8 @@ class Workspace:
         patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is
         generated into data/ when it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
+        from featprobe.datasets import read_data  # the formats take time, and a misspelt name needs none of them
+
         own = self.data_options(name)
         given = {"format": format_name, "images": images, "masks": masks}
         how = read_as(given | {"group_from": group_from, "split_file": split_file}, own)
@@ -151,7 +155,11 @@ class Workspace:
         how: format, group_from, images and masks, by these names; what featprobe.toml says is no part of it.
         """
         self.check_set(name)
-        check_reading(*(how.get(key) for key in ("format", "group_from", "images", "masks")))
+        words = [how.get(key) for key in ("format", "group_from", "images", "masks")]
+        if any(word is not None for word in words):
+            from featprobe.datasets.formats import check_reading
+
+            check_reading(*words)
 
     def check_extraction(self, spec: BackboneSpec, name: str, options: ExtractOptions) -> None:
         """Raise FeatprobeError for an extraction that can't be, as far as this is known without images and network."""
