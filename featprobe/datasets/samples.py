@@ -99,7 +99,7 @@ def _no_text(name: str) -> DataError:
 
 
 class _Maker:
-    """A function of `datasets.given` that makes data sets, imported when it is first asked for: it needs all formats."""
+    """A function of `datasets.given` that makes data sets, imported when it is asked for: it needs all formats."""
 
     def __init__(self, name: str) -> None:
         self.name = name
