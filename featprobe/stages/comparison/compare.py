@@ -73,6 +73,12 @@ class Comparison:
     notes: tuple[str, ...]
     files: tuple[Path, ...]
 
+    def __repr__(self) -> str:
+        lines = counted(sum(len(own.lines) for own in self.sets), "result")
+        left = f", {len(self.unusable)} unusable" if self.unusable else ""
+        page = f"; {str(self.files[0])!r}" if self.files else ""
+        return f"Comparison({lines} in {counted(len(self.sets), 'table')}{left}{page})"
+
 
 def compare(
     workspace: Workspace,
