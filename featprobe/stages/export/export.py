@@ -24,6 +24,7 @@ from featprobe.stages.export.exports import EXPORTS
 from featprobe.stages.export.graph import Graph, GraphOutput, Raw, placement_of
 from featprobe.stages.export.known_images import find_known
 from featprobe.stages.export.parity import Parity, compare_graph
+from featprobe.stages.export.suppression import translations
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.workspace import Workspace
 
@@ -69,12 +70,12 @@ def export(
     check_opset(opset)
     if out.is_dir():
         raise ProbeError(f"{out} is a folder. Name a file, as {out / 'model.onnx'}. Nothing was computed.")
-    predictor = Predictor(folder, weights=weights, device="cpu")
+    predictor = Predictor(folder, weights=weights, device="cpu", threshold=threshold)
     check_policy(predictor)
     known = find_known(predictor, folder, workspace, images, image_size, test_images)
-    output = output_of(predictor, known.raw, threshold)
+    output = output_of(predictor, known.raw)
     model = made(predictor, known.raw, output, opset)
-    say(model, predictor, known.raw, output, threshold)
+    say(model, predictor, known.raw, output)
     data = checked(model)
     parity = compare_graph(data, predictor, output, known)
     if parity.faults:
@@ -119,13 +120,14 @@ def check_policy(predictor: Predictor) -> None:
         )
 
 
-def output_of(predictor: Predictor, raw: Raw, threshold: float | None) -> GraphOutput:
+def output_of(predictor: Predictor, raw: Raw) -> GraphOutput:
     """The end of the graph. Raises ProbeError for a head that has none."""
-    card = predictor.card
+    card, threshold = predictor.card, predictor.output.threshold
+    given = threshold.value if threshold.source == "given" else None
     build = EXPORTS.get(SCORES[card["head"]["task"]].on)
     if build is None:
         raise ProbeError(f"Heads of {card['head']['task']} can't be exported yet. Nothing was written.")
-    return build(predictor.head, card, placement_of(predictor.recipe, raw.size), threshold)
+    return build(predictor.head, card, placement_of(predictor.recipe, raw.size), given)
 
 
 def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any:
@@ -143,6 +145,7 @@ def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any
             program = torch.onnx.export(
                 graph, (example,), dynamo=True, input_names=[IMAGES], output_names=list(output.names),
                 dynamic_shapes=({0: torch.export.Dim("n")},), opset_version=opset, verbose=False,
+                custom_translation_table=translations(),
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds of errors; the cause is kept for --debug
         reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
@@ -155,18 +158,18 @@ def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any
     return program.model_proto
 
 
-def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput, threshold: float | None) -> None:
+def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput) -> None:
     """Write into a model what a program, or a person, must know of it."""
     from onnx import helper
 
-    helper.set_model_props(model, dict(described(predictor, raw, output, threshold)))
+    helper.set_model_props(model, dict(described(predictor, raw, output)))
     model.producer_name, model.producer_version = "featprobe", __version__
 
 
-def described(predictor: Predictor, raw: Raw, output: GraphOutput, threshold: float | None) -> Mapping[str, str]:
+def described(predictor: Predictor, raw: Raw, output: GraphOutput) -> Mapping[str, str]:
     """The texts of `metadata_props`, by their names; those that are no plain words are JSON."""
     card, recipe = predictor.card, predictor.recipe
-    spec, own = BackboneSpec.from_json(card["backbone"]), predictor.head.state_dict().get("threshold")
+    spec = BackboneSpec.from_json(card["backbone"])
     values: dict[str, Any] = {
         "featprobe_version": __version__,
         "task": card["head"]["task"],
@@ -180,7 +183,8 @@ def described(predictor: Predictor, raw: Raw, output: GraphOutput, threshold: fl
         "data": card["data"]["name"],
         "data_fingerprint": card["data"]["fingerprint"],
         "threshold": output.limit,
-        "threshold_from": "user" if threshold is not None else "head" if own == output.limit else "default",
+        "threshold_from": predictor.output.threshold.source,
+        "rule": predictor.output.rule,
         "input_dtype": raw.dtype,
         "input_layout": "NHW" if raw.channels == 1 else "NHWC, red green blue",
         "image_size": list(raw.size),
