@@ -3,12 +3,16 @@
 from collections.abc import Callable, Mapping
 
 from featprobe.scores import On
+from featprobe.stages.export.anomaly_output import anomaly_output
 from featprobe.stages.export.graph import GraphOutput
+from featprobe.stages.export.image_output import LabelOutput
 from featprobe.stages.export.object_output import ObjectOutput
 from featprobe.stages.export.pixel_output import PixelOutput
 
 EXPORTS: Mapping[On, Callable[..., GraphOutput]] = {
     "pixels": PixelOutput,
+    "images": LabelOutput,
+    "anomalies": anomaly_output,
     "boxes": ObjectOutput,
     "masks": ObjectOutput,
 }
