@@ -108,10 +108,10 @@ class ObjectOutput(GraphOutput):
         said, apart = found["verdict"], scores - np.float32(self.threshold)
         total = Differences(**compared_verdicts(said, scores >= np.float32(self.threshold), apart))
         for image, own in enumerate(wanted):
-            total += matched(self._objects(found, image), own, self.threshold, self.floor)
+            total += matched(self.objects(found, image), own, self.threshold, self.floor)
         return total
 
-    def _objects(self, found: Mapping[str, NDArray[Any]], image: int) -> Objects:
+    def objects(self, found: Mapping[str, NDArray[Any]], image: int) -> Objects:
         """The objects of one image in a graph's outputs."""
         own = found["image"] == image
         values = [torch.from_numpy(found[name][own]) for name in self.names[:-2] if name != "image"]

@@ -47,9 +47,10 @@ def best_of(candidates: Candidates, classes: int, most: int, iou: float, floor: 
     """Scores and places of the candidates of each image that stay, best first: (batch, most) each.
 
     A score of 0 stands where an image has no more. classes: labels run from 1 to `classes`. Candidates of different
-    classes don't suppress each other. Nothing in it depends on values, and none of its shapes does.
+    classes don't suppress each other; those without an area are dropped. No shape of what comes out depends on values.
     """
-    boxes, labels, scores = candidates.boxes, candidates.labels, candidates.scores
+    boxes, labels = candidates.boxes, candidates.labels
+    scores = candidates.scores * (boxes[..., 2:] > boxes[..., :2]).all(-1)
     every = torch.arange(1, classes + 1, device=labels.device)[:, None]
     of_class = scores[:, None] * (labels[:, None] == every)  # (batch, classes, candidates)
     stay = torch.ops.featprobe.suppressed(boxes, of_class, min(most, scores.shape[1]), iou, floor)
