@@ -349,7 +349,7 @@ def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
     [[0, 0, 0, 0], [0, 0, 0, 0], [3, 5, 3, 1], [3, 5, 3, 1]]
     """
     spread = pad(weight.flip(2, 3), (times - 1,) * 4)
-    return avg_pool2d(spread, times, 1, divisor_override=1).transpose(0, 1)
+    return (avg_pool2d(spread, times, 1) * times**2).transpose(0, 1)
 
 
 class SimplePyramid(Pyramid):

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -76,7 +75,7 @@ def export(
     known = find_known(predictor, folder, workspace, images, image_size, test_images)
     output = output_of(predictor, known.raw, threshold)
     model = made(predictor, known.raw, output, opset)
-    say(model, predictor, known.raw, threshold)
+    say(model, predictor, known.raw, output, threshold)
     data = checked(model)
     parity = compare_graph(data, predictor, output, known)
     if parity.faults:
@@ -158,20 +157,18 @@ def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any
     return program.model_proto
 
 
-def say(model: Any, predictor: Predictor, raw: Raw, threshold: float | None) -> None:
+def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput, threshold: float | None) -> None:
     """Write into a model what a program, or a person, must know of it."""
     from onnx import helper
 
-    helper.set_model_props(model, dict(described(predictor, raw, threshold)))
+    helper.set_model_props(model, dict(described(predictor, raw, output, threshold)))
     model.producer_name, model.producer_version = "featprobe", __version__
 
 
-def described(predictor: Predictor, raw: Raw, threshold: float | None) -> Mapping[str, str]:
+def described(predictor: Predictor, raw: Raw, output: GraphOutput, threshold: float | None) -> Mapping[str, str]:
     """The texts of `metadata_props`, by their names; those that are no plain words are JSON."""
     card, recipe = predictor.card, predictor.recipe
-    own = float(getattr(predictor.head, "threshold", math.nan))
-    limit = threshold if threshold is not None else None if math.isnan(own) else own
-    spec = BackboneSpec.from_json(card["backbone"])
+    spec, own = BackboneSpec.from_json(card["backbone"]), predictor.head.state_dict().get("threshold")
     values: dict[str, Any] = {
         "featprobe_version": __version__,
         "task": card["head"]["task"],
@@ -184,8 +181,8 @@ def described(predictor: Predictor, raw: Raw, threshold: float | None) -> Mappin
         "feature_key": recipe.key,
         "data": card["data"]["name"],
         "data_fingerprint": card["data"]["fingerprint"],
-        "threshold": limit,
-        "threshold_from": "user" if threshold is not None else "head" if limit is not None else "default",
+        "threshold": output.limit,
+        "threshold_from": "user" if threshold is not None else "head" if own == output.limit else "default",
         "input_dtype": raw.dtype,
         "input_layout": "NHW" if raw.channels == 1 else "NHWC, red green blue",
         "image_size": list(raw.size),

@@ -40,7 +40,9 @@ class ObjectOutput(GraphOutput):
     (n,), bool: whether that is at least the threshold.
     """
 
-    def __init__(self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: float | None) -> None:
+    def __init__(
+        self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: float | None
+    ) -> None:
         super().__init__()
         if not isinstance(head, FcosHead | RcnnHead):
             raise ProbeError(
@@ -49,7 +51,7 @@ class ObjectOutput(GraphOutput):
                 "Use it with featprobe predict, or train one of these."
             )
         self.head: FcosHead | RcnnHead = head
-        self.threshold = AT_LEAST if threshold is None else threshold
+        self.limit = AT_LEAST if threshold is None else float(np.float32(threshold))
         self.overlap, self.floor = NMS_IOU, SCORE_FLOOR
         self.masks = False
         if isinstance(head, RcnnHead):
@@ -82,13 +84,13 @@ class ObjectOutput(GraphOutput):
         masks = [masks_of(self.head, maps, boxes, image, labels)] if self.masks else []
         original = (boxes * self.scale).clamp(min=0).minimum(self.ends)
         score = values[:, 0]
-        return (original, scores, labels, image, *masks, score, score >= self.threshold)
+        return (original, scores, labels, image, *masks, score, score >= self.limit)
 
     @torch.no_grad()
     def _first(self) -> None:
         """One run before all others: what heads keep of a frame, as the places of its cells, must be no exporter's."""
         frame = self.placement.frame
-        maps = {v.name: torch.zeros(1, v.channels, frame[0] // v.stride, frame[1] // v.stride) for v in self.head.levels}
+        maps = {v.name: torch.zeros(1, v.channels, *v.cells(frame)) for v in self.head.levels}
         self.forward(Features(maps, frame, torch.tensor([self.placement.content], dtype=torch.int32)))
 
     def _candidates(self, features: Features) -> tuple[dict[str, Tensor], Candidates]:
@@ -99,16 +101,14 @@ class ObjectOutput(GraphOutput):
         return maps, region_candidates(self.head, maps, features)
 
     @torch.inference_mode()
-    def compare(
-        self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]
-    ) -> Differences:
+    def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
         """Objects are compared with those that the head finds in torch, at the pixels of the image as it is given."""
         wanted = [objects_at_original(own, self.placement) for own in self.head(reference(predictor, levels))]
         scores = np.array([own[0][1] if own else 0.0 for own in wanted], dtype=np.float32)
-        said, apart = found["verdict"], scores - np.float32(self.threshold)
-        total = Differences(**compared_verdicts(said, scores >= np.float32(self.threshold), apart))
+        said, apart = found["verdict"], scores - self.limit
+        total = Differences(**compared_verdicts(said, scores >= self.limit, apart))
         for image, own in enumerate(wanted):
-            total += matched(self.objects(found, image), own, self.threshold, self.floor)
+            total += matched(self.objects(found, image), own, self.limit, self.floor)
         return total
 
     def objects(self, found: Mapping[str, NDArray[Any]], image: int) -> Objects:

@@ -13,8 +13,10 @@ from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.probes import DenseHead, logits_at_original
 from featprobe.stages.export.graph import (
+    AtOriginal,
     Differences,
     GraphOutput,
+    compared_logits,
     compared_verdicts,
     pieces_of_size,
     reference,
@@ -38,20 +40,16 @@ class PixelOutput(GraphOutput):
 
     def __init__(self, head: DenseHead, card: Mapping[str, Any], placement: Placement, threshold: float | None) -> None:
         super().__init__()
-        self.head, self.threshold = head, threshold
-        sides = zip(placement.original, placement.content, strict=True)
-        rows, columns = (_weights(head.stride, original, content) for original, content in sides)
-        self.register_buffer("rows", rows)
-        self.register_buffer("columns", columns)
+        self.head, self.limit = head, threshold
+        self.pixels = AtOriginal(logits_at_original, head.stride, placement)
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """See the class."""
         cells = self.head(features)
-        shown = cells[:, :, : self.rows.shape[1], : self.columns.shape[1]]
-        logits = self.rows @ (shown @ self.columns.T)
+        logits = self.pixels(cells)
         probabilities, classes = logits.softmax(1), logits.argmax(1)
         score = probabilities[:, 1:].amax((1, 2, 3))
-        verdict = (classes > 0).flatten(1).any(1) if self.threshold is None else score >= self.threshold
+        verdict = (classes > 0).flatten(1).any(1) if self.limit is None else score >= self.limit
         return classes.to(torch.uint8), probabilities, score, verdict, cells
 
     @torch.inference_mode()
@@ -63,21 +61,14 @@ class PixelOutput(GraphOutput):
         cells = predictor.head(features)
         logits = logits_at_original(cells, self.head.stride, pieces[0].placement)
         scores = logits.softmax(1)[:, 1:].amax((1, 2, 3)).numpy()
-        if self.threshold is None:
+        if self.limit is None:
             wanted, apart = (masks > 0).any((1, 2)), (logits[:, 1:].amax(1) - logits[:, 0]).amax((1, 2)).numpy()
         else:
-            wanted, apart = scores >= self.threshold, scores - self.threshold
+            wanted, apart = scores >= self.limit, scores - self.limit
         return Differences(
-            logits=float(np.abs(found["logits"] - cells.numpy()).max()),
+            **compared_logits(found["logits"], cells.numpy()),
             scores=relative(found["score"], scores),
             pixels=masks.size,
             equal_pixels=int((found["classes"] == masks).sum()),
             **compared_verdicts(found["verdict"], wanted, apart),
         )
-
-
-def _weights(stride: int, original: int, content: int) -> Tensor:
-    """What a line of cells becomes in `logits_at_original`, along one axis: (original, cells)."""
-    each = torch.eye(-(-content // stride))[:, :, None]  # (cells, cells, 1)
-    along = Placement((original, 1), (content, 1), (content, 1))
-    return logits_at_original(each, stride, along)[:, :, 0].T.contiguous()

@@ -50,8 +50,8 @@ def lively(head: FcosHead | RcnnHead) -> FcosHead | RcnnHead:
             of_box, out = head.regions.box_head, head.regions.box_predictor
             for bias in (of_box.fc6.bias, of_box.fc7.bias, out.cls_score.bias):
                 bias.zero_()
-            out.cls_score.bias[0] = 8
-            out.cls_score.weight.mul_(100)
+            out.cls_score.bias[0] = 6
+            out.cls_score.weight.mul_(30)
             out.bbox_pred.weight.mul_(3)
     return head.eval().requires_grad_(False)
 
@@ -88,8 +88,8 @@ def runtimes(output: ObjectOutput, path: Path) -> dict[str, Run]:
     dynamic = {0: torch.export.Dim.DYNAMIC}
     with silence(), torch.no_grad():
         program = torch.onnx.export(
-            FromMaps(output, example).eval(), (list(example.maps.values()),), dynamo=True, opset_version=20, verbose=False,
-            input_names=list(example.maps), output_names=list(output.names), custom_translation_table=translations(),
+            FromMaps(output, example).eval(), (list(example.maps.values()),), dynamo=True, opset_version=20,
+            verbose=False, input_names=list(example.maps), output_names=list(output.names), custom_translation_table=translations(),
             dynamic_shapes=([dynamic] * len(example.maps),),
         )  # fmt: skip
     assert program is not None
@@ -102,9 +102,7 @@ def runtimes(output: ObjectOutput, path: Path) -> dict[str, Run]:
         import openvino
 
         compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        found["openvino"] = lambda features: {
-            name: compiled(arrays(features))[name].copy() for name in output.names
-        }
+        found["openvino"] = lambda features: {name: compiled(arrays(features))[name].copy() for name in output.names}
     return found
 
 
@@ -133,10 +131,10 @@ def agreement(output: ObjectOutput, found: Mapping[str, NDArray[Any]], features:
         wanted = [objects_at_original(own, output.placement) for own in output.head(features)]
     assert found["score"].shape == found["verdict"].shape == (features.batch,)
     assert found["score"] == pytest.approx([own[0][1] if own else 0 for own in wanted], abs=1e-5)
-    assert found["verdict"].tolist() == [bool(own and own[0][1] >= output.threshold) for own in wanted]
+    assert found["verdict"].tolist() == [bool(own and own[0][1] >= output.limit) for own in wanted]
     total = Differences()
     for image, own in enumerate(wanted):
-        total += matched(output.objects(found, image), own, output.threshold, output.floor)
+        total += matched(output.objects(found, image), own, output.limit, output.floor)
     return total
 
 
@@ -174,12 +172,16 @@ def test_regions_of_a_whole_batch_are_those_of_each_image(placement: Placement) 
         assert torch.equal(scores[image == index], own.scores) and torch.equal(labels[image == index], own.labels)
         torch.testing.assert_close(masks[image == index], own.masks)
         wide = [one.box_xyxy for one, _ in objects_at_original(own, placement)]
-        torch.testing.assert_close(boxes[image == index].double(), torch.tensor(wide, dtype=torch.float64), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            boxes[image == index].double(), torch.tensor(wide, dtype=torch.float64), rtol=1e-5, atol=1e-4
+        )
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 30), st.integers(1, 4), st.integers(0, 2**31), st.sampled_from([5, 100]))
-def test_suppression_of_a_batch_is_that_of_each_image(batch: int, boxes: int, classes: int, seed: int, most: int) -> None:
+def test_suppression_of_a_batch_is_that_of_each_image(
+    batch: int, boxes: int, classes: int, seed: int, most: int
+) -> None:
     rng = torch.Generator().manual_seed(seed)
     corner = 20 * torch.rand(batch, boxes, 2, generator=rng)
     both = torch.cat([corner, corner + 12 * torch.rand(batch, boxes, 2, generator=rng)], 2).clamp(max=24)
@@ -234,7 +236,9 @@ def test_two_equal_objects_need_two_others() -> None:
 
 def test_another_kind_of_head_is_refused_in_words() -> None:
     class OwnHead(ObjectHead):
-        assignment = {}  # type: ignore[assignment]
+        @property
+        def assignment(self) -> dict[str, str]:
+            return {}
 
         def forward(self, features: Features, targets: Any = None) -> Any:
             return [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0))]
