@@ -40,6 +40,10 @@ class ObjectOutput(GraphOutput):
     (n,), bool: whether that is at least the threshold.
     """
 
+    limit: float
+    scale: Tensor
+    ends: Tensor
+
     def __init__(
         self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: float | None
     ) -> None:

@@ -1,6 +1,6 @@
 """Non-maximum suppression of a whole batch, in torch and as one operator of an ONNX graph."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def _(boxes: Tensor, scores: Tensor, most: int, iou: float, floor: float) -> Ten
     return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(), 3), dtype=torch.int64)
 
 
-def translations() -> Mapping[Any, Callable[..., Any]]:
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` must know of operators that are ours: a `custom_translation_table`."""
     from onnxscript import opset18 as op
 

@@ -89,8 +89,8 @@ def runtimes(output: ObjectOutput, path: Path) -> dict[str, Run]:
     with silence(), torch.no_grad():
         program = torch.onnx.export(
             FromMaps(output, example).eval(), (list(example.maps.values()),), dynamo=True, opset_version=20,
-            verbose=False, input_names=list(example.maps), output_names=list(output.names), custom_translation_table=translations(),
-            dynamic_shapes=([dynamic] * len(example.maps),),
+            verbose=False, input_names=list(example.maps), output_names=list(output.names),
+            custom_translation_table=translations(), dynamic_shapes=([dynamic] * len(example.maps),),
         )  # fmt: skip
     assert program is not None
     program.save(path)
