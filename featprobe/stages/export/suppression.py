@@ -34,7 +34,9 @@ def _(boxes: Tensor, scores: Tensor, most: int, iou: float, floor: float) -> Ten
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` must know of operators that are ours: a `custom_translation_table`."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def translated(boxes: Any, scores: Any, most: int, iou: float, floor: float) -> Any:
         limits = op.Constant(value_float=iou), op.Constant(value_float=floor)

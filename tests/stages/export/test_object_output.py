@@ -22,9 +22,8 @@ from featprobe.probes import Detections, FcosHead, ObjectHead, RcnnHead, objects
 from featprobe.probes.detections import Candidates, suppress
 from featprobe.stages.export.export import silence
 from featprobe.stages.export.graph import NEAR, Differences
-from featprobe.stages.export.object_output import ObjectOutput, matched
+from featprobe.stages.export.object_output import ObjectOutput, at_original, matched
 from featprobe.stages.export.suppression import best_of, translations
-from featprobe.targets import Instance, encode_rle
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -128,13 +127,13 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def agreement(output: ObjectOutput, found: Mapping[str, NDArray[Any]], features: Features) -> Differences:
     """How a graph's answer agrees with the head itself."""
     with torch.inference_mode():
-        wanted = [objects_at_original(own, output.placement) for own in output.head(features)]
+        wanted = [at_original(own, output.placement) for own in output.head(features)]
     assert found["score"].shape == found["verdict"].shape == (features.batch,)
-    assert found["score"] == pytest.approx([own[0][1] if own else 0 for own in wanted], abs=1e-5)
-    assert found["verdict"].tolist() == [bool(own and own[0][1] >= output.limit) for own in wanted]
+    assert found["score"] == pytest.approx([max(own.scores.tolist(), default=0) for own in wanted], abs=1e-5)
+    assert found["verdict"].tolist() == [bool((own.scores >= output.limit).any()) for own in wanted]
     total = Differences()
     for image, own in enumerate(wanted):
-        total += matched(output.objects(found, image), own, output.limit, output.floor)
+        total += matched(output.detections(found, image), own, output.limit, output.floor)
     return total
 
 
@@ -195,43 +194,43 @@ def test_suppression_of_a_batch_is_that_of_each_image(
         assert torch.equal(values[image][: len(found)], scores[image][found])
 
 
-def a_mask(filled: int) -> Any:
-    mask = np.zeros((40, 40), dtype=bool)
-    mask[:filled] = True
-    return encode_rle(mask)
+def detections(*objects: tuple[list[float], int, float, float]) -> Detections:
+    """Of (box, label, score, probability of all of its mask) each."""
+    boxes, labels, scores, masks = zip(*objects, strict=True) if objects else ([], [], [], [])
+    return Detections(
+        torch.tensor(boxes).view(-1, 4), torch.tensor(labels), torch.tensor(scores, dtype=torch.float64),
+        torch.tensor(masks)[:, None, None].expand(-1, 2, 2),
+    )  # fmt: skip
 
 
-ONE = (Instance(1, (0.0, 0.0, 40.0, 20.0), a_mask(20)), 0.7)
+BOX = [0.0, 0.0, 40.0, 20.0]
+ONE = (BOX, 1, 0.7, 0.9)
 
 
 @pytest.mark.parametrize(
-    ("other", "equal", "counted", "near"),
+    ("others", "equal", "counted"),
     [
-        (ONE, 1, 1, 0),
-        ((ONE[0], 0.7 - NEAR * 0.9), 1, 1, 0),
-        ((ONE[0], 0.7 - NEAR * 1.1), 0, 2, 0),
-        ((replace(ONE[0], box_xyxy=(0.0, 0.0, 40.0, 20.1)), 0.7), 1, 1, 0),
-        ((replace(ONE[0], box_xyxy=(0.0, 0.0, 40.0, 20.4)), 0.7), 0, 2, 0),
-        ((replace(ONE[0], category=2), 0.7), 0, 2, 0),
-        ((replace(ONE[0], rle=a_mask(19)), 0.7), 0, 2, 0),
-        ((replace(ONE[0], rle=None), 0.7), 0, 2, 0),
-        (None, 0, 1, 0),
+        ([ONE], 1, 1),
+        ([(BOX, 1, 0.7 - NEAR * 0.9, 0.9)], 1, 1),
+        ([(BOX, 1, 0.7 - NEAR * 1.1, 0.9)], 0, 2),
+        ([([0.0, 0.0, 40.0, 20.1], 1, 0.7, 0.9)], 1, 1),
+        ([([0.0, 0.0, 40.0, 20.4], 1, 0.7, 0.9)], 0, 2),
+        ([(BOX, 2, 0.7, 0.9)], 0, 2),
+        ([(BOX, 1, 0.7, 0.9 - NEAR * 1.1)], 0, 2),
+        ([], 0, 1),
+        ([ONE, ONE], 1, 2),
     ],
 )
-def test_objects_are_one_where_nothing_tells_them_apart(other: Any, equal: int, counted: int, near: int) -> None:
-    total = matched([] if other is None else [other], [ONE], 0.5, 0.01)
-    assert (total.equal_objects, total.objects, total.near) == (equal, counted, near)
+def test_objects_are_one_where_nothing_tells_them_apart(others: Any, equal: int, counted: int) -> None:
+    for found, wanted in ((detections(*others), detections(ONE)), (detections(ONE), detections(*others))):
+        total = matched(found, wanted, 0.5, 0.01)
+        assert (total.equal_objects, total.objects, total.near) == (equal, counted, 0)
 
 
 @pytest.mark.parametrize("score", [0.5 - NEAR / 2, 0.5 + NEAR / 2, 0.01 + NEAR / 2])
 def test_an_object_at_a_threshold_is_counted_apart(score: float) -> None:
-    total = matched([ONE, (replace(ONE[0], box_xyxy=(0.0, 20.0, 40.0, 40.0)), score)], [ONE], 0.5, 0.01)
+    total = matched(detections(ONE, ([0.0, 20.0, 40.0, 40.0], 1, score, 0.9)), detections(ONE), 0.5, 0.01)
     assert (total.equal_objects, total.objects, total.near) == (1, 1, 1)
-
-
-def test_two_equal_objects_need_two_others() -> None:
-    total = matched([ONE, ONE], [ONE], 0.5, 0.01)
-    assert (total.equal_objects, total.objects) == (1, 2)
 
 
 def test_another_kind_of_head_is_refused_in_words() -> None:
