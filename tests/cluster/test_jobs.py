@@ -23,7 +23,7 @@ pytestmark = pytest.mark.cluster
 ONE = SMALL.replace('["semseg", "detect"]', '["semseg"]').replace('"linear", "ridge"', '"linear"')
 ONE = ONE.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]").replace('"frozen", "full"', '"frozen"')
 TWELVE = ONE.replace("seeds = 1", "seeds = 3").replace("[1.0]", "[0.5, 1.0]").replace('"frozen"', '"frozen", "full"')
-LONGEST = 150.0  # seconds
+LONGEST = 400.0  # seconds: the machine may be busy with something else
 
 
 @dataclass(frozen=True)
