@@ -78,7 +78,11 @@ class SlurmHere:
         """For processes that use the cluster."""
         path = os.pathsep.join([os.environ.get("PATH", ""), *SBIN])
         own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        return own | {"PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf"), "FEATPROBE_CLUSTER": str(self.folder)}
+        return own | {
+            "PATH": path,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "FEATPROBE_CLUSTER": str(self.folder),
+        }
 
     def start(self) -> None:
         """Start the daemons, and wait until the nodes can be used. Raises NoClusterError."""
@@ -146,7 +150,13 @@ class SlurmHere:
     def _run(self, *command: str) -> None:
         """Start a daemon, which leaves this process."""
         done = subprocess.run(
-            command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60
+            command,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
         if done.returncode:
             raise NoClusterError(f"{command[0]} does not start: {done.stderr.strip()}\n{self.logs()}")

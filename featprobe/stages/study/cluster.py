@@ -21,17 +21,8 @@ from featprobe.io.texts import printable
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.specs import digest
-from featprobe.stages.study.study import (
-    Cell,
-    Place,
-    Study,
-    StudyReport,
-    by_cache,
-    ladder_of,
-    make_cache,
-    run_cells,
-    run_grid,
-)
+from featprobe.stages.study.grid import StudyReport, ladder_of, make_cache, run_cells, run_grid
+from featprobe.stages.study.study import Cell, Place, Study, by_cache
 from featprobe.stages.training.run import Say
 from featprobe.stages.workspace import Workspace
 
