@@ -5,6 +5,7 @@ stops it is said in words, in the job's log and in its answer.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,17 @@ from typing import Any
 
 from featprobe.errors import FeatprobeError
 from featprobe.io.texts import printable
-from featprobe.stages.study.cluster import write_failure
 
+STOPS = {signal.SIGUSR1, signal.SIGUSR2}  # what SLURM sends before it stops a job; which one is set for submitit
 WAIT = 60.0  # seconds: as long as a shared folder may take until a node sees a new file
 
 
 def main() -> None:
     """Do the job of this process, as the environment names it; exits with 1 where it fails in words."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the job can go back into the queue, it waits with its answer
     import submitit.core.submission
+
+    from featprobe.stages.study.cluster import write_failure
 
     folder = Path(sys.argv[-1])  # submitit's own words for Python stand before it
     os.environ["SUBMITIT_FOLDER"] = str(folder)
