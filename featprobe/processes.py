@@ -70,8 +70,8 @@ def together(device: torch.device) -> Iterator[None]:
             from accelerate import PartialState
         except ImportError as error:
             raise BackboneError(
-                f"{count} processes were started, and what they compute together needs Accelerate, which is not installed. "
-                "Nothing was started.\nInstall it:  pip install 'featprobe[processes]'"
+                f"{count} processes can't compute together without Accelerate, which is not installed. Nothing was "
+                "trained.\nInstall it:  pip install 'featprobe[processes]'"
             ) from error
 
         PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)

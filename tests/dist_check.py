@@ -1,7 +1,8 @@
 """Build the source archive and the wheel, and run the archive's own fast tests on the wheel: `make dist-check`.
 
-The wheel goes into an environment of its own, in a temporary folder. The packages that it needs are those of the environment
-that runs this program, so no network is used. Words on the command line go to pytest, in place of all fast tests.
+The wheel goes into an environment of its own, in a temporary folder. The packages that it needs are those of the
+environment that runs this program, so no network is used. Words on the command line go to pytest, in place of all fast
+tests.
 """
 
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["-n", "2", "--dist", "loadfile", "-m", "not slow and not process and not browser", "tests"]
-ORIGIN = "import featprobe, importlib.metadata as m; print(featprobe.__file__, featprobe.__version__, m.version('featprobe'))"
+ORIGIN = "import featprobe as f, importlib.metadata as m; print(f.__file__, f.__version__, m.version('featprobe'))"
 
 
 def built(folder: Path) -> tuple[Path, Path]:
@@ -73,7 +74,10 @@ def main(words: list[str]) -> int:
         print(archive.name, wheel.name, run([str(python), "-c", ORIGIN], cwd=folder), sep="\n", end="", flush=True)
         path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"PATH": path, "PYTHONSAFEPATH": "1"}  # featprobe/ of the archive must not stand in for the wheel
+        environment |= {
+            "PATH": path,
+            "PYTHONSAFEPATH": "1",
+        }  # featprobe/ of the archive must not stand in for the wheel
         tests = [str(python), "-m", "pytest", *(words or FAST)]
         return subprocess.run(tests, cwd=tree, env=environment, check=False).returncode
 

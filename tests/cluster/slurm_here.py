@@ -1,8 +1,8 @@
 """A SLURM of this machine, for the length of one command: `python tests/cluster/slurm_here.py COMMAND...`.
 
-It starts munge, a controller and two nodes without systemd and as the user who runs it. Keys, sockets, ports and state are
-its own and lie below one temporary folder, so two at once do not meet. The second node, "apart", sees an empty folder where
-the others see `hidden`: it stands for a cluster without a shared folder. It is absent where the user may not mount.
+It starts munge, a controller and two nodes without systemd and as the user who runs it. Keys, sockets, ports and state
+are its own and lie below one temporary folder, so two at once do not meet. The second node, "apart", sees an empty
+folder where the others see `hidden`: a cluster without a shared folder. It is absent where the user may not mount.
 
 The command finds SLURM_CONF in its environment, and the folder in FEATPROBE_CLUSTER. When it ends, or is stopped, every
 process of the cluster is ended and the folder removed. Where there can be no cluster it says why and exits with 0; with

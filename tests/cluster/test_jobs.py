@@ -118,7 +118,7 @@ def waiting(cluster: SlurmHere, tmp_path_factory: pytest.TempPathFactory, data: 
     made.lock.parent.mkdir()
     with made.lock.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        made.limited.hand_over("time=1", "signal_delay_s=20")  # SLURM looks at limits twice a minute
+        made.limited.hand_over("time=2", "signal_delay_s=30")  # the signal comes after 60 to 90 seconds
         yield made
 
 

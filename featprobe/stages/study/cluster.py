@@ -288,8 +288,8 @@ def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
             said = dict.fromkeys(line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
             raise FeatprobeError(
                 f"SLURM takes no job: {'; '.join(filter(None, said))}.\n"
-                "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and run"
-                " the same command again: nothing is handed over twice."
+                "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and "
+                "run the same command again: nothing is handed over twice."
             ) from error
     return [job.job_id for job in jobs]
 
@@ -378,8 +378,8 @@ def _without_log(job: str, log: Path) -> str:
     code = f", exit code {told['ExitCode']}" if "ExitCode" in told else ""
     slurm = f" (SLURM: {state} {told.get('Reason', '')}{code})" if state else ""
     return (
-        f"job {job} left no log: {where} not see {log.parent}{slurm}. Keep the workspace in a folder that all nodes share, "
-        "under the same path"
+        f"job {job} left no log: {where} not see {log.parent}{slurm}. Keep the workspace in a folder that all nodes "
+        "share, under the same path"
     )
 
 
