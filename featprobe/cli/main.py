@@ -21,6 +21,7 @@ from featprobe.cli.feature_commands import backbones, extract, plan
 from featprobe.cli.head_commands import demo, finetune, predict, probe
 from featprobe.cli.help import InOrder
 from featprobe.cli.options import echo
+from featprobe.cli.start_commands import try_
 from featprobe.errors import FeatprobeError
 from featprobe.io.texts import printable
 
@@ -85,7 +86,7 @@ def cli(ctx: click.Context, workspace_root: Path, debug: bool) -> None:
     ctx.obj = workspace_root
 
 
-for _command in (extract, plan, probe, finetune, compare, study, predict, data, cache, backbones, demo):
+for _command in (try_, extract, plan, probe, finetune, compare, study, predict, data, cache, backbones, demo):
     cli.add_command(_command)
 
 
