@@ -25,7 +25,8 @@ from featprobe.probes import append_row, load_head, save_head
 from featprobe.scores import SCORES
 from featprobe.specs import DataInfo, FeatureRecipe
 from featprobe.stages.partition import Partition
-from featprobe.stages.study.study import Study, cells_of, run_cells
+from featprobe.stages.study.grid import run_cells
+from featprobe.stages.study.study import Study, cells_of
 from featprobe.stages.training.prepared import prepare
 from featprobe.stages.training.run import run
 from featprobe.stages.training.training import Training

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BackboneSpec": "featprobe.specs",
     "Cache": "featprobe.cache",
+    "DataSet": "featprobe.datasets",
     "ExtractOptions": "featprobe.stages.extraction.extract_options",
     "FeatprobeError": "featprobe.errors",
     "FeatureLevel": "featprobe.levels",
@@ -28,6 +29,7 @@ _PUBLIC = {
     "open_cache": "featprobe.cache",
     "predict": "featprobe.stages.predict",
     "probe": "featprobe.stages.training.probe",
+    "results": "featprobe.stages.result_frame",
     "run_study": "featprobe.stages.study.run_study",
 }
 

@@ -1,6 +1,7 @@
 """Every error that featprobe raises on purpose.
 
     FeatprobeError                exit code 1: one paragraph, no traceback
+    ├── UsageError                exit code 2: a wrong value on the command line
     ├── DataError                 an image, a mask, an annotation, a split, a data set's name
     │   ├── LabelSizeError        labels of another size than their image
     │   └── OutOfImageError       a box or a polygon that is empty or leaves its image
@@ -21,13 +22,22 @@ A message says what is wrong, where, what was wanted, what was found, what featp
 now. No error loses anything that was written before.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 
 class FeatprobeError(Exception):
-    """Base of all errors of this package. Its text is meant for the user."""
+    """Base of all errors of this package. Its text is meant for the user. exit_code: of a command that it ends."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(FeatprobeError):
+    """A value on the command line is wrong: misspelt, out of its limits, or beside another that excludes it."""
+
+    exit_code = 2
 
 
 class DataError(FeatprobeError):
@@ -92,6 +102,23 @@ class FieldError(FeatprobeError):
 
 class ShapeError(FeatprobeError):
     """Tensors that belong together disagree in shape."""
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """Inside, an error is one of the values that the caller of a command gave: it becomes a UsageError.
+
+    >>> with as_usage():
+    ...     raise ProbeError("There is no task 'x'.")
+    Traceback (most recent call last):
+    featprobe.errors.UsageError: There is no task 'x'.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except FeatprobeError as error:
+        raise UsageError(str(error)) from error
 
 
 def counted(count: int, one: str, many: str = "") -> str:

@@ -4,7 +4,7 @@ A new kind is a row of KINDS here and a builder in `featprobe.probes.heads`; opt
 Tasks may have kinds of one name: a kind is known by its task and its name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
@@ -83,6 +83,14 @@ class TrainRecipe:
     def from_json(cls, values: Mapping[str, Any]) -> "TrainRecipe":
         """The recipe that a row or a card keeps; raises FieldError, or ProbeError for what can't be trained."""
         return made(cls, {"weights_from": "end", **values}, "A training recipe")
+
+
+def grid_of(recipe: TrainRecipe, rates: Sequence[float], decays: Sequence[float]) -> list[TrainRecipe]:
+    """The recipe with every combination of the given learning rates and weight decays; its own value if none is
+    given."""
+    return [
+        replace(recipe, lr=lr, weight_decay=wd) for lr in rates or [recipe.lr] for wd in decays or [recipe.weight_decay]
+    ]
 
 
 NOT_TRAINED: Mapping[str, Any] = {"iterations": 1, "evaluations": 1, "weights_from": "end"}

@@ -7,6 +7,8 @@ A head can't see whether its features come from a file or from a live network.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from featprobe.errors import ProbeError, nearest
+
 
 @dataclass(frozen=True)
 class FeatureLevel:
@@ -33,3 +35,15 @@ def choose_levels(levels: Sequence[FeatureLevel], names: Sequence[str]) -> tuple
     by_name = {level.name: level for level in levels}
     chosen = [by_name[name] for name in names] if names else list(levels)
     return tuple(sorted(set(chosen), key=lambda level: levels.index(level)))
+
+
+def pick_levels(levels: Sequence[FeatureLevel], names: Sequence[str]) -> tuple[FeatureLevel, ...]:
+    """The same, of the levels of a cache for a head; raises ProbeError, with the nearest name and what to do."""
+    try:
+        return choose_levels(levels, names)
+    except KeyError as error:
+        known = [level.name for level in levels]
+        raise ProbeError(
+            f"There is no level {error.args[0]!r} here. {nearest(error.args[0], known)}\n"
+            "Extract it:  featprobe extract … --levels " + ",".join([*known, error.args[0]])
+        ) from None

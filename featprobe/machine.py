@@ -1,6 +1,7 @@
 """The resources of this machine: memory and disk in bytes, cores."""
 
 import os
+import re
 import resource
 import shutil
 import sys
@@ -8,7 +9,20 @@ from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
+from featprobe.errors import BackboneError
+
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
+DEVICES = ("cuda", "mps", "cpu")
+"""Kinds of devices that compute, the best first."""
+
+
+def check_device(name: str) -> None:
+    """Raise BackboneError for what is no name of a device, as cpu or cuda:1; whether it is here, torch knows."""
+    if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d+)?", name):
+        raise BackboneError(
+            f"There is no device {name!r} here.\n  wanted  one of {', '.join(DEVICES)}, or the second GPU as cuda:1\n"
+            "Omit --device to use the best available device."
+        )
 
 
 def available_memory(group: Path = CONTROL_GROUPS) -> int:

@@ -11,7 +11,6 @@ error and does not wait for others; the launcher then ends the others.
 
 import atexit
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featprobe.errors import BackboneError, ProbeError
+from featprobe.machine import DEVICES, check_device
 
 LONGEST_WAIT = timedelta(hours=2)  # the others wait so long for the main process, which solves, scores and writes alone
 T = TypeVar("T")
@@ -34,9 +34,10 @@ def pick_device(name: str | None) -> torch.device:
 
     Raises BackboneError when the requested device is not available.
     """
-    kind = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not re.fullmatch(r"[a-z]+(:\d+)?", kind) or not present.get(kind.split(":")[0], False):
+    kind = name or next(own for own in DEVICES if present[own])
+    check_device(kind)
+    if not present[kind.split(":")[0]]:
         raise BackboneError(
             f"There is no device {kind!r} here.\n"
             f"  wanted  one of {', '.join(k for k, here in present.items() if here)}\n"

@@ -21,12 +21,18 @@ CacheDtype = Literal["fp16", "fp32", "bf16", "int8"]
 """How a cache stores features. int8: a byte for each value, and for each channel of a row a scale and a zero."""
 CachePrecision = Literal["fp32", "tf32", "amp"]
 """Precision of a backbone: float32, TF32 on CUDA, or autocast to fp16 on CUDA."""
+Precision = Literal["fp32", "tf32", "amp", "bf16"]
+"""fp32: float32 alone, no TF32. tf32: float32 whose factors are cut to 10 bits of fraction in matrix products and
+convolutions on CUDA. amp, bf16: autocast to float16, bfloat16."""
 CacheStore = Literal["maps", "pooled"]
 """What a cache keeps of each level: its map, or the mean and the maximum of each channel over the image's cells."""
 Rows = NDArray[np.intp]
 """Indices of a cache's rows."""
 RECIPE_VERSION = 2
 """Version of the recipe of a cache of tiles or views; that of whole images is 1. Part of its key."""
+
+MODULE, PACKAGE = "module:", "package:"
+"""What the model of a backbone begins with that is not timm's: an object's class, an entry point's name."""
 
 BYTES_PER_VALUE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
 BYTES_PER_CHANNEL: Mapping[str, int] = {"int8": 8}
@@ -58,8 +64,9 @@ class BackboneSpec:
     """A network and its weights.
 
     label: what the user calls it; it names files and table rows.
-    model: timm's full model name.
-    source: "hub" (timm's own download), "embedded" (from the package index), "file" or "random".
+    model: timm's full model name; or `module:` and the class of an object, `package:` and the name of an entry point.
+    source: "hub" (timm's own download), "embedded" (from the package index), "file", "random", or "own": as the module
+    that is given, or that a package makes, has them.
     weights: the file's path where source is "file".
     final_norm: whether the last normalisation layer is applied; None: the default of the pretraining.
     arguments: of the command line, that name this very backbone.
@@ -67,11 +74,16 @@ class BackboneSpec:
 
     label: str
     model: str
-    source: Literal["hub", "embedded", "file", "random"] = "hub"
+    source: Literal["hub", "embedded", "file", "random", "own"] = "hub"
     weights: str | None = None
     seed: int = 0
     final_norm: bool | None = None
     arguments: tuple[str, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its network is not timm's."""
+        return self.model.startswith((MODULE, PACKAGE))
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -223,8 +223,9 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
         numbered, _ = scipy.ndimage.label(labels == value, structure=np.ones((3, 3)))
         for number, (rows, columns) in enumerate(scipy.ndimage.find_objects(numbered), start=1):
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-            mask = numbered == number
-            one = Instance(value, box, encode_rle(mask), crowd=value == IGNORE, area=float(mask.sum()))
+            mask = numbered[rows, columns] == number
+            rle = move_rle(encode_rle(mask), columns.start, rows.start, labels.shape)
+            one = Instance(value, box, rle, crowd=value == IGNORE, area=float(mask.sum()))
             found += [one] if value != IGNORE else [replace(one, category=c) for c in range(1, classes)]
     return tuple(found)
 

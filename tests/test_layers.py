@@ -43,6 +43,8 @@ DOORS = {
     "tqdm": ("stages",),
     "submitit": ("stages",),
     "wandb": ("stages",),
+    "onnx": ("stages",),
+    "onnxruntime": ("stages",),
     "yaml": ("datasets",),
     "tifffile": ("datasets",),
     "imagecodecs": ("datasets",),

@@ -12,6 +12,7 @@ CHOSEN = {
     "__version__",
     "BackboneSpec",
     "Cache",
+    "DataSet",
     "ExtractOptions",
     "FeatprobeError",
     "FeatureLevel",
@@ -29,6 +30,7 @@ CHOSEN = {
     "open_cache",
     "predict",
     "probe",
+    "results",
     "run_study",
 }
 

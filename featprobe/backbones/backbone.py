@@ -5,12 +5,16 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from featprobe.backbones.adapted import Adapted
+from featprobe.backbones.catalog import licence_of
 from featprobe.backbones.compiled import Compiled
+from featprobe.backbones.given import class_of
 from featprobe.backbones.models import built_for, create, first_line
+from featprobe.backbones.own import identity_of
 from featprobe.backbones.precision import computing
 from featprobe.backbones.weights import weights_sha256
 from featprobe.errors import BackboneError, nearest
@@ -29,11 +33,14 @@ FINAL_NORM = {"ConvNeXt": "head.norm", "VisionTransformer": "norm", "Eva": "norm
 
 
 class Backbone(nn.Module):
-    """A timm model that yields the feature levels of a batch of images; frozen until `unfreeze`.
+    """A model of timm, or your own behind timm's face, that yields the feature levels of a batch of images.
+
+    It is frozen until `unfreeze`.
 
     levels: what `forward` returns, finest first. multiple: frames must be a multiple of this, pixels.
     mean, std: of the pretraining, per RGB channel, for images in [0, 1]. own: the size that the weights were made for;
     frame: the one that the model is set up for, (height, width) in pixels. sized: whether timm built it for that frame.
+    identity: what the network is, for keys: timm's name, or the class of your own. licence: of the weights.
     compiled: whether torch is to compile what is computed in training mode.
     """
 
@@ -48,6 +55,7 @@ class Backbone(nn.Module):
         self.sha256 = weights_sha256(model)
         config: Any = model.pretrained_cfg
         self.own: Size = own or tuple(config["input_size"][1:])
+        self.identity = identity_of(spec, model)
         available, indices = _available_levels(model, self.own)
         try:
             self.levels = choose_levels(available, level_names)
@@ -67,12 +75,22 @@ class Backbone(nn.Module):
             raise BackboneError(f"{spec.model} has no final norm that featprobe knows. Omit --final-norm.")
         self._norm_last = self.final_norm and available[-1] in self.levels and not self.uniform
         self.indices = [indices[available.index(level)] for level in self.levels]
-        self.model = model
+        self.model: Any = model
         self.compiled = False
         self._by_compiler = Compiled(spec.model, self._maps)
         self._frozen: list[nn.Module] = []  # BatchNorms that keep what they have in training too
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def network(self) -> Any:
+        """The network itself: timm's model, or your own module without timm's face."""
+        return self.model.module if isinstance(self.model, Adapted) else self.model
+
+    @property
+    def licence(self) -> str:
+        """That of the weights."""
+        return str(self.model.pretrained_cfg.get("licence") or licence_of(self.spec))
 
     def forward(self, images: Tensor, content: Tensor | None = None) -> Features:
         """Feature levels of images.
@@ -186,9 +204,10 @@ class Backbone(nn.Module):
         if batch_norm == "train" and count() > 1:
             self._synchronise()
         if checkpointing:
-            if not callable(getattr(self.model, "set_grad_checkpointing", None)):
-                raise BackboneError(f"{self.spec.model} has no activation checkpointing in timm. Omit --checkpointing.")
-            self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+            if not callable(getattr(self.network, "set_grad_checkpointing", None)):
+                where = "" if self.spec.is_own else " in timm"
+                raise BackboneError(f"{self.spec.model} has no activation checkpointing{where}. Omit --checkpointing.")
+            self.network.set_grad_checkpointing(True)
         self._leave_idle_frozen()
 
     def _synchronise(self) -> None:
@@ -206,6 +225,7 @@ class Backbone(nn.Module):
         frame = self.frame or self.own
         with torch.enable_grad():
             maps = self._maps(self.model, torch.zeros(1, 3, *frame, device=self._mean.device))
+            _check_gradient(self.spec, maps)
             torch.stack([m.float().sum() for m in maps]).sum().backward()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.grad is not None)
@@ -224,10 +244,7 @@ class Backbone(nn.Module):
 
         layer_decay: factor on the learning rate from each layer to the one before it (BEiT, Bao et al., 2022).
         """
-        exempt = getattr(self.model, "no_weight_decay", None)
-        groups = param_groups_layer_decay(
-            self.model, weight_decay, no_weight_decay_list=exempt() if callable(exempt) else (), layer_decay=layer_decay
-        )
+        groups = _groups(self.network, self.spec, weight_decay, layer_decay)
         return [
             {"params": list(g["params"]), "lr": lr * g["lr_scale"], "weight_decay": g["weight_decay"]} for g in groups
         ]
@@ -252,6 +269,32 @@ def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: t
     return backbone.to(memory_format=torch.channels_last)
 
 
+def _groups(network: Any, spec: BackboneSpec, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """The parameters of a network in groups of one weight decay and one `lr_scale`; raises BackboneError."""
+    knows_layers = callable(getattr(network, "group_matcher", None))
+    if layer_decay != 1 and spec.is_own and not knows_layers:
+        raise BackboneError(
+            f"{spec.label} does not say what its layers are, so no learning rate can decay by layer.\n"
+            f"  wanted  a method group_matcher of {class_of(network)}, as timm's models have it\n"
+            "Nothing was trained. Add it, or omit --layer-decay."
+        )
+    exempt = getattr(network, "no_weight_decay", None)
+    how: dict[str, Any] = {"no_weight_decay_list": exempt() if callable(exempt) else ()}
+    if spec.is_own and not knows_layers:
+        return [{**group, "lr_scale": 1.0} for group in param_groups_weight_decay(network, weight_decay, **how)]
+    groups: list[dict[str, Any]] = param_groups_layer_decay(network, weight_decay, layer_decay=layer_decay, **how)
+    return groups
+
+
+def _check_gradient(spec: BackboneSpec, maps: Sequence[Tensor]) -> None:
+    """Raise BackboneError for maps that no parameter could be trained by."""
+    if not any(m.requires_grad for m in maps):
+        raise BackboneError(
+            f"Nothing of {spec.label} can be trained: its maps have no gradient for any parameter.\n"
+            "Let its forward compute without torch.no_grad() and detach(); or probe it frozen:  featprobe probe"
+        )
+
+
 def _too_large(spec: BackboneSpec, what: str, device: torch.device | str, error: Exception) -> BackboneError:
     """The error of a device whose memory does not hold a backbone and one image."""
     return BackboneError(
@@ -264,9 +307,9 @@ def _too_large(spec: BackboneSpec, what: str, device: torch.device | str, error:
 def _refused(spec: BackboneSpec, own: Size, frame: Size, error: Exception) -> BackboneError:
     """The error of a frame that a network, whose own size is another, can't be had for."""
     reason, size = first_line(error), f"{own[0]}x{own[1]}"
+    nor = "" if spec.is_own else ", and timm can't resize it for them"
     return BackboneError(
-        f"{spec.model} can't take frames of {frame[0]}x{frame[1]} pixels, and timm can't resize it for "
-        "them. Nothing was computed.\n"
+        f"{spec.model} can't take frames of {frame[0]}x{frame[1]} pixels{nor}. Nothing was computed.\n"
         f"  wanted  a size that it takes, such as its own, {size}\n"
         f"  found   {frame[0]}x{frame[1]}: {type(error).__name__}: {reason}\n"
         f"Take its own size, --size {size}, or another backbone."
@@ -284,6 +327,8 @@ def _available_levels(model: nn.Module, own: Size) -> tuple[list[FeatureLevel], 
 
     own: the size that its weights were made for, (height, width) in pixels.
     """
+    if isinstance(model, Adapted):
+        return list(model.levels), list(range(len(model.levels)))
     info = getattr(model, "feature_info", None)
     if info is None or not callable(getattr(model, "forward_intermediates", None)):
         raise BackboneError(f"{type(model).__name__} gives no intermediate feature maps in timm. Choose another model.")
@@ -313,5 +358,5 @@ def _filled(m: Tensor, cells: Size) -> Tensor:
 
 
 def _default_final_norm(spec: BackboneSpec) -> bool:
-    """DINOv2 and DINOv3 are evaluated behind their final norm; supervised models are not."""
-    return "dinov3" in spec.model or "dinov2" in spec.model
+    """DINOv2 and DINOv3 are evaluated behind their final norm; supervised models are not, nor are your own."""
+    return not spec.is_own and ("dinov3" in spec.model or "dinov2" in spec.model)

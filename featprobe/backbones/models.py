@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from featprobe.backbones.own import create_own
 from featprobe.backbones.weights import fits, frame_of, load_strictly, read_embedded, read_weights
 from featprobe.errors import BackboneError
 from featprobe.geometry import Size
@@ -30,6 +31,8 @@ def create(spec: BackboneSpec) -> tuple[nn.Module, Size | None]:
 
     Raises BackboneError for a name that timm does not know itself: some (hf-hub:, local-dir:) have it fetch a model.
     """
+    if spec.is_own:
+        return create_own(spec), None
     if not timm.is_model(spec.model):
         raise BackboneError(f"There is no model {spec.model!r} in timm. Nothing was looked up.")
     options: dict[str, Any] = {"dynamic_img_size": True} if takes(spec.model, dynamic_img_size=True) else {}
@@ -103,7 +106,7 @@ def built_for(spec: BackboneSpec, model: Any, own: Size, frame: Size) -> nn.Modu
     own: the size that these weights were made for, (height, width) in pixels, as frame is.
     Raises what timm raises where it can't build the model for that frame at all.
     """
-    if not takes(spec.model, img_size=frame):
+    if spec.is_own or not takes(spec.model, img_size=frame):
         return None
     if own[0] != own[1]:  # timm takes weights to be those of square images
         raise BackboneError("weights that were trained at a size that is not square can't be resized")

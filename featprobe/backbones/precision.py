@@ -7,10 +7,7 @@ from typing import Literal
 import torch
 
 from featprobe.errors import BackboneError
-
-Precision = Literal["fp32", "tf32", "amp", "bf16"]
-"""fp32: float32 alone, no TF32. tf32: float32 whose factors are cut to 10 bits of fraction in matrix products and
-convolutions on CUDA. amp, bf16: autocast to float16, bfloat16."""
+from featprobe.specs import Precision
 
 ONLY_ON_CUDA = ("tf32", "amp")
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE
 from featprobe.errors import BackboneError
@@ -118,10 +119,21 @@ def read_embedded(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over the sorted (name, dtype, shape, bytes) of a model's tensors: 64 hex digits."""
-    state = model.state_dict()
+    """sha256 over the sorted (name, dtype, shape, bytes) of a model's tensors: 64 hex digits.
+
+    Raises BackboneError for a model that keeps something else than tensors with values.
+    """
+    state: dict[str, Any] = model.state_dict()
     running = hashlib.sha256()
     for name in sorted(state):
+        if not isinstance(state[name], Tensor) or is_lazy(state[name]):
+            found = (
+                "a tensor without a shape: call the module once" if is_lazy(state[name]) else type(state[name]).__name__
+            )
+            raise BackboneError(
+                f"The weights of {type(model).__name__} can't be hashed. Nothing was computed.\n"
+                f"  wanted  tensors with values\n  found   {name}: {found}"
+            )
         tensor = state[name].detach().cpu().contiguous()
         running.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         running.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -26,11 +26,18 @@ class HeldFile:
             raise CacheError(f"There is no cache {path}.") from error
         except (OSError, FileKindError) as error:
             raise CacheError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-        weakref.finalize(self, os.close, self.handle)
+        self._open = weakref.finalize(self, os.close, self.handle)
         self.status = os.fstat(self.handle)
 
+    def close(self) -> None:
+        """Close the file now, for all that read it."""
+        self._open()
+        self.handle = -1  # the number may soon be another file's
+
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on. Raises CacheError where the file ends earlier."""
+        """`count` bytes from `offset` on. Raises CacheError where the file ends earlier, and where it was closed."""
+        if self.handle < 0:
+            raise CacheError(f"{self.path} was closed. Open it again:  open_cache(path)")
         data = os.pread(self.handle, count, offset)
         while len(data) < count:
             more = os.pread(self.handle, count - len(data), offset + len(data))

@@ -3,22 +3,29 @@
 import os
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.cache.contents import Contents, read_contents
-from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, level_tables
+from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, Extent, level_tables
+from featprobe.cache.level_array import decoded, level_array
 from featprobe.cache.rows import Row, checksum
-from featprobe.errors import CacheError, CacheIncompleteError, DataError, NoMapsError
+from featprobe.errors import CacheError, CacheIncompleteError, DataError, NoMapsError, nearest
 from featprobe.levels import FeatureLevel
+from featprobe.machine import human_bytes
 from featprobe.targets import Instance, Labels, decode_image_id, decode_instances, decode_semantic
+
+if TYPE_CHECKING:
+    import torch
+
+    from featprobe.cache.torch_rows import CachedRows, TargetKind
 
 _files: WeakValueDictionary[tuple[int, int], NDArray[np.bool_]] = WeakValueDictionary()
 """Which rows and levels this process has hashed, (rows, levels), per open file, by device and inode."""
@@ -31,12 +38,12 @@ class Cache:
     contents: recipe, data set, rows. images: the whole images; they are the rows unless rows show parts of images.
     image_of: (rows,), the index of the image that each row shows. levels: the stored levels, finest first. handle: the
     open file that the contents were read from, so that a newer file under the same name does not change what is read.
+    The file is closed with the object, or by `with`.
     """
 
     def __init__(self, path: Path, contents: Contents) -> None:
         self.path = path
         self.contents = contents
-        self.handle = contents.file.handle
         if not self.is_in_place():
             raise CacheError(f"{path} was replaced by a newer one while it was opened. Run the same command again.")
         self.recipe, self.data, self.rows = contents.recipe, contents.data, contents.rows
@@ -49,7 +56,30 @@ class Cache:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        return f"Cache({str(self.path)!r}, {len(self)} rows, {len(self.levels)} levels)"
+        size = f"{human_bytes(len(self) * self.recipe.row_bytes)} of {self.recipe.kept_as}"
+        of = f"{self.recipe.label} on {self.data.name}"
+        return f"Cache({of}, {len(self)} rows, {', '.join(self._columns)}, {size}; {str(self.path)!r})"
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Arrays that are views of it stay; nothing else can be read."""
+        self.contents.file.close()
+
+    @property
+    def handle(self) -> int:
+        """The open file. Raises CacheError where it was closed."""
+        self.contents.file.read(0, 0)
+        return self.contents.file.handle
+
+    @property
+    def extents(self) -> Mapping[str, Extent]:
+        """The place of each table in the file."""
+        return self.contents.extents
 
     def is_in_place(self) -> bool:
         """Whether this very file still has its name."""
@@ -181,10 +211,65 @@ class Cache:
         stored = self.stored(row, level)
         self.check(np.array([row]), level, *(values[None] for values in stored.values()))
         features, *scales = stored.values()
-        if not scales:
-            return features
-        scale, zero = scales[0].T[..., None, None]
-        return (zero + scale * features).astype(np.float16)
+        return decoded(features, scales[0]) if scales else features
+
+    def features(
+        self, level: str | FeatureLevel, split: str | None = None, *, rows: Sequence[int] | None = None
+    ) -> NDArray[Any]:
+        """Features of one level as one array: (rows, channels, height, width), or (rows, 2, channels), mean and
+        maximum, of a pooled cache.
+
+        Row i is row `cache.usable(split)[i]` of the cache. split: one of the set's own; None for all. rows: others, in
+        this order, as those of a `Partition`. The array has the stored number format; bfloat16, which numpy lacks,
+        becomes float32, and int8 float16. Rows of float16 and float32 that follow one another in the file are a view of
+        it, which takes no memory and may be larger than it; all others are copied. The array can't be written to. Every
+        row is hashed when this process first reads it. Features of padding are there, too: `cache.rows.content` says
+        what part of the frame each image fills.
+
+        Raises CacheError for an unknown level or split, for a damaged row, and for a copy that the memory does not
+        hold; CacheIncompleteError where rows are missing.
+        """
+        found = level_array(self, _level_of(self, level), _rows_of(self, split, rows))
+        if found.dtype == np.uint16:  # the upper half of a float32
+            return (found.astype(np.uint32) << 16).view(np.float32)
+        found.flags.writeable = False
+        return found
+
+    def tensor(
+        self, level: str | FeatureLevel, split: str | None = None, *, rows: Sequence[int] | None = None
+    ) -> "torch.Tensor":
+        """The same as a tensor of torch, of bfloat16 too. Writing to a view changes no file."""
+        import torch
+
+        found = torch.from_numpy(level_array(self, _level_of(self, level), _rows_of(self, split, rows)))
+        return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
+
+    def torch_dataset(
+        self,
+        levels: Sequence[str | FeatureLevel] = (),
+        split: str | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        targets: "bool | TargetKind" = True,
+    ) -> "CachedRows":
+        """A dataset of torch whose items are (maps, target), for a DataLoader with or without workers.
+
+        maps: level name -> (channels, height, width), or (2, channels) of a pooled cache, as stored; int8 as float16.
+        levels: names; all by default. split, rows: see `features`. targets: one of these, or False for the maps alone;
+        True for the first that the set has:
+
+        - masks: (height, width) of the frame, uint8, classes; 255 for padding and pixels that don't count.
+        - labels: of the whole image: its number among `cache.data.label_names.names`, int64, -100 where it is not
+          known; where an image may have several, (names,), float32, 1 or 0, nan where they are not known.
+        - objects: torchvision's dict of boxes (x1 y1 x2 y2, pixels of the frame), labels, iscrowd, image_id, and masks
+          where each object has one. They differ in number: DataLoader(…, collate_fn=lambda items: tuple(zip(*items))).
+
+        Raises CacheError as `features` does, and for targets that the set lacks.
+        """
+        from featprobe.cache.torch_rows import CachedRows
+
+        chosen = tuple(_level_of(self, level) for level in levels) or self.levels
+        return CachedRows(self, reopened, chosen, _rows_of(self, split, rows), targets)
 
     def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: NDArray) -> None:
         """Check the values that were read for some rows of a level, each row once per process.
@@ -197,7 +282,7 @@ class Cache:
             return
         for row, *parts in zip(rows.tolist(), *stored, strict=True):
             if not self._hashed[row, column]:
-                self._compare(row, column, checksum(parts))
+                _compare(self, row, column, checksum(parts))
                 self._hashed[row, column] = True
 
     @cached_property
@@ -208,25 +293,49 @@ class Cache:
         with _one_at_a_time:
             return _files.setdefault((status.st_dev, status.st_ino), fresh)
 
-    def _compare(self, row: int, column: int, found: int) -> None:
-        """Raise CacheError where a row's stored checksum is not the one found."""
-        extent = self.contents.extents["checksum"]
-        data = self.contents.file.read(extent.offset + row * extent.row_bytes, extent.row_bytes)
-        wanted = int(np.frombuffer(data, dtype="<u8")[column])
-        if found == wanted:
-            return
-        name, state = f"row {row}, {self.rows.texts['id'][row]!r}", self.done[row]
-        if state != WHOLE:  # as it is before its bytes change
-            raise CacheIncompleteError(
-                f"{self.path}: {name}, is {'unreadable' if state == UNREADABLE else 'missing'} at the moment.\n"
-                f"Finish the file, then run the same command again:  {self.contents.command}"
-            )
-        raise CacheError(
-            f"{self.path} is damaged: the features of {name}, are not what was written.\n"
-            f"  wanted  {self.levels[column].name}, xxh3_64 {wanted:016x}\n  found   {found:016x}\n"
-            "The file was not changed. List all damaged rows, then compute them again:\n"
-            f"  featprobe cache verify {shlex.quote(str(self.path))}\n  {self.contents.command}"
+
+def _level_of(cache: Cache, level: str | FeatureLevel) -> FeatureLevel:
+    """The level that a caller names. Raises CacheError."""
+    known = {own.name: own for own in cache.levels}
+    name = level if isinstance(level, str) else level.name
+    if name not in known:
+        raise CacheError(f"{cache.path} has no level {name!r}. {nearest(name, known)}")
+    return known[name]
+
+
+def _rows_of(cache: Cache, split: str | None, rows: Sequence[int] | None) -> NDArray[np.intp]:
+    """The rows that a caller names. Raises CacheError for an unknown split and for rows beyond the file."""
+    if rows is None:
+        known = set(cache.rows.column("split"))
+        if split is not None and split not in known:
+            raise CacheError(f"{cache.path} has no split {split!r}. {nearest(split, known)}")
+        return cache.usable(split)
+    found = np.asarray(rows)
+    numbers = found.ndim == 1 and (not found.size or found.dtype.kind in "iu")
+    if split is not None or not numbers or not ((found >= 0) & (found < len(cache))).all():
+        raise CacheError(f"rows= takes numbers of rows from 0 to {len(cache) - 1}, without split=.")
+    return found.astype(np.intp)
+
+
+def _compare(cache: Cache, row: int, column: int, found: int) -> None:
+    """Raise CacheError where a row's stored checksum is not the one found."""
+    extent = cache.contents.extents["checksum"]
+    data = cache.contents.file.read(extent.offset + row * extent.row_bytes, extent.row_bytes)
+    wanted = int(np.frombuffer(data, dtype="<u8")[column])
+    if found == wanted:
+        return
+    name, state = f"row {row}, {cache.rows.texts['id'][row]!r}", cache.done[row]
+    if state != WHOLE:  # as it is before its bytes change
+        raise CacheIncompleteError(
+            f"{cache.path}: {name}, is {'unreadable' if state == UNREADABLE else 'missing'} at the moment.\n"
+            f"Finish the file, then run the same command again:  {cache.contents.command}"
         )
+    raise CacheError(
+        f"{cache.path} is damaged: the features of {name}, are not what was written.\n"
+        f"  wanted  {cache.levels[column].name}, xxh3_64 {wanted:016x}\n  found   {found:016x}\n"
+        "The file was not changed. List all damaged rows, then compute them again:\n"
+        f"  featprobe cache verify {shlex.quote(str(cache.path))}\n  {cache.contents.command}"
+    )
 
 
 def open_cache(path: str | os.PathLike[str]) -> Cache:
@@ -243,6 +352,14 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
             f"and repair it from the images:  {contents.command}"
         )
     return Cache(path, contents)
+
+
+def reopened(path: Path, identity_sha256: str) -> Cache:
+    """The cache of this identity at a path. Raises CacheError where another has its place by now."""
+    cache = open_cache(path)
+    if cache.contents.identity_sha256 != identity_sha256:
+        raise CacheError(f"{path} was replaced by another cache. Open it again in the process that began.")
+    return cache
 
 
 @dataclass(frozen=True)

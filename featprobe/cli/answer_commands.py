@@ -17,6 +17,7 @@ from featprobe.cli.options import (
     to_stderr,
     workspace_of,
 )
+from featprobe.errors import UsageError, as_usage
 
 if TYPE_CHECKING:
     from featprobe.stages.comparison.compare import Comparison
@@ -54,13 +55,13 @@ def compare(
       featprobe compare
       featprobe compare --gap convnext_dinov3,convnext_in1k --on surface,xray
     """
+    workspace = workspace_of(ctx)
+    _check_gap(workspace.probes, gap, on)
     from featprobe.report.comparison import comparison_text
     from featprobe.stages.comparison.compare import compare as run
     from featprobe.stages.comparison.compare import plain_json
 
-    if (gap is None) != (on is None):
-        raise click.UsageError("--gap and --on belong together: --gap A,B --on RGBSET,XRAYSET")
-    report = run(workspace_of(ctx), out, names(gap), names(on), quiet, across_recipes=across_recipes)
+    report = run(workspace, out, names(gap), names(on), quiet, across_recipes=across_recipes)
     if json_:
         return show_json(plain_json(report))
     _show_answer(report)
@@ -72,6 +73,19 @@ def compare(
     )
     echo(comparison_text([(s.title, s.lines, s.differences) for s in report.sets], report.gaps, terminal_width()))
     echo(f"\nreport: {report.files[0]}")
+
+
+@as_usage()
+def _check_gap(probes: Path, gap: str | None, on: str | None) -> None:
+    """Refuse names that no result has, before torch is loaded; without any result, the comparison says so."""
+    if (gap is None) != (on is None):
+        raise UsageError("--gap and --on belong together: --gap A,B --on RGBSET,XRAYSET")
+    if gap is not None:
+        from featprobe.stages.comparison.gap_names import check_gap, named_in
+
+        backbones, sets = named_in(probes / "results.jsonl")
+        if backbones:
+            check_gap(names(gap), names(on), backbones, sets)
 
 
 def _study_file(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
@@ -126,13 +140,16 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
       featprobe study examples/embedded.toml --launcher slurm \\
         --slurm partition=gpu --slurm gpus_per_node=1
     """
-    from featprobe.stages.study.run_study import run_study
-    from featprobe.stages.training.probe import ProbeReport
+    from featprobe.stages.study.study import read_study
 
     on_slurm = options["launcher"] == "slurm"
     if options["slurm"] and not on_slurm:
-        raise click.UsageError("--slurm belongs to --launcher slurm.")
+        raise UsageError("--slurm belongs to --launcher slurm.")
     workspace = workspace_of(ctx)
+    read_study(file, workspace)  # its faults, before torch is loaded
+    from featprobe.stages.study.run_study import run_study
+    from featprobe.stages.training.probe import ProbeReport
+
     answer = run_study(
         workspace,
         file,

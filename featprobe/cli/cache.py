@@ -11,6 +11,7 @@ import click
 from featprobe.cli.help import InOrder
 from featprobe.cli.options import (
     as_json,
+    caches_named,
     columns,
     device,
     echo,
@@ -19,8 +20,8 @@ from featprobe.cli.options import (
     show_json,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError, counted
-from featprobe.kinds import SEEDS, SOLVED, TASKS, kinds_of
+from featprobe.errors import FeatprobeError, as_usage, counted
+from featprobe.kinds import SEEDS, SOLVED, TASKS, kind_of, kinds_of
 
 if TYPE_CHECKING:
     from featprobe.cache import Damage
@@ -98,7 +99,7 @@ def cache_info(ctx: click.Context, name: str, json_: bool) -> None:
     """
     from featprobe.stages.upkeep.caches import describe_cache
 
-    found = [describe_cache(path) for path in workspace_of(ctx).find_caches(name)]
+    found = [describe_cache(path) for path in caches_named(workspace_of(ctx), [name])]
     if json_:
         return show_json(found)
     for c in found:
@@ -152,7 +153,7 @@ def cache_verify(ctx: click.Context, name: str | None, hdf5: bool, quiet: bool, 
     from featprobe.stages.upkeep.caches import verify_cache
 
     workspace = workspace_of(ctx)
-    paths = workspace.find_caches(name) if name else workspace.cache_files()
+    paths = caches_named(workspace, [name]) if name else workspace.cache_files()
     found = {str(path): verify_cache(path, quiet, hdf5, lambda line: echo(line, err=True)) for path in paths}
     if json_:
         show_json({path: [asdict(damage) for damage in damages] for path, damages in found.items()})
@@ -184,7 +185,7 @@ def cache_upgrade(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> No
     from featprobe.stages.upkeep.caches import upgrade_cache
 
     workspace = workspace_of(ctx)
-    for path in [path for name in names for path in workspace.find_caches(name)]:
+    for path in caches_named(workspace, names):
         done = upgrade_cache(path, quiet)
         echo(f"{path}: {'now' if done else 'already'} of version {FILE_VERSION}")
 
@@ -220,14 +221,18 @@ def cache_audit(ctx: click.Context, name: str, json_: bool, **options: Any) -> N
       featprobe cache audit xray
       featprobe cache audit xray --heads none
     """
+    workspace = workspace_of(ctx)
+    paths = caches_named(workspace, [name])
+    heads = () if options["heads"] == "none" else names(options["heads"])
+    with as_usage():
+        for head in heads:
+            kind_of(TASKS[0], head)
     from featprobe.io.fields import plain
     from featprobe.stages.comparison.audit import AuditOptions, audit
 
-    workspace = workspace_of(ctx)
-    heads = () if options["heads"] == "none" else names(options["heads"])
     say = (lambda line: None) if json_ or options["quiet"] else lambda line: echo(line, err=True)
     how = AuditOptions(heads, options["seeds"], options["iterations"], options["device"], options["quiet"])
-    found = audit(workspace, workspace.find_caches(name), how, say)
+    found = audit(workspace, paths, how, say)
     if json_:
         return show_json([plain(asdict(one)) for one in found])
     echo("\n\n".join(map(_audit_text, found)))
@@ -251,7 +256,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     from featprobe.stages.upkeep.caches import check_removable, remove_cache
 
     workspace = workspace_of(ctx)
-    sizes = {path: check_removable(workspace, path) for path in workspace.find_caches(name)}
+    sizes = {path: check_removable(workspace, path) for path in caches_named(workspace, [name])}
     for path, size in sizes.items():
         echo(f"{path}  {human_bytes(size)}")
     if not yes:

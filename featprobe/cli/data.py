@@ -25,7 +25,7 @@ from featprobe.cli.options import (
     terminal_width,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError, counted
+from featprobe.errors import FeatprobeError, as_usage, counted
 
 if TYPE_CHECKING:
     from featprobe.datasets import DataSet
@@ -88,10 +88,11 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
     Example:
       featprobe data info surface
     """
+    named = _read(workspace_of(ctx), name, how)
     from featprobe.datasets.label_sets import NO_LABEL
     from featprobe.stages.upkeep.describe import summarise
 
-    summary = summarise(_read(workspace_of(ctx), name, how))
+    summary = summarise(named)
     if json_:
         return show_json(asdict(summary))
     low, high = ("x".join(map(str, size)) for size in summary.sizes)
@@ -152,11 +153,16 @@ def data_show(
     Example:
       featprobe data show xray --out xray.png
     """
-    from featprobe.stages.upkeep.describe import contact_sheet
+    from featprobe.intensity import Intensity
 
     workspace = workspace_of(ctx)
+    with as_usage():
+        _ = intensity and Intensity.parse(intensity)
     policy = intensity or workspace.data_options(name).get("intensity")
-    shown = contact_sheet(_read(workspace, name, how), out, count, split, policy)
+    named = _read(workspace, name, how)
+    from featprobe.stages.upkeep.describe import contact_sheet
+
+    shown = contact_sheet(named, out, count, split, policy)
     echo(f"{out}: {counted(len(shown), 'image')} of {split}")
 
 
@@ -195,8 +201,13 @@ def data_check(
       featprobe data check path/to/my_set --html check.html
     """
     from featprobe.geometry import parse_size
-    from featprobe.report.text import table_text
     from featprobe.stages.extraction.extract_options import ExtractOptions, configured
+
+    workspace = workspace_of(ctx)
+    with as_usage():
+        measured = ExtractOptions(size=parse_size(size) if size else None)
+    named = _read(workspace, name, how, complete=False)
+    from featprobe.report.text import table_text
     from featprobe.stages.upkeep.check import (
         check,
         class_table,
@@ -207,9 +218,7 @@ def data_check(
         object_table,
     )
 
-    workspace = workspace_of(ctx)
-    named = _read(workspace, name, how, complete=False)
-    made = configured(ExtractOptions(size=parse_size(size) if size else None), workspace.data_options(name))
+    made = configured(measured, workspace.data_options(name))
     found = check(named, size=made.size, fit=made.fit, tile=made.tile, page=html, workers=workers, quiet=quiet)
     width = terminal_width()
     if json_:
@@ -265,11 +274,11 @@ def data_convert(
     Example:
       featprobe data convert path/to/my_set --out my_set_coco
     """
+    named = _read(workspace_of(ctx), name, how)
     from featprobe.datasets.files import FOLLOW_LINKS
     from featprobe.datasets.label_sets import says_good
     from featprobe.stages.upkeep.convert import convert
 
-    named = _read(workspace_of(ctx), name, how)
     done = convert(named, out, link=link, quiet=quiet)
     if json_:
         return show_json(asdict(done))
@@ -326,10 +335,13 @@ def data_split(
       featprobe probe --data xray --split split.csv
     """
     from featprobe.splitting import SplitChoice
+
+    with as_usage():
+        choice = SplitChoice.parse(split)
+    named = _read(workspace_of(ctx), name, how)
     from featprobe.stages.upkeep.describe import write_split
 
-    named = _read(workspace_of(ctx), name, how)
-    report = write_split(named, out, SplitChoice.parse(split), seed, workers=workers, quiet=quiet)
+    report = write_split(named, out, choice, seed, workers=workers, quiet=quiet)
     if json_:
         return show_json(asdict(report))
     rows = [[part, count, report.groups[part], *report.holders[part].values()] for part, count in report.images.items()]
@@ -365,16 +377,20 @@ def data_make(ctx: click.Context, name: str, out: Path | None, images: int, size
     from featprobe.geometry import parse_size
     from featprobe.stages.workspace import make_generated
 
+    with as_usage():
+        sides = parse_size(size)
     folder = out or workspace_of(ctx).data / name
     there = (folder / "annotations").is_dir()
     if there:
         raise FeatprobeError(f"{folder} holds a data set already. Nothing was changed. Name another folder with --out.")
-    make_generated(name, folder, images=images, size=parse_size(size), seed=seed)
+    make_generated(name, folder, images=images, size=sides, seed=seed)
     echo(f"{folder}: {images} images of {size}")
 
 
 def _read(workspace: "Workspace", name: str, how: dict[str, str | None], complete: bool = True) -> "DataSet":
     how = {**how}
+    with as_usage():
+        workspace.check_reading(name, how)
     return workspace.data_set(name, how.pop("format"), complete=complete, **how)
 
 

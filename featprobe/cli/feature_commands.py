@@ -1,5 +1,6 @@
 """The commands that make features: extract, plan, backbones."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,10 @@ from featprobe.cli.options import (
     show_json,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError
+from featprobe.errors import UsageError, as_usage
 
 if TYPE_CHECKING:
+    from featprobe.specs import BackboneSpec
     from featprobe.stages.extraction.extract_options import ExtractOptions
     from featprobe.stages.workspace import Workspace
 
@@ -43,11 +45,11 @@ def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
       torchrun --nproc-per-node 4 -m featprobe extract --backbone convnext_in1k \\
         --data path/to/set
     """
+    workspace, spec, how = _asked(ctx, options)
     from featprobe.stages.extraction.extract import extract as run
     from featprobe.stages.extraction.extract import speed_text
 
-    workspace = workspace_of(ctx)
-    report = run(workspace, _backbone(workspace, options), options["data"], _extract_options(options))
+    report = run(workspace, spec, options["data"], how)
     if json_:
         return show_json(asdict(report))
     for note in report.notes:
@@ -70,11 +72,11 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
     Example:
       featprobe plan --backbone convnext_dinov3 --data xray
     """
+    workspace, spec, how = _asked(ctx, options)
     from featprobe.machine import human_bytes
     from featprobe.stages.extraction.plan import plan as run
 
-    workspace = workspace_of(ctx)
-    cost = run(workspace, _backbone(workspace, options), options["data"], _extract_options(options))
+    cost = run(workspace, spec, options["data"], how)
     if json_:
         derived = {name: getattr(cost, name) for name in ("fits_disk", "fits_memory", "fits_gpu", "break_even")}
         return show_json(asdict(cost) | derived)
@@ -127,27 +129,28 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
     if json_:
         return show_json(rows)
     if not rows:
-        raise FeatprobeError(f"No pretrained model of timm matches {pattern!r}. Try a shorter one: '*dinov3*'.")
+        raise UsageError(f"No pretrained model of timm matches {pattern!r}. Try a shorter one: '*dinov3*'.")
     echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
 
 
-def _backbone(workspace: "Workspace", options: dict[str, Any]) -> Any:
-    if options["weights"] and options["random_init"]:
-        raise click.UsageError("--weights and --random-init exclude each other.")
-    return workspace.backbone(options["backbone"], options["weights"], options["random_init"], options["final_norm"])
-
-
-def _extract_options(options: Mapping[str, Any]) -> "ExtractOptions":
-    """The options of an extraction on the command line; ExtractOptions has the defaults of the rest."""
+def _asked(ctx: click.Context, options: Mapping[str, Any]) -> "tuple[Workspace, BackboneSpec, ExtractOptions]":
+    """The workspace, the backbone and the options of an extraction, checked before torch is loaded."""
     from featprobe.stages.extraction.extract_options import ExtractOptions
 
-    shard = options.get("shard")
-    return ExtractOptions.of({**options, "shard": None if shard is None else _parse_shard(shard)})
+    workspace, shard = workspace_of(ctx), options.get("shard")
+    with as_usage():
+        if options["weights"] and options["random_init"]:
+            raise UsageError("--weights and --random-init exclude each other.")
+        how = ExtractOptions.of({**options, "shard": None if shard is None else _parse_shard(shard)})
+        spec = workspace.backbone(
+            options["backbone"], options["weights"], options["random_init"], options["final_norm"]
+        )
+        workspace.check_extraction(spec, options["data"], how)
+    return workspace, spec, how
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
-    try:
-        i, n = (int(part) for part in text.split("/"))
-    except ValueError:
-        raise click.BadParameter(f"{text!r}. wanted: I/N, as 3/16", param_hint="--shard") from None
-    return i, n
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"There is no shard {text!r}. wanted: --shard I/N with 1 <= I <= N, as 3/16.")
+    return int(found[1]), int(found[2])

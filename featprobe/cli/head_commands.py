@@ -24,12 +24,13 @@ from featprobe.cli.options import (
     workers,
     workspace_of,
 )
-from featprobe.errors import counted
-from featprobe.kinds import KINDS, TASKS, kinds_of
+from featprobe.errors import as_usage, counted
+from featprobe.kinds import KINDS, TASKS, kind_of, kinds_of
 
 if TYPE_CHECKING:
     from featprobe.stages.training.probe import ProbeReport
-    from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+    from featprobe.stages.training.probe_options import ProbeOptions
+    from featprobe.stages.workspace import Workspace
 
 live = under("Backbone and images")
 
@@ -56,20 +57,14 @@ def probe(ctx: click.Context, json_: bool, **options: Any) -> None:
       featprobe probe --task classify --data xray --labels defect
       featprobe probe --extract --data xray --backbone embedded
     """
+    workspace, how = _asked(ctx, options)
     from featprobe.processes import is_main
     from featprobe.stages.training.probe import probe as run
 
-    report = run(
-        workspace_of(ctx),
-        options["task"],
-        names(options["data"]),
-        names(options["backbone"]),
-        _probe_options(options),
-        to_stderr,
-        extract=options["extract"],
-    )
+    data, backbones, extract = names(options["data"]), names(options["backbone"]), options["extract"]
+    report = run(workspace, options["task"], data, backbones, how, to_stderr, extract=extract)
     if is_main():
-        show_probe(report, json_, workspace_of(ctx).probes)
+        show_probe(report, json_, workspace.probes)
 
 
 @click.command(cls=Grouped)
@@ -162,26 +157,16 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
       featprobe finetune --task detect --data surface --backbone-lr 0.3
       torchrun --nproc-per-node 4 -m featprobe finetune
     """
+    workspace, how = _asked(ctx, options, live=True)
     from featprobe.processes import is_main
     from featprobe.stages.training.finetune import finetune as run
-    from featprobe.stages.training.probe_options import Tuning
 
-    given = {name: options[name] for name in Tuning.__dataclass_fields__ if options[name] is not None}
-    tuning = Tuning(**given)
-    report = run(
-        workspace_of(ctx),
-        options["task"],
-        names(options["data"]),
-        names(options["backbone"]),
-        _probe_options(options, tuning),
-        to_stderr,
-        dry_run,
-        extract=options["extract"],
-    )
+    data, backbones, extract = names(options["data"]), names(options["backbone"]), options["extract"]
+    report = run(workspace, options["task"], data, backbones, how, to_stderr, dry_run, extract=extract)
     if not is_main():
         return
     if report.rows or json_:
-        return show_probe(report, json_, workspace_of(ctx).probes)
+        return show_probe(report, json_, workspace.probes)
     for note in report.notes:
         echo(f"note: {note}")
 
@@ -194,31 +179,48 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 @click.option(
     "--batch-size", type=click.IntRange(1), metavar="N", default=8, show_default=True, help="Images per batch."
 )
+@click.option(
+    "--threshold",
+    type=float,
+    metavar="SCORE",
+    help="From which score on something is a finding, or above which score an image is called.  [default: that of the "
+    "head; 0.5 for detections; for segmentation the class map]",
+)
+@click.option("--fail-on-defect", is_flag=True, help="End with exit code 3 if an image is called.")
 @click.option("--skip-bad", is_flag=True, help="Omit images that can't be used, and list them.")
 @device
 @quiet
 @as_json
-def predict(head: Path, images: Sequence[Path], out: Path, json_: bool, **options: Any) -> None:
+@click.pass_context
+def predict(
+    ctx: click.Context, head: Path, images: Sequence[Path], out: Path, json_: bool, fail_on_defect: bool, **options: Any
+) -> None:
     """Apply a saved head to new images.
 
     HEAD is a folder that `probe` or `finetune` has written; its card names the backbone and the preprocessing. IMAGES
-    are files and folders. The command writes overlays, and what the task finds: masks, a COCO JSON file, a CSV file of
-    labels, or a CSV file of scores with heat maps.
+    are files and folders. The command writes a summary with a verdict on each image, overlays, and what the task finds:
+    masks, COCO JSON files, a CSV file of labels, or a CSV file of scores with heat maps.
 
     \b
     Example:
       featprobe predict probes/SET/BACKBONE/HEAD/seed0 new_scans --out found
+      featprobe predict probes/SET/BACKBONE/HEAD/seed0 shot.png --out found --threshold 0.8 --fail-on-defect
     """
     from featprobe.stages.predict import predict as run
 
-    report = run(head if head.is_dir() else head.parent, images, out, **options)
+    report = run(head if head.is_dir() else head.parent, images, out, need_verdict=fail_on_defect, **options)
     if json_:
-        return show_json(asdict(report))
-    for name, reason in report.left_out:
-        echo(f"left out: {name}: {reason}")
-    for note in report.notes:
-        echo(f"note: {note}")
-    echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
+        show_json(asdict(report))
+    else:
+        for name, reason in report.left_out:
+            echo(f"left out: {name}: {reason}")
+        for note in report.notes:
+            echo(f"note: {note}")
+        echo(f"{report.out}: {counted(report.images, 'image')}, {', '.join(report.files)}")
+        if report.called is not None:
+            echo(f"called: {report.called} of {counted(report.images, 'image')}")
+    if fail_on_defect and report.called:
+        ctx.exit(3)
 
 
 @click.command()
@@ -240,13 +242,27 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
     show_probe(run(workspace, lambda line: echo(line, err=json_), device), json_, workspace.probes)
 
 
-def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "ProbeOptions":
-    from featprobe.stages.training.probe_options import ProbeOptions
+def _asked(ctx: click.Context, options: dict[str, Any], *, live: bool = False) -> tuple["Workspace", "ProbeOptions"]:
+    """The workspace and the options of a training, checked before torch is loaded."""
+    how = _probe_options(options, live=live)
+    from featprobe.stages.training.asked import check_asked
 
+    workspace, data, backbones = workspace_of(ctx), names(options["data"]), names(options["backbone"])
+    check_asked(workspace, options["task"], data, backbones, how, extract=options["extract"])
+    return workspace, how
+
+
+@as_usage()
+def _probe_options(options: dict[str, Any], *, live: bool = False) -> "ProbeOptions":
     task = options["task"] or TASKS[0]
+    if options["task"] and options["head"]:
+        kind_of(task, options["head"])
     default = KINDS.get((task, options["head"]), KINDS[task, kinds_of(task)[0]]).recipe
     trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at", "weights_from")
     given = {name: options[name] for name in trained if options[name] not in (None, "auto")}
+    from featprobe.stages.training.probe_options import ProbeOptions, Tuning
+
+    tuned = {name: options[name] for name in Tuning.__dataclass_fields__ if options.get(name) is not None}
     return ProbeOptions(
         head=options["head"],
         levels=names(options["levels"]),
@@ -270,7 +286,7 @@ def _probe_options(options: dict[str, Any], tuning: "Tuning | None" = None) -> "
         device=options["device"],
         show=options["show"],
         quiet=options["quiet"],
-        tuning=tuning,
+        tuning=Tuning(**tuned) if live else None,
         log=tuple(dict.fromkeys(options["log"])),
         verify=not options.get("no_verify", False),
     )

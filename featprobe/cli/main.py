@@ -14,14 +14,17 @@ from typing import Any
 import click
 
 from featprobe import __version__
+from featprobe.cli import stopping
 from featprobe.cli.answer_commands import compare, study
 from featprobe.cli.cache import cache
 from featprobe.cli.data import data
+from featprobe.cli.export_commands import export
 from featprobe.cli.feature_commands import backbones, extract, plan
 from featprobe.cli.head_commands import demo, finetune, predict, probe
 from featprobe.cli.help import InOrder
 from featprobe.cli.options import echo
-from featprobe.cli.start_commands import try_
+from featprobe.cli.probes_commands import probes
+from featprobe.cli.start_commands import config, doctor, init, try_
 from featprobe.errors import FeatprobeError
 from featprobe.io.texts import printable
 
@@ -38,26 +41,37 @@ class _Printable(logging.Formatter):
 
 
 class _Cli(InOrder):
-    """Shows an error of featprobe as one paragraph, with exit code 1; `--debug` shows where it comes from."""
+    """Shows an error of featprobe, or Ctrl-C, as one paragraph; `--debug` shows where it comes from.
+
+    The exit code is that of the error's class, and 130 for Ctrl-C.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
+        rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
         try:
             return super().invoke(ctx)
-        except (FeatprobeError, OSError, RuntimeError) as error:
+        except (KeyboardInterrupt, Exception) as error:
+            stopped = isinstance(error, KeyboardInterrupt) or stopping.is_asked()
+            if stopped and ctx.params.get("debug"):
+                echo(traceback.format_exc(), err=True)
+            if stopped:
+                line = "\n" if sys.stderr.isatty() else ""  # below ^C, or a bar
+                if rank == "0":
+                    echo(f"{line}featprobe: {stopping.farewell(ctx.invoked_subcommand or '')}", err=True)
+                ctx.exit(stopping.CODE)
             said = str(error) if isinstance(error, FeatprobeError) else _refusal(error)
             if ctx.params.get("debug") or not said:
                 raise
-            rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
             echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {said}", err=True)
-            ctx.exit(1)
+            ctx.exit(error.exit_code if isinstance(error, FeatprobeError) else 1)
 
 
-def _refusal(error: OSError | RuntimeError) -> str:
+def _refusal(error: BaseException) -> str:
     """The message for a full disk or too few threads, where no command has a message for it; "" for other errors."""
     if isinstance(error, OSError) and error.errno in REFUSALS:
         file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return f"{file}{error.strerror}. Make room, or choose another disk, and run the same command again."
-    if "can't start new thread" in str(error):
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "No more threads can be started here. Allow more processes or memory (ulimit), or use fewer --workers."
     return ""
 
@@ -86,12 +100,16 @@ def cli(ctx: click.Context, workspace_root: Path, debug: bool) -> None:
     ctx.obj = workspace_root
 
 
-for _command in (try_, extract, plan, probe, finetune, compare, study, predict, data, cache, backbones, demo):
+for _command in (
+    try_, init, extract, plan, probe, finetune, compare, study, predict, export, data, cache, probes, backbones, demo,
+    config, doctor,
+):  # fmt: skip
     cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
+    stopping.listen()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     sys.excepthook = lambda *raised: echo("".join(traceback.format_exception(*raised)), err=True)

@@ -20,10 +20,14 @@ from featprobe.cli.help import (
     listed,
     under,
 )
+from featprobe.errors import as_usage
 from featprobe.io.texts import printable
 from featprobe.kinds import CORESET, FALSE_CALLS, LOSSES
+from featprobe.machine import check_device
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from featprobe.stages.workspace import Workspace
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,6 +36,15 @@ data, features, cutting, computing, output = map(
     under, ("Data set", "Features", "Tiles and views", "Computing", "Output")
 )
 wanted, head, training = map(under, ("What to train", "Head", "Training"))
+
+
+def device_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    """A name of a device, which may not be here."""
+    with as_usage():
+        if name is not None:
+            check_device(name)
+    return name
+
 
 as_json = output("--json", "json_", is_flag=True, help="Print one JSON value instead of text.")
 quiet = output("--quiet", is_flag=True, help="Show no progress bar.")
@@ -77,7 +90,12 @@ _LINKS: dict[str, Any] = {
     "help": "Follow links in the data folder to files outside it.",
 }
 follow_links = data("--follow-links", **_LINKS)
-device = computing("--device", metavar="cpu|cuda|mps", help="Where to compute.  [default: the best device there is]")
+device = computing(
+    "--device",
+    metavar="cpu|cuda|mps",
+    callback=device_name,
+    help="Where to compute.  [default: the best device there is]",
+)
 workers = computing(
     "--workers",
     type=click.IntRange(1),
@@ -411,3 +429,9 @@ def workspace_of(ctx: click.Context) -> "Workspace":
     from featprobe.stages.workspace import Workspace
 
     return Workspace(ctx.obj, ctx.meta.get("follow_links", False))
+
+
+def caches_named(workspace: "Workspace", names: Sequence[str]) -> list["Path"]:
+    """The caches that words of the command line mean; raises UsageError for one that means none."""
+    with as_usage():
+        return [path for name in names for path in workspace.find_caches(name)]

@@ -1,6 +1,7 @@
 """Names of files: hidden files, which are no data, and names that are written in another form than on the disk."""
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,6 +20,15 @@ HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # left by macOS, Wi
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is no data: dot files (.ipynb_checkpoints, ._a.png) and HIDDEN."""
     return name.startswith(".") or name.lower() in HIDDEN
+
+
+def name_of(path: Path) -> str:
+    """The name of a data set that is given by its path.
+
+    >>> name_of(Path("/scans/new castings"))
+    'new_castings'
+    """
+    return re.sub(r"[^\w.-]+", "_", path.resolve().name)
 
 
 def visible(root: Path, paths: Iterable[Path]) -> list[Path]:

@@ -1,14 +1,16 @@
 """A data set: samples with splits and groups, and a function that reads their labels."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from featprobe.errors import DataError
+from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.image_labels import LabelNames, tasks_served
 from featprobe.scores import SCORES, On
@@ -93,6 +95,17 @@ def _no_text(name: str) -> DataError:
     return DataError(f"The name {name!a} is no UTF-8 text. Rename the file or the folder. Nothing was computed.")
 
 
+class _Maker:
+    """A function of `datasets.given` that makes data sets, imported when it is first asked for: it needs all formats."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., "DataSet"]:
+        make: Callable[..., DataSet] = getattr(import_module(f"featprobe.datasets.given.{self.name}"), self.name)
+        return make
+
+
 @dataclass(frozen=True)
 class DataSet:
     """A data set, as a reader found it.
@@ -105,8 +118,10 @@ class DataSet:
     category_ids: the annotations' ids of all classes but the background; empty where they have none.
     description: the entries of featprobe.toml, beside the path, that read the set in the same way again.
     label_names: the labels of its images as a whole; None where they have none.
+    from_arrays, from_torch: make a set of arrays, and of datasets of torch; see `datasets.given`.
     """
 
+    from_arrays, from_torch = _Maker("from_arrays"), _Maker("from_torch")
     name: str
     root: Path
     classes: tuple[str, ...]
@@ -124,6 +139,15 @@ class DataSet:
             object.__setattr__(self, "samples", Samples(self.samples))
         notes = tuple(note.encode("utf-8", "backslashreplace").decode() for note in self.notes)
         object.__setattr__(self, "notes", notes)  # the name of a skipped file may be no UTF-8 text
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __repr__(self) -> str:
+        splits = Counter(sample.split for sample in self.samples)
+        each = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split])
+        labels = self.label_names.names if self.label_names and not self.tasks else self.classes
+        return f"DataSet({self.name!r}, {counted(len(self), 'image')} ({each}), {listed(labels)}; {str(self.root)!r})"
 
     @property
     def serves(self) -> tuple[str, ...]:

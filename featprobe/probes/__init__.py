@@ -12,7 +12,7 @@ from featprobe.probes.paste import objects_at_original
 from featprobe.probes.pixel_classes import best_classes, logits_at_original, predict_classes
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, save_head
-from featprobe.probes.train import CurvePoint, grid_of, kept_point, train
+from featprobe.probes.train import CurvePoint, kept_point, train
 from featprobe.probes.upsample import UpsampleHead
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "best_classes",
     "build_head",
     "fingerprint",
-    "grid_of",
     "image_loss",
     "inverse_sqrt_weights",
     "kept_point",

@@ -82,6 +82,19 @@ class Detections:
     masks: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What a head could have found in the images of a batch, before overlapping ones are dropped; in no order.
+
+    boxes: (batch, candidates, 4), frame pixels, x1 y1 x2 y2, within the images. labels: (batch, candidates), >= 1.
+    scores: (batch, candidates), in [0, 1].
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
 def detection_strides(strides: Sequence[int], sides: Sequence[float]) -> tuple[int, ...]:
     """The strides at which a head searches for objects of these sizes, finest first.
 

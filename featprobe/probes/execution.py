@@ -11,9 +11,10 @@ from torch import Tensor
 def whole_batches(device: torch.device) -> bool:
     """Whether a batch is computed in few large operations. Only this function chooses between the two ways.
 
-    Both compute the same function.
+    Both compute the same function. A graph that leaves torch is written as whole batches: no step of it may depend on
+    values.
     """
-    return device.type != "cpu"
+    return device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def half_products(device: torch.device, *, training: bool) -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
 from featprobe.probes.detections import (
+    Candidates,
     Detections,
     ObjectBatch,
     ObjectTarget,
@@ -143,7 +144,7 @@ class FcosHead(BatchedObjectHead):
     def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
         """The loss, a scalar, if targets are given; else the detections per image."""
         if targets is None:
-            return self._detections(self._said(features), features)
+            return self._detections(features)
         return self.batch_loss(features, ObjectBatch.of(targets))
 
     def batch_loss(self, features: Features, targets: ObjectBatch) -> Tensor:
@@ -203,8 +204,9 @@ class FcosHead(BatchedObjectHead):
         total = total + (giou * weight).sum() / summed(weight.sum()).clamp(min=1e-3)
         return total + binary_cross_entropy_with_logits(said_centrality, centrality, own, reduction="sum") / count
 
-    def _detections(self, said: _Said, features: Features) -> list[Detections]:
-        """The best boxes per image, among the best per level."""
+    def candidates(self, features: Features) -> Candidates:
+        """The best cells of each level, before the suppression; as many for each image."""
+        said = self._said(features)
         scores = (said.logits.sigmoid() * said.centrality.sigmoid()[:, None]).sqrt().transpose(1, 2)
         if said.inside is not None:
             scores = scores * said.inside[:, :, None]
@@ -219,10 +221,15 @@ class FcosHead(BatchedObjectHead):
         cell, label = place // scores.shape[2], place % scores.shape[2]
         sides = said.sides.transpose(1, 2).gather(1, cell[:, :, None].expand(-1, -1, 4))
         boxes = clip_to(said.boxes(sides, cell), features.content, features.frame)
+        return Candidates(boxes, label + 1, score)
+
+    def _detections(self, features: Features) -> list[Detections]:
+        """The best boxes per image, among the best per level."""
+        all_of = self.candidates(features)
         found = []
-        for own_boxes, own_score, own_label in zip(boxes, score, label, strict=True):
-            kept = suppress(own_boxes, own_score, own_label, NMS_IOU, SCORE_FLOOR)
-            found.append(Detections(own_boxes[kept], own_label[kept] + 1, own_score[kept]))
+        for boxes, score, label in zip(all_of.boxes, all_of.scores, all_of.labels, strict=True):
+            kept = suppress(boxes, score, label, NMS_IOU, SCORE_FLOOR)
+            found.append(Detections(boxes[kept], label[kept], score[kept]))
         return found
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from featprobe.errors import ProbeError, nearest
+from featprobe.errors import ProbeError
 from featprobe.image_labels import MOST_NAMES
 from featprobe.io.fields import Fault, limits, made
 from featprobe.kinds import PyramidKind, kind_of
-from featprobe.levels import FeatureLevel, choose_levels
+from featprobe.levels import FeatureLevel, pick_levels
 from featprobe.probes.fcos import FcosHead
 from featprobe.probes.head import Head
 from featprobe.probes.linear import LinearHead
@@ -141,15 +141,7 @@ def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
         raise ProbeError(f"A head needs the background and at least one class. found: {list(recipe.classes)}")
     if recipe.width is not None and recipe.width < 1:
         raise ProbeError(f"A head {recipe.width} channels wide can't be built. wanted: --width 1 or more.")
-    try:
-        chosen = choose_levels(levels, recipe.levels)
-    except KeyError as error:
-        names = [level.name for level in levels]
-        raise ProbeError(
-            f"There is no level {error.args[0]!r} here. {nearest(error.args[0], names)}\n"
-            "Extract it:  featprobe extract … --levels " + ",".join([*names, error.args[0]])
-        ) from None
-    return BUILDERS[SCORES[recipe.task].on][recipe.kind](chosen, recipe)
+    return BUILDERS[SCORES[recipe.task].on][recipe.kind](pick_levels(levels, recipe.levels), recipe)
 
 
 def parameter_count(head: nn.Module) -> int:

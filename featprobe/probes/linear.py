@@ -158,7 +158,7 @@ def sum_of_levels(
     total: Tensor | None = None
     for x, weight, level in zip(maps, weights, levels, strict=True):
         # bmm, not `@`: the latter copies the whole map to fold its batch into rows
-        own = torch.bmm(weight.expand(len(x), -1, -1), x).unflatten(2, level.cells(features.frame))
+        own = torch.bmm(weight.expand(x.shape[0], -1, -1), x).unflatten(2, level.cells(features.frame))
         own = over_padding(own, features.content, level.stride)
         if own.shape[2:] != grid:
             own = interpolate(own, grid, mode="bilinear", align_corners=False)

@@ -178,7 +178,7 @@ def product(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     """A 1x1 convolution, channels last in memory whatever x is: (batch, width, rows, columns)."""
     rows = x.flatten(2).transpose(1, 2)  # (batch, cells, channels)
     # bmm, not `@`: the latter copies the whole map to fold its batch into rows
-    found = torch.baddbmm(shift, rows, weight.T.expand(len(x), -1, -1))
+    found = torch.baddbmm(shift, rows, weight.T.expand(x.shape[0], -1, -1))
     return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 

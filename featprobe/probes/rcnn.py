@@ -219,11 +219,14 @@ class RegionPool(nn.Module):
         Returns (all regions, channels, side, side). sizes: of the images, for torchvision's sake.
         """
         image = torch.cat([torch.full_like(own[:, :1], i) for i, own in enumerate(boxes)])
-        regions = torch.cat([image, torch.cat(boxes)], 1)  # (regions, 5)
+        return self.pooled(maps, torch.cat([image, torch.cat(boxes)], 1))
+
+    def pooled(self, maps: dict[str, Tensor], regions: Tensor) -> Tensor:
+        """The same of regions in any order. regions: (regions, 5), the number of the image in the batch, then the box."""
         side = box_area(regions[:, 1:]).sqrt()
         level = torch.bucketize(side, side.new_tensor([CELLS_OF_REGION * s for s in self.strides[1:]]), right=True)
         channels = maps[str(self.strides[0])].shape[1]
-        pooled = regions.new_zeros((len(regions), channels, *self.output_size))
+        pooled = regions.new_zeros((regions.shape[0], channels, *self.output_size))
         for index, stride in enumerate(self.strides):
             if execution.whole_batches(regions.device):  # more is pooled than is taken, and nothing waits
                 found = roi_align(maps[str(stride)], regions, self.output_size, 1 / stride, 2, aligned=True)

@@ -79,14 +79,6 @@ def _rank(score: float) -> float:
     return -1.0 if isnan(score) else score
 
 
-def grid_of(recipe: TrainRecipe, rates: Sequence[float], decays: Sequence[float]) -> list[TrainRecipe]:
-    """The recipe with every combination of the given learning rates and weight decays; its own value if none is
-    given."""
-    return [
-        replace(recipe, lr=lr, weight_decay=wd) for lr in rates or [recipe.lr] for wd in decays or [recipe.weight_decay]
-    ]
-
-
 def batches_of(rows: Rows, recipe: TrainRecipe, seed: int) -> Iterator[Rows]:
     """The row indices of each iteration: a new random order of all rows per pass, the same for the same seed.
 

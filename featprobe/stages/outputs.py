@@ -1,13 +1,12 @@
 """What `predict` makes of what a head finds: a class for each kind of output, in one table."""
 
-import csv
 import io
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,16 +20,27 @@ from featprobe.errors import ProbeError
 from featprobe.features import Features, Pooled, pool
 from featprobe.geometry import Part, Placement, Size
 from featprobe.image_labels import Unit, names_by
-from featprobe.io.texts import cell
 from featprobe.kinds import kind_of
 from featprobe.metrics.images import decide, defect_scores
 from featprobe.probes import DenseHead, ObjectHead, objects_at_original
 from featprobe.probes.head import AnomalyHead, ImageHead, PooledAnomalyHead, VerdictHead
+from featprobe.report.outlines import polygons_of
 from featprobe.report.sheets import Panel, colour_of, png
+from featprobe.report.streamed import CocoFile, CsvFile, StreamedFile
 from featprobe.result_rows import ResultRow
 from featprobe.scores import On
 from featprobe.specs import DataInfo
-from featprobe.stages.stitch import Objects, stitched_classes, stitched_objects
+from featprobe.stages.findings import (
+    AT_LEAST,
+    Finding,
+    Judged,
+    Threshold,
+    judged_objects,
+    judged_pixels,
+    judged_score,
+    judged_tiles,
+)
+from featprobe.stages.stitch import Objects, stitched_objects, whole_logits
 from featprobe.stages.tasks.classification import (
     balanced,
     colours_of,
@@ -44,7 +54,8 @@ from featprobe.stages.tasks.seen import Seen, joined, of_tiles, pieces_of
 from featprobe.stages.tasks.settle import verdict
 from featprobe.targets import Labels, decode_rle
 
-SHOWN_FROM = 0.3  # least score of a detection in an overlay
+SHOWN_FROM = 0.3  # least score of a detection in an overlay, where no threshold was given
+FOUND = "an image with a finding is called; a finding is "
 F = TypeVar("F")
 T = TypeVar("T")
 
@@ -61,19 +72,28 @@ class Piece:
 
 @dataclass(frozen=True)
 class Predicted(Generic[F]):
-    """What a head found in an image of (height, width). image: its path. name: that of its files, without suffix."""
+    """What a head found in an image of (height, width), and what is said of the image.
+
+    image: its path. name: that of its files, without suffix.
+    """
 
     image: Path
     name: str
     size: Size
     found: F
+    judged: Judged
 
     @property
     def file_name(self) -> str:
-        """The path of an image, or of a page of one, below the folder that was asked for."""
-        file, page = page_of(self.image)
-        folder = Path(self.name).parent
-        return (folder / file.name if page is None else folder.parent / file.name / self.image.name).as_posix()
+        """See `file_name_of`."""
+        return file_name_of(self.image, self.name)
+
+
+def file_name_of(image: Path, name: str) -> str:
+    """The path of an image, or of a page of one, below the folder that was asked for. name: that of its files."""
+    file, page = page_of(image)
+    folder = Path(name).parent
+    return (folder / file.name if page is None else folder.parent / file.name / image.name).as_posix()
 
 
 Batches = Iterator[tuple[Sequence[Piece], Features]]
@@ -84,16 +104,29 @@ class Output(ABC, Generic[F]):
     """What one kind of head gives. F: what it finds in an image; its pixels are those of the original image.
 
     files: what is written, for people. classes: what overlays have colours for, the background first. notes: what a
-    user should know of all of it.
+    user should know of all of it. threshold, rule: when an image is called, see `findings`; the rule for people. most:
+    the largest threshold that makes sense.
     """
 
     files: tuple[str, ...]
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    threshold: Threshold
+    most: float = 1.0
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names of what is found: classes, the background first, or labels."""
+        return self.classes
+
+    @property
+    @abstractmethod
+    def rule(self) -> str:
+        """When an image is called, for people; "" where no image is."""
 
     @abstractmethod
-    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[F]:
-        """What the head finds in each image of these sizes, from its pieces."""
+    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[F, Judged]]:
+        """What the head finds in each image of these sizes, from its pieces; and what is said of the image."""
 
     @abstractmethod
     def panel(self, pixels: NDArray[np.float32], found: F) -> Panel:
@@ -103,69 +136,97 @@ class Output(ABC, Generic[F]):
         """Further files of an image, by their paths."""
         return {}
 
-    def kept(self, found: F) -> F:
-        """What `tables` needs of an image: the rest would fill the memory."""
-        return found
+    def streamed(self) -> Sequence[StreamedFile[Predicted[F]]]:
+        """Files about all images."""
+        return ()
 
-    def tables(self, done: Sequence[Predicted[F]]) -> Mapping[str, str]:
-        """Files about all images, by their names."""
+    def values(self, found: F) -> Mapping[str, Any]:
+        """The fields of a `predictor.Result` that this kind of head fills."""
         return {}
 
 
-class Masks(Output[Labels | None]):
-    """Class indices of pixels, as PNG files with a palette."""
+class Masks(Output[Labels]):
+    """Class indices of pixels, as PNG files with a palette, and findings as COCO JSON."""
 
-    files = ("masks/", "overlays/")
+    files = ("masks/", "findings.json", "overlays/")
 
-    def __init__(self, head: DenseHead, card: Mapping[str, Any]) -> None:
+    def __init__(self, head: DenseHead, card: Mapping[str, Any], threshold: float | None) -> None:
         self.head, self.classes = head, tuple(card["head"]["classes"])
+        self.threshold = Threshold(nan, "default") if threshold is None else Threshold.given(threshold)
 
-    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[Labels | None]:
-        """Class indices, (height, width)."""
+    @property
+    def rule(self) -> str:
+        """See Output."""
+        of = "in the class map"
+        if self.threshold.source == "given":
+            of = f"among the pixels whose probability of a class is {self.threshold.value:.6g} or more"
+        return f"{FOUND}a connected component of one class but {self.classes[0]} {of}"
+
+    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[Labels, Judged]]:
+        """Class indices, (height, width): those of findings, 0 elsewhere."""
         cells = _each(lambda features: self.head(features).unbind(), batches)
         for size, (_, own) in zip(sizes, groupby(cells, _image_of), strict=True):
-            logits = (([found], piece.placement, piece.part) for piece, found in own)
-            (classes,) = stitched_classes(logits, self.head.stride, size)
-            yield classes.cpu().numpy()
+            pieces = (([found], piece.placement, piece.part) for piece, found in own)
+            (logits,) = whole_logits(pieces, self.head.stride, size)
+            yield judged_pixels(logits, self.threshold)
 
-    def panel(self, pixels: NDArray[np.float32], found: Labels | None) -> Panel:
+    def panel(self, pixels: NDArray[np.float32], found: Labels) -> Panel:
         """The classes over the image."""
         return Panel(pixels, found)
 
-    def pictures(self, name: str, found: Labels | None) -> Mapping[str, bytes]:
+    def pictures(self, name: str, found: Labels) -> Mapping[str, bytes]:
         """The mask."""
-        picture = Image.fromarray(np.asarray(found), mode="P")
+        picture = Image.fromarray(found, mode="P")
         picture.putpalette([value for index in range(256) for value in colour_of(index, self.classes)])
         return {f"masks/{name}.png": png(picture)}
 
-    def kept(self, found: Labels | None) -> None:
-        """Nothing."""
+    def streamed(self) -> Sequence[StreamedFile[Predicted[Labels]]]:
+        """The findings."""
+        return [findings_file(self)]
+
+    def values(self, found: Labels) -> Mapping[str, Any]:
+        """The mask."""
+        return {"class_map": found}
 
 
 class FoundObjects(Output[Objects]):
-    """Boxes, with or without masks, as COCO JSON in pixels of the original images."""
+    """Boxes, with or without masks, as COCO JSON in pixels of the original images: all of them, and the findings."""
 
-    files = ("predictions.json", "overlays/")
+    files = ("predictions.json", "findings.json", "overlays/")
 
-    def __init__(self, head: ObjectHead, card: Mapping[str, Any]) -> None:
+    def __init__(self, head: ObjectHead, card: Mapping[str, Any], threshold: float | None) -> None:
         self.head, self.classes = head, tuple(card["head"]["classes"])
         own = ResultRow.from_json(card["result"]).instances == "own"
         self.category_ids: Sequence[int] = card["data"].get("category_ids", ()) if own else ()
+        self.threshold = Threshold(AT_LEAST, "default") if threshold is None else Threshold.given(threshold)
 
-    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[Objects]:
+    @property
+    def rule(self) -> str:
+        """See Output."""
+        return f"{FOUND}a detection with a score of {self.threshold.value:.6g} or more"
+
+    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[Objects, Judged]]:
         """Objects with a score each, best first."""
         detections = _each(self.head, batches)
         for size, (_, own) in zip(sizes, groupby(detections, _image_of), strict=True):
-            objects = [(objects_at_original(one, piece.placement), piece.part) for piece, one in own]
-            yield stitched_objects(objects, size)
+            pieces = [(objects_at_original(one, piece.placement), piece.part) for piece, one in own]
+            objects = stitched_objects(pieces, size)
+            yield objects, judged_objects(objects, self.threshold)
 
     def panel(self, pixels: NDArray[np.float32], found: Objects) -> Panel:
-        """The surer ones over the image."""
-        return Panel(pixels, instances=tuple(instance for instance, score in found if score >= SHOWN_FROM))
+        """The surer ones over the image: the findings, where a threshold was given."""
+        least = self.threshold.value if self.threshold.source == "given" else SHOWN_FROM
+        return Panel(pixels, instances=tuple(instance for instance, score in found if score >= least))
 
-    def tables(self, done: Sequence[Predicted[Objects]]) -> Mapping[str, str]:
-        """All objects."""
-        return {"predictions.json": json.dumps(coco_of(done, self.classes, self.category_ids)) + "\n"}
+    def streamed(self) -> Sequence[StreamedFile[Predicted[Objects]]]:
+        """All objects under the set's own ids of classes, and the findings."""
+        ids = list(self.category_ids) or list(range(1, len(self.classes)))
+        categories = list(zip(ids, self.classes[1:], strict=True))
+        every = {"description": "all detections, also those that are no finding"}
+        return [
+            CocoFile("predictions.json", every, categories, _image_record, partial(_all_of, ids)),
+            findings_file(self),
+        ]
 
 
 @dataclass(frozen=True)
@@ -182,8 +243,8 @@ class ImageVerdicts(Output[list[Verdict]]):
 
     files = ("labels.csv", "overlays/")
 
-    def __init__(self, head: ImageHead, card: Mapping[str, Any]) -> None:
-        self.head = head
+    def __init__(self, head: ImageHead, card: Mapping[str, Any], threshold: float | None) -> None:
+        self.head, self.threshold = head, _threshold_of(head, threshold)
         data, settings = DataInfo.from_json(card["data"]), ResultRow.from_json(card["result"]).settings
         if settings is None or settings.labels is None:
             raise ProbeError("The card of this head does not say which labels it was trained on. Train it again.")
@@ -196,7 +257,17 @@ class ImageVerdicts(Output[list[Verdict]]):
             f"frequent as in training ({shares})",
         )
 
-    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[list[Verdict]]:
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The labels."""
+        return self.names.names
+
+    @property
+    def rule(self) -> str:
+        """See Output."""
+        return _score_rule(self.threshold, self.unit, "score of a defect") if self.names.says_good else ""
+
+    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[list[Verdict], Judged]]:
         """A verdict on the image, or one on each of its tiles."""
         pooled = [(pieces, pool(features, self.head.levels)) for pieces, features in batches]
         pieces = [piece for own, _ in pooled for piece in own]
@@ -207,11 +278,14 @@ class ImageVerdicts(Output[list[Verdict]]):
         shares = probabilities_of(self.head(every.vectors(self.head.levels)), self.names)
         said = decide(shares, self._prior, self.names.multi)
         if self.unit == "image":
-            yield from ([Verdict(p, own)] for p, own in zip(shares, said, strict=True))
+            for one in map(Verdict, shares, said):
+                yield [one], judged_score(self._score(one), self.threshold)
             return
         verdicts = [Verdict(p, own, piece.part) for p, own, piece in zip(shares, said, pieces, strict=True)]
         for _, some in groupby(zip(pieces, verdicts, strict=True), _image_of):
-            yield [verdict for _, verdict in some]
+            tiles = [one for _, one in some]
+            scores = [(self._score(one), one.part) for one in tiles if one.part]
+            yield tiles, judged_tiles(scores, self.threshold)
 
     def panel(self, pixels: NDArray[np.float32], found: list[Verdict]) -> Panel:
         """The labels below the image; of tiles, a box for each label but the good one."""
@@ -221,16 +295,21 @@ class ImageVerdicts(Output[list[Verdict]]):
             return Panel(pixels, text=(*label_text(one.decided, shares, self.names), *self._called(one)))
         return Panel(pixels, instances=tile_boxes([(v.part, v.decided) for v in found], self.names))
 
-    def tables(self, done: Sequence[Predicted[list[Verdict]]]) -> Mapping[str, str]:
+    def streamed(self) -> Sequence[StreamedFile[Predicted[list[Verdict]]]]:
         """A line for each image or tile."""
-        stream = io.StringIO()
         tile = ["left", "top", "width", "height"] if self.unit == "tile" else []
         probabilities = [f"probability of {name}" for name in self.names.names]
         scores = ["score of a defect", "threshold", "verdict"] if self.names.says_good else []
-        lines = [["image", *tile, "labels", *probabilities, *scores]]
-        lines += [[one.file_name, *self._line(verdict)] for one in done for verdict in one.found]
-        csv.writer(stream, lineterminator="\n").writerows([[cell(value) for value in line] for line in lines])
-        return {"labels.csv": stream.getvalue()}
+        header = ["image", *tile, "labels", *probabilities, *scores]
+        return [CsvFile("labels.csv", header, lambda one: [[one.file_name, *self._line(v)] for v in one.found])]
+
+    def values(self, found: list[Verdict]) -> Mapping[str, Any]:
+        """Probabilities and decided labels, of the image or of each of its tiles."""
+        named = [tuple(n for n, own in zip(self.names.names, v.decided.tolist(), strict=True) if own) for v in found]
+        shares = np.stack([verdict.probabilities for verdict in found])
+        if self.unit == "tile":
+            return {"probabilities": shares, "labels": tuple(named), "tiles": tuple(v.part for v in found)}
+        return {"probabilities": shares[0], "labels": named[0]}
 
     @property
     def _prior(self) -> NDArray[np.float32]:
@@ -240,9 +319,8 @@ class ImageVerdicts(Output[list[Verdict]]):
     def _line(self, one: Verdict) -> list[Any]:
         part = [one.part.left, one.part.top, one.part.width, one.part.height] if one.part else []
         held = [name for name, own in zip(self.names.names, one.decided.tolist(), strict=True) if own]
-        score = self._score(one)
-        threshold = float(self.head.threshold)
-        limit = "" if np.isnan(threshold) else f"{threshold:.6f}"
+        score, threshold = self._score(one), self.threshold.value
+        limit = "" if isnan(threshold) else f"{threshold:.6f}"
         scores = [] if score is None else [f"{score:.6f}", limit, *(self._called(one) or [""])]
         return [*part, "|".join(held), *(f"{p:.6f}" for p in one.probabilities), *scores]
 
@@ -253,55 +331,84 @@ class ImageVerdicts(Output[list[Verdict]]):
     def _called(self, one: Verdict) -> list[str]:
         """Whether the score is above the threshold; nothing where there is none."""
         score = self._score(one)
-        said = "" if score is None else verdict(score, float(self.head.threshold))
+        said = "" if score is None else verdict(score, self.threshold.value)
         return [said] if said else []
 
 
-class HeatMaps(Output[Seen]):
-    """Scores of images in one CSV file, and a heat map of each.
+class Anomalies(Output[Seen]):
+    """Scores of images in one CSV file."""
+
+    classes = ()
+    most = inf
+
+    def __init__(self, head: VerdictHead, card: Mapping[str, Any], threshold: float | None) -> None:
+        self.threshold, self.unit = _threshold_of(head, threshold), _unit_of(card)
+        self.notes = _notes_on(self.threshold, self.unit)
+
+    @property
+    def rule(self) -> str:
+        """See Output."""
+        return _score_rule(self.threshold, self.unit, "score")
+
+    def judged(self, seen: Seen) -> Judged:
+        """What is said of an image by its score, or by those of its tiles."""
+        if self.unit == "tile":
+            return judged_tiles(seen.tiles, self.threshold)
+        return judged_score(seen.score, self.threshold)
+
+    def streamed(self) -> Sequence[StreamedFile[Predicted[Seen]]]:
+        """A line for each image: its score, the threshold and the verdict, both empty without a threshold."""
+        value = self.threshold.value
+        limit = "" if isnan(value) else f"{value:.6g}"
+
+        def line(one: Predicted[Seen]) -> list[list[object]]:
+            return [[one.file_name, f"{one.found.score:.6g}", limit, verdict(one.found.score, value)]]
+
+        return [CsvFile("scores.csv", ["image", "score", "threshold", "verdict"], line)]
+
+
+class HeatMaps(Anomalies):
+    """The same, and a heat map of each image.
 
     The maps are TIFF files of 32-bit floating point: the values of the pixels of the original image.
     """
 
     files = ("scores.csv", "maps/", "overlays/")
-    classes = ()
 
-    def __init__(self, head: AnomalyHead, card: Mapping[str, Any]) -> None:
-        self.head, self.notes, self.unit = head, _notes_on(head, card), _unit_of(card)
+    def __init__(self, head: AnomalyHead, card: Mapping[str, Any], threshold: float | None) -> None:
+        super().__init__(head, card, threshold)
+        self.head = head
 
-    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[Seen]:
+    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[Seen, Judged]]:
         """The score and the map."""
         pieces = _each(partial(pieces_of, self.head), batches)
         for size, (_, own) in zip(sizes, groupby(pieces, _image_of), strict=True):
-            yield joined([(found, piece.placement, piece.part) for piece, found in own], size)
+            seen = joined([(found, piece.placement, piece.part) for piece, found in own], size)
+            yield seen, self.judged(seen)
 
     def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
         """The heat map over the image, on the scale of all maps of this head."""
-        return panel_of(pixels, found, float(self.head.threshold), float(self.head.map_threshold), self.unit)
+        return panel_of(pixels, found, self.threshold.value, float(self.head.map_threshold), self.unit)
 
     def pictures(self, name: str, found: Seen) -> Mapping[str, bytes]:
         """The map."""
         return {} if found.map is None else {f"maps/{name}.tif": float_tiff(found.map.cpu().numpy())}
 
-    def kept(self, found: Seen) -> Seen:
-        """The score."""
-        return found.without_map
-
-    def tables(self, done: Sequence[Predicted[Seen]]) -> Mapping[str, str]:
-        """A line for each image."""
-        return _scores_csv(done, float(self.head.threshold))
+    def values(self, found: Seen) -> Mapping[str, Any]:
+        """The map."""
+        return {} if found.map is None else {"heat_map": found.map.cpu().numpy()}
 
 
-class AnomalyScores(Output[Seen]):
-    """Scores of images in one CSV file, by a head without maps."""
+class AnomalyScores(Anomalies):
+    """Scores of images by a head without maps."""
 
     files = ("scores.csv", "overlays/")
-    classes = ()
 
-    def __init__(self, head: PooledAnomalyHead, card: Mapping[str, Any]) -> None:
-        self.head, self.notes, self.unit = head, _notes_on(head, card), _unit_of(card)
+    def __init__(self, head: PooledAnomalyHead, card: Mapping[str, Any], threshold: float | None) -> None:
+        super().__init__(head, card, threshold)
+        self.head = head
 
-    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[Seen]:
+    def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[Seen, Judged]]:
         """The score; of tiles that are judged each for itself, the highest."""
         pooled = [(pieces, pool(features, self.head.levels)) for pieces, features in batches]
         pieces = [piece for own, _ in pooled for piece in own]
@@ -311,36 +418,37 @@ class AnomalyScores(Output[Seen]):
             every = every.joined(torch.tensor([piece.image for piece in pieces], device=device), len(sizes))
         scores = self.head(every.vectors(self.head.levels)).scores.tolist()
         if self.unit == "image":
-            yield from map(Seen, scores)
+            yield from ((seen, self.judged(seen)) for seen in map(Seen, scores))
             return
         for _, own in groupby(zip(pieces, scores, strict=True), _image_of):
-            yield of_tiles([(score, piece.part) for piece, score in own])
+            seen = of_tiles([(score, piece.part) for piece, score in own])
+            yield seen, self.judged(seen)
 
     def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
         """The image with its score."""
-        return panel_of(pixels, found, float(self.head.threshold), float("nan"), self.unit)
-
-    def tables(self, done: Sequence[Predicted[Seen]]) -> Mapping[str, str]:
-        """A line for each image."""
-        return _scores_csv(done, float(self.head.threshold))
+        return panel_of(pixels, found, self.threshold.value, nan, self.unit)
 
 
-def _scores_csv(done: Sequence[Predicted[Seen]], threshold: float) -> dict[str, str]:
-    """scores.csv: of each image its score, the threshold and the verdict, both empty without a threshold."""
-    stream = io.StringIO()
-    limit = "" if np.isnan(threshold) else f"{threshold:.6g}"
-    lines = [["image", "score", "threshold", "verdict"]]
-    lines += [[one.file_name, f"{one.found.score:.6g}", limit, verdict(one.found.score, threshold)] for one in done]
-    csv.writer(stream, lineterminator="\n").writerows([[cell(value) for value in line] for line in lines])
-    return {"scores.csv": stream.getvalue()}
+def _threshold_of(head: ImageHead | VerdictHead, given: float | None) -> Threshold:
+    """The given threshold, or else the one that was set on good validation images."""
+    return Threshold.of_head(float(head.threshold)) if given is None else Threshold.given(given)
 
 
-def _notes_on(head: VerdictHead, card: Mapping[str, Any]) -> tuple[str, ...]:
+def _score_rule(threshold: Threshold, unit: Unit, score: str) -> str:
+    """When an image with one score, or its tiles with one each, is called."""
+    if isnan(threshold.value):
+        return ""
+    above = f"a {score} above {threshold.value:.6g}"
+    source = ", the threshold that was set on good validation images" if threshold.source == "head" else ""
+    return f"{FOUND}a tile with {above}{source}" if unit == "tile" else f"an image is called for {above}{source}"
+
+
+def _notes_on(threshold: Threshold, unit: Unit) -> tuple[str, ...]:
     """What people must know of the verdicts of an anomaly head."""
     notes = []
-    if np.isnan(float(head.threshold)):
+    if isnan(threshold.value):
         notes.append("this head has no threshold: there were no good images in validation. So there are no verdicts")
-    if _unit_of(card) == "tile":
+    if unit == "tile":
         notes.append("this head judges tiles: an image has the highest score of its tiles")
     return tuple(notes)
 
@@ -359,19 +467,19 @@ def float_tiff(values: NDArray[np.float32]) -> bytes:
     return stream.getvalue()
 
 
-def _of_anomalies(head: Any, card: Mapping[str, Any]) -> Output[Seen]:
+def _of_anomalies(head: Any, card: Mapping[str, Any], threshold: float | None) -> Output[Seen]:
     pooled = kind_of(card["head"]["task"], card["head"]["kind"]).pooled
-    return AnomalyScores(head, card) if pooled else HeatMaps(head, card)
+    return (AnomalyScores if pooled else HeatMaps)(head, card, threshold)
 
 
-OUTPUTS: Mapping[On, Callable[[Any, Mapping[str, Any]], Output[Any]]] = {
+OUTPUTS: Mapping[On, Callable[[Any, Mapping[str, Any], float | None], Output[Any]]] = {
     "pixels": Masks,
     "boxes": FoundObjects,
     "masks": FoundObjects,
     "images": ImageVerdicts,
     "anomalies": _of_anomalies,
 }
-"""What a task is scored on -> what its heads give, from a head and its card."""
+"""What a task is scored on -> what its heads give, from a head, its card and a threshold that was given."""
 
 
 def _each(head: Callable[[Features], Sequence[T]], batches: Batches) -> Iterator[tuple[Piece, T]]:
@@ -384,17 +492,41 @@ def _image_of(found: tuple[Piece, object]) -> int:
     return found[0].image
 
 
-def coco_of(done: Sequence[Predicted[Objects]], classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
-    """Objects of many images as COCO JSON: images, categories, and annotations with a score each."""
-    ids = list(category_ids) or list(range(1, len(classes)))
-    images = [
-        {"id": i, "file_name": one.file_name, "height": one.size[0], "width": one.size[1]}
-        for i, one in enumerate(done, start=1)
-    ]
-    annotations = [r for i, one in enumerate(done, start=1) for r in coco_results(one.found, i, ids)]
-    for number, annotation in enumerate(annotations, start=1):
+def findings_file(output: Output[Any]) -> StreamedFile[Predicted[Any]]:
+    """Findings as COCO JSON with polygons, as CVAT and Label Studio import it; classes count from 1.
+
+    A box alone has an empty `segmentation`, which CVAT makes a rectangle.
+    """
+
+    def image(one: Predicted[Any]) -> dict[str, Any]:
+        return _image_record(one) | {"verdict": one.judged.verdict}
+
+    def annotations(one: Predicted[Any]) -> list[dict[str, Any]]:
+        return [_annotation(finding) for finding in one.judged.findings or ()]
+
+    categories = list(enumerate(output.classes))[1:]
+    return CocoFile("findings.json", {"description": output.rule}, categories, image, annotations)
+
+
+def _annotation(one: Finding) -> dict[str, Any]:
+    x1, y1, x2, y2 = one.box
+    return {
+        "category_id": one.category,
+        "bbox": [round(v, 4) for v in (x1, y1, x2 - x1, y2 - y1)],
+        "area": round(one.area, 4),
+        "segmentation": [] if one.rle is None else polygons_of(one.rle),
+        "score": round(one.score, 6),
+    }
+
+
+def _image_record(one: Predicted[Any]) -> dict[str, Any]:
+    return {"file_name": one.file_name, "height": one.size[0], "width": one.size[1]}
+
+
+def _all_of(category_ids: Sequence[int], one: Predicted[Objects]) -> list[dict[str, Any]]:
+    """All objects of an image, as COCO has annotations, with run lengths."""
+    found = coco_results(one.found, 0, category_ids)
+    for annotation in found:
         mask = annotation.get("segmentation")
-        area = int(decode_rle(mask).sum()) if mask else annotation["bbox"][2] * annotation["bbox"][3]
-        annotation |= {"id": number, "iscrowd": 0, "area": area}
-    categories = [{"id": number, "name": name} for number, name in zip(ids, classes[1:], strict=True)]
-    return {"images": images, "categories": categories, "annotations": annotations}
+        annotation["area"] = int(decode_rle(mask).sum()) if mask else annotation["bbox"][2] * annotation["bbox"][3]
+    return found

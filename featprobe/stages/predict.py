@@ -1,40 +1,73 @@
 """A saved head on new images, and the files of what it finds there."""
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from os.path import realpath
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images.pages import is_page_name, misnamed, page_of, pages_of
-from featprobe.datasets.images.reading import SUFFIXES, pixel_notes
+from featprobe.datasets.images.reading import SUFFIXES, Header, pixel_notes
 from featprobe.datasets.names import visible
 from featprobe.datasets.samples import check_names, listed
 from featprobe.errors import DataError, ProbeError, counted
-from featprobe.io.disk import make_folders, write_together, write_whole
+from featprobe.io.disk import make_folders, replacing, write_together, write_whole
 from featprobe.io.texts import printable
 from featprobe.report.sheets import draw_overlay, png
+from featprobe.report.streamed import csv_text
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small
+from featprobe.stages.outputs import file_name_of
 from featprobe.stages.predictor import Prediction, Predictor
+from featprobe.stages.tasks.settle import CALLED, PASSED
 
+UNREADABLE = "unreadable"
+"""The verdict on an image that could not be used, and was omitted."""
+LeftOut = list[tuple[str, str]]
+"""Images that could not be used, with the reason."""
 CLIPPED_WARNING = 0.1  # share of an image's pixels outside of the intensity window
 
 
 @dataclass(frozen=True)
+class Line:
+    """What the summary says of an image.
+
+    verdict: called, passed, "" where there is no threshold, or UNREADABLE. findings: their number, of each class in
+    `by_class`, and area: the sum of their areas in pixels; None where the image is judged as a whole. score: the
+    highest in the image. milliseconds: its share of the batch, from file to finding. reason: why it is unreadable.
+    """
+
+    image: str
+    verdict: str
+    findings: int | None = None
+    area: float | None = None
+    score: float | None = None
+    milliseconds: float | None = None
+    by_class: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class PredictReport:
-    """The written files; left_out: images that can't be read, with the reason; notes: facts about the rest."""
+    """The written files; left_out: images that can't be read, with the reason; notes: facts about the rest.
+
+    called: images with the verdict "called"; None where the head has no threshold and none was given.
+    """
 
     out: Path
     images: int
     files: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    called: int | None
 
 
 def predict(
@@ -47,45 +80,140 @@ def predict(
     batch_size: int = 8,
     skip_bad: bool = False,
     quiet: bool = False,
+    backbone: nn.Module | None = None,
+    threshold: float | None = None,
+    need_verdict: bool = False,
 ) -> PredictReport:
     """Run a saved head on images and folders of images, and write what it finds.
 
     Into `out`: for segmentation masks/NAME.png (class indices, with a palette), for objects predictions.json (COCO
-    JSON in pixels of the original images), for labels of images labels.csv; overlays/NAME.png for all. Raises
-    FeatprobeError; what was written before a bad image stays.
+    JSON in pixels of the original images), of both findings.json; for labels of images labels.csv; for anomalies
+    scores.csv and maps; for all overlays/NAME.png, summary.csv and summary.json.
+
+    threshold: of a finding, or of the score of an image, in place of the head's own, see `stages.findings`.
+    need_verdict: refuse a head without a threshold, before anything is computed. backbone: the module whose features
+    the head was trained on, where that was given as an object. Raises FeatprobeError; what was written before a bad
+    image stays.
     """
     named = find_images(images, out)
-    predictor = Predictor(folder, weights=weights, device=device)
+    predictor = Predictor(folder, weights=weights, device=device, threshold=threshold, backbone=backbone)
+    output = predictor.output
+    if need_verdict and not output.rule:
+        raise ProbeError(
+            f"{folder} gives no verdicts: it has no threshold. Nothing was computed.\n"
+            "Give one with --threshold, or train it again with good images in validation."
+        )
     try:
         make_folders(out)
     except OSError as error:
         raise ProbeError(f"{out} can't be written ({error.strerror}). Nothing was computed.") from error
-    done: list[Prediction] = []
-    left_out: list[tuple[str, str]] = []
+    seen: list[tuple[str, Header, float]] = []  # of each image its path, its header, and how much of it is clipped
+    lines: list[Line] = []
+    left_out: LeftOut = []
     bar = tqdm(total=len(named), desc=printable(predictor.recipe.label), unit="img", disable=quiet)
-    with bar:
+    with bar, _streams(out, predictor) as add:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]
             pictures: dict[Path, bytes] = {}
             try:
                 with _trouble(predictor, batch):
-                    for prediction in _predicted(predictor, batch, skip_bad, left_out):
-                        pictures |= _pictures(out, prediction, predictor)
-                        done.append(replace(prediction, found=predictor.output.kept(prediction.found)))
+                    for found in _predicted(predictor, batch, skip_bad, left_out):
+                        if isinstance(found, Line):
+                            lines.append(found)
+                            continue
+                        pictures |= _pictures(out, found, predictor)
+                        add(found)
+                        lines.append(_line(found, predictor))
+                        seen.append((str(found.image), found.header, found.clipped))
             finally:
                 if pictures:
                     write_together(pictures)
             bar.update(len(batch))
-    for name, text in predictor.output.tables(done).items():
-        write_whole(out / name, text)
-    notes = [*predictor.output.notes, *_clipped_notes(done, predictor.recipe.window)]
-    notes += pixel_notes([(str(one.image), one.header) for one in done])
-    return PredictReport(out, len(done), predictor.output.files, tuple(left_out), tuple(notes))
+    files = _write_summary(out, predictor, lines)
+    notes = [*output.notes, *_clipped_notes(seen, predictor.recipe.window)]
+    notes += pixel_notes([(image, header) for image, header, _ in seen])
+    called = sum(line.verdict == CALLED for line in lines) if output.rule else None
+    return PredictReport(out, len(seen), (*output.files, *files), tuple(left_out), tuple(notes), called)
 
 
-def _clipped_notes(done: Sequence[Prediction], window: tuple[float, float] | None) -> list[str]:
+@contextmanager
+def _streams(out: Path, predictor: Predictor) -> Iterator[Callable[[Prediction], None]]:
+    """What adds an image to the files about all images, which are there when the block ends."""
+    files = predictor.output.streamed()
+    with ExitStack() as stack:
+        streams = [stack.enter_context(replacing(out / file.name)) for file in files]
+
+        def write(texts: Iterable[str]) -> None:
+            for stream, text in zip(streams, texts, strict=True):
+                stream.write(text.encode())
+
+        write(file.begin() for file in files)
+        yield lambda found: write(file.of(found) for file in files)
+        write(file.end() for file in files)
+
+
+def _line(one: Prediction, predictor: Predictor) -> Line:
+    judged, named = one.judged, predictor.output.named
+    findings = judged.findings
+    return Line(
+        one.file_name,
+        judged.verdict,
+        None if findings is None else len(findings),
+        judged.area,
+        judged.score,
+        round(one.milliseconds, 3),
+        dict(Counter(named[finding.category] for finding in findings or () if finding.category)),
+    )
+
+
+def _write_summary(out: Path, predictor: Predictor, lines: Sequence[Line]) -> tuple[str, ...]:
+    """Write summary.csv and summary.json; returns their names."""
+    said = predictor.output.threshold.said
+    table = [["image", "verdict", "findings", "area", "score", "threshold", "milliseconds", "reason"]]
+    table += [
+        [line.image, line.verdict, *map(_number, (line.findings, line.area, line.score, said, line.milliseconds)),
+         line.reason]
+        for line in lines
+    ]  # fmt: skip
+    write_whole(out / "summary.csv", csv_text(table))
+    write_whole(out / "summary.json", json.dumps(_summary(predictor, lines), indent=1) + "\n")
+    return "summary.csv", "summary.json"
+
+
+def _number(value: str | float | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.6g}"
+
+
+def _summary(predictor: Predictor, lines: Sequence[Line]) -> dict[str, Any]:
+    """The head, the rule, counts, and a record for each image."""
+    card, output = predictor.card, predictor.output
+    verdicts = Counter(line.verdict for line in lines)
+    classes: Counter[str] = Counter()
+    for line in lines:
+        classes.update(line.by_class)
+    return {
+        "head": str(predictor.folder),
+        "task": card["head"]["task"],
+        "kind": card["head"]["kind"],
+        "backbone": predictor.recipe.label,
+        "classes": list(output.named),
+        "rule": output.rule,
+        "threshold": output.threshold.said,
+        "threshold_from": output.threshold.source,
+        "counts": {
+            "images": len(lines),
+            **{name: verdicts[name] for name in (CALLED, PASSED, UNREADABLE)},
+            "without_verdict": verdicts[""],
+            "findings": sum(line.findings or 0 for line in lines),
+            "by_class": dict(classes),
+        },
+        "images": [asdict(line) for line in lines],
+    }
+
+
+def _clipped_notes(seen: Sequence[tuple[str, Header, float]], window: tuple[float, float] | None) -> list[str]:
     """A note on images of other levels than the head was trained on."""
-    clipped = [str(one.image) for one in done if one.clipped > CLIPPED_WARNING]
+    clipped = [image for image, _, share in seen if share > CLIPPED_WARNING]
     if window is None or not clipped:
         return []
     return [
@@ -158,7 +286,7 @@ def _trouble(predictor: Predictor, batch: Sequence[tuple[Path, str]]) -> Iterato
 
 def _predicted(
     predictor: Predictor, batch: Sequence[tuple[Path, str]], skip_bad: bool, left_out: list[tuple[str, str]]
-) -> Iterator[Prediction]:
+) -> Iterator[Prediction | Line]:
     """Predictions of a batch; image by image where one of it is bad and is to be left out."""
     try:
         yield from predictor.predict(batch)
@@ -166,7 +294,9 @@ def _predicted(
         if not skip_bad:
             raise skippable(error) from error
         if len(batch) == 1:
-            left_out.append((str(batch[0][0]), str(error).splitlines()[0]))
+            path, name = batch[0]
+            left_out.append((str(path), str(error).splitlines()[0]))
+            yield Line(file_name_of(path, name), UNREADABLE, reason=left_out[-1][1])
             return
         for one in batch:
             yield from _predicted(predictor, [one], skip_bad, left_out)

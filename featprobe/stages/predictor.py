@@ -1,76 +1,204 @@
 """A saved head behind its own backbone and preprocessing, and what it finds in images."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite, isnan
 from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.given import at_hand, check_needed
 from featprobe.backbones.precision import computing
 from featprobe.cache.quantised import TORCH_DTYPE, as_read
-from featprobe.datasets.images.pixels import counted_levels
+from featprobe.datasets.images.pixels import DTYPE_OF, Levels, counted_levels, to_levels
 from featprobe.datasets.images.reading import Header, header_of, read_levels, unit_of
-from featprobe.errors import DataError, ProbeError
+from featprobe.errors import DataError, ProbeError, counted
 from featprobe.features import Features
-from featprobe.geometry import Part, Placement, place, place_tile, tiles_of
+from featprobe.geometry import Part, Placement, Size, place, place_tile, tiles_of
 from featprobe.io.disk import below
+from featprobe.levels import FeatureLevel
 from featprobe.probes import load_head
 from featprobe.probes.saved import check_fingerprint
 from featprobe.processes import pick_device
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
-from featprobe.stages.outputs import OUTPUTS, Batches, Piece, Predicted
+from featprobe.stages.findings import Box, Judged
+from featprobe.stages.outputs import OUTPUTS, Batches, Output, Piece, Predicted
+from featprobe.targets import decode_rle
+
+AT_ONCE = 8  # images of a call that are computed together
 
 
 @dataclass(frozen=True)
 class Prediction(Predicted[Any]):
     """What a head found in an image.
 
-    clipped: share of its pixels outside of the head's intensity window; 0 where there is none.
+    clipped: share of its pixels outside of the head's intensity window; 0 where there is none. milliseconds: from the
+    file to what was found, its share of the batch.
     """
 
     clipped: float
     header: Header
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """One finding, in pixels of the image.
+
+    name: its class; "" for a tile, which has none. box: x1, y1, x2, y2. area: of its mask, or of its box where it has
+    no mask. score: the highest in it. mask: (height, width) of the image, bool; None for a box.
+    """
+
+    name: str
+    box: Box
+    area: float
+    score: float
+    mask: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What a `Predictor` says of an image.
+
+    verdict: "called", "passed", or "" where the head has no threshold and none was given. score: the highest in the
+    image; None where it has none. threshold: None where the rule of the task needs none, or none is known. findings:
+    best first; empty also where the image is judged as a whole. milliseconds: its share of the batch.
+
+    By task: class_map: (height, width) class indices, uint8. heat_map: (height, width), float32. probabilities:
+    (labels,), float32, of the names in `Predictor.classes`, and labels, the names of those that are decided to hold; of
+    heads that judge tiles (tiles, labels), a tuple of names for each tile, and tiles, their places.
+    """
+
+    verdict: str
+    score: float | None
+    threshold: float | None
+    findings: tuple[Found, ...]
+    milliseconds: float
+    class_map: NDArray[np.uint8] | None = None
+    heat_map: NDArray[np.float32] | None = None
+    probabilities: NDArray[np.float32] | None = None
+    labels: tuple[Any, ...] = ()
+    tiles: tuple[Part, ...] = ()
+
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f", score {self.score:.3g}"
+        return f"<Result {self.verdict or 'no verdict'}{score}, {counted(len(self.findings), 'finding')}>"
 
 
 class Predictor:
-    """A saved head behind its own backbone and preprocessing, all of them from the head's card.
+    """A saved head behind its own backbone and preprocessing, which its card names, to be held in a program.
 
+        with Predictor(folder) as predictor:
+            for result in predictor([array, "scan.tif"]):
+                print(result.verdict, result.score)
+
+    folder: of the head. weights: those of the backbone, if they have moved. device: the best there is without one.
+    threshold: as `featprobe predict --threshold`. backbone: the module whose features the head was trained on, where
+    that was given as an object. It may be called from several threads: one waits for the other.
     Raises ProbeError when the folder holds no such head, or when the backbone that can be had now is not the one that
     it was trained on; BackboneError when that can't be had at all.
     """
 
-    def __init__(self, folder: Path, *, weights: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        weights: str | None = None,
+        device: str | None = None,
+        threshold: float | None = None,
+        backbone: nn.Module | None = None,
+    ) -> None:
         self.device = pick_device(device)
-        head, self.card = load_head(folder, whole=True)
+        self.folder = Path(folder)
+        head, self.card = load_head(self.folder, whole=True)
         self.recipe = FeatureRecipe.from_json(self.card["features"])
         self.head = head.to(self.device)
-        self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card)
-        self.backbone = self._backbone(folder, weights)
+        self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card, threshold)
+        if threshold is not None:
+            _check_threshold(threshold, self.output, self.card["head"]["task"], self.folder)
+        with at_hand([] if backbone is None else [backbone]):
+            self.backbone = _backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
         self.framing = Framing(self.recipe, self.device)
+        self._lock, self._closed = Lock(), False
+
+    def __call__(self, images: Sequence[NDArray[Any] | str | Path]) -> list[Result]:
+        """What is found in images: raw levels as they come from a camera, or paths of files and pages.
+
+        An array is (height, width) or (height, width, 3) in RGB order, uint8, uint16 or float32, as deep as the images
+        that the head was trained on. Raises DataError for an image that does not fit; then there are no results.
+        """
+        if isinstance(images, (str, Path, np.ndarray)):
+            raise DataError("A predictor takes a list of images. Give it [image], also for one.")
+        checked = [self._checked(image, f"images[{i}]") for i, image in enumerate(images)]
+        results = []
+        for start in range(0, len(checked), AT_ONCE):
+            some = checked[start : start + AT_ONCE]
+            began = perf_counter()
+            read = [read_levels(image) if isinstance(image, Path) else image for image in some]
+            with self._lock:
+                if self._closed:
+                    raise ProbeError("This predictor was closed. Make a new one.")
+                found = self._find(read)
+            each = 1000 * (perf_counter() - began) / len(some)
+            results += [_result(own, judged, self.output, each) for own, judged in found]
+        return results
+
+    def __enter__(self) -> "Predictor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        task, kind = self.card["head"]["task"], self.card["head"]["kind"]
+        return f"<Predictor {task} {kind}, {self.recipe.label}, {self.device}>"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of classes, the background first, or those of labels; none of anomalies."""
+        return self.output.named
+
+    def close(self) -> None:
+        """Free the memory of the networks. From then on a call raises ProbeError."""
+        with self._lock:
+            self._closed = True
+            self.head.to("meta")
+            self.backbone.to("meta")
 
     def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
         """Predict a batch of (image, name); raises DataError for one that does not fit."""
+        began = perf_counter()
         headers = [header_of(path) for path, _ in images]
         read = [self._read(path, header) for (path, _), header in zip(images, headers, strict=True)]
+        found = self._find(read)
+        each = 1000 * (perf_counter() - began) / max(1, len(images))
+        return [
+            Prediction(path, name, _size_of(levels), own, judged, self._clipped(levels), header, each)
+            for (path, name), (own, judged), levels, header in zip(images, found, read, headers, strict=True)
+        ]
+
+    def _find(self, read: Sequence[Levels]) -> list[tuple[Any, Judged]]:
+        """What the head finds in images, and what is said of each."""
         pieces = [
             Piece(i, levels if part is None else part.take(levels), part, self._place(levels, part))
             for i, levels in enumerate(read)
             for part in self._parts(levels)
         ]
-        sizes = [(levels.shape[0], levels.shape[1]) for levels in read]
         with torch.inference_mode():
-            found = list(self.output.found(self._batches(pieces, len(read)), sizes))
-        return [
-            Prediction(path, name, size, own, self._clipped(levels), header)
-            for (path, name), size, own, levels, header in zip(images, sizes, found, read, headers, strict=True)
-        ]
+            return list(self.output.found(self._batches(pieces, len(read)), [_size_of(levels) for levels in read]))
 
     def picture(self, path: Path) -> NDArray[np.float32]:
         """An image as the head's intensity policy shows it, in [0, 1]."""
@@ -82,14 +210,37 @@ class Predictor:
             some = pieces[start : start + at_once]
             yield some, self._features([p.levels for p in some], [p.placement for p in some])
 
-    def _read(self, path: Path, header: Header) -> NDArray[Any]:
-        bits, wanted = header.bits, self.card["data"].get("bits")
+    def _checked(self, image: Any, where: str) -> Levels | Path:
+        """The levels of an image that somebody gave, or its path."""
+        if isinstance(image, (str, Path)):
+            self._check_bits(header_of(Path(image)).bits, image)
+            return Path(image)
+        if not isinstance(image, np.ndarray):
+            raise DataError(
+                f"{where} is a {type(image).__name__}. wanted: a numpy array of raw levels, or the path of an image."
+            )
+        shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        bits = next((bits for bits, own in DTYPE_OF.items() if own == image.dtype.newbyteorder("=")), None)
+        if not shaped or not image.size or bits is None:
+            raise DataError(
+                f"{where} can't be read as an image.\n"
+                "  wanted  (height, width), or (height, width, 3) in RGB order, of uint8, uint16 or float32\n"
+                f"  found   {image.shape} of {image.dtype}"
+            )
+        self._check_bits(bits, where)
+        return to_levels(image, Path(where))
+
+    def _read(self, path: Path, header: Header) -> Levels:
+        self._check_bits(header.bits, path)
+        return read_levels(path)
+
+    def _check_bits(self, bits: int, where: object) -> None:
+        wanted = self.card["data"].get("bits")
         if wanted is not None and bits != wanted:
             raise DataError(
-                f"{path} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
+                f"{where} is an image of {bits} bits, and the head was trained on images of {wanted}.\n"
                 f"Its grey levels would mean something else. Give it images of {wanted} bits."
             )
-        return read_levels(path)
 
     def _clipped(self, levels: NDArray[Any]) -> float:
         if self.recipe.window is None:
@@ -127,30 +278,71 @@ class Predictor:
         whole = bool((contents == torch.tensor(recipe.frame)).all())
         return Features(as_read(stored, recipe.dtype), recipe.frame, None if whole else contents.to(self.device))
 
-    def _backbone(self, folder: Path, weights: str | None) -> Backbone:
-        values = self.card.get("backbone")
-        if values is None:
-            raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
-        spec = BackboneSpec.from_json(values)
-        if spec.source == "file":
-            named = Path(str(spec.weights))
-            if weights is None and named.is_absolute():
-                raise ProbeError(
-                    f"{folder} was trained on your own weights file, which is elsewhere. It was not opened.\n"
-                    f"Name them:  --weights {shlex.quote(str(named))}"
-                )
-            if weights is None:  # a fine-tuned one lies beside its head
-                spec = replace(spec, weights=str(below(folder, named, f"The card of {folder}")))
-        if weights is not None:
-            spec = replace(spec, source="file", weights=weights)
-        backbone = load_backbone(spec, [level.name for level in self.head.levels], self.device)
-        now = replace(
-            self.recipe, weights_sha256=backbone.sha256, final_norm=backbone.final_norm, mean=backbone.mean,
-            std=backbone.std, interpolation=backbone.interpolation,
-        )  # fmt: skip
-        check_fingerprint(folder, self.card["fingerprint"], now)
-        missing = [level for level in backbone.levels if level not in self.recipe.levels]
-        if missing:
-            raise ProbeError(f"{folder}: the backbone's level {missing[0]} is another than the head was trained on.")
-        backbone.fit(self.recipe.frame, self.recipe.sized)
-        return backbone
+
+def _result(found: Any, judged: Judged, output: Output[Any], milliseconds: float) -> Result:
+    limit = output.threshold.value
+    findings = tuple(
+        Found(
+            output.named[one.category] if one.category else "",
+            one.box,
+            one.area,
+            one.score,
+            None if one.rle is None else decode_rle(one.rle),
+        )
+        for one in judged.findings or ()
+    )
+    limits = None if isnan(limit) else limit
+    return Result(judged.verdict, judged.score, limits, findings, milliseconds, **output.values(found))
+
+
+def _check_threshold(threshold: float, output: Output[Any], task: str, folder: Path) -> None:
+    """Raise ProbeError for a threshold that a head can't have."""
+    if not (isfinite(threshold) and 0 <= threshold <= output.most):
+        wanted = "0 or more" if output.most == inf else f"from 0 to {output.most:g}"
+        raise ProbeError(
+            f"The threshold of a {task} head can't be {threshold:g}.\n"
+            f"  wanted  a number {wanted}\nNothing was computed."
+        )
+    if not output.rule:
+        raise ProbeError(
+            f"{folder} has no score of a defect that a threshold could stand for: none of its labels "
+            f"({', '.join(output.named)}) says that an image is good. Nothing was computed.\n"
+            'Name the good one, good = "NAME" in featprobe.toml, and train the head again; or omit the threshold.'
+        )
+
+
+def _size_of(levels: Levels) -> Size:
+    return levels.shape[0], levels.shape[1]
+
+
+def _backbone_of(
+    folder: Path, card: Mapping[str, Any], levels: Sequence[FeatureLevel], weights: str | None, device: torch.device
+) -> Backbone:
+    """The backbone that a head in a folder was trained on; see Predictor. levels: those of the head."""
+    values, recipe = card.get("backbone"), FeatureRecipe.from_json(card["features"])
+    if values is None:
+        raise ProbeError(f"{folder} does not say where its backbone comes from. Train it again from a new cache.")
+    spec = BackboneSpec.from_json(values)
+    if spec.source == "file":
+        named = Path(str(spec.weights))
+        if weights is None and named.is_absolute():
+            raise ProbeError(
+                f"{folder} was trained on your own weights file, which is elsewhere. It was not opened.\n"
+                f"Name them:  --weights {shlex.quote(str(named))}"
+            )
+        if weights is None:  # a fine-tuned one lies beside its head
+            spec = replace(spec, weights=str(below(folder, named, f"The card of {folder}")))
+    if weights is not None:
+        spec = replace(spec, source="file", weights=weights)
+    check_needed(spec)
+    backbone = load_backbone(spec, [level.name for level in levels], device)
+    now = replace(
+        recipe, backbone=backbone.identity, weights_sha256=backbone.sha256, final_norm=backbone.final_norm,
+        mean=backbone.mean, std=backbone.std, interpolation=backbone.interpolation,
+    )  # fmt: skip
+    check_fingerprint(folder, card["fingerprint"], now)
+    missing = [level for level in backbone.levels if level not in recipe.levels]
+    if missing:
+        raise ProbeError(f"{folder}: the backbone's level {missing[0]} is another than the head was trained on.")
+    backbone.fit(recipe.frame, recipe.sized)
+    return backbone

@@ -1,6 +1,6 @@
 """From what heads say of tiles to what they say of the whole image."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
 from featprobe.geometry import Part, Placement, Size
-from featprobe.probes import best_classes, logits_at_original, predict_classes
+from featprobe.probes import best_classes, logits_at_original
 from featprobe.targets import Instance, move_rle
 
 T = TypeVar("T")
@@ -62,16 +62,24 @@ def stitched_maps(pieces: Iterable[tuple[Tensor, Part | None]], size: Size) -> T
     return total.div_(shown.clamp_(min=1))
 
 
+def whole_logits(
+    pieces: Iterable[tuple[Sequence[Tensor], Placement, Part | None]], stride: int, size: Size
+) -> Iterator[Tensor]:
+    """Logits of an image of (height, width), head by head: of its tiles, or of one piece that is all of it."""
+    coming = iter(pieces)
+    logits, placement, part = next(coming)
+    if part is None:
+        yield from (logits_at_original(own, stride, placement) for own in logits)
+        return
+    tiles = ((own, placed, shown) for own, placed, shown in chain([(logits, placement, part)], coming) if shown)
+    yield from stitched_logits(tiles, stride, size)
+
+
 def stitched_classes(
     pieces: Iterable[tuple[Sequence[Tensor], Placement, Part | None]], stride: int, size: Size
 ) -> list[Tensor]:
     """Class index of every pixel of an image of (height, width), from its tiles or from one piece that is all of it."""
-    coming = iter(pieces)
-    logits, placement, part = next(coming)
-    if part is None:
-        return [predict_classes(own, stride, placement) for own in logits]
-    tiles = ((own, placed, shown) for own, placed, shown in chain([(logits, placement, part)], coming) if shown)
-    return [best_classes(own) for own in stitched_logits(tiles, stride, size)]
+    return [best_classes(own) for own in whole_logits(pieces, stride, size)]
 
 
 def stitched_objects(pieces: Sequence[tuple[Objects, Part | None]], size: Size) -> Objects:

@@ -2,22 +2,29 @@
 
 import hashlib
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
-from featprobe.datasets import GENERATED, DataSet, read_data
+from featprobe.backbones.catalog import check_levels, find_backbone
+from featprobe.backbones.given import spec_at_hand
+from featprobe.cache import Cache
+from featprobe.datasets import GENERATED, DataSet
+from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
+from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
-from featprobe.stages.extraction.extract_options import DataEntry, entry_faults, read_as
+from featprobe.stages.extraction.extract_options import DataEntry, ExtractOptions, configured, entry_faults, read_as
 
 CONFIG = "featprobe.toml"
+RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
+AnySet = str | os.PathLike[str] | DataSet
+"""A data set by its name in a workspace, by its path, or as it was read."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,8 @@ class Workspace:
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None
     ) -> BackboneSpec:
         """The backbone that a name and options mean; raises BackboneError."""
-        from featprobe.backbones.catalog import find_backbone  # timm takes seconds, and most commands need none of it
-
+        if given := spec_at_hand(name):
+            return given
         table = self.config.get("backbones", {})
         arguments = backbone_words(name, weights, random_init, final_norm)
         if name in table:
@@ -74,7 +81,7 @@ class Workspace:
 
     def backbone_names(self) -> list[str]:
         """Short names that can be asked for here."""
-        return [*ALIASES, *self.config.get("backbones", {})]
+        return list(dict.fromkeys([*ALIASES, *names_in(BACKBONES), *self.config.get("backbones", {})]))
 
     def data_set(
         self,
@@ -92,6 +99,8 @@ class Workspace:
         patterns of images, masks and groups, and the file that gives splits, see `read_data`. A built-in set is
         generated into data/ when it is first asked for. complete=False leaves the splits as they are. Raises DataError.
         """
+        from featprobe.datasets import read_data  # the formats take time, and a misspelt name needs none of them
+
         own = self.data_options(name)
         given = {"format": format_name, "images": images, "masks": masks}
         how = read_as(given | {"group_from": group_from, "split_file": split_file}, own)
@@ -103,6 +112,15 @@ class Workspace:
             self.follow_links or own.get("follow_links", False), own.get("good"),
         )  # fmt: skip
 
+    def data_called(self, data: AnySet) -> str:
+        """The name or path by which commands here know a data set."""
+        return self.data_argument(data.name, data.root) if isinstance(data, DataSet) else os.fspath(data)
+
+    def sets_called(self, data: AnySet | Sequence[AnySet]) -> tuple[str, ...]:
+        """The same of several data sets, or of one."""
+        each = (data,) if isinstance(data, str | os.PathLike | DataSet) else data
+        return tuple(map(self.data_called, each))
+
     def data_root(self, name: str) -> tuple[str, Path]:
         """The name and the folder of a data set; a built-in set is generated. Raises DataError."""
         table = self.config.get("data", {})
@@ -110,13 +128,36 @@ class Workspace:
             return name, Path(self._path(table[name]["path"]) or "")
         if name in GENERATED:
             return name, self.generated(name)
-        if Path(name).exists():
-            return name_of(Path(name)), Path(name)
+        self.check_set(name)
+        return name_of(Path(name)), Path(name)
+
+    def check_set(self, name: str) -> None:
+        """Raise DataError where no data set has this name, and nothing lies at this path. None is generated."""
+        if name in self.data_names() or Path(name).exists():
+            return
         raise DataError(
-            f"There is no data set {name!r}. {nearest(name, [*GENERATED, *table])}\n"
+            f"There is no data set {name!r}. {nearest(name, self.data_names())}\n"
             f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
             "List them:  featprobe data"
         )
+
+    def check_reading(self, name: str, how: Mapping[str, Any]) -> None:
+        """Raise DataError for a data set that does not exist, or for words on how to read it that can't be.
+
+        how: format, group_from, images and masks, by these names; what featprobe.toml says is no part of it.
+        """
+        self.check_set(name)
+        words = [how.get(key) for key in ("format", "group_from", "images", "masks")]
+        if any(word is not None for word in words):
+            from featprobe.datasets.formats import check_reading
+
+            check_reading(*words)
+
+    def check_extraction(self, spec: BackboneSpec, name: str, options: ExtractOptions) -> None:
+        """Raise FeatprobeError for an extraction that can't be, as far as this is known without images and network."""
+        self.check_reading(name, vars(options))
+        check_levels(spec, options.levels)
+        configured(options, self.data_options(name)).check()
 
     def data_names(self) -> list[str]:
         """Names of data sets that can be asked for here."""
@@ -197,13 +238,18 @@ class Workspace:
         return config
 
 
-def name_of(path: Path) -> str:
-    """The name of a data set that is given by its path.
+def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
+    """The backbone of a name; with the ending -random, where no backbone has that name, its seeded random weights."""
+    if name.endswith(RANDOM) and name not in workspace.backbone_names():
+        return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
+    return workspace.backbone(name)
 
-    >>> name_of(Path("/scans/new castings"))
-    'new_castings'
-    """
-    return re.sub(r"[^\w.-]+", "_", path.resolve().name)
+
+def caches_of(workspace: Workspace, caches: Sequence[Cache], name: str) -> list[Cache]:
+    """The caches of the data set at a path, or else of the set with that name."""
+    folder = workspace.cache_folder(name_of(Path(name)), Path(name)).name
+    at_path = [cache for cache in caches if cache.path.parent.name == folder]
+    return at_path or [cache for cache in caches if cache.data.name == name]
 
 
 def make_generated(

@@ -30,7 +30,8 @@ from featprobe.kinds import KINDS
 from featprobe.probes.saved import read_card, read_rows
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.study.study import read_study, run_grid
+from featprobe.stages.study.grid import run_grid
+from featprobe.stages.study.study import read_study
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace, make_generated

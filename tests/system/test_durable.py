@@ -36,7 +36,8 @@ from featprobe.kinds import TrainRecipe
 from featprobe.probes import load_head, save_head
 from featprobe.probes.saved import Checkpoint, read_rows
 from featprobe.stages.comparison.results import load_results
-from featprobe.stages.study.study import read_study, run_grid
+from featprobe.stages.study.grid import run_grid
+from featprobe.stages.study.study import read_study
 from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.training import Training
@@ -420,9 +421,8 @@ OURS = {
     "cache/legacy.py",
     "datasets/generated.py",
     "datasets/images/reading.py",
-    "stages/upkeep/convert.py",
 }
-"""Caches have a way of their own, and a request to HDF5's process has no name; the last three write into a folder that
+"""Caches have a way of their own, and a request to HDF5's process has no name; the last two write into a folder that
 disk.py makes and syncs."""
 WRITES = (
     "write_text",

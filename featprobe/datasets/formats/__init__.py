@@ -49,7 +49,7 @@ from featprobe.datasets.patterns import Description
 from featprobe.datasets.samples import DataSet, Sample, listed
 from featprobe.datasets.set_notes import alike_classes, unnamed_parts
 from featprobe.datasets.split_file import pin, read_split_file
-from featprobe.datasets.splits import complete_splits, regroup
+from featprobe.datasets.splits import complete_splits, group_pattern, regroup
 from featprobe.errors import DataError, nearest
 from featprobe.geometry import Size
 from featprobe.targets import Target
@@ -267,13 +267,10 @@ def read_data(
     Raises DataError when no format fits (with the nearest format and what is missing), and when several fit.
     """
     with links_followed(follow_links):
-        described = _described(images, masks, format_name)
+        described = check_reading(format_name, group_from, images, masks)
         format_name = "pairs" if described else format_name
         named_format, _, part = (format_name or "").partition(":")
         known: Mapping[str, Format] = FORMATS if format_name is None else {named_format: find_format(named_format)}
-        if part and part not in known[named_format].parts:
-            parts = ", ".join(known[named_format].parts) or "none"
-            raise DataError(f"The format {named_format} has no part {part!r}. wanted: {parts}.")
         if not root.exists():
             raise DataError(f"There is no folder or file {root} (data set {name}).")
         broken: list[str] = []
@@ -331,6 +328,21 @@ def places_of(root: Path) -> list[Path]:
     """The folders from which a set is read: its own folder, and the tables that VisA's objects share."""
     beside = root.resolve().parent / "split_csv"
     return [root, *([beside] if beside.exists() else [])]
+
+
+def check_reading(
+    format_name: str | None, group_from: str | None, images: str | None, masks: str | None
+) -> Description | None:
+    """The description that two patterns give, if there are any. Nothing is looked at but these words.
+
+    Raises DataError for a format, a part of it, a regular expression or a pattern that can't be, as for `read_data`.
+    """
+    named_format, _, part = (format_name or "").partition(":")
+    if format_name is not None and part not in ("", *(parts := find_format(named_format).parts)):
+        raise DataError(f"The format {named_format} has no part {part!r}. wanted: {', '.join(parts) or 'none'}.")
+    if group_from is not None:
+        group_pattern(group_from)
+    return _described(images, masks, format_name)
 
 
 def _described(images: str | None, masks: str | None, format_name: str | None) -> Description | None:

@@ -267,8 +267,13 @@ def _bare(root: Path, tables: Sequence[LabelTable], found: Sequence[Labelled]) -
 
 
 def write_labels(path: Path, rows: Sequence[tuple[str, Sequence[str], str, str]], *, multi: bool) -> None:
-    """Write a table that `read_labels` reads. rows: the image's path below the table's folder, its labels, its split
-    and its group. Texts that a spreadsheet would compute get a mark before them, as in a split file."""
+    """Write the table of `label_table`."""
+    write_whole(path, label_table(rows, multi=multi))
+
+
+def label_table(rows: Sequence[tuple[str, Sequence[str], str, str]], *, multi: bool) -> bytes:
+    """The bytes of a table that `read_labels` reads. rows: the image's path below the table's folder, its labels, its
+    split and its group. Texts that a spreadsheet would compute get a mark before them, as in a split file."""
     texts = [SEVERAL.join(labels) for _, labels, _, _ in rows]
     if multi and not any(SEVERAL in text for text in texts):  # so that it is read as one of several labels
         first = next((i for i, text in enumerate(texts) if text), 0)
@@ -279,7 +284,7 @@ def write_labels(path: Path, rows: Sequence[tuple[str, Sequence[str], str, str]]
         [("image", "label", *OPTIONAL), *([cell(text) for text in line] for line in lines)]
     )
     text = stream.getvalue()
-    write_whole(path, text.encode("utf-8" if text.isascii() else "utf-8-sig"))
+    return text.encode("utf-8" if text.isascii() else "utf-8-sig")
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

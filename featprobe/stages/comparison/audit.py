@@ -19,7 +19,7 @@ from featprobe.processes import pick_device
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.partition import Partition
 from featprobe.stages.tasks.task import Outcome
-from featprobe.stages.training.probe import checked
+from featprobe.stages.training.asked import checked
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.run import judged
 from featprobe.stages.training.training import Training

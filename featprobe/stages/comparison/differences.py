@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
-from featprobe.errors import ProbeError, nearest
+from featprobe.errors import ProbeError
 from featprobe.metrics import (
     Difference,
     SeedSpread,
@@ -22,6 +22,7 @@ from featprobe.metrics import (
     seed_spread,
 )
 from featprobe.stages.comparison.convergence import iterations_to, still_rising
+from featprobe.stages.comparison.gap_names import check_gap
 from featprobe.stages.comparison.recipes import Field, fields_that_differ
 from featprobe.stages.comparison.results import REGIMES, Result, representatives, shortfalls
 
@@ -257,13 +258,7 @@ def modality_gaps(
     if not gap and not on:
         gap, on = _only_gap(results)
         return _all_gaps(tables, gap, on, across) if gap else []
-    if len(set(gap)) != 2 or len(set(on)) != 2:
-        raise ProbeError("A modality gap is of two backbones on two data sets. wanted: --gap A,B --on RGBSET,XRAYSET")
-    backbones, sets = _named(results)
-    for asked, known, what in ((gap, backbones, "backbone"), (on, sets, "data set")):
-        for name in asked:
-            if name not in known:
-                raise ProbeError(f"There is no result of the {what} {name!r}. {nearest(name, known)}")
+    check_gap(gap, on, *_named(results))
     lines = _all_gaps(tables, gap, on, across)
     if not lines:
         raise ProbeError(

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from featprobe.backbones.backbone import Backbone, load_backbone
+from featprobe.backbones.given import at_hand
 from featprobe.cache import (
     MISSING,
     UNREADABLE,
@@ -33,11 +35,11 @@ from featprobe.processes import launched, pick_device
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction import cache_precision
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
-from featprobe.stages.extraction.job import Job, check_disk, prepare, provenance, read_set
+from featprobe.stages.extraction.job import Job, check_disk, prepare, provenance, read_already, read_set
 from featprobe.stages.extraction.pipeline import Filler, runs
 from featprobe.stages.extraction.run_log import log_run, tf32_doubt
 from featprobe.stages.extraction.settled import Asked, Settled, answers_to, ask, keep
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import AnySet, Workspace
 
 
 @dataclass(frozen=True)
@@ -66,24 +68,39 @@ class ExtractReport:
 
 
 def extract(
-    workspace: Workspace, spec: BackboneSpec, data_name: str, options: ExtractOptions | None = None
+    workspace: Workspace,
+    backbone: BackboneSpec | nn.Module | str,
+    data: AnySet,
+    options: ExtractOptions | None = None,
 ) -> ExtractReport:
     """Make, go on with, repair or refresh the cache of a data set under a backbone.
 
-    Raises FeatprobeError; whatever was whole before stays whole.
+    backbone: a name, what `Workspace.backbone` gives, or a module of your own, see `backbones.adapted.OwnBackbone`. A
+    copy of the module is used: it stays as it is. data: a name, a path, or a data set, which is taken as it is. Raises
+    FeatprobeError; whatever was whole before stays whole.
     """
-    options = configured(options or ExtractOptions(), workspace.data_options(data_name))
+    if isinstance(backbone, BackboneSpec):
+        return _extract(workspace, backbone, data, options)
+    with at_hand([backbone]) as (name,):
+        return _extract(workspace, workspace.backbone(name), data, options)
+
+
+def _extract(workspace: Workspace, spec: BackboneSpec, data: AnySet, options: ExtractOptions | None) -> ExtractReport:
+    data_name, options = workspace.data_called(data), options or ExtractOptions()
+    if isinstance(data, DataSet):
+        options = read_already(options, data)
+    options = configured(options, workspace.data_options(data_name))
     if launched()[0]:
         options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
     device = pick_device(options.device)
-    asked = ask(workspace, spec, data_name, options, device.type)
+    asked = None if isinstance(data, DataSet) else ask(workspace, spec, data_name, options, device.type)
     backbone = None
-    for found in [] if options.rehash else answers_to(asked):
+    for found in [] if options.rehash or asked is None else answers_to(asked):
         backbone = backbone or load_backbone(spec, options.levels, device)
         if report := _nothing_to_do(found, backbone, options, device, begun):
             return report
-    data = read_set(workspace, data_name, options)
+    data = data if isinstance(data, DataSet) else read_set(workspace, data_name, options)
     backbone = backbone or load_backbone(spec, options.levels, device)
     return extract_with(workspace, backbone, data, options, device, time.perf_counter() - begun, asked)
 

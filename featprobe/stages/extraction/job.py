@@ -16,7 +16,7 @@ from featprobe.backbones.precision import resolve
 from featprobe.cache import Row
 from featprobe.datasets import DataSet
 from featprobe.datasets.images.reading import Header
-from featprobe.errors import CacheError
+from featprobe.errors import CacheError, DataError
 from featprobe.geometry import Size
 from featprobe.machine import free_disk, human_bytes
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
@@ -95,6 +95,18 @@ def read_set(workspace: Workspace, name: str, options: ExtractOptions) -> DataSe
     """The data set of a name, read as options say."""
     how = {name: getattr(options, name) for name in READ_AS if name != "format"}
     return workspace.data_set(name, options.format, **how)
+
+
+def read_already(options: ExtractOptions, data: DataSet) -> ExtractOptions:
+    """The options with how a set was read. Raises DataError where they ask for another reading."""
+    other = [name for name in READ_AS if getattr(options, name) not in (None, data.description.get(name))]
+    if other:
+        raise DataError(
+            f"{data.root} was read already, so {', '.join(other)} would change nothing. Nothing was computed.\n"
+            "Give its path instead of the data set, or omit these options."
+        )
+    how: dict[str, Any] = {name: data.description.get(name) for name in READ_AS}
+    return replace(options, **how)
 
 
 def _placed(spec: BackboneSpec) -> BackboneSpec:

@@ -5,16 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from featprobe.backbones.given import modules_at_hand
 from featprobe.cache import MISSING, Cache, open_cache
 from featprobe.datasets import DataSet
 from featprobe.errors import CacheError, ProbeError, counted
 from featprobe.processes import from_main, gathered, pick_device
-from featprobe.specs import BackboneSpec
+from featprobe.specs import MODULE, BackboneSpec
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions, configured
 from featprobe.stages.extraction.origin import batch_size_of, read_as_of, spec_of
-from featprobe.stages.workspace import CONFIG, Workspace, name_of
+from featprobe.stages.workspace import CONFIG, Workspace, backbone_of, caches_of
 
-RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
 Names = tuple[str, ...]
 
 
@@ -42,7 +42,9 @@ def make_missing(
     """
     sets = tuple(data) or tuple(workspace.config.get("data", {}))
     asked = tuple(backbones) or tuple(workspace.config.get("backbones", {}))
-    begun = from_main(lambda: _begun(workspace, data, backbones, pooled))
+    begun, without = from_main(lambda: _begun(workspace, data, backbones, pooled))
+    for path in without:
+        say(f"left aside: {path} is not complete, and was made with a module that was given as an object")
     if not begun:
         _check_named(workspace, sets, asked)
     for path in begun:
@@ -64,9 +66,14 @@ def make_missing(
     return able, tuple(labels[name] for name in backbones), dry_run and bool(lacking or begun)
 
 
-def _begun(workspace: Workspace, data: Sequence[str], backbones: Sequence[str], pooled: bool) -> list[Path]:
-    """Caches of these sets and backbones, or of any where none is named, that miss rows."""
-    found = []
+def _begun(
+    workspace: Workspace, data: Sequence[str], backbones: Sequence[str], pooled: bool
+) -> tuple[list[Path], list[Path]]:
+    """Caches of these sets and backbones, or of any where none is named, that miss rows.
+
+    Of them, those that can be completed, and those of modules that are not at hand.
+    """
+    found, there = [], {spec.model for spec, _ in modules_at_hand()}
     for path in workspace.cache_files():
         try:
             cache = open_cache(path)
@@ -76,7 +83,9 @@ def _begun(workspace: Workspace, data: Sequence[str], backbones: Sequence[str], 
                 found.append(cache)
         except CacheError:
             continue  # another is made beside it
-    return [cache.path for cache in found if bool((cache.done == MISSING).any())]
+    lacking = [cache for cache in found if bool((cache.done == MISSING).any())]
+    without = [c.path for c in lacking if c.recipe.backbone.startswith(MODULE) and c.recipe.backbone not in there]
+    return [cache.path for cache in lacking if cache.path not in without], without
 
 
 def _complete(
@@ -163,17 +172,3 @@ def _extract(workspace: Workspace, data: DataSet, spec: BackboneSpec, how: Extra
     begun, device = time.perf_counter(), pick_device(how.device)
     model = load_backbone(spec, how.levels, device)
     extract_with(workspace, model, data, how, device, load_seconds=time.perf_counter() - begun)
-
-
-def caches_of(workspace: Workspace, caches: Sequence[Cache], name: str) -> list[Cache]:
-    """The caches of the data set at a path, or else of the set with that name."""
-    folder = workspace.cache_folder(name_of(Path(name)), Path(name)).name
-    at_path = [cache for cache in caches if cache.path.parent.name == folder]
-    return at_path or [cache for cache in caches if cache.data.name == name]
-
-
-def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
-    """The backbone of a name; with the ending -random, where no backbone has that name, its seeded random weights."""
-    if name.endswith(RANDOM) and name not in workspace.backbone_names():
-        return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
-    return workspace.backbone(name)

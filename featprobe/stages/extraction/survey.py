@@ -193,7 +193,7 @@ def make_recipe(surveyed: Survey, backbone: Backbone, options: ExtractOptions) -
     policy, window = choose_intensity(surveyed, options.policy)
     recipe = FeatureRecipe(
         label=backbone.spec.label,
-        backbone=backbone.spec.model,
+        backbone=backbone.identity,
         weights_sha256=backbone.sha256,
         levels=backbone.levels,
         final_norm=backbone.final_norm,

@@ -1,10 +1,12 @@
 """A study on a SLURM cluster: its missing trainings as job arrays, by submitit."""
 
-import getpass
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,29 +16,22 @@ from typing import Any
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import FeatprobeError, FileKindError, counted
-from featprobe.io.disk import below, read_json, write_whole
+from featprobe.io.disk import below, open_regular, read_json, write_whole
 from featprobe.io.texts import printable
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
 from featprobe.specs import digest
-from featprobe.stages.study.study import (
-    Cell,
-    Place,
-    Study,
-    StudyReport,
-    by_cache,
-    ladder_of,
-    make_cache,
-    run_cells,
-    run_grid,
-)
+from featprobe.stages.study.grid import StudyReport, ladder_of, make_cache, run_cells, run_grid
+from featprobe.stages.study.study import Cell, Place, Study, by_cache
 from featprobe.stages.training.run import Say
 from featprobe.stages.workspace import Workspace
 
 JOBS = "jobs"  # folder of a workspace: what was handed over, logs, answers of jobs
+ENTRY = "featprobe.stages.study.cluster_job"  # what a job runs
 JOB = re.compile(r"\d{1,20}(_\d{1,20})?", re.ASCII)  # what SLURM calls a job, or a task of an array
 LONGEST_ANSWER = 1 << 16  # bytes
-USUAL = {"job_name": "featprobe", "time": 240}  # minutes; submitit's own limit is 5
+LONGEST_TAIL = 1 << 14  # bytes of a log that are read
+USUAL = {"job_name": "featprobe", "time": 240, "requeue": True}  # minutes; submitit's own limit is 5
 OURS = ("array", "dependency", "output", "error")
 LISTS = ("setup", "teardown", "srun_args")
 
@@ -74,10 +69,12 @@ class _Again(ABC):
         answer.unlink(missing_ok=True)
         try:
             made = self.work()
+        except submitit.core.utils.UncompletedJobError as error:  # raised where it was when its time was over
+            over = FeatprobeError(f"{error} Give it more time, as --slurm time=600 (minutes); it goes on where it was.")
+            write_failure(answer, over)
+            raise over from error
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            reason = lines[0] if isinstance(error, FeatprobeError) else f"{type(error).__name__}: {lines[0]}"
-            write_whole(answer, json.dumps({"ended": "error", "cache": None, "reason": reason[:1000]}))
+            write_failure(answer, error)
             raise
         write_whole(answer, json.dumps({"ended": "success", "cache": made and str(made.resolve()), "reason": ""}))
 
@@ -86,6 +83,13 @@ class _Again(ABC):
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
+
+
+def write_failure(answer: Path, error: Exception) -> None:
+    """Write the answer of a job that an error ended."""
+    lines = str(error).strip().splitlines() or [""]
+    reason = lines[0] if isinstance(error, FeatprobeError) else f"{type(error).__name__}: {lines[0]}"
+    write_whole(answer, json.dumps({"ended": "error", "cache": None, "reason": reason[:1000]}))
 
 
 @dataclass(frozen=True)
@@ -251,8 +255,14 @@ def _executor(folder: Path, slurm: Mapping[str, Any]) -> Any:
             f"There is no {', '.join(absent)} on this machine. Nothing was handed over.\n"
             "wanted: a machine of a SLURM cluster, as its login node. Without one:  featprobe study FILE"
         )
-    executor = submitit.SlurmExecutor(folder)
+    # submitit appends its own module to this command; ours does the same work, and ends in words
+    executor = submitit.SlurmExecutor(folder, python=f"{shlex.quote(sys.executable)} -u -m {ENTRY}")
     values = {**USUAL, **slurm}
+    if "no_requeue" in values:
+        del values["requeue"]
+    if "cpus_per_task" in values:  # since SLURM 22.05 srun does not take it from sbatch
+        given = values.get("srun_args", [])
+        values["srun_args"] = [f"--cpus-per-task={values['cpus_per_task']}", *given]
     known = {name: value for name, value in values.items() if name in submitit.SlurmExecutor._valid_parameters()}
     others = {name.replace("_", "-"): value for name, value in values.items() if name not in known}
     executor.update_parameters(**known, additional_parameters=others)
@@ -260,24 +270,39 @@ def _executor(folder: Path, slurm: Mapping[str, Any]) -> Any:
 
 
 def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
-    """The jobs of tasks, which go over as one array."""
+    """The jobs of tasks, which go over as one array, or as several where SLURM takes no longer ones."""
     if not tasks:
         return []
-    try:
-        with executor.batch():
-            jobs = [executor.submit(task) for task in tasks]
-    except Exception as error:  # what sbatch says comes in several classes
-        raise FeatprobeError(f"SLURM takes no job: {error}.\nWhat it took before is in the queue: squeue") from error
+    longest = re.search(r"^MaxArraySize\s*=\s*(\d+)$", _ask("scontrol", "show", "config"), re.MULTILINE)
+    size = max(int(longest[1]), 1) if longest else len(tasks)
+    jobs = []
+    for start in range(0, len(tasks), size):
+        try:
+            with executor.batch():
+                jobs += [executor.submit(task) for task in tasks[start : start + size]]
+        except Exception as error:  # what sbatch says comes in several classes
+            said = dict.fromkeys(line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
+            raise FeatprobeError(
+                f"SLURM takes no job: {'; '.join(filter(None, said))}.\n"
+                "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and run "
+                "the same command again: nothing is handed over twice."
+            ) from error
     return [job.job_id for job in jobs]
 
 
 def _queue() -> set[str]:
     """The user's jobs that wait or run."""
-    command = ["squeue", "--noheader", "--array", "--format=%i", "--user", getpass.getuser()]
+    return set(_ask("squeue", "--noheader", "--array", "--format=%i", "--user", str(os.getuid())).split())
+
+
+def _ask(*command: str) -> str:
+    """What a command of SLURM prints; raises FeatprobeError."""
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     if asked.returncode:
-        raise FeatprobeError(f"SLURM does not answer: {asked.stderr.strip()}\nNothing was handed over.")
-    return set(asked.stdout.split())
+        raise FeatprobeError(
+            f"SLURM does not answer: {' '.join(asked.stderr.split())}\nNo more was handed over. Its state:  sinfo"
+        )
+    return asked.stdout
 
 
 def _key(study: Study, cell: Cell) -> str:
@@ -321,11 +346,45 @@ def _answer(workspace: Workspace, job: str) -> dict[str, Any]:
 
 def _reason(workspace: Workspace, job: str) -> str:
     """Why a job has left no result, in a line that names its log."""
-    answer = _answer(workspace, job)
+    answer, log = _answer(workspace, job), _path(workspace, job, "log.err")
     said = answer.get("reason") if answer.get("ended") == "error" else "its result is gone" if answer else ""
     lines = said.strip().splitlines() if isinstance(said, str) else []
-    reason = lines[0] if lines else f"job {job} ended without an answer"
-    return f"{reason} (see {_path(workspace, job, 'log.err')})"
+    if lines or answer:
+        return f"{lines[0] if lines else f'job {job} gave no reason'} (see {log})"
+    try:
+        last = tail(log)
+    except (OSError, FileKindError):
+        return _without_log(job, log)
+    if re.search(r"Can't get attribute .* on <module 'featprobe|No module named '?featprobe", last):
+        return f"job {job} was handed over by another version of featprobe ({last}; see {log})"
+    return f"job {job} ended without an answer{f'; its log ends: {last}' if last else ''} (see {log})"
+
+
+def _without_log(job: str, log: Path) -> str:
+    """Why a job has left no log, as far as SLURM still knows the job."""
+    try:
+        known = _ask("scontrol", "--oneliner", "show", "job", job)
+    except FeatprobeError:  # it has forgotten the job, minutes after its end
+        known = ""
+    told = {word: value for word, _, value in (pair.partition("=") for pair in known.split())}
+    state = told.get("JobState", "")
+    if state == "CANCELLED":
+        return f"job {job} was cancelled before it began"
+    where = f"node {told['BatchHost']} does" if "BatchHost" in told else "was it cancelled? Or its node does"
+    code = f", exit code {told['ExitCode']}" if "ExitCode" in told else ""
+    slurm = f" (SLURM: {state} {told.get('Reason', '')}{code})" if state else ""
+    return (
+        f"job {job} left no log: {where} not see {log.parent}{slurm}. Keep the workspace in a folder that all nodes share, "
+        "under the same path"
+    )
+
+
+def tail(log: Path) -> str:
+    """The last line of a log that says something; raises OSError."""
+    with open(log, "rb", opener=open_regular) as stream:
+        stream.seek(max(os.fstat(stream.fileno()).st_size - LONGEST_TAIL, 0))
+        lines = stream.read(LONGEST_TAIL).decode(errors="replace").split("\n")
+    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))[:300]
 
 
 def _path(workspace: Workspace, job: str, end: str) -> Path:

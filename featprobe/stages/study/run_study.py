@@ -6,7 +6,8 @@ from pathlib import Path
 
 from featprobe.stages.comparison.compare import Comparison, compare
 from featprobe.stages.study.cluster import parameters, submit_study
-from featprobe.stages.study.study import StudyReport, read_study, run_grid
+from featprobe.stages.study.grid import StudyReport, run_grid
+from featprobe.stages.study.study import read_study
 from featprobe.stages.training.run import Say
 from featprobe.stages.workspace import Workspace
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from featprobe.backbones.given import at_hand
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
@@ -16,29 +17,20 @@ from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits
+from featprobe.stages.training.asked import check_free, checked_live, find_caches, labels_for, left_aside
 from featprobe.stages.training.forecast import Forecast, forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
-from featprobe.stages.training.probe import (
-    ProbeReport,
-    checked,
-    extraction,
-    find_caches,
-    labels_for,
-    left_aside,
-    notes_of,
-    show,
-    splittable,
-)
+from featprobe.stages.training.probe import ProbeReport, extraction, notes_of, show, splittable
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.training.read_labels import check_live
 from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import AnySet, Workspace
 
-FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
-"""Options that a counterpart does not take from its frozen result."""
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -70,8 +62,8 @@ class Missing:
 def finetune(
     workspace: Workspace,
     task: str | None = None,
-    data: Sequence[str] = (),
-    backbones: Sequence[str] = (),
+    data: AnySet | Sequence[AnySet] = (),
+    backbones: "Sequence[str | nn.Module]" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     dry_run: bool = False,
@@ -81,28 +73,29 @@ def finetune(
     """Train heads with a live backbone on the images that caches were made from; score and save them as `probe` does.
 
     With a task, data sets or backbones: on the caches that serve them, semseg where no task is named; what is there
-    already is not trained again. With none of these: the missing counterpart of every frozen result in
-    probes/results.jsonl, with the head and the learning rate that were chosen there. options: their `tuning` says what
-    moves; the default is the full regime. say: gets the list with the predicted time first. dry_run: that list alone.
-    extract: make caches that are missing first, as for `probe`. Processes that torchrun started do this together, as
-    there. Raises FeatprobeError when there is nothing to train, or images or weights are not here any more.
+    already is not trained again. data: names, paths or data sets. backbones: names, and modules of your own that caches
+    were made with. With none of these: the missing counterpart of every frozen result in probes/results.jsonl, with the
+    head and the learning rate that were chosen there. options: their `tuning` says what moves; the default is the full
+    regime. say: gets the list with the predicted time first. dry_run: that list alone. extract: make caches that are
+    missing first, as for `probe`. Processes that torchrun started do this together, as there. Raises FeatprobeError
+    when there is nothing to train, or images or weights are not here any more.
     """
-    options = options or ProbeOptions()
+    options, sets = options or ProbeOptions(), workspace.sets_called(data)
     options = replace(options, tuning=options.tuning or Tuning())
     device = pick_device(options.device)
     if options.tuning and options.tuning.precision:
         resolve(options.tuning.precision, device)  # refuses what this device can't compute
-    with together(device):
+    with at_hand(backbones) as names, together(device):
         say = say if is_main() else lambda line: None
         if extract:
-            named = bool(task or data or backbones)
-            needed = labels_for(task or TASKS[0], _checked(task or TASKS[0], options)) if named else None
+            named = bool(task or sets or names)
+            needed = labels_for(task or TASKS[0], checked_live(task or TASKS[0], options)) if named else None
             how = extraction(options)
-            data, backbones, lacking = make_missing(workspace, data, backbones, needed, how, say, dry_run=dry_run)
+            sets, names, lacking = make_missing(workspace, sets, names, needed, how, say, dry_run=dry_run)
             if lacking:
                 say("their trainings are listed once they exist")
                 return ProbeReport((), (), ())
-        return _finetune(workspace, task, data, backbones, options, say, dry_run)
+        return _finetune(workspace, task, sets, names, options, say, dry_run)
 
 
 def _finetune(
@@ -153,20 +146,10 @@ def _finetune(
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
-def _checked(task: str, options: ProbeOptions) -> ProbeOptions:
-    """The options with their defaults filled in; raises ProbeError for what can't be fine-tuned."""
-    options = checked(task, options)
-    if options.is_solved:
-        raise ProbeError(f"{options.head} is solved on frozen features: nothing of it can be fine-tuned.")
-    if options.shared_order:
-        raise ProbeError("Seeds share no pass where each has a backbone of its own. Omit --shared-order.")
-    return options
-
-
 def _asked_for(
     workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions
 ) -> tuple[list[Missing], list[str]]:
-    options = _checked(task, options)
+    options = checked_live(task, options)
     caches, notes = find_caches(workspace, task, data, backbones, options.instances, pooled=True, live=True)
     splits = single_splits(options.choice)
     found = []
@@ -192,13 +175,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     Of several frozen results of one kind the last counts. Where images are augmented anew, stored views make no kind of
     their own if the cache without them is here.
     """
-    plain = ProbeOptions()
-    given = [n for n in plain.__dataclass_fields__ if n not in FREE and getattr(options, n) != getattr(plain, n)]
-    if given:
-        raise ProbeError(
-            f"A counterpart takes {', '.join(given)} from its frozen result. Omit it, or name what to train:\n"
-            "  featprobe finetune --task TASK --data NAME …"
-        )
+    check_free(options)
     rows, notes = read_results(workspace.probes / "results.jsonl")
     assert options.tuning is not None
     caches = _caches_by_key(workspace)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featprobe.backbones.precision import Precision, computing, float32_as
+from featprobe.backbones.precision import computing, float32_as
 from featprobe.cache import Cache
 from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.images.reading import frame_image, hash_image, image_window, read_levels, unit_of
@@ -23,7 +23,7 @@ from featprobe.features import Features
 from featprobe.geometry import Placement, Size
 from featprobe.probes import ObjectTarget, execution
 from featprobe.processes import own_part
-from featprobe.specs import Rows
+from featprobe.specs import Precision, Rows
 from featprobe.stages.extraction.augment import (
     FramedImage,
     ViewPlan,

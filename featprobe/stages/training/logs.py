@@ -1,18 +1,16 @@
-"""Curves of a training while it runs, for TensorBoard and for Weights & Biases."""
+"""Curves of a training while it runs, for TensorBoard and for Weights & Biases. Their names are known without torch."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from featprobe.errors import ProbeError, nearest
 from featprobe.kinds import TrainRecipe
-from featprobe.probes.train import learning_rate
-from featprobe.processes import is_main
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROJECT = "featprobe"  # of runs in Weights & Biases
 
@@ -111,6 +109,8 @@ class Recorder:
         self.logs: list[list[Log]] = []  # of each head
 
     def __enter__(self) -> "Recorder":
+        from featprobe.processes import is_main
+
         self.logs = [[LOGS[kind](*place) for kind in self.kinds if is_main()] for place in self.places]
         return self
 
@@ -118,7 +118,7 @@ class Recorder:
         for log in (log for own in self.logs for log in own):
             log.close()
 
-    def take(self, losses: Tensor) -> None:
+    def take(self, losses: "Tensor") -> None:
         """Keep the losses of a step, (heads,)."""
         if self.kinds:
             self.losses.append(losses)
@@ -127,6 +127,10 @@ class Recorder:
         """Hand on what was collected until a step."""
         if not self.losses:
             return
+        import torch
+
+        from featprobe.probes.train import learning_rate
+
         steps = torch.stack(self.losses).float().cpu()  # (steps, heads)
         self.losses.clear()
         first = step - len(steps) + 1

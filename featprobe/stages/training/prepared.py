@@ -184,6 +184,11 @@ def _backbone(training: Training, levels: Sequence[FeatureLevel]) -> "Backbone":
     cache = training.partition.source
     spec = spec_of(cache)
     backbone = load_backbone(spec, [level.name for level in levels], training.device)
+    if backbone.identity != cache.recipe.backbone:
+        raise ProbeError(
+            f"{cache.path} was made by another network than {spec.label} is now. Nothing was trained.\n"
+            f"  wanted  {cache.recipe.backbone}\n  found   {backbone.identity}"
+        )
     if backbone.sha256 != cache.recipe.weights_sha256:
         raise ProbeError(
             f"{cache.path} was made from other weights than {spec.label} has now. Nothing was trained.\n"

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from featprobe.backbones.precision import Precision
 from featprobe.errors import ProbeError
 from featprobe.image_labels import ImageLabels, Unit
 from featprobe.kinds import CORESET, FALSE_CALLS, FROZEN, SEEDS, HeadKind, PyramidKind, TrainRecipe
 from featprobe.machine import usable_cores
-from featprobe.metrics.semantic import Absent
 from featprobe.scores import SCORES
+from featprobe.specs import Precision
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import MOST_WORKERS
+
+if TYPE_CHECKING:
+    from featprobe.metrics.semantic import Absent
 
 Regime = Literal["frozen", "frozen-online", "full"]
 REGIMES = get_args(Regime)
@@ -144,7 +146,7 @@ class ProbeOptions:
     fractions: tuple[float, ...] = (1.0,)
     split: str = "own"
     instances: Literal["own", "components"] = "own"
-    absent: Absent = "ignore"
+    absent: "Absent" = "ignore"
     device: str | None = None
     show: int = 0
     quiet: bool = False

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from featprobe.backbones.precision import Precision
 from featprobe.cache import Cache
-from featprobe.kinds import HeadKind, TrainRecipe
-from featprobe.probes import grid_of
+from featprobe.kinds import HeadKind, TrainRecipe, grid_of
 from featprobe.probes.saved import read_card, read_results
 from featprobe.processes import pick_device
 from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES, TaskScores
-from featprobe.specs import DataInfo, FeatureRecipe, digest
+from featprobe.specs import DataInfo, FeatureRecipe, Precision, digest
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.partition import Partition

@@ -31,8 +31,9 @@ from featprobe.probes.saved import read_rows
 from featprobe.report.tables import result_table
 from featprobe.result_rows import ResultRow
 from featprobe.stages.comparison.compare import compare
+from featprobe.stages.study.grid import run_grid
 from featprobe.stages.study.run_study import run_study
-from featprobe.stages.study.study import Study, cells_of, left_out, read_study, run_grid
+from featprobe.stages.study.study import Study, cells_of, left_out, read_study
 from featprobe.stages.training import fit
 from featprobe.stages.workspace import Workspace, make_generated
 
@@ -104,7 +105,7 @@ def test_all_that_does_not_exist_is_said_at_once_and_nothing_is_run(workspace: W
     with pytest.raises(DataError) as error:
         read_study(written(tmp_path, text), workspace)
     for said in (
-        "data[0]: there is no data set 'surfase'. Did you mean surface?", "backbones[0]: ", "embeded",
+        "data[0]: There is no data set 'surfase'. Did you mean surface?", "backbones[0]: ", "embeded",
         'tasks[0]: wanted semseg, detect, instseg, classify or anomaly, found "segment"',
         'found "liner". Did you mean linear?', 'regimes[0]: wanted frozen, frozen-online or full, found "ful"',
         "sizes[0]: '64' is not a size", "fractions[0]: wanted 1 or less, found 2",

@@ -29,7 +29,8 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
-from featprobe.stages.study.study import read_study, run_grid
+from featprobe.stages.study.grid import run_grid
+from featprobe.stages.study.study import read_study
 from featprobe.stages.training import ladder as ladder_module
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.forecast import Forecast

@@ -21,7 +21,8 @@ from featprobe.probes.train import _Loop, learning_rate
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.study.study import Study, run_grid
+from featprobe.stages.study.grid import run_grid
+from featprobe.stages.study.study import Study
 from featprobe.stages.training import fit
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import probe

@@ -29,6 +29,7 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.cache import Cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.datasets.images.reading import frame_image, read_levels
+from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, CacheIncompleteError, DiskError, ProbeError, ShapeError
 from featprobe.features import Features, cell_shares
 from featprobe.geometry import Placement, place
@@ -61,7 +62,7 @@ from featprobe.stages.extraction.run_log import extraction_seconds
 from featprobe.stages.training.forecast import REHEARSED
 from featprobe.stages.training.probe import find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.workspace import Workspace, make_generated, name_of
+from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import IGNORE
 
 LEVELS = (FeatureLevel("stride4", 5, 4), FeatureLevel("stride8", 7, 8), FeatureLevel("stride16", 11, 16))

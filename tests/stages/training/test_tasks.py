@@ -606,7 +606,7 @@ def test_predict_refuses_a_backbone_of_other_weights(
     trained: tuple[Workspace, dict[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, rows = trained
-    from featprobe.stages import predict as stage
+    from featprobe.stages import predictor as stage
 
     plain = stage.load_backbone
     monkeypatch.setattr(stage, "load_backbone", lambda spec, *others: plain(replace(spec, seed=1), *others))

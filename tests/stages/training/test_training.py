@@ -13,7 +13,8 @@ from featprobe.cache import Cache, open_cache, store
 from featprobe.kinds import kind_of
 from featprobe.probes import saved
 from featprobe.stages.study import study as study_module
-from featprobe.stages.study.study import Cell, Study, cells_of, run_cells
+from featprobe.stages.study.grid import run_cells
+from featprobe.stages.study.study import Cell, Study, cells_of
 from featprobe.stages.training import probe as probe_module
 from featprobe.stages.training.probe import checked, probe
 from featprobe.stages.training.probe_options import ProbeOptions

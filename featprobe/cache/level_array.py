@@ -1,0 +1,88 @@
+"""Features of many rows of a level as one array: a view of the file where that can be, else a copy in memory."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featprobe.cache.layout import Extent, Table, level_tables
+from featprobe.errors import CacheError
+from featprobe.levels import FeatureLevel
+from featprobe.machine import available_memory, human_bytes
+from featprobe.specs import FeatureRecipe
+
+AT_ONCE = 1 << 24  # bytes, about, that are hashed or decoded together
+MEMORY_SHARE = 0.7  # of the available memory that a copy may take
+
+
+class Source(Protocol):
+    """What an open cache is here."""
+
+    @property
+    def handle(self) -> int: ...
+    @property
+    def path(self) -> Any: ...
+    @property
+    def recipe(self) -> FeatureRecipe: ...
+    @property
+    def extents(self) -> Mapping[str, Extent]: ...
+    def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: NDArray[Any]) -> None: ...
+
+
+def level_array(cache: Source, level: FeatureLevel, rows: NDArray[np.intp]) -> NDArray[Any]:
+    """(rows, channels, height, width), or (rows, 2, channels) of a pooled cache; each row is checked.
+
+    In the stored number format, of bfloat16 its bits, (…), uint16; int8 is decoded to float16. Rows that follow one
+    another in the file, and need no decoding, are a view of it: what is written there changes no file, and stays in
+    this process. Raises CacheError for a damaged row, for a file that was cut short, and for a copy that the memory
+    does not hold.
+    """
+    tables = level_tables(cache.recipe, level)
+    stored = [_mapped(cache, table) for table in tables]
+    step = max(1, AT_ONCE // tables[0].row_bytes)
+    parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+    if len(tables) == 1 and len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+        found = stored[0][rows[0] : rows[0] + len(rows)]
+        for part in parts:
+            cache.check(part, level, stored[0][part[0] : part[0] + len(part)])
+        return found
+    dtype = np.dtype(tables[0].dtype if len(tables) == 1 else np.float16)
+    shape = (len(rows), *tables[0].shape)
+    _check_room(cache, level, shape, dtype)
+    copied = np.empty(shape, dtype)
+    for i, part in enumerate(parts):
+        kept = [own[part] for own in stored]
+        cache.check(part, level, *kept)
+        copied[i * step : i * step + len(part)] = kept[0] if len(kept) == 1 else decoded(kept[0], kept[1])
+    return copied
+
+
+def decoded(codes: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float16]:
+    """The values of codes of int8. codes: (…, channels, height, width); scales: (…, channels, 2)."""
+    scale, zero = (scales[..., i, None, None] for i in (0, 1))
+    return (zero + scale * codes).astype(np.float16)
+
+
+def _mapped(cache: Source, table: Table) -> NDArray[Any]:
+    """The rows of a table, mapped so that nothing that is written there reaches the file."""
+    extent = cache.extents[table.name]
+    end = extent.offset + extent.row_bytes * extent.rows
+    length = os.fstat(cache.handle).st_size
+    if length < end:  # touching a map beyond the file's end would kill the process
+        raise CacheError(f"{cache.path} ends at byte {length}, before byte {end}. Was it cut short?")
+    with open(cache.handle, "rb", closefd=False) as stream:
+        shape = (extent.rows, *table.shape)
+        return np.memmap(stream, table.dtype, "c", extent.offset, shape).view(np.ndarray)
+
+
+def _check_room(cache: Source, level: FeatureLevel, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    wanted, free = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, available_memory()
+    if wanted > MEMORY_SHARE * free:
+        raise CacheError(
+            f"{cache.path}: {level.name} of {shape[0]} rows does not fit the memory. Nothing was read.\n"
+            f"  wanted  {wanted} bytes ({human_bytes(wanted)})\n"
+            f"  found   {human_bytes(free)} free, of which {MEMORY_SHARE:.0%} may be taken\n"
+            "Take fewer rows (rows=…), or read them as they are needed:  cache.torch_dataset()"
+        )

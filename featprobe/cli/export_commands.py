@@ -1,0 +1,71 @@
+"""The command that takes a head out of featprobe: export."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featprobe.cli.options import as_json, echo, show_json, workspace_of
+
+
+@click.command()
+@click.argument("head", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The ONNX file to write.")
+@click.option("--weights", type=click.Path(dir_okay=False), help="The weights of the backbone, if they have moved.")
+@click.option(
+    "--image-size",
+    metavar="HxW",
+    help="The size of the images that the model takes, in pixels.  [default: the commonest of the test images]",
+)
+@click.option("--opset", type=int, metavar="N", default=20, show_default=True, help="The version of ONNX's operators.")
+@click.option(
+    "--threshold",
+    type=float,
+    metavar="T",
+    help="The score above which an image is called.  [default: the head's own, where it has one]",
+)
+@click.option(
+    "--test-images",
+    type=click.IntRange(1),
+    metavar="N",
+    default=20,
+    show_default=True,
+    help="How many images the model is compared with featprobe on.",
+)
+@click.option(
+    "--images",
+    type=click.Path(exists=True, path_type=Path),
+    multiple=True,
+    help="Compare on these images, or those in this folder.  [default: those that the head was tested on]",
+)
+@as_json
+@click.pass_context
+def export(ctx: click.Context, head: Path, images: Sequence[Path], json_: bool, **options: Any) -> None:
+    """Write a saved head as an ONNX file that runs without featprobe.
+
+    HEAD is a folder that `probe` or `finetune` has written. The file takes raw levels as they come from the camera;
+    the intensity window, resizing, normalisation, the backbone and the head are inside. It is written once onnxruntime
+    has found in test images what featprobe finds; the figures are in a JSON file beside it.
+
+    \b
+    Example:
+      featprobe export probes/SET/BACKBONE/HEAD/seed0 --out model.onnx
+    """
+    from featprobe.geometry import parse_size
+    from featprobe.stages.export.export import export as run
+
+    folder, size = head if head.is_dir() else head.parent, options.pop("image_size")
+    out = options.pop("out")
+    report = run(
+        folder, out, workspace_of(ctx), images=images, image_size=parse_size(size) if size else None, **options
+    )
+    if json_:
+        return show_json(asdict(report))
+    for note in report.notes:
+        echo(f"note: {note}")
+    echo(f"{report.model}: {report.bytes / 2**20:.1f} MiB, takes {report.input}, gives {', '.join(report.outputs)}")
+    for line in report.parity.lines:
+        echo(line)
+    echo(f"figures: {report.parity_file}")

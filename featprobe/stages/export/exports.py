@@ -1,0 +1,16 @@
+"""What each kind of head gives in a graph, in one table."""
+
+from collections.abc import Callable, Mapping
+
+from featprobe.scores import On
+from featprobe.stages.export.graph import GraphOutput
+from featprobe.stages.export.object_output import ObjectOutput
+from featprobe.stages.export.pixel_output import PixelOutput
+
+EXPORTS: Mapping[On, Callable[..., GraphOutput]] = {
+    "pixels": PixelOutput,
+    "boxes": ObjectOutput,
+    "masks": ObjectOutput,
+}
+"""What a task is scored on -> the end of its graph, from a head, its card, the placement of an image, and the
+threshold that a user gave or None."""
