@@ -56,8 +56,7 @@ def probes_rm(ctx: click.Context, names: tuple[str, ...], dry_run: bool, yes: bo
     """Remove saved heads, and their rows from probes/results.jsonl.
 
     NAME is a head's folder, a folder above it, or a part of its name as `probes ls` prints it. The command asks first.
-    A head that a training is writing, or whose folder holds files of yours, is refused, and then nothing is removed. Caches
-    stay.
+    If a training is writing one of the heads, or a folder holds files of yours, nothing is removed. Caches stay.
 
     \b
     Example:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from featprobe.cache import MISSING, Cache, open_cache, read_states
 from featprobe.datasets import DataSet
@@ -25,30 +24,29 @@ from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.compare import Comparison, compare
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions
-from featprobe.stages.extraction.missing import RANDOM, backbone_of
 from featprobe.stages.extraction.plan import plan
-from featprobe.stages.partition import Partition
+from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.threads import in_threads
-from featprobe.stages.training.probe import checked as with_defaults
+from featprobe.stages.training.asked import checked as with_defaults
 from featprobe.stages.training.probe import show
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.upkeep.check import FAULTS, DataCheck, check
 from featprobe.stages.upkeep.first_look import Aim, aim_at
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import RANDOM, Workspace, backbone_of
 
 BACKBONES = ("embedded", f"embedded{RANDOM}")
 MINUTES = 10.0
 SPARE = 0.5  # share of the minutes that a plan may fill: machines are shared, and times are guessed
-HEADS = 1 / 3  # seconds of a solved head and its part of the page, per second of its extraction; measured: 0.1 to 0.3
+HEAD = 0.15  # seconds of a solved head, and of its part of the page, per second of its extraction; measured: 0.1 to 0.2
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)  # of the sides of the median image
 STEP, LEAST = 32, 64  # pixels: sides of scaled images are multiples of the first, and at least the second
 TIMED_PIXELS = 300_000  # most pixels of an image at which a backbone is timed
 TIMED_IMAGES = 4
 BATCH_PIXELS = 1 << 22  # most pixels of a batch, as far as one image allows it
 DISK_SHARE, MEMORY_SHARE = 4, 2  # features of all backbones take at most one part in so many of what is free
-UNEVEN = 1.25  # ratio of the widest to the narrowest shape of images from which on shapes are kept
+UNEVEN = 1.5  # ratio of the widest to the narrowest shape of images from which on shapes are kept
 SHOWN = 6  # test images on the sheet of each head
 PLAN, LARGEST_PLAN = "plan.json", 1 << 20
 
@@ -95,13 +93,13 @@ class Outline:
         return kind_of(self.task, self.head)
 
     @property
-    def seconds(self) -> float:
-        """Predicted time of all extractions, and of the heads where these are solved."""
-        return sum(self.each.values()) * (1 + HEADS)
+    def choice(self) -> SplitChoice:
+        """The parsed split. Raises DataError for a text that is none."""
+        return ProbeOptions(split=self.split).choice
 
-    def seconds_left(self, shares: Mapping[str, float]) -> float:
-        """The same less what is there already. shares: of each extraction that are missing, by its backbone."""
-        return sum(seconds * (shares[own] + HEADS) for own, seconds in self.each.items())
+    def seconds(self, shares: Mapping[str, float] | None = None) -> float:
+        """Predicted time of extractions and solved heads. shares: of each extraction that are missing yet; None: all."""
+        return sum(own * ((shares or {}).get(name, 1.0) + _heads(self.split)) for name, own in self.each.items())
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def try_out(
     folder = _folder(workspace, data)
     skip_bad = any(finding.kind in FAULTS for finding in checked.findings)
     outline = _kept(folder, options) or _outline(workspace, name, data, checked, options, skip_bad)
-    left = outline.seconds_left(_shares_left(workspace, data, outline, specs))
+    left = outline.seconds(_shares_left(workspace, data, outline, specs))
     for line in _plan_lines(outline, options, checked, folder, left):
         say(line)
     if not agree(left):
@@ -158,7 +156,7 @@ def try_out(
         say(f"[{number}/{len(specs)}] extract {own}")
         how = _extraction(outline, options, skip_bad)
         caches.append(open_cache(extract(workspace, spec, name, how).path))
-    trainings = [_training(workspace, cache, outline, options) for cache in caches]
+    trainings = [own for cache in caches for own in _trainings(workspace, cache, outline, options)]
     if not _train(trainings, say, agree, 60 * options.minutes - (time.perf_counter() - begun)):
         return None
     folders = [own for training in trainings for own in training.folders]
@@ -193,7 +191,7 @@ def _kept(folder: Path, options: TryOptions) -> Outline | None:
     """The plan that the same command settled before; None where there is none that can be used."""
     try:
         outline = made(Outline, read_json(folder / PLAN, LARGEST_PLAN), PLAN)
-        _ = outline.kind, SplitChoice.parse(outline.split)
+        _ = outline.kind, outline.choice
     except (FeatprobeError, FileKindError, OSError, ValueError):
         return None
     return outline if outline.asked == _asked(options) else None
@@ -233,7 +231,7 @@ def _outline(
         rates[own] = cost.extract_seconds / math.prod(timed)
         per_pixel = max(per_pixel, cost.feature_bytes / math.prod(timed))
     room = min(free_disk(workspace.cache) / DISK_SHARE, available_memory() / MEMORY_SHARE) / len(rates)
-    seconds = sum(rates.values()) * (1 + HEADS)
+    seconds = sum(rates.values()) * (1 + _heads(aim.split))
     most = min(60 * options.minutes * SPARE / seconds, room / per_pixel)
     size = next((own for own in candidates if math.prod(own) <= most), candidates[-1])
     why = _why_size(size, candidates, sizes, room / per_pixel, lambda own: math.prod(own) * seconds, options)
@@ -250,6 +248,11 @@ def _outline(
         each={own: rate * math.prod(size) for own, rate in rates.items()},
         reasons=(*aim.reasons, *why, *_cells(checked, size, fit, aim)),
     )
+
+
+def _heads(split: str) -> float:
+    """Seconds of the solved heads of a cache per second of its extraction."""
+    return HEAD * (ProbeOptions(split=split).choice.folds or 1)
 
 
 def _sizes(data: DataSet) -> list[Size]:
@@ -320,24 +323,26 @@ def _text(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _plan_lines(
-    outline: Outline, options: TryOptions, checked: DataCheck, folder: Path, left: float
-) -> list[str]:
+def _plan_lines(outline: Outline, options: TryOptions, checked: DataCheck, folder: Path, left: float) -> list[str]:
     """The plan and its minutes, for people."""
     aim = f"{outline.task}, head {outline.head}"
     solved = outline.kind.solved
     rest = "" if solved else ", and the training, whose time is known after it"
     names = " and ".join(f"{own} ({minutes_text(seconds)})" for own, seconds in outline.each.items())
-    over = outline.seconds > 60 * options.minutes
-    begun = f" of {minutes_text(outline.seconds)}, since a part is there already" if left < outline.seconds else ""
+    over = outline.seconds() > 60 * options.minutes
+    begun = f" of {minutes_text(outline.seconds())}, since a part is there already" if left < outline.seconds() else ""
     return [
         f"Plan: {minutes_text(left)}{begun}{rest}",
         f"  images     {counted(checked.images, 'image')}, each brought to {_text(outline.size)} ({outline.fit})",
-        f"  learn      {aim}; {SplitChoice.parse(outline.split).text}",
+        f"  learn      {aim}; {outline.choice.text}",
         f"  backbones  {names}",
         f"  page       {folder / 'index.html'}",
         *(f"  because    {reason}" for reason in outline.reasons),
-        *([f"  note       that is more than the {options.minutes:g} min of --minutes, at the smallest size"] if over else []),
+        *(
+            [f"  note       that is more than the {options.minutes:g} min of --minutes, at the smallest size"]
+            if over
+            else []
+        ),
     ]
 
 
@@ -357,15 +362,15 @@ def _extraction(outline: Outline, options: TryOptions, skip_bad: bool) -> Extrac
     )
 
 
-def _training(workspace: Workspace, cache: Cache, outline: Outline, options: TryOptions) -> Training:
-    """The training of one seed on a cache."""
+def _trainings(workspace: Workspace, cache: Cache, outline: Outline, options: TryOptions) -> list[Training]:
+    """The trainings of one seed on a cache, one of each fold."""
     own = ProbeOptions(
         head=outline.head, seeds=1, split=outline.split, labels=outline.labels, device=options.device,
         quiet=options.quiet, show=SHOWN,
     )  # fmt: skip
-    return Training(
-        workspace, Partition(cache, SplitChoice.parse(outline.split)), outline.task, with_defaults(outline.task, own), (0,)
-    )
+    how = with_defaults(outline.task, own)
+    splits = single_splits(outline.choice)
+    return [Training(workspace, Partition(cache, split), outline.task, how, (0,)) for split in splits]
 
 
 def _train(trainings: Sequence[Training], say: Say, agree: Callable[[float], bool], left: float) -> bool:
@@ -377,15 +382,16 @@ def _train(trainings: Sequence[Training], say: Say, agree: Callable[[float], boo
         if long > left and not agree(long):
             return False
     for number, training in enumerate(trainings, start=1):
-        say(f"[{number}/{len(trainings)}] {training.task} {training.kind.name} on {training.features.label}")
+        say(f"[{number}/{len(trainings)}] {training.task} {training.kind.name}: {training.title}")
         if training in due:
-            show(run(training), SHOWN, [], [])
+            finished = run(training)
+            if training.choice.fold <= 1:  # a sheet of the first fold shows enough
+                show(finished, SHOWN, [], [])
+            del finished  # the next training needs its memory
     return True
 
 
-def further(
-    workspace: Workspace, data: DataSet, outline: Outline, options: TryOptions
-) -> tuple[tuple[str, str], ...]:
+def further(workspace: Workspace, data: DataSet, outline: Outline, options: TryOptions) -> tuple[tuple[str, str], ...]:
     """Commands that go on from a try, each after what it is for."""
     name = workspace.data_argument(data.name, data.root)
     words = ["--data", name]

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from featprobe.datasets import DataSet
-from featprobe.datasets.samples import SPLITS
 from featprobe.errors import DataError, counted
 from featprobe.image_labels import ImageLabels
 from featprobe.kinds import KINDS, HeadKind
-from featprobe.scores import SCORES, On
+from featprobe.scores import FEW_GROUPS, SCORES, On
 from featprobe.stages.upkeep.check import DataCheck
 
 LEAK = "group_leak"  # the finding that groups stand in several splits
 BY_GROUP = "stratified"  # the split by group that gives each part its share of every class
+FOLDS = 5
+LEAST_GROUPS = 2 * FOLDS  # with fewer, folds would hold next to nothing
 WHOLE = "whole set"
 
 
@@ -34,15 +35,15 @@ class Aim:
 def aim_at(checked: DataCheck, data: DataSet) -> Aim:
     """The first task, in the order of the tables, that the labels of a set can teach and test.
 
-    Kinds of heads that are solved and draw nothing come first: one seed says it all, so that a verdict needs no others.
-    data: the set that was checked. Raises DataError where no task can be learned.
+    Kinds of heads that are solved and draw nothing come first: one seed says it all, so that a verdict needs no others,
+    and folds cost little. data: the set that was checked. Raises DataError where no task can be learned.
     """
     unsplit = next((finding.text for finding in checked.findings if finding.kind == "no_splits"), "")
     if unsplit:
         raise DataError(unsplit)
-    split, why_split = _split_for(checked)
-    held = {WHOLE: _joined(checked.splits.values())} if split != "own" else checked.splits
-    labels = checked.labels and ({WHOLE: _added(checked.labels.values())} if split != "own" else checked.labels)
+    trouble = _trouble(checked, data)
+    held = {WHOLE: _joined(checked.splits.values())} if trouble else checked.splits
+    labels = {WHOLE: _added(checked.labels.values())} if trouble and checked.labels else checked.labels
     able = {kind.task: labels_for(kind, data, held, labels) for kind in KINDS.values() if kind.task in data.serves}
     kinds = [kind for kind in KINDS.values() if able.get(kind.task)]
     quick = [kind for kind in kinds if kind.solved and not kind.drawn]
@@ -50,12 +51,16 @@ def aim_at(checked: DataCheck, data: DataSet) -> Aim:
         raise DataError(_hopeless(checked))
     kind = (quick or kinds)[0]
     own: ImageLabels = able[kind.task] or "own"
-    why_kind = (
+    folds = f":{FOLDS}" if kind.solved else ""
+    tested = f"in {FOLDS} folds, each group is tested once" if folds else "no group stands in two parts of this split"
+    reasons = [
         f"{kind.name} is solved in one pass, so that its verdict needs no seeds"
         if quick
-        else f"no head of {kind.task} is solved, so {kind.name} is trained, which takes longer"
-    )
-    return Aim(kind, own, split, (why_kind, *([WHY_LABELS[own]] if own in WHY_LABELS else []), why_split))
+        else f"no head of {kind.task} is solved, so {kind.name} is trained, which takes longer",
+        *([WHY_LABELS[own]] if own in WHY_LABELS else []),
+        *([f"{trouble}; {tested}"] if trouble else []),
+    ]
+    return Aim(kind, own, f"{BY_GROUP}{folds}" if trouble else "own", tuple(reasons))
 
 
 WHY_LABELS: Mapping[str, str] = {
@@ -64,16 +69,17 @@ WHY_LABELS: Mapping[str, str] = {
 }
 
 
-def _split_for(checked: DataCheck) -> tuple[str, str]:
-    """The split that no group leaks through, and why it is taken."""
+def _trouble(checked: DataCheck, data: DataSet) -> str:
+    """Why the set's own split is not taken; "" where it is, also where there are too few groups for another."""
     leak = next((finding for finding in checked.findings if finding.kind == LEAK), None)
-    groups = sum(own["groups"] for own in checked.splits.values())
-    if leak is None:
-        return "own", "no group stands in more than one part of its own split"
-    shared = len(leak.entries)
-    if groups - shared < len(SPLITS):
-        return "own", f"its own split leaks ({leak.text}), and there are too few groups for another"
-    return BY_GROUP, f"{counted(shared, 'group')} would stand in more than one part of its own split"
+    groups, tested = len({sample.group for sample in data.samples}), checked.splits["test"]["groups"]
+    if groups < LEAST_GROUPS:
+        return ""
+    if leak:
+        return f"{counted(len(leak.entries), 'group stands', 'groups stand')} in more than one part of its own split"
+    if tested < FEW_GROUPS:
+        return f"its own test part has {counted(tested, 'group')} of {groups}, and fewer than {FEW_GROUPS} show little"
+    return ""
 
 
 def labels_for(

@@ -68,7 +68,7 @@ def _size(folder: Path) -> int:
 
 
 def last_rows(path: Path) -> Mapping[str, ResultRow]:
-    """The last row of each folder in results.jsonl; what holds no row is passed over, as `compare` does."""
+    """The last row of each folder in results.jsonl; what holds no row, or one of an unknown task, is passed over."""
     if not os.path.lexists(path):
         return {}
     found = {}
@@ -77,7 +77,8 @@ def last_rows(path: Path) -> Mapping[str, ResultRow]:
             row = ResultRow.from_json(parse_json(line))
         except (ValueError, FeatprobeError):
             continue
-        found[row.folder] = row
+        if row.is_known:
+            found[row.folder] = row
     return found
 
 
