@@ -98,7 +98,7 @@ class Outline:
         return ProbeOptions(split=self.split).choice
 
     def seconds(self, shares: Mapping[str, float] | None = None) -> float:
-        """Predicted time of extractions and solved heads. shares: of each extraction that are missing yet; None: all."""
+        """Predicted time of extractions and solved heads. shares: of each extraction that are missing; None: all."""
         return sum(own * ((shares or {}).get(name, 1.0) + _heads(self.split)) for name, own in self.each.items())
 
 

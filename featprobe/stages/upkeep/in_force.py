@@ -1,4 +1,4 @@
-"""What is in force in a workspace, and where it comes from: the command line, featprobe.toml, the environment, defaults."""
+"""What is in force in a workspace, and where it comes from: featprobe.toml, the environment, or defaults."""
 
 import os
 import re

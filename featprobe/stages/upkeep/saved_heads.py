@@ -142,8 +142,8 @@ def remove_heads(workspace: Workspace, heads: Sequence[HeadFolder]) -> int:
 
 def _busy(head: HeadFolder) -> ProbeError:
     return ProbeError(
-        f"A training is running in {head.path}. Nothing was removed.\nWait until it ends, or stop it, then run the same "
-        "command again."
+        f"A training is running in {head.path}. Nothing was removed.\n"
+        "Wait until it ends, or stop it, then run the same command again."
     )
 
 

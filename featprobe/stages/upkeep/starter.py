@@ -49,8 +49,9 @@ def check_free(workspace: Workspace) -> None:
     """Raise FeatprobeError where a file that would be written is there already."""
     there = [path for path in _places(workspace) if os.path.lexists(path)]
     if there:
+        verb = "is" if len(there) == 1 else "are"
         raise FeatprobeError(
-            f"{' and '.join(map(str, there))} {'is' if len(there) == 1 else 'are'} there already. Nothing was written.\n"
+            f"{' and '.join(map(str, there))} {verb} there already. Nothing was written.\n"
             "Move what is there, or begin in another folder:  featprobe --workspace DIR init FOLDER\n"
             f"To add a data set to {CONFIG} by hand, copy its section from:  featprobe data info FOLDER"
         )
