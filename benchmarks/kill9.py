@@ -71,6 +71,7 @@ class PoolingBackbone:
     def __init__(self, pause: float = 0.0, gain: float = 1.0, channels: tuple[int, int] = (6, 9)) -> None:
         self.pause, self.gain = pause, gain
         self.spec = BackboneSpec("pooling", "pooling", "random")
+        self.identity = self.spec.model
         self.sha256 = digest(["pooling", gain])
         self.levels = (FeatureLevel("stride4", channels[0], 4), FeatureLevel("stride8", channels[1], 8))
 
