@@ -33,13 +33,13 @@ from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.run import Say, foreseen, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.upkeep.check import FAULTS, DataCheck, check
-from featprobe.stages.upkeep.first_look import Aim, aim_at
+from featprobe.stages.upkeep.first_look import aim_at
 from featprobe.stages.workspace import RANDOM, Workspace, backbone_of
 
 BACKBONES = ("embedded", f"embedded{RANDOM}")
 MINUTES = 10.0
 SPARE = 0.5  # share of the minutes that a plan may fill: machines are shared, and times are guessed
-HEAD = 0.15  # seconds of a solved head, and of its part of the page, per second of its extraction; measured: 0.1 to 0.2
+HEAD, HEAD_SECONDS = 0.1, 4.0  # of a solved head: seconds per second of its extraction, and beside that
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)  # of the sides of the median image
 STEP, LEAST = 32, 64  # pixels: sides of scaled images are multiples of the first, and at least the second
 TIMED_PIXELS = 300_000  # most pixels of an image at which a backbone is timed
@@ -99,7 +99,9 @@ class Outline:
 
     def seconds(self, shares: Mapping[str, float] | None = None) -> float:
         """Predicted time of extractions and solved heads. shares: of each extraction that are missing; None: all."""
-        return sum(own * ((shares or {}).get(name, 1.0) + _heads(self.split)) for name, own in self.each.items())
+        heads = self.choice.folds or 1
+        each = (own * ((shares or {}).get(name, 1.0) + HEAD * heads) for name, own in self.each.items())
+        return sum(each) + HEAD_SECONDS * heads * len(self.each)
 
 
 @dataclass(frozen=True)
@@ -231,28 +233,28 @@ def _outline(
         rates[own] = cost.extract_seconds / math.prod(timed)
         per_pixel = max(per_pixel, cost.feature_bytes / math.prod(timed))
     room = min(free_disk(workspace.cache) / DISK_SHARE, available_memory() / MEMORY_SHARE) / len(rates)
-    seconds = sum(rates.values()) * (1 + _heads(aim.split))
-    most = min(60 * options.minutes * SPARE / seconds, room / per_pixel)
-    size = next((own for own in candidates if math.prod(own) <= most), candidates[-1])
-    why = _why_size(size, candidates, sizes, room / per_pixel, lambda own: math.prod(own) * seconds, options)
-    return Outline(
-        asked=_asked(options),
-        task=aim.kind.task,
-        head=aim.kind.name,
-        labels=aim.labels,
-        split=aim.split,
-        size=size,
-        fit=fit,
-        store=store,
-        batch_size=max(1, min(16, BATCH_PIXELS // math.prod(size))),
-        each={own: rate * math.prod(size) for own, rate in rates.items()},
-        reasons=(*aim.reasons, *why, *_cells(checked, size, fit, aim)),
-    )
 
+    def at(size: Size) -> Outline:
+        return Outline(
+            asked=_asked(options),
+            task=aim.kind.task,
+            head=aim.kind.name,
+            labels=aim.labels,
+            split=aim.split,
+            size=size,
+            fit=fit,
+            store=store,
+            batch_size=max(1, min(16, BATCH_PIXELS // math.prod(size))),
+            each={own: rate * math.prod(size) for own, rate in rates.items()},
+            reasons=aim.reasons,
+        )
 
-def _heads(split: str) -> float:
-    """Seconds of the solved heads of a cache per second of its extraction."""
-    return HEAD * (ProbeOptions(split=split).choice.folds or 1)
+    outlines = [at(size) for size in candidates]
+    fitting = (own for own in outlines if own.seconds() <= 60 * options.minutes * SPARE)
+    chosen = next((own for own in fitting if math.prod(own.size) <= room / per_pixel), outlines[-1])
+    larger = outlines[max(0, outlines.index(chosen) - 1)]
+    why = _why_size(chosen, larger, sizes, room / per_pixel, options)
+    return replace(chosen, reasons=(*aim.reasons, why, *_cells(checked, chosen.size, fit)))
 
 
 def _sizes(data: DataSet) -> list[Size]:
@@ -286,31 +288,24 @@ def candidates_of(sizes: Sequence[Size]) -> list[Size]:
     return list(dict.fromkeys([own, *smaller]))
 
 
-def _why_size(
-    size: Size,
-    candidates: Sequence[Size],
-    sizes: Sequence[Size],
-    most_pixels: float,
-    seconds: Callable[[Size], float],
-    options: TryOptions,
-) -> list[str]:
-    """Why the images are brought to this size."""
+def _why_size(chosen: Outline, larger: Outline, sizes: Sequence[Size], most_pixels: float, options: TryOptions) -> str:
+    """Why images are brought to the chosen size. larger: the next larger one; the same where there is none."""
     if options.size:
-        return [f"{_text(size)} pixels, as you said"]
-    if size == candidates[0]:
+        return f"{_text(chosen.size)} pixels, as you said"
+    own = candidates_of(sizes)[0]
+    if chosen == larger:
         same = "the size of all images" if len(set(sizes)) == 1 else "the median size of the images"
-        return [f"{_text(size)} pixels is {same}"]
-    larger = candidates[candidates.index(size) - 1]
-    limit = "what the disk and the memory hold"
-    if math.prod(larger) <= most_pixels:
-        limit = f"half of the {options.minutes:g} min that --minutes gives; half is kept for a busier machine"
-    return [
-        f"{_text(size)} pixels, where the median image has {_text(candidates[0])}: {_text(larger)} would take "
-        f"{minutes_text(seconds(larger))}, more than {limit}"
-    ]
+        return f"{_text(chosen.size)} pixels is {same}"
+    limit = f"--minutes {options.minutes:g} allows (half of it is kept for a busier machine)"
+    if math.prod(larger.size) > most_pixels:
+        limit = "the disk and the memory hold"
+    return (
+        f"{_text(chosen.size)} pixels, where the median image has {_text(own)}: {_text(larger.size)} would take "
+        f"{minutes_text(larger.seconds())}, more than {limit}"
+    )
 
 
-def _cells(checked: DataCheck, size: Size, fit: Fit, aim: Aim) -> list[str]:
+def _cells(checked: DataCheck, size: Size, fit: Fit) -> list[str]:
     """How large defects are at this size."""
     objects = checked.objects
     if objects is None or not objects.count or fit != "resize":
@@ -381,12 +376,16 @@ def _train(trainings: Sequence[Training], say: Say, agree: Callable[[float], boo
         say(f"training: {minutes_text(long)}")
         if long > left and not agree(long):
             return False
+    begun, done = time.perf_counter(), 0
     for number, training in enumerate(trainings, start=1):
-        say(f"[{number}/{len(trainings)}] {training.task} {training.kind.name}: {training.title}")
+        spent = time.perf_counter() - begun
+        rest = f", {minutes_text(spent / done * (len(due) - done))} left" if done else ""
+        say(f"[{number}/{len(trainings)}] {training.task} {training.kind.name}: {training.title}{rest}")
         if training in due:
             finished = run(training)
             if training.choice.fold <= 1:  # a sheet of the first fold shows enough
                 show(finished, SHOWN, [], [])
+            done += 1
             del finished  # the next training needs its memory
     return True
 

@@ -27,8 +27,7 @@ from featprobe.cache import WHOLE, read_states
 from featprobe.errors import FeatprobeError, FileKindError, counted
 from featprobe.io.disk import parse_json, read_regular
 from featprobe.machine import available_memory, free_disk, human_bytes, usable_cores
-from featprobe.result_rows import ResultRow
-from featprobe.stages.upkeep.saved_heads import RESULTS, head_folders
+from featprobe.stages.upkeep.saved_heads import RESULTS, head_folders, row_of
 from featprobe.stages.workspace import CONFIG, Workspace
 
 HUB, HUB_SECONDS = "https://huggingface.co", 4.0
@@ -283,14 +282,9 @@ def _caches(workspace: Workspace) -> str:
 def _results(path: Path) -> str:
     if not os.path.lexists(path):
         return "none"
-    rows = faults = 0
-    for line in read_regular(path, available_memory() // IN_MEMORY).split(b"\n"):
-        if line.strip():
-            try:
-                ResultRow.from_json(parse_json(line))
-                rows += 1
-            except (ValueError, FeatprobeError):
-                faults += 1
+    lines = [line for line in read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if line.strip()]
+    rows = sum(row_of(line) is not None for line in lines)
+    faults = len(lines) - rows
     return f"{counted(rows, 'row')}" + (
         f"; {counted(faults, 'line')} without a row: see `featprobe compare`" * bool(faults)
     )

@@ -15,7 +15,7 @@ from featprobe.machine import available_memory
 from featprobe.result_rows import ResultRow
 from featprobe.stages.workspace import Workspace
 
-RESULTS = "results.jsonl"
+RESULTS, ROW_VERSION = "results.jsonl", 1  # as probes/README.md has them; `probes.saved` imports torch
 HEAD = re.compile(r"[^/]+-[0-9a-f]{6}/[^/]+/[^/]+(/fold[0-9]+)?/seed[0-9]+")
 """Folders of heads below probes/, as paths from there."""
 OWN = re.compile(
@@ -73,13 +73,19 @@ def last_rows(path: Path) -> Mapping[str, ResultRow]:
         return {}
     found = {}
     for line in read_regular(path, available_memory() // IN_MEMORY).split(b"\n"):
-        try:
-            row = ResultRow.from_json(parse_json(line))
-        except (ValueError, FeatprobeError):
-            continue
-        if row.is_known:
+        row = row_of(line)
+        if row is not None and row.is_known:
             found[row.folder] = row
     return found
+
+
+def row_of(line: bytes) -> ResultRow | None:
+    """The row of a line of results.jsonl; None where it holds none that can be read."""
+    try:
+        row = parse_json(line)
+        return ResultRow.from_json(row) if isinstance(row, dict) and row.get("version") == ROW_VERSION else None
+    except (ValueError, FeatprobeError):
+        return None
 
 
 def find_heads(workspace: Workspace, texts: Sequence[str]) -> list[HeadFolder]:
