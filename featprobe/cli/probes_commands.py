@@ -6,7 +6,7 @@ import click
 
 from featprobe.cli.help import InOrder
 from featprobe.cli.options import as_json, columns, echo, show_json, workspace_of
-from featprobe.errors import counted
+from featprobe.errors import as_usage, counted
 
 if TYPE_CHECKING:
     from featprobe.stages.upkeep.saved_heads import HeadFolder
@@ -67,7 +67,8 @@ def probes_rm(ctx: click.Context, names: tuple[str, ...], dry_run: bool, yes: bo
     from featprobe.stages.upkeep.saved_heads import check_removable, find_heads, remove_heads
 
     workspace = workspace_of(ctx)
-    heads = find_heads(workspace, names)
+    with as_usage():
+        heads = find_heads(workspace, names)
     check_removable(heads)
     for head in heads if not json_ else ():
         echo(f"{head.path}  {human_bytes(head.bytes)}{'' if head.row else ', without a row'}")

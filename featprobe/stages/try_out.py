@@ -13,13 +13,13 @@ from featprobe.cache import MISSING, Cache, open_cache, read_states
 from featprobe.datasets import DataSet
 from featprobe.datasets.images.reading import header_of
 from featprobe.errors import DataError, FeatprobeError, FileKindError, ProbeError, counted
-from featprobe.geometry import Fit, Size, parse_size
+from featprobe.geometry import MOST_PIXELS, Fit, Size, parse_size
 from featprobe.image_labels import ImageLabels
-from featprobe.io.disk import read_json, write_whole
-from featprobe.io.fields import made
+from featprobe.io.disk import below, read_json, write_whole
+from featprobe.io.fields import Fault, limits, made
 from featprobe.kinds import HeadKind, kind_of, kinds_of
 from featprobe.machine import available_memory, free_disk, minutes_text
-from featprobe.specs import BackboneSpec, CacheStore
+from featprobe.specs import SIZES, BackboneSpec, CacheStore
 from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.compare import Comparison, compare
 from featprobe.stages.extraction.extract import extract
@@ -44,7 +44,7 @@ SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)  # of the sides of the med
 STEP, LEAST = 32, 64  # pixels: sides of scaled images are multiples of the first, and at least the second
 TIMED_PIXELS = 300_000  # most pixels of an image at which a backbone is timed
 TIMED_IMAGES = 4
-BATCH_PIXELS = 1 << 22  # most pixels of a batch, as far as one image allows it
+MOST_IMAGES, BATCH_PIXELS = 16, 1 << 22  # of a batch: images, and pixels as far as one image allows it
 DISK_SHARE, MEMORY_SHARE = 4, 2  # features of all backbones take at most one part in so many of what is free
 UNEVEN = 1.5  # ratio of the widest to the narrowest shape of images from which on shapes are kept
 SHOWN = 6  # test images on the sheet of each head
@@ -86,6 +86,13 @@ class Outline:
     batch_size: int
     each: Mapping[str, float]
     reasons: tuple[str, ...]
+
+    def faults(self) -> list[Fault]:
+        """Values that no plan has, from a file."""
+        return limits({
+            "size": (min(self.size) >= 1 and math.prod(self.size) <= MOST_PIXELS, SIZES, self.size),
+            "batch_size": (1 <= self.batch_size <= MOST_IMAGES, f"1 to {MOST_IMAGES}", self.batch_size),
+        })  # fmt: skip
 
     @property
     def kind(self) -> HeadKind:
@@ -185,14 +192,15 @@ def _folder(workspace: Workspace, data: DataSet) -> Path:
 
 def _asked(options: TryOptions) -> str:
     """What decides a plan, as text."""
-    own = asdict(replace(options, device=None, quiet=False))
+    given = {name: value for name, value in options.read_as.items() if value is not None}
+    own = asdict(replace(options, minutes=float(options.minutes), device=None, quiet=False, read_as=given))
     return json.dumps(own, sort_keys=True, default=str)
 
 
 def _kept(folder: Path, options: TryOptions) -> Outline | None:
     """The plan that the same command settled before; None where there is none that can be used."""
     try:
-        outline = made(Outline, read_json(folder / PLAN, LARGEST_PLAN), PLAN)
+        outline = made(Outline, read_json(below(folder, PLAN, "A try"), LARGEST_PLAN), PLAN)
         _ = outline.kind, outline.choice
     except (FeatprobeError, FileKindError, OSError, ValueError):
         return None
@@ -244,7 +252,7 @@ def _outline(
             size=size,
             fit=fit,
             store=store,
-            batch_size=max(1, min(16, BATCH_PIXELS // math.prod(size))),
+            batch_size=max(1, min(MOST_IMAGES, BATCH_PIXELS // math.prod(size))),
             each={own: rate * math.prod(size) for own, rate in rates.items()},
             reasons=aim.reasons,
         )
@@ -345,7 +353,7 @@ def _plan_lines(outline: Outline, options: TryOptions, checked: DataCheck, folde
 
 
 def _of(options: TryOptions, skip_bad: bool) -> ExtractOptions:
-    """The options that every extraction of a try has."""
+    """The options that all extractions of a try have."""
     return ExtractOptions(
         device=options.device, quiet=options.quiet, skip_bad=skip_bad, tile=0, views=(), **options.read_as
     )

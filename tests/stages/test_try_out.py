@@ -42,27 +42,25 @@ def test_it_stops_and_goes_on_with_the_same_plan_to_the_same_page(
     rows = (tmp_path / "probes" / "results.jsonl").read_bytes()
     monkeypatch.setattr(module, "plan", stopped)  # nothing is timed again
     monkeypatch.setattr(module, "run", stopped)  # and nothing trained
-    again: list[str] = []
-    tried = try_out(Workspace(tmp_path), str(parts), options, again.append)
-    assert tried is not None and tried.page.read_text().count("<html") == 1
-    assert "since a part is there already" in again[0]
+    result = call(tmp_path, "try", parts, "--minutes", "1", "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    assert "since a part is there already" in result.stderr
     assert (tmp_path / "probes" / "results.jsonl").read_bytes() == rows and len(rows.splitlines()) == 10
-    assert tried.outline.size == (48, 48) and tried.outline.split == "stratified:5"
-    assert "embedded" in tried.answer
-    assert [command.split()[1] for command in tried.commands] == ["extract", "probe", "extract", "probe", "compare"]
-    assert any("init" in command for _, command in tried.further)
+    found = json.loads(result.stdout)
+    assert Path(found["page"]).read_text().count("<html") == 1 and "embedded" in found["answer"]
+    assert (found["plan"]["size"], found["plan"]["split"]) == ([48, 48], "stratified:5")
+    assert [command.split()[1] for command in found["commands"]] == ["extract", "probe", "extract", "probe", "compare"]
+    assert any("featprobe init" in own["command"] for own in found["next"])
 
 
 def test_the_command_prints_the_page_the_answer_and_the_commands(tmp_path: Path) -> None:
     of_labels(tmp_path / "parts")
     result = call(tmp_path, "try", tmp_path / "parts", "--backbone", ",".join(NETWORKS), *SMALL)
     assert result.exit_code == 0, result.output
-    assert "learn      classify, head linear" in result.stdout and "pooled" in result.stdout
+    assert "learn      classify, head linear" in result.stdout and "--store pooled" in result.stdout
     page = tmp_path / result.stdout.partition("\npage: ")[2].split("  (")[0]
     assert page.is_file() and "\nanswer: " in result.stdout
     assert "\nThe same by hand:\n  featprobe extract --backbone embedded" in result.stdout
-    found = json.loads(call(tmp_path, "try", tmp_path / "parts", "--json", *SMALL).stdout)
-    assert found["page"] == str(page) and found["plan"]["size"] == [64, 64] and found["answer"]
 
 
 def test_who_says_no_gets_nothing_and_a_long_training_is_asked_about(

@@ -32,7 +32,7 @@ def of_masks(root: Path) -> None:
 
 def of_labels(root: Path) -> None:
     """A folder of images for each label."""
-    for i in range(48):
+    for i in range(30):
         image(root / ("good", "crack", "dent")[i % 3] / f"p{i}.png", i)
 
 
@@ -121,7 +121,7 @@ def test_init_overwrites_nothing_and_refuses_a_folder_without_a_set(tmp_path: Pa
     (tmp_path / "empty").mkdir()
     for folder, code in ((tmp_path / "empty", 1), (tmp_path / "nowhere", 2)):
         said = refusal(tmp_path, "init", folder, "--quiet", code=code)
-        assert str(folder) in said and ("images/" in said or code == 2)
+        assert str(folder) in said and "wanted" in said
     assert not (tmp_path / "featprobe.toml").exists() and not (tmp_path / "study.toml").exists()
     (tmp_path / "study.toml").write_text("mine")
     assert "study.toml is there already. Nothing was written" in refusal(
