@@ -67,6 +67,13 @@ class ExtractReport:
     images: int
     by_times: bool = False
 
+    def __repr__(self) -> str:
+        states = {"computed": self.computed, "copied": self.copied, "missing": self.missing}
+        said = [f"{count} {state}" for state, count in states.items() if count]
+        said += [f"{len(self.unreadable)} unreadable"] if self.unreadable else []
+        done = ", ".join(said) or "nothing to do"
+        return f"ExtractReport({counted(self.rows, 'row')}: {done}; {str(self.path)!r})"
+
 
 def extract(
     workspace: Workspace,
