@@ -272,9 +272,8 @@ def _faults_of_dense(head: DenseHead, classes: int) -> list[str]:
     bias = getattr(head, "bias", None)
     fits = isinstance(bias, nn.Parameter) and tuple(bias.shape) == (classes,)
     if not fits and type(head).start_at is DenseHead.start_at:
-        faults.append(
-            f"bias: wanted a parameter of shape ({classes},), or a method start_at; found {type(bias).__name__}"
-        )
+        found = f"one of shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+        faults.append(f"bias: wanted a parameter of shape ({classes},), or a method start_at; found {found}")
     return faults
 
 
