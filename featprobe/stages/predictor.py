@@ -128,7 +128,7 @@ class Predictor:
         self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card, threshold)
         if threshold is not None:
             _check_threshold(threshold, self.output, self.card["head"]["task"], self.folder)
-        with at_hand([] if backbone is None else [backbone]):
+        with at_hand(() if backbone is None else backbone):
             self.backbone = _backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
         self.framing = Framing(self.recipe, self.device)
         self._lock, self._closed = Lock(), False
