@@ -225,7 +225,8 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     [(1, (0.0, 0.0, 3.0, 2.0)), (2, (0.0, 2.0, 1.0, 3.0))]
     """
     found = []
-    for value in (*range(1, classes), IGNORE):
+    there = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+    for value in (value for value in (*range(1, classes), IGNORE) if there[value]):
         numbered, _ = scipy.ndimage.label(labels == value, structure=np.ones((3, 3)))
         for number, (rows, columns) in enumerate(scipy.ndimage.find_objects(numbered), start=1):
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
