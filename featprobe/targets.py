@@ -226,7 +226,8 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     from scipy import ndimage  # it takes time, and most words of a command line need none of it
 
     found = []
-    for value in (*range(1, classes), IGNORE):
+    there = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+    for value in (value for value in (*range(1, classes), IGNORE) if there[value]):
         numbered, _ = ndimage.label(labels == value, structure=np.ones((3, 3)))
         for number, (rows, columns) in enumerate(ndimage.find_objects(numbered), start=1):
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
