@@ -19,6 +19,7 @@ _PUBLIC = {
     "HeadKind": "featprobe.kinds",
     "HeadRecipe": "featprobe.probes",
     "OwnBackbone": "featprobe.backbones.adapted",
+    "Predictor": "featprobe.stages.predictor",
     "ProbeOptions": "featprobe.stages.training.probe_options",
     "TrainRecipe": "featprobe.kinds",
     "Tuning": "featprobe.stages.training.probe_options",

@@ -20,6 +20,7 @@ CHOSEN = {
     "HeadKind",
     "HeadRecipe",
     "OwnBackbone",
+    "Predictor",
     "ProbeOptions",
     "TrainRecipe",
     "Tuning",

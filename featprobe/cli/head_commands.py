@@ -181,7 +181,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 )
 @click.option(
     "--threshold",
-    type=float,
+    type=click.FloatRange(0),
     metavar="SCORE",
     help="From which score on something is a finding, or above which score an image is called.  [default: that of the "
     "head; 0.5 for detections; for segmentation the class map]",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
-from featprobe.backbones.catalog import check_levels, find_backbone
+from featprobe.backbones.catalog import check_levels, check_weights, find_backbone
 from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet
@@ -165,6 +165,8 @@ class Workspace:
         """Raise FeatprobeError for an extraction that can't be, as far as this is known without images and network."""
         self.check_reading(name, vars(options))
         check_levels(spec, options.levels)
+        if spec.source == "file":
+            check_weights(Path(str(spec.weights)))
         configured(options, self.data_options(name)).check()
 
     def data_names(self) -> list[str]:

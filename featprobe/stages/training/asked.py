@@ -46,6 +46,7 @@ def check_asked(
     counterparts of frozen results where no data set and no backbone is named either. extract: what is missing is made.
     """
     live = options.tuning is not None
+    check_logs(options.log)
     if live and not (task or data or backbones):
         with as_usage():
             return check_free(options)
@@ -102,7 +103,6 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
             raise ProbeError(f"{solved}: it has no iterations to look for. Omit --iterations auto.")
         recipe = replace(recipe, **NOT_TRAINED)
     _check_meaning(kind, options, recipe)
-    check_logs(options.log)
     grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
     if options.seeds is not None and options.seeds < 1:
         raise ProbeError(f"{options.seeds} seeds can't be trained. wanted: --seeds 1 or more.")
@@ -131,7 +131,6 @@ def check_free(options: ProbeOptions) -> None:
             f"A counterpart takes {', '.join(given)} from its frozen result. Omit it, or name what to train:\n"
             "  featprobe finetune --task TASK --data NAME …"
         )
-    check_logs(options.log)
 
 
 def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -> None:
