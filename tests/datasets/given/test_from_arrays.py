@@ -70,7 +70,7 @@ def given_sets(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(arrays=given_sets())
 def test_images_and_masks_come_back_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Any]
@@ -271,7 +271,7 @@ def test_fractions_that_never_were_levels_are_kept(tmp_path: Path) -> None:
 NAMES = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=12)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     labels=st.lists(NAMES, min_size=2, max_size=2, unique=True),
     names=st.lists(NAMES, min_size=4, max_size=4, unique=True),
