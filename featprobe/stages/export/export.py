@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from featprobe import __version__
 from featprobe.backbones.catalog import licence_of
-from featprobe.errors import BackboneError, ProbeError
+from featprobe.errors import BackboneError, ProbeError, UsageError
 from featprobe.geometry import Size
 from featprobe.io.disk import write_together
 from featprobe.scores import SCORES
@@ -59,18 +60,20 @@ def export(
     threshold: float | None = None,
     test_images: int = 20,
     images: Sequence[Path] = (),
+    backbone: nn.Module | None = None,
 ) -> ExportReport:
     """Write a saved head, with its backbone and its preprocessing, as an ONNX file, and its parity report beside it.
 
     image_size: (height, width) of the images that it takes; None for the commonest among the images that it is
     compared on: at most `test_images` of those that the head was tested on, or of `images`. threshold: of verdicts, in
-    place of the head's own. Raises FeatprobeError; nothing is written then, also where the comparison fails.
+    place of the head's own. backbone: as `Predictor` takes it. Raises FeatprobeError; nothing is written then, also
+    where the comparison fails.
     """
     check_installed()
     check_opset(opset)
     if out.is_dir():
         raise ProbeError(f"{out} is a folder. Name a file, as {out / 'model.onnx'}. Nothing was computed.")
-    predictor = Predictor(folder, weights=weights, device="cpu", threshold=threshold)
+    predictor = Predictor(folder, weights=weights, device="cpu", threshold=threshold, backbone=backbone)
     check_policy(predictor)
     known = find_known(predictor, folder, workspace, images, image_size, test_images)
     output = output_of(predictor, known.raw)
@@ -100,9 +103,9 @@ def check_installed() -> None:
 
 
 def check_opset(opset: int) -> None:
-    """Raise ProbeError for a version of ONNX's operators that can't be written."""
+    """Raise UsageError for a version of ONNX's operators that can't be written."""
     if not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise ProbeError(
+        raise UsageError(
             f"--opset {opset} can't be written. Nothing was computed.\n"
             f"  wanted  {FIRST_OPSET} to {LAST_OPSET}\n"
             f"Omit it for {OPSET}."

@@ -16,7 +16,7 @@ from PIL import Image
 from featprobe import ExtractOptions, ProbeOptions, TrainRecipe, Workspace, extract, predict, probe
 from featprobe.cli.main import cli
 from featprobe.datasets.generated import generate
-from featprobe.errors import ProbeError
+from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.intensity import Intensity
 from featprobe.stages.export import export as exporting
 from featprobe.stages.export import parity
@@ -184,7 +184,7 @@ def test_what_can_not_be_exported_is_said_before_anything_is_computed(
     folder, out = exported[1], tmp_path / "model.onnx"
 
     def refused(text: str, **options: Any) -> None:
-        with pytest.raises(ProbeError, match=text):
+        with pytest.raises(FeatprobeError, match=text):
             export(folder, options.pop("out", out), workspace, **options)
         assert not list(tmp_path.iterdir())
 
