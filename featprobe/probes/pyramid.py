@@ -62,7 +62,8 @@ def group_norm(
 ) -> Tensor:
     """torch's group_norm of the cells inside, 0 in all others; with a ReLU where that is asked for."""
     if inside is None:
-        found = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+        # torch.nn.functional's refuses one image whose map is a single cell of as many groups as channels
+        found = torch.group_norm(x, groups, weight, bias, eps)
         return found.relu_() if rectify else found
     rows = x.permute(0, 2, 3, 1).flatten(1, 2).to(weight.dtype)  # (batch, cells, channels)
     mask = inside.flatten(1)[:, :, None].to(rows.dtype)

@@ -24,8 +24,8 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.export.exports import EXPORTS
 from featprobe.stages.export.graph import Graph, GraphOutput, Raw, placement_of
 from featprobe.stages.export.known_images import find_known
+from featprobe.stages.export.object_output import translations
 from featprobe.stages.export.parity import Parity, compare_graph
-from featprobe.stages.export.suppression import translations
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.workspace import Workspace
 

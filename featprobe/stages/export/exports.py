@@ -11,10 +11,10 @@ from featprobe.stages.export.pixel_output import PixelOutput
 
 EXPORTS: Mapping[On, Callable[..., GraphOutput]] = {
     "pixels": PixelOutput,
-    "images": LabelOutput,
-    "anomalies": anomaly_output,
     "boxes": ObjectOutput,
     "masks": ObjectOutput,
+    "images": LabelOutput,
+    "anomalies": anomaly_output,
 }
 """What a task is scored on -> the end of its graph, from a head, its card, the placement of an image, and the
 threshold that a user gave or None."""

@@ -90,7 +90,7 @@ def test_graphs_say_what_heads_say(workspace: Workspace, task: str, kind: str, d
 @pytest.fixture(scope="module")
 def exported(workspace: Workspace) -> tuple[Path, Path]:
     """A model of 16-bit images with padded frames, and its head."""
-    folder, model = head(workspace, "semseg", "xray", "linear"), workspace.root / "models" / "model.onnx"
+    folder, model = head(workspace, "semseg", "xray", "ridge"), workspace.root / "models" / "model.onnx"
     small = workspace.data / "xray" / "images" / "part000_view0.png"
     with Image.open(small) as image:
         image.resize((50, 40), Image.Resampling.NEAREST).save(small)  # a set of several sizes
@@ -111,7 +111,7 @@ def test_a_model_says_what_it_is(exported: tuple[Path, Path], workspace: Workspa
     meta = session.get_modelmeta().custom_metadata_map
     card = json.loads((exported[1] / "card.json").read_text())
     assert json.loads(meta["classes"]) == card["head"]["classes"]
-    assert (meta["task"], meta["head"], meta["weights_licence"]) == ("semseg", "linear", "none needed (random weights)")
+    assert (meta["task"], meta["head"], meta["weights_licence"]) == ("semseg", "ridge", "none needed (random weights)")
     assert (meta["input_dtype"], json.loads(meta["image_size"])) == ("uint16", [64, 80])
     assert (meta["threshold"], meta["threshold_from"]) == ("null", "default")
     assert json.loads(meta["preprocessing"])["window"] == card["features"]["window"]
