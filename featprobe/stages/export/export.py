@@ -16,6 +16,7 @@ from torch import nn
 
 from featprobe import __version__
 from featprobe.backbones.catalog import licence_of
+from featprobe.backbones.models import first_line
 from featprobe.errors import BackboneError, ProbeError, UsageError
 from featprobe.geometry import Size
 from featprobe.io.disk import write_together
@@ -151,14 +152,19 @@ def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any
                 custom_translation_table=translations(),
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds of errors; the cause is kept for --debug
-        reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
         raise BackboneError(
             f"{predictor.backbone.spec.model} with this head can't be exported. Nothing was written.\n"
-            f"  found   {type(error).__name__}: {reason}\n"
+            f"  found   {type(error).__name__}: {first_line(error)}\n"
             "Another --opset or another backbone may do; --debug shows where it happened."
         ) from error
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise BackboneError(
+            f"{predictor.backbone.spec.model} with this head was exported for batches of one size alone: something in "
+            "it takes the number of images for a constant. Nothing was written. Take another backbone."
+        )
+    return model
 
 
 def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput) -> None:

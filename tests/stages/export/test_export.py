@@ -193,6 +193,9 @@ def test_what_can_not_be_exported_is_said_before_anything_is_computed(
     refused(r"(?s)None of the test images of xray fits.*11x12 pixels.*--images", image_size=(11, 12))
     refused(r"(?s)None of the images of .* fits.*16 bits.*uint8", images=[workspace.data / "surface" / "images"])
     with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", lambda *_, **__: 1 / 0)
+        refused(r"(?s)test_resnet with this head can't be exported. Nothing was written.*ZeroDivisionError: division")
+    with monkeypatch.context() as patch:
         patch.setattr(exporting, "find_spec", lambda name: None)
         refused(r"(?s)needs onnx, onnxruntime, onnxscript.*pip install 'featprobe\[onnx\]'")
     moved = workspace.data.rename(workspace.root / "elsewhere")
