@@ -37,8 +37,10 @@ for path in map(Path, images):
     if "map" in found:
         Image.fromarray(found["map"][0]).save(Path(out, f"{path.stem}.tif"))
     if "decided" in found:
-        said["labels"] = [n for n, own in zip(json.loads(meta["labels"]), found["decided"][0], strict=True) if own]
+        said["labels"] = [
+            name for name, own in zip(json.loads(meta["classes"]), found["decided"][0], strict=True) if own
+        ]
     if "boxes" in found:
-        names = ("boxes", "scores", "labels")
-        said["objects"] = [dict(zip(names, own, strict=True)) for own in zip(*(found[n].tolist() for n in names))]
+        listed = zip(*(found[name].tolist() for name in ("boxes", "scores", "labels")), strict=True)
+        said["objects"] = [{"box": box, "score": score, "label": label} for box, score, label in listed]
     print(json.dumps(said))

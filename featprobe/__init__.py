@@ -23,6 +23,7 @@ _PUBLIC = {
     "Workspace": "featprobe.stages.workspace",
     "build_head": "featprobe.probes",
     "compare": "featprobe.stages.comparison.compare",
+    "export": "featprobe.stages.export.export",
     "extract": "featprobe.stages.extraction.extract",
     "finetune": "featprobe.stages.training.finetune",
     "load_head": "featprobe.probes",

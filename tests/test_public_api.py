@@ -24,6 +24,7 @@ CHOSEN = {
     "Workspace",
     "build_head",
     "compare",
+    "export",
     "extract",
     "finetune",
     "load_head",

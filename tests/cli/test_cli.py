@@ -82,7 +82,7 @@ WORDS = [words for words, _ in commands()]
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    wanted = "extract plan probe finetune study compare predict demo backbones data cache".split()
+    wanted = "extract plan probe finetune study compare predict export demo backbones data cache".split()
     assert sorted(cli.commands) == sorted(wanted)
 
 

@@ -108,7 +108,7 @@ class HeatOutput(GraphOutput):
         """Scores and verdicts; values of maps are compared relative to the largest of their image."""
         pieces, size = pieces_of_size(predictor, levels)
         batches = iter([(pieces, reference(predictor, levels))])
-        seen = list(predictor.output.found(batches, [size] * len(levels)))
+        seen = [own for own, _ in predictor.output.found(batches, [size] * len(levels))]
         wanted = np.array([own.score for own in seen])
         maps = np.stack([own.map.numpy() for own in seen])
         apart = np.abs(found["map"] - maps).max((1, 2)) / maps.max((1, 2)).clip(min=1e-30)

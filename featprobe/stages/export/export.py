@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from featprobe import __version__
 from featprobe.backbones.catalog import licence_of
-from featprobe.errors import BackboneError, ProbeError
+from featprobe.errors import BackboneError, ProbeError, UsageError
 from featprobe.geometry import Size
 from featprobe.io.disk import write_together
 from featprobe.scores import SCORES
@@ -59,23 +60,25 @@ def export(
     threshold: float | None = None,
     test_images: int = 20,
     images: Sequence[Path] = (),
+    backbone: nn.Module | None = None,
 ) -> ExportReport:
     """Write a saved head, with its backbone and its preprocessing, as an ONNX file, and its parity report beside it.
 
     image_size: (height, width) of the images that it takes; None for the commonest among the images that it is
     compared on: at most `test_images` of those that the head was tested on, or of `images`. threshold: of verdicts, in
-    place of the head's own. Raises FeatprobeError; nothing is written then, also where the comparison fails.
+    place of the head's own. backbone: as `Predictor` takes it. Raises FeatprobeError; nothing is written then, also
+    where the comparison fails.
     """
     check_installed()
     check_opset(opset)
     if out.is_dir():
         raise ProbeError(f"{out} is a folder. Name a file, as {out / 'model.onnx'}. Nothing was computed.")
-    predictor = Predictor(folder, weights=weights, device="cpu")
+    predictor = Predictor(folder, weights=weights, device="cpu", threshold=threshold, backbone=backbone)
     check_policy(predictor)
     known = find_known(predictor, folder, workspace, images, image_size, test_images)
-    output = output_of(predictor, known.raw, threshold)
+    output = output_of(predictor, known.raw)
     model = made(predictor, known.raw, output, opset)
-    say(model, predictor, known.raw, output, threshold)
+    say(model, predictor, known.raw, output)
     data = checked(model)
     parity = compare_graph(data, predictor, output, known)
     if parity.faults:
@@ -100,9 +103,9 @@ def check_installed() -> None:
 
 
 def check_opset(opset: int) -> None:
-    """Raise ProbeError for a version of ONNX's operators that can't be written."""
+    """Raise UsageError for a version of ONNX's operators that can't be written."""
     if not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise ProbeError(
+        raise UsageError(
             f"--opset {opset} can't be written. Nothing was computed.\n"
             f"  wanted  {FIRST_OPSET} to {LAST_OPSET}\n"
             f"Omit it for {OPSET}."
@@ -120,13 +123,14 @@ def check_policy(predictor: Predictor) -> None:
         )
 
 
-def output_of(predictor: Predictor, raw: Raw, threshold: float | None) -> GraphOutput:
+def output_of(predictor: Predictor, raw: Raw) -> GraphOutput:
     """The end of the graph. Raises ProbeError for a head that has none."""
-    card = predictor.card
+    card, threshold = predictor.card, predictor.output.threshold
+    given = threshold.value if threshold.source == "given" else None
     build = EXPORTS.get(SCORES[card["head"]["task"]].on)
     if build is None:
         raise ProbeError(f"Heads of {card['head']['task']} can't be exported yet. Nothing was written.")
-    return build(predictor.head, card, placement_of(predictor.recipe, raw.size), threshold)
+    return build(predictor.head, card, placement_of(predictor.recipe, raw.size), given)
 
 
 def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any:
@@ -157,18 +161,18 @@ def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any
     return program.model_proto
 
 
-def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput, threshold: float | None) -> None:
+def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput) -> None:
     """Write into a model what a program, or a person, must know of it."""
     from onnx import helper
 
-    helper.set_model_props(model, dict(described(predictor, raw, output, threshold)))
+    helper.set_model_props(model, dict(described(predictor, raw, output)))
     model.producer_name, model.producer_version = "featprobe", __version__
 
 
-def described(predictor: Predictor, raw: Raw, output: GraphOutput, threshold: float | None) -> Mapping[str, str]:
+def described(predictor: Predictor, raw: Raw, output: GraphOutput) -> Mapping[str, str]:
     """The texts of `metadata_props`, by their names; those that are no plain words are JSON."""
     card, recipe = predictor.card, predictor.recipe
-    spec, own = BackboneSpec.from_json(card["backbone"]), predictor.head.state_dict().get("threshold")
+    spec = BackboneSpec.from_json(card["backbone"])
     values: dict[str, Any] = {
         "featprobe_version": __version__,
         "task": card["head"]["task"],
@@ -182,7 +186,8 @@ def described(predictor: Predictor, raw: Raw, output: GraphOutput, threshold: fl
         "data": card["data"]["name"],
         "data_fingerprint": card["data"]["fingerprint"],
         "threshold": output.limit,
-        "threshold_from": "user" if threshold is not None else "head" if own == output.limit else "default",
+        "threshold_from": predictor.output.threshold.source,
+        "rule": predictor.output.rule,
         "input_dtype": raw.dtype,
         "input_layout": "NHW" if raw.channels == 1 else "NHWC, red green blue",
         "image_size": list(raw.size),

@@ -67,7 +67,7 @@ class Differences:
     near: int = 0
 
     def __add__(self, other: "Differences") -> "Differences":
-        largest = {
+        largest: dict[str, Any] = {
             name: max((v for v in (getattr(self, name), getattr(other, name)) if v is not None), default=None)
             for name in ("logits", "largest_logit", "scores")
         }
@@ -81,13 +81,13 @@ SMALL = 1e-3
 """A score below it is as good as none: float32 can't tell 1 - 1e-7 and its neighbours apart."""
 
 
-def compared_verdicts(said: NDArray[Any], wanted: NDArray[Any], apart: NDArray[Any]) -> dict[str, int]:
+def compared_verdicts(said: NDArray[Any], wanted: NDArray[Any], apart: NDArray[Any]) -> dict[str, Any]:
     """Counts of verdicts for Differences. said, wanted: (n,), bool. apart: (n,), from each score to the threshold."""
     near = (said != wanted) & (np.abs(apart) <= NEAR)
     return {"verdicts": int((~near).sum()), "equal_verdicts": int((said == wanted).sum()), "near": int(near.sum())}
 
 
-def compared_logits(found: NDArray[Any], wanted: NDArray[Any]) -> dict[str, float]:
+def compared_logits(found: NDArray[Any], wanted: NDArray[Any]) -> dict[str, Any]:
     """The figures of logits in Differences."""
     return {"logits": float(np.abs(found - wanted).max()), "largest_logit": float(np.abs(wanted).max())}
 
@@ -150,6 +150,8 @@ class AtOriginal(nn.Module):
 class Graph(nn.Module):
     """Window, logarithm, resizing, padding, normalisation, backbone, the cache's number format, and what follows."""
 
+    content: Tensor | None
+
     def __init__(self, predictor: Predictor, raw: Raw, output: GraphOutput) -> None:
         super().__init__()
         recipe, placement = predictor.recipe, placement_of(predictor.recipe, raw.size)
@@ -208,7 +210,7 @@ class Framed(nn.Module):
 
     rows: Tensor | None
     columns: Tensor | None
-    outside: Tensor | None
+    mean: Tensor
 
     def __init__(self, recipe: FeatureRecipe, placement: Placement) -> None:
         super().__init__()

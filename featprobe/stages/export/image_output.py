@@ -51,7 +51,7 @@ class Vectors(nn.Module):
         for level in self.levels:
             rows, columns = (-(-side // level.stride) for side in self.content)
             x = features.maps[level.name][:, :, :rows, :columns]
-            share = self.get_buffer(f"share_{level.name}")
+            share: Tensor | None = self.get_buffer(f"share_{level.name}")
             weighted = x if share is None else x * share[:, :rows, :columns]
             cells = self.content[0] * self.content[1] / level.stride**2
             found += [weighted.sum((2, 3)) / cells, x.amax((2, 3))]
@@ -158,7 +158,7 @@ class LabelOutput(GraphOutput):
     @torch.inference_mode()
     def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
         """Logits and scores; a label that is decided otherwise counts as an object that differs."""
-        head = predictor.head
+        head: Any = predictor.head
         logits = head(pool(reference(predictor, levels), head.levels).vectors(head.levels))
         shares = probabilities_of(logits, self.labels)
         decided = decide(shares, head.prior.numpy(), self.labels.multi)

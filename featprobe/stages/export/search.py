@@ -49,4 +49,5 @@ class Nearest(nn.Module):
         """The smallest of each row and their places."""
         if self.count == 1:
             return values.amin(1, keepdim=True), values.argmin(1, keepdim=True)
-        return tuple(values.topk(min(self.count, values.shape[1]), 1, largest=False))
+        found = values.topk(min(self.count, values.shape[1]), 1, largest=False)
+        return found.values, found.indices
