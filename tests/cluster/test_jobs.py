@@ -117,8 +117,8 @@ def waiting(cluster: SlurmHere, tmp_path_factory: pytest.TempPathFactory, data: 
         made.other.hand_over("partition=apart")
     made.lock.parent.mkdir()
     with made.lock.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
         made.limited.hand_over("time=2", "signal_delay_s=30")  # the signal comes after 60 to 90 seconds
+        fcntl.lockf(held, fcntl.LOCK_EX)  # until then the job waits to write its row
         yield made
 
 
