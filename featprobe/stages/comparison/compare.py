@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from featprobe.cache import open_cache
 from featprobe.errors import FeatprobeError, ProbeError, counted
@@ -37,6 +36,7 @@ from featprobe.stages.comparison.results import Result, Unusable, comparable_set
 from featprobe.stages.comparison.supervision import behind_supervised
 from featprobe.stages.comparison.tested import good_units
 from featprobe.stages.partition import partition_of
+from featprobe.stages.progress import Progress
 from featprobe.stages.workspace import Workspace
 
 FEW_OF_A_SIDE = 8  # test groups with a defect, or with a good image
@@ -74,6 +74,12 @@ class Comparison:
     notes: tuple[str, ...]
     files: tuple[Path, ...]
 
+    def __repr__(self) -> str:
+        lines = counted(sum(len(own.lines) for own in self.sets), "result")
+        left = f", {len(self.unusable)} unusable" if self.unusable else ""
+        page = f"; {str(self.files[0])!r}" if self.files else ""
+        return f"Comparison({lines} in {counted(len(self.sets), 'table')}{left}{page})"
+
 
 def compare(
     workspace: Workspace,
@@ -99,7 +105,7 @@ def compare(
         raise ProbeError(f"None of the results in {workspace.probes} can be compared.\n{reasons}\nRun them again.")
     found = _met(workspace, comparable_sets(results))
     tables = [Table.of(title, own) for title, own in zip(_titles(found), found, strict=True)]
-    with tqdm(total=len(results), desc="intervals", unit="result", disable=quiet, leave=False) as bar:
+    with Progress(len(results), "intervals", "result", quiet=quiet) as bar:
         sets = [_compared(workspace, table, bar, across_recipes) for table in tables]
     gaps = modality_gaps(tables, gap, on, across_recipes)
     family = [*(line for item in sets for line in item.differences), *gaps]
@@ -303,7 +309,7 @@ def _of_the_budgets(workspace: Workspace, table: Table) -> list[str]:
 # ---- one table -------------------------------------------------------------------------------------------------------
 
 
-def _compared(workspace: Workspace, table: Table, bar: tqdm, across: bool) -> ComparedSet:
+def _compared(workspace: Workspace, table: Table, bar: Progress, across: bool) -> ComparedSet:
     lines = []
     for result in table.results:
         lines.append(line_of(result, table))
