@@ -17,6 +17,7 @@ import click
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import featprobe
 from featprobe.cli.main import cli
@@ -248,6 +249,32 @@ def test_the_block_about_python_calls_functions_as_they_are(tmp_path: Path, monk
     code = FENCED.findall(text_of(DOCS / "from-python.md"))[0][1]
     exec(compile(code, "from-python.md", "exec"), {})
     assert called == ["extract", "open_cache", "probe", "finetune", "probe", "predict", "run_study"]
+
+
+class Blur(nn.Module):
+    """A network of one level, stride8."""
+
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """(batch, 3, rows, columns)."""
+        return [nn.functional.avg_pool2d(images, 8)]
+
+
+def test_the_block_about_arrays_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 1 << 16, (24, 32, 32), dtype=np.uint16)
+    space: dict[str, Any] = {
+        "images": images,
+        "masks": (images > 40_000).astype(np.uint8),
+        "parts": [i // 2 for i in range(24)],
+        "network": Blur(),
+        "workspace": featprobe.Workspace(tmp_path),
+        "options": featprobe.ProbeOptions(head="ridge", seeds=1, quiet=True),
+    }
+    exec(compile(python_of("from-python")[1], "from-python.md", "exec"), space)
+    assert space["vectors"].shape == (len(space["items"]), 3) == (14, 3) and space["mask"].shape[1:] == (32, 32)
+    assert len(featprobe.results(space["workspace"])) == 1 and (tmp_path / "sets" / "castings" / "images").is_dir()
 
 
 def test_the_page_about_python_names_every_public_name() -> None:

@@ -17,7 +17,7 @@ from featprobe.backbones.models import built_for, create, first_line
 from featprobe.backbones.own import identity_of
 from featprobe.backbones.precision import computing
 from featprobe.backbones.weights import weights_sha256
-from featprobe.errors import BackboneError, nearest
+from featprobe.errors import BackboneError, LacksError, nearest
 from featprobe.features import Features
 from featprobe.geometry import Size
 from featprobe.levels import FeatureLevel, choose_levels
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
         try:
             self.levels = choose_levels(available, level_names)
         except KeyError as error:
-            raise BackboneError(
+            raise LacksError(
                 f"{spec.model} has no level {error.args[0]!r}. {nearest(error.args[0], [lv.name for lv in available])}"
             ) from None
         self.multiple = max(level.stride for level in available)
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
         self.final_norm = _default_final_norm(spec) if spec.final_norm is None else spec.final_norm
         self._norm_name = FINAL_NORM.get(type(model).__name__)
         if self.final_norm and self._norm_name is None:
-            raise BackboneError(f"{spec.model} has no final norm that featprobe knows. Omit --final-norm.")
+            raise LacksError(f"{spec.model} has no final norm that featprobe knows. Omit --final-norm.")
         self._norm_last = self.final_norm and available[-1] in self.levels and not self.uniform
         self.indices = [indices[available.index(level)] for level in self.levels]
         self.model: Any = model

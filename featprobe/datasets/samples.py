@@ -52,6 +52,9 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._columns[0].rest)
 
+    def __repr__(self) -> str:
+        return f"Samples({len(self)})"
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
 
@@ -96,7 +99,7 @@ def _no_text(name: str) -> DataError:
 
 
 class _Maker:
-    """A function of `datasets.given` that makes data sets, imported when it is first asked for: it needs all formats."""
+    """A function of `datasets.given` that makes data sets, imported when it is asked for: it needs all formats."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -222,7 +222,7 @@ class RegionPool(nn.Module):
         return self.pooled(maps, torch.cat([image, torch.cat(boxes)], 1))
 
     def pooled(self, maps: dict[str, Tensor], regions: Tensor) -> Tensor:
-        """The same of regions in any order. regions: (regions, 5), the number of the image in the batch, then the box."""
+        """The same of regions in any order. regions: (regions, 5), the number of the image in the batch, the box."""
         side = box_area(regions[:, 1:]).sqrt()
         level = torch.bucketize(side, side.new_tensor([CELLS_OF_REGION * s for s in self.strides[1:]]), right=True)
         channels = maps[str(self.strides[0])].shape[1]

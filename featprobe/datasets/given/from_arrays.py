@@ -76,7 +76,10 @@ def wanted_of(of: Kind, classes: Sequence[str] | None, bits: Bits | None) -> Wan
     if of == "images":
         refuse_bars(names)
         return Wanted(of, names, bits)
-    return Wanted(of, check_classes(names or ONE_CLASS, "classes="), bits)
+    try:
+        return Wanted(of, check_classes(names or ONE_CLASS, "classes="), bits)
+    except DataError as error:
+        raise DataError(f"{error}\nNothing was written.") from error
 
 
 def _check_lengths(columns: Mapping[str, Iterable[Any]]) -> None:

@@ -13,7 +13,7 @@ from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.objects import box_instance, mask_instance
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import shown
-from featprobe.errors import DataError, nearest
+from featprobe.errors import DataError, counted, nearest
 from featprobe.geometry import Size
 from featprobe.io.pictures import check_claim
 from featprobe.targets import IGNORE, Instance, Labels, Target
@@ -160,9 +160,8 @@ class Wanted:
         if labels is None and len(self.classes) == 2:
             return [1] * count
         if labels is None:
-            raise DataError(
-                f"{where}: no labels for its {count} objects. wanted: labels=, as there are several classes"
-            )
+            found = counted(count, "object")
+            raise DataError(f"{where}: no labels for its {found}. wanted: labels=, as there are several classes")
         values = _whole(labels, f"{where}, labels")
         if values.shape != (count,) and (values.size or count):
             raise DataError(f"{where}: labels of the shape {values.shape}. wanted: ({count},), one for each object")

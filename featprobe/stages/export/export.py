@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -71,12 +70,12 @@ def export(
     check_opset(opset)
     if out.is_dir():
         raise ProbeError(f"{out} is a folder. Name a file, as {out / 'model.onnx'}. Nothing was computed.")
-    predictor = Predictor(folder, weights=weights, device="cpu")
+    predictor = Predictor(folder, weights=weights, device="cpu", threshold=threshold)
     check_policy(predictor)
     known = find_known(predictor, folder, workspace, images, image_size, test_images)
-    output = output_of(predictor, known.raw, threshold)
+    output = output_of(predictor, known.raw)
     model = made(predictor, known.raw, output, opset)
-    say(model, predictor, known.raw, threshold)
+    say(model, predictor, known.raw, output)
     data = checked(model)
     parity = compare_graph(data, predictor, output, known)
     if parity.faults:
@@ -121,13 +120,14 @@ def check_policy(predictor: Predictor) -> None:
         )
 
 
-def output_of(predictor: Predictor, raw: Raw, threshold: float | None) -> GraphOutput:
+def output_of(predictor: Predictor, raw: Raw) -> GraphOutput:
     """The end of the graph. Raises ProbeError for a head that has none."""
-    card = predictor.card
+    card, threshold = predictor.card, predictor.output.threshold
+    given = threshold.value if threshold.source == "given" else None
     build = EXPORTS.get(SCORES[card["head"]["task"]].on)
     if build is None:
         raise ProbeError(f"Heads of {card['head']['task']} can't be exported yet. Nothing was written.")
-    return build(predictor.head, card, placement_of(predictor.recipe, raw.size), threshold)
+    return build(predictor.head, card, placement_of(predictor.recipe, raw.size), given)
 
 
 def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any:
@@ -158,19 +158,17 @@ def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any
     return program.model_proto
 
 
-def say(model: Any, predictor: Predictor, raw: Raw, threshold: float | None) -> None:
+def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput) -> None:
     """Write into a model what a program, or a person, must know of it."""
     from onnx import helper
 
-    helper.set_model_props(model, dict(described(predictor, raw, threshold)))
+    helper.set_model_props(model, dict(described(predictor, raw, output)))
     model.producer_name, model.producer_version = "featprobe", __version__
 
 
-def described(predictor: Predictor, raw: Raw, threshold: float | None) -> Mapping[str, str]:
+def described(predictor: Predictor, raw: Raw, output: GraphOutput) -> Mapping[str, str]:
     """The texts of `metadata_props`, by their names; those that are no plain words are JSON."""
     card, recipe = predictor.card, predictor.recipe
-    own = float(getattr(predictor.head, "threshold", math.nan))
-    limit = threshold if threshold is not None else None if math.isnan(own) else own
     spec = BackboneSpec.from_json(card["backbone"])
     values: dict[str, Any] = {
         "featprobe_version": __version__,
@@ -184,8 +182,9 @@ def described(predictor: Predictor, raw: Raw, threshold: float | None) -> Mappin
         "feature_key": recipe.key,
         "data": card["data"]["name"],
         "data_fingerprint": card["data"]["fingerprint"],
-        "threshold": limit,
-        "threshold_from": "user" if threshold is not None else "head" if limit is not None else "default",
+        "threshold": output.limit,
+        "threshold_from": predictor.output.threshold.source,
+        "rule": predictor.output.rule,
         "input_dtype": raw.dtype,
         "input_layout": "NHW" if raw.channels == 1 else "NHWC, red green blue",
         "image_size": list(raw.size),

@@ -1,6 +1,6 @@
 """Non-maximum suppression of a whole batch, in torch and as one operator of an ONNX graph."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ def _(boxes: Tensor, scores: Tensor, most: int, iou: float, floor: float) -> Ten
     return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(), 3), dtype=torch.int64)
 
 
-def translations() -> Mapping[Any, Callable[..., Any]]:
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` must know of operators that are ours: a `custom_translation_table`."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def translated(boxes: Any, scores: Any, most: int, iou: float, floor: float) -> Any:
         limits = op.Constant(value_float=iou), op.Constant(value_float=floor)
@@ -47,9 +49,10 @@ def best_of(candidates: Candidates, classes: int, most: int, iou: float, floor: 
     """Scores and places of the candidates of each image that stay, best first: (batch, most) each.
 
     A score of 0 stands where an image has no more. classes: labels run from 1 to `classes`. Candidates of different
-    classes don't suppress each other. Nothing in it depends on values, and none of its shapes does.
+    classes don't suppress each other; those without an area are dropped. No shape of what comes out depends on values.
     """
-    boxes, labels, scores = candidates.boxes, candidates.labels, candidates.scores
+    boxes, labels = candidates.boxes, candidates.labels
+    scores = candidates.scores * (boxes[..., 2:] > boxes[..., :2]).all(-1)
     every = torch.arange(1, classes + 1, device=labels.device)[:, None]
     of_class = scores[:, None] * (labels[:, None] == every)  # (batch, classes, candidates)
     stay = torch.ops.featprobe.suppressed(boxes, of_class, min(most, scores.shape[1]), iou, floor)

@@ -1,14 +1,17 @@
 """A study on a SLURM cluster: its missing trainings as job arrays, by submitit."""
 
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -68,6 +71,7 @@ class _Again(ABC):
         answer = _path(Workspace(self.root), submitit.JobEnvironment().job_id, "answer.json")
         answer.unlink(missing_ok=True)
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # submitit answers from here on; see cluster_job
             made = self.work()
         except submitit.core.utils.UncompletedJobError as error:  # raised where it was when its time was over
             over = FeatprobeError(f"{error} Give it more time, as --slurm time=600 (minutes); it goes on where it was.")
@@ -278,14 +282,14 @@ def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
     jobs = []
     for start in range(0, len(tasks), size):
         try:
-            with executor.batch():
+            with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what sbatch says, and raises it
                 jobs += [executor.submit(task) for task in tasks[start : start + size]]
         except Exception as error:  # what sbatch says comes in several classes
             said = dict.fromkeys(line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
             raise FeatprobeError(
                 f"SLURM takes no job: {'; '.join(filter(None, said))}.\n"
-                "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and run "
-                "the same command again: nothing is handed over twice."
+                "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and "
+                "run the same command again: nothing is handed over twice."
             ) from error
     return [job.job_id for job in jobs]
 
@@ -374,8 +378,8 @@ def _without_log(job: str, log: Path) -> str:
     code = f", exit code {told['ExitCode']}" if "ExitCode" in told else ""
     slurm = f" (SLURM: {state} {told.get('Reason', '')}{code})" if state else ""
     return (
-        f"job {job} left no log: {where} not see {log.parent}{slurm}. Keep the workspace in a folder that all nodes share, "
-        "under the same path"
+        f"job {job} left no log: {where} not see {log.parent}{slurm}. Keep the workspace in a folder that all nodes "
+        "share, under the same path"
     )
 
 
