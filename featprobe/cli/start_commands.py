@@ -74,7 +74,7 @@ def try_(ctx: click.Context, folder: str, json_: bool, **options: Any) -> None:
     \b
     Example:
       featprobe try path/to/my_set
-      featprobe try path/to/my_set --backbone convnext_dinov3,resnet50 --minutes 30
+      featprobe try path/to/my_set --backbone convnext_dinov3 --minutes 30
     """
     from featprobe.geometry import parse_size
     from featprobe.stages.workspace import backbone_of
