@@ -27,10 +27,11 @@ from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions
 from featprobe.stages.extraction.plan import plan
 from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.threads import in_threads
+from featprobe.stages.training.agenda import Agenda, alike, foreseen_each
 from featprobe.stages.training.asked import checked as with_defaults
 from featprobe.stages.training.probe import show
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.run import Say, foreseen, run
+from featprobe.stages.training.run import Say, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.upkeep.check import FAULTS, DataCheck, check
 from featprobe.stages.upkeep.first_look import aim_at
@@ -379,22 +380,20 @@ def _trainings(workspace: Workspace, cache: Cache, outline: Outline, options: Tr
 def _train(trainings: Sequence[Training], say: Say, agree: Callable[[float], bool], left: float) -> bool:
     """Train what is not there yet; False where that would take longer than what is left, and the user says no."""
     due = [training for training in trainings if not training.is_done()]
-    long = sum(foreseen(own).seconds(own.recipe) for own in due if not own.is_solved)
-    if long:
-        say(f"training: {minutes_text(long)}")
-        if long > left and not agree(long):
+    known = foreseen_each(due)
+    agenda = Agenda.of_trainings(due, known, say)
+    if known:
+        agenda.announce()
+        seconds, _ = agenda.left()
+        if seconds > left and not agree(seconds):
             return False
-    begun, done = time.perf_counter(), 0
-    for number, training in enumerate(trainings, start=1):
-        spent = time.perf_counter() - begun
-        rest = f", {minutes_text(spent / done * (len(due) - done))} left" if done else ""
-        say(f"[{number}/{len(trainings)}] {training.task} {training.kind.name}: {training.title}{rest}")
-        if training in due:
-            finished = run(training)
-            if training.choice.fold <= 1:  # a sheet of the first fold shows enough
-                show(finished, SHOWN, [], [])
-            done += 1
-            del finished  # the next training needs its memory
+    for training in due:
+        agenda.begin(training.label)
+        finished = run(training, forecast=known.get(alike(training)))
+        if training.choice.fold <= 1:  # a sheet of the first fold shows enough
+            show(finished, SHOWN, [], [])
+        del finished  # the next training needs its memory
+        agenda.end()
     return True
 
 

@@ -86,7 +86,7 @@ def test_who_says_no_gets_nothing_and_a_long_training_is_asked_about(
     short = TryOptions(NETWORKS, minutes=1e-3, size="64x64", device="cpu", quiet=True)
     assert try_out(Workspace(tmp_path), str(tmp_path / "parts"), short, said.append, agree=no) is None
     assert len(asked) == 3 and asked[2] > 0, "the training is asked about, once its time is known"
-    assert any(line.startswith("training: ") for line in said)
+    assert any(line.startswith("2 trainings, ") for line in said)
     assert len(list((tmp_path / "cache").glob("*/*.h5"))) == 2, "what was computed is kept"
     assert not (tmp_path / "probes" / "results.jsonl").exists()
 
