@@ -154,7 +154,7 @@ def try_out(
     show_check(checked)
     folder = _folder(workspace, data)
     skip_bad = any(finding.kind in FAULTS for finding in checked.findings)
-    outline = _kept(folder, options) or _outline(workspace, name, data, checked, options, skip_bad)
+    outline = _kept(folder, _asked(options, checked)) or _outline(workspace, name, data, checked, options, skip_bad)
     left = outline.seconds(_shares_left(workspace, data, outline, specs))
     for line in _plan_lines(outline, options, checked, folder, left):
         say(line)
@@ -191,21 +191,21 @@ def _folder(workspace: Workspace, data: DataSet) -> Path:
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _asked(options: TryOptions) -> str:
-    """What decides a plan, as text."""
+def _asked(options: TryOptions, checked: DataCheck) -> str:
+    """What decides a plan, as text: of the set, what its labels serve."""
     given = {name: value for name, value in options.read_as.items() if value is not None}
     own = asdict(replace(options, minutes=float(options.minutes), device=None, quiet=False, read_as=given))
-    return json.dumps(own, sort_keys=True, default=str)
+    return json.dumps([checked.serves, own], sort_keys=True)
 
 
-def _kept(folder: Path, options: TryOptions) -> Outline | None:
+def _kept(folder: Path, asked: str) -> Outline | None:
     """The plan that the same command settled before; None where there is none that can be used."""
     try:
         outline = made(Outline, read_json(below(folder, PLAN, "A try"), LARGEST_PLAN), PLAN)
         _ = outline.kind, outline.choice
     except (FeatprobeError, FileKindError, OSError, ValueError):
         return None
-    return outline if outline.asked == _asked(options) else None
+    return outline if outline.asked == asked else None
 
 
 def _shares_left(
@@ -245,7 +245,7 @@ def _outline(
 
     def at(size: Size) -> Outline:
         return Outline(
-            asked=_asked(options),
+            asked=_asked(options, checked),
             task=aim.kind.task,
             head=aim.kind.name,
             labels=aim.labels,
