@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from featprobe.cache import MISSING, Cache, open_cache, read_states
 from featprobe.datasets import DataSet
