@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from featprobe.backbones.catalog import is_taken
 from featprobe.errors import BackboneError
 from featprobe.io.disk import plain_name
 from featprobe.specs import MODULE, BackboneSpec
@@ -67,6 +68,11 @@ def spec_of_module(module: "nn.Module") -> BackboneSpec:
         raise BackboneError(
             f"The `name` of {type(module).__name__} names tables and files. Nothing was computed.\n"
             f"  wanted  a text without / and \\\n  found   {label!r}"
+        )
+    if is_taken(label):
+        raise BackboneError(
+            f"featprobe, timm or a package has a backbone {label}, and tables could not tell the two apart. Nothing "
+            "was computed.\nGive the module another `name`, or none: it is then called by its class."
         )
     model = MODULE + class_of(module)
     return BackboneSpec(label, model, "own", arguments=("--backbone", model))
