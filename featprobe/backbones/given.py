@@ -6,7 +6,7 @@ torch is imported only once there is such a module.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featprobe.backbones.catalog import is_taken
 from featprobe.errors import BackboneError
@@ -27,9 +27,8 @@ def at_hand(backbones: "Sequence[str | nn.Module] | str | nn.Module") -> Iterato
     One name or module stands for itself, also a module that has a length, as a Sequential. Raises BackboneError for
     what is neither a name nor a module, and for two modules of one name.
     """
-    several = backbones if isinstance(backbones, (list, tuple)) else [backbones]
-    modules = [one for one in several if not isinstance(one, str)]
-    pairs = tuple((spec_of_module(module), module) for module in modules)
+    several: list[Any] = [*backbones] if isinstance(backbones, (list, tuple)) else [backbones]
+    pairs = tuple((spec_of_module(one), one) for one in several if not isinstance(one, str))
     labels = [spec.label for spec, _ in pairs]
     for label in labels:
         if labels.count(label) > 1:
