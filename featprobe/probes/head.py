@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
+from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
-from featprobe.probes.detections import Detections, ObjectBatch, ObjectTarget
+from featprobe.probes.detections import Candidates, Detections, ObjectBatch, ObjectTarget
 
 
 class Head(nn.Module, ABC):
@@ -220,6 +221,17 @@ class ObjectHead(Head):
 
         Of several processes each gets its part of the loss: these add up to that of the whole batch.
         """
+
+    def candidates(self, features: Features) -> Candidates:
+        """What it could have found in each image, for exported graphs: `best_of` these is what `forward` finds.
+
+        No shape or step in it may depend on values. Raises ProbeError for a head that can't say it, and so can't be
+        exported.
+        """
+        raise ProbeError(
+            f"A head of this kind can't be exported: its suppression is its own.\n  found   {type(self).__name__}\n"
+            "  wanted  one that gives its candidates, see docs/add-a-head.md\nUse it with featprobe predict."
+        )
 
     if TYPE_CHECKING:
 
