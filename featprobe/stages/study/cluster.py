@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
@@ -166,7 +167,12 @@ def submit_study(
     queued = [cell for cell in plan.missing if latest.get(_key(study, cell)) in queue]
     wanted = [cell for cell in plan.missing if cell not in queued]
     if queued:
-        say(f"{counted(len(queued), 'training is', 'trainings are')} in the queue already")
+        why = Counter(queue[job] for job in latest.values() if queue.get(job, "None") != "None")
+        waits = "; ".join(f"{counted(count, 'job')} {reason}" for reason, count in why.items())
+        say(
+            f"{counted(len(queued), 'training is', 'trainings are')} in the queue already"
+            + (f" (SLURM says of those that wait: {waits})" if waits else "")
+        )
     for cell in wanted:
         if _key(study, cell) in latest:
             say(f"failed before: {cell}: {_reason(workspace, latest[_key(study, cell)])}")
@@ -294,9 +300,10 @@ def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
     return [job.job_id for job in jobs]
 
 
-def _queue() -> set[str]:
-    """The user's jobs that wait or run."""
-    return set(_ask("squeue", "--noheader", "--array", "--format=%i", "--user", str(os.getuid())).split())
+def _queue() -> dict[str, str]:
+    """The user's jobs that wait or run, and why they wait: SLURM's word, "None" for those that run."""
+    lines = _ask("squeue", "--noheader", "--array", "--format=%i %r", "--user", str(os.getuid())).splitlines()
+    return {job: reason for job, _, reason in (line.strip().partition(" ") for line in lines)}
 
 
 def _ask(*command: str) -> str:
