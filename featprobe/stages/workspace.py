@@ -125,7 +125,8 @@ class Workspace:
         if not isinstance(data, str | os.PathLike | DataSet):
             raise DataError(
                 f"A {type(data).__name__} is no data set. Nothing was computed.\n"
-                "  wanted  a name, a path, or a DataSet\nImages that are in memory become one with DataSet.from_arrays(folder, images, …)."
+                "  wanted  a name, a path, or a DataSet\n"
+                "Images that are in memory become one with DataSet.from_arrays(folder, images, …)."
             )
         return self.data_argument(data.name, data.root) if isinstance(data, DataSet) else os.fspath(data)
 

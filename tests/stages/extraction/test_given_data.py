@@ -113,7 +113,8 @@ def test_objects_say_what_they_are_in_one_line(space: Workspace, data: DataSet) 
         "12 images": data, "Samples(12)": data.samples, "1 cache": space, "12 rows": cache, "12 rows: nothing": report,
         "1 row (semseg of blur on parts)": done, "(12, 3, 8, 8)": features, "(12, 3)": pool(features, cache.levels),
         "mask of 32x32": data.read_target(sample, (32, 32)), "id='000000.tif'": cache.rows[0],
-        "RowTable(12": cache.rows, "version 3": cache.contents, "in 1 table": compare(space, quiet=True), "masks": cache.torch_dataset(),
+        "RowTable(12": cache.rows, "version 3": cache.contents,
+        "in 1 table": compare(space, quiet=True), "masks": cache.torch_dataset(),
         "'group'": Partition(cache, SplitChoice.parse("group")),
     }  # fmt: skip
     for part, value in said.items():
