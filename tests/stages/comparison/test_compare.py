@@ -3,10 +3,10 @@
 import base64
 import json
 import re
-import sys
 import shlex
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from html.parser import HTMLParser
