@@ -45,6 +45,7 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 KillWait=2
 JobRequeue=0
+MinJobAge=3600
 MaxArraySize=8
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n

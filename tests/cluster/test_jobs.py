@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cluster
 ONE = SMALL.replace('["semseg", "detect"]', '["semseg"]').replace('"linear", "ridge"', '"linear"')
 ONE = ONE.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]").replace('"frozen", "full"', '"frozen"')
 TWELVE = ONE.replace("seeds = 1", "seeds = 3").replace("[1.0]", "[0.5, 1.0]").replace('"frozen"', '"frozen", "full"')
-LONGEST = 400.0  # seconds: the machine may be busy with something else
+LONGEST = 600.0  # seconds: the machine may be busy with something else
 
 
 @dataclass(frozen=True)
@@ -255,11 +255,11 @@ def test_a_job_of_another_version_ends_in_words(cluster: SlurmHere, own: Space) 
 
 def test_a_job_whose_time_is_over_goes_on_in_another_turn(cluster: SlurmHere, waiting: Waiting) -> None:
     own = waiting.limited
-    log = own.jobs / f"{own.latest()[-1]}_0_log.err"
+    log = own.jobs / f"{own.latest()[-1]}_0_log.out"
     until(lambda: log.exists() and "Requeued job" in log.read_text())
     waiting.lock.unlink()  # what is written goes to a new file, which nobody holds
     until(lambda: ended(cluster, own))
-    assert log.with_suffix(".out").read_text().count("linear, frozen, seed 0") == 2
+    assert log.read_text().count("linear, frozen, seed 0") == 2
     assert len(read_rows(waiting.lock)[0]) == 1
     assert "1 training is there already" in own.hand_over()
 
