@@ -1,6 +1,7 @@
 """What `--launcher slurm` says without a cluster; tests/cluster has what it does on one."""
 
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,15 @@ def test_a_job_of_another_version_is_refused_in_words(workspace: Workspace, tmp_
     path.write_bytes(whole[:-20])
     with pytest.raises(FeatprobeError, match="another version of featprobe"):
         loaded(path)
+
+
+def test_where_there_is_no_slurm_its_tests_are_skipped_with_a_reason(tmp_path: Path) -> None:
+    program = Path(__file__).parents[2] / "cluster" / "slurm_here.py"
+    for words, code in (([], 0), (["--required"], 1)):
+        command = [sys.executable, program, *words, "touch", tmp_path / "run"]
+        done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+        assert done.returncode == code and "sbatch" in done.stdout and "apt-get install slurmctld" in done.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_job_that_does_not_see_what_was_handed_over_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
