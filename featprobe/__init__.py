@@ -27,6 +27,7 @@ _PUBLIC = {
     "build_head": "featprobe.probes",
     "check_head": "featprobe.probes.contract",
     "compare": "featprobe.stages.comparison.compare",
+    "export": "featprobe.stages.export.export",
     "extract": "featprobe.stages.extraction.extract",
     "finetune": "featprobe.stages.training.finetune",
     "load_head": "featprobe.probes",

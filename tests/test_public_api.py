@@ -28,6 +28,7 @@ CHOSEN = {
     "build_head",
     "check_head",
     "compare",
+    "export",
     "extract",
     "finetune",
     "load_head",

@@ -204,7 +204,7 @@ def predict(
     \b
     Example:
       featprobe predict probes/SET/BACKBONE/HEAD/seed0 new_scans --out found
-      featprobe predict probes/SET/BACKBONE/HEAD/seed0 shot.png --out found --threshold 0.8 --fail-on-defect
+      featprobe predict HEAD shot.png --out found --threshold 0.8 --fail-on-defect
     """
     from featprobe.stages.predict import predict as run
 

@@ -74,7 +74,7 @@ def try_(ctx: click.Context, folder: str, json_: bool, **options: Any) -> None:
     \b
     Example:
       featprobe try path/to/my_set
-      featprobe try path/to/my_set --backbone convnext_dinov3,resnet50 --minutes 30
+      featprobe try path/to/my_set --backbone convnext_dinov3 --minutes 30
     """
     from featprobe.geometry import parse_size
     from featprobe.stages.workspace import backbone_of
@@ -99,7 +99,7 @@ def try_(ctx: click.Context, folder: str, json_: bool, **options: Any) -> None:
         quiet=options["quiet"],
         read_as=how,
     )
-    asks = not (options["yes"] or json_) and sys.stdin.isatty() and sys.stdout.isatty()
+    asks = not (options["yes"] or json_) and _is_terminal()
 
     def say(line: str) -> None:
         echo(line, err=json_)
@@ -266,8 +266,13 @@ def _tried_json(tried: "Tried") -> dict[str, Any]:
     }
 
 
+def _is_terminal() -> bool:
+    """Whether a person reads this and can answer."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def _has_screen() -> bool:
     """Whether a person sits before this terminal, and a browser can show them a page."""
-    if not sys.stdout.isatty() or os.environ.get("SSH_CONNECTION"):
+    if not _is_terminal() or os.environ.get("SSH_CONNECTION"):
         return False
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

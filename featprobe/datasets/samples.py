@@ -150,7 +150,8 @@ class DataSet:
         splits = Counter(sample.split for sample in self.samples)
         each = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split])
         labels = self.label_names.names if self.label_names and not self.tasks else self.classes
-        return f"DataSet({self.name!r}, {counted(len(self), 'image')} ({each}), {listed(labels)}; {str(self.root)!r})"
+        notes = f", {counted(len(self.notes), 'note')}" if self.notes else ""
+        return f"DataSet({self.name!r}, {len(self)} images ({each}), {listed(labels)}{notes}; {str(self.root)!r})"
 
     @property
     def serves(self) -> tuple[str, ...]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
+from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
-from featprobe.probes.detections import Detections, ObjectBatch, ObjectTarget
+from featprobe.probes.detections import Candidates, Detections, ObjectBatch, ObjectTarget
 
 
 class Head(nn.Module, ABC):
@@ -221,6 +222,17 @@ class ObjectHead(Head):
         Of several processes each gets its part of the loss: these add up to that of the whole batch.
         """
 
+    def candidates(self, features: Features) -> Candidates:
+        """What it could have found in each image, for exported graphs: `best_of` these is what `forward` finds.
+
+        No shape or step in it may depend on values. Raises ProbeError for a head that can't say it, and so can't be
+        exported.
+        """
+        raise ProbeError(
+            f"A head of this kind can't be exported: its suppression is its own.\n  found   {type(self).__name__}\n"
+            "  wanted  one that gives its candidates, see docs/add-a-head.md\nUse it with featprobe predict."
+        )
+
     if TYPE_CHECKING:
 
         @overload
@@ -272,9 +284,8 @@ def _faults_of_dense(head: DenseHead, classes: int) -> list[str]:
     bias = getattr(head, "bias", None)
     fits = isinstance(bias, nn.Parameter) and tuple(bias.shape) == (classes,)
     if not fits and type(head).start_at is DenseHead.start_at:
-        faults.append(
-            f"bias: wanted a parameter of shape ({classes},), or a method start_at; found {type(bias).__name__}"
-        )
+        found = f"one of shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+        faults.append(f"bias: wanted a parameter of shape ({classes},), or a method start_at; found {found}")
     return faults
 
 

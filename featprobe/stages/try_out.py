@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from featprobe.cache import MISSING, Cache, open_cache, read_states
 from featprobe.datasets import DataSet
@@ -19,18 +20,20 @@ from featprobe.io.disk import below, read_json, write_whole
 from featprobe.io.fields import Fault, limits, made
 from featprobe.kinds import HeadKind, kind_of, kinds_of
 from featprobe.machine import available_memory, free_disk, minutes_text
+from featprobe.scores import SCORES
 from featprobe.specs import SIZES, BackboneSpec, CacheStore
 from featprobe.splitting import SplitChoice
 from featprobe.stages.comparison.compare import Comparison, compare
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions
-from featprobe.stages.extraction.plan import plan
+from featprobe.stages.extraction.plan import Plan, plan
 from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.threads import in_threads
+from featprobe.stages.training.agenda import Agenda, alike, foreseen_each
 from featprobe.stages.training.asked import checked as with_defaults
 from featprobe.stages.training.probe import show
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.training.run import Say, foreseen, run
+from featprobe.stages.training.run import Say, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.upkeep.check import FAULTS, DataCheck, check
 from featprobe.stages.upkeep.first_look import aim_at
@@ -64,7 +67,7 @@ class TryOptions:
     size: str | None = None
     device: str | None = None
     quiet: bool = False
-    read_as: Mapping[str, str | None] = field(default_factory=dict)
+    read_as: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def try_out(
     show_check(checked)
     folder = _folder(workspace, data)
     skip_bad = any(finding.kind in FAULTS for finding in checked.findings)
-    outline = _kept(folder, options) or _outline(workspace, name, data, checked, options, skip_bad)
+    outline = _kept(folder, _asked(options, checked)) or _outline(workspace, name, data, checked, options, skip_bad)
     left = outline.seconds(_shares_left(workspace, data, outline, specs))
     for line in _plan_lines(outline, options, checked, folder, left):
         say(line)
@@ -177,7 +180,7 @@ def try_out(
     )  # fmt: skip
 
 
-def _read(options: TryOptions) -> dict[str, str | None]:
+def _read(options: TryOptions) -> dict[str, Any]:
     """How the set is read, but for its format."""
     return {own: options.read_as.get(own) for own in READ_AS if own != "format"}
 
@@ -190,21 +193,21 @@ def _folder(workspace: Workspace, data: DataSet) -> Path:
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _asked(options: TryOptions) -> str:
-    """What decides a plan, as text."""
+def _asked(options: TryOptions, checked: DataCheck) -> str:
+    """What decides a plan, as text: of the set, what its labels serve."""
     given = {name: value for name, value in options.read_as.items() if value is not None}
     own = asdict(replace(options, minutes=float(options.minutes), device=None, quiet=False, read_as=given))
-    return json.dumps(own, sort_keys=True, default=str)
+    return json.dumps([checked.serves, own], sort_keys=True)
 
 
-def _kept(folder: Path, options: TryOptions) -> Outline | None:
+def _kept(folder: Path, asked: str) -> Outline | None:
     """The plan that the same command settled before; None where there is none that can be used."""
     try:
         outline = made(Outline, read_json(below(folder, PLAN, "A try"), LARGEST_PLAN), PLAN)
         _ = outline.kind, outline.choice
     except (FeatprobeError, FileKindError, OSError, ValueError):
         return None
-    return outline if outline.asked == _asked(options) else None
+    return outline if outline.asked == asked else None
 
 
 def _shares_left(
@@ -233,18 +236,14 @@ def _outline(
     fit = _fit(sizes)
     store: CacheStore = "pooled" if aim.kind.pooled else "maps"
     candidates = [parse_size(options.size)] if options.size else candidates_of(sizes)
-    timed = next((own for own in candidates if math.prod(own) <= TIMED_PIXELS), candidates[-1])
-    rates, per_pixel = {}, 0.0
-    for own in options.backbones:
-        how = replace(_of(options, skip_bad), size=timed, fit=fit, batch_size=TIMED_IMAGES, store=store, quiet=True)
-        cost = plan(workspace, backbone_of(workspace, own), name, how)
-        rates[own] = cost.extract_seconds / math.prod(timed)
-        per_pixel = max(per_pixel, cost.feature_bytes / math.prod(timed))
+    how = replace(_of(options, skip_bad), fit=fit, batch_size=TIMED_IMAGES, store=store, quiet=True)
+    fixed, rates, most_bytes = _timed(workspace, name, options.backbones, candidates, how)
     room = min(free_disk(workspace.cache) / DISK_SHARE, available_memory() / MEMORY_SHARE) / len(rates)
+    most_pixels = room / most_bytes
 
     def at(size: Size) -> Outline:
         return Outline(
-            asked=_asked(options),
+            asked=_asked(options, checked),
             task=aim.kind.task,
             head=aim.kind.name,
             labels=aim.labels,
@@ -253,16 +252,38 @@ def _outline(
             fit=fit,
             store=store,
             batch_size=max(1, min(MOST_IMAGES, BATCH_PIXELS // math.prod(size))),
-            each={own: rate * math.prod(size) for own, rate in rates.items()},
+            each={own: fixed + rate * math.prod(size) for own, rate in rates.items()},
             reasons=aim.reasons,
         )
 
     outlines = [at(size) for size in candidates]
     fitting = (own for own in outlines if own.seconds() <= 60 * options.minutes * SPARE)
-    chosen = next((own for own in fitting if math.prod(own.size) <= room / per_pixel), outlines[-1])
+    chosen = next((own for own in fitting if math.prod(own.size) <= most_pixels), outlines[-1])
     larger = outlines[max(0, outlines.index(chosen) - 1)]
-    why = _why_size(chosen, larger, sizes, room / per_pixel, options)
+    why = _why_size(chosen, larger, sizes, most_pixels, options)
     return replace(chosen, reasons=(*aim.reasons, why, *_cells(checked, chosen.size, fit)))
+
+
+def _timed(
+    workspace: Workspace, name: str, backbones: Sequence[str], candidates: Sequence[Size], how: ExtractOptions
+) -> tuple[float, dict[str, float], float]:
+    """How long extraction takes: seconds whatever the size, mostly of decoding, and of each backbone, per pixel.
+
+    And the bytes of features per pixel, of the backbone that has most. A few images are computed at one of the
+    candidates, and, under the first backbone, at the smallest, too.
+    """
+
+    def cost(backbone: str, size: Size) -> Plan:
+        return plan(workspace, backbone_of(workspace, backbone), name, replace(how, size=size))
+
+    timed, least = next((c for c in candidates if math.prod(c) <= TIMED_PIXELS), candidates[-1]), candidates[-1]
+    pixels, fewest, fixed = math.prod(timed), math.prod(least), 0.0
+    found = {own: cost(own, timed) for own in backbones}
+    if fewest < pixels:
+        own, small = found[backbones[0]].extract_seconds, cost(backbones[0], least).extract_seconds
+        fixed = max(0.0, small - max(0.0, own - small) / (pixels - fewest) * fewest)
+    rates = {own: max(0.0, one.extract_seconds - fixed) / pixels for own, one in found.items()}
+    return fixed, rates, max(one.feature_bytes for one in found.values()) / pixels
 
 
 def _sizes(data: DataSet) -> list[Size]:
@@ -379,22 +400,20 @@ def _trainings(workspace: Workspace, cache: Cache, outline: Outline, options: Tr
 def _train(trainings: Sequence[Training], say: Say, agree: Callable[[float], bool], left: float) -> bool:
     """Train what is not there yet; False where that would take longer than what is left, and the user says no."""
     due = [training for training in trainings if not training.is_done()]
-    long = sum(foreseen(own).seconds(own.recipe) for own in due if not own.is_solved)
-    if long:
-        say(f"training: {minutes_text(long)}")
-        if long > left and not agree(long):
+    known = foreseen_each(due)
+    agenda = Agenda.of_trainings(due, known, say)
+    if known:
+        agenda.announce()
+        seconds, _ = agenda.left()
+        if seconds > left and not agree(seconds):
             return False
-    begun, done = time.perf_counter(), 0
-    for number, training in enumerate(trainings, start=1):
-        spent = time.perf_counter() - begun
-        rest = f", {minutes_text(spent / done * (len(due) - done))} left" if done else ""
-        say(f"[{number}/{len(trainings)}] {training.task} {training.kind.name}: {training.title}{rest}")
-        if training in due:
-            finished = run(training)
-            if training.choice.fold <= 1:  # a sheet of the first fold shows enough
-                show(finished, SHOWN, [], [])
-            done += 1
-            del finished  # the next training needs its memory
+    for training in due:
+        agenda.begin(training.label)
+        finished = run(training, forecast=known.get(alike(training)))
+        if training.choice.fold <= 1:  # a sheet of the first fold shows enough
+            show(finished, SHOWN, [], [])
+        del finished  # the next training needs its memory
+        agenda.end()
     return True
 
 
@@ -413,5 +432,12 @@ def further(workspace: Workspace, data: DataSet, outline: Outline, options: TryO
     if live:
         first = ["finetune", *task, "--head", live[0], *words, *own, "--backbone", options.backbones[0], "--dry-run"]
         found.append(("is it enough to freeze the backbone? (it first says how long)", first))
+    objects = next((own for own in data.serves if SCORES[own].objects and own != outline.task), None)
+    if objects:
+        called = ["probe", "--task", objects, *words, "--backbone", ",".join(options.backbones), "--extract"]
+        first = kinds_of(objects)[0]
+        found.append(
+            (f"find objects: {first} is trained, and first says how long", [*called, "--split", outline.choice.by])
+        )
     found.append(("a study of your own, as a file with comments", ["init", name]))
     return tuple((what, shlex.join(["featprobe", *own_words])) for what, own_words in found)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import options
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import featprobe
@@ -109,6 +113,53 @@ def test_a_module_may_say_its_levels_size_name_and_licence() -> None:
     assert (backbone.own, backbone.interpolation, backbone.licence) == ((64, 96), "bicubic", "MIT")
     assert backbone.spec.label == "small" and spec_of_module(Net()).label.startswith("Net-")
     assert spec_of_module(Net()).label != spec_of_module(Net(1)).label  # tables tell their weights apart
+
+
+@given(st.lists(st.tuples(st.sampled_from((1, 2, 3)), st.integers(1, 4)), min_size=1, max_size=3))
+@settings(max_examples=15, deadline=None)
+def test_the_trial_pass_finds_the_strides_and_channels_of_any_pyramid(steps: list[tuple[int, int]]) -> None:
+    """Each step: how many times coarser a map is than the one before it, as a power of two, and its channels."""
+
+    class Pyramid(nn.Module):
+        mean, std = Net.mean, Net.std
+
+        def forward(self, images: Tensor) -> list[Tensor]:
+            found, m = [], images[:, :1]
+            for power, channels in steps:
+                m = nn.functional.avg_pool2d(m, 2**power).repeat(1, channels, 1, 1)[:, :channels]
+                found.append(m)
+            return found
+
+    strides = list(accumulate((2**power for power, _ in steps), mul))
+    module = Pyramid()
+    if strides[-1] > 32:  # the trial pass takes 448x224 pixels
+        module.size = (2 * strides[-1], strides[-1])  # type: ignore[assignment]
+    backbone = loaded(module)
+    assert [level.stride for level in backbone.levels] == strides
+    assert [level.channels for level in backbone.levels] == [channels for _, channels in steps]
+    frame = (strides[-1], 3 * strides[-1])
+    for m, level in zip(backbone(torch.rand(1, 3, *frame)).maps.values(), backbone.levels, strict=True):
+        assert m.shape == (1, level.channels, *level.cells(frame))
+
+
+def test_a_network_of_timm_given_as_an_object_computes_what_it_computes_by_name() -> None:
+    named = load_backbone(BackboneSpec("t", "test_convnext.r160_in1k", "random"))
+
+    class Given(nn.Module):
+        mean, std, interpolation = named.mean, named.std, named.interpolation
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = copy.deepcopy(named.model)
+
+        def forward(self, images: Tensor) -> list[Tensor]:
+            return list(self.model.forward_intermediates(images, intermediates_only=True))
+
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    found = loaded(Given())
+    assert found.levels == named.levels
+    for own, wanted in zip(found(images).maps.values(), named(images).maps.values(), strict=True):
+        assert torch.equal(own, wanted)
 
 
 def test_maps_of_one_stride_are_levels_by_their_place() -> None:

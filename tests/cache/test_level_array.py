@@ -105,9 +105,11 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
 def test_a_copy_that_the_memory_does_not_hold_is_refused_in_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = cache_of(tmp_path)
+    cache, half = cache_of(tmp_path), cache_of(tmp_path, "bf16")
     monkeypatch.setattr(level_array, "available_memory", lambda: 1000)
-    assert len(cache.features("stride4")) == 6, "a view takes none"
+    assert len(cache.features("stride4")) == len(half.tensor("stride4")) == 6, "a view takes none"
+    with pytest.raises(CacheError, match=r"wanted  9216 bytes"):
+        half.features("stride4")
     with pytest.raises(CacheError, match=r"wanted  1536 bytes \(1\.5 kB\)(.|\n)*torch_dataset\(\)"):
         cache.features("stride4", rows=[0, 2])
 

@@ -1,12 +1,20 @@
 """Verdicts: what `predict` says of each image in all of its files, its exit codes, and files for programs of labels."""
 
 import csv
+import http.server
 import json
+import re
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
+from http.server import ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -18,7 +26,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from featprobe.cli.main import cli
-from featprobe.errors import FeatprobeError, ProbeError
+from featprobe.errors import FeatprobeError, ProbeError, UsageError
 from featprobe.io.texts import uncell
 from featprobe.kinds import TrainRecipe
 from featprobe.specs import BackboneSpec
@@ -33,7 +41,7 @@ from featprobe.targets import components
 
 SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
 COLUMNS = ["image", "verdict", "findings", "area", "score", "threshold", "milliseconds", "reason"]
-IMAGES = 24
+TRAINED, IMAGES = 24, 10
 
 NUMBER = {"type": "number"}
 COCO_LAYOUT = {
@@ -92,7 +100,7 @@ def brief(**changed: Any) -> ProbeOptions:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     found = Workspace(tmp_path_factory.mktemp("verdicts"))
-    make_generated("surface", found.data / "surface", images=IMAGES, size=(64, 64))
+    make_generated("surface", found.data / "surface", images=TRAINED, size=(64, 64))
     return found
 
 
@@ -116,7 +124,12 @@ def folder_of(workspace: Workspace, task: str, options: ProbeOptions) -> Path:
 
 @pytest.fixture(scope="module")
 def scans(workspace: Workspace) -> Path:
-    return workspace.data / "surface" / "images"
+    """Some of the images."""
+    folder = workspace.root / "scans"
+    folder.mkdir()
+    for image in sorted((workspace.data / "surface" / "images").glob("*.png"))[:IMAGES]:
+        (folder / image.name).write_bytes(image.read_bytes())
+    return folder
 
 
 def lines_of(out: Path) -> list[dict[str, str]]:
@@ -216,7 +229,7 @@ def test_findings_of_detection_are_the_detections_that_reach_the_threshold(
 def test_images_are_called_by_the_heads_threshold_or_by_the_given_one(
     task: str, table: str, score: str, heads: dict[str, Path], scans: Path, tmp_path: Path
 ) -> None:
-    for name, threshold in (("own", None), ("given", 0.3), ("high", 1.0)):
+    for name, threshold in (("own", None), ("given", 0.3)):
         out = tmp_path / name
         predict(heads[task], [scans], out, threshold=threshold, quiet=True, device="cpu")
         with (out / table).open(newline="") as stream:
@@ -277,7 +290,7 @@ def test_a_head_that_can_give_no_verdict_is_refused_before_anything_is_computed(
     workspace: Workspace, scans: Path, tmp_path: Path
 ) -> None:
     """Its validation has no good image, so nothing could be set there."""
-    labels = [json.loads(file.read_text()) for file in (scans.parent / "annotations").glob("*.json")]
+    labels = [json.loads(file.read_text()) for file in (workspace.data / "surface" / "annotations").glob("*.json")]
     marked = [{a["image_id"] for a in own["annotations"]} for own in labels]
     named = [(i["file_name"], i["id"] in ids) for own, ids in zip(labels, marked, strict=True) for i in own["images"]]
     bad, good = ([name for name, defect in named if defect == kind] for kind in (True, False))
@@ -353,3 +366,129 @@ def test_no_more_than_a_batch_of_findings_is_in_memory(
         report = predict(heads[task], images, tmp_path / task, batch_size=2, quiet=True, device="cpu")
         assert report.images == 6
         alive.clear()
+
+
+# ---- a predictor in a program ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["semseg", "detect", "classify", "anomaly"])
+def test_a_predictor_says_of_arrays_what_predict_says_of_files(
+    task: str, heads: dict[str, Path], scans: Path, tmp_path: Path
+) -> None:
+    images = sorted(scans.glob("*.png"))[:10]
+    predict(heads[task], images, tmp_path, quiet=True, device="cpu", batch_size=8)
+    lines = lines_of(tmp_path)
+    with Predictor(heads[task], device="cpu") as predictor:
+        arrays = [np.asarray(Image.open(image)) for image in images]
+        results = predictor(arrays)
+        assert [own.score for own in predictor([*images[:2], str(images[2])])] == [own.score for own in results[:3]]
+        assert predictor([]) == []
+        assert repr(predictor).startswith(f"<Predictor {task} ") and len(repr(predictor)) < 80
+    for line, result, image in zip(lines, results, images, strict=True):
+        assert result.verdict == line["verdict"] and len(repr(result)) < 80
+        assert result.score == pytest.approx(float(line["score"]), rel=1e-5) and result.milliseconds > 0
+        assert len(result.findings) == int(line["findings"] or 0)
+        assert sum(own.area for own in result.findings) == pytest.approx(float(line["area"] or 0), rel=1e-5)
+        assert all(own.name in predictor_names(task) for own in result.findings)
+        if task == "semseg":
+            assert result.class_map is not None and np.array_equal(result.class_map, mask_of(tmp_path, image.name))
+            assert (
+                sum(own.mask.sum() for own in result.findings if own.mask is not None) == (result.class_map > 0).sum()
+            )
+        if task == "classify":
+            assert result.probabilities is not None and result.probabilities.sum() == pytest.approx(1, abs=1e-5)
+            assert set(result.labels) <= {"good", "defect"}
+        if task == "anomaly":
+            with Image.open(tmp_path / "maps" / f"{image.stem}.tif") as kept:
+                assert result.heat_map is not None and np.array_equal(result.heat_map, np.asarray(kept))
+
+
+@pytest.fixture(scope="module")
+def classifier(heads: dict[str, Path]) -> Predictor:
+    return Predictor(heads["classify"], device="cpu")
+
+
+def predictor_names(task: str) -> tuple[str, ...]:
+    return ("scratch", "pit", "stain", "crack", "dent") if task in ("semseg", "detect") else ()
+
+
+@pytest.mark.parametrize(
+    "images, said",
+    [
+        ([np.zeros((8, 8), np.uint16)], r"images\[0\] is an image of 16 bits, and the head was trained on images of 8"),
+        (
+            [np.zeros((8, 8, 3), np.uint8), np.zeros((3, 8, 8), np.uint8)],
+            r"(?s)images\[1\] can't be read.*\(3, 8, 8\) of uint8",
+        ),
+        ([np.zeros((8, 8, 4), np.uint8)], r"(?s)RGB order.*found   \(8, 8, 4\)"),
+        ([np.zeros((8, 8), np.float64)], r"(?s)wanted .*float32.*of float64"),
+        ([np.zeros((8, 8), np.int16)], "of int16"),
+        ([np.zeros((0, 8), np.uint8)], r"found   \(0, 8\)"),
+        ([np.zeros((8, 8), np.float32)], "is an image of 32 bits"),
+        ([np.zeros((8, 8), ">u2")], "is an image of 16 bits"),
+        ([[[0, 1], [1, 0]]], r"images\[0\] is a list. wanted: a numpy array"),
+        (np.zeros((8, 8), np.uint8), r"takes a list of images. Give it \[image\]"),
+        ("scan.png", "takes a list of images"),
+        (["nowhere.png"], r"nowhere\.png"),
+    ],
+    ids=range(12),
+)
+def test_what_does_not_fit_is_refused_in_words(images: Any, said: str, classifier: Predictor) -> None:
+    with pytest.raises(FeatprobeError, match=said):
+        classifier(images)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_threshold_out_of_range_is_a_wrong_value(threshold: float, heads: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="wanted  a number from 0 to 1"):
+        Predictor(heads["detect"], device="cpu", threshold=threshold)
+
+
+def test_a_view_of_an_array_is_read_as_its_copy(heads: dict[str, Path], scans: Path) -> None:
+    levels = np.asarray(Image.open(sorted(scans.glob("*.png"))[0]))
+    with Predictor(heads["semseg"], device="cpu") as predictor:
+        first, second = predictor([levels, np.repeat(levels, 2, axis=1)[:, ::2]])
+    assert first.class_map is not None and np.array_equal(first.class_map, second.class_map)
+
+
+def test_threads_wait_for_each_other_and_a_closed_predictor_says_so(heads: dict[str, Path], scans: Path) -> None:
+    images = sorted(scans.glob("*.png"))[:8]
+    with Predictor(heads["semseg"], device="cpu") as predictor:
+        alone = [result.score for result in predictor(images)]
+        with ThreadPoolExecutor(4) as pool:
+            each = list(pool.map(lambda image: predictor([image])[0].score, images))
+        assert each == pytest.approx(alone, abs=1e-5)
+    with pytest.raises(ProbeError, match="was closed"):
+        predictor(images)
+    predictor.close()
+
+
+def test_the_service_on_the_page_answers(heads: dict[str, Path], scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "predicting.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    code = code.replace("probes/SET/BACKBONE/HEAD/seed0", str(heads["detect"])).replace("8000", "0")
+    servers: Queue[ThreadingHTTPServer] = Queue()
+
+    class Watched(ThreadingHTTPServer):
+        def serve_forever(self, poll_interval: float = 0.1) -> None:
+            servers.put(self)
+            super().serve_forever(poll_interval)
+
+    monkeypatch.setattr(http.server, "ThreadingHTTPServer", Watched)
+    monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "log_message", lambda *_: None)
+    running = Thread(target=exec, args=(compile(code, "predicting.md", "exec"), {}), daemon=True)
+    running.start()
+    with servers.get(timeout=60) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            image = sorted(scans.glob("*.png"))[0]
+            with urlopen(url, image.read_bytes(), timeout=60) as answer:
+                said = json.loads(answer.read())
+            assert said["verdict"] in ("called", "passed") and said["score"] > 0
+            for wrong in (b"no image", b""):
+                with pytest.raises(HTTPError) as error:
+                    urlopen(url, wrong, timeout=60)
+                assert error.value.code == 422 and "image" in json.loads(error.value.read())["error"]
+        finally:
+            server.shutdown()
+            running.join(timeout=60)

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ from hypothesis import strategies as st
 from test_cli import call, refusal
 from test_first_look import of_boxes, of_labels
 
+from featprobe.cli import start_commands
 from featprobe.stages import try_out as module
 from featprobe.stages.try_out import TryOptions, candidates_of, try_out
 from featprobe.stages.workspace import Workspace
 
+Say = Callable[[str], None]
+Agree = Callable[[float], bool]
 NETWORKS = ("embedded", "embedded-random")
 SMALL = ("--size", "64x64", "--quiet", "--no-open", "--device", "cpu")
 
@@ -55,7 +60,7 @@ def test_it_stops_and_goes_on_with_the_same_plan_to_the_same_page(
 
 def test_the_command_prints_the_page_the_answer_and_the_commands(tmp_path: Path) -> None:
     of_labels(tmp_path / "parts")
-    result = call(tmp_path, "try", tmp_path / "parts", "--backbone", ",".join(NETWORKS), *SMALL)
+    result = call(tmp_path, "try", tmp_path / "parts", "--backbone", "embedded", *SMALL)
     assert result.exit_code == 0, result.output
     assert "learn      classify, head linear" in result.stdout and "--store pooled" in result.stdout
     page = tmp_path / result.stdout.partition("\npage: ")[2].split("  (")[0]
@@ -81,9 +86,47 @@ def test_who_says_no_gets_nothing_and_a_long_training_is_asked_about(
     short = TryOptions(NETWORKS, minutes=1e-3, size="64x64", device="cpu", quiet=True)
     assert try_out(Workspace(tmp_path), str(tmp_path / "parts"), short, said.append, agree=no) is None
     assert len(asked) == 3 and asked[2] > 0, "the training is asked about, once its time is known"
-    assert any(line.startswith("training: ") for line in said)
+    assert any(line.startswith("2 trainings, ") for line in said)
     assert len(list((tmp_path / "cache").glob("*/*.h5"))) == 2, "what was computed is kept"
     assert not (tmp_path / "probes" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "screen", "opened"),
+    [
+        ([], "y\n", {"DISPLAY": ":0"}, True),
+        ([], "n\n", {"DISPLAY": ":0"}, False),
+        (["--yes"], "", {"DISPLAY": ":0", "SSH_CONNECTION": "here"}, False),
+        (["--yes"], "", {"WAYLAND_DISPLAY": "0"}, True),
+        (["--yes", "--no-open"], "", {"DISPLAY": ":0"}, False),
+        (["--yes"], "", {}, False),
+    ],
+)
+def test_a_terminal_is_asked_and_a_screen_is_shown_the_page(
+    parts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    answer: str,
+    screen: dict[str, str],
+    opened: bool,
+) -> None:
+    pages: list[str] = []
+
+    def stand_in(workspace: Workspace, name: str, options: TryOptions, say: Say, agree: Agree, check: object) -> object:
+        tried = SimpleNamespace(page=tmp_path / "index.html", commands=(), further=(), seconds=60.0, answer="so it is")
+        return tried if agree(start_commands.LONG) and agree(start_commands.LONG + 1) else None
+
+    monkeypatch.setattr(module, "try_out", stand_in)
+    monkeypatch.setattr(start_commands, "_is_terminal", lambda: True)
+    monkeypatch.setattr(start_commands.sys, "platform", "linux")
+    monkeypatch.setattr(start_commands.webbrowser, "open", pages.append)
+    environment = dict.fromkeys(("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION")) | screen
+    result = call(tmp_path, "try", parts, *words, input=answer, env=environment)
+    assert result.exit_code == 0
+    assert pages == [(tmp_path / "index.html").as_uri()] * opened
+    assert result.stdout.count("Go on?") == bool(answer)
+    assert ("so it is" in result.stdout) == (answer != "n\n")
 
 
 @pytest.mark.parametrize(

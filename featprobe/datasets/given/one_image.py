@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from featprobe.datasets.formats.labelled import SEVERAL
 from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.objects import box_instance, mask_instance
 from featprobe.datasets.samples import listed
@@ -183,9 +184,7 @@ class Wanted:
         if isinstance(label, str):
             if self.classes and label not in self.classes:
                 raise DataError(f"{where}: the label {shown(label)}. {nearest(label, self.classes)}")
-            if not label.strip() or label != label.strip() or not label.isprintable():
-                raise DataError(f"{where}: the label {shown(label)}. wanted: a name without blanks around it")
-            return str(label)
+            return self._sound(str(label), where)
         value = plain(label)
         if value.ndim or value.dtype.kind not in "iub":
             raise DataError(f"{where}: the label {shown(label)}. wanted: a name, or the number of a class")
@@ -193,7 +192,13 @@ class Wanted:
             raise DataError(f"{where}: the label {value}, and no names of classes. wanted: names, or classes=")
         if not 0 <= value < len(self.classes):
             raise DataError(f"{where}: the label {value}. wanted: 0 to {len(self.classes) - 1}, as there are classes")
-        return self.classes[int(value)]
+        return self._sound(self.classes[int(value)], where)
+
+    def _sound(self, name: str, where: str) -> str:
+        """A label, as long as a table can hold it. Raises DataError."""
+        if not name.strip() or name != name.strip() or not name.isprintable() or SEVERAL in name:
+            raise DataError(f"{where}: the label {shown(name)}. wanted: a name without {SEVERAL} and blanks around it")
+        return name
 
 
 def is_tensor(value: Any) -> bool:

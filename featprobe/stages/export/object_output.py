@@ -1,6 +1,6 @@
 """What graphs of detection and instance heads give: a flat list of the objects of all images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,20 +11,14 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from featprobe.datasets.images.pixels import Levels
-from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.probes import Detections, ObjectHead, objects_at_original
-from featprobe.probes.detections import MOST_DETECTIONS, Candidates
-from featprobe.probes.fcos import NMS_IOU, SCORE_FLOOR, FcosHead
-from featprobe.probes.rcnn import RcnnHead
+from featprobe.probes.detections import MOST_DETECTIONS, Candidates, best_of
 from featprobe.stages.export.graph import NEAR, Differences, GraphOutput, compared_verdicts, reference
-from featprobe.stages.export.regions import maps_by_stride, masks_of, region_candidates
-from featprobe.stages.export.suppression import best_of
+from featprobe.stages.findings import AT_LEAST
 from featprobe.stages.predictor import Predictor
 
-AT_LEAST = 0.5
-"""The score of a detection from which on it is a finding, where no threshold is given."""
 SAME_IOU = 0.99
 """Objects of a graph and of torch whose boxes overlap so much may be one."""
 
@@ -46,25 +40,15 @@ class ObjectOutput(GraphOutput):
         self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: float | None
     ) -> None:
         super().__init__()
-        if not isinstance(head, FcosHead | RcnnHead):
-            raise ProbeError(
-                f"A head of this kind can't be exported.\n  found   {type(head).__name__}\n"
-                "  wanted  fcos, fasterrcnn or maskrcnn, whose suppression a graph can hold\n"
-                "Use it with featprobe predict, or train one of these."
-            )
-        self.head: FcosHead | RcnnHead = head
+        self.head, self.classes = head, len(card["head"]["classes"]) - 1
         self.limit = AT_LEAST if threshold is None else float(np.float32(threshold))
-        self.overlap, self.floor = NMS_IOU, SCORE_FLOOR
-        self.masks = False
-        if isinstance(head, RcnnHead):
-            self.overlap, self.floor = head.regions.nms_thresh, head.regions.score_thresh
-            self.masks = head.regions.has_mask()
         self.placement = placement
         scales = [o / c for o, c in zip(placement.original, placement.content, strict=True)]
         self.register_buffer("scale", torch.tensor([*scales[::-1], *scales[::-1]], dtype=torch.float32))
         sides = [float(side) for side in placement.original[::-1]]
         self.register_buffer("ends", torch.tensor([*sides, *sides]))
-        self._first()
+        first = self._first()
+        self.floor, self.masks = first.floor, first.masks is not None
 
     @property
     def names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -78,31 +62,22 @@ class ObjectOutput(GraphOutput):
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """See the class."""
-        maps, candidates = self._candidates(features)
-        values, where = best_of(candidates, self.head.classes - 1, MOST_DETECTIONS, self.overlap, self.floor)
+        candidates = self.head.candidates(features)
+        values, where = best_of(candidates, self.classes)
         image, rank = (values > 0).nonzero(as_tuple=True)
         place, scores = where[image, rank], values[image, rank]
         boxes, labels = candidates.boxes[image, place], candidates.labels[image, place]
-        masks = []
-        if self.masks and isinstance(self.head, RcnnHead):
-            masks = [masks_of(self.head, maps, boxes, image, labels)]
+        masks = [] if candidates.masks is None else [candidates.masks(boxes, image, labels)]
         original = (boxes * self.scale).clamp(min=0).minimum(self.ends)
         score = values[:, 0]
         return (original, scores, labels, image, *masks, score, score >= self.limit)
 
     @torch.no_grad()
-    def _first(self) -> None:
+    def _first(self) -> Candidates:
         """One run before all others: what heads keep of a frame, as the places of its cells, must be no exporter's."""
         frame = self.placement.frame
         maps = {v.name: torch.zeros(1, v.channels, *v.cells(frame)) for v in self.head.levels}
-        self.forward(Features(maps, frame, torch.tensor([self.placement.content], dtype=torch.int32)))
-
-    def _candidates(self, features: Features) -> tuple[dict[str, Tensor], Candidates]:
-        """Maps that masks are taken from, and candidates."""
-        if isinstance(self.head, FcosHead):
-            return {}, self.head.candidates(features)
-        maps = maps_by_stride(self.head, features)
-        return maps, region_candidates(self.head, maps, features)
+        return self.head.candidates(Features(maps, frame, torch.tensor([self.placement.content], dtype=torch.int32)))
 
     @torch.inference_mode()
     def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
@@ -120,6 +95,19 @@ class ObjectOutput(GraphOutput):
         own = found["image"] == image
         names = ("boxes", "labels", "scores", *(["masks"] if self.masks else []))
         return Detections(*(torch.from_numpy(found[name][own]) for name in names))
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What `torch.onnx.export` must know of our own operator: a `custom_translation_table`."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+
+    def suppressed(boxes: Any, scores: Any, most: int, iou: float, floor: float) -> Any:
+        limits = op.Constant(value_float=iou), op.Constant(value_float=floor)
+        return op.NonMaxSuppression(boxes, scores, op.Constant(value_int=most), *limits)
+
+    return {torch.ops.featprobe.suppressed.default: suppressed}
 
 
 def at_original(detections: Detections, placement: Placement) -> Detections:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from featprobe.backbones.models import first_line
 from featprobe.datasets.images.pixels import Levels
-from featprobe.errors import counted
+from featprobe.errors import BackboneError, counted
 from featprobe.stages.export.graph import NEAR, Differences, GraphOutput, pieces_of_size, reference
 from featprobe.stages.export.known_images import KnownImages
 from featprobe.stages.predictor import Predictor
@@ -94,7 +95,15 @@ def compare_graph(model: bytes, predictor: Predictor, output: GraphOutput, known
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    runtime = f"onnxruntime {onnxruntime.__version__}"
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes, one for each cause
+        raise BackboneError(
+            f"{runtime} can't run {predictor.backbone.spec.model} with this head. No model was written.\n"
+            f"  found   {first_line(error)}\n"
+            "Another --opset, or another backbone, may do."
+        ) from error
     differences, seconds = Differences(), np.zeros(2)
     images = len(known.shown)
     starts = [0, *range(1, images, TOGETHER)]
@@ -111,7 +120,6 @@ def compare_graph(model: bytes, predictor: Predictor, output: GraphOutput, known
         seconds += between - begun, time.perf_counter() - between
         differences += output.compare(dict(zip(output.names, found, strict=True)), predictor, levels)
     graph_ms, featprobe_ms = (1000 * seconds / images).tolist()
-    runtime = f"onnxruntime {onnxruntime.__version__}"
     return Parity(images, known.words, known.others, differences, runtime, threads, graph_ms, featprobe_ms)
 
 

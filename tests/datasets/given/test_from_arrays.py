@@ -70,7 +70,7 @@ def given_sets(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(arrays=given_sets())
 def test_images_and_masks_come_back_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Any]
@@ -230,7 +230,7 @@ def test_all_faults_stand_in_one_message(tmp_path: Path) -> None:
         ({"images": GREY, "masks": MASKS, "groups": "a" * 10}, "groups: wanted one entry for each image"),
         ({"images": GREY, "labels": [0, 1] * 5}, "no names of classes"),
         ({"images": GREY, "labels": [0, 2] * 5, "classes": ["a", "b"]}, "the label 2. wanted: 0 to 1"),
-        ({"images": GREY, "labels": ["a|b", "c"] * 5, "classes": ["a|b", "c"]}, "Rename them"),
+        ({"images": GREY, "labels": ["a|b", "c"] * 5, "classes": ["a|b", "c"]}, "without | and blanks"),
         ({"images": GREY, "labels": [np.array([0, 1])] * 10, "classes": ["a", "b"]}, "a name, or the number"),
         ({"images": GREY, "boxes": [[[0, 0, 99, 2]]] * 10}, "9 more, object 0: the box is empty or leaves the image"),
         ({"images": GREY, "boxes": [[[0, 0, 1]]] * 10}, r"\(objects, 4\)"),
@@ -266,3 +266,32 @@ def test_fractions_that_never_were_levels_are_kept(tmp_path: Path) -> None:
     values[2, 0, 0] = np.nan
     with pytest.raises(DataError, match=r"images\[2\]: pixels that are not finite"):
         DataSet.from_arrays(tmp_path / "other", values, masks=MASKS[:6], bits=32)
+
+
+NAMES = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    labels=st.lists(NAMES, min_size=2, max_size=2, unique=True),
+    names=st.lists(NAMES, min_size=4, max_size=4, unique=True),
+    groups=st.lists(NAMES, min_size=4, max_size=4),
+    several=st.booleans(),
+)
+def test_any_names_come_back_or_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, labels: list[str], names: list[str], groups: list[str], several: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("named") / "set"
+    held: list[Any] = [[labels[i % 2]] if several else labels[i % 2] for i in range(4)]
+    splits = ["train", "train", "val", "test"]
+    try:
+        data = DataSet.from_arrays(folder, GREY[:4], labels=held, names=names, groups=groups, splits=splits)
+    except DataError:
+        assert not folder.exists()
+        return
+    assert data.label_names is not None and set(data.label_names.names) == set(labels)
+    found = [
+        (s.group, s.split, [data.label_names.names[i] for i in target_of(data, s).labels or ()]) for s in data.samples
+    ]
+    assert found == [(g, s, [labels[i % 2]]) for i, (g, s) in enumerate(zip(groups, splits, strict=True))]
+    assert all(np.array_equal(read_levels(s.image), own) for s, own in zip(data.samples, GREY, strict=False))

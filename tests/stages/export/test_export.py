@@ -16,7 +16,7 @@ from PIL import Image
 from featprobe import ExtractOptions, ProbeOptions, TrainRecipe, Workspace, extract, predict, probe
 from featprobe.cli.main import cli
 from featprobe.datasets.generated import generate
-from featprobe.errors import ProbeError
+from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.intensity import Intensity
 from featprobe.stages.export import export as exporting
 from featprobe.stages.export import parity
@@ -90,7 +90,7 @@ def test_graphs_say_what_heads_say(workspace: Workspace, task: str, kind: str, d
 @pytest.fixture(scope="module")
 def exported(workspace: Workspace) -> tuple[Path, Path]:
     """A model of 16-bit images with padded frames, and its head."""
-    folder, model = head(workspace, "semseg", "xray", "linear"), workspace.root / "models" / "model.onnx"
+    folder, model = head(workspace, "semseg", "xray", "ridge"), workspace.root / "models" / "model.onnx"
     small = workspace.data / "xray" / "images" / "part000_view0.png"
     with Image.open(small) as image:
         image.resize((50, 40), Image.Resampling.NEAREST).save(small)  # a set of several sizes
@@ -111,7 +111,7 @@ def test_a_model_says_what_it_is(exported: tuple[Path, Path], workspace: Workspa
     meta = session.get_modelmeta().custom_metadata_map
     card = json.loads((exported[1] / "card.json").read_text())
     assert json.loads(meta["classes"]) == card["head"]["classes"]
-    assert (meta["task"], meta["head"], meta["weights_licence"]) == ("semseg", "linear", "none needed (random weights)")
+    assert (meta["task"], meta["head"], meta["weights_licence"]) == ("semseg", "ridge", "none needed (random weights)")
     assert (meta["input_dtype"], json.loads(meta["image_size"])) == ("uint16", [64, 80])
     assert (meta["threshold"], meta["threshold_from"]) == ("null", "default")
     assert json.loads(meta["preprocessing"])["window"] == card["features"]["window"]
@@ -184,7 +184,7 @@ def test_what_can_not_be_exported_is_said_before_anything_is_computed(
     folder, out = exported[1], tmp_path / "model.onnx"
 
     def refused(text: str, **options: Any) -> None:
-        with pytest.raises(ProbeError, match=text):
+        with pytest.raises(FeatprobeError, match=text):
             export(folder, options.pop("out", out), workspace, **options)
         assert not list(tmp_path.iterdir())
 
@@ -192,6 +192,9 @@ def test_what_can_not_be_exported_is_said_before_anything_is_computed(
     refused("is a folder. Name a file", out=tmp_path)
     refused(r"(?s)None of the test images of xray fits.*11x12 pixels.*--images", image_size=(11, 12))
     refused(r"(?s)None of the images of .* fits.*16 bits.*uint8", images=[workspace.data / "surface" / "images"])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", lambda *_, **__: 1 / 0)
+        refused(r"(?s)test_resnet with this head can't be exported. Nothing was written.*ZeroDivisionError: division")
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "find_spec", lambda name: None)
         refused(r"(?s)needs onnx, onnxruntime, onnxscript.*pip install 'featprobe\[onnx\]'")

@@ -19,11 +19,10 @@ from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.probes import Detections, FcosHead, ObjectHead, RcnnHead, objects_at_original
-from featprobe.probes.detections import Candidates, suppress
+from featprobe.probes.detections import Candidates, best_of, suppress
 from featprobe.stages.export.export import silence
 from featprobe.stages.export.graph import NEAR, Differences
-from featprobe.stages.export.object_output import ObjectOutput, at_original, matched
-from featprobe.stages.export.suppression import best_of, translations
+from featprobe.stages.export.object_output import ObjectOutput, at_original, matched, translations
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -31,8 +30,8 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 LEVELS = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((8, 12), (16, 20), (32, 24)))
 OF_A_VIT = (FeatureLevel("block0", 16, 16), FeatureLevel("block1", 16, 16))
 PADDED = Placement((67, 150), (44, 98), (64, 128))
-SMALLEST = Placement((32, 32), (32, 32), (32, 32))
-ODD = Placement((90, 120), (41, 54), (48, 80))  # 3x5 cells of stride 16, and half of one at stride 32
+SMALLEST = Placement((26, 32), (13, 16), (16, 16))  # one cell of stride 16, a quarter of one of its coarser map
+WHOLE = Placement((64, 96), (64, 96), (64, 96))
 BATCHES = (1, 2, 5)
 
 
@@ -53,6 +52,14 @@ def lively(head: FcosHead | RcnnHead) -> FcosHead | RcnnHead:
             out.cls_score.weight.mul_(30)
             out.bbox_pred.weight.mul_(3)
     return head.eval().requires_grad_(False)
+
+
+def output_of(head: FcosHead | RcnnHead, placement: Placement) -> ObjectOutput:
+    return ObjectOutput(head, card_of(head.classes), placement, None).eval()
+
+
+def card_of(classes: int) -> dict[str, Any]:
+    return {"head": {"classes": list(map(str, range(classes)))}}
 
 
 def features_of(head: ObjectHead, placement: Placement, batch: int) -> Features:
@@ -110,8 +117,7 @@ def arrays(features: Features) -> dict[str, NDArray[np.float32]]:
 
 
 HEADS: Mapping[str, tuple[Callable[[], FcosHead | RcnnHead], Placement]] = {
-    "fcos in the smallest frame": (lambda: FcosHead(LEVELS, 3, 16), SMALLEST),
-    "fcos on a simple pyramid, padded": (lambda: FcosHead(OF_A_VIT, 2, 16, convs=1), ODD),
+    "fcos in the smallest frame": (lambda: FcosHead(OF_A_VIT, 3, 16, convs=1), SMALLEST),
     "maskrcnn in padded frames": (lambda: RcnnHead(LEVELS[:2], 4, 16, masks=True), PADDED),
 }
 
@@ -120,7 +126,7 @@ HEADS: Mapping[str, tuple[Callable[[], FcosHead | RcnnHead], Placement]] = {
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ObjectOutput, Any]:
     torch.manual_seed(21)
     build, placement = HEADS[request.param]
-    output = ObjectOutput(lively(build()), {}, placement, None).eval()
+    output = output_of(lively(build()), placement)
     return output, runtimes(output, tmp_path_factory.mktemp("graph") / "model.onnx")
 
 
@@ -157,11 +163,11 @@ def test_a_batch_without_any_object_is_an_empty_list(exported: Any) -> None:
             assert not output.masks or found["masks"].shape == (0, 28, 28)
 
 
-@pytest.mark.parametrize("placement", [PADDED, SMALLEST], ids=["padded", "whole"])
+@pytest.mark.parametrize("placement", [PADDED, WHOLE], ids=["padded", "whole"])
 def test_regions_of_a_whole_batch_are_those_of_each_image(placement: Placement) -> None:
     torch.manual_seed(22)
     head = lively(RcnnHead(LEVELS, 4, 16, masks=True))
-    output = ObjectOutput(head, {}, placement, None).eval()
+    output = output_of(head, placement)
     features = features_of(head, placement, 3)
     with torch.inference_mode():
         wanted = head(features)
@@ -186,7 +192,7 @@ def test_suppression_of_a_batch_is_that_of_each_image(
     both = torch.cat([corner, corner + 12 * torch.rand(batch, boxes, 2, generator=rng)], 2).clamp(max=24)
     scores = torch.rand(batch, boxes, generator=rng).square()
     labels = torch.randint(1, classes + 1, (batch, boxes), generator=rng)
-    values, where = best_of(Candidates(both, labels, scores), classes, most, 0.5, 0.05)
+    values, where = best_of(Candidates(both, labels, scores, 0.5, 0.05), classes, most)
     for image in range(batch):
         wanted = suppress(both[image], scores[image], labels[image], 0.5, 0.05)[:most]
         found = where[image][values[image] > 0]
@@ -242,5 +248,7 @@ def test_another_kind_of_head_is_refused_in_words() -> None:
         def forward(self, features: Features, targets: Any = None) -> Any:
             return [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0))]
 
-    with pytest.raises(ProbeError, match=r"OwnHead[\s\S]*fcos, fasterrcnn or maskrcnn"):
-        ObjectOutput(OwnHead(), {}, SMALLEST, None)
+    head = OwnHead()
+    head.levels = LEVELS
+    with pytest.raises(ProbeError, match=r"can't be exported[\s\S]*OwnHead"):
+        ObjectOutput(head, card_of(2), WHOLE, None)

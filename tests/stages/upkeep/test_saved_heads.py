@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import stored_rows
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import call, refusal
 
@@ -124,6 +124,7 @@ def test_a_stop_in_between_leaves_folders_that_the_same_command_removes(
 LINE = st.binary(max_size=20).map(lambda data: data.replace(b"\n", b""))
 
 
+@settings(max_examples=30)  # each is brought to the disk
 @given(st.lists(LINE, max_size=8), st.binary(max_size=1))
 def test_kept_lines_stay_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], mark: bytes
