@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from featprobe.errors import DataError, ShapeError
+from featprobe.errors import DataError, ShapeError, counted
 from featprobe.geometry import Part, Placement, Size
 from featprobe.io.disk import parse_json
 from featprobe.io.pictures import picture
@@ -65,6 +65,12 @@ class Target:
     instances: tuple[Instance, ...] | None
     image_id: int | str | None = None
     labels: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        mask = [] if self.semantic is None else [f"mask of {self.semantic.shape[0]}x{self.semantic.shape[1]}"]
+        objects = [] if self.instances is None else [counted(len(self.instances), "object")]
+        labels = [] if self.labels is None else [f"labels {self.labels}"]
+        return f"Target({', '.join([*mask, *objects, *labels])})"
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
@@ -220,7 +226,8 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     from scipy import ndimage  # it takes time, and most words of a command line need none of it
 
     found = []
-    for value in (*range(1, classes), IGNORE):
+    there = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+    for value in (value for value in (*range(1, classes), IGNORE) if there[value]):
         numbered, _ = ndimage.label(labels == value, structure=np.ones((3, 3)))
         for number, (rows, columns) in enumerate(ndimage.find_objects(numbered), start=1):
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))

@@ -51,6 +51,17 @@ def check_weights(path: Path) -> None:
         raise BackboneError(f"There is no weights file {path}.")
 
 
+def shadowed() -> list[str]:
+    """A message on each backbone of another package that can't be named, since featprobe or timm has its name."""
+    known = timm_names()
+    return [
+        f"The backbone {name} of the package {package_of(point)} is not used: featprobe or timm has one of that name."
+        for name in names_in(BACKBONES)
+        for point in points_of(BACKBONES, name)
+        if name in ALIASES or name in known
+    ]
+
+
 def check_levels(spec: BackboneSpec, names: Sequence[str]) -> None:
     """Raise LacksError for what is no level of any model of timm; which levels a model has, is known once it is
     loaded."""

@@ -20,20 +20,23 @@ _at_hand: ContextVar[Pairs] = ContextVar("_at_hand", default=())
 
 
 @contextmanager
-def at_hand(backbones: "Sequence[str | nn.Module]") -> Iterator[tuple[str, ...]]:
+def at_hand(backbones: "Sequence[str | nn.Module] | str | nn.Module") -> Iterator[tuple[str, ...]]:
     """Let the modules among these be found by their names, for as long as the context is open; gives all names.
 
-    Raises BackboneError for what is neither a name nor a module, and for two modules of one name.
+    One name or module stands for itself, also a module that has a length, as a Sequential. Raises BackboneError for
+    what is neither a name nor a module, and for two modules of one name.
     """
-    named = [(one, None) if isinstance(one, str) else (spec_of_module(one).label, one) for one in backbones]
-    pairs = tuple((spec_of_module(one), one) for _, one in named if one is not None)
+    several = backbones if isinstance(backbones, (list, tuple)) else [backbones]
+    modules = [one for one in several if not isinstance(one, str)]
+    pairs = tuple((spec_of_module(module), module) for module in modules)
     labels = [spec.label for spec, _ in pairs]
     for label in labels:
         if labels.count(label) > 1:
             raise BackboneError(f"Several of these modules are called {label}. Give each a `name` of its own.")
     token = _at_hand.set((*pairs, *_at_hand.get()))
     try:
-        yield tuple(name for name, _ in named)
+        coming = iter(labels)
+        yield tuple(one if isinstance(one, str) else next(coming) for one in several)
     finally:
         _at_hand.reset(token)
 

@@ -1,6 +1,5 @@
 """The command that takes a head out of featprobe: export."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,16 @@ from typing import Any
 import click
 
 from featprobe.cli.options import as_json, echo, show_json, workspace_of
+from featprobe.errors import DataError
+from featprobe.geometry import Size, parse_size
+
+
+def sides(ctx: click.Context, param: click.Parameter, text: str | None) -> Size | None:
+    """A size as HxW."""
+    try:
+        return None if text is None else parse_size(text)
+    except DataError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
 
 
 @click.command()
@@ -17,9 +26,17 @@ from featprobe.cli.options import as_json, echo, show_json, workspace_of
 @click.option(
     "--image-size",
     metavar="HxW",
+    callback=sides,
     help="The size of the images that the model takes, in pixels.  [default: the commonest of the test images]",
 )
-@click.option("--opset", type=int, metavar="N", default=20, show_default=True, help="The version of ONNX's operators.")
+@click.option(
+    "--opset",
+    type=click.IntRange(18, 23),
+    metavar="N",
+    default=20,
+    show_default=True,
+    help="The version of ONNX's operators.",
+)
 @click.option(
     "--threshold",
     type=float,
@@ -42,7 +59,7 @@ from featprobe.cli.options import as_json, echo, show_json, workspace_of
 )
 @as_json
 @click.pass_context
-def export(ctx: click.Context, head: Path, images: Sequence[Path], json_: bool, **options: Any) -> None:
+def export(ctx: click.Context, head: Path, json_: bool, **options: Any) -> None:
     """Write a saved head as an ONNX file that runs without featprobe.
 
     HEAD is a folder that `probe` or `finetune` has written. The file takes raw levels as they come from the camera;
@@ -53,14 +70,9 @@ def export(ctx: click.Context, head: Path, images: Sequence[Path], json_: bool, 
     Example:
       featprobe export probes/SET/BACKBONE/HEAD/seed0 --out model.onnx
     """
-    from featprobe.geometry import parse_size
     from featprobe.stages.export.export import export as run
 
-    folder, size = head if head.is_dir() else head.parent, options.pop("image_size")
-    out = options.pop("out")
-    report = run(
-        folder, out, workspace_of(ctx), images=images, image_size=parse_size(size) if size else None, **options
-    )
+    report = run(head if head.is_dir() else head.parent, options.pop("out"), workspace_of(ctx), **options)
     if json_:
         return show_json(asdict(report))
     for note in report.notes:

@@ -1,6 +1,6 @@
 """Common parts of detection and instance heads: targets, detections, levels chosen by the objects' sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import batched_nms, box_area
+from torchvision.ops import batched_nms, box_area, nms
 
 MOST_DETECTIONS = 100  # per image, as in COCO
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
@@ -87,12 +87,17 @@ class Candidates:
     """What a head could have found in the images of a batch, before overlapping ones are dropped; in no order.
 
     boxes: (batch, candidates, 4), frame pixels, x1 y1 x2 y2, within the images. labels: (batch, candidates), >= 1.
-    scores: (batch, candidates), in [0, 1].
+    scores: (batch, candidates), in [0, 1]. iou: of boxes of one class that overlap more, only the best is found.
+    floor: what scores no more is not found. masks: gives the masks, (boxes, side, side), see Detections, of boxes
+    (boxes, 4) from their images' numbers in the batch and their labels, (boxes,) each; None for a head without.
     """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
+    iou: float
+    floor: float
+    masks: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def detection_strides(strides: Sequence[int], sides: Sequence[float]) -> tuple[int, ...]:
@@ -177,6 +182,47 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, floor: f
     real = (boxes[:, 2:] > boxes[:, :2]).all(1) & (scores > floor)
     chosen = real.nonzero()[:, 0]
     return chosen[batched_nms(boxes[chosen], scores[chosen], labels[chosen], iou)[:MOST_DETECTIONS]]
+
+
+@torch.library.custom_op("featprobe::suppressed", mutates_args=())
+def suppressed(boxes: Tensor, scores: Tensor, most: int, iou: float, floor: float) -> Tensor:
+    """The boxes that stay: (kept, 3), int64, the image, the class and the box of each, as ONNX's NonMaxSuppression.
+
+    boxes: (batch, boxes, 4), x1 y1 x2 y2. scores: (batch, classes, boxes); what scores no more than the floor is
+    dropped, and of what overlaps by more than `iou` all but the best. most: of one class in one image.
+    """
+    found = []
+    for image in range(boxes.shape[0]):
+        for category in range(scores.shape[1]):
+            own = scores[image, category]
+            chosen = (own > floor).nonzero()[:, 0]
+            kept = chosen[nms(boxes[image][chosen], own[chosen], iou)[:most]]
+            found.append(torch.stack([torch.full_like(kept, image), torch.full_like(kept, category), kept], 1))
+    return torch.cat(found)
+
+
+@suppressed.register_fake
+def _(boxes: Tensor, scores: Tensor, most: int, iou: float, floor: float) -> Tensor:
+    return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(), 3), dtype=torch.int64)
+
+
+def best_of(candidates: Candidates, classes: int, most: int = MOST_DETECTIONS) -> tuple[Tensor, Tensor]:
+    """Scores and places of the candidates of each image that are found, best first: (batch, most) each.
+
+    What `suppress` does for each image, for a batch of any size and in shapes that do not depend on values, as an
+    exported graph needs it. A score of 0 stands where an image has no more. classes: labels run from 1 to `classes`.
+    """
+    boxes, labels = candidates.boxes, candidates.labels
+    scores = candidates.scores * (boxes[..., 2:] > boxes[..., :2]).all(-1)
+    most = min(most, scores.shape[1])
+    every = torch.arange(1, classes + 1, device=labels.device)[:, None]
+    of_class = scores[:, None] * (labels[:, None] == every)  # (batch, classes, candidates)
+    stay = torch.ops.featprobe.suppressed(boxes, of_class, most, candidates.iou, candidates.floor)
+    place = stay[:, 0] * scores.shape[1] + stay[:, 2]
+    flat = scores.flatten()
+    kept = torch.zeros_like(flat).scatter(0, place, flat[place]).view_as(scores)
+    values, where = kept.topk(most)
+    return values, where
 
 
 def on_host(found: Sequence[Detections]) -> list[Detections]:

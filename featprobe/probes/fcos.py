@@ -221,7 +221,7 @@ class FcosHead(BatchedObjectHead):
         cell, label = place // scores.shape[2], place % scores.shape[2]
         sides = said.sides.transpose(1, 2).gather(1, cell[:, :, None].expand(-1, -1, 4))
         boxes = clip_to(said.boxes(sides, cell), features.content, features.frame)
-        return Candidates(boxes, label + 1, score)
+        return Candidates(boxes, label + 1, score, NMS_IOU, SCORE_FLOOR)
 
     def _detections(self, features: Features) -> list[Detections]:
         """The best boxes per image, among the best per level."""

@@ -62,7 +62,8 @@ def group_norm(
 ) -> Tensor:
     """torch's group_norm of the cells inside, 0 in all others; with a ReLU where that is asked for."""
     if inside is None:
-        found = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+        # torch.nn.functional's refuses one image whose map is a single cell of as many groups as channels
+        found = torch.group_norm(x, groups, weight, bias, eps)
         return found.relu_() if rectify else found
     rows = x.permute(0, 2, 3, 1).flatten(1, 2).to(weight.dtype)  # (batch, cells, channels)
     mask = inside.flatten(1)[:, :, None].to(rows.dtype)
@@ -348,7 +349,7 @@ def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
     [[0, 0, 0, 0], [0, 0, 0, 0], [3, 5, 3, 1], [3, 5, 3, 1]]
     """
     spread = pad(weight.flip(2, 3), (times - 1,) * 4)
-    return avg_pool2d(spread, times, 1, divisor_override=1).transpose(0, 1)
+    return (avg_pool2d(spread, times, 1) * times**2).transpose(0, 1)
 
 
 class SimplePyramid(Pyramid):

@@ -1,6 +1,7 @@
 """Faster R-CNN and Mask R-CNN heads: torchvision's region proposals and region heads, light, on the shared pyramid."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import box_area, box_iou, roi_align
 
 from featprobe.features import Features
@@ -20,9 +21,12 @@ from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
 from featprobe.probes.detections import (
     MOST_DETECTIONS,
+    Candidates,
     Detections,
     ObjectTarget,
     anchor_sizes,
+    best_of,
+    clip_to,
     in_crowd,
 )
 from featprobe.probes.head import ObjectHead
@@ -32,6 +36,7 @@ from featprobe.processes import summed
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 HIDDEN_PER_WIDTH = 4  # of the two fully connected layers of the box head
 MASK_CONVS = 2
+LEAST_PROPOSAL, LEAST_BOX = 1e-3, 1e-2  # pixels of a side, torchvision's
 CELLS_OF_REGION = 14  # a region spans about as many cells of the level that it is pooled from
 
 
@@ -88,8 +93,7 @@ class RcnnHead(ObjectHead):
 
     def forward(self, features: Features, targets: Sequence[ObjectTarget] | None = None) -> Tensor | list[Detections]:
         """The loss, a scalar, if targets are given; else the detections per image."""
-        found = maps_of(self.pyramid, self.strides, features)
-        maps = {str(stride): x for stride, (x, _) in zip(self.strides, found, strict=True)}
+        maps = self._maps(features)
         contents = [features.frame] * features.batch
         if features.content is not None:  # numbers of the host, as torchvision wants them
             contents = [(height, width) for height, width in features.content.tolist()]
@@ -107,6 +111,68 @@ class RcnnHead(ObjectHead):
             Detections(r["boxes"], r["labels"], r["scores"], r["masks"][:, 0] if "masks" in r else None)
             for r in results
         ]
+
+    def candidates(self, features: Features) -> Candidates:
+        """A candidate for each proposal and each class, from torchvision's layers with its settings.
+
+        torchvision goes through a batch image by image, which a graph for batches of any size can't.
+        """
+        maps = self._maps(features)
+        proposed, there = self._proposed(maps, features)
+        batch, count = proposed.shape[:2]
+        image = torch.arange(batch, device=proposed.device)[:, None, None].expand(-1, count, -1)
+        regions = torch.cat([image.to(proposed.dtype), proposed], 2).flatten(0, 1)  # (batch * proposals, 5)
+        own = self.regions
+        logits, deltas = own.box_predictor(own.box_head(own.box_roi_pool.pooled(maps, regions)))
+        decoded = own.box_coder.decode_single(deltas, regions[:, 1:])  # (batch * proposals, classes * 4)
+        boxes = decoded.view(batch, count, self.classes, 4)[:, :, 1:].flatten(1, 2)
+        boxes = clip_to(boxes, features.content, features.frame)
+        scores = logits.softmax(1).view(batch, count, self.classes)[:, :, 1:] * there[:, :, None]
+        labels = torch.arange(1, self.classes, device=boxes.device).repeat(count).expand(batch, -1)
+        masks = partial(self._masks, maps) if own.has_mask() else None
+        real = scores.flatten(1) * _large(boxes, LEAST_BOX)
+        return Candidates(boxes, labels, real, own.nms_thresh, own.score_thresh, masks)
+
+    def _maps(self, features: Features) -> dict[str, Tensor]:
+        """The pyramid: "stride" -> (batch, width, rows, columns)."""
+        found = maps_of(self.pyramid, self.strides, features)
+        return {str(stride): x for stride, (x, _) in zip(self.strides, found, strict=True)}
+
+    def _proposed(self, maps: dict[str, Tensor], features: Features) -> tuple[Tensor, Tensor]:
+        """Regions that may hold an object: boxes, (batch, most, 4), and whether each is one, (batch, most)."""
+        rpn, levels = self.rpn, list(maps.values())
+        said, deltas = rpn.head(levels)
+        counts = [m.shape[1] * m.shape[2] * m.shape[3] for m in said]
+        anchors = rpn.anchor_generator(ImageList(levels[0], [features.frame]), levels)[0]  # (anchors, 4)
+        said, deltas = concat_box_prediction_layers(said, deltas)
+        batch, starts = levels[0].shape[0], [sum(counts[:i]) for i in range(len(counts))]
+        said, deltas = said.view(batch, -1), deltas.view(batch, -1, 4)
+        chosen = [
+            said[:, start : start + count].topk(min(rpn.pre_nms_top_n(), count))[1] + start
+            for start, count in zip(starts, counts, strict=True)
+        ]
+        place = torch.cat(chosen, 1)  # (batch, chosen)
+        deltas = deltas.gather(1, place[:, :, None].expand(-1, -1, 4))
+        boxes = rpn.box_coder.decode_single(deltas.flatten(0, 1), anchors[place.flatten()]).view(batch, -1, 4)
+        boxes = clip_to(boxes, features.content, features.frame)
+        level = torch.cat([torch.full_like(own, i) for i, own in enumerate(chosen, start=1)], 1)
+        scores = said.gather(1, place).sigmoid() * _large(boxes, LEAST_PROPOSAL)
+        some = Candidates(boxes, level, scores, rpn.nms_thresh, 0.0)
+        values, where = best_of(some, len(chosen), rpn.post_nms_top_n())
+        return boxes.gather(1, where[:, :, None].expand(-1, -1, 4)), values > 0
+
+    def _masks(self, maps: dict[str, Tensor], boxes: Tensor, image: Tensor, labels: Tensor) -> Tensor:
+        """See Candidates."""
+        own = self.regions
+        regions = torch.cat([image[:, None].to(boxes.dtype), boxes], 1)
+        logits = own.mask_predictor(own.mask_head(own.mask_roi_pool.pooled(maps, regions)))
+        which = labels[:, None, None, None].expand(-1, -1, *logits.shape[2:])
+        return logits.sigmoid().gather(1, which)[:, 0]
+
+
+def _large(boxes: Tensor, least: float) -> Tensor:
+    """Whether both sides of each box have this many pixels. boxes: (…, 4)."""
+    return (boxes[..., 2:] - boxes[..., :2] >= least).all(-1)
 
 
 class _Anchors(AnchorGenerator):
@@ -222,7 +288,7 @@ class RegionPool(nn.Module):
         return self.pooled(maps, torch.cat([image, torch.cat(boxes)], 1))
 
     def pooled(self, maps: dict[str, Tensor], regions: Tensor) -> Tensor:
-        """The same of regions in any order. regions: (regions, 5), the number of the image in the batch, then the box."""
+        """The same of regions in any order. regions: (regions, 5), the number of the image in the batch, the box."""
         side = box_area(regions[:, 1:]).sqrt()
         level = torch.bucketize(side, side.new_tensor([CELLS_OF_REGION * s for s in self.strides[1:]]), right=True)
         channels = maps[str(self.strides[0])].shape[1]

@@ -13,7 +13,7 @@ from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet
 from featprobe.datasets.names import name_of
-from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, nearest
+from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, counted, nearest
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
 from featprobe.io.plugins import BACKBONES, names_in
@@ -56,6 +56,14 @@ class Workspace:
         self.cache, self.probes, self.data = (self.root / name for name in ("cache", "probes", "data"))
         self.follow_links = follow_links
         self.config = self._read_config()
+
+    def __repr__(self) -> str:
+        named = {what: len(self.config.get(of, {})) for of, what in (("data", "data set"), ("backbones", "backbone"))}
+        said = [
+            counted(len(self.cache_files()), "cache"),
+            *(counted(n, f"named {what}") for what, n in named.items() if n),
+        ]
+        return f"Workspace({str(self.root)!r}, {', '.join(said)})"
 
     def backbone(
         self, name: str, weights: str | None = None, random_init: bool = False, final_norm: bool | None = None

@@ -82,7 +82,8 @@ WORDS = [words for words, _ in commands()]
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    wanted = "extract plan probe finetune study compare predict demo backbones data cache".split()
+    wanted = """try init extract plan probe finetune study compare predict export data cache probes backbones demo
+    config doctor""".split()
     assert sorted(cli.commands) == sorted(wanted)
 
 
@@ -197,6 +198,9 @@ def test_looking_after_data_and_caches_needs_neither_torch_nor_timm(images: Path
         ["cache", "info", cache.path, "--json"],
         ["cache", "verify", "--quiet"],
         ["cache", "rm", cache.path, "--yes"],
+        ["probes", "ls"],
+        ["config"],
+        ["init", images, "--quiet"],
     ]
     code = (
         "import contextlib, json, sys\nfrom featprobe.cli.main import cli\n"

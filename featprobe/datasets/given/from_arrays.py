@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from featprobe.datasets.given.one_image import Bits, Given, Kind, Wanted, check_several, plain
-from featprobe.datasets.given.writing import refuse_bars, write_given
+from featprobe.datasets.given.writing import write_given
 from featprobe.datasets.objects import check_classes
 from featprobe.datasets.samples import DataSet
 from featprobe.errors import DataError
@@ -74,9 +74,11 @@ def wanted_of(of: Kind, classes: Sequence[str] | None, bits: Bits | None) -> Wan
         raise DataError(f"classes={classes!r} is one text. wanted: a list of names. Nothing was written.")
     names = tuple(map(str, classes)) if classes is not None else ()
     if of == "images":
-        refuse_bars(names)
         return Wanted(of, names, bits)
-    return Wanted(of, check_classes(names or ONE_CLASS, "classes="), bits)
+    try:
+        return Wanted(of, check_classes(names or ONE_CLASS, "classes="), bits)
+    except DataError as error:
+        raise DataError(f"{error}\nNothing was written.") from error
 
 
 def _check_lengths(columns: Mapping[str, Iterable[Any]]) -> None:

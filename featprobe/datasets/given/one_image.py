@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from featprobe.datasets.formats.labelled import SEVERAL
 from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.objects import box_instance, mask_instance
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import shown
-from featprobe.errors import DataError, nearest
+from featprobe.errors import DataError, counted, nearest
 from featprobe.geometry import Size
 from featprobe.io.pictures import check_claim
 from featprobe.targets import IGNORE, Instance, Labels, Target
@@ -160,9 +161,8 @@ class Wanted:
         if labels is None and len(self.classes) == 2:
             return [1] * count
         if labels is None:
-            raise DataError(
-                f"{where}: no labels for its {count} objects. wanted: labels=, as there are several classes"
-            )
+            found = counted(count, "object")
+            raise DataError(f"{where}: no labels for its {found}. wanted: labels=, as there are several classes")
         values = _whole(labels, f"{where}, labels")
         if values.shape != (count,) and (values.size or count):
             raise DataError(f"{where}: labels of the shape {values.shape}. wanted: ({count},), one for each object")
@@ -184,9 +184,7 @@ class Wanted:
         if isinstance(label, str):
             if self.classes and label not in self.classes:
                 raise DataError(f"{where}: the label {shown(label)}. {nearest(label, self.classes)}")
-            if not label.strip() or label != label.strip() or not label.isprintable():
-                raise DataError(f"{where}: the label {shown(label)}. wanted: a name without blanks around it")
-            return str(label)
+            return self._sound(str(label), where)
         value = plain(label)
         if value.ndim or value.dtype.kind not in "iub":
             raise DataError(f"{where}: the label {shown(label)}. wanted: a name, or the number of a class")
@@ -194,7 +192,13 @@ class Wanted:
             raise DataError(f"{where}: the label {value}, and no names of classes. wanted: names, or classes=")
         if not 0 <= value < len(self.classes):
             raise DataError(f"{where}: the label {value}. wanted: 0 to {len(self.classes) - 1}, as there are classes")
-        return self.classes[int(value)]
+        return self._sound(self.classes[int(value)], where)
+
+    def _sound(self, name: str, where: str) -> str:
+        """A label, as long as a table can hold it. Raises DataError."""
+        if not name.strip() or name != name.strip() or not name.isprintable() or SEVERAL in name:
+            raise DataError(f"{where}: the label {shown(name)}. wanted: a name without {SEVERAL} and blanks around it")
+        return name
 
 
 def is_tensor(value: Any) -> bool:

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from featprobe import __version__
 from featprobe.backbones.catalog import licence_of
-from featprobe.errors import BackboneError, ProbeError
+from featprobe.backbones.models import first_line
+from featprobe.errors import BackboneError, ProbeError, UsageError
 from featprobe.geometry import Size
 from featprobe.io.disk import write_together
 from featprobe.scores import SCORES
@@ -24,8 +25,8 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.export.exports import EXPORTS
 from featprobe.stages.export.graph import Graph, GraphOutput, Raw, placement_of
 from featprobe.stages.export.known_images import find_known
+from featprobe.stages.export.object_output import translations
 from featprobe.stages.export.parity import Parity, compare_graph
-from featprobe.stages.export.suppression import translations
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.workspace import Workspace
 
@@ -60,23 +61,25 @@ def export(
     threshold: float | None = None,
     test_images: int = 20,
     images: Sequence[Path] = (),
+    backbone: nn.Module | None = None,
 ) -> ExportReport:
     """Write a saved head, with its backbone and its preprocessing, as an ONNX file, and its parity report beside it.
 
     image_size: (height, width) of the images that it takes; None for the commonest among the images that it is
     compared on: at most `test_images` of those that the head was tested on, or of `images`. threshold: of verdicts, in
-    place of the head's own. Raises FeatprobeError; nothing is written then, also where the comparison fails.
+    place of the head's own. backbone: as `Predictor` takes it. Raises FeatprobeError; nothing is written then, also
+    where the comparison fails.
     """
     check_installed()
     check_opset(opset)
     if out.is_dir():
         raise ProbeError(f"{out} is a folder. Name a file, as {out / 'model.onnx'}. Nothing was computed.")
-    predictor = Predictor(folder, weights=weights, device="cpu")
+    predictor = Predictor(folder, weights=weights, device="cpu", threshold=threshold, backbone=backbone)
     check_policy(predictor)
     known = find_known(predictor, folder, workspace, images, image_size, test_images)
-    output = output_of(predictor, known.raw, threshold)
+    output = output_of(predictor, known.raw)
     model = made(predictor, known.raw, output, opset)
-    say(model, predictor, known.raw, threshold)
+    say(model, predictor, known.raw, output)
     data = checked(model)
     parity = compare_graph(data, predictor, output, known)
     if parity.faults:
@@ -101,9 +104,9 @@ def check_installed() -> None:
 
 
 def check_opset(opset: int) -> None:
-    """Raise ProbeError for a version of ONNX's operators that can't be written."""
+    """Raise UsageError for a version of ONNX's operators that can't be written."""
     if not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise ProbeError(
+        raise UsageError(
             f"--opset {opset} can't be written. Nothing was computed.\n"
             f"  wanted  {FIRST_OPSET} to {LAST_OPSET}\n"
             f"Omit it for {OPSET}."
@@ -121,13 +124,14 @@ def check_policy(predictor: Predictor) -> None:
         )
 
 
-def output_of(predictor: Predictor, raw: Raw, threshold: float | None) -> GraphOutput:
+def output_of(predictor: Predictor, raw: Raw) -> GraphOutput:
     """The end of the graph. Raises ProbeError for a head that has none."""
-    card = predictor.card
+    card, threshold = predictor.card, predictor.output.threshold
+    given = threshold.value if threshold.source == "given" else None
     build = EXPORTS.get(SCORES[card["head"]["task"]].on)
     if build is None:
         raise ProbeError(f"Heads of {card['head']['task']} can't be exported yet. Nothing was written.")
-    return build(predictor.head, card, placement_of(predictor.recipe, raw.size), threshold)
+    return build(predictor.head, card, placement_of(predictor.recipe, raw.size), given)
 
 
 def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any:
@@ -148,29 +152,32 @@ def made(predictor: Predictor, raw: Raw, output: GraphOutput, opset: int) -> Any
                 custom_translation_table=translations(),
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds of errors; the cause is kept for --debug
-        reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
         raise BackboneError(
             f"{predictor.backbone.spec.model} with this head can't be exported. Nothing was written.\n"
-            f"  found   {type(error).__name__}: {reason}\n"
+            f"  found   {type(error).__name__}: {first_line(error)}\n"
             "Another --opset or another backbone may do; --debug shows where it happened."
         ) from error
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise BackboneError(
+            f"{predictor.backbone.spec.model} with this head was exported for batches of one size alone: something in "
+            "it takes the number of images for a constant. Nothing was written. Take another backbone."
+        )
+    return model
 
 
-def say(model: Any, predictor: Predictor, raw: Raw, threshold: float | None) -> None:
+def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput) -> None:
     """Write into a model what a program, or a person, must know of it."""
     from onnx import helper
 
-    helper.set_model_props(model, dict(described(predictor, raw, threshold)))
+    helper.set_model_props(model, dict(described(predictor, raw, output)))
     model.producer_name, model.producer_version = "featprobe", __version__
 
 
-def described(predictor: Predictor, raw: Raw, threshold: float | None) -> Mapping[str, str]:
+def described(predictor: Predictor, raw: Raw, output: GraphOutput) -> Mapping[str, str]:
     """The texts of `metadata_props`, by their names; those that are no plain words are JSON."""
     card, recipe = predictor.card, predictor.recipe
-    own = float(getattr(predictor.head, "threshold", math.nan))
-    limit = threshold if threshold is not None else None if math.isnan(own) else own
     spec = BackboneSpec.from_json(card["backbone"])
     values: dict[str, Any] = {
         "featprobe_version": __version__,
@@ -184,8 +191,9 @@ def described(predictor: Predictor, raw: Raw, threshold: float | None) -> Mappin
         "feature_key": recipe.key,
         "data": card["data"]["name"],
         "data_fingerprint": card["data"]["fingerprint"],
-        "threshold": limit,
-        "threshold_from": "user" if threshold is not None else "head" if limit is not None else "default",
+        "threshold": output.limit,
+        "threshold_from": predictor.output.threshold.source,
+        "rule": predictor.output.rule,
         "input_dtype": raw.dtype,
         "input_layout": "NHW" if raw.channels == 1 else "NHWC, red green blue",
         "image_size": list(raw.size),

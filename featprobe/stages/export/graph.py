@@ -1,7 +1,7 @@
 """From raw levels to a head's answer in one module, which an exporter turns into a graph."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,12 +49,14 @@ class Raw:
 class Differences:
     """How far a graph's answers lie from featprobe's own. Those of several batches add up.
 
-    logits: the largest difference of a logit. scores: the largest relative difference of a score. Each is None where
-    a task has none. pixels, objects, verdicts: how many were compared, and of these how many are equal. near: verdicts
-    that differ where the score lies within NEAR of the threshold; they are no fault, and not among the others.
+    logits: the largest difference of a logit. largest_logit: in size. scores: the largest relative difference of a
+    score. Each is None where a task has none. pixels, objects, verdicts: how many were compared, and of these how many
+    are equal. near: verdicts that differ where the score lies within NEAR of the threshold; they are no fault, and not
+    among the others.
     """
 
     logits: float | None = None
+    largest_logit: float | None = None
     scores: float | None = None
     pixels: int = 0
     equal_pixels: int = 0
@@ -65,9 +67,9 @@ class Differences:
     near: int = 0
 
     def __add__(self, other: "Differences") -> "Differences":
-        largest = {
+        largest: dict[str, Any] = {
             name: max((v for v in (getattr(self, name), getattr(other, name)) if v is not None), default=None)
-            for name in ("logits", "scores")
+            for name in ("logits", "largest_logit", "scores")
         }
         counts = ("pixels", "equal_pixels", "objects", "equal_objects", "verdicts", "equal_verdicts", "near")
         return replace(self, **largest, **{name: getattr(self, name) + getattr(other, name) for name in counts})
@@ -75,28 +77,35 @@ class Differences:
 
 NEAR = 1e-3
 """A score so close to the threshold may fall on either side of it."""
+SMALL = 1e-3
+"""A score below it is as good as none: float32 can't tell 1 - 1e-7 and its neighbours apart."""
 
 
-def compared_verdicts(said: NDArray[np.bool_], wanted: NDArray[np.bool_], apart: NDArray[Any]) -> dict[str, int]:
-    """The counts of verdicts in Differences. said, wanted: (n,). apart: (n,), from each score to the threshold."""
+def compared_verdicts(said: NDArray[Any], wanted: NDArray[Any], apart: NDArray[Any]) -> dict[str, Any]:
+    """Counts of verdicts for Differences. said, wanted: (n,), bool. apart: (n,), from each score to the threshold."""
     near = (said != wanted) & (np.abs(apart) <= NEAR)
     return {"verdicts": int((~near).sum()), "equal_verdicts": int((said == wanted).sum()), "near": int(near.sum())}
 
 
+def compared_logits(found: NDArray[Any], wanted: NDArray[Any]) -> dict[str, Any]:
+    """The figures of logits in Differences."""
+    return {"logits": float(np.abs(found - wanted).max()), "largest_logit": float(np.abs(wanted).max())}
+
+
 def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """The largest relative difference of values that are >= 0; one of two zeros is 0."""
-    apart = np.abs(found.astype(float) - wanted)
-    return float(np.divide(apart, np.abs(wanted), out=np.zeros(apart.shape), where=apart > 0).max(initial=0))
+    """The largest difference of scores relative to the wanted one; to SMALL where that is smaller."""
+    return float((np.abs(found.astype(float) - wanted) / np.maximum(np.abs(wanted), SMALL)).max(initial=0))
 
 
 class GraphOutput(nn.Module, ABC):
     """What a graph gives for one kind of head.
 
     names: of the outputs, in the order of `forward`. batched: those whose first axis is that of the images; others are
-    flat lists of objects.
+    flat lists of objects. limit: the threshold that verdicts are by; None where there are none, or they need none.
     """
 
     names: tuple[str, ...]
+    limit: float | None = None
 
     @property
     def batched(self) -> tuple[str, ...]:
@@ -115,8 +124,33 @@ class GraphOutput(nn.Module, ABC):
         """
 
 
+class AtOriginal(nn.Module):
+    """Maps of cells at every pixel of the original image, as two matrix products.
+
+    shown: a function that does this linearly along each axis, of maps (batch, rows, columns), their stride and a
+    placement, as `logits_at_original`.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, shown: Callable[[Tensor, int, Placement], Tensor], stride: int, placement: Placement) -> None:
+        super().__init__()
+        for name, original, content in zip(("rows", "columns"), placement.original, placement.content, strict=True):
+            each = torch.eye(-(-content // stride))[:, :, None]  # (cells, cells, 1)
+            along = shown(each, stride, Placement((original, 1), (content, 1), (content, 1)))  # (cells, original, 1)
+            self.register_buffer(name, along[:, :, 0].T.contiguous())
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(…, original height, original width). maps: (…, rows, columns) of the frame's cells."""
+        shown = maps[..., : self.rows.shape[1], : self.columns.shape[1]]
+        return self.rows @ (shown @ self.columns.T)
+
+
 class Graph(nn.Module):
     """Window, logarithm, resizing, padding, normalisation, backbone, the cache's number format, and what follows."""
+
+    content: Tensor | None
 
     def __init__(self, predictor: Predictor, raw: Raw, output: GraphOutput) -> None:
         super().__init__()
@@ -172,11 +206,11 @@ class Unit(nn.Module):
 
 
 class Framed(nn.Module):
-    """Images in their frame, (batch, 3, frame height, frame width): resized, padded with the mean, grey in all channels."""
+    """Images in their frame, (batch, 3, frame height, frame width): resized, padded with the mean, grey repeated."""
 
     rows: Tensor | None
     columns: Tensor | None
-    outside: Tensor | None
+    mean: Tensor
 
     def __init__(self, recipe: FeatureRecipe, placement: Placement) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """What graphs of detection and instance heads give: a flat list of the objects of all images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,24 +11,16 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from featprobe.datasets.images.pixels import Levels
-from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.probes import Detections, ObjectHead, objects_at_original
-from featprobe.probes.detections import MOST_DETECTIONS, Candidates
-from featprobe.probes.fcos import NMS_IOU, SCORE_FLOOR, FcosHead
-from featprobe.probes.rcnn import RcnnHead
+from featprobe.probes.detections import MOST_DETECTIONS, Candidates, best_of
 from featprobe.stages.export.graph import NEAR, Differences, GraphOutput, compared_verdicts, reference
-from featprobe.stages.export.regions import maps_by_stride, masks_of, region_candidates
-from featprobe.stages.export.suppression import best_of
+from featprobe.stages.findings import AT_LEAST
 from featprobe.stages.predictor import Predictor
-from featprobe.stages.stitch import Objects
-from featprobe.targets import Instance, decode_rle
 
-AT_LEAST = 0.5
-"""The score of a detection from which on it is a finding, where no threshold is given."""
 SAME_IOU = 0.99
-"""Objects of a graph and of torch whose boxes, and masks, overlap so much may be one."""
+"""Objects of a graph and of torch whose boxes overlap so much may be one."""
 
 
 class ObjectOutput(GraphOutput):
@@ -40,29 +32,23 @@ class ObjectOutput(GraphOutput):
     (n,), bool: whether that is at least the threshold.
     """
 
+    limit: float
+    scale: Tensor
+    ends: Tensor
+
     def __init__(
         self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: float | None
     ) -> None:
         super().__init__()
-        if not isinstance(head, FcosHead | RcnnHead):
-            raise ProbeError(
-                f"A head of this kind can't be exported.\n  found   {type(head).__name__}\n"
-                "  wanted  fcos, fasterrcnn or maskrcnn, whose suppression a graph can hold\n"
-                "Use it with featprobe predict, or train one of these."
-            )
-        self.head: FcosHead | RcnnHead = head
-        self.threshold = AT_LEAST if threshold is None else threshold
-        self.overlap, self.floor = NMS_IOU, SCORE_FLOOR
-        self.masks = False
-        if isinstance(head, RcnnHead):
-            self.overlap, self.floor = head.regions.nms_thresh, head.regions.score_thresh
-            self.masks = head.regions.has_mask()
+        self.head, self.classes = head, len(card["head"]["classes"]) - 1
+        self.limit = AT_LEAST if threshold is None else float(np.float32(threshold))
         self.placement = placement
         scales = [o / c for o, c in zip(placement.original, placement.content, strict=True)]
         self.register_buffer("scale", torch.tensor([*scales[::-1], *scales[::-1]], dtype=torch.float32))
         sides = [float(side) for side in placement.original[::-1]]
         self.register_buffer("ends", torch.tensor([*sides, *sides]))
-        self._first()
+        first = self._first()
+        self.floor, self.masks = first.floor, first.masks is not None
 
     @property
     def names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -76,89 +62,93 @@ class ObjectOutput(GraphOutput):
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """See the class."""
-        maps, candidates = self._candidates(features)
-        values, where = best_of(candidates, self.head.classes - 1, MOST_DETECTIONS, self.overlap, self.floor)
+        candidates = self.head.candidates(features)
+        values, where = best_of(candidates, self.classes)
         image, rank = (values > 0).nonzero(as_tuple=True)
         place, scores = where[image, rank], values[image, rank]
         boxes, labels = candidates.boxes[image, place], candidates.labels[image, place]
-        masks = [masks_of(self.head, maps, boxes, image, labels)] if self.masks else []
+        masks = [] if candidates.masks is None else [candidates.masks(boxes, image, labels)]
         original = (boxes * self.scale).clamp(min=0).minimum(self.ends)
         score = values[:, 0]
-        return (original, scores, labels, image, *masks, score, score >= self.threshold)
+        return (original, scores, labels, image, *masks, score, score >= self.limit)
 
     @torch.no_grad()
-    def _first(self) -> None:
+    def _first(self) -> Candidates:
         """One run before all others: what heads keep of a frame, as the places of its cells, must be no exporter's."""
         frame = self.placement.frame
-        maps = {
-            v.name: torch.zeros(1, v.channels, frame[0] // v.stride, frame[1] // v.stride) for v in self.head.levels
-        }
-        self.forward(Features(maps, frame, torch.tensor([self.placement.content], dtype=torch.int32)))
-
-    def _candidates(self, features: Features) -> tuple[dict[str, Tensor], Candidates]:
-        """Maps that masks are taken from, and candidates."""
-        if isinstance(self.head, FcosHead):
-            return {}, self.head.candidates(features)
-        maps = maps_by_stride(self.head, features)
-        return maps, region_candidates(self.head, maps, features)
+        maps = {v.name: torch.zeros(1, v.channels, *v.cells(frame)) for v in self.head.levels}
+        return self.head.candidates(Features(maps, frame, torch.tensor([self.placement.content], dtype=torch.int32)))
 
     @torch.inference_mode()
     def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
         """Objects are compared with those that the head finds in torch, at the pixels of the image as it is given."""
-        wanted = [objects_at_original(own, self.placement) for own in self.head(reference(predictor, levels))]
-        scores = np.array([own[0][1] if own else 0.0 for own in wanted], dtype=np.float32)
-        said, apart = found["verdict"], scores - np.float32(self.threshold)
-        total = Differences(**compared_verdicts(said, scores >= np.float32(self.threshold), apart))
+        wanted = [at_original(own, self.placement) for own in self.head(reference(predictor, levels))]
+        scores = np.array([float(own.scores.max()) if len(own.scores) else 0.0 for own in wanted], dtype=np.float32)
+        apart = np.asarray(scores - self.limit)
+        total = Differences(**compared_verdicts(found["verdict"], np.asarray(scores >= self.limit), apart))
         for image, own in enumerate(wanted):
-            total += matched(self._objects(found, image), own, self.threshold, self.floor)
+            total += matched(self.detections(found, image), own, self.limit, self.floor)
         return total
 
-    def _objects(self, found: Mapping[str, NDArray[Any]], image: int) -> Objects:
-        """The objects of one image in a graph's outputs."""
+    def detections(self, found: Mapping[str, NDArray[Any]], image: int) -> Detections:
+        """The objects of one image in a graph's outputs, with boxes in pixels of the image as it is given."""
         own = found["image"] == image
-        values = [torch.from_numpy(found[name][own]) for name in self.names[:-2] if name != "image"]
-        boxes, scores, labels, *masks = values
-        as_given = replace(self.placement, content=self.placement.original)
-        return objects_at_original(Detections(boxes, labels, scores, *masks), as_given)
+        names = ("boxes", "labels", "scores", *(["masks"] if self.masks else []))
+        return Detections(*(torch.from_numpy(found[name][own]) for name in names))
 
 
-def matched(found: Objects, wanted: Objects, threshold: float, floor: float) -> Differences:
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What `torch.onnx.export` must know of our own operator: a `custom_translation_table`."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+
+    def suppressed(boxes: Any, scores: Any, most: int, iou: float, floor: float) -> Any:
+        limits = op.Constant(value_float=iou), op.Constant(value_float=floor)
+        return op.NonMaxSuppression(boxes, scores, op.Constant(value_int=most), *limits)
+
+    return {torch.ops.featprobe.suppressed.default: suppressed}
+
+
+def at_original(detections: Detections, placement: Placement) -> Detections:
+    """Detections whose boxes are in pixels of the original image, as `objects_at_original` has them."""
+    objects = objects_at_original(replace(detections, masks=None), placement)
+    boxes = [one.box_xyxy for one, _ in objects]
+    return replace(detections, boxes=torch.tensor(boxes, dtype=torch.float64).view(-1, 4))
+
+
+def matched(found: Detections, wanted: Detections, threshold: float, floor: float) -> Differences:
     """How many objects of an image two programs agree on.
 
-    Two are one where their class is the same, their boxes and masks overlap by SAME_IOU and their scores lie within
-    NEAR. One that only one program has is counted apart where its score lies within NEAR of a threshold, or of the end
-    of the list: `floor`, or the lowest score of as many as a list may hold.
+    Two are one where their class is the same, their boxes overlap by SAME_IOU, and their scores and the probabilities
+    of their masks lie within NEAR. One that only one program has is counted apart where its score lies within NEAR of
+    a threshold, or of the end of the list: `floor`, or the lowest score of as many as a list may hold.
     """
     pairs = _pairs(found, wanted)
-    left = [score for i, (_, score) in enumerate(found) if i not in {f for f, _ in pairs}]
-    left += [score for i, (_, score) in enumerate(wanted) if i not in {w for _, w in pairs}]
-    ends = [own[-1][1] if len(own) == MOST_DETECTIONS else floor for own in (found, wanted)]
-    near = sum(min(abs(score - end) for end in (threshold, *ends)) <= NEAR for score in left)
+    left, ends = list[float](), [threshold]
+    for own, places in ((found, {f for f, _ in pairs}), (wanted, {w for _, w in pairs})):
+        scores = own.scores.tolist()
+        left += [score for i, score in enumerate(scores) if i not in places]
+        ends.append(min(scores) if len(scores) == MOST_DETECTIONS else floor)
+    near = sum(min(abs(score - end) for end in ends) <= NEAR for score in left)
     return Differences(objects=len(pairs) + len(left) - near, equal_objects=len(pairs), near=near)
 
 
-def _pairs(found: Objects, wanted: Objects) -> list[tuple[int, int]]:
+def _pairs(found: Detections, wanted: Detections) -> list[tuple[int, int]]:
     """Objects of two lists that are one: (place in the first, place in the second). None is in two pairs."""
-    if not found or not wanted:
-        return []
-    boxes = [torch.tensor([one.box_xyxy for one, _ in own], dtype=torch.float64) for own in (found, wanted)]
-    labels = [torch.tensor([one.category for one, _ in own]) for own in (found, wanted)]
-    scores = [torch.tensor([score for _, score in own], dtype=torch.float64) for own in (found, wanted)]
-    overlaps = box_iou(*boxes)
-    same = (overlaps >= SAME_IOU) & (labels[0][:, None] == labels[1]) & ((scores[0][:, None] - scores[1]).abs() <= NEAR)
-    order = sorted(map(tuple, same.nonzero().tolist()), key=lambda pair: -overlaps[pair])
+    overlaps = box_iou(found.boxes.double(), wanted.boxes.double())
+    same = (overlaps >= SAME_IOU) & (found.labels[:, None] == wanted.labels)
+    same &= (found.scores[:, None] - wanted.scores).abs() <= NEAR
     first, second, pairs = set[int](), set[int](), []
-    for i, j in order:
-        if i not in first and j not in second and _same_mask(found[i][0], wanted[j][0]):
+    for i, j in sorted(map(tuple, same.nonzero().tolist()), key=lambda pair: -float(overlaps[pair])):
+        if i not in first and j not in second and _same_mask(found, i, wanted, j):
             first.add(i)
             second.add(j)
             pairs.append((i, j))
     return pairs
 
 
-def _same_mask(one: Instance, other: Instance) -> bool:
-    if one.rle is None or other.rle is None:
-        return one.rle is other.rle
-    masks = [decode_rle(own.rle) for own in (one, other) if own.rle is not None]
-    union = int((masks[0] | masks[1]).sum())
-    return int((masks[0] & masks[1]).sum()) >= SAME_IOU * union
+def _same_mask(found: Detections, i: int, wanted: Detections, j: int) -> bool:
+    if found.masks is None or wanted.masks is None:
+        return found.masks is wanted.masks
+    return bool((found.masks[i] - wanted.masks[j]).abs().max() <= NEAR)

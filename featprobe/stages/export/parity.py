@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from featprobe.backbones.models import first_line
 from featprobe.datasets.images.pixels import Levels
-from featprobe.errors import counted
+from featprobe.errors import BackboneError, counted
 from featprobe.stages.export.graph import NEAR, Differences, GraphOutput, pieces_of_size, reference
 from featprobe.stages.export.known_images import KnownImages
 from featprobe.stages.predictor import Predictor
 
 MOST_APART = 1e-3
-"""The largest difference of logits, and the largest relative one of scores."""
+"""The largest difference of logits, of those above 1 relative to the largest; and of scores, relative, in tasks that
+have no logits. featprobe's own logits differ as much between two CPUs: of 100 features one is rounded another way."""
 LEAST_EQUAL = 0.9999
 """The least share of pixels of equal class."""
 TOGETHER = 4  # images of a batch, behind a first one alone: batches of both sizes must work
@@ -42,9 +44,12 @@ class Parity:
     def faults(self) -> list[str]:
         """The limits that are missed, for people."""
         found, own = [], self.differences
-        for name, value in (("logits", own.logits), ("scores", own.scores)):
-            if value is not None and not value <= MOST_APART:
-                found.append(f"{name} differ by {value:.2g}; at most {MOST_APART:g} is wanted")
+        if own.logits is not None:
+            most = MOST_APART * max(1.0, own.largest_logit or 0.0)
+            if not own.logits <= most:
+                found.append(f"logits differ by {own.logits:.2g}; at most {most:.2g} is wanted")
+        elif own.scores is not None and not own.scores <= MOST_APART:
+            found.append(f"scores differ by {own.scores:.2g} of their value; at most {MOST_APART:g} is wanted")
         if own.equal_pixels < LEAST_EQUAL * own.pixels:
             share = own.equal_pixels / own.pixels
             found.append(f"{share:.4%} of the pixels have the same class; at least {LEAST_EQUAL:.2%} are wanted")
@@ -61,7 +66,7 @@ class Parity:
         beside = f"; {counted(self.others, 'other')} of another size or kind" if self.others else ""
         found = [f"compared on {self.images} {self.words}{beside}"]
         if own.logits is not None:
-            found.append(f"largest difference of a logit: {own.logits:.2g}")
+            found.append(f"largest difference of a logit: {own.logits:.2g} (logits to {own.largest_logit:.3g})")
         if own.scores is not None:
             found.append(f"largest relative difference of a score: {own.scores:.2g}")
         if own.pixels:
@@ -90,7 +95,15 @@ def compare_graph(model: bytes, predictor: Predictor, output: GraphOutput, known
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    runtime = f"onnxruntime {onnxruntime.__version__}"
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes, one for each cause
+        raise BackboneError(
+            f"{runtime} can't run {predictor.backbone.spec.model} with this head. No model was written.\n"
+            f"  found   {first_line(error)}\n"
+            "Another --opset, or another backbone, may do."
+        ) from error
     differences, seconds = Differences(), np.zeros(2)
     images = len(known.shown)
     starts = [0, *range(1, images, TOGETHER)]
@@ -107,7 +120,6 @@ def compare_graph(model: bytes, predictor: Predictor, output: GraphOutput, known
         seconds += between - begun, time.perf_counter() - between
         differences += output.compare(dict(zip(output.names, found, strict=True)), predictor, levels)
     graph_ms, featprobe_ms = (1000 * seconds / images).tolist()
-    runtime = f"onnxruntime {onnxruntime.__version__}"
     return Parity(images, known.words, known.others, differences, runtime, threads, graph_ms, featprobe_ms)
 
 

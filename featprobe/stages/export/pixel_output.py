@@ -13,71 +13,65 @@ from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.probes import DenseHead, logits_at_original
 from featprobe.stages.export.graph import (
+    AtOriginal,
     Differences,
     GraphOutput,
+    compared_logits,
     compared_verdicts,
     pieces_of_size,
     reference,
     relative,
 )
 from featprobe.stages.predictor import Predictor
+from featprobe.stages.tasks.settle import CALLED
 
 
 class PixelOutput(GraphOutput):
     """The pixels of an image as it is given.
 
-    classes (n, height, width), uint8: the class of each. probabilities (n, classes, height, width). score (n,): the
-    largest probability of a class other than the background. verdict (n,), bool: whether there is a finding. logits
-    (n, classes, rows, columns): of the head's cells, from which all else follows.
+    classes (n, height, width), uint8: the class of each finding's pixels, 0 elsewhere. probabilities (n, classes,
+    height, width). score (n,): the largest probability of a class other than the background. verdict (n,), bool:
+    whether there is a finding. logits (n, classes, rows, columns): of the head's cells, from which all else follows.
 
-    threshold: a finding is a pixel whose probability of a class other than the background is at least so large; None:
-    one that is of such a class.
+    threshold: pixels are part of a finding where their largest probability of a class other than the background is at
+    least so large; None: where such a class is the most probable.
     """
 
     names = ("classes", "probabilities", "score", "verdict", "logits")
 
     def __init__(self, head: DenseHead, card: Mapping[str, Any], placement: Placement, threshold: float | None) -> None:
         super().__init__()
-        self.head, self.threshold = head, threshold
-        sides = zip(placement.original, placement.content, strict=True)
-        rows, columns = (_weights(head.stride, original, content) for original, content in sides)
-        self.register_buffer("rows", rows)
-        self.register_buffer("columns", columns)
+        self.head, self.limit = head, threshold
+        self.pixels = AtOriginal(logits_at_original, head.stride, placement)
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """See the class."""
         cells = self.head(features)
-        shown = cells[:, :, : self.rows.shape[1], : self.columns.shape[1]]
-        logits = self.rows @ (shown @ self.columns.T)
-        probabilities, classes = logits.softmax(1), logits.argmax(1)
-        score = probabilities[:, 1:].amax((1, 2, 3))
-        verdict = (classes > 0).flatten(1).any(1) if self.threshold is None else score >= self.threshold
-        return classes.to(torch.uint8), probabilities, score, verdict, cells
+        logits = self.pixels(cells)
+        probabilities = logits.softmax(1)
+        surest = probabilities[:, 1:].amax(1)  # (n, height, width)
+        if self.limit is None:
+            classes = logits.argmax(1)
+        else:
+            classes = torch.where(surest >= self.limit, logits[:, 1:].argmax(1) + 1, 0)
+        verdict = (classes > 0).flatten(1).any(1)
+        return classes.to(torch.uint8), probabilities, surest.amax((1, 2)), verdict, cells
 
     @torch.inference_mode()
     def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
         """Masks are compared with those of `predict`, logits with those of the head's cells."""
         pieces, size = pieces_of_size(predictor, levels)
         features = reference(predictor, levels)
-        masks = np.stack(list(predictor.output.found(iter([(pieces, features)]), [size] * len(levels))))
+        masks, judged = zip(*predictor.output.found(iter([(pieces, features)]), [size] * len(levels)), strict=True)
         cells = predictor.head(features)
+        scores = np.array([own.score for own in judged])
         logits = logits_at_original(cells, self.head.stride, pieces[0].placement)
-        scores = logits.softmax(1)[:, 1:].amax((1, 2, 3)).numpy()
-        if self.threshold is None:
-            wanted, apart = (masks > 0).any((1, 2)), (logits[:, 1:].amax(1) - logits[:, 0]).amax((1, 2)).numpy()
-        else:
-            wanted, apart = scores >= self.threshold, scores - self.threshold
+        margin = (logits[:, 1:].amax(1) - logits[:, 0]).amax((1, 2)).numpy()
+        apart = margin if self.limit is None else scores - self.limit
         return Differences(
-            logits=float(np.abs(found["logits"] - cells.numpy()).max()),
             scores=relative(found["score"], scores),
-            pixels=masks.size,
-            equal_pixels=int((found["classes"] == masks).sum()),
-            **compared_verdicts(found["verdict"], wanted, apart),
+            pixels=np.stack(masks).size,
+            equal_pixels=int((found["classes"] == np.stack(masks)).sum()),
+            **compared_logits(found["logits"], cells.numpy()),
+            **compared_verdicts(found["verdict"], np.array([own.verdict == CALLED for own in judged]), apart),
         )
-
-
-def _weights(stride: int, original: int, content: int) -> Tensor:
-    """What a line of cells becomes in `logits_at_original`, along one axis: (original, cells)."""
-    each = torch.eye(-(-content // stride))[:, :, None]  # (cells, cells, 1)
-    along = Placement((original, 1), (content, 1), (content, 1))
-    return logits_at_original(each, stride, along)[:, :, 0].T.contiguous()

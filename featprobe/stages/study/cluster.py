@@ -1,14 +1,18 @@
 """A study on a SLURM cluster: its missing trainings as job arrays, by submitit."""
 
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -68,6 +72,7 @@ class _Again(ABC):
         answer = _path(Workspace(self.root), submitit.JobEnvironment().job_id, "answer.json")
         answer.unlink(missing_ok=True)
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # submitit answers from here on; see cluster_job
             made = self.work()
         except submitit.core.utils.UncompletedJobError as error:  # raised where it was when its time was over
             over = FeatprobeError(f"{error} Give it more time, as --slurm time=600 (minutes); it goes on where it was.")
@@ -162,7 +167,12 @@ def submit_study(
     queued = [cell for cell in plan.missing if latest.get(_key(study, cell)) in queue]
     wanted = [cell for cell in plan.missing if cell not in queued]
     if queued:
-        say(f"{counted(len(queued), 'training is', 'trainings are')} in the queue already")
+        why = Counter(queue[job] for job in latest.values() if queue.get(job, "None") != "None")
+        waits = "; ".join(f"{counted(count, 'job')} {reason}" for reason, count in why.items())
+        say(
+            f"{counted(len(queued), 'training is', 'trainings are')} in the queue already"
+            + (f" (SLURM says of those that wait: {waits})" if waits else "")
+        )
     for cell in wanted:
         if _key(study, cell) in latest:
             say(f"failed before: {cell}: {_reason(workspace, latest[_key(study, cell)])}")
@@ -278,21 +288,22 @@ def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
     jobs = []
     for start in range(0, len(tasks), size):
         try:
-            with executor.batch():
+            with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what sbatch says, and raises it
                 jobs += [executor.submit(task) for task in tasks[start : start + size]]
         except Exception as error:  # what sbatch says comes in several classes
             said = dict.fromkeys(line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
             raise FeatprobeError(
                 f"SLURM takes no job: {'; '.join(filter(None, said))}.\n"
-                "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and run "
-                "the same command again: nothing is handed over twice."
+                "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and "
+                "run the same command again: nothing is handed over twice."
             ) from error
     return [job.job_id for job in jobs]
 
 
-def _queue() -> set[str]:
-    """The user's jobs that wait or run."""
-    return set(_ask("squeue", "--noheader", "--array", "--format=%i", "--user", str(os.getuid())).split())
+def _queue() -> dict[str, str]:
+    """The user's jobs that wait or run, and why they wait: SLURM's word, "None" for those that run."""
+    lines = _ask("squeue", "--noheader", "--array", "--format=%i %r", "--user", str(os.getuid())).splitlines()
+    return {job: reason for job, _, reason in (line.strip().partition(" ") for line in lines)}
 
 
 def _ask(*command: str) -> str:
@@ -374,8 +385,8 @@ def _without_log(job: str, log: Path) -> str:
     code = f", exit code {told['ExitCode']}" if "ExitCode" in told else ""
     slurm = f" (SLURM: {state} {told.get('Reason', '')}{code})" if state else ""
     return (
-        f"job {job} left no log: {where} not see {log.parent}{slurm}. Keep the workspace in a folder that all nodes share, "
-        "under the same path"
+        f"job {job} left no log: {where} not see {log.parent}{slurm}. Keep the workspace in a folder that all nodes "
+        "share, under the same path"
     )
 
 

@@ -42,6 +42,11 @@ class StudyReport:
     ladders: tuple[Cell, ...] = ()
     folders: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        counts = {"now": len(self.rows), "before": self.done, "missing": len(self.missing), "failed": len(self.failed)}
+        states = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none done"
+        return f"StudyReport({counted(len(self.cells), 'training')}: {states})"
+
     def __add__(self, other: "StudyReport") -> "StudyReport":
         return StudyReport(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
 

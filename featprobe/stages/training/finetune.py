@@ -63,7 +63,7 @@ def finetune(
     workspace: Workspace,
     task: str | None = None,
     data: AnySet | Sequence[AnySet] = (),
-    backbones: "Sequence[str | nn.Module]" = (),
+    backbones: "Sequence[str | nn.Module] | str | nn.Module" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     dry_run: bool = False,

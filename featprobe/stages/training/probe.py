@@ -45,14 +45,15 @@ class ProbeReport:
     def __repr__(self) -> str:
         rows, sheets, notes = (len(own) for own in (self.rows, self.sheets, self.notes))
         what = ", ".join(sorted({f"{row['task']} of {row['backbone']} on {row['data']}" for row in self.rows})[:3])
-        return f"ProbeReport({counted(rows, 'row')}{f' ({what})' if what else ''}, {sheets} sheets, {notes} notes)"
+        about = f" ({what})" if what else ""
+        return f"ProbeReport({counted(rows, 'row')}{about}, {counted(sheets, 'sheet')}, {counted(notes, 'note')})"
 
 
 def probe(
     workspace: Workspace,
     task: str = TASKS[0],
     data: AnySet | Sequence[AnySet] = (),
-    backbones: "Sequence[str | nn.Module]" = (),
+    backbones: "Sequence[str | nn.Module] | str | nn.Module" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     *,

@@ -29,7 +29,7 @@ from featprobe.cache.legacy import disagreements
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.io.disk import remove_leftovers
-from featprobe.kinds import kind_of, kinds_of
+from featprobe.kinds import loaded_kinds
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
 from featprobe.stages.progress import BYTES, Progress
@@ -76,7 +76,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
 def _pooled(cache: Cache) -> dict[str, Any]:
     """The facts about pooled features: the heads that a cache of them alone serves, by task, or what lies beside it."""
     if cache.recipe.store == "pooled":
-        able = {task: [n for n in kinds_of(task) if kind_of(task, n).pooled] for task in cache.data.serves}
+        able = {task: [kind.name for kind in loaded_kinds(task) if kind.pooled] for task in cache.data.serves}
         return {"serves": {task: names for task, names in able.items() if names}}
     size = _size_of(pooled_path(cache.path))
     digest = rows_digest(cache) if size else ""  # one level is in memory at a time

@@ -1,0 +1,218 @@
+"""Exported models: they say what featprobe says, run without it, and are written whole or not at all."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from featprobe import ExtractOptions, ProbeOptions, TrainRecipe, Workspace, extract, predict, probe
+from featprobe.cli.main import cli
+from featprobe.datasets.generated import generate
+from featprobe.errors import FeatprobeError, ProbeError
+from featprobe.intensity import Intensity
+from featprobe.stages.export import export as exporting
+from featprobe.stages.export import parity
+from featprobe.stages.export.export import export, output_of
+from featprobe.stages.export.graph import Graph
+from featprobe.stages.export.known_images import find_known
+from featprobe.stages.export.parity import compare_graph
+from featprobe.stages.predictor import Predictor
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'featprobe[onnx]'")
+pytest.importorskip("onnxscript", reason="pip install 'featprobe[onnx]'")
+
+RUNNER = Path(__file__).parents[3] / "examples" / "runner.py"
+SIZE = (64, 80)
+ALONE = ("onnxruntime", "numpy", "numpy.libs", "PIL", "pillow.libs")
+"""All of site-packages that the small program needs."""
+BRIEF = TrainRecipe(iterations=6, batch_size=4, lr=1e-2, evaluations=2)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Grey images of 16 bits in frames with padding, colour images of 8 bits, and tiles, under a tiny network."""
+    found = Workspace(tmp_path_factory.mktemp("export"))
+    network = found.backbone("test_resnet", random_init=True)
+    how = ExtractOptions(quiet=True, workers=1, device="cpu")
+    for name in ("xray", "surface"):
+        generate(name, found.data / name, images=24, size=SIZE)
+    extract(found, network, "xray", replace(how, size=(44, 72), fit="letterbox"))
+    extract(found, network, "surface", replace(how, size=SIZE, dtype="int8"))
+    return found
+
+
+def head(workspace: Workspace, task: str, data: str, kind: str, **options: Any) -> Path:
+    """The folder of a head that was trained for a moment."""
+    asked = ProbeOptions(head=kind, recipe=BRIEF, seeds=1, quiet=True, device="cpu", **options)
+    (row,) = probe(workspace, task, [data], (), asked).rows
+    return workspace.probes / row["folder"]
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "data", "options"),
+    [
+        ("semseg", "upsample", "xray", {}),
+        ("semseg", "ridge", "surface", {}),
+        ("classify", "linear", "xray", {"labels": "classes"}),
+        ("classify", "knn", "surface", {"labels": "defect"}),
+        ("anomaly", "patchcore", "xray", {"remove_position": True}),
+        ("anomaly", "gaussian", "surface", {}),
+        ("anomaly", "knn", "xray", {}),
+    ],
+)
+def test_graphs_say_what_heads_say(workspace: Workspace, task: str, kind: str, data: str, options: Any) -> None:
+    """In torch; that runtimes say what torch says is found in every export."""
+    folder = head(workspace, task, data, kind, **options)
+    for threshold in (None, 0.3):
+        predictor = Predictor(folder, device="cpu", threshold=threshold)
+        known = find_known(predictor, folder, workspace, (), None, 4)
+        output = output_of(predictor, known.raw)
+        levels = [known.levels(place) for place in range(4)]
+        with torch.no_grad():
+            answers = Graph(predictor, known.raw, output)(torch.from_numpy(np.stack(levels)))
+        found = {name: own.numpy() for name, own in zip(output.names, answers, strict=True)}
+        differences = output.compare(found, predictor, levels)
+        own = parity.Parity(4, "", 0, differences, "", 1, 0, 0)
+        assert own.faults == []
+        assert ("verdict" in found) == (predictor.output.threshold.source != "none")
+        if "verdict" in found:
+            assert differences.verdicts + differences.near == 4
+
+
+@pytest.fixture(scope="module")
+def exported(workspace: Workspace) -> tuple[Path, Path]:
+    """A model of 16-bit images with padded frames, and its head."""
+    folder, model = head(workspace, "semseg", "xray", "ridge"), workspace.root / "models" / "model.onnx"
+    small = workspace.data / "xray" / "images" / "part000_view0.png"
+    with Image.open(small) as image:
+        image.resize((50, 40), Image.Resampling.NEAREST).save(small)  # a set of several sizes
+    said = CliRunner().invoke(
+        cli, ["--workspace", str(workspace.root), "export", str(folder / "card.json"), "--out", str(model), "--json"]
+    )
+    assert said.exit_code == 0, said.output
+    report = json.loads(said.output)
+    assert report["input"] == "uint16 (n, 64, 80)" and report["bytes"] == model.stat().st_size
+    assert report["parity"]["differences"]["equal_pixels"] == report["parity"]["differences"]["pixels"] > 0
+    assert sorted(path.name for path in model.parent.iterdir()) == ["model.onnx", "model.parity.json"]
+    assert json.loads((model.parent / "model.parity.json").read_text())["faults"] == []
+    return model, folder
+
+
+def test_a_model_says_what_it_is(exported: tuple[Path, Path], workspace: Workspace) -> None:
+    session = onnxruntime.InferenceSession(exported[0])
+    meta = session.get_modelmeta().custom_metadata_map
+    card = json.loads((exported[1] / "card.json").read_text())
+    assert json.loads(meta["classes"]) == card["head"]["classes"]
+    assert (meta["task"], meta["head"], meta["weights_licence"]) == ("semseg", "ridge", "none needed (random weights)")
+    assert (meta["input_dtype"], json.loads(meta["image_size"])) == ("uint16", [64, 80])
+    assert (meta["threshold"], meta["threshold_from"]) == ("null", "default")
+    assert json.loads(meta["preprocessing"])["window"] == card["features"]["window"]
+    assert (meta["data_fingerprint"], meta["head_sha256"]) == (card["data"]["fingerprint"], card["head_sha256"])
+    (taken,) = session.get_inputs()
+    assert taken.shape[1:] == [64, 80] and isinstance(taken.shape[0], str)  # any number of images
+    assert [own.name for own in session.get_outputs()] == ["classes", "probabilities", "score", "verdict", "logits"]
+
+
+def test_the_small_program_gives_the_masks_of_predict(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """It sees nothing but onnxruntime, numpy and Pillow."""
+    model, folder = exported
+    images = sorted((folder.parents[3].parent / "data" / "xray" / "images").glob("*view1.png"))[:4]
+    with Image.open(images[0]) as image:
+        image.save(tmp_path / "scan.tif")
+    images.append(tmp_path / "scan.tif")
+    packages = Path(np.__file__).parents[1]
+    (tmp_path / "site").mkdir()
+    for name in ALONE:
+        if (packages / name).exists():
+            (tmp_path / "site" / name).symlink_to(packages / name)
+    start = (
+        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); del sys.argv[0];"
+        "runpy.run_path(sys.argv[0], None, '__main__'); assert not {'torch', 'featprobe'} & {*sys.modules}"
+    )
+    command = [sys.executable, "-I", "-S", "-c", start, *map(str, (tmp_path / "site", RUNNER, model, tmp_path / "out"))]
+    said = subprocess.run([*command, *map(str, images)], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    lines = [json.loads(line) for line in said.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [str(path) for path in images]
+    predict(folder, images, tmp_path / "predicted", device="cpu", quiet=True)
+    for path, line in zip(images, lines, strict=True):
+        own, wanted = (np.asarray(Image.open(tmp_path / at / f"{path.stem}.png")) for at in ("out", "predicted/masks"))
+        assert np.array_equal(own, wanted)
+        assert line["verdict"] == ("called" if wanted.any() else "passed")
+    assert any(np.asarray(Image.open(tmp_path / "out" / f"{path.stem}.png")).any() for path in images)
+    odd = tmp_path / "odd.png"
+    Image.fromarray(np.zeros((30, 30), dtype=np.uint8)).save(odd)
+    said = subprocess.run([*command, str(odd)], capture_output=True, text=True)
+    assert said.returncode == 1 and "uint8 (30, 30); the model takes uint16 (64, 80)" in said.stderr
+
+
+def test_a_graph_that_differs_is_not_written(exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures are real: a model whose weights were changed fails."""
+    import onnx
+    from onnx import numpy_helper
+
+    model, folder = exported
+    broken = onnx.load(model)
+    for tensor in broken.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype == np.float32 and values.ndim == 4 and values.size > 100:
+            tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.01), tensor.name))
+    predictor = Predictor(folder, device="cpu")
+    workspace = Workspace(folder.parents[3].parent)
+    known = find_known(predictor, folder, workspace, (), None, 3)
+    found = compare_graph(broken.SerializeToString(), predictor, output_of(predictor, known.raw), known)
+    assert any("logits differ" in fault for fault in found.faults)
+
+    monkeypatch.setattr(exporting, "compare_graph", lambda *_: found)
+    out = workspace.root / "other" / "model.onnx"
+    with pytest.raises(ProbeError, match=r"(?s)does not say what featprobe says. No model was written.*logits differ"):
+        export(folder, out, workspace)
+    assert not out.parent.exists()
+
+
+def test_what_can_not_be_exported_is_said_before_anything_is_computed(
+    exported: tuple[Path, Path], workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = exported[1], tmp_path / "model.onnx"
+
+    def refused(text: str, **options: Any) -> None:
+        with pytest.raises(FeatprobeError, match=text):
+            export(folder, options.pop("out", out), workspace, **options)
+        assert not list(tmp_path.iterdir())
+
+    refused(r"(?s)--opset 7 can't be written.*18 to", opset=7)
+    refused("is a folder. Name a file", out=tmp_path)
+    refused(r"(?s)None of the test images of xray fits.*11x12 pixels.*--images", image_size=(11, 12))
+    refused(r"(?s)None of the images of .* fits.*16 bits.*uint8", images=[workspace.data / "surface" / "images"])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", lambda *_, **__: 1 / 0)
+        refused(r"(?s)test_resnet with this head can't be exported. Nothing was written.*ZeroDivisionError: division")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "find_spec", lambda name: None)
+        refused(r"(?s)needs onnx, onnxruntime, onnxscript.*pip install 'featprobe\[onnx\]'")
+    moved = workspace.data.rename(workspace.root / "elsewhere")
+    monkeypatch.setattr(Workspace, "generated", lambda self, name: self.data / name)  # it would be made again
+    refused(r"(?s)test images of .* can't be found.*--images FOLDER")
+    known = find_known(Predictor(folder, device="cpu"), folder, workspace, [moved / "xray" / "images"], None, 5)
+    assert (known.raw.size, len(known.shown), known.others) == (SIZE, 5, 1)
+    moved.rename(workspace.data)
+
+
+def test_policies_of_each_image_and_pooled_tiles_are_refused(workspace: Workspace) -> None:
+    folder = head(workspace, "classify", "surface", "linear", labels="defect")
+    predictor = Predictor(folder, device="cpu")
+    predictor.card["features"]["tile"] = 32
+    known = find_known(predictor, folder, workspace, (), None, 1)
+    with pytest.raises(ProbeError, match=r"pools the features of all tiles.*sees one tile"):
+        output_of(predictor, known.raw)
+    predictor.recipe = replace(predictor.recipe, intensity=str(Intensity.parse("minmax:image")))
+    with pytest.raises(ProbeError, match=r"(?s)minmax:image.*which a graph does not do"):
+        exporting.check_policy(predictor)
