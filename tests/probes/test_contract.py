@@ -1,5 +1,6 @@
 """Heads of your own: what is registered, what a package names, what the contract finds, and saved heads of them."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -304,3 +305,10 @@ def test_a_packages_head_is_trained_by_its_name(tmp_path: Path, monkeypatch: pyt
     featprobe.extract(Workspace(), spec, "xray", featprobe.ExtractOptions(quiet=True))
     done = CliRunner().invoke(cli, ["probe", "--task", "semseg", "--head", "packed", "--seeds", "1"])
     assert done.exit_code == 0 and " packed " in done.stdout, done.output
+    for own in (kinds_module._kinds, kinds_module._builders):
+        del own["semseg", "packed"]  # type: ignore[attr-defined]
+    (tmp_path / "site" / "ourheads.py").write_text("raise OSError('no licence')")
+    monkeypatch.delitem(sys.modules, "ourheads")
+    importlib.invalidate_caches()
+    rows, faults = read_results(Path("probes") / "results.jsonl")
+    assert not rows and "The head semseg-packed of the package ourheads can't be loaded." in faults[0]
