@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,18 @@ class Workspace:
         )  # fmt: skip
 
     def data_called(self, data: AnySet) -> str:
-        """The name or path by which commands here know a data set."""
+        """The name or path by which commands here know a data set. Raises DataError for what is none."""
+        if not isinstance(data, str | os.PathLike | DataSet):
+            raise DataError(
+                f"A {type(data).__name__} is no data set. Nothing was computed.\n"
+                "  wanted  a name, a path, or a DataSet\n"
+                "Images that are in memory become one with DataSet.from_arrays(folder, images, …)."
+            )
         return self.data_argument(data.name, data.root) if isinstance(data, DataSet) else os.fspath(data)
 
     def sets_called(self, data: AnySet | Sequence[AnySet]) -> tuple[str, ...]:
         """The same of several data sets, or of one."""
-        each = (data,) if isinstance(data, str | os.PathLike | DataSet) else data
+        each = (data,) if isinstance(data, str | os.PathLike | DataSet) or not isinstance(data, Iterable) else data
         return tuple(map(self.data_called, each))
 
     def data_root(self, name: str) -> tuple[str, Path]:
