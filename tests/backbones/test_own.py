@@ -266,6 +266,7 @@ def test_tensors_that_no_hash_knows_are_refused() -> None:
             return {"a": 1}
 
     assert "found   _extra_state: dict" in refused(lambda: loaded(Extra()))
+    assert "found: the class Net: call it" in refused(lambda: featprobe.extract(Workspace(), Net, "xray"))  # type: ignore[arg-type]
     assert "found: int" in refused(lambda: featprobe.extract(Workspace(), 3, "xray"))  # type: ignore[arg-type]
     locked = Net()
     locked.guard = (_ for _ in ())  # type: ignore[assignment]
