@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
-from featprobe.backbones.catalog import check_levels, check_weights, find_backbone
+from featprobe.backbones.catalog import check_levels, check_own, check_weights, find_backbone
 from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet
@@ -85,7 +85,9 @@ class Workspace:
             spec = replace(spec, label=label, source="file", weights=weights)
         elif random_init:
             spec = replace(spec, label=f"{spec.label}-random", source="random")
-        return replace(spec, final_norm=final_norm, arguments=arguments)
+        spec = replace(spec, final_norm=final_norm, arguments=arguments)
+        check_own(spec)
+        return spec
 
     def backbone_names(self) -> list[str]:
         """Short names that can be asked for here."""
