@@ -119,7 +119,7 @@ def logits_of(heads: Sequence[LinearHead], features: Features) -> Tensor:
     All heads use the first head's statistics.
     """
     device = heads[0].bias.device
-    if execution.whole_batches(device):
+    if execution.whole_batches(device) and not torch.compiler.is_compiling():  # it keeps tensors from call to call
         with execution.full_products(device):  # it has a precision of its own
             return _logits_at_once(heads, features)
     maps, weights, shift = fold(heads, features)
