@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs attack clean
+.PHONY: demo test check cluster dist-check image docs attack clean
 
 demo: .venv/.installed
 	$(BIN)/featprobe demo
@@ -19,6 +19,21 @@ check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not process" --within 25 $$($(BIN)/python tests/touched.py)
+
+# Starts a SLURM of this machine, and runs the tests of --launcher slurm on it; says why and skips them where there can be none
+# (with REQUIRED=--required that is an error).
+cluster: .venv/.installed
+	$(BIN)/python tests/cluster/slurm_here.py $(REQUIRED) $(BIN)/pytest tests/cluster
+
+# Builds the source archive and the wheel, and runs the archive's own fast tests on the installed wheel, somewhere else.
+dist-check: .venv/.installed
+	$(BIN)/python tests/dist_check.py $(TESTS)
+
+# An image for CPUs. INDEX: the package index with PyTorch's builds for CPUs, which are smaller by 5 GB.
+image:
+	@builder=$$(for name in docker podman buildah; do command -v $$name && break; done); \
+	test -n "$$builder" || { echo "No image is built: there is no docker, podman or buildah on this machine."; exit 1; }; \
+	$$builder build --tag featprobe --build-arg INDEX="$(INDEX)" .
 
 # The pages of docs/ and beside it as a site, in build/docs; a warning is an error.
 docs: .venv/.installed

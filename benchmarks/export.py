@@ -38,6 +38,7 @@ HEADS = (
     ("classify", "linear"), ("anomaly", "patchcore"), ("anomaly", "gaussian"),
 )  # fmt: skip
 TARGET = 1.0  # times as fast as `predict`
+LOGITS = 1e-3  # largest difference, whatever their size
 TOGETHER = 4  # images of a batch
 
 
@@ -101,7 +102,9 @@ def compared(
         total += found.parity.differences
         models.append(out)
     if not models:
-        raise ProbeError("; ".join(faults))
+        raise RuntimeError("; ".join(faults))
+    if total.logits is not None and total.logits > LOGITS:
+        faults.append(f"logits differ by {total.logits:.2g}; at most {LOGITS:g} is wanted")
     size, paths = next(own for own in images if models[0].stem == f"{own[0][0]}x{own[0][1]}")
     timings = interleave(arms(folder, models[0], paths, options.threads), options.rounds)
     return Compared(total, faults, len(images), timings, len(paths))
@@ -129,6 +132,7 @@ def arms(folder: Path, model: Path, paths: Sequence[Path], threads: int) -> dict
 
 def measured(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, str, Compared | str]]:
     """Set, head and what became of it, or why nothing did."""
+    asked = {*options.heads.split(",")} - {""}
     for name in options.sets.split(","):
         data = name if name in BUILT_IN else str(options.shared / name)
         if name not in BUILT_IN and not Path(data).is_dir():
@@ -141,7 +145,7 @@ def measured(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, s
         images = chosen(workspace, data, options.images)
         for task, kind in HEADS:
             head = f"{task} {kind}"
-            if options.heads and kind not in options.heads.split(",") and task not in options.heads.split(","):
+            if asked and not asked & {task, kind}:
                 continue
             try:
                 own = trained(workspace, data, task, kind, options.iterations)
@@ -151,7 +155,7 @@ def measured(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, s
             yield name, head, compared(workspace, own, images, options)
 
 
-def row_of(name: str, head: str, found: Compared, threads: int) -> Mapping[str, str]:
+def row_of(name: str, head: str, found: Compared) -> Mapping[str, str]:
     """A line of the table."""
     own = found.differences
     each = found.images_timed
@@ -194,7 +198,7 @@ def main() -> None:
                 left_out[key] = found
                 print(f"left out: {key}: {found}", flush=True)
                 continue
-            rows.append(row_of(name, head, found, options.threads))
+            rows.append(row_of(name, head, found))
             ratios[key] = found.ratio
             faults |= {key: found.faults} if found.faults else {}
             print(f"{key}: {len(found.faults)} faults, {found.ratio:.2f} times as fast", flush=True)

@@ -67,6 +67,7 @@ class PoolingBackbone:
     final_norm = False
     multiple = 8
     sized = False
+    identity = "pooling"
 
     def __init__(self, pause: float = 0.0, gain: float = 1.0, channels: tuple[int, int] = (6, 9)) -> None:
         self.pause, self.gain = pause, gain

@@ -5,7 +5,8 @@
     ├── DataError                 an image, a mask, an annotation, a split, a data set's name
     │   ├── LabelSizeError        labels of another size than their image
     │   └── OutOfImageError       a box or a polygon that is empty or leaves its image
-    ├── BackboneError             a model name, weights, a level, a device
+    ├── BackboneError             a model name, weights, a device
+    │   └── LacksError            exit code 2: a level or a layer that was asked for, which the model lacks
     ├── CacheError                a cache file: its place, version, identity, contents
     │   ├── CacheBusyError        another process is writing the same rows
     │   ├── CacheIncompleteError  rows are missing
@@ -54,6 +55,12 @@ class OutOfImageError(DataError):
 
 class BackboneError(FeatprobeError):
     """A model name, its weights, a level or a device is not usable."""
+
+
+class LacksError(BackboneError):
+    """A level or a layer that was asked for, which the model does not have: a wrong value, known once it is loaded."""
+
+    exit_code = 2
 
 
 class CacheError(FeatprobeError):

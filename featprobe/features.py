@@ -34,6 +34,12 @@ class Features:
             if 0 in size or self.frame[0] % size[0] or self.frame[1] % size[1]:
                 raise ShapeError(f"Level {name} has {size} cells, which do not tile a frame of {self.frame} pixels.")
 
+    def __repr__(self) -> str:
+        maps = ", ".join(f"{name} {tuple(m.shape)}" for name, m in self.maps.items())
+        first = next(iter(self.maps.values()))
+        padding = "" if self.content is None else ", padded"
+        return f"Features({maps}; {first.dtype} on {first.device}, frame {self.frame[0]}x{self.frame[1]}{padding})"
+
     @property
     def batch(self) -> int:
         """The number of images."""
@@ -90,6 +96,9 @@ class Pooled:
     mean: Mapping[str, Tensor]
     maximum: Mapping[str, Tensor]
     cells: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"Pooled({', '.join(f'{name} {tuple(m.shape)}' for name, m in self.mean.items())})"
 
     @classmethod
     def of_all(cls, parts: Sequence["Pooled"]) -> "Pooled":

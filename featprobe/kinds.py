@@ -1,16 +1,25 @@
 """The kinds of heads, and how each is trained where the user says nothing.
 
-A new kind is a row of KINDS here and a builder in `featprobe.probes.heads`; options, help and tests follow the table.
-Tasks may have kinds of one name: a kind is known by its task and its name.
+A new kind is a row of the table here and a builder in `featprobe.probes.heads`; options, help and tests follow it. A
+kind of your own is registered, or named by a package with an entry point. Tasks may have kinds of one name: a kind is
+known by its task and its name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from keyword import iskeyword
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from featprobe.errors import ProbeError, nearest
 from featprobe.io.fields import made
+from featprobe.io.plugins import HEADS as PLUGINS
+from featprobe.io.plugins import clash, loaded, names_in, points_of, refusal
+from featprobe.scores import SCORES
 
+PAGE = "docs/add-a-head.md has the contract."
+Build = Callable[..., Any]
+"""What builds a head: of the levels that it may take and a `probes.heads.HeadRecipe`."""
 PyramidKind = Literal["auto", "levels", "simple"]
 LOSSES = ("ce", "dice", "focal")
 MOST_STEPS, MOST_EVALUATIONS = 10**9, 10**4  # of a recipe
@@ -130,7 +139,7 @@ class HeadKind:
 
 OBJECTS = TrainRecipe(iterations=300, batch_size=4, lr=1e-3, clip=10.0, evaluations=4)
 """How heads that find objects are trained."""
-KINDS: Mapping[tuple[str, str], HeadKind] = {
+_OURS: Mapping[tuple[str, str], HeadKind] = {
     (kind.task, kind.name): kind
     for kind in (
         HeadKind("semseg", "linear", TrainRecipe(loss_at="image")),
@@ -146,30 +155,148 @@ KINDS: Mapping[tuple[str, str], HeadKind] = {
         HeadKind("anomaly", "knn", SOLVED_ONCE, solved=True, live=False, pooled=True),
     )
 }
-"""Kinds of heads by task and name; the first kind of a task is its default."""
-TASKS: tuple[str, ...] = tuple(dict.fromkeys(task for task, _ in KINDS))
+_kinds = dict(_OURS)
+_builders: dict[tuple[str, str], Build] = {}
+
+KINDS: Mapping[tuple[str, str], HeadKind] = MappingProxyType(_kinds)
+"""Kinds of heads by task and name, as far as they are loaded: featprobe's, and those of your own that are registered.
+
+The first kind of a task is its default. Kinds that other packages name join when they are first asked for, see
+`kind_of`: their names are known before, see `kinds_of`.
+"""
+TASKS: tuple[str, ...] = tuple(dict.fromkeys(task for task, _ in _OURS))
 """The first is the default."""
-HEADS: tuple[str, ...] = tuple(dict.fromkeys(name for _, name in KINDS))
-"""Names of kinds, each once."""
-SOLVED: tuple[str, ...] = tuple(kind.name for kind in KINDS.values() if kind.task == TASKS[0] and kind.solved)
+SOLVED: tuple[str, ...] = tuple(kind.name for kind in _OURS.values() if kind.task == TASKS[0] and kind.solved)
 """Kinds of the first task with a closed form."""
 
 
 def kinds_of(task: str) -> list[str]:
-    """The kinds of heads for a task, the default first; raises ProbeError for a task that does not exist.
+    """The names of the kinds of heads for a task, the default first; those of other packages are not loaded for it.
+
+    Raises ProbeError for a task that does not exist.
 
     >>> kinds_of("detect")
     ['fcos', 'fasterrcnn']
     """
-    kinds = [name for own, name in KINDS if own == task]
-    if not kinds:
+    if task not in TASKS:
         raise ProbeError(f"There is no task {task!r}. {nearest(task, TASKS)}")
-    return kinds
+    return list(dict.fromkeys(name for own, name in names_of_kinds() if own == task))
+
+
+def names_of_kinds() -> tuple[tuple[str, str], ...]:
+    """Task and name of every kind of head, those of other packages too, which are not loaded for it."""
+    added = (tuple(point.partition("-")[::2]) for point in names_in(PLUGINS))
+    return tuple(dict.fromkeys([*_kinds, *((task, name) for task, name in added if task in TASKS and name)]))
+
+
+def head_names() -> tuple[str, ...]:
+    """Names of kinds of heads, each once."""
+    return tuple(dict.fromkeys(name for _, name in names_of_kinds()))
+
+
+def loaded_kinds(task: str) -> list[HeadKind]:
+    """The kinds of heads for a task that are loaded."""
+    return [kind for (own, _), kind in _kinds.items() if own == task]
 
 
 def kind_of(task: str, name: str) -> HeadKind:
-    """The kind of head of this name for a task; raises ProbeError for a task or a kind that does not exist."""
-    kinds = kinds_of(task)
-    if name not in kinds:
-        raise ProbeError(f"There is no {task} head {name!r}. {nearest(name, kinds)}")
-    return KINDS[task, name]
+    """The kind of head of this name for a task; that of another package is loaded.
+
+    Raises ProbeError for a task or a kind that does not exist, or that can't be loaded.
+    """
+    if (task, name) not in _kinds:
+        kinds = kinds_of(task)
+        if name not in kinds:
+            raise ProbeError(f"There is no {task} head {name!r}. {nearest(name, kinds)}")
+        _load(task, name)
+    return _kinds[task, name]
+
+
+def builder_of(task: str, name: str) -> Build | None:
+    """What builds a head of your own; None for featprobe's."""
+    return _builders.get((task, name))
+
+
+# ---- heads of your own -----------------------------------------------------------------------------------------------
+
+
+def register_head(kind: HeadKind, build: Build) -> None:
+    """Let a head of your own be known by its name, in this process.
+
+    kind: a row as those of KINDS: what the head is for, and how it is trained. build: makes a new head from the levels
+    that it may take (a sequence of FeatureLevel, finest first) and a HeadRecipe; see `probes.head` for what a head must
+    define, and `check_head`. The same head may be registered again, as when a cell of a notebook is run again. Raises
+    ProbeError with all that is wrong.
+    """
+    faults = _faults_of(kind, build)
+    if faults:
+        raise ProbeError("\n  ".join(["This head can't be registered. Nothing was changed.", *faults]) + f"\n{PAGE}")
+    _kinds[kind.task, kind.name], _builders[kind.task, kind.name] = kind, build
+
+
+def how_known(task: str, name: str) -> str:
+    """What makes a head of your own known, for messages on one that is not."""
+    return (
+        f"A head of your own is known once register_head(HeadKind({task!r}, {name!r}, …), build) was called in the "
+        f"same process, or where a package with the entry point {task}-{name} of the group {PLUGINS} is installed."
+    )
+
+
+def _faults_of(kind: object, build: object, *, installed: bool = False) -> list[str]:
+    """The faults of a kind that is to be registered. installed: by an entry point, which has its name."""
+    faults = [] if callable(build) else [f"build: wanted a function of levels and a HeadRecipe, found {build!r}"]
+    if not isinstance(kind, HeadKind):
+        return [f"kind: wanted a HeadKind, found {kind!r}", *faults]
+    faults += [] if kind.task in TASKS else [f"task: there is none called {kind.task!r}. {nearest(kind.task, TASKS)}"]
+    name = kind.name
+    if not (isinstance(name, str) and name.isidentifier() and name.islower()) or iskeyword(name) or name == "all":
+        faults.append(f"name: wanted a lower-case identifier, as studies have a section [train.NAME]; found {name!r}")
+    elif (kind.task, name) in _OURS:
+        faults.append(f"name: featprobe has a {kind.task} head {name}")
+    elif points_of(PLUGINS, f"{kind.task}-{name}") and not installed:
+        faults.append(f"name: an installed package has a {kind.task} head {name}")
+    elif (other := _builders.get((kind.task, name))) and _place(other) != _place(build):
+        faults.append(f"name: {_place(other)} was registered as the {kind.task} head {name}")
+    return faults + (_senseless(kind) if kind.task in TASKS else [])
+
+
+def _place(build: object) -> str:
+    return f"{getattr(build, '__module__', '?')}.{getattr(build, '__qualname__', type(build).__name__)}"
+
+
+def _senseless(kind: HeadKind) -> list[str]:
+    """What a kind says of itself that heads of its task can't be."""
+    on = SCORES[kind.task].on
+    fitted = on == "anomalies"
+    checks = {
+        "recipe: wanted a TrainRecipe": isinstance(kind.recipe, TrainRecipe),
+        "width: wanted 0 or more channels": type(kind.width) is int and kind.width >= 0,
+        "pyramid: a head on a pyramid needs the width of it": not kind.pyramid or bool(kind.width),
+        f"solved: heads of {kind.task} are trained": not kind.solved or on in ("images", "anomalies"),
+        f"solved, live: heads of {kind.task} are fitted to good images, never trained": not fitted
+        or (kind.solved and not kind.live),
+        "live: what is not solved is trained": kind.live or kind.solved,
+        "drawn: it is said of what is solved": not kind.drawn or kind.solved,
+        f"pooled: heads of {kind.task} read pooled features": kind.pooled or on != "images",
+        f"pooled: heads of {kind.task} read maps": not kind.pooled or on in ("images", "anomalies"),
+    }
+    return [said for said, holds in checks.items() if not holds]
+
+
+def _load(task: str, name: str) -> None:
+    """Register the head that another package names; raises ProbeError where that can't be."""
+    points, wanted = (
+        points_of(PLUGINS, f"{task}-{name}"),
+        "(HeadKind, build), or an object that has both by these names",
+    )
+    if len(points) > 1:
+        raise ProbeError(clash(points, "head"))
+    value = loaded(points[0], "head", wanted, ProbeError)
+    pair = value if isinstance(value, tuple) else (getattr(value, "kind", None), getattr(value, "build", None))
+    faults = _faults_of(*pair, installed=True) if len(pair) == 2 else [f"{len(pair)} values"]
+    kind, build = pair if not faults else (None, None)
+    if kind and (kind.task, kind.name) != (task, name):
+        faults = [f"a {kind.task} head {kind.name}, under the name of a {task} head {name}"]
+    if kind is None or build is None or faults:
+        raise ProbeError(refusal(points[0], "head", "is no head", wanted, "; ".join(faults)))
+    _kinds[task, name], _builders[task, name] = kind, build

@@ -138,6 +138,17 @@ def minutes_text(seconds: float, most: float | None = None) -> str:
     return f"about {seconds / 60:.1f}{'' if most is None else f' to {most / 60:.1f}'} min"
 
 
+def time_text(seconds: float) -> str:
+    """A time that passed, or is left, for people.
+
+    >>> time_text(42), time_text(192), time_text(7000)
+    ('42 s', '3.2 min', '1.9 h')
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
 def human_bytes(count: float) -> str:
     """A number of bytes as text, in decimal units.
 

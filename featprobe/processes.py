@@ -66,7 +66,13 @@ def together(device: torch.device) -> Iterator[None]:
     rank, count = launched()
     if count > 1 and _count == 1:
         _check_device(device)
-        from accelerate import PartialState
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise BackboneError(
+                f"{count} processes can't compute together without Accelerate, which is not installed. Nothing was "
+                "trained.\nInstall it:  pip install 'featprobe[processes]'"
+            ) from error
 
         PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)
         _rank, _count = rank, count

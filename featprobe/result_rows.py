@@ -12,7 +12,7 @@ from featprobe.errors import DataError, FieldError, ProbeError
 from featprobe.image_labels import ImageLabels, Unit
 from featprobe.io.fields import MISSING_FIELD, Fault, built, message, misfits, plain, wrong
 from featprobe.io.schemas import check
-from featprobe.kinds import KINDS, TASKS, HeadKind, TrainRecipe, kinds_of
+from featprobe.kinds import TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
 from featprobe.scores import SCORES, On, TaskScores, at
 from featprobe.splitting import SplitChoice
 
@@ -275,7 +275,7 @@ class ResultRow:
     @property
     def kind(self) -> HeadKind:
         """The kind of its head."""
-        return KINDS[self.task, self.head]
+        return kind_of(self.task, self.head)
 
     @property
     def scores(self) -> TaskScores:
@@ -360,7 +360,8 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
     if faults:
         return faults
     if row["task"] in TASKS and row["head"] not in kinds_of(row["task"]):
-        faults.append(wrong(("head",), f"one of {', '.join(kinds_of(row['task']))}", row["head"]))
+        known = f"one of {', '.join(kinds_of(row['task']))}; or one of your own, registered or installed"
+        faults.append(wrong(("head",), known, row["head"]))
     of_images = row["task"] in TASKS and SCORES[row["task"]].on == "images"  # they may have one label, or not
     if len(set(row["classes"])) < max(1 if of_images else 2, len(row["classes"])):
         wanted = "labels, each once" if of_images else "the background and others, each once"

@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from featprobe.errors import DataError, ShapeError
+from featprobe.errors import DataError, ShapeError, counted
 from featprobe.geometry import Part, Placement, Size
 from featprobe.io.disk import parse_json
 from featprobe.io.pictures import picture
@@ -66,6 +65,12 @@ class Target:
     instances: tuple[Instance, ...] | None
     image_id: int | str | None = None
     labels: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        mask = [] if self.semantic is None else [f"mask of {self.semantic.shape[0]}x{self.semantic.shape[1]}"]
+        objects = [] if self.instances is None else [counted(len(self.instances), "object")]
+        labels = [] if self.labels is None else [f"labels {self.labels}"]
+        return f"Target({', '.join([*mask, *objects, *labels])})"
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
@@ -218,10 +223,13 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     >>> [(i.category, i.box_xyxy) for i in found if not i.crowd]
     [(1, (0.0, 0.0, 3.0, 2.0)), (2, (0.0, 2.0, 1.0, 3.0))]
     """
+    from scipy import ndimage  # it takes time, and most words of a command line need none of it
+
     found = []
-    for value in (*range(1, classes), IGNORE):
-        numbered, _ = scipy.ndimage.label(labels == value, structure=np.ones((3, 3)))
-        for number, (rows, columns) in enumerate(scipy.ndimage.find_objects(numbered), start=1):
+    there = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+    for value in (value for value in (*range(1, classes), IGNORE) if there[value]):
+        numbered, _ = ndimage.label(labels == value, structure=np.ones((3, 3)))
+        for number, (rows, columns) in enumerate(ndimage.find_objects(numbered), start=1):
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
             mask = numbered[rows, columns] == number
             rle = move_rle(encode_rle(mask), columns.start, rows.start, labels.shape)

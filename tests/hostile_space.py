@@ -332,6 +332,14 @@ def commands(space: Path) -> Iterator[tuple[str, ...]]:
     yield "data", "info", str(space / "sets" / "image_out"), FOLLOW_LINKS
     for path in sorted((space / "cache").glob("odd*/*.h5")):
         yield "cache", "rm", str(path), "--yes"
+    for name in ("names", "image_out", "eps_mask", "deep_coco"):
+        root = str(space / "sets" / name)
+        yield "try", root, "--backbone", f"{NETWORK[1]}-random", "--size", "32x32", "--quiet", "--no-open", "--yes"
+        yield "init", root, "--quiet"
+    yield ("config",)
+    yield ("probes", "ls")
+    for folder in sorted((space / "probes").glob("*/*/*/seed*")):
+        yield "probes", "rm", str(folder), "--yes"
 
 
 CONFIGS = {

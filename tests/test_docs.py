@@ -17,16 +17,20 @@ import click
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import featprobe
+from featprobe import kinds
 from featprobe.cli.main import cli
 from featprobe.features import Features
+from featprobe.io.plugins import BACKBONES, DATASETS, HEADS
 from featprobe.io.schemas import check
+from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.probes import start_at_prior
 from featprobe.stages.study.study import Study
 from featprobe.stages.study.study_file import faults_of, schema
-from featprobe.stages.workspace import Config
+from featprobe.stages.workspace import Config, make_generated
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -221,7 +225,7 @@ def test_the_page_about_studies_has_every_key_with_its_default() -> None:
 def test_every_toml_block_is_a_study_a_workspace_or_an_entry_point(code: str) -> None:
     values = tomllib.loads(code)
     if "project" in values:
-        assert list(values["project"]["entry-points"]) == ["featprobe.datasets"]
+        assert set(values["project"]["entry-points"]) <= {DATASETS, BACKBONES, HEADS}
     elif "backbones" in values and isinstance(values["backbones"], list):
         assert not faults_of(Study, values)
     else:
@@ -250,6 +254,32 @@ def test_the_block_about_python_calls_functions_as_they_are(tmp_path: Path, monk
     assert called == ["extract", "open_cache", "probe", "finetune", "probe", "predict", "run_study"]
 
 
+class Blur(nn.Module):
+    """A network of one level, stride8."""
+
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """(batch, 3, rows, columns)."""
+        return [nn.functional.avg_pool2d(images, 8)]
+
+
+def test_the_block_about_arrays_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 1 << 16, (24, 32, 32), dtype=np.uint16)
+    space: dict[str, Any] = {
+        "images": images,
+        "masks": (images > 40_000).astype(np.uint8),
+        "parts": [i // 2 for i in range(24)],
+        "network": Blur(),
+        "workspace": featprobe.Workspace(tmp_path),
+        "options": featprobe.ProbeOptions(head="ridge", seeds=1, quiet=True),
+    }
+    exec(compile(python_of("from-python")[1], "from-python.md", "exec"), space)
+    assert space["vectors"].shape == (len(space["items"]), 3) == (14, 3) and space["mask"].shape[1:] == (32, 32)
+    assert len(featprobe.results(space["workspace"])) == 1 and (tmp_path / "sets" / "castings" / "images").is_dir()
+
+
 def test_the_page_about_python_names_every_public_name() -> None:
     page = text_of(DOCS / "from-python.md")
     assert all(f"`{name}`" in page for name in set(featprobe.__all__) - {"__version__"})
@@ -262,10 +292,14 @@ def python_of(name: str) -> list[str]:
     return [code for kind, code in FENCED.findall(text_of(DOCS / f"{name}.md")) if kind == "python"]
 
 
-def test_the_documented_head_keeps_the_contract() -> None:
+def test_the_documented_head_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page registers it and runs `check_head`."""
+    for own in ("_kinds", "_builders"):  # what the page registers is forgotten
+        monkeypatch.setattr(kinds, own, {**getattr(kinds, own)})
     space: dict[str, Any] = {}
     for code in python_of("add-a-head"):
         exec(compile(code, "add-a-head.md", "exec"), space)
+    assert kinds.kind_of("semseg", "twolayer").width == 64
     levels = (FeatureLevel("stride4", 5, 4), FeatureLevel("stride8", 7, 8))
     torch.manual_seed(0)
     head = space["TwoLayerHead"](levels, 3)
@@ -278,6 +312,22 @@ def test_the_documented_head_keeps_the_contract() -> None:
     changed = {name: values.clone() for name, values in maps.items()}
     changed["stride4"][1, :, 6:], changed["stride4"][1, :, :, 8:] = 9, 9
     torch.testing.assert_close(head(Features(changed, (32, 48), content)), head(Features(maps, (32, 48), content)))
+
+
+def test_the_documented_backbone_goes_from_images_to_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer images and steps than the page has."""
+    monkeypatch.chdir(tmp_path)
+    make_generated("xray", Path("data/xray"), images=12, size=(64, 64))
+    space: dict[str, Any] = {}
+    first, second = python_of("add-a-backbone")
+    exec(compile(first, "add-a-backbone.md", "exec"), space)
+    quick = "ProbeOptions(seeds=1, recipe=TrainRecipe(iterations=2, batch_size=4), quiet=True)"
+    code = second.replace("ProbeOptions(seeds=1)", quick)
+    assert code != second
+    exec(compile(code, "add-a-backbone.md", "exec"), {**space, "TrainRecipe": TrainRecipe})
+    assert len(list(Path("found/masks").iterdir())) == 12
 
 
 def test_the_documented_metric_is_its_own_score_with_an_interval(capsys: pytest.CaptureFixture[str]) -> None:

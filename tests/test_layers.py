@@ -122,6 +122,7 @@ CALLS = {
     r"\bjson\.loads?\(": {"cache/header.py", "io/disk.py", *OWN_JSON},  # which bear deep nesting
     r"\btomllib\.loads?\(": {"io/disk.py"},
     r"\bfrom pydantic\b": {"io/schemas.py"},
+    r"\bfrom tqdm\b": {"stages/progress.py"},  # which is quiet where there is no terminal
     r"\bpickle\.loads?\(": set(),
     r"\.to_csv\(": {"report/tables.py"},
     r"\bnp\.load\(": {"datasets/images/decode.py", "stages/comparison/audit.py"},

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from featprobe.backbones.aliases import ALIASES
 from featprobe.backbones.timm_names import timm_names
-from featprobe.errors import BackboneError, nearest
+from featprobe.errors import BackboneError, LacksError, nearest
 from featprobe.io.plugins import BACKBONES, names_in, package_of, points_of
 from featprobe.specs import MODULE, PACKAGE, BackboneSpec
 
@@ -36,7 +37,7 @@ def find_backbone(name: str) -> BackboneSpec:
             "Give the module from Python: extract(workspace, module, data). One that a package names with an entry\n"
             "point is found by that name everywhere: docs/add-a-backbone.md."
         )
-    short = [*ALIASES, *names_in(BACKBONES)]
+    short = list(dict.fromkeys([*ALIASES, *names_in(BACKBONES)]))
     raise BackboneError(
         f"There is no backbone {name!r}. {nearest(name, [*short, *known])}\n"
         f"  wanted  one of {', '.join(short)}, or any of timm's models\n"
@@ -44,12 +45,43 @@ def find_backbone(name: str) -> BackboneSpec:
     )
 
 
+def check_weights(path: Path) -> None:
+    """Raise BackboneError where there is no file of weights."""
+    if not path.exists():
+        raise BackboneError(f"There is no weights file {path}.")
+
+
+def is_taken(name: str) -> bool:
+    """Whether featprobe, timm or another package has a backbone of this name."""
+    return name in ALIASES or name in timm_names() or name in names_in(BACKBONES)
+
+
+def check_own(spec: BackboneSpec) -> None:
+    """Raise BackboneError for a network of your own that is asked for what only timm's networks have."""
+    if spec.is_own and spec.source == "random":
+        name = spec.model.partition(":")[2]
+        raise BackboneError(f"{name} makes its own weights: no others can be drawn for it. Omit --random-init.")
+    if spec.is_own and spec.final_norm:
+        raise BackboneError(f"{spec.label} gives its maps itself: featprobe knows no norm of it. Omit --final-norm.")
+
+
+def shadowed() -> list[str]:
+    """A message on each backbone of another package that can't be named, since featprobe or timm has its name."""
+    known = timm_names()
+    return [
+        f"The backbone {name} of the package {package_of(point)} is not used: featprobe or timm has one of that name."
+        for name in names_in(BACKBONES)
+        for point in points_of(BACKBONES, name)
+        if name in ALIASES or name in known
+    ]
+
+
 def check_levels(spec: BackboneSpec, names: Sequence[str]) -> None:
-    """Raise BackboneError for what is no level of any model of timm; which levels a model has, is known once it is
+    """Raise LacksError for what is no level of any model of timm; which levels a model has, is known once it is
     loaded."""
     for name in names if spec.model in timm_names() else ():
         if not LEVEL.fullmatch(name):
-            raise BackboneError(
+            raise LacksError(
                 f"{spec.model} has no level {name!r}. Nothing was computed.\n"
                 "  wanted  names as stride8, or block11 of a model whose maps have one stride; omit --levels for all"
             )

@@ -7,9 +7,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-_MARK = re.compile(r"^@register_model\b", re.MULTILINE)
-_MODEL = re.compile(r"^@register_model\b[^\n]*\n(?:@[^\n]*\n)*def (\w+)\(", re.MULTILINE)
-_TAGGED = re.compile(r"""^\s+["'](\w+\.[\w.-]+)["']\s*:""", re.MULTILINE)
+_MARK = "\n@register_model"
+_MODEL = re.compile(r"\n@register_model\b[^\n]*\n(?:@[^\n]*\n)*def (\w+)\(")
+_TAGGED = re.compile(r"""\n +["'](\w+\.[\w.-]+)["']:""")
 _FORMER = re.compile(r"register_model_deprecations\(\s*__name__,\s*\{(.*?)\}", re.DOTALL)
 _KEY = re.compile(r"""["'](\w+)["']\s*:""")
 
@@ -61,7 +61,7 @@ def _read() -> TimmNames | None:
     folders = (spec and spec.submodule_search_locations) or ()
     texts = [path.read_text(encoding="utf-8") for own in folders for path in Path(own, "models").glob("*.py")]
     models = [name for text in texts for name in _MODEL.findall(text)]
-    if not models or len(models) != sum(len(_MARK.findall(text)) for text in texts):
+    if not models or len(models) != sum(text.count(_MARK) for text in texts):
         return None
     weights = [name for text in texts for name in _TAGGED.findall(text)]
     former = [name for text in texts for block in _FORMER.findall(text) for name in _KEY.findall(block)]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE
+from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE, check_weights
 from featprobe.errors import BackboneError
 from featprobe.geometry import Size, parse_size
 from featprobe.io.disk import open_regular, packed
@@ -29,8 +29,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     A dictionary wrapped in `state_dict` or `model` is unwrapped, and a common `module.` prefix is cut.
     Raises BackboneError when the file is missing, damaged, or would need code to be run to read it.
     """
-    if not path.exists():
-        raise BackboneError(f"There is no weights file {path}.")
+    check_weights(path)
     os.close(open_regular(path))  # a pipe would be waited for
     loaded: Any
     try:

@@ -70,6 +70,10 @@ class Contents:
     labels: Mapping[str, tuple[Span, str]]
     image_labels: NDArray[np.uint8] | None = None
 
+    def __repr__(self) -> str:
+        damaged = f", damaged: {', '.join(self.damaged)}" if self.damaged else ""
+        return f"Contents(version {self.version}, {self.rows!r}{damaged}; {str(self.file.path)!r})"
+
     @property
     def version(self) -> int:
         """The format version of the file."""

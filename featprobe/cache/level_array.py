@@ -1,13 +1,13 @@
 """Features of many rows of a level as one array: a view of the file where that can be, else a copy in memory."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.cache.layout import Extent, Table, level_tables
+from featprobe.cache.layout import STORED_AS, Extent, Table, level_tables
 from featprobe.errors import CacheError
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory, human_bytes
@@ -31,31 +31,33 @@ class Source(Protocol):
     def check(self, rows: NDArray[np.intp], level: FeatureLevel, *stored: NDArray[Any]) -> None: ...
 
 
-def level_array(cache: Source, level: FeatureLevel, rows: NDArray[np.intp]) -> NDArray[Any]:
+def level_array(cache: Source, level: FeatureLevel, rows: NDArray[np.intp], *, bits: bool = False) -> NDArray[Any]:
     """(rows, channels, height, width), or (rows, 2, channels) of a pooled cache; each row is checked.
 
-    In the stored number format, of bfloat16 its bits, (…), uint16; int8 is decoded to float16. Rows that follow one
-    another in the file, and need no decoding, are a view of it: what is written there changes no file, and stays in
-    this process. Raises CacheError for a damaged row, for a file that was cut short, and for a copy that the memory
-    does not hold.
+    In the stored number format; int8 is decoded to float16. bits: whether bfloat16, which numpy lacks, comes as its
+    bits, uint16; else as float32. Rows that follow one another in the file, and need no decoding, are a view of it:
+    what is written there changes no file, and stays in this process. Raises CacheError for a damaged row, for a file
+    that was cut short, and for a copy that the memory does not hold.
     """
     tables = level_tables(cache.recipe, level)
     stored = [_mapped(cache, table) for table in tables]
     step = max(1, AT_ONCE // tables[0].row_bytes)
     parts = [rows[start : start + step] for start in range(0, len(rows), step)]
-    if len(tables) == 1 and len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+    wide = tables[0].dtype == STORED_AS["bf16"] and not bits
+    decode: Callable[..., NDArray[Any]] | None = _widened if wide else decoded if len(tables) > 1 else None
+    if decode is None and len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         found = stored[0][rows[0] : rows[0] + len(rows)]
         for part in parts:
             cache.check(part, level, stored[0][part[0] : part[0] + len(part)])
         return found
-    dtype = np.dtype(tables[0].dtype if len(tables) == 1 else np.float16)
+    dtype = np.dtype(np.float32 if wide else np.float16 if decode else tables[0].dtype)
     shape = (len(rows), *tables[0].shape)
     _check_room(cache, level, shape, dtype)
     copied = np.empty(shape, dtype)
     for i, part in enumerate(parts):
         kept = [own[part] for own in stored]
         cache.check(part, level, *kept)
-        copied[i * step : i * step + len(part)] = kept[0] if len(kept) == 1 else decoded(kept[0], kept[1])
+        copied[i * step : i * step + len(part)] = decode(*kept) if decode else kept[0]
     return copied
 
 
@@ -63,6 +65,11 @@ def decoded(codes: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float16]:
     """The values of codes of int8. codes: (…, channels, height, width); scales: (…, channels, 2)."""
     scale, zero = (scales[..., i, None, None] for i in (0, 1))
     return (zero + scale * codes).astype(np.float16)
+
+
+def _widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The values of bfloat16, which are the upper halves of float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _mapped(cache: Source, table: Table) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """The rows of a cache, stored in columns. A Row object is made only when it is asked for."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol, SupportsIndex, overload
 
@@ -34,8 +34,8 @@ class Row:
     image: str
     image_hash: str
     placement: Placement
-    semantic: bytes = b""
-    instances: bytes = b""
+    semantic: bytes = field(default=b"", repr=False)
+    instances: bytes = field(default=b"", repr=False)
     reason: str = ""
     part: Part | None = None
     image_index: int = -1
@@ -64,6 +64,9 @@ class Texts(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def __repr__(self) -> str:
+        return f"Texts({len(self)})"
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> str: ...
@@ -123,6 +126,9 @@ class RowTable(Sequence[Row]):
 
     def __len__(self) -> int:
         return len(self.original)
+
+    def __repr__(self) -> str:
+        return f"RowTable({len(self)} rows{'' if self.part is None else ', parts of images'})"
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Row: ...

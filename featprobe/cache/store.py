@@ -230,8 +230,6 @@ class Cache:
         hold; CacheIncompleteError where rows are missing.
         """
         found = level_array(self, _level_of(self, level), _rows_of(self, split, rows))
-        if found.dtype == np.uint16:  # the upper half of a float32
-            return (found.astype(np.uint32) << 16).view(np.float32)
         found.flags.writeable = False
         return found
 
@@ -241,7 +239,7 @@ class Cache:
         """The same as a tensor of torch, of bfloat16 too. Writing to a view changes no file."""
         import torch
 
-        found = torch.from_numpy(level_array(self, _level_of(self, level), _rows_of(self, split, rows)))
+        found = torch.from_numpy(level_array(self, _level_of(self, level), _rows_of(self, split, rows), bits=True))
         return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
 
     def torch_dataset(

@@ -108,14 +108,15 @@ def plan(ctx: click.Context, json_: bool, **options: Any) -> None:
 def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
     """List backbones and the licences of their weights.
 
-    With PATTERN, list the pretrained models of timm whose names match it.
+    Those of other packages stand beside featprobe's own. With PATTERN, list the pretrained models of timm whose names
+    match it.
 
     \b
     Example:
       featprobe backbones
       featprobe backbones "*dinov3*"
     """
-    from featprobe.backbones.catalog import find_backbone, licence_of, matching_models
+    from featprobe.backbones.catalog import find_backbone, licence_of, matching_models, shadowed
 
     workspace = workspace_of(ctx)
     specs = (
@@ -126,11 +127,13 @@ def backbones(ctx: click.Context, json_: bool, pattern: str | None) -> None:
     rows = [
         {"name": s.label, "model": s.model, "weights": s.weights or s.source, "licence": licence_of(s)} for s in specs
     ]
+    for message in () if pattern else shadowed():
+        echo(f"warning: {message}", err=True)
     if json_:
         return show_json(rows)
     if not rows:
         raise UsageError(f"No pretrained model of timm matches {pattern!r}. Try a shorter one: '*dinov3*'.")
-    echo(columns([tuple(row.values()) for row in rows], ("name", "timm model", "weights", "licence")))
+    echo(columns([tuple(row.values()) for row in rows], ("name", "model", "weights", "licence")))
 
 
 def _asked(ctx: click.Context, options: Mapping[str, Any]) -> "tuple[Workspace, BackboneSpec, ExtractOptions]":
@@ -152,5 +155,5 @@ def _asked(ctx: click.Context, options: Mapping[str, Any]) -> "tuple[Workspace, 
 def _parse_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"There is no shard {text!r}. wanted: --shard I/N with 1 <= I <= N, as 3/16.")
+        raise UsageError(f"There is no shard {text}. wanted: I/N with 1 <= I <= N, as 3/16.")
     return int(found[1]), int(found[2])

@@ -25,7 +25,7 @@ from featprobe.cli.options import (
     workspace_of,
 )
 from featprobe.errors import as_usage, counted
-from featprobe.kinds import KINDS, TASKS, kind_of, kinds_of
+from featprobe.kinds import TASKS, kind_of, kinds_of
 
 if TYPE_CHECKING:
     from featprobe.stages.training.probe import ProbeReport
@@ -181,7 +181,7 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
 )
 @click.option(
     "--threshold",
-    type=float,
+    type=click.FloatRange(0),
     metavar="SCORE",
     help="From which score on something is a finding, or above which score an image is called.  [default: that of the "
     "head; 0.5 for detections; for segmentation the class map]",
@@ -204,7 +204,7 @@ def predict(
     \b
     Example:
       featprobe predict probes/SET/BACKBONE/HEAD/seed0 new_scans --out found
-      featprobe predict probes/SET/BACKBONE/HEAD/seed0 shot.png --out found --threshold 0.8 --fail-on-defect
+      featprobe predict HEAD shot.png --out found --threshold 0.8 --fail-on-defect
     """
     from featprobe.stages.predict import predict as run
 
@@ -255,9 +255,10 @@ def _asked(ctx: click.Context, options: dict[str, Any], *, live: bool = False) -
 @as_usage()
 def _probe_options(options: dict[str, Any], *, live: bool = False) -> "ProbeOptions":
     task = options["task"] or TASKS[0]
+    kinds = kinds_of(task)
     if options["task"] and options["head"]:
         kind_of(task, options["head"])
-    default = KINDS.get((task, options["head"]), KINDS[task, kinds_of(task)[0]]).recipe
+    default = kind_of(task, options["head"] if options["head"] in kinds else kinds[0]).recipe
     trained = ("iterations", "batch_size", "class_weights", "loss", "loss_at", "weights_from")
     given = {name: options[name] for name in trained if options[name] not in (None, "auto")}
     from featprobe.stages.training.probe_options import ProbeOptions, Tuning

@@ -23,6 +23,8 @@ from featprobe.cli.feature_commands import backbones, extract, plan
 from featprobe.cli.head_commands import demo, finetune, predict, probe
 from featprobe.cli.help import InOrder
 from featprobe.cli.options import echo
+from featprobe.cli.probes_commands import probes
+from featprobe.cli.start_commands import config, doctor, init, try_
 from featprobe.errors import FeatprobeError
 from featprobe.io.texts import printable
 
@@ -98,7 +100,10 @@ def cli(ctx: click.Context, workspace_root: Path, debug: bool) -> None:
     ctx.obj = workspace_root
 
 
-for _command in (extract, plan, probe, finetune, compare, study, predict, export, data, cache, backbones, demo):
+for _command in (
+    try_, init, extract, plan, probe, finetune, compare, study, predict, export, data, cache, probes, backbones, demo,
+    config, doctor,
+):  # fmt: skip
     cli.add_command(_command)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -432,6 +433,12 @@ def workspace_of(ctx: click.Context) -> "Workspace":
 
 
 def caches_named(workspace: "Workspace", names: Sequence[str]) -> list["Path"]:
-    """The caches that words of the command line mean; raises UsageError for one that means none."""
-    with as_usage():
-        return [path for name in names for path in workspace.find_caches(name)]
+    """The caches that words of the command line mean.
+
+    Raises UsageError for one that means nothing, CacheError for a data set that has no cache yet.
+    """
+    found = []
+    for name in names:
+        with nullcontext() if name in workspace.data_names() else as_usage():
+            found += workspace.find_caches(name)
+    return found

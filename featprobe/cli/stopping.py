@@ -19,6 +19,7 @@ KEPT: Mapping[str, str] = {
     f"that ran. {GOES_ON}",
     "study": "Rows of caches that were written stay, and heads and results of trainings that ended, and the last "
     f"checkpoint of one that trained a backbone. {GOES_ON}",
+    "try": f"The plan, rows of caches that were written and heads that were trained stay. {GOES_ON}",
     "demo": "Rows of caches that were written stay, and heads of trainings that ended. Run the same command again.",
 }
 """What a command leaves when it is stopped, and how it goes on."""

@@ -52,6 +52,9 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._columns[0].rest)
 
+    def __repr__(self) -> str:
+        return f"Samples({len(self)})"
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
 
@@ -96,7 +99,7 @@ def _no_text(name: str) -> DataError:
 
 
 class _Maker:
-    """A function of `datasets.given` that makes data sets, imported when it is first asked for: it needs all formats."""
+    """A function of `datasets.given` that makes data sets, imported when it is asked for: it needs all formats."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -147,7 +150,8 @@ class DataSet:
         splits = Counter(sample.split for sample in self.samples)
         each = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split])
         labels = self.label_names.names if self.label_names and not self.tasks else self.classes
-        return f"DataSet({self.name!r}, {counted(len(self), 'image')} ({each}), {listed(labels)}; {str(self.root)!r})"
+        notes = f", {counted(len(self.notes), 'note')}" if self.notes else ""
+        return f"DataSet({self.name!r}, {len(self)} images ({each}), {listed(labels)}{notes}; {str(self.root)!r})"
 
     @property
     def serves(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import stat
 import tomllib
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -124,10 +124,8 @@ def append_line(path: Path, line: bytes) -> None:
     """
     try:
         make_folders(path.parent)
-        handle = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
-        with open(handle, "rb", buffering=0) as file:
-            fcntl.lockf(handle, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
+        with _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW) as file:
+            handle, size = file.fileno(), file.seek(0, os.SEEK_END)
             torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
             try:
                 _write_all(handle, b"\n" * torn + line + b"\n")
@@ -140,6 +138,57 @@ def append_line(path: Path, line: bytes) -> None:
                 raise
     except OSError as error:
         raise _refused(path, error) from error
+
+
+def filter_lines(path: Path, keep: Callable[[bytes], bool]) -> int:
+    """Remove the lines of a file that `append_line` writes which are not to be kept; returns how many went.
+
+    The file is replaced whole or not at all, while no other process appends to it; kept lines stay as they are, byte
+    for byte. A link is not followed. Raises DiskError, FileKindError; then the file is unchanged.
+    """
+    try:
+        with _locked(path, os.O_RDWR | os.O_NOFOLLOW) as file:
+            lines = file.read().split(b"\n")
+            kept = [line for line in lines if not line.strip() or keep(line)]
+            if len(kept) < len(lines):
+                write_whole(path, b"\n".join(kept))
+            return len(lines) - len(kept)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+@contextmanager
+def _locked(path: Path, flags: int) -> Iterator[BinaryIO]:
+    """A file that no other process appends to or filters meanwhile. Raises OSError, FileKindError."""
+    while True:
+        handle = open_regular(path, flags)
+        with open(handle, "rb", buffering=0) as file:
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+            now = os.stat(path, follow_symlinks=False) if os.path.lexists(path) else None
+            if now is None or os.path.samestat(os.fstat(handle), now):
+                yield file
+                return
+        # another process has replaced it meanwhile
+
+
+@contextmanager
+def in_use(folder: Path, *, alone: bool = False) -> Iterator[None]:
+    """Mark a folder as in use by this process; several processes may use it at once.
+
+    alone: raise BlockingIOError where another process uses it. Where the file system knows no locks of folders, nothing
+    is marked. Raises OSError where there is no such folder.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # no locks here
+        yield
+    finally:
+        os.close(handle)
 
 
 def make_folders(folder: Path) -> None:

@@ -1,8 +1,9 @@
 """The contract of heads: what each must define, for those who train, score, save and predict with them.
 
-A new dense head is a subclass of DenseHead, a row of `kinds.KINDS` and a builder in `probes.heads`. The subclass sets
-`levels`, `classes` and `bias`, and defines `stride` and `forward`. All else is the same for every head: the losses, the
-training loop, scores, files, prediction, fine-tuning, and the tests of `tests/probes/test_heads.py`.
+A new dense head is a subclass of DenseHead, a row of `kinds.KINDS` and a builder in `probes.heads`; of your own, it is
+given to `kinds.register_head`. The subclass sets `levels`, `classes` and `bias`, and defines `stride` and `forward`.
+All else is the same for every head: the losses, the training loop, scores, files, prediction, fine-tuning, and the
+tests of `tests/probes/test_heads.py`. `probes.contract.check_head` runs those that any head can be held to.
 """
 
 from abc import ABC, abstractmethod
@@ -258,6 +259,34 @@ def all_batched(heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
     """The heads, where each of them has a `batch_loss`; else none of them."""
     found = [head for head in heads if isinstance(head, BatchedObjectHead)]
     return found if len(found) == len(heads) else []
+
+
+def faults_of(head: object, wanted: type[Head], levels: Sequence[FeatureLevel], classes: int) -> list[str]:
+    """What a new head lacks of what its class must define; it is not run. levels: those that it may take."""
+    if not isinstance(head, wanted):
+        return [f"wanted a {wanted.__module__}.{wanted.__name__}, found a {type(head).__name__}"]
+    faults, own = [], getattr(head, "levels", None)
+    if not isinstance(own, tuple) or not own or [level for level in levels if level in own] != list(own):
+        faults.append(f"levels: wanted a tuple of some of those that it may take, finest first; found {own!r}")
+    if not isinstance(head, VerdictHead) or isinstance(head, ImageHead):
+        found = getattr(head, "classes", None)
+        if found != classes:
+            faults.append(f"classes: wanted {classes}, the background counted; found {found!r}")
+    if isinstance(head, DenseHead) and not faults:
+        faults += _faults_of_dense(head, classes)
+    return faults
+
+
+def _faults_of_dense(head: DenseHead, classes: int) -> list[str]:
+    faults, stride = [], head.stride
+    if type(stride) is not int or stride < 1 or not any(level.stride % stride == 0 for level in head.levels):
+        faults.append(f"stride: wanted the stride of one of its levels, or a divisor of one; found {stride!r}")
+    bias = getattr(head, "bias", None)
+    fits = isinstance(bias, nn.Parameter) and tuple(bias.shape) == (classes,)
+    if not fits and type(head).start_at is DenseHead.start_at:
+        found = f"one of shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+        faults.append(f"bias: wanted a parameter of shape ({classes},), or a method start_at; found {found}")
+    return faults
 
 
 def over_padding(logits: Tensor, content: Tensor | None, stride: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Heads by name, and the recipe of a head."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -9,10 +9,18 @@ from torch import nn
 from featprobe.errors import ProbeError
 from featprobe.image_labels import MOST_NAMES
 from featprobe.io.fields import Fault, limits, made
-from featprobe.kinds import PyramidKind, kind_of
+from featprobe.kinds import PAGE, PyramidKind, builder_of, kind_of
 from featprobe.levels import FeatureLevel, pick_levels
 from featprobe.probes.fcos import FcosHead
-from featprobe.probes.head import Head
+from featprobe.probes.head import (
+    AnomalyHead,
+    DenseHead,
+    Head,
+    ImageHead,
+    ObjectHead,
+    PooledAnomalyHead,
+    faults_of,
+)
 from featprobe.probes.linear import LinearHead
 from featprobe.probes.rcnn import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
@@ -134,14 +142,54 @@ BUILDERS: Mapping[On, Mapping[str, Build]] = {
 def build_head(recipe: HeadRecipe, levels: Sequence[FeatureLevel]) -> Head:
     """A new head for features of these levels, whether they come from a cache or from a live backbone.
 
-    Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that does not exist.
+    Raises ProbeError for an unknown task or kind, fewer than two classes, or a level that does not exist; and for a
+    head of your own that is not what `probes.head` defines.
     """
-    kind_of(recipe.task, recipe.kind)
+    kind = kind_of(recipe.task, recipe.kind)
     if len(recipe.classes) < least_classes(recipe.task):
         raise ProbeError(f"A head needs the background and at least one class. found: {list(recipe.classes)}")
     if recipe.width is not None and recipe.width < 1:
         raise ProbeError(f"A head {recipe.width} channels wide can't be built. wanted: --width 1 or more.")
-    return BUILDERS[SCORES[recipe.task].on][recipe.kind](pick_levels(levels, recipe.levels), recipe)
+    chosen = pick_levels(levels, recipe.levels)
+    own = builder_of(recipe.task, recipe.kind)
+    if own is None:
+        return BUILDERS[SCORES[recipe.task].on][recipe.kind](chosen, recipe)
+    head: Head = _built(own, chosen, replace(recipe, width=recipe.width or kind.width or None))
+    wanted = CLASS_OF[SCORES[recipe.task].on, kind.pooled]
+    faults = faults_of(head, wanted, chosen, len(recipe.classes))
+    if faults:
+        raise ProbeError(
+            "\n  ".join(
+                [f"The {recipe.task} head {recipe.kind} is not what a head must be. Nothing was computed.", *faults]
+            )
+            + f"\n{PAGE}"
+        )
+    return head
+
+
+CLASS_OF: Mapping[tuple[On, bool], type[Head]] = {
+    ("pixels", False): DenseHead,
+    ("boxes", False): ObjectHead,
+    ("masks", False): ObjectHead,
+    ("images", True): ImageHead,
+    ("anomalies", False): AnomalyHead,
+    ("anomalies", True): PooledAnomalyHead,
+}
+"""What a task is scored on, and whether its head reads pooled features -> the class that defines such heads."""
+
+
+def _built(build: Callable[..., Any], levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Any:
+    """What a builder of your own gives; raises ProbeError where it fails."""
+    try:
+        return build(levels, recipe)
+    except ProbeError:
+        raise
+    except Exception as error:  # it may raise anything
+        raise ProbeError(
+            f"The {recipe.task} head {recipe.kind} can't be built. Nothing was computed.\n"
+            f"  wanted  a head from the levels {', '.join(level.name for level in levels)} and a HeadRecipe\n"
+            f"  found   {type(error).__name__}: {error}\n{PAGE}"
+        ) from error
 
 
 def parameter_count(head: nn.Module) -> int:

@@ -31,6 +31,7 @@ from featprobe.io.disk import (
     write_together,
 )
 from featprobe.io.fields import MISSING_FIELD, Fault, message, plain, shown
+from featprobe.kinds import TASKS, how_known, kinds_of, names_of_kinds
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
 from featprobe.probes.cards import Fingerprint, card_faults
@@ -142,11 +143,25 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
         raise ProbeError(
             f"{folder} holds no saved head that can be read: {type(error).__name__}: {str(error).rstrip('.')}."
         ) from error
+    _check_kind(folder, card)
     faults = card_faults(card, whole=whole)
     if faults:
         what = f"{folder}/card.json is not a card that this featprobe can use. Nothing was computed."
         raise ProbeError(message(what, faults, "Train the head again, or update featprobe where a newer one wrote it."))
     return card
+
+
+def _check_kind(folder: Path, card: Mapping[str, Any]) -> None:
+    """Raise ProbeError where the head of a card is of a kind that is not known here, and say what makes it known."""
+    head = card.get("head")
+    task, name = (head.get("task"), head.get("kind")) if isinstance(head, Mapping) else (None, None)
+    if not (isinstance(name, str) and task in TASKS):
+        return  # a fault of the card
+    if name not in (kinds := kinds_of(str(task))):
+        raise ProbeError(
+            f"{folder} holds a head that is not known here. Nothing was computed.\n"
+            f"  wanted  one of {', '.join(kinds)}\n  found   the {task} head {name}\n{how_known(str(task), name)}"
+        )
 
 
 def _no_card(folder: Path) -> str:
@@ -289,7 +304,7 @@ def _torch_save(value: Any, stream: IO[bytes]) -> None:
 
 def read_results(path: Path) -> tuple[list[ResultRow], list[str]]:
     """The rows of results.jsonl, and what was wrong with lines that hold none, as `read_rows` has them."""
-    return _read(path, _result)
+    return _read(path, partial(_result, known=names_of_kinds()))
 
 
 def read_rows(
@@ -340,8 +355,8 @@ def _row(
 
 
 @lru_cache(4096)
-def _result(line: bytes) -> tuple[ResultRow | None, str]:
-    """The result row of a line. Files are read again and again, and their lines stay."""
+def _result(line: bytes, known: tuple[tuple[str, str], ...]) -> tuple[ResultRow | None, str]:
+    """The result row of a line. Files are read again and again, and their lines stay. known: the kinds of heads."""
     row, said = _row(line)
     if row is None:
         return None, said

@@ -5,7 +5,7 @@ from math import isnan
 from typing import Any
 
 from featprobe.errors import counted
-from featprobe.kinds import KINDS
+from featprobe.kinds import kind_of
 from featprobe.report.comparison import budget_text, interval_text, number, scores_of
 from featprobe.scores import FEW_GROUPS, LABELS, SCORES, TaskScores
 
@@ -49,7 +49,9 @@ def _of_head(lines: Sequence[Line], differences: Sequence[Line]) -> list[str]:
         of_regime = [line for line in scored if line["regime"] == regime]
         if len(of_regime) > 1 or regime == regimes[0]:
             sentences += _which_backbone(of_regime, score, [d for d in differences if d["kind"] == "backbones"])
-    return sentences + ([] if not KINDS[lines[0]["task"], head].live else _is_frozen_enough(scored, score, differences))
+    return sentences + (
+        [] if not kind_of(lines[0]["task"], head).live else _is_frozen_enough(scored, score, differences)
+    )
 
 
 def _scores(line: Line) -> TaskScores:

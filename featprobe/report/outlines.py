@@ -71,17 +71,17 @@ def _edges(mask: NDArray[np.bool_]) -> tuple[bytearray, int]:
 def _corners(leaving: bytearray, start: int, width: int) -> Iterator[int]:
     """The corners of the ring that leaves a corner to the east, whose edges are taken out."""
     at, heading = start, 0
+    yield start
     while True:
         leaving[at] &= ~(1 << heading)
         at += STEPS[heading][0] + STEPS[heading][1] * width
         turns = (heading - 1) % 4, heading, (heading + 1) % 4  # where pixels touch at a corner, on to the other one
         onward = next((turn for turn in turns if leaving[at] >> turn & 1), None)
         if onward is None:  # back at the start
-            break
+            return
         if onward != heading:
             yield at
         heading = onward
-    yield at
 
 
 def _shorter(ring: Ring) -> Ring:

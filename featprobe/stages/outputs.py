@@ -54,7 +54,6 @@ from featprobe.stages.tasks.seen import Seen, joined, of_tiles, pieces_of
 from featprobe.stages.tasks.settle import verdict
 from featprobe.targets import Labels, decode_rle
 
-SHOWN_FROM = 0.3  # least score of a detection in an overlay, where no threshold was given
 FOUND = "an image with a finding is called; a finding is "
 F = TypeVar("F")
 T = TypeVar("T")
@@ -214,9 +213,9 @@ class FoundObjects(Output[Objects]):
             yield objects, judged_objects(objects, self.threshold)
 
     def panel(self, pixels: NDArray[np.float32], found: Objects) -> Panel:
-        """The surer ones over the image: the findings, where a threshold was given."""
-        least = self.threshold.value if self.threshold.source == "given" else SHOWN_FROM
-        return Panel(pixels, instances=tuple(instance for instance, score in found if score >= least))
+        """The findings over the image."""
+        findings = judged_objects(found, self.threshold).findings or ()
+        return Panel(pixels, instances=tuple(finding.instance for finding in findings))
 
     def streamed(self) -> Sequence[StreamedFile[Predicted[Objects]]]:
         """All objects under the set's own ids of classes, and the findings."""

@@ -62,6 +62,9 @@ class Partition:
     source: Cache
     choice: SplitChoice
 
+    def __repr__(self) -> str:
+        return f"Partition({str(self.choice)!r} of {self.source!r})"
+
     @property
     def cache(self) -> Cache:
         """The cache, whose images have the groups that a split file gives them; raises DataError.

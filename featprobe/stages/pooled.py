@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from featprobe.cache import WHOLE, Cache
 from featprobe.cache.held_file import HeldFile
@@ -16,10 +15,10 @@ from featprobe.cache.reader import FeatureLoader, RowReader
 from featprobe.errors import CacheIncompleteError, DiskError
 from featprobe.features import Pooled, filled_cells, pool
 from featprobe.image_labels import Unit
-from featprobe.io.texts import printable
 from featprobe.levels import FeatureLevel
 from featprobe.specs import Rows
 from featprobe.stages.image_truth import units_of
+from featprobe.stages.progress import Progress
 
 Tables = dict[str, NDArray[np.float32]]
 """Level name -> (rows, 2, channels): mean and maximum."""
@@ -127,8 +126,7 @@ def _pool_all(cache: Cache, levels: Sequence[FeatureLevel], quiet: bool) -> Tabl
     """Pool every whole row, in one pass over the file."""
     tables = {level.name: np.zeros((len(cache), 2, level.channels), np.float32) for level in levels}
     rows = np.flatnonzero(cache.done == WHOLE)
-    bar = tqdm(total=len(rows), desc=f"pooling {printable(cache.path.stem)}", unit="row", leave=False,
-               disable=True if quiet else None)  # fmt: skip
+    bar = Progress(len(rows), f"pooling {cache.path.stem}", "row", quiet=quiet)
     with bar, in_one_thread(), FeatureLoader(cache, levels) as loader, torch.inference_mode():
         step = max(1, BYTES_AT_ONCE // sum(loader.reader.row_bytes(level) for level in levels))
         for batch, features in loader.batches(rows[i : i + step] for i in range(0, len(rows), step)):

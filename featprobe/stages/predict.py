@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from featprobe.datasets.files import stem_of
 from featprobe.datasets.images.pages import is_page_name, misnamed, page_of, pages_of
@@ -20,13 +19,13 @@ from featprobe.datasets.names import visible
 from featprobe.datasets.samples import check_names, listed
 from featprobe.errors import DataError, ProbeError, counted
 from featprobe.io.disk import make_folders, replacing, write_together, write_whole
-from featprobe.io.texts import printable
 from featprobe.report.sheets import draw_overlay, png
 from featprobe.report.streamed import csv_text
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.outputs import file_name_of
 from featprobe.stages.predictor import Prediction, Predictor
+from featprobe.stages.progress import Progress
 from featprobe.stages.tasks.settle import CALLED, PASSED
 
 UNREADABLE = "unreadable"
@@ -110,7 +109,7 @@ def predict(
     seen: list[tuple[str, Header, float]] = []  # of each image its path, its header, and how much of it is clipped
     lines: list[Line] = []
     left_out: LeftOut = []
-    bar = tqdm(total=len(named), desc=printable(predictor.recipe.label), unit="img", disable=quiet)
+    bar = Progress(len(named), predictor.recipe.label, "img", quiet=quiet, leave=True)
     with bar, _streams(out, predictor) as add:
         for start in range(0, len(named), batch_size):
             batch = named[start : start + batch_size]

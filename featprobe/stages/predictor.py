@@ -19,9 +19,10 @@ from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.given import at_hand, check_needed
 from featprobe.backbones.precision import computing
 from featprobe.cache.quantised import TORCH_DTYPE, as_read
+from featprobe.cache.reader import free_memory
 from featprobe.datasets.images.pixels import DTYPE_OF, Levels, counted_levels, to_levels
 from featprobe.datasets.images.reading import Header, header_of, read_levels, unit_of
-from featprobe.errors import DataError, ProbeError, counted
+from featprobe.errors import DataError, ProbeError, UsageError, counted
 from featprobe.features import Features
 from featprobe.geometry import Part, Placement, Size, place, place_tile, tiles_of
 from featprobe.io.disk import below
@@ -127,7 +128,7 @@ class Predictor:
         self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card, threshold)
         if threshold is not None:
             _check_threshold(threshold, self.output, self.card["head"]["task"], self.folder)
-        with at_hand([] if backbone is None else [backbone]):
+        with at_hand(() if backbone is None else backbone):
             self.backbone = _backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
         self.framing = Framing(self.recipe, self.device)
         self._lock, self._closed = Lock(), False
@@ -174,9 +175,10 @@ class Predictor:
     def close(self) -> None:
         """Free the memory of the networks. From then on a call raises ProbeError."""
         with self._lock:
+            if not self._closed:
+                del self.head, self.backbone, self.output
             self._closed = True
-            self.head.to("meta")
-            self.backbone.to("meta")
+        free_memory()
 
     def predict(self, images: Sequence[tuple[Path, str]]) -> list[Prediction]:
         """Predict a batch of (image, name); raises DataError for one that does not fit."""
@@ -296,10 +298,10 @@ def _result(found: Any, judged: Judged, output: Output[Any], milliseconds: float
 
 
 def _check_threshold(threshold: float, output: Output[Any], task: str, folder: Path) -> None:
-    """Raise ProbeError for a threshold that a head can't have."""
+    """Raise UsageError for a threshold out of range, ProbeError where a head can have none."""
     if not (isfinite(threshold) and 0 <= threshold <= output.most):
         wanted = "0 or more" if output.most == inf else f"from 0 to {output.most:g}"
-        raise ProbeError(
+        raise UsageError(
             f"The threshold of a {task} head can't be {threshold:g}.\n"
             f"  wanted  a number {wanted}\nNothing was computed."
         )

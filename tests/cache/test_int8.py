@@ -35,7 +35,7 @@ from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, OverflowsDtypeError, ProbeError
 from featprobe.specs import BackboneSpec, FeatureRecipe
-from featprobe.stages import predict as predict_module
+from featprobe.stages import predictor as predictor_module
 from featprobe.stages.comparison.audit import AuditOptions, audit
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -305,7 +305,7 @@ def test_a_head_that_was_trained_on_int8_is_fed_the_same_by_predict(space, tmp_p
     tested = cache.usable("test").tolist()
     images = [Path(cache.data.root) / cache.rows[i].image for i in tested]
     fed = []
-    monkeypatch.setattr(predict_module, "as_read", lambda *how: fed.append(as_read(*how)) or fed[-1])
+    monkeypatch.setattr(predictor_module, "as_read", lambda *how: fed.append(as_read(*how)) or fed[-1])
     predict(folder, images, tmp_path / "out", quiet=True, device="cpu")
     with FeatureLoader(cache) as loader:
         ((_, features),) = loader.batches([np.array(tested)])

@@ -82,7 +82,9 @@ WORDS = [words for words, _ in commands()]
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    wanted = "extract plan probe finetune study compare predict export demo backbones data cache".split()
+    wanted = """
+        try init extract plan probe finetune study compare predict export data cache probes backbones demo config doctor
+    """.split()
     assert sorted(cli.commands) == sorted(wanted)
 
 
@@ -197,6 +199,9 @@ def test_looking_after_data_and_caches_needs_neither_torch_nor_timm(images: Path
         ["cache", "info", cache.path, "--json"],
         ["cache", "verify", "--quiet"],
         ["cache", "rm", cache.path, "--yes"],
+        ["probes", "ls"],
+        ["config"],
+        ["init", images, "--quiet"],
     ]
     code = (
         "import contextlib, json, sys\nfrom featprobe.cli.main import cli\n"
@@ -297,7 +302,7 @@ def test_what_extract_is_wrongly_asked_for_is_answered_in_one_paragraph(
 ) -> None:
     data = [] if "--data" in arguments else ["--data", images]
     for command in ("extract", "plan") if "--shard" not in arguments else ("extract",):
-        assert said in refusal(tmp_path, command, *arguments, *data, "--quiet")
+        assert said in refusal(tmp_path, command, *arguments, *data, "--quiet", code=2)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +494,7 @@ def test_backbones_are_listed_with_licences(space: Path) -> None:
     assert re.search(r"convnext_dinov3 .*dinov3-license", call(space, "backbones").stdout)
     rows = as_json(space, "backbones", "*dinov3*")
     assert {"name", "model", "weights", "licence"} == set(rows[0])
-    assert "No pretrained model of timm matches" in refusal(space, "backbones", "no such model")
+    assert "No pretrained model of timm matches" in refusal(space, "backbones", "no such model", code=2)
 
 
 def test_extract_again_does_nothing_and_says_so(space: Path) -> None:
@@ -602,7 +607,7 @@ def test_the_same_probe_twice_gives_the_same_scores_and_another_seed_others(spac
         (["--fraction", "2"], "0 < F <= 1"),
         (["--head", "lineer"], "Did you mean linear"),
         (["--levels", "stride2"], "no level 'stride2' here"),
-        (["--data", "surface"], "no cache of the data set 'surface'"),
+        (["--data", "surfase"], "no cache of the data set 'surfase' in {cache}. Did you mean surface"),
         (["--backbone", "tf_efficientnet"], "no cache of the backbone 'tf_efficientnet'"),
         (["--lr", "-1"], "lr = -1.0"),
         (["--lr", "nan"], "lr = nan"),
@@ -613,7 +618,16 @@ def test_the_same_probe_twice_gives_the_same_scores_and_another_seed_others(spac
 def test_what_probe_is_wrongly_asked_for_is_answered_in_one_paragraph(
     space: Path, arguments: list[str], said: str
 ) -> None:
-    assert said in refusal(space, "probe", "--quiet", *arguments)
+    assert said.format(cache=space / "cache") in refusal(space, "probe", "--quiet", *arguments, code=2)
+
+
+def test_what_has_no_cache_yet_is_no_wrong_word(space: Path) -> None:
+    """A script can tell what is misspelt, code 2, from what is not there yet, code 1."""
+    assert "no cache of the data set 'surface'" in refusal(space, "probe", "--data", "surface")
+    assert "No cache in" in refusal(space, "cache", "info", "surface")
+    assert "No cache in" in refusal(space, "cache", "info", "surfase", code=2)
+    for words in (["info", "xrai"], ["split", "xrai", "--out", "split.csv"], ["info", "xray", "--format", "koko"]):
+        assert "Did you mean" in refusal(space, "data", *words, code=2)
 
 
 def test_probes_that_can_not_be_written_are_refused_before_training(space: Path, tmp_path: Path) -> None:

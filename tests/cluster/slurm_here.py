@@ -1,11 +1,12 @@
 """A SLURM of this machine, for the length of one command: `python tests/cluster/slurm_here.py COMMAND...`.
 
-It starts munge, a controller and two nodes without systemd and as the user who runs it. Keys, sockets, ports and state are
-its own and lie below one temporary folder, so two at once do not meet. The second node, "apart", sees an empty folder where
-the others see `hidden`: it stands for a cluster without a shared folder.
+It starts munge, a controller and two nodes without systemd and as the user who runs it. Keys, sockets, ports and state
+are its own and lie below one temporary folder, so two at once do not meet. The second node, "apart", sees an empty
+folder where the others see `hidden`: a cluster without a shared folder. It is absent where the user may not mount.
 
 The command finds SLURM_CONF in its environment, and the folder in FEATPROBE_CLUSTER. When it ends, or is stopped, every
-process of the cluster is ended and the folder removed. Where there can be no cluster it says why and exits with 0.
+process of the cluster is ended and the folder removed. Where there can be no cluster it says why and exits with 0; with
+--required before the command, with 1.
 """
 
 import contextlib
@@ -44,6 +45,7 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 KillWait=2
 JobRequeue=0
+MinJobAge=3600
 MaxArraySize=8
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -84,7 +86,7 @@ class SlurmHere:
         }
 
     def start(self) -> None:
-        """Start the daemons, and wait until both nodes can be used. Raises NoClusterError."""
+        """Start the daemons, and wait until the nodes can be used. Raises NoClusterError."""
         for name in ("state", "spool-main", "spool-apart", "hidden"):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
@@ -100,11 +102,21 @@ class SlurmHere:
         self._run("munged", f"--key-file={key}", *(f"--{name}={self.folder / file}" for name, file in files.items()))
         self._run("slurmctld")
         self.start_node("main")
-        self.start_node("apart")
+        names = ["main"]
+        try:
+            self.start_node("apart")
+            names.append("apart")
+        except NoClusterError as error:
+            print(f"Without a node that sees no shared folder: {error}")
+        for name in names:
+            self.wait_for_node(name)
+
+    def wait_for_node(self, name: str) -> None:
+        """Wait until jobs can run on a node. Raises NoClusterError."""
         deadline = time.monotonic() + LONGEST_START
-        while (states := self.states()) != {"idle"}:
+        while (state := self.state(name)) not in ("idle", "mixed", "allocated"):
             if time.monotonic() > deadline:
-                raise NoClusterError(f"its nodes are {', '.join(sorted(states)) or 'unknown'}.\n{self.logs()}")
+                raise NoClusterError(f"node {name} is {state or 'unknown'}.\n{self.logs()}")
             time.sleep(0.1)
 
     def start_node(self, name: str) -> None:
@@ -112,16 +124,20 @@ class SlurmHere:
         if name != "apart":
             self._run("slurmd", "-N", name)
             return
-        hide = f'mount -t tmpfs none "{self.hidden}" && exec slurmd -N apart'
-        self._run("unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"]), "sh", "-c", hide)
+        rights, back = [], ""
+        if os.getuid():  # a user may mount as the root of a namespace of its own, and is itself again in one inside it
+            rights = ["--map-root-user"]
+            back = f"unshare --map-user={os.getuid()} --map-group={os.getgid()} "
+        hide = f'mount -t tmpfs none "{self.hidden}" && exec {back}slurmd -N apart'
+        self._run("unshare", "--mount", *rights, "sh", "-c", hide)
 
     def kill_node(self, name: str) -> None:
         """`kill -9` of a node's daemon; its jobs stay."""
         os.kill(int((self.folder / f"slurmd-{name}.pid").read_text()), signal.SIGKILL)
 
-    def states(self) -> set[str]:
-        """The states of the nodes."""
-        return set(self.ask("sinfo", "--noheader", "--format=%T").split())
+    def state(self, name: str) -> str:
+        """The state of a node."""
+        return self.ask("sinfo", "--noheader", "--format=%T", "--nodes", name).strip()
 
     def ask(self, *command: str) -> str:
         """What a command of SLURM prints."""
@@ -165,6 +181,15 @@ def descendants(process: int) -> Iterator[int]:
                 yield from descendants(child)
 
 
+def finished(command: "subprocess.Popen[bytes]") -> int:
+    """The exit code of a command. Until it ends, the ended daemons and jobs that became children here are let go."""
+    while True:
+        process, status = os.waitpid(-1, 0)
+        if process == command.pid:
+            command.returncode = os.waitstatus_to_exitcode(status)
+            return command.returncode if command.returncode >= 0 else 128 - command.returncode
+
+
 def end_all() -> None:
     """End every process below this one."""
     deadline = time.monotonic() + 10
@@ -179,7 +204,9 @@ def end_all() -> None:
 
 
 def main(command: list[str]) -> int:
-    """Run a command on a cluster; returns its exit code, or 0 where there can be no cluster."""
+    """Run a command on a cluster; returns its exit code."""
+    required = command[:1] == ["--required"]
+    command = command[required:]
     path = os.pathsep.join([os.environ.get("PATH", ""), *SBIN])
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if absent:
@@ -187,18 +214,19 @@ def main(command: list[str]) -> int:
             f"No cluster is started: there is no {', '.join(absent)} on this machine. The tests on SLURM are skipped.\n"
             "On Debian and Ubuntu:  apt-get install slurmctld slurmd munge   (13 MB)"
         )
-        return 0
+        return int(required)
     ctypes.CDLL(None).prctl(CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = Path(tempfile.mkdtemp(prefix="featprobe-slurm-"))
     folder.chmod(0o755)  # munge asks for it
     cluster = SlurmHere(folder)
     try:
         cluster.start()
-        return subprocess.run(command, env=cluster.environment, check=False).returncode
+        return finished(subprocess.Popen(command, env=cluster.environment))
     except NoClusterError as error:
         print(f"No cluster is started: {error}\nThe tests on SLURM are skipped.")
-        return 0
+        return int(required)
     except KeyboardInterrupt:
         return 130
     finally:

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from featprobe.datasets.formats.labelled import SEVERAL
 from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.objects import box_instance, mask_instance
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import shown
-from featprobe.errors import DataError, nearest
+from featprobe.errors import DataError, counted, nearest
 from featprobe.geometry import Size
 from featprobe.io.pictures import check_claim
 from featprobe.targets import IGNORE, Instance, Labels, Target
@@ -56,7 +57,9 @@ class Wanted:
             raise DataError(
                 f"{where}: an image of mode {image.mode}. wanted: L, RGB or I;16. Convert it: image.convert('RGB')"
             )
-        values = plain(image)
+        values = _array(image, where)
+        if values.dtype.kind not in "biufc":
+            raise DataError(f"{where}: {type(image).__name__} {shown(image)}. wanted: an array of levels, or an image")
         if is_tensor(image) and values.ndim == 3:  # torch has the channels first
             values = np.moveaxis(values, 0, 2)
         if isinstance(values, np.ma.MaskedArray):
@@ -160,9 +163,8 @@ class Wanted:
         if labels is None and len(self.classes) == 2:
             return [1] * count
         if labels is None:
-            raise DataError(
-                f"{where}: no labels for its {count} objects. wanted: labels=, as there are several classes"
-            )
+            found = counted(count, "object")
+            raise DataError(f"{where}: no labels for its {found}. wanted: labels=, as there are several classes")
         values = _whole(labels, f"{where}, labels")
         if values.shape != (count,) and (values.size or count):
             raise DataError(f"{where}: labels of the shape {values.shape}. wanted: ({count},), one for each object")
@@ -184,17 +186,21 @@ class Wanted:
         if isinstance(label, str):
             if self.classes and label not in self.classes:
                 raise DataError(f"{where}: the label {shown(label)}. {nearest(label, self.classes)}")
-            if not label.strip() or label != label.strip() or not label.isprintable():
-                raise DataError(f"{where}: the label {shown(label)}. wanted: a name without blanks around it")
-            return str(label)
-        value = plain(label)
+            return self._sound(str(label), where)
+        value = _array(label, where)
         if value.ndim or value.dtype.kind not in "iub":
             raise DataError(f"{where}: the label {shown(label)}. wanted: a name, or the number of a class")
         if not self.classes:
             raise DataError(f"{where}: the label {value}, and no names of classes. wanted: names, or classes=")
         if not 0 <= value < len(self.classes):
             raise DataError(f"{where}: the label {value}. wanted: 0 to {len(self.classes) - 1}, as there are classes")
-        return self.classes[int(value)]
+        return self._sound(self.classes[int(value)], where)
+
+    def _sound(self, name: str, where: str) -> str:
+        """A label, as long as a table can hold it. Raises DataError."""
+        if not name.strip() or name != name.strip() or not name.isprintable() or SEVERAL in name:
+            raise DataError(f"{where}: the label {shown(name)}. wanted: a name without {SEVERAL} and blanks around it")
+        return name
 
 
 def is_tensor(value: Any) -> bool:
@@ -204,13 +210,27 @@ def is_tensor(value: Any) -> bool:
 
 
 def plain(value: Any) -> NDArray[Any]:
-    """A value as numpy has it; tensors may lie on any device."""
-    return value.detach().cpu().numpy() if is_tensor(value) else np.asanyarray(value)
+    """A value as numpy has it; tensors may lie on any device. Raises ValueError for lists of uneven lengths."""
+    if not is_tensor(value):
+        return np.asanyarray(value)
+    numbers = value.detach().cpu()
+    found: NDArray[Any] = (numbers.float() if numbers.is_floating_point() else numbers).numpy()  # numpy has no bfloat16
+    return found
+
+
+def _array(value: Any, where: str) -> NDArray[Any]:
+    """The same. Raises DataError for what is no array."""
+    try:
+        return plain(value)
+    except ValueError as error:
+        raise DataError(f"{where}: lists of uneven lengths. wanted: an array") from error
 
 
 def _whole(value: Any, where: str) -> NDArray[Any]:
     """Whole numbers. Raises DataError for others; an empty list has none."""
-    values = plain(value)
+    if value is None:
+        raise DataError(f"{where}: None. wanted: one for each image; empty, or zeros, where an image holds nothing")
+    values = _array(value, where)
     if values.dtype.kind not in "iub" and values.size:
         raise DataError(f"{where}: {values.dtype}. wanted: whole numbers")
     return values
@@ -218,7 +238,7 @@ def _whole(value: Any, where: str) -> NDArray[Any]:
 
 def _numbers(value: Any, where: str) -> NDArray[np.float64]:
     """Finite numbers. Raises DataError for others."""
-    values = plain(value)
+    values = _array(value, where)
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
         raise DataError(f"{where}: wanted finite numbers, found {shown(values.tolist())}")
     return values.astype(np.float64)

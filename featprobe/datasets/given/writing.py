@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +12,13 @@ import numpy as np
 from featprobe.datasets.files import named_below
 from featprobe.datasets.formats import read_data
 from featprobe.datasets.formats.coco_files import CocoFiles, annotations_of
-from featprobe.datasets.formats.labelled import SEVERAL, TABLE, label_table
+from featprobe.datasets.formats.labelled import TABLE, label_table
 from featprobe.datasets.given.one_image import Given, Wanted
 from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.images.reading import SUFFIXES, read_levels, write_levels
 from featprobe.datasets.names import is_hidden, name_of
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
+from featprobe.datasets.splits import complete_splits
 from featprobe.datasets.values import shown
 from featprobe.errors import DataError, FileKindError, counted, nearest
 from featprobe.io.disk import new_folder, read_regular, write_whole
@@ -110,10 +112,10 @@ class _Filled:
             name = self._name(given.name, number, where)
             group, split = _text(given.group, f"{where}, group"), _split(given.split, f"{where}, split")
             levels = self.wanted.levels(given.image, where)
+            labels: tuple[str, ...] = ()
             if self.wanted.of == "images":
                 labels, several = self.wanted.names(given.labels, where)
                 self.several |= several
-                self.rows.append((name, labels, split, group))
                 path = name
             else:
                 path, size = f"images/{name}", (levels.shape[0], levels.shape[1])
@@ -123,6 +125,7 @@ class _Filled:
                     self.drawn |= bool(((target.semantic > 0) & (target.semantic < IGNORE)).any())
                 self.files.add(name, size, annotations_of(target, size, where), "", group)
                 self.files.images[""][-1] |= {"split": split} if split else {}
+            self.rows.append((name, labels, split, group))
         except DataError as error:
             said = " ".join(str(error).removeprefix(where).split()).rstrip(".")
             self.faults.setdefault(said, []).append(number)
@@ -190,7 +193,7 @@ def _fill(made: Path, given: Iterable[Given], wanted: Wanted, place: _Place, fol
         raise _unusable(folder, filled.faults, count)
     filled.finish()
     if made != folder:
-        _check_reads(made, folder, wanted)
+        _check_reads(made, folder, filled)
 
 
 def _unusable(folder: Path, faults: Mapping[str, Sequence[int]], count: int) -> DataError:
@@ -207,13 +210,26 @@ def _unusable(folder: Path, faults: Mapping[str, Sequence[int]], count: int) -> 
     )  # fmt: skip
 
 
-def _check_reads(made: Path, folder: Path, wanted: Wanted) -> None:
-    """Raise DataError where the set that was made can't be read, before it gets its name."""
+def _check_reads(made: Path, folder: Path, filled: _Filled) -> None:
+    """Raise DataError where the set that was made does not read as what was given, before it gets its name."""
     try:
-        read_data(name_of(folder), made, FORMATS[wanted.of])
+        data = read_data(name_of(folder), made, FORMATS[filled.wanted.of], complete=False)
+        complete_splits(data)
     except DataError as error:
         said = str(error).replace(str(made), str(folder)).replace("Nothing was read.", "Nothing was written.")
         raise DataError(f"The set for {folder} could not be read back, and was not kept.\n{said}") from error
+    names = data.label_names.names if data.label_names else ()
+    held = [data.read_target(s, (1, 1)).labels or () if names else () for s in data.samples]
+    found = [
+        (sample.id, tuple(names[i] for i in own), sample.split, sample.group)
+        for sample, own in zip(data.samples, held, strict=True)
+    ]
+    wanted = [(*row[:3], row[3] or group) for row, (*_, group) in zip(filled.rows, found, strict=False)]
+    if other := [pair for pair in zip_longest(wanted, found) if pair[0] != pair[1]]:
+        raise DataError(
+            f"The set for {folder} would not read as it was given, and was not kept.\n"
+            f"  wanted  name, labels, split, group: {other[0][0]}\n  found   {other[0][1]}\nChoose plainer names."
+        )
 
 
 def _text(value: Any, where: str) -> str:
@@ -222,7 +238,7 @@ def _text(value: Any, where: str) -> str:
         return ""
     text = str(value)
     if value != value or not text.strip() or not text.isprintable():
-        raise DataError(f"{where}: {shown(value)}. wanted: a text or a number")
+        raise DataError(f"{where}: {shown(value)}. wanted: a text that can be printed, or a number")
     return text
 
 
@@ -233,9 +249,3 @@ def _split(value: Any, where: str) -> str:
     if found not in SPLITS:
         raise DataError(f"{where}: {shown(value)}. {nearest(str(value), SPLITS)}")
     return found
-
-
-def refuse_bars(classes: Sequence[str]) -> None:
-    """Raise DataError for names of labels that the table of labels can't hold."""
-    if bad := [name for name in classes if SEVERAL in name]:
-        raise DataError(f"Labels have a {SEVERAL} in them: {listed(bad)}. Nothing was written. Rename them.")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
 import xxhash
 from numpy.typing import NDArray
 from PIL import Image
@@ -134,6 +133,8 @@ def write_levels(path: Path, levels: Levels) -> None:
         value = "nan" if levels.dtype == np.float32 else str(_unused(levels, path))
         levels, more = levels.filled(float(value)), {"extratags": [(NODATA, "s", 0, value, True)]}
     photometric = "rgb" if levels.ndim == 3 else "minisblack"
+    import tifffile  # it takes time
+
     tifffile.imwrite(path, levels, photometric=photometric, compression="zlib", predictor=True, metadata=None, **more)
 
 

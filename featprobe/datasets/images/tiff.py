@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -44,6 +43,8 @@ EXTREME, NEAR = 1e30, 1e-5  # above EXTREME levels are no chance, and agree with
 @contextmanager
 def open_tiff(path: Path, stream: BinaryIO, number: int | None) -> Iterator[Opened]:
     """Open a TIFF of one image, or the page of one that the path names."""
+    import tifffile  # it takes time, and most words of a command line need none of it
+
     offsets = tiff_images_in(stream, path) if number is None else tiff_images(path.parent)
     stream.seek(0)
     check_page(path, number, len(offsets), f", for example with libtiff:  tiffsplit {path.name} {path.stem}-")
@@ -140,6 +141,8 @@ def _mask_at(file: Any, offset: int, page: Any, path: Path) -> Any:
     """The page of a transparency mask, which is 0 where the image is empty; None for offset 0. Raises DataError."""
     if not offset:
         return None
+    import tifffile
+
     file.filehandle.seek(offset)
     mask = tifffile.TiffPage(file, 0)
     found = mask.imagelength, mask.imagewidth, mask.samplesperpixel, mask.imagedepth

@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from featprobe.cache import open_cache
 from featprobe.errors import FeatprobeError, ProbeError, counted
@@ -36,6 +36,7 @@ from featprobe.stages.comparison.results import Result, Unusable, comparable_set
 from featprobe.stages.comparison.supervision import behind_supervised
 from featprobe.stages.comparison.tested import good_units
 from featprobe.stages.partition import partition_of
+from featprobe.stages.progress import Progress
 from featprobe.stages.workspace import Workspace
 
 FEW_OF_A_SIDE = 8  # test groups with a defect, or with a good image
@@ -73,6 +74,12 @@ class Comparison:
     notes: tuple[str, ...]
     files: tuple[Path, ...]
 
+    def __repr__(self) -> str:
+        lines = counted(sum(len(own.lines) for own in self.sets), "result")
+        left = f", {len(self.unusable)} unusable" if self.unusable else ""
+        page = f"; {str(self.files[0])!r}" if self.files else ""
+        return f"Comparison({lines} in {counted(len(self.sets), 'table')}{left}{page})"
+
 
 def compare(
     workspace: Workspace,
@@ -98,13 +105,15 @@ def compare(
         raise ProbeError(f"None of the results in {workspace.probes} can be compared.\n{reasons}\nRun them again.")
     found = _met(workspace, comparable_sets(results))
     tables = [Table.of(title, own) for title, own in zip(_titles(found), found, strict=True)]
-    with tqdm(total=len(results), desc="intervals", unit="result", disable=quiet, leave=False) as bar:
+    with Progress(len(results), "intervals", "result", quiet=quiet) as bar:
         sets = [_compared(workspace, table, bar, across_recipes) for table in tables]
     gaps = modality_gaps(tables, gap, on, across_recipes)
     family = [*(line for item in sets for line in item.differences), *gaps]
     corrected(family)
     notes += _of_the_family(family)
     notes += [note for table in tables for note in _notes(workspace, table)]
+    if not has_parquet():
+        notes.append("results.parquet is not written: that needs pyarrow (pip install 'featprobe[parquet]')")
     answer = [(item.title, answer_of(item.lines, item.differences)) for item in sets]
     answer += [("Modality gap", gap_sentences(gaps))] if gaps else []
     behind = behind_supervised(tables)
@@ -300,7 +309,7 @@ def _of_the_budgets(workspace: Workspace, table: Table) -> list[str]:
 # ---- one table -------------------------------------------------------------------------------------------------------
 
 
-def _compared(workspace: Workspace, table: Table, bar: tqdm, across: bool) -> ComparedSet:
+def _compared(workspace: Workspace, table: Table, bar: Progress, across: bool) -> ComparedSet:
     lines = []
     for result in table.results:
         lines.append(line_of(result, table))
@@ -390,6 +399,11 @@ def class_scores(result: Result) -> dict[str, float]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+def has_parquet() -> bool:
+    """Whether results.parquet can be written: pandas needs pyarrow for it."""
+    return find_spec("pyarrow") is not None
+
+
 def _write(
     workspace: Workspace,
     out: Path,
@@ -407,7 +421,8 @@ def _write(
         out / "index.html": page_text(answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes),
         out / "results.csv": csv_text(results),
         out / "differences.csv": csv_text(differences),
-        out / "results.parquet": results.to_parquet(index=False),
     }
+    if has_parquet():
+        files[out / "results.parquet"] = results.to_parquet(index=False)
     write_together(files, out / "index.html")
     return list(files)

@@ -38,6 +38,7 @@ from featprobe.stages.extraction.extract_options import ExtractOptions, configur
 from featprobe.stages.extraction.job import Job, check_disk, prepare, provenance, read_already, read_set
 from featprobe.stages.extraction.pipeline import Filler, runs
 from featprobe.stages.extraction.run_log import log_run, tf32_doubt
+from featprobe.stages.extraction.same_network import check_same
 from featprobe.stages.extraction.settled import Asked, Settled, answers_to, ask, keep
 from featprobe.stages.workspace import AnySet, Workspace
 
@@ -66,6 +67,13 @@ class ExtractReport:
     images: int
     by_times: bool = False
 
+    def __repr__(self) -> str:
+        states = {"computed": self.computed, "copied": self.copied, "missing": self.missing}
+        said = [f"{count} {state}" for state, count in states.items() if count]
+        said += [f"{len(self.unreadable)} unreadable"] if self.unreadable else []
+        done = ", ".join(said) or "nothing to do"
+        return f"ExtractReport({counted(self.rows, 'row')}: {done}; {str(self.path)!r})"
+
 
 def extract(
     workspace: Workspace,
@@ -81,7 +89,7 @@ def extract(
     """
     if isinstance(backbone, BackboneSpec):
         return _extract(workspace, backbone, data, options)
-    with at_hand([backbone]) as (name,):
+    with at_hand(backbone) as (name,):
         return _extract(workspace, workspace.backbone(name), data, options)
 
 
@@ -124,6 +132,8 @@ def extract_with(
     look_seconds = time.perf_counter() - begun
     with RowLocks(job.path) as locks:
         locks.wait_for_creation()
+        if backbone.spec.is_own and job.path.exists():
+            check_same(Cache(job.path, read_contents(job.path)), backbone, device)
         copied = _ensure_file(job, locks)
         locks.release()
         locks.claim(start, stop)
@@ -180,6 +190,7 @@ def _nothing_to_do(
     )
     if meant != cache.recipe or not same or not (cache.done == WHOLE).all() or not contents.is_intact():
         return None
+    check_same(cache, backbone, device)
     return ExtractReport(
         path=found.path,
         rows=len(cache),

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from featprobe.backbones.backbone import Backbone
 from featprobe.backbones.precision import computing
@@ -25,7 +24,6 @@ from featprobe.datasets.images.pixels import DTYPE_OF, Levels
 from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import DataError, OverflowsDtypeError
 from featprobe.features import Features, pool
-from featprobe.io.texts import printable
 from featprobe.machine import usable_cores
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -33,6 +31,7 @@ from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, 
 from featprobe.stages.extraction.job import Job
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small, with_batch_size
+from featprobe.stages.progress import Progress
 
 EXPONENT = {
     torch.float16: (torch.int16, 0x7C00),
@@ -150,9 +149,7 @@ class Filler:
         blocks = [(a, min(a + size, stop)) for a in range(start, stop, size)]
         blocks = [(a, b) for a, b in blocks if (self.done[a:b] == MISSING).any()]
         missing = sum(int((self.done[a:b] == MISSING).sum()) for a, b in blocks)
-        bar = tqdm(
-            total=missing, desc=printable(self.job.recipe.label), unit="img", disable=self.options.quiet or not missing
-        )
+        bar = Progress(missing, self.job.recipe.label, "img", quiet=self.options.quiet, leave=True)
         behind = _WriteBehind(self.writer, self.job, self.busy, self._slots(blocks))
         with bar, ThreadPoolExecutor(max(1, self.options.workers)) as pool:
             try:
@@ -163,8 +160,7 @@ class Filler:
                     self.waited_disk += time.perf_counter() - begun
                     self.computed += len(computed.wanted)
                     bar.update(len(computed.wanted))
-                    rate = self.job.recipe.row_bytes * (bar.format_dict["rate"] or 0.0)
-                    bar.set_postfix_str(f"{rate / 1e6:.0f} MB/s", refresh=False)
+                    bar.note(f"{self.job.recipe.row_bytes * bar.rate / 1e6:.0f} MB/s")
                 begun = time.perf_counter()
                 behind.finish()
                 self.waited_disk += time.perf_counter() - begun

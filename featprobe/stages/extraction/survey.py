@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from os.path import realpath
 from pathlib import Path
 
-from tqdm import tqdm
-
 from featprobe.backbones.backbone import Backbone
 from featprobe.cache import Row
 from featprobe.datasets import DataSet, Sample
@@ -23,6 +21,7 @@ from featprobe.intensity import Intensity, default_intensity
 from featprobe.specs import RECIPE_VERSION, DataInfo, FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.parts import parts_of
+from featprobe.stages.progress import counting
 from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
 
@@ -110,7 +109,7 @@ def survey(data: DataSet, *, workers: int, skip_bad: bool, quiet: bool) -> Surve
         return found
 
     with in_threads(look, data.samples, workers) as results:
-        found = tuple(tqdm(results, total=len(data.samples), desc="looking", unit="img", disable=quiet, leave=False))
+        found = tuple(counting(results, len(data.samples), "looking", "img", quiet=quiet))
     result = _of_one_label(Survey(data, found), skip_bad)
     if len(result.bad) == len(found):
         raise DataError(f"No image of {data.root} can be used. The first: {found[0].reason}")

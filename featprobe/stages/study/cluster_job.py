@@ -1,10 +1,11 @@
 """The process of one job of a study on a cluster: `python -m featprobe.stages.study.cluster_job ... FOLDER`.
 
-submitit's own process loads what was handed over and runs it. This one looks first whether that can be done here, and what
-stops it is said in words, in the job's log and in its answer.
+submitit's own process loads what was handed over and runs it. This one looks first whether that can be done here, and
+what stops it is said in words, in the job's log and in its answer.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,17 @@ from typing import Any
 
 from featprobe.errors import FeatprobeError
 from featprobe.io.texts import printable
-from featprobe.stages.study.cluster import write_failure
 
+STOPS = {signal.SIGUSR1, signal.SIGUSR2}  # what SLURM sends before it stops a job; which one is set for submitit
 WAIT = 60.0  # seconds: as long as a shared folder may take until a node sees a new file
 
 
 def main() -> None:
     """Do the job of this process, as the environment names it; exits with 1 where it fails in words."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # they wait until the job can go back into the queue
     import submitit.core.submission
+
+    from featprobe.stages.study.cluster import write_failure
 
     folder = Path(sys.argv[-1])  # submitit's own words for Python stand before it
     os.environ["SUBMITIT_FOLDER"] = str(folder)
@@ -57,8 +61,8 @@ def loaded(path: Path) -> Any:
         strange = [" ".join(str(error).split()) or type(error).__name__]
     if strange:
         raise FeatprobeError(
-            f"This job was handed over by another version of featprobe: {'; '.join(strange)}. Nothing was computed.\n"
-            "Run the study again: it hands over what is missing, in the words of the version that is installed now."
+            f"This job was handed over by another version of featprobe, or its file is damaged: {'; '.join(strange)}. "
+            "Nothing was computed.\nRun the study again: the version that is installed hands over what is missing."
         )
     return handed
 

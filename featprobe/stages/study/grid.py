@@ -1,6 +1,6 @@
 """The trainings of a study, done one after another: what is missing is extracted, then trained."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, c
 from featprobe.machine import minutes_text
 from featprobe.processes import check_together
 from featprobe.specs import Precision
+from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.partition import Partition
 from featprobe.stages.study.study import Cell, Place, Study, by_cache, cells_of, climbing, left_out
+from featprobe.stages.training.agenda import Agenda
+from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.ladder import Ladder, climb_all
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import show
@@ -39,8 +42,22 @@ class StudyReport:
     ladders: tuple[Cell, ...] = ()
     folders: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        counts = {"now": len(self.rows), "before": self.done, "missing": len(self.missing), "failed": len(self.failed)}
+        states = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none done"
+        return f"StudyReport({counted(len(self.cells), 'training')}: {states})"
+
     def __add__(self, other: "StudyReport") -> "StudyReport":
         return StudyReport(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+
+
+@dataclass(frozen=True)
+class Due:
+    """A training of a study that is to be done. forecast: None of one that is solved, which nothing foretells."""
+
+    cell: Cell
+    training: Training
+    forecast: Forecast | None
 
 
 def run_grid(
@@ -61,7 +78,9 @@ def run_grid(
     check_together()
     cells = cells_of(study, workspace)
     groups = by_cache(cells)
-    say(f"{counted(len(cells), 'training')} on {counted(len(groups), 'cache')}")
+    absent = [] if dry_run else [place for place in groups if _find(workspace, place, []) is None]
+    first = f", of which {len(absent)} are made first: then the time is known" if absent else ""
+    say(f"{counted(len(cells), 'training')} on {counted(len(groups), 'cache')}{first}")
     for reason in left_out(study, workspace):
         say(f"left out: {reason}")
     report, caches = StudyReport(tuple(cells)), dict[Place, Cache]()
@@ -71,6 +90,8 @@ def run_grid(
             if dry_run:
                 cache = _find(workspace, place, notes)
             else:
+                if place in absent:
+                    say(f"[{absent.index(place) + 1}/{len(absent)}] extracting: {place}")
                 cache = make_cache(workspace, place)
         except FeatprobeError as error:
             report += StudyReport(failed=tuple((cell, str(error)) for cell in own))
@@ -86,8 +107,11 @@ def run_grid(
         caches[place] = cache
     for place, cache in caches.items():  # all of them, before the first training: backbones share the largest number
         report += climb_ladders(workspace, study, cache, groups[place], say, dry_run=dry_run)
+    every = list[Due]()
     for place, cache in caches.items():
-        report += run_cells(workspace, study, cache, groups[place], say, dry_run=dry_run, verify=verify)
+        found, due = plan_cells(workspace, study, cache, groups[place], say, dry_run=dry_run, verify=verify)
+        report, every = report + found, every + due
+    report += _planned(every, say) if dry_run else run_due(study, every, say, verify=verify)
     if report.done:
         say(f"{counted(report.done, 'training is', 'trainings are')} there already")
     return replace(report, notes=tuple(dict.fromkeys(report.notes)))
@@ -117,6 +141,15 @@ def ladder_of(workspace: Workspace, study: Study, cache: Cache, cell: Cell) -> L
     return Ladder(workspace, Partition(cache, cell.split), cell.task, options, cell.fraction)
 
 
+def _planned(due: Sequence[Due], say: Say) -> StudyReport:
+    """The plan of trainings, said; a head that is solved takes next to no time."""
+    for one in due:
+        seconds = one.forecast.seconds(one.training.recipe) if one.forecast else 0.0
+        say(f"to train: {one.cell}, {minutes_text(seconds)}")
+    notes = tuple(note for one in due for note in one.training.notes)
+    return StudyReport(missing=tuple(one.cell for one in due), notes=notes)
+
+
 def run_cells(
     workspace: Workspace,
     study: Study,
@@ -128,17 +161,28 @@ def run_cells(
     verify: bool = False,
 ) -> StudyReport:
     """Do the missing trainings on one cache, one after another; see `run_grid`."""
-    rows: list[dict[str, Any]] = []
-    failed: list[tuple[Cell, str]] = []
-    notes: list[str] = []
-    missing: list[Cell] = []
-    folders: list[str] = []
-    seconds: dict[Cell, float] = {}  # of trainings that differ in nothing but the seed
+    report, due = plan_cells(workspace, study, cache, cells, say, dry_run=dry_run, verify=verify)
+    return report + (_planned(due, say) if dry_run else run_due(study, due, say, verify=verify))
+
+
+def plan_cells(
+    workspace: Workspace,
+    study: Study,
+    cache: Cache,
+    cells: Sequence[Cell],
+    say: Say,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
+) -> tuple[StudyReport, list[Due]]:
+    """What is there, and what is missing, of the trainings on one cache, with the time that it will take."""
+    report, due = StudyReport(), list[Due]()
+    forecasts: dict[Cell, Forecast | None] = {}  # of trainings that differ in nothing but the seed
     ladders: dict[Cell, Ladder | None] = {}  # of the same
-    done = 0
+    partitions: dict[SplitChoice, Partition] = {}
     for cell in cells:
         if cell.task not in cache.data.serves:
-            notes.append(f"{cell.place.data} holds no labels for {cell.task}")
+            report += StudyReport(notes=(f"{cell.place.data} holds no labels for {cell.task}",))
             continue
         try:
             alike = replace(cell, seed=0)
@@ -146,42 +190,55 @@ def run_cells(
                 ladders[alike] = ladder_of(workspace, study, cache, cell)
             ladder = ladders[alike]
             if dry_run and ladder and not ladder.is_climbed():
-                missing.append(cell)
+                report += StudyReport(missing=(cell,))
                 say(f"to train: {cell}, once its iterations are found")
                 continue
             options = ladder.found() if ladder else study.options(cell.task, cell.head, cell.regime)
-            partition = Partition(cache, cell.split)
+            partition = partitions.setdefault(cell.split, Partition(cache, cell.split))
             training = Training(workspace, partition, cell.task, options, (cell.seed,), cell.fraction)
-            own = training.notes
             if there := _done(training, verify):
-                done += 1
-                folders += there.folders
+                report += StudyReport(done=1, folders=tuple(there.folders), notes=tuple(training.notes))
                 if not dry_run:
                     forget(training)
-            elif dry_run:
-                missing.append(cell)
-                if alike not in seconds:
-                    seconds[alike] = _seconds(training)
-                say(f"to train: {cell}, {minutes_text(seconds[alike])}")
-            else:
-                say(str(cell))
-                finished = run(training)
-                rows += finished.rows
-                folders += training.folders
-                own = finished.notes
-                if study.show and cell.seed == 0:
-                    show(finished, study.show, [], notes)
-                del finished  # the next training needs its memory
-            notes += own
+                continue
+            if alike not in forecasts:
+                forecasts[alike] = None if training.is_solved else foreseen(training)
+            due.append(Due(cell, training, forecasts[alike]))
         except FeatprobeError as error:
-            failed.append((cell, str(error)))
-            say(f"failed: {cell}: {str(error).splitlines()[0]}")
-    return StudyReport((), tuple(rows), done, tuple(failed), tuple(notes), tuple(missing), folders=tuple(folders))
+            report += _failed(cell, error, say)
+    return report, due
 
 
-def _seconds(training: Training) -> float:
-    """How long a training will take; a head that is solved takes next to no time."""
-    return 0.0 if training.is_solved else foreseen(training).seconds(training.recipe)
+def run_due(study: Study, due: Sequence[Due], say: Say, *, verify: bool = False) -> StudyReport:
+    """Do trainings, one after another: what is gone and left of the time is said before each."""
+    of = [replace(one.cell, seed=0) for one in due]
+    foretold: dict[Hashable, float] = {
+        key: one.forecast.seconds(one.training.recipe) for key, one in zip(of, due, strict=True) if one.forecast
+    }
+    agenda, report = Agenda(of, foretold, say), StudyReport()
+    if len(due) > 1:
+        agenda.announce()
+    for one in due:
+        agenda.begin(str(one.cell))
+        try:
+            if not verify and (there := _done(one.training, verify)):  # another process was faster
+                report += StudyReport(done=1, folders=tuple(there.folders))
+                continue
+            finished = run(one.training, say, one.forecast)
+            notes = list(finished.notes)
+            if study.show and one.cell.seed == 0:
+                show(finished, study.show, [], notes)
+            report += StudyReport((), tuple(finished.rows), notes=tuple(notes), folders=tuple(one.training.folders))
+            del finished  # the next training needs its memory
+            agenda.end()
+        except FeatprobeError as error:
+            report += _failed(one.cell, error, say)
+    return report
+
+
+def _failed(cell: Cell, error: FeatprobeError, say: Say) -> StudyReport:
+    say(f"failed: {cell}: {str(error).splitlines()[0]}")
+    return StudyReport(failed=((cell, str(error)),))
 
 
 def _done(training: Training, verify: bool) -> Training | None:

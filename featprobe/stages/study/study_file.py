@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from featprobe.io.fields import Fault
 from featprobe.io.schemas import Field, check, json_schema
-from featprobe.kinds import HEADS, KINDS, LOSSES, SOLVED, TASKS, TrainRecipe, kinds_of
+from featprobe.kinds import KINDS, LOSSES, SOLVED, TASKS, TrainRecipe, head_names, kinds_of
 from featprobe.stages.training.logs import LOGS
 from featprobe.stages.training.probe_options import REGIMES, Tuning
 
@@ -34,7 +34,6 @@ LIMITED: Mapping[str, Any] = {
     "data": Texts,
     "backbones": Texts,
     "tasks": _some_of(TASKS, 1),
-    "heads": _some_of(HEADS),
     "regimes": _some_of(REGIMES, 1),
     "seeds": Annotated[int, Field(ge=1, le=1000)],
     "fractions": Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)],
@@ -48,10 +47,10 @@ LIMITED: Mapping[str, Any] = {
     "show": Annotated[int, Field(ge=0, le=1000)],
     "log": _some_of(LOGS),
 }
-"""Types that say more about keys of `Study` than its annotations do."""
+"""Types that say more about keys of `Study` than its annotations do; that of `heads` follows from what is installed."""
 SAID: Mapping[str, str] = {
     "data": "Data sets: built-in names, names in featprobe.toml, or paths.",
-    "backbones": "Aliases, names of timm or featprobe.toml. NAME-random: seeded random weights.",
+    "backbones": "Aliases, names of timm, packages or featprobe.toml. NAME-random: seeded random weights.",
     "tasks": f"{', '.join(TASKS)}; omitted where a set lacks labels.",
     "heads": f"Else {_default_heads()}.",
     "regimes": "full trains the backbone too; frozen-online keeps it frozen, but augments images.",
@@ -143,17 +142,22 @@ def _kind(name: str, of: type, said: Mapping[str, str], changed: Mapping[str, An
     return make_dataclass(name, made, frozen=True)
 
 
-@cache
 def schema_of(study: type) -> type:
     """The dataclass that a study file is checked against, made from `Study`, `TrainRecipe` and `Tuning`."""
+    return _schema_of(study, head_names())
+
+
+@cache
+def _schema_of(study: type, names: tuple[str, ...]) -> type:
+    """The same for heads of these names; of those of other packages, which are not loaded, no defaults are known."""
     steps = {"iterations": int | Literal["auto"]}
     kinds = {ALL: None, **{kind.name: kind.recipe for kind in reversed([*KINDS.values()])}}  # the first of a name
     heads = [
-        (name, _kind(f"Training of {name}", TrainRecipe, SAID_OF_TRAINING, steps, kinds[name]), None)
-        for name in (ALL, *HEADS)
+        (name, _kind(f"Training of {name}", TrainRecipe, SAID_OF_TRAINING, steps, kinds.get(name)), None)
+        for name in (ALL, *names)
     ]
     sections = {"train": make_dataclass("Trainings", heads), "tuning": _kind("Tuning", Tuning, SAID_OF_TUNING, {})}
-    return _kind("Study", study, SAID, {**LIMITED, **sections})
+    return _kind("Study", study, SAID, {**LIMITED, "heads": _some_of(names), **sections})
 
 
 def faults_of(study: type, values: Mapping[str, Any]) -> list[Fault]:

@@ -15,7 +15,7 @@ from featprobe.errors import (
     as_usage,
     nearest,
 )
-from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, grid_of, kind_of, kinds_of
+from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, grid_of, kind_of, kinds_of, loaded_kinds
 from featprobe.levels import pick_levels
 from featprobe.scores import SCORES
 from featprobe.stages.partition import single_splits
@@ -46,6 +46,7 @@ def check_asked(
     counterparts of frozen results where no data set and no backbone is named either. extract: what is missing is made.
     """
     live = options.tuning is not None
+    check_logs(options.log)
     if live and not (task or data or backbones):
         with as_usage():
             return check_free(options)
@@ -102,7 +103,6 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
             raise ProbeError(f"{solved}: it has no iterations to look for. Omit --iterations auto.")
         recipe = replace(recipe, **NOT_TRAINED)
     _check_meaning(kind, options, recipe)
-    check_logs(options.log)
     grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
     if options.seeds is not None and options.seeds < 1:
         raise ProbeError(f"{options.seeds} seeds can't be trained. wanted: --seeds 1 or more.")
@@ -131,7 +131,6 @@ def check_free(options: ProbeOptions) -> None:
             f"A counterpart takes {', '.join(given)} from its frozen result. Omit it, or name what to train:\n"
             "  featprobe finetune --task TASK --data NAME …"
         )
-    check_logs(options.log)
 
 
 def _check_meaning(kind: HeadKind, options: ProbeOptions, recipe: TrainRecipe) -> None:
@@ -258,7 +257,7 @@ def _lack(workspace: Workspace, *sides: tuple[Sequence[str], set[str], str]) -> 
 def _check_usable(cache: Cache, task: str, pooled: bool) -> None:
     """Raise CacheIncompleteError where rows are missing, NoMapsError where maps are wanted that it does not hold."""
     if not pooled and cache.recipe.store == "pooled":
-        able = [name for name in kinds_of(task) if kind_of(task, name).pooled]
+        able = [kind.name for kind in loaded_kinds(task) if kind.pooled]
         other = f"\nOr take a head that reads pooled features:  --head {' | '.join(able)}" if able else ""
         raise NoMapsError(f"{cache.lacks_maps()}{other}")
     cache.usable()
@@ -281,7 +280,7 @@ def _unserved(caches: Sequence[Cache], task: str, live: bool) -> ProbeError:
     each = dict.fromkeys(f"{c.data.name}: {', '.join(c.data.tasks or c.data.serves) or 'none'}" for c in caches)
     command = f"featprobe {'finetune' if live else 'probe'}"
     serves = dict.fromkeys(other for cache in caches for other in cache.data.serves)
-    others = [own for own in serves if not live or any(kind_of(own, name).live for name in kinds_of(own))]
+    others = [own for own in serves if not live or any(kind.live for kind in loaded_kinds(own))]
     advice = f"Take a task that they serve:  {command} --task {' | '.join(others)}" if others else ""
     if any(cache.data.tasks for cache in caches):
         advice = f"If there are only masks of classes, use their connected parts:\n  {command} … --instances components"

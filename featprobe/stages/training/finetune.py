@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 from featprobe.backbones.given import at_hand
 from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
-from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError, counted
+from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError
 from featprobe.kinds import FROZEN, TASKS
-from featprobe.machine import minutes_text
 from featprobe.probes.saved import head_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits
+from featprobe.stages.training.agenda import Agenda, alike, foreseen_each
 from featprobe.stages.training.asked import check_free, checked_live, find_caches, labels_for, left_aside
-from featprobe.stages.training.forecast import Forecast, forecast_text
+from featprobe.stages.training.forecast import forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import ProbeReport, extraction, notes_of, show, splittable
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.training.read_labels import check_live
-from featprobe.stages.training.run import Say, foreseen, run
+from featprobe.stages.training.run import Say, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import AnySet, Workspace
@@ -63,7 +63,7 @@ def finetune(
     workspace: Workspace,
     task: str | None = None,
     data: AnySet | Sequence[AnySet] = (),
-    backbones: "Sequence[str | nn.Module]" = (),
+    backbones: "Sequence[str | nn.Module] | str | nn.Module" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     dry_run: bool = False,
@@ -112,31 +112,26 @@ def _finetune(
         wanted, notes = _asked_for(workspace, task or TASKS[0], data, backbones, options)
     else:
         wanted, notes = missing_counterparts(workspace, options)
-    alike = {one.alike: one.ladder(workspace) for one in wanted}
-    ladders = [ladder for ladder in alike.values() if ladder]
+    searches = {one.alike: one.ladder(workspace) for one in wanted}
+    ladders = [ladder for ladder in searches.values() if ladder]
     climb_all(ladders, say, dry_run)
-    found = {how: ladder.found() for how, ladder in alike.items() if ladder and ladder.is_climbed()}
+    found = {how: ladder.found() for how, ladder in searches.items() if ladder and ladder.is_climbed()}
     wanted = [replace(one, options=found.get(one.alike, one.options)) for one in wanted]
-    forecasts: list[Forecast | None] = []
-    seconds = 0.0
-    for one in wanted:  # all of them are tried for a few steps, before the first is trained
-        training = one.training(workspace)
-        if one.options.climbs(one.fraction):
-            forecasts.append(None)
-            what = f"{training.task} {training.kind.name}, {training.regime}"
-            say(f"{training.title}: {what}, once its iterations are found")
-            continue
-        forecast = foreseen(training)
-        forecasts.append(forecast)
-        seconds += forecast.seconds(training.recipe)
-        say(forecast_text(training, forecast))
-    later = forecasts.count(None)
-    more = f" and {later} whose iterations are not found yet" if later else ""
-    say(f"{counted(len(wanted) - later, 'training')}, {minutes_text(seconds)} in all{more}")
+    trainings = [one.training(workspace) for one in wanted if not one.options.climbs(one.fraction)]
+    known = foreseen_each(trainings)  # all of them are tried for a few steps, before the first is trained
+    for training in trainings:
+        say(forecast_text(training, known[alike(training)]))
+    later = [one.training(workspace) for one in wanted if one.options.climbs(one.fraction)]  # of a dry run alone
+    for training in later:
+        say(f"{training.label}, once its iterations are found")
+    agenda = Agenda.of_trainings(trainings, known, say)
+    agenda.announce(f" and {len(later)} whose iterations are not found yet" if later else "")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for one, known in zip(wanted, forecasts, strict=True) if not dry_run else ():
-        finished = run(one.training(workspace), say, known)
+    for training in trainings if not dry_run else ():
+        agenda.begin(training.label)
+        finished = run(training, say, known[alike(training)])
+        agenda.end()
         rows += finished.rows
         notes += finished.notes
         if options.show and is_main():

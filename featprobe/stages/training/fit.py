@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from featprobe.errors import DivergedError, ProbeError, counted
-from featprobe.io.texts import printable
 from featprobe.probes import CurvePoint, kept_point, parameter_count, train
 from featprobe.probes.saved import Checkpoint
-from featprobe.processes import from_main, is_main
+from featprobe.processes import from_main
 from featprobe.specs import digest
+from featprobe.stages.progress import Progress
 from featprobe.stages.tasks.task import Solution, Source
 from featprobe.stages.training.forecast import Forecast, forecast_text, foresee
 from featprobe.stages.training.logs import Recorder
@@ -191,10 +190,7 @@ def _trained(
 ) -> Fitted:
     training, heads = prepared.training, [trial.head for trial in trials]
     loss = prepared.task.start(heads, fresh=training.is_fresh)
-    bar = tqdm(
-        total=training.recipe.iterations, desc=printable(training.title), unit="it",
-        disable=training.options.quiet or not is_main(), leave=False,
-    )  # fmt: skip
+    bar = Progress(training.recipe.iterations, training.title, "it", quiet=training.options.quiet)
     with bar, _recorder(training, trials, index) as recorder:
 
         def taken(losses: Tensor) -> None:
@@ -207,7 +203,7 @@ def _trained(
             return scores
 
         def progress(step: int, mean: float) -> None:
-            bar.set_postfix_str(f"loss {mean:.3f}")
+            bar.note(f"loss {mean:.3f}")
             recorder.mark(step)
 
         curves = train(

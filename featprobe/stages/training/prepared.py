@@ -180,6 +180,7 @@ def source_of(prepared: Prepared, head: Head, as_dtype: CacheDtype | None = None
 def _backbone(training: Training, levels: Sequence[FeatureLevel]) -> "Backbone":
     """The backbone that the cache was made with, in evaluation mode; raises ProbeError when it can't be had."""
     from featprobe.backbones.backbone import load_backbone  # timm takes time, and features from a cache need none
+    from featprobe.stages.extraction.same_network import check_same
 
     cache = training.partition.source
     spec = spec_of(cache)
@@ -195,6 +196,7 @@ def _backbone(training: Training, levels: Sequence[FeatureLevel]) -> "Backbone":
             f"  wanted  sha256 {cache.recipe.weights_sha256[:16]}…\n  found   sha256 {backbone.sha256[:16]}…"
         )
     backbone.fit(cache.recipe.frame, cache.recipe.sized)
+    check_same(cache, backbone, training.device)
     backbone.compiled = bool(training.tuning and training.tuning.compile)
     return backbone
 

@@ -20,8 +20,10 @@ from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
+from featprobe.stages.training.agenda import on_the_agenda
 from featprobe.stages.training.asked import checked, find_caches, labels_for, reads_pooled
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
+from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.read_labels import classes_of
 from featprobe.stages.training.run import Finished, Say, draw_sheet, run
@@ -43,14 +45,15 @@ class ProbeReport:
     def __repr__(self) -> str:
         rows, sheets, notes = (len(own) for own in (self.rows, self.sheets, self.notes))
         what = ", ".join(sorted({f"{row['task']} of {row['backbone']} on {row['data']}" for row in self.rows})[:3])
-        return f"ProbeReport({counted(rows, 'row')}{f' ({what})' if what else ''}, {sheets} sheets, {notes} notes)"
+        about = f" ({what})" if what else ""
+        return f"ProbeReport({counted(rows, 'row')}{about}, {counted(sheets, 'sheet')}, {counted(notes, 'note')})"
 
 
 def probe(
     workspace: Workspace,
     task: str = TASKS[0],
     data: AnySet | Sequence[AnySet] = (),
-    backbones: "Sequence[str | nn.Module]" = (),
+    backbones: "Sequence[str | nn.Module] | str | nn.Module" = (),
     options: ProbeOptions | None = None,
     say: Say = lambda line: None,
     *,
@@ -64,6 +67,7 @@ def probe(
     FeatprobeError when nothing fits, or when a cache that is asked for is not complete.
     """
     options, sets = checked(task, options or ProbeOptions()), workspace.sets_called(data)
+    check_logs(options.log)
     with at_hand(backbones) as names, together(pick_device(options.device)):
         say = say if is_main() else lambda line: None
         if extract:
@@ -98,21 +102,25 @@ def _probe(
     ]
     climb_all(ladders, say)
     found = {(ladder.cache.path, ladder.fraction): ladder.found() for ladder in ladders}
+    notes += [f"{cache.data.name}: {note}" for cache in caches for note in notes_of(cache, task, options.choice)]
+    trainings = [
+        Training(workspace, Partition(cache, split), task, own, seeds, fraction)
+        for cache, fraction in every
+        for own in [found.get((cache.path, fraction), options)]
+        for split, seeds in product(splits, own.passes(fraction))
+    ]
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for cache in caches:
-        notes += [f"{cache.data.name}: {note}" for note in notes_of(cache, task, options.choice)]
-        for fraction in options.fractions:
-            shown = False
-            own = found.get((cache.path, fraction), options)
-            for split, seeds in product(splits, own.passes(fraction)):
-                finished = run(Training(workspace, Partition(cache, split), task, own, seeds, fraction), say)
-                rows += finished.rows
-                notes += finished.notes
-                if options.show and not shown and is_main():
-                    shown = True
-                    show(finished, options.show, sheets, notes)
-                del finished  # the next training needs its memory
+    shown: set[tuple[Path, float]] = set()
+    for training, forecast in on_the_agenda(trainings, say):
+        finished = run(training, say, forecast)
+        rows += finished.rows
+        notes += finished.notes
+        place = training.partition.source.path, training.fraction
+        if options.show and place not in shown and is_main():
+            shown.add(place)
+            show(finished, options.show, sheets, notes)
+        del finished  # the next training needs its memory
     notes += left_behind(workspace, ladders)
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
 

@@ -3,13 +3,14 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from featprobe.datasets.images.reading import hash_image, read_levels, unit_of
 from featprobe.errors import DataError
-from featprobe.io.disk import remove_leftovers
+from featprobe.io.disk import in_use, remove_leftovers
 from featprobe.probes import Head, append_row, make_folder, plain, save_head
 from featprobe.processes import from_main, is_main
 from featprobe.report.sheets import Panel, save_sheet
@@ -44,11 +45,12 @@ def run(training: Training, say: Say = lambda line: None, forecast: Forecast | N
     Several processes do that together; the main one alone writes. say: gets how long it will take, where no forecast is
     given. Raises FeatprobeError.
     """
-    with guarded(training):
+    with guarded(training), ExitStack() as held:
         prepared = prepare(training)
         begun = time.perf_counter()
         for seed in training.seeds if is_main() else ():
             make_folder(training.folder / f"seed{seed}")  # now, and not after an hour of training
+            held.enter_context(in_use(training.folder / f"seed{seed}"))
         trials = trials_of(prepared)
         _note_absent(prepared, trials[0].head)
         with source_of(prepared, trials[0].head) as source:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from featprobe.cache import Cache
-from featprobe.kinds import HeadKind, TrainRecipe, grid_of
+from featprobe.kinds import FROZEN, HeadKind, TrainRecipe, grid_of
 from featprobe.probes.saved import read_card, read_results
 from featprobe.processes import pick_device
 from featprobe.result_rows import ResultRow
@@ -229,6 +229,12 @@ class Training:
         fold = f", fold {self.choice.fold} of {self.choice.folds}" if self.choice.fold else ""
         seeds = ", ".join(map(str, self.seeds))
         return f"{self.features.label} on {self.data.name}{share}{fold}, seed {seeds}"
+
+    @property
+    def label(self) -> str:
+        """The same with the task, the kind of head and the regime, where it is not the frozen one."""
+        regime = "" if self.regime == FROZEN else f", {self.regime}"
+        return f"{self.title}: {self.task} {self.kind.name}{regime}"
 
     @property
     def notes(self) -> list[str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from featprobe.cache import (
     MISSING,
@@ -30,10 +29,10 @@ from featprobe.cache.legacy import disagreements
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.io.disk import remove_leftovers
-from featprobe.io.texts import printable
-from featprobe.kinds import kind_of, kinds_of
+from featprobe.kinds import loaded_kinds
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
+from featprobe.stages.progress import BYTES, Progress
 from featprobe.stages.workspace import Workspace
 
 
@@ -77,7 +76,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
 def _pooled(cache: Cache) -> dict[str, Any]:
     """The facts about pooled features: the heads that a cache of them alone serves, by task, or what lies beside it."""
     if cache.recipe.store == "pooled":
-        able = {task: [n for n in kinds_of(task) if kind_of(task, n).pooled] for task in cache.data.serves}
+        able = {task: [kind.name for kind in loaded_kinds(task) if kind.pooled] for task in cache.data.serves}
         return {"serves": {task: names for task, names in able.items() if names}}
     size = _size_of(pooled_path(cache.path))
     digest = rows_digest(cache) if size else ""  # one level is in memory at a time
@@ -107,7 +106,7 @@ def verify_cache(
     except CacheError as error:
         return [Damage(-1, "", f"the whole file: {str(error).splitlines()[0]}")]
     total = contents.recipe.row_bytes * len(contents.rows)
-    with tqdm(total=total, desc=printable(path.name), unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+    with Progress(total, path.name, BYTES, quiet=quiet) as bar:
         for item in verify(path):
             if isinstance(item, Damage):
                 found.append(item)
@@ -176,7 +175,7 @@ def _copy_whole(old: Cache, target: Path, quiet: bool) -> list[str]:
     total = old.recipe.row_bytes * int((old.done == WHOLE).sum())
     with (
         CacheWriter(target) as writer,
-        tqdm(total=total, desc=printable(old.path.name), unit="B", unit_scale=True, disable=quiet, leave=False) as bar,
+        Progress(total, old.path.name, BYTES, quiet=quiet) as bar,
     ):
         for row in np.flatnonzero(old.done == WHOLE).tolist():
             kept = [old.stored(row, level) for level in old.levels]

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
-from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import Look, exact_copies, in_several_splits, look_of, near_copies, two_labels
@@ -25,6 +24,7 @@ from featprobe.errors import DataError, LabelSizeError, OutOfImageError, counted
 from featprobe.geometry import Fit, Size, default_size, place, place_tile
 from featprobe.report.page import write_check_page
 from featprobe.report.sheets import Panel, save_sheet
+from featprobe.stages.progress import counting
 from featprobe.stages.threads import in_threads
 from featprobe.stages.upkeep.describe import contact_sheet, spread
 from featprobe.targets import Target
@@ -147,7 +147,7 @@ def check(
     except DataError as error:
         findings.append(Finding("no_splits", True, str(error), ()))
     with in_threads(lambda sample: _look_at(data, sample), data.samples, workers) as results:
-        found = list(tqdm(results, total=len(data.samples), desc="checking", unit="img", disable=quiet, leave=False))
+        found = list(counting(results, len(data.samples), "checking", "img", quiet=quiet))
     near = _near_pairs(found)
     findings += [
         *_faults(found),

@@ -7,8 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from featprobe.datasets import DataSet
 from featprobe.datasets.files import named_below
 from featprobe.datasets.formats.coco_files import CocoFiles, annotations_of
@@ -20,6 +18,7 @@ from featprobe.datasets.samples import SPLITS, listed
 from featprobe.errors import DataError
 from featprobe.image_labels import LabelNames
 from featprobe.io.disk import new_folder, write_whole
+from featprobe.stages.progress import counting
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
         return _convert_labels(data, data.label_names, out, link, quiet)
     with new_folder(out) as temporary:
         files = CocoFiles(SPLITS)
-        for sample in tqdm(data.samples, desc="converting", unit="img", disable=quiet, leave=False):
+        for sample in counting(data.samples, len(data.samples), "converting", "img", quiet=quiet):
             size = image_size(sample.image)
             where = f"{data.root}, image {sample.id}"
             found = annotations_of(data.read_target(sample, size), size, where)
@@ -73,7 +72,7 @@ def _convert_labels(data: DataSet, names: LabelNames, out: Path, link: bool, qui
         )
     rows, counts = [], dict.fromkeys(SPLITS, 0)
     with new_folder(out) as temporary:
-        for sample in tqdm(data.samples, desc="converting", unit="img", disable=quiet, leave=False):
+        for sample in counting(data.samples, len(data.samples), "converting", "img", quiet=quiet):
             where = f"{data.root}, image {sample.id}"
             held = data.read_target(sample, image_size(sample.image)).labels
             check_held(held, names, where)

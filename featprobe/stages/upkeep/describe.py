@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from featprobe.datasets import DataSet, Sample
 from featprobe.datasets.duplicates import Look, look_of, near_copies
@@ -31,6 +30,7 @@ from featprobe.intensity import Intensity, default_intensity
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.splitting import SplitChoice
 from featprobe.stages.partition import assigned, classes_in, names_held
+from featprobe.stages.progress import counting
 from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE
 
@@ -194,7 +194,7 @@ def _looks(samples: Sequence[Sample], workers: int, quiet: bool) -> list[Look | 
             return None
 
     with in_threads(look, samples, workers) as results:
-        return list(tqdm(results, total=len(samples), desc="comparing", unit="img", disable=quiet, leave=False))
+        return list(counting(results, len(samples), "comparing", "img", quiet=quiet))
 
 
 def _alike(pairs: Sequence[Sequence[str]]) -> list[str]:

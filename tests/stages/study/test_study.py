@@ -3,15 +3,11 @@
 import fcntl
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -19,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from helpers import find_file, write_set
 from tqdm import tqdm
 
@@ -485,147 +481,6 @@ def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
     run_all(workspace.root, study)
     assert outcome(workspace) == outcome(whole) and len(outcome(whole)) == 4
     assert not list(workspace.probes.rglob("checkpoint*"))
-
-
-# ---- SLURM -----------------------------------------------------------------------------------------------------------
-
-ON_A_CLUSTER = SMALL.replace('["semseg", "detect"]', '["semseg"]').replace('"linear", "ridge"', '"linear"')
-ON_A_CLUSTER = ON_A_CLUSTER.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]")
-ON_A_CLUSTER = ON_A_CLUSTER.replace('"frozen", "full"', '"full"')
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The state of a stand-in for SLURM on PATH: `held` in it keeps jobs from starting."""
-    folder = tmp_path / "slurm"
-    (folder / "state").mkdir(parents=True)
-    text = f"#!{sys.executable}\n{(Path(__file__).parents[2] / 'fake_slurm.py').read_text()}"
-    for name in ("sbatch", "srun", "squeue", "scontrol"):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    yield folder / "state"
-    shutil.rmtree(folder / "state" / "queue", ignore_errors=True)
-
-
-def hand_over(workspace: Workspace, study: Path, *words: str) -> Result:
-    arguments = ["--workspace", str(workspace.root), "study", str(study), "--launcher", "slurm"]
-    return CliRunner().invoke(cli, [*arguments, *(word for pair in words for word in ("--slurm", pair))])
-
-
-@pytest.mark.slow
-def test_a_study_runs_as_jobs(workspace: Workspace, tmp_path: Path, slurm: Path) -> None:
-    (tmp_path / "empty" / "images").mkdir(parents=True)
-    text = ON_A_CLUSTER.replace('["surface"]', f'["surface", "{tmp_path / "empty"}"]')
-    study = written(tmp_path, text)
-    (slurm / "held").touch()
-    first = hand_over(workspace, study, "partition=gpu", "time=30")
-    assert first.exit_code == 0, first.stderr
-    plan, _, told = first.stderr.partition("handed over")
-    assert "2 trainings on 2 caches" in plan and plan.count("to extract") == 2
-    assert "2 extractions and 2 trainings" in told
-    jobs = [path.read_text() for path in sorted(slurm.glob("*.sh"))]
-    assert all("#SBATCH --partition=gpu" in job and "#SBATCH --time=30" in job for job in jobs)
-    assert ["--array=0-1%2" in job for job in jobs] == [True, False, False]
-    assert ["--dependency=afterany:1_" in job for job in jobs] == [False, True, True]
-    again = hand_over(workspace, study)
-    assert "2 trainings are in the queue already" in again.stderr and "0 extractions and 0 trainings" in again.stderr
-    more = hand_over(workspace, written(tmp_path, text.replace("seeds = 1", "seeds = 4")))
-    assert "0 extractions and 6 trainings" in more.stderr, "they wait for what is in the queue"
-    (*_, array, _) = (path.read_text() for path in sorted(slurm.glob("*.sh")))
-    assert "--array=0-2%3" in array and "--dependency=afterany:1_0" in array
-    for path in slurm.glob("queue/[45]_*"):
-        path.unlink()  # as scancel does
-
-    (slurm / "held").unlink()
-    log = workspace.root / "jobs" / "2_0_log.out"
-    wait_for(lambda: log.exists() and "full, seed 0" in log.read_text())
-    os.kill(int(log.with_suffix(".pid").read_text()), signal.SIGUSR2)  # as SLURM does before it takes a node away
-    wait_for(lambda: not list(slurm.glob("queue/*")))
-    assert log.read_text().count("full, seed 0") == 2, "the job was taken into the queue again"
-    local = Workspace(tmp_path / "local")
-    shutil.copytree(workspace.data, local.data)
-    run_grid(local, read_study(written(tmp_path, ON_A_CLUSTER), local))
-    assert outcome(workspace) == outcome(local) and len(outcome(local)) == 1
-
-    (slurm / "held").touch()
-    later = hand_over(workspace, written(tmp_path, text))
-    assert "1 training is there already" in later.stderr and "1 extraction and 1 training;" in later.stderr
-    (failed,) = [line for line in later.stderr.splitlines() if line.startswith("failed before")]
-    assert "There is no cache to train on" in failed and Path(failed.rpartition("see ")[2].rstrip(")")).is_file()
-
-
-def test_trainings_wait_for_the_iterations_of_all_backbones(workspace: Workspace, tmp_path: Path, slurm: Path) -> None:
-    (slurm / "held").touch()
-    text = ON_A_CLUSTER.replace('"full"', '"frozen"').replace("iterations = 3", 'iterations = "auto"')
-    text = text.replace('-random"]', '-random", "mobilenetv2_100-random"]').replace("[1.0]", "[0.5]")
-    study = written(tmp_path, text)
-    first = hand_over(workspace, study)
-    assert "2 extractions and 2 trainings, behind 2 searches for iterations" in first.stderr, first.stderr
-    jobs = [path.read_text() for path in sorted(slurm.glob("*.sh"))]
-    waits = [found[1] if (found := re.search(r"--dependency=afterany:(\S+)", job)) else "" for job in jobs]
-    assert waits == ["", "1_0", "1_1", "1_0:2:3", "1_1:2:3"]
-    again = hand_over(workspace, study)
-    assert "0 extractions and 0 trainings;" in again.stderr and "searches" not in again.stderr
-    for path in slurm.glob("queue/3*"):
-        path.unlink()  # as scancel does
-    more = hand_over(workspace, study)
-    assert "0 extractions and 0 trainings, behind 1 search for iterations" in more.stderr
-
-
-@pytest.mark.slow
-def test_jobs_of_whole_images_and_of_tiles_are_not_taken_for_each_other(
-    workspace: Workspace, tmp_path: Path, slurm: Path
-) -> None:
-    (slurm / "held").touch()
-    text = CUT.replace('"frozen", "full"', '"frozen"')
-    few = hand_over(workspace, written(tmp_path, text.replace("[0, 32]", "[0]").replace(', "hflip, crop:1"', "")))
-    assert "1 extraction and 1 training" in few.stderr
-    all_of_it = hand_over(workspace, written(tmp_path, text))
-    assert "1 training is in the queue already" in all_of_it.stderr
-    assert "3 extractions and 3 trainings" in all_of_it.stderr
-    again = hand_over(workspace, written(tmp_path, text.replace("overlap = 4", "overlap = 8")))
-    assert "2 trainings are in the queue already" in again.stderr, "those of whole images"
-    assert "2 extractions and 2 trainings" in again.stderr
-    (slurm / "held").unlink()
-    wait_for(lambda: not list(slurm.glob("queue/*")))
-    rows, _ = read_rows(workspace.probes / "results.jsonl")
-    assert sorted((r["tile"] or 0, bool(r["augmentation"])) for r in rows) == [
-        (0, False), (0, True), (32, False), (32, False), (32, True), (32, True)
-    ]  # fmt: skip
-    assert len({r["feature_key"] for r in rows}) == 6
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_what_slurm_or_its_absence_says_is_told(
-    workspace: Workspace, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = written(tmp_path, ON_A_CLUSTER)
-    for words, said in (
-        (["partition=nowhere"], "invalid partition specified: nowhere"),
-        (["partition"], "KEY=VALUE"),
-        (["array=1-5"], "featprobe sets it"),
-        (["time=1:00:00"], "minutes"),
-    ):
-        answer = hand_over(workspace, study, *words)
-        assert answer.exit_code == 1 and said in answer.stderr
-    (slurm.parent / "squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
-    assert "no controller" in hand_over(workspace, study).stderr
-    (slurm.parent / "squeue").unlink()
-    answer = hand_over(workspace, study)
-    assert answer.exit_code == 1 and "There is no squeue on this machine" in answer.stderr
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    answer = hand_over(workspace, study)
-    assert answer.exit_code == 1 and "featprobe[slurm]" in answer.stderr
-    assert not list(slurm.glob("*.sh")) and not workspace.cache_files()
-    local = CliRunner().invoke(cli, ["study", str(study), "--slurm", "partition=gpu"])
-    assert local.exit_code == 2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)

@@ -21,9 +21,10 @@ from featprobe.kinds import kinds_of
 from featprobe.metrics.anomalies import ScoredAnomalies, aupro, pixel_auroc
 from featprobe.probes import load_head
 from featprobe.scores import SCORES
-from featprobe.stages import predict as prediction
+from featprobe.stages import predictor as stage
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.image_truth import defect_regions, truth_of
+from featprobe.stages.predict import predict
 from featprobe.stages.tasks.seen import seen_on_maps
 from featprobe.stages.tasks.settle import settled
 from featprobe.stages.training import run as running
@@ -205,9 +206,9 @@ def test_predictions_are_those_of_the_test(
 ) -> None:
     """Saved heads, loaded again, on the files: the scores of the result, a map and a verdict for each image."""
     row = run(parts, head, seeds=1).rows[0]
-    monkeypatch.setattr(prediction, "load_backbone", lambda *_: PoolingBackbone())
+    monkeypatch.setattr(stage, "load_backbone", lambda *_: PoolingBackbone())
     images = sorted((parts.root / "set" / "images").glob("test_*.png"))
-    report = prediction.predict(parts.probes / row["folder"], images, tmp_path / "out", device="cpu", quiet=True)
+    report = predict(parts.probes / row["folder"], images, tmp_path / "out", device="cpu", quiet=True)
     with (tmp_path / "out" / "scores.csv").open(newline="") as stream:
         lines = {line["image"].removesuffix(".png"): line for line in csv.DictReader(stream)}
     kept = scored(parts, row)
@@ -247,9 +248,9 @@ def test_without_good_images_in_validation_there_is_no_verdict(tmp_path: Path, m
     assert row["test"]["image_auroc"] == 1.0 and row["val"]["image_auroc"] is None
     assert [row["test"][name] for name in ("image_f1", "image_recall", "false_calls")] == [None] * 3
     assert any("no threshold" in note for note in report.notes) and report.sheets[0].is_file()
-    monkeypatch.setattr(prediction, "load_backbone", lambda *_: PoolingBackbone())
+    monkeypatch.setattr(stage, "load_backbone", lambda *_: PoolingBackbone())
     images = [tmp_path / "set" / "images" / "test_good00.png"]
-    found = prediction.predict(workspace.probes / row["folder"], images, tmp_path / "out", device="cpu", quiet=True)
+    found = predict(workspace.probes / row["folder"], images, tmp_path / "out", device="cpu", quiet=True)
     assert any("no threshold" in note for note in found.notes)
     assert (tmp_path / "out" / "scores.csv").read_text().splitlines()[1].endswith(",,")
 
@@ -272,10 +273,10 @@ def test_tiles_are_judged_each_for_itself(tmp_path: Path, monkeypatch: pytest.Mo
         assert len(kept.ids) == len(cache.usable("test")) and 0 < kept.good.sum() < len(kept.ids)
         assert row["test"]["image_auroc"] > 0.9 and row["train_counts"] == {"good": good}
         assert any("tiles with a defect are left aside" in note for note in report.notes)
-        monkeypatch.setattr(prediction, "load_backbone", lambda *_: PoolingBackbone())
+        monkeypatch.setattr(stage, "load_backbone", lambda *_: PoolingBackbone())
         images = sorted((tmp_path / "set" / "images").glob("test_*.png"))
         out = tmp_path / "out" / head
-        prediction.predict(workspace.probes / row["folder"], images, out, device="cpu", quiet=True)
+        predict(workspace.probes / row["folder"], images, out, device="cpu", quiet=True)
         with (out / "scores.csv").open(newline="") as stream:
             said = {f"images/{line['image']}": float(line["score"]) for line in csv.DictReader(stream)}
         highest = dict.fromkeys(said, 0.0)
