@@ -10,9 +10,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
 
 import featprobe
+from featprobe import processes
+from featprobe.errors import BackboneError
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -86,6 +89,16 @@ def test_the_citation_is_of_this_version_and_in_the_layout() -> None:
     for missing in ("authors", "title"):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({name: value for name, value in citation.items() if name != missing}, CFF)
+
+
+def test_several_processes_without_accelerate_are_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    cpu = torch.device("cpu")
+    with pytest.raises(BackboneError, match=r"2 processes (.|\n)*'featprobe\[processes\]'"), processes.together(cpu):
+        pass
+    assert processes.count() == 1
 
 
 def test_types_are_there_for_those_who_import_it() -> None:

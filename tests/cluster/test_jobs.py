@@ -4,6 +4,9 @@ import fcntl
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ pytestmark = pytest.mark.cluster
 ONE = SMALL.replace('["semseg", "detect"]', '["semseg"]').replace('"linear", "ridge"', '"linear"')
 ONE = ONE.replace("seeds = 2", "seeds = 1").replace("[0.5, 1.0]", "[1.0]").replace('"frozen", "full"', '"frozen"')
 TWELVE = ONE.replace("seeds = 1", "seeds = 3").replace("[1.0]", "[0.5, 1.0]").replace('"frozen"', '"frozen", "full"')
-LONGEST = 400.0  # seconds: the machine may be busy with something else
+LONGEST = 600.0  # seconds: the machine may be busy with something else
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ def waiting(cluster: SlurmHere, tmp_path_factory: pytest.TempPathFactory, data: 
         made.other.hand_over("partition=apart")
     made.lock.parent.mkdir()
     with made.lock.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
         made.limited.hand_over("time=2", "signal_delay_s=30")  # the signal comes after 60 to 90 seconds
+        fcntl.lockf(held, fcntl.LOCK_EX)  # until then the job waits to write its row
         yield made
 
 
@@ -171,6 +174,7 @@ def test_what_waits_in_the_queue_is_not_handed_over_twice(cluster: SlurmHere, ow
     assert "TimeLimit=00:30:00" in cluster.ask("scontrol", "show", "job", made)
     again = own.hand_over()
     assert "12 trainings are in the queue already" in again and "0 extractions and 0 trainings" in again
+    assert "JobHeldUser" in again
     more = own.rewrite(TWELVE.replace("seeds = 3", "seeds = 4")).hand_over("hold=true")
     assert "0 extractions and 4 trainings" in more, "they wait for what is in the queue"
     assert {waits(cluster, own)[job] for job in own.latest()[13:]} == {made}
@@ -202,16 +206,16 @@ def test_jobs_of_whole_images_and_of_tiles_are_not_taken_for_each_other(cluster:
     assert "1 extraction and 1 training" in own.hand_over("hold=true")
     all_of_it = own.rewrite(text).hand_over("hold=true")
     assert "1 training is in the queue already" in all_of_it and "3 extractions and 3 trainings" in all_of_it
+    before = own.latest()
     again = own.rewrite(text.replace("overlap = 4", "overlap = 8")).hand_over("hold=true")
     assert "2 trainings are in the queue already" in again, "those of whole images"
     assert "2 extractions and 2 trainings" in again
-    cluster.ask("scontrol", "release", *{job.partition("_")[0] for job in own.latest()})
+    cluster.ask("scancel", *{job.partition("_")[0] for job in before})
+    cluster.ask("scontrol", "release", *{job.partition("_")[0] for job in own.latest()[len(before) :]})
     until(lambda: ended(cluster, own))
     rows, _ = read_rows(own.workspace.probes / "results.jsonl")
-    assert sorted((r["tile"] or 0, bool(r["augmentation"])) for r in rows) == [
-        (0, False), (0, True), (32, False), (32, False), (32, True), (32, True)
-    ]  # fmt: skip
-    assert len({r["feature_key"] for r in rows}) == 6
+    assert sorted((r["tile"], bool(r["augmentation"])) for r in rows) == [(32, False), (32, True)]
+    assert len({r["feature_key"] for r in rows}) == 2
 
 
 def test_a_training_on_a_cache_that_could_not_be_made_says_so(cluster: SlurmHere, own: Space, tmp_path: Path) -> None:
@@ -228,7 +232,6 @@ def test_what_slurm_refuses_is_told(cluster: SlurmHere, own: Space) -> None:
     for word, said in (
         ("partition=nowhere", "invalid partition specified: nowhere"),
         ("gres=gpu:1", "Invalid generic resource"),
-        ("nodes=7", "Node count specification invalid"),
     ):
         answer = own.command(word)
         assert answer.exit_code == 1 and said in answer.stderr, answer.stderr
@@ -253,13 +256,31 @@ def test_a_job_of_another_version_ends_in_words(cluster: SlurmHere, own: Space) 
         assert "another version of featprobe" in log and "Traceback" not in log
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_cluster_runs_beside_this_one_and_leaves_nothing_when_it_is_stopped(
+    cluster: SlurmHere, stop: signal.Signals
+) -> None:
+    words = "echo $FEATPROBE_CLUSTER; sinfo --noheader --nodes main --format=%T; sleep 600"
+    command = [sys.executable, Path(__file__).with_name("slurm_here.py"), "--required", "sh", "-c", words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as second:
+        assert second.stdout is not None
+        folder = Path(second.stdout.readline().strip())
+        assert second.stdout.readline().strip() == "idle" and folder != cluster.folder
+        daemons = [int(path.read_text()) for path in folder.glob("*.pid")]
+        assert len(daemons) >= 3 and all(Path(f"/proc/{daemon}").exists() for daemon in daemons)
+        second.send_signal(stop)
+        assert second.wait(60) == 128 + stop
+    assert not folder.exists() and not any(Path(f"/proc/{daemon}").exists() for daemon in daemons)
+    assert cluster.state("main") in ("idle", "mixed", "allocated")
+
+
 def test_a_job_whose_time_is_over_goes_on_in_another_turn(cluster: SlurmHere, waiting: Waiting) -> None:
     own = waiting.limited
-    log = own.jobs / f"{own.latest()[-1]}_0_log.err"
+    log = own.jobs / f"{own.latest()[-1]}_0_log.out"
     until(lambda: log.exists() and "Requeued job" in log.read_text())
     waiting.lock.unlink()  # what is written goes to a new file, which nobody holds
     until(lambda: ended(cluster, own))
-    assert log.with_suffix(".out").read_text().count("linear, frozen, seed 0") == 2
+    assert log.read_text().count("linear, frozen, seed 0") == 2
     assert len(read_rows(waiting.lock)[0]) == 1
     assert "1 training is there already" in own.hand_over()
 

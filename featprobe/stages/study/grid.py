@@ -151,11 +151,18 @@ def _planned(due: Sequence[Due], say: Say) -> StudyReport:
 
 
 def run_cells(
-    workspace: Workspace, study: Study, cache: Cache, cells: Sequence[Cell], say: Say, *, verify: bool = False
+    workspace: Workspace,
+    study: Study,
+    cache: Cache,
+    cells: Sequence[Cell],
+    say: Say,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
 ) -> StudyReport:
     """Do the missing trainings on one cache, one after another; see `run_grid`."""
-    report, due = plan_cells(workspace, study, cache, cells, say, verify=verify)
-    return report + run_due(study, due, say, verify=verify)
+    report, due = plan_cells(workspace, study, cache, cells, say, dry_run=dry_run, verify=verify)
+    return report + (_planned(due, say) if dry_run else run_due(study, due, say, verify=verify))
 
 
 def plan_cells(
@@ -217,7 +224,7 @@ def run_due(study: Study, due: Sequence[Due], say: Say, *, verify: bool = False)
             if not verify and (there := _done(one.training, verify)):  # another process was faster
                 report += StudyReport(done=1, folders=tuple(there.folders))
                 continue
-            finished = run(one.training, forecast=one.forecast)
+            finished = run(one.training, say, one.forecast)
             notes = list(finished.notes)
             if study.show and one.cell.seed == 0:
                 show(finished, study.show, [], notes)

@@ -12,7 +12,7 @@ from helpers import PoolingBackbone, extract, training_of, watch_memory
 from featprobe.cache import Cache, open_cache, store
 from featprobe.kinds import kind_of
 from featprobe.probes import saved
-from featprobe.stages.study import study as study_module
+from featprobe.stages.study import grid as study_module
 from featprobe.stages.study.grid import run_cells
 from featprobe.stages.study.study import Cell, Study, cells_of
 from featprobe.stages.training import probe as probe_module
