@@ -47,15 +47,20 @@ class PixelOutput(GraphOutput):
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """See the class."""
         cells = self.head(features)
-        logits = self.pixels(cells)
-        probabilities = logits.softmax(1)
-        surest = probabilities[:, 1:].amax(1)  # (n, height, width)
-        if self.limit is None:
-            classes = logits.argmax(1)
-        else:
-            classes = torch.where(surest >= self.limit, logits[:, 1:].argmax(1) + 1, 0)
-        verdict = (classes > 0).flatten(1).any(1)
-        return classes.to(torch.uint8), probabilities, surest.amax((1, 2)), verdict, cells
+        background, *others = self.pixels(cells).unbind(1)  # class by class: reductions over them are slow in runtimes
+        best, classes = others[0], torch.ones_like(background, dtype=torch.uint8)
+        for index, own in enumerate(others[1:], start=2):
+            classes = torch.where(own > best, index, classes)
+            best = torch.maximum(best, own)
+        highest = torch.maximum(best, background)
+        shares = [(own - highest).exp() for own in (background, *others)]
+        total = shares[0]
+        for own in shares[1:]:
+            total = total + own
+        surest = (best - highest).exp() / total
+        found = best > background if self.limit is None else surest >= self.limit
+        probabilities = torch.stack([own / total for own in shares], 1)
+        return torch.where(found, classes, 0), probabilities, surest.amax((1, 2)), found.flatten(1).any(1), cells
 
     @torch.inference_mode()
     def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
