@@ -348,6 +348,17 @@ class LadderRow:
     verified: bool = True
 
 
+def _faults_of_head(task: str, head: str) -> list[Fault]:
+    """The faults of the name of a head: it is not known here, or the package that names it is broken."""
+    if head not in (kinds := kinds_of(task)):
+        return [wrong(("head",), f"one of {', '.join(kinds)}; or one of your own, registered or installed", head)]
+    try:
+        kind_of(task, head)
+    except ProbeError as error:
+        return [Fault(("head",), " ".join(str(error).split()))]
+    return []
+
+
 def result_faults(row: Mapping[str, Any]) -> list[Fault]:
     """The faults that make a result row unreadable: fields of wrong types, out of their limits, or missing.
 
@@ -359,9 +370,8 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
         faults += [fault.below("test") for fault in _test_faults(SCORES[row["task"]], row["test"])]
     if faults:
         return faults
-    if row["task"] in TASKS and row["head"] not in kinds_of(row["task"]):
-        known = f"one of {', '.join(kinds_of(row['task']))}; or one of your own, registered or installed"
-        faults.append(wrong(("head",), known, row["head"]))
+    if row["task"] in TASKS:
+        faults += _faults_of_head(row["task"], row["head"])
     of_images = row["task"] in TASKS and SCORES[row["task"]].on == "images"  # they may have one label, or not
     if len(set(row["classes"])) < max(1 if of_images else 2, len(row["classes"])):
         wanted = "labels, each once" if of_images else "the background and others, each once"

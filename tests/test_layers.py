@@ -124,6 +124,7 @@ CALLS = {
     r"\bfrom pydantic\b": {"io/schemas.py"},
     r"\bfrom tqdm\b": {"stages/progress.py"},  # which is quiet where there is no terminal
     r"\bpickle\.loads?\(": set(),
+    r"\bentry_points\(": {"io/plugins.py"},
     r"\.to_csv\(": {"report/tables.py"},
     r"\bnp\.load\(": {"datasets/images/decode.py", "stages/comparison/audit.py"},
 }  # fmt: skip

@@ -202,7 +202,8 @@ def _maps(module: nn.Module, name: str, images: Tensor) -> list[Tensor]:
     except Exception as error:  # a network of others may raise anything
         raise _refused(
             name, f"{type(error).__name__} {at}: {(str(error).strip() or 'no reason given').splitlines()[0][:300]}",
-            "Images always have three channels, float32: a network of one channel takes images[:, :1]. A network that "
+            "Images always have three channels, in float32: a network of one channel takes images[:, :1], one of half "
+            "precision becomes module.float(). A network that "
             f"can't take {frame[0]}x{frame[1]} pixels says which size it takes: size = (height, width).",
         ) from error  # fmt: skip
     if isinstance(maps, Tensor):

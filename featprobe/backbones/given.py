@@ -61,7 +61,8 @@ def spec_of_module(module: "nn.Module") -> BackboneSpec:
     from featprobe.backbones.weights import weights_sha256
 
     if not isinstance(module, nn.Module):
-        raise BackboneError(f"A backbone is a torch.nn.Module, or a name. found: {type(module).__name__}")
+        found = f"the class {module.__name__}: call it" if isinstance(module, type) else type(module).__name__
+        raise BackboneError(f"A backbone is a torch.nn.Module, or a name. found: {found}")
     label = getattr(module, "name", None) or f"{type(module).__name__}-{weights_sha256(module)[:6]}"
     if not isinstance(label, str) or not plain_name(label):
         raise BackboneError(

@@ -135,12 +135,12 @@ def init(ctx: click.Context, folder: str, quiet: bool, json_: bool, **how: str |
       featprobe init path/to/my_set
       featprobe study study.toml --dry-run
     """
-    from featprobe.stages.upkeep.check import check
-    from featprobe.stages.upkeep.starter import check_free, start
-
     workspace = workspace_of(ctx)
     with as_usage():
         workspace.check_reading(folder, how)
+    from featprobe.stages.upkeep.check import check
+    from featprobe.stages.upkeep.starter import check_free, start
+
     check_free(workspace)  # before everything is read
     data = workspace.data_set(folder, how.pop("format"), complete=False, **how)
     started = start(workspace, data, check(data, quiet=quiet))

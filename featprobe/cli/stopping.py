@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from types import FrameType
@@ -30,8 +31,12 @@ _first: float | None = None  # when Ctrl-C came first
 
 
 def listen() -> None:
-    """Have the first Ctrl-C raise KeyboardInterrupt and the next one kill this process; ignored where it was."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    """Have the first Ctrl-C raise KeyboardInterrupt and the next one kill this process.
+
+    Where it is ignored it stays so, and so does what another program that calls this one has made of it.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
 
 

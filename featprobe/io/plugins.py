@@ -1,7 +1,9 @@
 """What other packages add, by entry points: their names from metadata alone, and the objects once they are needed."""
 
+import os
 import sys
-from functools import cache
+from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -13,12 +15,12 @@ DATASETS, BACKBONES, HEADS = "featprobe.datasets", "featprobe.backbones", "featp
 
 def names_in(group: str) -> tuple[str, ...]:
     """Names of a group's entry points, sorted, each once. Nothing of these packages is imported."""
-    return tuple(sorted({point.name for point in _points(group, tuple(sys.path))}))
+    return tuple(sorted({point.name for point in _points(group, _installed())}))
 
 
 def points_of(group: str, name: str) -> list[EntryPoint]:
     """The entry points of a group with this name: none, one, or one of each package that took the name."""
-    return [point for point in _points(group, tuple(sys.path)) if point.name == name]
+    return [point for point in _points(group, _installed()) if point.name == name]
 
 
 def package_of(point: EntryPoint) -> str:
@@ -50,8 +52,20 @@ def clash(points: list[EntryPoint], what: str) -> str:
     return f"The {what} {points[0].name} is named by several packages: {packages}.\nRemove all but one of them."
 
 
-@cache
-def _points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """The entry points of a group, once for each sys.path. A package that is seen twice there counts once."""
+def _installed() -> tuple[tuple[str, int], ...]:
+    """The folders that packages lie in, with the times at which packages were last added there or removed."""
+    found = []
+    for path in sys.path:
+        with suppress(OSError):
+            found.append((path, os.stat(path or ".").st_mtime_ns))
+    return tuple(found)
+
+
+@lru_cache(16)
+def _points(group: str, installed: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group, looked for once as long as no package comes or goes.
+
+    A package that is seen twice, as by two paths to its folder, counts once.
+    """
     found = {(point.name, point.value, package_of(point)): point for point in entry_points(group=group)}
     return tuple(found.values())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from featprobe.errors import ProbeError
 from featprobe.features import Features
@@ -139,6 +140,19 @@ def _moved(trial: Trial, loss: Tensor) -> str:
     return f"the gradient of {', '.join(broken[:4])} is not finite" if broken else ""
 
 
+class _Watching(TorchDispatchMode):
+    """Notes operators that wait for a GPU: those that need a value, or have a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in func.name() for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.waits.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +181,19 @@ def _dense_loss(trial: Trial) -> str:
     logits = trial.head.train()(trial.features())
     truth = torch.arange(logits[:, 0].numel()).view(logits[:, 0].shape) % len(CLASSES)
     return _moved(trial, torch.nn.functional.cross_entropy(logits, truth))
+
+
+def _no_waiting(trial: Trial) -> str:
+    """Steps are recorded on a GPU, so none may look at a value; what is kept for later steps is made by the first.
+
+    Of images that fill their frames: what is computed of others differs between a CPU and a GPU.
+    """
+    watching = _Watching()
+    trial.head.train()(trial.features()).sum().backward()
+    with watching:
+        trial.head(trial.features()).sum().backward()
+    said = "a step would wait for a GPU: no .item(), no bool of a tensor, no shape that depends on values"
+    return f"{said} ({', '.join(sorted(watching.waits))})" if watching.waits else ""
 
 
 def _padding_of_maps(trial: Trial) -> str:
@@ -278,7 +305,7 @@ def _fitted(trial: Trial) -> str:
 
 _OBJECTS = (_object_loss, _loss_of_nothing, _detections, _padding_of_objects, _saved_objects, _seeded)
 CHECKS: Mapping[On, Sequence[Check]] = {
-    "pixels": (_logits, _beginning, _dense_loss, _padding_of_maps, _saved_dense, _seeded),
+    "pixels": (_logits, _beginning, _dense_loss, _no_waiting, _padding_of_maps, _saved_dense, _seeded),
     "boxes": _OBJECTS,
     "masks": _OBJECTS,
     "images": (_solved, _seeded),

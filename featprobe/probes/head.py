@@ -261,29 +261,29 @@ def all_batched(heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
     return found if len(found) == len(heads) else []
 
 
-def faults_of(head: object, wanted: type[Head], levels: Sequence[FeatureLevel], classes: int) -> list[str]:
+def faults_of(made: object, wanted: type[Head], levels: Sequence[FeatureLevel], classes: int) -> list[str]:
     """What a new head lacks of what its class must define; it is not run. levels: those that it may take."""
-    if not isinstance(head, wanted):
-        return [f"wanted a {wanted.__module__}.{wanted.__name__}, found a {type(head).__name__}"]
-    faults, own = [], getattr(head, "levels", None)
+    if not isinstance(made, wanted):
+        return [f"wanted a {wanted.__module__}.{wanted.__name__}, found a {type(made).__name__}"]
+    faults, own = [], getattr(made, "levels", None)
     if not isinstance(own, tuple) or not own or [level for level in levels if level in own] != list(own):
         faults.append(f"levels: wanted a tuple of some of those that it may take, finest first; found {own!r}")
-    if not isinstance(head, VerdictHead) or isinstance(head, ImageHead):
-        found = getattr(head, "classes", None)
+    if not isinstance(made, VerdictHead) or isinstance(made, ImageHead):
+        found = getattr(made, "classes", None)
         if found != classes:
             faults.append(f"classes: wanted {classes}, the background counted; found {found!r}")
-    if isinstance(head, DenseHead) and not faults:
-        faults += _faults_of_dense(head, classes)
+    if isinstance(made, DenseHead) and not faults:
+        faults += _faults_of_dense(made, classes)
     return faults
 
 
-def _faults_of_dense(head: DenseHead, classes: int) -> list[str]:
-    faults, stride = [], head.stride
-    if type(stride) is not int or stride < 1 or not any(level.stride % stride == 0 for level in head.levels):
+def _faults_of_dense(made: DenseHead, classes: int) -> list[str]:
+    faults, stride = [], made.stride
+    if type(stride) is not int or stride < 1 or not any(level.stride % stride == 0 for level in made.levels):
         faults.append(f"stride: wanted the stride of one of its levels, or a divisor of one; found {stride!r}")
-    bias = getattr(head, "bias", None)
+    bias = getattr(made, "bias", None)
     fits = isinstance(bias, nn.Parameter) and tuple(bias.shape) == (classes,)
-    if not fits and type(head).start_at is DenseHead.start_at:
+    if not fits and type(made).start_at is DenseHead.start_at:
         found = f"one of shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
         faults.append(f"bias: wanted a parameter of shape ({classes},), or a method start_at; found {found}")
     return faults

@@ -119,7 +119,7 @@ def logits_of(heads: Sequence[LinearHead], features: Features) -> Tensor:
     All heads use the first head's statistics.
     """
     device = heads[0].bias.device
-    if execution.whole_batches(device):
+    if execution.whole_batches(device) and not torch.compiler.is_compiling():  # it keeps tensors from call to call
         with execution.full_products(device):  # it has a precision of its own
             return _logits_at_once(heads, features)
     maps, weights, shift = fold(heads, features)
@@ -346,7 +346,7 @@ class _SumOfLevels(torch.autograd.Function):
         total = shift[:, None, None]
         own_weights = weights.to(maps[0].dtype).split([x.shape[1] for x in maps], 1)
         for level, (x, weight, grid) in enumerate(zip(maps, own_weights, grids, strict=True)):
-            own = _product(weight.expand(len(x), -1, -1), x, weights.dtype)  # (batch, outputs, cells)
+            own = _product(weight.expand(x.shape[0], -1, -1), x, weights.dtype)  # (batch, outputs, cells)
             if places is not None:
                 own = own.gather(2, places[level][:, None].expand_as(own))
             own = own.unflatten(2, grid)
@@ -379,7 +379,7 @@ class _SumOfLevels(torch.autograd.Function):
             of_weights.append(_product(own.to(x.dtype), x.transpose(1, 2), weights.dtype))
             back = weight.T if largest is None else weight.T * largest  # too small for half precision
             wanted = ctx.needs_input_grad[4 + level]
-            of_maps.append(torch.bmm(back.expand(len(x), -1, -1), own).to(x.dtype) if wanted else None)
+            of_maps.append(torch.bmm(back.expand(x.shape[0], -1, -1), own).to(x.dtype) if wanted else None)
         joined = torch.cat(of_weights, 2).sum(0)
         if largest is not None:
             joined = joined * largest[:, None]

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite, isnan
 from pathlib import Path
 from threading import Lock
@@ -35,7 +35,7 @@ from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
 from featprobe.stages.findings import Box, Judged
 from featprobe.stages.outputs import OUTPUTS, Batches, Output, Piece, Predicted
-from featprobe.targets import decode_rle
+from featprobe.targets import Rle, decode_rle
 
 AT_ONCE = 8  # images of a call that are computed together
 
@@ -58,14 +58,19 @@ class Found:
     """One finding, in pixels of the image.
 
     name: its class; "" for a tile, which has none. box: x1, y1, x2, y2. area: of its mask, or of its box where it has
-    no mask. score: the highest in it. mask: (height, width) of the image, bool; None for a box.
+    no mask. score: the highest in it. rle: its mask as compressed COCO RLE; None for a box.
     """
 
     name: str
     box: Box
     area: float
     score: float
-    mask: NDArray[np.bool_] | None = None
+    rle: Rle | None = field(default=None, repr=False)
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """(height, width) of the image; decoded when it is asked for, because an image may have hundreds."""
+        return None if self.rle is None else decode_rle(self.rle)
 
 
 @dataclass(frozen=True, repr=False)
@@ -282,19 +287,12 @@ class Predictor:
 
 
 def _result(found: Any, judged: Judged, output: Output[Any], milliseconds: float) -> Result:
-    limit = output.threshold.value
     findings = tuple(
-        Found(
-            output.named[one.category] if one.category else "",
-            one.box,
-            one.area,
-            one.score,
-            None if one.rle is None else decode_rle(one.rle),
-        )
+        Found(output.named[one.category] if one.category else "", one.box, one.area, one.score, one.rle)
         for one in judged.findings or ()
     )
-    limits = None if isnan(limit) else limit
-    return Result(judged.verdict, judged.score, limits, findings, milliseconds, **output.values(found))
+    limit = None if isnan(output.threshold.value) else output.threshold.value
+    return Result(judged.verdict, judged.score, limit, findings, milliseconds, **output.values(found))
 
 
 def _check_threshold(threshold: float, output: Output[Any], task: str, folder: Path) -> None:

@@ -51,7 +51,7 @@ MOST_IMAGES, BATCH_PIXELS = 16, 1 << 22  # of a batch: images, and pixels as far
 DISK_SHARE, MEMORY_SHARE = 4, 2  # features of all backbones take at most one part in so many of what is free
 UNEVEN = 1.5  # ratio of the widest to the narrowest shape of images from which on shapes are kept
 SHOWN = 6  # test images on the sheet of each head
-PLAN, LARGEST_PLAN = "plan.json", 1 << 20
+PLAN, LARGEST_PLAN, PROBE = "plan.json", 1 << 20, "featprobe probe "
 
 
 @dataclass(frozen=True)
@@ -166,14 +166,15 @@ def try_out(
     caches = []
     for number, (own, spec) in enumerate(specs.items(), start=1):
         say(f"[{number}/{len(specs)}] extract {own}")
-        how = _extraction(outline, options, skip_bad)
+        how = _extraction(workspace, name, outline, options, skip_bad)
         caches.append(open_cache(extract(workspace, spec, name, how).path))
     trainings = [own for cache in caches for own in _trainings(workspace, cache, outline, options)]
     if not _train(trainings, say, agree, 60 * options.minutes - (time.perf_counter() - begun)):
         return None
     folders = [own for training in trainings for own in training.folders]
     comparison = compare(workspace, folder, quiet=options.quiet, folders=folders)
-    by_hand = [command for item in comparison.sets for command in item.commands]
+    heads = [command for item in comparison.sets for command in item.commands if command.startswith(PROBE)]
+    by_hand = [*(cache.contents.command for cache in caches), *heads]
     return Tried(
         checked, outline, comparison, comparison.files[0], (*by_hand, "featprobe compare"),
         further(workspace, data, outline, options), time.perf_counter() - begun,
@@ -236,7 +237,7 @@ def _outline(
     fit = _fit(sizes)
     store: CacheStore = "pooled" if aim.kind.pooled else "maps"
     candidates = [parse_size(options.size)] if options.size else candidates_of(sizes)
-    how = replace(_of(options, skip_bad), fit=fit, batch_size=TIMED_IMAGES, store=store, quiet=True)
+    how = replace(_of(workspace, name, options, skip_bad), fit=fit, batch_size=TIMED_IMAGES, store=store, quiet=True)
     fixed, rates, most_bytes = _timed(workspace, name, options.backbones, candidates, how)
     room = min(free_disk(workspace.cache) / DISK_SHARE, available_memory() / MEMORY_SHARE) / len(rates)
     most_pixels = room / most_bytes
@@ -373,17 +374,18 @@ def _plan_lines(outline: Outline, options: TryOptions, checked: DataCheck, folde
 # ---- the work --------------------------------------------------------------------------------------------------------
 
 
-def _of(options: TryOptions, skip_bad: bool) -> ExtractOptions:
-    """The options that all extractions of a try have."""
-    return ExtractOptions(
-        device=options.device, quiet=options.quiet, skip_bad=skip_bad, tile=0, views=(), **options.read_as
-    )
+def _of(workspace: Workspace, name: str, options: TryOptions, skip_bad: bool) -> ExtractOptions:
+    """The options that all extractions of a try have: of whole images, whatever featprobe.toml says."""
+    told = workspace.data_options(name)
+    idle: dict[str, Any] = {own: value for own, value in (("tile", 0), ("views", ())) if own in told}
+    return ExtractOptions(device=options.device, quiet=options.quiet, skip_bad=skip_bad, **idle, **options.read_as)
 
 
-def _extraction(outline: Outline, options: TryOptions, skip_bad: bool) -> ExtractOptions:
-    return replace(
-        _of(options, skip_bad), size=outline.size, fit=outline.fit, store=outline.store, batch_size=outline.batch_size
-    )
+def _extraction(
+    workspace: Workspace, name: str, outline: Outline, options: TryOptions, skip_bad: bool
+) -> ExtractOptions:
+    settled = {own: getattr(outline, own) for own in ("size", "fit", "store", "batch_size")}
+    return replace(_of(workspace, name, options, skip_bad), **settled)
 
 
 def _trainings(workspace: Workspace, cache: Cache, outline: Outline, options: TryOptions) -> list[Training]:

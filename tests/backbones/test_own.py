@@ -1,7 +1,6 @@
 """Networks of your own: objects given from Python, and those of other packages; what is refused, and in which words."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -266,6 +265,7 @@ def test_tensors_that_no_hash_knows_are_refused() -> None:
             return {"a": 1}
 
     assert "found   _extra_state: dict" in refused(lambda: loaded(Extra()))
+    assert "found: the class Net: call it" in refused(lambda: featprobe.extract(Workspace(), Net, "xray"))  # type: ignore[arg-type]
     assert "found: int" in refused(lambda: featprobe.extract(Workspace(), 3, "xray"))  # type: ignore[arg-type]
     locked = Net()
     locked.guard = (_ for _ in ())  # type: ignore[assignment]
@@ -418,22 +418,21 @@ def test_a_backbone_of_another_package_works_by_its_name_in_every_process(
 ) -> None:
     site = install(tmp_path / "site", "ournets", PACKAGE, ENTRIES)
     make_generated("xray", tmp_path / "data" / "xray", images=12, size=(64, 64))
-    asked = ("--task", "semseg", "--data", "xray", "--backbone", "small-net", "--seeds", "1", "--iterations", "2")
-    done = run(site, tmp_path, "finetune", *asked, "--extract", "--json")
-    assert done.returncode == 0, done.stderr
-    (row,) = (json.loads(line) for line in (tmp_path / "probes" / "results.jsonl").read_text().splitlines())
-    assert (row["regime"], row["model"]) == ("full", "package:small-net (ournets.Small)")
-    full = str(tmp_path / "probes" / row["folder"])
-    done = run(site, tmp_path, "predict", full, "data/xray/images", "--out", "found", "--quiet")
-    assert done.returncode == 0 and len(list((tmp_path / "found" / "masks").iterdir())) == 12, done.stderr
     monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as installed:
+        installed.syspath_prepend(site)
+        Path("study.toml").write_text(
+            'data = ["xray"]\nbackbones = ["small-net"]\nseeds = 1\nshow = 0\n'
+            "[train.all]\niterations = 2\nbatch_size = 4\n"
+        )
+        rows = featprobe.run_study(Workspace(), "study.toml").report.rows
+    assert {row["regime"] for row in rows} == {"frozen", "full"}
+    assert {row["model"] for row in rows} == {"package:small-net (ournets.Small)"}
+    full = Path("probes") / next(row["folder"] for row in rows if row["regime"] == "full")
+    done = run(site, tmp_path, "predict", str(full), "data/xray/images", "--out", "found", "--quiet")
+    assert done.returncode == 0 and len(list(Path("found/masks").iterdir())) == 12, done.stderr
     said = refused(lambda: featprobe.predict(full, [Path("data/xray/images")], Path("none")))
-    assert "The backbone small-net is not installed here" in said and not (tmp_path / "none").exists()
-    monkeypatch.syspath_prepend(site)
-    (tmp_path / "study.toml").write_text(
-        'data = ["xray"]\nbackbones = ["small-net"]\nseeds = 1\nshow = 0\n[train.all]\niterations = 2\nbatch_size = 4\n'
-    )
-    assert len(featprobe.run_study(Workspace(), "study.toml").report.rows) == 2
+    assert "The backbone small-net is not installed here" in said and not Path("none").exists()
 
 
 def test_packages_that_are_broken_or_clash_are_named(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -103,6 +104,16 @@ class Waiting:
     unseen: Space
     other: Space
 
+    @property
+    def log(self) -> Path:
+        """Of the training whose time is limited."""
+        return self.limited.jobs / f"{self.limited.latest()[-1]}_0_log.out"
+
+    def free(self) -> None:
+        """Once the limited job is in the queue again, let it write: to a new file, which nobody holds."""
+        until(lambda: self.log.exists() and "Requeued job" in self.log.read_text())
+        self.lock.unlink()
+
 
 @pytest.fixture(scope="module", autouse=True)
 def waiting(cluster: SlurmHere, tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Waiting]:
@@ -122,6 +133,7 @@ def waiting(cluster: SlurmHere, tmp_path_factory: pytest.TempPathFactory, data: 
     with made.lock.open("a") as held:
         made.limited.hand_over("time=2", "signal_delay_s=30")  # the signal comes after 60 to 90 seconds
         fcntl.lockf(held, fcntl.LOCK_EX)  # until then the job waits to write its row
+        threading.Thread(target=made.free, daemon=True).start()
         yield made
 
 
@@ -276,11 +288,9 @@ def test_a_second_cluster_runs_beside_this_one_and_leaves_nothing_when_it_is_sto
 
 def test_a_job_whose_time_is_over_goes_on_in_another_turn(cluster: SlurmHere, waiting: Waiting) -> None:
     own = waiting.limited
-    log = own.jobs / f"{own.latest()[-1]}_0_log.out"
-    until(lambda: log.exists() and "Requeued job" in log.read_text())
-    waiting.lock.unlink()  # what is written goes to a new file, which nobody holds
     until(lambda: ended(cluster, own))
-    assert log.read_text().count("linear, frozen, seed 0") == 2
+    log = waiting.log.read_text()
+    assert log.count("Requeued job") == 1 and log.count("linear, frozen, seed 0") == 2
     assert len(read_rows(waiting.lock)[0]) == 1
     assert "1 training is there already" in own.hand_over()
 

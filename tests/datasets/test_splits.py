@@ -528,7 +528,7 @@ def test_a_split_is_written_edited_and_used_from_the_command_line(space: Workspa
     assert json.loads(again.stdout)[0]["test"] == row["test"]
     for wrong in (("--split", "own:3"), ("--split", "nowhere.csv")):
         refused = call(space, "probe", *wrong)
-        assert refused.exit_code == 1 and refused.stderr.startswith("featprobe: ") and "Traceback" not in refused.stderr
+        assert refused.exit_code == 2 and refused.stderr.startswith("featprobe: ") and "Traceback" not in refused.stderr
     groups = json.loads(call(space, "data", "info", "surface", "--group-from", "part", "--json").stdout)
     assert sum(groups["groups"].values()) == 3
 

@@ -142,8 +142,8 @@ WORKPLACE = Path(tempfile.gettempdir()) / "featprobe-golden"  # cards keep where
 CONFIG = '[data.parts]\npath = "set"\n'
 RUNGS = (19, 38, 75, 150, 300, 600)
 """Of the ladder in `ladders.jsonl`. All score alike: it has ended, and the first is enough."""
-TITLE = re.compile(r"^(.*?) \(cache/\S+\): ", re.MULTILINE)
-"""Of a training, in what is said before it begins."""
+TITLE = re.compile(r"^(?:\[\d+/\d+\] )?(.*?) \(cache/\S+\): ", re.MULTILINE)
+"""Of a training, in what is said before it begins, behind its number where there are several."""
 AGAIN = re.compile(r"^  (\S+): .*  (featprobe \w+.*)$", re.MULTILINE)
 """Folder and command of a result whose head is gone, in what `compare` says of it."""
 WIDTH = 118

@@ -1,5 +1,6 @@
 """Heads of your own: what is registered, what a package names, what the contract finds, and saved heads of them."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -150,7 +151,13 @@ def stops_gradients(self: Line, features: Features) -> Tensor:
     return Line.forward(self, features).detach() + self.bias[:, None, None]
 
 
+def looks_at_a_value(self: Line, features: Features) -> Tensor:
+    logits = Line.forward(self, features)
+    return logits if logits.detach().max().item() < 1e9 else logits * 0
+
+
 BROKEN = {
+    "waiting": (like(forward=looks_at_a_value), "a step would wait for a GPU: no .item(), no bool of a tensor"),
     "shape": (like(forward=off_by_one), "wanted finite logits (2, 3, 16, 24), float32"),
     "padding": (like(forward=sees_padding), "what lies in the padding changes its logits"),
     "saved": (like(forward=keeps_a_secret), "loaded from what was saved of it, it finds something else"),
@@ -304,3 +311,10 @@ def test_a_packages_head_is_trained_by_its_name(tmp_path: Path, monkeypatch: pyt
     featprobe.extract(Workspace(), spec, "xray", featprobe.ExtractOptions(quiet=True))
     done = CliRunner().invoke(cli, ["probe", "--task", "semseg", "--head", "packed", "--seeds", "1"])
     assert done.exit_code == 0 and " packed " in done.stdout, done.output
+    for own in (kinds_module._kinds, kinds_module._builders):
+        del own["semseg", "packed"]  # type: ignore[attr-defined]
+    (tmp_path / "site" / "ourheads.py").write_text("raise OSError('no licence')")
+    monkeypatch.delitem(sys.modules, "ourheads")
+    importlib.invalidate_caches()
+    rows, faults = read_results(Path("probes") / "results.jsonl")
+    assert not rows and "The head semseg-packed of the package ourheads can't be loaded." in faults[0]

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from featprobe.datasets.files import FOLLOW_LINKS, folders_in, leads_out, links_followed
@@ -52,6 +51,7 @@ from featprobe.datasets.split_file import pin, read_split_file
 from featprobe.datasets.splits import complete_splits, group_pattern, regroup
 from featprobe.errors import DataError, nearest
 from featprobe.geometry import Size
+from featprobe.io.plugins import DATASETS, clash, loaded, names_in, points_of, refusal
 from featprobe.targets import Target
 
 
@@ -238,8 +238,6 @@ FORMATS: Mapping[str, Format] = {
 """The formats by name, in the order in which they are tried. Where several fit a folder, the user must name one."""
 
 MOST_INSIDE = 20  # most subfolders that are searched where the named folder holds no set
-ENTRY_POINTS = "featprobe.datasets"
-"""The group of entry points under which other packages name their formats."""
 
 
 def read_data(
@@ -434,11 +432,10 @@ def find_format(name: str) -> Format:
     """
     if name in FORMATS:
         return FORMATS[name]
-    points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name not in points:
-        known = [*FORMATS, *points]
+    if not points_of(DATASETS, name):
+        known = list(dict.fromkeys([*FORMATS, *names_in(DATASETS)]))
         raise DataError(f"There is no format {name!r}. {nearest(name, known)}\n  wanted  {', '.join(known)}")
-    return _load(points[name])
+    return _load(name)
 
 
 def added_formats() -> tuple[dict[str, Format], list[str]]:
@@ -448,24 +445,21 @@ def added_formats() -> tuple[dict[str, Format], list[str]]:
     """
     added: dict[str, Format] = {}
     broken = []
-    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+    for name in names_in(DATASETS):
         try:
-            if point.name not in FORMATS:
-                added[point.name] = _load(point)
+            if name not in FORMATS:
+                added[name] = _load(name)
         except DataError as error:
             broken.append(str(error))
     return added, broken
 
 
-def _load(point: EntryPoint) -> Format:
-    where = f"The format {point.name} of the package {point.dist.name if point.dist else '?'}"
-    wanted = f"  wanted  {point.value}, a featprobe.datasets.Format\n"
-    to_do = "Repair that package, or remove it; all other formats can be read without it."
-    try:
-        value = point.load()
-    except Exception as error:  # another package's import may raise anything
-        found = f"  found   {type(error).__name__}: {error}\n"
-        raise DataError(f"{where} can't be loaded.\n{wanted}{found}{to_do}") from error
+def _load(name: str) -> Format:
+    """The format that another package names; raises DataError where several do, or it can't be loaded."""
+    points, wanted = points_of(DATASETS, name), "a featprobe.datasets.Format"
+    if len(points) > 1:
+        raise DataError(clash(points, "format"))
+    value = loaded(points[0], "format", wanted, DataError)
     if not isinstance(value, Format):
-        raise DataError(f"{where} is no format.\n{wanted}  found   a {type(value).__name__}\n{to_do}")
+        raise DataError(refusal(points[0], "format", "is no format", wanted, f"a {type(value).__name__}"))
     return value

@@ -19,14 +19,15 @@ Annotation = dict[str, Any]
 
 
 class CocoFiles:
-    """What the annotation files of a set will hold: one file for each split, images numbered from 1 over all of them.
+    """What the annotation files of a set will hold: one for each split, or one for all. Images are numbered from 1 over
+    all of them.
 
-    images, annotations: their entries by split.
+    images, annotations: their entries by file.
     """
 
-    def __init__(self, splits: Iterable[str]) -> None:
-        """splits: "" for a file that names no split."""
-        self.images: dict[str, list[Annotation]] = {split: [] for split in splits}
+    def __init__(self, files: Iterable[str]) -> None:
+        """files: the splits that have a file; "" for one of all others."""
+        self.images: dict[str, list[Annotation]] = {file: [] for file in files}
         self.annotations: dict[str, list[Annotation]] = {split: [] for split in self.images}
         self._number = 0
 
@@ -36,18 +37,19 @@ class CocoFiles:
         height, width = size
         known = {name: value for name, value in (("split", split), ("group", group)) if value}
         entry = {"id": self._number, "file_name": identity, "height": height, "width": width, **known}
-        self.images[split].append(entry)
-        self.annotations[split] += [{"image_id": self._number, **annotation} for annotation in found]
+        file = split if split in self.images else ""
+        self.images[file].append(entry)
+        self.annotations[file] += [{"image_id": self._number, **annotation} for annotation in found]
 
     def texts(self, classes: Sequence[str], *, things: bool) -> dict[str, str]:
         """The text of each file by its path. classes: the background first. things: whether the set has objects."""
         used = {annotation["category_id"] for own in self.annotations.values() for annotation in own}
         categories = _categories(classes, things, used)
         found = {}
-        for split, images in self.images.items():
-            numbered = [{"id": i, **annotation} for i, annotation in enumerate(self.annotations[split], start=1)]
+        for file, images in self.images.items():
+            numbered = [{"id": i, **annotation} for i, annotation in enumerate(self.annotations[file], start=1)]
             value = {"images": images, "annotations": numbered, "categories": categories}
-            found[f"annotations/instances{f'_{split}' if split else ''}.json"] = json.dumps(value)
+            found[f"annotations/instances{f'_{file}' if file else ''}.json"] = json.dumps(value)
         return found
 
 

@@ -121,7 +121,9 @@ class Wanted:
         if values.shape != size:
             wanted = f"{size}, as its image"
             raise DataError(f"{where}: a mask of the shape {values.shape}. wanted: {wanted}.")
-        beyond = [v for v in np.unique(values).tolist() if not 0 <= v < len(self.classes) and v != IGNORE]
+        fits = values.min() >= 0 and values.max() <= IGNORE
+        held = np.flatnonzero(np.bincount(values.astype(np.uint8).ravel())) if fits else np.unique(values)
+        beyond = [v for v in held.tolist() if not 0 <= v < len(self.classes) and v != IGNORE]
         if beyond:
             raise DataError(
                 f"{where}: a mask with {listed(list(map(str, beyond)), SHOWN)}. wanted: 0 to {len(self.classes) - 1}, "

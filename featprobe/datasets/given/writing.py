@@ -123,8 +123,7 @@ class _Filled:
                 if target.semantic is not None:
                     self.ignored |= bool((target.semantic == IGNORE).any())
                     self.drawn |= bool(((target.semantic > 0) & (target.semantic < IGNORE)).any())
-                self.files.add(name, size, annotations_of(target, size, where), "", group)
-                self.files.images[""][-1] |= {"split": split} if split else {}
+                self.files.add(name, size, annotations_of(target, size, where), split, group)
             self.rows.append((name, labels, split, group))
         except DataError as error:
             said = " ".join(str(error).removeprefix(where).split()).rstrip(".")

@@ -8,16 +8,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from featprobe import __version__
 from featprobe.cache import Cache
 from featprobe.datasets import FORMATS, DataSet
-from featprobe.datasets.formats import ENTRY_POINTS, places_of
+from featprobe.datasets.formats import places_of
 from featprobe.errors import DiskError, FileKindError
 from featprobe.io.disk import read_json, write_whole
+from featprobe.io.plugins import DATASETS, names_in
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions
 from featprobe.stages.workspace import Workspace
@@ -64,7 +65,7 @@ def ask(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extra
     request = {
         "featprobe": __version__,
         "timm": version("timm"),
-        "formats": sorted(point.name for point in entry_points(group=ENTRY_POINTS)),
+        "formats": names_in(DATASETS),
         "data": [name, str(root.resolve()), own.get("classes"), *filter(None, [own.get("good")])],
         "options": {key: value for key, value in asdict(options).items() if key not in CHANGE_NO_FILE},
         "backbone": asdict(spec),

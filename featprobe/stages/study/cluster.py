@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from featprobe.cache import Cache, open_cache
-from featprobe.errors import FeatprobeError, FileKindError, counted
+from featprobe.errors import FeatprobeError, FileKindError, UsageError, counted
 from featprobe.io.disk import below, open_regular, read_json, write_whole
 from featprobe.io.texts import printable
 from featprobe.probes import append_row
@@ -231,7 +231,7 @@ def _log(line: str) -> None:
 
 
 def parameters(words: Sequence[str]) -> dict[str, Any]:
-    """The parameters of KEY=VALUE words; raises FeatprobeError.
+    """The parameters of KEY=VALUE words; raises UsageError.
 
     >>> parameters(["partition=gpu", "time=120", "exclusive=true"])
     {'partition': 'gpu', 'time': 120, 'exclusive': True}
@@ -242,11 +242,11 @@ def parameters(words: Sequence[str]) -> dict[str, Any]:
         key = key.strip().lstrip("-").replace("-", "_")
         if not equals or not key or key in OURS:
             why = "featprobe sets it" if key in OURS else "wanted: KEY=VALUE, as partition=gpu"
-            raise FeatprobeError(f"--slurm {word!r} can't be used: {why}. Nothing was handed over.")
+            raise UsageError(f"--slurm {word!r} can't be used: {why}. Nothing was handed over.")
         plain: Any = int(value) if value.isdecimal() else True if value == "true" else value
         found[key] = [*found.get(key, []), value] if key in LISTS else plain
     if not isinstance(found.get("time", 1), int):
-        raise FeatprobeError(f"--slurm time={found['time']} can't be used. wanted: minutes, as time=120.")
+        raise UsageError(f"--slurm time={found['time']} can't be used. wanted: minutes, as time=120.")
     return found
 
 

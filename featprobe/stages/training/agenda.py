@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from featprobe.errors import counted
 from featprobe.machine import minutes_text, time_text
 from featprobe.stages.training.fit import Say
-from featprobe.stages.training.forecast import Forecast
+from featprobe.stages.training.forecast import Forecast, forecast_text
 from featprobe.stages.training.run import foreseen
 from featprobe.stages.training.training import Training
 
@@ -39,8 +39,9 @@ def on_the_agenda(trainings: Sequence[Training], say: Say) -> Iterator[tuple[Tra
     agenda = Agenda.of_trainings(trainings, known, say)
     agenda.announce()
     for training in trainings:
-        agenda.begin(training.label)
-        yield training, known.get(alike(training))
+        forecast = known.get(alike(training))
+        agenda.begin(forecast_text(training, forecast) if forecast else training.label)
+        yield training, forecast
         agenda.end()
 
 

@@ -193,8 +193,11 @@ def _direct(path: Path) -> None:
 
 
 def _lock(path: Path) -> None:
-    with open(path, "r+b") as stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    handle = os.open(path, os.O_RDWR)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
 
 
 _ATTEMPTS: Mapping[str, tuple[Callable[[Path], None], bool]] = {
