@@ -1,4 +1,4 @@
-# featprobe for CPUs:  make image, then  docker run --rm -v "$PWD:/space" featprobe demo
+# featprobe for CPUs. make image, then:  docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/space" featprobe demo
 FROM python:3.12-slim
 
 # The package index with PyTorch's builds for CPUs (see docs/start.md). Without one, the builds for CUDA come, 5 GB larger.

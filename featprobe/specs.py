@@ -86,6 +86,11 @@ class BackboneSpec:
         return self.model.startswith((MODULE, PACKAGE))
 
     @property
+    def network(self) -> str:
+        """What messages call its network: timm's name, or what the user calls your own."""
+        return self.label if self.is_own else self.model
+
+    @property
     def words(self) -> tuple[str, ...]:
         """The words that name it on a command line."""
         return self.arguments or ("--backbone", self.label)

@@ -60,9 +60,8 @@ class Backbone(nn.Module):
         try:
             self.levels = choose_levels(available, level_names)
         except KeyError as error:
-            raise LacksError(
-                f"{spec.model} has no level {error.args[0]!r}. {nearest(error.args[0], [lv.name for lv in available])}"
-            ) from None
+            near = nearest(error.args[0], [level.name for level in available])
+            raise LacksError(f"{spec.network} has no level {error.args[0]!r}. {near}") from None
         self.multiple = max(level.stride for level in available)
         self.frame: Size | None = None
         self.sized = self.learns = False
@@ -72,12 +71,12 @@ class Backbone(nn.Module):
         self.final_norm = _default_final_norm(spec) if spec.final_norm is None else spec.final_norm
         self._norm_name = FINAL_NORM.get(type(model).__name__)
         if self.final_norm and self._norm_name is None:
-            raise LacksError(f"{spec.model} has no final norm that featprobe knows. Omit --final-norm.")
+            raise LacksError(f"{spec.network} has no final norm that featprobe knows. Omit --final-norm.")
         self._norm_last = self.final_norm and available[-1] in self.levels and not self.uniform
         self.indices = [indices[available.index(level)] for level in self.levels]
         self.model: Any = model
         self.compiled = False
-        self._by_compiler = Compiled(spec.model, self._maps)
+        self._by_compiler = Compiled(spec.network, self._maps)
         self._frozen: list[nn.Module] = []  # BatchNorms that keep what they have in training too
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
@@ -204,10 +203,7 @@ class Backbone(nn.Module):
         if batch_norm == "train" and count() > 1:
             self._synchronise()
         if checkpointing:
-            if not callable(getattr(self.network, "set_grad_checkpointing", None)):
-                where = "" if self.spec.is_own else " in timm"
-                raise BackboneError(f"{self.spec.model} has no activation checkpointing{where}. Omit --checkpointing.")
-            self.network.set_grad_checkpointing(True)
+            _checkpoint(self.network, self.spec)
         self._leave_idle_frozen()
 
     def _synchronise(self) -> None:
@@ -269,6 +265,14 @@ def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: t
     return backbone.to(memory_format=torch.channels_last)
 
 
+def _checkpoint(network: Any, spec: BackboneSpec) -> None:
+    """Have a network compute activations again on the way back; raises BackboneError where it can't."""
+    if not callable(getattr(network, "set_grad_checkpointing", None)):
+        where = "" if spec.is_own else " in timm"
+        raise BackboneError(f"{spec.network} has no activation checkpointing{where}. Omit --checkpointing.")
+    network.set_grad_checkpointing(True)
+
+
 def _groups(network: Any, spec: BackboneSpec, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """The parameters of a network in groups of one weight decay and one `lr_scale`; raises BackboneError."""
     knows_layers = callable(getattr(network, "group_matcher", None))
@@ -298,7 +302,7 @@ def _check_gradient(spec: BackboneSpec, maps: Sequence[Tensor]) -> None:
 def _too_large(spec: BackboneSpec, what: str, device: torch.device | str, error: Exception) -> BackboneError:
     """The error of a device whose memory does not hold a backbone and one image."""
     return BackboneError(
-        f"The memory of {device} does not hold {spec.model} with {what}. Nothing was computed.\n"
+        f"The memory of {device} does not hold {spec.network} with {what}. Nothing was computed.\n"
         f"  found   {str(error).splitlines()[0]}\n"
         "Take a smaller --size, a smaller backbone, another device that is free, or --device cpu."
     )
@@ -309,7 +313,7 @@ def _refused(spec: BackboneSpec, own: Size, frame: Size, error: Exception) -> Ba
     reason, size = first_line(error), f"{own[0]}x{own[1]}"
     nor = "" if spec.is_own else ", and timm can't resize it for them"
     return BackboneError(
-        f"{spec.model} can't take frames of {frame[0]}x{frame[1]} pixels{nor}. Nothing was computed.\n"
+        f"{spec.network} can't take frames of {frame[0]}x{frame[1]} pixels{nor}. Nothing was computed.\n"
         f"  wanted  a size that it takes, such as its own, {size}\n"
         f"  found   {frame[0]}x{frame[1]}: {type(error).__name__}: {reason}\n"
         f"Take its own size, --size {size}, or another backbone."

@@ -37,7 +37,7 @@ def find_backbone(name: str) -> BackboneSpec:
             "Give the module from Python: extract(workspace, module, data). One that a package names with an entry\n"
             "point is found by that name everywhere: docs/add-a-backbone.md."
         )
-    short = [*ALIASES, *names_in(BACKBONES)]
+    short = list(dict.fromkeys([*ALIASES, *names_in(BACKBONES)]))
     raise BackboneError(
         f"There is no backbone {name!r}. {nearest(name, [*short, *known])}\n"
         f"  wanted  one of {', '.join(short)}, or any of timm's models\n"
@@ -49,6 +49,20 @@ def check_weights(path: Path) -> None:
     """Raise BackboneError where there is no file of weights."""
     if not path.exists():
         raise BackboneError(f"There is no weights file {path}.")
+
+
+def is_taken(name: str) -> bool:
+    """Whether featprobe, timm or another package has a backbone of this name."""
+    return name in ALIASES or name in timm_names() or name in names_in(BACKBONES)
+
+
+def check_own(spec: BackboneSpec) -> None:
+    """Raise BackboneError for a network of your own that is asked for what only timm's networks have."""
+    if spec.is_own and spec.source == "random":
+        name = spec.model.partition(":")[2]
+        raise BackboneError(f"{name} makes its own weights: no others can be drawn for it. Omit --random-init.")
+    if spec.is_own and spec.final_norm:
+        raise BackboneError(f"{spec.label} gives its maps itself: featprobe knows no norm of it. Omit --final-norm.")
 
 
 def shadowed() -> list[str]:

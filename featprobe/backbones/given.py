@@ -6,8 +6,9 @@ torch is imported only once there is such a module.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from featprobe.backbones.catalog import is_taken
 from featprobe.errors import BackboneError
 from featprobe.io.disk import plain_name
 from featprobe.specs import MODULE, BackboneSpec
@@ -26,9 +27,8 @@ def at_hand(backbones: "Sequence[str | nn.Module] | str | nn.Module") -> Iterato
     One name or module stands for itself, also a module that has a length, as a Sequential. Raises BackboneError for
     what is neither a name nor a module, and for two modules of one name.
     """
-    several = backbones if isinstance(backbones, (list, tuple)) else [backbones]
-    modules = [one for one in several if not isinstance(one, str)]
-    pairs = tuple((spec_of_module(module), module) for module in modules)
+    several: list[Any] = [*backbones] if isinstance(backbones, (list, tuple)) else [backbones]
+    pairs = tuple((spec_of_module(one), one) for one in several if not isinstance(one, str))
     labels = [spec.label for spec, _ in pairs]
     for label in labels:
         if labels.count(label) > 1:
@@ -67,6 +67,11 @@ def spec_of_module(module: "nn.Module") -> BackboneSpec:
         raise BackboneError(
             f"The `name` of {type(module).__name__} names tables and files. Nothing was computed.\n"
             f"  wanted  a text without / and \\\n  found   {label!r}"
+        )
+    if is_taken(label):
+        raise BackboneError(
+            f"featprobe, timm or a package has a backbone {label}, and tables could not tell the two apart. Nothing "
+            "was computed.\nGive the module another `name`, or none: it is then called by its class."
         )
     model = MODULE + class_of(module)
     return BackboneSpec(label, model, "own", arguments=("--backbone", model))

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from featprobe.backbones.adapted import Adapted, adapted
+from featprobe.backbones.catalog import check_own
 from featprobe.backbones.given import class_of, modules_at_hand
 from featprobe.backbones.weights import load_strictly, read_weights
 from featprobe.errors import BackboneError
@@ -21,10 +22,7 @@ BUILDER = "a function or a class that returns a torch.nn.Module"
 
 def create_own(spec: BackboneSpec) -> Adapted:
     """The network of a backbone of your own, with the weights that its spec names; raises BackboneError."""
-    if spec.source == "random":
-        raise BackboneError(f"{spec.label} makes its own weights: no others can be drawn for it. Omit --random-init.")
-    if spec.final_norm:
-        raise BackboneError(f"{spec.label} gives its maps itself: featprobe knows no norm of it. Omit --final-norm.")
+    check_own(spec)
     module = _given(spec) if spec.model.startswith(MODULE) else _from_package(spec)
     if spec.source == "file":
         load_strictly(module, read_weights(Path(str(spec.weights))), str(spec.weights))

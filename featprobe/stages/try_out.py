@@ -432,12 +432,10 @@ def further(workspace: Workspace, data: DataSet, outline: Outline, options: TryO
     if live:
         first = ["finetune", *task, "--head", live[0], *words, *own, "--backbone", options.backbones[0], "--dry-run"]
         found.append(("is it enough to freeze the backbone? (it first says how long)", first))
-    objects = next((own for own in data.serves if SCORES[own].objects and own != outline.task), None)
+    objects = next((other for other in data.serves if SCORES[other].objects and other != outline.task), None)
     if objects:
+        said = f"find objects: {kinds_of(objects)[0]} is trained, and first says how long"
         called = ["probe", "--task", objects, *words, "--backbone", ",".join(options.backbones), "--extract"]
-        first = kinds_of(objects)[0]
-        found.append(
-            (f"find objects: {first} is trained, and first says how long", [*called, "--split", outline.choice.by])
-        )
+        found.append((said, [*called, "--split", outline.choice.by]))
     found.append(("a study of your own, as a file with comments", ["init", name]))
     return tuple((what, shlex.join(["featprobe", *own_words])) for what, own_words in found)

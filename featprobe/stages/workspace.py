@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from featprobe.backbones import ALIASES
-from featprobe.backbones.catalog import check_levels, check_weights, find_backbone
+from featprobe.backbones.catalog import check_levels, check_own, check_weights, find_backbone
 from featprobe.backbones.given import spec_at_hand
 from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet
@@ -85,7 +85,9 @@ class Workspace:
             spec = replace(spec, label=label, source="file", weights=weights)
         elif random_init:
             spec = replace(spec, label=f"{spec.label}-random", source="random")
-        return replace(spec, final_norm=final_norm, arguments=arguments)
+        spec = replace(spec, final_norm=final_norm, arguments=arguments)
+        check_own(spec)
+        return spec
 
     def backbone_names(self) -> list[str]:
         """Short names that can be asked for here."""
@@ -121,12 +123,18 @@ class Workspace:
         )  # fmt: skip
 
     def data_called(self, data: AnySet) -> str:
-        """The name or path by which commands here know a data set."""
+        """The name or path by which commands here know a data set. Raises DataError for what is none."""
+        if not isinstance(data, str | os.PathLike | DataSet):
+            raise DataError(
+                f"A {type(data).__name__} is no data set. Nothing was computed.\n"
+                "  wanted  a name, a path, or a DataSet\n"
+                "Images that are in memory become one with DataSet.from_arrays(folder, images, …)."
+            )
         return self.data_argument(data.name, data.root) if isinstance(data, DataSet) else os.fspath(data)
 
     def sets_called(self, data: AnySet | Sequence[AnySet]) -> tuple[str, ...]:
         """The same of several data sets, or of one."""
-        each = (data,) if isinstance(data, str | os.PathLike | DataSet) else data
+        each = (data,) if isinstance(data, str | os.PathLike | DataSet) or not isinstance(data, Iterable) else data
         return tuple(map(self.data_called, each))
 
     def data_root(self, name: str) -> tuple[str, Path]:

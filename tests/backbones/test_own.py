@@ -241,6 +241,8 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "a size of one number": (giving(maps, size=(64,)), r"size: wanted \(height, width\)"),
     "other levels": (giving(maps, levels=["stride4"]), "its attribute `levels` means something else"),
     "wrong levels": (giving(maps, levels=[FeatureLevel("a", 12, 4), FeatureLevel("b", 8, 8)]), "Correct `levels`"),
+    "a name of featprobe's": (giving(maps, name="embedded"), "timm or a package has a backbone embedded"),
+    "a name of timm's": (giving(maps, name="resnet18"), "timm or a package has a backbone resnet18"),
     "a name with a slash": (giving(maps, name="a/b"), "names tables and files"),
 }  # fmt: skip
 

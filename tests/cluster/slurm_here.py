@@ -45,6 +45,7 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 KillWait=2
 JobRequeue=0
+MinJobAge=3600
 MaxArraySize=8
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -215,6 +216,7 @@ def main(command: list[str]) -> int:
         )
         return int(required)
     ctypes.CDLL(None).prctl(CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = Path(tempfile.mkdtemp(prefix="featprobe-slurm-"))
     folder.chmod(0o755)  # munge asks for it

@@ -6,12 +6,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from featprobe.datasets.given.one_image import Bits, Given, Kind, Wanted, check_several, plain
 from featprobe.datasets.given.writing import write_given
 from featprobe.datasets.objects import check_classes
 from featprobe.datasets.samples import DataSet
+from featprobe.datasets.values import shown
 from featprobe.errors import DataError
 
 ONE_CLASS = ("background", "defect")
@@ -54,6 +53,8 @@ def from_arrays(
     The folder is written whole or not at all. Where it is there with the same images and labels it is only read. Raises
     DataError with the faults of all images, and for a folder that holds something else; DiskError.
     """
+    if images is None:
+        raise DataError("images=None. wanted: one entry for each image. Nothing was written.")
     check_several(images)  # type: ignore[arg-type]
     given = {"images": images, "masks": masks, "boxes": boxes, "labels": labels} | {
         "groups": groups, "splits": splits, "names": names,
@@ -83,9 +84,9 @@ def wanted_of(of: Kind, classes: Sequence[str] | None, bits: Bits | None) -> Wan
 
 def _check_lengths(columns: Mapping[str, Iterable[Any]]) -> None:
     """Raise DataError where what has a length has different ones, before anything is read."""
-    texts = [name for name, column in columns.items() if isinstance(column, str | bytes | Mapping)]
-    if texts:
-        raise DataError(f"{', '.join(texts)}: wanted one entry for each image. Nothing was written.")
+    for name, column in columns.items():
+        if isinstance(column, str | bytes | Mapping) or not isinstance(column, Iterable):
+            raise DataError(f"{name}={shown(column)}. wanted: one entry for each image. Nothing was written.")
     known = {name: len(column) for name, column in columns.items() if isinstance(column, Sized)}
     if len(set(known.values())) > 1:
         raise _uneven(known)
@@ -112,12 +113,12 @@ def _rows(columns: Mapping[str, Iterable[Any]]) -> Iterator[Given]:
 
 def _kind(columns: Mapping[str, Any], first: Given | None) -> Kind:
     """What the labels are of, as the first image shows it. Raises DataError."""
-    drawn = "masks" in columns and first is not None and plain(first.mask).ndim == 3
+    drawn = "masks" in columns and first is not None and _depth(first.mask) == 3
     if "boxes" in columns or drawn:
         if "masks" in columns and not drawn and first is not None:
             raise DataError(
                 "masks beside boxes are those of objects. Nothing was written.\n"
-                f"  wanted  (objects, height, width) for each image\n  found   {np.shape(plain(first.mask))}\n"
+                f"  wanted  (objects, height, width) for each image\n  found   {_depth(first.mask)} axes\n"
                 "Where a mask says the class of each pixel, omit the boxes."
             )
         return "objects"
@@ -134,6 +135,14 @@ def _kind(columns: Mapping[str, Any], first: Given | None) -> Kind:
         "There are images and no labels. Nothing was written.\n  wanted  masks, boxes, or labels\n"
         "Where all images are good: labels=['good'] * len(images), which serves the task anomaly."
     )
+
+
+def _depth(mask: Any) -> int:
+    """The number of axes of a mask; 0 for what is none, which is refused with its image."""
+    try:
+        return plain(mask).ndim
+    except ValueError:
+        return 0
 
 
 def _from(first: Given | None, rows: Iterator[Given]) -> Iterator[Given]:

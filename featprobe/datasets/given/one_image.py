@@ -57,7 +57,9 @@ class Wanted:
             raise DataError(
                 f"{where}: an image of mode {image.mode}. wanted: L, RGB or I;16. Convert it: image.convert('RGB')"
             )
-        values = plain(image)
+        values = _array(image, where)
+        if values.dtype.kind not in "biufc":
+            raise DataError(f"{where}: {type(image).__name__} {shown(image)}. wanted: an array of levels, or an image")
         if is_tensor(image) and values.ndim == 3:  # torch has the channels first
             values = np.moveaxis(values, 0, 2)
         if isinstance(values, np.ma.MaskedArray):
@@ -185,7 +187,7 @@ class Wanted:
             if self.classes and label not in self.classes:
                 raise DataError(f"{where}: the label {shown(label)}. {nearest(label, self.classes)}")
             return self._sound(str(label), where)
-        value = plain(label)
+        value = _array(label, where)
         if value.ndim or value.dtype.kind not in "iub":
             raise DataError(f"{where}: the label {shown(label)}. wanted: a name, or the number of a class")
         if not self.classes:
@@ -208,13 +210,27 @@ def is_tensor(value: Any) -> bool:
 
 
 def plain(value: Any) -> NDArray[Any]:
-    """A value as numpy has it; tensors may lie on any device."""
-    return value.detach().cpu().numpy() if is_tensor(value) else np.asanyarray(value)
+    """A value as numpy has it; tensors may lie on any device. Raises ValueError for lists of uneven lengths."""
+    if not is_tensor(value):
+        return np.asanyarray(value)
+    numbers = value.detach().cpu()
+    found: NDArray[Any] = (numbers.float() if numbers.is_floating_point() else numbers).numpy()  # numpy has no bfloat16
+    return found
+
+
+def _array(value: Any, where: str) -> NDArray[Any]:
+    """The same. Raises DataError for what is no array."""
+    try:
+        return plain(value)
+    except ValueError as error:
+        raise DataError(f"{where}: lists of uneven lengths. wanted: an array") from error
 
 
 def _whole(value: Any, where: str) -> NDArray[Any]:
     """Whole numbers. Raises DataError for others; an empty list has none."""
-    values = plain(value)
+    if value is None:
+        raise DataError(f"{where}: None. wanted: one for each image; empty, or zeros, where an image holds nothing")
+    values = _array(value, where)
     if values.dtype.kind not in "iub" and values.size:
         raise DataError(f"{where}: {values.dtype}. wanted: whole numbers")
     return values
@@ -222,7 +238,7 @@ def _whole(value: Any, where: str) -> NDArray[Any]:
 
 def _numbers(value: Any, where: str) -> NDArray[np.float64]:
     """Finite numbers. Raises DataError for others."""
-    values = plain(value)
+    values = _array(value, where)
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
         raise DataError(f"{where}: wanted finite numbers, found {shown(values.tolist())}")
     return values.astype(np.float64)

@@ -238,7 +238,7 @@ def _text(value: Any, where: str) -> str:
         return ""
     text = str(value)
     if value != value or not text.strip() or not text.isprintable():
-        raise DataError(f"{where}: {shown(value)}. wanted: a text or a number")
+        raise DataError(f"{where}: {shown(value)}. wanted: a text that can be printed, or a number")
     return text
 
 

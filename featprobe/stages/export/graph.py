@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from featprobe.backbones.precision import computing
 from featprobe.cache.quantised import CODES, TORCH_DTYPE, as_read
 from featprobe.datasets.images.pixels import Levels
-from featprobe.datasets.images.reading import to_unit
+from featprobe.datasets.images.reading import RESAMPLING, to_unit
 from featprobe.features import Features
 from featprobe.geometry import Placement, Size, place, place_tile
 from featprobe.specs import FeatureRecipe
@@ -21,6 +22,7 @@ from featprobe.stages.export.resampling import weights_of
 from featprobe.stages.outputs import Piece
 from featprobe.stages.predictor import Predictor
 
+ROWS_OF_BLOCK = 64  # of a banded matrix
 SPLIT_16 = 2.0**8 + 1
 """Dekker's factor: it splits off the upper 16 of float32's 24 significant bits."""
 
@@ -49,7 +51,7 @@ class Raw:
 class Differences:
     """How far a graph's answers lie from featprobe's own. Those of several batches add up.
 
-    logits: the largest difference of a logit. largest_logit: in size. scores: the largest relative difference of a
+    logits: the largest difference of a logit. largest_logit: its size. scores: the largest relative difference of a
     score. Each is None where a task has none. pixels, objects, verdicts: how many were compared, and of these how many
     are equal. near: verdicts that differ where the score lies within NEAR of the threshold; they are no fault, and not
     among the others.
@@ -124,6 +126,30 @@ class GraphOutput(nn.Module, ABC):
         """
 
 
+class Banded(nn.Module):
+    """A product with a matrix of which each row holds few values that are not 0, in blocks of rows without the rest.
+
+    weights: (wanted, length), along the rows (axis -2) or the columns (axis -1) of maps.
+    """
+
+    def __init__(self, weights: Tensor, axis: int) -> None:
+        super().__init__()
+        self.axis, self.spans = axis, list[tuple[int, int]]()
+        for number, block in enumerate(weights.split(ROWS_OF_BLOCK)):
+            held = block.ne(0).any(0).nonzero()[:, 0].tolist() or [0]
+            self.spans.append((held[0], held[-1] + 1 - held[0]))
+            own = block[:, held[0] : held[-1] + 1]
+            self.register_buffer(f"block{number}", (own if axis == -2 else own.T).contiguous())
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps: (…, rows, columns), of the weights' number format."""
+        parts = []
+        for number, (first, length) in enumerate(self.spans):
+            shown, block = maps.narrow(self.axis, first, length), self.get_buffer(f"block{number}")
+            parts.append(block @ shown if self.axis == -2 else shown @ block)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+
+
 class AtOriginal(nn.Module):
     """Maps of cells at every pixel of the original image, as two matrix products.
 
@@ -131,20 +157,19 @@ class AtOriginal(nn.Module):
     placement, as `logits_at_original`.
     """
 
-    rows: Tensor
-    columns: Tensor
-
     def __init__(self, shown: Callable[[Tensor, int, Placement], Tensor], stride: int, placement: Placement) -> None:
         super().__init__()
-        for name, original, content in zip(("rows", "columns"), placement.original, placement.content, strict=True):
-            each = torch.eye(-(-content // stride))[:, :, None]  # (cells, cells, 1)
-            along = shown(each, stride, Placement((original, 1), (content, 1), (content, 1)))  # (cells, original, 1)
-            self.register_buffer(name, along[:, :, 0].T.contiguous())
+        self.cells = tuple(-(-content // stride) for content in placement.content)
+        products = []
+        for axis in (-2, -1):
+            original, content, each = placement.original[axis], placement.content[axis], torch.eye(self.cells[axis])
+            along = shown(each[:, :, None], stride, Placement((original, 1), (content, 1), (content, 1)))
+            products.append(Banded(along[:, :, 0].T, axis))  # (original, cells)
+        self.rows, self.columns = products
 
     def forward(self, maps: Tensor) -> Tensor:
         """(…, original height, original width). maps: (…, rows, columns) of the frame's cells."""
-        shown = maps[..., : self.rows.shape[1], : self.columns.shape[1]]
-        return self.rows @ (shown @ self.columns.T)
+        return self.rows(self.columns(maps[..., : self.cells[0], : self.cells[1]]))
 
 
 class Graph(nn.Module):
@@ -208,17 +233,12 @@ class Unit(nn.Module):
 class Framed(nn.Module):
     """Images in their frame, (batch, 3, frame height, frame width): resized, padded with the mean, grey repeated."""
 
-    rows: Tensor | None
-    columns: Tensor | None
     mean: Tensor
 
     def __init__(self, recipe: FeatureRecipe, placement: Placement) -> None:
         super().__init__()
         self.placement = placement
-        for axis, name in enumerate(("rows", "columns")):
-            length, wanted = placement.original[axis], placement.content[axis]
-            weights = None if length == wanted else torch.from_numpy(weights_of(length, wanted, recipe.interpolation))
-            self.register_buffer(name, weights)
+        self.products = _products(placement, recipe.interpolation)
         self.frame = placement.frame
         self.below, self.right = (f - c for f, c in zip(placement.frame, placement.content, strict=True))
         mean = torch.tensor(recipe.mean, dtype=torch.float32).view(1, -1, 1, 1)
@@ -226,10 +246,7 @@ class Framed(nn.Module):
 
     def forward(self, unit: Tensor) -> Tensor:
         """unit: (batch, 1 or 3, height, width), in [0, 1]."""
-        shown = unit if self.columns is None else unit @ self.columns.T
-        shown = shown if self.rows is None else self.rows @ shown
-        if shown is not unit:
-            shown = shown.clamp(0.0, 1.0)
+        shown = _resized(self.products, unit).clamp(0.0, 1.0) if len(self.products) else unit
         shown = shown.expand(-1, 3, -1, -1)
         if not self.below and not self.right:
             return shown
@@ -237,6 +254,31 @@ class Framed(nn.Module):
         rows = torch.arange(self.frame[0])[:, None] < self.placement.content[0]
         columns = torch.arange(self.frame[1]) < self.placement.content[1]
         return torch.where(rows & columns, padded, self.mean)
+
+
+def _products(placement: Placement, interpolation: str) -> nn.ModuleList:
+    """The products that resize an image, in Pillow's order: it begins with one axis or the other, by version and size.
+
+    Which of them is found by trying.
+    """
+    (height, width), (rows, columns) = placement.original, placement.content
+    weights = {-2: (height, rows), -1: (width, columns)}
+    own = {
+        axis: Banded(torch.from_numpy(weights_of(length, wanted, interpolation)), axis)
+        for axis, (length, wanted) in weights.items()
+        if length != wanted
+    }
+    image = np.random.default_rng(0).random((height, width), dtype=np.float32)
+    resized = np.asarray(Image.fromarray(image).resize((columns, rows), RESAMPLING[interpolation]))
+    orders = [nn.ModuleList(own[axis] for axis in order if axis in own) for order in ((-1, -2), (-2, -1))]
+    return max(orders, key=lambda order: (_resized(order, torch.from_numpy(image)).numpy() == resized).sum())
+
+
+def _resized(products: nn.ModuleList, maps: Tensor) -> Tensor:
+    """(…, rows, columns), float32. Pillow sums in float64 and rounds after each product."""
+    for product in products:
+        maps = product(maps.to(torch.float64)).to(torch.float32)
+    return maps
 
 
 def rounded(m: Tensor, dtype: str) -> Tensor:

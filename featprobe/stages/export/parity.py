@@ -16,8 +16,7 @@ from featprobe.stages.export.known_images import KnownImages
 from featprobe.stages.predictor import Predictor
 
 MOST_APART = 1e-3
-"""The largest difference of logits, of those above 1 relative to the largest; and of scores, relative, in tasks that
-have no logits. featprobe's own logits differ as much between two CPUs: of 100 features one is rounded another way."""
+"""The largest difference of logits; and of scores, relative, in tasks that have no logits."""
 LEAST_EQUAL = 0.9999
 """The least share of pixels of equal class."""
 TOGETHER = 4  # images of a batch, behind a first one alone: batches of both sizes must work
@@ -45,9 +44,11 @@ class Parity:
         """The limits that are missed, for people."""
         found, own = [], self.differences
         if own.logits is not None:
-            most = MOST_APART * max(1.0, own.largest_logit or 0.0)
-            if not own.logits <= most:
-                found.append(f"logits differ by {own.logits:.2g}; at most {most:.2g} is wanted")
+            if not own.logits <= MOST_APART:
+                found.append(
+                    f"logits, of up to {own.largest_logit:.3g}, differ by {own.logits:.3g}; at most {MOST_APART:g} is "
+                    "wanted"
+                )
         elif own.scores is not None and not own.scores <= MOST_APART:
             found.append(f"scores differ by {own.scores:.2g} of their value; at most {MOST_APART:g} is wanted")
         if own.equal_pixels < LEAST_EQUAL * own.pixels:

@@ -49,8 +49,8 @@ FILTERS: Mapping[str, tuple[float, Callable[[float], float]]] = {
 """Name -> half of its width in pixels, and its weight at a distance; Pillow's `Resample.c`."""
 
 
-def weights_of(length: int, wanted: int, name: str) -> NDArray[np.float32]:
-    """What a line of `length` pixels becomes when Pillow resizes it to `wanted`: (wanted, length), float32.
+def weights_of(length: int, wanted: int, name: str) -> NDArray[np.float64]:
+    """What a line of `length` pixels becomes when Pillow resizes it to `wanted`: (wanted, length), float64.
 
     name: one of FILTERS, or nearest. A smaller image is averaged over the filter, widened by the scale.
 
@@ -62,7 +62,7 @@ def weights_of(length: int, wanted: int, name: str) -> NDArray[np.float32]:
     if name == "nearest":
         places = np.cumsum(np.r_[scale * 0.5, np.full(wanted - 1, scale)])  # added up one by one, as Pillow does
         found[np.arange(wanted), np.minimum(np.floor(places).astype(int), length - 1)] = 1
-        return found.astype(np.float32)
+        return found
     half, weight = FILTERS[name]
     wide = max(scale, 1.0)
     for place in range(wanted):
@@ -70,4 +70,4 @@ def weights_of(length: int, wanted: int, name: str) -> NDArray[np.float32]:
         first, end = max(0, int(centre - half * wide + 0.5)), min(length, int(centre + half * wide + 0.5))
         own = np.array([weight((pixel - centre + 0.5) / wide) for pixel in range(first, end)])
         found[place, first:end] = own / own.sum()
-    return found.astype(np.float32)
+    return found

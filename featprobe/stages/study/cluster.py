@@ -12,7 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -308,7 +308,10 @@ def _queue() -> dict[str, str]:
 
 def _ask(*command: str) -> str:
     """What a command of SLURM prints; raises FeatprobeError."""
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise FeatprobeError(f"{command[0]} can't be run: {error}") from error
     if asked.returncode:
         raise FeatprobeError(
             f"SLURM does not answer: {' '.join(asked.stderr.split())}\nNo more was handed over. Its state:  sinfo"
@@ -373,21 +376,30 @@ def _reason(workspace: Workspace, job: str) -> str:
 
 def _without_log(job: str, log: Path) -> str:
     """Why a job has left no log, as far as SLURM still knows the job."""
-    try:
-        known = _ask("scontrol", "--oneliner", "show", "job", job)
-    except FeatprobeError:  # it has forgotten the job, minutes after its end
-        known = ""
-    told = {word: value for word, _, value in (pair.partition("=") for pair in known.split())}
-    state = told.get("JobState", "")
-    if state == "CANCELLED":
+    state, code, node = _end_of(job)
+    if state.startswith("CANCELLED"):
         return f"job {job} was cancelled before it began"
-    where = f"node {told['BatchHost']} does" if "BatchHost" in told else "was it cancelled? Or its node does"
-    code = f", exit code {told['ExitCode']}" if "ExitCode" in told else ""
-    slurm = f" (SLURM: {state} {told.get('Reason', '')}{code})" if state else ""
+    where = f"node {node} does" if node else "was it cancelled? Or its node does"
+    slurm = f" (SLURM: {state}, exit code {code})" if state else ""
     return (
         f"job {job} left no log: {where} not see {log.parent}{slurm}. Keep the workspace in a folder that all nodes "
         "share, under the same path"
     )
+
+
+def _end_of(job: str) -> tuple[str, str, str]:
+    """(state, exit code, node) of a job that has ended; texts are empty where SLURM has forgotten the job."""
+    with suppress(FeatprobeError):  # the controller forgets a job minutes after its end
+        known = _ask("scontrol", "--oneliner", "show", "job", job)
+        told = {word: value for word, _, value in (pair.partition("=") for pair in known.split())}
+        return told.get("JobState", ""), told.get("ExitCode", ""), told.get("BatchHost", "")
+    with suppress(FeatprobeError, ValueError):  # where accounts are kept
+        known = _ask(
+            "sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode,NodeList"
+        )
+        state, code, node = known.splitlines()[0].split("|") if known.strip() else ("", "", "")
+        return state, code, node.removeprefix("None assigned")
+    return "", "", ""
 
 
 def tail(log: Path) -> str:

@@ -26,6 +26,7 @@ from featprobe import __version__
 from featprobe.cache import WHOLE, read_states
 from featprobe.errors import FeatprobeError, FileKindError, counted
 from featprobe.io.disk import parse_json, read_regular
+from featprobe.io.plugins import BACKBONES, DATASETS, HEADS, names_in
 from featprobe.machine import available_memory, free_disk, human_bytes, usable_cores
 from featprobe.stages.upkeep.saved_heads import RESULTS, head_folders, row_of
 from featprobe.stages.workspace import CONFIG, Workspace
@@ -94,6 +95,8 @@ def _versions() -> Iterator[Fact]:
         yield Fact(part, name, found or "MISSING", not found)
     for name, extra in extras.items():
         yield Fact("optional packages", name, _version(name) or f"not installed (extra {extra})")
+    for group in (DATASETS, BACKBONES, HEADS):  # names alone: nothing of other packages is imported
+        yield Fact("added by other packages", group.rpartition(".")[2], ", ".join(names_in(group)) or "none")
 
 
 def _requirements() -> tuple[list[str], dict[str, str]]:
@@ -159,16 +162,16 @@ def _disk(root: Path) -> Iterator[Fact]:
             stream.write(bytes(4096))
             stream.flush()
             for name, (attempt, unusable) in _ATTEMPTS.items():
-                said = _outcome(lambda attempt=attempt: attempt(Path(stream.name)))
+                said = _outcome(attempt, Path(stream.name))
                 yield Fact(part, name, said or "works", bool(said) and unusable)
     except OSError as error:
         yield Fact(part, "writing", f"UNUSABLE: {error.strerror}", True)
 
 
-def _outcome(attempt: Callable[[], None]) -> str:
-    """What an attempt is refused with; "" where it works."""
+def _outcome(attempt: Callable[[Path], None], path: Path) -> str:
+    """What an attempt on a file is refused with; "" where it works."""
     try:
-        attempt()
+        attempt(path)
     except (OSError, ValueError) as error:
         return f"does not work: {getattr(error, 'strerror', None) or error}"
     return ""

@@ -16,7 +16,7 @@ from featprobe.stages.predictor import Predictor
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("onnxscript", reason="pip install 'featprobe[onnx]'")
 
-IMAGES = 6
+IMAGES = 4
 BRIEF = TrainRecipe(iterations=20, batch_size=4, lr=1e-2, evaluations=1)
 
 

@@ -17,7 +17,8 @@ def test_two_products_are_pillows_resize(size: tuple[int, int], wanted: tuple[in
     image = np.random.default_rng(seed).random(size, dtype=np.float32)
     resized = np.asarray(Image.fromarray(image).resize(wanted[::-1], Image.Resampling[name.upper()]))
     rows, columns = (weights_of(own, new, name) for own, new in zip(size, wanted, strict=True))
-    np.testing.assert_allclose(rows @ (image @ columns.T), resized, rtol=0, atol=1e-6)
+    between = (image @ columns.T).astype(np.float32)
+    np.testing.assert_allclose(rows @ between, resized, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*FILTERS, "nearest"])

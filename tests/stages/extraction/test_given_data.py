@@ -83,6 +83,15 @@ def test_an_object_is_not_read_in_another_way(space: Workspace, data: DataSet) -
         extract(space, Blur(), data, replace(QUIET, format="folders", group_from="(.)"))
 
 
+@pytest.mark.parametrize("data", [IMAGES, None, 5])
+def test_what_is_no_data_set_is_refused_in_words(space: Workspace, data: object) -> None:
+    with pytest.raises(DataError, match=r"is no data set(.|\n)*DataSet\.from_arrays"):
+        extract(space, Blur(), data, QUIET)  # type: ignore[arg-type]
+    if data is not IMAGES:
+        with pytest.raises(DataError, match="is no data set"):
+            probe(space, "semseg", data, options=RIDGE)  # type: ignore[arg-type]
+
+
 def test_heads_are_trained_on_objects_and_on_one_as_well_as_on_several(space: Workspace, data: DataSet) -> None:
     extract(space, Blur(), data, QUIET)
     rows = [probe(space, "semseg", own, [Blur()], RIDGE).rows for own in (data, [data], data.root, [str(data.root)])]
@@ -103,8 +112,9 @@ def test_objects_say_what_they_are_in_one_line(space: Workspace, data: DataSet) 
     said = {
         "12 images": data, "Samples(12)": data.samples, "1 cache": space, "12 rows": cache, "12 rows: nothing": report,
         "1 row (semseg of blur on parts)": done, "(12, 3, 8, 8)": features, "(12, 3)": pool(features, cache.levels),
-        "mask of 32x32": data.read_target(sample, (32, 32)), "id='000000.tif'": cache.rows[0], "RowTable(12": cache.rows,
-        "version 3": cache.contents, "in 1 table": compare(space, quiet=True), "masks": cache.torch_dataset(),
+        "mask of 32x32": data.read_target(sample, (32, 32)), "id='000000.tif'": cache.rows[0],
+        "RowTable(12": cache.rows, "version 3": cache.contents,
+        "in 1 table": compare(space, quiet=True), "masks": cache.torch_dataset(),
         "'group'": Partition(cache, SplitChoice.parse("group")),
     }  # fmt: skip
     for part, value in said.items():

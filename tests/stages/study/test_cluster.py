@@ -1,6 +1,7 @@
 """What `--launcher slurm` says without a cluster; tests/cluster has what it does on one."""
 
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,27 +105,36 @@ def test_the_end_of_a_log_says_why_a_job_has_no_answer(tmp_path: Path, log: str,
 
 @dataclass(frozen=True)
 class Known:
-    """What `scontrol show job` still knows, and what is said of a job without a log."""
+    """What `scontrol show job` and `sacct` still know, and what is said of a job without a log."""
 
     scontrol: str
+    sacct: str
     said: str
+
+
+FORGOTTEN = "echo Invalid job id specified >&2; exit 1"
 
 
 @pytest.mark.parametrize(
     "known",
     [
-        Known("echo JobId=7 JobState=CANCELLED Reason=None", "job 7 was cancelled before it began"),
+        Known("echo JobId=7 JobState=CANCELLED Reason=None", "exit 1", "job 7 was cancelled before it began"),
         Known(
             "echo JobId=7 JobState=FAILED Reason=JobLaunchFailure ExitCode=0:53 BatchHost=n2",
-            "node n2 does not see {jobs} (SLURM: FAILED JobLaunchFailure, exit code 0:53)",
+            "exit 1",
+            "node n2 does not see {jobs} (SLURM: FAILED, exit code 0:53)",
         ),
-        Known("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", "its node does not see {jobs}. Keep"),
+        Known(FORGOTTEN, "echo 'FAILED|0:53|n2'", "node n2 does not see {jobs} (SLURM: FAILED, exit code 0:53)"),
+        Known(FORGOTTEN, "echo 'CANCELLED by 1000|0:0|None assigned'", "job 7 was cancelled before it began"),
+        Known(FORGOTTEN, "true", "its node does not see {jobs}. Keep"),
+        Known(FORGOTTEN, "echo Slurm accounting storage is disabled >&2; exit 1", "its node does not see {jobs}. Keep"),
     ],
 )
 def test_a_job_without_a_log_was_cancelled_or_did_not_see_the_workspace(
     tmp_path: Path, programs: Path, known: Known
 ) -> None:
     replace_program(programs / "scontrol", known.scontrol)
+    replace_program(programs / "sacct", known.sacct)
     reason = _reason(Workspace(tmp_path), "7")
     assert known.said.format(jobs=tmp_path / "jobs") in reason
 
@@ -150,6 +160,15 @@ def test_a_job_of_another_version_is_refused_in_words(workspace: Workspace, tmp_
     path.write_bytes(whole[:-20])
     with pytest.raises(FeatprobeError, match="another version of featprobe"):
         loaded(path)
+
+
+def test_where_there_is_no_slurm_its_tests_are_skipped_with_a_reason(tmp_path: Path) -> None:
+    program = Path(__file__).parents[2] / "cluster" / "slurm_here.py"
+    for words, code in (([], 0), (["--required"], 1)):
+        command = [sys.executable, program, *words, "touch", tmp_path / "run"]
+        done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+        assert done.returncode == code and "sbatch" in done.stdout and "apt-get install slurmctld" in done.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_job_that_does_not_see_what_was_handed_over_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
