@@ -2,17 +2,21 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featprobe.cli.options import as_json, echo, show_json, workspace_of
 from featprobe.errors import DataError
-from featprobe.geometry import Size, parse_size
+
+if TYPE_CHECKING:
+    from featprobe.geometry import Size
 
 
-def sides(ctx: click.Context, param: click.Parameter, text: str | None) -> Size | None:
+def sides(ctx: click.Context, param: click.Parameter, text: str | None) -> "Size | None":
     """A size as HxW."""
+    from featprobe.geometry import parse_size  # it loads numpy
+
     try:
         return None if text is None else parse_size(text)
     except DataError as error:
