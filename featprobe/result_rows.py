@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from featprobe.errors import DataError, FieldError, ProbeError
 from featprobe.image_labels import ImageLabels, Unit
+from featprobe.io.disk import parse_json
 from featprobe.io.fields import MISSING_FIELD, Fault, built, message, misfits, plain, wrong
 from featprobe.io.schemas import check
 from featprobe.kinds import TASKS, HeadKind, TrainRecipe, kind_of, kinds_of
@@ -416,3 +417,12 @@ def _test_faults(scores: TaskScores, test: Mapping[str, Any]) -> list[Fault]:
 def ladder_faults(row: Mapping[str, Any]) -> list[Fault]:
     """The same of a rung of a ladder."""
     return check(LadderRow, row, closed=False, empty_texts=True)
+
+
+def folder_of(line: bytes) -> Any:
+    """The folder that a line of results.jsonl names; None where it is no row."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    return row.get("folder") if isinstance(row, dict) else None

@@ -15,6 +15,7 @@ from featprobe.errors import (
 from featprobe.kinds import TASKS
 from featprobe.probes import HeadRecipe, build_head
 from featprobe.processes import is_main, pick_device, together
+from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
 from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -44,7 +45,9 @@ class ProbeReport:
 
     def __repr__(self) -> str:
         rows, sheets, notes = (len(own) for own in (self.rows, self.sheets, self.notes))
-        what = ", ".join(sorted({f"{row['task']} of {row['backbone']} on {row['data']}" for row in self.rows})[:3])
+        what = ", ".join(
+            sorted({f"{row.task} of {row.backbone} on {row.data}" for row in map(ResultRow.from_json, self.rows)})[:3]
+        )
         about = f" ({what})" if what else ""
         return f"ProbeReport({counted(rows, 'row')}{about}, {counted(sheets, 'sheet')}, {counted(notes, 'note')})"
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from featprobe.errors import FeatprobeError, ProbeError, nearest
 from featprobe.io.disk import filter_lines, in_use, parse_json, read_regular
 from featprobe.machine import available_memory
-from featprobe.result_rows import ResultRow
+from featprobe.result_rows import ResultRow, folder_of
 from featprobe.stages.workspace import Workspace
 
 RESULTS, ROW_VERSION = "results.jsonl", 1  # as probes/README.md has them; `probes.saved` imports torch
@@ -139,7 +138,7 @@ def remove_heads(workspace: Workspace, heads: Sequence[HeadFolder]) -> int:
                 raise _busy(head) from error
         names = {head.name for head in heads}
         if os.path.lexists(workspace.probes / RESULTS):
-            filter_lines(workspace.probes / RESULTS, lambda line: _folder_of(line) not in names)
+            filter_lines(workspace.probes / RESULTS, lambda line: folder_of(line) not in names)
         for head in heads:
             shutil.rmtree(head.path)  # which follows no link
             _remove_empty(head.path.parent, workspace.probes)
@@ -151,15 +150,6 @@ def _busy(head: HeadFolder) -> ProbeError:
         f"A training is running in {head.path}. Nothing was removed.\n"
         "Wait until it ends, or stop it, then run the same command again."
     )
-
-
-def _folder_of(line: bytes) -> Any:
-    """The folder that a line of results.jsonl names; None where it is no row."""
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    return row.get("folder") if isinstance(row, dict) else None
 
 
 def _remove_empty(folder: Path, root: Path) -> None:
