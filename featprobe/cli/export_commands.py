@@ -61,6 +61,14 @@ def sides(ctx: click.Context, param: click.Parameter, text: str | None) -> "Size
     multiple=True,
     help="Compare on these images, or those in this folder.  [default: those that the head was tested on]",
 )
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    metavar="X",
+    default=0.001,
+    show_default=True,
+    help="How far logits, or scores, may lie from featprobe's.",
+)
 @as_json
 @click.pass_context
 def export(ctx: click.Context, head: Path, json_: bool, **options: Any) -> None:

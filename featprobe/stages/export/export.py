@@ -26,7 +26,7 @@ from featprobe.stages.export.exports import EXPORTS
 from featprobe.stages.export.graph import Graph, GraphOutput, Raw, placement_of
 from featprobe.stages.export.known_images import find_known
 from featprobe.stages.export.object_output import translations
-from featprobe.stages.export.parity import Parity, compare_graph
+from featprobe.stages.export.parity import TOLERANCE, Parity, compare_graph
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.workspace import Workspace
 
@@ -61,14 +61,15 @@ def export(
     threshold: float | None = None,
     test_images: int = 20,
     images: Sequence[Path] = (),
+    tolerance: float = TOLERANCE,
     backbone: nn.Module | None = None,
 ) -> ExportReport:
     """Write a saved head, with its backbone and its preprocessing, as an ONNX file, and its parity report beside it.
 
     image_size: (height, width) of the images that it takes; None for the commonest among the images that it is
     compared on: at most `test_images` of those that the head was tested on, or of `images`. threshold: of verdicts, in
-    place of the head's own. backbone: as `Predictor` takes it. Raises FeatprobeError; nothing is written then, also
-    where the comparison fails.
+    place of the head's own. tolerance: how far logits, or scores, may lie apart. backbone: as `Predictor` takes it.
+    Raises FeatprobeError; nothing is written then, also where the comparison fails.
     """
     check_installed()
     check_opset(opset)
@@ -81,12 +82,13 @@ def export(
     model = made(predictor, known.raw, output, opset)
     say(model, predictor, known.raw, output)
     data = checked(model)
-    parity = compare_graph(data, predictor, output, known)
+    parity = compare_graph(data, predictor, output, known, tolerance)
     if parity.faults:
         raise ProbeError(
             f"The graph of {folder} does not say what featprobe says. No model was written.\n"
             + "".join(f"  found   {fault}\n" for fault in parity.faults)
-            + f"Images: {parity.images} {parity.words}; {parity.runtime}. Another --opset may help."
+            + f"Images: {parity.images} {parity.words}; {parity.runtime}. Another --opset may help; so does a cache of "
+            "--dtype fp32, whose features are not rounded. --tolerance X lets logits, or scores, lie further apart."
         )
     beside = out.with_name(f"{out.stem}.parity.json")
     write_together({out: data, beside: json.dumps(parity.to_json(), indent=1) + "\n"})

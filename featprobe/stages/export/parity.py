@@ -15,8 +15,8 @@ from featprobe.stages.export.graph import NEAR, Differences, GraphOutput, pieces
 from featprobe.stages.export.known_images import KnownImages
 from featprobe.stages.predictor import Predictor
 
-MOST_APART = 1e-3
-"""The largest difference of logits; and of scores, relative, in tasks that have no logits."""
+TOLERANCE = 1e-3
+"""The largest difference of logits, or of scores, relative, in tasks without logits, unless another is asked for."""
 LEAST_EQUAL = 0.9999
 """The least share of pixels of equal class."""
 TOGETHER = 4  # images of a batch, behind a first one alone: batches of both sizes must work
@@ -27,7 +27,8 @@ class Parity:
     """How far a graph is from featprobe on some images.
 
     images: how many, and what they are in words. others: images beside them, which the graph does not take.
-    graph_ms, featprobe_ms: milliseconds per image, without reading files, with so many threads.
+    graph_ms, featprobe_ms: milliseconds per image, without reading files, with so many threads. tolerance: see
+    TOLERANCE.
     """
 
     images: int
@@ -38,19 +39,20 @@ class Parity:
     threads: int
     graph_ms: float
     featprobe_ms: float
+    tolerance: float = TOLERANCE
 
     @property
     def faults(self) -> list[str]:
         """The limits that are missed, for people."""
         found, own = [], self.differences
         if own.logits is not None:
-            if not own.logits <= MOST_APART:
+            if not own.logits <= self.tolerance:
                 found.append(
-                    f"logits, of up to {own.largest_logit:.3g}, differ by {own.logits:.3g}; at most {MOST_APART:g} is "
-                    "wanted"
+                    f"logits, of up to {own.largest_logit:.3g}, differ by {own.logits:.3g}; "
+                    f"at most {self.tolerance:g} is wanted"
                 )
-        elif own.scores is not None and not own.scores <= MOST_APART:
-            found.append(f"scores differ by {own.scores:.2g} of their value; at most {MOST_APART:g} is wanted")
+        elif own.scores is not None and not own.scores <= self.tolerance:
+            found.append(f"scores differ by {own.scores:.2g} of their value; at most {self.tolerance:g} is wanted")
         if own.equal_pixels < LEAST_EQUAL * own.pixels:
             share = own.equal_pixels / own.pixels
             found.append(f"{share:.4%} of the pixels have the same class; at least {LEAST_EQUAL:.2%} are wanted")
@@ -85,11 +87,13 @@ class Parity:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the file beside the graph keeps them."""
-        limits = {"logits": MOST_APART, "scores": MOST_APART, "equal_pixels": LEAST_EQUAL, "near": NEAR}
+        limits = {"logits": self.tolerance, "scores": self.tolerance, "equal_pixels": LEAST_EQUAL, "near": NEAR}
         return {**asdict(self), "limits": limits, "faults": self.faults}
 
 
-def compare_graph(model: bytes, predictor: Predictor, output: GraphOutput, known: KnownImages) -> Parity:
+def compare_graph(
+    model: bytes, predictor: Predictor, output: GraphOutput, known: KnownImages, tolerance: float
+) -> Parity:
     """Run a graph and featprobe on the same images. Both take as many threads as torch has."""
     import onnxruntime
 
@@ -121,7 +125,7 @@ def compare_graph(model: bytes, predictor: Predictor, output: GraphOutput, known
         seconds += between - begun, time.perf_counter() - between
         differences += output.compare(dict(zip(output.names, found, strict=True)), predictor, levels)
     graph_ms, featprobe_ms = (1000 * seconds / images).tolist()
-    return Parity(images, known.words, known.others, differences, runtime, threads, graph_ms, featprobe_ms)
+    return Parity(images, known.words, known.others, differences, runtime, threads, graph_ms, featprobe_ms, tolerance)
 
 
 @torch.inference_mode()
