@@ -88,15 +88,17 @@ def row_of(line: bytes) -> ResultRow | None:
 
 
 def find_heads(workspace: Workspace, texts: Sequence[str]) -> list[HeadFolder]:
-    """The heads that paths, or parts of the names of their folders, mean. Raises ProbeError."""
-    every = head_folders(workspace)
+    """The heads that paths below probes/, or parts of the names of their folders, mean. Raises ProbeError.
+
+    A path that leads elsewhere is no path here: beside a data folder `xray`, xray means the heads that are called so.
+    """
+    every, root = head_folders(workspace), Path(os.path.abspath(workspace.probes))
     found: dict[str, HeadFolder] = {}
     for text in texts:
-        own = [head for head in every if text and text.strip("/") in head.name]
-        if os.path.lexists(text):
-            inside = Path(os.path.abspath(text))
-            at = [h for h in every if inside in (Path(os.path.abspath(h.path)), *Path(os.path.abspath(h.path)).parents)]
-            own = at if inside != Path(os.path.abspath(workspace.probes)) else own
+        part, inside = text.strip("/"), Path(os.path.abspath(text))
+        own = [head for head in every if part and part != os.curdir and part in head.name]
+        if os.path.lexists(text) and root in inside.parents:
+            own = [head for head in every if inside in (root / head.name, *(root / head.name).parents)]
         if not own:
             hint = nearest(text, [head.name for head in every]) if every else "There is none yet."
             raise ProbeError(

@@ -60,9 +60,20 @@ def test_a_path_means_the_heads_below_it(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert [h.name for h in find_heads(workspace, [str(tmp_path / "probes" / FOLD)])] == [FOLD]
     assert [h.name for h in find_heads(workspace, [str((tmp_path / "probes" / FOLD).parents[1])])] == [FOLD]
-    for text in ("nothing", "", str(tmp_path)):
+    for text in ("nothing", "", str(tmp_path / "probes" / "report")):
         with pytest.raises(ProbeError, match="is called"):
-            find_heads(workspace, [text] if text != str(tmp_path) else [str(tmp_path / "probes" / "report")])
+            find_heads(workspace, [text])
+
+
+def test_a_folder_that_holds_more_than_heads_means_none_and_a_folder_elsewhere_is_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space(tmp_path)
+    (tmp_path / "parts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for text in (".", "/", "./", "..", "probes", "./probes/", str(tmp_path)):
+        assert "is called" in refusal(tmp_path, "probes", "rm", text, "--dry-run", code=2)
+    assert [head.name for head in find_heads(Workspace(tmp_path), ["parts"])] == sorted([*HEADS, FOLD])
 
 
 def test_it_asks_first_and_a_name_that_means_none_is_a_wrong_value(tmp_path: Path) -> None:
