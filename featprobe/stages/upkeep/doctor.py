@@ -63,7 +63,7 @@ class Fact:
 def examine(root: Path, *, offline: bool = False) -> list[Fact]:
     """Facts about this installation, this machine and the workspace in a folder. offline: do not ask the hub.
 
-    Home folders are shortened to ~, the name of the user to USER; names of data sets, logins in web addresses and values
+    Home folders are shortened to ~, the name of the user to USER; names of data sets, logins in addresses and values
     of secret variables do not occur. It writes one temporary file into the workspace, and removes it.
     """
     facts = [*_versions(), *_device(), *_machine(), *_disk(root), *_hub(offline), *_workspace(root), *_environment()]
