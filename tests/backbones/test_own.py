@@ -352,6 +352,11 @@ def test_a_class_whose_code_has_changed_does_not_take_the_cache_of_the_old_one(t
         assert featprobe.extract(workspace, Net(), "xray", how).computed == 0
         said = refused(lambda how=how: featprobe.extract(workspace, changed, "xray", how), CacheError)  # type: ignore[misc]
         assert "holds other features than" in said and "50% off" in said and path.read_bytes() == kept
+    cache = open_cache(path)
+    first, second = (Path(cache.data.root) / own.image for own in cache.rows[:2])
+    first.write_bytes(second.read_bytes())  # another image: the next one tells
+    said = refused(lambda: featprobe.extract(workspace, changed, "xray", how), CacheError)
+    assert "holds other features than" in said and path.read_bytes() == kept
 
 
 def test_two_objects_of_one_name_are_refused() -> None:
