@@ -28,6 +28,7 @@ from featprobe.cache import WHOLE, read_states
 from featprobe.errors import FeatprobeError, FileKindError, counted
 from featprobe.io.disk import parse_json, read_regular
 from featprobe.io.plugins import BACKBONES, DATASETS, HEADS, names_in
+from featprobe.io.texts import without_login
 from featprobe.machine import available_memory, free_disk, human_bytes, usable_cores
 from featprobe.stages.upkeep.saved_heads import RESULTS, head_folders, row_of
 from featprobe.stages.workspace import CONFIG, Workspace
@@ -42,8 +43,6 @@ MATTERS = re.compile(
 """Names of environment variables that change what featprobe does."""
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|PROXY|AUTH|CREDENTIAL", re.IGNORECASE)
 """Names of variables whose values are never shown."""
-LOGIN = re.compile(r"(?<=//)[^/\s]*@")
-"""A user's name and password in a web address."""
 SET = re.compile(r"""(\bdata\.|'data', )("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\w-]+)""")
 """A data set in a message on featprobe.toml, as `data.NAME` or `('data', 'NAME')`."""
 FOR_WORK = ("dev", "docs")  # extras of those who change featprobe
@@ -76,7 +75,7 @@ def private(text: str, home: str | None = None, user: str | None = None) -> str:
     >>> private("/home/jane/scans and /data/jane/x", "/home/jane", "jane")
     '~/scans and /data/USER/x'
     """
-    text = LOGIN.sub("", text)
+    text = without_login(text)
     home = home or os.path.expanduser("~")
     with suppress(OSError, KeyError):
         user = user or getpass.getuser()

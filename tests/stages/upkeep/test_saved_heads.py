@@ -1,6 +1,7 @@
 """Removing saved heads: what was named goes, with its rows; everything else stays byte for byte."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,29 @@ def test_files_of_the_user_are_never_removed(tmp_path: Path) -> None:
     (tmp_path / "probes" / HEADS[2] / "notes.txt").write_text("mine")
     said = refusal(tmp_path, "probes", "rm", "parts", "--yes")
     assert "notes.txt" in said and len(head_folders(Workspace(tmp_path))) == 4
+
+
+def test_a_head_that_went_meanwhile_is_as_one_that_was_removed(tmp_path: Path) -> None:
+    results = space(tmp_path, HEADS)
+    heads = head_folders(Workspace(tmp_path))
+    shutil.rmtree(heads[0].path)
+    assert remove_heads(Workspace(tmp_path), heads) == sum(head.bytes for head in heads[1:])
+    assert results.read_bytes() == b"[1, 2]\n" + TORN and not head_folders(Workspace(tmp_path))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a user who can become another one")
+def test_a_head_of_another_user_keeps_its_row(tmp_path: Path) -> None:
+    results = space(tmp_path)
+    before = results.read_bytes()
+    tmp_path.chmod(0o755)
+    code = (
+        "import os, pathlib; from featprobe.stages.upkeep import saved_heads as own; from featprobe import Workspace\n"
+        "os.setuid(65534); space = Workspace(pathlib.Path('.')); own.remove_heads(space, own.head_folders(space))"
+    )
+    command = [sys.executable, "-c", code]
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=paths)
+    assert "ProbeError: You may not remove these heads" in done.stderr and results.read_bytes() == before
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
