@@ -1,5 +1,6 @@
 """Removing saved heads: what was named goes, with its rows; everything else stays byte for byte."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -180,6 +181,23 @@ for i in range(int(sys.argv[3])):
     append_line(Path(sys.argv[1]), json.dumps({"folder": sys.argv[2], "number": i}).encode())
 """
 """What a process does that trains heads meanwhile."""
+
+
+def test_a_row_goes_into_a_new_file_where_the_old_one_is_removed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock = tmp_path / "results.jsonl", fcntl.lockf
+    append_line(path, b"old")
+
+    def late(*given: int) -> None:
+        """The lock comes once another process has removed the file."""
+        monkeypatch.setattr(fcntl, "lockf", lock)
+        path.unlink()
+        lock(*given)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    append_line(path, b"new")
+    assert path.read_bytes() == b"new\n"
 
 
 def test_no_row_is_lost_while_others_are_removed(tmp_path: Path) -> None:
