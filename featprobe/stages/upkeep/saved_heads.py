@@ -83,10 +83,17 @@ def last_rows(path: Path) -> Mapping[str, ResultRow]:
 
 
 def row_of(line: bytes) -> ResultRow | None:
-    """The row of a line of results.jsonl; None where it holds none that can be read."""
+    """The row of a line of results.jsonl; None where it holds none that can be read.
+
+    Its head may be of a package that is broken or absent: nothing of other packages is imported.
+    """
     try:
         row = parse_json(line)
-        return ResultRow.from_json(row) if isinstance(row, dict) and row.get("version") == ROW_VERSION else None
+        return (
+            ResultRow.from_json(row, load=False)
+            if isinstance(row, dict) and row.get("version") == ROW_VERSION
+            else None
+        )
     except (ValueError, FeatprobeError):
         return None
 

@@ -126,6 +126,24 @@ def test_a_head_of_another_user_keeps_its_row(tmp_path: Path) -> None:
     assert "ProbeError: You may not remove these heads" in done.stderr and results.read_bytes() == before
 
 
+def test_heads_of_a_package_that_is_broken_are_listed_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "site" / "broken-1.dist-info"
+    about.mkdir(parents=True)
+    (tmp_path / "site" / "broken.py").write_text("raise SystemExit('imported')")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[featprobe.heads]\nsemseg-broken = broken:HEAD\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    results = space(tmp_path, HEADS[:1])
+    results.write_bytes(results.read_bytes().replace(b'"head": "linear"', b'"head": "broken"'))
+    (head,) = head_folders(Workspace(tmp_path))
+    assert head.row is not None and head.row.head == "broken"
+    assert "fg mIoU" in call(tmp_path, "probes", "ls").stdout
+    assert call(tmp_path, "probes", "rm", "parts", "--yes").exit_code == 0
+    assert results.read_bytes() == b"[1, 2]\n" + TORN
+
+
 def test_links_are_not_followed(tmp_path: Path) -> None:
     space(tmp_path / "space", HEADS[:1])
     outside = tmp_path / "outside"
