@@ -249,8 +249,8 @@ class ResultRow:
     def from_json(cls, row: Mapping[str, Any], *, load: bool = True) -> "ResultRow":
         """The row that a line of results.jsonl or a card holds; raises FieldError, with all that `result_faults` finds.
 
-        load: as there; without it, the row may have no `kind`. What an older featprobe did not write is as a row without
-        it is meant.
+        load: as there; without it, the row may have no `kind`. What an older featprobe did not write is as a row that
+        lacks it is meant.
         """
         faults = result_faults(row, load=load)
         if faults:
