@@ -55,8 +55,9 @@ def probes_ls(ctx: click.Context, json_: bool) -> None:
 def probes_rm(ctx: click.Context, names: tuple[str, ...], dry_run: bool, yes: bool, json_: bool) -> None:
     """Remove saved heads, and their rows from probes/results.jsonl.
 
-    NAME is a head's folder, a folder above it, or a part of its name as `probes ls` prints it. The command asks first.
-    If a training is writing one of the heads, or a folder holds files of yours, nothing is removed. Caches stay.
+    NAME is a head's folder, a folder above it in probes/, or a part of its name as `probes ls` prints it. The
+    command asks first. If a training is writing one of the heads, or a folder holds files of yours, nothing is removed.
+    Caches stay.
 
     \b
     Example:
