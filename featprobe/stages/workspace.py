@@ -168,8 +168,7 @@ class Workspace:
         """Raise DataError for a set that does not exist, or for options of how it is read, by name, that can't be."""
         self.check_set(name)
         check_given(how)
-        words = [how.get(key) for key in ("format", "group_from", "images", "masks")]
-        if words != [None] * 4:
+        if any(words := [how.get(key) for key in ("format", "group_from", "images", "masks")]):
             from featprobe.datasets.formats import check_reading
 
             check_reading(*words)
