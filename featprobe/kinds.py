@@ -184,9 +184,18 @@ def kinds_of(task: str) -> list[str]:
 
 
 def names_of_kinds() -> tuple[tuple[str, str], ...]:
-    """Task and name of every kind of head, those of other packages too, which are not loaded for it."""
+    """Task and name of every kind of head, those of other packages too, which are not loaded for it.
+
+    An entry point whose name can't be that of a head names none.
+    """
     added = (tuple(point.partition("-")[::2]) for point in names_in(PLUGINS))
-    return tuple(dict.fromkeys([*_kinds, *((task, name) for task, name in added if task in TASKS and name)]))
+    return tuple(dict.fromkeys([*_kinds, *((task, name) for task, name in added if task in TASKS and _is_name(name))]))
+
+
+def _is_name(name: object) -> bool:
+    """Whether a head can be called so: a study has a section [train.NAME], and `all` there means every head."""
+    is_text = isinstance(name, str) and name.isidentifier() and name.islower()
+    return is_text and not iskeyword(str(name)) and name != "all"
 
 
 def head_names() -> tuple[str, ...]:
@@ -249,7 +258,7 @@ def _faults_of(kind: object, build: object, *, installed: bool = False) -> list[
         return [f"kind: wanted a HeadKind, found {kind!r}", *faults]
     faults += [] if kind.task in TASKS else [f"task: there is none called {kind.task!r}. {nearest(kind.task, TASKS)}"]
     name = kind.name
-    if not (isinstance(name, str) and name.isidentifier() and name.islower()) or iskeyword(name) or name == "all":
+    if not _is_name(name):
         faults.append(f"name: wanted a lower-case identifier, as studies have a section [train.NAME]; found {name!r}")
     elif (kind.task, name) in _OURS:
         faults.append(f"name: featprobe has a {kind.task} head {name}")

@@ -247,12 +247,13 @@ class ResultRow:
     solution: Mapping[str, Any] | None = field(default=None, metadata=RARE)
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "ResultRow":
+    def from_json(cls, row: Mapping[str, Any], *, load: bool = True) -> "ResultRow":
         """The row that a line of results.jsonl or a card holds; raises FieldError, with all that `result_faults` finds.
 
-        What an older featprobe did not write is as a row without it is meant.
+        load: as there; without it, the row may have no `kind`. What an older featprobe did not write is as a row that
+        lacks it is meant.
         """
-        faults = result_faults(row)
+        faults = result_faults(row, load=load)
         if faults:
             raise FieldError(message("A result row has wrong fields.", faults), faults)
         return cls.from_checked(row)
@@ -361,10 +362,11 @@ def _faults_of_head(task: str, head: str) -> list[Fault]:
     return []
 
 
-def result_faults(row: Mapping[str, Any]) -> list[Fault]:
+def result_faults(row: Mapping[str, Any], *, load: bool = True) -> list[Fault]:
     """The faults that make a result row unreadable: fields of wrong types, out of their limits, or missing.
 
-    Fields that are not known here are ignored. A task of a newer featprobe has scores that are not known either.
+    load: whether its head must be known, and is loaded where another package names it. Fields that are not known here
+    are ignored. A task of a newer featprobe has scores that are not known either.
     """
     own_recipe = isinstance(row.get("recipe"), Mapping)  # it is checked as what it is, below
     faults = check(ResultRow, {**row, "recipe": {}} if own_recipe else row, closed=False, empty_texts=True)
@@ -372,7 +374,7 @@ def result_faults(row: Mapping[str, Any]) -> list[Fault]:
         faults += [fault.below("test") for fault in _test_faults(SCORES[row["task"]], row["test"])]
     if faults:
         return faults
-    if row["task"] in TASKS:
+    if load and row["task"] in TASKS:
         faults += _faults_of_head(row["task"], row["head"])
     of_images = row["task"] in TASKS and SCORES[row["task"]].on == "images"  # they may have one label, or not
     if len(set(row["classes"])) < max(1 if of_images else 2, len(row["classes"])):
@@ -430,9 +432,13 @@ def folder_of(line: bytes) -> Any:
 
 
 def row_of(line: bytes) -> ResultRow | None:
-    """The row of a line of results.jsonl; None where it holds none that can be read."""
+    """The row of a line of results.jsonl; None where it holds none that can be read.
+
+    Its head may be of a package that is broken or absent: nothing of other packages is imported.
+    """
     try:
         row = parse_json(line)
-        return ResultRow.from_json(row) if isinstance(row, dict) and row.get("version") == ROW_VERSION else None
+        known = isinstance(row, dict) and row.get("version") == ROW_VERSION
+        return ResultRow.from_json(row, load=False) if known else None
     except (ValueError, FeatprobeError):
         return None

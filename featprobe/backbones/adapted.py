@@ -113,7 +113,7 @@ def _config(module: nn.Module, name: str) -> dict[str, Any]:
     own = tuple(size) if size is not None else USUAL
     return {
         "input_size": (3, *own), "mean": _numbers(module.mean), "std": _numbers(module.std),
-        "interpolation": interpolation, "licence": str(getattr(module, "licence", "not stated")),
+        "interpolation": interpolation, "licence": str(getattr(module, "licence", "")),
     }  # fmt: skip
 
 

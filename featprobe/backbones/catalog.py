@@ -91,6 +91,8 @@ def licence_of(spec: BackboneSpec) -> str:
     """The licence of the weights that a spec names."""
     if spec.model.startswith(PACKAGE):
         return f"see the package {package_of(points_of(BACKBONES, spec.model.removeprefix(PACKAGE))[0])}"
+    if spec.model.startswith(MODULE):
+        return "not stated by the module"
     if spec.source == "random":
         return "none needed (random weights)"
     if spec.source == "file":

@@ -1,5 +1,6 @@
 """The commands to begin with: try, init, config, doctor."""
 
+import math
 import os
 import shlex
 import sys
@@ -86,6 +87,8 @@ def try_(ctx: click.Context, folder: str, json_: bool, **options: Any) -> None:
             parse_size(options["size"])
         if not chosen:
             raise UsageError("--backbone names no backbone.")
+        if not options["minutes"] < math.inf:
+            raise UsageError(f"--minutes {options['minutes']:g} is no time. wanted: minutes, as 10")
         for name in chosen:
             backbone_of(workspace, name)
         workspace.check_reading(folder, how)

@@ -161,14 +161,15 @@ def filter_lines(path: Path, keep: Callable[[bytes], bool]) -> int:
 def _locked(path: Path, flags: int) -> Iterator[BinaryIO]:
     """A file that no other process appends to or filters meanwhile. Raises OSError, FileKindError."""
     while True:
-        handle = open_regular(path, flags)
+        handle, now = open_regular(path, flags), None
         with open(handle, "rb", buffering=0) as file:
             fcntl.lockf(handle, fcntl.LOCK_EX)
-            now = os.stat(path, follow_symlinks=False) if os.path.lexists(path) else None
-            if now is None or os.path.samestat(os.fstat(handle), now):
+            with suppress(FileNotFoundError):
+                now = os.stat(path, follow_symlinks=False)
+            if now is not None and os.path.samestat(os.fstat(handle), now):
                 yield file
                 return
-        # another process has replaced it meanwhile
+        # another process has replaced or removed it meanwhile
 
 
 @contextmanager

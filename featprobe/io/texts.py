@@ -4,6 +4,7 @@ import re
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Control characters but tab and new line, and characters that change the direction of writing."""
+_LOGIN = re.compile(r"(?<=//)[^/\s]*@")
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -15,6 +16,15 @@ def printable(text: str) -> str:
     '\\u001b]0;owned\\u0007 and\n\ta line'
     """
     return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def without_login(text: str) -> str:
+    """A text whose web addresses have no user and no password.
+
+    >>> without_login("from https://jane:word@hub.example/x")
+    'from https://hub.example/x'
+    """
+    return _LOGIN.sub("", text)
 
 
 def cell(value: object) -> object:

@@ -37,9 +37,9 @@ from featprobe.stages.training.run import Say, run
 from featprobe.stages.training.training import Training
 from featprobe.stages.upkeep.check import FAULTS, DataCheck, check
 from featprobe.stages.upkeep.first_look import aim_at
-from featprobe.stages.workspace import RANDOM, Workspace, backbone_of
+from featprobe.stages.upkeep.starter import BACKBONES
+from featprobe.stages.workspace import Workspace, backbone_of
 
-BACKBONES = ("embedded", f"embedded{RANDOM}")
 MINUTES = 10.0
 SPARE = 0.5  # share of the minutes that a plan may fill: machines are shared, and times are guessed
 HEAD, HEAD_SECONDS = 0.1, 4.0  # of a solved head: seconds per second of its extraction, and beside that

@@ -28,6 +28,8 @@ from featprobe.backbones.weights import weights_sha256
 from featprobe.cli.main import cli
 from featprobe.errors import BackboneError, CacheError, FeatprobeError, ProbeError
 from featprobe.specs import BackboneSpec
+from featprobe.stages.export.export import described, output_of
+from featprobe.stages.export.graph import Raw
 from featprobe.stages.training.probe_options import Tuning
 from featprobe.stages.workspace import make_generated
 
@@ -110,6 +112,7 @@ def test_a_module_may_say_its_levels_size_name_and_licence() -> None:
     backbone = loaded(Small())
     assert [level.name for level in backbone.levels] == ["fine", "deep"]
     assert (backbone.own, backbone.interpolation, backbone.licence) == ((64, 96), "bicubic", "MIT")
+    assert loaded(Net()).licence == "not stated by the module"
     assert backbone.spec.label == "small" and spec_of_module(Net()).label.startswith("Net-")
     assert spec_of_module(Net()).label != spec_of_module(Net(1)).label  # tables tell their weights apart
 
@@ -314,6 +317,9 @@ def test_an_object_goes_from_images_to_predictions(place: Path) -> None:
         assert not (place / "none").exists()
         found = featprobe.predict(folder, images, place / "found", backbone=module, quiet=True)
         assert found.images == 12
+        predictor, raw = featprobe.Predictor(folder, backbone=module, device="cpu"), Raw("uint16", 1, (64, 64))
+        said_in_file = described(predictor, raw, output_of(predictor, raw))
+        assert said_in_file["weights_licence"] == "not stated by the module"
         said = refused(lambda folder=folder: featprobe.predict(folder, images, place / "none", backbone=nn.ReLU()))  # type: ignore[misc]
         assert f"wanted  module:{__name__}.Net\n  found   module:torch.nn.modules.activation.ReLU" in said
     other = workspace.probes / frozen["folder"]
@@ -346,6 +352,11 @@ def test_a_class_whose_code_has_changed_does_not_take_the_cache_of_the_old_one(t
         assert featprobe.extract(workspace, Net(), "xray", how).computed == 0
         said = refused(lambda how=how: featprobe.extract(workspace, changed, "xray", how), CacheError)  # type: ignore[misc]
         assert "holds other features than" in said and "50% off" in said and path.read_bytes() == kept
+    cache = open_cache(path)
+    first, second = (Path(cache.data.root) / own.image for own in cache.rows[:2])
+    first.write_bytes(second.read_bytes())  # another image: the next one tells
+    said = refused(lambda: featprobe.extract(workspace, changed, "xray", how), CacheError)
+    assert "holds other features than" in said and path.read_bytes() == kept
 
 
 def test_two_objects_of_one_name_are_refused() -> None:

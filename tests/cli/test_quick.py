@@ -52,6 +52,7 @@ WRONG = {
     "No cache in": ["cache", "info", "prats"],
     "is not a size": ["data", "check", "xray", "--size", "64"],
     "Did you mean surface": ["data", "info", "surfac"],
+    "is no time": ["try", "surface", "--minutes", "inf"],
 }
 """A part of what is said -> words with one mistake."""
 CODE = """

@@ -250,6 +250,8 @@ class Object:
 class Empty: pass
 """
 ENTRIES = {"packed": "HEAD", "object": "Object", "other": "HEAD", "empty": "Empty", "gone": "gone", "ridge": "HEAD"}
+NO_NAMES = ("nothing", "semseg-", "semseg-my-head", "semseg-all", "semseg-class", "semseg-Mine", "other-mine")
+"""Entry points that name no head of a task, and spoil nothing."""
 
 
 def install(site: Path) -> Path:
@@ -258,7 +260,8 @@ def install(site: Path) -> Path:
     about.mkdir(parents=True)
     (site / "ourheads.py").write_text(PACKAGE)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ourheads\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("\n".join(["[featprobe.heads]", "nothing = ourheads:HEAD", *names]) + "\n")
+    names += [f"{name} = ourheads:HEAD" for name in NO_NAMES]
+    (about / "entry_points.txt").write_text("\n".join(["[featprobe.heads]", *names]) + "\n")
     return site
 
 
@@ -268,6 +271,9 @@ def test_a_packages_heads_are_known_by_name_and_loaded_when_they_are_needed(
     monkeypatch.syspath_prepend(install(tmp_path))
     assert kinds_of("semseg") == ["linear", "upsample", "ridge", "empty", "gone", "object", "other", "packed"]
     assert "ourheads" not in sys.modules and ("semseg", "packed") not in KINDS
+    assert not faults_of(
+        Study, {"data": ["a"], "backbones": ["b"], "heads": ["packed"], "train": {"packed": {"lr": 0.1}}}
+    )
     assert "packed" in head_names() and kinds_of("detect") == ["fcos", "fasterrcnn"]
     assert kind_of("semseg", "ridge").solved  # featprobe's own name comes first
     assert kind_of("semseg", "packed").recipe.iterations == 3 and kind_of("semseg", "object").recipe.iterations == 1000

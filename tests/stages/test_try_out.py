@@ -31,6 +31,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("try") / "parts", 12, (48, 48))
 
 
+def test_the_command_and_the_function_try_the_same_where_nothing_is_said() -> None:
+    said = {param.name: param.default for param in start_commands.try_.params}
+    assert (tuple(said["backbone"].split(",")), said["minutes"]) == (TryOptions().backbones, TryOptions().minutes)
+
+
 def test_it_stops_and_goes_on_with_the_same_plan_to_the_same_page(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

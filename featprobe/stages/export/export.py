@@ -187,7 +187,7 @@ def described(predictor: Predictor, raw: Raw, output: GraphOutput) -> Mapping[st
         "head": card["head"]["kind"],
         "classes": list(card["head"]["classes"]),
         "backbone": spec.model,
-        "weights_licence": licence_of(spec),
+        "weights_licence": predictor.backbone.licence if spec.is_own else licence_of(spec),
         "weights_sha256": recipe.weights_sha256,
         "head_sha256": card["head_sha256"],
         "feature_key": recipe.key,

@@ -23,24 +23,17 @@ SAME = 0.02  # of a level's largest value: more than number formats, precisions 
 
 @torch.inference_mode()
 def check_same(cache: Cache, backbone: Backbone, device: torch.device) -> None:
-    """Compute the first whole row of a cache again; raise CacheError where a network of your own gives something else.
+    """Compute a row of a cache again; raise CacheError where a network of your own gives something else.
 
-    Nothing is computed for timm's networks, whose name says what they compute, and where no row is whole, or its image
-    is another now.
+    It is the first whole row whose image is still the same. Nothing is computed for timm's networks, whose name says
+    what they compute, and where there is no such row: then none is kept.
     """
-    whole = np.flatnonzero(cache.done == WHOLE)
-    if not backbone.spec.is_own or not len(whole):
+    row = _first_known(cache) if backbone.spec.is_own else None
+    if row is None:
         return
-    row, recipe = int(whole[0]), cache.recipe
-    own = cache.rows[row]
-    image = Path(cache.data.root) / own.image
-    try:
-        if hash_image(image) != own.image_hash:
-            return
-        shown = own.show(read_levels(image))
-        kept = {level.name: _values(cache.read_row(row, level), recipe.dtype) for level in backbone.levels}
-    except (DataError, CacheError):  # both are told where that row is needed
-        return
+    own, recipe = cache.rows[row], cache.recipe
+    shown = own.show(read_levels(Path(cache.data.root) / own.image))
+    kept = {level.name: _values(cache.read_row(row, level), recipe.dtype) for level in backbone.levels}
     with computing(recipe.precision, device):
         features = backbone(Framing(recipe, device).together([shown], [own.placement]))
     features = replace(features, content=torch.tensor([own.placement.content], device=device))
@@ -56,6 +49,20 @@ def check_same(cache: Cache, backbone: Backbone, device: torch.device) -> None:
                 "The code of the network has changed since. Give its class another name, or remove the cache:\n"
                 f"  featprobe cache rm {shlex.quote(str(cache.path))} --yes"
             )
+
+
+def _first_known(cache: Cache) -> int | None:
+    """The first whole row whose image is as it was, and whose features are sound; None where there is none."""
+    for row in map(int, np.flatnonzero(cache.done == WHOLE)):
+        own = cache.rows[row]
+        try:
+            if hash_image(Path(cache.data.root) / own.image) == own.image_hash:
+                for level in cache.levels:
+                    cache.read_row(row, level)
+                return row
+        except (DataError, CacheError):
+            continue  # both are told where that row is needed
+    return None
 
 
 def _values(stored: NDArray, dtype: str) -> Tensor:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -182,10 +182,11 @@ def submit_study(
     keys = {place: digest(asdict(place)) for place in groups}
     running = {place: latest[keys[place]] for place in groups if latest.get(keys[place]) in queue}
     missing = [place for place in groups if place not in running]
-    made = _submit(executor, [Extraction(root, place) for place in missing])
-    for place, job in zip(missing, made, strict=True):
+    made = dict[Place, str]()
+    for place, job in zip(missing, _submit(executor, [Extraction(root, place) for place in missing]), strict=True):
         append_row(root / JOBS / "jobs.jsonl", {"what": keys[place], "job": job, "text": str(place)})
-    extractions = running | dict(zip(missing, made, strict=True))
+        made[place] = job
+    extractions = running | made
     climbs = [Climb(root, study, cell, extractions[cell.place]) for cell in unknown]
     own = _hand_over(executor, root, climbs, lambda cell: _ladder_key(study, cell))
     trainings = [TrainingJob(root, study, cell, extractions[cell.place], verify) for cell in wanted]
@@ -193,7 +194,7 @@ def submit_study(
     what = f"{counted(len(made), 'extraction')} and {counted(len(jobs), 'training')}"
     what += f", behind {counted(len(own), 'search', 'searches')} for iterations" if own else ""
     say(f"handed over: {what}; their logs: {root / JOBS}")
-    return Handed(plan, tuple(made), tuple(job for _, job in own), tuple(jobs), tuple(queued))
+    return Handed(plan, tuple(made.values()), tuple(job for _, job in own), tuple(jobs), tuple(queued))
 
 
 def _hand_over(
@@ -279,17 +280,19 @@ def _executor(folder: Path, slurm: Mapping[str, Any]) -> Any:
     return executor
 
 
-def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
-    """The jobs of tasks, which go over as one array, or as several where SLURM takes no longer ones."""
+def _submit(executor: Any, tasks: Sequence[Any]) -> Iterator[str]:
+    """The jobs of tasks, which go over as one array, or as several where SLURM takes no longer ones.
+
+    The jobs of an array come before the next one goes over, so that they can be noted.
+    """
     if not tasks:
-        return []
+        return
     longest = re.search(r"^MaxArraySize\s*=\s*(\d+)$", _ask("scontrol", "show", "config"), re.MULTILINE)
     size = max(int(longest[1]), 1) if longest else len(tasks)
-    jobs = []
     for start in range(0, len(tasks), size):
         try:
             with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what sbatch says, and raises it
-                jobs += [executor.submit(task) for task in tasks[start : start + size]]
+                jobs = [executor.submit(task) for task in tasks[start : start + size]]
         except Exception as error:  # what sbatch says comes in several classes
             said = dict.fromkeys(line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
             raise FeatprobeError(
@@ -297,7 +300,7 @@ def _submit(executor: Any, tasks: Sequence[Any]) -> list[str]:
                 "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and "
                 "run the same command again: nothing is handed over twice."
             ) from error
-    return [job.job_id for job in jobs]
+        yield from (job.job_id for job in jobs)
 
 
 def _queue() -> dict[str, str]:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from featprobe.errors import DataError, FeatprobeError
+from featprobe.errors import DataError
 from featprobe.geometry import parse_size
 from featprobe.image_labels import ImageLabels, Unit
 from featprobe.io.disk import read_toml
@@ -18,7 +18,7 @@ from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.partition import single_splits
 from featprobe.stages.study.study_file import AUTO, faults_of
-from featprobe.stages.training.asked import checked
+from featprobe.stages.training.asked import checked, refusal
 from featprobe.stages.training.probe_options import SETTINGS, ProbeOptions, Tuning, settings_of
 from featprobe.stages.workspace import Workspace, backbone_of
 from featprobe.tiling import parse_views
@@ -221,11 +221,7 @@ def _wrong_settings(place: KeyPath, make: Callable[..., object], settings: Mappi
 
 def _refusal(check: Callable[[], object]) -> str:
     """The fault that a check finds, in one line; "" if there is none."""
-    try:
-        check()
-    except FeatprobeError as error:
-        return str(error).splitlines()[0]
-    return ""
+    return refusal(check).partition("\n")[0]
 
 
 OF_TRAININGS = {

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from urllib.error import HTTPError
@@ -27,6 +28,7 @@ from featprobe.cache import WHOLE, read_states
 from featprobe.errors import FeatprobeError, FileKindError, counted
 from featprobe.io.disk import parse_json, read_regular
 from featprobe.io.plugins import BACKBONES, DATASETS, HEADS, names_in
+from featprobe.io.texts import without_login
 from featprobe.machine import available_memory, free_disk, human_bytes, usable_cores
 from featprobe.stages.upkeep.saved_heads import RESULTS, head_folders, row_of
 from featprobe.stages.workspace import CONFIG, Workspace
@@ -39,8 +41,10 @@ MATTERS = re.compile(
     r"|OPENBLAS_\w+|KMP_\w+|RANK|LOCAL_RANK|WORLD_SIZE|SLURM_JOB_ID|TMPDIR|\w+_proxy|\w+_PROXY"
 )
 """Names of environment variables that change what featprobe does."""
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|PROXY", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|PROXY|AUTH|CREDENTIAL", re.IGNORECASE)
 """Names of variables whose values are never shown."""
+SET = re.compile(r"""(\bdata\.|'data', )("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\w-]+)""")
+"""A data set in a message on featprobe.toml, as `data.NAME` or `('data', 'NAME')`."""
 FOR_WORK = ("dev", "docs")  # extras of those who change featprobe
 IN_MEMORY = 4  # bytes that a byte of results takes at most, when its lines are parsed
 
@@ -58,19 +62,20 @@ class Fact:
 def examine(root: Path, *, offline: bool = False) -> list[Fact]:
     """Facts about this installation, this machine and the workspace in a folder. offline: do not ask the hub.
 
-    Home folders are shortened to ~, the name of the user to USER; names of data sets and values of secret variables do
-    not occur. It writes one temporary file into the workspace, and removes it.
+    Home folders are shortened to ~, the name of the user to USER; names of data sets, logins in addresses and values
+    of secret variables do not occur. It writes one temporary file into the workspace, and removes it.
     """
     facts = [*_versions(), *_device(), *_machine(), *_disk(root), *_hub(offline), *_workspace(root), *_environment()]
     return [Fact(fact.part, fact.name, private(fact.value), fact.unusable) for fact in facts]
 
 
 def private(text: str, home: str | None = None, user: str | None = None) -> str:
-    """A text without the user's home and name.
+    """A text without the user's home and name, and without logins in web addresses.
 
     >>> private("/home/jane/scans and /data/jane/x", "/home/jane", "jane")
     '~/scans and /data/USER/x'
     """
+    text = without_login(text)
     home = home or os.path.expanduser("~")
     with suppress(OSError, KeyError):
         user = user or getpass.getuser()
@@ -152,9 +157,9 @@ def _machine() -> Iterator[Fact]:
 
 def _disk(root: Path) -> Iterator[Fact]:
     part, place = "disk", root.resolve()
-    while not place.is_dir():
+    while not os.path.isdir(place):  # also below a folder that may not be read
         place = place.parent
-    yield Fact(part, "folder", f"{root.resolve()}{'' if root.is_dir() else ' (not there yet)'}")
+    yield Fact(part, "folder", f"{root.resolve()}{'' if os.path.isdir(root) else ' (not there yet)'}")
     yield Fact(part, "file system", _file_system(place))
     yield Fact(part, "free", human_bytes(free_disk(place)))
     try:
@@ -212,7 +217,7 @@ def _file_system(place: Path) -> str:
     """The kind of the file system that a folder lies on; "not known" where the system does not say."""
     best, kind = "", "not known"
     with suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text().splitlines():
+        for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
             _, mounted, own, *_ = line.split(" ")
             mounted = mounted.replace("\\040", " ")
             if place.is_relative_to(mounted) and len(mounted) >= len(best):
@@ -222,7 +227,10 @@ def _file_system(place: Path) -> str:
 
 def _hub(offline: bool) -> Iterator[Fact]:
     part, address = "model hub", os.environ.get("HF_ENDPOINT") or HUB
-    yield Fact(part, "address", urlsplit(address).hostname or "not a web address")
+    host = None
+    with suppress(ValueError):
+        host = urlsplit(address).hostname
+    yield Fact(part, "address", host or "not a web address")
     if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         yield Fact(part, "reachable", f"not asked ({'--offline' if offline else 'HF_HUB_OFFLINE is set'})")
         return
@@ -240,7 +248,7 @@ def _asked(address: str) -> str:
             return "yes"
     except HTTPError as error:
         return f"yes, with status {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         return f"no: {getattr(reason, 'strerror', None) or reason}"
 
@@ -253,19 +261,19 @@ def _workspace(root: Path) -> Iterator[Fact]:
     try:
         workspace = Workspace(root)
     except FeatprobeError as error:
-        faults = " ".join(str(error).split())
+        faults = SET.sub(r"\1SET", " ".join(str(error).split()))
         yield Fact(part, CONFIG, f"UNUSABLE: {faults}", True)
         return
     named = {name: len(entries) for name, entries in workspace.config.items()}
     there = f"data sets: {named.get('data', 0)}, backbones: {named.get('backbones', 0)}"
-    yield Fact(part, CONFIG, there if (root / CONFIG).exists() else "none")
-    yield Fact(part, "caches", _caches(workspace))
+    yield Fact(part, CONFIG, there if os.path.exists(root / CONFIG) else "none")
     try:
+        yield Fact(part, "caches", _caches(workspace))
         heads = head_folders(workspace)
         yield Fact(part, "heads", f"{len(heads)}, {human_bytes(sum(head.bytes for head in heads))}")
         yield Fact(part, "results", _results(workspace.probes / RESULTS))
     except (OSError, FileKindError) as error:
-        yield Fact(part, "results", f"UNUSABLE: {error}", True)
+        yield Fact(part, "contents", f"UNUSABLE: {error}", True)
 
 
 def _caches(workspace: Workspace) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from featprobe.io.disk import read_regular
 from featprobe.io.fields import path_text, shown
+from featprobe.io.texts import without_login
 from featprobe.kinds import SEEDS, TASKS, kinds_of
 from featprobe.machine import usable_cores
 from featprobe.stages.extraction.extract_options import MOST_WORKERS, DataEntry
@@ -53,7 +54,10 @@ def in_force(workspace: Workspace, root_source: str) -> list[Setting]:
         Setting(CONFIG, str(config) if there else "none", "of the workspace"),
         *(_entries(workspace.config, config) if there else ()),
         *_defaults(),
-        *(Setting(name, os.environ.get(name, "not set"), f"environment: {what}") for name, what in MEANT.items()),
+        *(
+            Setting(name, without_login(os.environ.get(name, "not set")), f"environment: {what}")
+            for name, what in MEANT.items()
+        ),
     ]
 
 

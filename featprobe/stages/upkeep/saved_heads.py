@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +62,12 @@ def _below(folder: Path, depth: int) -> list[Path]:
 
 def _size(folder: Path) -> int:
     """Bytes of all files below a folder."""
-    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
-    return sum(path.lstat().st_size for path in files if os.path.lexists(path))
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # a temporary file of a training, which goes meanwhile
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 def last_rows(path: Path) -> Mapping[str, ResultRow]:
@@ -79,15 +83,17 @@ def last_rows(path: Path) -> Mapping[str, ResultRow]:
 
 
 def find_heads(workspace: Workspace, texts: Sequence[str]) -> list[HeadFolder]:
-    """The heads that paths, or parts of the names of their folders, mean. Raises ProbeError."""
-    every = head_folders(workspace)
+    """The heads that paths below probes/, or parts of the names of their folders, mean. Raises ProbeError.
+
+    A path that leads elsewhere is no path here: beside a data folder `xray`, xray means the heads that are called so.
+    """
+    every, root = head_folders(workspace), Path(os.path.abspath(workspace.probes))
     found: dict[str, HeadFolder] = {}
     for text in texts:
-        own = [head for head in every if text and text.strip("/") in head.name]
-        if os.path.lexists(text):
-            inside = Path(os.path.abspath(text))
-            at = [h for h in every if inside in (Path(os.path.abspath(h.path)), *Path(os.path.abspath(h.path)).parents)]
-            own = at if inside != Path(os.path.abspath(workspace.probes)) else own
+        part, inside = text.strip("/"), Path(os.path.abspath(text))
+        own = [head for head in every if part and part != os.curdir and part in head.name]
+        if os.path.lexists(text) and root in inside.parents:
+            own = [head for head in every if inside in (root / head.name, *(root / head.name).parents)]
         if not own:
             hint = nearest(text, [head.name for head in every]) if every else "There is none yet."
             raise ProbeError(
@@ -99,7 +105,17 @@ def find_heads(workspace: Workspace, texts: Sequence[str]) -> list[HeadFolder]:
 
 
 def check_removable(heads: Sequence[HeadFolder]) -> None:
-    """Raise ProbeError, naming all of them, for heads whose folders hold files that featprobe did not write."""
+    """Raise ProbeError, naming all of them, for heads whose folders hold files that featprobe did not write.
+
+    The same for those whose folders may not be changed by this user.
+    """
+    kept = [str(h.path) for h in heads if not (os.access(h.path, os.W_OK) and os.access(h.path.parent, os.W_OK))]
+    if kept:
+        lines = "\n  ".join(kept)
+        raise ProbeError(
+            f"You may not remove these heads. Nothing was removed.\n  {lines}\n"
+            "They belong to another user, or lie on a disk that is read-only."
+        )
     strange = [f"{h.path}: {', '.join(own)}" for h in heads if (own := _strange(h.path))]
     if strange:
         lines = "\n  ".join(strange)
@@ -116,13 +132,15 @@ def _strange(folder: Path) -> list[str]:
 def remove_heads(workspace: Workspace, heads: Sequence[HeadFolder]) -> int:
     """Remove heads, and their rows from results.jsonl; returns the bytes set free.
 
-    All folders are checked first, and none may be in use by a training. Rows go first, so that a stop leaves no row
+    All folders are checked first, and none may be in use by a training; one that is gone since is as one that was
+    removed. Rows go first, so that a stop leaves no row
     without its head: what is left then are folders, which the same command removes. A row of which the head is not
     removed stays as it is, byte for byte. Raises ProbeError, DiskError.
     """
-    check_removable(heads)
+    there = [head for head in heads if os.path.isdir(head.path)]
+    check_removable(there)
     with ExitStack() as held:
-        for head in heads:
+        for head in there:
             try:
                 held.enter_context(in_use(head.path, alone=True))
             except BlockingIOError as error:
@@ -130,10 +148,10 @@ def remove_heads(workspace: Workspace, heads: Sequence[HeadFolder]) -> int:
         names = {head.name for head in heads}
         if os.path.lexists(workspace.probes / RESULTS):
             filter_lines(workspace.probes / RESULTS, lambda line: folder_of(line) not in names)
-        for head in heads:
+        for head in there:
             shutil.rmtree(head.path)  # which follows no link
             _remove_empty(head.path.parent, workspace.probes)
-    return sum(head.bytes for head in heads)
+    return sum(head.bytes for head in there)
 
 
 def _busy(head: HeadFolder) -> ProbeError:

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
@@ -13,7 +16,8 @@ from test_study import SMALL, written
 
 from featprobe.cli.main import cli
 from featprobe.errors import FeatprobeError
-from featprobe.stages.study import cluster_job
+from featprobe.probes.saved import read_rows
+from featprobe.stages.study import cluster, cluster_job
 from featprobe.stages.study.cluster import TrainingJob, _reason
 from featprobe.stages.study.cluster_job import loaded
 from featprobe.stages.study.study import cells_of, read_study
@@ -137,6 +141,38 @@ def test_a_job_without_a_log_was_cancelled_or_did_not_see_the_workspace(
     replace_program(programs / "sacct", known.sacct)
     reason = _reason(Workspace(tmp_path), "7")
     assert known.said.format(jobs=tmp_path / "jobs") in reason
+
+
+class Full:
+    """An executor of a SLURM that takes one array and no more; arrays have up to two tasks."""
+
+    def __init__(self) -> None:
+        self.tasks: list[SimpleNamespace] = []
+
+    def update_parameters(self, **parameters: str) -> None:
+        """What it is told does not matter."""
+
+    def submit(self, task: TrainingJob) -> SimpleNamespace:
+        self.tasks.append(SimpleNamespace(job_id=f"1_{len(self.tasks)}"))
+        return self.tasks[-1]
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        yield
+        if len(self.tasks) > 2:
+            raise RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+
+
+def test_jobs_that_slurm_took_are_noted_where_it_takes_no_more(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = read_study(written(tmp_path, SMALL), workspace)
+    jobs = [TrainingJob(workspace.root, study, cell, "7") for cell in cells_of(study, workspace)[:5]]
+    monkeypatch.setattr(cluster, "_ask", lambda *command: "MaxArraySize = 2\n")
+    with pytest.raises(FeatprobeError, match="SLURM takes no job: QOSMaxSubmitJobPerUserLimit"):
+        cluster._hand_over(Full(), workspace.root, jobs, str)
+    rows, _ = read_rows(workspace.root / "jobs" / "jobs.jsonl")
+    assert [(row["what"], row["job"]) for row in rows] == [(str(jobs[0].cell), "1_0"), (str(jobs[1].cell), "1_1")]
 
 
 def test_a_job_of_another_version_is_refused_in_words(workspace: Workspace, tmp_path: Path) -> None:

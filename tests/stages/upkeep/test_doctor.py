@@ -62,6 +62,42 @@ def test_a_workspace_is_counted_and_its_faults_are_named(tmp_path: Path, monkeyp
     assert any("wanted a text, found 3" in fact.value for fact in facts)
 
 
+@pytest.mark.parametrize(
+    "written", ["[data.ours]\nsize = 3\n", '[data."ours"]\nx = 1\n', "[data.ours]\n[data.ours]\n", "[data.ours]\nx ="]
+)
+def test_a_faulty_featprobe_toml_does_not_give_away_the_names_of_data_sets(written: str, tmp_path: Path) -> None:
+    (tmp_path / "featprobe.toml").write_text(written)
+    faulty = next(fact for fact in doctor._workspace(tmp_path) if fact.unusable)
+    assert "UNUSABLE" in faulty.value and "ours" not in faulty.value
+
+
+@pytest.mark.parametrize("address", ["http://[", "http://no host", "no address", "//"])
+def test_an_address_of_the_hub_that_is_none_is_said(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert [fact.value for fact in doctor._hub(offline=False)][1].startswith("no: ")
+
+
+def test_a_login_in_the_address_of_the_hub_is_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://jane:word@hub.example/x")
+    shown = [private(fact.value) for fact in doctor._environment() if fact.name == "HF_ENDPOINT"]
+    assert shown == ["https://hub.example/x"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a user who can become another one")
+def test_a_workspace_that_may_not_be_read_ends_no_report(tmp_path: Path) -> None:
+    (tmp_path / "space").mkdir(mode=0o700)
+    code = (
+        "import os, pathlib, sys; from featprobe.stages.upkeep import doctor; os.setuid(65534); root = pathlib.Path("
+        "sys.argv[1]); print(*(f.value for own in (doctor._disk, doctor._workspace) for f in own(root)))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "space" / "inner")]
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert told.returncode == 0 and "not there yet" in told.stdout, told.stderr
+
+
 def test_a_hub_that_does_not_answer_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "HUB_SECONDS", 0.2)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

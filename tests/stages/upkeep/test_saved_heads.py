@@ -1,6 +1,8 @@
 """Removing saved heads: what was named goes, with its rows; everything else stays byte for byte."""
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -60,9 +62,20 @@ def test_a_path_means_the_heads_below_it(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert [h.name for h in find_heads(workspace, [str(tmp_path / "probes" / FOLD)])] == [FOLD]
     assert [h.name for h in find_heads(workspace, [str((tmp_path / "probes" / FOLD).parents[1])])] == [FOLD]
-    for text in ("nothing", "", str(tmp_path)):
+    for text in ("nothing", "", str(tmp_path / "probes" / "report")):
         with pytest.raises(ProbeError, match="is called"):
-            find_heads(workspace, [text] if text != str(tmp_path) else [str(tmp_path / "probes" / "report")])
+            find_heads(workspace, [text])
+
+
+def test_a_folder_that_holds_more_than_heads_means_none_and_a_folder_elsewhere_is_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space(tmp_path)
+    (tmp_path / "parts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for text in (".", "/", "./", "..", "probes", "./probes/", str(tmp_path)):
+        assert "is called" in refusal(tmp_path, "probes", "rm", text, "--dry-run", code=2)
+    assert [head.name for head in find_heads(Workspace(tmp_path), ["parts"])] == sorted([*HEADS, FOLD])
 
 
 def test_it_asks_first_and_a_name_that_means_none_is_a_wrong_value(tmp_path: Path) -> None:
@@ -88,6 +101,47 @@ def test_files_of_the_user_are_never_removed(tmp_path: Path) -> None:
     (tmp_path / "probes" / HEADS[2] / "notes.txt").write_text("mine")
     said = refusal(tmp_path, "probes", "rm", "parts", "--yes")
     assert "notes.txt" in said and len(head_folders(Workspace(tmp_path))) == 4
+
+
+def test_a_head_that_went_meanwhile_is_as_one_that_was_removed(tmp_path: Path) -> None:
+    results = space(tmp_path, HEADS)
+    heads = head_folders(Workspace(tmp_path))
+    shutil.rmtree(heads[0].path)
+    assert remove_heads(Workspace(tmp_path), heads) == sum(head.bytes for head in heads[1:])
+    assert results.read_bytes() == b"[1, 2]\n" + TORN and not head_folders(Workspace(tmp_path))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a user who can become another one")
+def test_a_head_of_another_user_keeps_its_row(tmp_path: Path) -> None:
+    results = space(tmp_path)
+    before = results.read_bytes()
+    tmp_path.chmod(0o755)
+    code = (
+        "import os, pathlib; from featprobe.stages.upkeep import saved_heads as own; from featprobe import Workspace\n"
+        "os.setuid(65534); space = Workspace(pathlib.Path('.')); own.remove_heads(space, own.head_folders(space))"
+    )
+    command = [sys.executable, "-c", code]
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=paths)
+    assert "ProbeError: You may not remove these heads" in done.stderr and results.read_bytes() == before
+
+
+def test_heads_of_a_package_that_is_broken_are_listed_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "site" / "broken-1.dist-info"
+    about.mkdir(parents=True)
+    (tmp_path / "site" / "broken.py").write_text("raise SystemExit('imported')")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[featprobe.heads]\nsemseg-broken = broken:HEAD\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    results = space(tmp_path, HEADS[:1])
+    results.write_bytes(results.read_bytes().replace(b'"head": "linear"', b'"head": "broken"'))
+    (head,) = head_folders(Workspace(tmp_path))
+    assert head.row is not None and head.row.head == "broken"
+    assert "fg mIoU" in call(tmp_path, "probes", "ls").stdout
+    assert call(tmp_path, "probes", "rm", "parts", "--yes").exit_code == 0
+    assert results.read_bytes() == b"[1, 2]\n" + TORN
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
@@ -145,6 +199,23 @@ for i in range(int(sys.argv[3])):
     append_line(Path(sys.argv[1]), json.dumps({"folder": sys.argv[2], "number": i}).encode())
 """
 """What a process does that trains heads meanwhile."""
+
+
+def test_a_row_goes_into_a_new_file_where_the_old_one_is_removed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock = tmp_path / "results.jsonl", fcntl.lockf
+    append_line(path, b"old")
+
+    def late(*given: int) -> None:
+        """The lock comes once another process has removed the file."""
+        monkeypatch.setattr(fcntl, "lockf", lock)
+        path.unlink()
+        lock(*given)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    append_line(path, b"new")
+    assert path.read_bytes() == b"new\n"
 
 
 def test_no_row_is_lost_while_others_are_removed(tmp_path: Path) -> None:
