@@ -25,6 +25,7 @@ from featprobe.stages.export.graph import (
     GraphOutput,
     compared_logits,
     compared_verdicts,
+    largest_of,
     reference,
     relative,
 )
@@ -164,9 +165,9 @@ class LabelOutput(GraphOutput):
         decided = decide(shares, head.prior.numpy(), self.labels.multi)
         said: dict[str, Any] = {"objects": decided.size, "equal_objects": int((decided == found["decided"]).sum())}
         wanted = defect_scores(shares, self.labels.multi, self.good)
-        scores = relative(found["probabilities"], shares)
+        scores: float | None = relative(found["probabilities"], shares)
         if wanted is not None:
-            scores = max(scores, relative(found["score"], wanted))
+            scores = largest_of(scores, relative(found["score"], wanted))
             if self.limit is not None:
                 said |= compared_verdicts(found["verdict"], wanted > self.limit, wanted - self.limit)
         return Differences(**compared_logits(found["logits"], logits.numpy()), scores=scores, **said)
