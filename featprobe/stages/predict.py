@@ -180,7 +180,11 @@ def _write_summary(out: Path, predictor: Predictor, lines: Sequence[Line]) -> tu
 
 
 def _number(value: str | float | None) -> str:
-    """A number with six digits or more, and no fewer than stand before the point."""
+    """A number with six digits or more, and no fewer than stand before the point.
+
+    >>> _number(12345678.0), _number(0.12345678), _number("default"), _number(None)
+    ('12345678', '0.123457', 'default', '')
+    """
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value:.6g}" if abs(value) < 1e6 else f"{value:.0f}"

@@ -348,6 +348,14 @@ def test_the_summary_has_a_line_for_an_unreadable_image_and_no_cell_is_a_formula
     assert list(findings_of(tmp_path / "second")) == ["=1+1.png", "left/a.png", "z.png"]
 
 
+def test_the_reason_is_whole_where_a_name_holds_the_end_of_a_line(heads: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / 'a,"b"\nc.png').write_bytes(b"no image")
+    predict(heads["semseg"], [tmp_path / "scans"], tmp_path / "out", skip_bad=True, quiet=True, device="cpu")
+    (line,) = lines_of(tmp_path / "out")
+    assert line["image"] == 'a,"b"\nc.png' and "is not an image" in line["reason"]
+
+
 def test_no_more_than_a_batch_of_findings_is_in_memory(
     heads: dict[str, Path], scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ class Differences:
     near: int = 0
 
     def __add__(self, other: "Differences") -> "Differences":
-        largest = {
+        largest: dict[str, Any] = {
             name: largest_of(getattr(self, name), getattr(other, name))
             for name in ("logits", "largest_logit", "scores")
         }

@@ -125,11 +125,6 @@ class LabelOutput(GraphOutput):
         data = DataInfo.from_json(card["data"])
         self.labels = names_by(settings.labels, data.label_names, data.classes)
         self.good = None if self.labels.good is None else self.labels.names.index(self.labels.good)
-        if threshold is not None and not self.labels.says_good:
-            raise ProbeError(
-                "The labels of this head do not say which images are good, so there is no score to compare with "
-                "--threshold. Nothing was written. Omit it."
-            )
         own = float(head.threshold)
         self.limit = threshold if threshold is not None else None if np.isnan(own) else own
         self.vectors, self.inner = Vectors(head.levels, placement), in_graph(head)
