@@ -23,8 +23,8 @@ for path in map(Path, images):
     with Image.open(path) as picture:
         grey = picture.mode[0] in "IF" or (picture.mode == "L" and len(wanted) == 2)  # I;16: 16 bits
         levels = np.asarray(picture if grey else picture.convert("RGB"))
-    if picture.mode == "I" and meta["input_dtype"] == "uint16":
-        levels = levels.astype(np.uint16)  # older Pillows read PNGs of 16 bits so
+    if picture.mode[0] == "I" and meta["input_dtype"] == "uint16" and 0 <= levels.min() <= levels.max() < 2**16:
+        levels = levels.astype(np.uint16)  # of the other byte order, or read as 32 bits, as older Pillows do
     if str(levels.dtype) != meta["input_dtype"] or list(levels.shape) != wanted:
         sys.exit(f"{path} is {levels.dtype} {levels.shape}; the model takes {meta['input_dtype']} {tuple(wanted)}")
     found = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"images": levels[None]}), strict=True))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from featprobe.errors import DataError, FieldError, ProbeError
+from featprobe.errors import DataError, FeatprobeError, FieldError, ProbeError
 from featprobe.image_labels import ImageLabels, Unit
 from featprobe.io.disk import parse_json
 from featprobe.io.fields import MISSING_FIELD, Fault, built, message, misfits, plain, wrong
@@ -19,6 +19,7 @@ from featprobe.splitting import SplitChoice
 
 Value = float | None
 """The value of a score, in [0, 1]; None if it does not exist."""
+ROW_VERSION = 1  # of probes/README.md
 SHARED_ORDER = "initialisation"  # what the spread over seeds covers with a shared order of the images
 SHARED_NOTHING = "initialisation and order"
 DRAWN = "what is drawn"  # the same of heads that are solved
@@ -428,3 +429,16 @@ def folder_of(line: bytes) -> Any:
     except ValueError:
         return None
     return row.get("folder") if isinstance(row, dict) else None
+
+
+def row_of(line: bytes) -> ResultRow | None:
+    """The row of a line of results.jsonl; None where it holds none that can be read.
+
+    Its head may be of a package that is broken or absent: nothing of other packages is imported.
+    """
+    try:
+        row = parse_json(line)
+        known = isinstance(row, dict) and row.get("version") == ROW_VERSION
+        return ResultRow.from_json(row, load=False) if known else None
+    except (ValueError, FeatprobeError):
+        return None

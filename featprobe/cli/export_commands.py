@@ -45,7 +45,8 @@ def sides(ctx: click.Context, param: click.Parameter, text: str | None) -> "Size
     "--threshold",
     type=float,
     metavar="T",
-    help="The score above which an image is called.  [default: the head's own, where it has one]",
+    help="From which score on something is a finding, or above which score an image is called.  [default: as that of "
+    "predict]",
 )
 @click.option(
     "--test-images",

@@ -375,7 +375,8 @@ class SimplePyramid(Pyramid):
         x = self.lateral(features.maps[level.name], features)
         inside = cells_inside(features.content, (x.shape[2], x.shape[3]), level.stride)
         x = only_inside(x, inside)
-        coarse = max_pool2d(x, 2, ceil_mode=True)
+        rows, columns = (min(2, side) for side in x.shape[2:])  # a runtime may refuse windows larger than the map
+        coarse = max_pool2d(x, (rows, columns), 2, ceil_mode=True)
         maps = [
             (x, inside),
             (coarse, cells_inside(features.content, (coarse.shape[2], coarse.shape[3]), 2 * level.stride)),

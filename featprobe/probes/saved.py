@@ -37,11 +37,11 @@ from featprobe.machine import available_memory
 from featprobe.probes.cards import Fingerprint, card_faults
 from featprobe.probes.head import Head
 from featprobe.probes.heads import HeadRecipe, build_head
-from featprobe.result_rows import ResultRow
+from featprobe.result_rows import ROW_VERSION, ResultRow
 from featprobe.specs import FeatureRecipe, digest
 
 T = TypeVar("T")
-HEAD_FORMAT, HEAD_VERSION, ROW_VERSION = "featprobe-head", 1, 1
+HEAD_FORMAT, HEAD_VERSION = "featprobe-head", 1
 FINGERPRINT = tuple(known.name for known in fields(Fingerprint))
 
 IN_MEMORY = 16  # bytes that a byte of rows takes, about, when they are parsed

@@ -23,9 +23,11 @@ def polygons_of(rle: Rle) -> list[list[float]]:
 
     rle: compressed COCO RLE. A part is a connected component, also over corners. A hole is joined to the outline by a
     cut without width, so that each part is one polygon. Outlines run along the edges of pixels, or within TOLERANCE of
-    them where that takes fewer points.
+    them where that takes fewer points. An empty mask has none.
     """
     (rows, columns), mask = decode_window(rle)
+    if not mask.any():
+        return []
     numbered, _ = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
     parts = []
     for number, (down, across) in enumerate(scipy.ndimage.find_objects(numbered), start=1):

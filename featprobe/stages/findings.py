@@ -44,8 +44,9 @@ class Threshold:
 
     @classmethod
     def given(cls, value: float) -> "Threshold":
-        """A threshold by the user, rounded to float32."""
-        return cls(float(np.float32(value)), "given")
+        """A threshold by the user, rounded to float32; infinite where that can't hold it."""
+        with np.errstate(over="ignore"):
+            return cls(float(np.float32(value)), "given")
 
     @classmethod
     def of_head(cls, value: float) -> "Threshold":

@@ -180,7 +180,14 @@ def _write_summary(out: Path, predictor: Predictor, lines: Sequence[Line]) -> tu
 
 
 def _number(value: str | float | None) -> str:
-    return "" if value is None else value if isinstance(value, str) else f"{value:.6g}"
+    """A number with six digits or more, and no fewer than stand before the point.
+
+    >>> _number(12345678.0), _number(0.12345678), _number("default"), _number(None)
+    ('12345678', '0.123457', 'default', '')
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.6g}" if abs(value) < 1e6 else f"{value:.0f}"
 
 
 def _summary(predictor: Predictor, lines: Sequence[Line]) -> dict[str, Any]:
@@ -294,7 +301,8 @@ def _predicted(
             raise skippable(error) from error
         if len(batch) == 1:
             path, name = batch[0]
-            left_out.append((str(path), str(error).splitlines()[0]))
+            said = str(error).replace(str(path), " ".join(str(path).split("\n")))  # a name may hold the end of a line
+            left_out.append((str(path), said.splitlines()[0]))
             yield Line(file_name_of(path, name), UNREADABLE, reason=left_out[-1][1])
             return
         for one in batch:

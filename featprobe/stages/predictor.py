@@ -136,6 +136,7 @@ class Predictor:
         with at_hand(() if backbone is None else backbone):
             self.backbone = _backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
         self.framing = Framing(self.recipe, self.device)
+        self._named = self.output.named
         self._lock, self._closed = Lock(), False
 
     def __call__(self, images: Sequence[NDArray[Any] | str | Path]) -> list[Result]:
@@ -155,9 +156,9 @@ class Predictor:
             with self._lock:
                 if self._closed:
                     raise ProbeError("This predictor was closed. Make a new one.")
-                found = self._find(read)
+                output, found = self.output, self._find(read)  # another thread may close it afterwards
             each = 1000 * (perf_counter() - began) / len(some)
-            results += [_result(own, judged, self.output, each) for own, judged in found]
+            results += [_result(own, judged, output, each) for own, judged in found]
         return results
 
     def __enter__(self) -> "Predictor":
@@ -175,7 +176,7 @@ class Predictor:
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of classes, the background first, or those of labels; none of anomalies."""
-        return self.output.named
+        return self._named
 
     def close(self) -> None:
         """Free the memory of the networks. From then on a call raises ProbeError."""
@@ -297,10 +298,10 @@ def _result(found: Any, judged: Judged, output: Output[Any], milliseconds: float
 
 def _check_threshold(threshold: float, output: Output[Any], task: str, folder: Path) -> None:
     """Raise UsageError for a threshold out of range, ProbeError where a head can have none."""
-    if not (isfinite(threshold) and 0 <= threshold <= output.most):
+    if not (isfinite(output.threshold.value) and 0 <= threshold <= output.most):
         wanted = "0 or more" if output.most == inf else f"from 0 to {output.most:g}"
         raise UsageError(
-            f"The threshold of a {task} head can't be {threshold:g}.\n"
+            f"The threshold of a head for {task} can't be {threshold:g}.\n"
             f"  wanted  a number {wanted}\nNothing was computed."
         )
     if not output.rule:

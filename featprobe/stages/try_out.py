@@ -310,7 +310,7 @@ def candidates_of(sizes: Sequence[Size]) -> list[Size]:
     """The sizes, (height, width), that images of these sizes can be tried at, from their median down.
 
     >>> candidates_of([(100, 300), (100, 300)])
-    [(100, 300), (64, 224), (64, 160), (64, 128), (64, 96), (64, 64)]
+    [(100, 300), (64, 224), (64, 160), (64, 128), (64, 64)]
     """
     own = (round(statistics.median(h for h, _ in sizes)), round(statistics.median(w for _, w in sizes)))
     scaled = [tuple(max(LEAST, STEP * round(scale * side / STEP)) for side in own) for scale in SCALES[1:]]

@@ -19,7 +19,14 @@ from featprobe.io.fields import Fault, message
 from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.command_line import backbone_words
-from featprobe.stages.extraction.extract_options import DataEntry, ExtractOptions, configured, entry_faults, read_as
+from featprobe.stages.extraction.extract_options import (
+    DataEntry,
+    ExtractOptions,
+    check_given,
+    configured,
+    entry_faults,
+    read_as,
+)
 
 CONFIG = "featprobe.toml"
 RANDOM = "-random"  # ending of a backbone's name that means seeded random weights
@@ -158,13 +165,10 @@ class Workspace:
         )
 
     def check_reading(self, name: str, how: Mapping[str, Any]) -> None:
-        """Raise DataError for a data set that does not exist, or for words on how to read it that can't be.
-
-        how: format, group_from, images and masks, by these names; what featprobe.toml says is no part of it.
-        """
+        """Raise DataError for a set that does not exist, or for options of how it is read, by name, that can't be."""
         self.check_set(name)
-        words = [how.get(key) for key in ("format", "group_from", "images", "masks")]
-        if any(word is not None for word in words):
+        check_given(how)
+        if any(words := [how.get(key) for key in ("format", "group_from", "images", "masks")]):
             from featprobe.datasets.formats import check_reading
 
             check_reading(*words)

@@ -62,3 +62,8 @@ def test_the_largest_part_is_first() -> None:
     mask[0, 0] = mask[4:8, 4:8] = True
     large, small = polygons_of(encode_rle(mask))
     assert small == [0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0] and large[:2] == [4.0, 4.0]
+
+
+def test_an_empty_mask_has_no_outline() -> None:
+    """As that of a detection none of whose pixels is more likely than not."""
+    assert polygons_of(encode_rle(np.zeros((10, 20), dtype=bool))) == []

@@ -19,7 +19,6 @@ from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.memory import Portions, largest_that_fits, with_batch_size
 from featprobe.stages.predict import predict
-from featprobe.stages.predictor import Predictor
 from featprobe.stages.training import fit, run
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
@@ -190,7 +189,7 @@ def test_a_prediction_names_the_batch_that_fits(
 ) -> None:
     (row,) = probe(space, options=QUICK).rows
     small = Small(3)
-    monkeypatch.setattr(Predictor, "_backbone", lambda self, folder, weights: small)
+    monkeypatch.setattr("featprobe.stages.predictor._backbone_of", lambda *asked: small)
     head, images = space.probes / row["folder"], [space.root / "parts" / "images"]
     with pytest.raises(BackboneError, match="does not hold 8 images at once") as caught:
         predict(head, images, tmp_path / "out", quiet=True, device="cpu")

@@ -348,6 +348,14 @@ def test_the_summary_has_a_line_for_an_unreadable_image_and_no_cell_is_a_formula
     assert list(findings_of(tmp_path / "second")) == ["=1+1.png", "left/a.png", "z.png"]
 
 
+def test_the_reason_is_whole_where_a_name_holds_the_end_of_a_line(heads: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / 'a,"b"\nc.png').write_bytes(b"no image")
+    predict(heads["semseg"], [tmp_path / "scans"], tmp_path / "out", skip_bad=True, quiet=True, device="cpu")
+    (line,) = lines_of(tmp_path / "out")
+    assert line["image"] == 'a,"b"\nc.png' and "is not an image" in line["reason"]
+
+
 def test_no_more_than_a_batch_of_findings_is_in_memory(
     heads: dict[str, Path], scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,6 +452,11 @@ def test_a_threshold_out_of_range_is_a_wrong_value(threshold: float, heads: dict
         Predictor(heads["detect"], device="cpu", threshold=threshold)
 
 
+def test_a_threshold_that_float32_can_not_hold_is_a_wrong_value(heads: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match=r"can't be 1e\+39"):
+        Predictor(heads["anomaly"], device="cpu", threshold=1e39)
+
+
 def test_a_view_of_an_array_is_read_as_its_copy(heads: dict[str, Path], scans: Path) -> None:
     levels = np.asarray(Image.open(sorted(scans.glob("*.png"))[0]))
     with Predictor(heads["semseg"], device="cpu") as predictor:
@@ -461,6 +474,31 @@ def test_threads_wait_for_each_other_and_a_closed_predictor_says_so(heads: dict[
     with pytest.raises(ProbeError, match="was closed"):
         predictor(images)
     predictor.close()
+    assert predictor.classes and repr(predictor)
+
+
+def test_a_predictor_may_be_closed_while_another_thread_has_its_answer(
+    heads: dict[str, Path], scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(heads["semseg"], device="cpu")
+    found: list[Any] = []
+
+    class Closing:
+        """Closes the predictor as soon as the lock is free."""
+
+        def __enter__(self) -> None:
+            return None
+
+        def __exit__(self, *_: object) -> None:
+            if not found:
+                found.append(True)
+                predictor.close()
+
+    monkeypatch.setattr(predictor, "_lock", Closing())
+    (result,) = predictor(sorted(scans.glob("*.png"))[:1])
+    assert found and result.class_map is not None
+    with pytest.raises(ProbeError, match="was closed"):
+        predictor(sorted(scans.glob("*.png"))[:1])
 
 
 def test_the_service_on_the_page_answers(heads: dict[str, Path], scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,13 +265,13 @@ def test_jobs_answer_in_json_and_nothing_of_theirs_is_unpickled(tmp_path: Path) 
     workspace = Workspace(tmp_path)
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "1_0_result.pkl").write_bytes(pickle.dumps(Mark(tmp_path / "ran")))
-    assert "ended without an answer" in cluster._reason(workspace, "1")
+    assert "left no log" in cluster._reason(workspace, "1")
     answers = {
         "2": (b'{"ended": "error", "reason": "no room\\nmore", "cache": null}', "no room (see"),
         "3_4": (b'{"ended": "success", "cache": "/etc/passwd", "reason": ""}', "its result is gone"),
         "5": (b"[" * 50_000, "nested too deeply"),
         "6": (pickle.dumps(Mark(tmp_path / "ran")), "can't be read"),
-        "7": (b'{"ended": "error", "reason": 3}', "ended without an answer"),
+        "7": (b'{"ended": "error", "reason": 3}', "gave no reason"),
     }
     for job, (answer, said) in answers.items():
         (tmp_path / "jobs" / f"{job}_0_answer.json").write_bytes(answer)

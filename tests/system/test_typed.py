@@ -402,7 +402,11 @@ def used(space: Workspace) -> None:
         (("seed",), 0.0, "seed: wanted a whole number, found 0.0"),
         (("split",), "thirds", "split: 'thirds' is not a split."),
         (("fold",), 3, "fold: wanted 1 to 0 of own, found 3"),
-        (("head",), "fcos", 'head: wanted one of linear, upsample, ridge, found "fcos"'),
+        (
+            ("head",),
+            "fcos",
+            'head: wanted one of linear, upsample, ridge; or one of your own, registered or installed, found "fcos"',
+        ),
         (("regime",), "full", "tuning: wanted a table, as the backbone was live, found null"),
         (("chosen_from",), {"lr": [0.1], "weight_decay": []}, "tuning: wanted a table, as the backbone was live"),
         (("budget",), {"needed": "many", "open": 1}, "budget.needed: wanted a whole number"),

@@ -97,6 +97,9 @@ class Wanted:
                 "for values that never were levels"
             )
         if self.bits == 32:
+            largest = float(np.finfo(np.float32).max)
+            if np.abs(values).max() > largest:
+                raise DataError(f"{where}: {span}. wanted: values that float32 holds, up to {largest:.3g}")
             fractions: Levels = values.astype(np.float32)
             return fractions
         top = (1 << self.bits) - 1
@@ -134,18 +137,16 @@ class Wanted:
     def _objects(self, given: Given, size: Size, where: str) -> tuple[Instance, ...]:
         boxes = None if given.boxes is None else _numbers(given.boxes, f"{where}, boxes")
         masks = None if given.mask is None else _whole(given.mask, f"{where}, masks of objects")
-        count = next(len(own) for own in (boxes, masks) if own is not None)
+        count = next(len(np.atleast_1d(own)) for own in (boxes, masks) if own is not None)
         if boxes is not None and count and boxes.shape != (count, 4):
             raise DataError(f"{where}: boxes of the shape {boxes.shape}. wanted: (objects, 4): x1, y1, x2, y2, pixels")
-        if masks is not None and (len(masks) or count) and masks.shape != (count, *size):
+        if masks is not None and (len(np.atleast_1d(masks)) or count) and masks.shape != (count, *size):
             wanted = f"(objects, height, width), {(count, *size)}"
             raise DataError(f"{where}: masks of the shape {masks.shape}. wanted: {wanted}")
         labels = self._classes_of(given.labels, count, where)
-        crowd = (
-            [False] * count if given.crowd is None else _whole(given.crowd, f"{where}, crowds").astype(bool).tolist()
-        )
-        if len(crowd) != count:
-            raise DataError(f"{where}: {len(crowd)} marks of crowds. wanted: {count}, one for each object")
+        crowd = np.zeros(count) if given.crowd is None else _whole(given.crowd, f"{where}, crowds")
+        if crowd.shape != (count,):
+            raise DataError(f"{where}: marks of crowds of the shape {crowd.shape}. wanted: ({count},), one per object")
         found = []
         for i, label in enumerate(labels):
             own = f"{where}, object {i}"
@@ -154,10 +155,10 @@ class Wanted:
                 raise DataError(f"{own}: its mask is empty. wanted: one pixel or more")
             whole = None if drawn is None else mask_instance(label, drawn)
             if boxes is None and whole:
-                found.append(replace(whole, crowd=crowd[i]))
+                found.append(replace(whole, crowd=bool(crowd[i])))
             elif boxes is not None:
                 rle, area = (whole.rle, whole.area) if whole else (None, None)
-                found.append(box_instance(label, boxes[i].tolist(), size, own, crowd[i], rle, area))
+                found.append(box_instance(label, boxes[i].tolist(), size, own, bool(crowd[i]), rle, area))
         return tuple(found)
 
     def _classes_of(self, labels: Any, count: int, where: str) -> list[int]:

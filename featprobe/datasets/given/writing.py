@@ -236,9 +236,17 @@ def _text(value: Any, where: str) -> str:
     if value is None:
         return ""
     text = str(value)
-    if value != value or not text.strip() or not text.isprintable():
+    if not _equals_itself(value) or not text.strip() or not text.isprintable():
         raise DataError(f"{where}: {shown(value)}. wanted: a text that can be printed, or a number")
     return text
+
+
+def _equals_itself(value: Any) -> bool:
+    """Whether a value is one, and none that stands for none, as nan does."""
+    try:
+        return bool(value == value)
+    except (TypeError, ValueError, RuntimeError):  # pandas' NA, arrays and tensors of several values
+        return False
 
 
 def _split(value: Any, where: str) -> str:

@@ -22,6 +22,7 @@ from featprobe.stages.export.graph import (
     Differences,
     GraphOutput,
     compared_verdicts,
+    largest_of,
     pieces_of_size,
     reference,
     relative,
@@ -115,7 +116,7 @@ class HeatOutput(GraphOutput):
         said = {}
         if self.limit is not None:
             said = compared_verdicts(found["verdict"], wanted > self.limit, wanted - self.limit)
-        return Differences(scores=max(relative(found["score"], wanted), float(apart.max())), **said)
+        return Differences(scores=largest_of(relative(found["score"], wanted), float(apart.max())), **said)
 
 
 def anomaly_output(head: Any, card: Mapping[str, Any], placement: Placement, threshold: float | None) -> GraphOutput:

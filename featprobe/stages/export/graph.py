@@ -70,11 +70,17 @@ class Differences:
 
     def __add__(self, other: "Differences") -> "Differences":
         largest: dict[str, Any] = {
-            name: max((v for v in (getattr(self, name), getattr(other, name)) if v is not None), default=None)
+            name: largest_of(getattr(self, name), getattr(other, name))
             for name in ("logits", "largest_logit", "scores")
         }
         counts = ("pixels", "equal_pixels", "objects", "equal_objects", "verdicts", "equal_verdicts", "near")
         return replace(self, **largest, **{name: getattr(self, name) + getattr(other, name) for name in counts})
+
+
+def largest_of(*values: float | None) -> float | None:
+    """The largest of those that there are; nan where one of them is, which `max` may pass over."""
+    there = [value for value in values if value is not None]
+    return float(np.max(there)) if there else None
 
 
 NEAR = 1e-3

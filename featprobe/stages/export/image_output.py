@@ -25,6 +25,7 @@ from featprobe.stages.export.graph import (
     GraphOutput,
     compared_logits,
     compared_verdicts,
+    largest_of,
     reference,
     relative,
 )
@@ -124,11 +125,6 @@ class LabelOutput(GraphOutput):
         data = DataInfo.from_json(card["data"])
         self.labels = names_by(settings.labels, data.label_names, data.classes)
         self.good = None if self.labels.good is None else self.labels.names.index(self.labels.good)
-        if threshold is not None and not self.labels.says_good:
-            raise ProbeError(
-                "The labels of this head do not say which images are good, so there is no score to compare with "
-                "--threshold. Nothing was written. Omit it."
-            )
         own = float(head.threshold)
         self.limit = threshold if threshold is not None else None if np.isnan(own) else own
         self.vectors, self.inner = Vectors(head.levels, placement), in_graph(head)
@@ -164,9 +160,9 @@ class LabelOutput(GraphOutput):
         decided = decide(shares, head.prior.numpy(), self.labels.multi)
         said: dict[str, Any] = {"objects": decided.size, "equal_objects": int((decided == found["decided"]).sum())}
         wanted = defect_scores(shares, self.labels.multi, self.good)
-        scores = relative(found["probabilities"], shares)
+        scores: float | None = relative(found["probabilities"], shares)
         if wanted is not None:
-            scores = max(scores, relative(found["score"], wanted))
+            scores = largest_of(scores, relative(found["score"], wanted))
             if self.limit is not None:
                 said |= compared_verdicts(found["verdict"], wanted > self.limit, wanted - self.limit)
         return Differences(**compared_logits(found["logits"], logits.numpy()), scores=scores, **said)

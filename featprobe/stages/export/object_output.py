@@ -29,7 +29,7 @@ class ObjectOutput(GraphOutput):
     boxes (k, 4): x1 y1 x2 y2, pixels of the image as it is given. scores (k,), in [0, 1]. labels (k,), int64, from 1.
     image (k,), int64: the number of each one's image in the batch. With masks: masks (k, side, side), probabilities
     within each box; 0.5 and more is the object. score (n,): of each image's best object, 0 where there is none. verdict
-    (n,), bool: whether that is at least the threshold.
+    (n,), bool: whether there is one, and its score is at least the threshold.
     """
 
     limit: float
@@ -70,7 +70,7 @@ class ObjectOutput(GraphOutput):
         masks = [] if candidates.masks is None else [candidates.masks(boxes, image, labels)]
         original = (boxes * self.scale).clamp(min=0).minimum(self.ends)
         score = values[:, 0]
-        return (original, scores, labels, image, *masks, score, score >= self.limit)
+        return (original, scores, labels, image, *masks, score, (score > 0) & (score >= self.limit))
 
     @torch.no_grad()
     def _first(self) -> Candidates:
@@ -84,8 +84,8 @@ class ObjectOutput(GraphOutput):
         """Objects are compared with those that the head finds in torch, at the pixels of the image as it is given."""
         wanted = [at_original(own, self.placement) for own in self.head(reference(predictor, levels))]
         scores = np.array([float(own.scores.max()) if len(own.scores) else 0.0 for own in wanted], dtype=np.float32)
-        apart = np.asarray(scores - self.limit)
-        total = Differences(**compared_verdicts(found["verdict"], np.asarray(scores >= self.limit), apart))
+        called = np.array([bool((own.scores >= self.limit).any()) for own in wanted])
+        total = Differences(**compared_verdicts(found["verdict"], called, np.asarray(scores - self.limit)))
         for image, own in enumerate(wanted):
             total += matched(self.detections(found, image), own, self.limit, self.floor)
         return total

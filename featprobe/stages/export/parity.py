@@ -57,7 +57,7 @@ class Parity:
             share = own.equal_pixels / own.pixels
             found.append(f"{share:.4%} of the pixels have the same class; at least {LEAST_EQUAL:.2%} are wanted")
         if own.equal_objects < own.objects:
-            found.append(f"{own.objects - own.equal_objects} of {counted(own.objects, 'object')} differ")
+            found.append(f"{own.objects - own.equal_objects} of {counted(own.objects, self._thing)} differ")
         if own.equal_verdicts < own.verdicts:
             found.append(f"{own.verdicts - own.equal_verdicts} of {counted(own.verdicts, 'verdict')} differ")
         return found
@@ -75,7 +75,9 @@ class Parity:
         if own.pixels:
             found.append(f"pixels of the same class: {own.equal_pixels / own.pixels:.4%}")
         if own.objects:
-            found.append(f"equal objects: {own.equal_objects} of {own.objects}")
+            found.append(f"equal {self._thing}s: {own.equal_objects} of {own.objects}")
+        elif own.logits is None and own.scores is None and not own.near:
+            found.append("neither finds an object in any of them, so none was compared")
         if own.verdicts or own.near:
             near = f"; {own.near} differ within {NEAR:g} of the threshold" if own.near else ""
             found.append(f"equal verdicts: {own.equal_verdicts} of {own.verdicts}{near}")
@@ -84,6 +86,11 @@ class Parity:
             f"{self.featprobe_ms:.1f} featprobe"
         )
         return found
+
+    @property
+    def _thing(self) -> str:
+        """What is counted: labels come from logits, and objects are compared without."""
+        return "object" if self.differences.logits is None else "label"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the file beside the graph keeps them."""

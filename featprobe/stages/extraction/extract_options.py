@@ -189,6 +189,13 @@ READ_AS = ("format", "images", "masks", "group_from", "split_file")
 """Options that say how a data set is read, by their names in featprobe.toml."""
 
 
+def check_given(given: Mapping[str, Any]) -> None:
+    """Raise DataError for an empty text among options of how a set is read."""
+    empty = [f"--{name.replace('_', '-')}" for name in READ_AS if given.get(name) == ""]
+    if empty:
+        raise DataError(f"{' and '.join(empty)}: an empty text. Nothing was read. Give a value, or omit it.")
+
+
 def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[str, Any]:
     """How a data set is read: as the caller says, and as featprobe.toml does where the caller does not.
 
@@ -198,9 +205,7 @@ def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[s
     >>> {k: v for k, v in read_as({"images": "*.jpg", "masks": "{stem}_m.png"}, {"format": "coco"}).items() if v}
     {'images': '*.jpg', 'masks': '{stem}_m.png'}
     """
-    empty = [f"--{name.replace('_', '-')}" for name in READ_AS if given.get(name) == ""]
-    if empty:
-        raise DataError(f"{' and '.join(empty)}: an empty text. Nothing was read. Give a value, or omit it.")
+    check_given(given)
     described, named = given.get("images") or given.get("masks"), given.get("format")
     idle = {*(("format",) if described else ()), *(("images", "masks") if named not in (None, "pairs") else ())}
     found = {n: given.get(n) or (None if n in idle else table.get(n)) for n in READ_AS}

@@ -50,8 +50,8 @@ LIMITED: Mapping[str, Any] = {
 """Types that say more about keys of `Study` than its annotations do; that of `heads` follows from what is installed."""
 SAID: Mapping[str, str] = {
     "data": "Data sets: built-in names, names in featprobe.toml, or paths.",
-    "backbones": "Aliases, names of timm, packages or featprobe.toml. NAME-random: seeded random weights.",
-    "tasks": f"{', '.join(TASKS)}; omitted where a set lacks labels.",
+    "backbones": "Aliases, names of timm, packages or featprobe.toml. NAME-random: random weights.",
+    "tasks": f"{', '.join(TASKS)}; omitted where there are no labels.",
     "heads": f"Else {_default_heads()}.",
     "regimes": "full trains the backbone too; frozen-online keeps it frozen, but augments images.",
     "seeds": "How many seeds per training, counted from 0.",

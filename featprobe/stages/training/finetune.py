@@ -11,7 +11,7 @@ from featprobe.backbones.precision import resolve
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError
 from featprobe.kinds import FROZEN, TASKS
-from featprobe.probes.saved import head_folder, read_card, read_results
+from featprobe.probes.saved import head_folder, make_folder, read_card, read_results
 from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
@@ -118,6 +118,8 @@ def _finetune(
     found = {how: ladder.found() for how, ladder in searches.items() if ladder and ladder.is_climbed()}
     wanted = [replace(one, options=found.get(one.alike, one.options)) for one in wanted]
     trainings = [one.training(workspace) for one in wanted if not one.options.climbs(one.fraction)]
+    if not dry_run:
+        make_folder(workspace.probes)
     known = foreseen_each(trainings)  # all of them are tried for a few steps, before the first is trained
     for training in trainings:
         say(forecast_text(training, known[alike(training)]))

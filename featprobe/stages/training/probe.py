@@ -13,7 +13,7 @@ from featprobe.errors import (
     counted,
 )
 from featprobe.kinds import TASKS
-from featprobe.probes import HeadRecipe, build_head
+from featprobe.probes import HeadRecipe, build_head, make_folder
 from featprobe.processes import is_main, pick_device, together
 from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
@@ -112,6 +112,7 @@ def _probe(
         for own in [found.get((cache.path, fraction), options)]
         for split, seeds in product(splits, own.passes(fraction))
     ]
+    make_folder(workspace.probes)
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
     shown: set[tuple[Path, float]] = set()

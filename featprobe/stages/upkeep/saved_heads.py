@@ -8,13 +8,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from featprobe.errors import FeatprobeError, ProbeError, nearest
-from featprobe.io.disk import filter_lines, in_use, parse_json, read_regular
+from featprobe.errors import ProbeError, nearest
+from featprobe.io.disk import filter_lines, in_use, read_regular
 from featprobe.machine import available_memory
-from featprobe.result_rows import ResultRow, folder_of
+from featprobe.result_rows import ResultRow, folder_of, row_of
 from featprobe.stages.workspace import Workspace
 
-RESULTS, ROW_VERSION = "results.jsonl", 1  # as probes/README.md has them; `probes.saved` imports torch
+RESULTS = "results.jsonl"  # as probes/README.md has it; `probes.saved` imports torch
 HEAD = re.compile(r"[^/]+-[0-9a-f]{6}/[^/]+/[^/]+(/fold[0-9]+)?/seed[0-9]+")
 """Folders of heads below probes/, as paths from there."""
 OWN = re.compile(
@@ -80,22 +80,6 @@ def last_rows(path: Path) -> Mapping[str, ResultRow]:
         if row is not None and row.is_known:
             found[row.folder] = row
     return found
-
-
-def row_of(line: bytes) -> ResultRow | None:
-    """The row of a line of results.jsonl; None where it holds none that can be read.
-
-    Its head may be of a package that is broken or absent: nothing of other packages is imported.
-    """
-    try:
-        row = parse_json(line)
-        return (
-            ResultRow.from_json(row, load=False)
-            if isinstance(row, dict) and row.get("version") == ROW_VERSION
-            else None
-        )
-    except (ValueError, FeatprobeError):
-        return None
 
 
 def find_heads(workspace: Workspace, texts: Sequence[str]) -> list[HeadFolder]:

@@ -431,7 +431,7 @@ def test_all_faults_of_a_section_are_said_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [("--images", ""), ("--masks", ""), ("--group-from", "")])
 def test_an_empty_text_is_refused_and_not_taken_as_none(tmp_path: Path, words: tuple[str, str]) -> None:
     paired_set(tmp_path / "set")
-    said = run(tmp_path, "data", "info", str(tmp_path / "set"), *words, code=1)
+    said = run(tmp_path, "data", "info", str(tmp_path / "set"), *words, code=2)
     assert f"{words[0]}: an empty text" in said, said
 
 

@@ -103,6 +103,7 @@ def test_an_iterable_dataset_is_read_once(tmp_path: Path) -> None:
         (lambda: Pairs(LEVELS, [0.5] * 10), "wanted: a name, or the number of a class"),
         (lambda: Pairs(LEVELS, [{}] * 10), "neither a class, nor boxes, nor masks"),
         (lambda: Pairs(LEVELS, [*MASKS[:9], 1]), "targets 0 and 9 are of different kinds"),
+        (lambda: Pairs(LEVELS, [{"boxes": [[0, 0, 1, 1]], "iscrowd": 1}] * 10), "marks of crowds of the shape"),
         (lambda: list(LEVELS), "wanted: .image, target."),
         (lambda: [], "No image was given"),
     ],

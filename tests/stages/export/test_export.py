@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from click.testing import CliRunner
 from PIL import Image
@@ -126,7 +127,8 @@ def test_the_small_program_gives_the_masks_of_predict(exported: tuple[Path, Path
     images = sorted((folder.parents[3].parent / "data" / "xray" / "images").glob("*view1.png"))[:4]
     with Image.open(images[0]) as image:
         image.save(tmp_path / "scan.tif")
-    images.append(tmp_path / "scan.tif")
+        tifffile.imwrite(tmp_path / "other_order.tif", np.asarray(image), byteorder=">")
+    images += [tmp_path / "scan.tif", tmp_path / "other_order.tif"]
     packages = Path(np.__file__).parents[1]
     (tmp_path / "site").mkdir()
     for name in ALONE:

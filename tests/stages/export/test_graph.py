@@ -20,8 +20,9 @@ from featprobe.probes.verdicts.heat_maps import maps_at_original
 from featprobe.probes.verdicts.neighbours import nearest
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.export import search
-from featprobe.stages.export.graph import AtOriginal, Framed, Raw, Unit, placement_of, relative, rounded
+from featprobe.stages.export.graph import AtOriginal, Differences, Framed, Raw, Unit, placement_of, relative, rounded
 from featprobe.stages.export.image_output import Vectors
+from featprobe.stages.export.parity import Parity
 from featprobe.stages.export.search import Nearest
 
 RECIPE = FeatureRecipe(
@@ -125,3 +126,18 @@ def test_the_search_finds_what_nearest_finds(size: int, count: int, seed: int) -
 def test_scores_are_compared_relatively_but_for_the_smallest() -> None:
     assert relative(np.array([2.0, 1e-7]), np.array([1.0, 0.0])) == 1.0
     assert relative(np.array([0.0, 1e-5]), np.array([0.0, 0.0])) == pytest.approx(1e-2)
+
+
+def test_a_comparison_without_any_object_says_so() -> None:
+    none, some = Differences(verdicts=2, equal_verdicts=2), Differences(objects=3, equal_objects=2)
+    assert "neither finds an object in any of them, so none was compared" in Parity(2, "", 0, none, "", 1, 0, 0).lines
+    assert Parity(2, "", 0, some, "", 1, 0, 0).faults == ["1 of 3 objects differ"]
+    assert Parity(2, "", 0, replace(some, logits=0.0), "", 1, 0, 0).faults == ["1 of 3 labels differ"]
+
+
+def test_what_is_no_number_in_one_batch_stays_so_in_all() -> None:
+    for order in ((0.1, np.nan), (np.nan, 0.1)):
+        total = sum((Differences(scores=value) for value in order), Differences())
+        assert Parity(2, "", 0, total, "", 1, 0, 0).faults == [
+            "scores differ by nan of their value; at most 0.001 is wanted"
+        ]

@@ -165,6 +165,17 @@ def test_a_batch_without_any_object_is_an_empty_list(exported: Any) -> None:
             assert not output.masks or found["masks"].shape == (0, 28, 28)
 
 
+def test_an_image_without_any_object_is_not_called_by_a_threshold_of_0() -> None:
+    """As `predict` says it."""
+    torch.manual_seed(23)
+    head = lively(FcosHead(LEVELS, 3, 16))
+    output = ObjectOutput(head, card_of(3), WHOLE, 0.0)
+    features = features_of(head, WHOLE, 2)
+    maps = {name: torch.stack([m[0], torch.zeros_like(m[0])]) for name, m in features.maps.items()}
+    *_, score, verdict = output(replace(features, maps=maps))
+    assert score[0] > 0 and score[1] == 0 and verdict.tolist() == [True, False]
+
+
 @pytest.mark.parametrize("placement", [PADDED, WHOLE], ids=["padded", "whole"])
 def test_regions_of_a_whole_batch_are_those_of_each_image(placement: Placement) -> None:
     torch.manual_seed(22)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from featprobe import kinds
 from featprobe.errors import CacheError, ProbeError
 from featprobe.image_labels import LabelNames
 from featprobe.kinds import KINDS, TrainRecipe
@@ -237,7 +238,7 @@ def test_a_frozen_result_has_a_counterpart_that_starts_where_the_set_is(
     data = class_folders(tmp_path / "parts", {"train": 4, "val": 3, "test": 3})
     extract(workspace, SPEC, str(data), ExtractOptions(batch_size=6, dtype="fp32", quiet=True, device="cpu"))
     (frozen,) = probe(workspace, TASK, options=brief()).rows
-    monkeypatch.setitem(KINDS, (TASK, "linear"), replace(KINDS[TASK, "linear"], recipe=FEW))
+    monkeypatch.setitem(kinds._kinds, (TASK, "linear"), replace(KINDS[TASK, "linear"], recipe=FEW))
     (full,) = finetune(workspace, options=ProbeOptions(tuning=Tuning(), quiet=True, device="cpu")).rows
     assert (full["regime"], full["head"], full["settings"]) == ("full", frozen["head"], frozen["settings"])
     one, other = (load_head(workspace.probes / row["folder"])[0].state_dict() for row in (frozen, full))

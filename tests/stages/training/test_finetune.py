@@ -39,6 +39,7 @@ from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.predict import predict
 from featprobe.stages.predictor import Predictor
+from featprobe.stages.training import agenda
 from featprobe.stages.training import finetune as finetune_module
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.forecast import Forecast
@@ -254,7 +255,7 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(
         assert f"lite0 on xray, seed 0 ({cache}): {task}, full" in line, line
     with monkeypatch.context() as patch:
         seconds = {"semseg": 90, "detect": 30}
-        patch.setattr(finetune_module, "foreseen", lambda training: Forecast(0.0, seconds[training.task] / 2))
+        patch.setattr(agenda, "foreseen", lambda training: Forecast(0.0, seconds[training.task] / 2))
         finetune(workspace, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
     assert ["about 1.5 min" in said[3], "under a minute" in said[4], "about 2.0 min in all" in said[5]] == [True] * 3
     rows = finetune(workspace, options=ProbeOptions(quiet=True)).rows

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from featprobe import kinds
 from featprobe.cache.reader import FeatureLoader
 from featprobe.cli.main import cli
 from featprobe.errors import DataError, ProbeError
@@ -357,7 +358,7 @@ def space(made: Workspace, tmp_path: Path) -> Workspace:
 def test_finetune_climbs_a_ladder_of_its_own_for_what_a_ladder_trained(
     space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KINDS, ("semseg", "linear"), replace(KINDS["semseg", "linear"], recipe=BRIEF))
+    monkeypatch.setitem(kinds._kinds, ("semseg", "linear"), replace(KINDS["semseg", "linear"], recipe=BRIEF))
     probe(space, options=replace(AUTO, seeds=1))
     said: list[str] = []
     finetune(space, options=ProbeOptions(quiet=True), say=said.append, dry_run=True)
@@ -416,7 +417,7 @@ evaluations = 2
 def test_a_study_finds_the_iterations_of_all_backbones_before_it_trains_one(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KINDS, ("semseg", "linear"), replace(KINDS["semseg", "linear"], recipe=BRIEF))
+    monkeypatch.setitem(kinds._kinds, ("semseg", "linear"), replace(KINDS["semseg", "linear"], recipe=BRIEF))
     file = tmp_path / "study.toml"
     file.write_text(STUDY)
     study = read_study(file, space)
