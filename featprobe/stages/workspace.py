@@ -214,7 +214,7 @@ class Workspace:
         A name without a folder means the caches here, also where a file in the current folder is called so.
         """
         files = self.cache_files()
-        found = [path for path in files if text in f"{path.parent.name}/{path.name}"]
+        found = [path for path in files if text.strip("./") and text in f"{path.parent.name}/{path.name}"]
         is_file = os.path.lexists(text) and not Path(text).is_dir()
         if is_file and (Path(text).name != text or not found or self.holds(Path(text))):
             return [Path(text)]

@@ -700,6 +700,8 @@ def test_rm_of_a_name_means_the_workspace_and_of_a_path_only_caches(
     for name, said in {"model.h5": "HDF5, but not a feature cache", str(beside / "net"): "not a feature cache"}.items():
         text = refusal(tmp_path, "cache", "rm", name, "--yes")
         assert said in text and "Nothing was removed" in text
+    for every in (".", "./", "/"):  # of a path, not a part of all names
+        assert "is called" in refusal(tmp_path, "cache", "rm", every, "--yes", code=2) and path.exists()
     cut = beside / "cut.h5"
     cut.write_bytes(path.read_bytes()[:1000])
     assert call(tmp_path, "cache", "rm", "cut.h5", "--yes").exit_code == 0 and not cut.exists()
