@@ -215,6 +215,7 @@ class Unit(nn.Module):
         self.raw, self.log = raw, recipe.policy.log
         fractions = raw.dtype == "float32"
         self.low, self.high = recipe.window or (0.0, 0.0 if fractions else float(np.iinfo(raw.dtype).max))
+        self.whole = not fractions and self.low <= 0 and self.high >= np.iinfo(raw.dtype).max  # no level lies outside
         table = None
         if not fractions and (self.log or not self.low < self.high):
             every = np.arange(np.iinfo(raw.dtype).max + 1, dtype=raw.dtype)
@@ -233,7 +234,8 @@ class Unit(nn.Module):
             return (values > low).to(torch.float32)
         if self.log:
             values, low, high = values.clamp(min=low).log(), float(np.log(low)), float(np.log(high))
-        return ((values - low) * (1.0 / (high - low))).clamp(0.0, 1.0).to(torch.float32)
+        stretched = (values - low if low else values) * (1.0 / (high - low))
+        return (stretched if self.whole else stretched.clamp(0.0, 1.0)).to(torch.float32)
 
 
 class Framed(nn.Module):
@@ -252,8 +254,10 @@ class Framed(nn.Module):
 
     def forward(self, unit: Tensor) -> Tensor:
         """unit: (batch, 1 or 3, height, width), in [0, 1]."""
-        shown = _resized(self.products, unit).clamp(0.0, 1.0) if len(self.products) else unit
-        shown = shown.expand(-1, 3, -1, -1)
+        shown = unit
+        for product in self.products:  # in float32, which takes half the time and lies within 1e-6 of Pillow
+            shown = product(shown)
+        shown = (shown.clamp(0.0, 1.0) if len(self.products) else shown).expand(-1, 3, -1, -1)
         if not self.below and not self.right:
             return shown
         padded = nn.functional.pad(shown, (0, self.right, 0, self.below))
@@ -277,10 +281,10 @@ def _products(placement: Placement, interpolation: str) -> nn.ModuleList:
     image = np.random.default_rng(0).random((height, width), dtype=np.float32)
     resized = np.asarray(Image.fromarray(image).resize((columns, rows), RESAMPLING[interpolation]))
     orders = [nn.ModuleList(own[axis] for axis in order if axis in own) for order in ((-1, -2), (-2, -1))]
-    return max(orders, key=lambda order: (_resized(order, torch.from_numpy(image)).numpy() == resized).sum())
+    return max(orders, key=lambda order: (_as_pillow(order, torch.from_numpy(image)).numpy() == resized).sum()).float()
 
 
-def _resized(products: nn.ModuleList, maps: Tensor) -> Tensor:
+def _as_pillow(products: nn.ModuleList, maps: Tensor) -> Tensor:
     """(…, rows, columns), float32. Pillow sums in float64 and rounds after each product."""
     for product in products:
         maps = product(maps.to(torch.float64)).to(torch.float32)

@@ -75,7 +75,6 @@ def test_frames_are_those_of_frame_image(channels: int, fit: Any, size: tuple[in
     found = Framed(recipe, placement)(Unit(recipe, raw)(torch.from_numpy(levels)))
     wanted = np.stack([frame_image(own, placement, recipe) for own in levels])
     np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=1e-6)
-    assert (found.numpy() == wanted).mean() > 0.999  # Pillow's own sums, but for their order
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", "int8"])
