@@ -90,7 +90,8 @@ def _tested(predictor: Predictor, folder: Path, workspace: Workspace) -> list[Pa
         )  # fmt: skip
     except FeatprobeError as error:
         raise ProbeError(_not_found(folder, str(error))) from error
-    tested = {*ids, *(name.rpartition("@")[0] for name in ids)}  # a tile is called IMAGE@LEFT,TOP
+    tiles = predictor.recipe.tile is not None
+    tested = {name.rpartition("@")[0] if tiles else name for name in ids}  # a tile is called IMAGE@LEFT,TOP
     found = [sample.image for sample in data.samples if sample.id in tested]
     if not found:
         raise ProbeError(

@@ -61,7 +61,7 @@ def _first_known(cache: Cache) -> int | None:
                     cache.read_row(row, level)
                 return row
         except (DataError, CacheError):
-            continue  # both are told where that row is needed
+            continue  # both are reported where that row is needed
     return None
 
 

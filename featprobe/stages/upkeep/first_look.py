@@ -64,8 +64,8 @@ def aim_at(checked: DataCheck, data: DataSet) -> Aim:
 
 
 WHY_LABELS: Mapping[str, str] = {
-    "defect": "images are told apart by whether they show a defect",
-    "classes": "images are told apart by the classes that they show",
+    "defect": "the labels say whether an image shows a defect",
+    "classes": "the labels say which classes an image shows",
 }
 
 

@@ -150,7 +150,7 @@ class Full:
         self.tasks: list[SimpleNamespace] = []
 
     def update_parameters(self, **parameters: str) -> None:
-        """What it is told does not matter."""
+        """What it is given does not matter."""
 
     def submit(self, task: TrainingJob) -> SimpleNamespace:
         self.tasks.append(SimpleNamespace(job_id=f"1_{len(self.tasks)}"))
