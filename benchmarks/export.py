@@ -140,7 +140,9 @@ def measured(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, s
             continue
         workspace = Workspace(folder / name)
         workspace.root.mkdir(parents=True)
-        how = ExtractOptions(size=(options.size, options.size), fit="letterbox", quiet=True, device="cpu")
+        how = ExtractOptions(
+            size=(options.size, options.size), fit="letterbox", dtype=options.dtype, quiet=True, device="cpu"
+        )
         extract(workspace, workspace.backbone(BACKBONE), data, how)
         images = chosen(workspace, data, options.images)
         for task, kind in HEADS:
@@ -184,6 +186,7 @@ def main() -> None:
     parser.add_argument("--heads", default="", help="tasks or kinds, separated by commas; default: all")
     parser.add_argument("--images", type=positive, default=20, help="of each set")
     parser.add_argument("--size", type=positive, default=128, help="of the frame, pixels")
+    parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="number format of the features")
     parser.add_argument("--iterations", type=positive, default=60, help="of the heads that are trained")
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--threads", type=positive, default=2, help="of both runtimes")
