@@ -1,9 +1,10 @@
 """Recording while heads are scored: their calls, what these touch, and which defects they find."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import isnan
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,39 +12,28 @@ from numpy.typing import NDArray
 from featprobe.cache import Cache
 from featprobe.metrics.defects.overlaps import Overlaps, finds, touched
 from featprobe.metrics.defects.records import SIZES, About, Calls, Defects, Floats, FoundRule, Images, Indices, Records
-from featprobe.processes import from_main, gathered
+from featprobe.processes import gathered
 from featprobe.specs import Rows
 from featprobe.stages.recording.map_calls import calls_of_map
 from featprobe.stages.recording.meetings import Ground, overlaps_of_map, overlaps_of_objects
 from featprobe.stages.recording.sizes import Outline, outline_of, outline_of_mask
-from featprobe.stages.recording.truth import Source, Truth, defects_of, table_of
+from featprobe.stages.recording.truth import Source, Truth, defects_of
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.stitch import Objects
 from featprobe.targets import Labels
 
 
-class SplitTruth:
-    """The defects of the images of a split, which all processes know.
+_grounds: WeakKeyDictionary[Cache, tuple[int, Source, Ground]] = WeakKeyDictionary()
+"""The image of a cache that was asked for last: many heads, at many bases, are recorded image by image."""
 
-    images: indices among those of the cache. source: see `truth.defects_of`.
-    """
 
-    def __init__(self, cache: Cache, images: Rows, split: str, source: Source = "own", *, quiet: bool = False) -> None:
-        self.cache, self.images, self.source = cache, images, source
-        self.table: Truth = from_main(lambda: table_of(cache, images, source, split=split, quiet=quiet))
-        self.place = {image: i for i, image in enumerate(images.tolist())}
-        self._last: tuple[int, Ground] | None = None  # many heads and bases are recorded image by image
-
-    def ground(self, image: int) -> Ground:
-        """The truth of an image, to compare calls with."""
-        if self._last is None or self._last[0] != image:
-            found = defects_of(self.cache, image, self.source)
-            self._last = image, Ground.of(found.objects, found.ignored)
-        return self._last[1]
-
-    def spacing(self, image: int) -> tuple[float, float]:
-        """Millimetres per pixel of an image, down and across; nan where unknown."""
-        down, across = self.table.images.spacing[self.place[image]].tolist()
-        return down, across
+def _ground(cache: Cache, image: int, source: Source) -> Ground:
+    """The truth of an image, to compare calls with."""
+    known = _grounds.get(cache)
+    if known is None or known[:2] != (image, source):
+        found = defects_of(cache, image, source)
+        known = _grounds[cache] = image, source, Ground.of(found.objects, found.ignored)
+    return known[2]
 
 
 @dataclass(frozen=True)
@@ -59,22 +49,27 @@ class _Found:
     finds: Indices
 
 
-class Recorder:
-    """A `Watch` that keeps the calls of heads on the images of a split. Of maps it keeps none.
+class Recorder(Watch):
+    """A watch that keeps the calls of heads on some images, and no maps.
 
-    bases: of each head, the threshold at which the pixels of its maps are joined to calls; nan for heads without maps.
-    rule: when a call has found a defect.
+    table: the defects of these images, see `truth.table_of`. images: their indices in the cache, in the same order.
+    source: of the defects. bases: of each head, the threshold at which the pixels of its maps are joined to calls; nan
+    for heads without maps. rule: when a call has found a defect. What is handed over again takes the place of the first.
     """
 
-    def __init__(self, truth: SplitTruth, bases: Sequence[float], rule: FoundRule) -> None:
-        self.truth, self.bases, self.rule = truth, tuple(bases), rule
+    def __init__(
+        self, cache: Cache, table: Truth, images: Rows, source: Source, bases: Sequence[float], rule: FoundRule
+    ) -> None:
+        self.cache, self.table, self.images, self.source = cache, table, images, source
+        self.bases, self.rule = tuple(bases), rule
+        self._spacing = dict(zip(images.tolist(), map(tuple, table.images.spacing.tolist()), strict=True))
         self._found: list[dict[int, _Found]] = [{} for _ in bases]
         self._scores: list[dict[int, float]] = [{} for _ in bases]
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
         calls = calls_of_map(values, self.bases[head], classes)
-        overlaps = overlaps_of_map(calls, self.truth.ground(image))
+        overlaps = overlaps_of_map(calls, _ground(self.cache, image, self.source))
         outlines = [
             outline_of_mask(calls.labels[window] == k, (window[1].start, window[0].start))
             for k, window in enumerate(calls.windows, start=1)
@@ -84,7 +79,7 @@ class Recorder:
     def objects(self, head: int, image: int, objects: Objects) -> None:
         """See `Watch`."""
         found = [instance for instance, _ in objects]
-        overlaps = overlaps_of_objects(found, self.truth.ground(image))
+        overlaps = overlaps_of_objects(found, _ground(self.cache, image, self.source))
         boxes = np.array([one.box_xyxy for one in found], np.float32).reshape(-1, 4)
         scores = np.array([score for _, score in objects], np.float32)
         self._keep(head, image, overlaps, boxes, [outline_of(one) for one in found], scores)
@@ -96,7 +91,7 @@ class Recorder:
     def _keep(
         self, head: int, image: int, overlaps: Overlaps, boxes: Floats, outlines: Sequence[Outline], score: Floats
     ) -> None:
-        spacing = self.truth.spacing(image)
+        spacing = self._spacing[image]
         pixels = _sizes([one.sizes() for one in outlines])
         unknown = isnan(spacing[0])
         millimetres = np.full_like(pixels, np.nan) if unknown else _sizes([one.sizes(spacing) for one in outlines])
@@ -112,10 +107,10 @@ class Recorder:
     def _records(
         self, about: About, head: int, parts: Sequence[tuple[list[dict[int, _Found]], list[dict[int, float]]]]
     ) -> Records:
-        images, defects, _ = self.truth.table
+        images, defects, _ = self.table
         found = {image: own for calls, _ in parts for image, own in calls[head].items()}
         scores = {image: own for _, own in parts for image, own in own[head].items()}
-        order = self.truth.images.tolist()
+        order = self.images.tolist()
         if scores:
             score = np.array([scores[image] for image in order], np.float32)
             images, about = replace(images, score=score), replace(about, pooled=True)
