@@ -15,7 +15,6 @@ from featprobe.probes import Head, load_head
 from featprobe.probes.saved import head_folder
 from featprobe.processes import pick_device
 from featprobe.result_rows import ResultRow
-from featprobe.stages.commands import again_command
 from featprobe.stages.extraction.command_line import command_of_card
 from featprobe.stages.memory import fitting
 from featprobe.stages.partition import Partition, single_splits
@@ -132,7 +131,7 @@ def _tuning(row: ResultRow, device: torch.device) -> Tuning | None:
     """What is done with images and backbone; on another kind of device than trained it, in float32."""
     if row.tuning is None:
         return None
-    there = torch.device(row.device).type == device.type
+    there = row.device.split(":")[0] == device.type
     precision = row.tuning.precision if there else "fp32"
     found: Tuning = replace(Tuning(), regime=row.tuning.regime, augment=row.tuning.augment, precision=precision)
     return found
@@ -143,8 +142,8 @@ def _cache_of(caches: Mapping[tuple[str, str], Cache], saved: _Saved) -> Cache:
     row = saved.row
     cache = caches.get((row.feature_key, row.data_fingerprint))
     if cache is None:
-        command = again_command(row) if row.regime == "full" else command_of_card(saved.card, row.data, {})
-        raise CacheError(f"its cache is not here any more. Make it again:  {command}")
+        again = command_of_card(saved.card, row.data, {})
+        raise CacheError(f"its cache is not here any more. Make it again:  {again}")
     cache.usable()
     return cache
 
