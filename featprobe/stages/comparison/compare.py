@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,6 @@ def compare(
     corrected(family)
     notes += _of_the_family(family)
     notes += [note for table in tables for note in _notes(workspace, table)]
-    if not has_parquet():
-        notes.append("results.parquet is not written: that needs pyarrow (pip install 'featprobe[parquet]')")
     answer = [(item.title, answer_of(item.lines, item.differences)) for item in sets]
     answer += [("Modality gap", gap_sentences(gaps))] if gaps else []
     behind = behind_supervised(tables)
@@ -399,11 +396,6 @@ def class_scores(result: Result) -> dict[str, float]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def has_parquet() -> bool:
-    """Whether results.parquet can be written: pandas needs pyarrow for it."""
-    return find_spec("pyarrow") is not None
-
-
 def _write(
     workspace: Workspace,
     out: Path,
@@ -421,8 +413,7 @@ def _write(
         out / "index.html": page_text(answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes),
         out / "results.csv": csv_text(results),
         out / "differences.csv": csv_text(differences),
+        out / "results.parquet": results.to_parquet(index=False),
     }
-    if has_parquet():
-        files[out / "results.parquet"] = results.to_parquet(index=False)
     write_together(files, out / "index.html")
     return list(files)

@@ -46,6 +46,8 @@ COLUMNS: Mapping[str, Kind] = {
     **dict.fromkeys(SPACING, "float"), "file": "text", "image_hash": "text",
 }  # fmt: skip
 """The columns of the table, and what each holds. A row holds an image, a defect or a call; what it lacks is missing."""
+FIELDS: Mapping[str, tuple[str, ...]] = {"boxes": BOX, "pixels": SIZES, "millimetres": IN_MM}
+"""Fields of `Objects` of several columns."""
 Names = NDArray[np.object_]
 
 
@@ -110,9 +112,9 @@ def record_bytes(records: Records) -> bytes:
         values[name] = np.concatenate([images.sizes[:, i], np.full(counts[1] + counts[2], -1)])
     for i, name in enumerate(SPACING):
         values[name] = _joined(images.spacing[:, i], counts[1], counts[2])
-    for names, own in ((BOX, "boxes"), (SIZES, "pixels"), (IN_MM, "millimetres")):
+    for of_kind, names in FIELDS.items():
         for i, name in enumerate(names):
-            values[name] = _joined(counts[0], getattr(defects, own)[:, i], getattr(calls, own)[:, i])
+            values[name] = _joined(counts[0], getattr(defects, of_kind)[:, i], getattr(calls, of_kind)[:, i])
     whole = {name: (kind, _narrow(kind, values[name])) for name, kind in COLUMNS.items()}
     said = {"format": FORMAT, "version": VERSION, **asdict(records.about)}
     return table_bytes(whole, plain(said))
@@ -269,13 +271,12 @@ def _objects(columns: dict[str, Column], rows: slice, image: Indices, classes: t
     """The fields that defects and calls share."""
     category = _codes(columns["class"], classes, "class")[rows]
     found = {
-        name: np.stack([columns[column][rows] for column in own], axis=1)
-        for name, own in (("boxes", BOX), ("pixels", SIZES), ("millimetres", IN_MM))
+        name: np.stack([columns[column][rows] for column in own], axis=1) for name, own in FIELDS.items()
     }
     _check(np.isfinite(found["boxes"]).all(), ", ".join(BOX), "one is missing or not finite")
-    for name, own in (("pixels", SIZES), ("millimetres", IN_MM)):
+    for name in ("pixels", "millimetres"):
         bad = (found[name] < 0) | np.isinf(found[name])
-        _check(not bad.any(), ", ".join(own), "one is no size")
+        _check(not bad.any(), ", ".join(FIELDS[name]), "one is no size")
     _check((np.diff(image) >= 0).all(), "image", "objects are not in the order of their images")
     _check((columns["number"][rows] == _numbers(image)).all(), "number", "objects of an image are not counted from 0")
     score = columns["score"][rows].copy()

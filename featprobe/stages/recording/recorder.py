@@ -1,5 +1,6 @@
 """Recording while heads are scored: their calls, what these touch, and which defects they find."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import isnan
@@ -53,7 +54,7 @@ class Recorder(Watch):
     """A watch that keeps the calls of heads on some images, and no maps.
 
     table: the defects of these images, see `truth.table_of`. images: their indices in the cache, in the same order.
-    source: of the defects. bases: of each head, the threshold at which the pixels of its maps are joined to calls; nan
+    source: of the defects. seconds: that it took of the scoring so far. bases: of each head, the threshold at which the pixels of its maps are joined to calls; nan
     for heads without maps. rule: when a call has found a defect. What is handed over again takes the place of the first.
     """
 
@@ -62,12 +63,14 @@ class Recorder(Watch):
     ) -> None:
         self.cache, self.table, self.images, self.source = cache, table, images, source
         self.bases, self.rule = tuple(bases), rule
+        self.seconds = 0.0
         self._spacing = dict(zip(images.tolist(), map(tuple, table.images.spacing.tolist()), strict=True))
         self._found: list[dict[int, _Found]] = [{} for _ in bases]
         self._scores: list[dict[int, float]] = [{} for _ in bases]
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
+        begun = time.perf_counter()
         calls = calls_of_map(values, self.bases[head], classes)
         overlaps = overlaps_of_map(calls, _ground(self.cache, image, self.source))
         outlines = [
@@ -75,14 +78,17 @@ class Recorder(Watch):
             for k, window in enumerate(calls.windows, start=1)
         ]
         self._keep(head, image, overlaps, calls.boxes, outlines, calls.score)
+        self.seconds += time.perf_counter() - begun
 
     def objects(self, head: int, image: int, objects: Objects) -> None:
         """See `Watch`."""
+        begun = time.perf_counter()
         found = [instance for instance, _ in objects]
         overlaps = overlaps_of_objects(found, _ground(self.cache, image, self.source))
         boxes = np.array([one.box_xyxy for one in found], np.float32).reshape(-1, 4)
         scores = np.array([score for _, score in objects], np.float32)
         self._keep(head, image, overlaps, boxes, [outline_of(one) for one in found], scores)
+        self.seconds += time.perf_counter() - begun
 
     def image_score(self, head: int, image: int, score: float) -> None:
         """See `Watch`."""
@@ -109,7 +115,7 @@ class Recorder(Watch):
     ) -> Records:
         images, defects, _ = self.table
         found = {image: own for calls, _ in parts for image, own in calls[head].items()}
-        scores = {image: own for _, own in parts for image, own in own[head].items()}
+        scores = {image: score for _, every in parts for image, score in every[head].items()}
         order = self.images.tolist()
         if scores:
             score = np.array([scores[image] for image in order], np.float32)
