@@ -7,6 +7,7 @@ import numpy as np
 
 from featprobe.errors import ProbeError, UsageError, counted
 from featprobe.metrics.defects.operating import Wanted
+from featprobe.metrics.defects.overlaps import rule_text
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
 
 
@@ -20,42 +21,6 @@ class Asked:
     least_area: int | None = None
     rule: FoundRule | None = None
     pod: bool = False
-
-
-def rule_of(text: str | None, same_class: bool) -> FoundRule | None:
-    """The rule that `usual` or `iou:LEAST` means; None where nothing is asked. Raises UsageError.
-
-    >>> rule_of("iou:0.5", False)
-    FoundRule(iou=0.5, same_class=False)
-    """
-    if text is None:
-        return FoundRule(same_class=True) if same_class else None
-    kind, _, least = text.partition(":")
-    if text == "usual":
-        return FoundRule(same_class=same_class)
-    try:
-        value = float(least)
-    except ValueError:
-        value = -1.0
-    if kind != "iou" or not 0 < value <= 1:
-        raise UsageError(
-            f"{text!r} is no rule of what is found.\n"
-            "  wanted  usual, or iou:LEAST with 0 < LEAST <= 1, as iou:0.5"
-        )
-    return FoundRule(value, same_class)
-
-
-def rule_text(rule: FoundRule) -> str:
-    """When a call has found a defect, for people.
-
-    >>> rule_text(FoundRule(0.5, True))
-    'their IoU is at least 0.5 and their classes agree'
-    """
-    usual = "it covers the center of the defect, or a tenth of its area, or their IoU is at least 0.1"
-    near = usual if rule.iou is None else f"their IoU is at least {rule.iou:g}"
-    return f"{near}{', and' if rule.same_class and rule.iou is None else ' and' if rule.same_class else ''}" + (
-        " their classes agree" if rule.same_class else ""
-    )
 
 
 def rule_words(rule: FoundRule) -> str:
@@ -83,8 +48,8 @@ def check_rule(folder: Path, records: Records, rule: FoundRule | None) -> None:
     assert rule is not None
     raise ProbeError(
         f"The records of {folder} follow another rule of what is found.\n"
-        f"  wanted  a call has found a defect if {rule_text(rule)}\n"
-        f"  found   if {rule_text(records.about.rule)}\n"
+        f"  wanted  {rule_text(rule)}\n"
+        f"  found   {rule_text(records.about.rule)}\n"
         f"Take theirs:  omit --found and --same-class\n"
         f"or make records of your rule:  featprobe inspect --rescore {rule_words(rule)} {folder}"
     )

@@ -20,7 +20,7 @@ from featprobe.metrics.defects.recall_by_size import SizeBin, recall_by_size, re
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
 from featprobe.metrics.pod.values import Pod, Refused
 from featprobe.result_rows import ResultRow
-from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_size, rule_text, wanted_text
+from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_size, wanted_text
 from featprobe.stages.inspection.deciding import DECIDED, decided, joined, missed_by_class, stray_calls
 from featprobe.stages.inspection.pod import pod_of
 from featprobe.stages.inspection.scored_heads import (
@@ -311,6 +311,3 @@ def _notes(own: Inspection) -> list[str]:
     if not own.test.good_images:
         said.append("no test image is known to be good: false calls are counted on images with defects alone")
     return said
-
-
-__all__ = ["Inspection", "Inspections", "Left", "Missed", "inspect", "inspect_head", "rule_text"]
