@@ -76,7 +76,9 @@ def missed_by_class(records: Records, found: NDArray[np.bool_]) -> list[tuple[st
     """Each class that has defects: its name, their number, and how many are missed; the largest share missed first."""
     categories = records.defects.category
     every, missed = (np.bincount(own, minlength=256) for own in (categories, categories[~found]))
-    there = sorted(np.flatnonzero(every).tolist(), key=lambda index: (-missed[index] / every[index], -every[index], index))
+    there = sorted(
+        np.flatnonzero(every).tolist(), key=lambda index: (-missed[index] / every[index], -every[index], index)
+    )
     return [(_name(records, index), int(every[index]), int(missed[index])) for index in there]
 
 

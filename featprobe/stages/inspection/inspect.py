@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,9 @@ from featprobe.metrics.defects.operating import Counts, OperatingPoint, Wanted, 
 from featprobe.metrics.defects.part_verdicts import PartVerdicts, part_verdicts
 from featprobe.metrics.defects.recall_by_size import SizeBin, recall_by_size, recall_of
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
-from featprobe.metrics.pod.values import Pod, Refused
 from featprobe.result_rows import ResultRow
 from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_size, wanted_text
 from featprobe.stages.inspection.deciding import DECIDED, decided, joined, missed_by_class, stray_calls
-from featprobe.stages.inspection.pod import pod_of
 from featprobe.stages.inspection.scored_heads import (
     ScoredHead,
     by_run,
@@ -36,6 +35,9 @@ from featprobe.stages.inspection.scored_heads import (
 from featprobe.stages.recording.operating_file import read_point, write_point
 from featprobe.stages.recording.record_file import read_records
 from featprobe.stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from featprobe.stages.inspection.pod import PodAnswer
 
 USUAL = Wanted("false_calls", 0.1, "image")
 """What an operating point is chosen for where none is kept and nothing is asked."""
@@ -80,7 +82,7 @@ class Inspection:
     seeds: int
     size: Size
     unit: Unit
-    pod: Pod | Refused | None = None
+    pod: "PodAnswer | None" = None
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -272,9 +274,15 @@ def inspected(heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Insp
         seeds=seeds,
         size=asked.size,
         unit=asked.unit,
-        pod=pod_of(records, found, [p.threshold for p in points], asked.size, asked.unit) if asked.pod else None,
+        pod=_pod(records, found, points, asked) if asked.pod else None,
     )
     return replace(result, notes=(*unmeasured, *_notes(result)))
+
+
+def _pod(records: Records, found: NDArray[np.bool_], points: Sequence[OperatingPoint], asked: Asked) -> "PodAnswer":
+    from featprobe.stages.inspection.pod import pod_of  # fits take scipy, which most inspections do without
+
+    return pod_of(records, found, tuple(point.threshold for point in points), asked.size, asked.unit)
 
 
 def _sum(each: Sequence[Counts]) -> Counts:
@@ -290,9 +298,7 @@ def _notes(own: Inspection) -> list[str]:
     if not all(point.sure for point in own.points):
         needed, wanted = max(point.needed for point in own.points), own.points[0].wanted
         unit = "defects" if wanted.kind == "recall" else f"{wanted.per}s"
-        said.append(
-            f"validation is too small to be 95 % sure of {wanted_text(wanted)}: that takes {needed} {unit}"
-        )
+        said.append(f"validation is too small to be 95 % sure of {wanted_text(wanted)}: that takes {needed} {unit}")
     if len(own.points) > 1:
         said.append(
             f"{len(own.points)} folds: each head decides at its own operating point, and all test images together are "

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from featprobe.io.disk import write_together
 from featprobe.io.fields import plain
 from featprobe.metrics.defects.overlaps import rule_text
 from featprobe.metrics.defects.records import NOTHING, SIZES
+from featprobe.report.tables import csv_text
 from featprobe.stages.inspection.asking import wanted_text
 from featprobe.stages.inspection.inspect import Inspection, Inspections
 
@@ -55,7 +59,10 @@ def head_line(own: Inspection) -> Line:
         "overkill_low": parts.overkill_low,
         "overkill_high": parts.overkill_high,
         "false_calls_on_good_parts": own.stray,
-        **{f"validation_{name}": getattr(said, name) for name in ("defects", "found", "recall", "images", "false_calls")},
+        **{
+            f"validation_{name}": getattr(said, name)
+            for name in ("defects", "found", "recall", "images", "false_calls")
+        },
         "validation_false_calls_per_image": said.false_calls_per("image"),
         "validation_false_calls_per_part": said.false_calls_per("part"),
     }
@@ -149,9 +156,16 @@ def whole_line(own: Inspection, most: int | None = None) -> Line:
         "by_class": class_lines(own),
         "missed": missed_lines(own)[:most],
         "parts": part_lines(own),
-        "pod": None if own.pod is None else {"refused": hasattr(own.pod, "reasons"), **asdict(own.pod)},
+        "pod": None if own.pod is None else _listed(asdict(own.pod)),
         "notes": list(own.notes),
     }
+
+
+def _listed(value: Any) -> Any:
+    """A value whose arrays are lists."""
+    if isinstance(value, dict):
+        return {name: _listed(own) for name, own in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def plain_json(found: Inspections) -> dict[str, Any]:
@@ -169,8 +183,26 @@ def tables_of(found: Inspections) -> dict[str, list[Line]]:
         "by_size": size_lines, "froc": froc_lines, "by_class": class_lines, "missed": missed_lines,
         "false_calls": false_call_lines, "parts": part_lines,
     }  # fmt: skip
-    return {"heads": [head_line(own) for own in found.each]} | {name: _under(found.each, of) for name, of in parts.items()}
+    return {"heads": [head_line(own) for own in found.each]} | {
+        name: _under(found.each, of) for name, of in parts.items()
+    }
 
 
 def _under(each: Sequence[Inspection], of: Any) -> list[Line]:
     return [{"folder": str(own.folder), **line} for own in each for line in of(own)]
+
+
+def pod_text(own: Inspection) -> list[str]:
+    """Sentences on the probability of detection; none where it was not asked for."""
+    if own.pod is None:
+        return []
+    from featprobe.stages.inspection.pod import pod_lines
+
+    return [*pod_lines(own.pod, own.test), ""]
+
+
+def write_tables(found: Inspections, out: Path) -> list[Path]:
+    """Write all tables as CSV files into a folder; returns their paths. Raises DiskError."""
+    files = {out / f"{name}.csv": csv_text(pd.DataFrame(lines)) for name, lines in tables_of(found).items() if lines}
+    write_together(files, out / "heads.csv")
+    return list(files)
