@@ -1,5 +1,6 @@
 """Plots as inline SVG that needs nothing from outside and takes the colours of the page that it stands in."""
 
+import html
 import io
 import re
 import textwrap
@@ -112,4 +113,4 @@ def _svg(figure: Figure, name: str) -> str:
     own = "".join(re.findall(r"[a-z0-9]+", name.lower()))
     text = re.sub(r'(<[^<>]*\bid=")', rf"\1{own}-", text)
     text = re.sub(r'(url\(#|xlink:href="#)', rf"\1{own}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(name)}"', 1)
