@@ -9,6 +9,7 @@ from math import isnan
 from typing import Any
 
 from featprobe.errors import counted
+from featprobe.kinds import kind_of
 from featprobe.report.answer import SURE
 from featprobe.report.comparison import interval_text, number
 from featprobe.scores import FEW_GROUPS
@@ -146,7 +147,7 @@ def _regimes(differences: Sequence[Line], lead: Line, findings: Sequence[Line], 
         against = _against(own, lead, "fine-tuned", "frozen")
         found = f"{rival['found']} of {rival['defects']}, with {false_calls_text(rival)}"
         said.append(f"Fine-tuned, {rival['backbone']} finds {found}: {against}.")
-    if said or not lead["regime"].startswith("frozen"):
+    if said or not lead["regime"].startswith("frozen") or not kind_of(lead["task"], lead["head"]).live:
         return said
     if tuned:
         return ["What the fine-tuned backbone finds is not known here: it has no comparable records."]

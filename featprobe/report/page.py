@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 
 from featprobe.report.comparison import class_table, difference_table, gap_table, result_table, scores_of
+from featprobe.report.finding_tables import finding_table, size_name, size_table
+from featprobe.report.inspection_plots import FrocCurve, SizeCurve, froc_plot, size_plot
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 from featprobe.report.rendering import Grid, Picture, render
 from featprobe.scores import LABELS, SCORES
@@ -40,34 +42,63 @@ WORDS = {"backbone", "regime", "head", "within", "difference", "gap", "task", "v
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the page says first of one subject. found: in defects and parts; said: in scores. facts: what it rests on."""
+
+    title: str
+    found: Sequence[str] = ()
+    said: Sequence[str] = ()
+    facts: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Probability:
+    """A probability of detection on the page: of which head, its plot as SVG ("" where there is none), sentences."""
+
+    title: str
+    plot: str
+    said: Sequence[str]
+
+
+@dataclass(frozen=True)
 class PageSet:
-    """The contents of the page for one set: lines and differences as a comparison makes them, sheets with captions."""
+    """The contents of the page for one set: lines and differences as a comparison makes them, sheets with captions.
+
+    findings: what heads find, as `defect_answer` has them. worst: pictures of misses and false calls. steps: what to do
+    next, and the command that does it.
+    """
 
     title: str
     lines: Sequence[Line]
     differences: Sequence[Line]
     sheets: Sequence[tuple[str, Path]]
     commands: Sequence[str]
+    findings: Sequence[Line] = ()
+    worst: Sequence[Picture] = ()
+    pods: Sequence[Probability] = ()
+    steps: Sequence[tuple[str, str]] = ()
 
 
 def page_text(
-    answer: Sequence[tuple[str, Sequence[str]]],
+    stamp: str,
+    answers: Sequence[Answer],
     sets: Sequence[PageSet],
     gaps: Sequence[Line],
     unusable: Sequence[tuple[str, str]],
     notes: Sequence[str],
 ) -> str:
-    """The page of a comparison. answer: titles and sentences of each, shown first. unusable: folder and reason of rows
-    that could not be used.
+    """The page of a comparison. stamp: version and dates. answers: shown first. unusable: folder and reason of rows that
+    could not be used.
     """
     shown = [line["task"] for item in sets for line in item.lines]
     of_scores = dict.fromkeys(own.why for task, own in SCORES.items() if task in shown)
     first, *rest = HOW_TO_READ
     return render(
         "comparison.html",
-        answer=answer,
+        stamp=stamp,
+        answers=answers,
         sets=[_section(item, number) for number, item in enumerate(sets, start=1)],
-        gaps=_grid(gap_table(gaps)) if gaps else None,
+        gaps=_grid(gap_table(gaps), "gap") if gaps else None,
         notes=[*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)],
         how=[" ".join([first, *of_scores]), *rest],
     )
@@ -77,17 +108,59 @@ def _section(item: PageSet, number: int) -> dict[str, Any]:
     classes = any(line["classes"] for line in item.lines)
     return {
         "title": item.title,
-        "results": _grid(result_table(item.lines)),
-        "plots": _plots(item, number),
-        "differences": _grid(difference_table(item.differences)) if item.differences else None,
+        "worst": item.worst,
+        "plots": [*_finding_plots(item, number), *_plots(item, number)],
+        "pods": item.pods,
+        "findings": _grid(finding_table(item.findings), "backbone") if item.findings else None,
+        "sizes": _grid(size_table(item.findings)) if any(own["by_size"] for own in item.findings) else None,
+        "results": _grid(result_table(item.lines), "backbone"),
+        "differences": _grid(difference_table(item.differences), "difference") if item.differences else None,
         "classes": _grid(class_table(item.lines)) if classes else None,
         "sheets": [(c, Picture.read(f"Test images, truth and prediction: {c}", path)) for c, path in item.sheets],
+        "steps": item.steps,
         "commands": "\n".join(item.commands),
     }
 
 
-def _grid(table: pd.DataFrame) -> Grid:
+def _grid(table: pd.DataFrame, first: str = "") -> Grid:
+    """A table for the page. first: the column that stands first; the score and its interval follow it."""
+    if first:
+        scores = [name for name in table if name in (*LABELS.values(), "found")][:1]
+        lead = [first, *scores, *(["95 %"] if "95 %" in table else [])]
+        table = table[[*lead, *(name for name in table if name not in lead)]]
     return Grid.of(table, WORDS)
+
+
+def _finding_plots(item: PageSet, number: int) -> list[tuple[str, str]]:
+    """Of heads that find objects: defects against false calls, and by size."""
+    shown = [own for own in item.findings if own["defects"]]
+    if not shown:
+        return []
+    per = "part" if all(own["per"] == "part" for own in shown) else "image"
+    shown = [own for own in shown if own["per"] == per]
+    curves = [froc_curve(own, shown) for own in shown]
+    found = [("Defects found against false calls, 95 % band", froc_plot(curves, per, f"froc {number}"))]
+    sized = [own for own in shown if own["by_size"]]
+    if sized:
+        unit = sized[0]["by_size"][0]["unit"]
+        plot = size_plot([size_curve(own, sized) for own in sized], unit, f"sizes {number}")
+        found.append(("Defects found by size, 95 % intervals", plot))
+    return found
+
+
+def froc_curve(finding: Line, findings: Sequence[Line]) -> FrocCurve:
+    """The curve of a finding among others."""
+    points = finding["froc"]
+    x, y, low, high = ([point[name] for point in points] for name in ("false_calls", "recall", "low", "high"))
+    at = (finding[f"false_calls_per_{finding['per']}"], finding["recall"])
+    return FrocCurve(label_of(finding, findings), x, y, low, high, at)
+
+
+def size_curve(finding: Line, findings: Sequence[Line]) -> SizeCurve:
+    """Recall by size of a finding among others; sizes without a defect are no part of it."""
+    sizes = [own for own in finding["by_size"] if own["defects"]]
+    columns = ([own[name] for own in sizes] for name in ("defects", "found", "low", "high"))
+    return SizeCurve(label_of(finding, findings), [size_name(own) for own in sizes], *columns)
 
 
 def _plots(item: PageSet, number: int) -> list[tuple[str, str]]:
@@ -130,7 +203,7 @@ def label_of(line: Line, lines: Sequence[Line]) -> str:
     varying = [name for name in ("regime", "head", "size", "dtype") if len({other[name] for other in lines}) > 1]
     share = [f"{100 * line['fraction']:g} % of train"] if len({other["fraction"] for other in lines}) > 1 else []
     alike = [other for other in lines if all(other[k] == line[k] for k in ("backbone", "fraction", *varying))]
-    recipe = [f"recipe {line['recipe_key']}"] if len(alike) > 1 else []
+    recipe = [line.get("differs") or f"recipe {line['recipe_key']}"] if len(alike) > 1 else []
     return ", ".join([line["backbone"], *(str(line[name]) for name in varying if line[name]), *share, *recipe])
 
 
