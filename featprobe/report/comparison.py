@@ -80,8 +80,8 @@ def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
 def _result_cells(line: Line, brief: bool) -> dict[str, str]:
     cells = {"backbone": line["backbone"], "regime": line["regime"], "head": line["head"],
              "recipe": line.get("differs", ""), "split": line["split"], "size": line["size"],
-             "dtype": line["dtype"] or NONE, "of train": f"{100 * line['fraction']:g} %", "*": "*" if line["chosen"] else "",
-             "seeds": str(line["seeds"])}  # fmt: skip
+             "dtype": line["dtype"] or NONE, "of train": f"{100 * line['fraction']:g} %",
+             "*": "*" if line["chosen"] else "", "seeds": str(line["seeds"])}  # fmt: skip
     for i, name in enumerate(scores_of(line)):
         cells[LABELS[name]] = number(100 * line[name])
         if i == 0 or not brief:

@@ -36,8 +36,8 @@ def cost_sentence(lines: Sequence[Line]) -> str:
     said = []
     if frozen:
         said.append(
-            f"the features of a backbone took {_times(line['extract_seconds'] for line in frozen)}, once for all heads; "
-            f"a head on them {_times(line['train_seconds'] for line in frozen)}"
+            f"the features of a backbone took {_times(line['extract_seconds'] for line in frozen)}, once for all "
+            f"heads; a head on them {_times(line['train_seconds'] for line in frozen)}"
         )
     for regime in dict.fromkeys(line["regime"] for line in tuned):
         times = [line["train_seconds"] for line in tuned if line["regime"] == regime]

@@ -43,7 +43,10 @@ WORDS = {"backbone", "regime", "head", "within", "difference", "gap", "task", "v
 
 @dataclass(frozen=True)
 class Answer:
-    """What the page says first of one subject. found: in defects and parts; said: in scores. facts: what it rests on."""
+    """What the page says first of one subject.
+
+    found: in defects and parts. said: in scores. facts: what it rests on.
+    """
 
     title: str
     found: Sequence[str] = ()
@@ -87,8 +90,8 @@ def page_text(
     unusable: Sequence[tuple[str, str]],
     notes: Sequence[str],
 ) -> str:
-    """The page of a comparison. stamp: version and dates. answers: shown first. unusable: folder and reason of rows that
-    could not be used.
+    """The page of a comparison. stamp: version and dates. answers: shown first. unusable: folder and reason of rows
+    that could not be used.
     """
     shown = [line["task"] for item in sets for line in item.lines]
     of_scores = dict.fromkeys(own.why for task, own in SCORES.items() if task in shown)

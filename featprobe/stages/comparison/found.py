@@ -113,7 +113,7 @@ def _recall(own: Inspection) -> Statistic | None:
         of, found = index[bad], images.score[bad] >= np.float32(own.point.threshold)
     else:
         return None  # which images each fold calls is not kept
-    hits = np.bincount(of, weights=found, minlength=len(names))
+    hits = np.bincount(of, weights=found, minlength=len(names)).astype(np.float64)
     defects = np.bincount(of, minlength=len(names)).astype(np.float64)
     return _ratio(hits, defects, tuple(names)) if len(of) else None
 

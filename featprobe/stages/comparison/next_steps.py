@@ -25,12 +25,14 @@ def next_steps(
     if lead:
         folder = _from_here(workspace, Path(lead["folder"]))
         unit = "part" if lead["parts_known"] else "image"
-        steps += [
-            ("Choose how many false calls you accept; it is then kept with the head",
-             shlex.join(["featprobe", "inspect", folder, "--false-calls", f"0.05/{unit}"])),
-            ("Look at new images with this head", shlex.join(["featprobe", "predict", folder, "NEW", "--out", "found"])),
-            ("Take it to a machine without featprobe", shlex.join(["featprobe", "export", folder, "--out", "model.onnx"])),
-        ]  # fmt: skip
+        uses = {
+            "Choose how many false calls you accept; this is then kept with the head": [
+                "inspect", folder, "--false-calls", f"0.05/{unit}",
+            ],
+            "Look at new images with this head": ["predict", folder, "new_images", "--out", "found"],
+            "Take it to a machine without featprobe": ["export", folder, "--out", "model.onnx"],
+        }  # fmt: skip
+        steps += [(why, shlex.join(["featprobe", *words])) for why, words in uses.items()]
     return steps
 
 
