@@ -270,9 +270,7 @@ def _image_of(columns: dict[str, Column], images: Images, counts: NDArray[np.int
 def _objects(columns: dict[str, Column], rows: slice, image: Indices, classes: tuple[str, ...]) -> dict[str, Any]:
     """The fields that defects and calls share."""
     category = _codes(columns["class"], classes, "class")[rows]
-    found = {
-        name: np.stack([columns[column][rows] for column in own], axis=1) for name, own in FIELDS.items()
-    }
+    found = {name: np.stack([columns[column][rows] for column in own], axis=1) for name, own in FIELDS.items()}
     _check(np.isfinite(found["boxes"]).all(), ", ".join(BOX), "one is missing or not finite")
     for name in ("pixels", "millimetres"):
         bad = (found[name] < 0) | np.isinf(found[name])
@@ -291,11 +289,15 @@ def _finds(column: Column, rows: list[slice], defects: Defects, calls: Calls) ->
     of_call = np.repeat(np.arange(len(calls)), lengths[rows[2]])
     first = np.searchsorted(defects.image, calls.image)
     count = np.searchsorted(defects.image, calls.image, side="right") - first
-    _check((numbers >= 0).all() and (numbers < count[of_call]).all(), "finds", "a defect is not in the image of its call")
+    _check(
+        (numbers >= 0).all() and (numbers < count[of_call]).all(), "finds", "a defect is not in the image of its call"
+    )
     pairs = np.stack([of_call, first[of_call] + numbers], axis=1).astype(np.intp)
     best = np.full(len(defects), -np.inf, np.float32)
     np.maximum.at(best, pairs[:, 1], calls.score[pairs[:, 0]])
-    _check(np.array_equal(best, defects.score), "score", "that of a defect is not the highest of the calls that find it")
+    _check(
+        np.array_equal(best, defects.score), "score", "that of a defect is not the highest of the calls that find it"
+    )
     again = len(np.unique(pairs[:, 0] * (len(defects) + 1) + pairs[:, 1])) < len(pairs)
     _check(not again, "finds", "a call finds a defect twice")
     _check((calls.touched[pairs[:, 0]] == TOUCHES).all(), "touched", "a call that finds a defect touches none")

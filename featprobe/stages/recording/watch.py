@@ -18,7 +18,7 @@ class Watch:
     """
 
     def pixels(self, head: int, image: int, values: NDArray[np.float32], classes: Labels | None) -> None:
-        """A score of each pixel, (height, width), of the original image; classes: the same, >= 1, or None for one class.
+        """A score and a class, >= 1, of each pixel of the original image, (height, width); no classes for one class.
 
         values: of segmentation the largest probability of a class but the background, whose class `classes` has; of
         anomaly heads the map.

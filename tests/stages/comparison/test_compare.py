@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from html.parser import HTMLParser
