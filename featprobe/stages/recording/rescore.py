@@ -133,8 +133,8 @@ def _tuning(row: ResultRow, device: torch.device) -> Tuning | None:
         return None
     there = row.device.split(":")[0] == device.type
     precision = row.tuning.precision if there else "fp32"
-    found: Tuning = replace(Tuning(), regime=row.tuning.regime, augment=row.tuning.augment, precision=precision)
-    return found
+    values: dict[str, Any] = {"regime": row.tuning.regime, "augment": row.tuning.augment, "precision": precision}
+    return Tuning(**values)
 
 
 def _cache_of(caches: Mapping[tuple[str, str], Cache], saved: _Saved) -> Cache:
