@@ -1,7 +1,8 @@
 """The base threshold at which pixels of maps are joined to calls, chosen on validation before test is looked at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -9,12 +10,15 @@ import numpy as np
 from featprobe.metrics.defects.overlaps import finds, touched
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records
 from featprobe.probes import Head
-from featprobe.processes import gathered
+from featprobe.processes import from_main, gathered
+from featprobe.specs import Rows
 from featprobe.stages.recording.map_calls import calls_of_map
-from featprobe.stages.recording.meetings import overlaps_of_map
-from featprobe.stages.recording.recorder import Recorder, SplitTruth, joined
+from featprobe.stages.recording.meetings import Ground, overlaps_of_map
+from featprobe.stages.recording.recorder import Recorder, ground_of
+from featprobe.stages.recording.truth import Truth, table_of
 from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of
+from featprobe.stages.stitch import Objects
 from featprobe.stages.tasks.anomaly import Anomaly
 from featprobe.stages.tasks.classification import Classification
 from featprobe.stages.tasks.segmentation import Segmentation
@@ -45,7 +49,7 @@ class Recording:
     def records(self) -> list[Records]:
         """The records of each head, once `test` has watched the scoring; all processes ask for them together."""
         found = self.test.records([own.about for own in self.validation])
-        return [joined(val, test) for val, test in zip(self.validation, found, strict=True)]
+        return [Records.joined([val, test]) for val, test in zip(self.validation, found, strict=True)]
 
 
 def record_validation(
@@ -57,29 +61,30 @@ def record_validation(
     """
     if isinstance(prepared.task, Classification) and not prepared.task.names.says_good:
         return None
-    options = prepared.training.options
-    val, test = (
-        SplitTruth(prepared.cache, images_of(prepared.cache, prepared.rows[split]), split, options.instances,
-                   quiet=options.quiet)
-        for split in ("val", "test")
-    )  # fmt: skip
-    notes = [*val.table.notes, *test.table.notes]
-    bases, come_from = _bases(prepared, heads, source, val, rule)
+    cache, rows, instances = prepared.cache, prepared.rows, prepared.training.options.instances
+    images = {split: images_of(cache, rows[split]) for split in ("val", "test")}
+    tables = {split: _table(prepared, split, own) for split, own in images.items()}
+    bases, come_from = _bases(prepared, heads, source, len(tables["val"].defects), rule)
+    notes = [note for table in tables.values() for note in table.notes]
     if come_from == "default":
         said = ", ".join(f"{base:.3g}" for base in dict.fromkeys(bases))
         notes.append(
-            f"{prepared.cache.data.name}: validation has no defect, so pixels over the usual base threshold "
-            f"({said}) are joined to calls"
+            f"{cache.data.name}: validation has no defect, so pixels over the usual base threshold ({said}) are joined "
+            "to calls"
         )
-    watch = Recorder(val, bases, rule)
-    prepared.evaluate(heads, source, prepared.rows["val"], watch)
-    found = watch.records([_about(prepared, rule, base, come_from) for base in bases])
-    return Recording(tuple(found), Recorder(test, bases, rule), tuple(dict.fromkeys(notes)))
+    val, test = (Recorder(cache, tables[split], images[split], instances, bases, rule) for split in ("val", "test"))
+    prepared.evaluate(heads, source, rows["val"], val)
+    found = val.records([_about(prepared, rule, base, come_from) for base in bases])
+    return Recording(tuple(found), test, tuple(dict.fromkeys(notes)))
 
 
-def _about(
-    prepared: Prepared, rule: FoundRule, base: float, come_from: Literal["validation", "default", ""]
-) -> About:
+def _table(prepared: Prepared, split: str, images: Rows) -> Truth:
+    """The defects of images, which the main process measures for all."""
+    options = prepared.training.options
+    return from_main(lambda: table_of(prepared.cache, images, options.instances, split=split, quiet=options.quiet))
+
+
+def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal["validation", "default", ""]) -> About:
     ids, groups = (prepared.cache.images.column(name) for name in ("id", "group"))
     return About(
         prepared.training.task, prepared.training.kind.name, "", prepared.cache.data.classes, rule, base, come_from,
@@ -88,15 +93,15 @@ def _about(
 
 
 def _bases(
-    prepared: Prepared, heads: Sequence[Head], source: Source, truth: SplitTruth, rule: FoundRule
+    prepared: Prepared, heads: Sequence[Head], source: Source, defects: int, rule: FoundRule
 ) -> tuple[Bases, Literal["validation", "default", ""]]:
-    """The base of each head, nan for one without maps; and where they come from. truth: of validation."""
+    """The base of each head, nan for one without maps; and where they come from. defects: in validation."""
     tried, usual = _tried(prepared, heads, source)
     if not tried:
         return (float("nan"),) * len(heads), ""
-    if not len(truth.table.defects):
+    if not defects:
         return tuple(own[usual] for own in tried), "default"
-    trials = Trials(truth, tried, rule)
+    trials = Trials(partial(ground_of, prepared.cache, source=prepared.training.options.instances), tried, rule)
     prepared.evaluate(heads, source, prepared.rows["val"], trials)
     return trials.best(), "validation"
 
@@ -114,16 +119,31 @@ def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[l
     return [], 0
 
 
-class Trials(Watch):
-    """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head."""
+class _OnMaps(Watch):
+    """A watch on heads with maps."""
 
-    def __init__(self, truth: SplitTruth, tried: Sequence[Bases], rule: FoundRule) -> None:
-        self.truth, self.tried, self.rule = truth, tried, rule
+    def objects(self, head: int, image: int, objects: Objects) -> None:
+        """They find no objects."""
+        raise TypeError("This watch is on heads with maps, which find no objects.")
+
+    def image_score(self, head: int, image: int, score: float) -> None:
+        """They score no image as a whole."""
+        raise TypeError("This watch is on heads with maps, which score no image as a whole.")
+
+
+class Trials(_OnMaps):
+    """The scores of defects and of false calls that maps give at several bases.
+
+    ground: from an image to its truth. tried: the bases of each head.
+    """
+
+    def __init__(self, ground: Callable[[int], Ground], tried: Sequence[Bases], rule: FoundRule) -> None:
+        self.ground, self.tried, self.rule = ground, tried, rule
         self.found: dict[tuple[int, int], list[tuple[Floats, Floats]]] = {}
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
-        each, ground = [], self.truth.ground(image)
+        each, ground = [], self.ground(image)
         for base in self.tried[head]:
             calls = calls_of_map(values, base, classes)
             overlaps = overlaps_of_map(calls, ground)
@@ -138,13 +158,13 @@ class Trials(Watch):
         All processes ask for them together.
         """
         every = {key: own for part in gathered([self.found]) for key, own in part.items()}
-        images, best = len(self.truth.images), []
+        best = []
         for head, bases in enumerate(self.tried):
             own = [every[key] for key in sorted(every) if key[0] == head]
             areas = []
             for k in range(len(bases)):
                 defects, false_calls = (np.concatenate([image[k][side] for image in own]) for side in (0, 1))
-                areas.append(area_under_froc(defects, false_calls, images))
+                areas.append(area_under_froc(defects, false_calls, len(own)))
             best.append(max(zip(areas, bases, strict=True))[1])
         return tuple(best)
 
@@ -164,7 +184,7 @@ def area_under_froc(defects: Floats, false_calls: Floats, images: int) -> float:
     return float(found.mean())
 
 
-class _Sample(Watch):
+class _Sample(_OnMaps):
     """Some pixels of each map, drawn by the number of its image, so that all processes draw alike."""
 
     def __init__(self, images: int) -> None:

@@ -27,7 +27,7 @@ _grounds: WeakKeyDictionary[Cache, tuple[int, Source, Ground]] = WeakKeyDictiona
 """The image of a cache that was asked for last: many heads, at many bases, are recorded image by image."""
 
 
-def _ground(cache: Cache, image: int, source: Source) -> Ground:
+def ground_of(cache: Cache, image: int, source: Source) -> Ground:
     """The truth of an image, to compare calls with."""
     known = _grounds.get(cache)
     if known is None or known[:2] != (image, source):
@@ -69,7 +69,7 @@ class Recorder(Watch):
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
         calls = calls_of_map(values, self.bases[head], classes)
-        overlaps = overlaps_of_map(calls, _ground(self.cache, image, self.source))
+        overlaps = overlaps_of_map(calls, ground_of(self.cache, image, self.source))
         outlines = [
             outline_of_mask(calls.labels[window] == k, (window[1].start, window[0].start))
             for k, window in enumerate(calls.windows, start=1)
@@ -79,7 +79,7 @@ class Recorder(Watch):
     def objects(self, head: int, image: int, objects: Objects) -> None:
         """See `Watch`."""
         found = [instance for instance, _ in objects]
-        overlaps = overlaps_of_objects(found, _ground(self.cache, image, self.source))
+        overlaps = overlaps_of_objects(found, ground_of(self.cache, image, self.source))
         boxes = np.array([one.box_xyxy for one in found], np.float32).reshape(-1, 4)
         scores = np.array([score for _, score in objects], np.float32)
         self._keep(head, image, overlaps, boxes, [outline_of(one) for one in found], scores)

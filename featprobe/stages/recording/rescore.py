@@ -112,9 +112,7 @@ def _source(prepared: Prepared, saved: _Saved, head: Head) -> AbstractContextMan
     )  # fmt: skip
 
 
-def _training(
-    workspace: Workspace, cache: Cache, saved: Sequence[_Saved], device: str | None, quiet: bool
-) -> Training:
+def _training(workspace: Workspace, cache: Cache, saved: Sequence[_Saved], device: str | None, quiet: bool) -> Training:
     """The training that made some heads, as far as scoring them goes."""
     row = saved[0].row
     options = ProbeOptions(
