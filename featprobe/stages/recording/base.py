@@ -107,7 +107,7 @@ def _bases(
 
 
 def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[list[Bases], int]:
-    """The bases to try for each head, float32, rising, and the place of the usual one; none where heads have no maps."""
+    """The bases to try for each head, float32, rising, none without maps; and the place of the usual one."""
     match prepared.task:
         case Segmentation():
             bases = tuple(float(np.float32(value)) for value in PROBABILITIES)

@@ -267,15 +267,9 @@ class Classification:
         said = decide(probabilities, head.prior.cpu().numpy(), self.names.multi)
         thresholds = np.full(len(units), float(head.threshold))
         return ScoredImages(
-            tuple(ids),
-            tuple(groups),
-            probabilities,
-            self.truth.values[units],
-            said,
-            thresholds,
-            self.names.multi,
+            tuple(ids), tuple(groups), probabilities, self.truth.values[units], said, thresholds, self.names.multi,
             self._good,
-        )
+        )  # fmt: skip
 
     def _outcome(self, head: ImageHead, units: Rows, probabilities: Shares) -> Outcome:
         scored = self._scored(head, units, probabilities)
