@@ -1,8 +1,7 @@
 """The base threshold at which pixels of maps are joined to calls, chosen on validation before test is looked at."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -10,12 +9,10 @@ import numpy as np
 from featprobe.metrics.defects.overlaps import finds, touched
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records
 from featprobe.probes import Head
-from featprobe.processes import from_main, gathered
-from featprobe.specs import Rows
+from featprobe.processes import gathered
 from featprobe.stages.recording.map_calls import calls_of_map
-from featprobe.stages.recording.meetings import Ground, overlaps_of_map
-from featprobe.stages.recording.recorder import Recorder, ground_of
-from featprobe.stages.recording.truth import Truth, table_of
+from featprobe.stages.recording.meetings import overlaps_of_map
+from featprobe.stages.recording.recorder import Recorder, SplitTruth
 from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of
 from featprobe.stages.stitch import Objects
@@ -61,27 +58,24 @@ def record_validation(
     """
     if isinstance(prepared.task, Classification) and not prepared.task.names.says_good:
         return None
-    cache, rows, instances = prepared.cache, prepared.rows, prepared.training.options.instances
-    images = {split: images_of(cache, rows[split]) for split in ("val", "test")}
-    tables = {split: _table(prepared, split, own) for split, own in images.items()}
-    bases, come_from = _bases(prepared, heads, source, len(tables["val"].defects), rule)
-    notes = [note for table in tables.values() for note in table.notes]
+    val, test = (_truth(prepared, split) for split in ("val", "test"))
+    bases, come_from = _bases(prepared, heads, source, val, rule)
+    notes = [*val.table.notes, *test.table.notes]
     if come_from == "default":
         said = ", ".join(f"{base:.3g}" for base in dict.fromkeys(bases))
         notes.append(
-            f"{cache.data.name}: validation has no defect, so pixels over the usual base threshold ({said}) are joined "
-            "to calls"
+            f"{prepared.cache.data.name}: validation has no defect, so pixels over the usual base threshold ({said}) "
+            "are joined to calls"
         )
-    val, test = (Recorder(cache, tables[split], images[split], instances, bases, rule) for split in ("val", "test"))
-    prepared.evaluate(heads, source, rows["val"], val)
-    found = val.records([_about(prepared, rule, base, come_from) for base in bases])
-    return Recording(tuple(found), test, tuple(dict.fromkeys(notes)))
+    watch = Recorder(val, bases, rule)
+    prepared.evaluate(heads, source, prepared.rows["val"], watch)
+    found = watch.records([_about(prepared, rule, base, come_from) for base in bases])
+    return Recording(tuple(found), Recorder(test, bases, rule), tuple(dict.fromkeys(notes)))
 
 
-def _table(prepared: Prepared, split: str, images: Rows) -> Truth:
-    """The defects of images, which the main process measures for all."""
-    options = prepared.training.options
-    return from_main(lambda: table_of(prepared.cache, images, options.instances, split=split, quiet=options.quiet))
+def _truth(prepared: Prepared, split: str) -> SplitTruth:
+    options, images = prepared.training.options, images_of(prepared.cache, prepared.rows[split])
+    return SplitTruth(prepared.cache, images, split, options.instances, quiet=options.quiet)
 
 
 def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal["validation", "default", ""]) -> About:
@@ -93,15 +87,15 @@ def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal[
 
 
 def _bases(
-    prepared: Prepared, heads: Sequence[Head], source: Source, defects: int, rule: FoundRule
+    prepared: Prepared, heads: Sequence[Head], source: Source, truth: SplitTruth, rule: FoundRule
 ) -> tuple[Bases, Literal["validation", "default", ""]]:
-    """The base of each head, nan for one without maps; and where they come from. defects: in validation."""
+    """The base of each head, nan for one without maps; and where they come from. truth: of validation."""
     tried, usual = _tried(prepared, heads, source)
     if not tried:
         return (float("nan"),) * len(heads), ""
-    if not defects:
+    if not len(truth.table.defects):
         return tuple(own[usual] for own in tried), "default"
-    trials = Trials(partial(ground_of, prepared.cache, source=prepared.training.options.instances), tried, rule)
+    trials = Trials(truth, tried, rule)
     prepared.evaluate(heads, source, prepared.rows["val"], trials)
     return trials.best(), "validation"
 
@@ -132,18 +126,15 @@ class _OnMaps(Watch):
 
 
 class Trials(_OnMaps):
-    """The scores of defects and of false calls that maps give at several bases.
+    """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head."""
 
-    ground: from an image to its truth. tried: the bases of each head.
-    """
-
-    def __init__(self, ground: Callable[[int], Ground], tried: Sequence[Bases], rule: FoundRule) -> None:
-        self.ground, self.tried, self.rule = ground, tried, rule
+    def __init__(self, truth: SplitTruth, tried: Sequence[Bases], rule: FoundRule) -> None:
+        self.truth, self.tried, self.rule = truth, tried, rule
         self.found: dict[tuple[int, int], list[tuple[Floats, Floats]]] = {}
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
-        each, ground = [], self.ground(image)
+        each, ground = [], self.truth.ground(image)
         for base in self.tried[head]:
             calls = calls_of_map(values, base, classes)
             overlaps = overlaps_of_map(calls, ground)
