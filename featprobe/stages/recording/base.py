@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from featprobe.metrics.defects.overlaps import finds, touched
-from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records
+from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
 from featprobe.probes import Head
 from featprobe.processes import gathered
 from featprobe.stages.recording.map_calls import calls_of_map
@@ -138,8 +138,7 @@ class Trials(_OnMaps):
         for base in self.tried[head]:
             calls = calls_of_map(values, base, classes)
             overlaps = overlaps_of_map(calls, ground)
-            pairs, defects = finds(overlaps, self.rule), np.full(len(overlaps.defect_class), -np.inf, np.float32)
-            np.maximum.at(defects, pairs[:, 1], calls.score[pairs[:, 0]])
+            defects = found_scores(finds(overlaps, self.rule), calls.score, len(overlaps.defect_class))
             each.append((defects, calls.score[touched(overlaps) == NOTHING]))
         self.found[head, image] = each
 
