@@ -9,8 +9,7 @@ import numpy as np
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records
 from featprobe.probes import Head
 from featprobe.processes import gathered
-from featprobe.stages.recording.recorder import Recorder, joined
-from featprobe.stages.recording.truth import Truth, table_of
+from featprobe.stages.recording.recorder import Recorder, SplitTruth, joined
 from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of
 from featprobe.stages.stitch import Objects
@@ -56,28 +55,24 @@ def record_validation(
     task, training = prepared.task, prepared.training
     if isinstance(task, Classification) and not task.names.says_good:
         return None
-    tables = {split: _table(prepared, split) for split in ("val", "test")}
-
-    def recorder(split: str, bases: Sequence[float]) -> Recorder:
-        images = images_of(prepared.cache, prepared.rows[split])
-        return Recorder(prepared.cache, tables[split], images, training.options.instances, bases, rule)
-
+    truths = {split: _truth(prepared, split) for split in ("val", "test")}
     tried, usual = _tried(prepared, heads, source)
-    notes = [note for table in tables.values() for note in table.notes]
-    chooses = len(tried[0]) > 1 and len(tables["val"].defects) > 0
+    notes = [note for truth in truths.values() for note in truth.table.notes]
+    chooses = len(tried[0]) > 1 and len(truths["val"].table.defects) > 0
     if len(tried[0]) > 1 and not chooses:
         tried = [(own[usual],) for own in tried]
         notes.append(
             f"{prepared.cache.data.name}: validation has no defect, so pixels are joined to calls at the usual base "
             f"threshold, {', '.join(f'{own:.3g}' for own in dict.fromkeys(base for (base,) in tried))}"
         )
-    watches = [recorder("val", bases) for bases in zip(*tried, strict=True)]
+    watches = [Recorder(truths["val"], bases, rule) for bases in zip(*tried, strict=True)]
     prepared.evaluate(heads, source, prepared.rows["val"], _Several(watches))
     come_from = "" if np.isnan(tried[0][0]) else "validation" if chooses else "default"
     abouts = [[_about(prepared, rule, base, come_from) for base in bases] for bases in zip(*tried, strict=True)]
     found = [watch.records(own) for watch, own in zip(watches, abouts, strict=True)]
     chosen = tuple(best(own) for own in zip(*found, strict=True))
-    return Recording(chosen, recorder("test", [own.about.base for own in chosen]), tuple(dict.fromkeys(notes)))
+    test = Recorder(truths["test"], [own.about.base for own in chosen], rule)
+    return Recording(chosen, test, tuple(dict.fromkeys(notes)))
 
 
 def best(found: Sequence[Records]) -> Records:
@@ -99,9 +94,9 @@ def area_under_froc(records: Records) -> float:
     return float((1 - np.searchsorted(scores, last, side="right") / len(scores)).mean())
 
 
-def _table(prepared: Prepared, split: str) -> Truth:
+def _truth(prepared: Prepared, split: str) -> SplitTruth:
     options, images = prepared.training.options, images_of(prepared.cache, prepared.rows[split])
-    return table_of(prepared.cache, images, options.instances, split=split, quiet=options.quiet)
+    return SplitTruth(prepared.cache, images, split, options.instances, quiet=options.quiet)
 
 
 def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Any) -> About:
