@@ -24,6 +24,7 @@ from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, c
 from featprobe.stages.inspection.scored_heads import (
     ScoredHead,
     by_run,
+    check_here,
     folds_of,
     head_in,
     head_of,
@@ -132,6 +133,8 @@ def inspect(
     pod: bool = False,
     rescore: bool = False,
     only: Mapping[str, Sequence[str]] | None = None,
+    device: str | None = None,
+    quiet: bool = False,
 ) -> Inspections:
     """What scored heads find, by the records that lie beside them.
 
@@ -140,18 +143,20 @@ def inspect(
     where `predict` and `export` find it. Without it, the one that is kept there, or 0.1 false calls per image, which is
     not kept. size, unit: of defects. least_area: pixels; calls below it do not count; None for that of the kept
     operating point, or 1. rule: when a call has found a defect; None for the rule of each record. pod: also a
-    probability of detection. rescore: first make records anew, from cache and head, with `rule` if one is given. only:
-    "task", "data" or "backbone" -> the values that results may have.
+    probability of detection. rescore: first make records anew, from cache and head, with `rule` if one is given, on
+    this device, with a progress bar unless `quiet`. only: "task", "data" or "backbone" -> the values that results may
+    have.
     Raises UsageError for values that can't be, ProbeError where a named head, or none of all, can be inspected.
     """
     asked = Asked(wanted, size, unit, least_area, rule, pod)
-    named = [[[head_in(Path(folder))]] for folder in heads]
+    named = [head_in(Path(folder)) for folder in heads]
     results = by_run(one_of_each(rows_asked(workspace, only or {}))) if not named else []
-    rows = [head.row for ((head,),) in named] + [row for seeds in results for own in seeds for row in own]
-    notes = _rescored(workspace, rows, rule) if rescore else []
-    each, left = [], list[Left]()
-    for own in named:
-        each.append(_kept(own[0], asked, 1))
+    notes = list[str]()
+    if rescore:
+        check_here(workspace, named)
+        rows = [head.row for head in named] + [row for seeds in results for own in seeds for row in own]
+        notes = _rescored(workspace, rows, rule, device, quiet)
+    each, left = [_kept([head], asked, 1, notes) for head in named], list[Left]()
     for seeds in results:
         try:
             each.append(_best(workspace, seeds, asked))
@@ -160,7 +165,7 @@ def inspect(
         except FeatprobeError as error:
             left.append(Left(seeds[0][0].folder, str(error)))
     if not each:
-        reasons = "\n".join(f"  {own.folder}: {own.reason}" for own in left)
+        reasons = "\n".join([*(f"  {own.folder}: {own.reason}" for own in left), *(f"  {note}" for note in notes)])
         raise ProbeError(f"None of the results in {workspace.probes} can be inspected.\n{reasons}")
     return Inspections(tuple(each), tuple(left), tuple(notes))
 
@@ -185,10 +190,12 @@ def inspect_head(
     return inspected(heads, Asked(wanted, size, unit, least_area, rule, pod))
 
 
-def _rescored(workspace: Workspace, rows: Sequence[ResultRow], rule: FoundRule | None) -> list[str]:
+def _rescored(
+    workspace: Workspace, rows: Sequence[ResultRow], rule: FoundRule | None, device: str | None, quiet: bool
+) -> list[str]:
     from featprobe.stages.recording.rescore import rescore  # which loads torch
 
-    return rescore(workspace, rows, rule)
+    return rescore(workspace, rows, rule, device=device, quiet=quiet)
 
 
 def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Asked) -> Inspection:
@@ -200,8 +207,14 @@ def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Ask
     return _kept(whole[0], asked, len(seeds))
 
 
-def _kept(heads: Sequence[ScoredHead], asked: Asked, seeds: int) -> Inspection:
-    found = inspected(heads, asked, seeds)
+def _kept(heads: Sequence[ScoredHead], asked: Asked, seeds: int, notes: Sequence[str] = ()) -> Inspection:
+    """What heads find; an operating point that is asked for is kept. notes: on records that could not be made."""
+    try:
+        found = inspected(heads, asked, seeds)
+    except ProbeError as error:
+        if notes:
+            raise ProbeError("\n".join([str(error), *notes])) from error
+        raise
     if asked.wanted:
         _keep(heads, found.points)
         return replace(found, kept=True)

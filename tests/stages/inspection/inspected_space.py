@@ -15,10 +15,9 @@ from featprobe.stages.recording.record_file import write_records
 from featprobe.stages.workspace import Workspace
 
 STORED = Path(__file__).parents[2] / "golden" / "stored"
-LINEAR = "parts-d887db/embedded-12b028e5/semseg-linear-9be44da5"
 
 
-def stored_space(root: Path, kinds: tuple[str, ...] = ("semseg-linear-9",), records: bool = True) -> Workspace:
+def stored_space(root: Path, kinds: tuple[str, ...] = ("semseg-linear-",), records: bool = True) -> Workspace:
     """The stored results of some training folders, with records beside each head; of seed 0 and 1 others."""
     workspace = Workspace(root)
     lines = []
