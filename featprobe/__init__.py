@@ -29,6 +29,7 @@ _PUBLIC = {
     "compare": "featprobe.stages.comparison.compare",
     "export": "featprobe.stages.export.export",
     "extract": "featprobe.stages.extraction.extract",
+    "inspect": "featprobe.stages.inspection.inspect",
     "finetune": "featprobe.stages.training.finetune",
     "load_head": "featprobe.probes",
     "open_cache": "featprobe.cache",

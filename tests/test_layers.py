@@ -39,6 +39,7 @@ DOORS = {
     "huggingface_hub": ("backbones",),
     "click": ("cli",),
     "pandas": ("report", "stages"),
+    "jinja2": ("report",),
     "matplotlib": ("report", "stages"),
     "tqdm": ("stages",),
     "submitit": ("stages",),
