@@ -5,6 +5,7 @@ The likelihood is written in 1 / sigma and the coefficients divided by sigma, in
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ class CensoredLine:
         sigma = float(np.std(self.y - self.columns @ coefficients)) or 1.0
         return maximum(self, np.array([1.0, *coefficients]) / sigma)
 
-    @property
+    @cached_property
     def _rows(self) -> Floats:
         """(n, 1 + k): rows . theta are the standardised deviations from the line."""
         return np.column_stack([self.y, -self.columns])

@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 Likelihood = Callable[[Floats], tuple[float, Floats, Floats]]
 """Parameters (k,) -> log-likelihood, its gradient (k,), its second derivatives (k, k); -inf outside its domain."""
 STEPS = 200
-ACCURACY = 1e-10
+ACCURACY = 1e-8
 
 
 class NoMaximumError(ArithmeticError):

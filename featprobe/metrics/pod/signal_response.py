@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.interpolate import CubicSpline
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 from scipy.stats import chi2, t
@@ -30,7 +31,7 @@ LEAST_SIZES = 3
 CONFIDENCE = 0.95
 HIGH = float(ndtri(0.9))  # standard deviations above the threshold at which 90 % are found
 JOINT = float(chi2.ppf(0.95, 2))  # both parameters of the curve together (Cheng and Iles, 1983)
-POINTS = 60  # of the curve
+POINTS, KNOTS = 60, 10  # of the curve, and those of them at which its bounds are searched
 FARTHEST = 50.0  # in ln size: a bound above this times the mean size is none
 
 
@@ -156,7 +157,7 @@ class _Fit:
             low, at = at, at + max(1.0, at - low)
             if at > FARTHEST:
                 return math.inf
-        return self.size(brentq(lambda x: self.bound(x, 1.0, square) - HIGH, low, at)) if at > low else self.size(at)
+        return self.size(brentq(lambda x: self.bound(x, 1.0, square) - HIGH, low, at, xtol=1e-8)) if at > low else self.size(at)
 
     def delta(self) -> float:
         """The bound of a90 by the delta method."""
@@ -176,7 +177,8 @@ class _Fit:
         """Over the sizes of the targets, and on to a90."""
         sizes = np.geomspace(self.sizes.min(), max(self.sizes.max(), self.size(self.at(HIGH))), POINTS)
         at = np.log(sizes) - self.middle
-        low, high = (np.array([self.bound(x, side) for x in at]) for side in (1.0, -1.0))
+        knots = np.linspace(at[0], at[-1], KNOTS)
+        low, high = (CubicSpline(knots, [self.bound(x, side) for x in knots])(at) for side in (1.0, -1.0))
         return Curve(sizes, ndtr(self.best[1] + self.best[2] * at), ndtr(low), ndtr(high))
 
     def pod(self, hits: int) -> SignalPod:

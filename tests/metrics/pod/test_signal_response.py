@@ -11,13 +11,15 @@ from scipy.optimize import brentq, minimize
 from scipy.stats import chi2, norm
 
 from featprobe.errors import ShapeError
+from featprobe.metrics.pod.censored import CensoredLine
 from featprobe.metrics.pod.concave import NoMaximumError, least, maximum
+from featprobe.metrics.pod.line_checks import checks_of, worst
 from featprobe.metrics.pod.signal_response import SignalPod, signal_response
 from featprobe.metrics.pod.values import Refused
 
 Floats = NDArray[np.float64]
 SEEDS = st.integers(0, 2**32 - 1)
-QUICK = settings(max_examples=20, deadline=None)
+QUICK = settings(max_examples=6, deadline=None)
 HIGH = norm.ppf(0.9)
 
 
@@ -70,7 +72,7 @@ def profile_bound(x: Floats, y: Floats, noise: float, saturation: float) -> floa
     return float(brentq(beyond, a90 + 1e-6, a90 + 2))
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_the_bound_is_that_of_a_profile_likelihood_with_censored_signals(seed: int) -> None:
     sizes, signals = drawn(seed, 60)
     noise, saturation = 0.4, 4.0
@@ -154,12 +156,13 @@ def test_a_line_that_does_not_fit_is_named(bend: float, widen: float, skew: bool
 
 
 def test_a_line_that_fits_is_not_doubted_more_often_than_it_says() -> None:
+    rng = np.random.default_rng(11)
     doubted = 0
-    for seed in range(60):
-        sizes, signals = drawn(1000 + seed, 60)
-        pod = fitted(sizes, signals, noise=0.3)
-        doubted += pod.lack_of_fit is not None and pod.lack_of_fit < 0.05
-    assert doubted <= 8  # more than 8 of 60 at a rate of 5 %: 1 in 500
+    for _ in range(100):
+        x = rng.normal(size=60)
+        line = CensoredLine(np.column_stack([np.ones(60), x]), x + rng.normal(size=60), np.zeros(60, np.int8))
+        doubted += worst(checks_of(line, line.fitted())) < 0.05
+    assert doubted <= 12  # more than 12 of 100 at a rate of 5 %: 1 in 700
 
 
 def test_an_a90_outside_the_sizes_is_named() -> None:
