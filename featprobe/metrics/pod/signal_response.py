@@ -152,16 +152,16 @@ class _Fit:
 
     def upper(self, square: float | None = None) -> float:
         """The size at which the bound of the score from below is that of 90 %; inf where it never is."""
-        at = low = (HIGH - self.best[1]) / self.best[2]
+        at = low = self.at(HIGH)
         while self.bound(at, 1.0, square) < HIGH:
             low, at = at, at + max(1.0, at - low)
             if at > FARTHEST:
                 return math.inf
-        return self.size(brentq(lambda x: self.bound(x, 1.0, square) - HIGH, low, at, xtol=1e-8)) if at > low else self.size(at)
+        return self.size(float(brentq(lambda x: self.bound(x, 1.0, square) - HIGH, low, at, xtol=1e-8)))
 
     def delta(self) -> float:
         """The bound of a90 by the delta method."""
-        at = (HIGH - self.best[1]) / self.best[2]
+        at = self.at(HIGH)
         slopes = -np.array([0.0, 1.0, at]) / self.best[2]
         return self.size(at + self.quantile() * math.sqrt(slopes @ self.wide @ slopes))
 
@@ -228,9 +228,7 @@ def _ln(value: float) -> float:
     return math.log(value)
 
 
-def _check(
-    a: Floats, y: Floats, groups: NDArray[np.intp], noise: float | None, saturation: float | None
-) -> None:
+def _check(a: Floats, y: Floats, groups: NDArray[np.intp], noise: float | None, saturation: float | None) -> None:
     if a.ndim != 1 or not a.shape == y.shape == groups.shape:
         raise ShapeError("Sizes, signals and clusters are lists of one length: one of each for every target.")
     if not (np.isfinite(a) & (a > 0)).all():
