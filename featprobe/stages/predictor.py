@@ -134,7 +134,7 @@ class Predictor:
         if threshold is not None:
             _check_threshold(threshold, self.output, self.card["head"]["task"], self.folder)
         with at_hand(() if backbone is None else backbone):
-            self.backbone = _backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
+            self.backbone = backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
         self.framing = Framing(self.recipe, self.device)
         self._named = self.output.named
         self._lock, self._closed = Lock(), False
@@ -316,7 +316,7 @@ def _size_of(levels: Levels) -> Size:
     return levels.shape[0], levels.shape[1]
 
 
-def _backbone_of(
+def backbone_of(
     folder: Path, card: Mapping[str, Any], levels: Sequence[FeatureLevel], weights: str | None, device: torch.device
 ) -> Backbone:
     """The backbone that a head in a folder was trained on; see Predictor. levels: those of the head."""

@@ -30,7 +30,8 @@ class Opened:
     array. turn: EXIF's orientation, 1 to 8. raw: the bytes of the file that define this page. stored: for a page of a
     TIFF, its pixel format by Pillow's name, its stored values (indices for a palette), and which of these are called
     empty, (height, width), or None. empty: the header's entry on empty pixels, as `GDAL_NODATA -9999`; "" without one.
-    unnamed: whether its three channels are bands without colours in the header.
+    unnamed: whether its three channels are bands without colours in the header. spacing: millimetres per pixel, down
+    and across, where the header says it.
     """
 
     size: Size
@@ -43,6 +44,7 @@ class Opened:
     empty: str = ""
     unnamed: bool = False
     into: bool = False
+    spacing: tuple[float, float] | None = None
 
     def read(self, out: NDArray[Any] | None = None) -> Levels:
         """The pixels, in the orientation for viewing.

@@ -25,19 +25,20 @@ class Overlaps:
     """The calls and the defects of one image, and where they meet.
 
     call, defect: (pairs,), indices of those that share area, or of which the call covers the center of the defect; each
-    pair once, in any order. shared: (pairs,), area that both cover, pixels. covers_center: (pairs,). call_area,
-    defect_area: (calls,), (defects,), pixels. call_class, defect_class: the same, class indices; of a call 0 where its
-    class is not known. touches_ignored: (calls,), whether it shares area with an ignored region.
+    pair once, in any order. shared, call_area, defect_area: (pairs,), pixels that both cover, and that each covers.
+    covers_center: (pairs,). call_class, defect_class: (calls,), (defects,), class indices; of a call 0 where its class
+    is not known. touches_ignored: (calls,), whether it shares area with an ignored region.
 
-    The center of a box is its middle; that of a mask is the pixel of it that is nearest to its centroid.
+    Where both have masks these are compared, else the boxes of both. The center of a box is its middle; that of a mask
+    is the pixel of it that is nearest to its centroid.
     """
 
     call: Indices
     defect: Indices
     shared: Areas
-    covers_center: NDArray[np.bool_]
     call_area: Areas
     defect_area: Areas
+    covers_center: NDArray[np.bool_]
     call_class: NDArray[np.uint8]
     defect_class: NDArray[np.uint8]
     touches_ignored: NDArray[np.bool_]
@@ -45,11 +46,9 @@ class Overlaps:
 
 def finds(overlaps: Overlaps, rule: FoundRule) -> Indices:
     """The pairs of a call and a defect that it finds, (found, 2), by call and then by defect."""
-    area = overlaps.defect_area[overlaps.defect]
-    union = overlaps.call_area[overlaps.call] + area - overlaps.shared
-    with np.errstate(divide="ignore", invalid="ignore"):  # boxes without area have no IoU
-        iou = np.nan_to_num(overlaps.shared / union)
-        covered = np.nan_to_num(overlaps.shared / area)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a box without area
+        iou = overlaps.shared / (overlaps.call_area + overlaps.defect_area - overlaps.shared)
+        covered = overlaps.shared / overlaps.defect_area
     if rule.iou is None:
         found = overlaps.covers_center | (covered >= AREA_SHARE) | (iou >= USUAL_IOU)
     else:

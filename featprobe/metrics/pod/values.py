@@ -12,8 +12,8 @@ Link = Literal["logit", "probit"]
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a POD curve, (n,) each. sizes: increasing, in the unit of the targets' sizes. pod: in [0, 1]. low, high:
-    the one-sided 95 % bound at each size from below and from above, together a band of 90 % at each size.
+    """Points of a POD curve, (n,) each. sizes: increasing, in the unit of the targets' sizes. pod: in [0, 1].
+    low, high: one-sided 95 % bounds at each size from below and from above, together a band of 90 % at each size.
     """
 
     sizes: NDArray[np.float64]
@@ -33,9 +33,9 @@ class Pod:
     math.inf where the data exclude no size; None where none is given, and then `no_bound` says why. joint_a90_95: the
     same from the joint set of both parameters (Cheng and Iles), which is larger and covers more than 95 %; None where
     none is given. lack_of_fit: p-value of a test that the curve fits; small where it does not. targets, hits, clusters:
-    their numbers. clustered: whether some targets share a cluster, which widens the bounds. coverage: share of simulated
-    sets like this one in which a90_95 was above the true a90; None where it is not known. notes: sentences that belong
-    beside the figures.
+    their numbers. clustered: whether some targets share a cluster, which widens the bounds. coverage: share of
+    simulated sets like this one in which a90_95 was above the true a90; None where it is not known. notes: sentences
+    that belong beside the figures.
     """
 
     kind: Kind

@@ -27,14 +27,16 @@ from featprobe.metrics.images import (
 )
 from featprobe.probes.head import ImageHead
 from featprobe.probes.train import Feed
-from featprobe.processes import from_main, gathered, summed
+from featprobe.processes import from_main, gathered, is_main, summed
 from featprobe.report.sheets import Panel
 from featprobe.scores import TaskScores
 from featprobe.specs import Rows
 from featprobe.stages.image_truth import defect_regions, says_good, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of
+from featprobe.stages.tasks.seen import hand_over
 from featprobe.stages.tasks.settle import settled
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth, Views
@@ -154,9 +156,17 @@ class Classification:
         """Whether the loss of such a head also takes places of rows: it does not."""
         return False
 
-    def evaluate(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> list[Outcome]:
-        """Scores of each head on the units that the rows show, which several processes share out among them."""
+    def evaluate(
+        self, heads: Sequence[ImageHead], feed: Feed, rows: Rows, watch: Watch | None = None
+    ) -> list[Outcome]:
+        """Scores of each head on the units that the rows show, which several processes share out among them.
+
+        watch: gets the score of a defect of each unit, where the labels say which units are good.
+        """
         units, found = self._probabilities(heads, feed, rows)
+        if watch is not None and self.names.says_good and is_main():
+            scores = [defect_scores(own, self.names.multi, self._good) for own in found]
+            hand_over(self.cache, units.tolist(), np.stack(scores, axis=1).tolist(), self.asked.unit, watch)
         return from_main(lambda: [self._outcome(head, units, p) for head, p in zip(heads, found, strict=True)])
 
     def settle(self, heads: Sequence[ImageHead], feed: Feed, val: Rows) -> list[str]:

@@ -21,7 +21,7 @@ from featprobe.stages.tasks.task import Outcome, Source
 from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
 from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
-from featprobe.stages.training.records import card_of, curve_json, row_of
+from featprobe.stages.training.row_and_card import card_of, curve_json, row_of
 from featprobe.stages.training.training import Training
 
 

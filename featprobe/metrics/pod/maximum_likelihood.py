@@ -1,0 +1,119 @@
+"""Maximum likelihood of hit/miss models, many sets of targets at once.
+
+In all functions the last axis of an array runs over targets; the axes before it, if any, over sets, and broadcast.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, log_expit, log_ndtr, logit, ndtr, ndtri
+
+from featprobe.metrics.pod.values import Link
+
+Floats = NDArray[np.float64]
+STEPS = 100  # of Newton's method; a set whose hits and misses overlap well takes less than ten
+CLOSE = 1e-10  # gain in the log likelihood that the next step promises, below which a fit has converged
+DAMPING = 1e-12  # of the information, so that it can always be solved
+
+
+@dataclass(frozen=True)
+class LinkFunction:
+    """A symmetric distribution F, P(hit) = F(z). log_cdf: ln F. slope, bend: first derivative of ln F, and minus its
+    second, which is positive: the likelihood has one maximum.
+    """
+
+    cdf: Callable[[Floats], Floats]
+    quantile: Callable[[float], float]
+    log_cdf: Callable[[Floats], Floats]
+    slope: Callable[[Floats], Floats]
+    bend: Callable[[Floats], Floats]
+
+
+def _normal_slope(z: Floats) -> Floats:
+    return np.asarray(np.exp(-z * z / 2 - log_ndtr(z)) / np.sqrt(2 * np.pi))
+
+
+def _normal_bend(z: Floats) -> Floats:
+    slope = _normal_slope(z)
+    return slope * (slope + z)
+
+
+LINKS: dict[Link, LinkFunction] = {
+    "logit": LinkFunction(expit, logit, log_expit, lambda z: expit(-z), lambda z: expit(z) * expit(-z)),
+    "probit": LinkFunction(ndtr, ndtri, log_ndtr, _normal_slope, _normal_bend),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Targets of one or many sets, and how they are found: P(hit) = F(offset + weights of columns).
+
+    signs: (..., n), 1 for a hit, -1 for a miss. columns: (..., k, n). offset: (..., n) or a number. counts: (..., n),
+    how many times each target counts.
+    """
+
+    link: LinkFunction
+    signs: Floats
+    columns: Floats
+    offset: ArrayLike = 0.0
+    counts: ArrayLike = 1.0
+
+    def margins(self, weights: Floats) -> Floats:
+        """Of each target, (..., n): the argument of F at which it has the outcome it has. weights: (..., k)."""
+        return np.asarray(self.signs * (self.offset + np.einsum("...k,...kn->...n", weights, self.columns)))
+
+    def log_likelihood(self, weights: Floats) -> Floats:
+        """(...,)."""
+        return np.asarray(self.counts * self.link.log_cdf(self.margins(weights))).sum(-1)
+
+    def scores(self, weights: Floats) -> Floats:
+        """Derivative of each target's log likelihood by the argument of F, (..., n)."""
+        return np.asarray(self.counts * self.signs * self.link.slope(self.margins(weights)))
+
+    def information(self, weights: Floats) -> Floats:
+        """Minus the second derivative of the log likelihood, (..., k, k)."""
+        bend = self.counts * self.link.bend(self.margins(weights))
+        return np.asarray((self.columns * bend[..., None, :]) @ np.swapaxes(self.columns, -1, -2))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """weights: (..., k). log_likelihood, converged: (...,)."""
+
+    weights: Floats
+    log_likelihood: Floats
+    converged: NDArray[np.bool_]
+
+
+def fit(model: Model, start: Floats) -> Fit:
+    """The weights of the highest likelihood, by Newton's method with halved steps. start: (..., k)."""
+    weights, best = start, model.log_likelihood(start)
+    for _ in range(STEPS):
+        gradient = np.einsum("...n,...kn->...k", model.scores(weights), model.columns)
+        step = solved(model.information(weights), gradient)
+        gain = np.einsum("...k,...k->...", gradient, step)
+        if np.all(gain < CLOSE):
+            break
+        weights, best = _climbed(model, weights, best, step)
+    return Fit(weights, best, gain < CLOSE)
+
+
+def _climbed(model: Model, weights: Floats, best: Floats, step: Floats) -> tuple[Floats, Floats]:
+    """A step, halved in each set until the likelihood does not fall."""
+    for _ in range(40):
+        reached = model.log_likelihood(weights + step)
+        falls = ~(reached >= best - CLOSE)
+        if not falls.any():
+            break
+        step = np.where(falls[..., None], step / 2, step)
+    return weights + step, reached
+
+
+def solved(information: Floats, right: Floats) -> Floats:
+    """The solution of small symmetric systems, (..., k, k) and (..., k). None is singular: see DAMPING."""
+    size = information.shape[-1]
+    trace = np.trace(information, axis1=-2, axis2=-1)[..., None, None]
+    damped = information + (DAMPING * trace + np.finfo(float).tiny) * np.eye(size)
+    return np.asarray(np.linalg.solve(damped, right[..., None])[..., 0])
