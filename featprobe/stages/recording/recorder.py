@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from featprobe.cache import Cache
 from featprobe.metrics.defects.overlaps import Overlaps, finds, touched
-from featprobe.metrics.defects.records import SIZES, About, Calls, Floats, FoundRule, Indices, Records, found_scores
+from featprobe.metrics.defects.records import (
+    GOOD,
+    SIZES,
+    About,
+    Calls,
+    Floats,
+    FoundRule,
+    Indices,
+    Records,
+    found_scores,
+)
 from featprobe.processes import from_main, gathered
 from featprobe.specs import Rows
 from featprobe.stages.recording.map_calls import calls_of_map
@@ -19,18 +29,30 @@ from featprobe.stages.recording.sizes import Outline, Spacing, outline_of, outli
 from featprobe.stages.recording.truth import Source, Truth, defects_of, table_of
 from featprobe.stages.recording.watch import Watch
 from featprobe.stages.stitch import Objects
-from featprobe.targets import Labels
+from featprobe.targets import Instance, Labels
 
 
 class SplitTruth:
     """The defects of the images of a split, which all processes know together.
 
     images: indices among those of the cache. table: of these images, in the same order. source: see `truth.defects_of`.
+    pixel_size: millimetres per pixel, down and across; None for what the header of each image says.
     """
 
-    def __init__(self, cache: Cache, images: Rows, split: str, source: Source = "own", *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        images: Rows,
+        split: str,
+        source: Source = "own",
+        *,
+        pixel_size: Spacing | None = None,
+        quiet: bool = False,
+    ) -> None:
         self.cache, self.images, self.source = cache, images, source
-        self.table: Truth = from_main(lambda: table_of(cache, images, source, split=split, quiet=quiet))
+        self.table: Truth = from_main(
+            lambda: table_of(cache, images, source, pixel_size=pixel_size, split=split, quiet=quiet)
+        )
         self._spacing = dict(zip(images.tolist(), self.table.images.spacing.tolist(), strict=True))
         self._last: tuple[int, Ground] | None = None  # many heads are recorded at many bases, image by image
 
@@ -38,7 +60,11 @@ class SplitTruth:
         """The truth of an image, to compare calls with."""
         if self._last is None or self._last[0] != image:
             found = defects_of(self.cache, image, self.source)
-            self._last = image, Ground.of(found.objects, found.ignored)
+            ignored = found.ignored
+            if found.good != GOOD and not (found.objects or ignored):  # it has a defect, and nobody said where
+                height, width = self.cache.images.placement(image).original
+                ignored = (Instance(0, (0.0, 0.0, float(width), float(height)), crowd=True),)
+            self._last = image, Ground.of(found.objects, ignored)
         return self._last[1]
 
     def spacing(self, image: int) -> Spacing:
