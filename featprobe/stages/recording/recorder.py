@@ -12,6 +12,7 @@ from featprobe.cache import Cache
 from featprobe.metrics.defects.overlaps import Overlaps, finds, touched
 from featprobe.metrics.defects.records import (
     GOOD,
+    IGNORED,
     SIZES,
     About,
     Calls,
@@ -29,14 +30,14 @@ from featprobe.stages.recording.sizes import Outline, Spacing, outline_of, outli
 from featprobe.stages.recording.truth import Source, Truth, defects_of, table_of
 from featprobe.stages.recording.watch import Watch
 from featprobe.stages.stitch import Objects
-from featprobe.targets import Instance, Labels
+from featprobe.targets import Labels
 
 
 class SplitTruth:
     """The defects of the images of a split, which all processes know together.
 
-    images: indices among those of the cache. table: of these images, in the same order. source: see `truth.defects_of`.
-    pixel_size: millimetres per pixel, down and across; None for what the header of each image says.
+    images: indices among those of the cache. table: of these images, in the same order. source, pixel_size: see
+    `truth.table_of`.
     """
 
     def __init__(
@@ -53,24 +54,30 @@ class SplitTruth:
         self.table: Truth = from_main(
             lambda: table_of(cache, images, source, pixel_size=pixel_size, split=split, quiet=quiet)
         )
-        self._spacing = dict(zip(images.tolist(), self.table.images.spacing.tolist(), strict=True))
+        self._place = {image: i for i, image in enumerate(images.tolist())}
         self._last: tuple[int, Ground] | None = None  # many heads are recorded at many bases, image by image
 
     def ground(self, image: int) -> Ground:
         """The truth of an image, to compare calls with."""
         if self._last is None or self._last[0] != image:
             found = defects_of(self.cache, image, self.source)
-            ignored = found.ignored
-            if found.good != GOOD and not (found.objects or ignored):  # it has a defect, and nobody said where
-                height, width = self.cache.images.placement(image).original
-                ignored = (Instance(0, (0.0, 0.0, float(width), float(height)), crowd=True),)
-            self._last = image, Ground.of(found.objects, ignored)
+            self._last = image, Ground.of(found.objects, found.ignored)
         return self._last[1]
 
     def spacing(self, image: int) -> Spacing:
         """Millimetres per pixel of an image, down and across; nan where unknown."""
-        down, across = self._spacing[image]
+        down, across = self.table.images.spacing[self._place[image]].tolist()
         return down, across
+
+    def judged(self, image: int, overlaps: Overlaps) -> NDArray[np.uint8]:
+        """What each call in an image touches, (calls,).
+
+        Where an image is not known to be good, and nothing says where its defect is, no call is a false one.
+        """
+        ground = self.ground(image)
+        unplaced = self.table.images.good[self._place[image]] != GOOD and not ground.defects and not ground.ignored
+        found = touched(overlaps)
+        return np.full_like(found, IGNORED) if unplaced else found
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,13 @@ class Recorder(Watch):
         unknown = isnan(spacing[0])
         millimetres = np.full_like(pixels, np.nan) if unknown else _sizes([one.sizes(spacing) for one in outlines])
         self._found[head][image] = _Found(
-            overlaps.call_class, boxes, pixels, millimetres, score, touched(overlaps), finds(overlaps, self.rule)
+            overlaps.call_class,
+            boxes,
+            pixels,
+            millimetres,
+            score,
+            self.truth.judged(image, overlaps),
+            finds(overlaps, self.rule),
         )
 
     def records(self, abouts: Sequence[About]) -> list[Records]:
