@@ -17,7 +17,6 @@ from featprobe.stages.inspection.inspect import Inspection, inspect_head
 from featprobe.stages.inspection.lines import class_lines, froc_lines, head_line, size_lines
 from featprobe.stages.workspace import Workspace
 
-
 Floats = NDArray[np.float64]
 
 
