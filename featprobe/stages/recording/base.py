@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -74,8 +75,10 @@ def record_validation(
 
 
 def _truth(prepared: Prepared, split: str) -> SplitTruth:
-    options, images = prepared.training.options, images_of(prepared.cache, prepared.rows[split])
-    return SplitTruth(prepared.cache, images, split, options.instances, quiet=options.quiet)
+    cache, options = prepared.cache, prepared.training.options
+    size = prepared.training.workspace.pixel_size(cache.data.name, Path(cache.data.root))
+    images = images_of(cache, prepared.rows[split])
+    return SplitTruth(cache, images, split, options.instances, pixel_size=size, quiet=options.quiet)
 
 
 def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal["validation", "default", ""]) -> About:
