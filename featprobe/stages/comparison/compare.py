@@ -35,7 +35,7 @@ from featprobe.stages.comparison.differences import (
     differences_of,
     modality_gaps,
 )
-from featprobe.stages.comparison.found import Findings, findings_of, names_without_records
+from featprobe.stages.comparison.found import Findings, findings_of, names_without_records, probability_of
 from featprobe.stages.comparison.next_steps import next_steps
 from featprobe.stages.comparison.recipes import told_apart
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
@@ -450,6 +450,7 @@ def _answer(item: ComparedSet) -> Answer:
 
 def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Findings) -> PageSet:
     lead = leading(item.findings) if item.findings else None
+    own = found.inspections[found.lines.index(lead)] if lead else None
     return PageSet(
         item.title,
         item.lines,
@@ -457,6 +458,7 @@ def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Find
         item.sheets,
         item.commands,
         item.findings,
+        pod=probability_of(own) if own else None,
         steps=next_steps(workspace, table, lead, found.missing),
     )
 
