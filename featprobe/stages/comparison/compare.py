@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +122,6 @@ def compare(
     corrected(family)
     notes += _of_the_family(family)
     notes += [note for table in tables for note in _notes(workspace, table)]
-    if not has_parquet():
-        notes.append("results.parquet is not written: that needs pyarrow (pip install 'featprobe[parquet]')")
     notes += names_without_records(found)
     answers = [_answer(item) for item in sets]
     answers += [Answer("Modality gap", said=gap_sentences(gaps))] if gaps else []
@@ -473,11 +470,6 @@ def _stamp(results: Sequence[Result]) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def has_parquet() -> bool:
-    """Whether results.parquet can be written: pandas needs pyarrow for it."""
-    return find_spec("pyarrow") is not None
-
-
 def _write(out: Path, page: str, sets: Sequence[ComparedSet], gaps: Sequence[Line]) -> list[Path]:
     """Write the tables, and last the page, which says that they are there; returns their paths. Raises DiskError."""
     results = result_frame([line for item in sets for line in item.lines])
@@ -486,8 +478,7 @@ def _write(out: Path, page: str, sets: Sequence[ComparedSet], gaps: Sequence[Lin
         out / "index.html": page,
         out / "results.csv": csv_text(results),
         out / "differences.csv": csv_text(differences),
+        out / "results.parquet": results.to_parquet(index=False),
     }
-    if has_parquet():
-        files[out / "results.parquet"] = results.to_parquet(index=False)
     write_together(files, out / "index.html")
     return list(files)

@@ -66,6 +66,6 @@ def check_size(folder: Path, records: Records, size: Size, unit: Unit) -> None:
         f"  found   none for {len(images)} of {counted(len(every), 'test image')} with defects, first "
         f"{records.images.ids[images[0]]}\n"
         "Ask for pixels:  --unit px\n"
-        "or write pixel_size, in mm, into the section of the data set in featprobe.toml, and run:  "
-        f"featprobe inspect --rescore {folder}"
+        "or write pixel_size, in mm, into the section of the data set in featprobe.toml. Sides of pixels that are not "
+        f"square need new records too:  featprobe inspect --rescore {folder}"
     )

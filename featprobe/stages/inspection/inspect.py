@@ -34,6 +34,7 @@ from featprobe.stages.inspection.scored_heads import (
 )
 from featprobe.stages.recording.operating_file import read_point, write_point
 from featprobe.stages.recording.record_file import read_records
+from featprobe.stages.recording.sizes import in_millimetres
 from featprobe.stages.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def inspect(
         check_here(workspace, named)
         rows = [head.row for head in named] + [row for seeds in results for own in seeds for row in own]
         notes = _rescored(workspace, rows, rule, device, quiet)
-    each, left = [_kept([head], asked, 1, notes) for head in named], list[Left]()
+    each, left = [_kept(workspace, [head], asked, 1, notes) for head in named], list[Left]()
     for seeds in results:
         try:
             each.append(_best(workspace, seeds, asked))
@@ -187,7 +188,7 @@ def inspect_head(
     carry what is asked.
     """
     heads = [head_of(workspace, own) for own in folds_of(workspace, row)]
-    return inspected(heads, Asked(wanted, size, unit, least_area, rule, pod))
+    return inspected(workspace, heads, Asked(wanted, size, unit, least_area, rule, pod))
 
 
 def _rescored(
@@ -203,14 +204,16 @@ def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Ask
     ranked = sorted(seeds, key=lambda rows: (-validation_of(rows), rows[0].seed))
     whole = [[head_of(workspace, row) for row in folds_of(workspace, rows[0])] for rows in ranked]
     for heads in whole[1:] if asked.wanted else ():
-        _keep(heads, [_point(head, _records(head, asked), asked)[0] for head in heads])
-    return _kept(whole[0], asked, len(seeds))
+        _keep(heads, [_point(head, _records(workspace, head, asked), asked)[0] for head in heads])
+    return _kept(workspace, whole[0], asked, len(seeds))
 
 
-def _kept(heads: Sequence[ScoredHead], asked: Asked, seeds: int, notes: Sequence[str] = ()) -> Inspection:
+def _kept(
+    workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1, notes: Sequence[str] = ()
+) -> Inspection:
     """What heads find; an operating point that is asked for is kept. notes: on records that could not be made."""
     try:
-        found = inspected(heads, asked, seeds)
+        found = inspected(workspace, heads, asked, seeds)
     except ProbeError as error:
         if notes:
             raise ProbeError("\n".join([str(error), *notes])) from error
@@ -226,9 +229,11 @@ def _keep(heads: Sequence[ScoredHead], points: Sequence[OperatingPoint]) -> None
         write_point(head.folder, head.head_sha256, point)
 
 
-def _records(head: ScoredHead, asked: Asked) -> Records:
+def _records(workspace: Workspace, head: ScoredHead, asked: Asked) -> Records:
     """The records beside a head, if they can carry what is asked."""
     records = read_records(head.folder, head.head_sha256)
+    if stated := workspace.pixel_size(head.row.data, head.root):
+        records = in_millimetres(records, stated)
     check_rule(head.folder, records, asked.rule)
     check_parts(head.folder, records, asked.wanted)
     return records
@@ -257,9 +262,9 @@ def _point(head: ScoredHead, records: Records, asked: Asked) -> tuple[OperatingP
     return kept, True
 
 
-def inspected(heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
+def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
     """What one head finds, or those of all folds of a cross-validation. Nothing is written."""
-    every = [_records(head, asked) for head in heads]
+    every = [_records(workspace, head, asked) for head in heads]
     chosen = [_point(head, own, asked) for head, own in zip(heads, every, strict=True)]
     points = tuple(point for point, _ in chosen)
     parts = [own.with_least_area(point.least_area) for own, point in zip(every, points, strict=True)]

@@ -141,7 +141,7 @@ def _class_of(own: Inspection, category: int) -> str:
 
 
 def _shape(box: Any, pixels: Any, millimetres: Any) -> Line:
-    sizes = {name: float(value) for name, value in zip(SIZES, pixels, strict=True)}
+    sizes: Line = {name: float(value) for name, value in zip(map(str, SIZES), pixels, strict=True)}
     sizes |= {f"{name}_mm": float(value) for name, value in zip(SIZES, millimetres, strict=True)}
     return {**dict(zip(("x1", "y1", "x2", "y2"), map(float, box), strict=True)), **sizes}
 

@@ -17,11 +17,14 @@ LARGEST_CARD = 1 << 26  # bytes
 
 @dataclass(frozen=True)
 class ScoredHead:
-    """A saved head. row: what it scored; head_sha256: of its weights, by which what lies beside it is known."""
+    """A saved head. row: what it scored; head_sha256: of its weights, by which what lies beside it is known. root: of the
+    data set that it was trained on.
+    """
 
     folder: Path
     row: ResultRow
     head_sha256: str
+    root: Path
 
 
 def head_in(folder: Path) -> ScoredHead:
@@ -30,7 +33,11 @@ def head_in(folder: Path) -> ScoredHead:
         card = read_json(folder / "card.json", LARGEST_CARD)
         known = (card["format"], card["version"] <= HEAD_VERSION) == (HEAD_FORMAT, True)
         sealed = card.pop("card_sha256") == digest(card)
-        head_sha256, result = card["head_sha256"], card.get("result")
+        head_sha256, result, root = (
+            card["head_sha256"],
+            card.get("result"),
+            Path((card.get("data") or {}).get("root", "")),
+        )
     except FileNotFoundError as error:
         raise ProbeError(_no_head(folder)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:
@@ -46,7 +53,7 @@ def head_in(folder: Path) -> ScoredHead:
     row = ResultRow.from_json(result, load=False)
     if not row.is_known:
         raise ProbeError(f"{folder} holds a head of the task {row.task}, which is not known here.")
-    return ScoredHead(folder, row, head_sha256)
+    return ScoredHead(folder, row, head_sha256, root)
 
 
 def _no_head(folder: Path) -> str:
