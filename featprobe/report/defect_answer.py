@@ -78,10 +78,12 @@ def percent(share: float) -> str:
 
 
 def false_calls_text(finding: Line) -> str:
-    """How often a head calls where nothing is, by 100 good parts, or by 100 images where no part is good."""
+    """How often a head calls where nothing is, by 100 good parts; of good images where no part is good."""
     unit = "part" if finding["parts_known"] else "image"
     good, stray = finding["good_parts"], finding["false_calls_on_good_parts"]
     if not good:
+        if finding["good_images"]:
+            return f"false calls on {finding['stopped_images']} of {counted(finding['good_images'], 'good image')}"
         calls, images = finding["false_calls"], finding["images"]
         return f"{counted(calls, 'false call')} on {counted(images, 'test image')}, of which none is good"
     if not stray:
@@ -140,10 +142,10 @@ def _misses(lead: Line) -> list[str]:
     large = found_from(lead)
     if large:
         small = missed - (large[2] - large[1])
-        said.append(f"{small} of them below {size_text(lead, large[0])}")
+        said.append(f"{'all' if small == missed else f'{small} of them'} below {size_text(lead, large[0])}")
     elif lead["by_size"] and (last := lead["by_size"][-1])["found"] < last["defects"]:
         lost = last["defects"] - last["found"]
-        said.append(f"also {lost} of the {last['defects']} largest, from {size_text(lead, last['least'])} on")
+        said.append(f"among them {lost} of the {last['defects']} largest (from {size_text(lead, last['least'])} on)")
     classes = [own for own in lead["by_class"] if own["missed"]]
     if len(lead["by_class"]) > 1 and classes:
         worst = max(classes, key=lambda own: own["missed"] / own["defects"])
@@ -158,8 +160,8 @@ def _regimes(differences: Sequence[Line], lead: Line, findings: Sequence[Line], 
         rival = _other(own, lead, findings)
         if rival["regime"].startswith("full"):
             more = _verdict(own, lead)
-            start = f"Fine-tuning finds {more}" if more else "Frozen and fine-tuned are not distinguishable"
-            said.append(f"{start}: {rival['regime']}, {rival['backbone']} finds {_beside(own, lead, rival)}.")
+            start = f"The fine-tuned head finds {more}" if more else "Frozen and fine-tuned are not distinguishable"
+            said.append(f"{start}: {rival['backbone']}, {rival['regime']}, finds {_beside(own, lead, rival)}.")
     if said or not lead["regime"].startswith("frozen") or not kind_of(lead["task"], lead["head"]).live:
         return said
     if tuned:
@@ -173,7 +175,7 @@ def _backbones(differences: Sequence[Line], lead: Line, findings: Sequence[Line]
     for own in differences:
         rival = _other(own, lead, findings)
         more = _verdict(own, lead)
-        start = f"{rival['backbone']} finds {more}" if more else f"{rival['backbone']} is not distinguishable from it"
+        start = f"The head on {rival['backbone']} {f'finds {more}' if more else 'is not distinguishable from it'}"
         said.append(f"{start}: {_beside(own, lead, rival)}.")
     return said
 

@@ -147,9 +147,8 @@ def _finding_plots(item: PageSet, number: int) -> list[tuple[str, str]]:
     shown = [lead, *(own for own in shown if own["per"] == per and own is not lead)]
     curves = [froc_curve(own, shown) for own in shown]
     whose = "" if len(curves) <= BANDS else f" of {curves[0].label}"
-    found = [
-        (f"Defects found against false calls, with the 95 % band{whose}", froc_plot(curves, per, f"froc {number}"))
-    ]
+    title = f"Defects found against false calls, with the 95 % band{whose}"
+    found = [(title, froc_plot(curves, per, f"froc {number}"))]
     sized = [own for own in shown if own["by_size"]]
     if sized:
         unit = sized[0]["by_size"][0]["unit"]

@@ -436,13 +436,10 @@ def _answer(item: ComparedSet) -> Answer:
     """What is said first of a set."""
     tuned = any(line["regime"].startswith("full") for line in item.lines)
     lead = leading(item.findings) if item.findings else None
+    found = defect_sentences(item.findings, item.found_differences, tuned)
+    said = [text for text in answer_of(item.lines, item.differences) if text not in found]
     facts = [data_sentence(item.lines, lead), cost_sentence(item.lines)]
-    return Answer(
-        item.title,
-        defect_sentences(item.findings, item.found_differences, tuned),
-        answer_of(item.lines, item.differences),
-        [fact for fact in facts if fact],
-    )
+    return Answer(item.title, found, said, [fact for fact in facts if fact])
 
 
 def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Findings) -> PageSet:
