@@ -182,7 +182,9 @@ class Segmentation:
         images = images_of(self.cache, rows)
         return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
 
-    def _counted(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None) -> NDArray[np.int64]:
+    def _counted(
+        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None
+    ) -> NDArray[np.int64]:
         """Confusion matrices, (heads, images, classes, classes), image by image: what suits a CPU."""
         classes, images = len(self.classes), images_of(self.cache, rows)
         matrices = np.zeros((len(heads), len(images), classes, classes), dtype=np.int64)
@@ -193,7 +195,7 @@ class Segmentation:
         return matrices
 
     def _counted_there(
-        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None
+        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None
     ) -> NDArray[np.int64]:
         """The same in few operations on the device, which is waited for once, at the end.
 
