@@ -1,6 +1,7 @@
 """defects.parquet holds records as they are; what is damaged, foreign or claims too much ends in words."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from featprobe.errors import ProbeError
 from featprobe.io import parquet
@@ -27,7 +29,7 @@ from featprobe.metrics.defects.records import (
     Records,
     found_scores,
 )
-from featprobe.probes.saved import MADE_AGAIN
+from featprobe.probes.saved import MADE_AGAIN, save_head
 from featprobe.stages.recording import record_file
 from featprobe.stages.recording.operating_file import OPERATING
 from featprobe.stages.recording.record_file import COLUMNS, RECORDS, read_records, record_bytes, write_records
@@ -131,8 +133,21 @@ def test_the_format_page_names_each_column() -> None:
         assert f"`{field.name}`" in section
 
 
-def test_a_new_head_takes_these_files_away_from_an_old_one() -> None:
+def test_a_new_head_takes_the_records_and_the_operating_point_of_the_old_one_away(tmp_path: Path) -> None:
     assert MADE_AGAIN == (RECORDS, OPERATING)
+    card, said = {"format": "featprobe-head", "version": 1}, list[str]()
+
+    def beside(head_sha256: str) -> dict[str, bytes]:
+        said.append(head_sha256)
+        return {RECORDS: b"records"}
+
+    save_head(tmp_path, nn.Linear(1, 1), card, {}, beside=beside)
+    kept = json.loads((tmp_path / "card.json").read_text())
+    assert said == [kept["head_sha256"]] and list(kept["files"]) == ["head.safetensors"]
+    assert (tmp_path / RECORDS).read_bytes() == b"records"
+    (tmp_path / OPERATING).write_bytes(b"{}")
+    save_head(tmp_path, nn.Linear(1, 1), card, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "head.safetensors"]
 
 
 SOUND = record_bytes(records(3))
