@@ -92,9 +92,7 @@ def test_misses_are_the_largest_and_the_clearest_and_false_calls_the_highest(ins
     assert f"in {records.images.ids[records.calls.image[highest]]}: " in false[0]
 
 
-def test_every_miss_is_shown_once_where_there_is_room(
-    inspected: Inspection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_miss_is_shown_once_where_there_is_room(inspected: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "draw_closeup", lambda image, box: Drawn(b"a picture"))  # drawing takes time
     missed, false = shown(inspected, 1000)
     assert (len(missed), len(false)) == (inspected.test.missed, inspected.test.false_calls)
