@@ -60,14 +60,14 @@ def _contrast(
     inside &= ~empty[rows, columns]
     if ring.sum() < FEWEST or not inside.any():
         return nan
-    grey = _grey(levels[rows, columns])
-    noise = float(grey[ring].std())
-    return abs(float(grey[inside].mean()) - float(grey[ring].mean())) / noise if noise else nan
+    around = _grey(levels[rows, columns][ring])
+    noise = float(around.std())
+    return abs(float(_grey(levels[rows, columns][inside]).mean() - around.mean())) / noise if noise else nan
 
 
-def _grey(levels: Levels) -> NDArray[np.float64]:
-    """(height, width) of one or three channels."""
-    return levels.astype(np.float64) if levels.ndim == 2 else levels.astype(np.float64) @ np.array(LUMA)
+def _grey(pixels: Levels) -> NDArray[np.float64]:
+    """The grey of pixels of one or three channels, (pixels,)."""
+    return pixels.astype(np.float64) if pixels.ndim == 1 else pixels.astype(np.float64) @ np.array(LUMA)
 
 
 def _any_channel(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
