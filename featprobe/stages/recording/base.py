@@ -29,6 +29,7 @@ PROBABILITIES, USUAL_PROBABILITY = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7), 0.5
 QUANTILES, USUAL_QUANTILE = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999), 0.99
 """The same for maps of anomalies, whose values have no limits: as quantiles of the pixels of validation."""
 SAMPLED = 1 << 22  # pixels that quantiles are taken of, at most
+ROUNDING = 1e-9  # of areas
 USUAL_RULE = FoundRule()
 Bases = tuple[float, ...]
 
@@ -146,10 +147,7 @@ class Trials(_OnMaps):
         self.found[head, image] = each
 
     def best(self) -> Bases:
-        """The base of each head with the largest area under its curve, of equal ones the highest.
-
-        All processes ask for them together.
-        """
+        """The base of each head by the areas under its curves; all processes ask for them together."""
         every = {key: own for part in gathered([self.found]) for key, own in part.items()}
         best = []
         for head, bases in enumerate(self.tried):
@@ -158,8 +156,21 @@ class Trials(_OnMaps):
             for k in range(len(bases)):
                 defects, false_calls = (np.concatenate([image[k][side] for image in own]) for side in (0, 1))
                 areas.append(area_under_froc(defects, false_calls, len(own)))
-            best.append(max(zip(areas, bases, strict=True))[1])
+            best.append(middle_of_best(areas, bases))
         return tuple(best)
+
+
+def middle_of_best(areas: Sequence[float], bases: Bases) -> float:
+    """The base with the largest area; of equal ones the middle, and of two in the middle the lower.
+
+    A higher one loses defects that are fainter than those of validation; a lower one joins what lies apart. bases:
+    rising.
+
+    >>> middle_of_best([0.5, 0.75, 0.75, 0.75, 0.7], (0.1, 0.2, 0.3, 0.5, 0.7))
+    0.3
+    """
+    equal = [base for area, base in zip(areas, bases, strict=True) if area >= max(areas) - ROUNDING]
+    return equal[(len(equal) - 1) // 2]
 
 
 def area_under_froc(defects: Floats, false_calls: Floats, images: int) -> float:
