@@ -22,6 +22,7 @@ from featprobe.stages.tasks.classification import Classification
 from featprobe.stages.tasks.segmentation import Segmentation
 from featprobe.stages.tasks.task import Source
 from featprobe.stages.training.prepared import Prepared
+from featprobe.stages.workspace import pixel_size_of
 from featprobe.targets import Labels
 
 PROBABILITIES, USUAL_PROBABILITY = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7), 0.5
@@ -78,7 +79,7 @@ def record_validation(
 
 def _truth(prepared: Prepared, split: str) -> SplitTruth:
     cache, options = prepared.cache, prepared.training.options
-    size = prepared.training.workspace.pixel_size(cache.data.name, Path(cache.data.root))
+    size = pixel_size_of(prepared.training.workspace, cache.data.name, Path(cache.data.root))
     images = images_of(cache, prepared.rows[split])
     return SplitTruth(cache, images, split, options.instances, pixel_size=size, quiet=options.quiet)
 
