@@ -41,11 +41,13 @@ from featprobe.probes import (
 )
 from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import _Loop, train
+from featprobe.result_rows import ResultRow
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
 from featprobe.stages.recording.record_file import RECORDS, read_records
+from featprobe.stages.recording.rescore import rescore
 from featprobe.stages.training import fit
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.prepared import Prepared, prepare
@@ -153,6 +155,7 @@ def test_two_processes_share_out_what_an_anomaly_head_is_scored_on(space: Worksp
     with np.load(own / "scores.npz") as wanted, np.load(other / "scores.npz") as found:
         assert len(wanted["ids"]) > 8 and set(wanted) == set(found)
         assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
+    assert (own / RECORDS).read_bytes() == (other / RECORDS).read_bytes()
 
 
 IMAGE_LABELS = """
@@ -236,6 +239,9 @@ def test_predictions_of_two_processes_are_complete_and_counterparts_are_found(sp
     assert list(dict.fromkeys(p["image_id"] for p in found)) == tested, "each image, and each in one place"
     (alone,) = probe(one, "semseg", options=ProbeOptions(head="ridge", quiet=True)).rows
     assert alone["test"] == rows[1]["test"] and alone["ridge"] == rows[1]["ridge"]
+    kept = [(two.probes / row["folder"] / RECORDS).read_bytes() for row in rows[:2]]
+    assert rescore(two, [ResultRow.from_json(row) for row in rows[:2]], device="cpu", quiet=True) == []
+    assert [(two.probes / row["folder"] / RECORDS).read_bytes() for row in rows[:2]] == kept, "by one process alone"
 
 
 STOPPED = """
