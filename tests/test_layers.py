@@ -51,6 +51,7 @@ DOORS = {
     "imagecodecs": ("datasets",),
     "pydicom": ("datasets",),
     "pydantic": ("io",),
+    "pyarrow": ("io",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }
 FROM_ROOT = {"__version__"}  # all that a module may take from the package itself

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featprobe.cli.help import ALL_TASKS, Grouped, under
-from featprobe.cli.options import as_json, echo, names, output, show_json, terminal_width, workspace_of
+from featprobe.cli.options import (
+    as_json,
+    device,
+    echo,
+    names,
+    output,
+    quiet,
+    show_json,
+    terminal_width,
+    workspace_of,
+)
 from featprobe.errors import UsageError, as_usage
 
 if TYPE_CHECKING:
@@ -57,6 +67,8 @@ heads, point, rule, sizes = map(under, ("Heads", "Operating point", "What counts
 @output(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Also write all tables as CSV files into a folder."
 )
+@device
+@quiet
 @as_json
 @click.pass_context
 def inspect(ctx: click.Context, folders: tuple[Path, ...], json_: bool, out: Path | None, **options: Any) -> None:
@@ -89,7 +101,7 @@ def inspect(ctx: click.Context, folders: tuple[Path, ...], json_: bool, out: Pat
     found = run(
         workspace_of(ctx), [head if head.suffix != ".json" else head.parent for head in folders], wanted=asked,
         size=options["size"], unit=options["unit"], least_area=least, rule=found_by, pod=options["pod"],
-        rescore=options["rescore"], only=only,
+        rescore=options["rescore"], only=only, device=options["device"], quiet=options["quiet"],
     )  # fmt: skip
     files = write_tables(found, out) if out else []
     _show(found, json_, details=bool(folders) or len(found.each) == 1)

@@ -26,7 +26,13 @@ KEY = b"featprobe"
 """Where in the metadata of a file the JSON lies that says what the table is."""
 LARGEST_TEXT = 1 << 24  # bytes of a text in a file's own description
 MOST_COLUMNS = 1 << 20  # entries of a list in a file's own description
-BYTES_OF: Mapping[Kind, int] = {"text": 8, "int": 8, "float": 8, "bool": 4, "ints": 16}  # a value takes while it is read
+BYTES_OF: Mapping[Kind, int] = {
+    "text": 8,
+    "int": 8,
+    "float": 8,
+    "bool": 4,
+    "ints": 16,
+}  # a value takes while it is read
 
 
 def table_bytes(columns: Mapping[str, tuple[Kind, Column]], about: Mapping[str, Any]) -> bytes:
@@ -47,8 +53,8 @@ def table_bytes(columns: Mapping[str, tuple[Kind, Column]], about: Mapping[str, 
 def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, dict[str, Column]]:
     """(what a Parquet file says of itself, its columns of these names), as `table_bytes` has them.
 
-    most: bytes that the file may have, and that its columns may take in memory. Checksums of pages are verified. Columns
-    of other names are not read. Raises FileKindError, OSError, and ValueError, saying what is wrong with the file.
+    most: bytes that the file may have, and that its columns may take in memory. Checksums of pages are verified.
+    Columns of other names are not read. Raises FileKindError, OSError, and ValueError, saying what is wrong with the file.
     """
     data = read_regular(path, most)
     import pyarrow as pa
@@ -80,7 +86,9 @@ def _to_arrow(kind: Kind, column: Column) -> Any:
     match kind:
         case "text":
             codes, words = column
-            return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32(), mask=codes < 0), pa.array(words, pa.string()))
+            return pa.DictionaryArray.from_arrays(
+                pa.array(codes, pa.int32(), mask=codes < 0), pa.array(words, pa.string())
+            )
         case "int":
             return pa.array(column, pa.int32(), mask=column < 0)
         case "float":

@@ -138,7 +138,7 @@ def overview(lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "data": line["data"], "task": line["task"], "backbone": line["backbone"], "regime": line["regime"],
-            "head": line["head"], "seed": f"{line['seed']} of {line['seeds']}" if line["seeds"] > 1 else str(line["seed"]),
+            "head": line["head"], "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
             "found": f"{line['found']}/{line['defects']}", "%": _percent(line["recall"]),
             "95 %": _interval(line["recall_low"], line["recall_high"]),
             "false calls/image": _rate(line["false_calls_per_image"]),

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from featprobe.datasets.images.pages import once_a_file, opened_file
 from featprobe.datasets.images.pixels import Levels, Opened, check_page, to_levels, unusable, without_empty
 from featprobe.errors import DataError
+from featprobe.geometry import LEAST_SPACING, MOST_SPACING, Spacing
 from featprobe.io.pictures import check_claim
 
 DICOM_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-LEAST_LENGTH, MOST_LENGTH = 1e-6, 1e4  # mm per pixel, and of a magnification
 DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax that compresses a whole file, without a size limit
 
 
@@ -99,7 +99,7 @@ def _padding(header: Any, path: Path) -> tuple[int, int] | None:
     return min(found), max(found)
 
 
-def _spacing(header: Any, frame: int) -> tuple[float, float] | None:
+def _spacing(header: Any, frame: int) -> Spacing | None:
     """Millimetres per pixel of a frame, down and across; None where nothing usable is stated.
 
     PixelSpacing is that of the object: of the frame's functional group, the shared one, or the data set. Without it,
@@ -118,7 +118,7 @@ def _spacing(header: Any, frame: int) -> tuple[float, float] | None:
     return _two_lengths(header, "NominalScannedPixelSpacing")
 
 
-def _two_lengths(source: Any, name: str) -> tuple[float, float] | None:
+def _two_lengths(source: Any, name: str) -> Spacing | None:
     found = _lengths(source, name)
     return (found[0], found[1]) if len(found) == 2 else None
 
@@ -130,7 +130,7 @@ def _lengths(source: Any, name: str) -> list[float]:
         found = [] if value is None else [float(one) for one in (value if isinstance(value, Sequence) else [value])]
     except (ValueError, TypeError, OverflowError):
         return []
-    return found if all(LEAST_LENGTH <= one <= MOST_LENGTH for one in found) else []
+    return found if all(LEAST_SPACING <= one <= MOST_SPACING for one in found) else []
 
 
 def _rescale(header: Any, frame: int) -> Any:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from featprobe.datasets.images.pages import MAX_PAGES, page_path, too_many
 from featprobe.errors import DataError
-from featprobe.geometry import Size
+from featprobe.geometry import Size, Spacing
 
 Levels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 """(height, width) or (height, width, 3). Where the header calls pixels empty, a masked array (`numpy.ma`) that masks
@@ -44,7 +44,7 @@ class Opened:
     empty: str = ""
     unnamed: bool = False
     into: bool = False
-    spacing: tuple[float, float] | None = None
+    spacing: Spacing | None = None
 
     def read(self, out: NDArray[Any] | None = None) -> Levels:
         """The pixels, in the orientation for viewing.

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import chi2
 
-from featprobe.metrics.pod.maximum_likelihood import Fit, Floats, Model, fit, solved
+from featprobe.metrics.pod.maximum_likelihood import STEPS, Fit, Floats, Model, fit, solved
 
 DETECTED = 0.9  # the share that a90 is about
 ALONE = float(chi2.ppf(0.90, 1))  # of twice a log likelihood ratio: one-sided 95 % of one parameter
 TOGETHER = float(chi2.ppf(0.95, 2))  # 95 % of both parameters at once (Cheng and Iles, 1983)
 HALVINGS = 48  # of an angle
+NEAR = 1e-9  # of what is allowed of a likelihood ratio, within which an end is found
 Inflation = Callable[[Floats], Floats]
 """Of directions (..., 2), how many times larger the variance of b0 d0 + b1 d1 is than it is of independent targets."""
 
@@ -33,7 +34,7 @@ def upper_a90(model: Model, fitted: Fit, reach: float = ALONE, inflation: Inflat
 
     def within(angle: Floats) -> np.ndarray:
         nonlocal rise
-        best, rise = _best_through(model, q, angle, rise)
+        best, rise = best_through(model, q, angle, rise)
         direction = np.stack([np.cos(angle), np.sin(angle)], -1)
         allowed = reach if inflation is None else reach * inflation(direction)
         return np.asarray(2 * (fitted.log_likelihood - best) <= allowed)
@@ -46,11 +47,44 @@ def upper_a90(model: Model, fitted: Fit, reach: float = ALONE, inflation: Inflat
     return np.where(infinite, np.inf, np.tan(inside))
 
 
-def _best_through(model: Model, q: float, angle: Floats, start: Floats) -> tuple[Floats, Floats]:
+def best_through(model: Model, q: float, angle: Floats, start: Floats) -> tuple[Floats, Floats]:
     """The highest log likelihood of the growing curves with one a90, and how far that curve is from b0 = q, b1 = 0."""
     turned = np.stack([-np.sin(angle), np.cos(angle)], -1)
     along = np.einsum("...k,...kn->...n", turned, model.columns)[..., None, :]
     line = Model(model.link, model.signs, along, q, model.counts)
     found = fit(line, start[..., None])
     rise = found.weights[..., 0]
-    return np.where(rise > 0, found.log_likelihood, line.log_likelihood(np.zeros((*rise.shape, 1)))), np.maximum(rise, 0)
+    return np.where(rise > 0, found.log_likelihood, line.log_likelihood(np.zeros((*rise.shape, 1)))), np.maximum(
+        rise, 0
+    )
+
+
+def band(
+    model: Model, fitted: Fit, at: Floats, reach: float = ALONE, inflation: Inflation | None = None
+) -> tuple[Floats, Floats]:
+    """Lower and upper ends of b0 + b1 x, (m,) each, within reach at each x. Of one set. at: (m,).
+
+    Twice the log likelihood ratio is convex in each value of the curve, so that Newton's method finds both ends.
+    """
+    direction = np.stack([np.ones_like(at), at], -1)
+    inflated = np.ones_like(at) if inflation is None else inflation(direction)
+    middle = direction @ fitted.weights
+    variance = np.einsum("mk,mk->m", direction, solved(model.information(fitted.weights)[None], direction))
+    far = np.sqrt(reach * inflated * variance)
+    low, high = (_end(model, fitted, at, middle + side * far, reach * inflated) for side in (-1, 1))
+    return low, high
+
+
+def _end(model: Model, fitted: Fit, at: Floats, value: Floats, allowed: Floats) -> Floats:
+    """The value of the curve at each x at which twice the log likelihood ratio is what is allowed; near a guess."""
+    columns = (model.columns[1] - at[:, None])[:, None, :]
+    slope = np.broadcast_to(fitted.weights[1:], (len(at), 1))
+    for _ in range(STEPS):
+        through = Model(model.link, model.signs, columns, value[:, None])
+        best = fit(through, slope)
+        slope = best.weights
+        beyond = 2 * (fitted.log_likelihood - best.log_likelihood) - allowed
+        value = value + beyond / (2 * through.scores(slope).sum(-1))
+        if np.all(np.abs(beyond) < NEAR * allowed):
+            break
+    return value

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import expit, log_expit, log_ndtr, logit, ndtr, ndtri
 
 from featprobe.metrics.pod.values import Link
 
 Floats = NDArray[np.float64]
 STEPS = 100  # of Newton's method; a set whose hits and misses overlap well takes less than ten
-CLOSE = 1e-10  # gain in the log likelihood that the next step promises, below which a fit has converged
+CLOSE = 1e-14  # gain in the log likelihood that the next step promises, below which a fit has converged
+ROUNDING = 1e-9  # of a log likelihood
+HALVINGS = 30  # of a step, after which no step helps
+FAR = 5.0  # times 1 + the weights' length: no step is longer
 DAMPING = 1e-12  # of the information, so that it can always be solved
 
 
@@ -57,12 +60,16 @@ class Model:
     link: LinkFunction
     signs: Floats
     columns: Floats
-    offset: ArrayLike = 0.0
-    counts: ArrayLike = 1.0
+    offset: Floats | float = 0.0
+    counts: Floats | float = 1.0
+
+    def arguments(self, weights: Floats) -> Floats:
+        """The argument of F of each target, (..., n). weights: (..., k)."""
+        return np.asarray(self.offset + np.einsum("...k,...kn->...n", weights, self.columns))
 
     def margins(self, weights: Floats) -> Floats:
-        """Of each target, (..., n): the argument of F at which it has the outcome it has. weights: (..., k)."""
-        return np.asarray(self.signs * (self.offset + np.einsum("...k,...kn->...n", weights, self.columns)))
+        """The same, as the argument at which a target has the outcome that it has: F(margin) is its likelihood."""
+        return np.asarray(self.signs * self.arguments(weights))
 
     def log_likelihood(self, weights: Floats) -> Floats:
         """(...,)."""
@@ -71,6 +78,11 @@ class Model:
     def scores(self, weights: Floats) -> Floats:
         """Derivative of each target's log likelihood by the argument of F, (..., n)."""
         return np.asarray(self.counts * self.signs * self.link.slope(self.margins(weights)))
+
+    def expected(self, weights: Floats) -> Floats:
+        """Expected information of each target on the argument of F, (..., n)."""
+        z = self.arguments(weights)
+        return np.asarray(self.counts * self.link.slope(z) * self.link.slope(-z))
 
     def information(self, weights: Floats) -> Floats:
         """Minus the second derivative of the log likelihood, (..., k, k)."""
@@ -87,28 +99,34 @@ class Fit:
     converged: NDArray[np.bool_]
 
 
-def fit(model: Model, start: Floats) -> Fit:
-    """The weights of the highest likelihood, by Newton's method with halved steps. start: (..., k)."""
+def fit(model: Model, start: Floats, steps: int = STEPS) -> Fit:
+    """The weights of the highest likelihood, by Newton's method with halved steps, so many at most. start: (..., k)."""
     weights, best = start, model.log_likelihood(start)
-    for _ in range(STEPS):
+    stuck = np.zeros(best.shape, bool)
+    for _ in range(steps):
         gradient = np.einsum("...n,...kn->...k", model.scores(weights), model.columns)
         step = solved(model.information(weights), gradient)
         gain = np.einsum("...k,...k->...", gradient, step)
-        if np.all(gain < CLOSE):
+        done = (gain < CLOSE) | stuck
+        if done.all():
             break
-        weights, best = _climbed(model, weights, best, step)
+        weights, best, stuck = _climbed(model, weights, best, np.where(done[..., None], 0, step))
     return Fit(weights, best, gain < CLOSE)
 
 
-def _climbed(model: Model, weights: Floats, best: Floats, step: Floats) -> tuple[Floats, Floats]:
-    """A step, halved in each set until the likelihood does not fall."""
-    for _ in range(40):
+def _climbed(model: Model, weights: Floats, best: Floats, step: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """A step, halved in each set until the likelihood does not fall; and where no step helps."""
+    length = np.linalg.norm(step, axis=-1, keepdims=True)
+    longest = FAR * (1 + np.linalg.norm(weights, axis=-1, keepdims=True))
+    step = np.where(length > longest, step * (longest / np.maximum(length, longest)), step)
+    for _ in range(HALVINGS):
         reached = model.log_likelihood(weights + step)
-        falls = ~(reached >= best - CLOSE)
+        falls = ~(reached >= best - ROUNDING)
         if not falls.any():
             break
         step = np.where(falls[..., None], step / 2, step)
-    return weights + step, reached
+    kept = np.where(falls[..., None], weights, weights + step)
+    return kept, np.where(falls, best, reached), falls
 
 
 def solved(information: Floats, right: Floats) -> Floats:

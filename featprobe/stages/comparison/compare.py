@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from featprobe.stages.comparison.differences import (
     differences_of,
     modality_gaps,
 )
-from featprobe.stages.comparison.found import Findings, findings_of, names_without_records
+from featprobe.stages.comparison.found import Findings, findings_of, names_without_records, probability_of
 from featprobe.stages.comparison.next_steps import next_steps
 from featprobe.stages.comparison.recipes import told_apart
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
@@ -123,8 +122,6 @@ def compare(
     corrected(family)
     notes += _of_the_family(family)
     notes += [note for table in tables for note in _notes(workspace, table)]
-    if not has_parquet():
-        notes.append("results.parquet is not written: that needs pyarrow (pip install 'featprobe[parquet]')")
     notes += names_without_records(found)
     answers = [_answer(item) for item in sets]
     answers += [Answer("Modality gap", said=gap_sentences(gaps))] if gaps else []
@@ -439,17 +436,15 @@ def _answer(item: ComparedSet) -> Answer:
     """What is said first of a set."""
     tuned = any(line["regime"].startswith("full") for line in item.lines)
     lead = leading(item.findings) if item.findings else None
+    found = defect_sentences(item.findings, item.found_differences, tuned)
+    said = [text for text in answer_of(item.lines, item.differences) if text not in found]
     facts = [data_sentence(item.lines, lead), cost_sentence(item.lines)]
-    return Answer(
-        item.title,
-        defect_sentences(item.findings, item.found_differences, tuned),
-        answer_of(item.lines, item.differences),
-        [fact for fact in facts if fact],
-    )
+    return Answer(item.title, found, said, [fact for fact in facts if fact])
 
 
 def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Findings) -> PageSet:
     lead = leading(item.findings) if item.findings else None
+    own = found.inspections[found.lines.index(lead)] if lead else None
     return PageSet(
         item.title,
         item.lines,
@@ -457,6 +452,7 @@ def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Find
         item.sheets,
         item.commands,
         item.findings,
+        pod=probability_of(own) if own else None,
         steps=next_steps(workspace, table, lead, found.missing),
     )
 
@@ -471,11 +467,6 @@ def _stamp(results: Sequence[Result]) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def has_parquet() -> bool:
-    """Whether results.parquet can be written: pandas needs pyarrow for it."""
-    return find_spec("pyarrow") is not None
-
-
 def _write(out: Path, page: str, sets: Sequence[ComparedSet], gaps: Sequence[Line]) -> list[Path]:
     """Write the tables, and last the page, which says that they are there; returns their paths. Raises DiskError."""
     results = result_frame([line for item in sets for line in item.lines])
@@ -484,8 +475,7 @@ def _write(out: Path, page: str, sets: Sequence[ComparedSet], gaps: Sequence[Lin
         out / "index.html": page,
         out / "results.csv": csv_text(results),
         out / "differences.csv": csv_text(differences),
+        out / "results.parquet": results.to_parquet(index=False),
     }
-    if has_parquet():
-        files[out / "results.parquet"] = results.to_parquet(index=False)
     write_together(files, out / "index.html")
     return list(files)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featprobe.errors import ProbeError, UsageError, counted
+from featprobe.errors import ProbeError, counted
 from featprobe.metrics.defects.operating import Wanted
 from featprobe.metrics.defects.overlaps import rule_text
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
@@ -26,19 +26,6 @@ class Asked:
 def rule_words(rule: FoundRule) -> str:
     """The options that ask for a rule."""
     return f"--found {'usual' if rule.iou is None else f'iou:{rule.iou:g}'}{' --same-class' if rule.same_class else ''}"
-
-
-def wanted_text(wanted: Wanted) -> str:
-    """What an operating point was chosen for, for people.
-
-    >>> wanted_text(Wanted("false_calls", 0.05, "part")), wanted_text(Wanted("recall", 0.95))
-    ('0.05 false calls per part', '95 % of the defects found')
-    """
-    if wanted.kind == "false_calls":
-        return f"{wanted.rate:g} false calls per {wanted.per}"
-    if wanted.kind == "recall":
-        return f"{100 * wanted.rate:g} % of the defects found"
-    return f"the least cost, {wanted.miss:g} for a missed defect and {wanted.call:g} for a false call"
 
 
 def check_rule(folder: Path, records: Records, rule: FoundRule | None) -> None:
@@ -63,22 +50,22 @@ def check_parts(folder: Path, records: Records, wanted: Wanted | None) -> None:
         f"{folder}: a rate per part can't be set, as it is not known which images show one part.\n"
         f"  wanted  groups of images\n  found   {counted(len(records.images), 'image')}, each in a group of its own\n"
         f"Ask for a rate per image:  --false-calls {wanted.rate:g}/image\n"
-        "or say which images belong together, with --group-from or --split-file of `featprobe extract`, and train again."
+        "or extract with --group-from or --split-file, which say which images belong together, and train again."
     )
 
 
-def check_size(folder: Path, records: Records, size: Size, unit: Unit) -> tuple[str, ...]:
-    """Notes on defects whose size is not known; raises ProbeError where none has a size in mm."""
-    unknown = int(np.isnan(records.defects.size(size, unit)).sum())
-    if unit == "mm" and len(records.defects) and unknown == len(records.defects):
-        raise ProbeError(
-            f"{folder}: sizes in mm need the size of a pixel.\n"
-            f"  wanted  pixel_size of the data set, in mm, or DICOM files that say it\n"
-            f"  found   none, for all of {counted(len(records.images), 'test image')}\n"
-            "Ask for pixels:  --unit px\n"
-            f"or write it into featprobe.toml, as pixel_size = 0.05 in the section of the data set, and run:  "
-            f"featprobe inspect --rescore {folder}"
-        )
-    if unknown:
-        return (f"{unknown} of {counted(len(records.defects), 'defect')} have no size in {unit}, and are in no size",)
-    return ()
+def check_size(folder: Path, records: Records, size: Size, unit: Unit) -> None:
+    """Raise ProbeError for sizes in mm where the size of a pixel is not known."""
+    unknown = records.defects.image[np.isnan(records.defects.size(size, unit))]
+    if unit == "px" or records.about.pooled or not len(unknown):
+        return
+    images, every = np.unique(unknown), np.unique(records.defects.image)
+    raise ProbeError(
+        f"{folder}: sizes in mm need the size of a pixel.\n"
+        f"  wanted  pixel_size of the data set, or DICOM files that say it\n"
+        f"  found   none for {len(images)} of {counted(len(every), 'test image')} with defects, first "
+        f"{records.images.ids[images[0]]}\n"
+        "Ask for pixels:  --unit px\n"
+        "or write pixel_size, in mm, into the section of the data set in featprobe.toml. Sides of pixels that are not "
+        f"square need new records too:  featprobe inspect --rescore {folder}"
+    )

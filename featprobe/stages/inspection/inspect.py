@@ -6,7 +6,7 @@ torch, or looks at an image.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,11 @@ from featprobe.metrics.defects.part_verdicts import PartVerdicts, part_verdicts
 from featprobe.metrics.defects.recall_by_size import SizeBin, recall_by_size, recall_of
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
 from featprobe.result_rows import ResultRow
-from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_size, wanted_text
-from featprobe.stages.inspection.deciding import DECIDED, decided, joined, missed_by_class, stray_calls
+from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_size
 from featprobe.stages.inspection.scored_heads import (
     ScoredHead,
     by_run,
+    check_here,
     folds_of,
     head_in,
     head_of,
@@ -34,6 +34,7 @@ from featprobe.stages.inspection.scored_heads import (
 )
 from featprobe.stages.recording.operating_file import read_point, write_point
 from featprobe.stages.recording.record_file import read_records
+from featprobe.stages.recording.sizes import in_millimetres
 from featprobe.stages.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -57,24 +58,25 @@ class Inspection:
     """What the records of one head say; of a cross-validation, those of the heads of all its folds.
 
     row: the result row of the head, folder: where it lies; of a cross-validation those of its first fold. records: of
-    the test images, as they were kept, without calls below the least area. found: (defects,), whether each is found at
-    the operating point. points: the operating point, one of each fold. kept: whether it lies beside the head. validation,
-    test: what it gives, over all folds. recall: of all defects in test. stray: false calls on good parts. froc: of the
-    test images. by_size: sizes ascending; empty where the head gives each image one score. missed: by class, the one with
-    the largest share missed first. seeds: of how many it is the best on validation; 1 where it was named. size, unit:
-    what sizes are. pod: None where it was not asked for. notes: sentences for a user.
+    the test images, without calls below the least area; where the head gives each image one score, `Records.judged`.
+    thresholds: (images,), of each test image. found: (defects,), whether each is found there. points: the operating
+    point, one of each fold. kept: whether it lies beside the head. validation, test: what it gives, over all folds.
+    recall: of all defects in test. froc: of the test images. by_size: sizes ascending; empty where the head gives each
+    image one score. missed: by class, the one with the largest share missed first. seeds: of how many it is the best on
+    validation; 1 where it was named. size, unit: what sizes are. pod: None where it was not asked for. notes: sentences
+    for a user.
     """
 
     row: ResultRow
     folder: Path
     records: Records
+    thresholds: NDArray[np.float32]
     found: NDArray[np.bool_]
     points: tuple[OperatingPoint, ...]
     kept: bool
     validation: Counts
     test: Counts
     recall: SizeBin
-    stray: int
     froc: Froc
     by_size: tuple[SizeBin, ...]
     parts: PartVerdicts
@@ -132,6 +134,8 @@ def inspect(
     pod: bool = False,
     rescore: bool = False,
     only: Mapping[str, Sequence[str]] | None = None,
+    device: str | None = None,
+    quiet: bool = False,
 ) -> Inspections:
     """What scored heads find, by the records that lie beside them.
 
@@ -140,18 +144,20 @@ def inspect(
     where `predict` and `export` find it. Without it, the one that is kept there, or 0.1 false calls per image, which is
     not kept. size, unit: of defects. least_area: pixels; calls below it do not count; None for that of the kept
     operating point, or 1. rule: when a call has found a defect; None for the rule of each record. pod: also a
-    probability of detection. rescore: first make records anew, from cache and head, with `rule` if one is given. only:
-    "task", "data" or "backbone" -> the values that results may have.
+    probability of detection. rescore: first make records anew, from cache and head, with `rule` if one is given, on
+    this device, with a progress bar unless `quiet`. only: "task", "data" or "backbone" -> the values that results may
+    have.
     Raises UsageError for values that can't be, ProbeError where a named head, or none of all, can be inspected.
     """
     asked = Asked(wanted, size, unit, least_area, rule, pod)
-    named = [[[head_in(Path(folder))]] for folder in heads]
+    named = [head_in(Path(folder)) for folder in heads]
     results = by_run(one_of_each(rows_asked(workspace, only or {}))) if not named else []
-    rows = [head.row for ((head,),) in named] + [row for seeds in results for own in seeds for row in own]
-    notes = _rescored(workspace, rows, rule) if rescore else []
-    each, left = [], list[Left]()
-    for own in named:
-        each.append(_kept(own[0], asked, 1))
+    notes = list[str]()
+    if rescore:
+        check_here(workspace, named)
+        rows = [head.row for head in named] + [row for seeds in results for own in seeds for row in own]
+        notes = _rescored(workspace, rows, rule, device, quiet)
+    each, left = [_kept(workspace, [head], asked, 1, notes) for head in named], list[Left]()
     for seeds in results:
         try:
             each.append(_best(workspace, seeds, asked))
@@ -160,7 +166,7 @@ def inspect(
         except FeatprobeError as error:
             left.append(Left(seeds[0][0].folder, str(error)))
     if not each:
-        reasons = "\n".join(f"  {own.folder}: {own.reason}" for own in left)
+        reasons = "\n".join([*(f"  {own.folder}: {own.reason}" for own in left), *(f"  {note}" for note in notes)])
         raise ProbeError(f"None of the results in {workspace.probes} can be inspected.\n{reasons}")
     return Inspections(tuple(each), tuple(left), tuple(notes))
 
@@ -178,17 +184,19 @@ def inspect_head(
 ) -> Inspection:
     """What the head of a result row finds; of a row of a fold, what the heads of all folds of its seed find.
 
-    Arguments as of `inspect`; nothing is written. Raises ProbeError where there are no records, or they can't carry what
-    is asked.
+    Arguments as of `inspect`; nothing is written. Raises ProbeError where there are no records, or they can't
+    carry what is asked.
     """
     heads = [head_of(workspace, own) for own in folds_of(workspace, row)]
-    return inspected(heads, Asked(wanted, size, unit, least_area, rule, pod))
+    return inspected(workspace, heads, Asked(wanted, size, unit, least_area, rule, pod))
 
 
-def _rescored(workspace: Workspace, rows: Sequence[ResultRow], rule: FoundRule | None) -> list[str]:
+def _rescored(
+    workspace: Workspace, rows: Sequence[ResultRow], rule: FoundRule | None, device: str | None, quiet: bool
+) -> list[str]:
     from featprobe.stages.recording.rescore import rescore  # which loads torch
 
-    return rescore(workspace, rows, rule)
+    return rescore(workspace, rows, rule, device=device, quiet=quiet)
 
 
 def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Asked) -> Inspection:
@@ -196,12 +204,20 @@ def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Ask
     ranked = sorted(seeds, key=lambda rows: (-validation_of(rows), rows[0].seed))
     whole = [[head_of(workspace, row) for row in folds_of(workspace, rows[0])] for rows in ranked]
     for heads in whole[1:] if asked.wanted else ():
-        _keep(heads, [_point(head, _records(head, asked), asked)[0] for head in heads])
-    return _kept(whole[0], asked, len(seeds))
+        _keep(heads, [_point(head, _records(workspace, head, asked), asked)[0] for head in heads])
+    return _kept(workspace, whole[0], asked, len(seeds))
 
 
-def _kept(heads: Sequence[ScoredHead], asked: Asked, seeds: int) -> Inspection:
-    found = inspected(heads, asked, seeds)
+def _kept(
+    workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1, notes: Sequence[str] = ()
+) -> Inspection:
+    """What heads find; an operating point that is asked for is kept. notes: on records that could not be made."""
+    try:
+        found = inspected(workspace, heads, asked, seeds)
+    except ProbeError as error:
+        if notes:
+            raise ProbeError("\n".join([str(error), *notes])) from error
+        raise
     if asked.wanted:
         _keep(heads, found.points)
         return replace(found, kept=True)
@@ -213,9 +229,11 @@ def _keep(heads: Sequence[ScoredHead], points: Sequence[OperatingPoint]) -> None
         write_point(head.folder, head.head_sha256, point)
 
 
-def _records(head: ScoredHead, asked: Asked) -> Records:
+def _records(workspace: Workspace, head: ScoredHead, asked: Asked) -> Records:
     """The records beside a head, if they can carry what is asked."""
     records = read_records(head.folder, head.head_sha256)
+    if stated := workspace.pixel_size(head.row.data, head.root):
+        records = in_millimetres(records, stated)
     check_rule(head.folder, records, asked.rule)
     check_parts(head.folder, records, asked.wanted)
     return records
@@ -244,39 +262,39 @@ def _point(head: ScoredHead, records: Records, asked: Asked) -> tuple[OperatingP
     return kept, True
 
 
-def inspected(heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
+def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
     """What one head finds, or those of all folds of a cross-validation. Nothing is written."""
-    every = [_records(head, asked) for head in heads]
+    every = [_records(workspace, head, asked) for head in heads]
     chosen = [_point(head, own, asked) for head, own in zip(heads, every, strict=True)]
     points = tuple(point for point, _ in chosen)
-    tested = [own.of("test").with_least_area(point.least_area) for own, point in zip(every, points, strict=True)]
-    records = joined(tested)
-    unmeasured = check_size(heads[0].folder, records, asked.size, asked.unit)
-    verdicts = joined([decided(own, point) for own, point in zip(tested, points, strict=True)])
-    said = [counts_at(own.of("val").with_least_area(p.least_area), p.threshold)
-            for own, p in zip(every, points, strict=True)]  # fmt: skip
-    found = verdicts.defects.score >= DECIDED
+    parts = [own.with_least_area(point.least_area) for own, point in zip(every, points, strict=True)]
+    tested = [own.of("test") for own in parts]
+    records = Records.joined(tested).judged()
+    check_size(heads[0].folder, records, asked.size, asked.unit)
+    thresholds = np.repeat(np.array([p.threshold for p in points], np.float32), [len(own.images) for own in tested])
+    found = records.found(thresholds)
+    said = [counts_at(own.of("val"), point.threshold) for own, point in zip(parts, points, strict=True)]
     result = Inspection(
         row=heads[0].row,
         folder=heads[0].folder,
         records=records,
+        thresholds=thresholds,
         found=found,
         points=points,
         kept=all(kept for _, kept in chosen),
-        validation=_sum(said),
-        test=counts_at(verdicts, DECIDED),
-        recall=recall_of(verdicts, DECIDED),
-        stray=stray_calls(verdicts),
+        validation=said[0] if len(said) == 1 else _sum(said),
+        test=counts_at(records, thresholds),
+        recall=recall_of(records, thresholds),
         froc=froc(records, points[0].wanted.per),
-        by_size=recall_by_size(verdicts, DECIDED, asked.size, asked.unit),
-        parts=part_verdicts(verdicts, DECIDED),
-        missed=tuple(Missed(*own) for own in missed_by_class(records, found)),
+        by_size=recall_by_size(records, thresholds, asked.size, asked.unit),
+        parts=part_verdicts(records, thresholds),
+        missed=_by_class(records, found),
         seeds=seeds,
         size=asked.size,
         unit=asked.unit,
         pod=_pod(records, found, points, asked) if asked.pod else None,
     )
-    return replace(result, notes=(*unmeasured, *_notes(result)))
+    return replace(result, notes=_notes(result))
 
 
 def _pod(records: Records, found: NDArray[np.bool_], points: Sequence[OperatingPoint], asked: Asked) -> "PodAnswer":
@@ -286,19 +304,29 @@ def _pod(records: Records, found: NDArray[np.bool_], points: Sequence[OperatingP
 
 
 def _sum(each: Sequence[Counts]) -> Counts:
-    """Counts over the folds of a cross-validation; the threshold of the first."""
-    names = ("found", "defects", "false_calls", "images", "good_images", "parts")
-    return replace(each[0], **{name: sum(getattr(own, name) for own in each) for name in names})
+    """Counts over the folds of a cross-validation."""
+    whole = {name: sum(getattr(own, name) for own in each) for name in Counts.__dataclass_fields__}
+    return Counts(**{**whole, "threshold": nan})
 
 
-def _notes(own: Inspection) -> list[str]:
+def _by_class(records: Records, found: NDArray[np.bool_]) -> tuple[Missed, ...]:
+    """Each class that has defects, the largest share missed first; 0 stands for a class that is not known."""
+    names, categories = records.about.classes, records.defects.category
+    every, missed = (np.bincount(own, minlength=256) for own in (categories, categories[~found]))
+    each = [
+        Missed(names[i] if 0 < i < len(names) else "", int(every[i]), int(missed[i])) for i in np.flatnonzero(every)
+    ]
+    return tuple(sorted(each, key=lambda own: (-own.missed / own.defects, -own.defects, own.name)))
+
+
+def _notes(own: Inspection) -> tuple[str, ...]:
     """What a reader should know before believing the figures."""
-    about, parts = own.records.about, own.parts
+    about, wanted = own.records.about, own.points[0].wanted
     said = []
     if not all(point.sure for point in own.points):
-        needed, wanted = max(point.needed for point in own.points), own.points[0].wanted
         unit = "defects" if wanted.kind == "recall" else f"{wanted.per}s"
-        said.append(f"validation is too small to be 95 % sure of {wanted_text(wanted)}: that takes {needed} {unit}")
+        needed = max(point.needed for point in own.points)
+        said.append(f"validation is too small to be 95 % sure of {wanted}: that takes {needed} {unit}")
     if len(own.points) > 1:
         said.append(
             f"{len(own.points)} folds: each head decides at its own operating point, and all test images together are "
@@ -310,10 +338,10 @@ def _notes(own: Inspection) -> list[str]:
         said.append("calls are joined at a default threshold of pixels, as validation holds no defect to choose one by")
     if not about.parts:
         said.append("groups of images are not known to be parts, so each image counts as a part")
-    if parts.unknown:
-        said.append(f"{counted(parts.unknown, 'part')} with ignored regions and no defect have no verdict")
+    if own.parts.unknown:
+        said.append(f"{counted(own.parts.unknown, 'part')} with ignored regions and no defect have no verdict")
     if not own.test.defects:
         said.append("the test images hold no defect: nothing can be said of what is found")
     if not own.test.good_images:
         said.append("no test image is known to be good: false calls are counted on images with defects alone")
-    return said
+    return tuple(said)

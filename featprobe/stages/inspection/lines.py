@@ -13,7 +13,6 @@ from featprobe.io.fields import plain
 from featprobe.metrics.defects.overlaps import rule_text
 from featprobe.metrics.defects.records import NOTHING, SIZES
 from featprobe.report.tables import csv_text
-from featprobe.stages.inspection.asking import wanted_text
 from featprobe.stages.inspection.inspect import Inspection, Inspections
 
 Line = dict[str, Any]
@@ -31,7 +30,7 @@ def head_line(own: Inspection) -> Line:
         "folder": str(own.folder),
         "pooled": own.records.about.pooled,
         "rule": rule_text(own.records.about.rule),
-        "wanted": wanted_text(point.wanted),
+        "wanted": str(point.wanted),
         "per": point.wanted.per,
         "threshold": point.threshold if own.point else None,
         "base": point.base if own.point else None,
@@ -43,6 +42,9 @@ def head_line(own: Inspection) -> Line:
         "recall_low": own.recall.low,
         "recall_high": own.recall.high,
         "images": test.images,
+        "over_images": test.over_images,
+        "over_parts": test.over_parts,
+        "calls": test.calls,
         "good_images": test.good_images,
         "false_calls": test.false_calls,
         "false_calls_per_image": test.false_calls_per("image"),
@@ -58,7 +60,7 @@ def head_line(own: Inspection) -> Line:
         "overkill": parts.overkill,
         "overkill_low": parts.overkill_low,
         "overkill_high": parts.overkill_high,
-        "false_calls_on_good_parts": own.stray,
+        "false_calls_on_good_parts": test.stray,
         **{
             f"validation_{name}": getattr(said, name)
             for name in ("defects", "found", "recall", "images", "false_calls")
@@ -108,11 +110,9 @@ def missed_lines(own: Inspection) -> list[Line]:
 
 
 def false_call_lines(own: Inspection) -> list[Line]:
-    """The false calls at the operating point, the highest score first; of heads with one threshold alone."""
+    """The false calls at the operating point, the highest score first."""
     calls = own.records.calls
-    if own.point is None:
-        return []
-    false = np.flatnonzero((calls.touched == NOTHING) & (calls.score >= np.float32(own.point.threshold)))
+    false = np.flatnonzero((calls.touched == NOTHING) & own.records.called(own.thresholds))
     return [
         {
             **_place(own, int(calls.image[i])),
@@ -141,7 +141,7 @@ def _class_of(own: Inspection, category: int) -> str:
 
 
 def _shape(box: Any, pixels: Any, millimetres: Any) -> Line:
-    sizes = {name: float(value) for name, value in zip(SIZES, pixels, strict=True)}
+    sizes: Line = {name: float(value) for name, value in zip(map(str, SIZES), pixels, strict=True)}
     sizes |= {f"{name}_mm": float(value) for name, value in zip(SIZES, millimetres, strict=True)}
     return {**dict(zip(("x1", "y1", "x2", "y2"), map(float, box), strict=True)), **sizes}
 

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from featprobe.errors import FeatprobeError, FileKindError, ProbeError, UsageError, nearest
+from featprobe.errors import FileKindError, ProbeError, UsageError, nearest
 from featprobe.io.disk import below, read_json
 from featprobe.result_rows import ResultRow
 from featprobe.specs import digest
@@ -14,17 +13,18 @@ from featprobe.stages.workspace import Workspace
 
 HEAD_FORMAT, HEAD_VERSION = "featprobe-head", 1  # as probes/README.md has them; `probes.saved` imports torch
 LARGEST_CARD = 1 << 26  # bytes
-FILTERS = ("task", "data", "backbone")
-"""The fields of rows by which results are chosen."""
 
 
 @dataclass(frozen=True)
 class ScoredHead:
-    """A saved head. row: what it scored; head_sha256: of its weights, by which what lies beside it is known."""
+    """A saved head. row: what it scored; head_sha256: of its weights, by which what lies beside it is known. root: of
+    the data set that it was trained on.
+    """
 
     folder: Path
     row: ResultRow
     head_sha256: str
+    root: Path
 
 
 def head_in(folder: Path) -> ScoredHead:
@@ -33,7 +33,11 @@ def head_in(folder: Path) -> ScoredHead:
         card = read_json(folder / "card.json", LARGEST_CARD)
         known = (card["format"], card["version"] <= HEAD_VERSION) == (HEAD_FORMAT, True)
         sealed = card.pop("card_sha256") == digest(card)
-        head_sha256, result = card["head_sha256"], card.get("result")
+        head_sha256, result, root = (
+            card["head_sha256"],
+            card.get("result"),
+            Path((card.get("data") or {}).get("root", "")),
+        )
     except FileNotFoundError as error:
         raise ProbeError(_no_head(folder)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:
@@ -49,7 +53,7 @@ def head_in(folder: Path) -> ScoredHead:
     row = ResultRow.from_json(result, load=False)
     if not row.is_known:
         raise ProbeError(f"{folder} holds a head of the task {row.task}, which is not known here.")
-    return ScoredHead(folder, row, head_sha256)
+    return ScoredHead(folder, row, head_sha256, root)
 
 
 def _no_head(folder: Path) -> str:
@@ -74,11 +78,14 @@ def head_of(workspace: Workspace, row: ResultRow) -> ScoredHead:
     return head
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """The heads of one result: of each seed one, or those of all folds of a cross-validation."""
-
-    heads: tuple[tuple[ScoredHead, ...], ...]
+def check_here(workspace: Workspace, heads: Iterable[ScoredHead]) -> None:
+    """Raise ProbeError for heads of other workspaces, whose caches are not here."""
+    for head in heads:
+        if head.folder.resolve() != (workspace.probes / head.row.folder).resolve():
+            raise ProbeError(
+                f"{head.folder} is of another workspace than {workspace.root}, and its records are made from the cache "
+                "there. Nothing was computed.\nName that workspace:  featprobe --workspace FOLDER inspect --rescore …"
+            )
 
 
 def rows_asked(workspace: Workspace, asked: Mapping[str, Sequence[str]]) -> list[ResultRow]:
@@ -149,9 +156,3 @@ def validation_of(rows: Sequence[ResultRow]) -> float:
 
 def _seed_of(row: ResultRow) -> str:
     return digest([list(row.run), row.seed])
-
-
-def why(error: FeatprobeError) -> str:
-    """What an error says, as one paragraph behind a name."""
-    values: Any = str(error)
-    return str(values)

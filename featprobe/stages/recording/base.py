@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records
+from featprobe.metrics.defects.overlaps import finds
+from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
 from featprobe.probes import Head
 from featprobe.processes import gathered
-from featprobe.stages.recording.recorder import Recorder, SplitTruth, joined
+from featprobe.stages.recording.map_calls import calls_of_map
+from featprobe.stages.recording.meetings import overlaps_of_map
+from featprobe.stages.recording.recorder import Recorder, SplitTruth
 from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of
 from featprobe.stages.stitch import Objects
@@ -26,6 +30,7 @@ QUANTILES, USUAL_QUANTILE = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999), 0.99
 """The same for maps of anomalies, whose values have no limits: as quantiles of the pixels of validation."""
 SAMPLED = 1 << 22  # pixels that quantiles are taken of, at most
 USUAL_RULE = FoundRule()
+Bases = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Recording:
     def records(self) -> list[Records]:
         """The records of each head, once `test` has watched the scoring; all processes ask for them together."""
         found = self.test.records([own.about for own in self.validation])
-        return [joined(val, test) for val, test in zip(self.validation, found, strict=True)]
+        return [Records.joined([val, test]) for val, test in zip(self.validation, found, strict=True)]
 
 
 def record_validation(
@@ -50,56 +55,33 @@ def record_validation(
 ) -> Recording | None:
     """Choose each head's base, record what it finds on validation, and make ready for test; None without any score.
 
-    The features of validation are read once more; those of anomaly maps twice.
+    The features of validation are read once more, for maps of probabilities twice, for maps of anomalies three times.
     """
-    task, training = prepared.task, prepared.training
-    if isinstance(task, Classification) and not task.names.says_good:
+    if isinstance(prepared.task, Classification) and not prepared.task.names.says_good:
         return None
-    truths = {split: _truth(prepared, split) for split in ("val", "test")}
-    tried, usual = _tried(prepared, heads, source)
-    notes = [note for truth in truths.values() for note in truth.table.notes]
-    chooses = len(tried[0]) > 1 and len(truths["val"].table.defects) > 0
-    if len(tried[0]) > 1 and not chooses:
-        tried = [(own[usual],) for own in tried]
+    val, test = (_truth(prepared, split) for split in ("val", "test"))
+    bases, come_from = _bases(prepared, heads, source, val, rule)
+    notes = [*val.table.notes, *test.table.notes]
+    if come_from == "default":
+        said = ", ".join(f"{base:.3g}" for base in dict.fromkeys(bases))
         notes.append(
-            f"{prepared.cache.data.name}: validation has no defect, so pixels are joined to calls at the usual base "
-            f"threshold, {', '.join(f'{own:.3g}' for own in dict.fromkeys(base for (base,) in tried))}"
+            f"{prepared.cache.data.name}: validation has no defect, so pixels over the usual base threshold ({said}) "
+            "are joined to calls"
         )
-    watches = [Recorder(truths["val"], bases, rule) for bases in zip(*tried, strict=True)]
-    prepared.evaluate(heads, source, prepared.rows["val"], _Several(watches))
-    come_from = "" if np.isnan(tried[0][0]) else "validation" if chooses else "default"
-    abouts = [[_about(prepared, rule, base, come_from) for base in bases] for bases in zip(*tried, strict=True)]
-    found = [watch.records(own) for watch, own in zip(watches, abouts, strict=True)]
-    chosen = tuple(best(own) for own in zip(*found, strict=True))
-    test = Recorder(truths["test"], [own.about.base for own in chosen], rule)
-    return Recording(chosen, test, tuple(dict.fromkeys(notes)))
-
-
-def best(found: Sequence[Records]) -> Records:
-    """Of records of one head at several bases those with the largest area, of equal ones those at the highest base."""
-    return max(found, key=lambda own: (area_under_froc(own), own.about.base))
-
-
-def area_under_froc(records: Records) -> float:
-    """The mean share of defects found with 0, 1, ... and one less than as many false calls as there are images.
-
-    That is the area under the curve of the share found against false calls per image, from 0 to 1; nan without images
-    or defects.
-    """
-    images, scores = len(records.images), np.sort(records.defects.score)
-    if not images or not len(scores):
-        return float("nan")
-    false = np.sort(records.calls.score[records.calls.touched == NOTHING])[::-1][:images]
-    last = np.concatenate([false, np.full(images - len(false), -np.inf, np.float32)])  # the first false call too many
-    return float((1 - np.searchsorted(scores, last, side="right") / len(scores)).mean())
+    watch = Recorder(val, bases, rule)
+    prepared.evaluate(heads, source, prepared.rows["val"], watch)
+    found = watch.records([_about(prepared, rule, base, come_from) for base in bases])
+    return Recording(tuple(found), Recorder(test, bases, rule), tuple(dict.fromkeys(notes)))
 
 
 def _truth(prepared: Prepared, split: str) -> SplitTruth:
-    options, images = prepared.training.options, images_of(prepared.cache, prepared.rows[split])
-    return SplitTruth(prepared.cache, images, split, options.instances, quiet=options.quiet)
+    cache, options = prepared.cache, prepared.training.options
+    size = prepared.training.workspace.pixel_size(cache.data.name, Path(cache.data.root))
+    images = images_of(cache, prepared.rows[split])
+    return SplitTruth(cache, images, split, options.instances, pixel_size=size, quiet=options.quiet)
 
 
-def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Any) -> About:
+def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal["validation", "default", ""]) -> About:
     ids, groups = (prepared.cache.images.column(name) for name in ("id", "group"))
     return About(
         prepared.training.task, prepared.training.kind.name, "", prepared.cache.data.classes, rule, base, come_from,
@@ -107,8 +89,22 @@ def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Any) -> 
     )  # fmt: skip
 
 
-def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[list[tuple[float, ...]], int]:
-    """The bases to try for each head, float32, rising; nan alone where it needs none. And the place of the usual one."""
+def _bases(
+    prepared: Prepared, heads: Sequence[Head], source: Source, truth: SplitTruth, rule: FoundRule
+) -> tuple[Bases, Literal["validation", "default", ""]]:
+    """The base of each head, nan for one without maps; and where they come from. truth: of validation."""
+    tried, usual = _tried(prepared, heads, source)
+    if not tried:
+        return (float("nan"),) * len(heads), ""
+    if not len(truth.table.defects):
+        return tuple(own[usual] for own in tried), "default"
+    trials = Trials(truth, tried, rule)
+    prepared.evaluate(heads, source, prepared.rows["val"], trials)
+    return trials.best(), "validation"
+
+
+def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[list[Bases], int]:
+    """The bases to try for each head, float32, rising, none without maps; and the place of the usual one."""
     match prepared.task:
         case Segmentation():
             bases = tuple(float(np.float32(value)) for value in PROBABILITIES)
@@ -117,41 +113,84 @@ def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[l
             sample = _Sample(len(images_of(prepared.cache, prepared.rows["val"])))
             prepared.evaluate(heads, source, prepared.rows["val"], sample)
             return sample.quantiles(len(heads)), QUANTILES.index(USUAL_QUANTILE)
-    return [(float("nan"),)] * len(heads), 0
+    return [], 0
 
 
-class _Several(Watch):
-    """Hands what it gets to several watches."""
-
-    def __init__(self, watches: Sequence[Watch]) -> None:
-        self.watches = watches
-
-    def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
-        for watch in self.watches:
-            watch.pixels(head, image, values, classes)
+class _OnMaps(Watch):
+    """A watch on heads with maps."""
 
     def objects(self, head: int, image: int, objects: Objects) -> None:
-        for watch in self.watches:
-            watch.objects(head, image, objects)
+        """They find no objects."""
+        raise TypeError("This watch is on heads with maps, which find no objects.")
 
     def image_score(self, head: int, image: int, score: float) -> None:
-        for watch in self.watches:
-            watch.image_score(head, image, score)
+        """They score no image as a whole."""
+        raise TypeError("This watch is on heads with maps, which score no image as a whole.")
 
 
-class _Sample(Watch):
-    """Some pixels of each map, drawn anew for each image from its number, so that all processes draw alike."""
+class Trials(_OnMaps):
+    """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head."""
+
+    def __init__(self, truth: SplitTruth, tried: Sequence[Bases], rule: FoundRule) -> None:
+        self.truth, self.tried, self.rule = truth, tried, rule
+        self.found: dict[tuple[int, int], list[tuple[Floats, Floats]]] = {}
+
+    def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
+        """See `Watch`."""
+        each, ground = [], self.truth.ground(image)
+        for base in self.tried[head]:
+            calls = calls_of_map(values, base, classes)
+            overlaps = overlaps_of_map(calls, ground)
+            defects = found_scores(finds(overlaps, self.rule), calls.score, len(overlaps.defect_class))
+            each.append((defects, calls.score[self.truth.judged(image, overlaps) == NOTHING]))
+        self.found[head, image] = each
+
+    def best(self) -> Bases:
+        """The base of each head with the largest area under its curve, of equal ones the highest.
+
+        All processes ask for them together.
+        """
+        every = {key: own for part in gathered([self.found]) for key, own in part.items()}
+        best = []
+        for head, bases in enumerate(self.tried):
+            own = [every[key] for key in sorted(every) if key[0] == head]
+            areas = []
+            for k in range(len(bases)):
+                defects, false_calls = (np.concatenate([image[k][side] for image in own]) for side in (0, 1))
+                areas.append(area_under_froc(defects, false_calls, len(own)))
+            best.append(max(zip(areas, bases, strict=True))[1])
+        return tuple(best)
+
+
+def area_under_froc(defects: Floats, false_calls: Floats, images: int) -> float:
+    """The area under the share of defects found against false calls per image, from 0 to 1 false call.
+
+    That is the mean share found with no more than 0, 1, ..., images - 1 false calls. defects, false_calls: scores, of
+    a defect that is never found -inf. Of one defect and one image at least.
+
+    >>> area_under_froc(np.float32([0.9, 0.5]), np.float32([0.7]), 2)
+    0.75
+    """
+    falling = np.sort(false_calls)[::-1][:images]
+    too_many = np.concatenate([falling, np.full(images - len(falling), -np.inf, np.float32)])
+    found = 1 - np.searchsorted(np.sort(defects), too_many, side="right") / len(defects)
+    return float(found.mean())
+
+
+class _Sample(_OnMaps):
+    """Some pixels of each map, drawn by the number of its image, so that all processes draw alike."""
 
     def __init__(self, images: int) -> None:
         self.each = max(1, SAMPLED // max(1, images))
         self.drawn: dict[tuple[int, int], Floats] = {}
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
+        """See `Watch`."""
         flat, random = values.ravel(), np.random.default_rng(image)
         some = flat if len(flat) <= self.each else flat[random.integers(len(flat), size=self.each)]
         self.drawn[head, image] = some.copy()
 
-    def quantiles(self, heads: int) -> list[tuple[float, ...]]:
+    def quantiles(self, heads: int) -> list[Bases]:
         """QUANTILES of the pixels of all images, of each head; all processes ask for them together."""
         every = {key: own for part in gathered([self.drawn]) for key, own in part.items()}
         found = []

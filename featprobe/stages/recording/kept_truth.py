@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from featprobe.cache import Cache
 from featprobe.cache.pooled_file import UNREADABLE, read_header
 from featprobe.errors import DiskError
-from featprobe.geometry import Size
+from featprobe.geometry import Size, Spacing
 from featprobe.io.arrays import read_entry
 from featprobe.io.disk import open_regular, replacing
 from featprobe.metrics.defects.records import DEFECT, GOOD, SIZES, UNKNOWN, Floats
-from featprobe.stages.recording.sizes import UNKNOWN_SPACING, Outline, Spacing, is_cut, outline_of
+from featprobe.stages.recording.sizes import UNKNOWN_SPACING, Outline, is_cut, outline_of
 from featprobe.targets import Instance
 
 VERSION = 1

@@ -71,18 +71,6 @@ class Ground:
         return cls(tuple(map(Shape.of, objects)), tuple(map(Shape.of, ignored)), category)
 
 
-@dataclass(frozen=True)
-class _Met:
-    """Pairs of a call and some other shape, as `Overlaps` has them."""
-
-    call: Indices
-    other: Indices
-    shared: NDArray[np.float64]
-    call_area: NDArray[np.float64]
-    other_area: NDArray[np.float64]
-    covers_center: NDArray[np.bool_]
-
-
 def overlaps_of_map(calls: MapCalls, ground: Ground) -> Overlaps:
     """The overlaps of the calls of a map."""
     boxes, areas = calls.boxes.astype(np.float64), calls.area.astype(np.float64)
@@ -188,8 +176,8 @@ def _masks_meet(call: Shape, other: Shape) -> tuple[int, int, int, bool]:
         for shape in (call, other)
     )
     inside = all(w.start <= at < w.stop for w, at in zip(call.window, other.center, strict=True))
-    at = tuple(at - w.start for w, at in zip(call.window, other.center, strict=True))
-    return int(np.count_nonzero(first & second)), call.area, other.area, inside and bool(call.pixels[at])
+    row, column = (at - w.start for w, at in zip(call.window, other.center, strict=True))
+    return int(np.count_nonzero(first & second)), call.area, other.area, inside and bool(call.pixels[row, column])
 
 
 def _boxes_meet(boxes: Boxes, others: Boxes) -> _Met:
@@ -202,7 +190,7 @@ def _boxes_meet(boxes: Boxes, others: Boxes) -> _Met:
         part = boxes[start : start + step, None]
         sides = np.minimum(part[..., 2:], others[:, 2:]) - np.maximum(part[..., :2], others[:, :2])
         shared = sides.clip(min=0).prod(-1)  # (calls, others)
-        covers = ((part[..., :2] <= middle) & (middle <= part[..., 2:])).all(-1)
+        covers: NDArray[np.bool_] = np.all((part[..., :2] <= middle) & (middle <= part[..., 2:]), axis=-1)
         call, other = np.nonzero((shared > 0) | covers)
         found.append(_Met(
             call + start, other, shared[call, other], area[call + start], other_area[other], covers[call, other]

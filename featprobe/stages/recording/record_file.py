@@ -29,6 +29,7 @@ from featprobe.metrics.defects.records import (
     Images,
     Indices,
     Records,
+    found_scores,
 )
 
 RECORDS = "defects.parquet"
@@ -46,6 +47,8 @@ COLUMNS: Mapping[str, Kind] = {
     **dict.fromkeys(SPACING, "float"), "file": "text", "image_hash": "text",
 }  # fmt: skip
 """The columns of the table, and what each holds. A row holds an image, a defect or a call; what it lacks is missing."""
+FIELDS: Mapping[str, tuple[str, ...]] = {"boxes": BOX, "pixels": SIZES, "millimetres": IN_MM}
+"""Fields of `Objects` of several columns."""
 Names = NDArray[np.object_]
 
 
@@ -110,9 +113,9 @@ def record_bytes(records: Records) -> bytes:
         values[name] = np.concatenate([images.sizes[:, i], np.full(counts[1] + counts[2], -1)])
     for i, name in enumerate(SPACING):
         values[name] = _joined(images.spacing[:, i], counts[1], counts[2])
-    for names, own in ((BOX, "boxes"), (SIZES, "pixels"), (IN_MM, "millimetres")):
+    for of_kind, names in FIELDS.items():
         for i, name in enumerate(names):
-            values[name] = _joined(counts[0], getattr(defects, own)[:, i], getattr(calls, own)[:, i])
+            values[name] = _joined(counts[0], getattr(defects, of_kind)[:, i], getattr(calls, of_kind)[:, i])
     whole = {name: (kind, _narrow(kind, values[name])) for name, kind in COLUMNS.items()}
     said = {"format": FORMAT, "version": VERSION, **asdict(records.about)}
     return table_bytes(whole, plain(said))
@@ -268,14 +271,11 @@ def _image_of(columns: dict[str, Column], images: Images, counts: NDArray[np.int
 def _objects(columns: dict[str, Column], rows: slice, image: Indices, classes: tuple[str, ...]) -> dict[str, Any]:
     """The fields that defects and calls share."""
     category = _codes(columns["class"], classes, "class")[rows]
-    found = {
-        name: np.stack([columns[column][rows] for column in own], axis=1)
-        for name, own in (("boxes", BOX), ("pixels", SIZES), ("millimetres", IN_MM))
-    }
+    found = {name: np.stack([columns[column][rows] for column in own], axis=1) for name, own in FIELDS.items()}
     _check(np.isfinite(found["boxes"]).all(), ", ".join(BOX), "one is missing or not finite")
-    for name, own in (("pixels", SIZES), ("millimetres", IN_MM)):
+    for name in ("pixels", "millimetres"):
         bad = (found[name] < 0) | np.isinf(found[name])
-        _check(not bad.any(), ", ".join(own), "one is no size")
+        _check(not bad.any(), ", ".join(FIELDS[name]), "one is no size")
     _check((np.diff(image) >= 0).all(), "image", "objects are not in the order of their images")
     _check((columns["number"][rows] == _numbers(image)).all(), "number", "objects of an image are not counted from 0")
     score = columns["score"][rows].copy()
@@ -290,11 +290,11 @@ def _finds(column: Column, rows: list[slice], defects: Defects, calls: Calls) ->
     of_call = np.repeat(np.arange(len(calls)), lengths[rows[2]])
     first = np.searchsorted(defects.image, calls.image)
     count = np.searchsorted(defects.image, calls.image, side="right") - first
-    _check((numbers >= 0).all() and (numbers < count[of_call]).all(), "finds", "a defect is not in the image of its call")
+    inside = (numbers >= 0) & (numbers < count[of_call])
+    _check(inside.all(), "finds", "a call finds what is not in its image")
     pairs = np.stack([of_call, first[of_call] + numbers], axis=1).astype(np.intp)
-    best = np.full(len(defects), -np.inf, np.float32)
-    np.maximum.at(best, pairs[:, 1], calls.score[pairs[:, 0]])
-    _check(np.array_equal(best, defects.score), "score", "that of a defect is not the highest of the calls that find it")
+    best = found_scores(pairs, calls.score, len(defects))
+    _check(np.array_equal(best, defects.score), "score", "a defect has another than the highest call that finds it")
     again = len(np.unique(pairs[:, 0] * (len(defects) + 1) + pairs[:, 1])) < len(pairs)
     _check(not again, "finds", "a call finds a defect twice")
     _check((calls.touched[pairs[:, 0]] == TOUCHES).all(), "touched", "a call that finds a defect touches none")

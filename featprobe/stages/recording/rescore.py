@@ -65,7 +65,7 @@ def rescore(
     caches, passes, notes = caches_by_key(workspace), dict[Any, list[_Saved]](), list[str]()
     for row in rows:
         try:
-            one = _Saved(row, head_folder(workspace.probes, row), card_beside(workspace.probes, row))
+            one = _Saved(row, head_folder(workspace.probes, row), card_beside(workspace.probes, row, hashes=True))
             passes.setdefault(one.pass_over, []).append(one)
         except FeatprobeError as error:
             notes.append(_left_aside(row, error))
@@ -112,9 +112,7 @@ def _source(prepared: Prepared, saved: _Saved, head: Head) -> AbstractContextMan
     )  # fmt: skip
 
 
-def _training(
-    workspace: Workspace, cache: Cache, saved: Sequence[_Saved], device: str | None, quiet: bool
-) -> Training:
+def _training(workspace: Workspace, cache: Cache, saved: Sequence[_Saved], device: str | None, quiet: bool) -> Training:
     """The training that made some heads, as far as scoring them goes."""
     row = saved[0].row
     options = ProbeOptions(
@@ -133,8 +131,8 @@ def _tuning(row: ResultRow, device: torch.device) -> Tuning | None:
         return None
     there = row.device.split(":")[0] == device.type
     precision = row.tuning.precision if there else "fp32"
-    found: Tuning = replace(Tuning(), regime=row.tuning.regime, augment=row.tuning.augment, precision=precision)
-    return found
+    values: dict[str, Any] = {"regime": row.tuning.regime, "augment": row.tuning.augment, "precision": precision}
+    return Tuning(**values)
 
 
 def _cache_of(caches: Mapping[tuple[str, str], Cache], saved: _Saved) -> Cache:

@@ -1,19 +1,17 @@
 """Sizes of defects and calls: area, its square root, longest and shortest caliper, in pixels and in millimetres."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, floor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featprobe.geometry import Size
-from featprobe.metrics.defects.records import SIZES, Floats
+from featprobe.geometry import Size, Spacing
+from featprobe.metrics.defects.records import SIZES, Floats, Records
 from featprobe.targets import Instance, decode_window
 
 Points = NDArray[np.float64]
-Spacing = tuple[float, float]
-"""Millimetres per pixel, down and across; nan where unknown."""
 UNKNOWN_SPACING: Spacing = (float("nan"), float("nan"))
 REMEMBERED = 4096  # outlines of small masks: components of a noisy map have few shapes
 SMALL = 256  # pixels of the window of a small mask
@@ -63,6 +61,25 @@ def outline_of_mask(mask: NDArray[np.bool_], corner: tuple[float, float] = (0.0,
     small = mask.size <= SMALL
     points = _small_hull(mask.shape, mask.tobytes()) if small else _hull(mask)
     return Outline(float(np.count_nonzero(mask)), points + corner)
+
+
+def in_millimetres(records: Records, pixel_size: Spacing) -> Records:
+    """Records with sizes in millimetres as all their images have pixels of this size.
+
+    Records keep no outlines: at pixels that are not square, calipers become nan, unless they were made at this size.
+    """
+    spacing = np.broadcast_to(np.array(pixel_size, np.float32), records.images.spacing.shape)
+    if np.array_equal(records.images.spacing, spacing):
+        return records
+    down, across = pixel_size
+    factors = {"root_area": (down * across) ** 0.5, "area": down * across}
+    by = np.array([factors.get(name, down if down == across else np.nan) for name in SIZES], np.float32)
+    return replace(
+        records,
+        images=replace(records.images, spacing=spacing.copy()),
+        defects=replace(records.defects, millimetres=records.defects.pixels * by),
+        calls=replace(records.calls, millimetres=records.calls.pixels * by),
+    )
 
 
 def is_cut(instance: Instance, size: Size) -> bool:

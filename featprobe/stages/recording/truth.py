@@ -13,6 +13,7 @@ from featprobe.cache import Cache
 from featprobe.datasets.images.decode import opened
 from featprobe.datasets.images.reading import hash_image
 from featprobe.errors import DataError, counted
+from featprobe.geometry import Spacing
 from featprobe.image_labels import ImageTruth
 from featprobe.machine import usable_cores
 from featprobe.metrics.defects.records import DEFECT, GOOD, SIZES, UNKNOWN, Defects, Floats, Images
@@ -21,7 +22,6 @@ from featprobe.specs import Rows
 from featprobe.stages.progress import Progress
 from featprobe.stages.recording.contrast import contrasts
 from featprobe.stages.recording.kept_truth import Measured, Source, keep, kept, measured
-from featprobe.stages.recording.sizes import Spacing
 from featprobe.targets import IGNORE, Instance, Labels, components
 
 

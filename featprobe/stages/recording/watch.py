@@ -1,7 +1,5 @@
 """The seam between scoring and recording: while heads are scored, each hands over what it finds, image by image."""
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,8 +7,10 @@ from featprobe.stages.stitch import Objects
 from featprobe.targets import Labels
 
 
-class Watch(Protocol):
+class Watch:
     """What `Task.evaluate` hands the findings of heads to, on the same forward pass that scores them.
+
+    A watch overrides what it wants to see; the rest is ignored.
 
     head: place among the heads that are scored together. image: index among the images of the cache. Of each head and
     image one of the three is called, once, in the process that scores the image. What is handed over must not be
@@ -18,7 +18,7 @@ class Watch(Protocol):
     """
 
     def pixels(self, head: int, image: int, values: NDArray[np.float32], classes: Labels | None) -> None:
-        """A score of each pixel, (height, width), of the original image; classes: the same, >= 1, or None for one class.
+        """A score and a class, >= 1, of each pixel of the original image, (height, width); no classes for one class.
 
         values: of segmentation the largest probability of a class but the background, whose class `classes` has; of
         anomaly heads the map.

@@ -116,9 +116,7 @@ def seen_on_vectors(
         yield number, [Seen(score) for score in scores]
 
 
-def hand_over(
-    cache: Cache, units: Sequence[int], scores: Sequence[Sequence[float]], unit: Unit, watch: Watch
-) -> None:
+def hand_over(cache: Cache, units: Sequence[int], scores: Sequence[Sequence[float]], unit: Unit, watch: Watch) -> None:
     """Hand a watch the scores of units, (units, heads): of an image as a whole, or of a tile as an object of no class.
 
     units: the tiles of an image may stand anywhere among them.

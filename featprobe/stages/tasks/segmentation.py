@@ -174,21 +174,15 @@ class Segmentation:
                 _show(watch, k, image, own)
             yield image, classes
 
-    def evaluate(
-        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None
-    ) -> list[Outcome]:
+    def evaluate(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None) -> list[Outcome]:
         """Scores of each head on the images that the rows show, which several processes share out among them."""
         here = scored_here(self.cache, rows)
-        if execution.whole_batches(self.device):
-            matrices = self._counted_there(heads, feed, here, watch)
-        else:
-            matrices = self._counted(heads, feed, here, watch)
+        counted = self._counted_there if execution.whole_batches(self.device) else self._counted
+        matrices = counted(heads, feed, here, watch)
         images = images_of(self.cache, rows)
         return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
 
-    def _counted(
-        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None
-    ) -> NDArray[np.int64]:
+    def _counted(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None) -> NDArray[np.int64]:
         """Confusion matrices, (heads, images, classes, classes), image by image: what suits a CPU."""
         classes, images = len(self.classes), images_of(self.cache, rows)
         matrices = np.zeros((len(heads), len(images), classes, classes), dtype=np.int64)
@@ -390,7 +384,7 @@ def _count(
 
 
 def _show(watch: Watch | None, head: int, image: int, logits: Tensor) -> None:
-    """Let a watch see what a head says of an image. logits: (classes, height, width), at the original image's pixels."""
+    """Let a watch see what a head says of an image. logits: (classes, height, width), at the original's pixels."""
     if watch is not None:
         values, classes = surest(logits)
         watch.pixels(head, image, values.cpu().numpy(), classes.cpu().numpy())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from featprobe.backbones.given import at_hand
 from featprobe.backbones.precision import resolve
-from featprobe.cache import Cache, open_cache
+from featprobe.cache import Cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError
 from featprobe.kinds import FROZEN, TASKS
 from featprobe.probes.saved import head_folder, make_folder, read_card, read_results

@@ -54,9 +54,7 @@ class Prepared:
         """Its cache, with the groups of its split."""
         return self.training.cache
 
-    def evaluate(
-        self, heads: Sequence[Head], source: Source, rows: Rows, watch: Watch | None = None
-    ) -> list[Outcome]:
+    def evaluate(self, heads: Sequence[Head], source: Source, rows: Rows, watch: Watch | None = None) -> list[Outcome]:
         """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small.
 
         watch: gets what each head finds.
