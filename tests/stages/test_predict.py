@@ -32,7 +32,7 @@ from featprobe.cli.main import cli
 from featprobe.errors import FeatprobeError, ProbeError, UsageError
 from featprobe.io.texts import uncell
 from featprobe.kinds import TrainRecipe
-from featprobe.metrics.defects.operating import Counts, OperatingPoint, Wanted
+from featprobe.metrics.defects.operating import Counts, OperatingPoint, Wanted, choose
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -40,6 +40,7 @@ from featprobe.stages.findings import Threshold, joined_pixels
 from featprobe.stages.predict import predict
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.recording.operating_file import write_point
+from featprobe.stages.recording.record_file import read_records
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace, make_generated
@@ -629,3 +630,31 @@ def test_an_operating_point_of_another_kind_or_head_is_refused(heads: dict[str, 
     with pytest.raises(ProbeError, match=r"(?s)of another head.*featprobe inspect"):
         Predictor(folder, device="cpu")
     assert Predictor(folder, device="cpu", threshold=0.5).point is None
+
+
+@pytest.mark.parametrize("task", ["semseg", "detect", "classify", "anomaly"])
+def test_predict_finds_at_the_operating_point_what_the_records_hold(
+    heads: dict[str, Path], workspace: Workspace, tmp_path: Path, task: str
+) -> None:
+    """The law that makes a figure of `inspect` one of `predict`: the same calls in each image, also in those of test."""
+    folder = Path(shutil.copytree(heads[task], tmp_path / "head"))
+    sha = json.loads((folder / "card.json").read_text())["head_sha256"]
+    records = read_records(folder, sha)
+    point = choose(records.of("val"), Wanted("false_calls", 2), least_area=3)
+    write_point(folder, sha, point)
+    records = records.with_least_area(3)
+    with Predictor(folder, device="cpu") as predictor:
+        results = predictor([workspace.data / "surface" / file for file in records.images.files])
+    called = records.called(point.threshold)
+    for image, result in enumerate(results):
+        own = called & (records.calls.image == image)
+        if records.about.pooled:
+            own = records.images.score[[image]] >= np.float32(point.threshold)
+        else:
+            areas = sorted(one.area for one in result.findings)
+            assert areas == pytest.approx(sorted(records.calls.size("area")[own]), abs=1e-2)
+            assert sorted(one.score for one in result.findings) == pytest.approx(
+                sorted(records.calls.score[own]), rel=1e-5
+            )
+        assert result.verdict == ("called" if own.any() else "passed")
+    assert {*records.images.splits} == {"val", "test"} and (called.any() or records.about.pooled)
