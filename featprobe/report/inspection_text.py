@@ -64,7 +64,7 @@ def sentences(line: Line) -> list[str]:
 
 
 def _false_calls(line: Line) -> str:
-    said = f"False calls: {line['false_calls']} on {counted(line['images'], _per_image(line))}"
+    said = f"False calls: {line['false_calls']} on {counted(line['over_images'], _per_image(line))}"
     said += f", {_rate(line['false_calls_per_image'])} per {_per_image(line)}"
     if line["parts_known"] and line["good_parts"]:
         said += f"; {_number(100 * line['false_calls_on_good_parts'] / line['good_parts'])} per 100 good parts"
@@ -139,10 +139,11 @@ def overview(lines: Sequence[Line]) -> pd.DataFrame:
         {
             "data": line["data"], "task": line["task"], "backbone": line["backbone"], "regime": line["regime"],
             "head": line["head"], "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
-            "found": f"{line['found']}/{line['defects']}", "%": _percent(line["recall"]),
+            "found": _fraction(line["found"], line["defects"]), "%": _percent(line["recall"]),
             "95 %": _interval(line["recall_low"], line["recall_high"]),
             "false calls/image": _rate(line["false_calls_per_image"]),
-            "escapes": f"{line['escaped']}/{line['bad_parts']}", "overkill": f"{line['stopped']}/{line['good_parts']}",
+            "escapes": _fraction(line["escaped"], line["bad_parts"]),
+            "overkill": _fraction(line["stopped"], line["good_parts"]),
             "threshold": "by fold" if line["threshold"] is None else f"{line['threshold']:.4g}",
             "chosen for": line["wanted"], "kept": "yes" if line["kept"] else "no",
         }
@@ -152,6 +153,10 @@ def overview(lines: Sequence[Line]) -> pd.DataFrame:
 
 def _of(part: int, whole: int, one: str, many: str = "") -> str:
     return f"{part} of {counted(whole, one, many)}"
+
+
+def _fraction(part: int, whole: int) -> str:
+    return f"{part}/{whole}" if whole else NONE
 
 
 def _per_image(line: Line) -> str:

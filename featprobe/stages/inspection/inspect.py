@@ -204,7 +204,7 @@ def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Ask
     ranked = sorted(seeds, key=lambda rows: (-validation_of(rows), rows[0].seed))
     whole = [[head_of(workspace, row) for row in folds_of(workspace, rows[0])] for rows in ranked]
     for heads in whole[1:] if asked.wanted else ():
-        _keep(heads, [_point(head, _records(workspace, head, asked), asked)[0] for head in heads])
+        _keep(heads, [_chosen(head, _records(workspace, head, asked), asked).point for head in heads])
     return _kept(workspace, whole[0], asked, len(seeds))
 
 
@@ -239,34 +239,50 @@ def _records(workspace: Workspace, head: ScoredHead, asked: Asked) -> Records:
     return records
 
 
-def _point(head: ScoredHead, records: Records, asked: Asked) -> tuple[OperatingPoint, bool]:
-    """The operating point of a head, and whether it is the one that lies beside it. It sees validation alone."""
+@dataclass(frozen=True)
+class _Chosen:
+    """An operating point. kept: whether it lies beside the head. note: for a user; "" for none."""
+
+    point: OperatingPoint
+    kept: bool = False
+    note: str = ""
+
+
+def _chosen(head: ScoredHead, records: Records, asked: Asked) -> _Chosen:
+    """The operating point of a head: the one beside it, or one that is chosen now. It sees validation alone."""
+    validation = records.of("val")
     kept = None if asked.wanted else read_point(head.folder, head.head_sha256)
     if kept is None:
-        try:
-            return choose(records.of("val"), asked.wanted or USUAL, asked.least_area or 1), False
-        except FeatprobeError as error:
-            raise ProbeError(f"{head.folder}: no operating point was chosen. {error}") from error
+        return _Chosen(_choose(head, validation, asked.wanted or USUAL, asked.least_area or 1))
     if asked.least_area not in (None, kept.least_area):
         raise UsageError(
             f"{head.folder} has an operating point for calls of {kept.least_area} pixels or more, not "
             f"{asked.least_area}.\nThe least area is a part of it. Choose it anew:  --min-area {asked.least_area} with "
             "--false-calls, --recall or --cost."
         )
-    if kept.base != records.about.base and not (isnan(kept.base) and isnan(records.about.base)):
-        raise ProbeError(
-            f"{head.folder}/operating.json was chosen from other records than those that are there now.\n"
-            f"  wanted  calls at the base threshold {records.about.base:.6g}\n  found   {kept.base:.6g}\n"
-            "Choose it anew with --false-calls, --recall or --cost; or remove the file."
-        )
-    return kept, True
+    same_base = kept.base == records.about.base or (isnan(kept.base) and isnan(records.about.base))
+    if same_base and counts_at(validation.with_least_area(kept.least_area), kept.threshold) == kept.validation:
+        return _Chosen(kept, kept=True)
+    return _Chosen(
+        _choose(head, validation, kept.wanted, kept.least_area),
+        note=f"{head.folder}/operating.json was chosen from other records than those that are there now. Here the "
+        f"threshold is chosen anew, for the same ({kept.wanted}); predict and export use the old one until you choose "
+        "one with --false-calls, --recall or --cost",
+    )
+
+
+def _choose(head: ScoredHead, validation: Records, wanted: Wanted, least_area: int) -> OperatingPoint:
+    try:
+        return choose(validation, wanted, least_area)
+    except FeatprobeError as error:
+        raise ProbeError(f"{head.folder}: no operating point was chosen. {error}") from error
 
 
 def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
     """What one head finds, or those of all folds of a cross-validation. Nothing is written."""
     every = [_records(workspace, head, asked) for head in heads]
-    chosen = [_point(head, own, asked) for head, own in zip(heads, every, strict=True)]
-    points = tuple(point for point, _ in chosen)
+    chosen = [_chosen(head, own, asked) for head, own in zip(heads, every, strict=True)]
+    points = tuple(own.point for own in chosen)
     parts = [own.with_least_area(point.least_area) for own, point in zip(every, points, strict=True)]
     tested = [own.of("test") for own in parts]
     records = Records.joined(tested).judged()
@@ -281,7 +297,7 @@ def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, s
         thresholds=thresholds,
         found=found,
         points=points,
-        kept=all(kept for _, kept in chosen),
+        kept=all(own.kept for own in chosen),
         validation=said[0] if len(said) == 1 else _sum(said),
         test=counts_at(records, thresholds),
         recall=recall_of(records, thresholds),
@@ -294,7 +310,7 @@ def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, s
         unit=asked.unit,
         pod=_pod(records, found, points, asked) if asked.pod else None,
     )
-    return replace(result, notes=_notes(result))
+    return replace(result, notes=(*(own.note for own in chosen if own.note), *_notes(result)))
 
 
 def _pod(records: Records, found: NDArray[np.bool_], points: Sequence[OperatingPoint], asked: Asked) -> "PodAnswer":
@@ -340,6 +356,8 @@ def _notes(own: Inspection) -> tuple[str, ...]:
         said.append("groups of images are not known to be parts, so each image counts as a part")
     if own.parts.unknown:
         said.append(f"{counted(own.parts.unknown, 'part')} with ignored regions and no defect have no verdict")
+    if not own.parts.good:
+        said.append("no part is known to be good in all its images: nothing can be said of good parts that are stopped")
     if not own.test.defects:
         said.append("the test images hold no defect: nothing can be said of what is found")
     if not own.test.good_images:

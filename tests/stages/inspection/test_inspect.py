@@ -209,13 +209,19 @@ def test_a_head_without_records_is_named_with_the_command_that_makes_them(tmp_pa
         inspect(space)
 
 
-def test_records_of_another_head_and_points_of_other_records_are_refused(space: Workspace, tmp_path: Path) -> None:
+def test_a_point_of_other_records_is_chosen_anew_for_the_same_and_named(space: Workspace, tmp_path: Path) -> None:
     head = only_head(space, tmp_path / "head")
-    inspect(space, [head], wanted=RATE)
-    records = with_about(drawn(1, "val"), base=0.05), with_about(drawn(2, "test"), base=0.05)
-    keep(head, *records)
-    with pytest.raises(ProbeError, match=r"chosen from other records(.|\n)*0\.05(.|\n)*0\.1"):
-        inspect(space, [head])
+    inspect(space, [head], wanted=RATE, least_area=5)
+    kept = (head / "operating.json").read_bytes()
+    for val in (with_about(drawn(0, "val"), base=0.05), drawn(1, "val")):  # another base; other calls
+        keep(head, val, drawn(100, "test"))
+        (own,) = inspect(space, [head]).each
+        assert not own.kept and str(own.points[0].wanted) == str(RATE) and own.points[0].least_area == 5
+        assert "chosen from other records" in own.notes[0] and (head / "operating.json").read_bytes() == kept
+
+
+def test_records_of_another_head_are_refused(space: Workspace, tmp_path: Path) -> None:
+    head = only_head(space, tmp_path / "head")
     shutil.copy(space.probes / rows_of(space)[1].folder / "defects.parquet", head)
     with pytest.raises(ProbeError, match="of another head"):
         inspect(space, [head])
