@@ -129,21 +129,18 @@ def _show(found: "Inspections", json_: bool, *, details: bool) -> None:
 
     if json_:
         return show_json(plain_json(found))
-    from featprobe.report.inspection_text import inspection_text, overview
-    from featprobe.report.text import table_text
+    from featprobe.report.inspection_text import inspection_text, notes_text, overview_text
 
     width = terminal_width()
     lines = [whole_line(own) for own in found.each]
     if len(lines) > 1:
-        echo(f"Test images, each head at its own threshold, which was chosen on validation.\n\n"
-             f"{table_text(overview(lines), width)}\n")  # fmt: skip
+        echo(overview_text(lines, width) + "\n")
     for own, line in zip(found.each, lines, strict=True) if details else ():
         echo(inspection_text(line, width) + "\n")
         for sentence in pod_text(own):
             echo(sentence)
-    for own, line in zip(found.each, lines, strict=True):
-        for note in line["notes"]:
-            echo(f"note: {note}" if len(lines) == 1 else f"note: {own.folder}: {note}")
+    for note in notes_text(lines):
+        echo(note)
     for note in found.notes:
         echo(f"note: {note}")
     for left in found.left:

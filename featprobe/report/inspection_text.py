@@ -84,6 +84,8 @@ def _parts(line: Line) -> list[str]:
     if line["good_parts"]:
         share = _share(line["overkill"], line["overkill_low"], line["overkill_high"])
         said.append(f"Overkill: {line['stopped']} of {counted(line['good_parts'], f'good {part}')} stopped{share}.")
+    if line["parts_known"] and line["good_images"] and not line["pooled"]:
+        said.append(f"Good images: {line['good_images_called']} of {line['good_images']} with a call.")
     return said
 
 
@@ -133,19 +135,44 @@ def missed_table(lines: Sequence[Line]) -> pd.DataFrame:
     ])  # fmt: skip
 
 
+def overview_text(lines: Sequence[Line], width: int | None = None) -> str:
+    """Several heads side by side, and what is the same of all."""
+    wanted = list(dict.fromkeys(line["wanted"] for line in lines))
+    rules = list(dict.fromkeys(line["rule"] for line in lines if not line["pooled"]))
+    chosen = f" for {wanted[0]}." if len(wanted) == 1 else ", for different things: they do not compare."
+    said = [f"Test images, each head at its own threshold, chosen on validation{chosen}"]
+    said += [f"Found by a call with: {rules[0]}."] if len(rules) == 1 else []
+    said += ["Found by different rules: such heads do not compare."] if len(rules) > 1 else []
+    table = overview(lines).drop(columns=["chosen for"] * (len(wanted) == 1) + ["found by"] * (len(rules) < 2))
+    return "\n".join([*said, "", table_text(table, width)])
+
+
+def notes_text(lines: Sequence[Line]) -> list[str]:
+    """The notes of all heads, each once, with the heads that it is about where it is not about all."""
+    folders: dict[str, list[str]] = {}
+    for line in lines:
+        for note in line["notes"]:
+            folders.setdefault(note, []).append(line["folder"])
+    return [
+        f"note: {note}" if len(own) == len(lines) else "\n  ".join([f"note: {note}", *own])
+        for note, own in folders.items()
+    ]
+
+
 def overview(lines: Sequence[Line]) -> pd.DataFrame:
-    """Several heads side by side as text for people, those of one data set and task together."""
+    """Several heads as text for people, those of one data set and task together."""
     return pd.DataFrame([
         {
             "data": line["data"], "task": line["task"], "backbone": line["backbone"], "regime": line["regime"],
             "head": line["head"], "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
-            "found": _fraction(line["found"], line["defects"]), "%": _percent(line["recall"]),
+            "found": _fraction(line["found"], line["defects"]) + (" images" if line["pooled"] else ""), "%": _percent(line["recall"]),
             "95 %": _interval(line["recall_low"], line["recall_high"]),
             "false calls/image": _rate(line["false_calls_per_image"]),
             "escapes": _fraction(line["escaped"], line["bad_parts"]),
             "overkill": _fraction(line["stopped"], line["good_parts"]),
             "threshold": "by fold" if line["threshold"] is None else f"{line['threshold']:.4g}",
-            "chosen for": line["wanted"], "kept": "yes" if line["kept"] else "no",
+            "chosen for": line["wanted"], "found by": NONE if line["pooled"] else line["rule"],
+            "kept": "yes" if line["kept"] else "no",
         }
         for line in sorted(lines, key=lambda own: (own["data"], own["task"]))
     ])  # fmt: skip
