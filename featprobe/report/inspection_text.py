@@ -165,7 +165,8 @@ def overview(lines: Sequence[Line]) -> pd.DataFrame:
         {
             "data": line["data"], "task": line["task"], "backbone": line["backbone"], "regime": line["regime"],
             "head": line["head"], "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
-            "found": _fraction(line["found"], line["defects"]) + (" images" if line["pooled"] else ""), "%": _percent(line["recall"]),
+            "found": _fraction(line["found"], line["defects"]) + (" images" if line["pooled"] else ""),
+            "%": _percent(line["recall"]),
             "95 %": _interval(line["recall_low"], line["recall_high"]),
             "false calls/image": _rate(line["false_calls_per_image"]),
             "escapes": _fraction(line["escaped"], line["bad_parts"]),
