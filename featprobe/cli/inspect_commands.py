@@ -27,7 +27,7 @@ heads, point, rule, sizes = map(under, ("Heads", "Operating point", "What counts
 
 
 @click.command(cls=Grouped)
-@click.argument("folders", nargs=-1, metavar="[HEAD]…", type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, metavar="[HEAD]…", type=click.Path(exists=True, path_type=Path))
 @heads("--task", metavar="LIST", help=f"Results of these tasks: {ALL_TASKS}.  [default: all]")
 @heads("--data", metavar="LIST", help="Results on these data sets, separated by commas.  [default: all]")
 @heads("--backbone", metavar="LIST", help="Results of these backbones, separated by commas.  [default: all]")

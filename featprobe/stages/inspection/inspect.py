@@ -4,6 +4,7 @@ An operating point is chosen on the validation images alone, and then scored on 
 torch, or looks at an image.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
@@ -33,7 +34,7 @@ from featprobe.stages.inspection.scored_heads import (
     validation_of,
 )
 from featprobe.stages.recording.operating_file import read_point, write_point
-from featprobe.stages.recording.record_file import read_records
+from featprobe.stages.recording.record_file import RECORDS, read_records
 from featprobe.stages.recording.sizes import in_millimetres
 from featprobe.stages.workspace import Workspace
 
@@ -152,23 +153,24 @@ def inspect(
     asked = Asked(wanted, size, unit, least_area, rule, pod)
     named = [head_in(Path(folder)) for folder in heads]
     results = by_run(one_of_each(rows_asked(workspace, only or {}))) if not named else []
-    notes = list[str]()
+    made = _Made()
     if rescore:
         check_here(workspace, named)
         rows = [head.row for head in named] + [row for seeds in results for own in seeds for row in own]
-        notes = _rescored(workspace, rows, rule, device, quiet)
-    each, left = [_kept(workspace, [head], asked, 1, notes) for head in named], list[Left]()
+        made = _rescored(workspace, rows, rule, device, quiet)
+        made.check(head.row for head in named)
+    each, left = [_kept(workspace, [head], asked) for head in named], list[Left]()
     for seeds in results:
         try:
-            each.append(_best(workspace, seeds, asked))
+            each.append(_best(workspace, seeds, asked, made))
         except UsageError:
             raise
         except FeatprobeError as error:
             left.append(Left(seeds[0][0].folder, str(error)))
     if not each:
-        reasons = "\n".join([*(f"  {own.folder}: {own.reason}" for own in left), *(f"  {note}" for note in notes)])
+        reasons = "\n".join(f"  {own.folder}: {own.reason}" for own in left)
         raise ProbeError(f"None of the results in {workspace.probes} can be inspected.\n{reasons}")
-    return Inspections(tuple(each), tuple(left), tuple(notes))
+    return Inspections(tuple(each), tuple(left), made.others)
 
 
 def inspect_head(
@@ -191,33 +193,58 @@ def inspect_head(
     return inspected(workspace, heads, Asked(wanted, size, unit, least_area, rule, pod))
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What came of making records anew. unmade: folders of rows that have none, or only those from before."""
+
+    notes: tuple[str, ...] = ()
+    unmade: frozenset[str] = frozenset()
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The notes that are not on heads without new records."""
+        return tuple(note for note in self.notes if not any(folder in note for folder in self.unmade))
+
+    def check(self, rows: Iterable[ResultRow]) -> None:
+        """Raise ProbeError where one of these has no new records, so that nobody takes the old ones for them."""
+        failed = [row.folder for row in rows if row.folder in self.unmade]
+        if failed:
+            why = [note for note in self.notes if any(folder in note for folder in failed)]
+            raise ProbeError("\n".join(["Its records were not made anew. Those from before were left alone.", *why]))
+
+
 def _rescored(
     workspace: Workspace, rows: Sequence[ResultRow], rule: FoundRule | None, device: str | None, quiet: bool
-) -> list[str]:
+) -> _Made:
     from featprobe.stages.recording.rescore import rescore  # which loads torch
 
-    return rescore(workspace, rows, rule, device=device, quiet=quiet)
+    before = {row.folder: _file_of(workspace, row) for row in rows}
+    notes = rescore(workspace, rows, rule, device=device, quiet=quiet)
+    return _Made(tuple(notes), frozenset(row.folder for row in rows if _file_of(workspace, row) == before[row.folder]))
 
 
-def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Asked) -> Inspection:
+def _file_of(workspace: Workspace, row: ResultRow) -> int | None:
+    """The number that the file system gives the records of a row; None where there are none."""
+    try:
+        return os.stat(workspace.probes / row.folder / RECORDS).st_ino
+    except OSError:
+        return None
+
+
+def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Asked, made: _Made) -> Inspection:
     """What the best seed on validation finds. An operating point that is asked for is kept beside all seeds."""
     ranked = sorted(seeds, key=lambda rows: (-validation_of(rows), rows[0].seed))
     whole = [[head_of(workspace, row) for row in folds_of(workspace, rows[0])] for rows in ranked]
+    for heads in whole if asked.wanted else whole[:1]:
+        made.check(head.row for head in heads)
     for heads in whole[1:] if asked.wanted else ():
         _keep(heads, [_chosen(head, _records(workspace, head, asked), asked).point for head in heads])
     return _kept(workspace, whole[0], asked, len(seeds))
 
 
-def _kept(
-    workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1, notes: Sequence[str] = ()
-) -> Inspection:
-    """What heads find; an operating point that is asked for is kept. notes: on records that could not be made."""
-    try:
-        found = inspected(workspace, heads, asked, seeds)
-    except ProbeError as error:
-        if notes:
-            raise ProbeError("\n".join([str(error), *notes])) from error
-        raise
+def _kept(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
+    """What heads find; an operating point that is asked for is kept."""
+    found = inspected(workspace, heads, asked, seeds)
     if asked.wanted:
         _keep(heads, found.points)
         return replace(found, kept=True)

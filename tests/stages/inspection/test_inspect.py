@@ -251,6 +251,17 @@ def test_folders_that_hold_no_head_say_which_do(space: Workspace, tmp_path: Path
         inspect(space, [head])
 
 
+def test_records_that_could_not_be_made_anew_are_not_taken_for_new(tmp_path: Path) -> None:
+    """The stored workspace has no weights of heads, so nothing can be scored again."""
+    space = stored_space(tmp_path, ("semseg-ridge-15",))
+    folder = space.probes / rows_of(space)[0].folder
+    before = (folder / "defects.parquet").read_bytes()
+    for heads in ([folder], []):
+        with pytest.raises(ProbeError, match=r"not made anew(.|\n)*no records of(.|\n)*Train it again"):
+            inspect(space, heads, rescore=True, quiet=True)
+    assert (folder / "defects.parquet").read_bytes() == before and inspect(space, [folder]).each
+
+
 def test_results_are_chosen_by_what_they_are(space: Workspace) -> None:
     assert len(inspect(space, only={"task": ["semseg"], "data": ["parts"]}).each) == len(inspect(space).each)
     with pytest.raises(UsageError, match="Did you mean parts"):
