@@ -74,10 +74,10 @@ heads, point, rule, sizes = map(under, ("Heads", "Operating point", "What counts
 def inspect(ctx: click.Context, folders: tuple[Path, ...], json_: bool, out: Path | None, **options: Any) -> None:
     """Say which defects heads find, and how many good parts they stop.
 
-    HEAD is a folder that `probe` or `finetune` has written; without one, all results of the workspace are inspected,
-    of each the seed that is best on validation. The threshold is chosen on the validation images alone, then applied
-    to the test images. With --false-calls, --recall or --cost it is kept beside the head, and `predict` and `export`
-    use it.
+    HEAD is a folder that `probe` or `finetune` has written. A folder above such stands for all results below it, and
+    without any all results of the workspace are inspected: of each the seed that is best on validation. The threshold
+    is chosen on the validation images alone, then applied to the test images. With --false-calls, --recall or --cost it
+    is kept beside the head, and `predict` and `export` use it.
 
     \b
     Example:
@@ -129,7 +129,7 @@ def _show(found: "Inspections", json_: bool, *, details: bool) -> None:
 
     if json_:
         return show_json(plain_json(found))
-    from featprobe.report.inspection_text import inspection_text, notes_text, overview_text
+    from featprobe.report.inspection_text import inspection_text, notes_text, overview_text, place_of
 
     width = terminal_width()
     lines = [whole_line(own) for own in found.each]
@@ -148,4 +148,4 @@ def _show(found: "Inspections", json_: bool, *, details: bool) -> None:
     if not details:
         echo("\nBy size, by class, and what is missed:  featprobe inspect HEAD, with one of these:")
         for line in lines:
-            echo(f"  {line['folder']}")
+            echo(f"  {place_of(line)}")

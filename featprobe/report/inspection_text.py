@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import isnan
+from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -22,7 +23,7 @@ MISSED_SHOWN = 5  # of the defects that are missed
 
 def inspection_text(line: Line, width: int | None = None) -> str:
     """One head: sentences, then tables. line: as `stages.inspection.lines.whole_line` makes it."""
-    blocks = ["\n".join([title_of(line), line["folder"]]), "\n".join(sentences(line))]
+    blocks = ["\n".join([title_of(line), place_of(line)]), "\n".join(sentences(line))]
     if line["by_size"]:
         first = line["by_size"][0]
         title = f"By size: {SIZE_NAMES[first['size']]}, {_unit(first['size'], first['unit'])}"
@@ -33,6 +34,12 @@ def inspection_text(line: Line, width: int | None = None) -> str:
         title = f"Missed: the largest of {len(line['missed'])}" if len(line["missed"]) > MISSED_SHOWN else "Missed"
         blocks.append(f"{title}\n{table_text(missed_table(line['missed'][:MISSED_SHOWN]), width)}")
     return "\n\n".join(blocks)
+
+
+def place_of(line: Line) -> str:
+    """The folder of a head; of a cross-validation the one above its folds."""
+    folder = PurePath(line["folder"])
+    return str(folder.parents[1] if line["folds"] > 1 else folder)
 
 
 def title_of(line: Line) -> str:
@@ -93,9 +100,9 @@ def _threshold(line: Line) -> str:
     at = f"Threshold {line['threshold']:.4g}" if line["threshold"] is not None else "Thresholds, one of each fold"
     least = f", calls of {line['least_area']} pixels or more" if line["least_area"] > 1 else ""
     kept = (
-        "it lies beside the head, for predict and export"
+        "kept beside the head, for predict and export"
         if line["kept"]
-        else "it is not kept; --false-calls, --recall or --cost choose one that is"
+        else "not kept, as --false-calls, --recall or --cost would"
     )
     return f"{at}{least}, chosen on validation for {line['wanted']}; {kept}."
 
@@ -143,7 +150,10 @@ def overview_text(lines: Sequence[Line], width: int | None = None) -> str:
     said = [f"Test images, each head at its own threshold, chosen on validation{chosen}"]
     said += [f"Found by a call with: {rules[0]}."] if len(rules) == 1 else []
     said += ["Found by different rules: such heads do not compare."] if len(rules) > 1 else []
-    table = overview(lines).drop(columns=["chosen for"] * (len(wanted) == 1) + ["found by"] * (len(rules) < 2))
+    table = overview(lines)
+    alike = {name for name in ("split", "chosen for", "found by") if table[name].nunique() == 1}
+    alike |= {"of train"} if set(table["of train"]) == {"100 %"} else set()
+    table = table.drop(columns=sorted(alike | ({"found by"} if len(rules) < 2 else set())))
     return "\n".join([*said, "", table_text(table, width)])
 
 
@@ -164,7 +174,8 @@ def overview(lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "data": line["data"], "task": line["task"], "backbone": line["backbone"], "regime": line["regime"],
-            "head": line["head"], "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
+            "head": line["head"], "split": line["split"],
+            "of train": f"{100 * line['fraction']:g} %", "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
             "found": _fraction(line["found"], line["defects"]) + (" images" if line["pooled"] else ""),
             "%": _percent(line["recall"]),
             "95 %": _interval(line["recall_low"], line["recall_high"]),

@@ -31,6 +31,7 @@ from featprobe.stages.inspection.scored_heads import (
     head_of,
     one_of_each,
     rows_asked,
+    rows_below,
     validation_of,
 )
 from featprobe.stages.recording.operating_file import read_point, write_point
@@ -140,7 +141,8 @@ def inspect(
 ) -> Inspections:
     """What scored heads find, by the records that lie beside them.
 
-    heads: their folders; without any, all results of the workspace, of each the seed that is best on validation.
+    heads: their folders. A folder above heads stands for the results below it, and no folder for all of the workspace:
+    of each result the seed that is best on validation, and all its folds.
     wanted: what an operating point is chosen for on validation; it is then kept beside every head that is asked about,
     where `predict` and `export` find it. Without it, the one that is kept there, or 0.1 false calls per image, which is
     not kept. size, unit: of defects. least_area: pixels; calls below it do not count; None for that of the kept
@@ -151,8 +153,11 @@ def inspect(
     Raises UsageError for values that can't be, ProbeError where a named head, or none of all, can be inspected.
     """
     asked = Asked(wanted, size, unit, least_area, rule, pod)
-    named = [head_in(Path(folder)) for folder in heads]
-    results = by_run(one_of_each(rows_asked(workspace, only or {}))) if not named else []
+    folders = [Path(folder) for folder in heads]
+    below = [rows_below(workspace, folder) for folder in folders]
+    named = [head_in(folder) for folder, rows in zip(folders, below, strict=True) if not rows]
+    several = [row for rows in below for row in rows] if folders else rows_asked(workspace, only or {})
+    results = by_run(one_of_each(several))
     made = _Made()
     if rescore:
         check_here(workspace, named)

@@ -141,6 +141,8 @@ def test_folds_are_one_test_set_each_at_its_own_threshold(tmp_path: Path) -> Non
     assert own.parts.escaped == sum(each.parts.escaped for each in alone)
     assert any("2 folds" in note for note in own.notes) and any("fold 1 of 2 alone" in n for n in alone[0].notes)
     assert inspect_head(space, second).test == own.test, "a row of one fold stands for all"
+    (again,) = inspect(space, [folders[0].parents[1]]).each
+    assert again.test == own.test, "a folder above heads stands for the result below it"
     (space.probes / "results.jsonl").write_text((space.probes / "results.jsonl").read_text().splitlines()[0] + "\n")
     with pytest.raises(ProbeError, match="without a result are the folds 2 of 2"):
         inspect(space)
@@ -228,11 +230,12 @@ def test_records_of_another_head_are_refused(space: Workspace, tmp_path: Path) -
 
 
 def test_folders_that_hold_no_head_say_which_do(space: Workspace, tmp_path: Path) -> None:
-    folder = (space.probes / rows_of(space)[0].folder).parent
+    other = tmp_path / "other"
+    shutil.copytree((space.probes / rows_of(space)[0].folder).parent, other)
+    (tmp_path / "empty").mkdir()
     for path, said in {
-        folder: "holds no head itself, but seed0",
-        space.probes: "Name one of them",
-        tmp_path: "has no card.json",
+        other: "holds no head itself, but seed0",
+        tmp_path / "empty": "has no card.json",
         tmp_path / "nowhere": "There is no folder",
     }.items():
         with pytest.raises(ProbeError, match=said):
