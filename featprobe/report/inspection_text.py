@@ -18,6 +18,7 @@ SIZE_NAMES = {
     "longest": "longest side",
     "shortest": "shortest side",
 }
+LARGE = 4  # times the area of a defect, from which on a call that finds it says little of where it is
 MISSED_SHOWN = 5  # of the defects that are missed
 
 
@@ -67,7 +68,18 @@ def sentences(line: Line) -> list[str]:
         f"{_share(line['validation_recall'])}, {_rate(line['validation_false_calls_per_' + line['per']])} "
         f"false calls per {_per(line)}.",
     ]
-    return said if line["pooled"] else [*said, f"A defect counts as found by a call with: {line['rule']}."]
+    return (
+        said if line["pooled"] else [*said, f"A defect counts as found by a call with: {line['rule']}.", *_large(line)]
+    )
+
+
+def _large(line: Line) -> list[str]:
+    """How large calls are beside what they find, which the usual rule does not limit."""
+    times = line["times_as_large"]
+    if isnan(times):
+        return []
+    outlines = "; --found iou:0.5 asks for outlines" if times >= LARGE and "IoU at least 0.1" in line["rule"] else ""
+    return [f"Calls that find a defect are {times:.2g} times as large as it, in the median{outlines}."]
 
 
 def _false_calls(line: Line) -> str:
@@ -175,7 +187,8 @@ def overview(lines: Sequence[Line]) -> pd.DataFrame:
         {
             "data": line["data"], "task": line["task"], "backbone": line["backbone"], "regime": line["regime"],
             "head": line["head"], "split": line["split"],
-            "of train": f"{100 * line['fraction']:g} %", "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
+            "of train": f"{100 * line['fraction']:g} %",
+            "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
             "found": _fraction(line["found"], line["defects"]) + (" images" if line["pooled"] else ""),
             "%": _percent(line["recall"]),
             "95 %": _interval(line["recall_low"], line["recall_high"]),

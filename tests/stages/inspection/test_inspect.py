@@ -16,7 +16,7 @@ from featprobe.errors import ProbeError, UsageError
 from featprobe.metrics.defects.operating import Wanted
 from featprobe.metrics.defects.records import DEFECT, GOOD, NOTHING, FoundRule, Records
 from featprobe.stages.inspection.inspect import Inspection, Inspections, inspect, inspect_head
-from featprobe.stages.inspection.lines import Line, plain_json, tables_of, write_tables
+from featprobe.stages.inspection.lines import Line, head_line, plain_json, tables_of, write_tables
 from featprobe.stages.workspace import Workspace
 
 RATE = Wanted("false_calls", 0.2)
@@ -86,6 +86,12 @@ def test_what_is_counted_agrees_with_a_plain_count(seed: int, least: int) -> Non
     assert sum(each.found for each in own.by_size) == own.test.found == own.found.sum()
     assert sum(each.missed for each in own.missed) == own.test.missed == len(tables_of_one(own)["missed"])
     assert len(tables_of_one(own)["false_calls"]) == own.test.false_calls
+    kept = test.with_least_area(least)
+    threshold = np.float32(own.points[0].threshold)
+    larger = [
+        kept.calls.pixels[c, 1] / kept.defects.pixels[d, 1] for c, d in kept.finds if kept.calls.score[c] >= threshold
+    ]
+    assert head_line(own)["times_as_large"] == pytest.approx(np.median(larger) if larger else np.nan, nan_ok=True)
 
 
 def stored() -> Workspace:
