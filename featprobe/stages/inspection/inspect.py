@@ -37,7 +37,7 @@ from featprobe.stages.inspection.scored_heads import (
 from featprobe.stages.recording.operating_file import read_point, write_point
 from featprobe.stages.recording.record_file import RECORDS, read_records
 from featprobe.stages.recording.sizes import in_millimetres
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import Workspace, pixel_size_of
 
 if TYPE_CHECKING:
     from featprobe.stages.inspection.pod import PodAnswer
@@ -264,7 +264,7 @@ def _keep(heads: Sequence[ScoredHead], points: Sequence[OperatingPoint]) -> None
 def _records(workspace: Workspace, head: ScoredHead, asked: Asked) -> Records:
     """The records beside a head, if they can carry what is asked."""
     records = read_records(head.folder, head.head_sha256)
-    if stated := workspace.pixel_size(head.row.data, head.root):
+    if stated := pixel_size_of(workspace, head.row.data, head.root):
         records = in_millimetres(records, stated)
     check_rule(head.folder, records, asked.rule)
     check_parts(head.folder, records, asked.wanted)
