@@ -33,7 +33,7 @@ def carried(*given: object, **options: object) -> Pod:
     return answer
 
 
-def test_a_logit_is_that_of_scikit_learn():
+def test_a_logit_is_that_of_scikit_learn() -> None:
     sizes, found = targets(1, 200)
     other = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(np.log(sizes)[:, None], found)
     pod = carried(sizes, found)
@@ -41,11 +41,17 @@ def test_a_logit_is_that_of_scikit_learn():
     assert pod.slope == pytest.approx(float(other.coef_[0, 0]), rel=1e-5)
     assert pod.a50 == pytest.approx(math.exp(-pod.intercept / pod.slope))
     assert pod.a90 == pytest.approx(math.exp((math.log(9) - pod.intercept) / pod.slope))
-    assert (pod.targets, pod.hits, pod.misses, pod.clusters, pod.clustered) == (200, found.sum(), (~found).sum(), 200, False)
+    assert (pod.targets, pod.hits, pod.misses, pod.clusters, pod.clustered) == (
+        200,
+        found.sum(),
+        (~found).sum(),
+        200,
+        False,
+    )
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_bounds_are_those_of_a_search_over_curves(link: Link):
+def test_bounds_are_those_of_a_search_over_curves(link: Link) -> None:
     """One weight of all curves with one a90 is searched for, and then the a90 at which the ratio is what is allowed."""
     sizes, found = targets(2)
     logs, law = np.log(sizes), {"logit": logistic, "probit": norm}[link]
@@ -67,7 +73,7 @@ def test_bounds_are_those_of_a_search_over_curves(link: Link):
 
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_band_reaches_90_percent_at_the_bound(link: Link, shared: bool):
+def test_the_band_reaches_90_percent_at_the_bound(link: Link, shared: bool) -> None:
     sizes, found = targets(3, 120)
     pod = carried(sizes, found, np.arange(120) // 3 if shared else None, link)
     curve = pod.curve
@@ -80,7 +86,9 @@ def test_the_band_reaches_90_percent_at_the_bound(link: Link, shared: bool):
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), factor=st.floats(1e-6, 1e6), link=st.sampled_from(LINKS), shared=st.booleans())
-def test_sizes_in_another_unit_give_the_same_curve_in_that_unit(seed: int, factor: float, link: Link, shared: bool):
+def test_sizes_in_another_unit_give_the_same_curve_in_that_unit(
+    seed: int, factor: float, link: Link, shared: bool
+) -> None:
     sizes, found = targets(seed, 72)
     clusters = np.arange(72) // 3 if shared else None
     one, other = hit_miss(sizes, found, clusters, link), hit_miss(sizes * factor, found, clusters, link)
@@ -96,7 +104,7 @@ def test_sizes_in_another_unit_give_the_same_curve_in_that_unit(seed: int, facto
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), shared=st.booleans())
-def test_neither_the_order_of_targets_nor_names_of_clusters_matter(seed: int, shared: bool):
+def test_neither_the_order_of_targets_nor_names_of_clusters_matter(seed: int, shared: bool) -> None:
     sizes, found = targets(seed, 72)
     clusters = np.arange(72) // 3
     order = np.random.default_rng(seed).permutation(72)
@@ -106,13 +114,13 @@ def test_neither_the_order_of_targets_nor_names_of_clusters_matter(seed: int, sh
         assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6)
 
 
-def test_clusters_of_one_are_no_clusters():
+def test_clusters_of_one_are_no_clusters() -> None:
     sizes, found = targets(4)
     alone, named = carried(sizes, found), carried(sizes, found, range(len(sizes)))
     assert (named.a90_95, named.clustered, named.coverage) == (alone.a90_95, False, alone.coverage)
 
 
-def test_targets_counted_three_times_say_no_more_in_clusters():
+def test_targets_counted_three_times_say_no_more_in_clusters() -> None:
     sizes, found = targets(5, 150)
     once = carried(sizes, found)
     blind, known = (carried(np.repeat(sizes, 3), np.repeat(found, 3), c) for c in (None, np.arange(450) // 3))
@@ -121,7 +129,7 @@ def test_targets_counted_three_times_say_no_more_in_clusters():
     assert known.a90_95 == pytest.approx(once.a90_95, rel=0.1) and known.a90_95 > blind.a90_95  # type: ignore[operator]
 
 
-def test_without_proof_of_growth_the_bound_is_infinite():
+def test_without_proof_of_growth_the_bound_is_infinite() -> None:
     rng = np.random.default_rng(6)
     sizes = np.exp(rng.uniform(-1, 1, 80))
     found = np.r_[np.ones(40, bool), np.zeros(40, bool)]
@@ -131,14 +139,14 @@ def test_without_proof_of_growth_the_bound_is_infinite():
     assert "infinite" in pod.notes[0] and not pod.no_bound
 
 
-def test_few_clusters_give_a_curve_and_no_bound():
+def test_few_clusters_give_a_curve_and_no_bound() -> None:
     sizes, found = targets(7)
     pod = carried(sizes, found, np.arange(90) // 10)
     assert (pod.a90_95, pod.joint_a90_95, pod.coverage) == (None, None, None)
     assert "9 clusters" in pod.no_bound and pod.a90 > 0
 
 
-def test_a_curve_beyond_the_targets_is_said_to_be():
+def test_a_curve_beyond_the_targets_is_said_to_be() -> None:
     sizes, found = targets(8, 150)
     small = sizes < 5
     pod = carried(sizes[small], found[small])
@@ -146,14 +154,14 @@ def test_a_curve_beyond_the_targets_is_said_to_be():
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
-def test_sizes_that_are_none_are_named(wrong: float):
+def test_sizes_that_are_none_are_named(wrong: float) -> None:
     sizes, found = targets(9)
     sizes[7] = wrong
     with pytest.raises(DataError, match=r"(?s)1 size of 90 targets.*target 7"):
         hit_miss(sizes, found)
 
 
-def test_lengths_must_agree():
+def test_lengths_must_agree() -> None:
     sizes, found = targets(9)
     with pytest.raises(ShapeError):
         hit_miss(sizes, found[:-1])
