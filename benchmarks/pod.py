@@ -3,11 +3,11 @@
     python benchmarks/pod.py
 
 Sets of targets that are found or missed are drawn from curves that are known, and for each the bounds of a90 are made
-by the functions that `hit_miss` calls. Counted is how often a bound is above the true a90. An infinite bound is; how many are
-infinite stands beside it. Sets that are refused are drawn but not counted; their share stands beside it too.
+by the functions that `hit_miss` calls. Counted is how often a bound is above the true a90. An infinite bound is, and
+the share of infinite ones stands in brackets. Sets that are refused are not counted; their share stands beside it.
 
-In worlds of clusters the targets of a cluster have a chance in common, normal on the scale of the logit; the true a90 is
-that of all clusters together. There several kinds of bounds are compared on the same sets.
+In worlds of clusters the targets of a cluster have something in common, normal on the scale of the logit; the true a90
+is that of all clusters together. There several kinds of bounds are compared on the same sets.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from featprobe.metrics.pod.bounds import ALONE, DETECTED, TOGETHER, upper_a90
-from featprobe.metrics.pod.clustered import Clusters, a90_of, between, resampled_a90, robust_a90, studentised
+from featprobe.metrics.pod.clustered import Clusters, a90_of, resampled_a90, robust_a90, studentised
 from featprobe.metrics.pod.coverage import ALONE_COVERS, CLUSTERED_COVERS
 from featprobe.metrics.pod.lack_of_fit import lack_of_fit
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Fit, Floats, Model, fit, solved
@@ -33,6 +33,7 @@ from featprobe.metrics.pod.values import Link
 
 LEAST, MOST = {60: 0.905, 120: 0.920, 300: 0.935}, 0.97  # coverage by number of targets
 DRAWS = 199
+MANY = 330  # targets, beyond which a world of clusters takes too long
 CHUNK = 100  # sets of one bootstrap
 
 
@@ -83,6 +84,7 @@ CLUSTERED = {
     "threes, sd 1.5, sizes alike": World(0, 3, (-1.5, 1.5), "logit", (3,), 1.5, 0.9),
     "threes, sd 3, sizes alike": World(0, 5, (-1.5, 1.5), "logit", (3,), 3.0, 0.9),
     "one to nine, sd 1.5": World(0, 3, (-1.5, 1.5), "logit", (1, 1, 2, 3, 9), 1.5, 0.5),
+    "tens, sd 1.5": World(0, 3, (-1.5, 1.5), "logit", (10,), 1.5, 0.5),
     "threes, independent": World(0, 2, (-1.5, 1.5), "logit", (3,)),
 }
 
@@ -120,7 +122,8 @@ def covered(bounds: Floats, true: float) -> str:
 
 def look_at_single(sets: int) -> tuple[list[dict[str, str]], dict[int, list[float]]]:
     """A row for each world and number of targets; coverage by number of targets of the worlds that count."""
-    rows, shares = [], {targets: [] for targets in LEAST}
+    rows: list[dict[str, str]] = []
+    shares: dict[int, list[float]] = {targets: [] for targets in LEAST}
     for name, world in (WORLDS | HARDLY_GROWS).items():
         for targets in LEAST:
             one = drawn(world, targets, sets, np.ones(targets, int))
@@ -179,10 +182,13 @@ def clustered_bounds(model: Model, fitted: Fit, clusters: Clusters, rng: np.rand
 
 def look_at_clusters(sets: int) -> tuple[list[dict[str, str]], dict[int, list[float]]]:
     """A row for each world of clusters and number of them; coverage of what is given, by number of clusters."""
-    rows, shares = [], {clusters: [] for clusters in CLUSTERED_COVERS}
+    rows: list[dict[str, str]] = []
+    shares: dict[int, list[float]] = {clusters: [] for clusters in CLUSTERED_COVERS}
     for name, world in CLUSTERED.items():
         for number in CLUSTERED_COVERS:
             sizes = np.resize(world.clusters, number)
+            if not min(LEAST) <= sizes.sum() <= MANY:
+                continue
             one, true = drawn(world, number, sets, sizes), world.true_a90()
             rng, parts = np.random.default_rng(number), []
             for begin in range(0, len(one.model.signs), CHUNK):
@@ -215,28 +221,30 @@ def main() -> None:
     """Draw, print both tables, and the figures last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=positive, default=2000)
-    parser.add_argument("--clustered-sets", type=positive, default=500)
+    parser.add_argument("--clustered-sets", type=positive, default=400)
     options = parser.parse_args()
     rows, single = look_at_single(options.sets)
     print_table(rows)
-    print()
+    print(flush=True)
     rows, clustered = look_at_clusters(options.clustered_sets)
     print_table(rows)
     means = {targets: float(np.mean(shares)) for targets, shares in single.items()}
-    covers = all(means[targets] >= least for targets, least in LEAST.items())
+    most = max(max(shares) for shares in single.values())
+    published = as_published(ALONE_COVERS, single, options.sets)
+    published &= as_published(CLUSTERED_COVERS, clustered, options.clustered_sets)
+    ratio = min(means[targets] / least for targets, least in LEAST.items())
     result = {
         "name": "pod",
-        "ratio": round(min(means[targets] / least for targets, least in LEAST.items()), 4),
+        "ratio": round(ratio, 4),
         "target": 1.0,
+        "holds": ratio >= 1 and most <= MOST and published,
+        "cpus": os.cpu_count(),
         "covers": {targets: round(share, 4) for targets, share in means.items()},
         "least": {targets: round(min(shares), 4) for targets, shares in single.items()},
-        "most": round(max(max(shares) for shares in single.values()), 4),
+        "most": round(most, 4),
         "least_of_clusters": {number: round(min(shares), 4) for number, shares in clustered.items()},
-        "as_published": as_published(ALONE_COVERS, single, options.sets)
-        and as_published(CLUSTERED_COVERS, clustered, options.clustered_sets),
-        "cpus": os.cpu_count(),
+        "as_published": bool(published),
     }
-    result["holds"] = covers and result["most"] <= MOST and result["as_published"]
     print(json.dumps(result))
 
 

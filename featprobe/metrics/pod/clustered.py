@@ -76,7 +76,7 @@ def resampled_a90(
 
 
 def studentised(a90: Floats, error: Floats, drawn: Floats, errors: Floats) -> Floats:
-    """The one-sided 95 % bound of an x of a90, (...,), from that of resamples, (..., draws), and all standard errors."""
+    """The one-sided 95 % bound of an x of a90, (...,), from that of resamples, (..., draws), and all errors."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         distances = np.where(np.isinf(drawn), np.inf, (drawn - a90[..., None]) / errors)
     distances = np.sort(np.where(np.isnan(distances), -np.inf, distances), -1)

@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from featprobe.errors import DataError, ShapeError, counted
 from featprobe.metrics.pod.bounds import ALONE, DETECTED, TOGETHER, Inflation, band, upper_a90
-from featprobe.metrics.pod.clustered import Clusters, clustered_a90, inflation_of
-from featprobe.metrics.pod.coverage import CLUSTERS, ENOUGH, coverage_of
+from featprobe.metrics.pod.clustered import Clusters, clustered_a90, inflation_of, robust_a90
+from featprobe.metrics.pod.coverage import CLUSTERED_COVERS, ENOUGH, coverage_of
 from featprobe.metrics.pod.lack_of_fit import lack_of_fit
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Fit, Floats, Model, fit
 from featprobe.metrics.pod.refusals import barely_overlap, refusal
@@ -43,7 +43,7 @@ def hit_miss(
     of continuous random variables (1983).
     """
     size, hit, groups = _checked(sizes, found, clusters)
-    refused = refusal(size, hit)
+    refused = refusal(size, hit, None if groups is None else len(groups))
     if refused:
         return refused
     logs = np.log(size)
@@ -85,9 +85,9 @@ class _Answer:
     def pod(self) -> Pod:
         a50, a90 = (self._size_at(share) for share in (0.5, DETECTED))
         number = len(self.sizes) if self.groups is None else len(self.groups)
-        coverage = coverage_of(len(self.sizes), number)
+        coverage, simulated = coverage_of(len(self.sizes), number)
         no_bound = _no_bound(number, coverage)
-        x, reach, inflation = _bound(self.model, self.fitted, None if no_bound else self.groups)
+        x, reach, inflation = _bound(self.model, self.fitted, self.groups, wanted=not no_bound)
         wide = upper_a90(self.model, self.fitted, reach * TOGETHER / ALONE, inflation)
         bound, joint = float(self.scale.size(x)), float(self.scale.size(wide))
         misfit = float(lack_of_fit(self.model, self.fitted, self.groups))
@@ -109,6 +109,7 @@ class _Answer:
             clusters=number,
             clustered=self.groups is not None,
             coverage=None if no_bound else coverage,
+            simulated="" if no_bound else simulated,
             notes=tuple(_notes(self.sizes, a50, a90, None if no_bound else bound, misfit)),
         )
 
@@ -154,26 +155,33 @@ def _checked(
     return together[:, 0], together[:, 1] > 0, Clusters(np.array([len(cluster) for cluster in ordered]))
 
 
-def _bound(model: Model, fitted: Fit, groups: Clusters | None) -> tuple[Floats, Floats | float, Inflation | None]:
-    """The bound of the x of a90, and what it allows of a likelihood ratio: so much, times the inflation by clusters."""
+def _bound(
+    model: Model, fitted: Fit, groups: Clusters | None, wanted: bool
+) -> tuple[Floats, Floats | float, Inflation | None]:
+    """The bound of the x of a90, and what it allows of a likelihood ratio: so much, times the inflation by clusters.
+
+    Where it is not wanted, for the band alone, clusters are not resampled.
+    """
     if groups is None:
         return upper_a90(model, fitted), ALONE, None
+    inflation = inflation_of(model, fitted, groups)
+    if not wanted:
+        return *robust_a90(model, fitted, groups), inflation
     draws = int(np.clip(WORK // model.signs.size, *DRAWS))
-    bound, reach = clustered_a90(model, fitted, groups, draws, np.random.default_rng(SEED))
-    return bound, reach, inflation_of(model, fitted, groups)
+    return *clustered_a90(model, fitted, groups, draws, np.random.default_rng(SEED)), inflation
 
 
 def _no_bound(clusters: int, coverage: float | None) -> str:
     """Why no bound of a90 is given; "" where one is."""
     if coverage is None:
         return (
-            f"The targets lie in {counted(clusters, 'cluster')}; with fewer than {CLUSTERS} no bound is known that "
-            f"covers a90 in {100 * ENOUGH:.0f} % of simulated sets. Inspect more parts."
+            f"No bound of a90 is given: the targets lie in {counted(clusters, 'cluster')}, and what a bound covers is "
+            f"known from {min(CLUSTERED_COVERS)} clusters on. Inspect more parts."
         )
     if coverage < ENOUGH:
         return (
-            f"The bound covers a90 in only {100 * coverage:.1f} % of simulated sets of this kind "
-            f"({counted(clusters, 'cluster')}); {100 * ENOUGH:.0f} % are wanted. Inspect more parts."
+            f"No bound of a90 is given: from {counted(clusters, 'cluster')} it covers a90 in {100 * coverage:.1f} % of "
+            f"simulated sets, and {100 * ENOUGH:.0f} % are wanted. Inspect more parts."
         )
     return ""
 

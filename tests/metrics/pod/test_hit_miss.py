@@ -12,10 +12,14 @@ from scipy.stats import chi2, logistic, norm
 from sklearn.linear_model import LogisticRegression
 
 from featprobe.errors import DataError, ShapeError
+from featprobe.metrics.pod.bounds import upper_a90
+from featprobe.metrics.pod.clustered import Clusters, clustered_a90
+from featprobe.metrics.pod.coverage import ALONE_COVERS, CLUSTERED_COVERS
 from featprobe.metrics.pod.hit_miss import hit_miss
+from featprobe.metrics.pod.maximum_likelihood import LINKS, Model, fit
 from featprobe.metrics.pod.values import Link, Pod, Refused
 
-LINKS: tuple[Link, ...] = ("logit", "probit")
+NAMES: tuple[Link, ...] = ("logit", "probit")
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -50,7 +54,7 @@ def test_a_logit_is_that_of_scikit_learn() -> None:
     )
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", NAMES)
 def test_bounds_are_those_of_a_search_over_curves(link: Link) -> None:
     """One weight of all curves with one a90 is searched for, and then the a90 at which the ratio is what is allowed."""
     sizes, found = targets(2)
@@ -71,7 +75,7 @@ def test_bounds_are_those_of_a_search_over_curves(link: Link) -> None:
         assert bound == pytest.approx(math.exp(searched), rel=1e-6)
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", NAMES)
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_band_reaches_90_percent_at_the_bound(link: Link, shared: bool) -> None:
     sizes, found = targets(3, 120)
@@ -85,7 +89,7 @@ def test_the_band_reaches_90_percent_at_the_bound(link: Link, shared: bool) -> N
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), factor=st.floats(1e-6, 1e6), link=st.sampled_from(LINKS), shared=st.booleans())
+@given(seed=st.integers(0, 10_000), factor=st.floats(1e-6, 1e6), link=st.sampled_from(NAMES), shared=st.booleans())
 def test_sizes_in_another_unit_give_the_same_curve_in_that_unit(
     seed: int, factor: float, link: Link, shared: bool
 ) -> None:
@@ -118,6 +122,28 @@ def test_clusters_of_one_are_no_clusters() -> None:
     sizes, found = targets(4)
     alone, named = carried(sizes, found), carried(sizes, found, range(len(sizes)))
     assert (named.a90_95, named.clustered, named.coverage) == (alone.a90_95, False, alone.coverage)
+    assert alone.simulated == "60 targets"
+
+
+@pytest.mark.parametrize(
+    ("clusters", "published"), [(None, ALONE_COVERS[60]), (Clusters(np.full(20, 3)), CLUSTERED_COVERS[20])]
+)
+def test_bounds_cover_what_is_published(clusters: Clusters | None, published: float) -> None:
+    """Steep curves, and for clusters of three, what a cluster has in common has the sd 1.5."""
+    rng, sets = np.random.default_rng(10), 400 if clusters is None else 100
+    x = rng.uniform(-1.5, 1.5, (sets, 60))
+    shared = np.zeros((sets, 60)) if clusters is None else np.repeat(rng.normal(0, 1.5, (sets, 20)), 3, -1)
+    found = rng.random(x.shape) < logistic.cdf(4 * x + shared)
+    model = Model(LINKS["logit"], np.where(found, 1.0, -1.0), np.stack([np.ones_like(x), x], -2))
+    fitted = fit(model, np.zeros((sets, 2)))
+    if clusters is None:
+        bounds = upper_a90(model, fitted)
+    else:
+        bounds, _ = clustered_a90(model, fitted, clusters, 99, rng)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    spread = 0 if clusters is None else 1.5
+    true = brentq(lambda a: logistic.cdf(4 * a + spread * nodes) @ weights / weights.sum() - 0.9, 0, 3)
+    assert np.mean(bounds >= true) >= published - 3 * np.sqrt(published * (1 - published) / sets)
 
 
 def test_targets_counted_three_times_say_no_more_in_clusters() -> None:
@@ -141,9 +167,11 @@ def test_without_proof_of_growth_the_bound_is_infinite() -> None:
 
 def test_few_clusters_give_a_curve_and_no_bound() -> None:
     sizes, found = targets(7)
-    pod = carried(sizes, found, np.arange(90) // 10)
-    assert (pod.a90_95, pod.joint_a90_95, pod.coverage) == (None, None, None)
+    pod = carried(sizes, found, np.arange(90) // 11)
+    assert (pod.a90_95, pod.joint_a90_95, pod.coverage, pod.simulated) == (None, None, None, "")
     assert "9 clusters" in pod.no_bound and pod.a90 > 0
+    assert (pod.curve.low <= carried(sizes, found).curve.low + 1e-9).all()
+    assert isinstance(hit_miss(sizes, found, np.arange(90) // 45), Refused)
 
 
 def test_a_curve_beyond_the_targets_is_said_to_be() -> None:
