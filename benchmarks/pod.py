@@ -98,7 +98,7 @@ class Drawn:
     refused: float
 
 
-def drawn(world: World, seed: int, sets: int, sizes: NDArray[np.intp]) -> Drawn:
+def drawn(world: World, seed: tuple[int, int], sets: int, sizes: NDArray[np.intp]) -> Drawn:
     """Sets of a world, each refused by the rules of `refusal`."""
     x, found = world.draw(np.random.default_rng(seed), sets, sizes)
     hits, misses = np.where(found, x, np.nan), np.where(found, np.nan, x)
@@ -124,9 +124,9 @@ def look_at_single(sets: int) -> tuple[list[dict[str, str]], dict[int, list[floa
     """A row for each world and number of targets; coverage by number of targets of the worlds that count."""
     rows: list[dict[str, str]] = []
     shares: dict[int, list[float]] = {targets: [] for targets in LEAST}
-    for name, world in (WORLDS | HARDLY_GROWS).items():
+    for place, (name, world) in enumerate((WORLDS | HARDLY_GROWS).items()):
         for targets in LEAST:
-            one = drawn(world, targets, sets, np.ones(targets, int))
+            one = drawn(world, (place, targets), sets, np.ones(targets, int))
             true, bounds = world.true_a90(), upper_a90(one.model, one.fitted, ALONE)
             joint = upper_a90(one.model, one.fitted, TOGETHER)
             p_values = lack_of_fit(one.model, one.fitted)
@@ -176,7 +176,7 @@ def clustered_bounds(model: Model, fitted: Fit, clusters: Clusters, rng: np.rand
         "BCa": bca(a90, influences, others),
         "likelihood, robust": robust,
         "studentised": student,
-        "given": np.maximum(robust, student),
+        "given": np.where(np.isinf(robust), np.inf, student),
     }
 
 
@@ -184,13 +184,13 @@ def look_at_clusters(sets: int) -> tuple[list[dict[str, str]], dict[int, list[fl
     """A row for each world of clusters and number of them; coverage of what is given, by number of clusters."""
     rows: list[dict[str, str]] = []
     shares: dict[int, list[float]] = {clusters: [] for clusters in CLUSTERED_COVERS}
-    for name, world in CLUSTERED.items():
+    for place, (name, world) in enumerate(CLUSTERED.items()):
         for number in CLUSTERED_COVERS:
             sizes = np.resize(world.clusters, number)
             if not min(LEAST) <= sizes.sum() <= MANY:
                 continue
-            one, true = drawn(world, number, sets, sizes), world.true_a90()
-            rng, parts = np.random.default_rng(number), []
+            one, true = drawn(world, (place, number), sets, sizes), world.true_a90()
+            rng, parts = np.random.default_rng((place, number)), []
             for begin in range(0, len(one.model.signs), CHUNK):
                 cut = slice(begin, begin + CHUNK)
                 model = Model(one.model.link, one.model.signs[cut], one.model.columns[cut])

@@ -110,10 +110,10 @@ def clustered_a90(
 ) -> tuple[Floats, Floats]:
     """The one-sided 95 % bound of the x of a90, and what it allows of the inflated likelihood ratio; (...,) each.
 
-    It is the studentised bound, but not below that of the likelihood ratio, which knows infinite bounds.
+    It is the studentised bound; infinite where the likelihood ratio excludes no a90, which a resampled a90 can't know.
     """
-    robust, allowed = robust_a90(model, fitted, clusters)
-    resampled = resampled_a90(model, fitted, clusters, draws, rng)
-    bound = np.maximum(robust, studentised(*a90_of(model, fitted, clusters), *resampled))
-    inflation = inflation_of(model, fitted, clusters)(direction_of(bound))
-    return bound, np.maximum(allowed, ratio_at(model, fitted, bound) / inflation)
+    ratio, allowed = robust_a90(model, fitted, clusters)
+    a90, error = a90_of(model, fitted, clusters)
+    bound = np.maximum(a90, studentised(a90, error, *resampled_a90(model, fitted, clusters, draws, rng)))
+    reach = ratio_at(model, fitted, bound) / inflation_of(model, fitted, clusters)(direction_of(bound))
+    return np.where(np.isinf(ratio), np.inf, bound), np.where(np.isinf(ratio), allowed, reach)

@@ -17,7 +17,7 @@ STEPS = 100  # of Newton's method; a set whose hits and misses overlap well take
 CLOSE = 1e-14  # gain in the log likelihood that the next step promises, below which a fit has converged
 ROUNDING = 1e-9  # of a log likelihood
 HALVINGS = 30  # of a step, after which no step helps
-FAR = 5.0  # times 1 + the weights' length: no step is longer
+FAR = 5.0  # times 1 + the largest weight: no weight moves farther in a step
 DAMPING = 1e-12  # of the information, so that it can always be solved
 
 
@@ -117,8 +117,9 @@ def fit(model: Model, start: Floats, steps: int = STEPS) -> Fit:
 
 def _climbed(model: Model, weights: Floats, best: Floats, step: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """A step, halved in each set until the likelihood does not fall; and where no step helps."""
-    length = np.linalg.norm(step, axis=-1, keepdims=True)
-    longest = FAR * (1 + np.linalg.norm(weights, axis=-1, keepdims=True))
+    step = np.nan_to_num(step)  # infinite where no target has any information left
+    length = np.abs(step).max(-1, keepdims=True)
+    longest = FAR * (1 + np.abs(weights).max(-1, keepdims=True))
     step = np.where(length > longest, step * (longest / np.maximum(length, longest)), step)
     for _ in range(HALVINGS):
         reached = model.log_likelihood(weights + step)

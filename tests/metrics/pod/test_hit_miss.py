@@ -88,7 +88,7 @@ def test_the_band_reaches_90_percent_at_the_bound(link: Link, shared: bool) -> N
     assert pod.a50 < pod.a90 < pod.a90_95 < pod.joint_a90_95  # type: ignore[operator]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10_000), factor=st.floats(1e-6, 1e6), link=st.sampled_from(NAMES), shared=st.booleans())
 def test_sizes_in_another_unit_give_the_same_curve_in_that_unit(
     seed: int, factor: float, link: Link, shared: bool
@@ -106,7 +106,7 @@ def test_sizes_in_another_unit_give_the_same_curve_in_that_unit(
     assert other.curve.low == pytest.approx(one.curve.low, abs=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10_000), shared=st.booleans())
 def test_neither_the_order_of_targets_nor_names_of_clusters_matter(seed: int, shared: bool) -> None:
     sizes, found = targets(seed, 72)

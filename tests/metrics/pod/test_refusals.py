@@ -69,7 +69,7 @@ def test_an_overlap_too_small_to_compute_with() -> None:
     assert "too little for a curve" in refused(sizes, found).reasons[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=60, max_size=70))
 def test_a_curve_is_fitted_exactly_where_one_exists(drawn: list[tuple[int, bool]]) -> None:
     """Few distinct sizes, so that hits and misses often only touch."""
