@@ -16,6 +16,10 @@ from featprobe.errors import DataError
 Fit = Literal["resize", "letterbox"]
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
+Spacing = tuple[float, float]
+"""Size of a pixel of the original image in millimetres: down and across."""
+LEAST_SPACING, MOST_SPACING = 1e-6, 1e4
+"""Limits of what a file may claim of a pixel, in millimetres."""
 MOST_SIDE, MOST_PIXELS = 2**24, 2**28
 """Limits of what a file may claim: pixels of a side and of all of an image as a backbone sees it."""
 IDENTITY = "identity"
@@ -150,6 +154,22 @@ def default_size(originals: list[Size]) -> Size:
     if len(sizes) == 1 and max(originals[0]) <= 512:
         return originals[0]
     return 512, 512
+
+
+def spacing_of(value: object) -> Spacing:
+    """The size of a pixel from one number, or from two, down and across, in millimetres; raises DataError.
+
+    >>> spacing_of(0.05), spacing_of([0.05, 0.1])
+    ((0.05, 0.05), (0.05, 0.1))
+    """
+    both = list(value) if isinstance(value, list | tuple) else [value, value]
+    numbers = [float(own) for own in both if isinstance(own, int | float) and not isinstance(own, bool)]
+    if len(both) != 2 or len(numbers) != 2 or not all(LEAST_SPACING <= own <= MOST_SPACING for own in numbers):
+        raise DataError(
+            f"{value!r} is not the size of a pixel. wanted: millimetres, {LEAST_SPACING:g} to {MOST_SPACING:g}, "
+            "or two such numbers, [down, across]."
+        )
+    return numbers[0], numbers[1]
 
 
 def parse_size(text: str) -> Size:

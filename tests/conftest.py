@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the suite itself runs in two processes
 SEED = 20
@@ -20,7 +20,13 @@ HERE = Path(__file__).parent
 ASIDE = {"archives", "golden", "__pycache__"}  # folders of files, not of tests
 FOLDERS = [Path(folder) for folder, *_ in os.walk(HERE) if not ASIDE & {*Path(folder).relative_to(HERE).parts}]
 sys.path[:0] = map(str, [*FOLDERS, HERE.parent / "benchmarks"])  # tests share the sets and harnesses of others
-settings.register_profile("named", derandomize=True, print_blob=True)  # the examples follow from the test itself
+settings.register_profile(
+    "named",
+    derandomize=True,  # the examples follow from the test itself
+    print_blob=True,
+    deadline=None,  # no test is timed; the first reads the tables of Unicode, a second on a busy machine
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("named")
 
 

@@ -39,6 +39,7 @@ DOORS = {
     "huggingface_hub": ("backbones",),
     "click": ("cli",),
     "pandas": ("report", "stages"),
+    "jinja2": ("report",),
     "matplotlib": ("report", "stages"),
     "tqdm": ("stages",),
     "submitit": ("stages",),
@@ -50,6 +51,7 @@ DOORS = {
     "imagecodecs": ("datasets",),
     "pydicom": ("datasets",),
     "pydantic": ("io",),
+    "pyarrow": ("io",),
     "pycocotools": ("targets", "datasets", "metrics"),
 }
 FROM_ROOT = {"__version__"}  # all that a module may take from the package itself

@@ -6,16 +6,15 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.cache.store import Cache
 from featprobe.errors import FileKindError
-from featprobe.io.arrays import array_header
+from featprobe.io.arrays import read_entry
 from featprobe.io.disk import open_regular, parse_json, replacing
 from featprobe.levels import FeatureLevel
 
@@ -56,10 +55,10 @@ def read_pooled(cache: Cache, levels: Sequence[FeatureLevel], digest: str) -> Ta
                 return {}
             archive = zipfile.ZipFile(stream)
             there = archive.namelist()
-            if len(set(there)) < len(there) or _read_header(archive) != _header(cache, digest):
+            if len(set(there)) < len(there) or read_header(archive) != _header(cache, digest):
                 return {}
             return {
-                level.name: _read_array(archive, _entry(level), "<f4", (len(cache), 2, level.channels))
+                level.name: _read_array(archive, _entry(level), (len(cache), 2, level.channels))
                 for level in levels
                 if _entry(level) in there
             }
@@ -88,30 +87,19 @@ def _entry(level: FeatureLevel) -> str:
     return f"features/{level.name}.npy"
 
 
-def _read_header(archive: zipfile.ZipFile) -> Any:
-    with _open(archive, "header.npy") as packed:
-        (size,), _, dtype = array_header(packed)
-        if dtype != np.uint8 or not 0 <= size <= MOST_HEADER:
-            raise ValueError("a header of another type or shape is none")
-        return parse_json(packed.read(size))
+def read_header(archive: zipfile.ZipFile) -> Any:
+    """The JSON in the header of an archive that lies beside a cache; raises one of UNREADABLE for what is none."""
+    said = read_entry(archive, "header.npy", "u1", (), rows=True) if _is_short(archive) else b""
+    return parse_json(bytes(said))
 
 
-def _open(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """An entry of an archive; raises ValueError for a packed one, which could take any memory."""
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is packed")
-    return archive.open(name)
+def _is_short(archive: zipfile.ZipFile) -> bool:
+    return archive.getinfo("header.npy").file_size <= MOST_HEADER
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """An array of this type and shape; raises one of UNREADABLE for any other, before memory is taken for it."""
-    with _open(archive, name) as packed:
-        if array_header(packed) != (shape, False, np.dtype(dtype)):
-            raise ValueError(f"{name} is of another type or shape")
-        data = packed.read(prod(shape) * np.dtype(dtype).itemsize)
-        if len(data) < prod(shape) * np.dtype(dtype).itemsize or packed.read(1):  # reading to the end checks the CRC
-            raise ValueError(f"{name} has another length")
-    values = np.frombuffer(data, dtype).reshape(shape)
+def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Features of this shape; raises one of UNREADABLE for anything else."""
+    values = read_entry(archive, name, "<f4", shape)
     if not np.isfinite(values).all():
         raise ValueError(f"{name} has values that are not finite")
     return values

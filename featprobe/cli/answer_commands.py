@@ -48,8 +48,7 @@ def compare(
     """Compare all results: an answer in words, tables, a page.
 
     Each table holds results on the same test images. Two results that were trained in different ways get no verdict
-    without --across-recipes. The command writes index.html, results.csv, differences.csv and, with the extra
-    parquet, results.parquet.
+    without --across-recipes. The command writes index.html, results.csv, differences.csv and results.parquet.
 
     \b
     Example:

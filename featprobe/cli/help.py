@@ -33,7 +33,8 @@ class Grouped(click.Command):
         found: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             heading = param.heading if isinstance(param, Option) else ""
-            if record := param.get_help_record(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record:
                 found.setdefault(heading or REST, []).append(record)
         for heading in sorted(found, key=lambda name: name == REST):
             with formatter.section(heading):

@@ -22,6 +22,7 @@ from featprobe.cli.export_commands import export
 from featprobe.cli.feature_commands import backbones, extract, plan
 from featprobe.cli.head_commands import demo, finetune, predict, probe
 from featprobe.cli.help import InOrder
+from featprobe.cli.inspect_commands import inspect
 from featprobe.cli.options import echo
 from featprobe.cli.probes_commands import probes
 from featprobe.cli.start_commands import config, doctor, init, try_
@@ -101,8 +102,8 @@ def cli(ctx: click.Context, workspace_root: Path, debug: bool) -> None:
 
 
 for _command in (
-    try_, init, extract, plan, probe, finetune, compare, study, predict, export, data, cache, probes, backbones, demo,
-    config, doctor,
+    try_, init, extract, plan, probe, finetune, compare, inspect, study, predict, export, data, cache, probes,
+    backbones, demo, config, doctor,
 ):  # fmt: skip
     cli.add_command(_command)
 

@@ -259,15 +259,15 @@ def group_variances(influence: Floats, sizes: Sequence[int]) -> Floats:
     return np.stack([squares.sum(1) * size / max(1, size - 1) for squares, size in pairs], axis=1)
 
 
-def draw_weights(sizes: Sequence[int], resamples: int, seed: int) -> Iterator[Floats]:
+def draw_weights(sizes: Sequence[int], resamples: int, seed: int, at_once: int = AT_ONCE) -> Iterator[Floats]:
     """Yields how often each group is drawn, (some resamples, groups) at a time: a resample has as many draws per set as
     the set has groups.
 
     sizes: the number of groups per test set. Each set has its own random numbers, so that adding a set changes nothing
-    in the others.
+    in the others. at_once: weights of one step, which changes nothing but the speed.
     """
     streams = [np.random.default_rng([seed, i]) for i in range(len(sizes))]
-    step = max(1, AT_ONCE // sum(sizes))
+    step = max(1, at_once // sum(sizes))
     for begin in range(0, resamples, step):
         rows = min(step, resamples - begin)
         yield np.hstack([_counts(stream, rows, size) for stream, size in zip(streams, sizes, strict=True)])

@@ -45,6 +45,8 @@ HEAD_FORMAT, HEAD_VERSION = "featprobe-head", 1
 FINGERPRINT = tuple(known.name for known in fields(Fingerprint))
 
 IN_MEMORY = 16  # bytes that a byte of rows takes, about, when they are parsed
+MADE_AGAIN = ("defects.parquet", "operating.json")
+"""Files beside a head that its card does not name: they may be made again without a change of the head."""
 LARGEST_CARD, LARGEST_ROW = 1 << 26, 1 << 24  # bytes
 UNREADABLE = (
     OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError, FileKindError
@@ -64,12 +66,14 @@ def save_head(
     card: Mapping[str, Any],
     files: Mapping[str, bytes],
     backbone: Mapping[str, Tensor] | None = None,
+    beside: Callable[[str], Mapping[str, bytes]] = lambda sha256: {},
 ) -> None:
     """Write head.safetensors, card.json and the given files, each whole or not at all; the card is written last.
 
     When this returns, everything is on the disk, with its names. A head that was there before is replaced only when the
     whole new head is on the disk beside it. files: name -> bytes, such as the contributions of test images to the
-    scores. backbone: the tensors of a fine-tuned backbone. Raises DiskError.
+    scores. backbone: the tensors of a fine-tuned backbone. beside: from the hash of head.safetensors to files of
+    MADE_AGAIN, which the card does not name. Raises DiskError.
     """
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
     written = {"head.safetensors": save(own, {"format": HEAD_FORMAT}), **files}
@@ -79,8 +83,9 @@ def save_head(
     hashes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in written.items()}
     sealed = plain({**card, "head_sha256": hashes["head.safetensors"]["sha256"], "files": hashes})
     sealed["card_sha256"] = digest(sealed)
+    written |= beside(sealed["head_sha256"])
     written["card.json"] = (json.dumps(sealed, indent=1) + "\n").encode()
-    stale = [folder / name for name in ("sheet.png", "backbone.safetensors") if name not in written]
+    stale = [folder / name for name in ("sheet.png", "backbone.safetensors", *MADE_AGAIN) if name not in written]
     write_together({folder / name: data for name, data in written.items()}, folder / "card.json", stale)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from featprobe.report.text import table_text
 from featprobe.scores import FEW_GROUPS, LABELS, SCORES
 
-NOT_KEPT = ("curve", "classes")  # parts of a line that are no column
+NOT_KEPT = ("curve", "classes", "differs")  # parts of a line that are no column
 NONE = "–"
 VERDICTS_ON = {"procedures": "any seed", "heads": "these heads", "none": "none"}
 """For people, what a difference may be claimed of."""
@@ -65,7 +65,7 @@ def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
     brief: for a terminal: without the interval of the second score, and without columns that hold one value.
     """
     table = pd.DataFrame([_result_cells(line, brief) for line in lines])
-    usual = {"of train": {"100 %"}, "*": {"*"}, "split": set(table["split"][:1])}
+    usual = {"of train": {"100 %"}, "*": {"*"}, "split": set(table["split"][:1]), "recipe": {""}}
     usual |= {"size": set(table["size"][:1])} if brief else {}
     usual[REACHED] = {"–/–/–"}
     if len(set(table["dtype"]) - {NONE}) < 2:
@@ -78,10 +78,10 @@ def result_table(lines: Sequence[Line], brief: bool = False) -> pd.DataFrame:
 
 
 def _result_cells(line: Line, brief: bool) -> dict[str, str]:
-    cells = {"backbone": line["backbone"], "regime": line["regime"], "head": line["head"], "split": line["split"],
-             "size": line["size"], "dtype": line["dtype"] or NONE,
-             "of train": f"{100 * line['fraction']:g} %", "*": "*" if line["chosen"] else "",
-             "seeds": str(line["seeds"])}  # fmt: skip
+    cells = {"backbone": line["backbone"], "regime": line["regime"], "head": line["head"],
+             "recipe": line.get("differs", ""), "split": line["split"], "size": line["size"],
+             "dtype": line["dtype"] or NONE, "of train": f"{100 * line['fraction']:g} %",
+             "*": "*" if line["chosen"] else "", "seeds": str(line["seeds"])}  # fmt: skip
     for i, name in enumerate(scores_of(line)):
         cells[LABELS[name]] = number(100 * line[name])
         if i == 0 or not brief:

@@ -1,10 +1,5 @@
-"""The report, or a data set's check, as one HTML page that holds all it shows.
+"""The report as one HTML page that holds all it shows; readable on a phone, in print, light and dark."""
 
-No script, no request; readable on a phone, light and dark.
-"""
-
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,38 +7,15 @@ from typing import Any
 
 import pandas as pd
 
-from featprobe.errors import FileKindError
-from featprobe.io.disk import below, read_regular, write_whole
-from featprobe.io.texts import printable
 from featprobe.report.comparison import class_table, difference_table, gap_table, result_table, scores_of
+from featprobe.report.defect_answer import leading
+from featprobe.report.finding_tables import finding_table, size_name, size_table
+from featprobe.report.inspection_plots import BANDS, FrocCurve, SizeCurve, froc_plot, size_plot
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
+from featprobe.report.rendering import Grid, Picture, render
 from featprobe.scores import LABELS, SCORES
 
 Line = Mapping[str, Any]
-PNG_START, LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 1 << 26  # bytes
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --page: #ffffff; --soft: #f3f5f7; --line: #d5dae0; --mark: #a04100; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --page: #14171a; --soft: #1e2328; --line: #3a424a; --mark: #ffb070; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 74rem;
-  margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid var(--line);
-  padding-top: 1rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
-.answer { background: var(--soft); padding: .6rem 1rem; border-radius: 8px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
-  vertical-align: top; }
-th { font-weight: 600; white-space: normal; vertical-align: bottom; }
- th:first-child, td:first-child, td.words, th.words { text-align: left; }
-td:first-child, th:first-child { position: sticky; left: 0; background: var(--page); }
-th.marks, td.marks { text-align: left; white-space: normal; min-width: 9rem; } td.marks { color: var(--mark); }
-.plots { margin-top: 1.2rem; display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
-.plots figure { margin: 0; width: 460px; max-width: 100%; } figcaption { font-size: .9rem; font-weight: 600; }
-svg, img { max-width: 100%; height: auto; }
-pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .8rem; border-radius: 8px; }
-li, p { overflow-wrap: anywhere; } .small { font-size: .85rem; }
-"""
 HOW_TO_READ = (
     "Scores are of the test split, in percent: the mean over seeds, and sd, the standard deviation over seeds. The 95"
     " % interval of a score is a bootstrap over groups of test images (a group is a part, a film, a series): what "
@@ -68,128 +40,139 @@ HOW_TO_READ = (
 )
 WORDS = {"backbone", "regime", "head", "within", "difference", "gap", "task", "verdict on"}
 """Columns that are read, not compared."""
-LISTED = 200  # entries of a finding on a page
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the page says first of one subject.
+
+    found: in defects and parts. said: in scores. facts: what it rests on.
+    """
+
+    title: str
+    found: Sequence[str] = ()
+    said: Sequence[str] = ()
+    facts: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Probability:
+    """A probability of detection: its plot as SVG, "" where there is none; sentences, each with those that belong below
+    it.
+    """
+
+    plot: str
+    said: Sequence[tuple[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
 class PageSet:
-    """The contents of the page for one set: lines and differences as a comparison makes them, sheets with captions."""
+    """The contents of the page for one set: lines and differences as a comparison makes them, sheets with captions.
+
+    findings: what heads find, as `defect_answer` has them. worst: pictures of misses and false calls. steps: what to do
+    next, and the command that does it. pod: of the head that leads.
+    """
 
     title: str
     lines: Sequence[Line]
     differences: Sequence[Line]
     sheets: Sequence[tuple[str, Path]]
     commands: Sequence[str]
+    findings: Sequence[Line] = ()
+    worst: Sequence[Picture] = ()
+    pod: Probability | None = None
+    steps: Sequence[tuple[str, str]] = ()
 
 
 def page_text(
-    answer: Sequence[tuple[str, Sequence[str]]],
+    stamp: str,
+    answers: Sequence[Answer],
     sets: Sequence[PageSet],
     gaps: Sequence[Line],
     unusable: Sequence[tuple[str, str]],
     notes: Sequence[str],
 ) -> str:
-    """The page of a comparison. answer: titles and sentences of each, shown first. unusable: folder and reason of rows
+    """The page of a comparison. stamp: version and dates. answers: shown first. unusable: folder and reason of rows
     that could not be used.
     """
-    body = [
-        "<h1>Which backbone, and is it enough to freeze it?</h1>",
-        f'<div class="answer">{"".join(f"<h3>{escape(t)}</h3>{_paragraphs(said)}" for t, said in answer)}</div>',
-        *[_section(item, number) for number, item in enumerate(sets, start=1)],
-    ]
-    if gaps:
-        body += ["<h2>Modality gaps</h2>", _table(gap_table(gaps))]
-    if notes or unusable:
-        rows = [*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)]
-        body += ["<h2>Notes</h2>", f"<ul>{''.join(f'<li>{escape(row)}</li>' for row in rows)}</ul>"]
     shown = [line["task"] for item in sets for line in item.lines]
     of_scores = dict.fromkeys(own.why for task, own in SCORES.items() if task in shown)
     first, *rest = HOW_TO_READ
-    how = [" ".join([first, *of_scores]), *rest]
-    body += ["<h2>How to read this</h2>", f'<div class="small">{_paragraphs(how)}</div>']
-    return _page("comparison", body)
-
-
-def write_check_page(
-    path: Path,
-    title: str,
-    facts: Sequence[str],
-    findings: Sequence[tuple[bool, str, Sequence[str]]],
-    tables: Sequence[tuple[str, pd.DataFrame]],
-    notes: Sequence[str],
-    sheets: Sequence[tuple[str, Path]],
-) -> None:
-    """Write what was found in a data set. findings: whether it would spoil a study, what it is, its entries.
-
-    Raises DiskError where it can't be written.
-    """
-    found = [
-        _entries(f"{'Would spoil a study: ' if spoils else 'To know: '}{text}", entries)
-        for spoils, text, entries in findings
-    ]
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        _paragraphs(facts),
-        f'<div class="answer">{"".join(found) or _paragraphs(["Nothing was found that would spoil a study."])}</div>',
-        *(f"<h2>{escape(heading)}</h2>{_table(table)}" for heading, table in tables),
-        *(f"<h2>{escape(caption)}</h2>{_picture(caption, sheet)}" for caption, sheet in sheets),
-        *([f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"] if notes else []),
-    ]
-    write_whole(path, _page(title, body))
-
-
-def _page(title: str, body: Sequence[str]) -> str:
-    head = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'; img-src data:\">"
-        f'<link rel="icon" href="data:,"><title>featprobe: {escape(title)}</title><style>{STYLE}</style></head><body>\n'
+    return render(
+        "comparison.html",
+        stamp=stamp,
+        answers=answers,
+        sets=[_section(item, number) for number, item in enumerate(sets, start=1)],
+        gaps=_grid(gap_table(gaps), "gap") if gaps else None,
+        notes=[*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)],
+        how=[" ".join([first, *of_scores]), *rest],
     )
-    return head + "\n".join(body) + "\n</body></html>\n"
 
 
-def escape(text: str) -> str:
-    """A text as HTML that shows it, and what it does not show as such."""
-    return html.escape(printable(text))
+def _section(item: PageSet, number: int) -> dict[str, Any]:
+    classes = any(line["classes"] for line in item.lines)
+    return {
+        "title": item.title,
+        "worst": item.worst,
+        "plots": [*_finding_plots(item, number), *_plots(item, number)],
+        "pod": item.pod,
+        "leads": label_of(leading(item.findings), item.findings) if item.findings else "",
+        "findings": _grid(finding_table(item.findings), "backbone") if item.findings else None,
+        "sizes": _grid(size_table(item.findings)) if any(own["by_size"] for own in item.findings) else None,
+        "results": _grid(result_table(item.lines), "backbone"),
+        "differences": _grid(difference_table(item.differences), "difference") if item.differences else None,
+        "classes": _grid(class_table(item.lines)) if classes else None,
+        "sheets": [(c, Picture.read(f"Test images, truth and prediction: {c}", path)) for c, path in item.sheets],
+        "steps": item.steps,
+        "commands": "\n".join(item.commands),
+    }
 
 
-def _entries(text: str, entries: Sequence[str]) -> str:
-    if not entries:
-        return _paragraphs([text])
-    rows = "".join(f"<li>{escape(entry)}</li>" for entry in entries[:LISTED])
-    more = f"<p>and {len(entries) - LISTED} more: --json lists all</p>" if len(entries) > LISTED else ""
-    return f"<details><summary>{escape(text)}</summary><ul>{rows}</ul>{more}</details>"
+def _grid(table: pd.DataFrame, first: str = "") -> Grid:
+    """A table for the page. first: the column that stands first; the score and its interval follow it."""
+    if first:
+        scores = [name for name in table if name in (*LABELS.values(), "found")][:1]
+        lead = [first, *scores, *(["95 %"] if "95 %" in table else [])]
+        table = table[[*lead, *(name for name in table if name not in lead)]]
+    return Grid.of(table, WORDS)
 
 
-def _paragraphs(texts: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+def _finding_plots(item: PageSet, number: int) -> list[tuple[str, str]]:
+    """Of heads that find objects: defects against false calls, and by size."""
+    shown = [own for own in item.findings if own["defects"]]
+    if not shown:
+        return []
+    per = "part" if all(own["per"] == "part" for own in shown) else "image"
+    lead = leading(shown)
+    shown = [lead, *(own for own in shown if own["per"] == per and own is not lead)]
+    curves = [froc_curve(own, shown) for own in shown]
+    whose = "" if len(curves) <= BANDS else f" of {curves[0].label}"
+    title = f"Defects found against false calls, with the 95 % band{whose}"
+    found = [(title, froc_plot(curves, per, f"froc {number}"))]
+    sized = [own for own in shown if own["by_size"]]
+    if sized:
+        unit = sized[0]["by_size"][0]["unit"]
+        plot = size_plot([size_curve(own, sized) for own in sized], unit, f"sizes {number}")
+        found.append(("Defects found by size, 95 % intervals", plot))
+    return found
 
 
-def _section(item: PageSet, number: int) -> str:
-    parts = [f"<h2>{escape(item.title)}</h2>", _table(result_table(item.lines)), _plots(item, number)]
-    if item.differences:
-        parts += ["<h3>Differences, in points</h3>", _table(difference_table(item.differences))]
-    if any(line["classes"] for line in item.lines):
-        parts += ["<h3>Classes, mean over seeds</h3>", _table(class_table(item.lines))]
-    parts += [_sheet(caption, path) for caption, path in item.sheets]
-    commands = escape("\n".join(item.commands))
-    parts.append(f"<details><summary>The commands that made these results</summary><pre>{commands}</pre></details>")
-    return "\n".join(parts)
+def froc_curve(finding: Line, findings: Sequence[Line]) -> FrocCurve:
+    """The curve of a finding among others."""
+    points = finding["froc"]
+    x, y, low, high = ([point[name] for point in points] for name in ("false_calls", "recall", "low", "high"))
+    at = (finding[f"false_calls_per_{finding['per']}"], finding["recall"])
+    return FrocCurve(label_of(finding, findings), x, y, low, high, at)
 
 
-def _table(table: pd.DataFrame) -> str:
-    classes = [' class="marks"' if c == "marks" else ' class="words"' if c in WORDS else "" for c in table.columns]
-    head = "".join(f"<th{k}>{escape(str(name))}</th>" for k, name in zip(classes, table.columns, strict=True))
-    rows = [
-        "".join(f"<td{k}>{escape(str(cell))}</td>" for k, cell in zip(classes, row, strict=True))
-        for row in table.itertuples(index=False)
-    ]
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def size_curve(finding: Line, findings: Sequence[Line]) -> SizeCurve:
+    """Recall by size of a finding among others; sizes without a defect are no part of it."""
+    sizes = [own for own in finding["by_size"] if own["defects"]]
+    columns = ([own[name] for own in sizes] for name in ("defects", "found", "low", "high"))
+    return SizeCurve(label_of(finding, findings), [size_name(own) for own in sizes], *columns)
 
 
-def _plots(item: PageSet, number: int) -> str:
+def _plots(item: PageSet, number: int) -> list[tuple[str, str]]:
     score = scores_of(item.lines[0])[0]
     label = LABELS[score]
     found = [
@@ -204,8 +187,7 @@ def _plots(item: PageSet, number: int) -> str:
     if shares:
         plot = line_plot(shares, "share of the training split", f"{label}, percent", f"label efficiency {number}", True)
         found.append(("Label efficiency", plot))
-    figures = (f"<figure><figcaption>{escape(title)}</figcaption>{plot}</figure>" for title, plot in found)
-    return f'<div class="plots">{"".join(figures)}</div>'
+    return found
 
 
 def dots_of(lines: Sequence[Line], score: str) -> list[Dot]:
@@ -227,10 +209,12 @@ def on_most_data(lines: Sequence[Line]) -> list[Line]:
 
 def label_of(line: Line, lines: Sequence[Line]) -> str:
     """The name that distinguishes a line from the others in a plot."""
-    varying = [name for name in ("regime", "head", "size", "dtype") if len({other[name] for other in lines}) > 1]
+    varying = [
+        name for name in ("regime", "head", "size", "dtype") if len({other[name] for other in lines} - {None}) > 1
+    ]
     share = [f"{100 * line['fraction']:g} % of train"] if len({other["fraction"] for other in lines}) > 1 else []
     alike = [other for other in lines if all(other[k] == line[k] for k in ("backbone", "fraction", *varying))]
-    recipe = [f"recipe {line['recipe_key']}"] if len(alike) > 1 else []
+    recipe = [line.get("differs") or f"recipe {line['recipe_key']}"] if len(alike) > 1 else []
     return ", ".join([line["backbone"], *(str(line[name]) for name in varying if line[name]), *share, *recipe])
 
 
@@ -258,19 +242,3 @@ def efficiency_of(lines: Sequence[Line], score: str) -> list[Series]:
         for kind, own in kinds.items()
         if len(own) > 1
     ]
-
-
-def _sheet(caption: str, path: Path) -> str:
-    picture = _picture(f"Test images, truth and prediction: {caption}", path)
-    return f"<details><summary>Pictures: {escape(caption)}</summary>{picture}</details>"
-
-
-def _picture(caption: str, path: Path) -> str:
-    try:
-        found = read_regular(below(path.parent, path.name, "The picture"), LARGEST_PICTURE)
-        if not found.startswith(PNG_START):
-            raise FileKindError(f"{path} is no PNG.")
-    except FileKindError as error:
-        return f"<p>{escape(caption)}: not shown. {escape(str(error))}</p>"
-    data = base64.b64encode(found).decode()
-    return f'<img loading="lazy" alt="{escape(caption)}" src="data:image/png;base64,{data}">'

@@ -1,5 +1,6 @@
 """Plots as inline SVG that needs nothing from outside and takes the colours of the page that it stands in."""
 
+import html
 import io
 import re
 import textwrap
@@ -59,7 +60,7 @@ def dot_plot(dots: Sequence[Dot], axis: str, name: str) -> str:
     hues = list(dict.fromkeys(dot.hue for dot in dots))
     labels = [textwrap.fill(dot.label, 64) for dot in dots]
     row = 0.35 + LINE * max(label.count("\n") + 1 for label in labels)  # inches
-    with _axes(row * len(dots) + 0.7) as (figure, axes):
+    with canvas(row * len(dots) + 0.7) as (figure, axes):
         for place, dot in enumerate(dots):
             colour = COLOURS[hues.index(dot.hue) % len(COLOURS)]
             axes.plot([dot.low, dot.high], [-place, -place], color=colour, linewidth=2, solid_capstyle="round")
@@ -71,13 +72,13 @@ def dot_plot(dots: Sequence[Dot], axis: str, name: str) -> str:
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", color=INK, alpha=0.15)
         axes.set_xlabel(axis)
-        return _svg(figure, name)
+        return svg_of(figure, name)
 
 
 def line_plot(series: Sequence[Series], x_axis: str, y_axis: str, name: str, shares: bool = False) -> str:
     """Lines with a mark at every point that there is. shares: x is a share of 1, on a logarithmic axis."""
     labels = [textwrap.fill(own.label, 56) for own in series]
-    with _axes(3.0 + 0.2 * len(series) + LINE * sum(label.count("\n") for label in labels)) as (figure, axes):
+    with canvas(3.0 + 0.2 * len(series) + LINE * sum(label.count("\n") for label in labels)) as (figure, axes):
         for i, own in enumerate(series):
             colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
             axes.plot(own.x, own.y, dash, marker="o", markersize=4, color=colour, label=labels[i])
@@ -92,17 +93,18 @@ def line_plot(series: Sequence[Series], x_axis: str, y_axis: str, name: str, sha
         axes.set_ylabel(y_axis)
         axes.grid(color=INK, alpha=0.15)
         axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=9)
-        return _svg(figure, name)
+        return svg_of(figure, name)
 
 
 @contextmanager
-def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
+def canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
+    """An empty plot of this height in inches, as wide as all of them, in the style of the page."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure, figure.add_subplot()
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_of(figure: Figure, name: str) -> str:
     """A figure as an SVG element without metadata or addresses. name: makes its ids its own on the page."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
@@ -112,4 +114,4 @@ def _svg(figure: Figure, name: str) -> str:
     own = "".join(re.findall(r"[a-z0-9]+", name.lower()))
     text = re.sub(r'(<[^<>]*\bid=")', rf"\1{own}-", text)
     text = re.sub(r'(url\(#|xlink:href="#)', rf"\1{own}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(name)}"', 1)

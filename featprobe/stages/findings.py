@@ -6,13 +6,19 @@ it, each of that class. Objects: a finding is a detection whose score reaches th
 given. Such an image is called if there is a finding. Labels of images and anomalies: an image is called if its score is
 above the threshold, the head's own where none is given; a finding is a tile that is called, of heads that judge tiles.
 
+An operating point, which `inspect` keeps beside a head, takes the place of these rules where no threshold is given, and
+then calls are what they are in the records of the head. Of maps of pixels, also those of anomaly heads, a finding is a
+connected component of the pixels that reach the base threshold, each of one class, if its largest value reaches the
+threshold; the score of the image is the largest value. Objects and tiles, and images with one score, need to reach the
+threshold. A finding has at least so many pixels as the least area says.
+
 A given threshold is rounded to float32, the number format of the scores, so that every program that follows these
 rules says the same.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import isnan
+from dataclasses import dataclass, replace
+from math import inf, isnan, nan
 from typing import Literal
 
 import numpy as np
@@ -21,6 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featprobe.geometry import Part
+from featprobe.metrics.defects.operating import OperatingPoint
+from featprobe.stages.recording.map_calls import calls_of_map
 from featprobe.stages.stitch import Objects
 from featprobe.stages.tasks.settle import CALLED, PASSED, verdict
 from featprobe.targets import Instance, Labels, Rle, components, decode_window
@@ -35,12 +43,15 @@ Box = tuple[float, float, float, float]
 class Threshold:
     """A threshold as it was given or found. value: nan for none.
 
-    source: "given" by the user; "head" for one that was set on good validation images and is kept with the head;
-    "default" for the rule of the task; "none" where there is no rule without one.
+    source: "given" by the user; "operating_point" for one that was chosen on validation and is kept beside the head;
+    "head" for one that was set on good validation images and is kept with the head; "default" for the rule of the task;
+    "none" where there is no rule without one. base, least_area: of an operating point.
     """
 
     value: float
-    source: Literal["given", "head", "default", "none"]
+    source: Literal["given", "operating_point", "head", "default", "none"]
+    base: float = nan
+    least_area: int = 1
 
     @classmethod
     def given(cls, value: float) -> "Threshold":
@@ -52,6 +63,36 @@ class Threshold:
     def of_head(cls, value: float) -> "Threshold":
         """The one that a head keeps; nan for none."""
         return cls(value, "none" if isnan(value) else "head")
+
+    @classmethod
+    def of_point(cls, point: OperatingPoint) -> "Threshold":
+        """One that was chosen on validation."""
+        return cls(point.threshold, "operating_point", point.base, point.least_area)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether it is an operating point, which scores need to reach."""
+        return self.source == "operating_point"
+
+    @property
+    def on_maps(self) -> bool:
+        """Whether findings are components of the pixels of maps at a base threshold."""
+        return not isnan(self.base)
+
+    @property
+    def in_graphs(self) -> bool:
+        """Whether a graph, which joins no pixels, can tell whether a map has a finding."""
+        return not self.on_maps or self.least_area <= 1
+
+    @property
+    def above(self) -> float:
+        """The number above which a score of float32 is called."""
+        return float(np.nextafter(np.float32(self.value), np.float32(-np.inf))) if self.is_point else self.value
+
+    def verdict(self, score: float, area: float = inf) -> str:
+        """CALLED or PASSED, of an image or of a tile of so many pixels by its score; "" without a threshold."""
+        said = verdict(float(np.float32(score)) if self.is_point else score, self.above)
+        return PASSED if said == CALLED and area < self.least_area else said
 
     @property
     def said(self) -> str | float | None:
@@ -113,27 +154,50 @@ def judged_pixels(logits: Tensor, threshold: Threshold) -> tuple[Labels, Judged]
     """
     best, classes = _foreground(logits)
     shares = _share_of(best, logits)
-    found = shares >= threshold.value if threshold.source == "given" else best > logits[0]
-    labels: Labels = classes.mul_(found).cpu().numpy()
     probabilities: NDArray[np.float32] = shares.cpu().numpy()
+    if threshold.on_maps:
+        labels = joined_pixels(probabilities, classes.cpu().numpy(), threshold)
+    else:
+        found = shares >= threshold.value if threshold.source == "given" else best > logits[0]
+        labels = classes.mul_(found).cpu().numpy()
     findings = [_of_component(one, probabilities) for one in components(labels, len(logits))]
     return labels, _judged(findings, float(probabilities.max()))
+
+
+def judged_map(values: NDArray[np.float32], threshold: Threshold) -> Judged:
+    """What is said of an image by a map of one score for each pixel, (height, width), at an operating point."""
+    labels = joined_pixels(values, None, threshold)
+    findings = [replace(_of_component(one, values), category=0) for one in components(labels, 2)]
+    return _judged(findings, float(values.max()))
+
+
+def joined_pixels(values: NDArray[np.float32], classes: Labels | None, threshold: Threshold) -> Labels:
+    """The class of each pixel that is part of a finding at an operating point, 0 elsewhere, (height, width).
+
+    values: (height, width). classes: the same, of each pixel; None for a class 1 of all.
+    """
+    calls = calls_of_map(values, threshold.base, classes)
+    kept = np.zeros(len(calls) + 1, dtype=bool)
+    kept[1:] = (calls.score >= np.float32(threshold.value)) & (calls.area >= threshold.least_area)
+    shown = kept[calls.labels]
+    return shown.astype(np.uint8) if classes is None else np.where(shown, classes, 0).astype(np.uint8)
 
 
 def judged_objects(objects: Objects, threshold: Threshold) -> Judged:
     """What is said of an image by the objects that were found in it, each with a score."""
     value = np.float32(threshold.value)
+    reaching = [(one, _area_of(one), score) for one, score in objects if np.float32(score) >= value]
     findings = [
-        Finding(one.category, one.box_xyxy, _area_of(one), score, one.rle)
-        for one, score in objects
-        if np.float32(score) >= value
+        Finding(one.category, one.box_xyxy, area, score, one.rle)
+        for one, area, score in reaching
+        if not threshold.is_point or (area or _area_of_box(one)) >= threshold.least_area  # as in records
     ]
     return _judged(findings, max((score for _, score in objects), default=None))
 
 
 def judged_score(score: float | None, threshold: Threshold) -> Judged:
     """What is said of an image by one score of it as a whole; nothing where it is None."""
-    return Judged("" if score is None else verdict(score, threshold.value), score)
+    return Judged("" if score is None else threshold.verdict(score), score)
 
 
 def judged_tiles(tiles: Iterable[tuple[float | None, Part]], threshold: Threshold) -> Judged:
@@ -142,7 +206,7 @@ def judged_tiles(tiles: Iterable[tuple[float | None, Part]], threshold: Threshol
     highest = max((score for score, _ in known), default=None)
     if highest is None or isnan(threshold.value):
         return Judged("", highest)
-    called = [(score, part) for score, part in known if verdict(score, threshold.value) == CALLED]
+    called = [(score, part) for score, part in known if threshold.verdict(score, part.height * part.width) == CALLED]
     return _judged(
         [Finding(0, _box_of(part), float(part.height * part.width), score) for score, part in called], highest
     )
@@ -180,6 +244,10 @@ def _of_component(one: Instance, probabilities: NDArray[np.float32]) -> Finding:
 def _area_of(one: Instance) -> float:
     if one.rle is not None:
         return float(decode_window(one.rle)[1].sum())
+    return _area_of_box(one)
+
+
+def _area_of_box(one: Instance) -> float:
     x1, y1, x2, y2 = one.box_xyxy
     return (x2 - x1) * (y2 - y1)
 

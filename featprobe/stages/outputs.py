@@ -24,6 +24,7 @@ from featprobe.kinds import kind_of
 from featprobe.metrics.images import decide, defect_scores
 from featprobe.probes import DenseHead, ObjectHead, objects_at_original
 from featprobe.probes.head import AnomalyHead, ImageHead, PooledAnomalyHead, VerdictHead
+from featprobe.report.heat import Heat
 from featprobe.report.outlines import polygons_of
 from featprobe.report.sheets import Panel, colour_of, png
 from featprobe.report.streamed import CocoFile, CsvFile, StreamedFile
@@ -35,6 +36,7 @@ from featprobe.stages.findings import (
     Finding,
     Judged,
     Threshold,
+    judged_map,
     judged_objects,
     judged_pixels,
     judged_score,
@@ -51,8 +53,7 @@ from featprobe.stages.tasks.classification import (
 from featprobe.stages.tasks.detection import coco_results
 from featprobe.stages.tasks.heat_panels import panel_of
 from featprobe.stages.tasks.seen import Seen, joined, of_tiles, pieces_of
-from featprobe.stages.tasks.settle import verdict
-from featprobe.targets import Labels, decode_rle
+from featprobe.targets import Instance, Labels, decode_rle
 
 FOUND = "an image with a finding is called; a finding is "
 F = TypeVar("F")
@@ -104,7 +105,8 @@ class Output(ABC, Generic[F]):
 
     files: what is written, for people. classes: what overlays have colours for, the background first. notes: what a
     user should know of all of it. threshold, rule: when an image is called, see `findings`; the rule for people. most:
-    the largest threshold that makes sense.
+    the largest threshold that makes sense. on_maps: which kinds of operating points it may have: of pixels of maps that
+    are joined (True), or of scores as they are.
     """
 
     files: tuple[str, ...]
@@ -112,6 +114,7 @@ class Output(ABC, Generic[F]):
     notes: tuple[str, ...] = ()
     threshold: Threshold
     most: float = 1.0
+    on_maps: tuple[bool, ...] = (False,)
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -148,10 +151,11 @@ class Masks(Output[Labels]):
     """Class indices of pixels, as PNG files with a palette, and findings as COCO JSON."""
 
     files = ("masks/", "findings.json", "overlays/")
+    on_maps = (True,)
 
-    def __init__(self, head: DenseHead, card: Mapping[str, Any], threshold: float | None) -> None:
+    def __init__(self, head: DenseHead, card: Mapping[str, Any], threshold: Threshold | None) -> None:
         self.head, self.classes = head, tuple(card["head"]["classes"])
-        self.threshold = Threshold(nan, "default") if threshold is None else Threshold.given(threshold)
+        self.threshold = threshold or Threshold(nan, "default")
 
     @property
     def rule(self) -> str:
@@ -159,6 +163,8 @@ class Masks(Output[Labels]):
         of = "in the class map"
         if self.threshold.source == "given":
             of = f"among the pixels whose probability of a class is {self.threshold.value:.6g} or more"
+        if self.threshold.is_point:
+            of = _joined_rule(self.threshold, "probability of a class")
         return f"{FOUND}a connected component of one class but {self.classes[0]} {of}"
 
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[Labels, Judged]]:
@@ -193,16 +199,16 @@ class FoundObjects(Output[Objects]):
 
     files = ("predictions.json", "findings.json", "overlays/")
 
-    def __init__(self, head: ObjectHead, card: Mapping[str, Any], threshold: float | None) -> None:
+    def __init__(self, head: ObjectHead, card: Mapping[str, Any], threshold: Threshold | None) -> None:
         self.head, self.classes = head, tuple(card["head"]["classes"])
         own = ResultRow.from_json(card["result"]).instances == "own"
         self.category_ids: Sequence[int] = card["data"].get("category_ids", ()) if own else ()
-        self.threshold = Threshold(AT_LEAST, "default") if threshold is None else Threshold.given(threshold)
+        self.threshold = threshold or Threshold(AT_LEAST, "default")
 
     @property
     def rule(self) -> str:
         """See Output."""
-        return f"{FOUND}a detection with a score of {self.threshold.value:.6g} or more"
+        return f"{FOUND}a detection with a score of {self.threshold.value:.6g} or more{_area_rule(self.threshold)}"
 
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[Objects, Judged]]:
         """Objects with a score each, best first."""
@@ -242,7 +248,7 @@ class ImageVerdicts(Output[list[Verdict]]):
 
     files = ("labels.csv", "overlays/")
 
-    def __init__(self, head: ImageHead, card: Mapping[str, Any], threshold: float | None) -> None:
+    def __init__(self, head: ImageHead, card: Mapping[str, Any], threshold: Threshold | None) -> None:
         self.head, self.threshold = head, _threshold_of(head, threshold)
         data, settings = DataInfo.from_json(card["data"]), ResultRow.from_json(card["result"]).settings
         if settings is None or settings.labels is None:
@@ -328,9 +334,9 @@ class ImageVerdicts(Output[list[Verdict]]):
         return None if scores is None else float(scores[0])
 
     def _called(self, one: Verdict) -> list[str]:
-        """Whether the score is above the threshold; nothing where there is none."""
-        score = self._score(one)
-        said = "" if score is None else verdict(score, self.threshold.value)
+        """What the threshold says of an image or a tile; nothing where there is none."""
+        score, area = self._score(one), inf if one.part is None else one.part.height * one.part.width
+        said = "" if score is None else self.threshold.verdict(score, area)
         return [said] if said else []
 
 
@@ -340,17 +346,21 @@ class Anomalies(Output[Seen]):
     classes = ()
     most = inf
 
-    def __init__(self, head: VerdictHead, card: Mapping[str, Any], threshold: float | None) -> None:
+    def __init__(self, head: VerdictHead, card: Mapping[str, Any], threshold: Threshold | None) -> None:
         self.threshold, self.unit = _threshold_of(head, threshold), _unit_of(card)
         self.notes = _notes_on(self.threshold, self.unit)
 
     @property
     def rule(self) -> str:
         """See Output."""
+        if self.threshold.on_maps:
+            return f"{FOUND}a connected component {_joined_rule(self.threshold, 'value')}"
         return _score_rule(self.threshold, self.unit, "score")
 
     def judged(self, seen: Seen) -> Judged:
-        """What is said of an image by its score, or by those of its tiles."""
+        """What is said of an image by its score, by those of its tiles, or by its map at an operating point of maps."""
+        if self.threshold.on_maps and seen.map is not None:
+            return judged_map(seen.map.cpu().numpy(), self.threshold)
         if self.unit == "tile":
             return judged_tiles(seen.tiles, self.threshold)
         return judged_score(seen.score, self.threshold)
@@ -361,9 +371,19 @@ class Anomalies(Output[Seen]):
         limit = "" if isnan(value) else f"{value:.6g}"
 
         def line(one: Predicted[Seen]) -> list[list[object]]:
-            return [[one.file_name, f"{one.found.score:.6g}", limit, verdict(one.found.score, value)]]
+            return [[one.file_name, f"{one.judged.score:.6g}", limit, one.judged.verdict]]
 
         return [CsvFile("scores.csv", ["image", "score", "threshold", "verdict"], line)]
+
+    def panel_at(self, pixels: NDArray[np.float32], found: Seen, map_threshold: float) -> Panel:
+        """The image under its heat map, with the verdict below. map_threshold: of pixels, where colours change."""
+        if not self.threshold.is_point:
+            return panel_of(pixels, found, self.threshold.value, map_threshold, self.unit)
+        judged = self.judged(found)
+        heat = None if found.map is None else Heat(found.map.cpu().numpy(), map_threshold)
+        boxes = tuple(Instance(1, one.box) for one in judged.findings or ())
+        text = f"{judged.verdict}: score {judged.score:.3g}", f"operating point {self.threshold.value:.3g}"
+        return Panel(pixels, instances=boxes, text=text, heat=heat)
 
 
 class HeatMaps(Anomalies):
@@ -374,9 +394,10 @@ class HeatMaps(Anomalies):
 
     files = ("scores.csv", "maps/", "overlays/")
 
-    def __init__(self, head: AnomalyHead, card: Mapping[str, Any], threshold: float | None) -> None:
+    def __init__(self, head: AnomalyHead, card: Mapping[str, Any], threshold: Threshold | None) -> None:
         super().__init__(head, card, threshold)
         self.head = head
+        self.on_maps = (False,) if self.unit == "tile" else (True, False)
 
     def found(self, batches: Batches, sizes: Sequence[Size]) -> Iterator[tuple[Seen, Judged]]:
         """The score and the map."""
@@ -387,7 +408,7 @@ class HeatMaps(Anomalies):
 
     def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
         """The heat map over the image, on the scale of all maps of this head."""
-        return panel_of(pixels, found, self.threshold.value, float(self.head.map_threshold), self.unit)
+        return self.panel_at(pixels, found, float(self.head.map_threshold))
 
     def pictures(self, name: str, found: Seen) -> Mapping[str, bytes]:
         """The map."""
@@ -403,7 +424,7 @@ class AnomalyScores(Anomalies):
 
     files = ("scores.csv", "overlays/")
 
-    def __init__(self, head: PooledAnomalyHead, card: Mapping[str, Any], threshold: float | None) -> None:
+    def __init__(self, head: PooledAnomalyHead, card: Mapping[str, Any], threshold: Threshold | None) -> None:
         super().__init__(head, card, threshold)
         self.head = head
 
@@ -425,12 +446,12 @@ class AnomalyScores(Anomalies):
 
     def panel(self, pixels: NDArray[np.float32], found: Seen) -> Panel:
         """The image with its score."""
-        return panel_of(pixels, found, self.threshold.value, nan, self.unit)
+        return self.panel_at(pixels, found, nan)
 
 
-def _threshold_of(head: ImageHead | VerdictHead, given: float | None) -> Threshold:
-    """The given threshold, or else the one that was set on good validation images."""
-    return Threshold.of_head(float(head.threshold)) if given is None else Threshold.given(given)
+def _threshold_of(head: ImageHead | VerdictHead, given: Threshold | None) -> Threshold:
+    """The threshold that was given or chosen, or else the one that was set on good validation images."""
+    return given or Threshold.of_head(float(head.threshold))
 
 
 def _score_rule(threshold: Threshold, unit: Unit, score: str) -> str:
@@ -438,8 +459,22 @@ def _score_rule(threshold: Threshold, unit: Unit, score: str) -> str:
     if isnan(threshold.value):
         return ""
     above = f"a {score} above {threshold.value:.6g}"
+    if threshold.is_point:
+        above = f"a {score} of {threshold.value:.6g} or more{_area_rule(threshold) if unit == 'tile' else ''}"
     source = ", the threshold that was set on good validation images" if threshold.source == "head" else ""
     return f"{FOUND}a tile with {above}{source}" if unit == "tile" else f"an image is called for {above}{source}"
+
+
+def _joined_rule(threshold: Threshold, value: str) -> str:
+    """Which pixels are joined to findings at an operating point of maps, and which of them count."""
+    return (
+        f"among the pixels whose {value} is {np.float32(threshold.base):.6g} or more, with a largest {value} of "
+        f"{threshold.value:.6g} or more{_area_rule(threshold)}"
+    )
+
+
+def _area_rule(threshold: Threshold) -> str:
+    return f", of {threshold.least_area} pixels or more" if threshold.least_area > 1 else ""
 
 
 def _notes_on(threshold: Threshold, unit: Unit) -> tuple[str, ...]:
@@ -466,19 +501,19 @@ def float_tiff(values: NDArray[np.float32]) -> bytes:
     return stream.getvalue()
 
 
-def _of_anomalies(head: Any, card: Mapping[str, Any], threshold: float | None) -> Output[Seen]:
+def _of_anomalies(head: Any, card: Mapping[str, Any], threshold: Threshold | None) -> Output[Seen]:
     pooled = kind_of(card["head"]["task"], card["head"]["kind"]).pooled
     return (AnomalyScores if pooled else HeatMaps)(head, card, threshold)
 
 
-OUTPUTS: Mapping[On, Callable[[Any, Mapping[str, Any], float | None], Output[Any]]] = {
+OUTPUTS: Mapping[On, Callable[[Any, Mapping[str, Any], Threshold | None], Output[Any]]] = {
     "pixels": Masks,
     "boxes": FoundObjects,
     "masks": FoundObjects,
     "images": ImageVerdicts,
     "anomalies": _of_anomalies,
 }
-"""What a task is scored on -> what its heads give, from a head, its card and a threshold that was given."""
+"""What a task is scored on -> what its heads give, from a head, its card, and a threshold that was given or chosen."""
 
 
 def _each(head: Callable[[Features], Sequence[T]], batches: Batches) -> Iterator[tuple[Piece, T]]:

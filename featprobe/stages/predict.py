@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from math import isnan
 from os.path import realpath
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def predict(
     JSON in pixels of the original images), of both findings.json; for labels of images labels.csv; for anomalies
     scores.csv and maps; for all overlays/NAME.png, summary.csv and summary.json.
 
-    threshold: of a finding, or of the score of an image, in place of the head's own, see `stages.findings`.
+    threshold: of a finding, or of the score of an image, in place of the operating point that is kept beside the head,
+    or of the head's own, see `stages.findings`.
     need_verdict: refuse a head without a threshold, before anything is computed. backbone: the module whose features
     the head was trained on, where that was given as an object. Raises FeatprobeError; what was written before a bad
     image stays.
@@ -129,7 +131,7 @@ def predict(
                     write_together(pictures)
             bar.update(len(batch))
     files = _write_summary(out, predictor, lines)
-    notes = [*output.notes, *_clipped_notes(seen, predictor.recipe.window)]
+    notes = [*output.notes, *_point_notes(predictor), *_clipped_notes(seen, predictor.recipe.window)]
     notes += pixel_notes([(image, header) for image, header, _ in seen])
     called = sum(line.verdict == CALLED for line in lines) if output.rule else None
     return PredictReport(out, len(seen), (*output.files, *files), tuple(left_out), tuple(notes), called)
@@ -206,6 +208,13 @@ def _summary(predictor: Predictor, lines: Sequence[Line]) -> dict[str, Any]:
         "rule": output.rule,
         "threshold": output.threshold.said,
         "threshold_from": output.threshold.source,
+        "operating_point": None
+        if predictor.point is None
+        else {
+            "wanted": str(predictor.point.wanted),
+            "base": None if isnan(predictor.point.base) else predictor.point.base,
+            "least_area": predictor.point.least_area,
+        },
         "counts": {
             "images": len(lines),
             **{name: verdicts[name] for name in (CALLED, PASSED, UNREADABLE)},
@@ -215,6 +224,15 @@ def _summary(predictor: Predictor, lines: Sequence[Line]) -> dict[str, Any]:
         },
         "images": [asdict(line) for line in lines],
     }
+
+
+def _point_notes(predictor: Predictor) -> list[str]:
+    """A note on the operating point, where there is one."""
+    point = predictor.point
+    return [] if point is None else [
+        f"verdicts at the operating point that was chosen on validation for {point.wanted}: threshold "
+        f"{point.threshold:.6g}; --threshold takes another"
+    ]  # fmt: skip
 
 
 def _clipped_notes(seen: Sequence[tuple[str, Header, float]], window: tuple[float, float] | None) -> list[str]:

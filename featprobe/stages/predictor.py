@@ -33,8 +33,9 @@ from featprobe.processes import pick_device
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
-from featprobe.stages.findings import Box, Judged
+from featprobe.stages.findings import Box, Judged, Threshold
 from featprobe.stages.outputs import OUTPUTS, Batches, Output, Piece, Predicted
+from featprobe.stages.recording.operating_file import OPERATING, read_point
 from featprobe.targets import Rle, decode_rle
 
 AT_ONCE = 8  # images of a call that are computed together
@@ -77,9 +78,9 @@ class Found:
 class Result:
     """What a `Predictor` says of an image.
 
-    verdict: "called", "passed", or "" where the head has no threshold and none was given. score: the highest in the
-    image; None where it has none. threshold: None where the rule of the task needs none, or none is known. findings:
-    best first; empty also where the image is judged as a whole. milliseconds: its share of the batch.
+    verdict: "called", "passed", or "" where the head has no threshold and none was given or chosen. score: the highest
+    in the image; None where it has none. threshold: None where the rule of the task needs none, or none is known.
+    findings: best first; empty also where the image is judged as a whole. milliseconds: its share of the batch.
 
     By task: class_map: (height, width) class indices, uint8. heat_map: (height, width), float32. probabilities:
     (labels,), float32, of the names in `Predictor.classes`, and labels, the names of those that are decided to hold; of
@@ -110,8 +111,9 @@ class Predictor:
                 print(result.verdict, result.score)
 
     folder: of the head. weights: those of the backbone, if they have moved. device: the best there is without one.
-    threshold: as `featprobe predict --threshold`. backbone: the module whose features the head was trained on, where
-    that was given as an object. It may be called from several threads: one waits for the other.
+    threshold: as `featprobe predict --threshold`; without one the operating point counts that `inspect` keeps beside
+    the head, `point`, or else the threshold of the head or of its task. backbone: the module whose features the head
+    was trained on, where that was given as an object. It may be called from several threads: one waits for the other.
     Raises ProbeError when the folder holds no such head, or when the backbone that can be had now is not the one that
     it was trained on; BackboneError when that can't be had at all.
     """
@@ -130,11 +132,16 @@ class Predictor:
         head, self.card = load_head(self.folder, whole=True)
         self.recipe = FeatureRecipe.from_json(self.card["features"])
         self.head = head.to(self.device)
-        self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card, threshold)
+        self.point = read_point(self.folder, self.card["head_sha256"]) if threshold is None else None
+        limit = None if threshold is None else Threshold.given(threshold)
+        limit = limit if self.point is None else Threshold.of_point(self.point)
+        self.output = OUTPUTS[SCORES[self.card["head"]["task"]].on](self.head, self.card, limit)
         if threshold is not None:
             _check_threshold(threshold, self.output, self.card["head"]["task"], self.folder)
+        if self.output.threshold.is_point:
+            _check_point(self.output, self.folder)
         with at_hand(() if backbone is None else backbone):
-            self.backbone = _backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
+            self.backbone = backbone_of(self.folder, self.card, self.head.levels, weights, self.device)
         self.framing = Framing(self.recipe, self.device)
         self._named = self.output.named
         self._lock, self._closed = Lock(), False
@@ -312,11 +319,23 @@ def _check_threshold(threshold: float, output: Output[Any], task: str, folder: P
         )
 
 
+def _check_point(output: Output[Any], folder: Path) -> None:
+    """Raise ProbeError for an operating point of another kind than the head's scores."""
+    threshold = output.threshold
+    if threshold.on_maps not in output.on_maps or not output.rule:
+        wanted = "a base threshold, as it finds pixels of maps" if True in output.on_maps else "none, as it has no maps"
+        raise ProbeError(
+            f"{folder / OPERATING} is no operating point of this head. Nothing was computed.\n"
+            f"  wanted  base: {wanted}\n  found   {threshold.base:.6g}\n"
+            "Choose it again with `featprobe inspect`, or remove it."
+        )
+
+
 def _size_of(levels: Levels) -> Size:
     return levels.shape[0], levels.shape[1]
 
 
-def _backbone_of(
+def backbone_of(
     folder: Path, card: Mapping[str, Any], levels: Sequence[FeatureLevel], weights: str | None, device: torch.device
 ) -> Backbone:
     """The backbone that a head in a folder was trained on; see Predictor. levels: those of the head."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
 from featprobe.geometry import Part, Placement, Size
-from featprobe.probes import best_classes, logits_at_original
+from featprobe.probes import logits_at_original
 from featprobe.targets import Instance, move_rle
 
 T = TypeVar("T")
@@ -73,13 +73,6 @@ def whole_logits(
         return
     tiles = ((own, placed, shown) for own, placed, shown in chain([(logits, placement, part)], coming) if shown)
     yield from stitched_logits(tiles, stride, size)
-
-
-def stitched_classes(
-    pieces: Iterable[tuple[Sequence[Tensor], Placement, Part | None]], stride: int, size: Size
-) -> list[Tensor]:
-    """Class index of every pixel of an image of (height, width), from its tiles or from one piece that is all of it."""
-    return [best_classes(own) for own in whole_logits(pieces, stride, size)]
 
 
 def stitched_objects(pieces: Sequence[tuple[Objects, Part | None]], size: Size) -> Objects:

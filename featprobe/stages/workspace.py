@@ -14,6 +14,7 @@ from featprobe.cache import Cache
 from featprobe.datasets import GENERATED, DataSet
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, counted, nearest
+from featprobe.geometry import Spacing, spacing_of
 from featprobe.io.disk import new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
 from featprobe.io.plugins import BACKBONES, names_in
@@ -189,6 +190,16 @@ class Workspace:
         """The options that featprobe.toml gives a data set, without its path; its split file as seen from here."""
         own = {k: v for k, v in self.config.get("data", {}).get(name, {}).items() if k != "path"}
         return own | ({"split_file": self._path(own["split_file"])} if "split_file" in own else {})
+
+    def pixel_size(self, name: str, root: Path) -> Spacing | None:
+        """Millimetres per pixel, down and across, that featprobe.toml states of a data set; None where it does not.
+
+        The set is the one that has this root there, by whatever name; else the one of this name.
+        """
+        table = self.config.get("data", {})
+        at_root = [own for own in table if Path(str(self._path(table[own]["path"]))).resolve() == root.resolve()]
+        stated = self.data_options(next(iter(at_root), name)).get("pixel_size")
+        return None if stated is None else spacing_of(stated)
 
     def generated(self, name: str) -> Path:
         """The folder of a built-in set, made whole or not at all when it is not there yet."""

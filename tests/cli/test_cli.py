@@ -369,6 +369,14 @@ def test_without_any_cache_the_way_to_one_is_told(tmp_path: Path) -> None:
         ("[data.x]\npath = 'a'\ntile = 8\nfit = 'resize'", "data.x: Tiles keep their scale"),
         ("[data.x]\npath = 'a'\nviews = ['hflip']", 'data.x.views: wanted a text, found ["hflip"]'),
         ("[data.x]\npath = 'a'\nviews = 'sideways'", "data.x.views: 'sideways' is not a list of views"),
+        ("[data.x]\npath = 'a'\npixel_size = '0.05'", 'data.x.pixel_size: wanted a number or a list, found "0.05"'),
+        (
+            "[data.x]\npath = 'a'\npixel_size = 0",
+            "data.x.pixel_size: 0 is not the size of a pixel. wanted: millimetres",
+        ),
+        ("[data.x]\npath = 'a'\npixel_size = [0.1]", "data.x.pixel_size"),
+        ("[data.x]\npath = 'a'\npixel_size = [0.1, -0.1]", "data.x.pixel_size: [0.1, -0.1] is not the size of a pixel"),
+        ("[data.x]\npath = 'a'\npixel_size = nan", "data.x.pixel_size: wanted"),
         ("[backbones.x]\nweights = 'a.pth'", "backbones.x.model: it is missing"),
         (
             "[backbones.x]\nmodel = 'resnet18'\nfinal_norm = 'yes'",

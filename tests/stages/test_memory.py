@@ -189,7 +189,7 @@ def test_a_prediction_names_the_batch_that_fits(
 ) -> None:
     (row,) = probe(space, options=QUICK).rows
     small = Small(3)
-    monkeypatch.setattr("featprobe.stages.predictor._backbone_of", lambda *asked: small)
+    monkeypatch.setattr("featprobe.stages.predictor.backbone_of", lambda *asked: small)
     head, images = space.probes / row["folder"], [space.root / "parts" / "images"]
     with pytest.raises(BackboneError, match="does not hold 8 images at once") as caught:
         predict(head, images, tmp_path / "out", quiet=True, device="cpu")

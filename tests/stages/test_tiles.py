@@ -38,6 +38,7 @@ from featprobe.geometry import Part, Placement, place, place_tile, tile_starts, 
 from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
+from featprobe.probes import best_classes
 from featprobe.specs import BackboneSpec
 from featprobe.splitting import SplitChoice
 from featprobe.stages.commands import commands_of
@@ -47,7 +48,7 @@ from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.predict import predict
-from featprobe.stages.stitch import stitched_classes, stitched_logits, stitched_objects
+from featprobe.stages.stitch import stitched_logits, stitched_objects, whole_logits
 from featprobe.stages.tasks.task import scored_here
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.live import LiveFeatures
@@ -191,7 +192,8 @@ def test_stitched_logits_of_a_pointwise_head_are_those_of_the_whole_image(
     assert torch.allclose(found, logits, atol=1e-6)
     if overlap == 0 and height % tile == width % tile == 0:
         assert torch.equal(found, logits)
-    (classes,) = stitched_classes(pieces_of(logits, tile, overlap), 1, (height, width))
+    (whole,) = whole_logits(pieces_of(logits, tile, overlap), 1, (height, width))
+    classes = best_classes(whole)
     assert (classes == found.argmax(0)).all()
 
 

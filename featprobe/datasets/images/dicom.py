@@ -1,6 +1,6 @@
 """DICOM and DICONDE, through pydicom where it is installed: files of one image, and frames (see `pages`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from featprobe.datasets.images.pages import once_a_file, opened_file
 from featprobe.datasets.images.pixels import Levels, Opened, check_page, to_levels, unusable, without_empty
 from featprobe.errors import DataError
+from featprobe.geometry import LEAST_SPACING, MOST_SPACING, Spacing
 from featprobe.io.pictures import check_claim
 
 DICOM_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -43,6 +44,7 @@ def open_dicom(path: Path, stream: BinaryIO, page: int | None) -> Iterator[Opene
         lambda: _levels(_values(file, stream, page, header), header, rescale, padding, path),
         raw=lambda: _bytes(stream, start, header, page or 0),
         empty="" if padding is None else f"PixelPaddingValue {' to '.join(map(str, dict.fromkeys(padding)))}",
+        spacing=_spacing(header, page or 0),
     )
 
 
@@ -95,6 +97,40 @@ def _padding(header: Any, path: Path) -> tuple[int, int] | None:
                 f"  found   {number}\nSo it is unknown which pixels are empty. Correct the tag, or remove it."
             )
     return min(found), max(found)
+
+
+def _spacing(header: Any, frame: int) -> Spacing | None:
+    """Millimetres per pixel of a frame, down and across; None where nothing usable is stated.
+
+    PixelSpacing is that of the object: of the frame's functional group, the shared one, or the data set. Without it,
+    ImagerPixelSpacing is that of the detector's plane, over the magnification where it is stated, and
+    NominalScannedPixelSpacing that of a scanned film (DICOM PS3.3, 10.7.1.3).
+    """
+    each, common = (header.get(f"{whose}FunctionalGroupsSequence") or [] for whose in ("PerFrame", "Shared"))
+    groups = [*each[frame : frame + 1], *common[:1]]
+    measures = [own for group in groups for own in (group.get("PixelMeasuresSequence") or [])[:1]]
+    for source in (*measures, header):
+        if found := _two_lengths(source, "PixelSpacing"):
+            return found
+    if found := _two_lengths(header, "ImagerPixelSpacing"):
+        factor = _lengths(header, "EstimatedRadiographicMagnificationFactor")
+        return (found[0] / factor[0], found[1] / factor[0]) if factor else found
+    return _two_lengths(header, "NominalScannedPixelSpacing")
+
+
+def _two_lengths(source: Any, name: str) -> Spacing | None:
+    found = _lengths(source, name)
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def _lengths(source: Any, name: str) -> list[float]:
+    """The numbers of a tag; none where it is not there, or holds anything but numbers that a length can have."""
+    try:
+        value = source.get(name)
+        found = [] if value is None else [float(one) for one in (value if isinstance(value, Sequence) else [value])]
+    except (ValueError, TypeError, OverflowError):
+        return []
+    return found if all(LEAST_SPACING <= one <= MOST_SPACING for one in found) else []
 
 
 def _rescale(header: Any, frame: int) -> Any:

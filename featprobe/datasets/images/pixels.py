@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from featprobe.datasets.images.pages import MAX_PAGES, page_path, too_many
 from featprobe.errors import DataError
-from featprobe.geometry import Size
+from featprobe.geometry import Size, Spacing
 
 Levels = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 """(height, width) or (height, width, 3). Where the header calls pixels empty, a masked array (`numpy.ma`) that masks
@@ -30,7 +30,8 @@ class Opened:
     array. turn: EXIF's orientation, 1 to 8. raw: the bytes of the file that define this page. stored: for a page of a
     TIFF, its pixel format by Pillow's name, its stored values (indices for a palette), and which of these are called
     empty, (height, width), or None. empty: the header's entry on empty pixels, as `GDAL_NODATA -9999`; "" without one.
-    unnamed: whether its three channels are bands without colours in the header.
+    unnamed: whether its three channels are bands without colours in the header. spacing: millimetres per pixel, down
+    and across, where the header says it.
     """
 
     size: Size
@@ -43,6 +44,7 @@ class Opened:
     empty: str = ""
     unnamed: bool = False
     into: bool = False
+    spacing: Spacing | None = None
 
     def read(self, out: NDArray[Any] | None = None) -> Levels:
         """The pixels, in the orientation for viewing.

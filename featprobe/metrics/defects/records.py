@@ -4,11 +4,13 @@ A defect is one labelled object. A call is one object that a head reports, with 
 below it whole, so one pass over the records gives the numbers at every threshold. A part is a group of images.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 GOOD, DEFECT, UNKNOWN = 1, 0, 2
 """What is known of an image: it holds no defect; it holds one; it holds an ignored region and no defect."""
@@ -20,6 +22,7 @@ SIZES: tuple[Size, ...] = ("root_area", "area", "longest", "shortest")
 Unit = Literal["px", "mm"]
 Indices = NDArray[np.intp]
 Floats = NDArray[np.float32]
+Part = TypeVar("Part", "Images", "Defects", "Calls")
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,116 @@ class Records:
     defects: Defects
     calls: Calls
     finds: Indices
+
+    def of(self, split: str) -> "Records":
+        """The records of the images of one split."""
+        return self._kept(np.array([own == split for own in self.images.splits], dtype=bool))
+
+    def with_least_area(self, pixels: float) -> "Records":
+        """The records without calls of fewer pixels. What a defect is found at follows from the other calls."""
+        return self._kept(np.ones(len(self.images), dtype=bool), self.calls.size("area") >= pixels)
+
+    def judged(self) -> "Records":
+        """What can be found and called: of images that have one score, the images themselves; else these records.
+
+        An image with a defect then stands for the defect; a call on a good image is a false call.
+        """
+        if not self.about.pooled:
+            return self
+        score = self.images.score
+        called, bad = np.flatnonzero(~np.isnan(score)), np.flatnonzero(self.images.good == DEFECT)
+        touched = np.array([TOUCHES, NOTHING, IGNORED], dtype=np.uint8)[self.images.good[called]]
+        finds = np.stack([np.searchsorted(called, bad), np.arange(len(bad))], axis=1)[~np.isnan(score[bad])]
+        calls = Calls(**_of_images(called), score=score[called], touched=touched)
+        unknown, uncut = np.full(len(bad), np.nan, dtype=np.float32), np.zeros(len(bad), dtype=bool)
+        found = found_scores(finds, calls.score, len(bad))
+        defects = Defects(**_of_images(bad), score=found, contrast=unknown, cut=uncut)
+        return replace(self, defects=defects, calls=calls, finds=finds)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Records"]) -> "Records":
+        """The records of several heads, each about images of its own, as of one; `about` is that of the first."""
+        numbers = [[len(p.images), len(p.calls), len(p.defects)] for p in parts]
+        before = np.cumsum([[0, 0, 0], *numbers[:-1]], axis=0)
+        moved = [
+            (replace(p.defects, image=p.defects.image + shift), replace(p.calls, image=p.calls.image + shift))
+            for p, (shift, _, _) in zip(parts, before, strict=True)
+        ]
+        return cls(
+            parts[0].about,
+            _joined([p.images for p in parts]),
+            _joined([defects for defects, _ in moved]),
+            _joined([calls for _, calls in moved]),
+            np.concatenate([p.finds + more for p, more in zip(parts, before[:, 1:], strict=True)]),
+        )
+
+    def called(self, threshold: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each call counts, (calls,). threshold: of all images, or one for each, (images,)."""
+        return self.calls.score >= self._of_image(threshold)[self.calls.image]
+
+    def found(self, threshold: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each defect is found, (defects,). threshold: of all images, or one for each, (images,)."""
+        return self.defects.score >= self._of_image(threshold)[self.defects.image]
+
+    def _of_image(self, threshold: ArrayLike) -> Floats:
+        return np.broadcast_to(np.asarray(threshold, dtype=np.float32), len(self.images))
+
+    def _kept(self, images: NDArray[np.bool_], among: NDArray[np.bool_] | None = None) -> "Records":
+        """The records of some images, (images,), and of their calls among some, (calls,); all indices made anew."""
+        calls = images[self.calls.image] if among is None else images[self.calls.image] & among
+        defects = images[self.defects.image]
+        place, of_call, of_defect = (np.cumsum(own) - 1 for own in (images, calls, defects))
+        call, defect = self.finds.T
+        kept = calls[call] & defects[defect]
+        finds = np.stack([of_call[call[kept]], of_defect[defect[kept]]], axis=1)
+        left, found = _taken(self.calls, calls), _taken(self.defects, defects)
+        return Records(
+            self.about,
+            _taken(self.images, images),
+            replace(found, image=place[found.image], score=found_scores(finds, left.score, len(found))),
+            replace(left, image=place[left.image]),
+            finds,
+        )
+
+
+def found_scores(finds: Indices, scores: Floats, defects: int) -> Floats:
+    """The highest score of the calls that find each defect, (defects,); -inf for none.
+
+    finds: (m, 2), a call and a defect that it finds. scores: (calls,).
+
+    >>> found_scores(np.array([[0, 1], [2, 1]]), np.array([0.5, 0.9, 0.75], dtype=np.float32), 2).tolist()
+    [-inf, 0.75]
+    """
+    found = np.full(defects, -np.inf, dtype=np.float32)
+    np.maximum.at(found, finds[:, 1], scores[finds[:, 0]])
+    return found
+
+
+def _taken(part: Part, kept: NDArray[np.bool_]) -> Part:
+    """Some of the images, defects or calls. kept: one flag for each."""
+    index = np.flatnonzero(kept)
+    return _made(part, lambda name: _picked(getattr(part, name), index))
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """Images, defects or calls one after another."""
+    return _made(parts[0], lambda name: _chained([getattr(part, name) for part in parts]))
+
+
+def _made(part: Part, value: Callable[[str], Any]) -> Part:
+    return replace(part, **{own.name: value(own.name) for own in fields(part)})
+
+
+def _picked(values: Any, index: Indices) -> Any:
+    return tuple(values[i] for i in index) if isinstance(values, tuple) else values[index]
+
+
+def _chained(values: Sequence[Any]) -> Any:
+    return tuple(chain(*values)) if isinstance(values[0], tuple) else np.concatenate(values)
+
+
+def _of_images(images: Indices) -> dict[str, NDArray[Any]]:
+    """Whole images as objects, whose class and size are not known."""
+    unknown = np.full((len(images), 4), np.nan, dtype=np.float32)
+    category = np.zeros(len(images), dtype=np.uint8)
+    return {"image": images, "category": category, "boxes": unknown, "pixels": unknown, "millimetres": unknown}

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featprobe import __version__
 from featprobe.cache import open_cache
 from featprobe.errors import FeatprobeError, ProbeError, counted
 from featprobe.io.disk import write_together
@@ -18,7 +18,9 @@ from featprobe.metrics.images import value_of
 from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, behind_sentences, gap_sentences
 from featprobe.report.comparison import difference_frame, result_frame
-from featprobe.report.page import PageSet, page_text
+from featprobe.report.defect_answer import defect_sentences, leading
+from featprobe.report.facts import cost_sentence, data_sentence
+from featprobe.report.page import Answer, PageSet, page_text
 from featprobe.report.tables import csv_text
 from featprobe.scores import FEW_GROUPS, SCORES
 from featprobe.specs import digest
@@ -32,6 +34,9 @@ from featprobe.stages.comparison.differences import (
     differences_of,
     modality_gaps,
 )
+from featprobe.stages.comparison.found import Findings, findings_of, names_without_records, probability_of
+from featprobe.stages.comparison.next_steps import next_steps
+from featprobe.stages.comparison.recipes import told_apart
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
 from featprobe.stages.comparison.supervision import behind_supervised
 from featprobe.stages.comparison.tested import good_units
@@ -48,6 +53,7 @@ class ComparedSet:
 
     lines: a dict per result, scores in [0, 1]. differences: a dict per pair that was asked about, p values corrected
     for those of all sets together. sheets: captions and picture sheets that are there. commands: that made the results.
+    findings: a dict per head that has records of what it finds. found_differences: of what two of them find.
     """
 
     title: str
@@ -55,6 +61,8 @@ class ComparedSet:
     differences: tuple[Line, ...]
     sheets: tuple[tuple[str, Path], ...]
     commands: tuple[str, ...]
+    findings: tuple[Line, ...] = ()
+    found_differences: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,32 +111,41 @@ def compare(
     if not results:
         reasons = "\n".join(f"  {item.folder}: {item.reason}" for item in unusable)
         raise ProbeError(f"None of the results in {workspace.probes} can be compared.\n{reasons}\nRun them again.")
-    found = _met(workspace, comparable_sets(results))
-    tables = [Table.of(title, own) for title, own in zip(_titles(found), found, strict=True)]
+    together = _met(workspace, comparable_sets(results))
+    tables = [Table.of(title, own) for title, own in zip(_titles(together), together, strict=True)]
     with Progress(len(results), "intervals", "result", quiet=quiet) as bar:
-        sets = [_compared(workspace, table, bar, across_recipes) for table in tables]
+        found = [findings_of(workspace, table) for table in tables]
+        corrected(line for own in found for line in own.differences)
+        sets = [_compared(workspace, table, own, bar, across_recipes) for table, own in zip(tables, found, strict=True)]
     gaps = modality_gaps(tables, gap, on, across_recipes)
     family = [*(line for item in sets for line in item.differences), *gaps]
     corrected(family)
     notes += _of_the_family(family)
     notes += [note for table in tables for note in _notes(workspace, table)]
-    if not has_parquet():
-        notes.append("results.parquet is not written: that needs pyarrow (pip install 'featprobe[parquet]')")
-    answer = [(item.title, answer_of(item.lines, item.differences)) for item in sets]
-    answer += [("Modality gap", gap_sentences(gaps))] if gaps else []
+    notes += names_without_records(found)
+    answers = [_answer(item) for item in sets]
+    answers += [Answer("Modality gap", said=gap_sentences(gaps))] if gaps else []
     behind = behind_supervised(tables)
-    answer += [("Good images alone", behind_sentences(behind))] if behind else []
-    files = _write(workspace, out or workspace.probes / "report", answer, sets, gaps, unusable, notes)
+    answers += [Answer("Good images alone", said=behind_sentences(behind))] if behind else []
+    pages = [_page_set(workspace, *own) for own in zip(sets, tables, found, strict=True)]
+    failed = [(item.folder, item.reason) for item in unusable]
+    page = page_text(_stamp(results), answers, pages, gaps, failed, notes)
+    files = _write(out or workspace.probes / "report", page, sets, gaps)
+    answer = [(own.title, (*own.found, *own.said)) for own in answers]
     return Comparison(
         tuple(answer), tuple(sets), tuple(gaps), tuple(behind), tuple(unusable), tuple(notes), tuple(files)
     )
 
 
 def plain_json(report: Comparison) -> dict[str, Any]:
-    """A comparison as JSON can hold it: what is nan becomes null, paths become text; `behind` only where it says."""
+    """A comparison as JSON can hold it: what is nan becomes null, paths become text; `behind` and what heads find only
+    where there is something."""
     values = {name: own for name, own in asdict(report).items() if name != "behind" or own}
     for item in values["sets"]:
         item["sheets"] = [str(path) for _, path in item["sheets"]]
+        for name in ("findings", "found_differences"):
+            if not item[name]:
+                del item[name]
     return plain(values | {"files": [str(path) for path in report.files]})
 
 
@@ -309,14 +326,30 @@ def _of_the_budgets(workspace: Workspace, table: Table) -> list[str]:
 # ---- one table -------------------------------------------------------------------------------------------------------
 
 
-def _compared(workspace: Workspace, table: Table, bar: Progress, across: bool) -> ComparedSet:
+def _compared(workspace: Workspace, table: Table, found: Findings, bar: Progress, across: bool) -> ComparedSet:
     lines = []
     for result in table.results:
         lines.append(line_of(result, table))
         bar.update()
+    _name_recipes(table, lines)
     sheets = [sheet for result in table.results for sheet in _sheet(workspace, result, table)]
     commands = dict.fromkeys(c for result in table.results for c in commands_of(*_described(workspace, result)))
-    return ComparedSet(table.title, tuple(lines), tuple(differences_of(table, across)), tuple(sheets), tuple(commands))
+    differences = tuple(differences_of(table, across))
+    return ComparedSet(
+        table.title, tuple(lines), differences, tuple(sheets), tuple(commands), found.lines, found.differences
+    )
+
+
+def _name_recipes(table: Table, lines: Sequence[Line]) -> None:
+    """Name in what lines differ that are alike but for their recipes."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for place, result in enumerate(table.results):
+        alike.setdefault((*result.cell, result.size, result.dtype), []).append(place)
+    for places in alike.values():
+        own = [(table.results[place].row, table.results[place].head) for place in places]
+        for place, text in zip(places, told_apart(own), strict=True):
+            if text:
+                lines[place]["differs"] = text
 
 
 def _described(workspace: Workspace, result: Result) -> tuple[Any, ...]:
@@ -396,33 +429,53 @@ def class_scores(result: Result) -> dict[str, float]:
     return {name: float(np.mean([own[name] for own in every])) for name in result.row.classes if name in every[0]}
 
 
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def _answer(item: ComparedSet) -> Answer:
+    """What is said first of a set."""
+    tuned = any(line["regime"].startswith("full") for line in item.lines)
+    lead = leading(item.findings) if item.findings else None
+    found = defect_sentences(item.findings, item.found_differences, tuned)
+    said = [text for text in answer_of(item.lines, item.differences) if text not in found]
+    facts = [data_sentence(item.lines, lead), cost_sentence(item.lines)]
+    return Answer(item.title, found, said, [fact for fact in facts if fact])
+
+
+def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Findings) -> PageSet:
+    lead = leading(item.findings) if item.findings else None
+    own = found.inspections[found.lines.index(lead)] if lead else None
+    return PageSet(
+        item.title,
+        item.lines,
+        item.differences,
+        item.sheets,
+        item.commands,
+        item.findings,
+        pod=probability_of(own) if own else None,
+        steps=next_steps(workspace, table, lead, found.missing),
+    )
+
+
+def _stamp(results: Sequence[Result]) -> str:
+    """The version of featprobe, and when the results were made."""
+    days = sorted({run.row.time[:10] for result in results for run in result.runs if run.row.time})
+    when = "" if not days else f" of {days[0]}" if len(days) == 1 else f" of {days[0]} to {days[-1]}"
+    return f"featprobe {__version__}, {counted(len(results), 'result')}{when}"
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def has_parquet() -> bool:
-    """Whether results.parquet can be written: pandas needs pyarrow for it."""
-    return find_spec("pyarrow") is not None
-
-
-def _write(
-    workspace: Workspace,
-    out: Path,
-    answer: Sequence[tuple[str, Sequence[str]]],
-    sets: Sequence[ComparedSet],
-    gaps: Sequence[Line],
-    unusable: Sequence[Unusable],
-    notes: Sequence[str],
-) -> list[Path]:
+def _write(out: Path, page: str, sets: Sequence[ComparedSet], gaps: Sequence[Line]) -> list[Path]:
     """Write the tables, and last the page, which says that they are there; returns their paths. Raises DiskError."""
     results = result_frame([line for item in sets for line in item.lines])
     differences = difference_frame([*(line for item in sets for line in item.differences), *gaps])
-    pages = [PageSet(s.title, s.lines, s.differences, s.sheets, s.commands) for s in sets]
     files: dict[Path, bytes | str] = {
-        out / "index.html": page_text(answer, pages, gaps, [(item.folder, item.reason) for item in unusable], notes),
+        out / "index.html": page,
         out / "results.csv": csv_text(results),
         out / "differences.csv": csv_text(differences),
+        out / "results.parquet": results.to_parquet(index=False),
     }
-    if has_parquet():
-        files[out / "results.parquet"] = results.to_parquet(index=False)
     write_together(files, out / "index.html")
     return list(files)

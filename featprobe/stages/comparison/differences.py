@@ -176,12 +176,12 @@ def _found(claim: Line, found: Difference) -> Line:
 
 def differences_of(table: Table, across: bool = False) -> list[Line]:
     """Differences of the main score between backbones and between regimes. across: also where recipes differ."""
-    pairs = [Pair.of(kind, a, b, table) for a, b in combinations(table.chosen, 2) if (kind := _kind(a, b))]
+    pairs = [Pair.of(kind, a, b, table) for a, b in combinations(table.chosen, 2) if (kind := kind_of_pair(a, b))]
     pairs.sort(key=lambda pair: (pair.a.row.head, -pair.a.row.fraction, pair.kind))
     return [_line(pair, across) for pair in pairs]
 
 
-def _kind(a: Result, b: Result) -> Kind | None:
+def kind_of_pair(a: Result, b: Result) -> Kind | None:
     """The one thing in which two results of a table differ, if it is one that is asked about."""
     if (a.row.head, a.row.fraction) != (b.row.head, b.row.fraction):
         return None

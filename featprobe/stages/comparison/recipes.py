@@ -1,6 +1,6 @@
 """The recipes of heads, and in which parts of them two results differ."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -58,6 +58,15 @@ def fields_that_differ(
     rates = ({"false calls": row.settings.false_calls} if row.settings else {} for row in (one, other))
     fields += _differing(*rates, bars=False)
     return tuple(fields)
+
+
+def told_apart(results: Sequence[tuple[ResultRow, HeadRecipe]]) -> list[str]:
+    """Of each of several results the parts of its recipe in which it differs from any other, as "lr 0.01, loss ce"."""
+    each = []
+    for own in results:
+        fields = [field for other in results for field in fields_that_differ("backbones", own, other)]
+        each.append(", ".join(dict.fromkeys(f"{field.name} {field.a}" for field in fields)))
+    return each
 
 
 def _shared(row: ResultRow, head: HeadRecipe, *, trained: bool = True) -> dict[str, Any]:

@@ -27,9 +27,11 @@ from featprobe.stages.export.graph import (
     reference,
     relative,
 )
-from featprobe.stages.export.image_output import ScoreOutput
+from featprobe.stages.export.image_output import ScoreOutput, threshold_of
 from featprobe.stages.export.search import Nearest
+from featprobe.stages.findings import Threshold, joined_pixels
 from featprobe.stages.predictor import Predictor
+from featprobe.stages.tasks.settle import CALLED
 
 
 class PatchCoreGraph(nn.Module):
@@ -86,40 +88,51 @@ IN_GRAPHS: Mapping[type[nn.Module], Callable[[Any, Placement], nn.Module]] = {Pa
 
 class HeatOutput(GraphOutput):
     """score (n,): how unlike good images an image is. map (n, height, width): the same of each pixel of the image as it
-    is given. Where there is a threshold: verdict (n,), bool, whether the score is above."""
+    is given. Where there is a threshold: verdict (n,), bool, whether the score is above.
+
+    At an operating point of maps the score is the largest value of the map. Where the point has a least area, there is
+    no verdict: a graph joins no pixels.
+    """
 
     def __init__(
-        self, head: MapAnomalyHead, card: Mapping[str, Any], placement: Placement, threshold: float | None
+        self, head: MapAnomalyHead, card: Mapping[str, Any], placement: Placement, threshold: Threshold | None
     ) -> None:
         super().__init__()
-        own = float(head.threshold)
-        self.limit = threshold if threshold is not None else None if np.isnan(own) else own
+        self.threshold = threshold or threshold_of(head)
+        self.of_map = self.threshold is not None and self.threshold.on_maps
         self.inner = IN_GRAPHS.get(type(head), CellGraph)(head, placement)
         self.pixels = AtOriginal(maps_at_original, head.stride, placement)
-        self.names = ("score", "map") if self.limit is None else ("score", "map", "verdict")
+        verdicts = self.threshold is not None and self.threshold.in_graphs
+        self.names = ("score", "map", "verdict") if verdicts else ("score", "map")
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """See the class."""
         found = self.inner(features)
-        own = (found.scores, self.pixels(found.maps))
-        return own if self.limit is None else (*own, found.scores > self.limit)
+        maps = self.pixels(found.maps)
+        score = maps.amax((1, 2)) if self.of_map else found.scores
+        return (score, maps, score > self.above) if "verdict" in self.names else (score, maps)
 
     @torch.inference_mode()
     def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
         """Scores and verdicts; values of maps are compared relative to the largest of their image."""
         pieces, size = pieces_of_size(predictor, levels)
         batches = iter([(pieces, reference(predictor, levels))])
-        seen = [own for own, _ in predictor.output.found(batches, [size] * len(levels))]
-        wanted = np.array([own.score for own in seen])
+        seen, judged = zip(*predictor.output.found(batches, [size] * len(levels)), strict=True)
+        wanted = np.array([own.score for own in judged])
         maps = np.stack([own.map.numpy() for own in seen])
         apart = np.abs(found["map"] - maps).max((1, 2)) / maps.max((1, 2)).clip(min=1e-30)
         said = {}
-        if self.limit is not None:
-            said = compared_verdicts(found["verdict"], wanted > self.limit, wanted - self.limit)
+        if self.threshold is not None:
+            limit = self.threshold
+            calls = [joined_pixels(own, None, limit).any() for own in found["map"]] if self.of_map else found["verdict"]
+            called = np.array([own.verdict == CALLED for own in judged])
+            said = compared_verdicts(np.asarray(calls), called, wanted - self.above)
         return Differences(scores=largest_of(relative(found["score"], wanted), float(apart.max())), **said)
 
 
-def anomaly_output(head: Any, card: Mapping[str, Any], placement: Placement, threshold: float | None) -> GraphOutput:
+def anomaly_output(
+    head: Any, card: Mapping[str, Any], placement: Placement, threshold: Threshold | None
+) -> GraphOutput:
     """The output of a head on maps, or of one on vectors."""
     pooled = kind_of(card["head"]["task"], card["head"]["kind"]).pooled
     return (ScoreOutput if pooled else HeatOutput)(head, card, placement, threshold)

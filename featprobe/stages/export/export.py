@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -68,7 +70,8 @@ def export(
 
     image_size: (height, width) of the images that it takes; None for the commonest among the images that it is
     compared on: at most `test_images` of those that the head was tested on, or of `images`. threshold: of verdicts, in
-    place of the head's own. tolerance: how far logits, or scores, may lie apart. backbone: as `Predictor` takes it.
+    place of the operating point that is kept beside the head, or of the head's own. tolerance: how far logits, or
+    scores, may lie apart. backbone: as `Predictor` takes it.
     Raises FeatprobeError; nothing is written then, also where the comparison fails.
     """
     check_installed()
@@ -92,7 +95,9 @@ def export(
         )
     beside = out.with_name(f"{out.stem}.parity.json")
     write_together({out: data, beside: json.dumps(parity.to_json(), indent=1) + "\n"})
-    return ExportReport(out, beside, len(data), known.raw.layout, output.names, parity, tuple(notes_on(predictor)))
+    return ExportReport(
+        out, beside, len(data), known.raw.layout, output.names, parity, tuple(notes_on(predictor, output))
+    )
 
 
 def check_installed() -> None:
@@ -129,7 +134,7 @@ def check_policy(predictor: Predictor) -> None:
 def output_of(predictor: Predictor, raw: Raw) -> GraphOutput:
     """The end of the graph. Raises ProbeError for a head that has none."""
     card, threshold = predictor.card, predictor.output.threshold
-    given = threshold.value if threshold.source == "given" else None
+    given = threshold if threshold.source == "given" or threshold.is_point else None
     build = EXPORTS.get(SCORES[card["head"]["task"]].on)
     if build is None:
         raise ProbeError(f"Heads of {card['head']['task']} can't be exported yet. Nothing was written.")
@@ -180,7 +185,7 @@ def say(model: Any, predictor: Predictor, raw: Raw, output: GraphOutput) -> None
 def described(predictor: Predictor, raw: Raw, output: GraphOutput) -> Mapping[str, str]:
     """The texts of `metadata_props`, by their names; those that are no plain words are JSON."""
     card, recipe = predictor.card, predictor.recipe
-    spec = BackboneSpec.from_json(card["backbone"])
+    spec, point = BackboneSpec.from_json(card["backbone"]), predictor.point
     values: dict[str, Any] = {
         "featprobe_version": __version__,
         "task": card["head"]["task"],
@@ -196,6 +201,9 @@ def described(predictor: Predictor, raw: Raw, output: GraphOutput) -> Mapping[st
         "threshold": output.limit,
         "threshold_from": predictor.output.threshold.source,
         "rule": predictor.output.rule,
+        "operating_point": None if point is None else str(point.wanted),
+        "base": None if point is None or isnan(point.base) else float(np.float32(point.base)),
+        "least_area": 1 if point is None else point.least_area,
         "input_dtype": raw.dtype,
         "input_layout": "NHW" if raw.channels == 1 else "NHWC, red green blue",
         "image_size": list(raw.size),
@@ -222,9 +230,19 @@ def checked(model: Any) -> bytes:
     return data
 
 
-def notes_on(predictor: Predictor) -> Iterator[str]:
+def notes_on(predictor: Predictor, output: GraphOutput) -> Iterator[str]:
     """Facts about a graph that a user should know."""
-    recipe = predictor.recipe
+    recipe, point = predictor.recipe, predictor.point
+    if point is not None:
+        yield (
+            f"verdicts at the operating point that was chosen on validation for {point.wanted}: threshold "
+            f"{point.threshold:.6g}; --threshold takes another"
+        )
+        if "verdict" not in output.names:
+            yield (
+                f"a finding has {point.least_area} pixels or more, which a graph does not count: it gives no verdict, "
+                "examples/runner.py does"
+            )
     if recipe.tile is not None:
         yield (
             f"the graph takes one tile: cut images into tiles of {recipe.tile} pixels that overlap by {recipe.overlap} "

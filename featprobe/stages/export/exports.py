@@ -17,4 +17,4 @@ EXPORTS: Mapping[On, Callable[..., GraphOutput]] = {
     "anomalies": anomaly_output,
 }
 """What a task is scored on -> the end of its graph, from a head, its card, the placement of an image, and the
-threshold that a user gave or None."""
+threshold that a user gave, or the operating point that is kept beside the head, or None."""

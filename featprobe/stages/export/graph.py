@@ -19,6 +19,7 @@ from featprobe.features import Features
 from featprobe.geometry import Placement, Size, place, place_tile
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.export.resampling import weights_of
+from featprobe.stages.findings import Threshold
 from featprobe.stages.outputs import Piece
 from featprobe.stages.predictor import Predictor
 
@@ -109,11 +110,21 @@ class GraphOutput(nn.Module, ABC):
     """What a graph gives for one kind of head.
 
     names: of the outputs, in the order of `forward`. batched: those whose first axis is that of the images; others are
-    flat lists of objects. limit: the threshold that verdicts are by; None where there are none, or they need none.
+    flat lists of objects. threshold: that verdicts are by; None where there are none, or they need none.
     """
 
     names: tuple[str, ...]
-    limit: float | None = None
+    threshold: Threshold | None = None
+
+    @property
+    def limit(self) -> float | None:
+        """The value of the threshold."""
+        return None if self.threshold is None else self.threshold.value
+
+    @property
+    def above(self) -> float:
+        """The number above which a score of an image is called."""
+        return float("nan") if self.threshold is None else self.threshold.above
 
     @property
     def batched(self) -> tuple[str, ...]:

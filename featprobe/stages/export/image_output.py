@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from featprobe.stages.export.graph import (
     relative,
 )
 from featprobe.stages.export.search import Nearest
+from featprobe.stages.findings import Threshold
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.tasks.classification import probabilities_of
 
@@ -116,7 +116,9 @@ class LabelOutput(GraphOutput):
     bool, whether the score is above.
     """
 
-    def __init__(self, head: ImageHead, card: Mapping[str, Any], placement: Placement, threshold: float | None) -> None:
+    def __init__(
+        self, head: ImageHead, card: Mapping[str, Any], placement: Placement, threshold: Threshold | None
+    ) -> None:
         super().__init__()
         check_unit(card)
         settings = ResultRow.from_json(card["result"]).settings
@@ -125,8 +127,7 @@ class LabelOutput(GraphOutput):
         data = DataInfo.from_json(card["data"])
         self.labels = names_by(settings.labels, data.label_names, data.classes)
         self.good = None if self.labels.good is None else self.labels.names.index(self.labels.good)
-        own = float(head.threshold)
-        self.limit = threshold if threshold is not None else None if np.isnan(own) else own
+        self.threshold = threshold or threshold_of(head)
         self.vectors, self.inner = Vectors(head.levels, placement), in_graph(head)
         self.register_buffer("prior", head.prior.clone())
         scores = ("score", "verdict")[: 2 if self.limit is not None else 1] if self.labels.says_good else ()
@@ -139,7 +140,7 @@ class LabelOutput(GraphOutput):
         found = [shares, self._decided(shares)]
         if self.labels.says_good:
             found.append(shares.amax(1) if self.good is None else 1 - shares[:, self.good])
-            found += [] if self.limit is None else [found[-1] > self.limit]
+            found += [] if self.limit is None else [found[-1] > self.above]
         return *found, logits
 
     def _decided(self, shares: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class LabelOutput(GraphOutput):
         if wanted is not None:
             scores = largest_of(scores, relative(found["score"], wanted))
             if self.limit is not None:
-                said |= compared_verdicts(found["verdict"], wanted > self.limit, wanted - self.limit)
+                said |= compared_verdicts(found["verdict"], wanted > self.above, wanted - self.above)
         return Differences(**compared_logits(found["logits"], logits.numpy()), scores=scores, **said)
 
 
@@ -173,19 +174,18 @@ class ScoreOutput(GraphOutput):
     verdict (n,), bool, whether the score is above."""
 
     def __init__(
-        self, head: PooledAnomalyHead, card: Mapping[str, Any], placement: Placement, threshold: float | None
+        self, head: PooledAnomalyHead, card: Mapping[str, Any], placement: Placement, threshold: Threshold | None
     ) -> None:
         super().__init__()
         check_unit(card)
-        own = float(head.threshold)
-        self.limit = threshold if threshold is not None else None if np.isnan(own) else own
+        self.threshold = threshold or threshold_of(head)
         self.vectors, self.inner = Vectors(head.levels, placement), in_graph(head)
         self.names = ("score",) if self.limit is None else ("score", "verdict")
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """See the class."""
         score = self.inner(self.vectors(features)).scores
-        return (score,) if self.limit is None else (score, score > self.limit)
+        return (score,) if self.limit is None else (score, score > self.above)
 
     @torch.inference_mode()
     def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
@@ -194,8 +194,14 @@ class ScoreOutput(GraphOutput):
         wanted = head(pool(reference(predictor, levels), head.levels).vectors(head.levels)).scores.double().numpy()
         said = {}
         if self.limit is not None:
-            said = compared_verdicts(found["verdict"], wanted > self.limit, wanted - self.limit)
+            said = compared_verdicts(found["verdict"], wanted > self.above, wanted - self.above)
         return Differences(scores=relative(found["score"], wanted), **said)
+
+
+def threshold_of(head: Any) -> Threshold | None:
+    """The threshold that a head keeps; None where it has none."""
+    own = Threshold.of_head(float(head.threshold))
+    return None if own.source == "none" else own
 
 
 def check_unit(card: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_area, box_iou
 
 from featprobe.datasets.images.pixels import Levels
 from featprobe.features import Features
@@ -16,7 +16,7 @@ from featprobe.geometry import Placement
 from featprobe.probes import Detections, ObjectHead, objects_at_original
 from featprobe.probes.detections import MOST_DETECTIONS, Candidates, best_of
 from featprobe.stages.export.graph import NEAR, Differences, GraphOutput, compared_verdicts, reference
-from featprobe.stages.findings import AT_LEAST
+from featprobe.stages.findings import AT_LEAST, Threshold
 from featprobe.stages.predictor import Predictor
 
 SAME_IOU = 0.99
@@ -29,19 +29,20 @@ class ObjectOutput(GraphOutput):
     boxes (k, 4): x1 y1 x2 y2, pixels of the image as it is given. scores (k,), in [0, 1]. labels (k,), int64, from 1.
     image (k,), int64: the number of each one's image in the batch. With masks: masks (k, side, side), probabilities
     within each box; 0.5 and more is the object. score (n,): of each image's best object, 0 where there is none. verdict
-    (n,), bool: whether there is one, and its score is at least the threshold.
+    (n,), bool: whether there is one whose score is at least the threshold. The least area of an operating point is that
+    of the box; where objects have masks, it is that of the mask, and with one there is no verdict.
     """
 
-    limit: float
+    threshold: Threshold
     scale: Tensor
     ends: Tensor
 
     def __init__(
-        self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: float | None
+        self, head: ObjectHead, card: Mapping[str, Any], placement: Placement, threshold: Threshold | None
     ) -> None:
         super().__init__()
         self.head, self.classes = head, len(card["head"]["classes"]) - 1
-        self.limit = AT_LEAST if threshold is None else float(np.float32(threshold))
+        self.threshold = threshold or Threshold(AT_LEAST, "default")
         self.placement = placement
         scales = [o / c for o, c in zip(placement.original, placement.content, strict=True)]
         self.register_buffer("scale", torch.tensor([*scales[::-1], *scales[::-1]], dtype=torch.float32))
@@ -49,16 +50,17 @@ class ObjectOutput(GraphOutput):
         self.register_buffer("ends", torch.tensor([*sides, *sides]))
         first = self._first()
         self.floor, self.masks = first.floor, first.masks is not None
+        self.least = self.threshold.least_area if self.threshold.is_point else None
 
     @property
     def names(self) -> tuple[str, ...]:  # type: ignore[override]
         """Of the outputs."""
-        return ("boxes", "scores", "labels", "image", *(["masks"] if self.masks else []), "score", "verdict")
+        return ("boxes", "scores", "labels", "image", *(["masks"] if self.masks else []), *self.batched)
 
     @property
     def batched(self) -> tuple[str, ...]:
         """What there is one of for each image."""
-        return ("score", "verdict")
+        return ("score",) if self.masks and self.least is not None and self.least > 1 else ("score", "verdict")
 
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """See the class."""
@@ -69,8 +71,14 @@ class ObjectOutput(GraphOutput):
         boxes, labels = candidates.boxes[image, place], candidates.labels[image, place]
         masks = [] if candidates.masks is None else [candidates.masks(boxes, image, labels)]
         original = (boxes * self.scale).clamp(min=0).minimum(self.ends)
-        score = values[:, 0]
-        return (original, scores, labels, image, *masks, score, (score > 0) & (score >= self.limit))
+        called = (values > 0) & (values >= self.threshold.value)
+        if self.least is not None and not self.masks:
+            every = candidates.boxes.gather(1, where[:, :, None].expand(-1, -1, 4)) * self.scale
+            x1, y1, x2, y2 = every.clamp(min=0).minimum(self.ends).unbind(2)
+            areas = (x2 - x1) * (y2 - y1)
+            called = called & (areas >= self.least)
+        verdict = (called.any(1),) if "verdict" in self.batched else ()
+        return (original, scores, labels, image, *masks, values[:, 0], *verdict)
 
     @torch.no_grad()
     def _first(self) -> Candidates:
@@ -84,11 +92,20 @@ class ObjectOutput(GraphOutput):
         """Objects are compared with those that the head finds in torch, at the pixels of the image as it is given."""
         wanted = [at_original(own, self.placement) for own in self.head(reference(predictor, levels))]
         scores = np.array([float(own.scores.max()) if len(own.scores) else 0.0 for own in wanted], dtype=np.float32)
-        called = np.array([bool((own.scores >= self.limit).any()) for own in wanted])
-        total = Differences(**compared_verdicts(found["verdict"], called, np.asarray(scores - self.limit)))
+        total = Differences()
+        if "verdict" in found:
+            called = np.array([bool(self._called(own).any()) for own in wanted])
+            total += Differences(
+                **compared_verdicts(found["verdict"], called, np.asarray(scores - self.threshold.value))
+            )
         for image, own in enumerate(wanted):
-            total += matched(self.detections(found, image), own, self.limit, self.floor)
+            total += matched(self.detections(found, image), own, self.threshold.value, self.floor)
         return total
+
+    def _called(self, own: Detections) -> Tensor:
+        """Which detections of an image are findings, as far as graphs know; boxes in pixels of the image as given."""
+        reached = own.scores >= self.threshold.value
+        return reached if self.least is None or self.masks else reached & (box_area(own.boxes) >= self.least)
 
     def detections(self, found: Mapping[str, NDArray[Any]], image: int) -> Detections:
         """The objects of one image in a graph's outputs, with boxes in pixels of the image as it is given."""

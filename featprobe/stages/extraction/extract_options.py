@@ -10,7 +10,7 @@ from featprobe.datasets.patterns import Description, Pattern
 from featprobe.datasets.samples import DataSet
 from featprobe.datasets.splits import group_pattern
 from featprobe.errors import DataError
-from featprobe.geometry import Fit, Size, parse_size
+from featprobe.geometry import Fit, Size, parse_size, spacing_of
 from featprobe.intensity import Intensity
 from featprobe.io.fields import Fault, shown
 from featprobe.machine import usable_cores
@@ -22,7 +22,10 @@ MOST_WORKERS = 16  # unasked
 
 @dataclass(frozen=True)
 class DataEntry:
-    """A section [data.NAME] of featprobe.toml: where a set lies, and how it is read and framed."""
+    """A section [data.NAME] of featprobe.toml: where a set lies, and how it is read and framed.
+
+    pixel_size: millimetres per pixel of the original images, or two such numbers, down and across.
+    """
 
     path: str
     size: str | None = None
@@ -40,6 +43,7 @@ class DataEntry:
     empty_tiles: float | None = None
     views: str | None = None
     follow_links: bool = False
+    pixel_size: float | tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -244,13 +248,14 @@ def _described(entry: Mapping[str, Any]) -> str:
 
 def entry_faults(entry: Mapping[str, Any], whole: Mapping[str, Any]) -> list[Fault]:
     """Faults of values in a DataEntry whose types are right, as a table; whole: with the other values."""
-    parsers: Mapping[str, Callable[[str], object]] = {
+    parsers: Mapping[str, Callable[[Any], object]] = {
         "size": parse_size,
         "intensity": Intensity.parse,
         "views": parse_views,
         "images": partial(Pattern, called="images"),
         "masks": partial(Pattern, called="masks"),
         "group_from": group_pattern,
+        "pixel_size": spacing_of,
     }
     faults = {key: _fault(partial(parse, entry[key])) for key, parse in parsers.items() if key in entry}
     found = [Fault((key,), said) for key, said in faults.items() if said]

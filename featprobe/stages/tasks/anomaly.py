@@ -28,9 +28,10 @@ from featprobe.specs import Rows
 from featprobe.stages.image_truth import defect_regions, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of
 from featprobe.stages.tasks.heat_panels import called_tiles, panel_of, truth_panel
-from featprobe.stages.tasks.seen import Seen, of_tiles, seen_on_maps, seen_on_vectors
+from featprobe.stages.tasks.seen import Seen, hand_over, of_tiles, seen_on_maps, seen_on_vectors
 from featprobe.stages.tasks.settle import settled
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth
@@ -105,26 +106,44 @@ class Anomaly:
         self.notes += [f"{self.cache.data.name}: {note}" for note in fit.notes]
         return Solution({name: value.cpu() for name, value in head.state_dict().items()}, dict(fit.chosen))
 
-    def evaluate(self, heads: Sequence[VerdictHead], feed: Feed, rows: Rows) -> list[Outcome]:
-        """Scores of each head on the units that the rows show, which several processes share out among them."""
+    def evaluate(
+        self, heads: Sequence[VerdictHead], feed: Feed, rows: Rows, watch: Watch | None = None
+    ) -> list[Outcome]:
+        """Scores of each head on the units that the rows show, which several processes share out among them.
+
+        watch: gets the maps of images where `watched_by_maps`, else the score of each tile, or of each image.
+        """
         counters = [PixelCounter() for _ in heads]
         scores: list[tuple[int, list[float]]] = []
         for unit, found in self._seen(heads, feed, scored_here(self.cache, rows)):
             scores.append((unit, [one.score for one in found]))
             truth = self._regions(unit) if any(one.map is not None for one in found) else None
-            for counter, one in zip(counters, found, strict=True):
-                if truth is not None and one.map is not None:
-                    counter.add(unit, one.map.cpu().numpy(), *truth)
+            watched = watch if self.watched_by_maps else None
+            for i, (counter, one) in enumerate(zip(counters, found, strict=True)):
+                if one.map is None or (truth is None and watched is None):
+                    continue
+                pixels = one.map.cpu().numpy()
+                if truth is not None:
+                    counter.add(unit, pixels, *truth)
+                if watched is not None:
+                    watched.pixels(i, unit, pixels, None)
+        if watch is not None and not self.watched_by_maps:
+            hand_over(self.cache, [unit for unit, _ in scores], [own for _, own in scores], self.asked.unit, watch)
         every = dict(gathered(scores))
-        pixels = gathered([[counter.units for counter in counters]])
+        counts = gathered([[counter.units for counter in counters]])
 
         def outcomes() -> list[Outcome]:
             return [
-                self._outcome(head, {unit: own[i] for unit, own in every.items()}, [part[i] for part in pixels])
+                self._outcome(head, {unit: own[i] for unit, own in every.items()}, [part[i] for part in counts])
                 for i, head in enumerate(heads)
             ]
 
         return from_main(outcomes)
+
+    @property
+    def watched_by_maps(self) -> bool:
+        """Whether a watch gets the maps of images: heads make them, and the set says where defects are."""
+        return not self.asked.pooled and self.asked.unit == "image" and bool(self.cache.data.tasks)
 
     def settle(self, heads: Sequence[VerdictHead], feed: Feed, val: Rows) -> list[str]:
         """Set each head's thresholds, of scores and of pixels of maps, from the good units of validation.

@@ -27,14 +27,16 @@ from featprobe.metrics.images import (
 )
 from featprobe.probes.head import ImageHead
 from featprobe.probes.train import Feed
-from featprobe.processes import from_main, gathered, summed
+from featprobe.processes import from_main, gathered, is_main, summed
 from featprobe.report.sheets import Panel
 from featprobe.scores import TaskScores
 from featprobe.specs import Rows
 from featprobe.stages.image_truth import defect_regions, says_good, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of
+from featprobe.stages.tasks.seen import hand_over
 from featprobe.stages.tasks.settle import settled
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
 from featprobe.stages.training.live import Truth, Views
@@ -154,9 +156,16 @@ class Classification:
         """Whether the loss of such a head also takes places of rows: it does not."""
         return False
 
-    def evaluate(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows) -> list[Outcome]:
-        """Scores of each head on the units that the rows show, which several processes share out among them."""
+    def evaluate(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows, watch: Watch | None = None) -> list[Outcome]:
+        """Scores of each head on the units that the rows show, which several processes share out among them.
+
+        watch: gets the score of a defect of each unit, where the labels say which units are good.
+        """
         units, found = self._probabilities(heads, feed, rows)
+        if watch is not None and self.names.says_good and is_main():
+            each = [defect_scores(own, self.names.multi, self._good) for own in found]
+            scores = list(zip(*(own.tolist() for own in each if own is not None), strict=True))
+            hand_over(self.cache, units.tolist(), scores, self.asked.unit, watch)
         return from_main(lambda: [self._outcome(head, units, p) for head, p in zip(heads, found, strict=True)])
 
     def settle(self, heads: Sequence[ImageHead], feed: Feed, val: Rows) -> list[str]:
@@ -177,7 +186,7 @@ class Classification:
     def shown(self, head: ImageHead, feed: Feed, rows: Rows, count: int) -> Rows:
         """Some of the images that the rows show, from the worst mistake on; first one of each group, then more."""
         units, (found,) = self._said([head], feed, rows)
-        true = self._truth(units)
+        true = self.truth.values[units]
         share = balanced(found, head.prior.cpu().numpy(), self.names)
         worst = np.abs(true - share).max(1)
         order = units[np.argsort(-worst, kind="stable")]
@@ -191,7 +200,7 @@ class Classification:
     def panels(self, head: ImageHead, feed: Feed, rows: Rows) -> Iterable[tuple[int, Draw]]:
         """(image, what draws truth and prediction over it) for each image that the rows show."""
         units, (found,) = self._said([head], feed, rows)
-        prior, true = head.prior.cpu().numpy(), self._truth(units)
+        prior, true = head.prior.cpu().numpy(), self.truth.values[units]
         said, shares = decide(found, prior, self.names.multi), balanced(found, prior, self.names)
         shows = units if self.asked.unit == "image" else self.cache.image_of[units]
         for image in images_of(self.cache, rows).tolist():
@@ -220,12 +229,9 @@ class Classification:
         """The units that rows show, ascending."""
         return np.unique(units_of(self.cache, rows, self.asked.unit))
 
-    def _truth(self, units: Rows) -> NDArray[np.uint8]:
-        return self.truth.values[units]
-
     def _labels(self, units: Rows) -> Tensor:
         """(units, names), uint8, on the device."""
-        return torch.from_numpy(self._truth(units)).to(self.device)
+        return torch.from_numpy(self.truth.values[units]).to(self.device)
 
     def _vectors(self, levels: Sequence[FeatureLevel], feed: Feed, rows: Rows) -> tuple[Rows, Tensor]:
         """(the units that rows show, ascending; the vector of each, on the device)."""
@@ -262,8 +268,9 @@ class Classification:
         said = decide(probabilities, head.prior.cpu().numpy(), self.names.multi)
         thresholds = np.full(len(units), float(head.threshold))
         return ScoredImages(
-            tuple(ids), tuple(groups), probabilities, self._truth(units), said, thresholds, self.names.multi, self._good
-        )
+            tuple(ids), tuple(groups), probabilities, self.truth.values[units], said, thresholds, self.names.multi,
+            self._good,
+        )  # fmt: skip
 
     def _outcome(self, head: ImageHead, units: Rows, probabilities: Shares) -> Outcome:
         scored = self._scored(head, units, probabilities)

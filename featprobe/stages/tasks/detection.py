@@ -24,6 +24,7 @@ from featprobe.probes.train import Feed
 from featprobe.processes import count, from_main, gathered
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.tasks.labels import shelf_of
@@ -156,12 +157,16 @@ class Detection:
             size = self.cache.images.placement(image).original
             yield image, [stitched_objects([(own[k], part) for part, own in pieces], size) for k in range(len(heads))]
 
-    def evaluate(self, heads: Sequence[ObjectHead], feed: Feed, rows: Rows) -> list[Outcome]:
+    def evaluate(
+        self, heads: Sequence[ObjectHead], feed: Feed, rows: Rows, watch: Watch | None = None
+    ) -> list[Outcome]:
         """COCO's scores of each head on the images that the rows show, which several processes share out among them."""
         results: list[list[dict[str, Any]]] = [[] for _ in heads]
         for image, found in self.predictions(heads, feed, scored_here(self.cache, rows)):
-            for own, objects in zip(results, found, strict=True):
+            for k, (own, objects) in enumerate(zip(results, found, strict=True)):
                 own += coco_results(objects, self.cache.image_id(image), self.category_ids)
+                if watch is not None:
+                    watch.objects(k, image, objects)
         every = [gathered(own) for own in results]
         return from_main(lambda: [self._outcome(truth, own) for truth in [self.truth(rows)] for own in every])
 

@@ -17,8 +17,10 @@ from featprobe.probes.verdicts.heat_maps import maps_at_original
 from featprobe.specs import Rows
 from featprobe.stages.image_truth import units_of
 from featprobe.stages.pooled import pooled_vectors
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.stitch import stitched_maps
 from featprobe.stages.tasks.task import evaluation_batches
+from featprobe.targets import Instance
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,29 @@ def seen_on_vectors(
     units = sorted(set(units_of(cache, rows, unit).tolist()))
     for number, *scores in zip(units, *every, strict=True):
         yield number, [Seen(score) for score in scores]
+
+
+def hand_over(cache: Cache, units: Sequence[int], scores: Sequence[Sequence[float]], unit: Unit, watch: Watch) -> None:
+    """Hand a watch the scores of units, (units, heads): of an image as a whole, or of a tile as an object of no class.
+
+    units: the tiles of an image may stand anywhere among them.
+    """
+    if unit == "image":
+        for image, own in zip(units, scores, strict=True):
+            for head, score in enumerate(own):
+                watch.image_score(head, image, score)
+        return
+    tiles: dict[int, list[tuple[Instance, Sequence[float]]]] = {}
+    for row, own in zip(units, scores, strict=True):
+        tiles.setdefault(int(cache.image_of[row]), []).append((_tile(cache, row), own))
+    for image, found in tiles.items():
+        for head in range(len(found[0][1])):
+            watch.objects(head, image, [(instance, own[head]) for instance, own in found])
+
+
+def _tile(cache: Cache, row: int) -> Instance:
+    """A tile as an object of a class that is not known."""
+    part = cache.rows.part_of(row)
+    assert part is not None  # of a cache of tiles
+    left, top = float(part.left), float(part.top)
+    return Instance(0, (left, top, left + part.width, top + part.height))

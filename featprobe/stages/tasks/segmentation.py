@@ -29,13 +29,15 @@ from featprobe.probes import (
     start_at_prior,
 )
 from featprobe.probes.bank import all_linear, every_logits
-from featprobe.probes.pixel_classes import VALUES_AT_ONCE, count_pairs, logits_at_original
+from featprobe.probes.pixel_classes import VALUES_AT_ONCE, best_classes, count_pairs, logits_at_original
 from featprobe.probes.train import Feed
 from featprobe.processes import gathered
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
+from featprobe.stages.findings import surest
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import by_image, images_of
-from featprobe.stages.stitch import stitched_classes
+from featprobe.stages.stitch import whole_logits
 from featprobe.stages.tasks.labels import encode, shelf_of
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.training.live import Truth, Views
@@ -152,7 +154,9 @@ class Segmentation:
             yield image, [own.cpu().numpy() for own in classes]
 
     @torch.inference_mode()
-    def _classes(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> Iterator[tuple[int, list[Tensor]]]:
+    def _classes(
+        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None
+    ) -> Iterator[tuple[int, list[Tensor]]]:
         """`predictions`, on the device: image by image, of many tiles or of one piece."""
         stride = heads[0].stride
 
@@ -164,48 +168,54 @@ class Segmentation:
 
         for image, found in by_image(self.cache, logits()):
             pieces = ((own, self.cache.rows.placement(row), self.cache.rows.part_of(row)) for row, own in found)
-            yield image, stitched_classes(pieces, stride, self.cache.images.placement(image).original)
+            classes = []
+            for k, own in enumerate(whole_logits(pieces, stride, self.cache.images.placement(image).original)):
+                classes.append(best_classes(own))
+                _show(watch, k, image, own)
+            yield image, classes
 
-    def evaluate(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> list[Outcome]:
+    def evaluate(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None) -> list[Outcome]:
         """Scores of each head on the images that the rows show, which several processes share out among them."""
         here = scored_here(self.cache, rows)
-        if execution.whole_batches(self.device):
-            matrices = self._counted_there(heads, feed, here)
-        else:
-            matrices = self._counted(heads, feed, here)
+        counted = self._counted_there if execution.whole_batches(self.device) else self._counted
+        matrices = counted(heads, feed, here, watch)
         images = images_of(self.cache, rows)
         return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
 
-    def _counted(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None) -> NDArray[np.int64]:
         """Confusion matrices, (heads, images, classes, classes), image by image: what suits a CPU."""
         classes, images = len(self.classes), images_of(self.cache, rows)
         matrices = np.zeros((len(heads), len(images), classes, classes), dtype=np.int64)
-        for i, (image, found) in enumerate(self.predictions(heads, feed, rows)):
+        for i, (image, found) in enumerate(self._classes(heads, feed, rows, watch)):
             (truth,) = shelf_of(self.cache).truths(self.cache, np.array([image]))
             for own, predicted in zip(matrices, found, strict=True):
-                own[i] = confusion_matrix(truth, predicted, classes)
+                own[i] = confusion_matrix(truth, predicted.cpu().numpy(), classes)
         return matrices
 
-    def _counted_there(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted_there(
+        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None
+    ) -> NDArray[np.int64]:
         """The same in few operations on the device, which is waited for once, at the end.
 
         Masks that were kept there are given up, and none is kept any more, where its memory is too small.
         """
         try:
-            return self._counted_whole(heads, feed, rows)
+            return self._counted_whole(heads, feed, rows, watch)
         except torch.OutOfMemoryError:
             self._truths.give_up()
             raise
 
     @torch.inference_mode()
-    def _counted_whole(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows) -> NDArray[np.int64]:
+    def _counted_whole(
+        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None
+    ) -> NDArray[np.int64]:
         """Images go through together where they are of one size and come whole; tiles are stitched image by image."""
         images, classes = images_of(self.cache, rows), len(self.classes)
         index = torch.arange(classes, device=self.device)
         found = torch.empty((len(images), classes, len(heads), classes), dtype=torch.int64, device=self.device)
         order, done = images.tolist(), 0
         if self.cache.recipe.in_parts:
-            for i, (image, every) in enumerate(self._classes(heads, feed, rows)):
+            for i, (image, every) in enumerate(self._classes(heads, feed, rows, watch)):
                 count_pairs(self._truths.sent(np.array([image])), torch.stack(every)[None], index, found[i : i + 1])
         else:
             groups = _of_one_size(self.cache, rows)
@@ -218,7 +228,7 @@ class Segmentation:
                     stop = done + len(batch)
                     placement = self.cache.rows.placement(int(batch[0]))
                     truth = masks(done - start, stop - start)
-                    _count(heads, features, placement, truth, index, found[done:stop])
+                    _count(heads, features, placement, truth, index, found[done:stop], batch.tolist(), watch)
                     done = stop
         place = {image: i for i, image in enumerate(order)}
         return found.permute(2, 0, 1, 3).cpu().numpy()[:, [place[image] for image in images.tolist()]]
@@ -346,9 +356,19 @@ def _of_one_size(cache: Cache, rows: Rows) -> list[Rows]:
 
 
 def _count(
-    heads: Sequence[DenseHead], features: Features, placement: Placement, truth: Tensor, index: Tensor, out: Tensor
+    heads: Sequence[DenseHead],
+    features: Features,
+    placement: Placement,
+    truth: Tensor,
+    index: Tensor,
+    out: Tensor,
+    rows: Sequence[int],
+    watch: Watch | None,
 ) -> None:
-    """Fill in the confusion matrices of images of one placement; truth, index, out: as for `count_pairs`."""
+    """Fill in the confusion matrices of images of one placement; truth, index, out: as for `count_pairs`.
+
+    rows: of these images, which come whole. watch: see `task.Task.evaluate`.
+    """
     logits = every_logits(heads, features.cut(placement.content))
     images, classes = len(truth), len(index)
     size = prod(placement.original) * classes  # values of one image and head
@@ -356,5 +376,15 @@ def _count(
     beside = max(1, min(len(heads), VALUES_AT_ONCE // (size * at_once)))
     for i, k in product(range(0, images, at_once), range(0, len(heads), beside)):
         own = slice(i, i + at_once), slice(k, k + beside)
-        predicted = logits_at_original(logits[own], heads[0].stride, placement).argmax(2)
-        count_pairs(truth[own[0]], predicted, index, out[own[0], :, own[1]])
+        found = logits_at_original(logits[own], heads[0].stride, placement)  # (images, heads, classes, height, width)
+        count_pairs(truth[own[0]], found.argmax(2), index, out[own[0], :, own[1]])
+        for row, every in zip(rows[own[0]], found, strict=True) if watch is not None else ():
+            for head, of_head in enumerate(every, start=k):
+                _show(watch, head, row, of_head)
+
+
+def _show(watch: Watch | None, head: int, image: int, logits: Tensor) -> None:
+    """Let a watch see what a head says of an image. logits: (classes, height, width), at the original's pixels."""
+    if watch is not None:
+        values, classes = surest(logits)
+        watch.pixels(head, image, values.cpu().numpy(), classes.cpu().numpy())

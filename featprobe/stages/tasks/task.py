@@ -14,6 +14,7 @@ from featprobe.probes.train import Feed, Resident
 from featprobe.processes import own_part
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.training.live import Truth, Views
 
@@ -108,8 +109,11 @@ class Task(Protocol[H]):
     def fixed(self, head: H) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
 
-    def evaluate(self, heads: Sequence[H], feed: Feed, rows: Rows) -> list[Outcome]:
-        """Scores of each head on the images that the rows show, which several processes share out among them."""
+    def evaluate(self, heads: Sequence[H], feed: Feed, rows: Rows, watch: Watch | None = None) -> list[Outcome]:
+        """Scores of each head on the images that the rows show, which several processes share out among them.
+
+        watch: gets what each head finds in the images that this process scores, from the same forward pass.
+        """
 
     def settle(self, heads: Sequence[H], feed: Feed, val: Rows) -> list[str]:
         """Set what is chosen on validation for heads that are kept, before test is looked at; returns notes."""

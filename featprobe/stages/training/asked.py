@@ -1,8 +1,9 @@
 """What is asked of `probe` and `finetune`: options, and the caches that they mean. Nothing here imports torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import (
@@ -17,6 +18,7 @@ from featprobe.errors import (
 )
 from featprobe.kinds import NOT_TRAINED, TASKS, HeadKind, TrainRecipe, grid_of, kind_of, kinds_of, loaded_kinds
 from featprobe.levels import pick_levels
+from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
 from featprobe.stages.partition import single_splits
 from featprobe.stages.training.logs import check_logs
@@ -295,3 +297,31 @@ def _unserved(caches: Sequence[Cache], task: str, live: bool) -> ProbeError:
 def left_aside(error: CacheError) -> str:
     """A note on a cache that is passed over: what it lacks, and what to do."""
     return f"left aside: {' '.join(str(error).splitlines())}"
+
+
+def caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
+    """The caches that can be opened, by the key of their features and the fingerprint of their data."""
+    return {(cache.recipe.key, cache.data.fingerprint): cache for cache in _opened(workspace)[0]}
+
+
+def as_trained(row: ResultRow, card: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
+    """Options that mean the head of a row and the data that it was trained on. card: of that head.
+
+    options: what a row does not decide: regime, device, and what is shown.
+    """
+    head = card["head"]
+    return replace(
+        options,
+        head=row.head,
+        kind=row.kind,
+        levels=tuple(head["levels"]),
+        width=head["width"],
+        pyramid=head["pyramid"],
+        recipe=row.recipe,
+        budget="fixed",
+        split=str(row.choice),
+        instances=row.instances,
+        absent=row.absent_classes,
+        fractions=(row.fraction,),
+        **(row.settings.options() if row.settings else {}),
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from featprobe.backbones.given import at_hand
 from featprobe.backbones.precision import resolve
-from featprobe.cache import Cache, open_cache
+from featprobe.cache import Cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError
 from featprobe.kinds import FROZEN, TASKS
 from featprobe.probes.saved import head_folder, make_folder, read_card, read_results
@@ -17,7 +17,15 @@ from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.training.agenda import Agenda, alike, foreseen_each
-from featprobe.stages.training.asked import check_free, checked_live, find_caches, labels_for, left_aside
+from featprobe.stages.training.asked import (
+    as_trained,
+    caches_by_key,
+    check_free,
+    checked_live,
+    find_caches,
+    labels_for,
+    left_aside,
+)
 from featprobe.stages.training.forecast import forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
@@ -175,7 +183,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
     check_free(options)
     rows, notes = read_results(workspace.probes / "results.jsonl")
     assert options.tuning is not None
-    caches = _caches_by_key(workspace)
+    caches = caches_by_key(workspace)
     if options.tuning.augment:
         rows = [replace(row, feature_key=_without_views(row, caches)) for row in rows]
     climbs = options.budget == "auto"
@@ -236,17 +244,6 @@ def counterpart_of(row: ResultRow, climbs: bool = False) -> tuple[Any, ...]:
     return *data, *head, iterations, row.recipe.batch_size, row.weights_from
 
 
-def _caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
-    found = {}
-    for path in workspace.cache_files():
-        try:
-            cache = open_cache(path)
-        except CacheError:
-            continue  # a row that needs it is reported as left aside
-        found[cache.recipe.key, cache.data.fingerprint] = cache
-    return found
-
-
 def _without_views(row: ResultRow, caches: Mapping[tuple[str, str], Cache]) -> str:
     """The key of the features that a result is of, or of the same ones without stored views where they are here."""
     cache = caches.get((row.feature_key, row.data_fingerprint))
@@ -260,22 +257,12 @@ def _without_views(row: ResultRow, caches: Mapping[tuple[str, str], Cache]) -> s
 
 def _as_frozen(workspace: Workspace, row: ResultRow, options: ProbeOptions) -> ProbeOptions:
     """The options that train what a frozen row trained, but for the regime."""
-    head = read_card(head_folder(workspace.probes, row))["head"]
+    own = as_trained(row, read_card(head_folder(workspace.probes, row)), options)
     climbs, usual = bool(row.budget) or options.budget == "auto", row.kind.recipe.iterations
     recipe = row.kind.recipe if row.kind.solved else row.recipe
     return replace(
-        options,
-        head=row.head,
-        kind=row.kind,
-        levels=tuple(head["levels"]),
-        width=head["width"],
-        pyramid=head["pyramid"],
+        own,
         recipe=replace(recipe, iterations=usual) if climbs else recipe,
         chosen_from=(row.grid.lr, row.grid.weight_decay) if row.grid.lr or row.grid.weight_decay else None,
         budget="auto" if climbs else "fixed",
-        split=str(row.choice),
-        instances=row.instances,
-        absent=row.absent_classes,
-        fractions=(row.fraction,),
-        **(row.settings.options() if row.settings else {}),
     )

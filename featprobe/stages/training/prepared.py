@@ -22,6 +22,7 @@ from featprobe.result_rows import ResultRow
 from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.memory import Portions, fitting
+from featprobe.stages.recording.watch import Watch
 from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Solution, Source, Task
 from featprobe.stages.training.live import LiveFeatures, Views
 from featprobe.stages.training.read_labels import classes_of, labelled, without_views
@@ -53,9 +54,12 @@ class Prepared:
         """Its cache, with the groups of its split."""
         return self.training.cache
 
-    def evaluate(self, heads: Sequence[Head], source: Source, rows: Rows) -> list[Outcome]:
-        """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small."""
-        return self.portions.do(lambda batches: self.task.evaluate(heads, batches, rows), source.batches)
+    def evaluate(self, heads: Sequence[Head], source: Source, rows: Rows, watch: Watch | None = None) -> list[Outcome]:
+        """Scores of each head on the images that the rows show; raises ProbeError where the memory is too small.
+
+        watch: gets what each head finds.
+        """
+        return self.portions.do(lambda batches: self.task.evaluate(heads, batches, rows, watch), source.batches)
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,28 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from featprobe.datasets.images.reading import hash_image, read_levels, unit_of
 from featprobe.errors import DataError
 from featprobe.io.disk import in_use, remove_leftovers
+from featprobe.metrics.defects.records import Records
 from featprobe.probes import Head, append_row, make_folder, plain, save_head
 from featprobe.processes import from_main, is_main
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.specs import CacheDtype
 from featprobe.stages.extraction.run_log import extraction_seconds
+from featprobe.stages.recording.base import record_validation
+from featprobe.stages.recording.record_file import RECORDS, record_bytes
 from featprobe.stages.row_images import rows_showing
 from featprobe.stages.tasks.task import Outcome, Source
 from featprobe.stages.training.fit import Fitted, Say, checkpoint_of, fit, kept
 from featprobe.stages.training.forecast import Forecast, foresee
 from featprobe.stages.training.prepared import Prepared, guarded, keep_on_device, prepare, source_of, trials_of
-from featprobe.stages.training.records import card_of, curve_json, row_of
+from featprobe.stages.training.row_and_card import card_of, curve_json, row_of
 from featprobe.stages.training.training import Training
 
 
@@ -37,6 +41,17 @@ class Finished:
     def notes(self) -> list[str]:
         """What a user should know."""
         return self.prepared.notes
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the heads of a training score on test. records: of each, None where nothing says what a defect is. seconds:
+    of scoring, without recording.
+    """
+
+    outcomes: Sequence[Outcome]
+    records: Sequence[Records | None]
+    seconds: float
 
 
 def run(training: Training, say: Say = lambda line: None, forecast: Forecast | None = None) -> Finished:
@@ -58,13 +73,13 @@ def run(training: Training, say: Say = lambda line: None, forecast: Forecast | N
             sha256 = _take_backbone(source, fitted)
             prepared.notes.extend(settle(prepared, fitted, source))
             trained = time.perf_counter()
-            outcomes = score(prepared, fitted, source)
+            scored = score(prepared, fitted, source)
         seconds = {
             "train": trained - begun + fitted.seconds_before,
-            "test": time.perf_counter() - trained,
+            "test": scored.seconds,
             "extract": extraction_seconds(prepared.cache) if training.regime == "frozen" else None,
         }
-        rows = from_main(lambda: keep(prepared, fitted, outcomes, seconds, sha256))
+        rows = from_main(lambda: keep(prepared, fitted, scored, seconds, sha256))
         return Finished(prepared, fitted, rows)
 
 
@@ -112,28 +127,44 @@ def settle(prepared: Prepared, fitted: Fitted, source: Source) -> list[str]:
     return prepared.portions.do(lambda batches: prepared.task.settle(heads, batches, val), source.batches)
 
 
-def score(prepared: Prepared, fitted: Fitted, source: Source) -> list[Outcome]:
-    """What the head of each seed scores on test."""
-    return prepared.evaluate([trial.head for trial in fitted.best], source, prepared.rows["test"])
+def score(prepared: Prepared, fitted: Fitted, source: Source) -> Scored:
+    """What the head of each seed finds on validation, and then on test, where the same pass scores it."""
+    heads, test = [trial.head for trial in fitted.best], prepared.rows["test"]
+    recording = record_validation(prepared, heads, source)
+    begun = time.perf_counter()
+    outcomes = prepared.evaluate(heads, source, test, recording.test if recording else None)
+    seconds = time.perf_counter() - begun
+    if recording is None:
+        return Scored(outcomes, [None] * len(heads), seconds)
+    prepared.notes.extend(recording.notes)
+    return Scored(outcomes, recording.records(), seconds - recording.test.seconds)
 
 
 def keep(
-    prepared: Prepared, fitted: Fitted, outcomes: Sequence[Outcome], seconds: Mapping[str, Any], sha256: str = ""
+    prepared: Prepared, fitted: Fitted, scored: Scored, seconds: Mapping[str, Any], sha256: str = ""
 ) -> list[dict[str, Any]]:
     """Write the chosen heads and their rows; returns the rows. sha256: of the backbone that was trained."""
     training, rows = prepared.training, []
-    for index, outcome in zip(fitted.chosen, outcomes, strict=True):
+    for index, outcome, records in zip(fitted.chosen, scored.outcomes, scored.records, strict=True):
         trial = fitted.trials[index]
         row = row_of(prepared, fitted, index, outcome, seconds)
         own = [i for i, other in enumerate(fitted.trials) if other.seed == trial.seed]
         curves = [curve_json(fitted.trials[i].recipe, fitted.curves[i], i == index) for i in own]
         files = {**outcome.files, "curves.json": json.dumps(plain(curves)).encode()}
         card = card_of(prepared, fitted, index, row, sha256)
-        save_head(training.folder / f"seed{trial.seed}", trial.head, card, files, fitted.backbone)
+        beside = partial(_beside, records)
+        save_head(training.folder / f"seed{trial.seed}", trial.head, card, files, fitted.backbone, beside)
         append_row(training.workspace.probes / "results.jsonl", row)
         rows.append(row)
     forget(training)
     return rows
+
+
+def _beside(records: Records | None, head_sha256: str) -> dict[str, bytes]:
+    """The files that lie beside a head without being part of it."""
+    if records is None:
+        return {}
+    return {RECORDS: record_bytes(replace(records, about=replace(records.about, head_sha256=head_sha256)))}
 
 
 def forget(training: Training) -> None:

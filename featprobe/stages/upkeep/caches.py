@@ -33,6 +33,7 @@ from featprobe.kinds import loaded_kinds
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.extraction.settled import look_path
 from featprobe.stages.progress import BYTES, Progress
+from featprobe.stages.recording.kept_truth import truth_path
 from featprobe.stages.workspace import Workspace
 
 
@@ -207,7 +208,12 @@ def check_removable(workspace: Workspace, path: Path) -> int:
                 "  wanted  a cache, or the name of one here:  featprobe cache ls\n"
                 "If nobody needs this file, remove it without featprobe."
             ) from error
-    return path.stat().st_size + _size_of(pooled_path(path))
+    return _with_beside(path)
+
+
+def _with_beside(path: Path) -> int:
+    """Bytes of a cache file and of what was computed from it and lies beside it."""
+    return sum(_size_of(own) for own in (path, pooled_path(path), truth_path(path)))
 
 
 def remove_cache(path: Path) -> int:
@@ -217,9 +223,9 @@ def remove_cache(path: Path) -> int:
     """
     with RowLocks(path) as locks:
         locks.claim_all()
-        size = path.stat().st_size + _size_of(pooled_path(path))
+        size = _with_beside(path)
         path.unlink()
-        for beside in (log_path(path), look_path(path), pooled_path(path)):
+        for beside in (log_path(path), look_path(path), pooled_path(path), truth_path(path)):
             if not beside.is_dir() or beside.is_symlink():  # a folder is not featprobe's
                 beside.unlink(missing_ok=True)
         remove_leftovers(path.parent)

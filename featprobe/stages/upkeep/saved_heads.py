@@ -18,8 +18,8 @@ RESULTS = "results.jsonl"  # as probes/README.md has it; `probes.saved` imports 
 HEAD = re.compile(r"[^/]+-[0-9a-f]{6}/[^/]+/[^/]+(/fold[0-9]+)?/seed[0-9]+")
 """Folders of heads below probes/, as paths from there."""
 OWN = re.compile(
-    r"card\.json|curves\.json|predictions\.json|truth\.json|(head|backbone)\.safetensors|scores\.npz|sheet\.png"
-    r"|checkpoint[0-9]+\.pt|log|\..*\.tmp"
+    r"card\.json|curves\.json|operating\.json|predictions\.json|truth\.json|(head|backbone)\.safetensors|scores\.npz"
+    r"|defects\.parquet|sheet\.png|checkpoint[0-9]+\.pt|log|\..*\.tmp"
 )
 """Names of what is in a head's folder; `log` may hold anything."""
 IN_MEMORY = 4  # bytes that a byte of results takes at most, when its lines are filtered

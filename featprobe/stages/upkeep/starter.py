@@ -30,6 +30,7 @@ OFF = (
     ),
     ("group_from", r"(C\d+)_", "Find the part of each image in its name: images of one part stay in one split."),
     ("split_file", "split.csv", "Splits and groups from a file:  featprobe data split NAME --out split.csv"),
+    ("pixel_size", 0.05, "Millimetres per pixel, or [down, across], for sizes of defects in mm:  featprobe inspect"),
     ("views", "hflip,vflip", "Also store these views of the training images."),
 )
 """Keys of a data set that are off at first: an example, and what it does."""
@@ -109,7 +110,7 @@ def _config_text(workspace: Workspace, data: DataSet, checked: DataCheck) -> str
         lines += _comment(f"classes, by index: {', '.join(data.classes)}")
     for key, example, said in OFF:
         if key not in entry:
-            shown = example if isinstance(example, int) else toml_text(example)
+            shown = example if isinstance(example, int | float) else toml_text(example)
             lines.append(f"# {key} = {shown}".ljust(40) + f"# {said}")
     lines += [
         "",

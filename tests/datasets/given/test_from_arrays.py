@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -70,7 +70,7 @@ def given_sets(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None)
 @given(arrays=given_sets())
 def test_images_and_masks_come_back_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Any]
@@ -279,7 +279,7 @@ def test_fractions_that_never_were_levels_are_kept(tmp_path: Path) -> None:
 NAMES = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=12)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None)
 @given(
     labels=st.lists(NAMES, min_size=2, max_size=2, unique=True),
     names=st.lists(NAMES, min_size=4, max_size=4, unique=True),

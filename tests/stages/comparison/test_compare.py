@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -984,16 +983,6 @@ def test_the_same_results_give_the_same_files(rich: Told, tmp_path: Path) -> Non
     assert table["miou_foreground"].to_numpy() == pytest.approx(
         parquet["miou_foreground"].astype(float).to_numpy(), nan_ok=True
     )
-
-
-def test_without_pyarrow_the_report_says_which_table_is_missing(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    told.tell(confusions(0.5))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    report = told.compare()
-    assert [file.name for file in report.files] == ["index.html", "results.csv", "differences.csv"]
-    assert any("results.parquet is not written" in note and "featprobe[parquet]" in note for note in report.notes)
-    monkeypatch.undo()
-    assert not any("parquet" in note for note in told.compare().notes)
 
 
 def test_a_report_that_can_not_be_written_is_said(told: Told) -> None:

@@ -25,6 +25,7 @@ from featprobe.probes.paste import paste_mask
 from featprobe.stages.export.export import silence
 from featprobe.stages.export.graph import NEAR, Differences
 from featprobe.stages.export.object_output import ObjectOutput, at_original, matched, translations
+from featprobe.stages.findings import Threshold
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -169,7 +170,7 @@ def test_an_image_without_any_object_is_not_called_by_a_threshold_of_0() -> None
     """As `predict` says it."""
     torch.manual_seed(23)
     head = lively(FcosHead(LEVELS, 3, 16))
-    output = ObjectOutput(head, card_of(3), WHOLE, 0.0)
+    output = ObjectOutput(head, card_of(3), WHOLE, Threshold.given(0.0))
     features = features_of(head, WHOLE, 2)
     maps = {name: torch.stack([m[0], torch.zeros_like(m[0])]) for name, m in features.maps.items()}
     *_, score, verdict = output(replace(features, maps=maps))

@@ -63,7 +63,7 @@ def test_the_command_line_takes_every_option() -> None:
 
 def test_every_setting_of_a_data_set_in_the_configuration_is_an_option() -> None:
     entry, options = ({known.name for known in fields(kind)} for kind in (DataEntry, ExtractOptions))
-    assert entry - options == {"path", "classes", "good", "follow_links"}
+    assert entry - options == {"path", "classes", "good", "follow_links", "pixel_size"}
     of_the_cache = {"levels", "batch_size", "dtype", "store", "precision", "skip_bad"}
     assert options - entry == of_the_cache | set(OF_ONE_RUN)
 

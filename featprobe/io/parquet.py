@@ -1,0 +1,165 @@
+"""Tables as Parquet files with page checksums, and reading those that others may have made.
+
+Of a column every value is of one kind, and may be missing:
+
+    text    (codes, words): int32 (rows,), places among the words, -1 for none; the words, each once
+    int     int32 (rows,), >= 0; -1 for none
+    float   float32 (rows,); nan for none
+    bool    int8 (rows,), 0 or 1; -1 for none
+    ints    (values, lengths): int32, those of all rows one after another; int32 (rows,), how many each row has
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featprobe.io.disk import parse_json, read_regular
+
+Kind = Literal["text", "int", "float", "bool", "ints"]
+Column = Any
+"""As the module says: an array, or a pair."""
+KEY = b"featprobe"
+"""Where in the metadata of a file the JSON lies that says what the table is."""
+LARGEST_TEXT = 1 << 24  # bytes of a text in a file's own description
+MOST_COLUMNS = 1 << 20  # entries of a list in a file's own description
+BYTES_OF: Mapping[Kind, int] = {
+    "text": 8,
+    "int": 8,
+    "float": 8,
+    "bool": 4,
+    "ints": 16,
+}  # a value takes while it is read
+
+
+def table_bytes(columns: Mapping[str, tuple[Kind, Column]], about: Mapping[str, Any]) -> bytes:
+    """A table as the bytes of a Parquet file. about: what it is, as JSON can hold it; it is kept under KEY."""
+    import pyarrow as pa  # it takes time, and most commands need none of it
+    import pyarrow.parquet as pq
+
+    arrays = {name: _to_arrow(kind, column) for name, (kind, column) in columns.items()}
+    table = pa.table(arrays).replace_schema_metadata({KEY: json.dumps(about, allow_nan=False).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, compression="zstd", write_page_checksum=True, write_statistics=False,
+        use_dictionary=[name for name, (kind, _) in columns.items() if kind == "text"],
+    )  # fmt: skip
+    return sink.getvalue().to_pybytes()
+
+
+def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, dict[str, Column]]:
+    """(what a Parquet file says of itself, its columns of these names), as `table_bytes` has them.
+
+    most: bytes that the file may have, and that its columns may take in memory. Checksums of pages are verified.
+    Columns of other names are not read. Raises FileKindError, OSError, and ValueError, saying what is wrong with the file.
+    """
+    data = read_regular(path, most)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(
+            pa.BufferReader(data), read_dictionary=[name for name, kind in kinds.items() if kind == "text"],
+            page_checksum_verification=True, thrift_string_size_limit=LARGEST_TEXT,
+            thrift_container_size_limit=MOST_COLUMNS,
+        )  # fmt: skip
+        about = (file.metadata.metadata or {}).get(KEY)
+        if about is None:
+            raise ValueError("it does not say what it holds")
+        said = parse_json(about)
+        _check_types(file.schema_arrow, kinds)
+        _check_claims(file.metadata, kinds, most)
+        table = file.read(columns=list(kinds), use_threads=False).unify_dictionaries()
+        table.validate(full=True)
+        columns = {name: _from_arrow(kind, table.column(name).combine_chunks()) for name, kind in kinds.items()}
+    except (pa.ArrowException, OSError, OverflowError, MemoryError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    return said, columns
+
+
+def _to_arrow(kind: Kind, column: Column) -> Any:
+    import pyarrow as pa
+
+    match kind:
+        case "text":
+            codes, words = column
+            return pa.DictionaryArray.from_arrays(
+                pa.array(codes, pa.int32(), mask=codes < 0), pa.array(words, pa.string())
+            )
+        case "int":
+            return pa.array(column, pa.int32(), mask=column < 0)
+        case "float":
+            return pa.array(column, pa.float32(), mask=np.isnan(column))
+        case "bool":
+            return pa.array(column == 1, pa.bool_(), mask=column < 0)
+        case "ints":
+            values, lengths = column
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+
+
+def _from_arrow(kind: Kind, array: Any) -> Column:
+    import pyarrow.compute as pc
+
+    match kind:
+        case "text":
+            codes = pc.fill_null(array.indices, -1).to_numpy(zero_copy_only=False).astype(np.int32)
+            return codes, tuple(array.dictionary.to_pylist())
+        case "int":
+            _check_least(found := pc.fill_null(array, -1).to_numpy(zero_copy_only=False))
+            return found
+        case "float":
+            return pc.fill_null(array, float("nan")).to_numpy(zero_copy_only=False).astype(np.float32)
+        case "bool":
+            return pc.fill_null(array.cast("int8"), -1).to_numpy(zero_copy_only=False)
+        case "ints":
+            if array.null_count or array.flatten().null_count:
+                raise ValueError("a list, or a number in one, is missing")
+            values = array.flatten().to_numpy(zero_copy_only=False)
+            return values, array.value_lengths().to_numpy(zero_copy_only=False)
+
+
+def _check_least(values: NDArray[np.int32]) -> None:
+    if len(values) and values.min() < -1:
+        raise ValueError(f"a whole number is {values.min()}, and none may be negative")
+
+
+def _check_types(schema: Any, kinds: Mapping[str, Kind]) -> None:
+    """Raise ValueError, with all faults, where columns are missing or of other types."""
+    import pyarrow as pa
+
+    wanted = {
+        "text": pa.dictionary(pa.int32(), pa.string()), "int": pa.int32(), "float": pa.float32(), "bool": pa.bool_(),
+    }  # fmt: skip
+    faults = []
+    for name, kind in kinds.items():
+        places = schema.get_all_field_indices(name)
+        if len(places) != 1:
+            faults.append(f"{name}: {'it is missing' if not places else 'it is there more than once'}")
+            continue
+        found = schema.field(places[0]).type
+        fits = pa.types.is_list(found) and found.value_type == pa.int32() if kind == "ints" else found == wanted[kind]
+        faults += [] if fits else [f"{name}: wanted {kind}, found {str(found)[:60]}"]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _check_claims(metadata: Any, kinds: Mapping[str, Kind], most: int) -> None:
+    """Raise ValueError where columns claim more memory than `most`, or not one value per row."""
+    claimed = 0
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for k in range(group.num_columns):
+            chunk = group.column(k)
+            name = chunk.path_in_schema.split(".")[0]
+            if name not in kinds:
+                continue
+            if kinds[name] != "ints" and chunk.num_values != group.num_rows:
+                raise ValueError(f"{name} claims {chunk.num_values} values in {group.num_rows} rows")
+            claimed += max(chunk.total_uncompressed_size, 0) + max(chunk.num_values, 0) * BYTES_OF[kinds[name]]
+    claimed = max(claimed, metadata.num_rows * sum(BYTES_OF.values()))
+    if claimed > most:
+        raise ValueError(f"it claims {claimed} bytes in memory, and {most} are left for it")

@@ -1,0 +1,59 @@
+"""What a comparison rests on, in a sentence each: the data, and what the results cost."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isnan
+from typing import Any
+
+from featprobe.errors import counted
+from featprobe.machine import time_text
+from featprobe.report.defect_answer import things
+
+Line = Mapping[str, Any]
+
+
+def data_sentence(lines: Sequence[Line], lead: Line | None) -> str:
+    """What the heads of a table were trained and tested on. lead: a finding, which knows defects and parts."""
+    most = max(line["fraction"] for line in lines)
+    first = next(line for line in lines if line["fraction"] == most)
+    sizes = _listed(line["size"] for line in lines)
+    said = (
+        f"{first['data']}: trained on {counted(first['train_images'], 'image')} of {sizes} pixels, tested on "
+        f"{counted(first['test_images'], 'other image')} of {counted(first['groups'], 'group')}"
+    )
+    if lead is None:
+        return f"{said}."
+    unit = "part" if lead["parts_known"] else "image"
+    held = f"{lead['defects']} {things(lead)} in {counted(lead['bad_parts'], f'bad {unit}')}"
+    return f"{said}, with {held}, and {counted(lead['good_parts'], f'good {unit}')}."
+
+
+def cost_sentence(lines: Sequence[Line]) -> str:
+    """What the results on the most training data took, in words."""
+    most = max(line["fraction"] for line in lines)
+    shown = [line for line in lines if line["fraction"] == most]
+    frozen = [line for line in shown if line["regime"].startswith("frozen") and line["extract_seconds"] != 0]
+    tuned = [line for line in shown if line not in frozen]
+    said = []
+    if frozen:
+        said.append(
+            f"the features of a backbone took {_times(line['extract_seconds'] for line in frozen)}, once for all "
+            f"heads; a head on them {_times(line['train_seconds'] for line in frozen)}"
+        )
+    for regime in dict.fromkeys(line["regime"] for line in tuned):
+        times = [line["train_seconds"] for line in tuned if line["regime"] == regime]
+        if not all(map(isnan, times)):
+            said.append(f"a training in the regime {regime} took {_times(times)}")
+    return f"Cost: {'; '.join(said)}." if said else ""
+
+
+def _times(seconds: Iterable[float]) -> str:
+    """Times as one text, from the least to the most where they differ."""
+    known = [value for value in seconds if not isnan(value)]
+    if not known:
+        return "a time that was not kept"
+    least, most = (("under 1 s" if value < 0.5 else time_text(value)) for value in (min(known), max(known)))
+    return least if least == most else f"{least} to {most}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(names))

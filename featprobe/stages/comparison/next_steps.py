@@ -1,0 +1,61 @@
+"""What to do after a comparison: commands that would tell more, and those that use the best head."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from featprobe.kinds import SEEDS
+from featprobe.scores import FEW_GROUPS
+from featprobe.stages.comparison.differences import Table, budget_unchecked
+from featprobe.stages.workspace import Workspace
+
+Step = tuple[str, str]
+
+
+def next_steps(
+    workspace: Workspace, table: Table, lead: Mapping[str, Any] | None, missing: Sequence[str]
+) -> list[Step]:
+    """Reasons and commands. lead: the finding that the answer begins with; missing: heads without records."""
+    row = table.results[0].row
+    options = ["--task", row.task, "--data", row.data]
+    steps = _steps_to_know_more(table, options)
+    if missing:
+        steps.insert(0, ("See defects and parts for the heads without records", "featprobe inspect --rescore"))
+    if lead:
+        folder = _from_here(workspace, Path(lead["folder"]))
+        unit = "part" if lead["parts_known"] else "image"
+        uses = {
+            "Choose how many false calls you accept; this is then kept with the head": [
+                "inspect", folder, "--false-calls", f"0.05/{unit}",
+            ],
+            "Look at new images with this head": ["predict", folder, "new_images", "--out", "found"],
+            "Take it to a machine without featprobe": ["export", folder, "--out", "model.onnx"],
+        }  # fmt: skip
+        steps += [(why, shlex.join(["featprobe", *words])) for why, words in uses.items()]
+    return steps
+
+
+def _steps_to_know_more(table: Table, options: Sequence[str]) -> list[Step]:
+    results = table.results
+    trained = [result for result in results if not result.solved]
+    steps = []
+    if not any(result.row.regime == "full" for result in results) and results[0].row.kind.live:
+        steps.append(("See whether frozen is enough", shlex.join(["featprobe", "finetune", *options])))
+    if trained and all(len(result.runs) == 1 for result in trained):
+        command = ["featprobe", "probe", *options, "--seeds", str(SEEDS)]
+        steps.append(("Make verdicts hold for other seeds too", shlex.join(command)))
+    if trained and all(budget_unchecked(result) for result in trained):
+        command = ["featprobe", "probe", *options, "--iterations", "auto"]
+        steps.append(("Check whether more iterations give more", shlex.join(command)))
+    groups = sum(results[0].score(results[0].main).sizes)
+    if groups < FEW_GROUPS and not results[0].row.choice.folds:
+        command = ["featprobe", "probe", *options, "--split", "group:5"]
+        steps.append((f"Test on all groups instead of {groups}: a cross-validation", shlex.join(command)))
+    return steps
+
+
+def _from_here(workspace: Workspace, folder: Path) -> str:
+    """A folder as somebody in the workspace names it."""
+    inside = folder.is_relative_to(workspace.root)
+    return str(folder.relative_to(workspace.root) if inside else folder)

@@ -1,0 +1,200 @@
+"""The base threshold at which pixels of maps are joined to calls, chosen on validation before test is looked at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from featprobe.metrics.defects.overlaps import finds
+from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
+from featprobe.probes import Head
+from featprobe.processes import gathered
+from featprobe.stages.recording.map_calls import calls_of_map
+from featprobe.stages.recording.meetings import overlaps_of_map
+from featprobe.stages.recording.recorder import Recorder, SplitTruth
+from featprobe.stages.recording.watch import Watch
+from featprobe.stages.row_images import images_of
+from featprobe.stages.stitch import Objects
+from featprobe.stages.tasks.anomaly import Anomaly
+from featprobe.stages.tasks.classification import Classification
+from featprobe.stages.tasks.segmentation import Segmentation
+from featprobe.stages.tasks.task import Source
+from featprobe.stages.training.prepared import Prepared
+from featprobe.targets import Labels
+
+PROBABILITIES, USUAL_PROBABILITY = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7), 0.5
+"""Bases that are tried for maps of probabilities, and the one without a defect in validation."""
+QUANTILES, USUAL_QUANTILE = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999), 0.99
+"""The same for maps of anomalies, whose values have no limits: as quantiles of the pixels of validation."""
+SAMPLED = 1 << 22  # pixels that quantiles are taken of, at most
+USUAL_RULE = FoundRule()
+Bases = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What heads found on validation, one after another, and the watch on the scoring of test.
+
+    notes: what a user should know.
+    """
+
+    validation: tuple[Records, ...]
+    test: Recorder
+    notes: tuple[str, ...]
+
+    def records(self) -> list[Records]:
+        """The records of each head, once `test` has watched the scoring; all processes ask for them together."""
+        found = self.test.records([own.about for own in self.validation])
+        return [Records.joined([val, test]) for val, test in zip(self.validation, found, strict=True)]
+
+
+def record_validation(
+    prepared: Prepared, heads: Sequence[Head], source: Source, rule: FoundRule = USUAL_RULE
+) -> Recording | None:
+    """Choose each head's base, record what it finds on validation, and make ready for test; None without any score.
+
+    The features of validation are read once more, for maps of probabilities twice, for maps of anomalies three times.
+    """
+    if isinstance(prepared.task, Classification) and not prepared.task.names.says_good:
+        return None
+    val, test = (_truth(prepared, split) for split in ("val", "test"))
+    bases, come_from = _bases(prepared, heads, source, val, rule)
+    notes = [*val.table.notes, *test.table.notes]
+    if come_from == "default":
+        said = ", ".join(f"{base:.3g}" for base in dict.fromkeys(bases))
+        notes.append(
+            f"{prepared.cache.data.name}: validation has no defect, so pixels over the usual base threshold ({said}) "
+            "are joined to calls"
+        )
+    watch = Recorder(val, bases, rule)
+    prepared.evaluate(heads, source, prepared.rows["val"], watch)
+    found = watch.records([_about(prepared, rule, base, come_from) for base in bases])
+    return Recording(tuple(found), Recorder(test, bases, rule), tuple(dict.fromkeys(notes)))
+
+
+def _truth(prepared: Prepared, split: str) -> SplitTruth:
+    cache, options = prepared.cache, prepared.training.options
+    size = prepared.training.workspace.pixel_size(cache.data.name, Path(cache.data.root))
+    images = images_of(cache, prepared.rows[split])
+    return SplitTruth(cache, images, split, options.instances, pixel_size=size, quiet=options.quiet)
+
+
+def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal["validation", "default", ""]) -> About:
+    ids, groups = (prepared.cache.images.column(name) for name in ("id", "group"))
+    return About(
+        prepared.training.task, prepared.training.kind.name, "", prepared.cache.data.classes, rule, base, come_from,
+        parts=list(ids) != list(groups),
+    )  # fmt: skip
+
+
+def _bases(
+    prepared: Prepared, heads: Sequence[Head], source: Source, truth: SplitTruth, rule: FoundRule
+) -> tuple[Bases, Literal["validation", "default", ""]]:
+    """The base of each head, nan for one without maps; and where they come from. truth: of validation."""
+    tried, usual = _tried(prepared, heads, source)
+    if not tried:
+        return (float("nan"),) * len(heads), ""
+    if not len(truth.table.defects):
+        return tuple(own[usual] for own in tried), "default"
+    trials = Trials(truth, tried, rule)
+    prepared.evaluate(heads, source, prepared.rows["val"], trials)
+    return trials.best(), "validation"
+
+
+def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[list[Bases], int]:
+    """The bases to try for each head, float32, rising, none without maps; and the place of the usual one."""
+    match prepared.task:
+        case Segmentation():
+            bases = tuple(float(np.float32(value)) for value in PROBABILITIES)
+            return [bases] * len(heads), PROBABILITIES.index(USUAL_PROBABILITY)
+        case Anomaly() as task if task.watched_by_maps:
+            sample = _Sample(len(images_of(prepared.cache, prepared.rows["val"])))
+            prepared.evaluate(heads, source, prepared.rows["val"], sample)
+            return sample.quantiles(len(heads)), QUANTILES.index(USUAL_QUANTILE)
+    return [], 0
+
+
+class _OnMaps(Watch):
+    """A watch on heads with maps."""
+
+    def objects(self, head: int, image: int, objects: Objects) -> None:
+        """They find no objects."""
+        raise TypeError("This watch is on heads with maps, which find no objects.")
+
+    def image_score(self, head: int, image: int, score: float) -> None:
+        """They score no image as a whole."""
+        raise TypeError("This watch is on heads with maps, which score no image as a whole.")
+
+
+class Trials(_OnMaps):
+    """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head."""
+
+    def __init__(self, truth: SplitTruth, tried: Sequence[Bases], rule: FoundRule) -> None:
+        self.truth, self.tried, self.rule = truth, tried, rule
+        self.found: dict[tuple[int, int], list[tuple[Floats, Floats]]] = {}
+
+    def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
+        """See `Watch`."""
+        each, ground = [], self.truth.ground(image)
+        for base in self.tried[head]:
+            calls = calls_of_map(values, base, classes)
+            overlaps = overlaps_of_map(calls, ground)
+            defects = found_scores(finds(overlaps, self.rule), calls.score, len(overlaps.defect_class))
+            each.append((defects, calls.score[self.truth.judged(image, overlaps) == NOTHING]))
+        self.found[head, image] = each
+
+    def best(self) -> Bases:
+        """The base of each head with the largest area under its curve, of equal ones the highest.
+
+        All processes ask for them together.
+        """
+        every = {key: own for part in gathered([self.found]) for key, own in part.items()}
+        best = []
+        for head, bases in enumerate(self.tried):
+            own = [every[key] for key in sorted(every) if key[0] == head]
+            areas = []
+            for k in range(len(bases)):
+                defects, false_calls = (np.concatenate([image[k][side] for image in own]) for side in (0, 1))
+                areas.append(area_under_froc(defects, false_calls, len(own)))
+            best.append(max(zip(areas, bases, strict=True))[1])
+        return tuple(best)
+
+
+def area_under_froc(defects: Floats, false_calls: Floats, images: int) -> float:
+    """The area under the share of defects found against false calls per image, from 0 to 1 false call.
+
+    That is the mean share found with no more than 0, 1, ..., images - 1 false calls. defects, false_calls: scores, of
+    a defect that is never found -inf. Of one defect and one image at least.
+
+    >>> area_under_froc(np.float32([0.9, 0.5]), np.float32([0.7]), 2)
+    0.75
+    """
+    falling = np.sort(false_calls)[::-1][:images]
+    too_many = np.concatenate([falling, np.full(images - len(falling), -np.inf, np.float32)])
+    found = 1 - np.searchsorted(np.sort(defects), too_many, side="right") / len(defects)
+    return float(found.mean())
+
+
+class _Sample(_OnMaps):
+    """Some pixels of each map, drawn by the number of its image, so that all processes draw alike."""
+
+    def __init__(self, images: int) -> None:
+        self.each = max(1, SAMPLED // max(1, images))
+        self.drawn: dict[tuple[int, int], Floats] = {}
+
+    def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
+        """See `Watch`."""
+        flat, random = values.ravel(), np.random.default_rng(image)
+        some = flat if len(flat) <= self.each else flat[random.integers(len(flat), size=self.each)]
+        self.drawn[head, image] = some.copy()
+
+    def quantiles(self, heads: int) -> list[Bases]:
+        """QUANTILES of the pixels of all images, of each head; all processes ask for them together."""
+        every = {key: own for part in gathered([self.drawn]) for key, own in part.items()}
+        found = []
+        for head in range(heads):
+            pixels = np.concatenate([every[key] for key in sorted(every) if key[0] == head])
+            found.append(tuple(np.quantile(pixels, QUANTILES, method="higher").tolist()))
+        return found
