@@ -14,7 +14,7 @@ from featprobe.metrics.pod.coverage import CLUSTERED_COVERS, ENOUGH, coverage_of
 from featprobe.metrics.pod.lack_of_fit import lack_of_fit
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Fit, Floats, Model, fit
 from featprobe.metrics.pod.refusals import barely_overlap, refusal
-from featprobe.metrics.pod.values import Curve, Link, Pod, Refused
+from featprobe.metrics.pod.pod_values import Curve, Link, Pod, Refused
 
 POINTS = 101  # of a curve
 DOUBT = 0.05  # p-value of lack of fit below which a note warns

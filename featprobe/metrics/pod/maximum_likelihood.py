@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit, log_ndtr, logit, ndtr, ndtri
 
-from featprobe.metrics.pod.values import Link
+from featprobe.metrics.pod.pod_values import Link
 
 Floats = NDArray[np.float64]
 STEPS = 100  # of Newton's method; a set whose hits and misses overlap well takes less than ten

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.errors import counted
-from featprobe.metrics.pod.values import Kind, Refused
+from featprobe.metrics.pod.pod_values import Kind, Refused
 
 TARGETS = 60  # the least number for hit/miss, MIL-HDBK-1823A
 OF_EACH = 5  # hits, and misses: with fewer the bound of a90 does not cover what it says (benchmarks/pod.py)

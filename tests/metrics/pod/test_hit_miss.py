@@ -17,7 +17,7 @@ from featprobe.metrics.pod.clustered import Clusters, clustered_a90
 from featprobe.metrics.pod.coverage import ALONE_COVERS, CLUSTERED_COVERS
 from featprobe.metrics.pod.hit_miss import hit_miss
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Model, fit
-from featprobe.metrics.pod.values import Link, Pod, Refused
+from featprobe.metrics.pod.pod_values import Link, Pod, Refused
 
 NAMES: tuple[Link, ...] = ("logit", "probit")
 Floats = NDArray[np.float64]

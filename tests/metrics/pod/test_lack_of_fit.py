@@ -8,7 +8,7 @@ from featprobe.metrics.pod.clustered import Clusters
 from featprobe.metrics.pod.hit_miss import hit_miss
 from featprobe.metrics.pod.lack_of_fit import lack_of_fit
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Model, fit
-from featprobe.metrics.pod.values import Pod
+from featprobe.metrics.pod.pod_values import Pod
 
 SETS = 500
 
