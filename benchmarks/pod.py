@@ -28,8 +28,8 @@ from featprobe.metrics.pod.clustered import Clusters, a90_of, resampled_a90, rob
 from featprobe.metrics.pod.coverage import ALONE_COVERS, CLUSTERED_COVERS
 from featprobe.metrics.pod.lack_of_fit import lack_of_fit
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Fit, Floats, Model, fit, solved
-from featprobe.metrics.pod.refusals import OF_EACH
 from featprobe.metrics.pod.pod_values import Link
+from featprobe.metrics.pod.refusals import OF_EACH
 
 LEAST, MOST = {60: 0.905, 120: 0.920, 300: 0.935}, 0.97  # coverage by number of targets
 DRAWS = 199

@@ -13,8 +13,8 @@ from featprobe.metrics.pod.clustered import Clusters, clustered_a90, inflation_o
 from featprobe.metrics.pod.coverage import CLUSTERED_COVERS, ENOUGH, coverage_of
 from featprobe.metrics.pod.lack_of_fit import lack_of_fit
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Fit, Floats, Model, fit
-from featprobe.metrics.pod.refusals import barely_overlap, refusal
 from featprobe.metrics.pod.pod_values import Curve, Link, Pod, Refused
+from featprobe.metrics.pod.refusals import barely_overlap, refusal
 
 POINTS = 101  # of a curve
 DOUBT = 0.05  # p-value of lack of fit below which a note warns
@@ -175,13 +175,13 @@ def _no_bound(clusters: int, coverage: float | None) -> str:
     """Why no bound of a90 is given; "" where one is."""
     if coverage is None:
         return (
-            f"No bound of a90 is given: the targets lie in {counted(clusters, 'cluster')}, and what a bound covers is "
-            f"known from {min(CLUSTERED_COVERS)} clusters on. Inspect more parts."
+            f"The targets lie in {counted(clusters, 'cluster')}; what a bound covers is known from "
+            f"{min(CLUSTERED_COVERS)} clusters on. Inspect more parts."
         )
     if coverage < ENOUGH:
         return (
-            f"No bound of a90 is given: from {counted(clusters, 'cluster')} it covers a90 in {100 * coverage:.1f} % of "
-            f"simulated sets, and {100 * ENOUGH:.0f} % are wanted. Inspect more parts."
+            f"From {counted(clusters, 'cluster')} the bound covers a90 in {100 * coverage:.1f} % of simulated sets; "
+            f"{100 * ENOUGH:.0f} % are wanted. Inspect more parts."
         )
     return ""
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featprobe.metrics.pod.hit_miss import hit_miss
-from featprobe.metrics.pod.refusals import OF_EACH
 from featprobe.metrics.pod.pod_values import Refused
+from featprobe.metrics.pod.refusals import OF_EACH
 
 SIZES = np.geomspace(1, 10, 80)
 
