@@ -24,6 +24,7 @@ from featprobe.metrics.pod.values import Pod, Refused
 LEAST_TARGETS = 40  # of the handbook, for signal response
 LEAST_MEASURED = 10  # signals that are not censored: a line and its scatter need some
 LEAST_SIZES = 3
+FAR = 10.0  # times the largest target: a line that needs more to be found in 90 % does not grow
 CLUSTERS = 20  # with fewer clusters the bound covers a90 in less than 90 % of simulated sets
 ALONE_COVERS = {40: 0.92, 120: 0.93, 300: 0.95}
 CLUSTERED_COVERS = {CLUSTERS: 0.90, 40: 0.92, 100: 0.93}
@@ -81,7 +82,10 @@ def signal_response(
     if reasons:
         return _refused(reasons, len(y), hits)
     try:
-        return _pod(fitted_line(a, y, threshold, noise, saturation, groups), hits)
+        line = fitted_line(a, y, threshold, noise, saturation, groups)
+        if line.size(line.at(HIGH)) > FAR * a.max():
+            raise NoGrowthError(f"Signals hardly grow with size: a90 would be over {FAR:g} times the largest target.")
+        return _pod(line, hits)
     except NoMaximumError:
         flat = ("The line has no scatter: all measured signals lie on it.", "signals that scatter")
         return _refused([flat], len(y), hits)

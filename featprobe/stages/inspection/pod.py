@@ -29,6 +29,7 @@ AXES: dict[Size, str] = {
     "longest": "longest side",
     "shortest": "shortest side",
 }
+FAR = 10.0  # times the largest target: a size beyond that is no figure to show
 DOUBT = 0.05  # p-value of a curve's fit, below which it is doubted
 ONE_SCORE = "This head gives each image one score, so it is not known which of its defects is found."
 OTHER_HEAD = "a head that finds places: one with maps, or one of objects"
@@ -158,17 +159,17 @@ def _said(pod: Pod | Refused, answer: PodAnswer) -> list[str]:
     if isinstance(pod, Refused):
         each = zip(pod.reasons, pod.missing, strict=True)
         return ["  No curve:", *(f"    {reason} Missing: {missing}." for reason, missing in each)]
-    unit = answer.unit_text
     found = f"{pod.hits} of {counted(pod.targets, 'defect')} found"
     if pod.clustered:
         found += f", in {counted(pod.clusters, answer.cluster)}; the bound allows for defects of one {answer.cluster}"
         found += " that are alike"
-    said = [f"a50 {pod.a50:.3g} {unit}, a90 {pod.a90:.3g} {unit}, {_bound(pod, unit)}.", f"{found}."]
+    a50, a90 = (_size(size, answer) for size in (pod.a50, pod.a90))
+    said = [f"a50 {a50}, a90 {a90}, {_bound(pod, answer)}.", f"{found}."]
     if pod.joint_a90_95 is not None and math.isfinite(pod.joint_a90_95):
-        said.append(f"The joint bound of Cheng and Iles, of the handbook: {pod.joint_a90_95:.3g} {unit}.")
+        said.append(f"The joint bound of Cheng and Iles, of the handbook: {_size(pod.joint_a90_95, answer)}.")
     if isinstance(pod, SignalPod):
         if pod.delta_a90_95 is not None:
-            said.append(f"The bound by the delta method, of the handbook: {pod.delta_a90_95:.3g} {unit}.")
+            said.append(f"The bound by the delta method, of the handbook: {_size(pod.delta_a90_95, answer)}.")
         said.append(f"{counted(pod.below, 'signal')} at the noise, {pod.above} at the saturation.")
     if pod.coverage is not None:
         said.append(f"In simulated sets like this one, the bound is above the true a90 in {100 * pod.coverage:.1f} %.")
@@ -178,10 +179,18 @@ def _said(pod: Pod | Refused, answer: PodAnswer) -> list[str]:
     return [f"  {line}" for line in (*said, *pod.notes)]
 
 
-def _bound(pod: Pod, unit: str) -> str:
+def _bound(pod: Pod, answer: PodAnswer) -> str:
     if pod.a90_95 is None:
         return f"no a90/95 ({pod.no_bound.rstrip('.')})"
-    return f"a90/95 {pod.a90_95:.3g} {unit}" if math.isfinite(pod.a90_95) else "no a90/95 (the data exclude no size)"
+    if not math.isfinite(pod.a90_95):
+        return "no a90/95 (the data exclude no size)"
+    return f"a90/95 {_size(pod.a90_95, answer)}"
+
+
+def _size(size: float, answer: PodAnswer) -> str:
+    if size > FAR * answer.sizes.max():
+        return f"beyond {FAR:g} times the largest target"
+    return f"{size:.3g} {answer.unit_text}"
 
 
 def drawing_of(answer: PodAnswer) -> "PodPicture | None":
@@ -195,6 +204,8 @@ def drawing_of(answer: PodAnswer) -> "PodPicture | None":
     for pod in curves:
         curve, label = pod.curve, "hits and misses" if pod.kind == "hit/miss" else "signals"
         band = (curve.low.tolist(), curve.high.tolist()) if pod.a90_95 is not None else ((), ())
+        if pod.lack_of_fit is not None and pod.lack_of_fit < DOUBT:
+            label += " (does not fit)"
         lines.append(PodLine(f"by {label}", curve.sizes.tolist(), curve.pod.tolist(), *band))
     if (other := answer.other) is not None:
         label = f"floor {100 * other.floor:.0f} %, ceiling {100 * other.ceiling:.0f} % (not for a90)"

@@ -201,9 +201,12 @@ def test_the_bound_covers_as_often_as_it_says(targets: int, each: int, least: fl
 
 def test_growth_that_could_be_none_has_no_bound() -> None:
     rng = np.random.default_rng(9)
-    sizes = np.exp(rng.uniform(0, 3, 60))
-    pod = fitted(sizes, 0.02 * np.log(sizes) + rng.normal(size=60), 0.0, log=False)
-    assert pod.a90_95 == math.inf
+    x = np.linspace(0, 3, 40)
+    scatter = rng.normal(size=40)
+    scatter -= np.polyval(np.polyfit(x, scatter, 1), x)  # so that the fitted slope is the stated one
+    pod = fitted(np.exp(x), 0.2 * x + scatter, 0.0, log=False)
+    assert pod.a90_95 == pod.joint_a90_95 == math.inf
+    assert "hardly grow" in refused(np.exp(x), 0.02 * x + scatter - 1, threshold=0.0, log=False)
 
 
 def refused(sizes: Floats, signals: Floats, **options: object) -> str:
