@@ -11,7 +11,7 @@ from typing import Any
 from featprobe.errors import counted
 from featprobe.kinds import kind_of
 from featprobe.report.answer import SURE
-from featprobe.report.comparison import interval_text, number
+from featprobe.report.comparison import interval_text
 from featprobe.scores import FEW_GROUPS
 
 Line = Mapping[str, Any]
@@ -58,21 +58,37 @@ def things(finding: Line) -> str:
 
 
 def share_text(count: int, of: int, low: float, high: float) -> str:
-    """A share as "5 %, 95 % interval 1.0 to 13.0"; shares in [0, 1]."""
-    interval = "" if isnan(low) else f", 95 % interval {interval_text(low, high)}"
-    return f"{number(100 * count / of, '.3g')} %{interval}"
+    """A share with its interval; low, high: in [0, 1].
+
+    >>> share_text(41, 47, 0.752, 0.9995), share_text(0, 3, float("nan"), float("nan"))
+    ('87 %, 95 % interval 75 to 99.9', '0 %')
+    """
+    interval = "" if isnan(low) else f", 95 % interval {percent(low)} to {percent(high)}"
+    return f"{percent(count / of)} %{interval}"
+
+
+def percent(share: float) -> str:
+    """A share of a few dozens in percent: whole, but near to either end with one decimal.
+
+    >>> [percent(share) for share in (0.0, 0.004, 0.0312, 0.872, 0.9968, 1.0)]
+    ['0', '0.4', '3', '87', '99.7', '100']
+    """
+    near = 0 < share < 0.01 or 0.99 < share < 1
+    return f"{100 * share:.1f}" if near else f"{100 * share:.0f}"
 
 
 def false_calls_text(finding: Line) -> str:
-    """How often a head calls where nothing is, by 100 good parts, or by 100 images where no part is good."""
+    """How often a head calls where nothing is, by 100 good parts; of good images where no part is good."""
     unit = "part" if finding["parts_known"] else "image"
     good, stray = finding["good_parts"], finding["false_calls_on_good_parts"]
     if not good:
+        if finding["good_images"]:
+            return f"false calls on {finding['stopped_images']} of {counted(finding['good_images'], 'good image')}"
         calls, images = finding["false_calls"], finding["images"]
         return f"{counted(calls, 'false call')} on {counted(images, 'test image')}, of which none is good"
     if not stray:
         return f"no false call on {counted(good, f'good {unit}')}"
-    return f"{number(100 * stray / good, '.3g')} false calls per 100 good {unit}s ({stray} on {good})"
+    return f"{100 * stray / good:.2g} false calls per 100 good {unit}s ({stray} on {good})"
 
 
 def size_text(finding: Line, value: float) -> str:
@@ -126,10 +142,10 @@ def _misses(lead: Line) -> list[str]:
     large = found_from(lead)
     if large:
         small = missed - (large[2] - large[1])
-        said.append(f"{small} of them below {size_text(lead, large[0])}")
+        said.append(f"{'all' if small == missed else f'{small} of them'} below {size_text(lead, large[0])}")
     elif lead["by_size"] and (last := lead["by_size"][-1])["found"] < last["defects"]:
         lost = last["defects"] - last["found"]
-        said.append(f"also {lost} of the {last['defects']} largest, from {size_text(lead, last['least'])} on")
+        said.append(f"among them {lost} of the {last['defects']} largest (from {size_text(lead, last['least'])} on)")
     classes = [own for own in lead["by_class"] if own["missed"]]
     if len(lead["by_class"]) > 1 and classes:
         worst = max(classes, key=lambda own: own["missed"] / own["defects"])
@@ -141,16 +157,15 @@ def _regimes(differences: Sequence[Line], lead: Line, findings: Sequence[Line], 
     """Whether fine-tuning finds more."""
     said = []
     for own in differences:
-        rival = _rival(own, lead, findings)
-        if rival is None or not rival["regime"].startswith("full"):
-            continue
-        against = _against(own, lead, "fine-tuned", "frozen")
-        found = f"{rival['found']} of {rival['defects']}, with {false_calls_text(rival)}"
-        said.append(f"Fine-tuned, {rival['backbone']} finds {found}: {against}.")
+        rival = _other(own, lead, findings)
+        if rival["regime"].startswith("full"):
+            more = _verdict(own, lead)
+            start = f"The fine-tuned head finds {more}" if more else "Frozen and fine-tuned are not distinguishable"
+            said.append(f"{start}: {rival['backbone']}, {rival['regime']}, finds {_beside(own, lead, rival)}.")
     if said or not lead["regime"].startswith("frozen") or not kind_of(lead["task"], lead["head"]).live:
         return said
     if tuned:
-        return ["What the fine-tuned backbone finds is not known here: it has no comparable records."]
+        return ["What the fine-tuned backbone finds is not known here: it has no records that can be compared."]
     return ["Whether frozen is enough is not known: no backbone was fine-tuned."]
 
 
@@ -158,24 +173,29 @@ def _backbones(differences: Sequence[Line], lead: Line, findings: Sequence[Line]
     """What the other backbones find, with heads of the same kind."""
     said = []
     for own in differences:
-        rival = _rival(own, lead, findings)
-        if rival is not None:
-            against = _against(own, lead, rival["backbone"], lead["backbone"])
-            found = f"{rival['found']} of {rival['defects']}, with {false_calls_text(rival)}"
-            said.append(f"{rival['backbone']} finds {found}: {against}.")
+        rival = _other(own, lead, findings)
+        more = _verdict(own, lead)
+        start = f"The head on {rival['backbone']} {f'finds {more}' if more else 'is not distinguishable from it'}"
+        said.append(f"{start}: {_beside(own, lead, rival)}.")
     return said
 
 
-def _rival(difference: Line, lead: Line, findings: Sequence[Line]) -> Line | None:
+def _other(difference: Line, lead: Line, findings: Sequence[Line]) -> Line:
+    """The finding that is compared with the one that leads."""
     other = difference["folder_b" if difference["folder_a"] == lead["folder"] else "folder_a"]
-    return next((own for own in findings if own["folder"] == other), None)
+    return next(own for own in findings if own["folder"] == other)
 
 
-def _against(difference: Line, lead: Line, rival: str, own: str) -> str:
-    """How the rival's share of the defects differs from that of the head that leads."""
+def _verdict(difference: Line, lead: Line) -> str:
+    """Whether the other surely finds more or less than the one that leads; "" where that is not sure."""
+    if not difference["p_holm"] <= SURE:
+        return ""
+    return "less" if (difference["difference"] > 0) == (difference["folder_a"] == lead["folder"]) else "more"
+
+
+def _beside(difference: Line, lead: Line, rival: Line) -> str:
+    """What the other finds, by how much that is more, and its false calls."""
     sign = -1 if difference["folder_a"] == lead["folder"] else 1
     low, high = sorted((sign * difference["low"], sign * difference["high"]))
-    lead_text = f"{100 * sign * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')}"
-    if difference["p_holm"] <= SURE:
-        return f"{rival} finds {'more' if sign * difference['difference'] > 0 else 'less'} than {own} ({lead_text})"
-    return f"{own} and {rival} are not distinguishable by what they find ({lead_text})"
+    points = f"{100 * sign * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')}"
+    return f"{rival['found']} of {rival['defects']} ({points}), with {false_calls_text(rival)}"

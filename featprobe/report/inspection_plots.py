@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from featprobe.report.plots import COLOURS, DASHES, INK, LINE, canvas, svg_of
 
+BANDS = 2  # curves, up to which each shows its band; of more the first alone does
 Floats = Sequence[float]
 
 
@@ -52,9 +53,9 @@ def froc_plot(curves: Sequence[FrocCurve], per: str, name: str) -> str:
             colour, dash = _look(i)
             x = [max(least, value) for value in own.false_calls]
             axes.step(x, _percent(own.recall), dash, where="post", color=colour, label=labels[i])
-            axes.fill_between(
-                x, _percent(own.low), _percent(own.high), step="post", color=colour, alpha=0.13, linewidth=0
-            )
+            if i == 0 or len(curves) <= BANDS:
+                band = _percent(own.low), _percent(own.high)
+                axes.fill_between(x, *band, step="post", color=colour, alpha=0.15, linewidth=0)
             axes.plot([max(least, own.at[0])], [100 * own.at[1]], "o", color=colour, markersize=7, clip_on=False)
         axes.set_xscale("log")
         axes.set_xlim(least, max([*positive, 2 * least]))

@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from featprobe.report.comparison import class_table, difference_table, gap_table, result_table, scores_of
+from featprobe.report.defect_answer import leading
 from featprobe.report.finding_tables import finding_table, size_name, size_table
-from featprobe.report.inspection_plots import FrocCurve, SizeCurve, froc_plot, size_plot
+from featprobe.report.inspection_plots import BANDS, FrocCurve, SizeCurve, froc_plot, size_plot
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 from featprobe.report.rendering import Grid, Picture, render
 from featprobe.scores import LABELS, SCORES
@@ -56,11 +57,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Probability:
-    """A probability of detection on the page: of which head, its plot as SVG ("" where there is none), sentences."""
+    """A probability of detection: its plot as SVG, "" where there is none; sentences, each with those that belong below
+    it.
+    """
 
-    title: str
     plot: str
-    said: Sequence[str]
+    said: Sequence[tuple[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class PageSet:
     """The contents of the page for one set: lines and differences as a comparison makes them, sheets with captions.
 
     findings: what heads find, as `defect_answer` has them. worst: pictures of misses and false calls. steps: what to do
-    next, and the command that does it.
+    next, and the command that does it. pod: of the head that leads.
     """
 
     title: str
@@ -78,7 +80,7 @@ class PageSet:
     commands: Sequence[str]
     findings: Sequence[Line] = ()
     worst: Sequence[Picture] = ()
-    pods: Sequence[Probability] = ()
+    pod: Probability | None = None
     steps: Sequence[tuple[str, str]] = ()
 
 
@@ -113,7 +115,8 @@ def _section(item: PageSet, number: int) -> dict[str, Any]:
         "title": item.title,
         "worst": item.worst,
         "plots": [*_finding_plots(item, number), *_plots(item, number)],
-        "pods": item.pods,
+        "pod": item.pod,
+        "leads": label_of(leading(item.findings), item.findings) if item.findings else "",
         "findings": _grid(finding_table(item.findings), "backbone") if item.findings else None,
         "sizes": _grid(size_table(item.findings)) if any(own["by_size"] for own in item.findings) else None,
         "results": _grid(result_table(item.lines), "backbone"),
@@ -140,9 +143,12 @@ def _finding_plots(item: PageSet, number: int) -> list[tuple[str, str]]:
     if not shown:
         return []
     per = "part" if all(own["per"] == "part" for own in shown) else "image"
-    shown = [own for own in shown if own["per"] == per]
+    lead = leading(shown)
+    shown = [lead, *(own for own in shown if own["per"] == per and own is not lead)]
     curves = [froc_curve(own, shown) for own in shown]
-    found = [("Defects found against false calls, 95 % band", froc_plot(curves, per, f"froc {number}"))]
+    whose = "" if len(curves) <= BANDS else f" of {curves[0].label}"
+    title = f"Defects found against false calls, with the 95 % band{whose}"
+    found = [(title, froc_plot(curves, per, f"froc {number}"))]
     sized = [own for own in shown if own["by_size"]]
     if sized:
         unit = sized[0]["by_size"][0]["unit"]
@@ -203,7 +209,9 @@ def on_most_data(lines: Sequence[Line]) -> list[Line]:
 
 def label_of(line: Line, lines: Sequence[Line]) -> str:
     """The name that distinguishes a line from the others in a plot."""
-    varying = [name for name in ("regime", "head", "size", "dtype") if len({other[name] for other in lines}) > 1]
+    varying = [
+        name for name in ("regime", "head", "size", "dtype") if len({other[name] for other in lines} - {None}) > 1
+    ]
     share = [f"{100 * line['fraction']:g} % of train"] if len({other["fraction"] for other in lines}) > 1 else []
     alike = [other for other in lines if all(other[k] == line[k] for k in ("backbone", "fraction", *varying))]
     recipe = [line.get("differs") or f"recipe {line['recipe_key']}"] if len(alike) > 1 else []

@@ -24,7 +24,10 @@ PNG_START, LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 1 << 26  # bytes
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as pages show it. columns: the name of each, and its kind: "words", "marks", or "" for figures."""
+    """A table as pages show it. columns: the name of each, and its kind.
+
+    kinds: "words", "marks"; "whole" for intervals, which no line breaks; "" for other figures.
+    """
 
     columns: tuple[tuple[str, str], ...]
     rows: tuple[tuple[str, ...], ...]
@@ -32,7 +35,10 @@ class Grid:
     @classmethod
     def of(cls, table: pd.DataFrame, words: Collection[str] = ()) -> "Grid":
         """A table of texts. words: columns that are read, not compared."""
-        kinds = ("marks" if name == "marks" else "words" if name in words else "" for name in table.columns)
+        kinds = (
+            "marks" if name == "marks" else "words" if name in words else "whole" if name.startswith("95 %") else ""
+            for name in map(str, table.columns)
+        )
         rows = tuple(tuple(map(str, row)) for row in table.itertuples(index=False))
         return cls(tuple(zip(map(str, table.columns), kinds, strict=True)), rows)
 

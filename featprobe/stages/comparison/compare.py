@@ -34,7 +34,7 @@ from featprobe.stages.comparison.differences import (
     differences_of,
     modality_gaps,
 )
-from featprobe.stages.comparison.found import Findings, findings_of, names_without_records
+from featprobe.stages.comparison.found import Findings, findings_of, names_without_records, probability_of
 from featprobe.stages.comparison.next_steps import next_steps
 from featprobe.stages.comparison.recipes import told_apart
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
@@ -436,17 +436,15 @@ def _answer(item: ComparedSet) -> Answer:
     """What is said first of a set."""
     tuned = any(line["regime"].startswith("full") for line in item.lines)
     lead = leading(item.findings) if item.findings else None
+    found = defect_sentences(item.findings, item.found_differences, tuned)
+    said = [text for text in answer_of(item.lines, item.differences) if text not in found]
     facts = [data_sentence(item.lines, lead), cost_sentence(item.lines)]
-    return Answer(
-        item.title,
-        defect_sentences(item.findings, item.found_differences, tuned),
-        answer_of(item.lines, item.differences),
-        [fact for fact in facts if fact],
-    )
+    return Answer(item.title, found, said, [fact for fact in facts if fact])
 
 
 def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Findings) -> PageSet:
     lead = leading(item.findings) if item.findings else None
+    own = found.inspections[found.lines.index(lead)] if lead else None
     return PageSet(
         item.title,
         item.lines,
@@ -454,6 +452,7 @@ def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Find
         item.sheets,
         item.commands,
         item.findings,
+        pod=probability_of(own) if own else None,
         steps=next_steps(workspace, table, lead, found.missing),
     )
 

@@ -9,12 +9,15 @@ from numpy.typing import NDArray
 
 from featprobe.errors import FeatprobeError
 from featprobe.metrics import Statistic, grouped, paired_difference
-from featprobe.metrics.defects.records import DEFECT
+from featprobe.metrics.defects.records import GOOD
 from featprobe.metrics.images import value_of
+from featprobe.report.page import Probability
+from featprobe.report.pod_plot import pod_plot
 from featprobe.stages.comparison.differences import Line, Table, kind_of_pair
 from featprobe.stages.comparison.results import Result
 from featprobe.stages.inspection.inspect import Inspection, inspect_head
 from featprobe.stages.inspection.lines import class_lines, froc_lines, head_line, size_lines
+from featprobe.stages.inspection.pod import drawing_of, pod_lines, pod_of
 from featprobe.stages.workspace import Workspace
 
 Floats = NDArray[np.float64]
@@ -44,7 +47,7 @@ def findings_of(workspace: Workspace, table: Table) -> Findings:
         if result.row.fraction == most:
             best = max(result.runs, key=lambda run: (_validation(run.row.validation), -run.row.seed)).row
             try:
-                every.append((result, inspect_head(workspace, best, pod=True)))
+                every.append((result, inspect_head(workspace, best)))
             except FeatprobeError as error:
                 missing.append(f"{table.names[result.backbone]}, {result.variant}, {result.row.head}: {error}")
     pairs = [_difference(a, b, kind) for a, b in combinations(every, 2) if (kind := kind_of_pair(a[0], b[0]))]
@@ -68,11 +71,18 @@ def _line(result: Result, own: Inspection, table: Table) -> Line:
         "score": value_of(statistic),
         "validation": result.validation,
         "groups": sum(statistic.sizes),
+        "stopped_images": _stopped_images(own),
         "by_size": size_lines(own),
         "froc": froc_lines(own),
         "without_defect": own.froc.without,
         "by_class": class_lines(own),
     }
+
+
+def _stopped_images(own: Inspection) -> int:
+    """How many good images hold a call."""
+    called = own.records.calls.image[own.records.called(own.thresholds)]
+    return len(np.unique(called[own.records.images.good[called] == GOOD]))
 
 
 def _difference(a: tuple[Result, Inspection], b: tuple[Result, Inspection], kind: str) -> Line | None:
@@ -99,20 +109,10 @@ def _defects_by_image(own: Inspection) -> dict[str, int]:
 
 
 def _recall(own: Inspection) -> Statistic | None:
-    """The share of the defects that are found as a function of how often each group counts; None without a defect.
-
-    Where images have one score the images with a defect stand for defects.
-    """
-    images = own.records.images
-    names, index = grouped(images.groups)
-    if not own.records.about.pooled:
-        of, found = index[own.records.defects.image], own.found
-    elif own.point:
-        bad = images.good == DEFECT
-        of, found = index[bad], images.score[bad] >= np.float32(own.point.threshold)
-    else:
-        return None  # which images each fold calls is not kept
-    hits = np.bincount(of, weights=found, minlength=len(names)).astype(np.float64)
+    """The share of the defects that are found as a function of how often each group counts; None without a defect."""
+    names, index = grouped(own.records.images.groups)
+    of = index[own.records.defects.image]
+    hits = np.bincount(of, weights=own.found, minlength=len(names)).astype(np.float64)
     defects = np.bincount(of, minlength=len(names)).astype(np.float64)
     return _ratio(hits, defects, tuple(names)) if len(of) else None
 
@@ -129,6 +129,19 @@ def _ratio(hits: Floats, trials: Floats, names: tuple[str, ...]) -> Statistic:
             return (hits - value(weights)[:, None] * trials) / (weights @ trials)[:, None]
 
     return Statistic(value, influence, (names,))
+
+
+def probability_of(own: Inspection) -> Probability:
+    """The probability of detection of a head at its operating point, or why the test images carry none."""
+    answer = pod_of(own.records, own.found, tuple(point.threshold for point in own.points), own.size, own.unit)
+    drawing = drawing_of(answer)
+    said: list[tuple[str, list[str]]] = []
+    for line in pod_lines(answer, own.test):
+        if line.startswith(" ") and said:
+            said[-1][1].append(line.strip())
+        else:
+            said.append((line, []))
+    return Probability(pod_plot(drawing, "probability of detection") if drawing else "", said)
 
 
 def names_without_records(each: Sequence[Findings]) -> list[str]:

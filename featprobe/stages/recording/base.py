@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from featprobe.metrics.defects.overlaps import finds, touched
+from featprobe.metrics.defects.overlaps import finds
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
 from featprobe.probes import Head
 from featprobe.processes import gathered
@@ -142,7 +142,7 @@ class Trials(_OnMaps):
             calls = calls_of_map(values, base, classes)
             overlaps = overlaps_of_map(calls, ground)
             defects = found_scores(finds(overlaps, self.rule), calls.score, len(overlaps.defect_class))
-            each.append((defects, calls.score[touched(overlaps) == NOTHING]))
+            each.append((defects, calls.score[self.truth.judged(image, overlaps) == NOTHING]))
         self.found[head, image] = each
 
     def best(self) -> Bases:

@@ -1,6 +1,7 @@
 """Records from cache and head alone are those that scoring writes; what can't be made again is said."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,9 @@ import numpy as np
 import pytest
 
 from featprobe.kinds import TrainRecipe
-from featprobe.metrics.defects.records import FoundRule, Records
+from featprobe.metrics.defects.records import NOTHING, FoundRule, Records
 from featprobe.probes.saved import read_card
 from featprobe.result_rows import ResultRow
-from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.recording.base import PROBABILITIES
@@ -23,22 +23,29 @@ from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
 
-SHORT = TrainRecipe(iterations=8, batch_size=4, evaluations=1)
-
-
-def options(**changed: Any) -> ProbeOptions:
-    return ProbeOptions(**({"recipe": SHORT, "seeds": 1, "quiet": True, "device": "cpu"} | changed))
+SHORT = TrainRecipe(iterations=2, batch_size=4, evaluations=1)
+SOLVED: dict[str, Any] = {"recipe": None}
 
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace with caches of a small set: whole images, and tiles."""
+    """A workspace with a cache of a small set, in tiles."""
     workspace = Workspace(tmp_path_factory.mktemp("space"))
-    make_generated("xray", workspace.data / "xray", images=18, size=(64, 64))
-    for tile in (0, 32):
-        how = ExtractOptions(dtype="fp16", tile=tile or None, batch_size=8, quiet=True, device="cpu")
-        extract(workspace, workspace.backbone("embedded"), "xray", how)
+    make_generated("xray", workspace.data / "xray", images=12, size=(32, 56))
+    how = ExtractOptions(dtype="fp16", tile=32, batch_size=8, quiet=True, device="cpu")
+    extract(workspace, workspace.backbone("embedded"), "xray", how)
     return workspace
+
+
+def trained(workspace: Workspace, task: str, **changed: Any) -> list[ResultRow]:
+    """The rows of heads trained for two steps, or solved."""
+    options = ProbeOptions(**({"recipe": SHORT, "seeds": 1, "quiet": True, "device": "cpu"} | changed))
+    work = finetune if options.tuning else probe
+    return [ResultRow.from_json(row) for row in work(workspace, task, ["xray"], [], options).rows]
+
+
+def files_of(workspace: Workspace, rows: Sequence[ResultRow]) -> list[Path]:
+    return [workspace.probes / row.folder / RECORDS for row in rows]
 
 
 def records_of(workspace: Workspace, row: ResultRow) -> Records:
@@ -46,46 +53,106 @@ def records_of(workspace: Workspace, row: ResultRow) -> Records:
     return read_records(folder, read_card(folder)["head_sha256"])
 
 
-def written(workspace: Workspace, rows: Any) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for row in rows for path in [workspace.probes / row.folder / RECORDS]}
+def remade(workspace: Workspace, rows: Sequence[ResultRow], rule: FoundRule | None = None) -> list[str]:
+    return rescore(workspace, rows, rule, device="cpu", quiet=True)
 
 
-TRAINED: dict[str, Any] = {
-    "semseg": ("semseg", options(seeds=2), None),
-    "semseg by folds": ("semseg", options(head="ridge", recipe=None, split="group:3"), None),
-    "detect": ("detect", options(), None),
-    "instseg": ("instseg", options(), None),
-    "anomaly": ("anomaly", options(head="patchcore", recipe=None), None),
-    "anomaly of pooled features": ("anomaly", options(head="knn", recipe=None), None),
-    "anomaly of tiles": ("anomaly", options(head="gaussian", recipe=None, unit="tile"), None),
-    "classify": ("classify", options(labels="defect"), None),
-    "classify tiles": ("classify", options(labels="defect", unit="tile", head="ridge", recipe=None), None),
-    "semseg, fine-tuned": ("semseg", options(tuning=Tuning()), None),
-}
-if __name__ == "__main__":
-    import tempfile, time
-    class F:
-        def mktemp(self, n): return Path(tempfile.mkdtemp())
-    ws = Workspace(Path(tempfile.mkdtemp()))
-    make_generated("xray", ws.data / "xray", images=18, size=(64, 64))
-    for tile in (0, 32):
-        how = ExtractOptions(dtype="fp16", tile=tile or None, batch_size=8, quiet=True, device="cpu")
-        extract(ws, ws.backbone("embedded"), "xray", how)
-    print(ws.cache_files())
-    for name, (task, o, _) in TRAINED.items():
-        t = time.time()
-        try:
-            rep = (finetune if o.tuning else probe)(ws, task, ["xray"] , [], o)
-        except Exception as e:
-            import traceback; traceback.print_exc(); continue
-        rows = [ResultRow.from_json(r) for r in rep.rows]
-        t1 = time.time()
-        before = written(ws, rows)
-        for p in before: p.unlink()
-        notes = rescore(ws, rows, device="cpu", quiet=True)
-        t2 = time.time()
-        after = written(ws, rows)
-        print(name, len(rows), before == after, round(t1-t,2), round(t2-t1,2), notes)
-        for row in rows:
-            r = records_of(ws, row)
-            print("   ", row.folder.split("/")[-2:], r.about.base, r.about.base_from, r.about.pooled, len(r.images), len(r.defects), len(r.calls), len(r.finds))
+@pytest.fixture(scope="module")
+def ridge(space: Workspace) -> ResultRow:
+    """The row of a solved head of pixels."""
+    (row,) = trained(space, "semseg", head="ridge", **SOLVED)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("task", "asked"),
+    [
+        ("semseg", {"seeds": 2}),
+        ("semseg", {"head": "ridge", "split": "group:3", **SOLVED}),
+        ("semseg", {"tuning": Tuning(), "recipe": replace(SHORT, lr=0.05, iterations=6)}),
+        ("detect", {}),
+        ("anomaly", {"head": "patchcore", **SOLVED}),
+        ("anomaly", {"head": "knn", **SOLVED}),
+        ("anomaly", {"head": "gaussian", "unit": "tile", **SOLVED}),
+        ("anomaly", {"head": "knn", "unit": "tile", **SOLVED}),
+        ("classify", {"labels": "defect"}),
+        ("classify", {"labels": "defect", "unit": "tile"}),
+    ],
+    ids=["seeds", "folds", "fine-tuned", "boxes", "maps", "pooled", "tiles of maps", "pooled tiles", "labels", "tiles"],
+)
+def test_records_made_again_are_those_of_scoring(task: str, asked: dict[str, Any], space: Workspace) -> None:
+    rows = trained(space, task, **asked)
+    before = [path.read_bytes() for path in files_of(space, rows)]
+    for path in files_of(space, rows):
+        path.unlink()
+    assert remade(space, rows) == []
+    assert [path.read_bytes() for path in files_of(space, rows)] == before
+    for row in rows:
+        found = records_of(space, row)
+        counts = [found.images.splits.count(split) for split in ("val", "test")]
+        assert counts == [row.images.val, row.images.test] and len(found.images) == sum(counts)
+        assert found.about.base_from == ("validation" if task == "semseg" or asked.get("head") == "patchcore" else "")
+        assert np.isfinite(found.about.base) == (found.about.base_from == "validation")
+        of_images = asked.get("unit") != "tile" and (task == "classify" or asked.get("head") == "knn")
+        assert found.about.pooled == of_images and (of_images or len(found.defects))
+        assert np.isfinite(found.images.score).all() if of_images else np.isnan(found.images.score).all()
+        assert len(found.calls) > 0 or of_images
+        if "unit" in asked:  # each tile is a call
+            assert len(found.calls) == 2 * len(found.images)
+            assert (found.calls.touched == NOTHING).any() and len(found.finds)
+
+
+def test_another_rule_finds_no_more_at_the_same_base(space: Workspace, ridge: ResultRow) -> None:
+    usual = records_of(space, ridge)
+    assert remade(space, [ridge], FoundRule(iou=0.5)) == []
+    strict = records_of(space, ridge)
+    assert strict.about.rule == FoundRule(iou=0.5) and usual.about.rule == FoundRule()
+    assert {strict.about.base, usual.about.base} <= {float(np.float32(base)) for base in PROBABILITIES}
+    if strict.about.base == usual.about.base:
+        assert (strict.defects.score <= usual.defects.score).all() and len(strict.calls) == len(usual.calls)
+    assert remade(space, [ridge]) == []
+    assert np.array_equal(records_of(space, ridge).defects.score, usual.defects.score)
+
+
+def test_what_can_not_be_made_again_is_said_and_the_others_are_made(
+    space: Workspace, ridge: ResultRow, tmp_path: Path
+) -> None:
+    """A cache that is gone, a head that is damaged, one that is gone: each with what to do; sound heads get theirs."""
+    root = Path(shutil.copytree(space.root, tmp_path / "copy"))
+    workspace = Workspace(root)
+    rows = [ridge, *trained(workspace, "anomaly", head="knn", **SOLVED), *trained(workspace, "detect")]
+    for path in files_of(workspace, rows):
+        path.unlink()
+    head = workspace.probes / rows[1].folder / "head.safetensors"
+    head.write_bytes(head.read_bytes()[:-1] + b"x")
+    shutil.rmtree(workspace.probes / rows[2].folder)
+    damaged, gone = remade(workspace, rows)
+    assert damaged.startswith(f"no records of {rows[1].folder}: ") and "Train it again:" in damaged
+    assert gone.startswith(f"no records of {rows[2].folder}: ") and "not here any more" in gone
+    assert [path.is_file() for path in files_of(workspace, rows)] == [True, False, False]
+    files_of(workspace, rows)[0].unlink()
+    (cache,) = workspace.cache_files()
+    cache.unlink()
+    (lost,) = remade(workspace, rows[:1])
+    assert "its cache is not here any more" in lost and "featprobe extract --backbone embedded --data xray" in lost
+    assert not files_of(workspace, rows)[0].exists()
+
+
+def test_a_head_of_labels_that_name_no_good_one_has_no_records(space: Workspace, tmp_path: Path) -> None:
+    """Nothing says which images are good, so there is no score of a defect."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for kind in ("oak", "pine"):
+        (tmp_path / "data" / "wood" / kind).mkdir(parents=True)
+        for i in range(12):
+            pixels = random.integers(0, 120 if kind == "oak" else 255, (32, 32), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / "wood" / kind / f"{i}.png")
+    workspace = Workspace(tmp_path)
+    how = ExtractOptions(batch_size=8, quiet=True, device="cpu")
+    extract(workspace, workspace.backbone("embedded"), str(tmp_path / "data" / "wood"), how)
+    options = ProbeOptions(recipe=SHORT, seeds=1, quiet=True, device="cpu", split="image")
+    (row,) = [ResultRow.from_json(own) for own in probe(workspace, "classify", options=options).rows]
+    assert not files_of(workspace, [row])[0].exists()
+    (said,) = remade(workspace, [row])
+    assert 'good = "NAME"' in said and not files_of(workspace, [row])[0].exists()
