@@ -41,7 +41,13 @@ def test_a_logit_is_that_of_scikit_learn():
     assert pod.slope == pytest.approx(float(other.coef_[0, 0]), rel=1e-5)
     assert pod.a50 == pytest.approx(math.exp(-pod.intercept / pod.slope))
     assert pod.a90 == pytest.approx(math.exp((math.log(9) - pod.intercept) / pod.slope))
-    assert (pod.targets, pod.hits, pod.misses, pod.clusters, pod.clustered) == (200, found.sum(), (~found).sum(), 200, False)
+    assert (pod.targets, pod.hits, pod.misses, pod.clusters, pod.clustered) == (
+        200,
+        found.sum(),
+        (~found).sum(),
+        200,
+        False,
+    )
 
 
 @pytest.mark.parametrize("link", LINKS)

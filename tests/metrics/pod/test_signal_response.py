@@ -203,8 +203,9 @@ def test_growth_that_could_be_none_has_no_bound() -> None:
     rng = np.random.default_rng(9)
     x = np.linspace(0, 3, 40)
     scatter = rng.normal(size=40)
-    scatter -= np.polyval(np.polyfit(x, scatter, 1), x)  # so that the fitted slope is the stated one
-    pod = fitted(np.exp(x), 0.25 * x + scatter, 0.0, log=False)
+    scatter -= np.polyval(np.polyfit(x, scatter, 1), x)
+    scatter /= scatter.std()  # so that the fitted line is the stated one: its likelihood ratio to a level one is 2.2
+    pod = fitted(np.exp(x), 0.27 * x + scatter, 0.0, log=False)
     assert pod.a90_95 == pod.joint_a90_95 == math.inf
     assert "hardly grow" in refused(np.exp(x), 0.02 * x + scatter - 1, threshold=0.0, log=False)
 
