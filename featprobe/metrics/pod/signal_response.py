@@ -24,6 +24,7 @@ from featprobe.metrics.pod.values import Pod, Refused
 LEAST_TARGETS = 40  # of the handbook, for signal response
 LEAST_MEASURED = 10  # signals that are not censored: a line and its scatter need some
 LEAST_SIZES = 3
+WIDER = "targets over a wider range of sizes, or a size that decides how strong a signal is"
 FAR = 10.0  # times the largest target: a line that needs more to be found in 90 % does not grow
 CLUSTERS = 20  # with fewer clusters the bound covers a90 in less than 90 % of simulated sets
 ALONE_COVERS = {40: 0.92, 120: 0.93, 300: 0.95}
@@ -90,7 +91,7 @@ def signal_response(
         flat = ("The line has no scatter: all measured signals lie on it.", "signals that scatter")
         return _refused([flat], len(y), hits)
     except NoGrowthError as error:
-        return _refused([(str(error), "targets whose signal grows with their size")], len(y), hits)
+        return _refused([(str(error), WIDER)], len(y), hits)
 
 
 def _pod(line: SignalLine, hits: int) -> SignalPod:

@@ -129,19 +129,19 @@ def _signals(
 
 
 def pod_lines(answer: PodAnswer, counts: Counts) -> list[str]:
-    """A probability of detection in sentences. counts: of the test images at the same operating point."""
+    """A probability of detection in sentences; those that begin with a space belong to the one above.
+
+    counts: of the test images at the same operating point.
+    """
     size = f"{AXES[answer.size]}, {answer.unit_text}"
     lines = [f"Probability of detection by hits and misses ({size}):", *_said(answer.hit_miss, answer)]
     if answer.signal is not None:
         lines += [f"Probability of detection by signals, the scores of defects ({size}):"]
         lines += _said(answer.signal, answer)
-    return [
-        *lines,
-        f"At the same threshold: {', '.join(_rates(answer, counts))}.",
-        *answer.notes,
-        "Conditions of MIL-HDBK-1823A that the data can't show:",
-        *(f"  {condition}" for condition in UNCHECKED),
-    ]
+    if any(isinstance(pod, Pod) for pod in (answer.hit_miss, answer.signal)):
+        lines += [f"At the same threshold: {', '.join(_rates(answer, counts))}.", *answer.notes]
+        return [*lines, "Conditions of MIL-HDBK-1823A that the data can't show:", *(f"  {own}" for own in UNCHECKED)]
+    return [*lines, *answer.notes]
 
 
 def _rates(answer: PodAnswer, counts: Counts) -> list[str]:
@@ -158,7 +158,7 @@ def _said(pod: Pod | Refused, answer: PodAnswer) -> list[str]:
     """One curve, or why there is none, in indented sentences."""
     if isinstance(pod, Refused):
         each = zip(pod.reasons, pod.missing, strict=True)
-        return ["  No curve:", *(f"    {reason} Missing: {missing}." for reason, missing in each)]
+        return [f"  No curve: {reason} Missing: {missing}." for reason, missing in each]
     found = f"{pod.hits} of {counted(pod.targets, 'defect')} found"
     if pod.clustered:
         found += f", in {counted(pod.clusters, answer.cluster)}; the bound allows for defects of one {answer.cluster}"
