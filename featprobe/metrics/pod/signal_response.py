@@ -26,11 +26,11 @@ LEAST_MEASURED = 10  # signals that are not censored: a line and its scatter nee
 LEAST_SIZES = 3
 WIDER = "targets over a wider range of sizes, or a size that decides how strong a signal is"
 FAR = 10.0  # times the largest target: a line that needs more to be found in 90 % does not grow
-CLUSTERS = 20  # with fewer clusters the bound covers a90 in less than 90 % of simulated sets
+CLUSTERS = 25  # with fewer clusters the bound may cover a90 in less than 90 % of simulated sets
 ALONE_COVERS = {40: 0.92, 120: 0.93, 300: 0.95}
-CLUSTERED_COVERS = {CLUSTERS: 0.90, 40: 0.92, 100: 0.93}
+CLUSTERED_COVERS = {CLUSTERS: 0.91, 40: 0.92, 100: 0.93}
 FEW_CLUSTERS = (
-    f"The targets lie in {{}}; with fewer than {CLUSTERS} the bound covers a90 in less than 90 % of simulated sets. "
+    f"The targets lie in {{}}; with fewer than {CLUSTERS} the bound can cover a90 in less than 90 % of simulated sets. "
     "Inspect more parts."
 )
 """Number of targets or of clusters from which on: share of simulated sets in which the bound was above the true a90, as
