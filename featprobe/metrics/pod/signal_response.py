@@ -103,6 +103,8 @@ def _pod(line: SignalLine, hits: int) -> SignalPod:
     a90, a90_95 = line.size(line.at(HIGH)), None if coverage is None else line.upper()
     checks = checks_of(line.likelihood, line.best)
     notes = [f"{check.fault} (p {check.p:.2g})" for check in checks if check.p < DOUBT]
+    if a90_95 == math.inf:
+        notes.append("The bound of a90 is infinite: the data do not show that any size is found in 90 % of all cases.")
     largest, smallest = line.sizes.max(), line.sizes.min()
     if a90 > largest or (a90_95 is not None and largest < a90_95 < math.inf):
         which = "a90 lies" if a90 > largest else "The bound of a90 lies"

@@ -159,19 +159,22 @@ def _said(pod: Pod | Refused, answer: PodAnswer) -> list[str]:
     if isinstance(pod, Refused):
         each = zip(pod.reasons, pod.missing, strict=True)
         return [f"  No curve: {reason} Missing: {missing}." for reason, missing in each]
+    given = pod.a90_95 is not None and math.isfinite(pod.a90_95)
     found = f"{pod.hits} of {counted(pod.targets, 'defect')} found"
     if pod.clustered:
-        found += f", in {counted(pod.clusters, answer.cluster)}; the bound allows for defects of one {answer.cluster}"
-        found += " that are alike"
-    a50, a90 = (_size(size, answer) for size in (pod.a50, pod.a90))
-    said = [f"a50 {a50}, a90 {a90}, {_bound(pod, answer)}.", f"{found}."]
+        found += f", in {counted(pod.clusters, answer.cluster)}"
+        found += f"; the bound allows for defects of one {answer.cluster} that are alike" if given else ""
+    a50, a90, bound = (_size(size, answer) for size in (pod.a50, pod.a90, pod.a90_95))
+    said = [f"a50 {a50}, a90 {a90}, {f'a90/95 {bound}' if given else 'no a90/95'}.", f"{found}."]
+    if pod.no_bound:
+        said.append(pod.no_bound)
     if pod.joint_a90_95 is not None and math.isfinite(pod.joint_a90_95):
         said.append(f"The joint bound of Cheng and Iles, of the handbook: {_size(pod.joint_a90_95, answer)}.")
     if isinstance(pod, SignalPod):
-        if pod.delta_a90_95 is not None:
+        if given:
             said.append(f"The bound by the delta method, of the handbook: {_size(pod.delta_a90_95, answer)}.")
         said.append(f"{counted(pod.below, 'signal')} at the noise, {pod.above} at the saturation.")
-    if pod.coverage is not None:
+    if pod.coverage is not None and given:
         said.append(f"In simulated sets like this one, the bound is above the true a90 in {100 * pod.coverage:.1f} %.")
     if pod.lack_of_fit is not None:
         fits = "the curve does not fit, do not use its sizes" if pod.lack_of_fit < DOUBT else "no sign of a lack of fit"
@@ -179,15 +182,10 @@ def _said(pod: Pod | Refused, answer: PodAnswer) -> list[str]:
     return [f"  {line}" for line in (*said, *pod.notes)]
 
 
-def _bound(pod: Pod, answer: PodAnswer) -> str:
-    if pod.a90_95 is None:
-        return f"no a90/95 ({pod.no_bound.rstrip('.')})"
-    if not math.isfinite(pod.a90_95):
-        return "no a90/95 (the data exclude no size)"
-    return f"a90/95 {_size(pod.a90_95, answer)}"
-
-
-def _size(size: float, answer: PodAnswer) -> str:
+def _size(size: float | None, answer: PodAnswer) -> str:
+    """A size with its unit, or words; "" for none."""
+    if size is None:
+        return ""
     if size > FAR * answer.sizes.max():
         return f"beyond {FAR:g} times the largest target"
     return f"{size:.3g} {answer.unit_text}"
