@@ -137,8 +137,12 @@ def probability_of(own: Inspection) -> Probability:
     drawing = drawing_of(answer)
     said: list[tuple[str, list[str]]] = []
     for line in pod_lines(answer, own.test):
-        if line.startswith(" ") and said:
-            said[-1][1].append(line.strip())
+        if line.startswith(" ") and said:  # of what is above it
+            below = said[-1][1]
+            if below and below[-1].endswith(":"):
+                below[-1] += f" {line.strip()}"
+            else:
+                below.append(line.strip())
         else:
             said.append((line, []))
     return Probability(pod_plot(drawing, "probability of detection") if drawing else "", said)
