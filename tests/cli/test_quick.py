@@ -52,6 +52,11 @@ WRONG = {
     "No cache in": ["cache", "info", "prats"],
     "is not a size": ["data", "check", "xray", "--size", "64"],
     "Did you mean surface": ["data", "info", "surfac"],
+    "like 0.05/part": ["inspect", "--false-calls", "0.05/tile"],
+    "no number for call": ["inspect", "--cost", "miss=100"],
+    "above 0 and at most 1": ["inspect", "--recall", "95"],
+    "Give one of them": ["inspect", "--recall", "0.9", "--false-calls", "0.1"],
+    "iou:X with 0 < X <= 1": ["inspect", "--found", "iou:50"],
     "is no time": ["try", "surface", "--minutes", "inf"],
 }
 """A part of what is said -> words with one mistake."""

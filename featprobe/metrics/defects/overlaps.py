@@ -83,7 +83,7 @@ def rule_of(text: str | None, *, same_class: bool = False) -> FoundRule:
         raise ProbeError(
             f"There is no rule {str(text)[:80]!r} of when a defect is found. Nothing was computed.\n"
             "  wanted  usual, or iou:X with 0 < X <= 1, as iou:0.5\n"
-            "The usual rule: a call covers the center of the defect, or a tenth of its area, or their IoU is at least 0.1."
+            "The usual rule: a call covers the center of a defect or a tenth of its area, or their IoU is at least 0.1."
         )
     return FoundRule(iou, same_class)
 

@@ -34,7 +34,7 @@ def upper_a90(model: Model, fitted: Fit, reach: float = ALONE, inflation: Inflat
 
     def within(angle: Floats) -> np.ndarray:
         nonlocal rise
-        best, rise = _best_through(model, q, angle, rise)
+        best, rise = best_through(model, q, angle, rise)
         direction = np.stack([np.cos(angle), np.sin(angle)], -1)
         allowed = reach if inflation is None else reach * inflation(direction)
         return np.asarray(2 * (fitted.log_likelihood - best) <= allowed)
@@ -47,7 +47,7 @@ def upper_a90(model: Model, fitted: Fit, reach: float = ALONE, inflation: Inflat
     return np.where(infinite, np.inf, np.tan(inside))
 
 
-def _best_through(model: Model, q: float, angle: Floats, start: Floats) -> tuple[Floats, Floats]:
+def best_through(model: Model, q: float, angle: Floats, start: Floats) -> tuple[Floats, Floats]:
     """The highest log likelihood of the growing curves with one a90, and how far that curve is from b0 = q, b1 = 0."""
     turned = np.stack([-np.sin(angle), np.cos(angle)], -1)
     along = np.einsum("...k,...kn->...n", turned, model.columns)[..., None, :]

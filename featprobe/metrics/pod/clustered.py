@@ -6,14 +6,16 @@ compares this bound with others.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from featprobe.metrics.pod.bounds import Inflation
-from featprobe.metrics.pod.maximum_likelihood import Fit, Floats, Model, solved
+from featprobe.metrics.pod.bounds import ALONE, DETECTED, Inflation, best_through
+from featprobe.metrics.pod.maximum_likelihood import Fit, Floats, Model, fit, solved
+
+FEW_STEPS = 12  # of Newton's method, from the fit of all targets
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,23 @@ class Clusters:
         return np.asarray(np.add.reduceat(values[..., self.order], self.starts, axis=-1))
 
 
-def inflation_of(model: Model, fitted: Fit, clusters: Clusters) -> Inflation:
+def inflation_of(model: Model, fitted: Fit, clusters: Clusters, drawn: Floats | None = None) -> Inflation:
     """How much clusters inflate the variance of b0 d0 + b1 d1, at least 1.
 
     The variance between clusters is the jackknife's, each cluster left out by one step of Newton's method: with few
-    clusters it is a little too large, where the usual sandwich is too small.
+    clusters it is a little too large, where the usual sandwich is too small. drawn: (..., clusters), how many times
+    each cluster is there, of a resample whose model has these counts.
     """
+    once = replace(model, counts=1.0)
     information = model.information(fitted.weights)
-    scores = clusters.sums(model.scores(fitted.weights)[..., None, :] * model.columns)  # (..., 2, clusters)
+    scores = clusters.sums(once.scores(fitted.weights)[..., None, :] * model.columns)  # (..., 2, clusters)
     bend = model.link.bend(model.margins(fitted.weights))
-    products = model.columns[..., :, None, :] * model.columns[..., None, :, :] * bend[..., None, None, :]
-    parts = np.moveaxis(clusters.sums(products), -1, -3)  # (..., clusters, 2, 2)
+    ones, x = model.columns[..., 0, :], model.columns[..., 1, :]
+    parts = clusters.sums(np.stack([ones * ones * bend, ones * x * bend, x * x * bend], -2))
+    parts = np.moveaxis(parts[..., [[0, 1], [1, 2]], :], -1, -3)  # (..., clusters, 2, 2)
     moved = solved(information[..., None, :, :] - parts, np.swapaxes(scores, -1, -2))  # (..., clusters, 2)
-    between = np.swapaxes(moved, -1, -2) @ moved * (len(clusters) - 1) / len(clusters)
+    times = np.ones(len(clusters)) if drawn is None else drawn
+    between = (np.swapaxes(moved, -1, -2) * times[..., None, :]) @ moved * (len(clusters) - 1) / len(clusters)
 
     def inflation(direction: Floats) -> Floats:
         alone = np.einsum("...k,...k->...", direction, solved(information, direction))
@@ -60,6 +66,31 @@ def inflation_of(model: Model, fitted: Fit, clusters: Clusters) -> Inflation:
         return np.asarray(np.maximum(together / alone, 1))
 
     return inflation
+
+
+def calibrated_reach(model: Model, fitted: Fit, clusters: Clusters, draws: int, rng: np.random.Generator) -> Floats:
+    """What is allowed of the inflated likelihood ratio of a90, (...,), after so many resamples of clusters.
+
+    In each resample the a90 of all targets is the true one; its signed root of the likelihood ratio is looked at.
+    """
+    b0, b1 = np.moveaxis(fitted.weights, -1, 0)
+    q = float(model.link.quantile(DETECTED))
+    angle = np.arctan((q - b0) / b1)[..., None]
+    sizes = np.diff(np.r_[clusters.starts, model.signs.shape[-1]])
+    drawn = rng.multinomial(len(clusters), np.full(len(clusters), 1 / len(clusters)), (*b0.shape, draws)).astype(float)
+    counts = np.empty((*drawn.shape[:-1], len(clusters.order)))
+    counts[..., clusters.order] = np.repeat(drawn, sizes, -1)
+    many = Model(model.link, model.signs[..., None, :], model.columns[..., None, :, :], 0.0, counts)
+    start = np.broadcast_to(fitted.weights[..., None, :], (*drawn.shape[:-1], 2))
+    again = fit(many, start, FEW_STEPS)
+    best, _ = best_through(many, q, angle, np.broadcast_to(np.hypot(b1, q - b0)[..., None], drawn.shape[:-1]))
+    direction = np.stack([np.cos(angle), np.sin(angle)], -1)
+    with np.errstate(over="ignore", invalid="ignore"):  # resamples whose hits and misses don't overlap
+        inflated = inflation_of(many, again, clusters, drawn)(direction)
+    ratio = 2 * (again.log_likelihood - best) / np.where(np.isfinite(inflated), inflated, 1)
+    above = np.einsum("...k,...k->...", again.weights, direction) < q * direction[..., 0]  # a90 is larger there
+    roots = np.where(above, 1, -1) * np.sqrt(np.maximum(ratio, 0))
+    return np.asarray(np.minimum(np.quantile(roots, 0.05, axis=-1), -np.sqrt(ALONE))) ** 2
 
 
 def reaches(clusters: Clusters) -> tuple[float, float]:

@@ -13,7 +13,7 @@ UNCHECKED = (
     "The labels are right: each defect is marked, and its marked size is its true size.",
     "Each defect is seen once. Several shots of one defect are one observation: give them one group.",
     "Source, detector and exposure are those of production, and are calibrated.",
-    "What people do with a call: a call that a person overrules is not found.",
+    "People act on every call. A call that a person overrules finds nothing.",
     "The threshold was fixed before these images were seen, and nothing was tuned on them.",
 )
 """What the data can't show, and whoever signs the qualification answers for."""

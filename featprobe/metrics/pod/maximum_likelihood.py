@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import expit, log_expit, log_ndtr, logit, ndtr, ndtri
 
 from featprobe.metrics.pod.values import Link
 
 Floats = NDArray[np.float64]
 STEPS = 100  # of Newton's method; a set whose hits and misses overlap well takes less than ten
-CLOSE = 1e-10  # gain in the log likelihood that the next step promises, below which a fit has converged
+CLOSE = 1e-14  # gain in the log likelihood that the next step promises, below which a fit has converged
+ROUNDING = 1e-9  # of a log likelihood
 HALVINGS = 30  # of a step, after which no step helps
 FAR = 5.0  # times 1 + the weights' length: no step is longer
 DAMPING = 1e-12  # of the information, so that it can always be solved
@@ -59,8 +60,8 @@ class Model:
     link: LinkFunction
     signs: Floats
     columns: Floats
-    offset: ArrayLike = 0.0
-    counts: ArrayLike = 1.0
+    offset: Floats | float = 0.0
+    counts: Floats | float = 1.0
 
     def arguments(self, weights: Floats) -> Floats:
         """The argument of F of each target, (..., n). weights: (..., k)."""
@@ -120,7 +121,7 @@ def _climbed(model: Model, weights: Floats, best: Floats, step: Floats) -> tuple
     step = np.where(length > longest, step * (longest / np.maximum(length, longest)), step)
     for _ in range(HALVINGS):
         reached = model.log_likelihood(weights + step)
-        falls = ~(reached >= best - CLOSE)
+        falls = ~(reached >= best - ROUNDING)
         if not falls.any():
             break
         step = np.where(falls[..., None], step / 2, step)

@@ -17,8 +17,8 @@ LARGEST_CARD = 1 << 26  # bytes
 
 @dataclass(frozen=True)
 class ScoredHead:
-    """A saved head. row: what it scored; head_sha256: of its weights, by which what lies beside it is known. root: of the
-    data set that it was trained on.
+    """A saved head. row: what it scored; head_sha256: of its weights, by which what lies beside it is known. root: of
+    the data set that it was trained on.
     """
 
     folder: Path

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from featprobe.metrics.defects.overlaps import finds, touched
+from featprobe.metrics.defects.overlaps import finds
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
 from featprobe.probes import Head
 from featprobe.processes import gathered
@@ -74,8 +75,10 @@ def record_validation(
 
 
 def _truth(prepared: Prepared, split: str) -> SplitTruth:
-    options, images = prepared.training.options, images_of(prepared.cache, prepared.rows[split])
-    return SplitTruth(prepared.cache, images, split, options.instances, quiet=options.quiet)
+    cache, options = prepared.cache, prepared.training.options
+    size = prepared.training.workspace.pixel_size(cache.data.name, Path(cache.data.root))
+    images = images_of(cache, prepared.rows[split])
+    return SplitTruth(cache, images, split, options.instances, pixel_size=size, quiet=options.quiet)
 
 
 def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal["validation", "default", ""]) -> About:
@@ -139,7 +142,7 @@ class Trials(_OnMaps):
             calls = calls_of_map(values, base, classes)
             overlaps = overlaps_of_map(calls, ground)
             defects = found_scores(finds(overlaps, self.rule), calls.score, len(overlaps.defect_class))
-            each.append((defects, calls.score[touched(overlaps) == NOTHING]))
+            each.append((defects, calls.score[self.truth.judged(image, overlaps) == NOTHING]))
         self.found[head, image] = each
 
     def best(self) -> Bases:

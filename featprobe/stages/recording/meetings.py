@@ -190,7 +190,7 @@ def _boxes_meet(boxes: Boxes, others: Boxes) -> _Met:
         part = boxes[start : start + step, None]
         sides = np.minimum(part[..., 2:], others[:, 2:]) - np.maximum(part[..., :2], others[:, :2])
         shared = sides.clip(min=0).prod(-1)  # (calls, others)
-        covers = ((part[..., :2] <= middle) & (middle <= part[..., 2:])).all(-1)
+        covers: NDArray[np.bool_] = np.all((part[..., :2] <= middle) & (middle <= part[..., 2:]), axis=-1)
         call, other = np.nonzero((shared > 0) | covers)
         found.append(_Met(
             call + start, other, shared[call, other], area[call + start], other_area[other], covers[call, other]

@@ -29,6 +29,7 @@ from featprobe.metrics.defects.records import (
     Images,
     Indices,
     Records,
+    found_scores,
 )
 
 RECORDS = "defects.parquet"
@@ -289,15 +290,11 @@ def _finds(column: Column, rows: list[slice], defects: Defects, calls: Calls) ->
     of_call = np.repeat(np.arange(len(calls)), lengths[rows[2]])
     first = np.searchsorted(defects.image, calls.image)
     count = np.searchsorted(defects.image, calls.image, side="right") - first
-    _check(
-        (numbers >= 0).all() and (numbers < count[of_call]).all(), "finds", "a defect is not in the image of its call"
-    )
+    inside = (numbers >= 0) & (numbers < count[of_call])
+    _check(inside.all(), "finds", "a call finds what is not in its image")
     pairs = np.stack([of_call, first[of_call] + numbers], axis=1).astype(np.intp)
-    best = np.full(len(defects), -np.inf, np.float32)
-    np.maximum.at(best, pairs[:, 1], calls.score[pairs[:, 0]])
-    _check(
-        np.array_equal(best, defects.score), "score", "that of a defect is not the highest of the calls that find it"
-    )
+    best = found_scores(pairs, calls.score, len(defects))
+    _check(np.array_equal(best, defects.score), "score", "a defect has another than the highest call that finds it")
     again = len(np.unique(pairs[:, 0] * (len(defects) + 1) + pairs[:, 1])) < len(pairs)
     _check(not again, "finds", "a call finds a defect twice")
     _check((calls.touched[pairs[:, 0]] == TOUCHES).all(), "touched", "a call that finds a defect touches none")

@@ -10,7 +10,18 @@ from numpy.typing import NDArray
 
 from featprobe.cache import Cache
 from featprobe.metrics.defects.overlaps import Overlaps, finds, touched
-from featprobe.metrics.defects.records import SIZES, About, Calls, Floats, FoundRule, Indices, Records, found_scores
+from featprobe.metrics.defects.records import (
+    GOOD,
+    IGNORED,
+    SIZES,
+    About,
+    Calls,
+    Floats,
+    FoundRule,
+    Indices,
+    Records,
+    found_scores,
+)
 from featprobe.processes import from_main, gathered
 from featprobe.specs import Rows
 from featprobe.stages.recording.map_calls import calls_of_map
@@ -25,13 +36,25 @@ from featprobe.targets import Labels
 class SplitTruth:
     """The defects of the images of a split, which all processes know together.
 
-    images: indices among those of the cache. table: of these images, in the same order. source: see `truth.defects_of`.
+    images: indices among those of the cache. table: of these images, in the same order. source, pixel_size: see
+    `truth.table_of`.
     """
 
-    def __init__(self, cache: Cache, images: Rows, split: str, source: Source = "own", *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        images: Rows,
+        split: str,
+        source: Source = "own",
+        *,
+        pixel_size: Spacing | None = None,
+        quiet: bool = False,
+    ) -> None:
         self.cache, self.images, self.source = cache, images, source
-        self.table: Truth = from_main(lambda: table_of(cache, images, source, split=split, quiet=quiet))
-        self._spacing = dict(zip(images.tolist(), self.table.images.spacing.tolist(), strict=True))
+        self.table: Truth = from_main(
+            lambda: table_of(cache, images, source, pixel_size=pixel_size, split=split, quiet=quiet)
+        )
+        self._place = {image: i for i, image in enumerate(images.tolist())}
         self._last: tuple[int, Ground] | None = None  # many heads are recorded at many bases, image by image
 
     def ground(self, image: int) -> Ground:
@@ -43,8 +66,18 @@ class SplitTruth:
 
     def spacing(self, image: int) -> Spacing:
         """Millimetres per pixel of an image, down and across; nan where unknown."""
-        down, across = self._spacing[image]
+        down, across = self.table.images.spacing[self._place[image]].tolist()
         return down, across
+
+    def judged(self, image: int, overlaps: Overlaps) -> NDArray[np.uint8]:
+        """What each call in an image touches, (calls,).
+
+        Where an image is not known to be good, and nothing says where its defect is, no call is a false one.
+        """
+        ground = self.ground(image)
+        unplaced = self.table.images.good[self._place[image]] != GOOD and not ground.defects and not ground.ignored
+        found = touched(overlaps)
+        return np.full_like(found, IGNORED) if unplaced else found
 
 
 @dataclass(frozen=True)
@@ -109,7 +142,13 @@ class Recorder(Watch):
         unknown = isnan(spacing[0])
         millimetres = np.full_like(pixels, np.nan) if unknown else _sizes([one.sizes(spacing) for one in outlines])
         self._found[head][image] = _Found(
-            overlaps.call_class, boxes, pixels, millimetres, score, touched(overlaps), finds(overlaps, self.rule)
+            overlaps.call_class,
+            boxes,
+            pixels,
+            millimetres,
+            score,
+            self.truth.judged(image, overlaps),
+            finds(overlaps, self.rule),
         )
 
     def records(self, abouts: Sequence[About]) -> list[Records]:

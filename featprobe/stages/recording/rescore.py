@@ -65,7 +65,7 @@ def rescore(
     caches, passes, notes = caches_by_key(workspace), dict[Any, list[_Saved]](), list[str]()
     for row in rows:
         try:
-            one = _Saved(row, head_folder(workspace.probes, row), card_beside(workspace.probes, row))
+            one = _Saved(row, head_folder(workspace.probes, row), card_beside(workspace.probes, row, hashes=True))
             passes.setdefault(one.pass_over, []).append(one)
         except FeatprobeError as error:
             notes.append(_left_aside(row, error))

@@ -163,8 +163,9 @@ class Classification:
         """
         units, found = self._probabilities(heads, feed, rows)
         if watch is not None and self.names.says_good and is_main():
-            scores = [defect_scores(own, self.names.multi, self._good) for own in found]
-            hand_over(self.cache, units.tolist(), np.stack(scores, axis=1).tolist(), self.asked.unit, watch)
+            each = [defect_scores(own, self.names.multi, self._good) for own in found]
+            scores = list(zip(*(own.tolist() for own in each if own is not None), strict=True))
+            hand_over(self.cache, units.tolist(), scores, self.asked.unit, watch)
         return from_main(lambda: [self._outcome(head, units, p) for head, p in zip(heads, found, strict=True)])
 
     def settle(self, heads: Sequence[ImageHead], feed: Feed, val: Rows) -> list[str]:
