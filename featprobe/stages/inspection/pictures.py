@@ -98,7 +98,7 @@ def _of_miss(own: Inspection, index: int) -> tuple[int, Box | None, str]:
         said = [_size_text(own, defects.size(own.size, own.unit)[index])]
         said += [] if isnan(defects.contrast[index]) else [f"contrast to noise {defects.contrast[index]:.2g}"]
         said += ["cut by the border of the image"] if defects.cut[index] else []
-        said += [f"called at {score:.3g}, threshold {threshold:.3g}" if np.isfinite(score) else "no call finds it"]
+        said += [f"its score {score:.3g}, threshold {threshold:.3g}" if np.isfinite(score) else "no call finds it"]
     name = _name(own, int(defects.category[index]), "defect")
     return image, _box(defects.boxes[index]), f"Missed {name} in {own.records.images.ids[image]}: {_list(said)}"
 
@@ -138,7 +138,7 @@ def _list(said: Sequence[str]) -> str:
 
 def _box(values: NDArray[np.float32]) -> Box | None:
     x1, y1, x2, y2 = values.tolist()
-    return None if np.isnan(values).any() else (x1, y1, x2, y2)
+    return (x1, y1, x2, y2) if np.isfinite(values).all() else None
 
 
 class _Images:

@@ -332,7 +332,8 @@ def test_each_image_has_the_spacing_of_its_own_header(tmp_path: Path) -> None:
 
 def test_the_configuration_states_pixels_of_a_set_by_its_place_and_else_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "featprobe.toml").write_text(
-        "[data.one]\npath = 'a'\npixel_size = 0.05\n[data.two]\npath = 'b'\npixel_size = [1, 0.5]\n[data.three]\npath = 'c'\n"
+        "[data.one]\npath = 'a'\npixel_size = 0.05\n"
+        "[data.two]\npath = 'b'\npixel_size = [1, 0.5]\n[data.three]\npath = 'c'\n"
     )
     size = Workspace(tmp_path).pixel_size
     assert size("one", tmp_path / "a") == (0.05, 0.05) and size("two", tmp_path / "b") == (1.0, 0.5)
