@@ -34,7 +34,7 @@ from featprobe.stages.comparison.differences import (
     differences_of,
     modality_gaps,
 )
-from featprobe.stages.comparison.found import Findings, findings_of, names_without_records, probability_of
+from featprobe.stages.comparison.found import Findings, findings_of, names_without_records, pictures_of, probability_of
 from featprobe.stages.comparison.next_steps import next_steps
 from featprobe.stages.comparison.recipes import told_apart
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
@@ -452,6 +452,7 @@ def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Find
         item.sheets,
         item.commands,
         item.findings,
+        worst=pictures_of(own) if own else (),
         pod=probability_of(own) if own else None,
         steps=next_steps(workspace, table, lead, found.missing),
     )

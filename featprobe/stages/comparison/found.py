@@ -13,14 +13,17 @@ from featprobe.metrics.defects.records import GOOD
 from featprobe.metrics.images import value_of
 from featprobe.report.page import Probability
 from featprobe.report.pod_plot import pod_plot
+from featprobe.report.rendering import Picture
 from featprobe.stages.comparison.differences import Line, Table, kind_of_pair
 from featprobe.stages.comparison.results import Result
 from featprobe.stages.inspection.inspect import Inspection, inspect_head
 from featprobe.stages.inspection.lines import class_lines, froc_lines, head_line, size_lines
+from featprobe.stages.inspection.pictures import worst
 from featprobe.stages.inspection.pod import drawing_of, pod_lines, pod_of
 from featprobe.stages.workspace import Workspace
 
 Floats = NDArray[np.float64]
+PICTURES = 4  # of misses, and as many of false calls
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,14 @@ def probability_of(own: Inspection) -> Probability:
         else:
             said.append((line, []))
     return Probability(pod_plot(drawing, "probability of detection") if drawing else "", said)
+
+
+def pictures_of(own: Inspection) -> list[Picture]:
+    """The worst misses and the worst false calls of a head, each enlarged beside its whole image."""
+    return [
+        Picture.of(shown.caption, shown.png) if shown.png else Picture(shown.caption, fault=shown.fault)
+        for shown in worst(own, PICTURES)
+    ]
 
 
 def names_without_records(each: Sequence[Findings]) -> list[str]:
