@@ -70,11 +70,12 @@ def share_text(count: int, of: int, low: float, high: float) -> str:
 def percent(share: float) -> str:
     """A share of a few dozens in percent: whole, but near to either end with one decimal.
 
-    >>> [percent(share) for share in (0.0, 0.004, 0.0312, 0.872, 0.9968, 1.0)]
-    ['0', '0.4', '3', '87', '99.7', '100']
+    >>> [percent(share) for share in (0.0, 0.0004, 0.0312, 0.872, 0.9968, 0.9999, 1.0)]
+    ['0', '0.04', '3', '87', '99.7', '99.9', '100']
     """
-    near = 0 < share < 0.01 or 0.99 < share < 1
-    return f"{100 * share:.1f}" if near else f"{100 * share:.0f}"
+    if 0.99 < share < 1:
+        return f"{min(100 * share, 99.9):.1f}"
+    return f"{100 * share:.1g}" if 0 < share < 0.01 else f"{100 * share:.0f}"
 
 
 def false_calls_text(finding: Line) -> str:
