@@ -197,6 +197,6 @@ def _verdict(difference: Line, lead: Line) -> str:
 def _beside(difference: Line, lead: Line, rival: Line) -> str:
     """What the other finds, by how much that is more, and its false calls."""
     sign = -1 if difference["folder_a"] == lead["folder"] else 1
-    low, high = sorted((sign * difference["low"], sign * difference["high"]))
-    points = f"{100 * sign * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')}"
+    low, high = sorted((sign * difference["low"] + 0.0, sign * difference["high"] + 0.0))  # no -0.0
+    points = f"{100 * sign * difference['difference'] + 0.0:+.1f} points, {interval_text(low, high, '+.1f')}"
     return f"{rival['found']} of {rival['defects']} ({points}), with {false_calls_text(rival)}"

@@ -1,6 +1,8 @@
 """The answer in defects and parts says what its figures say, and no more."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from featprobe.report.defect_answer import defect_sentences, found_from, leading
 from featprobe.report.facts import cost_sentence, data_sentence
 from featprobe.report.finding_tables import finding_table
+from featprobe.report.page import Answer, PageSet, Probability, page_text
+from featprobe.report.rendering import Picture
 
 NAN = float("nan")
 
@@ -134,6 +138,23 @@ def test_data_and_cost_are_said_in_words() -> None:
         "the regime full took 25.0 min."
     )
     assert "a time that was not kept" in cost_sentence([line(extract_seconds=NAN)])
+
+
+def test_whatever_the_page_says_of_findings_is_escaped() -> None:
+    hostile = "<script>alert('&\"$x_1$')</script>"
+    stored = json.loads((Path(__file__).parents[1] / "golden" / "compare.json").read_text())["sets"][-1]["lines"][0]
+    unknown = {name: NAN for name, value in stored.items() if value is None and name.endswith(("_sd", "_low", "_high"))}
+    shown = {**stored, **unknown, "backbone": hostile, "regime": "frozen", "differs": hostile}
+    own = finding(hostile, 30, classes=[hostile], wanted=hostile, size=hostile, dtype=None, fraction=1.0, recipe_key="",
+                  by_class=[{"class": hostile, "defects": 47, "missed": 17}] * 2)  # fmt: skip
+    curve = [{"false_calls": rate, "recall": 0.5, "low": 0.4, "high": 0.6} for rate in (0.0, 0.1, 1.0)]
+    own |= {"froc": curve, "by_size": [{**size, "low": 0.1, "high": 0.9} for size in own["by_size"]]}
+    said = Answer(hostile, defect_sentences([own], (), False), [hostile], [hostile])
+    worst = [Picture(hostile, fault=hostile), Picture.of(hostile, b"")]
+    pod = Probability("", [(hostile, [hostile]), (hostile, [hostile])])
+    item = PageSet(hostile, [shown], [], [], [hostile], [own], worst, pod, [(hostile, hostile)])
+    text = page_text(hostile, [said], [item], [], [(hostile, hostile)], [hostile])
+    assert "<script" not in text and text.count("&lt;script&gt;") > 30 and text.count("<svg") >= 3
 
 
 def test_a_table_of_findings_leaves_out_what_it_does_not_know() -> None:
