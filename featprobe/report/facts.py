@@ -6,7 +6,7 @@ from typing import Any
 
 from featprobe.errors import counted
 from featprobe.machine import time_text
-from featprobe.report.defect_answer import things
+from featprobe.report.findings.defect_answer import things
 
 Line = Mapping[str, Any]
 

@@ -16,9 +16,9 @@ from featprobe.report.comparison import (
     result_table,
     scores_of,
 )
-from featprobe.report.defect_answer import leading
-from featprobe.report.finding_tables import finding_table, size_name, size_table
-from featprobe.report.inspection_plots import BANDS, FrocCurve, SizeCurve, froc_plot, size_plot
+from featprobe.report.findings.defect_answer import leading
+from featprobe.report.findings.finding_tables import finding_table, size_name, size_table
+from featprobe.report.findings.inspection_plots import BANDS, FrocCurve, SizeCurve, froc_plot, size_plot
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 from featprobe.report.rendering import Grid, Picture, render
 from featprobe.scores import LABELS, SCORES

@@ -18,8 +18,8 @@ from featprobe.metrics.images import value_of
 from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, behind_sentences, gap_sentences
 from featprobe.report.comparison import difference_frame, result_frame
-from featprobe.report.defect_answer import defect_sentences, leading
 from featprobe.report.facts import cost_sentence, data_sentence
+from featprobe.report.findings.defect_answer import defect_sentences, leading
 from featprobe.report.page import Answer, PageSet, page_text
 from featprobe.report.tables import csv_text
 from featprobe.scores import FEW_GROUPS, SCORES

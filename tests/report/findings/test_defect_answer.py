@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featprobe.report.defect_answer import defect_sentences, found_from, leading
 from featprobe.report.facts import cost_sentence, data_sentence
-from featprobe.report.finding_tables import finding_table
+from featprobe.report.findings.defect_answer import defect_sentences, found_from, leading
+from featprobe.report.findings.finding_tables import finding_table
 from featprobe.report.page import Answer, PageSet, Probability, page_text
 from featprobe.report.rendering import Picture
 
@@ -142,7 +142,7 @@ def test_data_and_cost_are_said_in_words() -> None:
 
 def test_whatever_the_page_says_of_findings_is_escaped() -> None:
     hostile = "<script>alert('&\"$x_1$')</script>"
-    stored = json.loads((Path(__file__).parents[1] / "golden" / "compare.json").read_text())["sets"][-1]["lines"][0]
+    stored = json.loads((Path(__file__).parents[2] / "golden" / "compare.json").read_text())["sets"][-1]["lines"][0]
     unknown = {name: NAN for name, value in stored.items() if value is None and name.endswith(("_sd", "_low", "_high"))}
     shown = {**stored, **unknown, "backbone": hostile, "regime": "frozen", "differs": hostile}
     own = finding(hostile, 30, classes=[hostile], wanted=hostile, size=hostile, dtype=None, fraction=1.0, recipe_key="",
