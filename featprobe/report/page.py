@@ -46,6 +46,13 @@ HOW_TO_READ = (
     "Seconds: of one training pass with all its trials (mean over seeds), of the extraction of the features, and "
     "of both. Features are extracted once and serve every head.",
 )
+HOW_FOUND = (
+    "Defects and parts are of one head each: of its seeds the one that is best on validation, at a threshold that was "
+    "chosen on validation. A defect is found by a call with: {}. A false call touches no defect and no ignored area. A "
+    "part is stopped, or does not pass, where any of its images holds a call. Intervals of defects allow for those of "
+    "one part that are found or missed together. Differences between what two heads find are of these two heads, over "
+    "the same test groups, corrected for all of this page (Holm)."
+)
 WORDS = {"backbone", "regime", "head", "recipe", "operating point", "within", "difference", "gap", "task", "verdict on"}
 """Columns that are read, not compared."""
 TRAINED = {"trials", "head params", "backbone params", "iterations", REACHED}
@@ -108,6 +115,8 @@ def page_text(
     shown = [line["task"] for item in sets for line in item.lines]
     of_scores = dict.fromkeys(own.why for task, own in SCORES.items() if task in shown)
     first, *rest = HOW_TO_READ
+    rules = dict.fromkeys(own["rule"] for item in sets for own in item.findings)
+    found = [HOW_FOUND.format("; or with: ".join(rules))] if rules else []
     return render(
         "comparison.html",
         stamp=stamp,
@@ -115,7 +124,7 @@ def page_text(
         sets=[_section(item, number) for number, item in enumerate(sets, start=1)],
         gaps=_grid(gap_table(gaps), "gap") if gaps else None,
         notes=[*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)],
-        how=[" ".join([first, *of_scores]), *rest],
+        how=[*found, " ".join([first, *of_scores]), *rest],
     )
 
 

@@ -9,7 +9,7 @@ from math import isnan
 from typing import Any
 
 from featprobe.errors import counted
-from featprobe.kinds import kind_of
+from featprobe.kinds import kind_of, kinds_of
 from featprobe.report.answer import SURE
 from featprobe.report.comparison import interval_text
 from featprobe.scores import FEW_GROUPS
@@ -163,11 +163,14 @@ def _regimes(differences: Sequence[Line], lead: Line, findings: Sequence[Line], 
             more = _verdict(own, lead)
             start = f"The fine-tuned head finds {more}" if more else "Frozen and fine-tuned are not distinguishable"
             said.append(f"{start}: {rival['backbone']}, {rival['regime']}, finds {_beside(own, lead, rival)}.")
-    if said or not lead["regime"].startswith("frozen") or not kind_of(lead["task"], lead["head"]).live:
+    task = lead["task"]
+    if said or not lead["regime"].startswith("frozen") or not any(kind_of(task, name).live for name in kinds_of(task)):
         return said
-    if tuned:
+    if not tuned:
+        return ["Whether frozen is enough is not known: no backbone was fine-tuned."]
+    if kind_of(task, lead["head"]).live:
         return ["What the fine-tuned backbone finds is not known here: it has no records that can be compared."]
-    return ["Whether frozen is enough is not known: no backbone was fine-tuned."]
+    return []
 
 
 def _backbones(differences: Sequence[Line], lead: Line, findings: Sequence[Line]) -> list[str]:

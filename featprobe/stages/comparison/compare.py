@@ -122,6 +122,7 @@ def compare(
     corrected(family)
     notes += _of_the_family(family)
     notes += [note for table in tables for note in _notes(workspace, table)]
+    notes += [f"{table.title}: {note}" for table, own in zip(tables, found, strict=True) for note in own.notes]
     notes += names_without_records(found)
     answers = [_answer(item) for item in sets]
     answers += [Answer("Modality gap", said=gap_sentences(gaps))] if gaps else []

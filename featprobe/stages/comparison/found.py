@@ -40,6 +40,11 @@ class Findings:
     differences: tuple[Line, ...]
     missing: tuple[str, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of the inspections, each sentence once."""
+        return tuple(dict.fromkeys(note for own in self.inspections for note in own.notes))
+
 
 def findings_of(workspace: Workspace, table: Table) -> Findings:
     """Inspect the heads of a table."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featprobe.kinds import SEEDS
+from featprobe.kinds import SEEDS, kind_of, kinds_of
 from featprobe.scores import FEW_GROUPS
 from featprobe.stages.commands import level_command
 from featprobe.stages.comparison.differences import Table, budget_unchecked
@@ -41,7 +41,8 @@ def _steps_to_know_more(table: Table, options: Sequence[str]) -> list[Step]:
     results = table.results
     trained = [result for result in results if not result.solved]
     steps = []
-    live = [result.row.head for result in results if result.row.kind.live]
+    task = results[0].row.task
+    live = [name for name in (*(r.row.head for r in results), *kinds_of(task)) if kind_of(task, name).live]
     if live and not any(result.row.regime == "full" for result in results):
         command = ["featprobe", "finetune", *options, "--head", live[0]]
         steps.append(("See whether frozen is enough", shlex.join(command)))

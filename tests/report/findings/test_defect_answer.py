@@ -71,7 +71,8 @@ def test_the_first_sentence_has_defects_sizes_and_false_calls() -> None:
         ({"recall_low": NAN}, r"crack defects \(87 %\)"),
         ({"defects": 0, "found": 0, "by_size": [], "bad_parts": 0}, "hold no defect, so nothing is said"),
         ({"groups": 9}, "only 9 test groups"),
-        ({"head": "ridge"}, "^(?!.*Whether frozen)"),
+        ({"head": "ridge"}, "Whether frozen is enough is not known"),
+        ({"task": "anomaly", "head": "patchcore"}, "^(?!.*Whether frozen)"),
     ],
 )
 def test_what_the_test_images_can_not_show_is_not_said(changed: dict[str, Any], words: str) -> None:
