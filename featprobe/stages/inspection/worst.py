@@ -53,13 +53,14 @@ def worst(inspection: Inspection, count: int) -> list[Closeup]:
 def spread(order: Sequence[int], images: NDArray[np.intp]) -> list[int]:
     """The same indices, those first that are the first of their image.
 
-    >>> spread([4, 0, 2, 1], np.array([7, 8, 9, 9, 8]))
+    >>> spread([4, 1, 0, 2], np.array([7, 8, 9, 9, 8]))
     [4, 2, 0, 1]
     """
     first: dict[int, int] = {}
     for index in order:
         first.setdefault(int(images[index]), index)
-    return [*first.values(), *(index for index in order if index not in set(first.values()))]
+    firsts = set(first.values())
+    return [*first.values(), *(index for index in order if index not in firsts)]
 
 
 def _missed_first(own: Inspection, missed: NDArray[np.intp]) -> Iterator[int]:
