@@ -100,7 +100,15 @@ def _padding(header: Any, path: Path) -> tuple[int, int] | None:
 
 
 def _spacing(header: Any, frame: int) -> Spacing | None:
-    """Millimetres per pixel of a frame, down and across; None where nothing usable is stated.
+    """Millimetres per pixel of a frame, down and across; None where nothing usable is stated."""
+    try:
+        return _stated_spacing(header, frame)
+    except Exception:  # pydicom raises many kinds of errors on damaged tags, and pixels can be read without these
+        return None
+
+
+def _stated_spacing(header: Any, frame: int) -> Spacing | None:
+    """The spacing by the tags of a file; raises any error where one of them is damaged.
 
     PixelSpacing is that of the object: of the frame's functional group, the shared one, or the data set. Without it,
     ImagerPixelSpacing is that of the detector's plane, over the magnification where it is stated, and
@@ -124,12 +132,11 @@ def _two_lengths(source: Any, name: str) -> Spacing | None:
 
 
 def _lengths(source: Any, name: str) -> list[float]:
-    """The numbers of a tag; none where it is not there, or holds anything but numbers that a length can have."""
-    try:
-        value = source.get(name)
-        found = [] if value is None else [float(one) for one in (value if isinstance(value, Sequence) else [value])]
-    except (ValueError, TypeError, OverflowError):
+    """The numbers of a tag; none where it is not there, or holds numbers that no length has."""
+    value = source.get(name)
+    if value is None or isinstance(value, bytes):
         return []
+    found = [float(one) for one in (value if isinstance(value, Sequence) else [value])]
     return found if all(LEAST_SPACING <= one <= MOST_SPACING for one in found) else []
 
 

@@ -53,13 +53,14 @@ def worst(inspection: Inspection, count: int) -> list[Closeup]:
 def spread(order: Sequence[int], images: NDArray[np.intp]) -> list[int]:
     """The same indices, those first that are the first of their image.
 
-    >>> spread([4, 0, 2, 1], np.array([7, 8, 9, 9, 8]))
+    >>> spread([4, 1, 0, 2], np.array([7, 8, 9, 9, 8]))
     [4, 2, 0, 1]
     """
     first: dict[int, int] = {}
     for index in order:
         first.setdefault(int(images[index]), index)
-    return [*first.values(), *(index for index in order if index not in set(first.values()))]
+    firsts = set(first.values())
+    return [*first.values(), *(index for index in order if index not in firsts)]
 
 
 def _missed_first(own: Inspection, missed: NDArray[np.intp]) -> Iterator[int]:
@@ -93,12 +94,12 @@ def _of_miss(own: Inspection, index: int) -> tuple[int, Box | None, str]:
     defects, image = own.records.defects, int(own.records.defects.image[index])
     threshold, score = float(own.thresholds[image]), float(defects.score[index])
     if own.records.about.pooled:
-        said = [f"image score {float(own.records.images.score[image]):.3g}, threshold {threshold:.3g}"]
+        said = [f"image {_apart(float(own.records.images.score[image]), threshold)}"]
     else:
         said = [_size_text(own, defects.size(own.size, own.unit)[index])]
         said += [] if isnan(defects.contrast[index]) else [f"contrast to noise {defects.contrast[index]:.2g}"]
         said += ["cut by the border of the image"] if defects.cut[index] else []
-        said += [f"its score {score:.3g}, threshold {threshold:.3g}" if np.isfinite(score) else "no call finds it"]
+        said += [f"its {_apart(score, threshold)}" if np.isfinite(score) else "no call finds it"]
     return image, _box(defects.boxes[index]), _caption(own, "Missed defect", image, int(defects.category[index]), said)
 
 
@@ -106,7 +107,7 @@ def _of_call(own: Inspection, index: int) -> tuple[int, Box | None, str]:
     """Image, box and caption of a false call."""
     calls, image = own.records.calls, int(own.records.calls.image[index])
     said = [
-        f"score {float(calls.score[index]):.3g}, threshold {float(own.thresholds[image]):.3g}",
+        _apart(float(calls.score[index]), float(own.thresholds[image])),
         _size_text(own, calls.size(own.size, own.unit)[index]),
         "no defect in this image"
         if own.records.images.good[image] == GOOD
@@ -119,6 +120,16 @@ def _caption(own: Inspection, what: str, image: int, category: int, said: Sequen
     classes = own.records.about.classes
     name = f" ({classes[category]})" if 0 < category < len(classes) else ""
     return f"{what}{name} in {own.records.images.ids[image]}: {', '.join(text for text in said if text)}"
+
+
+def _apart(score: float, threshold: float) -> str:
+    """A score and a threshold, with as many digits as it takes to tell them apart.
+
+    >>> _apart(0.48412, 0.4844)
+    'score 0.4841, threshold 0.4844'
+    """
+    digits = next((n for n in range(3, 9) if f"{score:.{n}g}" != f"{threshold:.{n}g}"), 9)
+    return f"score {score:.{digits}g}, threshold {threshold:.{digits}g}"
 
 
 def _size_text(own: Inspection, value: float) -> str:

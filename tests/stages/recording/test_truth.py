@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -313,6 +314,28 @@ def test_dicom_files_say_the_size_of_their_pixels(tmp_path: Path) -> None:
     assert spacing(SharedFunctionalGroupsSequence=[shared], PixelSpacing=[9, 9]) == (0.3, 0.4)
     for bad in ([0, 0.1], [-1, 1], [1e9, 1], [0.1], [0.1, 0.1, 0.1]):
         assert spacing(PixelSpacing=bad, NominalScannedPixelSpacing=[0.5, 0.5]) == (0.5, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("DS", b"abc\\def "), ("DS", b"1e999\\1 "), ("DS", b"\xff\xfe"), ("FD", b"123"), ("OB", b"\1\2"), ("SQ", b"1234"),
+     ("UN", b"1234"), ("PN", b"a^b ")],
+)  # fmt: skip
+def test_a_damaged_spacing_is_none_and_pixels_are_read_all_the_same(tmp_path: Path, kind: str, value: bytes) -> None:
+    pytest.importorskip("pydicom")
+    from test_images import write_dicom
+
+    path, levels = tmp_path / "shot.dcm", np.arange(12, dtype=np.uint16).reshape(3, 4)
+    write_dicom(path, levels)
+    long = kind in ("OB", "SQ", "UN")
+    length = struct.pack("<2xI" if long else "<H", len(value))
+    data = path.read_bytes()
+    pixels = data.index(struct.pack("<HH", 0x7FE0, 0x10))
+    tag = struct.pack("<HH", 0x28, 0x30) + kind.encode() + length + value
+    path.write_bytes(data[:pixels] + tag + data[pixels:])
+    with opened(path) as image:
+        assert image.spacing is None and np.array_equal(image.read(), levels)
 
 
 def test_each_image_has_the_spacing_of_its_own_header(tmp_path: Path) -> None:
