@@ -16,10 +16,6 @@ from featprobe.stages.recording.meetings import overlaps_of_map
 from featprobe.stages.recording.recorder import Recorder, SplitTruth
 from featprobe.stages.recording.watch import Watch
 from featprobe.stages.row_images import images_of
-from featprobe.stages.stitch import Objects
-from featprobe.stages.tasks.anomaly import Anomaly
-from featprobe.stages.tasks.classification import Classification
-from featprobe.stages.tasks.segmentation import Segmentation
 from featprobe.stages.tasks.task import Source
 from featprobe.stages.training.prepared import Prepared
 from featprobe.stages.workspace import pixel_size_of
@@ -60,7 +56,7 @@ def record_validation(
 
     The features of validation are read once more, for maps of probabilities twice, for other maps three times.
     """
-    if isinstance(prepared.task, Classification) and not prepared.task.names.says_good:
+    if prepared.task.handed == "nothing":
         return None
     val, test = (_truth(prepared, split) for split in ("val", "test"))
     bases, come_from = _bases(prepared, heads, source, val, rule)
@@ -108,30 +104,18 @@ def _bases(
 
 def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[list[Bases], int]:
     """The bases to try for each head, float32, rising, none without maps; and the place of the usual one."""
-    task = prepared.task
-    if isinstance(task, Segmentation) and prepared.solver is None:
+    handed = prepared.task.handed
+    if handed == "probabilities" and prepared.solver is None:
         bases = tuple(float(np.float32(value)) for value in PROBABILITIES)
         return [bases] * len(heads), PROBABILITIES.index(USUAL_PROBABILITY)
-    if isinstance(task, Segmentation) or (isinstance(task, Anomaly) and task.watched_by_maps):
+    if handed in ("probabilities", "values"):
         sample = _Sample(len(images_of(prepared.cache, prepared.rows["val"])))
         prepared.evaluate(heads, source, prepared.rows["val"], sample)
         return sample.quantiles(len(heads)), QUANTILES.index(USUAL_QUANTILE)
     return [], 0
 
 
-class _OnMaps(Watch):
-    """A watch on heads with maps."""
-
-    def objects(self, head: int, image: int, objects: Objects) -> None:
-        """They find no objects."""
-        raise TypeError("This watch is on heads with maps, which find no objects.")
-
-    def image_score(self, head: int, image: int, score: float) -> None:
-        """They score no image as a whole."""
-        raise TypeError("This watch is on heads with maps, which score no image as a whole.")
-
-
-class Trials(_OnMaps):
+class Trials(Watch):
     """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head.
 
     Here a call has found a defect by their IoU alone, so that no base wins at which one call covers half of an image.
@@ -194,7 +178,7 @@ def area_under_froc(defects: Floats, false_calls: Floats, images: int) -> float:
     return float(found.mean())
 
 
-class _Sample(_OnMaps):
+class _Sample(Watch):
     """Some pixels of each map, drawn by the number of its image, so that all processes draw alike."""
 
     def __init__(self, images: int) -> None:

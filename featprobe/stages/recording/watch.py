@@ -1,10 +1,16 @@
 """The seam between scoring and recording: while heads are scored, each hands over what it finds, image by image."""
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.stages.stitch import Objects
 from featprobe.targets import Labels
+
+Handed = Literal["probabilities", "values", "objects", "scores", "nothing"]
+"""What heads hand to a watch: maps of probabilities, or of other values; objects; scores of whole images; or nothing,
+where nothing says which images are good."""
 
 
 class Watch:

@@ -28,7 +28,7 @@ from featprobe.specs import Rows
 from featprobe.stages.image_truth import defect_regions, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
-from featprobe.stages.recording.watch import Watch
+from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import images_of
 from featprobe.stages.tasks.heat_panels import called_tiles, panel_of, truth_panel
 from featprobe.stages.tasks.seen import Seen, hand_over, of_tiles, seen_on_maps, seen_on_vectors
@@ -111,14 +111,14 @@ class Anomaly:
     ) -> list[Outcome]:
         """Scores of each head on the units that the rows show, which several processes share out among them.
 
-        watch: gets the maps of images where `watched_by_maps`, else the score of each tile, or of each image.
+        watch: gets what `handed` says.
         """
         counters = [PixelCounter() for _ in heads]
         scores: list[tuple[int, list[float]]] = []
         for unit, found in self._seen(heads, feed, scored_here(self.cache, rows)):
             scores.append((unit, [one.score for one in found]))
             truth = self._regions(unit) if any(one.map is not None for one in found) else None
-            watched = watch if self.watched_by_maps else None
+            watched = watch if self.handed == "values" else None
             for i, (counter, one) in enumerate(zip(counters, found, strict=True)):
                 if one.map is None or (truth is None and watched is None):
                     continue
@@ -127,7 +127,7 @@ class Anomaly:
                     counter.add(unit, pixels, *truth)
                 if watched is not None:
                     watched.pixels(i, unit, pixels, None)
-        if watch is not None and not self.watched_by_maps:
+        if watch is not None and self.handed != "values":
             hand_over(self.cache, [unit for unit, _ in scores], [own for _, own in scores], self.asked.unit, watch)
         every = dict(gathered(scores))
         counts = gathered([[counter.units for counter in counters]])
@@ -141,9 +141,11 @@ class Anomaly:
         return from_main(outcomes)
 
     @property
-    def watched_by_maps(self) -> bool:
-        """Whether a watch gets the maps of images: heads make them, and the set says where defects are."""
-        return not self.asked.pooled and self.asked.unit == "image" and bool(self.cache.data.tasks)
+    def handed(self) -> Handed:
+        """Maps where heads make them of whole images, and the set says where defects are."""
+        if self.asked.unit == "tile":
+            return "objects"
+        return "values" if self.cache.data.tasks and not self.asked.pooled else "scores"
 
     def settle(self, heads: Sequence[VerdictHead], feed: Feed, val: Rows) -> list[str]:
         """Set each head's thresholds, of scores and of pixels of maps, from the good units of validation.

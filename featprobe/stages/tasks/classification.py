@@ -34,7 +34,7 @@ from featprobe.specs import Rows
 from featprobe.stages.image_truth import defect_regions, says_good, truth_of, unit_names, units_of
 from featprobe.stages.memory import Batches
 from featprobe.stages.pooled import pooled_vectors
-from featprobe.stages.recording.watch import Watch
+from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import images_of
 from featprobe.stages.tasks.seen import hand_over
 from featprobe.stages.tasks.settle import settled
@@ -159,13 +159,11 @@ class Classification:
     def evaluate(self, heads: Sequence[ImageHead], feed: Feed, rows: Rows, watch: Watch | None = None) -> list[Outcome]:
         """Scores of each head on the units that the rows show, which several processes share out among them.
 
-        watch: gets the score of a defect of each unit, where the labels say which units are good.
+        watch: gets what `handed` says.
         """
         units, found = self._probabilities(heads, feed, rows)
-        if watch is not None and self.names.says_good and is_main():
-            each = [defect_scores(own, self.names.multi, self._good) for own in found]
-            scores = list(zip(*(own.tolist() for own in each if own is not None), strict=True))
-            hand_over(self.cache, units.tolist(), scores, self.asked.unit, watch)
+        if watch is not None and self.handed != "nothing" and is_main():
+            hand_over(self.cache, units.tolist(), _scores(found, self.names, self._good), self.asked.unit, watch)
         return from_main(lambda: [self._outcome(head, units, p) for head, p in zip(heads, found, strict=True)])
 
     def settle(self, heads: Sequence[ImageHead], feed: Feed, val: Rows) -> list[str]:
@@ -214,6 +212,11 @@ class Classification:
                 parts = [self.cache.rows.part_of(unit) for unit in units[own].tolist()]
                 boxes = [tile_boxes(list(zip(parts, labels[own], strict=True)), self.names) for labels in (true, said)]
                 yield image, partial(_boxed, boxes)
+
+    @property
+    def handed(self) -> Handed:
+        """The score of a defect of each tile or image, where the labels say which are good."""
+        return "nothing" if not self.names.says_good else "objects" if self.asked.unit == "tile" else "scores"
 
     @property
     def colours(self) -> tuple[str, ...]:
@@ -277,6 +280,12 @@ class Classification:
         scores = image_scores(scored, self.names.names)
         brief = {score.name: scores[score.name] for score in self.asked.scores.compared}
         return Outcome(scores, brief, {"scores.npz": scored.to_npz()})
+
+
+def _scores(found: Sequence[Shares], names: LabelNames, good: int | None) -> list[tuple[float, ...]]:
+    """The score of a defect of each unit by each head. good: see `defect_scores`."""
+    each = [defect_scores(own, names.multi, good) for own in found]
+    return list(zip(*(own.tolist() for own in each if own is not None), strict=True))
 
 
 def _one_kind(cache: Cache, labels: Tensor, names: Sequence[str], unit: Unit) -> str:

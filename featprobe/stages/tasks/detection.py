@@ -24,7 +24,7 @@ from featprobe.probes.train import Feed
 from featprobe.processes import count, from_main, gathered
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
-from featprobe.stages.recording.watch import Watch
+from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.tasks.labels import shelf_of
@@ -42,6 +42,8 @@ class Detection:
     masks: whether masks are trained and scored too. source: "own" for the set's objects, "components" for connected
     components of its masks. See `task.Task`.
     """
+
+    handed: Handed = "objects"
 
     def __init__(
         self, cache: Cache, train: Rows, device: torch.device, *, masks: bool, source: Literal["own", "components"]

@@ -35,7 +35,7 @@ from featprobe.processes import gathered
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
 from featprobe.stages.findings import surest
-from featprobe.stages.recording.watch import Watch
+from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import whole_logits
 from featprobe.stages.tasks.labels import encode, shelf_of
@@ -57,6 +57,7 @@ class Segmentation:
 
     masks = False
     sides: tuple[float, ...] = ()
+    handed: Handed = "probabilities"
 
     def __init__(
         self,

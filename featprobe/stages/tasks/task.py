@@ -14,7 +14,7 @@ from featprobe.probes.train import Feed, Resident
 from featprobe.processes import own_part
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
-from featprobe.stages.recording.watch import Watch
+from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.training.live import Truth, Views
 
@@ -96,6 +96,10 @@ class Task(Protocol[H]):
     @property
     def colours(self) -> Sequence[str]:
         """What pictures have a colour for, the background first; empty where they have words alone."""
+
+    @property
+    def handed(self) -> Handed:
+        """What `evaluate` hands a watch of each head."""
 
     def truth_of(self, row: int) -> Truth:
         """Labels and objects of a row, at its own size, as augmented views of it are made from them."""
