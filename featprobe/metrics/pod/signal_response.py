@@ -18,8 +18,8 @@ from featprobe.errors import ShapeError, counted
 from featprobe.metrics.pod.censored import ABOVE, BELOW, MEASURED, Floats
 from featprobe.metrics.pod.concave import NoMaximumError
 from featprobe.metrics.pod.line_checks import DOUBT, checks_of, worst
+from featprobe.metrics.pod.pod_values import Pod, Refused
 from featprobe.metrics.pod.signal_line import HIGH, NoGrowthError, SignalLine, fitted_line, knowledge
-from featprobe.metrics.pod.values import Pod, Refused
 
 LEAST_TARGETS = 40  # of the handbook, for signal response
 LEAST_MEASURED = 10  # signals that are not censored: a line and its scatter need some
