@@ -636,7 +636,7 @@ def test_an_operating_point_of_another_kind_or_head_is_refused(heads: dict[str, 
 def test_predict_finds_at_the_operating_point_what_the_records_hold(
     heads: dict[str, Path], workspace: Workspace, tmp_path: Path, task: str
 ) -> None:
-    """The law that makes a figure of `inspect` one of `predict`: the same calls in each image, also in those of test."""
+    """The law that makes a figure of `inspect` one of `predict`: the same calls in each image, those of test too."""
     folder = Path(shutil.copytree(heads[task], tmp_path / "head"))
     sha = json.loads((folder / "card.json").read_text())["head_sha256"]
     records = read_records(folder, sha)

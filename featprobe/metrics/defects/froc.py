@@ -68,7 +68,8 @@ def froc(records: Records, per: Per = "image", resamples: int = RESAMPLES, seed:
     the recall with no more than so many false calls is taken, so that the band also holds what the choice of the
     threshold adds. Its quantiles are set wider for few groups (Hesterberg, What Teachers Should Know about the
     Bootstrap, 2015). It is nowhere narrower than the interval of the recall at a fixed threshold
-    (`clustered_interval`), because resamples of groups in which all is found show no misses.
+    (`clustered_interval`), because resamples of groups in which all is found show no misses. How often it covers:
+    benchmarks/bands.py.
     Raises DataError for a curve per part where groups are not known to be parts.
     """
     check_per(records, per)

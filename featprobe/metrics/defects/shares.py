@@ -38,9 +38,7 @@ def clustered_interval(hits: Floats, trials: Floats, level: float = LEVEL) -> tu
     it, and each group counts as one trial.
 
     Korn and Graubard, Confidence intervals for proportions with small expected number of positive counts estimated
-    from survey data (1998). Simulated with 5 to 40 groups of 1.5 or 4 defects on average, recalls of 0.5, 0.8 and 0.95
-    and correlations within a group of 0, 0.2 and 0.5 it covers in 95 to 100 %, but 92.5 % for 40 groups of 4 at recall
-    0.95 and correlation 0.5; the plain exact interval falls to 77 % there.
+    from survey data (1998). How often it covers: benchmarks/bands.py.
     """
     n, x, groups = trials.sum(1), hits.sum(1), (trials > 0).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
