@@ -12,7 +12,7 @@ from scipy.stats import t
 
 from featprobe.metrics.pod.censored import ABOVE, BELOW, MEASURED, CensoredLine, Floats
 from featprobe.metrics.pod.concave import least
-from featprobe.metrics.pod.values import Curve
+from featprobe.metrics.pod.pod_values import Curve
 
 CONFIDENCE = 0.95
 HIGH = float(ndtri(0.9))  # the score at which 90 % are found

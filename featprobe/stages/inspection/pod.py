@@ -14,8 +14,8 @@ from featprobe.metrics.defects.records import Records, Size, Unit
 from featprobe.metrics.pod.conditions import UNCHECKED
 from featprobe.metrics.pod.floor_ceiling import FloorCeiling, floor_ceiling
 from featprobe.metrics.pod.hit_miss import hit_miss
+from featprobe.metrics.pod.pod_values import Pod, Refused
 from featprobe.metrics.pod.signal_response import SignalPod, signal_response
-from featprobe.metrics.pod.values import Pod, Refused
 
 if TYPE_CHECKING:
     from featprobe.report.pod_plot import PodPicture
@@ -175,7 +175,8 @@ def _said(pod: Pod | Refused, answer: PodAnswer) -> list[str]:
             said.append(f"The bound by the delta method, of the handbook: {_size(pod.delta_a90_95, answer)}.")
         said.append(f"{counted(pod.below, 'signal')} at the noise, {pod.above} at the saturation.")
     if pod.coverage is not None and given:
-        said.append(f"In simulated sets like this one, the bound is above the true a90 in {100 * pod.coverage:.1f} %.")
+        sets = f"of {pod.simulated}" if pod.simulated else "like this one"
+        said.append(f"In simulated sets {sets}, the bound is above the true a90 in {100 * pod.coverage:.1f} %.")
     if pod.lack_of_fit is not None:
         fits = "the curve does not fit, do not use its sizes" if pod.lack_of_fit < DOUBT else "no sign of a lack of fit"
         said.append(f"Fit: p {pod.lack_of_fit:.2g}, {fits}.")

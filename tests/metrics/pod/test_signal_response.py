@@ -14,9 +14,9 @@ from featprobe.errors import ShapeError
 from featprobe.metrics.pod.censored import CensoredLine
 from featprobe.metrics.pod.concave import NoMaximumError, least, maximum
 from featprobe.metrics.pod.line_checks import checks_of, worst
+from featprobe.metrics.pod.pod_values import Refused
 from featprobe.metrics.pod.signal_line import fitted_line
 from featprobe.metrics.pod.signal_response import SignalPod, signal_response
-from featprobe.metrics.pod.values import Refused
 
 Floats = NDArray[np.float64]
 SEEDS = st.integers(0, 2**32 - 1)

@@ -11,8 +11,8 @@ from scipy.special import expit
 from featprobe.metrics.defects.operating import counts_at
 from featprobe.metrics.defects.records import Records
 from featprobe.metrics.pod.conditions import CHECKED, UNCHECKED
+from featprobe.metrics.pod.pod_values import Pod, Refused
 from featprobe.metrics.pod.signal_response import SignalPod
-from featprobe.metrics.pod.values import Pod, Refused
 from featprobe.report.pod_plot import pod_plot
 from featprobe.stages.inspection.pod import PodAnswer, drawing_of, pod_lines, pod_of
 
