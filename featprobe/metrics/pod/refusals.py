@@ -7,7 +7,7 @@ from featprobe.errors import counted
 from featprobe.metrics.pod.pod_values import Kind, Refused
 
 TARGETS = 60  # the least number for hit/miss, MIL-HDBK-1823A
-OF_EACH = 5  # hits, and misses: with fewer the bound of a90 does not cover what it says (benchmarks/pod.py)
+OF_EACH = 5  # hits, and misses: fewer say nearly nothing of one end of the curve
 OF_CLUSTERS = 3  # with fewer there is no variance between them to speak of
 HIT_MISS: Kind = "hit/miss"
 
