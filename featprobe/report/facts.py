@@ -6,7 +6,7 @@ from typing import Any
 
 from featprobe.errors import counted
 from featprobe.machine import time_text
-from featprobe.report.defect_answer import things
+from featprobe.report.findings.defect_answer import things
 
 Line = Mapping[str, Any]
 
@@ -24,7 +24,8 @@ def data_sentence(lines: Sequence[Line], lead: Line | None) -> str:
         return f"{said}."
     unit = "part" if lead["parts_known"] else "image"
     held = f"{lead['defects']} {things(lead)} in {counted(lead['bad_parts'], f'bad {unit}')}"
-    return f"{said}, with {held}, and {counted(lead['good_parts'], f'good {unit}')}."
+    good = lead["good_parts"]
+    return f"{said}, with {held}, and {counted(good, f'good {unit}') if good else f'no good {unit}'}."
 
 
 def cost_sentence(lines: Sequence[Line]) -> str:

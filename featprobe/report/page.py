@@ -7,10 +7,18 @@ from typing import Any
 
 import pandas as pd
 
-from featprobe.report.comparison import class_table, difference_table, gap_table, result_table, scores_of
-from featprobe.report.defect_answer import leading
-from featprobe.report.finding_tables import finding_table, size_name, size_table
-from featprobe.report.inspection_plots import BANDS, FrocCurve, SizeCurve, froc_plot, size_plot
+from featprobe.report.comparison import (
+    NO_INTERVAL,
+    REACHED,
+    class_table,
+    difference_table,
+    gap_table,
+    result_table,
+    scores_of,
+)
+from featprobe.report.findings.defect_answer import leading
+from featprobe.report.findings.finding_tables import finding_table, size_name, size_table
+from featprobe.report.findings.inspection_plots import BANDS, FrocCurve, SizeCurve, froc_plot, size_plot
 from featprobe.report.plots import Dot, Series, dot_plot, line_plot
 from featprobe.report.rendering import Grid, Picture, render
 from featprobe.scores import LABELS, SCORES
@@ -38,8 +46,17 @@ HOW_TO_READ = (
     "Seconds: of one training pass with all its trials (mean over seeds), of the extraction of the features, and "
     "of both. Features are extracted once and serve every head.",
 )
-WORDS = {"backbone", "regime", "head", "within", "difference", "gap", "task", "verdict on"}
+HOW_FOUND = (
+    "Defects and parts are of one head each: of its seeds the one that is best on validation, at a threshold that was "
+    "chosen on validation. A defect is found by a call with: {}. A false call touches no defect and no ignored area. A "
+    "part is stopped, or does not pass, where any of its images holds a call. Intervals of defects allow for those of "
+    "one part that are found or missed together. Differences between what two heads find are of these two heads, over "
+    "the same test groups, corrected for all of this page (Holm)."
+)
+WORDS = {"backbone", "regime", "head", "recipe", "operating point", "within", "difference", "gap", "task", "verdict on"}
 """Columns that are read, not compared."""
+TRAINED = {"trials", "head params", "backbone params", "iterations", REACHED}
+"""Columns that say how heads were trained."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,8 @@ def page_text(
     shown = [line["task"] for item in sets for line in item.lines]
     of_scores = dict.fromkeys(own.why for task, own in SCORES.items() if task in shown)
     first, *rest = HOW_TO_READ
+    rules = dict.fromkeys(own["rule"] for item in sets for own in item.findings)
+    found = [HOW_FOUND.format("; or with: ".join(rules))] if rules else []
     return render(
         "comparison.html",
         stamp=stamp,
@@ -105,7 +124,7 @@ def page_text(
         sets=[_section(item, number) for number, item in enumerate(sets, start=1)],
         gaps=_grid(gap_table(gaps), "gap") if gaps else None,
         notes=[*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)],
-        how=[" ".join([first, *of_scores]), *rest],
+        how=[*found, " ".join([first, *of_scores]), *rest],
     )
 
 
@@ -119,13 +138,31 @@ def _section(item: PageSet, number: int) -> dict[str, Any]:
         "leads": label_of(leading(item.findings), item.findings) if item.findings else "",
         "findings": _grid(finding_table(item.findings), "backbone") if item.findings else None,
         "sizes": _grid(size_table(item.findings)) if any(own["by_size"] for own in item.findings) else None,
-        "results": _grid(result_table(item.lines), "backbone"),
+        "results": _result_grids(item.lines),
         "differences": _grid(difference_table(item.differences), "difference") if item.differences else None,
         "classes": _grid(class_table(item.lines)) if classes else None,
         "sheets": [(c, Picture.read(f"Test images, truth and prediction: {c}", path)) for c, path in item.sheets],
         "steps": item.steps,
         "commands": "\n".join(item.commands),
     }
+
+
+def _result_grids(lines: Sequence[Line]) -> list[tuple[str, Grid]]:
+    """The results in tables that a page is wide enough for: the main score, other scores, how heads were trained."""
+    table = result_table(lines)
+    others = [LABELS[name] for name in scores_of(lines[0])[1:]]
+    which = [name for name in ("backbone", "regime", "head", "recipe", "of train") if name in table]
+    trained = [name for name in map(str, table) if name in TRAINED or name.endswith(" s")]
+    of_others = [form.format(name) for name in others for form in ("{}", "sd {}", "95 % {}")]
+    rest = [name for name in table if name not in {*which, *trained, *of_others}]
+    more = {
+        name: [value if NO_INTERVAL in interval else f"{value} ({interval})"
+               for value, interval in zip(table[name], table[f"95 % {name}"], strict=True)]
+        for name in others if name in table
+    }  # fmt: skip
+    grids = [("Scores", _grid(table[[*which, *rest]], "backbone"))]
+    grids += [("Other scores, with 95 % intervals", _grid(table[which].assign(**more)))] if more else []
+    return [*grids, ("Training and cost", _grid(table[[*which, *trained]]))]
 
 
 def _grid(table: pd.DataFrame, first: str = "") -> Grid:

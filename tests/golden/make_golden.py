@@ -399,12 +399,17 @@ def restored(space: Path) -> Path:
     """A copy of the stored workspace, with its set; files of the right size stand for the tensors of its heads."""
     shutil.copytree(HERE / "stored", space)
     shutil.copytree(HERE / "set", space / "set")
+    stand_in(space)
+    return space
+
+
+def stand_in(space: Path) -> None:
+    """Put files of the right size where the tensors of the heads of a workspace are missing."""
     for path in space.glob("probes/**/card.json"):
         for name, said in json.loads(path.read_text())["files"].items():
             if name.endswith(".safetensors"):
                 (path.parent / name).write_bytes(b"stand-in")
                 os.truncate(path.parent / name, said["bytes"])
-    return space
 
 
 def compared(space: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from featprobe.metrics.images import value_of
 from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, behind_sentences, gap_sentences
 from featprobe.report.comparison import difference_frame, result_frame
-from featprobe.report.defect_answer import defect_sentences, leading
 from featprobe.report.facts import cost_sentence, data_sentence
+from featprobe.report.findings.defect_answer import defect_sentences, leading
 from featprobe.report.page import Answer, PageSet, page_text
 from featprobe.report.tables import csv_text
 from featprobe.scores import FEW_GROUPS, SCORES
@@ -34,7 +34,7 @@ from featprobe.stages.comparison.differences import (
     differences_of,
     modality_gaps,
 )
-from featprobe.stages.comparison.found import Findings, findings_of, names_without_records, probability_of
+from featprobe.stages.comparison.found import Findings, findings_of, names_without_records, pictures_of, probability_of
 from featprobe.stages.comparison.next_steps import next_steps
 from featprobe.stages.comparison.recipes import told_apart
 from featprobe.stages.comparison.results import Result, Unusable, comparable_sets, load_results
@@ -122,6 +122,7 @@ def compare(
     corrected(family)
     notes += _of_the_family(family)
     notes += [note for table in tables for note in _notes(workspace, table)]
+    notes += [f"{table.title}: {note}" for table, own in zip(tables, found, strict=True) for note in own.notes]
     notes += names_without_records(found)
     answers = [_answer(item) for item in sets]
     answers += [Answer("Modality gap", said=gap_sentences(gaps))] if gaps else []
@@ -452,6 +453,7 @@ def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Find
         item.sheets,
         item.commands,
         item.findings,
+        worst=pictures_of(own) if own else (),
         pod=probability_of(own) if own else None,
         steps=next_steps(workspace, table, lead, found.missing),
     )

@@ -13,14 +13,17 @@ from featprobe.metrics.defects.records import GOOD
 from featprobe.metrics.images import value_of
 from featprobe.report.page import Probability
 from featprobe.report.pod_plot import pod_plot
+from featprobe.report.rendering import Picture
 from featprobe.stages.comparison.differences import Line, Table, kind_of_pair
 from featprobe.stages.comparison.results import Result
 from featprobe.stages.inspection.inspect import Inspection, inspect_head
 from featprobe.stages.inspection.lines import class_lines, froc_lines, head_line, size_lines
 from featprobe.stages.inspection.pod import drawing_of, pod_lines, pod_of
+from featprobe.stages.inspection.worst import worst
 from featprobe.stages.workspace import Workspace
 
 Floats = NDArray[np.float64]
+PICTURES = 4  # of misses, and as many of false calls
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Findings:
     inspections: tuple[Inspection, ...]
     differences: tuple[Line, ...]
     missing: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of the inspections, each sentence once."""
+        return tuple(dict.fromkeys(note for own in self.inspections for note in own.notes))
 
 
 def findings_of(workspace: Workspace, table: Table) -> Findings:
@@ -137,11 +145,23 @@ def probability_of(own: Inspection) -> Probability:
     drawing = drawing_of(answer)
     said: list[tuple[str, list[str]]] = []
     for line in pod_lines(answer, own.test):
-        if line.startswith(" ") and said:
-            said[-1][1].append(line.strip())
+        if line.startswith(" ") and said:  # of what is above it
+            below = said[-1][1]
+            if below and below[-1].endswith(":"):
+                below[-1] += f" {line.strip()}"
+            else:
+                below.append(line.strip())
         else:
             said.append((line, []))
     return Probability(pod_plot(drawing, "probability of detection") if drawing else "", said)
+
+
+def pictures_of(own: Inspection) -> list[Picture]:
+    """The worst misses and the worst false calls of a head, each enlarged beside its whole image."""
+    return [
+        Picture.of(shown.caption, shown.png) if shown.png else Picture(shown.caption, fault=shown.fault)
+        for shown in worst(own, PICTURES)
+    ]
 
 
 def names_without_records(each: Sequence[Findings]) -> list[str]:

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featprobe.kinds import SEEDS
+from featprobe.kinds import SEEDS, kind_of, kinds_of
 from featprobe.scores import FEW_GROUPS
+from featprobe.stages.commands import level_command
 from featprobe.stages.comparison.differences import Table, budget_unchecked
+from featprobe.stages.comparison.results import Result
 from featprobe.stages.workspace import Workspace
 
 Step = tuple[str, str]
@@ -18,8 +20,7 @@ def next_steps(
 ) -> list[Step]:
     """Reasons and commands. lead: the finding that the answer begins with; missing: heads without records."""
     row = table.results[0].row
-    options = ["--task", row.task, "--data", row.data]
-    steps = _steps_to_know_more(table, options)
+    steps = _steps_to_know_more(table, ["--task", row.task, "--data", row.data])
     if missing:
         steps.insert(0, ("See defects and parts for the heads without records", "featprobe inspect --rescore"))
     if lead:
@@ -40,19 +41,29 @@ def _steps_to_know_more(table: Table, options: Sequence[str]) -> list[Step]:
     results = table.results
     trained = [result for result in results if not result.solved]
     steps = []
-    if not any(result.row.regime == "full" for result in results) and results[0].row.kind.live:
-        steps.append(("See whether frozen is enough", shlex.join(["featprobe", "finetune", *options])))
+    task = results[0].row.task
+    live = [name for name in (*(r.row.head for r in results), *kinds_of(task)) if kind_of(task, name).live]
+    if live and not any(result.row.regime == "full" for result in results):
+        command = ["featprobe", "finetune", *options, "--head", live[0]]
+        steps.append(("See whether frozen is enough", shlex.join(command)))
     if trained and all(len(result.runs) == 1 for result in trained):
-        command = ["featprobe", "probe", *options, "--seeds", str(SEEDS)]
-        steps.append(("Make verdicts hold for other seeds too", shlex.join(command)))
-    if trained and all(budget_unchecked(result) for result in trained):
-        command = ["featprobe", "probe", *options, "--iterations", "auto"]
+        command_of_seeds = level_command(trained[0].runs[0].card, range(SEEDS), backbones=_backbones(trained))
+        steps.append(("Make verdicts hold for other seeds too", command_of_seeds))
+    if trained and all(budget_unchecked(result) for result in trained) and trained[0].row.iterations:
+        command = ["featprobe", "probe", *options, "--head", trained[0].row.head, "--iterations", "auto"]
         steps.append(("Check whether more iterations give more", shlex.join(command)))
-    groups = sum(results[0].score(results[0].main).sizes)
-    if groups < FEW_GROUPS and not results[0].row.choice.folds:
-        command = ["featprobe", "probe", *options, "--split", "group:5"]
+    first = results[0]
+    groups = sum(first.score(first.main).sizes)
+    if groups < FEW_GROUPS and not first.row.choice.folds:
+        command = ["featprobe", "probe", *options, "--head", first.row.head, "--split", "group:5"]
         steps.append((f"Test on all groups instead of {groups}: a cross-validation", shlex.join(command)))
     return steps
+
+
+def _backbones(results: Sequence[Result]) -> list[str]:
+    """The backbones of the results that are of the head and regime of the first."""
+    kind = results[0].cell[2:]
+    return list(dict.fromkeys(result.row.backbone for result in results if result.cell[2:] == kind))
 
 
 def _from_here(workspace: Workspace, folder: Path) -> str:

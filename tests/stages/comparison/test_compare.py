@@ -905,6 +905,19 @@ def test_fixed_budgets_are_marked_and_no_speed_is_read_from_them(told: Told) -> 
     assert "linear at 4 iterations" in told.said()
 
 
+def test_results_that_are_alike_are_told_apart_by_what_differs_in_their_recipes(told: Told) -> None:
+    for count, loss in ((10, "ce"), (20, "ce+dice")):
+        recipe = {"recipe": told.recipe(iterations=count, loss=loss), "recipe_key": f"digest{count}"}
+        told.tell(confusions(0.5, count), backbone="a", feature_key="a", **recipe)
+    told.tell(confusions(0.6), backbone="b", feature_key="b")
+    report = told.compare()
+    said = {line["recipe_key"]: line.get("differs") for line in report.sets[0].lines}
+    assert said["digest10"] == "iterations 10, loss ce" and said["digest20"] == "iterations 20, loss ce+dice"
+    assert [line.get("differs") for line in report.sets[0].lines if line["backbone"] == "b"] == [None]
+    text = report.files[0].read_text()
+    assert "a, iterations 20, loss ce+dice" in text and "digest" not in text
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 

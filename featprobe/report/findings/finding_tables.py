@@ -5,16 +5,17 @@ from typing import Any
 
 import pandas as pd
 
-from featprobe.report.comparison import NONE, interval_text, number
+from featprobe.report.comparison import NO_INTERVAL, NONE, interval_text, number
 
 Line = Mapping[str, Any]
 
 
 def finding_table(findings: Sequence[Line]) -> pd.DataFrame:
     """Defects and parts, a row for each head; shares in percent."""
-    table = pd.DataFrame([_cells(own) for own in findings])
-    usual = {"least area, px": {"1"}, "seed": {"0"}}
-    return table.drop(columns=[name for name, values in usual.items() if set(table[name]) == values])
+    table = pd.DataFrame([_cells(own) for own in findings]).fillna(NONE)
+    usual = {"least area, px": {"1"}, "seed": {"0"}, "head": set()}
+    nothing = {NONE, NO_INTERVAL}
+    return table.drop(columns=[name for name in table if set(table[name]) <= usual.get(str(name), nothing)])
 
 
 def _cells(own: Line) -> dict[str, str]:
@@ -27,6 +28,7 @@ def _cells(own: Line) -> dict[str, str]:
         "regime": own["regime"],
         "head": own["head"],
         f"false calls per 100 good {unit}": number(100 * own["false_calls_on_good_parts"] / good) if good else NONE,
+        "good images called": NONE if good else _share(own["stopped_images"], own["good_images"]),
         "false calls per image": number(own["false_calls_per_image"], ".3g"),
         f"good {unit} stopped": _share(own["stopped"], good),
         "95 % of stopped": interval_text(own["overkill_low"], own["overkill_high"]),

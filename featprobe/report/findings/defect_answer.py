@@ -9,7 +9,7 @@ from math import isnan
 from typing import Any
 
 from featprobe.errors import counted
-from featprobe.kinds import kind_of
+from featprobe.kinds import kind_of, kinds_of
 from featprobe.report.answer import SURE
 from featprobe.report.comparison import interval_text
 from featprobe.scores import FEW_GROUPS
@@ -70,11 +70,12 @@ def share_text(count: int, of: int, low: float, high: float) -> str:
 def percent(share: float) -> str:
     """A share of a few dozens in percent: whole, but near to either end with one decimal.
 
-    >>> [percent(share) for share in (0.0, 0.004, 0.0312, 0.872, 0.9968, 1.0)]
-    ['0', '0.4', '3', '87', '99.7', '100']
+    >>> [percent(share) for share in (0.0, 0.0004, 0.0312, 0.872, 0.9968, 0.9999, 1.0)]
+    ['0', '0.04', '3', '87', '99.7', '99.9', '100']
     """
-    near = 0 < share < 0.01 or 0.99 < share < 1
-    return f"{100 * share:.1f}" if near else f"{100 * share:.0f}"
+    if 0.99 < share < 1:
+        return f"{min(100 * share, 99.9):.1f}"
+    return f"{100 * share:.1g}" if 0 < share < 0.01 else f"{100 * share:.0f}"
 
 
 def false_calls_text(finding: Line) -> str:
@@ -162,11 +163,14 @@ def _regimes(differences: Sequence[Line], lead: Line, findings: Sequence[Line], 
             more = _verdict(own, lead)
             start = f"The fine-tuned head finds {more}" if more else "Frozen and fine-tuned are not distinguishable"
             said.append(f"{start}: {rival['backbone']}, {rival['regime']}, finds {_beside(own, lead, rival)}.")
-    if said or not lead["regime"].startswith("frozen") or not kind_of(lead["task"], lead["head"]).live:
+    task = lead["task"]
+    if said or not lead["regime"].startswith("frozen") or not any(kind_of(task, name).live for name in kinds_of(task)):
         return said
-    if tuned:
+    if not tuned:
+        return ["Whether frozen is enough is not known: no backbone was fine-tuned."]
+    if kind_of(task, lead["head"]).live:
         return ["What the fine-tuned backbone finds is not known here: it has no records that can be compared."]
-    return ["Whether frozen is enough is not known: no backbone was fine-tuned."]
+    return []
 
 
 def _backbones(differences: Sequence[Line], lead: Line, findings: Sequence[Line]) -> list[str]:
@@ -196,6 +200,6 @@ def _verdict(difference: Line, lead: Line) -> str:
 def _beside(difference: Line, lead: Line, rival: Line) -> str:
     """What the other finds, by how much that is more, and its false calls."""
     sign = -1 if difference["folder_a"] == lead["folder"] else 1
-    low, high = sorted((sign * difference["low"], sign * difference["high"]))
-    points = f"{100 * sign * difference['difference']:+.1f} points, {interval_text(low, high, '+.1f')}"
+    low, high = sorted((sign * difference["low"] + 0.0, sign * difference["high"] + 0.0))  # no -0.0
+    points = f"{100 * sign * difference['difference'] + 0.0:+.1f} points, {interval_text(low, high, '+.1f')}"
     return f"{rival['found']} of {rival['defects']} ({points}), with {false_calls_text(rival)}"

@@ -1,0 +1,1 @@
+"""What heads find: sentences, tables and plots of the answer in defects and parts."""
