@@ -99,7 +99,7 @@ def _pod(line: SignalLine, hits: int) -> SignalPod:
     sigma, known = 1 / line.best[0], line.likelihood.known
     slope = float(line.best[2] * sigma * line.unit)
     intercept = float(line.best[1] * sigma * line.unit + line.threshold - slope * line.middle)
-    coverage = _coverage(line)
+    coverage, simulated = _coverage(line)
     a90, a90_95 = line.size(line.at(HIGH)), None if coverage is None else line.upper()
     checks = checks_of(line.likelihood, line.best)
     notes = [f"{check.fault} (p {check.p:.2g})" for check in checks if check.p < DOUBT]
@@ -128,6 +128,7 @@ def _pod(line: SignalLine, hits: int) -> SignalPod:
         clusters=line.number,
         clustered=line.clustered,
         coverage=coverage,
+        simulated=simulated,
         notes=tuple(notes),
         delta_a90_95=None if coverage is None else line.delta(),
         line=(intercept, slope, float(sigma * line.unit)),
@@ -136,10 +137,13 @@ def _pod(line: SignalLine, hits: int) -> SignalPod:
     )
 
 
-def _coverage(line: SignalLine) -> float | None:
-    """What the bound of a90 covers; None where it was not simulated, or is too little."""
-    table, there = (CLUSTERED_COVERS, line.number) if line.clustered else (ALONE_COVERS, len(line.sizes))
-    return max((covers for least, covers in table.items() if least <= there), default=None)
+def _coverage(line: SignalLine) -> tuple[float | None, str]:
+    """What the bound of a90 covers, and in which sets; None where that is not known, or is too little."""
+    table, there, unit = ALONE_COVERS, len(line.sizes), "targets"
+    if line.clustered:
+        table, there, unit = CLUSTERED_COVERS, line.number, "clusters"
+    known = [least for least in table if least <= there]
+    return (table[known[-1]], f"{known[-1]} {unit}") if known else (None, "")
 
 
 def _ln(value: float) -> float:
