@@ -24,7 +24,7 @@ def finding(name: str = "a", found: int = 41, **changed: Any) -> dict[str, Any]:
     own = {
         **{"backbone": name, "regime": "frozen", "head": "linear", "task": "semseg", "folder": f"probes/{name}"},
         **{"pooled": False, "classes": ["crack"], "score": 0.5, "validation": 0.5, "groups": 24, "seed": 0},
-        **{"wanted": "0.1 false calls per image", "per": "image", "threshold": 0.5, "least_area": 1},
+        **{"wanted": "0.1 false calls per image", "per": "image", "threshold": 0.5, "least_area": 1, "rule": ""},
         **{"defects": 47, "found": found, "recall": found / 47, "recall_low": 0.7, "recall_high": 0.95, "images": 48},
         **{"good_images": 28, "stopped_images": 1, "false_calls": 2, "false_calls_per_image": 2 / 48},
         **{"parts_known": True, "bad_parts": 12, "escaped": 1, "escapes_low": 0.002, "escapes_high": 0.38},
