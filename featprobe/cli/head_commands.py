@@ -183,8 +183,9 @@ def finetune(ctx: click.Context, json_: bool, dry_run: bool, **options: Any) -> 
     "--threshold",
     type=click.FloatRange(0),
     metavar="SCORE",
-    help="From which score on something is a finding, or above which score an image is called.  [default: that of the "
-    "head; 0.5 for detections; for segmentation the class map]",
+    help="From which score on something is a finding, or above which score an image is called.  [default: the "
+    "operating point that `inspect` keeps beside the head; else that of the head; 0.5 for detections; for segmentation "
+    "the class map]",
 )
 @click.option("--fail-on-defect", is_flag=True, help="End with exit code 3 if an image is called.")
 @click.option("--skip-bad", is_flag=True, help="Omit images that can't be used, and list them.")

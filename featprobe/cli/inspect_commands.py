@@ -27,7 +27,7 @@ heads, point, rule, sizes = map(under, ("Heads", "Operating point", "What counts
 
 
 @click.command(cls=Grouped)
-@click.argument("folders", nargs=-1, metavar="[HEAD]…", type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, metavar="[HEAD]…", type=click.Path(exists=True, path_type=Path))
 @heads("--task", metavar="LIST", help=f"Results of these tasks: {ALL_TASKS}.  [default: all]")
 @heads("--data", metavar="LIST", help="Results on these data sets, separated by commas.  [default: all]")
 @heads("--backbone", metavar="LIST", help="Results of these backbones, separated by commas.  [default: all]")
@@ -74,10 +74,10 @@ heads, point, rule, sizes = map(under, ("Heads", "Operating point", "What counts
 def inspect(ctx: click.Context, folders: tuple[Path, ...], json_: bool, out: Path | None, **options: Any) -> None:
     """Say which defects heads find, and how many good parts they stop.
 
-    HEAD is a folder that `probe` or `finetune` has written; without one, all results of the workspace are inspected,
-    of each the seed that is best on validation. The threshold is chosen on the validation images alone, then applied
-    to the test images. With --false-calls, --recall or --cost it is kept beside the head, and `predict` and `export`
-    use it.
+    HEAD is a folder that `probe` or `finetune` has written. A folder above such stands for all results below it, and
+    without any all results of the workspace are inspected: of each the seed that is best on validation. The threshold
+    is chosen on the validation images alone, then applied to the test images. With --false-calls, --recall or --cost it
+    is kept beside the head, and `predict` and `export` use it.
 
     \b
     Example:
@@ -129,21 +129,18 @@ def _show(found: "Inspections", json_: bool, *, details: bool) -> None:
 
     if json_:
         return show_json(plain_json(found))
-    from featprobe.report.inspection_text import inspection_text, overview
-    from featprobe.report.text import table_text
+    from featprobe.report.inspection_text import inspection_text, notes_text, overview_text, place_of
 
     width = terminal_width()
     lines = [whole_line(own) for own in found.each]
     if len(lines) > 1:
-        echo(f"Test images, each head at its own threshold, which was chosen on validation.\n\n"
-             f"{table_text(overview(lines), width)}\n")  # fmt: skip
+        echo(overview_text(lines, width) + "\n")
     for own, line in zip(found.each, lines, strict=True) if details else ():
         echo(inspection_text(line, width) + "\n")
         for sentence in pod_text(own):
             echo(sentence)
-    for own, line in zip(found.each, lines, strict=True):
-        for note in line["notes"]:
-            echo(f"note: {note}" if len(lines) == 1 else f"note: {own.folder}: {note}")
+    for note in notes_text(lines):
+        echo(note)
     for note in found.notes:
         echo(f"note: {note}")
     for left in found.left:
@@ -151,4 +148,4 @@ def _show(found: "Inspections", json_: bool, *, details: bool) -> None:
     if not details:
         echo("\nBy size, by class, and what is missed:  featprobe inspect HEAD, with one of these:")
         for line in lines:
-            echo(f"  {line['folder']}")
+            echo(f"  {place_of(line)}")

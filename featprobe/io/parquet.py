@@ -1,4 +1,4 @@
-"""Tables as Parquet files with page checksums, and reading those that others may have made.
+"""Tables as sealed Parquet files, and reading those that others may have made.
 
 Of a column every value is of one kind, and may be missing:
 
@@ -9,7 +9,9 @@ Of a column every value is of one kind, and may be missing:
     ints    (values, lengths): int32, those of all rows one after another; int32 (rows,), how many each row has
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,9 @@ Column = Any
 """As the module says: an array, or a pair."""
 KEY = b"featprobe"
 """Where in the metadata of a file the JSON lies that says what the table is."""
+SEALED, SEAL = b"seal", b"featprobe-seal-"
+"""Where in the metadata the seal lies, and how it begins; then comes the sha256 of the file with UNSEALED there."""
+UNSEALED = SEAL + b"0" * 64
 LARGEST_TEXT = 1 << 24  # bytes of a text in a file's own description
 MOST_COLUMNS = 1 << 20  # entries of a list in a file's own description
 BYTES_OF: Mapping[Kind, int] = {
@@ -41,29 +46,32 @@ def table_bytes(columns: Mapping[str, tuple[Kind, Column]], about: Mapping[str, 
     import pyarrow.parquet as pq
 
     arrays = {name: _to_arrow(kind, column) for name, (kind, column) in columns.items()}
-    table = pa.table(arrays).replace_schema_metadata({KEY: json.dumps(about, allow_nan=False).encode()})
+    said = {KEY: json.dumps(about, allow_nan=False).encode(), SEALED: UNSEALED}
+    table = pa.table(arrays).replace_schema_metadata(said)
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table, sink, compression="zstd", write_page_checksum=True, write_statistics=False,
+        table, sink, compression="zstd", write_statistics=False,
         use_dictionary=[name for name, (kind, _) in columns.items() if kind == "text"],
     )  # fmt: skip
-    return sink.getvalue().to_pybytes()
+    data = sink.getvalue().to_pybytes()
+    return data.replace(UNSEALED, SEAL + hashlib.sha256(data).hexdigest().encode())
 
 
 def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, dict[str, Column]]:
     """(what a Parquet file says of itself, its columns of these names), as `table_bytes` has them.
 
-    most: bytes that the file may have, and that its columns may take in memory. Checksums of pages are verified.
-    Columns of other names are not read. Raises FileKindError, OSError, and ValueError, saying what is wrong with the file.
+    most: bytes that the file may have, and that its columns may take in memory. Columns of other names are not read.
+    Raises FileKindError, OSError, and ValueError, saying what is wrong with the file.
     """
     data = read_regular(path, most)
+    _check_seal(data)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(
             pa.BufferReader(data), read_dictionary=[name for name, kind in kinds.items() if kind == "text"],
-            page_checksum_verification=True, thrift_string_size_limit=LARGEST_TEXT,
+            thrift_string_size_limit=LARGEST_TEXT,
             thrift_container_size_limit=MOST_COLUMNS,
         )  # fmt: skip
         about = (file.metadata.metadata or {}).get(KEY)
@@ -71,7 +79,7 @@ def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, d
             raise ValueError("it does not say what it holds")
         said = parse_json(about)
         _check_types(file.schema_arrow, kinds)
-        _check_claims(file.metadata, kinds, most)
+        _check_claims(file.metadata.num_rows, kinds, most)
         table = file.read(columns=list(kinds), use_threads=False).unify_dictionaries()
         table.validate(full=True)
         columns = {name: _from_arrow(kind, table.column(name).combine_chunks()) for name, kind in kinds.items()}
@@ -147,19 +155,20 @@ def _check_types(schema: Any, kinds: Mapping[str, Kind]) -> None:
         raise ValueError("; ".join(faults))
 
 
-def _check_claims(metadata: Any, kinds: Mapping[str, Kind], most: int) -> None:
-    """Raise ValueError where columns claim more memory than `most`, or not one value per row."""
-    claimed = 0
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        for k in range(group.num_columns):
-            chunk = group.column(k)
-            name = chunk.path_in_schema.split(".")[0]
-            if name not in kinds:
-                continue
-            if kinds[name] != "ints" and chunk.num_values != group.num_rows:
-                raise ValueError(f"{name} claims {chunk.num_values} values in {group.num_rows} rows")
-            claimed += max(chunk.total_uncompressed_size, 0) + max(chunk.num_values, 0) * BYTES_OF[kinds[name]]
-    claimed = max(claimed, metadata.num_rows * sum(BYTES_OF.values()))
+def _check_seal(data: bytes) -> None:
+    """Raise ValueError for other bytes than were written: pyarrow ends the process on some damaged footers."""
+    found = re.findall(re.escape(SEAL) + b"([0-9a-f]{64})", data)
+    if len(found) != 1:
+        raise ValueError("it is cut, or no table that featprobe wrote")
+    if hashlib.sha256(data.replace(SEAL + found[0], UNSEALED)).hexdigest().encode() != found[0]:
+        raise ValueError("it is not as it was written")
+
+
+def _check_claims(rows: int, kinds: Mapping[str, Kind], most: int) -> None:
+    """Raise ValueError where so many rows take more memory than `most`.
+
+    The sizes that the footer states of each column are not asked for: pyarrow ends the process where they are bad.
+    """
+    claimed = rows * sum(BYTES_OF[kind] for kind in kinds.values())
     if claimed > most:
         raise ValueError(f"it claims {claimed} bytes in memory, and {most} are left for it")

@@ -31,7 +31,7 @@ def draw_closeup(image: NDArray[np.float32], box: Box | None) -> Drawn:
     """Draw an image and one place of it.
 
     image: (height, width) or (height, width, 3), in [0, 1]. box: x1 y1 x2 y2, pixels of the image; None for the image
-    alone. A grey place without much contrast is stretched to the darkest and brightest level in the box and close to it.
+    alone. A grey place without much contrast is stretched to the darkest and brightest level in and near the box.
     """
     size: Size = image.shape[0], image.shape[1]
     whole = _fitted(_picture(image))

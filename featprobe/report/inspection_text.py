@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import isnan
+from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -17,12 +18,13 @@ SIZE_NAMES = {
     "longest": "longest side",
     "shortest": "shortest side",
 }
+LARGE = 4  # times the area of a defect, from which on a call that finds it says little of where it is
 MISSED_SHOWN = 5  # of the defects that are missed
 
 
 def inspection_text(line: Line, width: int | None = None) -> str:
     """One head: sentences, then tables. line: as `stages.inspection.lines.whole_line` makes it."""
-    blocks = ["\n".join([title_of(line), line["folder"]]), "\n".join(sentences(line))]
+    blocks = ["\n".join([title_of(line), place_of(line)]), "\n".join(sentences(line))]
     if line["by_size"]:
         first = line["by_size"][0]
         title = f"By size: {SIZE_NAMES[first['size']]}, {_unit(first['size'], first['unit'])}"
@@ -33,6 +35,12 @@ def inspection_text(line: Line, width: int | None = None) -> str:
         title = f"Missed: the largest of {len(line['missed'])}" if len(line["missed"]) > MISSED_SHOWN else "Missed"
         blocks.append(f"{title}\n{table_text(missed_table(line['missed'][:MISSED_SHOWN]), width)}")
     return "\n\n".join(blocks)
+
+
+def place_of(line: Line) -> str:
+    """The folder of a head; of a cross-validation the one above its folds."""
+    folder = PurePath(line["folder"])
+    return str(folder.parents[1] if line["folds"] > 1 else folder)
 
 
 def title_of(line: Line) -> str:
@@ -60,11 +68,22 @@ def sentences(line: Line) -> list[str]:
         f"{_share(line['validation_recall'])}, {_rate(line['validation_false_calls_per_' + line['per']])} "
         f"false calls per {_per(line)}.",
     ]
-    return said if line["pooled"] else [*said, f"A defect counts as found by a call with: {line['rule']}."]
+    return (
+        said if line["pooled"] else [*said, f"A defect counts as found by a call with: {line['rule']}.", *_large(line)]
+    )
+
+
+def _large(line: Line) -> list[str]:
+    """How large calls are beside what they find, which the usual rule does not limit."""
+    times = line["times_as_large"]
+    if isnan(times):
+        return []
+    outlines = "; --found iou:0.5 asks for outlines" if times >= LARGE and "IoU at least 0.1" in line["rule"] else ""
+    return [f"Calls that find a defect are {times:.2g} times as large as it, in the median{outlines}."]
 
 
 def _false_calls(line: Line) -> str:
-    said = f"False calls: {line['false_calls']} on {counted(line['images'], _per_image(line))}"
+    said = f"False calls: {line['false_calls']} on {counted(line['over_images'], _per_image(line))}"
     said += f", {_rate(line['false_calls_per_image'])} per {_per_image(line)}"
     if line["parts_known"] and line["good_parts"]:
         said += f"; {_number(100 * line['false_calls_on_good_parts'] / line['good_parts'])} per 100 good parts"
@@ -84,6 +103,8 @@ def _parts(line: Line) -> list[str]:
     if line["good_parts"]:
         share = _share(line["overkill"], line["overkill_low"], line["overkill_high"])
         said.append(f"Overkill: {line['stopped']} of {counted(line['good_parts'], f'good {part}')} stopped{share}.")
+    if line["parts_known"] and line["good_images"] and not line["pooled"]:
+        said.append(f"Good images: {line['good_images_called']} of {line['good_images']} with a call.")
     return said
 
 
@@ -91,9 +112,9 @@ def _threshold(line: Line) -> str:
     at = f"Threshold {line['threshold']:.4g}" if line["threshold"] is not None else "Thresholds, one of each fold"
     least = f", calls of {line['least_area']} pixels or more" if line["least_area"] > 1 else ""
     kept = (
-        "it lies beside the head, for predict and export"
+        "kept beside the head, for predict and export"
         if line["kept"]
-        else "it is not kept; --false-calls, --recall or --cost choose one that is"
+        else "not kept, as --false-calls, --recall or --cost would"
     )
     return f"{at}{least}, chosen on validation for {line['wanted']}; {kept}."
 
@@ -133,18 +154,50 @@ def missed_table(lines: Sequence[Line]) -> pd.DataFrame:
     ])  # fmt: skip
 
 
+def overview_text(lines: Sequence[Line], width: int | None = None) -> str:
+    """Several heads side by side, and what is the same of all."""
+    wanted = list(dict.fromkeys(line["wanted"] for line in lines))
+    rules = list(dict.fromkeys(line["rule"] for line in lines if not line["pooled"]))
+    chosen = f" for {wanted[0]}." if len(wanted) == 1 else ", for different things: they do not compare."
+    said = [f"Test images, each head at its own threshold, chosen on validation{chosen}"]
+    said += [f"Found by a call with: {rules[0]}."] if len(rules) == 1 else []
+    said += ["Found by different rules: such heads do not compare."] if len(rules) > 1 else []
+    table = overview(lines)
+    alike = {name for name in ("split", "chosen for", "found by") if table[name].nunique() == 1}
+    alike |= {"of train"} if set(table["of train"]) == {"100 %"} else set()
+    table = table.drop(columns=sorted(alike | ({"found by"} if len(rules) < 2 else set())))
+    return "\n".join([*said, "", table_text(table, width)])
+
+
+def notes_text(lines: Sequence[Line]) -> list[str]:
+    """The notes of all heads, each once, with the heads that it is about where it is not about all."""
+    folders: dict[str, list[str]] = {}
+    for line in lines:
+        for note in line["notes"]:
+            folders.setdefault(note, []).append(line["folder"])
+    return [
+        f"note: {note}" if len(own) == len(lines) else "\n  ".join([f"note: {note}", *own])
+        for note, own in folders.items()
+    ]
+
+
 def overview(lines: Sequence[Line]) -> pd.DataFrame:
-    """Several heads side by side as text for people, those of one data set and task together."""
+    """Several heads as text for people, those of one data set and task together."""
     return pd.DataFrame([
         {
             "data": line["data"], "task": line["task"], "backbone": line["backbone"], "regime": line["regime"],
-            "head": line["head"], "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
-            "found": f"{line['found']}/{line['defects']}", "%": _percent(line["recall"]),
+            "head": line["head"], "split": line["split"],
+            "of train": f"{100 * line['fraction']:g} %",
+            "seed": str(line["seed"]) + (f" of {line['seeds']}" if line["seeds"] > 1 else ""),
+            "found": _fraction(line["found"], line["defects"]) + (" images" if line["pooled"] else ""),
+            "%": _percent(line["recall"]),
             "95 %": _interval(line["recall_low"], line["recall_high"]),
             "false calls/image": _rate(line["false_calls_per_image"]),
-            "escapes": f"{line['escaped']}/{line['bad_parts']}", "overkill": f"{line['stopped']}/{line['good_parts']}",
+            "escapes": _fraction(line["escaped"], line["bad_parts"]),
+            "overkill": _fraction(line["stopped"], line["good_parts"]),
             "threshold": "by fold" if line["threshold"] is None else f"{line['threshold']:.4g}",
-            "chosen for": line["wanted"], "kept": "yes" if line["kept"] else "no",
+            "chosen for": line["wanted"], "found by": NONE if line["pooled"] else line["rule"],
+            "kept": "yes" if line["kept"] else "no",
         }
         for line in sorted(lines, key=lambda own: (own["data"], own["task"]))
     ])  # fmt: skip
@@ -152,6 +205,10 @@ def overview(lines: Sequence[Line]) -> pd.DataFrame:
 
 def _of(part: int, whole: int, one: str, many: str = "") -> str:
     return f"{part} of {counted(whole, one, many)}"
+
+
+def _fraction(part: int, whole: int) -> str:
+    return f"{part}/{whole}" if whole else NONE
 
 
 def _per_image(line: Line) -> str:

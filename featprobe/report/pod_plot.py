@@ -47,7 +47,7 @@ def pod_plot(drawn: PodPicture, name: str) -> str:
             if i == 0 and line.low:
                 low, high = ([100 * p for p in side] for side in (line.low, line.high))
                 axes.fill_between(line.sizes, low, high, color=colour, alpha=0.18, linewidth=0)
-        _mark(axes, drawn)
+        _mark(axes, drawn, max(line.sizes[-1] for line in drawn.lines))
         _ticks(axes, drawn.hits, 103, 110, f"{len(drawn.hits)} found (ticks above)", COLOURS[2])
         _ticks(axes, drawn.misses, -10, -3, f"{len(drawn.misses)} missed (ticks below)", COLOURS[4])
         axes.set_xscale("log")
@@ -70,11 +70,15 @@ def _ticks(axes: Axes, sizes: Floats, low: float, high: float, label: str, colou
     axes.plot([], [], color=colour, marker="|", linestyle="", markersize=9, label=label)
 
 
-def _mark(axes: Axes, drawn: PodPicture) -> None:
-    """a90 as a dot, and a bar from it to its bound."""
-    label = f"a90 {drawn.a90:.3g}"
-    if drawn.bound is not None:
-        label += f", bar to a90/95 {drawn.bound:.3g}"
-        axes.plot([drawn.a90, drawn.bound], [90, 90], color=INK, linewidth=2, solid_capstyle="butt")
-        axes.plot([drawn.bound], [90], "|", color=INK, markersize=12, markeredgewidth=2)
-    axes.plot([drawn.a90], [90], "o", color=INK, markersize=6, label=label)
+def _mark(axes: Axes, drawn: PodPicture, last: float) -> None:
+    """a90 as a dot, and a bar from it to its bound; what lies beyond the last size is in words alone."""
+    label = "a90 beyond these sizes"
+    if drawn.a90 <= last:
+        label = f"a90 {drawn.a90:.3g}"
+        axes.plot([drawn.a90], [90], "o", color=INK, markersize=6)
+    if drawn.bound is not None and drawn.a90 <= last:
+        inside = drawn.bound <= last
+        label += f", bar to a90/95 {drawn.bound:.3g}" if inside else ", a90/95 beyond these sizes"
+        axes.plot([drawn.a90, min(drawn.bound, last)], [90, 90], color=INK, linewidth=2, solid_capstyle="butt")
+        axes.plot([min(drawn.bound, last)], [90], "|" if inside else ">", color=INK, markersize=12 if inside else 7)
+    axes.plot([], [], "o", color=INK, markersize=6, label=label)

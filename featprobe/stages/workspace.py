@@ -191,16 +191,6 @@ class Workspace:
         own = {k: v for k, v in self.config.get("data", {}).get(name, {}).items() if k != "path"}
         return own | ({"split_file": self._path(own["split_file"])} if "split_file" in own else {})
 
-    def pixel_size(self, name: str, root: Path) -> Spacing | None:
-        """Millimetres per pixel, down and across, that featprobe.toml states of a data set; None where it does not.
-
-        The set is the one that has this root there, by whatever name; else the one of this name.
-        """
-        table = self.config.get("data", {})
-        at_root = [own for own in table if Path(str(self._path(table[own]["path"]))).resolve() == root.resolve()]
-        stated = self.data_options(next(iter(at_root), name)).get("pixel_size")
-        return None if stated is None else spacing_of(stated)
-
     def generated(self, name: str) -> Path:
         """The folder of a built-in set, made whole or not at all when it is not there yet."""
         return make_generated(name, self.data / name)
@@ -276,6 +266,17 @@ def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
     if name.endswith(RANDOM) and name not in workspace.backbone_names():
         return workspace.backbone(name.removesuffix(RANDOM), random_init=True)
     return workspace.backbone(name)
+
+
+def pixel_size_of(workspace: Workspace, name: str, root: Path) -> Spacing | None:
+    """Millimetres per pixel, down and across, that featprobe.toml states of a data set; None where it does not.
+
+    The set is the one that has this root there, by whatever name; else the one of this name.
+    """
+    sets = workspace.data_names()[len(GENERATED) :]
+    at_root = [own for own in sets if workspace.data_root(own)[1].resolve() == root.resolve()]
+    stated = workspace.data_options(next(iter(at_root), name)).get("pixel_size")
+    return None if stated is None else spacing_of(stated)
 
 
 def caches_of(workspace: Workspace, caches: Sequence[Cache], name: str) -> list[Cache]:

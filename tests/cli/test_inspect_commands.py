@@ -44,7 +44,7 @@ def test_a_head_is_described_in_defects_and_parts(space: Workspace) -> None:
     assert f"Escapes: {own['escaped']} of {own['bad_parts']} bad parts without any call" in text
     assert f"Overkill: {own['stopped']} of {own['good_parts']} good parts stopped" in text
     assert f"Validation had said: {own['validation_found']} of {own['validation_defects']} defects found" in text
-    assert "it is not kept" in text and "center covered" in text and str(folder) in text
+    assert "; not kept, as" in text and "center covered" in text and str(folder) in text
     assert len(own["missed"]) == own["defects"] - own["found"]
     assert sum(each["defects"] for each in own["by_size"]) == own["defects"]
 
@@ -61,7 +61,7 @@ def test_an_operating_point_is_kept_and_said(tmp_path: Path) -> None:
     space = stored_space(tmp_path)
     head = space.probes / rows_of(space)[0].folder
     first = said(space, head, "--false-calls", "0.2/part", "--min-area", 20, "--out", tmp_path / "tables")
-    assert first.exit_code == 0 and "it lies beside the head, for predict and export" in first.output
+    assert first.exit_code == 0 and "; kept beside the head, for predict and export" in first.output
     assert "calls of 20 pixels or more, chosen on validation for at most 0.2 false calls per part" in first.output
     assert f"table: {tmp_path / 'tables' / 'heads.csv'}" in first.output
     again = said(space, head).output

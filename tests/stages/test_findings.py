@@ -16,12 +16,15 @@ from featprobe.probes import best_classes
 from featprobe.stages.findings import (
     AT_LEAST,
     Threshold,
+    joined_pixels,
+    judged_map,
     judged_objects,
     judged_pixels,
     judged_score,
     judged_tiles,
     surest,
 )
+from featprobe.stages.recording.map_calls import calls_of_map
 from featprobe.stages.tasks.settle import CALLED, PASSED
 from featprobe.targets import IGNORE, Instance, components, decode_rle, encode_rle
 
@@ -58,6 +61,47 @@ def test_with_a_threshold_findings_are_made_of_pixels_that_reach_it(values: NDAr
     assert np.array_equal(labels, np.where(shares.numpy() >= least, classes.numpy(), 0))
     assert (judged.verdict == CALLED) == bool(judged.score is not None and judged.score >= least)
     assert torch.allclose(shares, logits.softmax(0)[1:].max(0).values, atol=1e-6)
+
+
+@given(LOGITS, st.sampled_from([0.05, 0.3, 0.5]), st.sampled_from([0.5, 0.7, 0.9]), st.integers(1, 4))
+@settings(deadline=None, max_examples=50)
+def test_at_an_operating_point_findings_are_the_calls_of_records(
+    values: NDArray[np.float32], base: float, value: float, least_area: int
+) -> None:
+    logits = torch.from_numpy(values)
+    shares, classes = (own.numpy() for own in surest(logits))
+    calls = calls_of_map(shares, base, classes)
+    wanted = sorted(
+        (int(category), float(score), int(area))
+        for category, score, area in zip(calls.category, calls.score, calls.area, strict=True)
+        if score >= np.float32(value) and area >= least_area
+    )
+    at = point_at(value, base, least_area)
+    labels, judged = judged_pixels(logits, at)
+    assert judged.findings is not None
+    assert sorted((own.category, own.score, int(own.area)) for own in judged.findings) == wanted
+    assert (labels > 0).sum() == sum(area for _, _, area in wanted) and (judged.verdict == CALLED) == bool(wanted)
+    of_map = judged_map(shares, at)
+    assert of_map.findings is not None and {own.category for own in of_map.findings} <= {0}
+    assert sum(own.area for own in of_map.findings) == joined_pixels(shares, None, at).sum()
+    assert of_map.score == shares.max()
+
+
+def point_at(value: float, base: float = nan, least_area: int = 1) -> Threshold:
+    return Threshold(float(np.float32(value)), "operating_point", base, least_area)
+
+
+def test_objects_tiles_and_scores_reach_an_operating_point() -> None:
+    small, large = (Instance(1, (0.0, 0.0, side, side)) for side in (2.0, 3.0))
+    judged = judged_objects([(large, 0.6), (small, 0.9), (large, 0.59)], point_at(0.6, least_area=9))
+    assert judged.findings is not None and [own.score for own in judged.findings] == [0.6]
+    unseen = Instance(1, (0.0, 0.0, 5.0, 5.0), encode_rle(np.zeros((5, 5), dtype=bool)))
+    assert judged_objects([(unseen, 0.9)], point_at(0.6)).verdict == CALLED  # it counts as its box, as in records
+    assert judged_objects([(Instance(1, (0.0, 0.0, 0.5, 0.5)), 0.9)], point_at(0.6)).verdict == PASSED
+    assert [judged_score(score, point_at(0.7)).verdict for score in (0.69, 0.7, 0.71)] == [PASSED, CALLED, CALLED]
+    tiles = [(0.7, Part(0, 0, 8, 8)), (0.9, Part(8, 0, 8, 4))]
+    own = judged_tiles(tiles, point_at(0.7, least_area=40))
+    assert own.findings is not None and [one.score for one in own.findings] == [0.7]
 
 
 def test_a_threshold_means_the_same_in_float32() -> None:

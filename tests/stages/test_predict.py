@@ -4,11 +4,14 @@ import csv
 import http.server
 import json
 import re
+import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from io import StringIO
+from math import nan
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -29,11 +32,15 @@ from featprobe.cli.main import cli
 from featprobe.errors import FeatprobeError, ProbeError, UsageError
 from featprobe.io.texts import uncell
 from featprobe.kinds import TrainRecipe
+from featprobe.metrics.defects.operating import Counts, OperatingPoint, Wanted, choose
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.findings import Threshold, joined_pixels
 from featprobe.stages.predict import predict
 from featprobe.stages.predictor import Predictor
+from featprobe.stages.recording.operating_file import write_point
+from featprobe.stages.recording.record_file import read_records
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace, make_generated
@@ -530,3 +537,124 @@ def test_the_service_on_the_page_answers(heads: dict[str, Path], scans: Path, mo
         finally:
             server.shutdown()
             running.join(timeout=60)
+
+
+# ---- operating points ------------------------------------------------------------------------------------------------
+
+
+def with_point(folder: Path, place: Path, **changed: Any) -> Path:
+    """A copy of a head with an operating point beside it."""
+    copied = Path(shutil.copytree(folder, place))
+    counts = Counts(0.5, 40, 30, 8, 6, 20, 18, 25, 2, 1, 40, 8)
+    values = {"threshold": 0.5, "base": nan, "least_area": 1} | changed
+    point = OperatingPoint(**values, wanted=Wanted.parse("0.05"), validation=counts, sure=True, needed=60)
+    point = replace(point, validation=replace(counts, threshold=point.threshold))
+    write_point(copied, json.loads((copied / "card.json").read_text())["head_sha256"], point)
+    return copied
+
+
+def test_the_operating_point_of_a_head_decides_unless_a_threshold_is_given(
+    heads: dict[str, Path], scans: Path, tmp_path: Path
+) -> None:
+    folder = with_point(heads["semseg"], tmp_path / "head", base=0.25, threshold=0.375, least_area=3)
+    report = predict(folder, [scans], tmp_path / "out", device="cpu", quiet=True)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["threshold_from"], summary["threshold"]) == ("operating_point", 0.375)
+    wanted = "at most 0.05 false calls per image"
+    assert summary["operating_point"] == {"wanted": wanted, "base": 0.25, "least_area": 3}
+    assert any(wanted in note and "--threshold" in note for note in report.notes)
+    findings = [area for own in findings_of(tmp_path / "out").values() for area in (one["area"] for one in own)]
+    assert findings and min(findings) >= 3
+    for line in lines_of(tmp_path / "out"):
+        mask = mask_of(tmp_path / "out", line["image"])
+        assert (line["verdict"] == "called") == mask.any() == (line["findings"] != "0")
+        assert len(components(mask, len(summary["classes"]))) == int(line["findings"])
+    images = sorted(scans.glob("*.png"))
+    with Predictor(folder, device="cpu") as predictor:
+        assert predictor.point is not None and predictor.point.least_area == 3
+        results = predictor(images)
+    assert [own.verdict for own in results] == [line["verdict"] for line in lines_of(tmp_path / "out")]
+    predict(folder, [scans], tmp_path / "given", device="cpu", quiet=True, threshold=0.4)
+    predict(heads["semseg"], [scans], tmp_path / "plain", device="cpu", quiet=True, threshold=0.4)
+    given, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("given", "plain"))
+    assert given["threshold_from"] == "given" and given["operating_point"] is None
+    assert given["counts"] == plain["counts"]
+
+
+def test_maps_of_anomalies_are_joined_at_an_operating_point(
+    heads: dict[str, Path], scans: Path, tmp_path: Path
+) -> None:
+    with Predictor(heads["anomaly"], device="cpu") as plain:
+        maps = [result.heat_map for result in plain(sorted(scans.glob("*.png")))]
+    base, threshold = (float(np.float32(np.quantile(np.stack(maps), share))) for share in (0.9, 0.99))
+    folder = with_point(heads["anomaly"], tmp_path / "head", base=base, threshold=threshold, least_area=5)
+    with Predictor(folder, device="cpu") as predictor:
+        results = predictor(sorted(scans.glob("*.png")))
+    at = Threshold(threshold, "operating_point", base, 5)
+    for values, result in zip(maps, results, strict=True):
+        mask = joined_pixels(values, None, at)
+        assert sum(one.area for one in result.findings) == mask.sum() and result.score == values.max()
+        assert result.verdict == ("called" if mask.any() else "passed")
+    assert {result.verdict for result in results} == {"called", "passed"}
+    predict(folder, [scans], tmp_path / "out", device="cpu", quiet=True)
+    with (tmp_path / "out" / "scores.csv").open() as stream:
+        assert [row["verdict"] for row in csv.DictReader(stream)] == [result.verdict for result in results]
+
+
+def test_objects_and_labels_reach_their_operating_points(heads: dict[str, Path], scans: Path, tmp_path: Path) -> None:
+    images = sorted(scans.glob("*.png"))
+    with Predictor(heads["detect"], device="cpu", threshold=0) as every:
+        found = [result.findings for result in every(images)]
+    scores = sorted(one.score for own in found for one in own)
+    threshold, area = scores[len(scores) // 2], sorted(one.area for own in found for one in own)[len(scores) // 2]
+    folder = with_point(heads["detect"], tmp_path / "boxes", threshold=threshold, least_area=int(area))
+    with Predictor(folder, device="cpu") as predictor:
+        kept = [[(one.box, one.score) for one in result.findings] for result in predictor(images)]
+    fits = [[(one.box, one.score) for one in own if one.score >= threshold and one.area >= int(area)] for own in found]
+    assert kept == fits and 0 < sum(map(len, kept)) < len(scores) / 2
+    with Predictor(heads["classify"], device="cpu") as plain:
+        highest = [result.score for result in plain(images)]
+    middle = float(np.float32(sorted(highest)[len(highest) // 2]))
+    with Predictor(with_point(heads["classify"], tmp_path / "labels", threshold=middle), device="cpu") as predictor:
+        verdicts = [result.verdict for result in predictor(images)]
+    assert verdicts == ["called" if np.float32(score) >= np.float32(middle) else "passed" for score in highest]
+
+
+def test_an_operating_point_of_another_kind_or_head_is_refused(heads: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match=r"(?s)no operating point of this head.*wanted  base: a base threshold"):
+        Predictor(with_point(heads["semseg"], tmp_path / "semseg"), device="cpu")
+    with pytest.raises(ProbeError, match=r"(?s)wanted  base: none.*0.25"):
+        Predictor(with_point(heads["detect"], tmp_path / "detect", base=0.25), device="cpu")
+    folder = with_point(heads["semseg"], tmp_path / "moved", base=0.25)
+    shutil.copy(tmp_path / "detect" / "operating.json", folder)
+    with pytest.raises(ProbeError, match=r"(?s)of another head.*featprobe inspect"):
+        Predictor(folder, device="cpu")
+    assert Predictor(folder, device="cpu", threshold=0.5).point is None
+
+
+@pytest.mark.parametrize("task", ["semseg", "detect", "classify", "anomaly"])
+def test_predict_finds_at_the_operating_point_what_the_records_hold(
+    heads: dict[str, Path], workspace: Workspace, tmp_path: Path, task: str
+) -> None:
+    """The law that makes a figure of `inspect` one of `predict`: the same calls in each image, also in those of test."""
+    folder = Path(shutil.copytree(heads[task], tmp_path / "head"))
+    sha = json.loads((folder / "card.json").read_text())["head_sha256"]
+    records = read_records(folder, sha)
+    point = choose(records.of("val"), Wanted("false_calls", 2), least_area=3)
+    write_point(folder, sha, point)
+    records = records.with_least_area(3)
+    with Predictor(folder, device="cpu") as predictor:
+        results = predictor([workspace.data / "surface" / file for file in records.images.files])
+    called = records.called(point.threshold)
+    for image, result in enumerate(results):
+        own = called & (records.calls.image == image)
+        if records.about.pooled:
+            own = records.images.score[[image]] >= np.float32(point.threshold)
+        else:
+            areas = sorted(one.area for one in result.findings)
+            assert areas == pytest.approx(sorted(records.calls.size("area")[own]), abs=1e-2)
+            assert sorted(one.score for one in result.findings) == pytest.approx(
+                sorted(records.calls.score[own]), rel=1e-5
+            )
+        assert result.verdict == ("called" if own.any() else "passed")
+    assert {*records.images.splits} == {"val", "test"} and (called.any() or records.about.pooled)

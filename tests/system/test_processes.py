@@ -27,6 +27,7 @@ from featprobe.errors import BackboneError, DivergedError, ProbeError
 from featprobe.features import Features, cell_shares
 from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.levels import FeatureLevel
+from featprobe.metrics.defects.records import Records
 from featprobe.probes import (
     HeadRecipe,
     LinearBank,
@@ -38,12 +39,15 @@ from featprobe.probes import (
     load_head,
     plain,
 )
-from featprobe.probes.saved import Checkpoint, read_rows
+from featprobe.probes.saved import Checkpoint, read_card, read_rows
 from featprobe.probes.train import _Loop, train
+from featprobe.result_rows import ResultRow
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.partition import Partition
+from featprobe.stages.recording.record_file import RECORDS, read_records
+from featprobe.stages.recording.rescore import rescore
 from featprobe.stages.training import fit
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.prepared import Prepared, prepare
@@ -95,6 +99,11 @@ def only_row(workspace: Workspace) -> tuple[dict[str, Any], Path]:
     return row, workspace.probes / row["folder"]
 
 
+def records_of(folder: Path) -> Records:
+    """The records beside a head."""
+    return read_records(folder, read_card(folder)["head_sha256"])
+
+
 def largest_difference(one: Path, other: Path) -> float:
     """Between the tensors of two files."""
     first, second = load_file(one), load_file(other)
@@ -124,6 +133,10 @@ def test_two_processes_train_the_head_that_one_trains_and_score_each_image_once(
         for name in ("ids", "groups", "confusion"):
             assert np.array_equal(wanted[name], found[name]), name
     assert {**row["test"], **row["val"]} == {**same["test"], **same["val"]}
+    mine, theirs = records_of(own), records_of(other)
+    assert mine.images.ids == theirs.images.ids and mine.about.base == theirs.about.base
+    assert np.array_equal(mine.calls.image, theirs.calls.image) and np.array_equal(mine.finds, theirs.finds)
+    np.testing.assert_allclose(mine.defects.score, theirs.defects.score, atol=1e-4)
     losses = [[p["loss"] for p in json.loads((f / "curves.json").read_text())[0]["curve"]] for f in (own, other)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -137,10 +150,12 @@ def test_two_processes_share_out_what_an_anomaly_head_is_scored_on(space: Worksp
     probe(one, "anomaly", options=ProbeOptions(head="gaussian", device="cpu", quiet=True))
     (row, own), (same, other) = only_row(one), only_row(two)
     assert same["processes"] == 2 and row["test"] == same["test"] and row["val"] == same["val"]
-    assert (own / "head.safetensors").read_bytes() == (other / "head.safetensors").read_bytes()
+    for name in ("head.safetensors", RECORDS):
+        assert (own / name).read_bytes() == (other / name).read_bytes()
     with np.load(own / "scores.npz") as wanted, np.load(other / "scores.npz") as found:
         assert len(wanted["ids"]) > 8 and set(wanted) == set(found)
         assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
+    assert (own / RECORDS).read_bytes() == (other / RECORDS).read_bytes()
 
 
 IMAGE_LABELS = """
@@ -224,6 +239,9 @@ def test_predictions_of_two_processes_are_complete_and_counterparts_are_found(sp
     assert list(dict.fromkeys(p["image_id"] for p in found)) == tested, "each image, and each in one place"
     (alone,) = probe(one, "semseg", options=ProbeOptions(head="ridge", quiet=True)).rows
     assert alone["test"] == rows[1]["test"] and alone["ridge"] == rows[1]["ridge"]
+    kept = [(two.probes / row["folder"] / RECORDS).read_bytes() for row in rows[:2]]
+    assert rescore(two, [ResultRow.from_json(row) for row in rows[:2]], device="cpu", quiet=True) == []
+    assert [(two.probes / row["folder"] / RECORDS).read_bytes() for row in rows[:2]] == kept, "by one process alone"
 
 
 STOPPED = """

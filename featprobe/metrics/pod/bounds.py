@@ -9,6 +9,7 @@ the likelihood is that of a curve without growth. So infinite bounds need no rul
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from featprobe.metrics.pod.maximum_likelihood import STEPS, Fit, Floats, Model, fit, solved
@@ -22,7 +23,19 @@ Inflation = Callable[[Floats], Floats]
 """Of directions (..., 2), how many times larger the variance of b0 d0 + b1 d1 is than it is of independent targets."""
 
 
-def upper_a90(model: Model, fitted: Fit, reach: float = ALONE, inflation: Inflation | None = None) -> Floats:
+def direction_of(x: Floats) -> Floats:
+    """The direction in which the curve's value at x lies, (..., 2), of length 1; that of b1 alone for an infinite x."""
+    angle = np.arctan(x)
+    return np.stack([np.cos(angle), np.sin(angle)], -1)
+
+
+def ratio_at(model: Model, fitted: Fit, x: Floats) -> Floats:
+    """Twice the log likelihood ratio of an a90 at x, (...,), among growing curves."""
+    q = float(model.link.quantile(DETECTED))
+    return 2 * (fitted.log_likelihood - _best_through(model, q, np.arctan(x), np.ones(np.shape(x)))[0])
+
+
+def upper_a90(model: Model, fitted: Fit, reach: Floats | float = ALONE, inflation: Inflation | None = None) -> Floats:
     """The x up to which an a90 has a likelihood ratio within reach, (...,): inf where every one has.
 
     Of the curves that grow: fitted must. Twice the log likelihood ratio is allowed to be reach times the inflation.
@@ -32,9 +45,9 @@ def upper_a90(model: Model, fitted: Fit, reach: float = ALONE, inflation: Inflat
     inside, outside = np.arctan((q - b0) / b1), np.full(b0.shape, np.pi / 2)
     rise = np.hypot(b1, q - b0)
 
-    def within(angle: Floats) -> np.ndarray:
+    def within(angle: Floats) -> NDArray[np.bool_]:
         nonlocal rise
-        best, rise = best_through(model, q, angle, rise)
+        best, rise = _best_through(model, q, angle, rise)
         direction = np.stack([np.cos(angle), np.sin(angle)], -1)
         allowed = reach if inflation is None else reach * inflation(direction)
         return np.asarray(2 * (fitted.log_likelihood - best) <= allowed)
@@ -47,20 +60,19 @@ def upper_a90(model: Model, fitted: Fit, reach: float = ALONE, inflation: Inflat
     return np.where(infinite, np.inf, np.tan(inside))
 
 
-def best_through(model: Model, q: float, angle: Floats, start: Floats) -> tuple[Floats, Floats]:
+def _best_through(model: Model, q: float, angle: Floats, start: Floats) -> tuple[Floats, Floats]:
     """The highest log likelihood of the growing curves with one a90, and how far that curve is from b0 = q, b1 = 0."""
     turned = np.stack([-np.sin(angle), np.cos(angle)], -1)
     along = np.einsum("...k,...kn->...n", turned, model.columns)[..., None, :]
     line = Model(model.link, model.signs, along, q, model.counts)
     found = fit(line, start[..., None])
     rise = found.weights[..., 0]
-    return np.where(rise > 0, found.log_likelihood, line.log_likelihood(np.zeros((*rise.shape, 1)))), np.maximum(
-        rise, 0
-    )
+    flat = line.log_likelihood(np.zeros((*rise.shape, 1)))
+    return np.where(rise > 0, found.log_likelihood, flat), np.maximum(rise, 0)
 
 
 def band(
-    model: Model, fitted: Fit, at: Floats, reach: float = ALONE, inflation: Inflation | None = None
+    model: Model, fitted: Fit, at: Floats, reach: Floats | float = ALONE, inflation: Inflation | None = None
 ) -> tuple[Floats, Floats]:
     """Lower and upper ends of b0 + b1 x, (m,) each, within reach at each x. Of one set. at: (m,).
 
@@ -69,7 +81,8 @@ def band(
     direction = np.stack([np.ones_like(at), at], -1)
     inflated = np.ones_like(at) if inflation is None else inflation(direction)
     middle = direction @ fitted.weights
-    variance = np.einsum("mk,mk->m", direction, solved(model.information(fitted.weights)[None], direction))
+    information = model.information(model.derivatives(fitted.weights)[1])
+    variance = np.einsum("mk,mk->m", direction, solved(information[None], direction))
     far = np.sqrt(reach * inflated * variance)
     low, high = (_end(model, fitted, at, middle + side * far, reach * inflated) for side in (-1, 1))
     return low, high
@@ -84,7 +97,7 @@ def _end(model: Model, fitted: Fit, at: Floats, value: Floats, allowed: Floats) 
         best = fit(through, slope)
         slope = best.weights
         beyond = 2 * (fitted.log_likelihood - best.log_likelihood) - allowed
-        value = value + beyond / (2 * through.scores(slope).sum(-1))
+        value = value + beyond / (2 * through.derivatives(slope)[0].sum(-1))
         if np.all(np.abs(beyond) < NEAR * allowed):
             break
     return value

@@ -1,6 +1,7 @@
 """Probability of detection from hits and misses."""
 
-from collections.abc import Hashable, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,20 +9,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from featprobe.errors import DataError, ShapeError, counted
 from featprobe.metrics.pod.bounds import ALONE, DETECTED, TOGETHER, Inflation, band, upper_a90
-from featprobe.metrics.pod.clustered import Clusters, inflation_of, reaches
-from featprobe.metrics.pod.coverage import CLUSTERS, ENOUGH, coverage_of
+from featprobe.metrics.pod.clustered import Clusters, clustered_a90, inflation_of, robust_a90
+from featprobe.metrics.pod.coverage import CLUSTERED_COVERS, ENOUGH, coverage_of
 from featprobe.metrics.pod.lack_of_fit import lack_of_fit
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Fit, Floats, Model, fit
+from featprobe.metrics.pod.pod_values import Curve, Link, Pod, Refused
 from featprobe.metrics.pod.refusals import barely_overlap, refusal
-from featprobe.metrics.pod.values import Curve, Link, Pod, Refused
 
 POINTS = 101  # of a curve
 DOUBT = 0.05  # p-value of lack of fit below which a note warns
+DRAWS, WORK = (199, 999), 2_000_000  # of clusters: the least and the most; fewer of many targets, so many in all
+SEED = 0
 BEYOND = 2.0  # times the smallest and the largest size, between which a curve is drawn
 
 
 def hit_miss(
-    sizes: ArrayLike, found: ArrayLike, clusters: Sequence[Hashable] | None = None, link: Link = "logit"
+    sizes: ArrayLike, found: ArrayLike, clusters: Iterable[Hashable] | None = None, link: Link = "logit"
 ) -> Pod | Refused:
     """The POD curve of targets that were found or missed: P(a) = F(b0 + b1 ln a), by maximum likelihood.
 
@@ -40,7 +43,7 @@ def hit_miss(
     of continuous random variables (1983).
     """
     size, hit, groups = _checked(sizes, found, clusters)
-    refused = refusal(size, hit)
+    refused = refusal(size, hit, None if groups is None else len(groups))
     if refused:
         return refused
     logs = np.log(size)
@@ -82,10 +85,11 @@ class _Answer:
     def pod(self) -> Pod:
         a50, a90 = (self._size_at(share) for share in (0.5, DETECTED))
         number = len(self.sizes) if self.groups is None else len(self.groups)
-        coverage = coverage_of(len(self.sizes), number)
+        coverage, simulated = coverage_of(len(self.sizes), number)
         no_bound = _no_bound(number, coverage)
-        one, both, inflation = _allowed(self.model, self.fitted, None if no_bound else self.groups)
-        bound, joint = (float(self.scale.size(upper_a90(self.model, self.fitted, r, inflation))) for r in (one, both))
+        x, reach, inflation = _bound(self.model, self.fitted, self.groups, wanted=not no_bound)
+        wide = upper_a90(self.model, self.fitted, reach * TOGETHER / ALONE, inflation)
+        bound, joint = float(self.scale.size(x)), float(self.scale.size(wide))
         misfit = float(lack_of_fit(self.model, self.fitted, self.groups))
         slope = float(self.fitted.weights[1]) / self.scale.spread
         return Pod(
@@ -98,13 +102,14 @@ class _Answer:
             a90_95=None if no_bound else bound,
             no_bound=no_bound,
             joint_a90_95=None if no_bound else joint,
-            curve=self._curve([a50, a90] if no_bound else [a50, a90, bound], one, inflation),
+            curve=self._curve([a50, a90] if no_bound else [a50, a90, bound], reach, inflation),
             lack_of_fit=None if np.isnan(misfit) else misfit,
             targets=len(self.sizes),
             hits=int(self.found.sum()),
             clusters=number,
             clustered=self.groups is not None,
             coverage=None if no_bound else coverage,
+            simulated="" if no_bound else simulated,
             notes=tuple(_notes(self.sizes, a50, a90, None if no_bound else bound, misfit)),
         )
 
@@ -112,7 +117,7 @@ class _Answer:
         b0, b1 = self.fitted.weights
         return float(self.scale.size((self.model.link.quantile(share) - b0) / b1))
 
-    def _curve(self, shown: list[float], reach: float, inflation: Inflation | None) -> Curve:
+    def _curve(self, shown: list[float], reach: Floats | float, inflation: Inflation | None) -> Curve:
         """Over the sizes of the targets, and as far as twice beyond them where that shows more."""
         smallest, largest = self.sizes.min(), self.sizes.max()
         first = max(min(smallest, *shown), smallest / BEYOND)
@@ -125,43 +130,58 @@ class _Answer:
 
 
 def _checked(
-    sizes: ArrayLike, found: ArrayLike, clusters: Sequence[Hashable] | None
+    sizes: ArrayLike, found: ArrayLike, clusters: Iterable[Hashable] | None
 ) -> tuple[Floats, NDArray[np.bool_], Clusters | None]:
+    """Sizes, hits and clusters; targets in the order of their clusters. No clusters where each has one target."""
     size, hit = np.asarray(sizes, dtype=float), np.asarray(found, dtype=bool)
-    lengths = {size.shape, hit.shape} | (set() if clusters is None else {(len(clusters),)})
-    if len(lengths) > 1 or size.ndim != 1:
-        raise ShapeError(f"Sizes, hits and clusters of targets have the shapes {sorted(lengths)}; wanted: one (n,).")
-    wrong = ~(np.isfinite(size) & (size > 0))
-    if wrong.any():
-        first = int(np.flatnonzero(wrong)[0])
+    labels = list(range(len(size)) if clusters is None else clusters)
+    if size.ndim != 1 or hit.shape != size.shape or len(labels) != len(size):
+        raise ShapeError(f"Targets have {size.shape} sizes, {hit.shape} hits and {len(labels)} clusters; wanted: (n,).")
+    wrong = np.flatnonzero(~(np.isfinite(size) & (size > 0)))
+    if len(wrong):
         raise DataError(
-            f"{counted(int(wrong.sum()), 'size')} of {counted(len(size), 'target')} can't be used.\n"
+            f"{counted(len(wrong), 'size')} of {counted(len(size), 'target')} can't be used.\n"
             "  wanted  above 0 and finite\n"
-            f"  found   {size[first]} (the first, target {first})\n"
+            f"  found   {size[wrong[0]]} (the first, target {wrong[0]})\n"
             "Leave out targets without a size, or choose another kind of size."
         )
-    groups = None if clusters is None or not len(size) else Clusters.of(clusters)
-    return size, hit, None if groups is None or len(groups) == len(size) else groups
+    members = defaultdict(list)
+    for label, one in zip(labels, zip(size.tolist(), hit.tolist(), strict=True), strict=True):
+        members[label].append(one)
+    if len(members) == len(size):
+        return size, hit, None
+    ordered = sorted(sorted(cluster) for cluster in members.values())  # neither names nor the order given matter
+    together = np.array([one for cluster in ordered for one in cluster])
+    return together[:, 0], together[:, 1] > 0, Clusters(np.array([len(cluster) for cluster in ordered]))
 
 
-def _allowed(model: Model, fitted: Fit, groups: Clusters | None) -> tuple[float, float, Inflation | None]:
-    """What is allowed of twice a log likelihood ratio of one parameter and of both, and times what."""
+def _bound(
+    model: Model, fitted: Fit, groups: Clusters | None, wanted: bool
+) -> tuple[Floats, Floats | float, Inflation | None]:
+    """The bound of the x of a90, and what it allows of a likelihood ratio: so much, times the inflation by clusters.
+
+    Where it is not wanted, for the band alone, clusters are not resampled.
+    """
     if groups is None:
-        return ALONE, TOGETHER, None
-    return *reaches(groups), inflation_of(model, fitted, groups)
+        return upper_a90(model, fitted), ALONE, None
+    inflation = inflation_of(model, fitted, groups)
+    if not wanted:
+        return *robust_a90(model, fitted, groups), inflation
+    draws = int(np.clip(WORK // model.signs.size, *DRAWS))
+    return *clustered_a90(model, fitted, groups, draws, np.random.default_rng(SEED)), inflation
 
 
 def _no_bound(clusters: int, coverage: float | None) -> str:
     """Why no bound of a90 is given; "" where one is."""
     if coverage is None:
         return (
-            f"The targets lie in {counted(clusters, 'cluster')}; with fewer than {CLUSTERS} no bound is known that "
-            f"covers a90 in {100 * ENOUGH:.0f} % of simulated sets. Inspect more parts."
+            f"The targets lie in {counted(clusters, 'cluster')}; what a bound covers is known from "
+            f"{min(CLUSTERED_COVERS)} clusters on. Inspect more parts."
         )
     if coverage < ENOUGH:
         return (
-            f"The bound covers a90 in only {100 * coverage:.1f} % of simulated sets of this kind "
-            f"({counted(clusters, 'cluster')}); {100 * ENOUGH:.0f} % are wanted. Inspect more parts."
+            f"From {counted(clusters, 'cluster')} the bound covers a90 in {100 * coverage:.1f} % of simulated sets; "
+            f"{100 * ENOUGH:.0f} % are wanted. Inspect more parts."
         )
     return ""
 

@@ -41,4 +41,4 @@ def _tails(model: Model, fitted: Fit) -> tuple[Floats, Floats]:
     columns, transposed = model.columns, np.swapaxes(model.columns, -1, -2)
     explained = np.linalg.solve((columns * weight) @ transposed, (columns * weight) @ np.swapaxes(tails, -1, -2))
     beyond = tails - np.swapaxes(explained, -1, -2) @ columns
-    return beyond * model.scores(fitted.weights)[..., None, :], (beyond * weight) @ np.swapaxes(beyond, -1, -2)
+    return beyond * model.derivatives(fitted.weights)[0][..., None, :], (beyond * weight) @ np.swapaxes(beyond, -1, -2)

@@ -10,42 +10,42 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit, log_ndtr, logit, ndtr, ndtri
 
-from featprobe.metrics.pod.values import Link
+from featprobe.metrics.pod.pod_values import Link
 
 Floats = NDArray[np.float64]
 STEPS = 100  # of Newton's method; a set whose hits and misses overlap well takes less than ten
 CLOSE = 1e-14  # gain in the log likelihood that the next step promises, below which a fit has converged
 ROUNDING = 1e-9  # of a log likelihood
 HALVINGS = 30  # of a step, after which no step helps
-FAR = 5.0  # times 1 + the weights' length: no step is longer
+FAR = 5.0  # times 1 + the largest weight: no weight moves farther in a step
 DAMPING = 1e-12  # of the information, so that it can always be solved
 
 
 @dataclass(frozen=True)
 class LinkFunction:
-    """A symmetric distribution F, P(hit) = F(z). log_cdf: ln F. slope, bend: first derivative of ln F, and minus its
-    second, which is positive: the likelihood has one maximum.
+    """A symmetric distribution F, P(hit) = F(z). log_cdf: ln F. derivatives: the first of ln F, and minus the second,
+    which is positive: the likelihood has one maximum.
     """
 
     cdf: Callable[[Floats], Floats]
     quantile: Callable[[float], float]
     log_cdf: Callable[[Floats], Floats]
-    slope: Callable[[Floats], Floats]
-    bend: Callable[[Floats], Floats]
+    derivatives: Callable[[Floats], tuple[Floats, Floats]]
 
 
-def _normal_slope(z: Floats) -> Floats:
-    return np.asarray(np.exp(-z * z / 2 - log_ndtr(z)) / np.sqrt(2 * np.pi))
+def _of_logistic(z: Floats) -> tuple[Floats, Floats]:
+    slope = expit(-z)
+    return slope, slope * (1 - slope)
 
 
-def _normal_bend(z: Floats) -> Floats:
-    slope = _normal_slope(z)
-    return slope * (slope + z)
+def _of_normal(z: Floats) -> tuple[Floats, Floats]:
+    slope = np.exp(-z * z / 2 - log_ndtr(z)) / np.sqrt(2 * np.pi)
+    return slope, slope * (slope + z)
 
 
 LINKS: dict[Link, LinkFunction] = {
-    "logit": LinkFunction(expit, logit, log_expit, lambda z: expit(-z), lambda z: expit(z) * expit(-z)),
-    "probit": LinkFunction(ndtr, ndtri, log_ndtr, _normal_slope, _normal_bend),
+    "logit": LinkFunction(expit, logit, log_expit, _of_logistic),
+    "probit": LinkFunction(ndtr, ndtri, log_ndtr, _of_normal),
 }
 
 
@@ -75,18 +75,18 @@ class Model:
         """(...,)."""
         return np.asarray(self.counts * self.link.log_cdf(self.margins(weights))).sum(-1)
 
-    def scores(self, weights: Floats) -> Floats:
-        """Derivative of each target's log likelihood by the argument of F, (..., n)."""
-        return np.asarray(self.counts * self.signs * self.link.slope(self.margins(weights)))
+    def derivatives(self, weights: Floats) -> tuple[Floats, Floats]:
+        """Of each target's log likelihood by the argument of F: the first, and minus the second; (..., n) each."""
+        slope, bend = self.link.derivatives(self.margins(weights))
+        return np.asarray(self.counts * self.signs * slope), np.asarray(self.counts * bend)
 
     def expected(self, weights: Floats) -> Floats:
         """Expected information of each target on the argument of F, (..., n)."""
         z = self.arguments(weights)
-        return np.asarray(self.counts * self.link.slope(z) * self.link.slope(-z))
+        return np.asarray(self.counts * self.link.derivatives(z)[0] * self.link.derivatives(-z)[0])
 
-    def information(self, weights: Floats) -> Floats:
-        """Minus the second derivative of the log likelihood, (..., k, k)."""
-        bend = self.counts * self.link.bend(self.margins(weights))
+    def information(self, bend: Floats) -> Floats:
+        """On the weights, (..., k, k), from that of each target on the argument of F, (..., n)."""
         return np.asarray((self.columns * bend[..., None, :]) @ np.swapaxes(self.columns, -1, -2))
 
 
@@ -104,8 +104,9 @@ def fit(model: Model, start: Floats, steps: int = STEPS) -> Fit:
     weights, best = start, model.log_likelihood(start)
     stuck = np.zeros(best.shape, bool)
     for _ in range(steps):
-        gradient = np.einsum("...n,...kn->...k", model.scores(weights), model.columns)
-        step = solved(model.information(weights), gradient)
+        scores, bend = model.derivatives(weights)
+        gradient = np.einsum("...n,...kn->...k", scores, model.columns)
+        step = solved(model.information(bend), gradient)
         gain = np.einsum("...k,...k->...", gradient, step)
         done = (gain < CLOSE) | stuck
         if done.all():
@@ -116,8 +117,9 @@ def fit(model: Model, start: Floats, steps: int = STEPS) -> Fit:
 
 def _climbed(model: Model, weights: Floats, best: Floats, step: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """A step, halved in each set until the likelihood does not fall; and where no step helps."""
-    length = np.linalg.norm(step, axis=-1, keepdims=True)
-    longest = FAR * (1 + np.linalg.norm(weights, axis=-1, keepdims=True))
+    step = np.nan_to_num(step)  # infinite where no target has any information left
+    length = np.abs(step).max(-1, keepdims=True)
+    longest = FAR * (1 + np.abs(weights).max(-1, keepdims=True))
     step = np.where(length > longest, step * (longest / np.maximum(length, longest)), step)
     for _ in range(HALVINGS):
         reached = model.log_likelihood(weights + step)

@@ -4,19 +4,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.errors import counted
-from featprobe.metrics.pod.values import Kind, Refused
+from featprobe.metrics.pod.pod_values import Kind, Refused
 
 TARGETS = 60  # the least number for hit/miss, MIL-HDBK-1823A
-OF_EACH = 5  # hits, and misses: with fewer the bound of a90 does not cover what it says (benchmarks/pod.py)
+OF_EACH = 5  # hits, and misses: fewer say nearly nothing of one end of the curve
+OF_CLUSTERS = 3  # with fewer there is no variance between them to speak of
 HIT_MISS: Kind = "hit/miss"
 
 Fault = tuple[str, str]
 """A reason, and what is missing."""
 
 
-def refusal(sizes: NDArray[np.float64], found: NDArray[np.bool_]) -> Refused | None:
-    """Why these targets carry no hit/miss curve; None where they do. sizes, found: (targets,)."""
+def refusal(sizes: NDArray[np.float64], found: NDArray[np.bool_], clusters: int | None = None) -> Refused | None:
+    """Why these targets carry no hit/miss curve; None where they do. sizes, found: (targets,). clusters: their number,
+    None for targets that stand each for itself.
+    """
     faults = [*_too_few(found), *_no_maximum(sizes, found)]
+    if clusters is not None and clusters < OF_CLUSTERS:
+        reason = f"All targets lie in {counted(clusters, 'cluster')}, which say nothing of others."
+        faults.append((reason, f"targets in {OF_CLUSTERS} clusters or more"))
     if not faults:
         return None
     reasons, missing = zip(*faults, strict=True)

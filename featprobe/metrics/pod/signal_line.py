@@ -12,11 +12,12 @@ from scipy.stats import t
 
 from featprobe.metrics.pod.censored import ABOVE, BELOW, MEASURED, CensoredLine, Floats
 from featprobe.metrics.pod.concave import least
-from featprobe.metrics.pod.values import Curve
+from featprobe.metrics.pod.pod_values import Curve
 
 CONFIDENCE = 0.95
 HIGH = float(ndtri(0.9))  # the score at which 90 % are found
 POINTS, KNOTS = 60, 10  # of the curve, and those of them at which its bounds are searched
+BEYOND = 2.0  # times the largest size, up to which a curve is drawn
 FARTHEST = 50.0  # in ln size: a bound above this times the mean size is none
 
 
@@ -103,8 +104,9 @@ class SignalLine:
         return float((score - self.best[1]) / self.best[2])
 
     def curve(self) -> Curve:
-        """Over the sizes of the targets, and on to a90."""
-        sizes = np.geomspace(self.sizes.min(), max(self.sizes.max(), self.size(self.at(HIGH))), POINTS)
+        """Over the sizes of the targets, and as far as twice beyond them where that shows a90."""
+        largest = self.sizes.max()
+        sizes = np.geomspace(self.sizes.min(), max(largest, min(self.size(self.at(HIGH)), BEYOND * largest)), POINTS)
         at = np.log(sizes) - self.middle
         knots = np.linspace(at[0], at[-1], KNOTS)
         low, high = (CubicSpline(knots, [self.bound(x, side) for x in knots])(at) for side in (1.0, -1.0))

@@ -18,8 +18,8 @@ from featprobe.stages.comparison.differences import Line, Table, kind_of_pair
 from featprobe.stages.comparison.results import Result
 from featprobe.stages.inspection.inspect import Inspection, inspect_head
 from featprobe.stages.inspection.lines import class_lines, froc_lines, head_line, size_lines
-from featprobe.stages.inspection.pictures import worst
 from featprobe.stages.inspection.pod import drawing_of, pod_lines, pod_of
+from featprobe.stages.inspection.worst import worst
 from featprobe.stages.workspace import Workspace
 
 Floats = NDArray[np.float64]

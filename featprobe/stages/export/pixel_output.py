@@ -76,7 +76,7 @@ class PixelOutput(GraphOutput):
 
     @torch.inference_mode()
     def compare(self, found: Mapping[str, NDArray[Any]], predictor: Predictor, levels: Sequence[Levels]) -> Differences:
-        """Masks are compared with those of `predict` before pixels are joined, logits with those of the head's cells."""
+        """Masks are compared with `predict`'s before pixels are joined, logits with those of the head's cells."""
         pieces, size = pieces_of_size(predictor, levels)
         features = reference(predictor, levels)
         masks, judged = zip(*predictor.output.found(iter([(pieces, features)]), [size] * len(levels)), strict=True)

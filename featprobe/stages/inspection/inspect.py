@@ -4,6 +4,7 @@ An operating point is chosen on the validation images alone, and then scored on 
 torch, or looks at an image.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
@@ -30,12 +31,13 @@ from featprobe.stages.inspection.scored_heads import (
     head_of,
     one_of_each,
     rows_asked,
+    rows_below,
     validation_of,
 )
 from featprobe.stages.recording.operating_file import read_point, write_point
-from featprobe.stages.recording.record_file import read_records
+from featprobe.stages.recording.record_file import RECORDS, read_records
 from featprobe.stages.recording.sizes import in_millimetres
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import Workspace, pixel_size_of
 
 if TYPE_CHECKING:
     from featprobe.stages.inspection.pod import PodAnswer
@@ -139,7 +141,8 @@ def inspect(
 ) -> Inspections:
     """What scored heads find, by the records that lie beside them.
 
-    heads: their folders; without any, all results of the workspace, of each the seed that is best on validation.
+    heads: their folders. A folder above heads stands for the results below it, and no folder for all of the workspace:
+    of each result the seed that is best on validation, and all its folds.
     wanted: what an operating point is chosen for on validation; it is then kept beside every head that is asked about,
     where `predict` and `export` find it. Without it, the one that is kept there, or 0.1 false calls per image, which is
     not kept. size, unit: of defects. least_area: pixels; calls below it do not count; None for that of the kept
@@ -150,25 +153,29 @@ def inspect(
     Raises UsageError for values that can't be, ProbeError where a named head, or none of all, can be inspected.
     """
     asked = Asked(wanted, size, unit, least_area, rule, pod)
-    named = [head_in(Path(folder)) for folder in heads]
-    results = by_run(one_of_each(rows_asked(workspace, only or {}))) if not named else []
-    notes = list[str]()
+    folders = [Path(folder) for folder in heads]
+    below = [rows_below(workspace, folder) for folder in folders]
+    named = [head_in(folder) for folder, rows in zip(folders, below, strict=True) if not rows]
+    several = [row for rows in below for row in rows] if folders else rows_asked(workspace, only or {})
+    results = by_run(one_of_each(several))
+    made = _Made()
     if rescore:
         check_here(workspace, named)
         rows = [head.row for head in named] + [row for seeds in results for own in seeds for row in own]
-        notes = _rescored(workspace, rows, rule, device, quiet)
-    each, left = [_kept(workspace, [head], asked, 1, notes) for head in named], list[Left]()
+        made = _rescored(workspace, rows, rule, device, quiet)
+        made.check(head.row for head in named)
+    each, left = [_kept(workspace, [head], asked) for head in named], list[Left]()
     for seeds in results:
         try:
-            each.append(_best(workspace, seeds, asked))
+            each.append(_best(workspace, seeds, asked, made))
         except UsageError:
             raise
         except FeatprobeError as error:
             left.append(Left(seeds[0][0].folder, str(error)))
     if not each:
-        reasons = "\n".join([*(f"  {own.folder}: {own.reason}" for own in left), *(f"  {note}" for note in notes)])
+        reasons = "\n".join(f"  {own.folder}: {own.reason}" for own in left)
         raise ProbeError(f"None of the results in {workspace.probes} can be inspected.\n{reasons}")
-    return Inspections(tuple(each), tuple(left), tuple(notes))
+    return Inspections(tuple(each), tuple(left), made.others)
 
 
 def inspect_head(
@@ -191,33 +198,58 @@ def inspect_head(
     return inspected(workspace, heads, Asked(wanted, size, unit, least_area, rule, pod))
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What came of making records anew. unmade: folders of rows that have none, or only those from before."""
+
+    notes: tuple[str, ...] = ()
+    unmade: frozenset[str] = frozenset()
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The notes that are not on heads without new records."""
+        return tuple(note for note in self.notes if not any(folder in note for folder in self.unmade))
+
+    def check(self, rows: Iterable[ResultRow]) -> None:
+        """Raise ProbeError where one of these has no new records, so that nobody takes the old ones for them."""
+        failed = [row.folder for row in rows if row.folder in self.unmade]
+        if failed:
+            why = [note for note in self.notes if any(folder in note for folder in failed)]
+            raise ProbeError("\n".join(["Its records were not made anew. Those from before were left alone.", *why]))
+
+
 def _rescored(
     workspace: Workspace, rows: Sequence[ResultRow], rule: FoundRule | None, device: str | None, quiet: bool
-) -> list[str]:
+) -> _Made:
     from featprobe.stages.recording.rescore import rescore  # which loads torch
 
-    return rescore(workspace, rows, rule, device=device, quiet=quiet)
+    before = {row.folder: _file_of(workspace, row) for row in rows}
+    notes = rescore(workspace, rows, rule, device=device, quiet=quiet)
+    return _Made(tuple(notes), frozenset(row.folder for row in rows if _file_of(workspace, row) == before[row.folder]))
 
 
-def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Asked) -> Inspection:
+def _file_of(workspace: Workspace, row: ResultRow) -> int | None:
+    """The number that the file system gives the records of a row; None where there are none."""
+    try:
+        return os.stat(workspace.probes / row.folder / RECORDS).st_ino
+    except OSError:
+        return None
+
+
+def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Asked, made: _Made) -> Inspection:
     """What the best seed on validation finds. An operating point that is asked for is kept beside all seeds."""
     ranked = sorted(seeds, key=lambda rows: (-validation_of(rows), rows[0].seed))
     whole = [[head_of(workspace, row) for row in folds_of(workspace, rows[0])] for rows in ranked]
+    for heads in whole if asked.wanted else whole[:1]:
+        made.check(head.row for head in heads)
     for heads in whole[1:] if asked.wanted else ():
-        _keep(heads, [_point(head, _records(workspace, head, asked), asked)[0] for head in heads])
+        _keep(heads, [_chosen(head, _records(workspace, head, asked), asked).point for head in heads])
     return _kept(workspace, whole[0], asked, len(seeds))
 
 
-def _kept(
-    workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1, notes: Sequence[str] = ()
-) -> Inspection:
-    """What heads find; an operating point that is asked for is kept. notes: on records that could not be made."""
-    try:
-        found = inspected(workspace, heads, asked, seeds)
-    except ProbeError as error:
-        if notes:
-            raise ProbeError("\n".join([str(error), *notes])) from error
-        raise
+def _kept(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
+    """What heads find; an operating point that is asked for is kept."""
+    found = inspected(workspace, heads, asked, seeds)
     if asked.wanted:
         _keep(heads, found.points)
         return replace(found, kept=True)
@@ -232,41 +264,57 @@ def _keep(heads: Sequence[ScoredHead], points: Sequence[OperatingPoint]) -> None
 def _records(workspace: Workspace, head: ScoredHead, asked: Asked) -> Records:
     """The records beside a head, if they can carry what is asked."""
     records = read_records(head.folder, head.head_sha256)
-    if stated := workspace.pixel_size(head.row.data, head.root):
+    if stated := pixel_size_of(workspace, head.row.data, head.root):
         records = in_millimetres(records, stated)
     check_rule(head.folder, records, asked.rule)
     check_parts(head.folder, records, asked.wanted)
     return records
 
 
-def _point(head: ScoredHead, records: Records, asked: Asked) -> tuple[OperatingPoint, bool]:
-    """The operating point of a head, and whether it is the one that lies beside it. It sees validation alone."""
+@dataclass(frozen=True)
+class _Chosen:
+    """An operating point. kept: whether it lies beside the head. note: for a user; "" for none."""
+
+    point: OperatingPoint
+    kept: bool = False
+    note: str = ""
+
+
+def _chosen(head: ScoredHead, records: Records, asked: Asked) -> _Chosen:
+    """The operating point of a head: the one beside it, or one that is chosen now. It sees validation alone."""
+    validation = records.of("val")
     kept = None if asked.wanted else read_point(head.folder, head.head_sha256)
     if kept is None:
-        try:
-            return choose(records.of("val"), asked.wanted or USUAL, asked.least_area or 1), False
-        except FeatprobeError as error:
-            raise ProbeError(f"{head.folder}: no operating point was chosen. {error}") from error
+        return _Chosen(_choose(head, validation, asked.wanted or USUAL, asked.least_area or 1))
     if asked.least_area not in (None, kept.least_area):
         raise UsageError(
             f"{head.folder} has an operating point for calls of {kept.least_area} pixels or more, not "
             f"{asked.least_area}.\nThe least area is a part of it. Choose it anew:  --min-area {asked.least_area} with "
             "--false-calls, --recall or --cost."
         )
-    if kept.base != records.about.base and not (isnan(kept.base) and isnan(records.about.base)):
-        raise ProbeError(
-            f"{head.folder}/operating.json was chosen from other records than those that are there now.\n"
-            f"  wanted  calls at the base threshold {records.about.base:.6g}\n  found   {kept.base:.6g}\n"
-            "Choose it anew with --false-calls, --recall or --cost; or remove the file."
-        )
-    return kept, True
+    same_base = kept.base == records.about.base or (isnan(kept.base) and isnan(records.about.base))
+    if same_base and counts_at(validation.with_least_area(kept.least_area), kept.threshold) == kept.validation:
+        return _Chosen(kept, kept=True)
+    return _Chosen(
+        _choose(head, validation, kept.wanted, kept.least_area),
+        note=f"{head.folder}/operating.json was chosen from other records than those that are there now. Here the "
+        f"threshold is chosen anew, for the same ({kept.wanted}); predict and export use the old one until you choose "
+        "one with --false-calls, --recall or --cost",
+    )
+
+
+def _choose(head: ScoredHead, validation: Records, wanted: Wanted, least_area: int) -> OperatingPoint:
+    try:
+        return choose(validation, wanted, least_area)
+    except FeatprobeError as error:
+        raise ProbeError(f"{head.folder}: no operating point was chosen. {error}") from error
 
 
 def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
     """What one head finds, or those of all folds of a cross-validation. Nothing is written."""
     every = [_records(workspace, head, asked) for head in heads]
-    chosen = [_point(head, own, asked) for head, own in zip(heads, every, strict=True)]
-    points = tuple(point for point, _ in chosen)
+    chosen = [_chosen(head, own, asked) for head, own in zip(heads, every, strict=True)]
+    points = tuple(own.point for own in chosen)
     parts = [own.with_least_area(point.least_area) for own, point in zip(every, points, strict=True)]
     tested = [own.of("test") for own in parts]
     records = Records.joined(tested).judged()
@@ -281,7 +329,7 @@ def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, s
         thresholds=thresholds,
         found=found,
         points=points,
-        kept=all(kept for _, kept in chosen),
+        kept=all(own.kept for own in chosen),
         validation=said[0] if len(said) == 1 else _sum(said),
         test=counts_at(records, thresholds),
         recall=recall_of(records, thresholds),
@@ -294,7 +342,7 @@ def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, s
         unit=asked.unit,
         pod=_pod(records, found, points, asked) if asked.pod else None,
     )
-    return replace(result, notes=_notes(result))
+    return replace(result, notes=(*(own.note for own in chosen if own.note), *_notes(result)))
 
 
 def _pod(records: Records, found: NDArray[np.bool_], points: Sequence[OperatingPoint], asked: Asked) -> "PodAnswer":
@@ -340,6 +388,8 @@ def _notes(own: Inspection) -> tuple[str, ...]:
         said.append("groups of images are not known to be parts, so each image counts as a part")
     if own.parts.unknown:
         said.append(f"{counted(own.parts.unknown, 'part')} with ignored regions and no defect have no verdict")
+    if not own.parts.good:
+        said.append("no part is known to be good in all its images: nothing can be said of good parts that are stopped")
     if not own.test.defects:
         said.append("the test images hold no defect: nothing can be said of what is found")
     if not own.test.good_images:

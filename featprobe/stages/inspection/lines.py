@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from featprobe.io.disk import write_together
 from featprobe.io.fields import plain
 from featprobe.metrics.defects.overlaps import rule_text
-from featprobe.metrics.defects.records import NOTHING, SIZES
+from featprobe.metrics.defects.records import GOOD, NOTHING, SIZES
 from featprobe.report.tables import csv_text
 from featprobe.stages.inspection.inspect import Inspection, Inspections
 
@@ -61,6 +62,8 @@ def head_line(own: Inspection) -> Line:
         "overkill_low": parts.overkill_low,
         "overkill_high": parts.overkill_high,
         "false_calls_on_good_parts": test.stray,
+        "times_as_large": _times_as_large(own),
+        "good_images_called": int(np.sum(_called_images(own) & (own.records.images.good == GOOD))),
         **{
             f"validation_{name}": getattr(said, name)
             for name in ("defects", "found", "recall", "images", "false_calls")
@@ -68,6 +71,19 @@ def head_line(own: Inspection) -> Line:
         "validation_false_calls_per_image": said.false_calls_per("image"),
         "validation_false_calls_per_part": said.false_calls_per("part"),
     }
+
+
+def _called_images(own: Inspection) -> NDArray[np.bool_]:
+    """Whether each image holds a call, (images,)."""
+    calls = own.records.calls.image[own.records.called(own.thresholds)]
+    return np.bincount(calls, minlength=len(own.records.images)) > 0
+
+
+def _times_as_large(own: Inspection) -> float:
+    """Area of a call that finds a defect over that of the defect, in the median; nan where nothing is found."""
+    call, defect = own.records.finds[own.records.called(own.thresholds)[own.records.finds[:, 0]]].T
+    areas = own.records.defects.size("area")[defect]
+    return float(np.median(own.records.calls.size("area")[call] / areas)) if len(call) else float("nan")
 
 
 def size_lines(own: Inspection) -> list[Line]:

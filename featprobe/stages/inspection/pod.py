@@ -14,8 +14,8 @@ from featprobe.metrics.defects.records import Records, Size, Unit
 from featprobe.metrics.pod.conditions import UNCHECKED
 from featprobe.metrics.pod.floor_ceiling import FloorCeiling, floor_ceiling
 from featprobe.metrics.pod.hit_miss import hit_miss
+from featprobe.metrics.pod.pod_values import Pod, Refused
 from featprobe.metrics.pod.signal_response import SignalPod, signal_response
-from featprobe.metrics.pod.values import Pod, Refused
 
 if TYPE_CHECKING:
     from featprobe.report.pod_plot import PodPicture
@@ -29,6 +29,7 @@ AXES: dict[Size, str] = {
     "longest": "longest side",
     "shortest": "shortest side",
 }
+FAR = 10.0  # times the largest target: a size beyond that is no figure to show
 DOUBT = 0.05  # p-value of a curve's fit, below which it is doubted
 ONE_SCORE = "This head gives each image one score, so it is not known which of its defects is found."
 OTHER_HEAD = "a head that finds places: one with maps, or one of objects"
@@ -128,19 +129,19 @@ def _signals(
 
 
 def pod_lines(answer: PodAnswer, counts: Counts) -> list[str]:
-    """A probability of detection in sentences. counts: of the test images at the same operating point."""
+    """A probability of detection in sentences; those that begin with a space belong to the one above.
+
+    counts: of the test images at the same operating point.
+    """
     size = f"{AXES[answer.size]}, {answer.unit_text}"
     lines = [f"Probability of detection by hits and misses ({size}):", *_said(answer.hit_miss, answer)]
     if answer.signal is not None:
         lines += [f"Probability of detection by signals, the scores of defects ({size}):"]
         lines += _said(answer.signal, answer)
-    return [
-        *lines,
-        f"At the same threshold: {', '.join(_rates(answer, counts))}.",
-        *answer.notes,
-        "Conditions of MIL-HDBK-1823A that the data can't show:",
-        *(f"  {condition}" for condition in UNCHECKED),
-    ]
+    if any(isinstance(pod, Pod) for pod in (answer.hit_miss, answer.signal)):
+        lines += [f"At the same threshold: {', '.join(_rates(answer, counts))}.", *answer.notes]
+        return [*lines, "Conditions of MIL-HDBK-1823A that the data can't show:", *(f"  {own}" for own in UNCHECKED)]
+    return [*lines, *answer.notes]
 
 
 def _rates(answer: PodAnswer, counts: Counts) -> list[str]:
@@ -157,31 +158,38 @@ def _said(pod: Pod | Refused, answer: PodAnswer) -> list[str]:
     """One curve, or why there is none, in indented sentences."""
     if isinstance(pod, Refused):
         each = zip(pod.reasons, pod.missing, strict=True)
-        return ["  No curve:", *(f"    {reason} Missing: {missing}." for reason, missing in each)]
-    unit = answer.unit_text
+        return [f"  No curve: {reason} Missing: {missing}." for reason, missing in each]
+    given = pod.a90_95 is not None and math.isfinite(pod.a90_95)
     found = f"{pod.hits} of {counted(pod.targets, 'defect')} found"
     if pod.clustered:
-        found += f", in {counted(pod.clusters, answer.cluster)}; the bound allows for defects of one {answer.cluster}"
-        found += " that are alike"
-    said = [f"a50 {pod.a50:.3g} {unit}, a90 {pod.a90:.3g} {unit}, {_bound(pod, unit)}.", f"{found}."]
+        found += f", in {counted(pod.clusters, answer.cluster)}"
+        found += f"; the bound allows for defects of one {answer.cluster} that are alike" if given else ""
+    a50, a90, bound = (_size(size, answer) for size in (pod.a50, pod.a90, pod.a90_95))
+    said = [f"a50 {a50}, a90 {a90}, {f'a90/95 {bound}' if given else 'no a90/95'}.", f"{found}."]
+    if pod.no_bound:
+        said.append(pod.no_bound)
     if pod.joint_a90_95 is not None and math.isfinite(pod.joint_a90_95):
-        said.append(f"The joint bound of Cheng and Iles, of the handbook: {pod.joint_a90_95:.3g} {unit}.")
+        said.append(f"The joint bound of Cheng and Iles, of the handbook: {_size(pod.joint_a90_95, answer)}.")
     if isinstance(pod, SignalPod):
-        if pod.delta_a90_95 is not None:
-            said.append(f"The bound by the delta method, of the handbook: {pod.delta_a90_95:.3g} {unit}.")
+        if given:
+            said.append(f"The bound by the delta method, of the handbook: {_size(pod.delta_a90_95, answer)}.")
         said.append(f"{counted(pod.below, 'signal')} at the noise, {pod.above} at the saturation.")
-    if pod.coverage is not None:
-        said.append(f"In simulated sets like this one, the bound is above the true a90 in {100 * pod.coverage:.1f} %.")
+    if pod.coverage is not None and given:
+        sets = f"of {pod.simulated}" if pod.simulated else "like this one"
+        said.append(f"In simulated sets {sets}, the bound is above the true a90 in {100 * pod.coverage:.1f} %.")
     if pod.lack_of_fit is not None:
         fits = "the curve does not fit, do not use its sizes" if pod.lack_of_fit < DOUBT else "no sign of a lack of fit"
         said.append(f"Fit: p {pod.lack_of_fit:.2g}, {fits}.")
     return [f"  {line}" for line in (*said, *pod.notes)]
 
 
-def _bound(pod: Pod, unit: str) -> str:
-    if pod.a90_95 is None:
-        return f"no a90/95 ({pod.no_bound.rstrip('.')})"
-    return f"a90/95 {pod.a90_95:.3g} {unit}" if math.isfinite(pod.a90_95) else "no a90/95 (the data exclude no size)"
+def _size(size: float | None, answer: PodAnswer) -> str:
+    """A size with its unit, or words; "" for none."""
+    if size is None:
+        return ""
+    if size > FAR * answer.sizes.max():
+        return f"beyond {FAR:g} times the largest target"
+    return f"{size:.3g} {answer.unit_text}"
 
 
 def drawing_of(answer: PodAnswer) -> "PodPicture | None":
@@ -195,6 +203,8 @@ def drawing_of(answer: PodAnswer) -> "PodPicture | None":
     for pod in curves:
         curve, label = pod.curve, "hits and misses" if pod.kind == "hit/miss" else "signals"
         band = (curve.low.tolist(), curve.high.tolist()) if pod.a90_95 is not None else ((), ())
+        if pod.lack_of_fit is not None and pod.lack_of_fit < DOUBT:
+            label += " (does not fit)"
         lines.append(PodLine(f"by {label}", curve.sizes.tolist(), curve.pod.tolist(), *band))
     if (other := answer.other) is not None:
         label = f"floor {100 * other.floor:.0f} %, ceiling {100 * other.ceiling:.0f} % (not for a90)"

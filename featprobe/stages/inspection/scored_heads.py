@@ -113,6 +113,15 @@ def rows_asked(workspace: Workspace, asked: Mapping[str, Sequence[str]]) -> list
     return found
 
 
+def rows_below(workspace: Workspace, folder: Path) -> list[ResultRow]:
+    """The last rows of the heads below a folder that is none itself; none for other folders."""
+    root, inside = workspace.probes.resolve(), folder.resolve()
+    if (folder / "card.json").exists() or not inside.is_relative_to(root):
+        return []
+    rows = last_rows(workspace.probes / RESULTS).values()
+    return [row for row in rows if inside in (root / row.folder).parents]
+
+
 def one_of_each(rows: Iterable[ResultRow]) -> list[list[ResultRow]]:
     """Rows by seed of a run: one alone, or those of its folds in their order. Of the same fold the last counts."""
     found: dict[str, dict[int, ResultRow]] = {}

@@ -1,13 +1,13 @@
 """The base threshold at which pixels of maps are joined to calls, chosen on validation before test is looked at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from featprobe.metrics.defects.overlaps import finds
+from featprobe.metrics.defects.overlaps import USUAL_IOU, finds
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
 from featprobe.probes import Head
 from featprobe.processes import gathered
@@ -22,13 +22,16 @@ from featprobe.stages.tasks.classification import Classification
 from featprobe.stages.tasks.segmentation import Segmentation
 from featprobe.stages.tasks.task import Source
 from featprobe.stages.training.prepared import Prepared
+from featprobe.stages.workspace import pixel_size_of
 from featprobe.targets import Labels
 
 PROBABILITIES, USUAL_PROBABILITY = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7), 0.5
 """Bases that are tried for maps of probabilities, and the one without a defect in validation."""
 QUANTILES, USUAL_QUANTILE = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999), 0.99
-"""The same for maps of anomalies, whose values have no limits: as quantiles of the pixels of validation."""
+"""The same for maps of anomalies and of heads that are solved, whose values are no probabilities: as quantiles of the
+pixels of validation."""
 SAMPLED = 1 << 22  # pixels that quantiles are taken of, at most
+ROUNDING = 1e-9  # of areas
 USUAL_RULE = FoundRule()
 Bases = tuple[float, ...]
 
@@ -55,7 +58,7 @@ def record_validation(
 ) -> Recording | None:
     """Choose each head's base, record what it finds on validation, and make ready for test; None without any score.
 
-    The features of validation are read once more, for maps of probabilities twice, for maps of anomalies three times.
+    The features of validation are read once more, for maps of probabilities twice, for other maps three times.
     """
     if isinstance(prepared.task, Classification) and not prepared.task.names.says_good:
         return None
@@ -76,7 +79,7 @@ def record_validation(
 
 def _truth(prepared: Prepared, split: str) -> SplitTruth:
     cache, options = prepared.cache, prepared.training.options
-    size = prepared.training.workspace.pixel_size(cache.data.name, Path(cache.data.root))
+    size = pixel_size_of(prepared.training.workspace, cache.data.name, Path(cache.data.root))
     images = images_of(cache, prepared.rows[split])
     return SplitTruth(cache, images, split, options.instances, pixel_size=size, quiet=options.quiet)
 
@@ -105,14 +108,14 @@ def _bases(
 
 def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[list[Bases], int]:
     """The bases to try for each head, float32, rising, none without maps; and the place of the usual one."""
-    match prepared.task:
-        case Segmentation():
-            bases = tuple(float(np.float32(value)) for value in PROBABILITIES)
-            return [bases] * len(heads), PROBABILITIES.index(USUAL_PROBABILITY)
-        case Anomaly() as task if task.watched_by_maps:
-            sample = _Sample(len(images_of(prepared.cache, prepared.rows["val"])))
-            prepared.evaluate(heads, source, prepared.rows["val"], sample)
-            return sample.quantiles(len(heads)), QUANTILES.index(USUAL_QUANTILE)
+    task = prepared.task
+    if isinstance(task, Segmentation) and prepared.solver is None:
+        bases = tuple(float(np.float32(value)) for value in PROBABILITIES)
+        return [bases] * len(heads), PROBABILITIES.index(USUAL_PROBABILITY)
+    if isinstance(task, Segmentation) or (isinstance(task, Anomaly) and task.watched_by_maps):
+        sample = _Sample(len(images_of(prepared.cache, prepared.rows["val"])))
+        prepared.evaluate(heads, source, prepared.rows["val"], sample)
+        return sample.quantiles(len(heads)), QUANTILES.index(USUAL_QUANTILE)
     return [], 0
 
 
@@ -129,10 +132,14 @@ class _OnMaps(Watch):
 
 
 class Trials(_OnMaps):
-    """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head."""
+    """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head.
+
+    Here a call has found a defect by their IoU alone, so that no base wins at which one call covers half of an image.
+    """
 
     def __init__(self, truth: SplitTruth, tried: Sequence[Bases], rule: FoundRule) -> None:
-        self.truth, self.tried, self.rule = truth, tried, rule
+        self.truth, self.tried = truth, tried
+        self.rule = replace(rule, iou=rule.iou or USUAL_IOU)
         self.found: dict[tuple[int, int], list[tuple[Floats, Floats]]] = {}
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
@@ -146,10 +153,7 @@ class Trials(_OnMaps):
         self.found[head, image] = each
 
     def best(self) -> Bases:
-        """The base of each head with the largest area under its curve, of equal ones the highest.
-
-        All processes ask for them together.
-        """
+        """The base of each head by the areas under its curves; all processes ask for them together."""
         every = {key: own for part in gathered([self.found]) for key, own in part.items()}
         best = []
         for head, bases in enumerate(self.tried):
@@ -158,8 +162,21 @@ class Trials(_OnMaps):
             for k in range(len(bases)):
                 defects, false_calls = (np.concatenate([image[k][side] for image in own]) for side in (0, 1))
                 areas.append(area_under_froc(defects, false_calls, len(own)))
-            best.append(max(zip(areas, bases, strict=True))[1])
+            best.append(middle_of_best(areas, bases))
         return tuple(best)
+
+
+def middle_of_best(areas: Sequence[float], bases: Bases) -> float:
+    """The base with the largest area; of equal ones the middle, and of two in the middle the lower.
+
+    A higher one loses defects that are fainter than those of validation; a lower one joins what lies apart. bases:
+    rising.
+
+    >>> middle_of_best([0.5, 0.75, 0.75, 0.75, 0.7], (0.1, 0.2, 0.3, 0.5, 0.7))
+    0.3
+    """
+    equal = [base for area, base in zip(areas, bases, strict=True) if area >= max(areas) - ROUNDING]
+    return equal[(len(equal) - 1) // 2]
 
 
 def area_under_froc(defects: Floats, false_calls: Floats, images: int) -> float:

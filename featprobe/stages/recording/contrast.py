@@ -11,7 +11,7 @@ from featprobe.metrics.defects.records import Floats
 from featprobe.stages.recording.sizes import Window, pixels_of
 from featprobe.targets import Instance
 
-GAP = 1.0
+GAP = 1
 """Pixels around a defect that count neither inside nor around it: its edge lies there."""
 NARROWEST, WIDEST = 3, 32
 """Pixels, limits of the width of the ring around a defect, which is half the square root of its area."""
@@ -49,25 +49,25 @@ def _contrast(
     from scipy import ndimage  # it takes time, and most words of a command line need none of it
 
     width = min(max(NARROWEST, ceil(np.sqrt(mask.sum()) / 2)), WIDEST)
-    margin = width + ceil(GAP)
+    margin = width + GAP
     rows, columns = (slice(max(0, one.start - margin), one.stop + margin) for one in window)  # ends at the image's own
     inside = np.zeros_like(taken[rows, columns])
     inside[window[0].start - rows.start :, window[1].start - columns.start :][: mask.shape[0], : mask.shape[1]] = mask
     if not inside.any():
         return nan
-    away = ndimage.distance_transform_edt(~inside)
-    ring = (away > GAP) & (away <= GAP + width) & ~taken[rows, columns]
+    near, far = (ndimage.maximum_filter(inside.view(np.uint8), 2 * reach + 1) > 0 for reach in (GAP, margin))
+    ring = far & ~near & ~taken[rows, columns]
     inside &= ~empty[rows, columns]
     if ring.sum() < FEWEST or not inside.any():
         return nan
-    grey = _grey(levels[rows, columns])
-    noise = float(grey[ring].std())
-    return abs(float(grey[inside].mean()) - float(grey[ring].mean())) / noise if noise else nan
+    around = _grey(levels[rows, columns][ring])
+    noise = float(around.std())
+    return abs(float(_grey(levels[rows, columns][inside]).mean() - around.mean())) / noise if noise else nan
 
 
-def _grey(levels: Levels) -> NDArray[np.float64]:
-    """(height, width) of one or three channels."""
-    return levels.astype(np.float64) if levels.ndim == 2 else levels.astype(np.float64) @ np.array(LUMA)
+def _grey(pixels: Levels) -> NDArray[np.float64]:
+    """The grey of pixels of one or three channels, (pixels,)."""
+    return pixels.astype(np.float64) if pixels.ndim == 1 else pixels.astype(np.float64) @ np.array(LUMA)
 
 
 def _any_channel(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

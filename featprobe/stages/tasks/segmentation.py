@@ -43,6 +43,7 @@ from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches
 from featprobe.stages.training.live import Truth, Views
 from featprobe.targets import Labels
 
+Counts = NDArray[np.int64]
 SENT_AT_ONCE = 64  # masks
 DEVICE_MEMORY_SHARE = 0.2  # of a GPU's free memory, for labels of training that are kept there; and as much for masks
 
@@ -182,7 +183,7 @@ class Segmentation:
         images = images_of(self.cache, rows)
         return [self._outcome(own, images) for own in np.concatenate(gathered([matrices]), axis=1)]
 
-    def _counted(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None) -> NDArray[np.int64]:
+    def _counted(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None) -> Counts:
         """Confusion matrices, (heads, images, classes, classes), image by image: what suits a CPU."""
         classes, images = len(self.classes), images_of(self.cache, rows)
         matrices = np.zeros((len(heads), len(images), classes, classes), dtype=np.int64)
@@ -192,9 +193,7 @@ class Segmentation:
                 own[i] = confusion_matrix(truth, predicted.cpu().numpy(), classes)
         return matrices
 
-    def _counted_there(
-        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None
-    ) -> NDArray[np.int64]:
+    def _counted_there(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None) -> Counts:
         """The same in few operations on the device, which is waited for once, at the end.
 
         Masks that were kept there are given up, and none is kept any more, where its memory is too small.
@@ -206,9 +205,7 @@ class Segmentation:
             raise
 
     @torch.inference_mode()
-    def _counted_whole(
-        self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None
-    ) -> NDArray[np.int64]:
+    def _counted_whole(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None) -> Counts:
         """Images go through together where they are of one size and come whole; tiles are stitched image by image."""
         images, classes = images_of(self.cache, rows), len(self.classes)
         index = torch.arange(classes, device=self.device)

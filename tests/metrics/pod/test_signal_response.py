@@ -14,9 +14,9 @@ from featprobe.errors import ShapeError
 from featprobe.metrics.pod.censored import CensoredLine
 from featprobe.metrics.pod.concave import NoMaximumError, least, maximum
 from featprobe.metrics.pod.line_checks import checks_of, worst
+from featprobe.metrics.pod.pod_values import Refused
 from featprobe.metrics.pod.signal_line import fitted_line
 from featprobe.metrics.pod.signal_response import SignalPod, signal_response
-from featprobe.metrics.pod.values import Refused
 
 Floats = NDArray[np.float64]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -173,16 +173,16 @@ def test_an_a90_outside_the_sizes_is_named() -> None:
 
 
 def test_few_clusters_have_a_curve_and_no_bound() -> None:
-    sizes, signals = drawn(12, 76)
-    pod = fitted(sizes, signals, clusters=np.arange(76) // 4)
-    assert pod.clusters == 19 and "19 clusters" in pod.no_bound
+    sizes, signals = drawn(12, 96)
+    pod = fitted(sizes, signals, clusters=np.arange(96) // 4)
+    assert pod.clusters == 24 and "24 clusters" in pod.no_bound
     assert pod.a90_95 is pod.joint_a90_95 is pod.delta_a90_95 is pod.coverage is None
-    assert fitted(*drawn(12, 80), clusters=np.arange(80) // 4).coverage == 0.9
+    assert fitted(*drawn(12, 100), clusters=np.arange(100) // 4).coverage == 0.91
 
 
 @pytest.mark.parametrize(("targets", "each", "least"), [(60, 1, 0.86), (90, 3, 0.86)])
 def test_the_bound_covers_as_often_as_it_says(targets: int, each: int, least: float) -> None:
-    """Of 150 sets; at the published 92 and 90 % fewer than 86 % are seen once in 200 runs or less often."""
+    """Of 150 sets; at the published 92 and 91 % fewer than 86 % are seen once in 200 runs or less often."""
     rng = np.random.default_rng(targets)
     part = np.arange(targets) // each
     covered = 0
@@ -201,9 +201,13 @@ def test_the_bound_covers_as_often_as_it_says(targets: int, each: int, least: fl
 
 def test_growth_that_could_be_none_has_no_bound() -> None:
     rng = np.random.default_rng(9)
-    sizes = np.exp(rng.uniform(0, 3, 60))
-    pod = fitted(sizes, 0.02 * np.log(sizes) + rng.normal(size=60), 0.0, log=False)
-    assert pod.a90_95 == math.inf
+    x = np.linspace(0, 3, 40)
+    scatter = rng.normal(size=40)
+    scatter -= np.polyval(np.polyfit(x, scatter, 1), x)
+    scatter /= scatter.std()  # so that the fitted line is the stated one: its likelihood ratio to a level one is 2.2
+    pod = fitted(np.exp(x), 0.27 * x + scatter, 0.0, log=False)
+    assert pod.a90_95 == pod.joint_a90_95 == math.inf
+    assert "hardly grow" in refused(np.exp(x), 0.02 * x + scatter - 1, threshold=0.0, log=False)
 
 
 def refused(sizes: Floats, signals: Floats, **options: object) -> str:

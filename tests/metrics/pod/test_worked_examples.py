@@ -16,9 +16,9 @@ from scipy.stats import chi2
 from featprobe.metrics.pod.bounds import upper_a90
 from featprobe.metrics.pod.hit_miss import hit_miss
 from featprobe.metrics.pod.maximum_likelihood import LINKS, Fit, Model, fit
+from featprobe.metrics.pod.pod_values import Link, Pod
 from featprobe.metrics.pod.signal_line import fitted_line
 from featprobe.metrics.pod.signal_response import SignalPod, signal_response
-from featprobe.metrics.pod.values import Link, Pod
 
 HERE = Path(__file__).parent
 TWO_SIDED = float(chi2.ppf(0.95, 1))

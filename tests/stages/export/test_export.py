@@ -1,9 +1,11 @@
 """Exported models: they say what featprobe says, run without it, and are written whole or not at all."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import tifffile
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from featprobe import ExtractOptions, ProbeOptions, TrainRecipe, Workspace, extract, predict, probe
@@ -19,12 +23,16 @@ from featprobe.cli.main import cli
 from featprobe.datasets.generated import generate
 from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.intensity import Intensity
+from featprobe.metrics.defects.operating import Counts, OperatingPoint, Wanted
+from featprobe.probes.paste import paste_mask
 from featprobe.stages.export import export as exporting
 from featprobe.stages.export import parity
 from featprobe.stages.export.export import export, output_of
 from featprobe.stages.export.graph import Graph
 from featprobe.stages.export.known_images import find_known
+from featprobe.stages.findings import Threshold, joined_pixels
 from featprobe.stages.predictor import Predictor
+from featprobe.stages.recording.operating_file import write_point
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'featprobe[onnx]'")
 pytest.importorskip("onnxscript", reason="pip install 'featprobe[onnx]'")
@@ -87,6 +95,57 @@ def test_graphs_say_what_heads_say(workspace: Workspace, task: str, kind: str, d
             assert differences.verdicts + differences.near == 4
 
 
+def with_point(folder: Path, place: Path, **values: Any) -> Path:
+    """A copy of a head with an operating point beside it."""
+    copied = Path(shutil.copytree(folder, place))
+    counts = Counts(values["threshold"], 40, 30, 8, 6, 20, 18, 25, 2, 1, 40, 8)
+    point = OperatingPoint(**values, wanted=Wanted.parse("0.05/part"), validation=counts, sure=True, needed=60)
+    write_point(copied, json.loads((copied / "card.json").read_text())["head_sha256"], point)
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "base", "least_area"),
+    [
+        ("semseg", "ridge", 0.25, 1),
+        ("semseg", "ridge", 0.25, 6),
+        ("anomaly", "gaussian", 0.8, 1),
+        ("anomaly", "gaussian", 0.8, 6),
+        ("anomaly", "knn", nan, 1),
+        ("detect", "fcos", nan, 60),
+    ],
+)
+def test_graphs_decide_at_the_operating_point(
+    workspace: Workspace, tmp_path: Path, task: str, kind: str, base: float, least_area: int
+) -> None:
+    folder = head(workspace, task, "surface", kind)
+    plain = Predictor(folder, device="cpu")
+    known = find_known(plain, folder, workspace, (), None, 4)
+    levels = [known.levels(place) for place in range(4)]
+    threshold = 0.375
+    if task != "semseg":  # a threshold that parts the images
+        scores = sorted(float(np.float32(own.score)) for own in plain([level.copy() for level in levels]))
+        threshold = (scores[1] + scores[2]) / 2
+        base = base * threshold
+    threshold = float(np.float32(threshold))
+    folder = with_point(folder, tmp_path / "head", threshold=threshold, base=base, least_area=least_area)
+    predictor = Predictor(folder, device="cpu")
+    output = output_of(predictor, known.raw)
+    with torch.no_grad():
+        answers = Graph(predictor, known.raw, output)(torch.from_numpy(np.stack(levels)))
+    found = {name: own.numpy() for name, own in zip(output.names, answers, strict=True)}
+    differences = output.compare(found, predictor, levels)
+    assert parity.Parity(4, "", 0, differences, "", 1, 0, 0).faults == []
+    assert ("verdict" in found) == (least_area == 1 or task == "detect")
+    assert differences.verdicts + differences.near >= 4
+    said = exporting.described(predictor, known.raw, output)
+    assert (said["threshold_from"], said["operating_point"]) == (
+        "operating_point",
+        "at most 0.05 false calls per part",
+    )
+    assert json.loads(said["least_area"]) == least_area and (said["base"] == "null") == np.isnan(base)
+
+
 @pytest.fixture(scope="module")
 def exported(workspace: Workspace) -> tuple[Path, Path]:
     """A model of 16-bit images with padded frames, and its head."""
@@ -121,38 +180,92 @@ def test_a_model_says_what_it_is(exported: tuple[Path, Path], workspace: Workspa
     assert [own.name for own in session.get_outputs()] == ["classes", "probabilities", "score", "verdict", "logits"]
 
 
+def alone(place: Path, model: Path) -> list[str]:
+    """A command that runs the small program and sees nothing but onnxruntime, numpy and Pillow."""
+    packages = Path(np.__file__).parents[1]
+    (place / "site").mkdir()
+    for name in ALONE:
+        if (packages / name).exists():
+            (place / "site" / name).symlink_to(packages / name)
+    start = (
+        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); del sys.argv[0];"
+        "runpy.run_path(sys.argv[0], None, '__main__'); assert not {'torch', 'featprobe'} & {*sys.modules}"
+    )
+    return [sys.executable, "-I", "-S", "-c", start, *map(str, (place / "site", RUNNER, model, place / "out"))]
+
+
+def check_masks(folder: Path, images: list[Path], lines: list[dict[str, Any]], place: Path) -> int:
+    """Compare the masks and verdicts of the small program with those of `predict`; returns how many are called."""
+    predict(folder, images, place / "predicted", device="cpu", quiet=True)
+    for path, line in zip(images, lines, strict=True):
+        own, wanted = (np.asarray(Image.open(place / at / f"{path.stem}.png")) for at in ("out", "predicted/masks"))
+        assert np.array_equal(own, wanted)
+        assert line["verdict"] == ("called" if wanted.any() else "passed")
+    return sum(line["verdict"] == "called" for line in lines)
+
+
 def test_the_small_program_gives_the_masks_of_predict(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    """It sees nothing but onnxruntime, numpy and Pillow."""
     model, folder = exported
     images = sorted((folder.parents[3].parent / "data" / "xray" / "images").glob("*view1.png"))[:4]
     with Image.open(images[0]) as image:
         image.save(tmp_path / "scan.tif")
         tifffile.imwrite(tmp_path / "other_order.tif", np.asarray(image), byteorder=">")
     images += [tmp_path / "scan.tif", tmp_path / "other_order.tif"]
-    packages = Path(np.__file__).parents[1]
-    (tmp_path / "site").mkdir()
-    for name in ALONE:
-        if (packages / name).exists():
-            (tmp_path / "site" / name).symlink_to(packages / name)
-    start = (
-        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); del sys.argv[0];"
-        "runpy.run_path(sys.argv[0], None, '__main__'); assert not {'torch', 'featprobe'} & {*sys.modules}"
-    )
-    command = [sys.executable, "-I", "-S", "-c", start, *map(str, (tmp_path / "site", RUNNER, model, tmp_path / "out"))]
+    command = alone(tmp_path, model)
     said = subprocess.run([*command, *map(str, images)], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     lines = [json.loads(line) for line in said.stdout.splitlines()]
     assert [line["image"] for line in lines] == [str(path) for path in images]
-    predict(folder, images, tmp_path / "predicted", device="cpu", quiet=True)
-    for path, line in zip(images, lines, strict=True):
-        own, wanted = (np.asarray(Image.open(tmp_path / at / f"{path.stem}.png")) for at in ("out", "predicted/masks"))
-        assert np.array_equal(own, wanted)
-        assert line["verdict"] == ("called" if wanted.any() else "passed")
-    assert any(np.asarray(Image.open(tmp_path / "out" / f"{path.stem}.png")).any() for path in images)
+    assert check_masks(folder, images, lines, tmp_path)
     odd = tmp_path / "odd.png"
     Image.fromarray(np.zeros((30, 30), dtype=np.uint8)).save(odd)
     said = subprocess.run([*command, str(odd)], capture_output=True, text=True)
     assert said.returncode == 1 and "uint8 (30, 30); the model takes uint16 (64, 80)" in said.stderr
+
+
+def test_the_small_program_joins_pixels_at_an_operating_point(
+    exported: tuple[Path, Path], workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = with_point(exported[1], tmp_path / "head", threshold=0.5, base=0.25, least_area=12)
+    report = export(folder, tmp_path / "model.onnx", workspace, test_images=3)
+    assert "verdict" not in report.outputs and any("runner.py" in note for note in report.notes)
+    images = sorted((workspace.data / "xray" / "images").glob("*view1.png"))[:8]
+    said = subprocess.run(
+        [*alone(tmp_path, report.model), *map(str, images)], capture_output=True, text=True, check=True
+    )
+    lines = [json.loads(line) for line in said.stdout.splitlines()]
+    assert 0 < check_masks(folder, images, lines, tmp_path)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.4, 0.6, 1.0]), st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_the_small_program_joins_pixels_as_featprobe_does(seed: int, threshold: float, least: int) -> None:
+    rng = np.random.default_rng(seed)
+    size = rng.integers(1, 20, 2)
+    values = rng.choice(np.linspace(0, 1, 6, dtype=np.float32), size)
+    classes = rng.integers(1, 3, size).astype(np.uint8)
+    at = Threshold(float(np.float32(threshold)), "operating_point", 0.4, least)
+    program = RUNNER.read_text()
+    space: dict[str, Any] = {"np": np, "threshold": at.value, "least": least}
+    exec(program[program.index("def joined") : program.index("model, out, *images")], space)
+    shown = np.where(values >= np.float32(0.4), classes, 0)
+    assert np.array_equal(shown * space["joined"](values, shown), joined_pixels(values, classes, at))
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_the_small_program_measures_objects_as_featprobe_does(seed: int) -> None:
+    program = RUNNER.read_text()
+    space: dict[str, Any] = {"np": np}
+    exec(program[program.index("def area_of") : program.index("model, out, *images")], space)
+    rng = np.random.default_rng(seed)
+    mask = rng.random((14, 14)).astype(np.float32) * rng.choice([0.4, 1.0])
+    (x1, x2), (y1, y2) = np.sort(rng.uniform(0, (60, 40), (2, 2)), 0).T
+    box = [float(x1), float(y1), min(float(x2) + 0.1, 60), min(float(y2) + 0.1, 40)]
+    pixels = int(paste_mask(torch.from_numpy(mask), box, (40, 60)).sum())
+    whole = (box[2] - box[0]) * (box[3] - box[1])
+    assert abs(space["area_of"](box, mask, 40, 60) - (pixels or whole)) <= 1  # a pixel at 0.5 may round either way
+    assert space["area_of"](box, None, 40, 60) == whole
 
 
 def test_a_graph_that_differs_is_not_written(exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from featprobe.errors import ProbeError, UsageError
 from featprobe.metrics.defects.operating import Wanted
 from featprobe.metrics.defects.records import DEFECT, GOOD, NOTHING, FoundRule, Records
 from featprobe.stages.inspection.inspect import Inspection, Inspections, inspect, inspect_head
-from featprobe.stages.inspection.lines import Line, plain_json, tables_of, write_tables
+from featprobe.stages.inspection.lines import Line, head_line, plain_json, tables_of, write_tables
 from featprobe.stages.workspace import Workspace
 
 RATE = Wanted("false_calls", 0.2)
@@ -86,6 +86,12 @@ def test_what_is_counted_agrees_with_a_plain_count(seed: int, least: int) -> Non
     assert sum(each.found for each in own.by_size) == own.test.found == own.found.sum()
     assert sum(each.missed for each in own.missed) == own.test.missed == len(tables_of_one(own)["missed"])
     assert len(tables_of_one(own)["false_calls"]) == own.test.false_calls
+    kept = test.with_least_area(least)
+    threshold = np.float32(own.points[0].threshold)
+    larger = [
+        kept.calls.pixels[c, 1] / kept.defects.pixels[d, 1] for c, d in kept.finds if kept.calls.score[c] >= threshold
+    ]
+    assert head_line(own)["times_as_large"] == pytest.approx(np.median(larger) if larger else np.nan, nan_ok=True)
 
 
 def stored() -> Workspace:
@@ -141,6 +147,8 @@ def test_folds_are_one_test_set_each_at_its_own_threshold(tmp_path: Path) -> Non
     assert own.parts.escaped == sum(each.parts.escaped for each in alone)
     assert any("2 folds" in note for note in own.notes) and any("fold 1 of 2 alone" in n for n in alone[0].notes)
     assert inspect_head(space, second).test == own.test, "a row of one fold stands for all"
+    (again,) = inspect(space, [folders[0].parents[1]]).each
+    assert again.test == own.test, "a folder above heads stands for the result below it"
     (space.probes / "results.jsonl").write_text((space.probes / "results.jsonl").read_text().splitlines()[0] + "\n")
     with pytest.raises(ProbeError, match="without a result are the folds 2 of 2"):
         inspect(space)
@@ -209,24 +217,31 @@ def test_a_head_without_records_is_named_with_the_command_that_makes_them(tmp_pa
         inspect(space)
 
 
-def test_records_of_another_head_and_points_of_other_records_are_refused(space: Workspace, tmp_path: Path) -> None:
+def test_a_point_of_other_records_is_chosen_anew_for_the_same_and_named(space: Workspace, tmp_path: Path) -> None:
     head = only_head(space, tmp_path / "head")
-    inspect(space, [head], wanted=RATE)
-    records = with_about(drawn(1, "val"), base=0.05), with_about(drawn(2, "test"), base=0.05)
-    keep(head, *records)
-    with pytest.raises(ProbeError, match=r"chosen from other records(.|\n)*0\.05(.|\n)*0\.1"):
-        inspect(space, [head])
+    inspect(space, [head], wanted=RATE, least_area=5)
+    kept = (head / "operating.json").read_bytes()
+    for val in (with_about(drawn(0, "val"), base=0.05), drawn(1, "val")):  # another base; other calls
+        keep(head, val, drawn(100, "test"))
+        (own,) = inspect(space, [head]).each
+        assert not own.kept and str(own.points[0].wanted) == str(RATE) and own.points[0].least_area == 5
+        assert "chosen from other records" in own.notes[0] and (head / "operating.json").read_bytes() == kept
+
+
+def test_records_of_another_head_are_refused(space: Workspace, tmp_path: Path) -> None:
+    head = only_head(space, tmp_path / "head")
     shutil.copy(space.probes / rows_of(space)[1].folder / "defects.parquet", head)
     with pytest.raises(ProbeError, match="of another head"):
         inspect(space, [head])
 
 
 def test_folders_that_hold_no_head_say_which_do(space: Workspace, tmp_path: Path) -> None:
-    folder = (space.probes / rows_of(space)[0].folder).parent
+    other = tmp_path / "other"
+    shutil.copytree((space.probes / rows_of(space)[0].folder).parent, other)
+    (tmp_path / "empty").mkdir()
     for path, said in {
-        folder: "holds no head itself, but seed0",
-        space.probes: "Name one of them",
-        tmp_path: "has no card.json",
+        other: "holds no head itself, but seed0",
+        tmp_path / "empty": "has no card.json",
         tmp_path / "nowhere": "There is no folder",
     }.items():
         with pytest.raises(ProbeError, match=said):
@@ -243,6 +258,17 @@ def test_folders_that_hold_no_head_say_which_do(space: Workspace, tmp_path: Path
     (head / "card.json").write_text("[" * 100_000)
     with pytest.raises(ProbeError, match="no saved head that can be read"):
         inspect(space, [head])
+
+
+def test_records_that_could_not_be_made_anew_are_not_taken_for_new(tmp_path: Path) -> None:
+    """The stored workspace has no weights of heads, so nothing can be scored again."""
+    space = stored_space(tmp_path, ("semseg-ridge-15",))
+    folder = space.probes / rows_of(space)[0].folder
+    before = (folder / "defects.parquet").read_bytes()
+    for heads in ([folder], []):
+        with pytest.raises(ProbeError, match=r"not made anew(.|\n)*no records of(.|\n)*Train it again"):
+            inspect(space, heads, rescore=True, quiet=True)
+    assert (folder / "defects.parquet").read_bytes() == before and inspect(space, [folder]).each
 
 
 def test_results_are_chosen_by_what_they_are(space: Workspace) -> None:

@@ -1,5 +1,7 @@
 """defects.parquet holds records as they are; what is damaged, foreign or claims too much ends in words."""
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +14,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from featprobe.errors import ProbeError
 from featprobe.io import parquet
@@ -26,7 +29,7 @@ from featprobe.metrics.defects.records import (
     Records,
     found_scores,
 )
-from featprobe.probes.saved import MADE_AGAIN
+from featprobe.probes.saved import MADE_AGAIN, save_head
 from featprobe.stages.recording import record_file
 from featprobe.stages.recording.operating_file import OPERATING
 from featprobe.stages.recording.record_file import COLUMNS, RECORDS, read_records, record_bytes, write_records
@@ -118,9 +121,10 @@ def test_the_table_is_read_by_other_programs(tmp_path: Path) -> None:
 def test_the_format_page_names_each_column() -> None:
     page = (Path(__file__).parents[3] / "probes" / "README.md").read_text()
     section = page.partition(f"## {RECORDS}")[2].partition("\n## ")[0]
+    table = section.partition("| column |")[2]
     named = {
         name
-        for line in section.splitlines()
+        for line in table.splitlines()
         if line.startswith("| `")
         for name in re.findall(r"`(\w+)`", line.split("|")[1])
     }
@@ -129,8 +133,29 @@ def test_the_format_page_names_each_column() -> None:
         assert f"`{field.name}`" in section
 
 
-def test_a_new_head_takes_these_files_away_from_an_old_one() -> None:
+def test_a_new_head_takes_the_records_and_the_operating_point_of_the_old_one_away(tmp_path: Path) -> None:
     assert MADE_AGAIN == (RECORDS, OPERATING)
+    card, said = {"format": "featprobe-head", "version": 1}, list[str]()
+
+    def beside(head_sha256: str) -> dict[str, bytes]:
+        said.append(head_sha256)
+        return {RECORDS: b"records"}
+
+    save_head(tmp_path, nn.Linear(1, 1), card, {}, beside=beside)
+    kept = json.loads((tmp_path / "card.json").read_text())
+    assert said == [kept["head_sha256"]] and list(kept["files"]) == ["head.safetensors"]
+    assert (tmp_path / RECORDS).read_bytes() == b"records"
+    (tmp_path / OPERATING).write_bytes(b"{}")
+    save_head(tmp_path, nn.Linear(1, 1), card, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "head.safetensors"]
+
+
+SOUND = record_bytes(records(3))
+
+
+def len_of_footer() -> int:
+    """Bytes that describe the table, at the end of the file, before their length and four letters."""
+    return int.from_bytes(SOUND[-8:-4], "little")
 
 
 # ---- bad files -------------------------------------------------------------------------------------------------------
@@ -224,23 +249,42 @@ def test_records_of_another_head_and_missing_ones_are_named(tmp_path: Path) -> N
 
 
 @seed(9)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_damage_never_ends_in_anything_but_words(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
-    folder, sound = tmp_path_factory.getbasetemp(), bytearray(SOUND)
+def test_damage_always_ends_in_words(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    folder, spoilt = tmp_path_factory.getbasetemp(), bytearray(SOUND)
     if data.draw(st.booleans()):
-        sound = sound[: data.draw(st.integers(0, len(sound)))]
-    for _ in range(data.draw(st.integers(1, 3)) if sound else 0):
-        sound[data.draw(st.integers(0, len(sound) - 1))] = data.draw(st.integers(0, 255))
-    (folder / RECORDS).write_bytes(sound)
-    try:
-        found = read_records(folder, HEAD)
-    except ProbeError:
+        spoilt = spoilt[: data.draw(st.integers(0, len(spoilt) - 1))]
+    for _ in range(data.draw(st.integers(1, 3)) if spoilt else 0):
+        spoilt[data.draw(st.integers(0, len(spoilt) - 1))] ^= data.draw(st.integers(1, 255))
+    (folder / RECORDS).write_bytes(spoilt)
+    if bytes(spoilt) != SOUND:
+        refused(folder)
+
+
+def resealed(data: bytes) -> bytes:
+    """Bytes with a seal that fits them."""
+    seal = re.search(re.escape(parquet.SEAL) + b"[0-9a-f]{64}", data)
+    assert seal is not None
+    bare = data.replace(seal[0], parquet.UNSEALED)
+    return data.replace(seal[0], parquet.SEAL + hashlib.sha256(bare).hexdigest().encode())
+
+
+@seed(10)
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, len_of_footer() - 1), st.integers(1, 255))
+def test_a_bad_footer_with_a_seal_that_fits_ends_in_words_too(
+    tmp_path_factory: pytest.TempPathFactory, place: int, other: int
+) -> None:
+    folder, spoilt = tmp_path_factory.getbasetemp(), bytearray(SOUND)
+    spoilt[-9 - place] ^= other
+    if parquet.SEAL not in spoilt or not re.search(re.escape(parquet.SEAL) + b"[0-9a-f]{64}", spoilt):
         return
-    assert len(found.images) == 6, "what was hit is not read at all, as the name of the program that wrote the file"
-
-
-SOUND = record_bytes(records(3))
+    (folder / RECORDS).write_bytes(resealed(bytes(spoilt)))
+    try:
+        read_records(folder, HEAD)  # what was hit may be read by nobody, as the name of the program that wrote it
+    except ProbeError:
+        pass
 
 
 def test_a_file_that_claims_too_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

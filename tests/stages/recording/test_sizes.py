@@ -133,9 +133,9 @@ def test_the_edge_of_a_defect_counts_nowhere() -> None:
     sharp = contrasts(levels, box, [])[0]
     levels[29, 30:34] = levels[34, 30:34] = levels[30:34, 29] = levels[30:34, 34] = 1e6  # the next pixels
     assert contrasts(levels, box, [])[0] == sharp
-    levels[30:34, 34 + int(GAP) + NARROWEST] = 1e6  # beyond the ring
+    levels[30:34, 34 + GAP + NARROWEST] = 1e6  # beyond the ring
     assert contrasts(levels, box, [])[0] == sharp
-    levels[30:34, 34 + int(GAP)] = 1e6
+    levels[30:34, 34 + GAP] = 1e6
     assert contrasts(levels, box, [])[0] != sharp
 
 

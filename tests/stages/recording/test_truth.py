@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from featprobe.stages.recording.kept_truth import kept, truth_path
 from featprobe.stages.recording.sizes import outline_of
 from featprobe.stages.recording.truth import defects_of, table_of
 from featprobe.stages.upkeep.caches import remove_cache
-from featprobe.stages.workspace import Workspace
+from featprobe.stages.workspace import Workspace, pixel_size_of
 from featprobe.targets import IGNORE, Instance, encode_instances, encode_rle, encode_semantic
 
 CLASSES = ("background", "pore", "crack")
@@ -335,7 +336,7 @@ def test_the_configuration_states_pixels_of_a_set_by_its_place_and_else_by_its_n
         "[data.one]\npath = 'a'\npixel_size = 0.05\n"
         "[data.two]\npath = 'b'\npixel_size = [1, 0.5]\n[data.three]\npath = 'c'\n"
     )
-    size = Workspace(tmp_path).pixel_size
+    size = partial(pixel_size_of, Workspace(tmp_path))
     assert size("one", tmp_path / "a") == (0.05, 0.05) and size("two", tmp_path / "b") == (1.0, 0.5)
     assert size("b", tmp_path / "b") == (1.0, 0.5), "as it is called by its path"
     assert size("two", tmp_path / "elsewhere") == (1.0, 0.5) and size("one", tmp_path / "b") == (1.0, 0.5)

@@ -19,12 +19,15 @@ from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.image_labels import Unit
 from featprobe.kinds import kinds_of
 from featprobe.metrics.anomalies import ScoredAnomalies, aupro, pixel_auroc
+from featprobe.metrics.defects.records import GOOD, NOTHING, Records
 from featprobe.probes import load_head
+from featprobe.probes.saved import read_card
 from featprobe.scores import SCORES
 from featprobe.stages import predictor as stage
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.image_truth import defect_regions, truth_of
 from featprobe.stages.predict import predict
+from featprobe.stages.recording.record_file import read_records
 from featprobe.stages.tasks.seen import seen_on_maps
 from featprobe.stages.tasks.settle import settled
 from featprobe.stages.training import run as running
@@ -420,3 +423,57 @@ def test_no_good_image_to_train_on_is_refused(tmp_path: Path) -> None:
 def test_an_anomaly_head_is_not_fine_tuned(parts: Workspace) -> None:
     with pytest.raises(ProbeError, match="fine-tuned"):
         finetune(parts, "anomaly", [], [], ProbeOptions(head="gaussian", device="cpu"))
+
+
+# ---- records of defects ----------------------------------------------------------------------------------------------
+
+
+def records_of(workspace: Workspace, row: dict[str, Any]) -> Records:
+    folder = workspace.probes / row["folder"]
+    return read_records(folder, read_card(folder)["head_sha256"])
+
+
+def test_calls_of_maps_are_components_at_a_base_that_finds_all_spots(parts: Workspace) -> None:
+    row = run(parts, "patchcore", seeds=1).rows[0]
+    found = records_of(parts, row)
+    about, test = found.about, found.of("test")
+    assert about.base_from == "validation" and not about.pooled and about.parts, "its split file names groups"
+    assert about.base > 0 and (found.calls.score >= np.float32(about.base)).all()
+    assert len(test.defects) == 8 and np.isfinite(test.defects.score).all(), "each of the 8 spots is found"
+    assert test.defects.score.min() > test.calls.score[test.calls.touched == NOTHING].max(initial=0)
+    assert (test.defects.size() == 8).all() and test.images.good.tolist().count(GOOD) == 8
+
+
+def test_without_a_defect_in_validation_the_base_is_the_usual_quantile(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "set", {"train": 8, "val": 6, "test": 2}, {"test": 2})
+    workspace = store(tmp_path, size=SIZE)
+    report = run(workspace, "gaussian", seeds=1)
+    about = records_of(workspace, report.rows[0]).about
+    (said,) = [note for note in report.notes if "base threshold" in note]
+    assert "validation has no defect" in said and f"({about.base:.3g})" in said and about.base_from == "default"
+    cache = cache_in(workspace)
+    head, _ = load_head(workspace.probes / report.rows[0]["folder"], cache.recipe)
+    with FeatureLoader(cache, head.levels) as source:
+        seen = seen_on_maps(cache, [head], source.batches, cache.usable("val"), "image")
+        maps = [one.map.numpy().ravel() for _, (one,) in seen if one.map is not None]
+    assert about.base == np.quantile(np.concatenate(maps), 0.99, method="higher"), "these few pixels are all looked at"
+
+
+def test_where_only_images_are_labelled_an_image_is_scored_as_a_whole(tmp_path: Path) -> None:
+    """No one knows where the defect is, so a component of the map could be neither right nor wrong."""
+    random = np.random.default_rng(1)
+    for kind, count in (("good", 14), ("bad", 8)):
+        (tmp_path / "set" / kind).mkdir(parents=True)
+        for i in range(count):
+            spot = (8 * (i % 4), 8 * (i % 5)) if kind == "bad" else None
+            Image.fromarray(picture(random, spot)).save(tmp_path / "set" / kind / f"{i:02}.png")
+    data = read_data("set", tmp_path / "set")
+    extract_with(Workspace(tmp_path), PoolingBackbone(), data, options(size=SIZE), CPU)
+    row = run(Workspace(tmp_path), "patchcore", seeds=1, split="stratified").rows[0]
+    found = records_of(Workspace(tmp_path), row)
+    assert found.about.pooled and np.isnan(found.about.base) and not len(found.calls) and not len(found.defects)
+    test, kept = found.of("test"), scored(Workspace(tmp_path), row)
+    assert dict(zip(test.images.ids, test.images.score.tolist(), strict=True)) == pytest.approx(
+        dict(zip(kept.ids, kept.scores.tolist(), strict=True))
+    )
+    assert [good == GOOD for good in test.images.good] == kept.good.tolist()

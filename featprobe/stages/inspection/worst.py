@@ -99,8 +99,7 @@ def _of_miss(own: Inspection, index: int) -> tuple[int, Box | None, str]:
         said += [] if isnan(defects.contrast[index]) else [f"contrast to noise {defects.contrast[index]:.2g}"]
         said += ["cut by the border of the image"] if defects.cut[index] else []
         said += [f"its score {score:.3g}, threshold {threshold:.3g}" if np.isfinite(score) else "no call finds it"]
-    name = _name(own, int(defects.category[index]), "defect")
-    return image, _box(defects.boxes[index]), f"Missed {name} in {own.records.images.ids[image]}: {_list(said)}"
+    return image, _box(defects.boxes[index]), _caption(own, "Missed defect", image, int(defects.category[index]), said)
 
 
 def _of_call(own: Inspection, index: int) -> tuple[int, Box | None, str]:
@@ -113,16 +112,13 @@ def _of_call(own: Inspection, index: int) -> tuple[int, Box | None, str]:
         if own.records.images.good[image] == GOOD
         else "not where the defects of this image are",
     ]
-    name = _name(own, int(calls.category[index]), "")
-    return image, _box(calls.boxes[index]), f"False call{name} in {own.records.images.ids[image]}: {_list(said)}"
+    return image, _box(calls.boxes[index]), _caption(own, "False call", image, int(calls.category[index]), said)
 
 
-def _name(own: Inspection, category: int, unnamed: str) -> str:
-    """The name of a class in a caption, which is not said where there is one class alone."""
+def _caption(own: Inspection, what: str, image: int, category: int, said: Sequence[str]) -> str:
     classes = own.records.about.classes
-    if not 0 < category < len(classes):
-        return unnamed
-    return classes[category] if unnamed else f" of {classes[category]}"
+    name = f" ({classes[category]})" if 0 < category < len(classes) else ""
+    return f"{what}{name} in {own.records.images.ids[image]}: {', '.join(text for text in said if text)}"
 
 
 def _size_text(own: Inspection, value: float) -> str:
@@ -130,10 +126,6 @@ def _size_text(own: Inspection, value: float) -> str:
         return ""
     squared = "²" if own.size == "area" else ""
     return SIZED[own.size].format(f"{value:.3g} {own.unit}{squared}")
-
-
-def _list(said: Sequence[str]) -> str:
-    return ", ".join(text for text in said if text)
 
 
 def _box(values: NDArray[np.float32]) -> Box | None:

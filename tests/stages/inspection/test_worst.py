@@ -13,9 +13,9 @@ from featprobe.datasets.images.reading import hash_image
 from featprobe.metrics.defects.operating import Wanted
 from featprobe.metrics.defects.records import NOTHING, Records
 from featprobe.report.closeups import Drawn
-from featprobe.stages.inspection import pictures
+from featprobe.stages.inspection import worst as stage
 from featprobe.stages.inspection.inspect import Inspection, inspect
-from featprobe.stages.inspection.pictures import spread, worst
+from featprobe.stages.inspection.worst import spread, worst
 from featprobe.stages.workspace import Workspace
 
 SIZE = (90, 120)
@@ -52,8 +52,8 @@ def inspected(space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """An inspection of images that lie in the test's folder."""
     head = space.probes / rows_of(space)[0].folder
     keep(head, drawn(3, "val"), on_disk(drawn(4, "test"), tmp_path))
-    own = pictures.head_in
-    monkeypatch.setattr(pictures, "head_in", lambda folder: replace(own(folder), root=tmp_path))
+    own = stage.head_in
+    monkeypatch.setattr(stage, "head_in", lambda folder: replace(own(folder), root=tmp_path))
     (found,) = inspect(space, [head], wanted=Wanted("recall", 0.6)).each
     assert found.test.missed > 3 and found.test.false_calls > 1, "there is something to show"
     return found
@@ -92,10 +92,8 @@ def test_misses_are_the_largest_and_the_clearest_and_false_calls_the_highest(ins
     assert f"in {records.images.ids[records.calls.image[highest]]}: " in false[0]
 
 
-def test_every_miss_is_shown_once_where_there_is_room(
-    inspected: Inspection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pictures, "draw_closeup", lambda image, box: Drawn(b"a picture"))  # drawing takes time
+def test_every_miss_is_shown_once_where_there_is_room(inspected: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "draw_closeup", lambda image, box: Drawn(b"a picture"))  # drawing takes time
     missed, false = shown(inspected, 1000)
     assert (len(missed), len(false)) == (inspected.test.missed, inspected.test.false_calls)
     assert worst(inspected, 0) == []
@@ -134,8 +132,8 @@ def test_whole_images_are_shown_where_each_has_one_score(
         with_images(own, score=rng.random(len(own.images)).astype(np.float32)) for own in (val, on_disk(test, tmp_path))
     )
     keep(head, val, test, pooled=True, base=float("nan"), base_from="")
-    own = pictures.head_in
-    monkeypatch.setattr(pictures, "head_in", lambda folder: replace(own(folder), root=tmp_path))
+    own = stage.head_in
+    monkeypatch.setattr(stage, "head_in", lambda folder: replace(own(folder), root=tmp_path))
     (found,) = inspect(space, [head]).each
     missed, _ = shown(found, 3)
     scores = [float(text.split("image score ")[1].split(",")[0]) for text in missed]

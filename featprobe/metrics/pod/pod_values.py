@@ -34,8 +34,9 @@ class Pod:
     same from the joint set of both parameters (Cheng and Iles), which is larger and covers more than 95 %; None where
     none is given. lack_of_fit: p-value of a test that the curve fits; small where it does not. targets, hits, clusters:
     their numbers. clustered: whether some targets share a cluster, which widens the bounds. coverage: share of
-    simulated sets like this one in which a90_95 was above the true a90; None where it is not known. notes: sentences
-    that belong beside the figures.
+    simulated sets like this one in which a90_95 was above the true a90; None where it is not known.
+    simulated: how many targets or clusters those sets have, such as "60 targets": as many as here or fewer. notes:
+    sentences that belong beside the figures.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class Pod:
     clusters: int
     clustered: bool
     coverage: float | None
+    simulated: str = ""
     notes: tuple[str, ...] = ()
 
     @property
