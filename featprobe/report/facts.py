@@ -7,6 +7,7 @@ from typing import Any
 from featprobe.errors import counted
 from featprobe.machine import time_text
 from featprobe.report.findings.defect_answer import things
+from featprobe.splitting import SplitChoice
 
 Line = Mapping[str, Any]
 
@@ -16,10 +17,12 @@ def data_sentence(lines: Sequence[Line], lead: Line | None) -> str:
     most = max(line["fraction"] for line in lines)
     first = next(line for line in lines if line["fraction"] == most)
     sizes = _listed(line["size"] for line in lines)
-    said = (
-        f"{first['data']}: trained on {counted(first['train_images'], 'image')} of {sizes} pixels, tested on "
-        f"{counted(first['test_images'], 'other image')} of {counted(first['groups'], 'group')}"
-    )
+    trained, groups = f"trained on {counted(first['train_images'], 'image')} of {sizes} pixels", first["groups"]
+    tested = f"tested on {counted(first['test_images'], 'other image')}"
+    if folds := SplitChoice.parse(first["split"]).folds:
+        trained = f"{folds} folds, each {trained}"
+        tested = f"tested on all {counted(first['test_images'], 'image')}, each once by a head that had not seen it,"
+    said = f"{first['data']}: {trained}, {tested} of {counted(groups, 'group')}"
     if lead is None:
         return f"{said}."
     unit = "part" if lead["parts_known"] else "image"
