@@ -7,19 +7,20 @@ from typing import Any
 from featprobe.errors import counted
 from featprobe.machine import time_text
 from featprobe.report.findings.defect_answer import things
-from featprobe.splitting import SplitChoice
 
 Line = Mapping[str, Any]
 
 
-def data_sentence(lines: Sequence[Line], lead: Line | None) -> str:
-    """What the heads of a table were trained and tested on. lead: a finding, which knows defects and parts."""
+def data_sentence(lines: Sequence[Line], lead: Line | None, folds: int = 0) -> str:
+    """What the heads of a table were trained and tested on. lead: a finding, which knows defects and parts.
+    folds: of a cross-validation; 0 for none.
+    """
     most = max(line["fraction"] for line in lines)
     first = next(line for line in lines if line["fraction"] == most)
     sizes = _listed(line["size"] for line in lines)
     trained, groups = f"trained on {counted(first['train_images'], 'image')} of {sizes} pixels", first["groups"]
     tested = f"tested on {counted(first['test_images'], 'other image')}"
-    if folds := SplitChoice.parse(first["split"]).folds:
+    if folds:
         trained = f"{folds} folds, each {trained}"
         tested = f"tested on all {counted(first['test_images'], 'image')}, each once by a head that had not seen it,"
     said = f"{first['data']}: {trained}, {tested} of {counted(groups, 'group')}"
