@@ -11,15 +11,19 @@ from featprobe.report.findings.defect_answer import things
 Line = Mapping[str, Any]
 
 
-def data_sentence(lines: Sequence[Line], lead: Line | None) -> str:
-    """What the heads of a table were trained and tested on. lead: a finding, which knows defects and parts."""
+def data_sentence(lines: Sequence[Line], lead: Line | None, folds: int = 0) -> str:
+    """What the heads of a table were trained and tested on. lead: a finding, which knows defects and parts.
+    folds: of a cross-validation; 0 for none.
+    """
     most = max(line["fraction"] for line in lines)
     first = next(line for line in lines if line["fraction"] == most)
     sizes = _listed(line["size"] for line in lines)
-    said = (
-        f"{first['data']}: trained on {counted(first['train_images'], 'image')} of {sizes} pixels, tested on "
-        f"{counted(first['test_images'], 'other image')} of {counted(first['groups'], 'group')}"
-    )
+    trained, groups = f"trained on {counted(first['train_images'], 'image')} of {sizes} pixels", first["groups"]
+    tested = f"tested on {counted(first['test_images'], 'other image')}"
+    if folds:
+        trained = f"{folds} folds, each {trained}"
+        tested = f"tested on all {counted(first['test_images'], 'image')}, each once by a head that had not seen it,"
+    said = f"{first['data']}: {trained}, {tested} of {counted(groups, 'group')}"
     if lead is None:
         return f"{said}."
     unit = "part" if lead["parts_known"] else "image"

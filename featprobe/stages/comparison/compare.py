@@ -124,7 +124,7 @@ def compare(
     notes += [note for table in tables for note in _notes(workspace, table)]
     notes += [f"{table.title}: {note}" for table, own in zip(tables, found, strict=True) for note in own.notes]
     notes += names_without_records(found)
-    answers = [_answer(item) for item in sets]
+    answers = [_answer(item, table) for item, table in zip(sets, tables, strict=True)]
     answers += [Answer("Modality gap", said=gap_sentences(gaps))] if gaps else []
     behind = behind_supervised(tables)
     answers += [Answer("Good images alone", said=behind_sentences(behind))] if behind else []
@@ -433,13 +433,13 @@ def class_scores(result: Result) -> dict[str, float]:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def _answer(item: ComparedSet) -> Answer:
+def _answer(item: ComparedSet, table: Table) -> Answer:
     """What is said first of a set."""
     tuned = any(line["regime"].startswith("full") for line in item.lines)
     lead = leading(item.findings) if item.findings else None
     found = defect_sentences(item.findings, item.found_differences, tuned)
     said = [text for text in answer_of(item.lines, item.differences) if text not in found]
-    facts = [data_sentence(item.lines, lead), cost_sentence(item.lines)]
+    facts = [data_sentence(item.lines, lead, table.results[0].row.choice.folds), cost_sentence(item.lines)]
     return Answer(item.title, found, said, [fact for fact in facts if fact])
 
 

@@ -24,7 +24,7 @@ def finding(name: str = "a", found: int = 41, **changed: Any) -> dict[str, Any]:
     own = {
         **{"backbone": name, "regime": "frozen", "head": "linear", "task": "semseg", "folder": f"probes/{name}"},
         **{"pooled": False, "classes": ["crack"], "score": 0.5, "validation": 0.5, "groups": 24, "seed": 0},
-        **{"wanted": "0.1 false calls per image", "per": "image", "threshold": 0.5, "least_area": 1},
+        **{"wanted": "0.1 false calls per image", "per": "image", "threshold": 0.5, "least_area": 1, "rule": ""},
         **{"defects": 47, "found": found, "recall": found / 47, "recall_low": 0.7, "recall_high": 0.95, "images": 48},
         **{"good_images": 28, "stopped_images": 1, "false_calls": 2, "false_calls_per_image": 2 / 48},
         **{"parts_known": True, "bad_parts": 12, "escaped": 1, "escapes_low": 0.002, "escapes_high": 0.38},
@@ -133,6 +133,8 @@ def test_data_and_cost_are_said_in_words() -> None:
     )
     assert data_sentence([line(), line(size="32x32")], None).endswith("of 64x64 or 32x32 pixels, tested on 48 other "
                                                                       "images of 24 groups.")  # fmt: skip
+    folds = data_sentence([line()], None, 5)
+    assert "5 folds, each trained on 97 images of 64x64 pixels, tested on all 48 images, each once by a head" in folds
     cost = cost_sentence([line(), line(train_seconds=15.0), line("full", train_seconds=1500.0)])
     assert cost == (
         "Cost: the features of a backbone took 3.8 min, once for all heads; a head on them 12 s to 15 s; a training in "
