@@ -54,7 +54,7 @@ def spread(order: Sequence[int], images: NDArray[np.intp]) -> list[int]:
     """The same indices, those first that are the first of their image.
 
     >>> spread([4, 1, 0, 2], np.array([7, 8, 9, 9, 8]))
-    [4, 2, 0, 1]
+    [4, 0, 2, 1]
     """
     first: dict[int, int] = {}
     for index in order:

@@ -55,8 +55,8 @@ def outline_of(instance: Instance) -> Outline:
 def outline_of_mask(mask: NDArray[np.bool_], corner: tuple[float, float] = (0.0, 0.0)) -> Outline:
     """The outline of the pixels of a (height, width) mask with a pixel. corner: x y of its upper left one.
 
-    >>> outline_of_mask(np.array([[1, 1, 1, 1]], bool)).sizes().round(2).tolist()
-    [2.0, 4.0, 4.12, 1.0]
+    >>> outline_of_mask(np.array([[1, 1, 1, 1]], bool)).sizes((4.0, 0.75)).tolist()
+    [3.464101552963257, 12.0, 5.0, 3.0]
     """
     small = mask.size <= SMALL
     points = _small_hull(mask.shape, mask.tobytes()) if small else _hull(mask)
