@@ -5,7 +5,7 @@ nothing of shapes.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,11 @@ class Overlaps:
     call_class: NDArray[np.uint8]
     defect_class: NDArray[np.uint8]
     touches_ignored: NDArray[np.bool_]
+
+    def some(self, kept: NDArray[np.bool_]) -> "Overlaps":
+        """The same with some of the pairs. kept: (pairs,)."""
+        pairs = ("call", "defect", "shared", "call_area", "defect_area", "covers_center")
+        return replace(self, **{name: getattr(self, name)[kept] for name in pairs})
 
 
 def finds(overlaps: Overlaps, rule: FoundRule) -> Indices:

@@ -1,13 +1,13 @@
 """The base threshold at which pixels of maps are joined to calls, chosen on validation before test is looked at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from featprobe.metrics.defects.overlaps import USUAL_IOU, finds
+from featprobe.metrics.defects.overlaps import finds
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
 from featprobe.probes import Head
 from featprobe.processes import gathered
@@ -27,6 +27,7 @@ QUANTILES, USUAL_QUANTILE = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999), 0.99
 """The same for maps of anomalies and of heads that are solved, whose values are no probabilities: as quantiles of the
 pixels of validation."""
 SAMPLED = 1 << 22  # pixels that quantiles are taken of, at most
+TIMES_DEFECT, SHARE_OF_IMAGE = 10, 0.01
 ROUNDING = 1e-9  # of areas
 USUAL_RULE = FoundRule()
 Bases = tuple[float, ...]
@@ -118,12 +119,12 @@ def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[l
 class Trials(Watch):
     """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head.
 
-    Here a call has found a defect by their IoU alone, so that no base wins at which one call covers half of an image.
+    By the usual rule a call that covers the image finds all defects in it. Here a call must also show where they are: it
+    is at most TIMES_DEFECT as large as the defect, or takes at most SHARE_OF_IMAGE of the image.
     """
 
     def __init__(self, truth: SplitTruth, tried: Sequence[Bases], rule: FoundRule) -> None:
-        self.truth, self.tried = truth, tried
-        self.rule = replace(rule, iou=rule.iou or USUAL_IOU)
+        self.truth, self.tried, self.rule = truth, tried, rule
         self.found: dict[tuple[int, int], list[tuple[Floats, Floats]]] = {}
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
@@ -132,7 +133,9 @@ class Trials(Watch):
         for base in self.tried[head]:
             calls = calls_of_map(values, base, classes)
             overlaps = overlaps_of_map(calls, ground)
-            defects = found_scores(finds(overlaps, self.rule), calls.score, len(overlaps.defect_class))
+            most = np.maximum(TIMES_DEFECT * overlaps.defect_area, SHARE_OF_IMAGE * values.size)
+            placed = overlaps.some(overlaps.call_area <= most)
+            defects = found_scores(finds(placed, self.rule), calls.score, len(overlaps.defect_class))
             each.append((defects, calls.score[self.truth.judged(image, overlaps) == NOTHING]))
         self.found[head, image] = each
 
