@@ -119,8 +119,8 @@ def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[l
 class Trials(Watch):
     """The scores of defects and of false calls that maps give at several bases. tried: the bases of each head.
 
-    By the usual rule a call that covers the image finds all defects in it. Here a call must also show where they are: it
-    is at most TIMES_DEFECT as large as the defect, or takes at most SHARE_OF_IMAGE of the image.
+    By the usual rule a call that covers the image finds all defects in it. Here a call must also show where they are:
+    it is at most TIMES_DEFECT as large as the defect, or takes at most SHARE_OF_IMAGE of the image.
     """
 
     def __init__(self, truth: SplitTruth, tried: Sequence[Bases], rule: FoundRule) -> None:
