@@ -24,6 +24,7 @@ from featprobe.targets import Instance
 
 VERSION = 1
 MOST_BYTES = 1 << 30  # of a file; one that would be larger is not kept
+MOST_CORNERS = 1 << 13  # of an outline: no convex hull of the pixels of an image of 100,000 pixels a side has as many
 Source = Literal["own", "components"]
 """Where defects come from: the set's labelled objects, where it has them; connected components of its masks."""
 SOURCES: tuple[Source, ...] = ("own", "components")
@@ -166,7 +167,8 @@ def _table(cache: Cache, archive: zipfile.ZipFile, source: Source) -> Table:
         and ((spacing > 0) | np.isnan(spacing)).all()
         and (defects >= 0).all()
         and all(len(own) == (corners if name == "points" else total) for name, own in of.items())
-        and (of["corners"] >= 2).all()
+        and bool(((of["corners"] >= 2) & (of["corners"] <= MOST_CORNERS)).all())
+        and (of["pixels"] >= 0).all()
         and bool(((of["category"] > 0) & (of["category"] < len(cache.data.classes))).all())
         and all(np.isfinite(of[name]).all() for name in ("boxes", "pixels", "points"))
     )

@@ -54,7 +54,7 @@ class _File:
     def faults(self) -> list[Fault]:
         """The faults of values out of their limits, or in conflict with each other."""
         counts, base, threshold = self.validation, self.base, self.threshold
-        lowest = base is None or float(np.float32(base)) <= threshold
+        lowest = base is None or _narrow(base) <= threshold
         found = limits({
             "threshold": (_fits(threshold), "a number of the format float32", threshold),
             "base": (lowest, f"a number of at most the threshold, {threshold:.9g}", base),
@@ -120,7 +120,12 @@ def _to_do(folder: Path) -> str:
     )
 
 
+def _narrow(value: float) -> float:
+    """A number as float32 has it; inf for one that is too large."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
 def _fits(value: float) -> bool:
     """Whether float32 holds a number."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(value)) == value
+    return _narrow(value) == value

@@ -74,7 +74,9 @@ class _Said:
             "format": (self.format == FORMAT, FORMAT, self.format),
             "version": (self.version == VERSION, str(VERSION), self.version),
             "rule": (self.rule.iou is None or 0 < self.rule.iou <= 1, "an IoU above 0 and at most 1", self.rule.iou),
-            "classes": (len(self.classes) == len(set(self.classes)), "each class once", list(self.classes)),
+            "classes": (
+                len(self.classes) == len(set(self.classes)) <= 256, "each class once, at most 256", len(self.classes)
+            ),
         })  # fmt: skip
 
 

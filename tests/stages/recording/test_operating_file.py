@@ -65,6 +65,7 @@ def test_without_a_file_there_is_none(tmp_path: Path) -> None:
         ({"threshold": "0.3"}, 'threshold: wanted a number, found "0.3"'),
         ({"threshold": 1e300}, "threshold: wanted a number of the format float32"),
         ({"base": 1.5}, "base: wanted a number of at most the threshold"),
+        ({"base": 1e300}, "base: wanted a number of at most the threshold"),
         ({"least_area": 0}, "least_area: wanted 1 pixel or more"),
         ({"least_area": 1.5}, "least_area: wanted a whole number"),
         ({"further": 1}, "further: unknown"),

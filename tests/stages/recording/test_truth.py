@@ -240,6 +240,13 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "corner": lambda a: a["own/corners"].__setitem__(slice(2), (1, 7)),
     "points": lambda a: a.update({"own/points": a["own/points"][1:]}),
     "nan": lambda a: a["own/pixels"].__setitem__((0, 0), np.nan),
+    "negative": lambda a: a["own/pixels"].__setitem__((0, 1), -4),
+    "corners": lambda a: a.update(
+        {
+            "own/corners": np.int32([1 << 16, *a["own/corners"][1:]]),
+            "own/points": np.concatenate([np.zeros(((1 << 16) - a["own/corners"][0], 2), "<f4"), a["own/points"]]),
+        }
+    ),
     "spacing": lambda a: a["own/spacing"].__setitem__(0, -1),
     "good": lambda a: a["own/good"].__setitem__(0, 7),
     "type": lambda a: a.update({"own/boxes": a["own/boxes"].astype(float)}),
