@@ -30,9 +30,8 @@ def rule_words(rule: FoundRule) -> str:
 
 def check_rule(folder: Path, records: Records, rule: FoundRule | None) -> None:
     """Raise ProbeError where records follow another rule than the one that is asked for."""
-    if rule in (None, records.about.rule):
+    if rule is None or rule == records.about.rule:
         return
-    assert rule is not None
     raise ProbeError(
         f"The records of {folder} follow another rule of what is found.\n"
         f"  wanted  {rule_text(rule)}\n"

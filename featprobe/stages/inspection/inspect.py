@@ -208,14 +208,19 @@ class _Made:
     @property
     def others(self) -> tuple[str, ...]:
         """The notes that are not on heads without new records."""
-        return tuple(note for note in self.notes if not any(folder in note for folder in self.unmade))
+        return tuple(note for note in self.notes if not _is_of(note, self.unmade))
 
     def check(self, rows: Iterable[ResultRow]) -> None:
         """Raise ProbeError where one of these has no new records, so that nobody takes the old ones for them."""
         failed = [row.folder for row in rows if row.folder in self.unmade]
         if failed:
-            why = [note for note in self.notes if any(folder in note for folder in failed)]
+            why = [note for note in self.notes if _is_of(note, failed)]
             raise ProbeError("\n".join(["Its records were not made anew. Those from before were left alone.", *why]))
+
+
+def _is_of(note: str, folders: Iterable[str]) -> bool:
+    """Whether a note says why one of some folders has no new records."""
+    return any(f" {folder}:" in note for folder in folders)
 
 
 def _rescored(
@@ -238,13 +243,28 @@ def _file_of(workspace: Workspace, row: ResultRow) -> int | None:
 
 def _best(workspace: Workspace, seeds: Sequence[Sequence[ResultRow]], asked: Asked, made: _Made) -> Inspection:
     """What the best seed on validation finds. An operating point that is asked for is kept beside all seeds."""
-    ranked = sorted(seeds, key=lambda rows: (-validation_of(rows), rows[0].seed))
-    whole = [[head_of(workspace, row) for row in folds_of(workspace, rows[0])] for rows in ranked]
-    for heads in whole if asked.wanted else whole[:1]:
-        made.check(head.row for head in heads)
-    for heads in whole[1:] if asked.wanted else ():
+    best, *others = sorted(seeds, key=lambda rows: (-validation_of(rows), rows[0].seed))
+    heads = _heads(workspace, best, made)
+    found = _kept(workspace, heads, asked, len(seeds))
+    notes = [_kept_too(workspace, rows, asked, made) for rows in others if asked.wanted]
+    return replace(found, notes=(*found.notes, *filter(None, notes)))
+
+
+def _heads(workspace: Workspace, rows: Sequence[ResultRow], made: _Made) -> list[ScoredHead]:
+    """The heads of a seed, one or those of all folds; raises ProbeError where one lacks the new records asked for."""
+    heads = [head_of(workspace, row) for row in folds_of(workspace, rows[0])]
+    made.check(head.row for head in heads)
+    return heads
+
+
+def _kept_too(workspace: Workspace, rows: Sequence[ResultRow], asked: Asked, made: _Made) -> str:
+    """Keep an operating point beside the heads of a seed that is not the best; returns a note where that can't be."""
+    try:
+        heads = _heads(workspace, rows, made)
         _keep(heads, [_chosen(head, _records(workspace, head, asked), asked).point for head in heads])
-    return _kept(workspace, whole[0], asked, len(seeds))
+    except FeatprobeError as error:
+        return f"no operating point was kept beside {rows[0].folder}: {' '.join(str(error).split())}"
+    return ""
 
 
 def _kept(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
@@ -315,6 +335,7 @@ def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, s
     every = [_records(workspace, head, asked) for head in heads]
     chosen = [_chosen(head, own, asked) for head, own in zip(heads, every, strict=True)]
     points = tuple(own.point for own in chosen)
+    _check_alike(heads, points)
     parts = [own.with_least_area(point.least_area) for own, point in zip(every, points, strict=True)]
     tested = [own.of("test") for own in parts]
     records = Records.joined(tested).judged()
@@ -343,6 +364,18 @@ def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, s
         pod=_pod(records, found, points, asked) if asked.pod else None,
     )
     return replace(result, notes=(*(own.note for own in chosen if own.note), *_notes(result)))
+
+
+def _check_alike(heads: Sequence[ScoredHead], points: Sequence[OperatingPoint]) -> None:
+    """Raise ProbeError where folds decide at operating points for different things: they are no one test."""
+    said = [f"{point.wanted}, calls of {point.least_area} pixels or more" for point in points]
+    if len(set(said)) > 1:
+        each = "\n".join(f"          {head.folder}: {own}" for head, own in zip(heads, said, strict=True))
+        raise ProbeError(
+            "The folds of a cross-validation have operating points for different things. Nothing was computed.\n"
+            f"  wanted  the same of all\n  found\n{each}\n"
+            f"Choose one for all:  featprobe inspect {heads[0].folder.parents[1]} --false-calls 0.1"
+        )
 
 
 def _pod(records: Records, found: NDArray[np.bool_], points: Sequence[OperatingPoint], asked: Asked) -> "PodAnswer":
@@ -387,7 +420,10 @@ def _notes(own: Inspection) -> tuple[str, ...]:
     if not about.parts:
         said.append("groups of images are not known to be parts, so each image counts as a part")
     if own.parts.unknown:
-        said.append(f"{counted(own.parts.unknown, 'part')} with ignored regions and no defect have no verdict")
+        said.append(
+            f"no verdict on {counted(own.parts.unknown, 'part')} without a known defect: not all of their images are "
+            "known to be good"
+        )
     if not own.parts.good:
         said.append("no part is known to be good in all its images: nothing can be said of good parts that are stopped")
     if not own.test.defects:

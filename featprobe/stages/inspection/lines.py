@@ -218,7 +218,11 @@ def pod_text(own: Inspection) -> list[str]:
 
 
 def write_tables(found: Inspections, out: Path) -> list[Path]:
-    """Write all tables as CSV files into a folder; returns their paths. Raises DiskError."""
-    files = {out / f"{name}.csv": csv_text(pd.DataFrame(lines)) for name, lines in tables_of(found).items() if lines}
-    write_together(files, out / "heads.csv")
+    """Write all tables as CSV files into a folder; returns their paths. Raises DiskError.
+
+    A table without a line is not written, and a file of its name from before is removed.
+    """
+    tables = {out / f"{name}.csv": lines for name, lines in tables_of(found).items()}
+    files = {path: csv_text(pd.DataFrame(lines)) for path, lines in tables.items() if lines}
+    write_together(files, out / "heads.csv", [path for path, lines in tables.items() if not lines])
     return list(files)

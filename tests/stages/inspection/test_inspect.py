@@ -129,6 +129,30 @@ def test_a_point_that_is_asked_for_lies_beside_all_seeds_and_is_used_from_then_o
     assert inspect_head(space, row).test == again.each[0].test, "inspect_head writes nothing"
 
 
+def test_a_seed_that_can_not_keep_a_point_takes_nothing_from_the_best(tmp_path: Path) -> None:
+    space = stored_space(tmp_path)
+    best = next(own for own in inspect(space).each if own.seeds > 1)
+    other = next(row for row in rows_of(space) if row.run == best.row.run and row.seed != best.row.seed)
+    (space.probes / other.folder / "defects.parquet").unlink()
+    found = inspect(space, wanted=RATE)
+    own = next(own for own in found.each if own.row.run == best.row.run)
+    assert not found.left and own.kept and own.row == best.row and (own.folder / "operating.json").exists()
+    assert any(f"no operating point was kept beside {other.folder}" in note for note in own.notes)
+
+
+def test_folds_with_points_for_different_things_are_no_one_test(tmp_path: Path) -> None:
+    space = stored_space(tmp_path, ("semseg-ridge-8316",))
+    folders = [space.probes / row.folder for row in rows_of(space)]
+    inspect(space, [folders[0]], wanted=Wanted("recall", 0.5))
+    with pytest.raises(
+        ProbeError, match=r"different things(.|\n)*at least 50 %(.|\n)*at most 0.1 false calls"
+    ) as refused:
+        inspect(space)
+    assert f"featprobe inspect {folders[0].parents[1]} --false-calls" in str(refused.value)
+    assert inspect(space, [folders[0].parents[1]], wanted=RATE).each[0].kept
+    assert inspect(space).each[0].kept
+
+
 def test_folds_are_one_test_set_each_at_its_own_threshold(tmp_path: Path) -> None:
     space = stored_space(tmp_path, ("semseg-ridge-8316",))
     first, second = rows_of(space)
@@ -288,3 +312,6 @@ def test_tables_are_csv_files_that_a_spreadsheet_does_not_compute(space: Workspa
     assert {path.name for path in files} >= {"heads.csv", "by_size.csv", "froc.csv", "missed.csv", "false_calls.csv"}
     lines = (tmp_path / "tables" / "missed.csv").read_text().splitlines()
     assert len(lines) == 1 + found.each[0].test.missed and ",'=cmd" in lines[1]
+    keep(head, drawn(8, "val"), drawn(9, "test", most_defects=0))
+    files = write_tables(inspect(space, [head]), tmp_path / "tables")
+    assert set(files) == set((tmp_path / "tables").iterdir()) and tmp_path / "tables" / "missed.csv" not in files
