@@ -209,7 +209,8 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] =
     "a newer version": (lambda c, a: a.update(version=2), "version: wanted 1, found 2"),
     "a rule that is none": (lambda c, a: a.update(rule={"iou": 7.0, "same_class": False}), "IoU above 0"),
     "more classes than there can be": (
-        lambda c, a: a.update(classes=[*a["classes"], *map(str, range(256))]), "classes: wanted each class once, at most 256"
+        lambda c, a: a.update(classes=[*a["classes"], *map(str, range(256))]),
+        "classes: wanted each class once, at most 256",
     ),
     "a missing field": (lambda c, a: a.pop("classes"), "classes: it is missing"),
     "wrong types": (lambda c, a: a.update(parts="yes", task=3), "parts: wanted true or false"),
