@@ -20,6 +20,7 @@ from featprobe.metrics.defects.operating import Counts, OperatingPoint, Wanted, 
 from featprobe.metrics.defects.part_verdicts import PartVerdicts, part_verdicts
 from featprobe.metrics.defects.recall_by_size import SizeBin, recall_by_size, recall_of
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
+from featprobe.metrics.thresholds import units_needed
 from featprobe.result_rows import ResultRow
 from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_size
 from featprobe.stages.inspection.scored_heads import (
@@ -408,6 +409,14 @@ def _notes(own: Inspection) -> tuple[str, ...]:
         unit = "defects" if wanted.kind == "recall" else f"{wanted.per}s"
         needed = max(point.needed for point in own.points)
         said.append(f"validation is too small to be 95 % sure of {wanted}: that takes {needed} {unit}")
+    if wanted.kind == "false_calls" and not about.pooled:
+        good = min(getattr(point.validation, f"good_{wanted.per}s") for point in own.points)
+        least, _ = units_needed(wanted.rate)
+        if good < least:
+            said.append(
+                f"validation has {counted(good, f'good {wanted.per}')}, and {wanted} on good {wanted.per}s alone would "
+                f"take {least}: here false calls beside defects count as well"
+            )
     if len(own.points) > 1:
         said.append(
             f"{len(own.points)} folds: each head decides at its own operating point, and all test images together are "

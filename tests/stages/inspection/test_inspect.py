@@ -216,6 +216,16 @@ def test_what_records_can_not_carry_is_refused_with_what_to_do(space: Workspace,
     assert any("each image counts as a part" in note for note in own.notes)
 
 
+def test_few_good_images_in_validation_are_named(space: Workspace, tmp_path: Path) -> None:
+    head = only_head(space, tmp_path / "head")
+    val = drawn(1, "val")
+    for good, named in ((5, False), (4, True)):
+        states = np.array([GOOD] * good + [DEFECT] * (len(val.images) - good), np.uint8)
+        keep(head, with_images(val, good=states), drawn(2, "test"))
+        (own,) = inspect(space, [head], wanted=RATE).each
+        assert any(f"validation has {good} good images" in note and "take 5" in note for note in own.notes) is named
+
+
 def test_sizes_in_mm_are_used_where_they_are_known(space: Workspace, tmp_path: Path) -> None:
     head = only_head(space, tmp_path / "head")
     test = drawn(5, "test")
