@@ -48,11 +48,15 @@ def maximum(likelihood: Likelihood, start: Floats) -> Floats:
 def least(likelihood: Likelihood, best: Floats, direction: Floats, drop: float) -> float:
     """The least direction . theta among the parameters theta whose log-likelihood is at most `drop` below the maximum.
 
-    best: the parameters of the maximum, (k,). direction: (k,), not 0. drop: > 0.
+    best: the parameters of the maximum, (k,). direction: (k,), not 0. drop: > 0. Raises NoMaximumError where rounding
+    leaves nothing to compute with.
     """
     top, _, hessian = likelihood(best)
     aim = math.sqrt(2 * drop)
-    price, low, high = aim / math.sqrt(-direction @ np.linalg.solve(hessian, direction)), 0.0, math.inf
+    variance = -float(direction @ np.linalg.solve(hessian, direction))
+    if not 0 < variance < math.inf:  # rounding: the likelihood is nearly flat in some direction
+        raise NoMaximumError
+    price, low, high = aim / math.sqrt(variance), 0.0, math.inf
     at = best
     for _ in range(STEPS):
         try:

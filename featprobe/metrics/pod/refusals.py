@@ -9,6 +9,7 @@ from featprobe.metrics.pod.pod_values import Kind, Refused
 TARGETS = 60  # the least number for hit/miss, MIL-HDBK-1823A
 OF_EACH = 5  # hits, and misses: fewer say nearly nothing of one end of the curve
 OF_CLUSTERS = 3  # with fewer there is no variance between them to speak of
+SAME = 1e-6  # of ln size: sizes closer than that are one
 HIT_MISS: Kind = "hit/miss"
 
 Fault = tuple[str, str]
@@ -20,13 +21,20 @@ def refusal(sizes: NDArray[np.float64], found: NDArray[np.bool_], clusters: int 
     None for targets that stand each for itself.
     """
     faults = [*_too_few(found), *_no_maximum(sizes, found)]
-    if clusters is not None and clusters < OF_CLUSTERS:
-        reason = f"All targets lie in {counted(clusters, 'cluster')}, which say nothing of others."
-        faults.append((reason, f"targets in {OF_CLUSTERS} clusters or more"))
+    if clusters is not None:
+        faults += few_clusters(clusters)
     if not faults:
         return None
     reasons, missing = zip(*faults, strict=True)
     return Refused(HIT_MISS, reasons, missing, len(found), int(found.sum()))
+
+
+def few_clusters(clusters: int) -> list[Fault]:
+    """Whether targets lie in so few clusters that nothing is known of the variance between them."""
+    if clusters >= OF_CLUSTERS:
+        return []
+    reason = f"All targets lie in {counted(clusters, 'cluster')}, which say nothing of others."
+    return [(reason, f"targets in {OF_CLUSTERS} clusters or more")]
 
 
 def barely_overlap(sizes: NDArray[np.float64], found: NDArray[np.bool_]) -> Refused:
@@ -63,7 +71,7 @@ def _no_maximum(sizes: NDArray[np.float64], found: NDArray[np.bool_]) -> list[Fa
     hits, misses = sizes[found], sizes[~found]
     if not len(hits) or not len(misses):
         return []
-    if sizes.min() == sizes.max():
+    if np.log(sizes.max() / sizes.min()) < SAME:
         return [(f"All targets have the size {sizes[0]:.4g}.", "targets of other sizes")]
     if misses.max() <= hits.min():
         return [

@@ -11,13 +11,14 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import t
 
 from featprobe.metrics.pod.censored import ABOVE, BELOW, MEASURED, CensoredLine, Floats
-from featprobe.metrics.pod.concave import least
+from featprobe.metrics.pod.concave import NoMaximumError, least
 from featprobe.metrics.pod.pod_values import Curve
 
 CONFIDENCE = 0.95
 HIGH = float(ndtri(0.9))  # the score at which 90 % are found
 POINTS, KNOTS = 60, 10  # of the curve, and those of them at which its bounds are searched
 BEYOND = 2.0  # times the largest size, up to which a curve is drawn
+LEAST_SCATTER = 1e-6  # of signals about the line, in their standard deviations: with less, rounding decides
 FARTHEST = 50.0  # in ln size: a bound above this times the mean size is none
 
 
@@ -49,6 +50,8 @@ class SignalLine:
         middle, unit = float(x.mean()), float(np.std(y)) or 1.0
         line = CensoredLine(np.column_stack([np.ones_like(x), x - middle]), (y - threshold) / unit, known)
         best = line.fitted()
+        if best[0] * LEAST_SCATTER > 1:
+            raise NoMaximumError
         if not best[2] > 0:
             raise NoGrowthError(f"Signals do not grow with size: the fitted slope is {best[2] / best[0] * unit:.3g}.")
         covariance = np.linalg.inv(-line(best)[2]).astype(np.float64)

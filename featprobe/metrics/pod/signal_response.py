@@ -19,6 +19,7 @@ from featprobe.metrics.pod.censored import ABOVE, BELOW, MEASURED, Floats
 from featprobe.metrics.pod.concave import NoMaximumError
 from featprobe.metrics.pod.line_checks import DOUBT, checks_of, worst
 from featprobe.metrics.pod.pod_values import Pod, Refused
+from featprobe.metrics.pod.refusals import SAME, few_clusters
 from featprobe.metrics.pod.signal_line import HIGH, NoGrowthError, SignalLine, fitted_line, knowledge
 
 LEAST_TARGETS = 40  # of the handbook, for signal response
@@ -80,6 +81,8 @@ def signal_response(
         noise, saturation = (None if limit is None else _ln(limit) for limit in (noise, saturation))
     hits = int((y >= threshold).sum())
     reasons = _reasons(a, knowledge(y, noise, saturation), threshold, noise, saturation)
+    number = len(np.unique(groups))
+    reasons += few_clusters(number) if number < len(y) else []
     if reasons:
         return _refused(reasons, len(y), hits)
     try:
@@ -88,7 +91,10 @@ def signal_response(
             raise NoGrowthError(f"Signals hardly grow with size: a90 would be over {FAR:g} times the largest target.")
         return _pod(line, hits)
     except NoMaximumError:
-        flat = ("The line has no scatter: all measured signals lie on it.", "signals that scatter")
+        flat = (
+            "The line has no scatter to compute with: all measured signals lie on it, or nearly.",
+            "signals that scatter",
+        )
         return _refused([flat], len(y), hits)
     except NoGrowthError as error:
         return _refused([(str(error), WIDER)], len(y), hits)
@@ -180,8 +186,10 @@ def _reasons(
                 f"{LEAST_MEASURED - measured} more targets whose signal is between noise and saturation",
             )
         )
-    if (sizes := len(np.unique(a))) < LEAST_SIZES:
-        found.append((f"{sizes} different sizes; a line takes at least {LEAST_SIZES}.", "targets of other sizes"))
+    if (sizes := len(np.unique(np.round(np.log(a) / SAME)))) < LEAST_SIZES:
+        found.append(
+            (f"{counted(sizes, 'different size')}; a line takes at least {LEAST_SIZES}.", "targets of other sizes")
+        )
     if noise is not None and threshold < noise:
         found.append(
             ("The threshold lies below the noise, where signals are not measured.", "a threshold at the noise or above")

@@ -225,7 +225,10 @@ def test_data_that_carry_no_curve_are_refused() -> None:
     assert "above the saturation" in refused(sizes, signals, saturation=0.5)
     assert "2 different sizes" in refused(np.where(sizes > 9, 9.0, 3.0), signals)
     assert "do not grow" in refused(sizes, 1 / signals)
-    assert "no scatter" in refused(sizes, sizes**2)
+    for scatter in (0, 1e-9, 1e-7):
+        assert "no scatter" in refused(sizes, sizes**2 * (1 + scatter * np.sin(np.arange(len(sizes)))))
+    assert "All targets lie in 1 cluster" in refused(sizes, signals, clusters=["casting"] * len(sizes))
+    assert "1 different size;" in refused(9 + 1e-9 * sizes, signals)
 
 
 @pytest.mark.parametrize(
