@@ -37,11 +37,6 @@ class TruthOfImage:
     ignored: tuple[Instance, ...]
     good: int
 
-    @property
-    def known(self) -> bool:
-        """Whether it is known if the image has a defect."""
-        return self.good != UNKNOWN
-
 
 class Truth(NamedTuple):
     """Defects of some images, image by image, each in the order of `TruthOfImage.objects`; none is found yet.

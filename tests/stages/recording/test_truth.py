@@ -97,7 +97,6 @@ def test_defects_of_masks_are_their_components_and_what_is_ignored_is_known_once
     ]  # fmt: skip
     assert [[one.box_xyxy for one in own.ignored] for own in found] == [[(50, 0, 54, 4)], [], [(5, 5, 14, 14)], []]
     assert [own.good for own in found] == [DEFECT, GOOD, UNKNOWN, DEFECT]
-    assert [own.known for own in found] == [True, True, False, True]
 
 
 def test_objects_of_a_set_are_its_defects_and_its_masks_give_what_is_ignored(tmp_path: Path) -> None:
