@@ -87,6 +87,8 @@ def _false_calls(line: Line) -> str:
     said += f", {_rate(line['false_calls_per_image'])} per {_per_image(line)}"
     if line["parts_known"] and line["good_parts"]:
         said += f"; {_number(100 * line['false_calls_on_good_parts'] / line['good_parts'])} per 100 good parts"
+    if line["per"] == "part":
+        said += f"; {_number(line['false_calls_per_part'])} per {_per(line)}"
     share = "" if line["pooled"] else f" ({100 * line['without_defect']:.0f} % of the {line['per']}s hold no defect)"
     return f"{said}{share}."
 

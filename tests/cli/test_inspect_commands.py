@@ -64,6 +64,8 @@ def test_an_operating_point_is_kept_and_said(tmp_path: Path) -> None:
     assert first.exit_code == 0 and "; kept beside the head, for predict and export" in first.output
     assert "calls of 20 pixels or more, chosen on validation for at most 0.2 false calls per part" in first.output
     assert f"table: {tmp_path / 'tables' / 'heads.csv'}" in first.output
+    (own,) = json.loads(said(space, head, "--json").output)["inspections"]
+    assert f"; {own['false_calls_per_part']:.3g} per part (" in first.output, "the rate that was asked for"
     again = said(space, head).output
     assert again.split("table:")[0].strip() == first.output.split("table:")[0].strip()
     refusal = said(space, head, "--min-area", 7)
