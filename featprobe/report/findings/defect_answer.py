@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
-from featprobe.errors import counted
+from featprobe.errors import counted, figures
 from featprobe.kinds import kind_of, kinds_of
 from featprobe.report.answer import SURE
 from featprobe.report.comparison import interval_text
@@ -89,7 +89,7 @@ def false_calls_text(finding: Line) -> str:
         return f"{counted(calls, 'false call')} on {counted(images, 'test image')}, of which none is good"
     if not stray:
         return f"no false call on {counted(good, f'good {unit}')}"
-    return f"{100 * stray / good:.2g} false calls per 100 good {unit}s ({stray} on {good})"
+    return f"{figures(100 * stray / good, 2)} false calls per 100 good {unit}s ({stray} on {good})"
 
 
 def size_text(finding: Line, value: float) -> str:

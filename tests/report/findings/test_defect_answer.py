@@ -65,6 +65,7 @@ def test_the_first_sentence_has_defects_sizes_and_false_calls() -> None:
         ({"good_parts": 0}, "with false calls on 1 of 28 good images.|how many would be stopped is not known"),
         ({"good_parts": 0, "good_images": 0}, "2 false calls on 48 test images, of which none is good"),
         ({"false_calls_on_good_parts": 0}, "with no false call on 32 good parts"),
+        ({"false_calls_on_good_parts": 48}, r"with 150 false calls per 100 good parts \(48 on 32\)"),
         ({"parts_known": False}, "false calls per 100 good images|stops 1 of 32 good images"),
         ({"pooled": True, "by_size": []}, "a calls 41 of 47 images with a defect"),
         ({"classes": ["crack", "dent"]}, "finds 41 of 47 defects"),
