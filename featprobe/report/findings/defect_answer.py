@@ -79,14 +79,15 @@ def percent(share: float) -> str:
 
 
 def false_calls_text(finding: Line) -> str:
-    """How often a head calls where nothing is, by 100 good parts; of good images where no part is good."""
+    """How often a head calls where nothing is, by 100 good parts; where no part is good, on all images and on good ones."""
     unit = "part" if finding["parts_known"] else "image"
     good, stray = finding["good_parts"], finding["false_calls_on_good_parts"]
     if not good:
+        every = f"{counted(finding['false_calls'], 'false call')} on {counted(finding['images'], 'test image')}"
         if finding["good_images"]:
-            return f"false calls on {finding['stopped_images']} of {counted(finding['good_images'], 'good image')}"
-        calls, images = finding["false_calls"], finding["images"]
-        return f"{counted(calls, 'false call')} on {counted(images, 'test image')}, of which none is good"
+            of_good = f"{finding['good_images_called']} of {counted(finding['good_images'], 'good image')}"
+            return f"{every} ({of_good} called)"
+        return f"{every}, of which none is good"
     if not stray:
         return f"no false call on {counted(good, f'good {unit}')}"
     return f"{figures(100 * stray / good, 2)} false calls per 100 good {unit}s ({stray} on {good})"

@@ -18,7 +18,7 @@ from featprobe.metrics.images import value_of
 from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, behind_sentences, gap_sentences
 from featprobe.report.comparison import difference_frame, result_frame
-from featprobe.report.facts import cost_sentence, data_sentence
+from featprobe.report.facts import cost_sentence, data_sentence, point_sentence
 from featprobe.report.findings.defect_answer import defect_sentences, leading
 from featprobe.report.page import Answer, PageSet, page_text
 from featprobe.report.tables import csv_text
@@ -439,7 +439,8 @@ def _answer(item: ComparedSet, table: Table) -> Answer:
     lead = leading(item.findings) if item.findings else None
     found = defect_sentences(item.findings, item.found_differences, tuned)
     said = [text for text in answer_of(item.lines, item.differences) if text not in found]
-    facts = [data_sentence(item.lines, lead, table.results[0].row.choice.folds), cost_sentence(item.lines)]
+    facts = [data_sentence(item.lines, lead, table.results[0].row.choice.folds), *point_sentence(lead)]
+    facts.append(cost_sentence(item.lines))
     return Answer(item.title, found, said, [fact for fact in facts if fact])
 
 

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from featprobe.errors import FeatprobeError
 from featprobe.metrics import Statistic, grouped, paired_difference
-from featprobe.metrics.defects.records import GOOD
 from featprobe.metrics.images import value_of
 from featprobe.report.page import Probability
 from featprobe.report.pod_plot import pod_plot
@@ -79,18 +78,11 @@ def _line(result: Result, own: Inspection, table: Table) -> Line:
         "score": value_of(statistic),
         "validation": result.validation,
         "groups": sum(statistic.sizes),
-        "stopped_images": _stopped_images(own),
         "by_size": size_lines(own),
         "froc": froc_lines(own),
         "without_defect": own.froc.without,
         "by_class": class_lines(own),
     }
-
-
-def _stopped_images(own: Inspection) -> int:
-    """How many good images hold a call."""
-    called = own.records.calls.image[own.records.called(own.thresholds)]
-    return len(np.unique(called[own.records.images.good[called] == GOOD]))
 
 
 def _difference(a: tuple[Result, Inspection], b: tuple[Result, Inspection], kind: str) -> Line | None:
