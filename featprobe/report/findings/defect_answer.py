@@ -79,7 +79,7 @@ def percent(share: float) -> str:
 
 
 def false_calls_text(finding: Line) -> str:
-    """How often a head calls where nothing is, by 100 good parts; where no part is good, on all images and on good ones."""
+    """How often a head calls where nothing is, by 100 good parts; where none is good, on all images."""
     unit = "part" if finding["parts_known"] else "image"
     good, stray = finding["good_parts"], finding["false_calls_on_good_parts"]
     if not good:

@@ -97,7 +97,8 @@ def _of_miss(own: Inspection, index: int) -> tuple[int, Box | None, str]:
         said = [f"image {_apart(float(own.records.images.score[image]), threshold)}"]
     else:
         said = [_size_text(own, defects.size(own.size, own.unit)[index])]
-        said += [] if isnan(defects.contrast[index]) else [f"contrast to noise {figures(float(defects.contrast[index]), 2)}"]
+        contrast = float(defects.contrast[index])
+        said += [] if isnan(contrast) else [f"contrast to noise {figures(contrast, 2)}"]
         said += ["cut by the border of the image"] if defects.cut[index] else []
         said += [f"its {_apart(score, threshold)}" if np.isfinite(score) else "no call finds it"]
     return image, _box(defects.boxes[index]), _caption(own, "Missed defect", image, int(defects.category[index]), said)

@@ -62,7 +62,8 @@ def test_the_first_sentence_has_defects_sizes_and_false_calls() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"good_parts": 0}, r"with 2 false calls on 48 test images \(1 of 28 good images called\)\.|how many would be stopped is not known"),
+        ({"good_parts": 0}, r"with 2 false calls on 48 test images \(1 of 28 good images called\)\."),
+        ({"good_parts": 0}, "how many would be stopped is not known"),
         ({"good_parts": 0, "good_images": 0}, "2 false calls on 48 test images, of which none is good"),
         ({"false_calls_on_good_parts": 0}, "with no false call on 32 good parts"),
         ({"false_calls_on_good_parts": 48}, r"with 150 false calls per 100 good parts \(48 on 32\)"),
