@@ -131,8 +131,11 @@ def _ratio(hits: Floats, trials: Floats, names: tuple[str, ...]) -> Statistic:
     return Statistic(value, influence, (names,))
 
 
-def probability_of(own: Inspection) -> Probability:
-    """The probability of detection of a head at its operating point, or why the test images carry none."""
+def probability_of(own: Inspection, number: int) -> Probability:
+    """The probability of detection of a head at its operating point, or why the test images carry none.
+
+    number: of the set on its page, where each plot needs a name of its own.
+    """
     answer = pod_of(own.records, own.found, tuple(point.threshold for point in own.points), own.size, own.unit)
     drawing = drawing_of(answer)
     said: list[tuple[str, list[str]]] = []
@@ -145,7 +148,7 @@ def probability_of(own: Inspection) -> Probability:
                 below.append(line.strip())
         else:
             said.append((line, []))
-    return Probability(pod_plot(drawing, "probability of detection") if drawing else "", said)
+    return Probability(pod_plot(drawing, f"probability of detection {number}") if drawing else "", said)
 
 
 def pictures_of(own: Inspection) -> list[Picture]:

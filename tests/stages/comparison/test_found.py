@@ -17,8 +17,10 @@ from inspected_space import drawn, keep, rows_of, stored_space
 
 from featprobe.cli.main import cli
 from featprobe.metrics.intervals import draw_weights
+from featprobe.report.pod_plot import PodLine, PodPicture
+from featprobe.stages.comparison import found
 from featprobe.stages.comparison.compare import Comparison, compare, plain_json
-from featprobe.stages.comparison.found import _ratio
+from featprobe.stages.comparison.found import _ratio, probability_of
 from featprobe.stages.inspection.inspect import inspect_head
 from featprobe.stages.workspace import Workspace
 
@@ -156,3 +158,12 @@ def test_the_operating_point_that_the_page_proposes_can_be_chosen(
     assert done.exit_code == 0 and "; kept beside the head" in done.output, done.output
     (over,) = {own["validation_over_parts"] for own in report.sets[0].findings}
     assert 0 < over < 20 and command.endswith(f"{math.ceil(100 / over) / 100:g}/part"), "0.05 would be refused"
+
+
+def test_plots_of_several_sets_share_no_id(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = PodLine("by hits and misses", (1.0, 9.0), (0.1, 0.9))
+    picture = PodPicture((curve,), hits=(9.0,), misses=(1.0,), a90=9.0, bound=None, axis="px")
+    monkeypatch.setattr(found, "drawing_of", lambda answer: picture)
+    own = inspect_head(space, rows_of(space)[0])
+    one, other = (set(re.findall(r'\bid="([^"]+)"', probability_of(own, number).plot)) for number in (1, 2))
+    assert one and other and not one & other
