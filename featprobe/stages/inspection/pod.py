@@ -74,7 +74,7 @@ def pod_of(
     known = np.isfinite(sizes) & (sizes > 0)
     notes = []
     if unknown := int((~known).sum()):
-        notes.append(f"{_are(unknown, 'defect')} left out, as the size is not known.")
+        notes.append(f"{_are(unknown, 'defect')} omitted, as the size is not known.")
     if cut := int(defects.cut[known].sum()):
         notes.append(f"{_are(cut, 'defect')} cut by the border of an image: the size is that of the part that is seen.")
     answer = PodAnswer(
