@@ -137,6 +137,15 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
+def figures(value: float, digits: int = 3) -> str:
+    """A number with so many figures, never with an exponent for a large one.
+
+    >>> figures(0.012345), figures(1234.5), figures(999.7), figures(150, 2)
+    ('0.0123', '1234', '1000', '150')
+    """
+    return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
+
+
 def looks_like(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """Unknown names that look like a missing known name, with that name: probable misspellings.
 

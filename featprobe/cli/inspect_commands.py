@@ -147,5 +147,5 @@ def _show(found: "Inspections", json_: bool, *, details: bool) -> None:
         echo(f"not inspected: {left.folder}: {left.reason}")
     if not details:
         echo("\nBy size, by class, and what is missed:  featprobe inspect HEAD, with one of these:")
-        for line in lines:
+        for line in sorted(lines, key=lambda own: (own["data"], own["task"])):
             echo(f"  {place_of(line)}")

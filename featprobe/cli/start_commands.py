@@ -251,7 +251,7 @@ def _show_tried(tried: "Tried") -> None:
     for what, command in tried.further:
         echo(f"  {what}\n    {command}")
     echo(f"\npage: {tried.page}  ({tried.seconds / 60:.1f} min)")
-    echo(f"answer: {tried.answer}")
+    echo(f"answer: {tried.answer}".replace("\n", "\n  "))
 
 
 def _tried_json(tried: "Tried") -> dict[str, Any]:

@@ -32,6 +32,15 @@ def data_sentence(lines: Sequence[Line], lead: Line | None, folds: int = 0) -> s
     return f"{said}, with {held}, and {counted(good, f'good {unit}') if good else f'no good {unit}'}."
 
 
+def point_sentence(lead: Line | None) -> list[str]:
+    """At which operating point a head finds what it finds. lead: a finding."""
+    if lead is None:
+        return []
+    which = "The threshold was" if lead["threshold"] is not None else "The threshold of each fold was"
+    least = f", for calls of {lead['least_area']} pixels or more" if lead["least_area"] > 1 else ""
+    return [f"{which} chosen on validation for {lead['wanted']}{least}."]
+
+
 def cost_sentence(lines: Sequence[Line]) -> str:
     """What the results on the most training data took, in words."""
     most = max(line["fraction"] for line in lines)

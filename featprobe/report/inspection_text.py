@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from featprobe.errors import counted
+from featprobe.errors import counted, figures
 from featprobe.report.comparison import NONE
 from featprobe.report.text import table_text
 
@@ -65,7 +65,7 @@ def sentences(line: Line) -> list[str]:
         *_parts(line),
         _threshold(line),
         f"Validation had said: {_of(line['validation_found'], line['validation_defects'], what, many)} {found}"
-        f"{_share(line['validation_recall'])}, {_rate(line['validation_false_calls_per_' + line['per']])} "
+        f"{_share(line['validation_recall'])}, {_number(line['validation_false_calls_per_' + line['per']])} "
         f"false calls per {_per(line)}.",
     ]
     return (
@@ -79,12 +79,12 @@ def _large(line: Line) -> list[str]:
     if isnan(times):
         return []
     outlines = "; --found iou:0.5 asks for outlines" if times >= LARGE and "IoU at least 0.1" in line["rule"] else ""
-    return [f"Calls that find a defect are {times:.2g} times as large as it, in the median{outlines}."]
+    return [f"Calls that find a defect are {figures(times, 2)} times as large as it, in the median{outlines}."]
 
 
 def _false_calls(line: Line) -> str:
     said = f"False calls: {line['false_calls']} on {counted(line['over_images'], _per_image(line))}"
-    said += f", {_rate(line['false_calls_per_image'])} per {_per_image(line)}"
+    said += f", {_number(line['false_calls_per_image'])} per {_per_image(line)}"
     if line["parts_known"] and line["good_parts"]:
         said += f"; {_number(100 * line['false_calls_on_good_parts'] / line['good_parts'])} per 100 good parts"
     if line["per"] == "part":
@@ -150,7 +150,7 @@ def missed_table(lines: Sequence[Line]) -> pd.DataFrame:
             "image": line["image"], "class": line["class"] or NONE, "longest px": _number(line["longest"]),
             "shortest px": _number(line["shortest"]), "area px²": _number(line["area"]),
             "contrast/noise": _number(line["contrast"]), "at x, y": f"{line['x1']:.0f}, {line['y1']:.0f}",
-            "best score": NONE if line["score"] is None else f"{line['score']:.3g}",
+            "best score": NONE if line["score"] is None else f"{figures(line['score'])}",
         }
         for line in lines
     ])  # fmt: skip
@@ -194,7 +194,7 @@ def overview(lines: Sequence[Line]) -> pd.DataFrame:
             "found": _fraction(line["found"], line["defects"]) + (" images" if line["pooled"] else ""),
             "%": _percent(line["recall"]),
             "95 %": _interval(line["recall_low"], line["recall_high"]),
-            "false calls/image": _rate(line["false_calls_per_image"]),
+            "false calls/image": _number(line["false_calls_per_image"]),
             "escapes": _fraction(line["escaped"], line["bad_parts"]),
             "overkill": _fraction(line["stopped"], line["good_parts"]),
             "threshold": "by fold" if line["threshold"] is None else f"{line['threshold']:.4g}",
@@ -236,12 +236,8 @@ def _interval(low: float, high: float) -> str:
     return NONE if isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def _rate(value: float) -> str:
-    return NONE if isnan(value) else f"{value:.3g}"
-
-
 def _number(value: float) -> str:
-    return NONE if isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return NONE if isnan(value) else figures(value)
 
 
 def _unit(size: str, unit: str) -> str:

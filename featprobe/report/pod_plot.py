@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from featprobe.errors import figures
 from featprobe.report.plots import COLOURS, INK, canvas, svg_of
 
 Floats = Sequence[float]
@@ -74,11 +75,11 @@ def _mark(axes: Axes, drawn: PodPicture, last: float) -> None:
     """a90 as a dot, and a bar from it to its bound; what lies beyond the last size is in words alone."""
     label = "a90 beyond these sizes"
     if drawn.a90 <= last:
-        label = f"a90 {drawn.a90:.3g}"
+        label = f"a90 {figures(drawn.a90)}"
         axes.plot([drawn.a90], [90], "o", color=INK, markersize=6)
     if drawn.bound is not None and drawn.a90 <= last:
         inside = drawn.bound <= last
-        label += f", bar to a90/95 {drawn.bound:.3g}" if inside else ", a90/95 beyond these sizes"
+        label += f", bar to a90/95 {figures(drawn.bound)}" if inside else ", a90/95 beyond these sizes"
         axes.plot([drawn.a90, min(drawn.bound, last)], [90, 90], color=INK, linewidth=2, solid_capstyle="butt")
         axes.plot([min(drawn.bound, last)], [90], "|" if inside else ">", color=INK, markersize=12 if inside else 7)
     axes.plot([], [], "o", color=INK, markersize=6, label=label)

@@ -100,6 +100,17 @@ class Threshold:
         return "default" if self.source == "default" else None if isnan(self.value) else self.value
 
 
+def point_note(point: OperatingPoint | None) -> list[str]:
+    """A note on the operating point that verdicts are at, where there is one."""
+    if point is None:
+        return []
+    least = f", findings of {point.least_area} pixels or more" if point.least_area > 1 else ""
+    return [
+        f"verdicts at the operating point that was chosen on validation for {point.wanted}: threshold "
+        f"{point.threshold:.6g}{least}; --threshold takes another"
+    ]
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing found in an image, in pixels of the original image.

@@ -23,6 +23,7 @@ from featprobe.io.disk import make_folders, replacing, write_together, write_who
 from featprobe.report.sheets import draw_overlay, png
 from featprobe.report.streamed import csv_text
 from featprobe.stages.extraction.survey import skippable
+from featprobe.stages.findings import point_note
 from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.outputs import file_name_of
 from featprobe.stages.predictor import Prediction, Predictor
@@ -131,7 +132,7 @@ def predict(
                     write_together(pictures)
             bar.update(len(batch))
     files = _write_summary(out, predictor, lines)
-    notes = [*output.notes, *_point_notes(predictor), *_clipped_notes(seen, predictor.recipe.window)]
+    notes = [*output.notes, *point_note(predictor.point), *_clipped_notes(seen, predictor.recipe.window)]
     notes += pixel_notes([(image, header) for image, header, _ in seen])
     called = sum(line.verdict == CALLED for line in lines) if output.rule else None
     return PredictReport(out, len(seen), (*output.files, *files), tuple(left_out), tuple(notes), called)
@@ -224,15 +225,6 @@ def _summary(predictor: Predictor, lines: Sequence[Line]) -> dict[str, Any]:
         },
         "images": [asdict(line) for line in lines],
     }
-
-
-def _point_notes(predictor: Predictor) -> list[str]:
-    """A note on the operating point, where there is one."""
-    point = predictor.point
-    return [] if point is None else [
-        f"verdicts at the operating point that was chosen on validation for {point.wanted}: threshold "
-        f"{point.threshold:.6g}; --threshold takes another"
-    ]  # fmt: skip
 
 
 def _clipped_notes(seen: Sequence[tuple[str, Header, float]], window: tuple[float, float] | None) -> list[str]:

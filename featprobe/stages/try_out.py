@@ -129,8 +129,8 @@ class Tried:
 
     @property
     def answer(self) -> str:
-        """The first sentence of the comparison."""
-        return self.comparison.answer[0][1][0]
+        """The sentences of the comparison, a line each: what is found, and which backbone is ahead."""
+        return "\n".join(self.comparison.answer[0][1])
 
 
 def try_out(

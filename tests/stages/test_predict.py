@@ -562,7 +562,7 @@ def test_the_operating_point_of_a_head_decides_unless_a_threshold_is_given(
     assert (summary["threshold_from"], summary["threshold"]) == ("operating_point", 0.375)
     wanted = "at most 0.05 false calls per image"
     assert summary["operating_point"] == {"wanted": wanted, "base": 0.25, "least_area": 3}
-    assert any(wanted in note and "--threshold" in note for note in report.notes)
+    assert any(f"{wanted}: threshold 0.375, findings of 3 pixels or more; --threshold" in note for note in report.notes)
     findings = [area for own in findings_of(tmp_path / "out").values() for area in (one["area"] for one in own)]
     assert findings and min(findings) >= 3
     for line in lines_of(tmp_path / "out"):

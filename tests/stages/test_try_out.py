@@ -57,7 +57,7 @@ def test_it_stops_and_goes_on_with_the_same_plan_to_the_same_page(
     assert "since a part is there already" in result.stderr
     assert (tmp_path / "probes" / "results.jsonl").read_bytes() == rows and len(rows.splitlines()) == 10
     found = json.loads(result.stdout)
-    assert Path(found["page"]).read_text().count("<html") == 1 and "embedded" in found["answer"]
+    assert Path(found["page"]).read_text().count("<html") == 1 and "embedded-random" in found["answer"]
     assert (found["plan"]["size"], found["plan"]["split"]) == ([48, 48], "stratified:5")
     assert [command.split()[1] for command in found["commands"]] == ["extract", "extract", "probe", "probe", "compare"]
     assert any("featprobe init" in own["command"] for own in found["next"])

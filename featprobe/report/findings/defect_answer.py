@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
-from featprobe.errors import counted
+from featprobe.errors import counted, figures
 from featprobe.kinds import kind_of, kinds_of
 from featprobe.report.answer import SURE
 from featprobe.report.comparison import interval_text
@@ -79,17 +79,18 @@ def percent(share: float) -> str:
 
 
 def false_calls_text(finding: Line) -> str:
-    """How often a head calls where nothing is, by 100 good parts; of good images where no part is good."""
+    """How often a head calls where nothing is, by 100 good parts; where none is good, on all images."""
     unit = "part" if finding["parts_known"] else "image"
     good, stray = finding["good_parts"], finding["false_calls_on_good_parts"]
     if not good:
+        every = f"{counted(finding['false_calls'], 'false call')} on {counted(finding['images'], 'test image')}"
         if finding["good_images"]:
-            return f"false calls on {finding['stopped_images']} of {counted(finding['good_images'], 'good image')}"
-        calls, images = finding["false_calls"], finding["images"]
-        return f"{counted(calls, 'false call')} on {counted(images, 'test image')}, of which none is good"
+            of_good = f"{finding['good_images_called']} of {counted(finding['good_images'], 'good image')}"
+            return f"{every} ({of_good} called)"
+        return f"{every}, of which none is good"
     if not stray:
         return f"no false call on {counted(good, f'good {unit}')}"
-    return f"{100 * stray / good:.2g} false calls per 100 good {unit}s ({stray} on {good})"
+    return f"{figures(100 * stray / good, 2)} false calls per 100 good {unit}s ({stray} on {good})"
 
 
 def size_text(finding: Line, value: float) -> str:

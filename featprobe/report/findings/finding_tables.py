@@ -28,7 +28,7 @@ def _cells(own: Line) -> dict[str, str]:
         "regime": own["regime"],
         "head": own["head"],
         f"false calls per 100 good {unit}": number(100 * own["false_calls_on_good_parts"] / good) if good else NONE,
-        "good images called": NONE if good else _share(own["stopped_images"], own["good_images"]),
+        "good images called": NONE if good else _share(own["good_images_called"], own["good_images"]),
         "false calls per image": number(own["false_calls_per_image"], ".3g"),
         f"good {unit} stopped": _share(own["stopped"], good),
         "95 % of stopped": interval_text(own["overkill_low"], own["overkill_high"]),

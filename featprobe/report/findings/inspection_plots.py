@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from featprobe.report.plots import COLOURS, DASHES, INK, LINE, canvas, svg_of
 
+MOST_SIZES = 6  # whose names fit beside each other; those of more take two lines
 BANDS = 2  # curves, up to which each shows its band; of more the first alone does
 Floats = Sequence[float]
 
@@ -78,8 +79,9 @@ def size_plot(curves: Sequence[SizeCurve], unit: str, name: str) -> str:
             axes.vlines(places, _percent(own.low), _percent(own.high), color=colour, linewidth=1.5, alpha=0.7)
             axes.plot(places, shares, dash, marker="o", markersize=5, linewidth=0.8, color=colour, label=labels[i])
         axes.set_xlim(-0.5, len(sizes) - 0.5)
-        counts = zip(sizes, curves[0].defects, strict=True)
-        axes.set_xticks(range(len(sizes)), [f"{size}\n({count})" for size, count in counts], fontsize=9)
+        names = [size.replace("–", "–\n") for size in sizes] if len(sizes) > MOST_SIZES else sizes
+        counts = zip(names, curves[0].defects, strict=True)
+        axes.set_xticks(range(len(sizes)), [f"{name}\n({count})" for name, count in counts], fontsize=9)
         _shares(axes, "defects found, percent")
         axes.set_xlabel(f"size, {unit} (number of defects)")
         return svg_of(figure, name)

@@ -18,7 +18,7 @@ from featprobe.metrics.images import value_of
 from featprobe.probes.saved import head_folder
 from featprobe.report.answer import SURE, answer_of, behind_sentences, gap_sentences
 from featprobe.report.comparison import difference_frame, result_frame
-from featprobe.report.facts import cost_sentence, data_sentence
+from featprobe.report.facts import cost_sentence, data_sentence, point_sentence
 from featprobe.report.findings.defect_answer import defect_sentences, leading
 from featprobe.report.page import Answer, PageSet, page_text
 from featprobe.report.tables import csv_text
@@ -128,7 +128,7 @@ def compare(
     answers += [Answer("Modality gap", said=gap_sentences(gaps))] if gaps else []
     behind = behind_supervised(tables)
     answers += [Answer("Good images alone", said=behind_sentences(behind))] if behind else []
-    pages = [_page_set(workspace, *own) for own in zip(sets, tables, found, strict=True)]
+    pages = [_page_set(workspace, i, *own) for i, own in enumerate(zip(sets, tables, found, strict=True), start=1)]
     failed = [(item.folder, item.reason) for item in unusable]
     page = page_text(_stamp(results), answers, pages, gaps, failed, notes)
     files = _write(out or workspace.probes / "report", page, sets, gaps)
@@ -439,11 +439,12 @@ def _answer(item: ComparedSet, table: Table) -> Answer:
     lead = leading(item.findings) if item.findings else None
     found = defect_sentences(item.findings, item.found_differences, tuned)
     said = [text for text in answer_of(item.lines, item.differences) if text not in found]
-    facts = [data_sentence(item.lines, lead, table.results[0].row.choice.folds), cost_sentence(item.lines)]
+    facts = [data_sentence(item.lines, lead, table.results[0].row.choice.folds), *point_sentence(lead)]
+    facts.append(cost_sentence(item.lines))
     return Answer(item.title, found, said, [fact for fact in facts if fact])
 
 
-def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Findings) -> PageSet:
+def _page_set(workspace: Workspace, number: int, item: ComparedSet, table: Table, found: Findings) -> PageSet:
     lead = leading(item.findings) if item.findings else None
     own = found.inspections[found.lines.index(lead)] if lead else None
     return PageSet(
@@ -454,7 +455,7 @@ def _page_set(workspace: Workspace, item: ComparedSet, table: Table, found: Find
         item.commands,
         item.findings,
         worst=pictures_of(own) if own else (),
-        pod=probability_of(own) if own else None,
+        pod=probability_of(own, number) if own else None,
         steps=next_steps(workspace, table, lead, found.missing),
     )
 

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from featprobe.errors import FeatprobeError
 from featprobe.metrics import Statistic, grouped, paired_difference
-from featprobe.metrics.defects.records import GOOD
 from featprobe.metrics.images import value_of
 from featprobe.report.page import Probability
 from featprobe.report.pod_plot import pod_plot
@@ -79,18 +78,11 @@ def _line(result: Result, own: Inspection, table: Table) -> Line:
         "score": value_of(statistic),
         "validation": result.validation,
         "groups": sum(statistic.sizes),
-        "stopped_images": _stopped_images(own),
         "by_size": size_lines(own),
         "froc": froc_lines(own),
         "without_defect": own.froc.without,
         "by_class": class_lines(own),
     }
-
-
-def _stopped_images(own: Inspection) -> int:
-    """How many good images hold a call."""
-    called = own.records.calls.image[own.records.called(own.thresholds)]
-    return len(np.unique(called[own.records.images.good[called] == GOOD]))
 
 
 def _difference(a: tuple[Result, Inspection], b: tuple[Result, Inspection], kind: str) -> Line | None:
@@ -139,8 +131,11 @@ def _ratio(hits: Floats, trials: Floats, names: tuple[str, ...]) -> Statistic:
     return Statistic(value, influence, (names,))
 
 
-def probability_of(own: Inspection) -> Probability:
-    """The probability of detection of a head at its operating point, or why the test images carry none."""
+def probability_of(own: Inspection, number: int) -> Probability:
+    """The probability of detection of a head at its operating point, or why the test images carry none.
+
+    number: of the set on its page, where each plot needs a name of its own.
+    """
     answer = pod_of(own.records, own.found, tuple(point.threshold for point in own.points), own.size, own.unit)
     drawing = drawing_of(answer)
     said: list[tuple[str, list[str]]] = []
@@ -153,7 +148,7 @@ def probability_of(own: Inspection) -> Probability:
                 below.append(line.strip())
         else:
             said.append((line, []))
-    return Probability(pod_plot(drawing, "probability of detection") if drawing else "", said)
+    return Probability(pod_plot(drawing, f"probability of detection {number}") if drawing else "", said)
 
 
 def pictures_of(own: Inspection) -> list[Picture]:

@@ -2,10 +2,12 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from featprobe.kinds import SEEDS, kind_of, kinds_of
+from featprobe.report.inspection_text import place_of
 from featprobe.scores import FEW_GROUPS
 from featprobe.stages.commands import level_command
 from featprobe.stages.comparison.differences import Table, budget_unchecked
@@ -13,6 +15,7 @@ from featprobe.stages.comparison.results import Result
 from featprobe.stages.workspace import Workspace
 
 Step = tuple[str, str]
+USUAL_RATE = 0.05  # false calls per part or image
 
 
 def next_steps(
@@ -24,11 +27,10 @@ def next_steps(
     if missing:
         steps.insert(0, ("See defects and parts for the heads without records", "featprobe inspect --rescore"))
     if lead:
-        folder = _from_here(workspace, Path(lead["folder"]))
-        unit = "part" if lead["parts_known"] else "image"
+        folder, whole = (_from_here(workspace, Path(own)) for own in (lead["folder"], place_of(lead)))
         uses = {
             "Choose how many false calls you accept; this is then kept with the head": [
-                "inspect", folder, "--false-calls", f"0.05/{unit}",
+                "inspect", whole, "--false-calls", _rate(lead),
             ],
             "Look at new images with this head": ["predict", folder, "new_images", "--out", "found"],
             "Take it to a machine without featprobe": ["export", folder, "--out", "model.onnx"],
@@ -58,6 +60,13 @@ def _steps_to_know_more(table: Table, options: Sequence[str]) -> list[Step]:
         command = ["featprobe", "probe", *options, "--head", first.row.head, "--split", "group:5"]
         steps.append((f"Test on all groups instead of {groups}: a cross-validation", shlex.join(command)))
     return steps
+
+
+def _rate(lead: Mapping[str, Any]) -> str:
+    """A number of false calls to begin with: 0.05, or the least that validation carries, that of each fold alone."""
+    unit = "part" if lead["parts_known"] else "image"
+    least = ceil(100 * lead["folds"] / max(1, lead[f"validation_over_{unit}s"])) / 100
+    return f"{max(USUAL_RATE, least):g}/{unit}"
 
 
 def _backbones(results: Sequence[Result]) -> list[str]:

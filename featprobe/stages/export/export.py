@@ -29,6 +29,7 @@ from featprobe.stages.export.graph import Graph, GraphOutput, Raw, placement_of
 from featprobe.stages.export.known_images import find_known
 from featprobe.stages.export.object_output import translations
 from featprobe.stages.export.parity import TOLERANCE, Parity, compare_graph
+from featprobe.stages.findings import point_note
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.workspace import Workspace
 
@@ -233,16 +234,9 @@ def checked(model: Any) -> bytes:
 def notes_on(predictor: Predictor, output: GraphOutput) -> Iterator[str]:
     """Facts about a graph that a user should know."""
     recipe, point = predictor.recipe, predictor.point
-    if point is not None:
-        yield (
-            f"verdicts at the operating point that was chosen on validation for {point.wanted}: threshold "
-            f"{point.threshold:.6g}; --threshold takes another"
-        )
-        if "verdict" not in output.names:
-            yield (
-                f"a finding has {point.least_area} pixels or more, which a graph does not count: it gives no verdict, "
-                "examples/runner.py does"
-            )
+    yield from point_note(point)
+    if point is not None and "verdict" not in output.names:
+        yield "a graph does not count the pixels of a finding: it gives no verdict, examples/runner.py does"
     if recipe.tile is not None:
         yield (
             f"the graph takes one tile: cut images into tiles of {recipe.tile} pixels that overlap by {recipe.overlap} "

@@ -309,7 +309,7 @@ def _chosen(head: ScoredHead, records: Records, asked: Asked) -> _Chosen:
         return _Chosen(_choose(head, validation, asked.wanted or USUAL, asked.least_area or 1))
     if asked.least_area not in (None, kept.least_area):
         raise UsageError(
-            f"{head.folder} has an operating point for calls of {kept.least_area} pixels or more, not "
+            f"{head.folder} has an operating point for calls of {counted(kept.least_area, 'pixel')} or more, not "
             f"{asked.least_area}.\nThe least area is a part of it. Choose it anew:  --min-area {asked.least_area} with "
             "--false-calls, --recall or --cost."
         )

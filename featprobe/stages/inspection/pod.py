@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logit
 
-from featprobe.errors import counted
+from featprobe.errors import counted, figures
 from featprobe.metrics.defects.operating import Counts
 from featprobe.metrics.defects.records import Records, Size, Unit
 from featprobe.metrics.pod.conditions import UNCHECKED
@@ -74,7 +74,7 @@ def pod_of(
     known = np.isfinite(sizes) & (sizes > 0)
     notes = []
     if unknown := int((~known).sum()):
-        notes.append(f"{_are(unknown, 'defect')} left out, as the size is not known.")
+        notes.append(f"{_are(unknown, 'defect')} omitted, as the size is not known.")
     if cut := int(defects.cut[known].sum()):
         notes.append(f"{_are(cut, 'defect')} cut by the border of an image: the size is that of the part that is seen.")
     answer = PodAnswer(
@@ -148,9 +148,9 @@ def _rates(answer: PodAnswer, counts: Counts) -> list[str]:
     """False calls: how many, and per image and part."""
     rates = [f"{counted(counts.false_calls, 'false call')} on {counted(counts.over('image'), 'image')}"]
     if images := counts.over("image"):
-        rates.append(f"{counts.false_calls / images:.3g} per image")
+        rates.append(f"{figures(counts.false_calls / images)} per image")
     if (parts := counts.over("part")) and answer.cluster == "part":
-        rates.append(f"{counts.false_calls / parts:.3g} per part")
+        rates.append(f"{figures(counts.false_calls / parts)} per part")
     return rates
 
 
@@ -189,7 +189,7 @@ def _size(size: float | None, answer: PodAnswer) -> str:
         return ""
     if size > FAR * answer.sizes.max():
         return f"beyond {FAR:g} times the largest target"
-    return f"{size:.3g} {answer.unit_text}"
+    return f"{figures(size)} {answer.unit_text}"
 
 
 def drawing_of(answer: PodAnswer) -> "PodPicture | None":

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.datasets.images.reading import hash_image, read_levels, unit_of
-from featprobe.errors import FeatprobeError, counted
+from featprobe.errors import FeatprobeError, counted, figures
 from featprobe.geometry import Box
 from featprobe.io.disk import read_json
 from featprobe.metrics.defects.records import GOOD, NOTHING, Records
@@ -97,7 +97,8 @@ def _of_miss(own: Inspection, index: int) -> tuple[int, Box | None, str]:
         said = [f"image {_apart(float(own.records.images.score[image]), threshold)}"]
     else:
         said = [_size_text(own, defects.size(own.size, own.unit)[index])]
-        said += [] if isnan(defects.contrast[index]) else [f"contrast to noise {defects.contrast[index]:.2g}"]
+        contrast = float(defects.contrast[index])
+        said += [] if isnan(contrast) else [f"contrast to noise {figures(contrast, 2)}"]
         said += ["cut by the border of the image"] if defects.cut[index] else []
         said += [f"its {_apart(score, threshold)}" if np.isfinite(score) else "no call finds it"]
     return image, _box(defects.boxes[index]), _caption(own, "Missed defect", image, int(defects.category[index]), said)
@@ -136,7 +137,7 @@ def _size_text(own: Inspection, value: float) -> str:
     if isnan(value):
         return ""
     squared = "²" if own.size == "area" else ""
-    return SIZED[own.size].format(f"{value:.3g} {own.unit}{squared}")
+    return SIZED[own.size].format(f"{figures(value)} {own.unit}{squared}")
 
 
 def _box(values: NDArray[np.float32]) -> Box | None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featprobe.report.facts import cost_sentence, data_sentence
+from featprobe.report.facts import cost_sentence, data_sentence, point_sentence
 from featprobe.report.findings.defect_answer import defect_sentences, found_from, leading
 from featprobe.report.findings.finding_tables import finding_table
 from featprobe.report.page import Answer, PageSet, Probability, page_text
@@ -26,7 +26,7 @@ def finding(name: str = "a", found: int = 41, **changed: Any) -> dict[str, Any]:
         **{"pooled": False, "classes": ["crack"], "score": 0.5, "validation": 0.5, "groups": 24, "seed": 0},
         **{"wanted": "0.1 false calls per image", "per": "image", "threshold": 0.5, "least_area": 1, "rule": ""},
         **{"defects": 47, "found": found, "recall": found / 47, "recall_low": 0.7, "recall_high": 0.95, "images": 48},
-        **{"good_images": 28, "stopped_images": 1, "false_calls": 2, "false_calls_per_image": 2 / 48},
+        **{"good_images": 28, "good_images_called": 1, "false_calls": 2, "false_calls_per_image": 2 / 48},
         **{"parts_known": True, "bad_parts": 12, "escaped": 1, "escapes_low": 0.002, "escapes_high": 0.38},
         **{"good_parts": 32, "stopped": 1, "overkill_low": 0.001, "overkill_high": 0.16},
         **{"false_calls_on_good_parts": 1, "by_class": [{"class": "crack", "defects": 47, "missed": 47 - found}]},
@@ -62,9 +62,11 @@ def test_the_first_sentence_has_defects_sizes_and_false_calls() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"good_parts": 0}, "with false calls on 1 of 28 good images.|how many would be stopped is not known"),
+        ({"good_parts": 0}, r"with 2 false calls on 48 test images \(1 of 28 good images called\)\."),
+        ({"good_parts": 0}, "how many would be stopped is not known"),
         ({"good_parts": 0, "good_images": 0}, "2 false calls on 48 test images, of which none is good"),
         ({"false_calls_on_good_parts": 0}, "with no false call on 32 good parts"),
+        ({"false_calls_on_good_parts": 48}, r"with 150 false calls per 100 good parts \(48 on 32\)"),
         ({"parts_known": False}, "false calls per 100 good images|stops 1 of 32 good images"),
         ({"pooled": True, "by_size": []}, "a calls 41 of 47 images with a defect"),
         ({"classes": ["crack", "dent"]}, "finds 41 of 47 defects"),
@@ -124,6 +126,13 @@ def line(regime: str = "frozen", **changed: Any) -> dict[str, Any]:
     own = {"data": "castings", "fraction": 1.0, "size": "64x64", "train_images": 97, "test_images": 48, "groups": 24,
            "extract_seconds": 227.0 if regime == "frozen" else 0.0, "train_seconds": 12.0}  # fmt: skip
     return {**own, "regime": regime, **changed}
+
+
+def test_the_operating_point_is_said_in_words() -> None:
+    assert point_sentence(None) == []
+    assert point_sentence(finding()) == ["The threshold was chosen on validation for 0.1 false calls per image."]
+    (folds,) = point_sentence(finding(threshold=None, least_area=9))
+    assert folds.startswith("The threshold of each fold was") and folds.endswith(", for calls of 9 pixels or more.")
 
 
 def test_data_and_cost_are_said_in_words() -> None:

@@ -1,7 +1,9 @@
 """What a comparison says of heads that have records: in defects and parts first, and nothing new of heads without."""
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from inspected_space import drawn, keep, rows_of, stored_space
 
 from featprobe.cli.main import cli
 from featprobe.metrics.intervals import draw_weights
+from featprobe.report.pod_plot import PodLine, PodPicture
+from featprobe.stages.comparison import found
 from featprobe.stages.comparison.compare import Comparison, compare, plain_json
-from featprobe.stages.comparison.found import _ratio
+from featprobe.stages.comparison.found import _ratio, probability_of
 from featprobe.stages.inspection.inspect import inspect_head
 from featprobe.stages.workspace import Workspace
 
@@ -93,7 +97,7 @@ def test_the_page_has_the_answer_then_pictures_plots_tables_and_what_to_do_next(
     order = [
         "embedded finds", "In scores", "trained on", "Cost:", "Worst misses", "Defects found against false calls",
         "Defects found by size", "fg mIoU, 95 % interval", "Probability of detection of", "Defects and parts, at",
-        ">Scores<", "Training and cost", "What to do next", "--false-calls 0.05/", "How to read this",
+        ">Scores<", "Training and cost", "What to do next", "--false-calls 0.", "How to read this",
         "A defect is found by a call with: center covered",
     ]  # fmt: skip
     places = [text.find(part) for part in order]
@@ -142,3 +146,24 @@ def test_the_command_says_the_same_in_a_terminal(space: Workspace, report: Compa
     shown = call(space.root, "compare", "--quiet", "--out", str(tmp_path))
     assert shown.exit_code == 0, shown.output
     assert report.answer[0][1][0] in shown.stdout
+
+
+def test_the_operating_point_that_the_page_proposes_can_be_chosen(
+    space: Workspace, report: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (command,) = re.findall(r"featprobe (inspect [^<]+ --false-calls [^<]+)</code>", report.files[0].read_text())
+    copy = shutil.copytree(space.root, tmp_path / "copy")
+    monkeypatch.chdir(copy)
+    done = CliRunner().invoke(cli, ["--workspace", str(copy), *command.split()])
+    assert done.exit_code == 0 and "; kept beside the head" in done.output, done.output
+    (over,) = {own["validation_over_parts"] for own in report.sets[0].findings}
+    assert 0 < over < 20 and command.endswith(f"{math.ceil(100 / over) / 100:g}/part"), "0.05 would be refused"
+
+
+def test_plots_of_several_sets_share_no_id(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = PodLine("by hits and misses", (1.0, 9.0), (0.1, 0.9))
+    picture = PodPicture((curve,), hits=(9.0,), misses=(1.0,), a90=9.0, bound=None, axis="px")
+    monkeypatch.setattr(found, "drawing_of", lambda answer: picture)
+    own = inspect_head(space, rows_of(space)[0])
+    one, other = (set(re.findall(r'\bid="([^"]+)"', probability_of(own, number).plot)) for number in (1, 2))
+    assert one and other and not one & other
